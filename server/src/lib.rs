@@ -1,0 +1,3 @@
+//! Quota's server: API keys, plans, rate limits and quotas on your own machines.
+
+pub mod clock;
