@@ -1,0 +1,100 @@
+//! Ids: UUIDv7, so that they sort by the time they were made. An id carries no authority.
+
+use uuid::Uuid;
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(
+            Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+        )]
+        #[serde(transparent)]
+        #[cfg_attr(feature = "openapi", derive(poem_openapi::NewType))]
+        pub struct $name(pub Uuid);
+
+        impl $name {
+            /// The nil id, which is given to nothing.
+            pub const NIL: Self = Self(Uuid::nil());
+        }
+
+        impl From<Uuid> for $name {
+            fn from(id: Uuid) -> Self {
+                Self(id)
+            }
+        }
+
+        impl From<$name> for Uuid {
+            fn from(id: $name) -> Self {
+                id.0
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = uuid::Error;
+
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                text.parse().map(Self)
+            }
+        }
+    };
+}
+
+id!(
+    /// An account that owns plans, keys, service tokens and usage.
+    TenantId
+);
+id!(
+    /// A person who signs in.
+    UserId
+);
+id!(PlanId);
+id!(ApiKeyId);
+id!(ServiceTokenId);
+id!(
+    /// A sign-in and everything refreshed from it: a session family.
+    SessionId
+);
+id!(AuditEventId);
+
+/// The things that the document's examples speak of, the same ones throughout.
+#[cfg(feature = "openapi")]
+pub(crate) mod example {
+    use uuid::uuid;
+
+    use super::{ApiKeyId, AuditEventId, PlanId, ServiceTokenId, SessionId, TenantId, UserId};
+    use crate::time::Timestamp;
+
+    pub(crate) fn plan() -> PlanId {
+        PlanId(uuid!("019ab4e1-7c00-7000-8000-0000000000a1"))
+    }
+    pub(crate) fn api_key() -> ApiKeyId {
+        ApiKeyId(uuid!("019ab4e1-7c00-7000-8000-0000000000b1"))
+    }
+    pub(crate) fn tenant() -> TenantId {
+        TenantId(uuid!("019ab4e1-7c00-7000-8000-0000000000c1"))
+    }
+    pub(crate) fn user() -> UserId {
+        UserId(uuid!("019ab4e1-7c00-7000-8000-0000000000d1"))
+    }
+    pub(crate) fn service_token() -> ServiceTokenId {
+        ServiceTokenId(uuid!("019ab4e1-7c00-7000-8000-0000000000e1"))
+    }
+    pub(crate) fn session() -> SessionId {
+        SessionId(uuid!("019ab4e1-7c00-7000-8000-0000000000f1"))
+    }
+    pub(crate) fn audit_event() -> AuditEventId {
+        AuditEventId(uuid!("019ab4e1-7c00-7000-8000-000000000101"))
+    }
+    pub(crate) fn at() -> Timestamp {
+        Timestamp::from_unix_secs(1_785_738_360).expect("a time in 2026")
+    }
+    /// Of the right form, with a checksum that is wrong on purpose: it opens nothing anywhere.
+    pub(crate) const KEY_TEXT: &str = "qk_00000000000000000000000000000000EXAMPL";
+    pub(crate) const SERVICE_TOKEN_TEXT: &str = "qs_00000000000000000000000000000000EXAMPL";
+}

@@ -1,0 +1,16 @@
+//! The three states of a field in a PATCH.
+
+/// `None`: the field was not sent and stays as it is. `Some(None)`: it was sent as `null` and is cleared.
+/// `Some(Some(v))`: it becomes `v`.
+///
+/// Fields of this type need `#[serde(default, deserialize_with = "sent")]`, since serde alone reads
+/// `null` as "not sent".
+pub type Patch<T> = Option<Option<T>>;
+
+pub(crate) fn sent<'de, T, D>(deserializer: D) -> Result<Patch<T>, D::Error>
+where
+    T: serde::Deserialize<'de>,
+    D: serde::Deserializer<'de>,
+{
+    serde::Deserialize::deserialize(deserializer).map(Some)
+}

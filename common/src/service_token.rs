@@ -1,0 +1,91 @@
+//! Service tokens: what a tenant's own gateways show to ask for decisions.
+
+use garde::Validate;
+use serde::{Deserialize, Serialize};
+
+use crate::{id::ServiceTokenId, time::Timestamp};
+
+/// A service token, without its text: that is shown once, when the token is made, and stored nowhere.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
+pub struct ServiceToken {
+    pub id: ServiceTokenId,
+    pub name: String,
+    /// The first characters of the token's text, to tell tokens apart by.
+    pub prefix: String,
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub last_used_at: Option<Timestamp>,
+    pub created_at: Timestamp,
+}
+
+/// What a new service token is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(
+    feature = "openapi",
+    derive(poem_openapi::Object),
+    oai(example, deny_unknown_fields)
+)]
+pub struct CreateServiceToken {
+    /// 1 to 200 characters.
+    #[garde(custom(crate::bounds::name))]
+    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 200)))]
+    pub name: String,
+}
+
+/// A service token that was just made, with its text for the only time.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
+pub struct CreatedServiceToken {
+    /// The token's text: `qs_`, 32 characters and a checksum of 6. Absent when an `Idempotency-Key` is
+    /// replayed, because it is stored nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub token: Option<String>,
+    pub service_token: ServiceToken,
+}
+
+impl std::fmt::Debug for CreatedServiceToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CreatedServiceToken")
+            .field("service_token", &self.service_token)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(feature = "openapi")]
+mod examples {
+    use poem_openapi::types::Example;
+
+    use super::{CreateServiceToken, CreatedServiceToken, ServiceToken};
+    use crate::id::example;
+
+    impl Example for ServiceToken {
+        fn example() -> Self {
+            Self {
+                id: example::service_token(),
+                name: "Edge gateway".into(),
+                prefix: "qs_00000000".into(),
+                last_used_at: None,
+                created_at: example::at(),
+            }
+        }
+    }
+
+    impl Example for CreateServiceToken {
+        fn example() -> Self {
+            Self {
+                name: "Edge gateway".into(),
+            }
+        }
+    }
+
+    impl Example for CreatedServiceToken {
+        fn example() -> Self {
+            Self {
+                token: Some(example::SERVICE_TOKEN_TEXT.into()),
+                service_token: ServiceToken::example(),
+            }
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Points in time on the wire.
+
+use chrono::{DateTime, SecondsFormat, SubsecRound, Utc};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// A point in time: RFC 3339 in UTC with milliseconds and a `Z`, such as `2026-11-24T09:18:42.000Z`.
+///
+/// Any offset is understood on the way in. Finer parts than a millisecond are cut, so that what was
+/// written compares equal to what is read back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp(DateTime<Utc>);
+
+impl Timestamp {
+    pub fn new(at: DateTime<Utc>) -> Self {
+        Self(at.trunc_subsecs(3))
+    }
+
+    /// `None` beyond the years that RFC 3339 can write (0000 to 9999).
+    pub fn from_unix_secs(secs: u64) -> Option<Self> {
+        let at = DateTime::from_timestamp(i64::try_from(secs).ok()?, 0)?;
+        (at <= Self::latest()).then_some(Self(at))
+    }
+
+    /// The last second that RFC 3339 can write.
+    fn latest() -> DateTime<Utc> {
+        DateTime::from_timestamp(253_402_300_799, 0).expect("9999-12-31T23:59:59Z is a time")
+    }
+
+    pub fn inner(self) -> DateTime<Utc> {
+        self.0
+    }
+}
+
+impl From<DateTime<Utc>> for Timestamp {
+    fn from(at: DateTime<Utc>) -> Self {
+        Self::new(at)
+    }
+}
+
+impl From<Timestamp> for DateTime<Utc> {
+    fn from(at: Timestamp) -> Self {
+        at.0
+    }
+}
+
+impl std::fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.to_rfc3339_opts(SecondsFormat::Millis, true))
+    }
+}
+
+impl std::str::FromStr for Timestamp {
+    type Err = InvalidTimestamp;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let at = DateTime::parse_from_rfc3339(text)
+            .map_err(|_| InvalidTimestamp)?
+            .to_utc();
+        // PostgreSQL and RFC 3339 agree on four-digit years; an offset can carry a time out of them.
+        if at < DateTime::UNIX_EPOCH || at > Timestamp::latest() {
+            return Err(InvalidTimestamp);
+        }
+        Ok(Self::new(at))
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("must be an RFC 3339 time between 1970 and 9999, such as 2026-11-24T09:18:42Z")]
+pub struct InvalidTimestamp;
+
+impl Serialize for Timestamp {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Timestamp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+        text.parse().map_err(de::Error::custom)
+    }
+}
+
+#[cfg(feature = "openapi")]
+mod openapi {
+    use std::borrow::Cow;
+
+    use poem_openapi::{
+        registry::{MetaSchema, MetaSchemaRef},
+        types::{ParseError, ParseFromJSON, ParseFromParameter, ParseResult, ToJSON, Type},
+    };
+    use serde_json::Value;
+
+    use super::Timestamp;
+
+    impl Type for Timestamp {
+        const IS_REQUIRED: bool = true;
+        type RawValueType = Self;
+        type RawElementValueType = Self;
+
+        fn name() -> Cow<'static, str> {
+            "string_date-time".into()
+        }
+
+        fn schema_ref() -> MetaSchemaRef {
+            MetaSchemaRef::Inline(Box::new(MetaSchema {
+                example: Some("2026-11-24T09:18:42.000Z".into()),
+                ..MetaSchema::new_with_format("string", "date-time")
+            }))
+        }
+
+        fn as_raw_value(&self) -> Option<&Self::RawValueType> {
+            Some(self)
+        }
+
+        fn raw_element_iter<'a>(
+            &'a self,
+        ) -> Box<dyn Iterator<Item = &'a Self::RawElementValueType> + 'a> {
+            Box::new(self.as_raw_value().into_iter())
+        }
+    }
+
+    impl ParseFromJSON for Timestamp {
+        fn parse_from_json(value: Option<Value>) -> ParseResult<Self> {
+            match value {
+                Some(Value::String(text)) => text.parse().map_err(ParseError::custom),
+                other => Err(ParseError::expected_type(other.unwrap_or_default())),
+            }
+        }
+    }
+
+    impl ParseFromParameter for Timestamp {
+        fn parse_from_parameter(value: &str) -> ParseResult<Self> {
+            value.parse().map_err(ParseError::custom)
+        }
+    }
+
+    impl ToJSON for Timestamp {
+        fn to_json(&self) -> Option<Value> {
+            Some(Value::String(self.to_string()))
+        }
+    }
+}

@@ -1,0 +1,443 @@
+//! Golden JSON of every type on the wire, and, with feature `openapi`, the proof that the document speaks
+//! of the same JSON: both derives read their own attributes, and drift silently.
+
+use quota_common::{
+    ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,
+    Timestamp, UserId, api_key, audit, auth, health, limit, plan, service_token,
+};
+use serde_json::{Value, json};
+
+fn at() -> Timestamp {
+    "2026-08-03T06:26:00Z".parse().expect("a time")
+}
+
+const ID: &str = "019ab4e1-7c00-7000-8000-0000000000a1";
+
+fn id<T: From<uuid::Uuid>>() -> T {
+    T::from(ID.parse().expect("an id"))
+}
+
+/// Checks one value against its golden JSON, both ways, and against the document's own serializer.
+macro_rules! golden {
+    ($value:expr, $json:expr) => {{
+        fn check<T>(value: &T, golden: &Value)
+        where
+            T: serde::Serialize + serde::de::DeserializeOwned + PartialEq + Wire,
+        {
+            let text = serde_json::to_value(value).expect("serializes");
+            assert_eq!(&text, golden);
+            assert_eq!(
+                value.document_json(),
+                *golden,
+                "the document's serializer differs"
+            );
+            let back: T = serde_json::from_value(text).expect("reads its own JSON");
+            assert!(back == *value, "does not survive a round trip: {golden}");
+        }
+        check(&$value, &$json);
+    }};
+}
+
+trait Wire {
+    fn document_json(&self) -> Value;
+}
+
+#[cfg(feature = "openapi")]
+impl<T: poem_openapi::types::ToJSON> Wire for T {
+    fn document_json(&self) -> Value {
+        self.to_json().expect("an object")
+    }
+}
+
+#[cfg(not(feature = "openapi"))]
+impl<T: serde::Serialize> Wire for T {
+    fn document_json(&self) -> Value {
+        serde_json::to_value(self).expect("serializes")
+    }
+}
+
+fn api_key() -> api_key::ApiKey {
+    api_key::ApiKey {
+        id: id::<ApiKeyId>(),
+        name: "Mobile".into(),
+        plan_id: id::<PlanId>(),
+        prefix: "qk_abcd1234".into(),
+        is_active: true,
+        expires_at: Some(at()),
+        rpm_override: None,
+        last_used_at: None,
+        previous_expires_at: None,
+        created_at: at(),
+        updated_at: at(),
+    }
+}
+
+fn api_key_json() -> Value {
+    json!({
+        "id": ID, "name": "Mobile", "plan_id": ID, "prefix": "qk_abcd1234", "is_active": true,
+        "expires_at": "2026-08-03T06:26:00.000Z", "rpm_override": null, "last_used_at": null,
+        "previous_expires_at": null, "created_at": "2026-08-03T06:26:00.000Z",
+        "updated_at": "2026-08-03T06:26:00.000Z",
+    })
+}
+
+#[test]
+fn plans_have_their_golden_json() {
+    golden!(
+        plan::Plan {
+            id: id(),
+            name: "Starter".into(),
+            default_rpm: 600,
+            burst: 60,
+            daily_quota: Some(50_000),
+            monthly_quota: None,
+            strict: false,
+            billing: plan::Billing::Paid,
+            key_count: 2,
+            created_at: at(),
+            updated_at: at(),
+        },
+        json!({
+            "id": ID, "name": "Starter", "default_rpm": 600, "burst": 60, "daily_quota": 50_000,
+            "monthly_quota": null, "strict": false, "billing": "paid", "key_count": 2,
+            "created_at": "2026-08-03T06:26:00.000Z", "updated_at": "2026-08-03T06:26:00.000Z",
+        })
+    );
+    golden!(
+        plan::CreatePlan {
+            name: "Starter".into(),
+            default_rpm: 600,
+            burst: None,
+            daily_quota: Some(1),
+            monthly_quota: None,
+            strict: Some(true),
+            billing: Some(plan::Billing::Free),
+        },
+        json!({"name": "Starter", "default_rpm": 600, "daily_quota": 1, "strict": true, "billing": "free"})
+    );
+    golden!(plan::UpdatePlan::default(), json!({}));
+    golden!(
+        plan::UpdatePlan {
+            burst: Some(5),
+            daily_quota: Some(Some(9)),
+            ..Default::default()
+        },
+        json!({"burst": 5, "daily_quota": 9})
+    );
+}
+
+/// poem-openapi writes an absent and a cleared field alike; it never sends a PATCH, so only serde counts.
+#[test]
+fn a_patched_field_tells_null_from_absent() {
+    let cleared: plan::UpdatePlan = serde_json::from_value(json!({"daily_quota": null})).unwrap();
+    assert_eq!(cleared.daily_quota, Some(None));
+    assert_eq!(cleared.monthly_quota, None);
+    assert_eq!(
+        serde_json::to_value(&cleared).unwrap(),
+        json!({"daily_quota": null})
+    );
+}
+
+#[test]
+fn api_keys_have_their_golden_json() {
+    golden!(api_key(), api_key_json());
+    golden!(
+        api_key::CreateApiKey {
+            name: "Mobile".into(),
+            plan_id: id(),
+            expires_at: Some(at()),
+            rpm_override: Some(7),
+        },
+        json!({
+            "name": "Mobile", "plan_id": ID, "expires_at": "2026-08-03T06:26:00.000Z", "rpm_override": 7,
+        })
+    );
+    golden!(
+        api_key::UpdateApiKey {
+            is_active: Some(false),
+            ..Default::default()
+        },
+        json!({"is_active": false})
+    );
+    golden!(
+        api_key::RotateApiKey {
+            grace_seconds: Some(60)
+        },
+        json!({"grace_seconds": 60})
+    );
+    golden!(
+        api_key::CreatedApiKey {
+            key: Some("qk_x".into()),
+            api_key: api_key()
+        },
+        json!({"key": "qk_x", "api_key": api_key_json()})
+    );
+    golden!(
+        api_key::CreatedApiKey {
+            key: None,
+            api_key: api_key()
+        },
+        json!({"api_key": api_key_json()})
+    );
+}
+
+#[test]
+fn service_tokens_have_their_golden_json() {
+    let token = service_token::ServiceToken {
+        id: id::<ServiceTokenId>(),
+        name: "Edge".into(),
+        prefix: "qs_abcd1234".into(),
+        last_used_at: Some(at()),
+        created_at: at(),
+    };
+    let token_json = json!({
+        "id": ID, "name": "Edge", "prefix": "qs_abcd1234", "last_used_at": "2026-08-03T06:26:00.000Z",
+        "created_at": "2026-08-03T06:26:00.000Z",
+    });
+    golden!(token.clone(), token_json);
+    golden!(
+        service_token::CreateServiceToken {
+            name: "Edge".into()
+        },
+        json!({"name": "Edge"})
+    );
+    golden!(
+        service_token::CreatedServiceToken {
+            token: Some("qs_x".into()),
+            service_token: token
+        },
+        json!({"token": "qs_x", "service_token": token_json})
+    );
+}
+
+#[test]
+fn accounts_have_their_golden_json() {
+    let user = || auth::User {
+        id: id::<UserId>(),
+        email: "a@b.c".into(),
+        name: "Ada".into(),
+        created_at: at(),
+    };
+    let tenant = || auth::Tenant {
+        id: id::<TenantId>(),
+        name: "Engines".into(),
+        role: auth::Role::Owner,
+        time_zone: "UTC".into(),
+    };
+    let user_json = json!({"id": ID, "email": "a@b.c", "name": "Ada", "created_at": "2026-08-03T06:26:00.000Z"});
+    let tenant_json = json!({"id": ID, "name": "Engines", "role": "owner", "time_zone": "UTC"});
+
+    golden!(
+        auth::Register {
+            email: "a@b.c".into(),
+            password: "p".into(),
+            tenant_name: Some("Engines".into()),
+        },
+        json!({"email": "a@b.c", "password": "p", "tenant_name": "Engines"})
+    );
+    golden!(
+        auth::Login {
+            email: "a@b.c".into(),
+            password: "p".into()
+        },
+        json!({"email": "a@b.c", "password": "p"})
+    );
+    golden!(
+        auth::Refresh {
+            refresh_token: "qr_x".into()
+        },
+        json!({"refresh_token": "qr_x"})
+    );
+    golden!(
+        auth::Tokens {
+            access_token: "a".into(),
+            refresh_token: "r".into(),
+            expires_in: 900
+        },
+        json!({"access_token": "a", "refresh_token": "r", "expires_in": 900})
+    );
+    golden!(
+        auth::SignedIn {
+            access_token: "a".into(),
+            refresh_token: "r".into(),
+            expires_in: 900,
+            user: user(),
+            tenant: tenant(),
+        },
+        json!({
+            "access_token": "a", "refresh_token": "r", "expires_in": 900, "user": user_json,
+            "tenant": tenant_json,
+        })
+    );
+    golden!(
+        auth::Me {
+            user: user(),
+            tenant: tenant(),
+            session_id: id::<SessionId>()
+        },
+        json!({"user": user_json, "tenant": tenant_json, "session_id": ID})
+    );
+    golden!(
+        auth::UpdateMe {
+            time_zone: Some("Europe/Berlin".into()),
+            ..Default::default()
+        },
+        json!({"time_zone": "Europe/Berlin"})
+    );
+    golden!(
+        auth::ChangePassword {
+            current_password: "p".into(),
+            new_password: "q".into()
+        },
+        json!({"current_password": "p", "new_password": "q"})
+    );
+    golden!(
+        auth::Session {
+            id: id(),
+            current: true,
+            user_agent: None,
+            ip: Some("192.0.2.1".into()),
+            created_at: at(),
+            last_used_at: at(),
+            expires_at: at(),
+        },
+        json!({
+            "id": ID, "current": true, "user_agent": null, "ip": "192.0.2.1",
+            "created_at": "2026-08-03T06:26:00.000Z", "last_used_at": "2026-08-03T06:26:00.000Z",
+            "expires_at": "2026-08-03T06:26:00.000Z",
+        })
+    );
+}
+
+#[test]
+fn decisions_have_their_golden_json() {
+    golden!(
+        limit::Check {
+            key: "qk_x".into(),
+            cost: Some(2),
+            endpoint: Some("GET /o".into())
+        },
+        json!({"key": "qk_x", "cost": 2, "endpoint": "GET /o"})
+    );
+    golden!(
+        limit::CheckResult {
+            allowed: false,
+            code: limit::CheckCode::QuotaExceeded,
+            key_id: Some(id()),
+            plan: Some("Starter".into()),
+            limits: vec![limit::LimitState {
+                policy: limit::PolicyName::Rpm,
+                limit: 600,
+                remaining: 0,
+                reset_at: at(),
+            }],
+            retry_after: Some(3),
+            headers: [("Retry-After".to_owned(), "3".to_owned())].into(),
+        },
+        json!({
+            "allowed": false, "code": "quota_exceeded", "key_id": ID, "plan": "Starter",
+            "limits": [
+                {"policy": "rpm", "limit": 600, "remaining": 0, "reset_at": "2026-08-03T06:26:00.000Z"},
+            ],
+            "retry_after": 3, "headers": {"Retry-After": "3"},
+        })
+    );
+    golden!(
+        limit::Echo {
+            key_id: id(),
+            plan: "Starter".into(),
+            time: at()
+        },
+        json!({"key_id": ID, "plan": "Starter", "time": "2026-08-03T06:26:00.000Z"})
+    );
+}
+
+#[test]
+fn the_rest_has_its_golden_json() {
+    golden!(
+        audit::AuditEvent {
+            id: id(),
+            at: at(),
+            user_id: None,
+            user_email: None,
+            action: "plan.create".into(),
+            target_type: "plan".into(),
+            target_id: Some(ID.into()),
+            ip: None,
+            before: None,
+            after: Some(json!({"name": "Starter"})),
+        },
+        json!({
+            "id": ID, "at": "2026-08-03T06:26:00.000Z", "user_id": null, "user_email": null,
+            "action": "plan.create", "target_type": "plan", "target_id": ID, "ip": null, "before": null,
+            "after": {"name": "Starter"},
+        })
+    );
+    golden!(
+        health::Health {
+            status: "ok".into(),
+            version: "0.1.0".into()
+        },
+        json!({"status": "ok", "version": "0.1.0"})
+    );
+    golden!(
+        Page {
+            items: vec![api_key()],
+            next_cursor: Some("c".into()),
+            total: 1
+        },
+        json!({"items": [api_key_json()], "next_cursor": "c", "total": 1})
+    );
+    golden!(
+        Problem {
+            kind: ProblemCode::Invalid.type_uri("https://q.example/"),
+            title: "t".into(),
+            status: 422,
+            detail: "d".into(),
+            request_id: ID.into(),
+            errors: vec![FieldError {
+                field: "name".into(),
+                message: "m".into()
+            }],
+            violated_policies: vec![limit::PolicyName::Daily],
+        },
+        json!({
+            "type": "https://q.example/problems/invalid", "title": "t", "status": 422, "detail": "d",
+            "request_id": ID, "errors": [{"field": "name", "message": "m"}],
+            "violated-policies": ["daily"],
+        })
+    );
+}
+
+#[test]
+fn an_unknown_field_is_refused() {
+    let unknown = json!({"name": "x", "default_rpm": 1, "tenant_id": ID});
+    let error = serde_json::from_value::<plan::CreatePlan>(unknown).unwrap_err();
+    assert!(
+        error.to_string().contains("unknown field `tenant_id`"),
+        "{error}"
+    );
+}
+
+#[test]
+fn problem_slugs_are_unique_and_lead_back() {
+    for code in ProblemCode::ALL {
+        assert_eq!(ProblemCode::from_slug(code.slug()), Some(*code));
+        assert!(code.explanation().len() > 20);
+    }
+}
+
+#[test]
+fn timestamps_read_any_offset_and_write_utc() {
+    let at: Timestamp = "2026-08-03T08:26:00.123456+02:00".parse().unwrap();
+    assert_eq!(at.to_string(), "2026-08-03T06:26:00.123Z");
+    for wrong in [
+        "",
+        "yesterday",
+        "2026-08-03",
+        "1969-12-31T23:59:59Z",
+        "9999-12-31T23:59:59-01:00",
+    ] {
+        assert!(wrong.parse::<Timestamp>().is_err(), "{wrong}");
+    }
+}
