@@ -1,0 +1,333 @@
+-- The roles that the server works as. They own nothing, so row-level security binds them whatever role it
+-- signs in with. Roles belong to the cluster, not to the database: two databases may make them at once.
+DO $$
+BEGIN
+    CREATE ROLE quota_app NOLOGIN NOINHERIT;
+EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
+END $$;
+DO $$
+BEGIN
+    CREATE ROLE quota_system NOLOGIN NOINHERIT;
+EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
+END $$;
+DO $$
+BEGIN
+    EXECUTE format('GRANT quota_app, quota_system TO %I', current_user);
+EXCEPTION WHEN unique_violation OR invalid_grant_operation THEN NULL;
+END $$;
+GRANT USAGE ON SCHEMA public TO quota_app, quota_system;
+
+-- The tenant that the current transaction acts for. Unset reads as NULL, which equals no row's tenant.
+CREATE FUNCTION current_tenant() RETURNS uuid
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN nullif(current_setting('quota.tenant', true), '')::uuid;
+COMMENT ON FUNCTION current_tenant() IS 'The tenant set by SET LOCAL quota.tenant; NULL, and so no rows, when unset';
+
+CREATE FUNCTION touch_updated_at() RETURNS trigger
+    LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.updated_at := now();
+    RETURN NEW;
+END $$;
+
+-- Tenants, users, memberships ------------------------------------------------------------------------
+
+CREATE TABLE tenants (
+    id uuid NOT NULL,
+    name text NOT NULL,
+    time_zone text NOT NULL DEFAULT 'UTC',
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT tenants_pkey PRIMARY KEY (id),
+    CONSTRAINT tenants_name_length CHECK (char_length(name) BETWEEN 1 AND 200)
+);
+COMMENT ON TABLE tenants IS 'Accounts that own plans, keys, service tokens and usage';
+COMMENT ON COLUMN tenants.time_zone IS 'IANA zone in which daily and monthly quotas begin';
+
+CREATE TABLE users (
+    id uuid NOT NULL,
+    email text NOT NULL,
+    name text NOT NULL DEFAULT '',
+    password_hash text NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT users_pkey PRIMARY KEY (id),
+    CONSTRAINT users_email_key UNIQUE (email),
+    CONSTRAINT users_email_lower CHECK (email = lower(email))
+);
+COMMENT ON TABLE users IS 'People who sign in';
+COMMENT ON COLUMN users.email IS 'In lower case, so that one address is one account';
+COMMENT ON COLUMN users.password_hash IS 'PHC string, argon2id';
+
+CREATE TABLE memberships (
+    tenant_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    role text NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT memberships_pkey PRIMARY KEY (tenant_id, user_id),
+    CONSTRAINT memberships_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES tenants (id) ON DELETE CASCADE,
+    CONSTRAINT memberships_user_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
+    CONSTRAINT memberships_role_known CHECK (role IN ('owner', 'admin', 'developer', 'billing', 'viewer'))
+);
+CREATE INDEX memberships_user_id_idx ON memberships (user_id);
+COMMENT ON TABLE memberships IS 'Which user may do what in which tenant';
+
+-- Sessions -------------------------------------------------------------------------------------------
+
+CREATE TABLE sessions (
+    id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    tenant_id uuid NOT NULL,
+    user_agent text,
+    ip inet,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    last_used_at timestamptz NOT NULL DEFAULT now(),
+    expires_at timestamptz NOT NULL,
+    revoked_at timestamptz,
+    CONSTRAINT sessions_pkey PRIMARY KEY (id),
+    CONSTRAINT sessions_membership_fkey FOREIGN KEY (tenant_id, user_id)
+        REFERENCES memberships (tenant_id, user_id) ON DELETE CASCADE
+);
+CREATE INDEX sessions_user_id_idx ON sessions (user_id);
+CREATE INDEX sessions_expires_at_idx ON sessions (expires_at);
+COMMENT ON TABLE sessions IS 'Session families: one sign-in and every refresh token that followed from it';
+COMMENT ON COLUMN sessions.tenant_id IS 'The tenant that the session acts for';
+
+CREATE TABLE refresh_tokens (
+    token_hash bytea NOT NULL,
+    session_id uuid NOT NULL,
+    used_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT refresh_tokens_pkey PRIMARY KEY (token_hash),
+    CONSTRAINT refresh_tokens_session_fkey FOREIGN KEY (session_id) REFERENCES sessions (id) ON DELETE CASCADE,
+    CONSTRAINT refresh_tokens_hash_length CHECK (octet_length(token_hash) = 32)
+);
+CREATE INDEX refresh_tokens_session_id_idx ON refresh_tokens (session_id);
+COMMENT ON TABLE refresh_tokens IS 'Every refresh token of every session family, used ones too: using one twice tells of a theft';
+COMMENT ON COLUMN refresh_tokens.token_hash IS 'SHA-256 of the token';
+
+-- Plans and keys -------------------------------------------------------------------------------------
+
+CREATE TABLE plans (
+    tenant_id uuid NOT NULL,
+    id uuid NOT NULL,
+    name text NOT NULL,
+    default_rpm integer NOT NULL,
+    burst integer NOT NULL,
+    daily_quota bigint,
+    monthly_quota bigint,
+    strict boolean NOT NULL DEFAULT false,
+    billing text NOT NULL DEFAULT 'free',
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT plans_pkey PRIMARY KEY (tenant_id, id),
+    CONSTRAINT plans_id_key UNIQUE (id),
+    CONSTRAINT plans_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES tenants (id) ON DELETE CASCADE,
+    CONSTRAINT plans_name_key UNIQUE (tenant_id, name),
+    CONSTRAINT plans_name_length CHECK (char_length(name) BETWEEN 1 AND 200),
+    CONSTRAINT plans_default_rpm_range CHECK (default_rpm BETWEEN 1 AND 60000000),
+    CONSTRAINT plans_burst_range CHECK (burst BETWEEN 1 AND 60000000),
+    CONSTRAINT plans_daily_quota_range CHECK (daily_quota BETWEEN 1 AND 999999999999999),
+    CONSTRAINT plans_monthly_quota_range CHECK (monthly_quota BETWEEN 1 AND 999999999999999),
+    CONSTRAINT plans_billing_known CHECK (billing IN ('free', 'paid'))
+);
+CREATE TRIGGER plans_touch BEFORE UPDATE ON plans FOR EACH ROW EXECUTE FUNCTION touch_updated_at();
+COMMENT ON TABLE plans IS 'Limits that keys share the shape of; each key has a bucket and quotas of its own';
+COMMENT ON COLUMN plans.default_rpm IS 'Sustained requests a minute';
+COMMENT ON COLUMN plans.burst IS 'Requests that a rested key may send at once';
+COMMENT ON COLUMN plans.daily_quota IS 'Requests a calendar day in the tenant''s zone; NULL for no limit';
+COMMENT ON COLUMN plans.monthly_quota IS 'Requests a calendar month in the tenant''s zone; NULL for no limit';
+
+CREATE TABLE api_keys (
+    tenant_id uuid NOT NULL,
+    id uuid NOT NULL,
+    plan_id uuid NOT NULL,
+    name text NOT NULL,
+    prefix text NOT NULL,
+    key_hash bytea NOT NULL,
+    previous_key_hash bytea,
+    previous_expires_at timestamptz,
+    is_active boolean NOT NULL DEFAULT true,
+    expires_at timestamptz,
+    rpm_override integer,
+    last_used_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT api_keys_pkey PRIMARY KEY (tenant_id, id),
+    CONSTRAINT api_keys_id_key UNIQUE (id),
+    CONSTRAINT api_keys_plan_fkey FOREIGN KEY (tenant_id, plan_id)
+        REFERENCES plans (tenant_id, id) ON DELETE RESTRICT,
+    CONSTRAINT api_keys_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES tenants (id) ON DELETE CASCADE,
+    CONSTRAINT api_keys_name_length CHECK (char_length(name) BETWEEN 1 AND 200),
+    CONSTRAINT api_keys_rpm_override_range CHECK (rpm_override BETWEEN 1 AND 60000000),
+    CONSTRAINT api_keys_key_hash_length CHECK (octet_length(key_hash) = 32),
+    CONSTRAINT api_keys_previous_together CHECK ((previous_key_hash IS NULL) = (previous_expires_at IS NULL))
+);
+CREATE UNIQUE INDEX api_keys_key_hash_idx ON api_keys (key_hash);
+CREATE UNIQUE INDEX api_keys_previous_key_hash_idx ON api_keys (previous_key_hash)
+    WHERE previous_key_hash IS NOT NULL;
+CREATE INDEX api_keys_plan_id_idx ON api_keys (plan_id);
+CREATE INDEX api_keys_newest_idx ON api_keys (tenant_id, created_at DESC, id DESC);
+COMMENT ON TABLE api_keys IS 'What consumers show to be let in. The text is stored nowhere';
+COMMENT ON COLUMN api_keys.key_hash IS 'SHA-256 of the text, which has 190 random bits';
+COMMENT ON COLUMN api_keys.previous_key_hash IS 'SHA-256 of the text from before the last rotation';
+COMMENT ON COLUMN api_keys.previous_expires_at IS 'Until then the previous text works too';
+COMMENT ON COLUMN api_keys.rpm_override IS 'Sustained requests a minute in place of the plan''s';
+-- last_used_at moves with use and is no edit; everything else is.
+CREATE FUNCTION touch_api_key() RETURNS trigger
+    LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.last_used_at IS NOT DISTINCT FROM OLD.last_used_at THEN
+        NEW.updated_at := now();
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER api_keys_touch BEFORE UPDATE ON api_keys FOR EACH ROW EXECUTE FUNCTION touch_api_key();
+
+CREATE TABLE service_tokens (
+    tenant_id uuid NOT NULL,
+    id uuid NOT NULL,
+    name text NOT NULL,
+    prefix text NOT NULL,
+    token_hash bytea NOT NULL,
+    last_used_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT service_tokens_pkey PRIMARY KEY (tenant_id, id),
+    CONSTRAINT service_tokens_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES tenants (id) ON DELETE CASCADE,
+    CONSTRAINT service_tokens_name_length CHECK (char_length(name) BETWEEN 1 AND 200),
+    CONSTRAINT service_tokens_hash_length CHECK (octet_length(token_hash) = 32)
+);
+CREATE UNIQUE INDEX service_tokens_token_hash_idx ON service_tokens (token_hash);
+COMMENT ON TABLE service_tokens IS 'Credentials of a tenant''s own gateways. The text is stored nowhere';
+COMMENT ON COLUMN service_tokens.token_hash IS 'SHA-256 of the text';
+
+CREATE TABLE quota_usage (
+    tenant_id uuid NOT NULL,
+    key_id uuid NOT NULL,
+    policy text NOT NULL,
+    window_start timestamptz NOT NULL,
+    used bigint NOT NULL,
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT quota_usage_pkey PRIMARY KEY (tenant_id, key_id, policy, window_start),
+    CONSTRAINT quota_usage_key_fkey FOREIGN KEY (tenant_id, key_id)
+        REFERENCES api_keys (tenant_id, id) ON DELETE CASCADE,
+    CONSTRAINT quota_usage_policy_known CHECK (policy IN ('daily', 'monthly')),
+    CONSTRAINT quota_usage_used_positive CHECK (used >= 0)
+);
+CREATE INDEX quota_usage_window_start_idx ON quota_usage (window_start);
+COMMENT ON TABLE quota_usage IS 'How much of each calendar quota was handed out to replicas, in blocks: spent, or in some replica''s hand';
+
+-- Audit, idempotency, revocations --------------------------------------------------------------------
+
+CREATE TABLE audit_events (
+    tenant_id uuid NOT NULL,
+    id uuid NOT NULL,
+    at timestamptz NOT NULL DEFAULT now(),
+    user_id uuid,
+    action text NOT NULL,
+    target_type text NOT NULL,
+    target_id text,
+    ip inet,
+    before jsonb,
+    after jsonb,
+    CONSTRAINT audit_events_pkey PRIMARY KEY (tenant_id, id),
+    CONSTRAINT audit_events_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES tenants (id) ON DELETE CASCADE,
+    CONSTRAINT audit_events_user_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE SET NULL
+);
+CREATE INDEX audit_events_newest_idx ON audit_events (tenant_id, at DESC, id DESC);
+COMMENT ON TABLE audit_events IS 'Who changed what, when, from where. Rows are added and never changed';
+
+CREATE TABLE idempotency_keys (
+    tenant_id uuid NOT NULL,
+    operation text NOT NULL,
+    key text NOT NULL,
+    request_hash bytea NOT NULL,
+    status smallint,
+    response jsonb,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT idempotency_keys_pkey PRIMARY KEY (tenant_id, operation, key),
+    CONSTRAINT idempotency_keys_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES tenants (id) ON DELETE CASCADE,
+    CONSTRAINT idempotency_keys_key_length CHECK (char_length(key) BETWEEN 1 AND 255)
+);
+CREATE INDEX idempotency_keys_created_at_idx ON idempotency_keys (created_at);
+COMMENT ON TABLE idempotency_keys IS 'Answers to creating requests, for 24 hours; never with a secret in them';
+COMMENT ON COLUMN idempotency_keys.request_hash IS 'SHA-256 of the request body';
+
+CREATE TABLE revocations (
+    seq bigint GENERATED ALWAYS AS IDENTITY,
+    tenant_id uuid NOT NULL,
+    target_type text NOT NULL,
+    target_id uuid NOT NULL,
+    at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT revocations_pkey PRIMARY KEY (seq),
+    CONSTRAINT revocations_target_known
+        CHECK (target_type IN ('tenant', 'plan', 'api_key', 'service_token', 'session', 'user'))
+);
+CREATE INDEX revocations_at_idx ON revocations (at);
+COMMENT ON TABLE revocations IS 'What replicas must forget from their caches, in the order of commits';
+COMMENT ON COLUMN revocations.seq IS 'Taken under an advisory lock, so that a reader of seq > n misses none';
+
+-- An identity is handed out before its transaction commits. Without the lock a reader could see 6, move
+-- on, and never look back for the 5 that commits after it.
+CREATE FUNCTION revocations_in_order() RETURNS trigger
+    LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(7226421);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER revocations_in_order BEFORE INSERT ON revocations
+    FOR EACH STATEMENT EXECUTE FUNCTION revocations_in_order();
+
+CREATE TABLE server_secrets (
+    id boolean NOT NULL DEFAULT true,
+    secret bytea NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT server_secrets_pkey PRIMARY KEY (id),
+    CONSTRAINT server_secrets_one_row CHECK (id),
+    CONSTRAINT server_secrets_length CHECK (octet_length(secret) = 32)
+);
+COMMENT ON TABLE server_secrets IS 'What tokens are signed with where QUOTA_SECRET is not set: made once, shared by all replicas';
+
+-- Rights ---------------------------------------------------------------------------------------------
+-- quota_app acts for one tenant, quota_system for the server itself (sign-in, look-ups by secret, sweeps).
+
+GRANT SELECT, UPDATE ON tenants TO quota_app;
+GRANT SELECT ON users, memberships TO quota_app;
+GRANT SELECT, INSERT, UPDATE, DELETE ON plans, api_keys, service_tokens, idempotency_keys TO quota_app;
+GRANT SELECT, INSERT ON audit_events, revocations TO quota_app;
+GRANT SELECT, INSERT, UPDATE, DELETE ON
+    tenants, users, memberships, sessions, refresh_tokens, plans, api_keys, service_tokens, quota_usage,
+    idempotency_keys, revocations TO quota_system;
+GRANT SELECT, INSERT ON audit_events, server_secrets TO quota_system;
+
+ALTER TABLE tenants ENABLE ROW LEVEL SECURITY;
+ALTER TABLE tenants FORCE ROW LEVEL SECURITY;
+CREATE POLICY tenants_own ON tenants TO quota_app USING (id = current_tenant());
+CREATE POLICY tenants_system ON tenants TO quota_system USING (true);
+
+ALTER TABLE users ENABLE ROW LEVEL SECURITY;
+ALTER TABLE users FORCE ROW LEVEL SECURITY;
+CREATE POLICY users_members ON users TO quota_app USING (
+    EXISTS (SELECT 1 FROM memberships m WHERE m.user_id = users.id AND m.tenant_id = current_tenant())
+);
+CREATE POLICY users_system ON users TO quota_system USING (true);
+
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY ARRAY[
+        'memberships', 'plans', 'api_keys', 'service_tokens', 'audit_events', 'idempotency_keys', 'revocations'
+    ] LOOP
+        EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
+        EXECUTE format('ALTER TABLE %I FORCE ROW LEVEL SECURITY', name);
+        EXECUTE format(
+            'CREATE POLICY %I ON %I TO quota_app USING (tenant_id = current_tenant())', name || '_own', name);
+        EXECUTE format('CREATE POLICY %I ON %I TO quota_system USING (true)', name || '_system', name);
+    END LOOP;
+    FOREACH name IN ARRAY ARRAY['sessions', 'refresh_tokens', 'quota_usage', 'server_secrets'] LOOP
+        EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
+        EXECUTE format('ALTER TABLE %I FORCE ROW LEVEL SECURITY', name);
+        EXECUTE format('CREATE POLICY %I ON %I TO quota_system USING (true)', name || '_system', name);
+    END LOOP;
+END $$;
