@@ -1,1 +1,126 @@
-fn main() {}
+//! `cargo xtask`: every chore of this project, in Rust, with no other tool needed first.
+//!
+//! Few dependencies, and none on the server: a chore begins before the server is built.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a chore has no `Config` and no `Clock`: it reads the environment and the time as it is"
+)]
+
+mod advisories;
+mod check;
+mod machine;
+mod postgres;
+mod run;
+mod schema;
+mod test;
+
+use std::{
+    env,
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Quota's chores")]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Build the server and run it with a private PostgreSQL and demo data in ./.quota
+    Run {
+        /// More arguments for `quota serve`, after `--`
+        #[arg(last = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Run all tests, or those that the arguments pick
+    Test {
+        /// Filters and options for the test runner (nextest where it is installed, else `cargo test`)
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Formatting, lints, and whether generated files are fresh
+    Check,
+    /// Write server/src/schema.rs from the migrations
+    Schema,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().chore {
+        Chore::Run { arguments } => run::run(&arguments),
+        Chore::Test { arguments } => test::test(&arguments),
+        Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
+        Chore::Schema => schema::write().map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// The workspace's root.
+fn root() -> PathBuf {
+    let own = env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    own.parent().map(Path::to_owned).unwrap_or(own)
+}
+
+/// The cargo that started us, in the workspace's root.
+fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// Says on standard error what is done.
+fn say(what: &str) {
+    eprintln!("xtask: {what}");
+}
+
+/// Runs a command to its end; an error names it.
+fn succeed(command: &mut Command) -> Result<()> {
+    let text = shown(command);
+    let status = command
+        .status()
+        .with_context(|| format!("cannot run `{text}`"))?;
+    if !status.success() {
+        bail!("`{text}` failed ({status})");
+    }
+    Ok(())
+}
+
+/// What a command prints; an error names it and what it printed on standard error.
+fn read(command: &mut Command) -> Result<String> {
+    let text = shown(command);
+    let output = command
+        .output()
+        .with_context(|| format!("cannot run `{text}`"))?;
+    if !output.status.success() {
+        bail!(
+            "`{text}` failed ({}): {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("`{text}` printed no UTF-8"))
+}
+
+fn shown(command: &Command) -> String {
+    let mut words = vec![command.get_program().to_string_lossy()];
+    words.extend(
+        command
+            .get_args()
+            .map(|argument| argument.to_string_lossy()),
+    );
+    if let Some(cargo) = words[0].strip_suffix("/cargo").map(|_| "cargo".into()) {
+        words[0] = cargo;
+    }
+    words.join(" ")
+}

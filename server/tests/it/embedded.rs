@@ -1,0 +1,396 @@
+//! The embedded PostgreSQL: it starts from nothing, keeps its data, outlives its own crashes, and never
+//! outlives us.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use quota_server::db::embedded::{EmbeddedError, EmbeddedPostgres};
+use tokio_postgres::{Client, NoTls};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A data directory that root's PostgreSQL may enter, which `/root/…` would not be.
+fn data_dir() -> tempfile::TempDir {
+    let dir = tempfile::Builder::new()
+        .prefix("quota-embedded-")
+        .tempdir_in("/tmp")
+        .expect("a directory");
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).expect("its mode is set");
+    dir
+}
+
+async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls)
+        .await
+        .expect("it takes connections");
+    tokio::spawn(connection);
+    client
+}
+
+/// The processes whose working directory is the cluster: every process of its PostgreSQL.
+fn processes_of(data_dir: &Path) -> Vec<i32> {
+    let cluster = fs::canonicalize(data_dir)
+        .expect("it is there")
+        .join("postgres");
+    fs::read_dir("/proc")
+        .expect("there is a /proc")
+        .flatten()
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            (fs::read_link(entry.path().join("cwd")).ok()? == cluster).then_some(pid)
+        })
+        .collect()
+}
+
+fn postmaster(data_dir: &Path) -> i32 {
+    let text = fs::read_to_string(data_dir.join("postgres/postmaster.pid")).expect("it runs");
+    text.lines()
+        .next()
+        .and_then(|line| line.parse().ok())
+        .expect("a process id")
+}
+
+async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_second_start_keeps_the_data_of_the_first() {
+    let dir = data_dir();
+    let postgres = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it starts from nothing");
+    let client = connect(&postgres.database_url()).await;
+    client
+        .batch_execute("CREATE TABLE kept (n int); INSERT INTO kept VALUES (42)")
+        .await
+        .expect("a table");
+    postgres.stop().await;
+    assert_eq!(processes_of(dir.path()), Vec::<i32>::new());
+
+    let postgres = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it starts again");
+    let client = connect(&postgres.database_url()).await;
+    let row = client
+        .query_one("SELECT n FROM kept", &[])
+        .await
+        .expect("the row is there");
+    assert_eq!(row.get::<_, i32>(0), 42);
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn it_listens_on_a_private_socket_alone_and_loses_nothing_at_a_power_cut() {
+    let dir = data_dir();
+    let postgres = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it starts");
+    let client = connect(&postgres.database_url()).await;
+    for (name, wanted) in [
+        ("listen_addresses", ""),
+        ("fsync", "on"),
+        ("data_checksums", "on"),
+    ] {
+        let row = client
+            .query_one("SELECT current_setting($1)", &[&name])
+            .await
+            .expect("a setting");
+        assert_eq!(row.get::<_, &str>(0), wanted, "{name}");
+    }
+    let row = client
+        .query_one("SELECT current_database()::text", &[])
+        .await
+        .expect("a name");
+    assert_eq!(row.get::<_, &str>(0), "quota");
+    let row = client
+        .query_one("SELECT current_setting('unix_socket_directories')", &[])
+        .await
+        .expect("a setting");
+    let mode = fs::metadata(row.get::<_, &str>(0))
+        .expect("it is there")
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o700);
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn dropping_it_ends_it() {
+    let dir = data_dir();
+    let postgres = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it starts");
+    assert_ne!(processes_of(dir.path()), Vec::<i32>::new());
+    drop(postgres);
+    eventually("PostgreSQL ends", || processes_of(dir.path()).is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_second_server_on_the_same_data_directory_is_refused() {
+    let dir = data_dir();
+    let postgres = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it starts");
+    let error = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect_err("it is taken");
+    assert!(matches!(error, EmbeddedError::InUse(_)), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("another server is using the data directory"),
+        "{error}"
+    );
+    connect(&postgres.database_url()).await;
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn it_is_started_again_when_it_dies() {
+    let dir = data_dir();
+    let postgres = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it starts");
+    let url = postgres.database_url();
+    connect(&url)
+        .await
+        .batch_execute("CREATE TABLE kept (n int); INSERT INTO kept VALUES (42)")
+        .await
+        .expect("a table");
+    for _ in 0..2 {
+        let first = postmaster(dir.path());
+        kill(Pid::from_raw(first), Signal::SIGKILL).expect("it was alive");
+        let deadline = Instant::now() + PATIENCE;
+        let client = loop {
+            if let Ok((client, connection)) = tokio_postgres::connect(&url, NoTls).await {
+                tokio::spawn(connection);
+                break client;
+            }
+            assert!(Instant::now() < deadline, "it did not come back");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        assert_ne!(postmaster(dir.path()), first);
+        let row = client
+            .query_one("SELECT n FROM kept", &[])
+            .await
+            .expect("the row is there");
+        assert_eq!(row.get::<_, i32>(0), 42);
+    }
+    postgres.stop().await;
+    assert_eq!(processes_of(dir.path()), Vec::<i32>::new());
+}
+
+#[tokio::test]
+async fn killing_the_server_ends_its_postgres() {
+    let dir = data_dir();
+    let (mut owner, url) = start_owner(dir.path());
+    connect(&url).await;
+    kill_and_reap(&mut owner);
+    eventually("PostgreSQL ends", || processes_of(dir.path()).is_empty()).await;
+    // In order, and not by a crash of its own: nothing is left to recover from.
+    assert!(!dir.path().join("postgres/postmaster.pid").exists());
+}
+
+#[tokio::test]
+async fn a_server_started_right_after_a_kill_takes_over() {
+    let dir = data_dir();
+    let (mut owner, url) = start_owner(dir.path());
+    let orphan = postmaster(dir.path());
+    // Without its guard PostgreSQL stays: the worst that a crash can leave. The owner is frozen first, or
+    // it would mend that.
+    let owner_pid = Pid::from_raw(owner.id().cast_signed());
+    kill(owner_pid, Signal::SIGSTOP).expect("the owner was alive");
+    let guard = parent_of(orphan);
+    for part in [vec![guard], children_of(guard)].concat() {
+        if part != orphan {
+            kill(Pid::from_raw(part), Signal::SIGKILL).expect("the guard was alive");
+        }
+    }
+    kill_and_reap(&mut owner);
+    connect(&url).await;
+
+    let postgres = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it takes over");
+    assert_ne!(postmaster(dir.path()), orphan);
+    connect(&postgres.database_url()).await;
+    postgres.stop().await;
+    assert_eq!(processes_of(dir.path()), Vec::<i32>::new());
+}
+
+#[tokio::test]
+async fn a_stale_pid_file_that_names_another_process_harms_neither() {
+    let dir = data_dir();
+    EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it starts")
+        .stop()
+        .await;
+    let mut stranger = Command::new("sleep").arg("600").spawn().expect("a process");
+    fs::write(
+        dir.path().join("postgres/postmaster.pid"),
+        format!(
+            "{}\n{}\n1\n5432\n",
+            stranger.id(),
+            dir.path().join("postgres").display()
+        ),
+    )
+    .expect("written");
+
+    let started = EmbeddedPostgres::start(dir.path()).await;
+    let alive = stranger.try_wait().expect("it is our child").is_none();
+    stranger.kill().expect("it was alive");
+    stranger.wait().expect("it is our child");
+    assert!(alive, "the stranger was killed");
+    started.expect("it starts all the same").stop().await;
+}
+
+#[tokio::test]
+async fn a_crash_in_the_making_of_the_cluster_is_forgotten() {
+    let dir = data_dir();
+    let leftover = dir.path().join("postgres.new-1");
+    fs::create_dir(&leftover).expect("made");
+    fs::write(leftover.join("PG_VERSION"), "15\n").expect("written");
+
+    let postgres = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it starts");
+    connect(&postgres.database_url()).await;
+    assert!(!leftover.exists());
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn a_data_directory_with_a_long_or_odd_path_works() {
+    let dir = data_dir();
+    let deep = dir.path().join("ä b%".repeat(20)).join("x".repeat(80));
+    let postgres = EmbeddedPostgres::start(&deep).await.expect("it starts");
+    let socket_dir = {
+        let client = connect(&postgres.database_url()).await;
+        let row = client
+            .query_one("SELECT current_setting('unix_socket_directories')", &[])
+            .await
+            .expect("a setting");
+        PathBuf::from(row.get::<_, &str>(0))
+    };
+    assert!(socket_dir.starts_with("/tmp"), "{}", socket_dir.display());
+    let mode = fs::metadata(&socket_dir)
+        .expect("it is there")
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o700);
+    postgres.stop().await;
+    fs::remove_dir_all(socket_dir).expect("removed");
+}
+
+#[tokio::test]
+async fn a_cluster_of_a_version_that_is_not_installed_is_named() {
+    let dir = data_dir();
+    EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it starts")
+        .stop()
+        .await;
+    fs::write(dir.path().join("postgres/PG_VERSION"), "8\n").expect("written");
+    let error = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect_err("nothing reads it");
+    assert!(error.to_string().contains("postgresql-8"), "{error}");
+}
+
+#[tokio::test]
+async fn what_postgres_said_is_in_the_error_when_it_does_not_start() {
+    let dir = data_dir();
+    EmbeddedPostgres::start(dir.path())
+        .await
+        .expect("it starts")
+        .stop()
+        .await;
+    fs::remove_file(dir.path().join("postgres/global/pg_control")).expect("removed");
+    let error = EmbeddedPostgres::start(dir.path())
+        .await
+        .expect_err("it is broken");
+    assert!(error.to_string().contains("pg_control"), "{error}");
+}
+
+/// Not a test: the server that the tests above kill.
+#[tokio::test]
+#[ignore = "run by other tests, in a process of its own"]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the word of the test that started us"
+)]
+async fn owner() {
+    let Some(dir) = std::env::var_os("QUOTA_TEST_EMBEDDED_DIR") else {
+        return;
+    };
+    let postgres = EmbeddedPostgres::start(Path::new(&dir))
+        .await
+        .expect("it starts");
+    println!("\nurl={}", postgres.database_url());
+    // Bounded, should the test that started us be gone.
+    tokio::time::sleep(Duration::from_mins(2)).await;
+}
+
+fn start_owner(data_dir: &Path) -> (Child, String) {
+    let (_, module) = module_path!()
+        .split_once("::")
+        .expect("we are a module of a test binary");
+    let mut child = Command::new(std::env::current_exe().expect("we run"))
+        .args([
+            &format!("{module}::owner"),
+            "--exact",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env("QUOTA_TEST_EMBEDDED_DIR", data_dir)
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let url = BufReader::new(child.stdout.take().expect("piped"))
+        .lines()
+        .map_while(Result::ok)
+        .find_map(|line| line.strip_prefix("url=").map(str::to_owned))
+        .expect("it tells its URL");
+    (child, url)
+}
+
+fn kill_and_reap(child: &mut Child) {
+    child.kill().expect("it was alive");
+    child.wait().expect("it is our child");
+}
+
+fn parent_of(pid: i32) -> i32 {
+    parent(pid).expect("it runs")
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    // The fields after the name, which is in brackets: state, parent.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn children_of(pid: i32) -> Vec<i32> {
+    fs::read_dir("/proc")
+        .expect("there is a /proc")
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|&child| parent(child) == Some(pid))
+        .collect()
+}

@@ -1,0 +1,287 @@
+//! Known vulnerabilities in what `Cargo.lock` pins, by a copy of the RustSec advisory database.
+//!
+//! Only when `QUOTA_ADVISORY_DB` names such a copy, a directory or a `.tar.gz` of one: the check neither
+//! downloads nor goes stale unseen. A vulnerability fails; notices (unmaintained, unsound) and the copy's age
+//! are printed.
+
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, Result, bail};
+use semver::{Version, VersionReq};
+use toml::{Table, Value};
+
+use crate::{root, say, succeed};
+
+struct Advisory {
+    id: String,
+    package: String,
+    date: String,
+    /// `unmaintained`, `unsound`, `notice`; vulnerabilities have none.
+    informational: Option<String>,
+    withdrawn: bool,
+    patched: Vec<VersionReq>,
+    unaffected: Vec<VersionReq>,
+    title: String,
+}
+
+pub(crate) fn check() -> Result<()> {
+    let Some(database) = env::var_os("QUOTA_ADVISORY_DB").filter(|path| !path.is_empty()) else {
+        say("no advisory check: QUOTA_ADVISORY_DB names no copy of the RustSec database");
+        return Ok(());
+    };
+    let advisories = read_database(Path::new(&database))?;
+    let newest = advisories
+        .iter()
+        .map(|advisory| advisory.date.as_str())
+        .max()
+        .unwrap_or_default();
+    let age = age_in_days(newest).map_or_else(String::new, |days| format!(", {days} days ago"));
+    say(&format!(
+        "{} advisories, the newest of {newest}{age}",
+        advisories.len()
+    ));
+
+    let lock = fs::read_to_string(root().join("Cargo.lock"))?;
+    let mut hits = 0;
+    for (package, version) in locked(&lock)? {
+        for advisory in advisories
+            .iter()
+            .filter(|advisory| advisory.hits(&package, &version))
+        {
+            let kind = advisory.informational.as_deref().unwrap_or("VULNERABLE");
+            say(&format!(
+                "{kind}: {package} {version}: {} {}",
+                advisory.id, advisory.title
+            ));
+            hits += u32::from(advisory.informational.is_none());
+        }
+    }
+    if hits > 0 {
+        bail!("{hits} known vulnerabilities in Cargo.lock");
+    }
+    Ok(())
+}
+
+impl Advisory {
+    /// An advisory is a Markdown file that begins with a fenced block of TOML.
+    fn parse(text: &str) -> Result<Self> {
+        let (head, body) = text
+            .strip_prefix("```toml\n")
+            .and_then(|rest| rest.split_once("\n```"))
+            .context("it does not begin with a block of TOML")?;
+        let head: Table = head.parse()?;
+        let advisory = head
+            .get("advisory")
+            .and_then(Value::as_table)
+            .context("no [advisory]")?;
+        let field = |name: &str| {
+            advisory
+                .get(name)
+                .and_then(Value::as_str)
+                .map(str::to_owned)
+        };
+        let versions = |name: &str| -> Result<Vec<VersionReq>> {
+            let list = head
+                .get("versions")
+                .and_then(|versions| versions.get(name))
+                .and_then(Value::as_array);
+            list.into_iter()
+                .flatten()
+                .map(|req| {
+                    VersionReq::parse(req.as_str().unwrap_or_default())
+                        .context("no version requirement")
+                })
+                .collect()
+        };
+        Ok(Self {
+            id: field("id").context("no id")?,
+            package: field("package").context("no package")?,
+            date: field("date").context("no date")?,
+            informational: field("informational"),
+            withdrawn: advisory.contains_key("withdrawn"),
+            patched: versions("patched")?,
+            unaffected: versions("unaffected")?,
+            title: body
+                .lines()
+                .find_map(|line| line.strip_prefix("# "))
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
+        })
+    }
+
+    fn hits(&self, package: &str, version: &Version) -> bool {
+        let safe = self
+            .patched
+            .iter()
+            .chain(&self.unaffected)
+            .any(|req| matches(req, version));
+        !self.withdrawn && self.package == package && !safe
+    }
+}
+
+/// `semver` lets a pre-release match only requirements that name one; RustSec means the plain order. A
+/// pre-release of 2.0.0 lies below `>= 2.0.0` in both.
+fn matches(req: &VersionReq, version: &Version) -> bool {
+    if version.pre.is_empty() || req.matches(version) {
+        return req.matches(version);
+    }
+    // Below its own release, at or above everything before that.
+    let mut below = version.clone();
+    below.pre = semver::Prerelease::EMPTY;
+    if below.patch == 0 {
+        return false;
+    }
+    below.patch -= 1;
+    req.matches(&below)
+}
+
+fn read_database(path: &Path) -> Result<Vec<Advisory>> {
+    if path.is_dir() {
+        return read_directory(path);
+    }
+    let dir = env::temp_dir().join(format!("quota-advisories-{}", std::process::id()));
+    fs::create_dir(&dir)?;
+    let advisories = succeed(
+        Command::new("tar")
+            .arg("-xzf")
+            .arg(path)
+            .arg("-C")
+            .arg(&dir),
+    )
+    .and_then(|()| read_directory(&dir));
+    fs::remove_dir_all(&dir)?;
+    advisories
+}
+
+fn read_directory(path: &Path) -> Result<Vec<Advisory>> {
+    let mut files = Vec::new();
+    for package in fs::read_dir(path.join("crates"))
+        .with_context(|| format!("{} has no crates/", path.display()))?
+    {
+        for file in fs::read_dir(package?.path())? {
+            files.push(file?.path());
+        }
+    }
+    files.retain(|file: &PathBuf| file.extension().is_some_and(|extension| extension == "md"));
+    if files.is_empty() {
+        bail!("{} has no advisories", path.display());
+    }
+    files
+        .iter()
+        .map(|file| {
+            Advisory::parse(&fs::read_to_string(file)?).with_context(|| file.display().to_string())
+        })
+        .collect()
+}
+
+/// The packages of a lock file that come from a registry, with their versions.
+fn locked(lock: &str) -> Result<Vec<(String, Version)>> {
+    let lock: Table = lock.parse()?;
+    let packages = lock
+        .get("package")
+        .and_then(Value::as_array)
+        .context("no packages in Cargo.lock")?;
+    let mut locked = BTreeSet::new();
+    for package in packages
+        .iter()
+        .filter(|package| package.get("source").is_some())
+    {
+        let field = |name: &str| {
+            package
+                .get(name)
+                .and_then(Value::as_str)
+                .context("an odd package in Cargo.lock")
+        };
+        let version = Version::parse(field("version")?)?;
+        locked.insert((field("name")?.to_owned(), version));
+    }
+    Ok(locked.into_iter().collect())
+}
+
+/// Days from `date` (`2026-08-21`) to today.
+fn age_in_days(date: &str) -> Option<i64> {
+    let mut parts = date.split('-').map(|part| part.parse::<i64>().ok());
+    let (year, month, day) = (parts.next()??, parts.next()??, parts.next()??);
+    // Days since 1970-01-01 in the proleptic Gregorian calendar, years beginning in March.
+    let (year, month) = if month > 2 {
+        (year, month - 3)
+    } else {
+        (year - 1, month + 9)
+    };
+    let date =
+        365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 719_469;
+    let today = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs() / 86_400;
+    Some(i64::try_from(today).ok()? - date)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ADVISORY: &str = "```toml\n[advisory]\nid = \"RUSTSEC-2020-0001\"\npackage = \"thing\"\n\
+                            date = \"2020-01-02\"\n\n[versions]\npatched = [\">= 1.2.3\"]\n\
+                            unaffected = [\"< 1.0.0\"]\n```\n\n# It leaks\n\nA lot.\n";
+
+    fn hits(version: &str) -> bool {
+        let advisory = Advisory::parse(ADVISORY).expect("it is one");
+        advisory.hits("thing", &Version::parse(version).expect("a version"))
+    }
+
+    #[test]
+    fn only_versions_between_unaffected_and_patched_are_hit() {
+        assert!(hits("1.0.0"));
+        assert!(hits("1.2.2"));
+        assert!(!hits("0.9.9"));
+        assert!(!hits("1.2.3"));
+        assert!(!hits("2.0.0"));
+        assert!(hits("1.2.3-rc.1"));
+        assert!(!hits("1.2.4-rc.1"));
+    }
+
+    #[test]
+    fn another_package_and_a_withdrawn_advisory_hit_nothing() {
+        let version = Version::new(1, 0, 0);
+        let advisory = Advisory::parse(ADVISORY).expect("it is one");
+        assert_eq!(advisory.title, "It leaks");
+        assert!(!advisory.hits("other", &version));
+        let withdrawn = ADVISORY.replace(
+            "\n\n[versions]",
+            "\nwithdrawn = \"2020-02-01\"\n\n[versions]",
+        );
+        assert!(
+            !Advisory::parse(&withdrawn)
+                .expect("it is one")
+                .hits("thing", &version)
+        );
+    }
+
+    #[test]
+    fn ages_count_days() {
+        let day = |date| age_in_days(date).expect("a date");
+        assert_eq!(day("2024-02-28") - day("2024-03-01"), 2);
+        assert_eq!(day("2023-12-31") - day("2024-01-01"), 1);
+        let today = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("later")
+            .as_secs()
+            / 86_400;
+        assert_eq!(day("1970-01-01"), i64::try_from(today).expect("small"));
+    }
+
+    #[test]
+    fn workspace_members_are_not_looked_up() {
+        let lock = "[[package]]\nname = \"own\"\nversion = \"0.1.0\"\n\n[[package]]\nname = \"thing\"\n\
+                    version = \"1.0.0\"\nsource = \"registry+https://example.org\"\n";
+        assert_eq!(
+            locked(lock).expect("a lock"),
+            [("thing".to_owned(), Version::new(1, 0, 0))]
+        );
+    }
+}

@@ -1,0 +1,159 @@
+//! What the chores need on the machine: found, or installed where we know how, or named.
+
+use std::{
+    io::{IsTerminal as _, stdin},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{postgres, say, succeed};
+
+/// A program that a chore needs.
+#[derive(Clone, Copy)]
+pub(crate) struct Need {
+    name: &'static str,
+    /// Debian's package.
+    package: &'static str,
+    is_there: fn() -> bool,
+}
+
+pub(crate) const POSTGRES: Need = Need {
+    name: "PostgreSQL (its server programs, `initdb` and `postgres`)",
+    package: "postgresql",
+    is_there: || postgres::binaries().is_some(),
+};
+
+pub(crate) const REDIS: Need = Need {
+    name: "Redis (`redis-server`)",
+    package: "redis-server",
+    is_there: || on_path("redis-server").is_some(),
+};
+
+/// Installs what is missing with Debian's packages, saying so; elsewhere fails, naming what to install.
+pub(crate) fn install(needs: &[Need]) -> Result<()> {
+    let missing: Vec<Need> = needs
+        .iter()
+        .copied()
+        .filter(|need| !(need.is_there)())
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<&str> = missing.iter().map(|need| need.name).collect();
+    let packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    if !Path::new("/etc/debian_version").exists() || on_path("apt-get").is_none() {
+        bail!(
+            "install {} first, with your system's packages or from its site",
+            names.join(" and ")
+        );
+    }
+    let by_hand = format!(
+        "install it yourself: `apt-get install {}`, as root",
+        packages.join(" ")
+    );
+    if !is_root() && on_path("sudo").is_none() {
+        bail!(
+            "this machine lacks {}, and has no `sudo`; {by_hand}",
+            names.join(" and ")
+        );
+    }
+    say(&format!(
+        "this machine lacks {}: installing Debian's {}",
+        names.join(" and "),
+        packages.join(" and ")
+    ));
+    let installed = (|| {
+        apt(&["update", "--quiet"])?;
+        if packages.contains(&POSTGRES.package) {
+            no_system_cluster()?;
+        }
+        apt(&[
+            &["install", "--quiet", "--yes", "--no-install-recommends"],
+            &packages[..],
+        ]
+        .concat())
+    })();
+    installed.with_context(|| by_hand.clone())?;
+    match missing.iter().find(|need| !(need.is_there)()) {
+        Some(need) => bail!(
+            "{} is still not there after installing {}; {by_hand}",
+            need.name,
+            need.package
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Debian's package makes a cluster of its own and starts it on port 5432. Nobody here asked for that:
+/// each of ours is private, so the package is told not to, before it is installed.
+fn no_system_cluster() -> Result<()> {
+    const CONFIG: &str = "/etc/postgresql-common/createcluster.conf";
+    apt(&[
+        "install",
+        "--quiet",
+        "--yes",
+        "--no-install-recommends",
+        "postgresql-common",
+    ])?;
+    say(&format!(
+        "setting create_main_cluster = false in {CONFIG}: no PostgreSQL service is to start"
+    ));
+    succeed(as_root("sed").args([
+        "-i",
+        "-e",
+        "s/^#\\?\\s*create_main_cluster\\s*=.*/create_main_cluster = false/",
+        CONFIG,
+    ]))
+}
+
+fn apt(arguments: &[&str]) -> Result<()> {
+    // `env`, because sudo does not pass ours on.
+    let mut command = as_root("env");
+    command
+        .args(["DEBIAN_FRONTEND=noninteractive", "apt-get"])
+        .args(arguments);
+    say(&crate::shown(&command));
+    succeed(&mut command)
+}
+
+fn as_root(program: &str) -> Command {
+    if is_root() {
+        let mut command = Command::new(program);
+        command.stdin(Stdio::null());
+        return command;
+    }
+    let mut command = Command::new("sudo");
+    if !stdin().is_terminal() {
+        // Nobody is there to type a password.
+        command.arg("-n");
+    }
+    command.arg(program);
+    command
+}
+
+pub(crate) fn is_root() -> bool {
+    id(&["-u"]) == Some(0)
+}
+
+/// What `id` says: a user's or group's number.
+pub(crate) fn id(arguments: &[&str]) -> Option<u32> {
+    let output = Command::new("id")
+        .args(arguments)
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    String::from_utf8(output.stdout).ok()?.trim().parse().ok()
+}
+
+/// A program's place, by the shell's own search.
+pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
+    let output = Command::new("/bin/sh")
+        .args(["-c", "command -v -- \"$1\"", "sh", program])
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    let place = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
+    place.is_absolute().then_some(place)
+}
