@@ -6,6 +6,7 @@
 //! `db::embedded`; this one is apart because chores begin before the server is built.
 
 use std::{
+    cmp::Reverse,
     fs,
     os::unix::{
         fs::{DirBuilderExt as _, chown},
@@ -227,7 +228,7 @@ pub(crate) fn binaries() -> Option<PathBuf> {
                 })
         })
         .collect();
-    packaged.sort_by_key(|(version, _)| std::cmp::Reverse(*version));
+    packaged.sort_by_key(|(version, _)| Reverse(*version));
     places.extend(packaged.into_iter().map(|(_, dir)| dir));
     places.into_iter().find(|dir| {
         dir.is_absolute()

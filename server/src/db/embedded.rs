@@ -14,6 +14,7 @@
 //! * As root, which PostgreSQL refuses to run as, it runs as the user `postgres`, or else `nobody`.
 
 use std::{
+    cmp::Reverse,
     ffi::OsStr,
     fmt::Write as _,
     fs::{self, File, OpenOptions, TryLockError},
@@ -209,13 +210,12 @@ impl EmbeddedPostgres {
         let lock = lock(&data_dir)?;
         let place = Place::choose(&data_dir).await?;
         let installed = installed_binaries().await;
-        let bin = match place.version()? {
-            Some(version) => matching(&installed, &version, &place.cluster)?,
-            None => {
-                let newest = installed.first().ok_or(EmbeddedError::NotInstalled)?;
-                initdb(&newest.dir, &place).await?;
-                newest.dir.clone()
-            }
+        let bin = if let Some(version) = place.version()? {
+            matching(&installed, &version, &place.cluster)?
+        } else {
+            let preferred = installed.first().ok_or(EmbeddedError::NotInstalled)?;
+            initdb(&preferred.dir, &place).await?;
+            preferred.dir.clone()
         };
         let socket_dir = socket_dir(&place)?;
         let log = data_dir.join("postgres.log");
@@ -475,14 +475,11 @@ impl Cluster {
         let url = url(&self.socket_dir, "postgres");
         let deadline = Instant::now() + START_LIMIT;
         loop {
-            let refused = match connect(&url).await {
-                Ok(_) => {
-                    return Ok(Guarded {
-                        pipe: child.stdin.take(),
-                        child,
-                    });
-                }
-                Err(error) => error,
+            let Err(refused) = connect(&url).await else {
+                return Ok(Guarded {
+                    pipe: child.stdin.take(),
+                    child,
+                });
             };
             if let Ok(Some(status)) = child.try_wait() {
                 return Err(EmbeddedError::Ended {
@@ -701,7 +698,7 @@ async fn installed_binaries() -> Vec<Binaries> {
             }
         }
     }
-    packaged.sort_by(|a, b| b.0.cmp(&a.0));
+    packaged.sort_by_key(|(version, _)| Reverse(*version));
     places.extend(packaged.into_iter().map(|(_, dir)| dir));
 
     let mut found: Vec<Binaries> = Vec::new();

@@ -1,0 +1,334 @@
+//! A database for each test, fresh and migrated, made by copying a template.
+//!
+//! The cluster is that of `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without
+//! it each test process runs one of its own, from the first free slot of a few that are kept between runs
+//! under `/tmp`, and ends it with itself: `cargo test` and `cargo nextest run` work as they are, the latter
+//! more slowly.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+    sync::OnceLock,
+    thread,
+    time::Duration,
+};
+
+use quota_server::db::embedded::{EmbeddedError, EmbeddedPostgres};
+use tokio_postgres::{Client, Config, NoTls, error::SqlState};
+use uuid::Uuid;
+
+/// Any number that is the same in all tests: the lock that the maker of the template holds.
+const TEMPLATE_LOCK: i64 = 0x7155_6f74_6154;
+
+/// A database of the test's own. Dropped with the value.
+#[derive(Debug)]
+pub(crate) struct TestDatabase {
+    name: String,
+    url: String,
+}
+
+impl TestDatabase {
+    /// Copies the template; the first test of a cluster makes it, with `migrate`, which is given the URL of
+    /// an empty database.
+    pub(crate) async fn create<F, E>(migrate: impl FnOnce(String) -> F) -> Self
+    where
+        F: Future<Output = Result<(), E>>,
+        E: std::fmt::Debug,
+    {
+        let admin = connect(admin_url()).await;
+        let template = format!("quota_template_{:016x}", migrations_hash());
+        // Held by the session, and so gone with it, however the test ends.
+        admin
+            .execute("SELECT pg_advisory_lock($1)", &[&TEMPLATE_LOCK])
+            .await
+            .expect("a lock");
+        if !exists(&admin, &template).await {
+            make_template(&admin, &template, migrate).await;
+        }
+        admin
+            .execute("SELECT pg_advisory_unlock($1)", &[&TEMPLATE_LOCK])
+            .await
+            .expect("the lock was ours");
+
+        let name = format!("quota_test_{}", Uuid::now_v7().simple());
+        run(
+            &admin,
+            &format!("CREATE DATABASE {name} TEMPLATE {template}"),
+        )
+        .await;
+        Self {
+            url: url_of(&name),
+            name,
+        }
+    }
+
+    /// An empty database, for tests of the migrations themselves.
+    pub(crate) async fn create_empty() -> Self {
+        let admin = connect(admin_url()).await;
+        let name = format!("quota_test_{}", Uuid::now_v7().simple());
+        run(
+            &admin,
+            &format!("CREATE DATABASE {name} TEMPLATE template0"),
+        )
+        .await;
+        Self {
+            url: url_of(&name),
+            name,
+        }
+    }
+
+    /// As superuser, who owns the tables.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A connection as superuser, past row-level security.
+    pub(crate) async fn connect(&self) -> Client {
+        connect(&self.url).await
+    }
+}
+
+impl Drop for TestDatabase {
+    fn drop(&mut self) {
+        let sql = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
+        // The test's runtime cannot be waited on from here. Best effort: a leftover goes with its cluster.
+        let _ = thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            runtime.block_on(async {
+                if let Ok((client, connection)) = tokio_postgres::connect(admin_url(), NoTls).await
+                {
+                    tokio::spawn(connection);
+                    let _ =
+                        tokio::time::timeout(Duration::from_secs(10), client.batch_execute(&sql))
+                            .await;
+                }
+            });
+            io::Result::Ok(())
+        })
+        .join();
+    }
+}
+
+async fn exists(admin: &Client, name: &str) -> bool {
+    admin
+        .query_opt("SELECT 1 FROM pg_database WHERE datname = $1", &[&name])
+        .await
+        .expect("the catalog is readable")
+        .is_some()
+}
+
+/// Under another name until it is whole: a template that bears its name is a good one.
+async fn make_template<F, E>(admin: &Client, template: &str, migrate: impl FnOnce(String) -> F)
+where
+    F: Future<Output = Result<(), E>>,
+    E: std::fmt::Debug,
+{
+    let making = format!("{template}_making");
+    run(
+        admin,
+        &format!("DROP DATABASE IF EXISTS {making} WITH (FORCE)"),
+    )
+    .await;
+    run(
+        admin,
+        &format!("CREATE DATABASE {making} TEMPLATE template0"),
+    )
+    .await;
+    migrate(url_of(&making))
+        .await
+        .expect("the migrations apply");
+    run(
+        admin,
+        &format!("ALTER DATABASE {making} RENAME TO {template}"),
+    )
+    .await;
+}
+
+/// Runs SQL that needs a database to itself, for as long as another session is still on its way out of it.
+async fn run(admin: &Client, sql: &str) {
+    for _ in 0..200 {
+        match admin.batch_execute(sql).await {
+            Ok(()) => return,
+            Err(error) if error.code() == Some(&SqlState::OBJECT_IN_USE) => {
+                tokio::time::sleep(Duration::from_millis(25)).await;
+            }
+            Err(error) => panic!("{sql}: {error:?}"),
+        }
+    }
+    panic!("{sql}: the database stays in use");
+}
+
+async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls)
+        .await
+        .unwrap_or_else(|error| panic!("cannot connect to {url}: {error:?}"));
+    tokio::spawn(connection);
+    client
+}
+
+/// The cluster's URL with another database.
+fn url_of(database: &str) -> String {
+    let (cluster, _) = admin_url()
+        .rsplit_once('/')
+        .expect("a URL ends in a database");
+    format!("{cluster}/{database}")
+}
+
+/// The URL of a database that is nobody's, as superuser.
+fn admin_url() -> &'static str {
+    static URL: OnceLock<String> = OnceLock::new();
+    URL.get_or_init(|| {
+        #[expect(clippy::disallowed_methods, reason = "tests have no `Config`")]
+        let shared = std::env::var("QUOTA_TEST_POSTGRES");
+        let url = shared.unwrap_or_else(|_| start_own());
+        url.parse::<Config>()
+            .unwrap_or_else(|error| panic!("QUOTA_TEST_POSTGRES is no URL of PostgreSQL: {error}"));
+        url
+    })
+}
+
+/// Starts a cluster that ends with this process. It needs a runtime that outlives each test's own.
+fn start_own() -> String {
+    let (url, started) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            let postgres = first_free_slot().await;
+            let template = postgres.database_url();
+            let (cluster, _) = template.rsplit_once('/').expect("a URL ends in a database");
+            let admin = format!("{cluster}/postgres");
+            drop_leftovers(&admin).await;
+            url.send(admin).expect("the test waits for it");
+            std::future::pending::<()>().await;
+            drop(postgres);
+        });
+    });
+    started.recv().expect("the cluster starts")
+}
+
+async fn first_free_slot() -> EmbeddedPostgres {
+    let settings = [
+        ("fsync", "off"),
+        ("synchronous_commit", "off"),
+        ("full_page_writes", "off"),
+        ("max_connections", "400"),
+    ];
+    let slots = slots();
+    for slot in 0..256 {
+        match EmbeddedPostgres::start_with(&slots.join(slot.to_string()), &settings).await {
+            Ok(postgres) => return postgres,
+            Err(EmbeddedError::InUse(_)) => {}
+            Err(error) => panic!("the test database does not start: {error}"),
+        }
+    }
+    panic!("256 test processes have a database each already");
+}
+
+/// Ours alone: names in `/tmp` are anyone's.
+fn slots() -> PathBuf {
+    let me = nix::unistd::geteuid();
+    let path = PathBuf::from(format!("/tmp/quota-test-slots-{me}"));
+    match fs::DirBuilder::new().mode(0o711).create(&path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => panic!("cannot make {}: {error}", path.display()),
+    }
+    let metadata = fs::symlink_metadata(&path).expect("it is there");
+    assert!(
+        metadata.is_dir() && metadata.uid() == me.as_raw(),
+        "{} belongs to another user: remove it",
+        path.display()
+    );
+    path
+}
+
+/// Databases that an earlier owner of the slot had no time to drop, and templates of other migrations.
+async fn drop_leftovers(admin_url: &str) {
+    let admin = connect(admin_url).await;
+    let template = format!("quota_template_{:016x}", migrations_hash());
+    let rows = admin
+        .query(
+            "SELECT datname::text FROM pg_database WHERE datname ~ '^quota_(test|template)_'",
+            &[],
+        )
+        .await
+        .expect("the catalog is readable");
+    for name in rows.iter().map(|row| row.get::<_, String>(0)) {
+        if name != template {
+            run(&admin, &format!("DROP DATABASE {name} WITH (FORCE)")).await;
+        }
+    }
+}
+
+/// Changes with any migration, so that no test runs on tables of yesterday. FNV-1a: nobody attacks it.
+fn migrations_hash() -> u64 {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
+    let mut files: Vec<PathBuf> = fs::read_dir(&dir)
+        .expect("there are migrations")
+        .map(|entry| entry.expect("it is readable").path().join("up.sql"))
+        .collect();
+    files.sort();
+    let mut hash = 0xcbf2_9ce4_8422_2325;
+    for file in files {
+        let name = file.strip_prefix(&dir).expect("it is in there");
+        let content = fs::read(&file).unwrap_or_default();
+        for byte in name.as_os_str().as_encoded_bytes().iter().chain(&content) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+    hash
+}
+
+#[tokio::test]
+async fn each_database_is_a_copy_of_one_migrated_template() {
+    async fn migrate(url: String) -> Result<(), tokio_postgres::Error> {
+        let client = connect(&url).await;
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
+        let mut files: Vec<PathBuf> = fs::read_dir(dir)
+            .expect("there are migrations")
+            .map(|entry| entry.expect("it is readable").path().join("up.sql"))
+            .collect();
+        files.sort();
+        for file in files {
+            let sql = fs::read_to_string(&file).expect("it is readable");
+            client.batch_execute(&sql).await?;
+        }
+        Ok(())
+    }
+    let (one, other) = tokio::join!(TestDatabase::create(migrate), TestDatabase::create(migrate));
+    one.connect()
+        .await
+        .batch_execute("CREATE TABLE only_here (); SELECT count(*) FROM plans")
+        .await
+        .expect("the tables are there");
+    let there = other
+        .connect()
+        .await
+        .query_one("SELECT to_regclass('only_here')::text", &[])
+        .await;
+    assert_eq!(there.expect("an answer").get::<_, Option<&str>>(0), None);
+
+    let name = one.name.clone();
+    drop(one);
+    assert!(
+        !exists(&connect(admin_url()).await, &name).await,
+        "it was dropped"
+    );
+}
+
+#[tokio::test]
+async fn an_empty_database_has_no_tables() {
+    let database = TestDatabase::create_empty().await;
+    let client = connect(database.url()).await;
+    let row = client
+        .query_one("SELECT to_regclass('plans')::text", &[])
+        .await
+        .expect("an answer");
+    assert_eq!(row.get::<_, Option<&str>>(0), None);
+}
