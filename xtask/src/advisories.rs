@@ -2,7 +2,7 @@
 //!
 //! Only when `QUOTA_ADVISORY_DB` names such a copy, a directory or a `.tar.gz` of one: the check neither
 //! downloads nor goes stale unseen. A vulnerability fails; notices (unmaintained, unsound) and the copy's age
-//! are printed.
+//! are printed. `.config/advisories.toml` lists hits that are known not to hit us, each for a while.
 
 use std::{
     collections::BTreeSet,
@@ -17,6 +17,8 @@ use semver::{Version, VersionReq};
 use toml::{Table, Value};
 
 use crate::{root, say, succeed};
+
+const ACCEPTED: &str = ".config/advisories.toml";
 
 struct Advisory {
     id: String,
@@ -48,24 +50,86 @@ pub(crate) fn check() -> Result<()> {
     ));
 
     let lock = fs::read_to_string(root().join("Cargo.lock"))?;
-    let mut hits = 0;
+    let mut accepted = Accepted::read(&fs::read_to_string(root().join(ACCEPTED))?)?;
+    let mut faults = Vec::new();
     for (package, version) in locked(&lock)? {
         for advisory in advisories
             .iter()
             .filter(|advisory| advisory.hits(&package, &version))
         {
-            let kind = advisory.informational.as_deref().unwrap_or("VULNERABLE");
-            say(&format!(
-                "{kind}: {package} {version}: {} {}",
-                advisory.id, advisory.title
-            ));
-            hits += u32::from(advisory.informational.is_none());
+            let hit = format!("{package} {version}: {} {}", advisory.id, advisory.title);
+            match &advisory.informational {
+                Some(kind) => say(&format!("{kind}: {hit}")),
+                None if accepted.takes(advisory) => say(&format!("accepted: {hit}")),
+                None => faults.push(format!("vulnerable: {hit}")),
+            }
         }
     }
-    if hits > 0 {
-        bail!("{hits} known vulnerabilities in Cargo.lock");
+    faults.extend(accepted.faults());
+    if !faults.is_empty() {
+        bail!("Cargo.lock and {ACCEPTED}\n{}", faults.join("\n"));
     }
     Ok(())
+}
+
+/// What `.config/advisories.toml` says.
+#[derive(Debug)]
+struct Accepted(Vec<Acceptance>);
+
+#[derive(Debug)]
+struct Acceptance {
+    id: String,
+    package: String,
+    until: String,
+    used: bool,
+}
+
+impl Accepted {
+    fn read(text: &str) -> Result<Self> {
+        let table: Table = text.parse().context(ACCEPTED)?;
+        let list = table.get("accepted").and_then(Value::as_array);
+        let list = list.into_iter().flatten().map(|entry| {
+            let field = |name: &str| {
+                let text = entry.get(name).and_then(Value::as_str);
+                text.map(str::to_owned)
+                    .with_context(|| format!("an entry of {ACCEPTED} has no {name}"))
+            };
+            field("reason")?;
+            Ok(Acceptance {
+                id: field("id")?,
+                package: field("package")?,
+                until: field("until")?,
+                used: false,
+            })
+        });
+        list.collect::<Result<_>>().map(Self)
+    }
+
+    fn takes(&mut self, advisory: &Advisory) -> bool {
+        let found = self
+            .0
+            .iter_mut()
+            .find(|accepted| accepted.id == advisory.id && accepted.package == advisory.package);
+        found.map(|accepted| accepted.used = true).is_some()
+    }
+
+    /// Entries that have run out, or that hit nothing.
+    fn faults(&self) -> Vec<String> {
+        self.0
+            .iter()
+            .filter_map(|accepted| {
+                let Acceptance {
+                    id, until, used, ..
+                } = accepted;
+                match age_in_days(until) {
+                    None => Some(format!("{id}: `until` is no date: {until}")),
+                    Some(age) if age > 0 => Some(format!("{id}: accepted until {until} only")),
+                    Some(_) if !used => Some(format!("{id}: accepted, and hits nothing")),
+                    Some(_) => None,
+                }
+            })
+            .collect()
+    }
 }
 
 impl Advisory {
@@ -283,5 +347,25 @@ mod tests {
             locked(lock).expect("a lock"),
             [("thing".to_owned(), Version::new(1, 0, 0))]
         );
+    }
+
+    #[test]
+    fn an_acceptance_must_have_a_reason_hit_something_and_not_have_run_out() {
+        let entry = |until| {
+            format!(
+                "[[accepted]]\nid = \"RUSTSEC-2020-0001\"\npackage = \"thing\"\nreason = \"none\"\n\
+                 until = \"{until}\"\n"
+            )
+        };
+        let advisory = Advisory::parse(ADVISORY).expect("it is one");
+        let mut accepted = Accepted::read(&entry("9999-01-01")).expect("entries");
+        assert_eq!(accepted.faults().len(), 1, "it hits nothing");
+        assert!(accepted.takes(&advisory));
+        assert_eq!(accepted.faults(), Vec::<String>::new());
+
+        let mut accepted = Accepted::read(&entry("2020-01-01")).expect("entries");
+        assert!(accepted.takes(&advisory));
+        assert_eq!(accepted.faults().len(), 1, "it has run out");
+        assert!(Accepted::read(&entry("2020-01-01").replace("reason", "why")).is_err());
     }
 }

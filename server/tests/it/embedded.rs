@@ -394,3 +394,33 @@ fn children_of(pid: i32) -> Vec<i32> {
         .filter(|&child| parent(child) == Some(pid))
         .collect()
 }
+
+/// Root's checkouts often lie under `/root`, into which no other user gets. Only root meets this.
+#[tokio::test]
+async fn root_keeps_the_database_elsewhere_when_its_user_may_not_enter() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let closed = data_dir();
+    fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o700)).expect("its mode is set");
+    let dir = closed.path().join("data");
+    let mut clusters = Vec::new();
+    for _ in 0..2 {
+        let postgres = EmbeddedPostgres::start(&dir).await.expect("it starts");
+        let client = connect(&postgres.database_url()).await;
+        let row = client
+            .query_one("SELECT current_setting('data_directory')", &[])
+            .await
+            .expect("a setting");
+        clusters.push(PathBuf::from(row.get::<_, &str>(0)));
+        // Open or not by now, the data is where it is.
+        fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o755))
+            .expect("its mode is set");
+        postgres.stop().await;
+    }
+    let home = clusters[0].parent().expect("it has one").to_owned();
+    assert!(home.starts_with("/var/lib/quota"), "{}", home.display());
+    fs::remove_dir_all(home).expect("removed");
+    assert_eq!(clusters[0], clusters[1]);
+    assert!(!dir.join("postgres").exists());
+}
