@@ -76,6 +76,9 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
         .concat())
     })();
     installed.with_context(|| by_hand.clone())?;
+    if packages.contains(&REDIS.package) {
+        no_system_redis()?;
+    }
     match missing.iter().find(|need| !(need.is_there)()) {
         Some(need) => bail!(
             "{} is still not there after installing {}; {by_hand}",
@@ -106,6 +109,15 @@ fn no_system_cluster() -> Result<()> {
         "s/^#\\?\\s*create_main_cluster\\s*=.*/create_main_cluster = false/",
         CONFIG,
     ]))
+}
+
+/// Debian's package starts a Redis of its own on port 6379; tests start theirs.
+fn no_system_redis() -> Result<()> {
+    if !Path::new("/run/systemd/system").exists() {
+        return Ok(());
+    }
+    say("stopping the Redis service that came with the package");
+    succeed(as_root("systemctl").args(["disable", "--now", "redis-server"]))
 }
 
 fn apt(arguments: &[&str]) -> Result<()> {

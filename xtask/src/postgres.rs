@@ -36,7 +36,7 @@ child=$!
 reader=$!
 exec 3<&-
 wait "$child"
-kill "$reader" 2>/dev/null
+{ kill "$reader"; wait "$reader"; } 2>/dev/null
 exec rm -rf "$dir"
 "#;
 

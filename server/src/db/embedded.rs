@@ -92,7 +92,7 @@ reader=$!
 exec 3<&-
 wait "$child"
 code=$?
-kill "$reader" 2>/dev/null
+{ kill "$reader"; wait "$reader"; } 2>/dev/null
 exit "$code"
 "#;
 

@@ -31,7 +31,7 @@ echo "$child"
 reader=$!
 exec 3<&-
 wait "$child"
-kill "$reader" 2>/dev/null
+{ kill "$reader"; wait "$reader"; } 2>/dev/null
 "#;
 
 #[derive(Debug)]
