@@ -32,7 +32,7 @@ shift
 exec 3<&0 </dev/null
 "$@" 3<&- &
 child=$!
-{ read -r _ <&3; kill -QUIT "$child"; } 2>/dev/null >/dev/null &
+{ cd /; read -r _ <&3; while kill -QUIT "$child"; do sleep 1; done; } 2>/dev/null >/dev/null &
 reader=$!
 exec 3<&-
 wait "$child"

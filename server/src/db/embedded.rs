@@ -82,12 +82,13 @@ const SETTINGS: &[(&str, &str)] = &[
 ];
 
 /// Runs "$@", ends it (fast shutdown) when standard input ends, and exits as it did. Background jobs of
-/// a shell have no standard input, hence descriptor 3. Everything here is built into any POSIX shell.
+/// a shell have no standard input, hence descriptor 3, and ignore SIGINT until they set it themselves,
+/// hence more than one.
 const GUARD: &str = r#"
 exec 3<&0 </dev/null
 "$@" 3<&- &
 child=$!
-{ read -r _ <&3; kill -INT "$child"; } 2>/dev/null >/dev/null &
+{ cd /; read -r _ <&3; while kill -INT "$child"; do sleep 1; done; } 2>/dev/null >/dev/null &
 reader=$!
 exec 3<&-
 wait "$child"
@@ -240,8 +241,12 @@ impl EmbeddedPostgres {
             log,
             _lock: lock,
         };
-        let postgres = cluster.start().await?;
-        if let Err(error) = create_database(&socket_dir).await {
+        let mut postgres = cluster.launch().await?;
+        let usable = async {
+            cluster.ready(&mut postgres).await?;
+            create_database(&socket_dir).await
+        };
+        if let Err(error) = usable.await {
             cluster.stop(postgres).await;
             return Err(error);
         }
@@ -274,6 +279,8 @@ impl EmbeddedPostgres {
 struct Guarded {
     child: Child,
     pipe: Option<ChildStdin>,
+    /// Where in the log its own words begin.
+    log_begin: u64,
 }
 
 /// The files of a cluster and the user that they belong to.
@@ -443,8 +450,8 @@ struct Cluster {
 }
 
 impl Cluster {
-    /// Starts PostgreSQL and waits until it takes connections.
-    async fn start(&self) -> Result<Guarded, EmbeddedError> {
+    /// Runs PostgreSQL, which then takes a while to be [`ready`](Self::ready).
+    async fn launch(&self) -> Result<Guarded, EmbeddedError> {
         self.clear_the_way().await?;
         let log = OpenOptions::new()
             .create(true)
@@ -452,7 +459,7 @@ impl Cluster {
             .mode(0o600)
             .open(&self.log)
             .map_err(EmbeddedError::file("cannot open", &self.log))?;
-        let begin = log
+        let log_begin = log
             .metadata()
             .map_err(EmbeddedError::file("cannot look at", &self.log))?
             .len();
@@ -471,25 +478,29 @@ impl Cluster {
                 program: self.program.clone(),
                 source,
             })?;
+        Ok(Guarded {
+            pipe: child.stdin.take(),
+            child,
+            log_begin,
+        })
+    }
 
+    /// Waits until PostgreSQL takes connections.
+    async fn ready(&self, postgres: &mut Guarded) -> Result<(), EmbeddedError> {
         let url = url(&self.socket_dir, "postgres");
         let deadline = Instant::now() + START_LIMIT;
         loop {
             let Err(refused) = connect(&url).await else {
-                return Ok(Guarded {
-                    pipe: child.stdin.take(),
-                    child,
-                });
+                return Ok(());
             };
-            if let Ok(Some(status)) = child.try_wait() {
+            if let Ok(Some(status)) = postgres.child.try_wait() {
                 return Err(EmbeddedError::Ended {
                     status,
-                    tail: tail(&self.log, begin),
+                    tail: tail(&self.log, postgres.log_begin),
                     log: self.log.clone(),
                 });
             }
             if Instant::now() > deadline {
-                self.stop(Guarded { child, pipe: None }).await;
                 return Err(EmbeddedError::Slow {
                     log: self.log.clone(),
                     source: refused,
@@ -508,27 +519,13 @@ impl Cluster {
         let cluster = fs::canonicalize(&self.place.cluster)
             .map_err(EmbeddedError::file("cannot look at", &self.place.cluster))?;
         let pid_file = cluster.join("postmaster.pid");
-        let postmaster = fs::read_to_string(&pid_file)
-            .ok()
-            .and_then(|text| text.lines().next()?.trim().parse::<i32>().ok());
-        let mut running = running_in(&cluster);
-        if !running.is_empty() {
-            tracing::warn!(cluster = %cluster.display(), "ending a PostgreSQL that an earlier server left");
+        if !running_in(&cluster).is_empty() {
+            tracing::info!(cluster = %cluster.display(), "ending what is left of an earlier PostgreSQL");
         }
-        for (signal, limit) in [
-            (Signal::SIGINT, FAST_STOP_LIMIT),
-            (Signal::SIGQUIT, HARD_STOP_LIMIT),
-        ] {
-            if let Some(pid) = postmaster.filter(|pid| running.contains(pid)) {
-                let _ = kill(Pid::from_raw(pid), signal);
-            }
-            let deadline = Instant::now() + limit;
-            while !running.is_empty() && Instant::now() < deadline {
-                sleep(Duration::from_millis(20)).await;
-                running = running_in(&cluster);
-            }
+        if !end_running(&cluster, Signal::SIGINT, FAST_STOP_LIMIT).await {
+            end_running(&cluster, Signal::SIGQUIT, HARD_STOP_LIMIT).await;
         }
-        if let Some(&pid) = running.first() {
+        if let Some(&pid) = running_in(&cluster).first() {
             return Err(EmbeddedError::Orphan { pid, cluster });
         }
         // PostgreSQL refuses to start when the number in its pid file is some live process of its user's.
@@ -563,36 +560,55 @@ impl Cluster {
             postgres = loop {
                 let paused = async {
                     sleep(pause).await;
-                    self.start().await
+                    self.launch().await
                 };
-                let started = tokio::select! {
-                    started = paused => started,
-                    // A half started one loses its pipe here, and ends.
+                let launched = tokio::select! {
+                    launched = paused => launched,
                     _ = stopped.changed() => return,
                 };
                 pause = (pause * 2).min(LONGEST_PAUSE);
-                match started {
-                    Ok(postgres) => break postgres,
-                    Err(error) => tracing::error!(
-                        error = &error as &dyn std::error::Error,
-                        "the embedded PostgreSQL does not start; trying again"
-                    ),
-                }
+                let error = match launched {
+                    Ok(mut postgres) => {
+                        let ready = tokio::select! {
+                            ready = self.ready(&mut postgres) => ready,
+                            _ = stopped.changed() => {
+                                self.stop(postgres).await;
+                                return;
+                            }
+                        };
+                        match ready {
+                            Ok(()) => break postgres,
+                            Err(error) => {
+                                self.stop(postgres).await;
+                                error
+                            }
+                        }
+                    }
+                    Err(error) => error,
+                };
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the embedded PostgreSQL does not start; trying again"
+                );
             };
             tracing::info!("the embedded PostgreSQL runs again");
         }
     }
 
     /// Fast shutdown, and an immediate one where that takes too long.
-    async fn stop(&self, Guarded { mut child, pipe }: Guarded) {
+    async fn stop(
+        &self,
+        Guarded {
+            mut child, pipe, ..
+        }: Guarded,
+    ) {
         drop(pipe);
         if timeout(FAST_STOP_LIMIT, child.wait()).await.is_ok() {
             return;
         }
         tracing::warn!("the embedded PostgreSQL takes long to stop; ending it at once");
-        // The guard leads a process group of its own, in which PostgreSQL's postmaster is.
-        if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
-            let _ = kill(Pid::from_raw(-pid), Signal::SIGQUIT);
+        if let Ok(cluster) = fs::canonicalize(&self.place.cluster) {
+            end_running(&cluster, Signal::SIGQUIT, HARD_STOP_LIMIT).await;
         }
         if timeout(HARD_STOP_LIMIT, child.wait()).await.is_err() {
             tracing::error!("the embedded PostgreSQL did not stop");
@@ -892,6 +908,32 @@ fn running_in(dir: &Path) -> Vec<i32> {
             (pid != own && cwd == dir && is_postgres(&entry.path())).then_some(pid)
         })
         .collect()
+}
+
+/// Signals the postmaster of the cluster and waits until all its processes are gone; `false` when they
+/// are not. Sessions of a postmaster that died notice by themselves.
+async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    let mut signalled = None;
+    loop {
+        let running = running_in(cluster);
+        if running.is_empty() {
+            return true;
+        }
+        // A starting one has yet to write its file.
+        let postmaster = fs::read_to_string(cluster.join("postmaster.pid"))
+            .ok()
+            .and_then(|text| text.lines().next()?.trim().parse::<i32>().ok())
+            .filter(|pid| running.contains(pid));
+        if let Some(pid) = postmaster.filter(|_| postmaster != signalled) {
+            let _ = kill(Pid::from_raw(pid), signal);
+            signalled = postmaster;
+        }
+        if Instant::now() > deadline {
+            return false;
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// An operator's shell may stand in the directory, too.

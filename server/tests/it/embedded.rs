@@ -195,6 +195,26 @@ async fn it_is_started_again_when_it_dies() {
     assert_eq!(processes_of(dir.path()), Vec::<i32>::new());
 }
 
+/// The keeper may be anywhere in starting it again when it is told to stop.
+#[tokio::test]
+async fn stopping_while_it_is_started_again_still_ends_it() {
+    let dir = data_dir();
+    for wait in [0, 100, 120, 140, 160, 200] {
+        let postgres = EmbeddedPostgres::start(dir.path())
+            .await
+            .expect("it starts");
+        kill(Pid::from_raw(postmaster(dir.path())), Signal::SIGKILL).expect("it was alive");
+        tokio::time::sleep(Duration::from_millis(wait)).await;
+        postgres.stop().await;
+        // Sessions of the killed postmaster notice its end by themselves, in their own time.
+        let guarded = fs::read_to_string(dir.path().join("postgres/postmaster.pid"))
+            .ok()
+            .and_then(|text| text.lines().next()?.parse::<i32>().ok())
+            .is_some_and(|pid| processes_of(dir.path()).contains(&pid));
+        assert!(!guarded, "it runs on, {wait} ms after the kill");
+    }
+}
+
 #[tokio::test]
 async fn killing_the_server_ends_its_postgres() {
     let dir = data_dir();
