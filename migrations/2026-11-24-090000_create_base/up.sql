@@ -167,7 +167,6 @@ CREATE UNIQUE INDEX api_keys_key_hash_idx ON api_keys (key_hash);
 CREATE UNIQUE INDEX api_keys_previous_key_hash_idx ON api_keys (previous_key_hash)
     WHERE previous_key_hash IS NOT NULL;
 CREATE INDEX api_keys_plan_id_idx ON api_keys (plan_id);
-CREATE INDEX api_keys_newest_idx ON api_keys (tenant_id, created_at DESC, id DESC);
 COMMENT ON TABLE api_keys IS 'What consumers show to be let in. The text is stored nowhere';
 COMMENT ON COLUMN api_keys.key_hash IS 'SHA-256 of the text, which has 190 random bits';
 COMMENT ON COLUMN api_keys.previous_key_hash IS 'SHA-256 of the text from before the last rotation';
@@ -234,7 +233,6 @@ CREATE TABLE audit_events (
     CONSTRAINT audit_events_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES tenants (id) ON DELETE CASCADE,
     CONSTRAINT audit_events_user_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE SET NULL
 );
-CREATE INDEX audit_events_newest_idx ON audit_events (tenant_id, at DESC, id DESC);
 COMMENT ON TABLE audit_events IS 'Who changed what, when, from where. Rows are added and never changed';
 
 CREATE TABLE idempotency_keys (

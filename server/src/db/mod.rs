@@ -1,3 +1,442 @@
-//! The database.
+//! PostgreSQL: the pool, transactions with their role, migrations, names of constraints.
+//!
+//! The server signs in with whatever role `DATABASE_URL` names and works as one of two others: `quota_app`,
+//! which row-level security binds to the one tenant of the transaction, and `quota_system`, for what no
+//! tenant asked for (sign-in, look-ups by secret, sweeps). A transaction that is dropped, also because its
+//! caller went away in the middle of a query, is rolled back before its connection serves again.
+//!
+//! When PostgreSQL is away, everything here fails with [`DbError::Unavailable`] within a few seconds.
 
 pub mod embedded;
+
+use std::{
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
+
+use diesel::result::{DatabaseErrorKind, Error as DieselError};
+use diesel_async::{
+    AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection,
+    pooled_connection::{
+        AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod,
+        deadpool::{Object, Pool},
+    },
+};
+use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
+use futures_util::{FutureExt, future::BoxFuture};
+use quota_common::TenantId;
+use secrecy::{ExposeSecret, SecretString};
+
+const MIGRATIONS: EmbeddedMigrations = embed_migrations!("../migrations");
+
+/// Only one replica migrates at a time; the others wait for it.
+const MIGRATION_LOCK: i64 = 7_226_420;
+
+/// How long a caller waits for a connection when all are busy.
+const WAIT: Duration = Duration::from_millis(1000);
+const CONNECT: Duration = Duration::from_secs(2);
+
+/// A query failed.
+#[derive(Debug, thiserror::Error)]
+pub enum DbError {
+    /// PostgreSQL is away, stopping, or too slow to answer.
+    #[error("PostgreSQL is unavailable")]
+    Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A named constraint refused the change.
+    #[error("constraint {0}")]
+    Constraint(String),
+    #[error("the query failed")]
+    Query(#[source] DieselError),
+}
+
+impl From<DieselError> for DbError {
+    fn from(error: DieselError) -> Self {
+        if let DieselError::DatabaseError(kind, info) = &error {
+            if let Some(name) = info.constraint_name() {
+                return Self::Constraint(name.to_owned());
+            }
+            // tokio-postgres reports these through diesel by their English text alone; the server's
+            // lc_messages is set to C for every connection.
+            let message = info.message();
+            let away = [
+                "statement timeout",
+                "terminating connection",
+                "the database system is",
+                "connection closed",
+            ]
+            .iter()
+            .any(|part| message.contains(part));
+            if matches!(
+                kind,
+                DatabaseErrorKind::ClosedConnection | DatabaseErrorKind::UnableToSendCommand
+            ) || away
+            {
+                return Self::Unavailable(Box::new(error));
+            }
+        }
+        Self::Query(error)
+    }
+}
+
+impl<E: std::error::Error + Send + Sync + 'static> From<deadpool::managed::PoolError<E>>
+    for DbError
+{
+    fn from(error: deadpool::managed::PoolError<E>) -> Self {
+        Self::Unavailable(Box::new(error))
+    }
+}
+
+/// The pool. Cheap to clone.
+#[derive(Clone)]
+pub struct Db {
+    pool: Pool<AsyncPgConnection>,
+}
+
+impl std::fmt::Debug for Db {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Db").finish_non_exhaustive()
+    }
+}
+
+impl Db {
+    /// Makes the pool; connects when first used.
+    pub fn new(url: &SecretString, size: usize) -> Self {
+        let mut manager = ManagerConfig::default();
+        manager.custom_setup = Box::new(|url| connect(url, SESSION));
+        manager.recycling_method = RecyclingMethod::Fast;
+        let manager = AsyncDieselConnectionManager::new_with_config(url.expose_secret(), manager);
+        let pool = Pool::builder(manager)
+            .max_size(size)
+            .wait_timeout(Some(WAIT))
+            .create_timeout(Some(CONNECT))
+            .recycle_timeout(Some(CONNECT))
+            .runtime(deadpool::Runtime::Tokio1)
+            .build()
+            .expect("a runtime is given, which is all that building can miss");
+        Self { pool }
+    }
+
+    /// A transaction that sees and changes only what is `tenant`'s.
+    pub async fn tenant(&self, tenant: TenantId) -> Result<TenantTx, DbError> {
+        // A UUID has no character that SQL would read as more than itself.
+        let begin = format!("BEGIN; SET LOCAL ROLE quota_app; SET LOCAL quota.tenant = '{tenant}'");
+        Ok(TenantTx {
+            tx: Tx::begin(&self.pool, &begin).await?,
+            tenant,
+        })
+    }
+
+    /// A transaction of the server itself, over all tenants.
+    pub async fn system(&self) -> Result<SystemTx, DbError> {
+        Ok(SystemTx {
+            tx: Tx::begin(&self.pool, "BEGIN; SET LOCAL ROLE quota_system").await?,
+        })
+    }
+
+    /// Whether PostgreSQL answers and has every migration that this binary knows.
+    pub async fn ready(&self) -> Result<bool, DbError> {
+        #[derive(diesel::QueryableByName)]
+        struct Applied {
+            #[diesel(sql_type = diesel::sql_types::Text)]
+            version: String,
+        }
+        let mut conn = self.pool.get().await?;
+        let applied = diesel::sql_query("SELECT version FROM __diesel_schema_migrations")
+            .load::<Applied>(&mut conn)
+            .await;
+        match applied {
+            Ok(applied) => Ok(versions()
+                .iter()
+                .all(|known| applied.iter().any(|row| &row.version == known))),
+            Err(DieselError::DatabaseError(_, info))
+                if info.message().contains("does not exist") =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// How many connections are open, and how many of them are busy.
+    pub fn connections(&self) -> (usize, usize) {
+        let status = self.pool.status();
+        (status.size, status.size.saturating_sub(status.available))
+    }
+
+    pub fn close(&self) {
+        self.pool.close();
+    }
+}
+
+/// The versions of all migrations in this binary, oldest first.
+pub fn versions() -> Vec<String> {
+    use diesel::migration::{Migration, MigrationSource};
+    let migrations = MigrationSource::<diesel::pg::Pg>::migrations(&MIGRATIONS).unwrap_or_default();
+    let version =
+        |it: &Box<dyn Migration<diesel::pg::Pg>>| it.name().version().as_owned().to_string();
+    let mut versions = migrations.iter().map(version).collect::<Vec<_>>();
+    versions.sort();
+    versions
+}
+
+/// What every connection of the pool is set to. Timeouts of the server itself end a query there, where a
+/// future that is dropped would leave it running.
+const SESSION: &str = "SET lc_messages = 'C'; SET timezone = 'UTC'; SET statement_timeout = '4s'; \
+    SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '10s'; \
+    SET application_name = 'quota'";
+
+/// A migration may take long, and must not queue behind a long query with everyone behind itself.
+const MIGRATION_SESSION: &str = "SET lc_messages = 'C'; SET timezone = 'UTC'; SET client_min_messages = 'warning'; \
+    SET application_name = 'quota migrate'";
+
+fn connect<'a>(
+    url: &'a str,
+    session: &'static str,
+) -> BoxFuture<'a, diesel::ConnectionResult<AsyncPgConnection>> {
+    async move {
+        let bad =
+            |error: &dyn std::error::Error| diesel::ConnectionError::BadConnection(chain(error));
+        let mut config: tokio_postgres::Config =
+            url.parse().map_err(|e: tokio_postgres::Error| bad(&e))?;
+        config
+            .connect_timeout(CONNECT)
+            .keepalives_idle(Duration::from_secs(30))
+            .tcp_user_timeout(Duration::from_secs(5));
+        let mut conn = if config.get_ssl_mode() == tokio_postgres::config::SslMode::Require {
+            let (client, connection) = config.connect(tls()).await.map_err(|e| bad(&e))?;
+            AsyncPgConnection::try_from_client_and_connection(client, connection).await?
+        } else {
+            let (client, connection) = config
+                .connect(tokio_postgres::NoTls)
+                .await
+                .map_err(|e| bad(&e))?;
+            AsyncPgConnection::try_from_client_and_connection(client, connection).await?
+        };
+        conn.batch_execute(session)
+            .await
+            .map_err(diesel::ConnectionError::CouldntSetupConfiguration)?;
+        Ok(conn)
+    }
+    .boxed()
+}
+
+/// `sslmode=require` means a certificate that the machine's own roots vouch for.
+fn tls() -> tokio_postgres_rustls::MakeRustlsConnect {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    let config = rustls::ClientConfig::builder_with_provider(
+        rustls::crypto::aws_lc_rs::default_provider().into(),
+    )
+    .with_safe_default_protocol_versions()
+    .expect("the provider has the default versions")
+    .with_root_certificates(roots)
+    .with_no_client_auth();
+    tokio_postgres_rustls::MakeRustlsConnect::new(config)
+}
+
+/// An error with its causes, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+/// Applies the pending migrations and answers which these were. Needs tokio's multi-thread runtime.
+pub async fn migrate(url: &SecretString) -> Result<Vec<String>, MigrateError> {
+    let mut harness = migration_harness(url).await?;
+    let applied = harness
+        .run_pending_migrations(MIGRATIONS)
+        .map_err(MigrateError::Failed)?;
+    let applied = applied.iter().map(ToString::to_string).collect();
+    Ok(applied)
+}
+
+/// What `quota doctor` tells of a database.
+#[derive(Debug)]
+pub struct Found {
+    pub version: String,
+    pub max_connections: usize,
+    pub applied: usize,
+    pub known: usize,
+}
+
+/// Looks at a database without changing anything.
+pub async fn inspect(url: &SecretString) -> Result<Found, MigrateError> {
+    #[derive(diesel::QueryableByName)]
+    struct Text {
+        #[diesel(sql_type = diesel::sql_types::Text)]
+        text: String,
+    }
+    async fn ask(conn: &mut AsyncPgConnection, query: &str) -> Result<Vec<Text>, MigrateError> {
+        diesel::sql_query(query)
+            .load(conn)
+            .await
+            .map_err(|error| MigrateError::Failed(Box::new(error)))
+    }
+    let mut conn = connect(url.expose_secret(), SESSION).await?;
+    let one = |rows: Vec<Text>| {
+        rows.into_iter()
+            .next()
+            .map(|row| row.text)
+            .unwrap_or_default()
+    };
+    let version = one(ask(
+        &mut conn,
+        "SELECT current_setting('server_version') AS text",
+    )
+    .await?);
+    let max = one(ask(
+        &mut conn,
+        "SELECT current_setting('max_connections') AS text",
+    )
+    .await?);
+    let is_there = "SELECT to_regclass('__diesel_schema_migrations')::text AS text \
+        WHERE to_regclass('__diesel_schema_migrations') IS NOT NULL";
+    let applied = if ask(&mut conn, is_there).await?.is_empty() {
+        0
+    } else {
+        let applied = ask(
+            &mut conn,
+            "SELECT version AS text FROM __diesel_schema_migrations",
+        )
+        .await?;
+        versions()
+            .iter()
+            .filter(|known| applied.iter().any(|row| row.text == **known))
+            .count()
+    };
+    Ok(Found {
+        version,
+        max_connections: max.parse().unwrap_or(0),
+        applied,
+        known: versions().len(),
+    })
+}
+
+/// Takes back every migration, newest first.
+pub async fn revert_all(url: &SecretString) -> Result<(), MigrateError> {
+    let mut harness = migration_harness(url).await?;
+    harness
+        .revert_all_migrations(MIGRATIONS)
+        .map_err(MigrateError::Failed)?;
+    Ok(())
+}
+
+async fn migration_harness(
+    url: &SecretString,
+) -> Result<AsyncMigrationHarness<AsyncPgConnection>, MigrateError> {
+    let mut conn = connect(url.expose_secret(), MIGRATION_SESSION).await?;
+    // Held until the connection closes.
+    conn.batch_execute(&format!(
+        "SELECT pg_advisory_lock({MIGRATION_LOCK}); SET lock_timeout = '5s'"
+    ))
+    .await
+    .map_err(|error| MigrateError::Failed(Box::new(error)))?;
+    Ok(AsyncMigrationHarness::new(conn))
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    #[error("cannot reach PostgreSQL")]
+    Connect(#[from] diesel::ConnectionError),
+    #[error("a migration failed")]
+    Failed(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// An open transaction.
+struct Tx {
+    /// `None` once it has ended.
+    conn: Option<Object<AsyncPgConnection>>,
+}
+
+impl Tx {
+    async fn begin(pool: &Pool<AsyncPgConnection>, statements: &str) -> Result<Self, DbError> {
+        let conn = pool.get().await?;
+        // From here on a caller that goes away leaves a `Tx`, whose drop rolls back.
+        let mut tx = Self { conn: Some(conn) };
+        tx.get().batch_execute(statements).await?;
+        Ok(tx)
+    }
+
+    fn get(&mut self) -> &mut AsyncPgConnection {
+        self.conn
+            .as_mut()
+            .expect("a transaction that has ended is not handed out")
+    }
+
+    async fn commit(mut self) -> Result<(), DbError> {
+        self.get().batch_execute("COMMIT").await?;
+        self.conn = None;
+        Ok(())
+    }
+}
+
+impl Drop for Tx {
+    fn drop(&mut self) {
+        let Some(mut conn) = self.conn.take() else {
+            return;
+        };
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            let _ = Object::take(conn);
+            return;
+        };
+        runtime.spawn(async move {
+            let rollback = tokio::time::timeout(CONNECT, conn.batch_execute("ROLLBACK")).await;
+            if !matches!(rollback, Ok(Ok(()))) {
+                // Closing the connection rolls back as well.
+                let _ = Object::take(conn);
+            }
+        });
+    }
+}
+
+/// A transaction within one tenant. Dropped without [`TenantTx::commit`] it is rolled back.
+pub struct TenantTx {
+    tx: Tx,
+    tenant: TenantId,
+}
+
+impl TenantTx {
+    pub const fn tenant(&self) -> TenantId {
+        self.tenant
+    }
+
+    pub async fn commit(self) -> Result<(), DbError> {
+        self.tx.commit().await
+    }
+}
+
+/// A transaction of the server itself. Dropped without [`SystemTx::commit`] it is rolled back.
+pub struct SystemTx {
+    tx: Tx,
+}
+
+impl SystemTx {
+    pub async fn commit(self) -> Result<(), DbError> {
+        self.tx.commit().await
+    }
+}
+
+macro_rules! connection {
+    ($($name:ident),+) => {$(
+        impl Deref for $name {
+            type Target = AsyncPgConnection;
+
+            fn deref(&self) -> &AsyncPgConnection {
+                self.tx.conn.as_ref().expect("a transaction that has ended is not handed out")
+            }
+        }
+
+        impl DerefMut for $name {
+            fn deref_mut(&mut self) -> &mut AsyncPgConnection {
+                self.tx.get()
+            }
+        }
+    )+};
+}
+connection!(TenantTx, SystemTx);

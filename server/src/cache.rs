@@ -1,0 +1,417 @@
+//! What is remembered of rows in PostgreSQL, and for how long it may be believed.
+//!
+//! An entry is believed while the poll for revocations is fresh, since then every change so far has been seen
+//! and its entry forgotten; or, without the poll, for a second after it was loaded. After that it is loaded
+//! again. When PostgreSQL is away an entry is still served for a grace after it was last known to be true,
+//! and then refused: what cannot be confirmed is denied, not admitted.
+//!
+//! Loading is single-flight: however many ask for the same thing at once, one query is sent. What does not
+//! exist is remembered too, apart and bounded, so that a flood of guesses neither reaches the database twice
+//! nor drives out what is in use.
+
+use std::{
+    collections::HashMap,
+    fmt::Debug,
+    hash::Hash,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, Shared},
+};
+use parking_lot::Mutex;
+use quick_cache::sync::Cache;
+
+use crate::{clock::Clock, telemetry::metrics::Metrics};
+
+/// How long a loaded entry is believed without the poll.
+const TTL: u64 = 1_000_000_000;
+/// How long after the last poll all entries are believed. Polls come every 250 ms.
+const POLL_FRESH: u64 = 750_000_000;
+
+/// When the revocations were last polled. Shared by all caches.
+#[derive(Debug)]
+pub struct Freshness {
+    clock: Arc<dyn Clock>,
+    /// Monotonic time at which the last successful poll *began*, plus one; 0 for never.
+    polled_at: AtomicU64,
+    /// Counts what was forgotten, so that a load that was under way meanwhile is not kept.
+    generation: AtomicU64,
+}
+
+impl Freshness {
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
+        Self {
+            clock,
+            polled_at: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
+        }
+    }
+
+    pub fn now(&self) -> u64 {
+        self.clock.monotonic()
+    }
+
+    /// A poll that began at `began` has seen, and forgotten, everything up to then.
+    pub fn polled(&self, began: u64) {
+        self.polled_at.fetch_max(began + 1, Ordering::AcqRel);
+    }
+
+    /// When an entry was last known to be true.
+    fn confirmed_at(&self, loaded_at: u64) -> u64 {
+        loaded_at.max(self.polled_at.load(Ordering::Acquire).saturating_sub(1))
+    }
+
+    fn believes(&self, loaded_at: u64, now: u64) -> bool {
+        let polled = self.polled_at.load(Ordering::Acquire);
+        (polled > 0 && now.saturating_sub(polled - 1) <= POLL_FRESH)
+            || now.saturating_sub(loaded_at) <= TTL
+    }
+}
+
+/// A load failed. Shared by all who waited for it.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("cannot be confirmed: {0}")]
+pub struct Unconfirmed(pub Arc<str>);
+
+type Loading<T> = Shared<BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>>;
+
+struct Entry<T> {
+    value: Arc<T>,
+    loaded_at: u64,
+}
+
+impl<T> Clone for Entry<T> {
+    fn clone(&self) -> Self {
+        Self {
+            value: self.value.clone(),
+            loaded_at: self.loaded_at,
+        }
+    }
+}
+
+/// See the module.
+pub struct Cached<K, T> {
+    inner: Arc<Inner<K, T>>,
+}
+
+impl<K, T> Clone for Cached<K, T> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+        }
+    }
+}
+
+impl<K, T> Debug for Cached<K, T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cached").finish_non_exhaustive()
+    }
+}
+
+struct Inner<K, T> {
+    present: Cache<K, Entry<T>>,
+    absent: Cache<K, u64>,
+    loading: Mutex<HashMap<K, Loading<T>>>,
+    freshness: Arc<Freshness>,
+    metrics: Arc<Metrics>,
+    grace: u64,
+}
+
+impl<K, T> Cached<K, T>
+where
+    K: Hash + Eq + Copy + Send + Sync + 'static,
+    T: Send + Sync + 'static,
+{
+    pub fn new(
+        capacity: usize,
+        grace: Duration,
+        freshness: Arc<Freshness>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                present: Cache::new(capacity),
+                absent: Cache::new((capacity / 4).max(100)),
+                loading: Mutex::default(),
+                freshness,
+                metrics,
+                grace: u64::try_from(grace.as_nanos()).unwrap_or(u64::MAX),
+            }),
+        }
+    }
+
+    /// What is known and may be believed now: `Some(None)` is known not to exist. Without waiting.
+    pub fn peek(&self, key: &K) -> Option<Option<Arc<T>>> {
+        let inner = &*self.inner;
+        let now = inner.freshness.now();
+        if let Some(entry) = inner.present.get(key)
+            && inner.freshness.believes(entry.loaded_at, now)
+        {
+            inner.metrics.key_cache_hits.inc();
+            return Some(Some(entry.value));
+        }
+        if let Some(loaded_at) = inner.absent.get(key)
+            && inner.freshness.believes(loaded_at, now)
+        {
+            inner.metrics.key_cache_negative_hits.inc();
+            return Some(None);
+        }
+        None
+    }
+
+    /// What is known, or else what `load` answers.
+    pub async fn get<F, Fut>(&self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Option<T>, Unconfirmed>> + Send + 'static,
+    {
+        if let Some(known) = self.peek(&key) {
+            return Ok(known);
+        }
+        let loading = {
+            let mut all = self.inner.loading.lock();
+            match all.get(&key) {
+                Some(loading) => loading.clone(),
+                None => {
+                    let loading = self.clone().load(key, load).boxed().shared();
+                    all.insert(key, loading.clone());
+                    // On its own, so that it ends whoever of those who wait goes away.
+                    tokio::spawn(loading.clone());
+                    loading
+                }
+            }
+        };
+        loading.await
+    }
+
+    async fn load<F, Fut>(self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
+    where
+        F: Fn() -> Fut + Send,
+        Fut: Future<Output = Result<Option<T>, Unconfirmed>> + Send,
+    {
+        let inner = &*self.inner;
+        let mut outcome = None;
+        for _ in 0..3 {
+            let generation = inner.freshness.generation.load(Ordering::Acquire);
+            let began = inner.freshness.now();
+            inner.metrics.key_loads.inc();
+            let loaded = load().await.map(|value| value.map(Arc::new));
+            let undisturbed = inner.freshness.generation.load(Ordering::Acquire) == generation;
+            if let (Ok(value), true) = (&loaded, undisturbed) {
+                self.keep(key, value.clone(), began);
+            }
+            outcome = Some(loaded);
+            // Something was forgotten while this was on its way: it may have been this, so look once more.
+            if undisturbed || matches!(outcome, Some(Err(_))) {
+                break;
+            }
+        }
+        inner.loading.lock().remove(&key);
+        match outcome {
+            Some(Err(error)) => match inner.present.get(&key) {
+                Some(entry)
+                    if inner
+                        .freshness
+                        .now()
+                        .saturating_sub(inner.freshness.confirmed_at(entry.loaded_at))
+                        <= inner.grace =>
+                {
+                    inner.metrics.key_stale_served.inc();
+                    Ok(Some(entry.value))
+                }
+                _ => Err(error),
+            },
+            Some(loaded) => loaded,
+            None => Ok(None),
+        }
+    }
+
+    fn keep(&self, key: K, value: Option<Arc<T>>, loaded_at: u64) {
+        match value {
+            Some(value) => {
+                self.inner.absent.remove(&key);
+                self.inner.present.insert(key, Entry { value, loaded_at });
+            }
+            None => {
+                self.inner.present.remove(&key);
+                self.inner.absent.insert(key, loaded_at);
+            }
+        }
+    }
+
+    /// Forgets what `gone` says, and everything that is being loaded now.
+    pub fn forget(&self, gone: impl Fn(&K, &T) -> bool) {
+        self.inner
+            .freshness
+            .generation
+            .fetch_add(1, Ordering::AcqRel);
+        self.inner
+            .present
+            .retain(|key, entry| !gone(key, &entry.value));
+    }
+
+    /// Forgets that something does not exist.
+    pub fn forget_absent(&self, key: &K) {
+        self.inner
+            .freshness
+            .generation
+            .fetch_add(1, Ordering::AcqRel);
+        self.inner.absent.remove(key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+    use crate::clock::{TestClock, UnixNanos};
+
+    struct Fixture {
+        clock: TestClock,
+        freshness: Arc<Freshness>,
+        cache: Cached<u8, String>,
+        loads: Arc<AtomicUsize>,
+    }
+
+    fn fixture() -> Fixture {
+        let clock = TestClock::at(UnixNanos::from_secs(1_785_738_360));
+        let freshness = Arc::new(Freshness::new(Arc::new(clock.clone())));
+        let cache = Cached::new(
+            1000,
+            Duration::from_secs(60),
+            freshness.clone(),
+            Arc::default(),
+        );
+        Fixture {
+            clock,
+            freshness,
+            cache,
+            loads: Arc::default(),
+        }
+    }
+
+    impl Fixture {
+        async fn get(
+            &self,
+            found: Result<Option<&'static str>, &'static str>,
+        ) -> Result<Option<String>, Unconfirmed> {
+            let loads = self.loads.clone();
+            let load = move || {
+                loads.fetch_add(1, Ordering::SeqCst);
+                async move {
+                    tokio::task::yield_now().await;
+                    found
+                        .map(|it| it.map(str::to_owned))
+                        .map_err(|it| Unconfirmed(it.into()))
+                }
+            };
+            Ok(self.cache.get(1, load).await?.map(|value| (*value).clone()))
+        }
+
+        fn loads(&self) -> usize {
+            self.loads.load(Ordering::SeqCst)
+        }
+    }
+
+    #[tokio::test]
+    async fn many_who_ask_at_once_send_one_query() {
+        let it = fixture();
+        let all = futures_util::future::join_all((0..50).map(|_| it.get(Ok(Some("a"))))).await;
+        assert!(
+            all.into_iter()
+                .all(|got| got.unwrap().as_deref() == Some("a"))
+        );
+        assert_eq!(it.loads(), 1);
+    }
+
+    #[tokio::test]
+    async fn without_the_poll_an_entry_is_believed_for_a_second() {
+        let it = fixture();
+        it.get(Ok(Some("old"))).await.unwrap();
+        it.clock.advance(Duration::from_millis(1000));
+        assert_eq!(
+            it.get(Ok(Some("new"))).await.unwrap().as_deref(),
+            Some("old")
+        );
+        it.clock.advance(Duration::from_millis(1));
+        assert_eq!(
+            it.get(Ok(Some("new"))).await.unwrap().as_deref(),
+            Some("new")
+        );
+        assert_eq!(it.loads(), 2);
+    }
+
+    #[tokio::test]
+    async fn with_a_fresh_poll_nothing_is_loaded_again() {
+        let it = fixture();
+        it.get(Ok(Some("a"))).await.unwrap();
+        for _ in 0..100 {
+            it.clock.advance(Duration::from_millis(250));
+            it.freshness.polled(it.freshness.now());
+        }
+        it.get(Ok(Some("b"))).await.unwrap();
+        assert_eq!(it.loads(), 1);
+    }
+
+    #[tokio::test]
+    async fn what_does_not_exist_is_remembered_too() {
+        let it = fixture();
+        for _ in 0..10 {
+            assert_eq!(it.get(Ok(None)).await.unwrap(), None);
+        }
+        assert_eq!(it.loads(), 1);
+        it.cache.forget_absent(&1);
+        assert_eq!(it.get(Ok(Some("a"))).await.unwrap().as_deref(), Some("a"));
+    }
+
+    #[tokio::test]
+    async fn what_is_forgotten_is_loaded_again() {
+        let it = fixture();
+        it.get(Ok(Some("a"))).await.unwrap();
+        it.cache.forget(|_, value| value == "other");
+        assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("a"));
+        it.cache.forget(|_, value| value == "a");
+        assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
+    }
+
+    #[tokio::test]
+    async fn a_load_that_was_overtaken_by_a_change_is_not_kept() {
+        let it = fixture();
+        let cache = it.cache.clone();
+        let loads = it.loads.clone();
+        let got = it
+            .cache
+            .get(1, move || {
+                let first = loads.fetch_add(1, Ordering::SeqCst) == 0;
+                let cache = cache.clone();
+                async move {
+                    if first {
+                        cache.forget(|_, _| true);
+                    }
+                    Ok(Some(if first { "old" } else { "new" }.to_owned()))
+                }
+            })
+            .await
+            .unwrap();
+        assert_eq!(got.unwrap().as_str(), "new");
+        assert_eq!(it.loads(), 2);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_confirmed_is_served_for_a_grace_and_then_refused() {
+        let it = fixture();
+        it.get(Ok(Some("a"))).await.unwrap();
+        it.clock.advance(Duration::from_secs(60));
+        assert_eq!(it.get(Err("away")).await.unwrap().as_deref(), Some("a"));
+        it.clock.advance(Duration::from_secs(1));
+        assert!(it.get(Err("away")).await.is_err());
+        assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
+    }
+}

@@ -1,0 +1,315 @@
+//! API keys in PostgreSQL.
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    dsl::now,
+    pg::Pg,
+    prelude::*,
+    sql_types::{Array, Bytea, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::RunQueryDsl;
+use uuid::Uuid;
+
+use super::{Rows, Slice, containing};
+use crate::{
+    db::{DbError, SystemTx, TenantTx},
+    schema::{api_keys, plans, tenants},
+};
+
+#[derive(Debug, Clone, Queryable, Selectable)]
+#[diesel(table_name = api_keys, check_for_backend(Pg))]
+pub struct ApiKeyRow {
+    pub id: Uuid,
+    pub plan_id: Uuid,
+    pub name: String,
+    pub prefix: String,
+    pub previous_expires_at: Option<DateTime<Utc>>,
+    pub is_active: bool,
+    pub expires_at: Option<DateTime<Utc>>,
+    pub rpm_override: Option<i32>,
+    pub last_used_at: Option<DateTime<Utc>>,
+    pub created_at: DateTime<Utc>,
+    pub updated_at: DateTime<Utc>,
+}
+
+#[derive(Debug, Insertable)]
+#[diesel(table_name = api_keys)]
+pub struct NewApiKey<'a> {
+    pub tenant_id: Uuid,
+    pub id: Uuid,
+    pub plan_id: Uuid,
+    pub name: &'a str,
+    pub prefix: &'a str,
+    pub key_hash: &'a [u8],
+    pub expires_at: Option<DateTime<Utc>>,
+    pub rpm_override: Option<i32>,
+}
+
+#[derive(Debug, Default, AsChangeset)]
+#[diesel(table_name = api_keys)]
+pub struct ApiKeyChange<'a> {
+    pub name: Option<&'a str>,
+    pub plan_id: Option<Uuid>,
+    pub is_active: Option<bool>,
+    pub expires_at: Option<Option<DateTime<Utc>>>,
+    pub rpm_override: Option<Option<i32>>,
+}
+
+/// Which keys a list shows.
+#[derive(Debug, Default)]
+pub struct Filter<'a> {
+    pub plan_id: Option<Uuid>,
+    pub is_active: Option<bool>,
+    /// A part of the name, or the beginning of the text.
+    pub search: Option<&'a str>,
+}
+
+/// All that a decision needs to know of a key.
+#[derive(Debug, Clone)]
+pub struct KeyFacts {
+    pub tenant_id: Uuid,
+    pub id: Uuid,
+    pub plan_id: Uuid,
+    pub prefix: String,
+    pub is_active: bool,
+    /// The earlier of the key's own end and, for the text from before a rotation, the end of its grace.
+    pub expires_at: Option<DateTime<Utc>>,
+    pub rpm_override: Option<i32>,
+    pub plan_name: String,
+    pub default_rpm: i32,
+    pub burst: i32,
+    pub daily_quota: Option<i64>,
+    pub monthly_quota: Option<i64>,
+    pub strict: bool,
+    pub billing: String,
+    pub time_zone: String,
+}
+
+pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow, DbError> {
+    let query = diesel::insert_into(api_keys::table)
+        .values(key)
+        .returning(ApiKeyRow::as_returning());
+    Ok(query.get_result(&mut **tx).await?)
+}
+
+pub async fn list(
+    tx: &mut TenantTx,
+    filter: &Filter<'_>,
+    slice: Slice,
+) -> Result<Rows<ApiKeyRow>, DbError> {
+    let tenant = tx.tenant().0;
+    let filtered = || {
+        let mut query = api_keys::table
+            .filter(api_keys::tenant_id.eq(tenant))
+            .into_boxed::<Pg>();
+        if let Some(plan_id) = filter.plan_id {
+            query = query.filter(api_keys::plan_id.eq(plan_id));
+        }
+        if let Some(is_active) = filter.is_active {
+            query = query.filter(api_keys::is_active.eq(is_active));
+        }
+        if let Some(search) = filter.search {
+            let pattern = containing(search);
+            let prefix = pattern[1..].to_owned();
+            query = query.filter(
+                api_keys::name
+                    .ilike(pattern)
+                    .or(api_keys::prefix.like(prefix)),
+            );
+        }
+        query
+    };
+    let total = filtered().count().get_result(&mut **tx).await?;
+    let rows = filtered()
+        .filter(api_keys::id.lt(slice.before()))
+        .order(api_keys::id.desc())
+        .limit(slice.fetch())
+        .select(ApiKeyRow::as_select())
+        .load(&mut **tx)
+        .await?;
+    Ok(Rows::new(rows, slice, total))
+}
+
+pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<ApiKeyRow>, DbError> {
+    let query = api_keys::table
+        .find((tx.tenant().0, id))
+        .select(ApiKeyRow::as_select());
+    Ok(query.first(&mut **tx).await.optional()?)
+}
+
+/// Finds it and holds it against other changes until the transaction ends.
+pub async fn lock(tx: &mut TenantTx, id: Uuid) -> Result<Option<ApiKeyRow>, DbError> {
+    let query = api_keys::table
+        .find((tx.tenant().0, id))
+        .select(ApiKeyRow::as_select())
+        .for_update();
+    Ok(query.first(&mut **tx).await.optional()?)
+}
+
+pub async fn update(
+    tx: &mut TenantTx,
+    id: Uuid,
+    change: &ApiKeyChange<'_>,
+) -> Result<Option<ApiKeyRow>, DbError> {
+    let query = diesel::update(api_keys::table.find((tx.tenant().0, id)))
+        .set(change)
+        .returning(ApiKeyRow::as_returning());
+    Ok(query.get_result(&mut **tx).await.optional()?)
+}
+
+pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
+    Ok(diesel::delete(api_keys::table.find((tx.tenant().0, id)))
+        .execute(&mut **tx)
+        .await?
+        == 1)
+}
+
+/// Gives the key a new text; the one it has works on until `previous_expires_at`, or ends now.
+pub async fn rotate(
+    tx: &mut TenantTx,
+    id: Uuid,
+    prefix: &str,
+    key_hash: &[u8],
+    previous_expires_at: Option<DateTime<Utc>>,
+) -> Result<Option<ApiKeyRow>, DbError> {
+    let key = api_keys::table.find((tx.tenant().0, id));
+    let texts = (api_keys::prefix.eq(prefix), api_keys::key_hash.eq(key_hash));
+    let row = match previous_expires_at {
+        Some(until) => {
+            diesel::update(key)
+                .set((
+                    texts,
+                    api_keys::previous_key_hash.eq(api_keys::key_hash.nullable()),
+                    api_keys::previous_expires_at.eq(until),
+                ))
+                .returning(ApiKeyRow::as_returning())
+                .get_result(&mut **tx)
+                .await
+        }
+        None => {
+            diesel::update(key)
+                .set((
+                    texts,
+                    api_keys::previous_key_hash.eq(None::<Vec<u8>>),
+                    api_keys::previous_expires_at.eq(None::<DateTime<Utc>>),
+                ))
+                .returning(ApiKeyRow::as_returning())
+                .get_result(&mut **tx)
+                .await
+        }
+    };
+    Ok(row.optional()?)
+}
+
+/// The key that a text with this hash opens, active or not, over all tenants.
+pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<KeyFacts>, DbError> {
+    type Row = (
+        (
+            Uuid,
+            Uuid,
+            Uuid,
+            String,
+            bool,
+            Option<DateTime<Utc>>,
+            Option<i32>,
+        ),
+        (Vec<u8>, Option<DateTime<Utc>>),
+        (String, i32, i32, Option<i64>, Option<i64>, bool, String),
+        String,
+    );
+    let row = api_keys::table
+        .inner_join(
+            plans::table.on(plans::tenant_id
+                .eq(api_keys::tenant_id)
+                .and(plans::id.eq(api_keys::plan_id))),
+        )
+        .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
+        .filter(
+            api_keys::key_hash.eq(hash).or(api_keys::previous_key_hash
+                .eq(hash)
+                .and(api_keys::previous_expires_at.gt(now))
+                .assume_not_null()),
+        )
+        .select((
+            (
+                api_keys::tenant_id,
+                api_keys::id,
+                api_keys::plan_id,
+                api_keys::prefix,
+                api_keys::is_active,
+                api_keys::expires_at,
+                api_keys::rpm_override,
+            ),
+            (api_keys::key_hash, api_keys::previous_expires_at),
+            (
+                plans::name,
+                plans::default_rpm,
+                plans::burst,
+                plans::daily_quota,
+                plans::monthly_quota,
+                plans::strict,
+                plans::billing,
+            ),
+            tenants::time_zone,
+        ))
+        .first::<Row>(&mut **tx)
+        .await
+        .optional()?;
+    Ok(row.map(|(key, (current, grace), plan, time_zone)| {
+        let own = key.5;
+        let expires_at = if current == hash {
+            own
+        } else {
+            match (own, grace) {
+                (Some(own), Some(grace)) => Some(own.min(grace)),
+                (own, grace) => own.or(grace),
+            }
+        };
+        KeyFacts {
+            tenant_id: key.0,
+            id: key.1,
+            plan_id: key.2,
+            prefix: key.3,
+            is_active: key.4,
+            expires_at,
+            rpm_override: key.6,
+            plan_name: plan.0,
+            default_rpm: plan.1,
+            burst: plan.2,
+            daily_quota: plan.3,
+            monthly_quota: plan.4,
+            strict: plan.5,
+            billing: plan.6,
+            time_zone,
+        }
+    }))
+}
+
+/// Moves `last_used_at` of many keys forward, in one statement.
+pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
+    let (ids, times): (Vec<Uuid>, Vec<DateTime<Utc>>) = used.iter().copied().unzip();
+    diesel::sql_query(
+        "UPDATE api_keys k SET last_used_at = u.at \
+         FROM unnest($1, $2) AS u (id, at) \
+         WHERE k.id = u.id AND (k.last_used_at IS NULL OR k.last_used_at < u.at)",
+    )
+    .bind::<Array<SqlUuid>, _>(ids)
+    .bind::<Array<Timestamptz>, _>(times)
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+/// Forgets the texts whose grace has ended; answers how many.
+pub async fn forget_previous(tx: &mut SystemTx) -> Result<usize, DbError> {
+    let ended = api_keys::table.filter(api_keys::previous_expires_at.le(now));
+    let forgotten = diesel::update(ended)
+        .set((
+            api_keys::previous_key_hash
+                .eq(None::<Vec<u8>>.into_sql::<diesel::sql_types::Nullable<Bytea>>()),
+            api_keys::previous_expires_at.eq(None::<DateTime<Utc>>),
+        ))
+        .execute(&mut **tx)
+        .await?;
+    Ok(forgotten)
+}

@@ -1,0 +1,135 @@
+//! Plans in PostgreSQL.
+
+use std::collections::HashMap;
+
+use chrono::{DateTime, Utc};
+use diesel::{dsl::count_star, prelude::*};
+use diesel_async::RunQueryDsl;
+use uuid::Uuid;
+
+use super::{Rows, Slice};
+use crate::{
+    db::{DbError, TenantTx},
+    schema::{api_keys, plans},
+};
+
+#[derive(Debug, Clone, Queryable, Selectable)]
+#[diesel(table_name = plans, check_for_backend(diesel::pg::Pg))]
+pub struct PlanRow {
+    pub id: Uuid,
+    pub name: String,
+    pub default_rpm: i32,
+    pub burst: i32,
+    pub daily_quota: Option<i64>,
+    pub monthly_quota: Option<i64>,
+    pub strict: bool,
+    pub billing: String,
+    pub created_at: DateTime<Utc>,
+    pub updated_at: DateTime<Utc>,
+}
+
+#[derive(Debug, Insertable)]
+#[diesel(table_name = plans)]
+pub struct NewPlan<'a> {
+    pub tenant_id: Uuid,
+    pub id: Uuid,
+    pub name: &'a str,
+    pub default_rpm: i32,
+    pub burst: i32,
+    pub daily_quota: Option<i64>,
+    pub monthly_quota: Option<i64>,
+    pub strict: bool,
+    pub billing: &'a str,
+}
+
+#[derive(Debug, Default, AsChangeset)]
+#[diesel(table_name = plans)]
+pub struct PlanChange<'a> {
+    pub name: Option<&'a str>,
+    pub default_rpm: Option<i32>,
+    pub burst: Option<i32>,
+    pub daily_quota: Option<Option<i64>>,
+    pub monthly_quota: Option<Option<i64>>,
+    pub strict: Option<bool>,
+    pub billing: Option<&'a str>,
+}
+
+pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, DbError> {
+    let query = diesel::insert_into(plans::table)
+        .values(plan)
+        .returning(PlanRow::as_returning());
+    Ok(query.get_result(&mut **tx).await?)
+}
+
+pub async fn list(tx: &mut TenantTx, slice: Slice) -> Result<Rows<(PlanRow, u64)>, DbError> {
+    let tenant = tx.tenant().0;
+    let total = plans::table
+        .filter(plans::tenant_id.eq(tenant))
+        .count()
+        .get_result(&mut **tx)
+        .await?;
+    let rows = plans::table
+        .filter(plans::tenant_id.eq(tenant))
+        .filter(plans::id.lt(slice.before()))
+        .order(plans::id.desc())
+        .limit(slice.fetch())
+        .select(PlanRow::as_select())
+        .load(&mut **tx)
+        .await?;
+    let counts = key_counts(tx, &rows.iter().map(|row| row.id).collect::<Vec<_>>()).await?;
+    let rows = rows.into_iter().map(|row| {
+        let count = counts.get(&row.id).copied().unwrap_or(0);
+        (row, count)
+    });
+    Ok(Rows::new(rows.collect(), slice, total))
+}
+
+pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<PlanRow>, DbError> {
+    let query = plans::table
+        .find((tx.tenant().0, id))
+        .select(PlanRow::as_select());
+    Ok(query.first(&mut **tx).await.optional()?)
+}
+
+/// Finds it and holds it against other changes until the transaction ends.
+pub async fn lock(tx: &mut TenantTx, id: Uuid) -> Result<Option<PlanRow>, DbError> {
+    let query = plans::table
+        .find((tx.tenant().0, id))
+        .select(PlanRow::as_select())
+        .for_update();
+    Ok(query.first(&mut **tx).await.optional()?)
+}
+
+pub async fn update(
+    tx: &mut TenantTx,
+    id: Uuid,
+    change: &PlanChange<'_>,
+) -> Result<Option<PlanRow>, DbError> {
+    let row = diesel::update(plans::table.find((tx.tenant().0, id)))
+        .set(change)
+        .returning(PlanRow::as_returning());
+    Ok(row.get_result(&mut **tx).await.optional()?)
+}
+
+/// Keys that refer to it make this fail with `api_keys_plan_fkey`.
+pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
+    Ok(diesel::delete(plans::table.find((tx.tenant().0, id)))
+        .execute(&mut **tx)
+        .await?
+        == 1)
+}
+
+/// How many keys each of the plans has; those without are left out.
+pub async fn key_counts(tx: &mut TenantTx, ids: &[Uuid]) -> Result<HashMap<Uuid, u64>, DbError> {
+    let counts = api_keys::table
+        .filter(api_keys::tenant_id.eq(tx.tenant().0))
+        .filter(api_keys::plan_id.eq_any(ids))
+        .group_by(api_keys::plan_id)
+        .select((api_keys::plan_id, count_star()))
+        .load::<(Uuid, i64)>(&mut **tx)
+        .await?;
+    Ok(counts
+        .into_iter()
+        .map(|(id, count)| (id, u64::try_from(count).unwrap_or(0)))
+        .collect())
+}

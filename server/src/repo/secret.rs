@@ -1,0 +1,22 @@
+//! The secret that is kept in the database where the operator sets none.
+
+use diesel::prelude::*;
+use diesel_async::RunQueryDsl;
+
+use crate::{
+    db::{DbError, SystemTx},
+    schema::server_secrets,
+};
+
+/// The secret; `candidate` becomes it when there is none yet. Of replicas that start at once, one wins.
+pub async fn get_or_insert(tx: &mut SystemTx, candidate: &[u8]) -> Result<Vec<u8>, DbError> {
+    diesel::insert_into(server_secrets::table)
+        .values(server_secrets::secret.eq(candidate))
+        .on_conflict_do_nothing()
+        .execute(&mut **tx)
+        .await?;
+    Ok(server_secrets::table
+        .select(server_secrets::secret)
+        .first(&mut **tx)
+        .await?)
+}

@@ -1,0 +1,99 @@
+//! Service tokens in PostgreSQL.
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    prelude::*,
+    sql_types::{Array, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::RunQueryDsl;
+use uuid::Uuid;
+
+use super::{Rows, Slice};
+use crate::{
+    db::{DbError, SystemTx, TenantTx},
+    schema::service_tokens,
+};
+
+#[derive(Debug, Clone, Queryable, Selectable)]
+#[diesel(table_name = service_tokens, check_for_backend(diesel::pg::Pg))]
+pub struct ServiceTokenRow {
+    pub id: Uuid,
+    pub name: String,
+    pub prefix: String,
+    pub last_used_at: Option<DateTime<Utc>>,
+    pub created_at: DateTime<Utc>,
+}
+
+#[derive(Debug, Insertable)]
+#[diesel(table_name = service_tokens)]
+pub struct NewServiceToken<'a> {
+    pub tenant_id: Uuid,
+    pub id: Uuid,
+    pub name: &'a str,
+    pub prefix: &'a str,
+    pub token_hash: &'a [u8],
+}
+
+pub async fn insert(
+    tx: &mut TenantTx,
+    token: &NewServiceToken<'_>,
+) -> Result<ServiceTokenRow, DbError> {
+    let query = diesel::insert_into(service_tokens::table)
+        .values(token)
+        .returning(ServiceTokenRow::as_returning());
+    Ok(query.get_result(&mut **tx).await?)
+}
+
+pub async fn list(tx: &mut TenantTx, slice: Slice) -> Result<Rows<ServiceTokenRow>, DbError> {
+    let tenant = tx.tenant().0;
+    let total = service_tokens::table
+        .filter(service_tokens::tenant_id.eq(tenant))
+        .count()
+        .get_result(&mut **tx)
+        .await?;
+    let rows = service_tokens::table
+        .filter(service_tokens::tenant_id.eq(tenant))
+        .filter(service_tokens::id.lt(slice.before()))
+        .order(service_tokens::id.desc())
+        .limit(slice.fetch())
+        .select(ServiceTokenRow::as_select())
+        .load(&mut **tx)
+        .await?;
+    Ok(Rows::new(rows, slice, total))
+}
+
+pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<ServiceTokenRow>, DbError> {
+    let query = service_tokens::table
+        .find((tx.tenant().0, id))
+        .select(ServiceTokenRow::as_select());
+    Ok(query.first(&mut **tx).await.optional()?)
+}
+
+pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<Option<ServiceTokenRow>, DbError> {
+    let query = diesel::delete(service_tokens::table.find((tx.tenant().0, id)))
+        .returning(ServiceTokenRow::as_returning());
+    Ok(query.get_result(&mut **tx).await.optional()?)
+}
+
+/// The tenant and id of the token that a text with this hash opens, over all tenants.
+pub async fn owner(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(Uuid, Uuid)>, DbError> {
+    let query = service_tokens::table
+        .filter(service_tokens::token_hash.eq(hash))
+        .select((service_tokens::tenant_id, service_tokens::id));
+    Ok(query.first(&mut **tx).await.optional()?)
+}
+
+/// Moves `last_used_at` of many tokens forward, in one statement.
+pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
+    let (ids, times): (Vec<Uuid>, Vec<DateTime<Utc>>) = used.iter().copied().unzip();
+    diesel::sql_query(
+        "UPDATE service_tokens t SET last_used_at = u.at \
+         FROM unnest($1, $2) AS u (id, at) \
+         WHERE t.id = u.id AND (t.last_used_at IS NULL OR t.last_used_at < u.at)",
+    )
+    .bind::<Array<SqlUuid>, _>(ids)
+    .bind::<Array<Timestamptz>, _>(times)
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}

@@ -1,0 +1,217 @@
+//! Session families in PostgreSQL.
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    dsl::{IntervalDsl, exists, now},
+    prelude::*,
+    sql_types::Timestamptz,
+};
+use diesel_async::RunQueryDsl;
+use ipnet::IpNet;
+use uuid::Uuid;
+
+use crate::{
+    db::{DbError, SystemTx},
+    schema::{refresh_tokens, sessions},
+};
+
+/// For how many seconds the immediate predecessor of a refresh token gets the same successor: two tabs, or an
+/// answer that was lost.
+pub const GRACE_SECS: i32 = 10;
+
+#[derive(Debug, Clone, Queryable, Selectable)]
+#[diesel(table_name = sessions, check_for_backend(diesel::pg::Pg))]
+pub struct SessionRow {
+    pub id: Uuid,
+    pub user_id: Uuid,
+    pub tenant_id: Uuid,
+    pub user_agent: Option<String>,
+    pub ip: Option<IpNet>,
+    pub created_at: DateTime<Utc>,
+    pub last_used_at: DateTime<Utc>,
+    pub expires_at: DateTime<Utc>,
+}
+
+#[derive(Debug, Insertable)]
+#[diesel(table_name = sessions)]
+pub struct NewSession<'a> {
+    pub id: Uuid,
+    pub user_id: Uuid,
+    pub tenant_id: Uuid,
+    pub user_agent: Option<&'a str>,
+    pub ip: Option<IpNet>,
+    pub expires_at: DateTime<Utc>,
+}
+
+/// What using a refresh token came to.
+#[derive(Debug)]
+pub enum Rotation {
+    /// It was the current one; its successor is stored.
+    Rotated(SessionRow),
+    /// It was the one before, a moment ago: the successor is the same.
+    Repeated(SessionRow),
+    /// It was used before that: somebody has a copy. The session is to be ended.
+    Reused(SessionRow),
+    /// It opens nothing, or no longer.
+    Unknown,
+}
+
+pub async fn begin(
+    tx: &mut SystemTx,
+    session: &NewSession<'_>,
+    token_hash: &[u8],
+) -> Result<(), DbError> {
+    diesel::insert_into(sessions::table)
+        .values(session)
+        .execute(&mut **tx)
+        .await?;
+    add_token(tx, session.id, token_hash).await
+}
+
+async fn add_token(tx: &mut SystemTx, session: Uuid, token_hash: &[u8]) -> Result<(), DbError> {
+    diesel::insert_into(refresh_tokens::table)
+        .values((
+            refresh_tokens::token_hash.eq(token_hash),
+            refresh_tokens::session_id.eq(session),
+        ))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Uses a refresh token up, in one conditional update: of two callers at once one finds it used.
+pub async fn rotate(
+    tx: &mut SystemTx,
+    token_hash: &[u8],
+    next_hash: &[u8],
+    idle_days: i32,
+    ip: Option<IpNet>,
+) -> Result<Rotation, DbError> {
+    let live = sessions::table
+        .filter(sessions::id.eq(refresh_tokens::session_id))
+        .filter(sessions::revoked_at.is_null())
+        .filter(sessions::expires_at.gt(now));
+    let used = diesel::update(
+        refresh_tokens::table
+            .filter(refresh_tokens::token_hash.eq(token_hash))
+            .filter(refresh_tokens::used_at.is_null())
+            .filter(exists(live)),
+    )
+    .set(refresh_tokens::used_at.eq(now))
+    .returning(refresh_tokens::session_id)
+    .get_result::<Uuid>(&mut **tx)
+    .await
+    .optional()?;
+    if let Some(session) = used {
+        add_token(tx, session, next_hash).await?;
+        let session = diesel::update(sessions::table.find(session))
+            .set((
+                sessions::last_used_at.eq(now),
+                sessions::expires_at.eq(now.into_sql::<Timestamptz>() + idle_days.days()),
+                sessions::ip.eq(ip),
+            ))
+            .returning(SessionRow::as_returning())
+            .get_result(&mut **tx)
+            .await?;
+        return Ok(Rotation::Rotated(session));
+    }
+
+    let found = refresh_tokens::table
+        .inner_join(sessions::table)
+        .filter(refresh_tokens::token_hash.eq(token_hash))
+        .filter(sessions::revoked_at.is_null())
+        .filter(sessions::expires_at.gt(now))
+        .select((
+            SessionRow::as_select(),
+            refresh_tokens::used_at
+                .assume_not_null()
+                .gt(now.into_sql::<Timestamptz>() - GRACE_SECS.seconds()),
+        ))
+        .first::<(SessionRow, bool)>(&mut **tx)
+        .await
+        .optional()?;
+    let Some((session, recent)) = found else {
+        return Ok(Rotation::Unknown);
+    };
+    let successor_is_current = diesel::select(exists(
+        refresh_tokens::table
+            .filter(refresh_tokens::token_hash.eq(next_hash))
+            .filter(refresh_tokens::used_at.is_null()),
+    ))
+    .get_result::<bool>(&mut **tx)
+    .await?;
+    Ok(if recent && successor_is_current {
+        Rotation::Repeated(session)
+    } else {
+        Rotation::Reused(session)
+    })
+}
+
+/// The session that a refresh token, used or not, belongs to, while it lives.
+pub async fn of_token(tx: &mut SystemTx, token_hash: &[u8]) -> Result<Option<SessionRow>, DbError> {
+    let query = refresh_tokens::table
+        .inner_join(sessions::table)
+        .filter(refresh_tokens::token_hash.eq(token_hash))
+        .filter(sessions::revoked_at.is_null())
+        .filter(sessions::expires_at.gt(now))
+        .select(SessionRow::as_select());
+    Ok(query.first(&mut **tx).await.optional()?)
+}
+
+pub async fn find_live(tx: &mut SystemTx, session: Uuid) -> Result<Option<SessionRow>, DbError> {
+    let query = sessions::table
+        .find(session)
+        .filter(sessions::revoked_at.is_null())
+        .filter(sessions::expires_at.gt(now))
+        .select(SessionRow::as_select());
+    Ok(query.first(&mut **tx).await.optional()?)
+}
+
+/// The living sessions of a user, newest first.
+pub async fn of_user(tx: &mut SystemTx, user: Uuid) -> Result<Vec<SessionRow>, DbError> {
+    let query = sessions::table
+        .filter(sessions::user_id.eq(user))
+        .filter(sessions::revoked_at.is_null())
+        .filter(sessions::expires_at.gt(now))
+        .order(sessions::id.desc())
+        .limit(100)
+        .select(SessionRow::as_select());
+    Ok(query.load(&mut **tx).await?)
+}
+
+/// Ends one session of a user; `false` when they have no such living one.
+pub async fn end(tx: &mut SystemTx, user: Uuid, session: Uuid) -> Result<bool, DbError> {
+    let living = sessions::table
+        .filter(sessions::id.eq(session))
+        .filter(sessions::user_id.eq(user))
+        .filter(sessions::revoked_at.is_null());
+    Ok(diesel::update(living)
+        .set(sessions::revoked_at.eq(now))
+        .execute(&mut **tx)
+        .await?
+        == 1)
+}
+
+/// Ends every session of a user but one; answers those that were ended.
+pub async fn end_others(tx: &mut SystemTx, user: Uuid, but: Uuid) -> Result<Vec<Uuid>, DbError> {
+    let others = sessions::table
+        .filter(sessions::user_id.eq(user))
+        .filter(sessions::id.ne(but))
+        .filter(sessions::revoked_at.is_null());
+    let query = diesel::update(others)
+        .set(sessions::revoked_at.eq(now))
+        .returning(sessions::id);
+    Ok(query.get_results(&mut **tx).await?)
+}
+
+/// Forgets sessions a day after they ended, and with them their tokens; answers how many.
+pub async fn sweep(tx: &mut SystemTx) -> Result<usize, DbError> {
+    let ended = sessions::table.filter(
+        sessions::expires_at
+            .lt(now.into_sql::<Timestamptz>() - 1.day())
+            .or(sessions::revoked_at
+                .lt((now.into_sql::<Timestamptz>() - 1.day()).nullable())
+                .assume_not_null()),
+    );
+    Ok(diesel::delete(ended).execute(&mut **tx).await?)
+}

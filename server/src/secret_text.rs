@@ -1,0 +1,174 @@
+//! The form of secrets: a prefix that tells what it is for, 32 base62 characters of chance (190 bits) and a
+//! checksum of 6, as in `qk_…`. Scanners find it with `q[ksr]_[0-9A-Za-z]{38}` and tell a real one by the
+//! checksum.
+
+use std::fmt;
+
+use aws_lc_rs::digest;
+
+const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+const RANDOM: usize = 32;
+const CHECKSUM: usize = 6;
+const LENGTH: usize = 3 + RANDOM + CHECKSUM;
+/// How much of a text is kept and shown, to tell one from another: 8 characters of chance leave 142 bits.
+const SHOWN: usize = 3 + 8;
+
+/// What a secret opens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A consumer's API key.
+    ApiKey,
+    /// A service token of a tenant's gateway.
+    ServiceToken,
+    /// A refresh token of a session.
+    Refresh,
+}
+
+impl Kind {
+    pub const fn prefix(self) -> &'static str {
+        match self {
+            Self::ApiKey => "qk_",
+            Self::ServiceToken => "qs_",
+            Self::Refresh => "qr_",
+        }
+    }
+}
+
+/// The SHA-256 of a text: what is stored and looked up.
+pub type Hash = [u8; 32];
+
+/// A secret whose form and checksum are right.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SecretText([u8; LENGTH]);
+
+impl SecretText {
+    /// A new one, from the operating system's source of chance.
+    pub fn generate(kind: Kind) -> Result<Self, getrandom::Error> {
+        let mut random = [0_u8; RANDOM];
+        let mut filled = 0;
+        while filled < RANDOM {
+            let mut bytes = [0_u8; 2 * RANDOM];
+            getrandom::fill(&mut bytes)?;
+            // A byte of 248 or more would make the first digits likelier than the others.
+            for byte in bytes
+                .into_iter()
+                .filter(|byte| *byte < 248)
+                .take(RANDOM - filled)
+            {
+                random[filled] = DIGITS[usize::from(byte % 62)];
+                filled += 1;
+            }
+        }
+        Ok(Self::assemble(kind, &random))
+    }
+
+    /// One that follows from 32 bytes that nobody can guess.
+    pub fn from_bytes(kind: Kind, bytes: &[u8; 32]) -> Self {
+        Self::assemble(kind, &bytes.map(|byte| DIGITS[usize::from(byte) % 62]))
+    }
+
+    fn assemble(kind: Kind, random: &[u8; RANDOM]) -> Self {
+        let mut text = [0; LENGTH];
+        text[..3].copy_from_slice(kind.prefix().as_bytes());
+        text[3..3 + RANDOM].copy_from_slice(random);
+        let sum = checksum(&text[..3 + RANDOM]);
+        text[3 + RANDOM..].copy_from_slice(&sum);
+        Self(text)
+    }
+
+    /// Reads one. `None` for a wrong length, prefix, character or checksum: without any look-up.
+    pub fn parse(kind: Kind, text: &[u8]) -> Option<Self> {
+        let text: &[u8; LENGTH] = text.try_into().ok()?;
+        let (body, sum) = text.split_at(3 + RANDOM);
+        let well_formed = body.starts_with(kind.prefix().as_bytes())
+            && body[3..].iter().all(u8::is_ascii_alphanumeric)
+            && checksum(body) == *sum;
+        well_formed.then_some(Self(*text))
+    }
+
+    pub fn hash(&self) -> Hash {
+        let mut hash = [0; 32];
+        hash.copy_from_slice(digest::digest(&digest::SHA256, &self.0).as_ref());
+        hash
+    }
+
+    /// The text itself. Shown once, and nowhere else.
+    pub fn reveal(&self) -> String {
+        self.0.iter().map(|byte| char::from(*byte)).collect()
+    }
+
+    /// The part that may be kept and shown.
+    pub fn prefix(&self) -> String {
+        self.0[..SHOWN]
+            .iter()
+            .map(|byte| char::from(*byte))
+            .collect()
+    }
+}
+
+impl fmt::Debug for SecretText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SecretText({}…)", self.prefix())
+    }
+}
+
+/// CRC32 (IEEE) in base62, most significant digit first: 62^6 is above 2^32.
+fn checksum(bytes: &[u8]) -> [u8; CHECKSUM] {
+    let mut sum = crc32fast::hash(bytes);
+    let mut digits = [0; CHECKSUM];
+    for digit in digits.iter_mut().rev() {
+        *digit = DIGITS[(sum % 62) as usize];
+        sum /= 62;
+    }
+    digits
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KINDS: [Kind; 3] = [Kind::ApiKey, Kind::ServiceToken, Kind::Refresh];
+
+    #[test]
+    fn a_generated_text_is_read_back_as_its_own_kind_alone() {
+        for kind in KINDS {
+            let text = SecretText::generate(kind).unwrap();
+            let shown = text.reveal();
+            assert_eq!(shown.len(), 41);
+            assert_eq!(SecretText::parse(kind, shown.as_bytes()), Some(text));
+            for other in KINDS.into_iter().filter(|other| *other != kind) {
+                assert_eq!(SecretText::parse(other, shown.as_bytes()), None);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_shown_of_a_text_is_no_secret() {
+        let text = SecretText::generate(Kind::ApiKey).unwrap();
+        assert!(!format!("{text:?}").contains(&text.reveal()[11..]));
+    }
+
+    proptest! {
+        #[test]
+        fn any_single_change_is_noticed(bytes: [u8; 32], at in 0..LENGTH, to in 0..62_usize) {
+            let text = SecretText::from_bytes(Kind::ApiKey, &bytes);
+            let mut changed = text.reveal().into_bytes();
+            prop_assume!(changed[at] != DIGITS[to]);
+            changed[at] = DIGITS[to];
+            prop_assert_eq!(SecretText::parse(Kind::ApiKey, &changed), None);
+        }
+
+        #[test]
+        fn every_text_survives_the_round_trip(bytes: [u8; 32]) {
+            let text = SecretText::from_bytes(Kind::Refresh, &bytes);
+            prop_assert_eq!(SecretText::parse(Kind::Refresh, text.reveal().as_bytes()), Some(text));
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>) {
+            prop_assert_eq!(SecretText::parse(Kind::ApiKey, &bytes), None);
+        }
+    }
+}

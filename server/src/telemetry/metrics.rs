@@ -1,0 +1,275 @@
+//! What is counted, and how it is named.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{counter::Counter, gauge::Gauge, info::Info},
+    registry::Registry,
+};
+
+/// Everything that is counted. Prometheus names are in [`Metrics::text`].
+#[derive(Debug)]
+pub struct Metrics {
+    pub allowed: Counter,
+    pub denied: Counter,
+    pub refused_keys: Counter,
+    pub limiter_errors: Counter,
+    /// Seconds from a key's text to the decision.
+    pub decision_seconds: Latency,
+    pub keys_malformed: Counter,
+    pub key_cache_hits: Counter,
+    pub key_cache_negative_hits: Counter,
+    pub key_loads: Counter,
+    pub key_stale_served: Counter,
+    pub ledger_takes: Counter,
+    pub ledger_errors: Counter,
+    pub guard_refusals: Counter,
+    pub logins_failed: Counter,
+    pub password_queue_full: Counter,
+    pub requests_in_flight: Gauge,
+    pub panics: Counter,
+    pub revocation_polls: Counter,
+    pub revocation_poll_errors: Counter,
+    pub limiter_cells: Gauge,
+    pub database_connections: Gauge,
+    pub database_connections_busy: Gauge,
+    statuses: Box<[AtomicU64; 600]>,
+}
+
+/// A histogram without a lock: a bucket is an atomic. Buckets double from 1 µs to 8 s.
+#[derive(Debug, Default)]
+pub struct Latency {
+    buckets: [AtomicU64; 24],
+    nanos: AtomicU64,
+}
+
+impl Latency {
+    pub fn observe(&self, nanos: u64) {
+        let micros = nanos.div_ceil(1000).max(1);
+        let bucket = (u64::BITS - (micros - 1).leading_zeros()).min(23) as usize;
+        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        self.nanos.fetch_add(nanos, Ordering::Relaxed);
+    }
+
+    fn write(&self, text: &mut String, name: &str, help: &str) {
+        use std::fmt::Write;
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
+        let mut total = 0;
+        let mut bound = 1e-6;
+        for bucket in &self.buckets {
+            total += bucket.load(Ordering::Relaxed);
+            let _ = writeln!(text, "{name}_bucket{{le=\"{bound}\"}} {total}");
+            bound *= 2.0;
+        }
+        let sum = Duration::from_nanos(self.nanos.load(Ordering::Relaxed)).as_secs_f64();
+        let _ = writeln!(
+            text,
+            "{name}_bucket{{le=\"+Inf\"}} {total}\n{name}_sum {sum}\n{name}_count {total}"
+        );
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            allowed: Counter::default(),
+            denied: Counter::default(),
+            refused_keys: Counter::default(),
+            limiter_errors: Counter::default(),
+            decision_seconds: Latency::default(),
+            keys_malformed: Counter::default(),
+            key_cache_hits: Counter::default(),
+            key_cache_negative_hits: Counter::default(),
+            key_loads: Counter::default(),
+            key_stale_served: Counter::default(),
+            ledger_takes: Counter::default(),
+            ledger_errors: Counter::default(),
+            guard_refusals: Counter::default(),
+            logins_failed: Counter::default(),
+            password_queue_full: Counter::default(),
+            requests_in_flight: Gauge::default(),
+            panics: Counter::default(),
+            revocation_polls: Counter::default(),
+            revocation_poll_errors: Counter::default(),
+            limiter_cells: Gauge::default(),
+            database_connections: Gauge::default(),
+            database_connections_busy: Gauge::default(),
+            statuses: Box::new([const { AtomicU64::new(0) }; 600]),
+        }
+    }
+}
+
+impl Metrics {
+    /// Counts an answer.
+    pub fn answered(&self, status: u16) {
+        if let Some(count) = self.statuses.get(usize::from(status)) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The Prometheus text (OpenMetrics 1.0).
+    pub fn text(&self) -> String {
+        use std::fmt::Write;
+        let mut registry = Registry::with_prefix("quota");
+        let r = &mut registry;
+        r.register(
+            "build",
+            "The running version",
+            Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]),
+        );
+        r.register(
+            "decisions_allowed",
+            "Requests admitted by the limiter",
+            self.allowed.clone(),
+        );
+        r.register(
+            "decisions_denied",
+            "Requests denied by the limiter",
+            self.denied.clone(),
+        );
+        r.register(
+            "decision_errors",
+            "Requests without a decision, answered 503",
+            self.limiter_errors.clone(),
+        );
+        r.register(
+            "keys_refused",
+            "Requests with a key that opens nothing",
+            self.refused_keys.clone(),
+        );
+        r.register(
+            "keys_malformed",
+            "Of these, keys with a wrong form or checksum, refused before any look-up",
+            self.keys_malformed.clone(),
+        );
+        r.register(
+            "key_cache_hits",
+            "Key look-ups answered from this process",
+            self.key_cache_hits.clone(),
+        );
+        r.register(
+            "key_cache_negative_hits",
+            "Key look-ups answered from this process: known not to exist",
+            self.key_cache_negative_hits.clone(),
+        );
+        r.register(
+            "key_loads",
+            "Key look-ups that asked PostgreSQL",
+            self.key_loads.clone(),
+        );
+        r.register(
+            "key_stale_served",
+            "Key look-ups answered with a record that could not be confirmed",
+            self.key_stale_served.clone(),
+        );
+        r.register(
+            "quota_ledger_takes",
+            "Blocks of calendar quotas taken",
+            self.ledger_takes.clone(),
+        );
+        r.register(
+            "quota_ledger_errors",
+            "Failed calls to the quota ledger",
+            self.ledger_errors.clone(),
+        );
+        r.register(
+            "guard_refusals",
+            "Requests refused by a limit of address or account",
+            self.guard_refusals.clone(),
+        );
+        r.register(
+            "logins_failed",
+            "Sign-ins with a wrong email or password",
+            self.logins_failed.clone(),
+        );
+        r.register(
+            "password_queue_full",
+            "Requests answered 503 because too many passwords were being hashed",
+            self.password_queue_full.clone(),
+        );
+        r.register(
+            "requests_in_flight",
+            "Requests being answered",
+            self.requests_in_flight.clone(),
+        );
+        r.register("panics", "Handlers that panicked", self.panics.clone());
+        r.register(
+            "revocation_polls",
+            "Polls for changes of keys and sessions",
+            self.revocation_polls.clone(),
+        );
+        r.register(
+            "revocation_poll_errors",
+            "Such polls that failed",
+            self.revocation_poll_errors.clone(),
+        );
+        r.register(
+            "limiter_cells",
+            "Keys whose state is in memory",
+            self.limiter_cells.clone(),
+        );
+        r.register(
+            "database_connections",
+            "Open connections to PostgreSQL",
+            self.database_connections.clone(),
+        );
+        r.register(
+            "database_connections_busy",
+            "Connections to PostgreSQL in use",
+            self.database_connections_busy.clone(),
+        );
+        let mut text = String::with_capacity(8192);
+        // The end mark is written last, below.
+        if encode(&mut text, &registry).is_ok() {
+            text.truncate(text.trim_end().trim_end_matches("# EOF").len());
+        }
+        self.decision_seconds.write(
+            &mut text,
+            "quota_decision_seconds",
+            "Seconds from a key's text to the decision.",
+        );
+        let _ = writeln!(
+            text,
+            "# HELP quota_http_responses Answers by status.\n# TYPE quota_http_responses counter"
+        );
+        for (status, count) in self.statuses.iter().enumerate() {
+            let count = count.load(Ordering::Relaxed);
+            if count > 0 {
+                let _ = writeln!(
+                    text,
+                    "quota_http_responses_total{{status=\"{status}\"}} {count}"
+                );
+            }
+        }
+        text.push_str("# EOF\n");
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_has_one_end_and_what_was_counted() {
+        let metrics = Metrics::default();
+        metrics.allowed.inc();
+        metrics.answered(200);
+        metrics.answered(429);
+        metrics.decision_seconds.observe(1_500);
+        let text = metrics.text();
+        assert_eq!(text.matches("# EOF").count(), 1);
+        assert!(text.ends_with("# EOF\n"));
+        assert!(text.contains("quota_decisions_allowed_total 1\n"), "{text}");
+        assert!(text.contains("quota_http_responses_total{status=\"429\"} 1\n"));
+        assert!(
+            text.contains("quota_decision_seconds_bucket{le=\"0.000002\"} 1\n"),
+            "{text}"
+        );
+        assert!(text.contains("quota_decision_seconds_bucket{le=\"0.000001\"} 0\n"));
+    }
+}
