@@ -1,0 +1,41 @@
+//! Who calls: passwords, access tokens, session families.
+//!
+//! Owns how people prove who they are and stay signed in. Knows no HTTP. Passwords are hashed on a small pool
+//! of threads of their own, so that a flood of sign-ins takes neither the memory nor the time of anything
+//! else. When PostgreSQL is away nobody signs in, and sessions that were in use stay in use for
+//! `QUOTA_STALE_GRACE`.
+
+pub mod account;
+pub mod password;
+pub mod secret;
+pub mod session;
+pub mod token;
+
+use std::time::Duration;
+
+use crate::db::DbError;
+
+/// Why an account or session could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthError {
+    #[error("the email or the password is wrong")]
+    WrongCredentials,
+    #[error("the token opens nothing")]
+    Unauthorized,
+    #[error("the email is taken")]
+    EmailTaken,
+    /// Why a password is refused.
+    #[error("{0}")]
+    WeakPassword(String),
+    #[error("too many tries on this account")]
+    TooManyTries(Duration),
+    /// Too many passwords are being hashed.
+    #[error("too many passwords are being hashed")]
+    Busy,
+    #[error(transparent)]
+    Db(#[from] DbError),
+    #[error("the machine has no randomness")]
+    Random(#[from] getrandom::Error),
+    #[error("internal")]
+    Internal(String),
+}

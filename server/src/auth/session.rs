@@ -1,0 +1,317 @@
+//! Session families: a sign-in and every refresh token that follows from it.
+
+use std::{sync::Arc, time::Duration};
+
+use chrono::DateTime;
+use ipnet::IpNet;
+use quota_common::{SessionId, TenantId, UserId, auth::Role};
+use uuid::Uuid;
+
+use super::{AuthError, secret::Secrets, token::Signer};
+use crate::{
+    cache::{Cached, Freshness, Unconfirmed},
+    clock::{Clock, UnixNanos},
+    db::{self, Db, SystemTx},
+    repo::{
+        account, audit,
+        revocation::{self, Target},
+        session::{self, NewSession, Rotation, SessionRow},
+    },
+    secret_text::{Kind, SecretText},
+    telemetry::metrics::Metrics,
+};
+
+/// Where a request comes from, as far as it is kept.
+#[derive(Debug, Clone, Default)]
+pub struct Origin {
+    pub ip: Option<std::net::IpAddr>,
+    pub user_agent: Option<String>,
+}
+
+impl Origin {
+    pub fn network(&self) -> Option<IpNet> {
+        self.ip.map(IpNet::from)
+    }
+}
+
+/// The tokens of a session.
+pub struct Tokens {
+    pub access: String,
+    pub refresh: String,
+    pub session: SessionId,
+}
+
+/// A living session, as requests need it.
+#[derive(Debug, Clone)]
+pub struct LiveSession {
+    pub id: SessionId,
+    pub user: UserId,
+    pub tenant: TenantId,
+    pub role: Role,
+    pub expires_at: UnixNanos,
+}
+
+/// Begins, renews, finds and ends sessions. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Sessions {
+    db: Db,
+    clock: Arc<dyn Clock>,
+    secrets: Arc<Secrets>,
+    signer: Arc<Signer>,
+    live: Cached<SessionId, LiveSession>,
+    days: u32,
+}
+
+impl Sessions {
+    pub fn new(
+        db: Db,
+        clock: Arc<dyn Clock>,
+        secrets: Arc<Secrets>,
+        signer: Arc<Signer>,
+        (days, grace): (u32, Duration),
+        freshness: &Arc<Freshness>,
+        metrics: &Arc<Metrics>,
+    ) -> Self {
+        // Sessions are looked up by people, not by the traffic they sell.
+        let live = Cached::new(10_000, grace, freshness.clone(), metrics.clone());
+        Self {
+            db,
+            clock,
+            secrets,
+            signer,
+            live,
+            days,
+        }
+    }
+
+    fn idle_days(&self) -> i32 {
+        i32::try_from(self.days).unwrap_or(i32::MAX)
+    }
+
+    /// Begins a session in the caller's transaction.
+    pub async fn begin(
+        &self,
+        tx: &mut SystemTx,
+        (user, tenant): (UserId, TenantId),
+        origin: &Origin,
+    ) -> Result<Tokens, AuthError> {
+        let id = SessionId(Uuid::now_v7());
+        let refresh = SecretText::generate(Kind::Refresh)?;
+        let now = self.clock.now();
+        let end = now.secs() + u64::from(self.days) * 86_400;
+        let new = NewSession {
+            id: id.0,
+            user_id: user.0,
+            tenant_id: tenant.0,
+            user_agent: origin.user_agent.as_deref(),
+            ip: origin.network(),
+            expires_at: DateTime::from_timestamp(i64::try_from(end).unwrap_or(0), 0)
+                .unwrap_or_default(),
+        };
+        session::begin(tx, &new, &refresh.hash()).await?;
+        let access = self.signer.sign(user, tenant, id, now)?;
+        Ok(Tokens {
+            access,
+            refresh: refresh.reveal(),
+            session: id,
+        })
+    }
+
+    /// Exchanges a refresh token for the next pair. One that was used before ends its session.
+    pub async fn refresh(&self, token: &str, origin: &Origin) -> Result<Tokens, AuthError> {
+        let token =
+            SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
+        let hash = token.hash();
+        let next = SecretText::from_bytes(
+            Kind::Refresh,
+            &self.secrets.successor(token.reveal().as_bytes()),
+        );
+        let mut tx = self.db.system().await?;
+        let rotation = session::rotate(
+            &mut tx,
+            &hash,
+            &next.hash(),
+            self.idle_days(),
+            origin.network(),
+        )
+        .await?;
+        let row = match rotation {
+            Rotation::Unknown => return Err(AuthError::Unauthorized),
+            Rotation::Reused(row) => {
+                session::end(&mut tx, row.user_id, row.id).await?;
+                audit_reuse(&mut tx, &row, origin).await?;
+                revocation::insert_system(&mut tx, row.tenant_id, Target::Session(row.id)).await?;
+                tx.commit().await?;
+                self.forget(SessionId(row.id));
+                tracing::warn!(session = %row.id, tenant = %row.tenant_id, "a refresh token was used twice: its session ended");
+                return Err(AuthError::Unauthorized);
+            }
+            Rotation::Rotated(row) | Rotation::Repeated(row) => row,
+        };
+        tx.commit().await?;
+        let id = SessionId(row.id);
+        let access = self.signer.sign(
+            UserId(row.user_id),
+            TenantId(row.tenant_id),
+            id,
+            self.clock.now(),
+        )?;
+        // What is remembered of it ends too early now.
+        self.forget(id);
+        Ok(Tokens {
+            access,
+            refresh: next.reveal(),
+            session: id,
+        })
+    }
+
+    /// The living session that an access token is of.
+    pub async fn of_access_token(&self, token: &str) -> Result<Arc<LiveSession>, AuthError> {
+        let now = self.clock.now();
+        let claims = self.signer.verify(token, now)?;
+        let db = self.db.clone();
+        let id = claims.sid;
+        let live = self
+            .live
+            .get(id, move || {
+                let db = db.clone();
+                async move {
+                    load(&db, id)
+                        .await
+                        .map_err(|error| Unconfirmed(db::chain(&error).into()))
+                }
+            })
+            .await
+            .map_err(|error| db::DbError::Unavailable(Box::new(error)))?
+            .ok_or(AuthError::Unauthorized)?;
+        if live.user != claims.sub || live.tenant != claims.tid || live.expires_at <= now {
+            return Err(AuthError::Unauthorized);
+        }
+        Ok(live)
+    }
+
+    /// Ends the session that a refresh token is of. One that is of none is no error: the session has ended.
+    pub async fn end_by_refresh_token(
+        &self,
+        token: &str,
+        origin: &Origin,
+    ) -> Result<(), AuthError> {
+        let token =
+            SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
+        let mut tx = self.db.system().await?;
+        let Some(row) = session::of_token(&mut tx, &token.hash()).await? else {
+            return Ok(());
+        };
+        self.end_in(tx, &row, origin).await
+    }
+
+    /// Ends a session of a user's; `false` when they have no such one.
+    pub async fn end(
+        &self,
+        user: UserId,
+        id: SessionId,
+        origin: &Origin,
+    ) -> Result<bool, AuthError> {
+        let mut tx = self.db.system().await?;
+        match session::find_live(&mut tx, id.0).await? {
+            Some(row) if row.user_id == user.0 => {
+                self.end_in(tx, &row, origin).await?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    async fn end_in(
+        &self,
+        mut tx: SystemTx,
+        row: &SessionRow,
+        origin: &Origin,
+    ) -> Result<(), AuthError> {
+        if session::end(&mut tx, row.user_id, row.id).await? {
+            audit::insert_system(&mut tx, &event(row, "session.end", origin)).await?;
+            revocation::insert_system(&mut tx, row.tenant_id, Target::Session(row.id)).await?;
+        }
+        tx.commit().await?;
+        self.forget(SessionId(row.id));
+        Ok(())
+    }
+
+    /// The living sessions of a user.
+    pub async fn of_user(&self, user: UserId) -> Result<Vec<SessionRow>, AuthError> {
+        let mut tx = self.db.system().await?;
+        let sessions = session::of_user(&mut tx, user.0).await?;
+        tx.commit().await?;
+        Ok(sessions)
+    }
+
+    /// Forgets what is remembered of a session.
+    pub fn forget(&self, id: SessionId) {
+        self.live.forget(|key, _| *key == id);
+    }
+
+    pub fn revoke(&self, tenant: TenantId, target: Option<Target>) {
+        match target {
+            Some(Target::Session(id)) => self.forget(SessionId(id)),
+            None | Some(Target::Tenant) => self.live.forget(|_, live| live.tenant == tenant),
+            Some(_) => {}
+        }
+    }
+}
+
+async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError> {
+    let mut tx = db.system().await?;
+    let Some(row) = session::find_live(&mut tx, id.0).await? else {
+        return Ok(None);
+    };
+    let member = account::member(&mut tx, row.user_id, row.tenant_id).await?;
+    tx.commit().await?;
+    Ok(member.and_then(|(_, _, role)| {
+        Some(LiveSession {
+            id,
+            user: UserId(row.user_id),
+            tenant: TenantId(row.tenant_id),
+            role: role_named(&role)?,
+            expires_at: UnixNanos(
+                row.expires_at
+                    .timestamp_nanos_opt()
+                    .and_then(|n| u64::try_from(n).ok())?,
+            ),
+        })
+    }))
+}
+
+/// `None` for a role that this version does not know: it may do nothing.
+pub fn role_named(name: &str) -> Option<Role> {
+    [
+        Role::Owner,
+        Role::Admin,
+        Role::Developer,
+        Role::Billing,
+        Role::Viewer,
+    ]
+    .into_iter()
+    .find(|role| role.as_str() == name)
+}
+
+fn event<'a>(row: &SessionRow, action: &'a str, origin: &Origin) -> audit::NewAuditEvent<'a> {
+    audit::NewAuditEvent {
+        tenant_id: row.tenant_id,
+        id: Uuid::now_v7(),
+        user_id: Some(row.user_id),
+        action,
+        target_type: "session",
+        target_id: Some(row.id.to_string()),
+        ip: origin.network(),
+        before: None,
+        after: None,
+    }
+}
+
+async fn audit_reuse(
+    tx: &mut SystemTx,
+    row: &SessionRow,
+    origin: &Origin,
+) -> Result<(), AuthError> {
+    Ok(audit::insert_system(tx, &event(row, "session.reuse_detected", origin)).await?)
+}

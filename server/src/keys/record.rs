@@ -1,0 +1,245 @@
+//! What is known of a key or token, by the hash of its text.
+
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use chrono::{DateTime, Utc};
+use quota_common::{ApiKeyId, PlanId, ServiceTokenId, TenantId, plan::Billing};
+
+use crate::{
+    cache::{Cached, Freshness, Unconfirmed},
+    clock::UnixNanos,
+    db::{self, Db, DbError},
+    limiter::{KeyCell, Limiter, Policies, Zone},
+    repo::{api_key, api_key::KeyFacts, revocation::Target, service_token},
+    secret_text::{Hash, SecretText},
+    telemetry::metrics::Metrics,
+};
+
+/// An API key, with its limits and the cell that keeps them.
+#[derive(Debug)]
+pub struct KeyRecord {
+    pub tenant: TenantId,
+    pub id: ApiKeyId,
+    pub plan_id: PlanId,
+    pub plan: String,
+    /// What may be logged of the text.
+    pub prefix: String,
+    pub is_active: bool,
+    pub expires_at: Option<UnixNanos>,
+    pub billing: Billing,
+    pub policies: Policies,
+    pub cell: Arc<KeyCell>,
+    /// The `RateLimit-Policy` field, which is the same for every request of the key. Written by the module that
+    /// writes the others.
+    pub policy_field: OnceLock<http::HeaderValue>,
+}
+
+/// Why a key opens nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    Unknown,
+    Inactive,
+    Expired,
+}
+
+impl KeyRecord {
+    /// Whether the key opens anything now.
+    pub fn usable(&self, now: UnixNanos) -> Result<(), Refusal> {
+        if !self.is_active {
+            return Err(Refusal::Inactive);
+        }
+        match self.expires_at {
+            Some(end) if end <= now => Err(Refusal::Expired),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A service token.
+#[derive(Debug, Clone, Copy)]
+pub struct ServiceRecord {
+    pub tenant: TenantId,
+    pub id: ServiceTokenId,
+}
+
+/// Finds keys and service tokens by their text. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct KeyStore {
+    keys: Cached<Hash, KeyRecord>,
+    tokens: Cached<Hash, ServiceRecord>,
+    db: Db,
+    limiter: Limiter,
+}
+
+impl KeyStore {
+    pub fn new(
+        db: Db,
+        limiter: Limiter,
+        capacity: usize,
+        grace: Duration,
+        freshness: &Arc<Freshness>,
+        metrics: &Arc<Metrics>,
+    ) -> Self {
+        Self {
+            keys: Cached::new(capacity, grace, freshness.clone(), metrics.clone()),
+            tokens: Cached::new(
+                (capacity / 10).max(100),
+                grace,
+                freshness.clone(),
+                metrics.clone(),
+            ),
+            db,
+            limiter,
+        }
+    }
+
+    /// The record of the key with this text, usable or not; `None` when there is none.
+    pub async fn key(&self, text: &SecretText) -> Result<Option<Arc<KeyRecord>>, Unconfirmed> {
+        let hash = text.hash();
+        if let Some(known) = self.keys.peek(&hash) {
+            return Ok(known);
+        }
+        let (db, limiter) = (self.db.clone(), self.limiter.clone());
+        self.keys
+            .get(hash, move || {
+                let (db, limiter) = (db.clone(), limiter.clone());
+                async move {
+                    let facts = async {
+                        let mut tx = db.system().await?;
+                        let facts = api_key::facts(&mut tx, &hash).await?;
+                        tx.commit().await?;
+                        Ok(facts)
+                    };
+                    facts
+                        .await
+                        .map_err(unconfirmed)?
+                        .map(|facts| record(facts, &limiter))
+                        .transpose()
+                }
+            })
+            .await
+    }
+
+    pub async fn service_token(
+        &self,
+        text: &SecretText,
+    ) -> Result<Option<Arc<ServiceRecord>>, Unconfirmed> {
+        let hash = text.hash();
+        if let Some(known) = self.tokens.peek(&hash) {
+            return Ok(known);
+        }
+        let db = self.db.clone();
+        self.tokens
+            .get(hash, move || {
+                let db = db.clone();
+                async move {
+                    let owner = async {
+                        let mut tx = db.system().await?;
+                        let owner = service_token::owner(&mut tx, &hash).await?;
+                        tx.commit().await?;
+                        Ok(owner)
+                    };
+                    let owner = owner.await.map_err(unconfirmed)?;
+                    Ok(owner.map(|(tenant, id)| ServiceRecord {
+                        tenant: tenant.into(),
+                        id: id.into(),
+                    }))
+                }
+            })
+            .await
+    }
+
+    /// Forgets what a change has made untrue.
+    pub fn revoke(&self, tenant: TenantId, target: Option<Target>) {
+        match target {
+            None | Some(Target::Tenant) => {
+                self.keys.forget(|_, key| key.tenant == tenant);
+                self.tokens.forget(|_, token| token.tenant == tenant);
+            }
+            Some(Target::Plan(id)) => self.keys.forget(|_, key| key.plan_id.0 == id),
+            Some(Target::ApiKey(id)) => self.keys.forget(|_, key| key.id.0 == id),
+            Some(Target::ServiceToken(id)) => self.tokens.forget(|_, token| token.id.0 == id),
+            Some(Target::Session(_)) => {}
+        }
+    }
+
+    /// A text that was looked up before it existed exists now.
+    pub fn made(&self, text: &SecretText) {
+        let hash = text.hash();
+        self.keys.forget_absent(&hash);
+        self.tokens.forget_absent(&hash);
+    }
+}
+
+fn unconfirmed(error: DbError) -> Unconfirmed {
+    if let DbError::Query(_) = &error {
+        tracing::error!(error = %db::chain(&error), "a key cannot be looked up");
+    }
+    Unconfirmed(db::chain(&error).into())
+}
+
+fn record(facts: KeyFacts, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> {
+    let (tenant, id) = (TenantId(facts.tenant_id), ApiKeyId(facts.id));
+    let cell = limiter
+        .cell(tenant, id)
+        .map_err(|error| Unconfirmed(error.to_string().into()))?;
+    let (rpm, burst) = rate(facts.default_rpm, facts.burst, facts.rpm_override);
+    let zone = Zone::named(&facts.time_zone).unwrap_or_else(|| {
+        tracing::error!(zone = facts.time_zone, tenant = %tenant, "an unknown time zone is read as UTC");
+        Zone::utc()
+    });
+    let quota = |limit: Option<i64>| {
+        limit
+            .and_then(|limit| u64::try_from(limit).ok())
+            .and_then(NonZeroU64::new)
+    };
+    Ok(KeyRecord {
+        tenant,
+        id,
+        plan_id: PlanId(facts.plan_id),
+        plan: facts.plan_name,
+        prefix: facts.prefix,
+        is_active: facts.is_active,
+        expires_at: facts.expires_at.map(nanos),
+        billing: if facts.billing == "paid" {
+            Billing::Paid
+        } else {
+            Billing::Free
+        },
+        policies: Policies::new(rpm, burst)
+            .with_daily(quota(facts.daily_quota))
+            .with_monthly(quota(facts.monthly_quota))
+            .with_zone(zone)
+            .with_strict(facts.strict),
+        cell,
+        policy_field: OnceLock::new(),
+    })
+}
+
+/// The rate and burst of a key. An override takes the rate's place; the burst follows it where the plan's
+/// burst is its rate, which is what a plan has that names none.
+fn rate(default_rpm: i32, burst: i32, rpm_override: Option<i32>) -> (NonZeroU32, NonZeroU32) {
+    let positive = |n: i32| {
+        u32::try_from(n)
+            .ok()
+            .and_then(NonZeroU32::new)
+            .unwrap_or(NonZeroU32::MIN)
+    };
+    match rpm_override {
+        None => (positive(default_rpm), positive(burst)),
+        Some(own) if burst == default_rpm => (positive(own), positive(own)),
+        Some(own) => (positive(own), positive(burst)),
+    }
+}
+
+fn nanos(at: DateTime<Utc>) -> UnixNanos {
+    UnixNanos(
+        at.timestamp_nanos_opt()
+            .and_then(|nanos| u64::try_from(nanos).ok())
+            .unwrap_or(u64::MAX),
+    )
+}
