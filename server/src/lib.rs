@@ -1,4 +1,20 @@
 //! Quota's server: API keys, plans, rate limits and quotas on your own machines.
 
+pub mod api;
+pub mod auth;
+pub mod cache;
 pub mod clock;
+pub mod config;
 pub mod db;
+pub mod demo;
+pub mod jobs;
+pub mod keys;
+pub mod limiter;
+pub mod openapi;
+pub mod repo;
+pub mod router;
+pub mod schema;
+pub mod secret_text;
+pub mod serve;
+pub mod state;
+pub mod telemetry;

@@ -1,1 +1,409 @@
-fn main() {}
+//! `quota`: the one binary.
+
+use std::{
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use quota_server::{
+    clock::{Clock, SystemClock},
+    config::{self, Config, LogFormat, Settings},
+    db::{self, Db, embedded::EmbeddedPostgres},
+    demo,
+    jobs::Jobs,
+    openapi, router,
+    serve::{Timeouts, serve},
+    state::AppState,
+    telemetry::log::Log,
+};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+#[derive(Parser)]
+#[command(
+    name = "quota",
+    version,
+    about = "API keys, plans, rate limits and quotas on your own machines"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the server. Without DATABASE_URL it runs a PostgreSQL of its own
+    Serve {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// Make a tenant, plan, key and service token once, and print them with a line to try
+        #[arg(long)]
+        demo: bool,
+    },
+    /// Apply the pending migrations, and end
+    Migrate {
+        #[command(flatten)]
+        settings: Box<Settings>,
+    },
+    /// Check the settings and what the server depends on, and end
+    Doctor {
+        #[command(flatten)]
+        settings: Box<Settings>,
+    },
+    /// Accounts, for the operator
+    #[command(subcommand)]
+    User(UserCommand),
+    /// Print the OpenAPI document
+    Openapi,
+    /// Print every setting with its default and meaning, as .env.example has them
+    EnvExample,
+}
+
+#[derive(Subcommand)]
+enum UserCommand {
+    /// Make a user with a tenant of their own; the password is read from standard input
+    Create {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// The address to sign in with
+        email: String,
+        /// The tenant's name. Default: the address's part before the @
+        #[arg(long)]
+        tenant: Option<String>,
+    },
+    /// Set a user's password, read from standard input, and end their sessions
+    SetPassword {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// The address that the user signs in with
+        email: String,
+    },
+    /// List users and their tenants
+    List {
+        #[command(flatten)]
+        settings: Box<Settings>,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Openapi => {
+            print!("{}", openapi::text());
+            Ok(())
+        }
+        Command::EnvExample => {
+            print!("{}", config::env_example());
+            Ok(())
+        }
+        Command::Serve { settings, demo } => {
+            run(&settings, |config, log| serve_until_told(config, log, demo))
+        }
+        Command::Migrate { settings } => run(&settings, migrate),
+        Command::Doctor { settings } => run(&settings, doctor),
+        Command::User(command) => {
+            let settings = match &command {
+                UserCommand::Create { settings, .. }
+                | UserCommand::SetPassword { settings, .. }
+                | UserCommand::List { settings } => settings.clone(),
+            };
+            run(&settings, move |config, log| user(config, log, command))
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("quota: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Reads the settings, starts the log and tokio, and runs.
+fn run<F>(settings: &Settings, command: impl FnOnce(Config, Log) -> F) -> anyhow::Result<()>
+where
+    F: Future<Output = anyhow::Result<()>>,
+{
+    let config = match Config::read(settings) {
+        Ok(config) => config,
+        Err(faults) => {
+            for fault in &faults.0 {
+                eprintln!("{fault}");
+            }
+            anyhow::bail!("the settings are not valid; nothing was started");
+        }
+    };
+    let log = Log::start(config.log_format);
+    log.install(&config.log)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let done = runtime.block_on(command(config, log.clone()));
+    log.stop();
+    done
+}
+
+/// The database that the settings name, or the embedded one.
+async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<EmbeddedPostgres>)> {
+    match &config.database_url {
+        Some(url) => Ok((url.clone(), None)),
+        None => {
+            let embedded = EmbeddedPostgres::start(&config.data_dir).await?;
+            Ok((SecretString::from(embedded.database_url()), Some(embedded)))
+        }
+    }
+}
+
+/// Applies what is pending, waiting a while for a database that is just starting.
+async fn apply_migrations(url: &SecretString) -> anyhow::Result<()> {
+    let patience = Instant::now() + Duration::from_secs(30);
+    loop {
+        match db::migrate(url).await {
+            Ok(applied) => {
+                for version in applied {
+                    tracing::info!(version, "applied a migration");
+                }
+                return Ok(());
+            }
+            Err(db::MigrateError::Connect(error)) if Instant::now() < patience => {
+                tracing::warn!(error = %db::chain(&error), "PostgreSQL cannot be reached yet");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            Err(error) => anyhow::bail!("{}", db::chain(&error)),
+        }
+    }
+}
+
+/// Ends when the operator or the terminal says so.
+async fn told_to_stop() {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+async fn serve_until_told(config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
+    // Listened for from the first moment on, so that a stop during a slow start is a clean one.
+    let mut stop = std::pin::pin!(told_to_stop());
+    // Before the database is touched: a port that is taken is the commonest mistake.
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?;
+    let metrics_listener = match config.metrics_listen {
+        Some(addr) => Some(
+            TcpListener::bind(addr)
+                .await
+                .with_context(|| format!("QUOTA_METRICS_LISTEN: cannot listen on {addr}"))?,
+        ),
+        None => None,
+    };
+    let (url, embedded) = tokio::select! {
+        database = database(&config) => database?,
+        () = &mut stop => return Ok(()),
+    };
+    let served = serve_on(
+        &config,
+        log,
+        with_demo,
+        &url,
+        (listener, metrics_listener),
+        stop.as_mut(),
+    )
+    .await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
+    served
+}
+
+async fn serve_on(
+    config: &Config,
+    log: Log,
+    with_demo: bool,
+    url: &SecretString,
+    (listener, metrics_listener): (TcpListener, Option<TcpListener>),
+    stop: std::pin::Pin<&mut impl Future<Output = ()>>,
+) -> anyhow::Result<()> {
+    if config.migrate {
+        apply_migrations(url).await?;
+    }
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let db = Db::new(url, config.database_pool);
+    let state = AppState::new(config.clone(), db, clock, log.clone()).await?;
+    let jobs = Jobs::start(&state);
+    if with_demo {
+        let shown = demo::make_once(&state).await?;
+        if config.log_format == LogFormat::Json {
+            tracing::info!("made the demo");
+        }
+        println!("{shown}");
+    }
+
+    let timeouts = Timeouts {
+        header: config.header_timeout,
+        drain: config.drain_timeout,
+    };
+    let (stop_serving, stopping) = watch::channel(false);
+    let until = |mut stopping: watch::Receiver<bool>| async move {
+        let _ = stopping.wait_for(|stop| *stop).await;
+    };
+    let public = tokio::spawn(serve(
+        listener,
+        router::public(&state),
+        timeouts,
+        until(stopping.clone()),
+    ));
+    let metrics = metrics_listener.map(|listener| {
+        let timeouts = Timeouts {
+            drain: Duration::ZERO,
+            ..timeouts
+        };
+        tokio::spawn(serve(
+            listener,
+            router::metrics(&state),
+            timeouts,
+            until(stopping),
+        ))
+    });
+    tracing::info!(listen = %config.listen, public_url = config.public_url, "ready");
+
+    stop.await;
+    tracing::info!("stopping");
+    state.drain();
+    tokio::time::sleep(config.drain_delay).await;
+    let _ = stop_serving.send(true);
+    public.await?;
+    if let Some(metrics) = metrics {
+        metrics.await?;
+    }
+    // What is in hand of quotas goes back, so that the next server can hand it out.
+    if let Err(error) = state.limiter.drain().await {
+        tracing::warn!(error = %db::chain(&error), "some of the quotas in hand could not be given back");
+    }
+    jobs.stop().await;
+    state.db.close();
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn migrate(config: Config, _log: Log) -> anyhow::Result<()> {
+    let (url, embedded) = database(&config).await?;
+    let applied = apply_migrations(&url).await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
+    applied
+}
+
+/// Says of each thing that the server depends on whether it is as it should be.
+async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
+    println!("settings: valid");
+    let mut faults = 0;
+    for (name, addr) in [
+        ("QUOTA_LISTEN", Some(config.listen)),
+        ("QUOTA_METRICS_LISTEN", config.metrics_listen),
+    ] {
+        let Some(addr) = addr else { continue };
+        match TcpListener::bind(addr).await {
+            Ok(_) => println!("{name}: {addr} is free"),
+            Err(error) => {
+                faults += 1;
+                println!("{name}: cannot listen on {addr}: {error}");
+            }
+        }
+    }
+    match database(&config).await {
+        Err(error) => {
+            faults += 1;
+            println!("database: {error:#}");
+        }
+        Ok((url, embedded)) => {
+            let found = db::inspect(&url).await;
+            match found {
+                Ok(found) => {
+                    println!("database: PostgreSQL {}", found.version);
+                    println!(
+                        "database: {} of {} migrations applied",
+                        found.applied, found.known
+                    );
+                    let fits = config.database_pool + 10 <= found.max_connections;
+                    println!(
+                        "database: {} connections a replica, of {}{}",
+                        config.database_pool,
+                        found.max_connections,
+                        if fits { "" } else { ": too many" }
+                    );
+                    faults += usize::from(!fits);
+                }
+                Err(error) => {
+                    faults += 1;
+                    println!("database: {}", db::chain(&error));
+                }
+            }
+            if let Some(embedded) = embedded {
+                embedded.stop().await;
+            }
+        }
+    }
+    anyhow::ensure!(faults == 0, "{faults} of these need mending");
+    Ok(())
+}
+
+async fn user(config: Config, log: Log, command: UserCommand) -> anyhow::Result<()> {
+    let (url, embedded) = database(&config).await?;
+    let done = async {
+        apply_migrations(&url).await?;
+        let db = Db::new(&url, config.database_pool);
+        let state = AppState::new(config.clone(), db, Arc::new(SystemClock::new()), log).await?;
+        match command {
+            UserCommand::Create { email, tenant, .. } => {
+                let password = read_password()?;
+                let made = state
+                    .accounts
+                    .create(&email, password.expose_secret(), tenant.as_deref())
+                    .await?;
+                println!("user {} of tenant {}", made.0, made.1);
+            }
+            UserCommand::SetPassword { email, .. } => {
+                let password = read_password()?;
+                state
+                    .accounts
+                    .reset_password(&email, password.expose_secret())
+                    .await?;
+                println!("set; their sessions have ended");
+            }
+            UserCommand::List { .. } => {
+                for (email, tenant, role) in state.accounts.list().await? {
+                    println!("{email}\t{role}\t{tenant}");
+                }
+            }
+        }
+        anyhow::Ok(())
+    };
+    let done = done.await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
+    done
+}
+
+/// The first line of standard input: an argument would be seen by everyone on the machine.
+fn read_password() -> anyhow::Result<SecretString> {
+    let mut line = String::new();
+    std::io::stdin()
+        .read_line(&mut line)
+        .context("cannot read the password from standard input")?;
+    Ok(SecretString::from(line.trim_end_matches(['\n', '\r'])))
+}

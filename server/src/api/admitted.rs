@@ -1,0 +1,385 @@
+//! Callers. A handler that names one of these first cannot be reached without the right it stands for.
+//!
+//! [`AdmittedTenant`] has an access token, [`AdmittedKey`] an API key that the limiter has admitted,
+//! [`AdmittedService`] a service token. Each is a poem-openapi extractor that also puts its scheme into the
+//! document.
+
+use std::sync::Arc;
+
+use poem::{
+    Request, RequestBody, Result,
+    http::{HeaderMap, header},
+};
+use poem_openapi::{
+    ApiExtractor, ApiExtractorType, ExtractParamOptions,
+    registry::{MetaSecurityScheme, Registry},
+};
+use quota_common::{ProblemCode, SessionId, TenantId, UserId, auth::Role};
+
+use super::{
+    problem::ApiError,
+    request_log::{Caller, ClientAddress},
+};
+use crate::{
+    auth::session::{LiveSession, Origin},
+    keys::{KeyRecord, Refusal, ServiceRecord},
+    limiter::Decision,
+    secret_text::{Kind, SecretText},
+    state::AppState,
+};
+
+/// The longest name of a client that is kept.
+const USER_AGENT_MAX: usize = 256;
+
+fn state(request: &Request) -> Result<&AppState, ApiError> {
+    request
+        .data::<AppState>()
+        .ok_or_else(|| ApiError::internal("the edge is not mounted"))
+}
+
+fn caller(request: &Request) -> Caller {
+    request.data::<Caller>().cloned().unwrap_or_default()
+}
+
+/// Where a request comes from, as far as it is kept.
+pub fn origin(request: &Request) -> Origin {
+    let user_agent = request.headers().get(header::USER_AGENT).map(|agent| {
+        String::from_utf8_lossy(agent.as_bytes())
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(USER_AGENT_MAX)
+            .collect()
+    });
+    Origin {
+        ip: request.data::<ClientAddress>().and_then(|it| it.0),
+        user_agent,
+    }
+}
+
+fn scheme(name: &'static str, registry: &mut Registry, scheme: MetaSecurityScheme) {
+    registry.create_security_scheme(name, scheme);
+}
+
+const fn blank(ty: &'static str, description: &'static str) -> MetaSecurityScheme {
+    MetaSecurityScheme {
+        ty,
+        description: Some(description),
+        name: None,
+        key_in: None,
+        scheme: None,
+        bearer_format: None,
+        flows: None,
+        openid_connect_url: None,
+    }
+}
+
+/// The token of `Authorization: Bearer`.
+pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
+    let mut fields = headers.get_all(header::AUTHORIZATION).iter();
+    let Some(field) = fields.next() else {
+        return Ok(None);
+    };
+    if fields.next().is_some() {
+        return Err(ApiError::new(
+            ProblemCode::Malformed,
+            "Authorization was sent twice.",
+        ));
+    }
+    let unusable = || {
+        ApiError::unauthorized(
+            true,
+            "Authorization must be of the form: Bearer, a space, the credential.",
+        )
+    };
+    let field = field.to_str().map_err(|_| unusable())?;
+    let (kind, token) = field.split_once(' ').ok_or_else(unusable)?;
+    if !kind.eq_ignore_ascii_case("bearer") || token.trim().is_empty() {
+        return Err(unusable());
+    }
+    Ok(Some(token.trim()))
+}
+
+/// A signed-in user, acting for one tenant.
+#[derive(Debug, Clone)]
+pub struct AdmittedTenant {
+    pub session: Arc<LiveSession>,
+    pub origin: Origin,
+}
+
+impl AdmittedTenant {
+    pub fn tenant(&self) -> TenantId {
+        self.session.tenant
+    }
+
+    pub fn user(&self) -> UserId {
+        self.session.user
+    }
+
+    pub fn session_id(&self) -> SessionId {
+        self.session.id
+    }
+
+    pub fn role(&self) -> Role {
+        self.session.role
+    }
+
+    /// Plans, keys and tokens may be changed.
+    pub fn may_manage(&self) -> Result<(), ApiError> {
+        self.may(self.role().may_manage())
+    }
+
+    /// The tenant itself may be changed.
+    pub fn may_administer(&self) -> Result<(), ApiError> {
+        self.may(self.role().may_administer())
+    }
+
+    fn may(&self, it: bool) -> Result<(), ApiError> {
+        if it {
+            return Ok(());
+        }
+        let detail = format!("The role {} does not allow this.", self.role().as_str());
+        Err(ApiError::new(ProblemCode::Forbidden, detail))
+    }
+}
+
+impl<'a> ApiExtractor<'a> for AdmittedTenant {
+    const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::SecurityScheme];
+    type ParamType = ();
+    type ParamRawType = ();
+
+    fn register(registry: &mut Registry) {
+        let mut it = blank(
+            "http",
+            "The access token of `POST /auth/login`, good for fifteen minutes.",
+        );
+        it.scheme = Some("bearer");
+        it.bearer_format = Some("JWT");
+        scheme("AccessToken", registry, it);
+    }
+
+    fn security_schemes() -> Vec<&'static str> {
+        vec!["AccessToken"]
+    }
+
+    async fn from_request(
+        request: &'a Request,
+        _: &mut RequestBody,
+        _: ExtractParamOptions<()>,
+    ) -> Result<Self> {
+        let state = state(request)?;
+        let token = bearer(request.headers())?.ok_or_else(|| {
+            ApiError::unauthorized(false, "Send the access token as Authorization: Bearer.")
+        })?;
+        let session = state
+            .sessions
+            .of_access_token(token)
+            .await
+            .map_err(ApiError::from)?;
+        caller(request).is_tenant(session.tenant);
+        Ok(Self {
+            session,
+            origin: origin(request),
+        })
+    }
+}
+
+/// The API key of a request, as text: `X-API-Key: K` or `Authorization: Bearer K`.
+fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
+    let headers = request.headers();
+    let mut fields = headers.get_all("x-api-key").iter();
+    let from_field = match fields.next() {
+        None => None,
+        Some(_) if fields.next().is_some() => {
+            return Err(ApiError::new(
+                ProblemCode::Malformed,
+                "X-API-Key was sent twice.",
+            ));
+        }
+        // What is no text is no key either; it is refused as one.
+        Some(field) => Some(field.to_str().unwrap_or("?").trim()),
+    };
+    let from_bearer = bearer(headers)?;
+    match (from_field, from_bearer) {
+        (Some(key), Some(other)) if key != other => Err(ApiError::new(
+            ProblemCode::Malformed,
+            "X-API-Key and Authorization name different keys. Send one of them.",
+        )),
+        (Some(key), _) => Ok(Some(key)),
+        (None, Some(key)) => Ok(Some(key)),
+        (None, None)
+            if request
+                .uri()
+                .query()
+                .is_some_and(|query| query.contains(Kind::ApiKey.prefix())) =>
+        {
+            Err(ApiError::new(
+                ProblemCode::Malformed,
+                "A key must not be in the address, which is logged on its way. Send it as X-API-Key, and rotate it.",
+            ))
+        }
+        (None, None) => Ok(None),
+    }
+}
+
+/// Finds the key with this text and lets the limiter decide. Everything but an admission and a denial is
+/// refused without being charged.
+pub async fn decide(
+    state: &AppState,
+    caller: &Caller,
+    text: &str,
+    cost: u32,
+    tenant: Option<TenantId>,
+) -> Result<Result<(Arc<KeyRecord>, Decision), KeyRefused>, ApiError> {
+    let began = state.clock.monotonic();
+    let refused = |refusal, record| {
+        state.metrics.refused_keys.inc();
+        Ok(Err(KeyRefused { refusal, record }))
+    };
+    let Some(text) = SecretText::parse(Kind::ApiKey, text.as_bytes()) else {
+        state.metrics.keys_malformed.inc();
+        return refused(Refusal::Unknown, None);
+    };
+    let Some(record) = state.keys.key(&text).await? else {
+        return refused(Refusal::Unknown, None);
+    };
+    if tenant.is_some_and(|tenant| tenant != record.tenant) {
+        return refused(Refusal::Unknown, None);
+    }
+    caller.is_key(record.clone());
+    if let Err(refusal) = record.usable(state.clock.now()) {
+        return refused(refusal, Some(record));
+    }
+    let decision = state
+        .limiter
+        .admit(&record.cell, &record.policies, cost)
+        .await
+        .inspect_err(|_| {
+            state.metrics.limiter_errors.inc();
+        })?;
+    if decision.is_allowed() {
+        &state.metrics.allowed
+    } else {
+        &state.metrics.denied
+    }
+    .inc();
+    state.last_used.key(record.id, decision.now);
+    state
+        .metrics
+        .decision_seconds
+        .observe(state.clock.monotonic() - began);
+    Ok(Ok((record, decision)))
+}
+
+/// A key that opens nothing.
+#[derive(Debug, Clone)]
+pub struct KeyRefused {
+    pub refusal: Refusal,
+    /// The key, when there is one with this text.
+    pub record: Option<Arc<KeyRecord>>,
+}
+
+/// A consumer whose key the limiter has admitted, and charged.
+#[derive(Debug)]
+pub struct AdmittedKey {
+    pub record: Arc<KeyRecord>,
+    pub decision: Decision,
+}
+
+impl<'a> ApiExtractor<'a> for AdmittedKey {
+    const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::SecurityScheme];
+    type ParamType = ();
+    type ParamRawType = ();
+
+    fn register(registry: &mut Registry) {
+        let mut it = blank(
+            "apiKey",
+            "An API key, `qk_…`. `Authorization: Bearer` works as well.",
+        );
+        it.name = Some("X-API-Key");
+        it.key_in = Some("header");
+        scheme("ApiKey", registry, it);
+    }
+
+    fn security_schemes() -> Vec<&'static str> {
+        vec!["ApiKey"]
+    }
+
+    async fn from_request(
+        request: &'a Request,
+        _: &mut RequestBody,
+        _: ExtractParamOptions<()>,
+    ) -> Result<Self> {
+        let state = state(request)?;
+        let text = key_text(request)?
+            .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
+        match decide(state, &caller(request), text, 1, None).await? {
+            Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
+            Ok((record, decision)) => Err(ApiError::denied(record, decision).into()),
+            // The same words whatever the reason: nothing is told to somebody who guesses.
+            Err(_) => Err(ApiError::unauthorized(true, "This API key opens nothing.").into()),
+        }
+    }
+}
+
+/// A gateway of a tenant's.
+#[derive(Debug, Clone)]
+pub struct AdmittedService {
+    pub token: Arc<ServiceRecord>,
+}
+
+impl<'a> ApiExtractor<'a> for AdmittedService {
+    const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::SecurityScheme];
+    type ParamType = ();
+    type ParamRawType = ();
+
+    fn register(registry: &mut Registry) {
+        let mut it = blank(
+            "http",
+            "A service token, `qs_…`. `X-Service-Token` works as well.",
+        );
+        it.scheme = Some("bearer");
+        scheme("ServiceToken", registry, it);
+    }
+
+    fn security_schemes() -> Vec<&'static str> {
+        vec!["ServiceToken"]
+    }
+
+    async fn from_request(
+        request: &'a Request,
+        _: &mut RequestBody,
+        _: ExtractParamOptions<()>,
+    ) -> Result<Self> {
+        let state = state(request)?;
+        let token = match request.headers().get("x-service-token") {
+            Some(field) => Some(field.to_str().unwrap_or("?").trim()),
+            None => bearer(request.headers())?,
+        };
+        let token = token.ok_or_else(|| {
+            ApiError::unauthorized(false, "Send a service token as Authorization: Bearer.")
+        })?;
+        let refused = || ApiError::unauthorized(true, "This service token opens nothing.");
+        let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
+        let token = state
+            .keys
+            .service_token(&text)
+            .await
+            .map_err(ApiError::from)?
+            .ok_or_else(refused)?;
+        caller(request).is_tenant(token.tenant);
+        state.last_used.service_token(token.id, state.clock.now());
+        Ok(Self { token })
+    }
+}
+
+/// The consumer's key that a gateway hands on. Its own token may be in `Authorization`, so that a bearer
+/// there counts only when it is a key.
+pub fn consumer_key(request: &Request) -> Option<&str> {
+    match request.headers().get("x-api-key") {
+        Some(field) => Some(field.to_str().unwrap_or("?").trim()),
+        None => bearer(request.headers())
+            .ok()
+            .flatten()
+            .filter(|it| it.starts_with(Kind::ApiKey.prefix())),
+    }
+}

@@ -1,0 +1,332 @@
+//! `/admin/api-keys`.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use poem::Result;
+use poem_openapi::{
+    OpenApi,
+    param::{Header, Path, Query},
+};
+use quota_common::{
+    ApiKeyId, Page, PlanId, Timestamp,
+    api_key::{ApiKey, CreateApiKey, CreatedApiKey, GRACE_DEFAULT, RotateApiKey, UpdateApiKey},
+};
+use uuid::Uuid;
+
+use super::{
+    Tag,
+    admitted::AdmittedTenant,
+    change::{self, Change},
+    idempotency::Once,
+    json::{Created, Json, NoContent},
+    page,
+    problem::ApiError,
+};
+use crate::{
+    repo::{
+        api_key::{self, ApiKeyChange, ApiKeyRow, Filter, NewApiKey},
+        revocation::{self, Target},
+    },
+    secret_text::{Kind, SecretText},
+    state::AppState,
+};
+
+pub struct ApiKeyApi {
+    pub state: AppState,
+}
+
+fn show(row: ApiKeyRow) -> ApiKey {
+    ApiKey {
+        id: ApiKeyId(row.id),
+        name: row.name,
+        plan_id: PlanId(row.plan_id),
+        prefix: row.prefix,
+        is_active: row.is_active,
+        expires_at: row.expires_at.map(Into::into),
+        rpm_override: row.rpm_override.and_then(|rpm| u32::try_from(rpm).ok()),
+        last_used_at: row.last_used_at.map(Into::into),
+        previous_expires_at: row.previous_expires_at.map(Into::into),
+        created_at: row.created_at.into(),
+        updated_at: row.updated_at.into(),
+    }
+}
+
+/// A plan that is not the tenant's is one that does not exist.
+fn no_such_plan() -> ApiError {
+    let mut error = ApiError::not_found();
+    error.errors.push(quota_common::FieldError {
+        field: "plan_id".into(),
+        message: "is no plan of yours".into(),
+    });
+    error
+}
+
+impl ApiKeyApi {
+    fn now(&self) -> DateTime<Utc> {
+        DateTime::from_timestamp_nanos(i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX))
+    }
+
+    /// A key that is made to be expired is a mistake.
+    fn in_the_future(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
+        match at {
+            Some(at) if at.inner() <= self.now() => {
+                Err(ApiError::invalid("expires_at", "must be in the future"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[OpenApi(prefix_path = "/admin", tag = "Tag::ApiKeys")]
+impl ApiKeyApi {
+    /// List API keys
+    ///
+    /// Newest first. The text of a key is never shown.
+    #[expect(clippy::too_many_arguments, reason = "the parameters of the operation")]
+    #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
+    async fn list(
+        &self,
+        caller: AdmittedTenant,
+        /// Only the keys of this plan.
+        plan_id: Query<Option<PlanId>>,
+        /// Only the keys that are active, or only those that are not.
+        is_active: Query<Option<bool>>,
+        /// A part of the name, or the first characters of the text.
+        #[oai(validator(max_length = 200))]
+        search: Query<Option<String>>,
+        /// How many at most, 1 to 100.
+        #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
+        limit: Query<Option<u32>>,
+        /// The `next_cursor` of the page before.
+        cursor: Query<Option<String>>,
+    ) -> Result<Json<Page<ApiKey>>, ApiError> {
+        let slice = page::slice(limit.0, cursor.0.as_deref())?;
+        let search = search.0.filter(|text| !text.is_empty());
+        if search.as_ref().is_some_and(|text| text.contains('\0')) {
+            return Err(ApiError::invalid("search", "must not contain NUL"));
+        }
+        let filter = Filter {
+            plan_id: plan_id.0.map(Uuid::from),
+            is_active: is_active.0,
+            search: search.as_deref(),
+        };
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let rows = api_key::list(&mut tx, &filter, slice).await?;
+        tx.commit().await?;
+        Ok(Json(page::page(rows, |row| row.id, show)))
+    }
+
+    /// Make an API key
+    ///
+    /// The answer holds the key's text, for the only time. A replay by `Idempotency-Key` answers without it.
+    #[oai(path = "/api-keys", method = "post", operation_id = "create_api_key")]
+    async fn create(
+        &self,
+        caller: AdmittedTenant,
+        /// The same key and body within 24 hours answer the first response again, without the text.
+        #[oai(name = "Idempotency-Key")]
+        idempotency_key: Header<Option<String>>,
+        body: Json<CreateApiKey>,
+    ) -> Result<Created<CreatedApiKey>, ApiError> {
+        caller.may_manage()?;
+        let body = body.0;
+        let once = Once::new("create_api_key", idempotency_key.0, &body)?;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        if let Some(answer) = once.replay(&mut tx).await? {
+            return Ok(Created(answer));
+        }
+        self.in_the_future(body.expires_at)?;
+        let text = SecretText::generate(Kind::ApiKey)?;
+        let new = NewApiKey {
+            tenant_id: caller.tenant().0,
+            id: Uuid::now_v7(),
+            plan_id: body.plan_id.0,
+            name: body.name.trim(),
+            prefix: &text.prefix(),
+            key_hash: &text.hash(),
+            expires_at: body.expires_at.map(Into::into),
+            rpm_override: body.rpm_override.and_then(|rpm| i32::try_from(rpm).ok()),
+        };
+        let row = api_key::insert(&mut tx, &new).await.map_err(|error| {
+            ApiError::on_constraint(error, &[("api_keys_plan_fkey", no_such_plan)])
+        })?;
+        let mut made = CreatedApiKey {
+            key: None,
+            api_key: show(row),
+        };
+        let event = Change {
+            action: "api_key.create",
+            target_type: "api_key",
+            target: &made.api_key.id,
+            before: None,
+            after: change::whole(&made.api_key),
+        };
+        change::record(&mut tx, &caller, event).await?;
+        once.keep(&mut tx, &made).await?;
+        tx.commit().await?;
+        self.state.keys.made(&text);
+        made.key = Some(text.reveal());
+        Ok(Created(made))
+    }
+
+    /// Get an API key
+    #[oai(
+        path = "/api-keys/:key_id",
+        method = "get",
+        operation_id = "get_api_key"
+    )]
+    async fn get(
+        &self,
+        caller: AdmittedTenant,
+        key_id: Path<ApiKeyId>,
+    ) -> Result<Json<ApiKey>, ApiError> {
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let row = api_key::find(&mut tx, key_id.0.0)
+            .await?
+            .ok_or_else(ApiError::not_found)?;
+        tx.commit().await?;
+        Ok(Json(show(row)))
+    }
+
+    /// Change an API key
+    ///
+    /// In force on every replica within a second.
+    #[oai(
+        path = "/api-keys/:key_id",
+        method = "patch",
+        operation_id = "update_api_key"
+    )]
+    async fn update(
+        &self,
+        caller: AdmittedTenant,
+        key_id: Path<ApiKeyId>,
+        body: Json<UpdateApiKey>,
+    ) -> Result<Json<ApiKey>, ApiError> {
+        let id = key_id.0.0;
+        let body = body.0;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let before = show(
+            api_key::lock(&mut tx, id)
+                .await?
+                .ok_or_else(ApiError::not_found)?,
+        );
+        caller.may_manage()?;
+        if body == UpdateApiKey::default() {
+            return Ok(Json(before));
+        }
+        self.in_the_future(body.expires_at.flatten())?;
+        let set = ApiKeyChange {
+            name: body.name.as_deref().map(str::trim),
+            plan_id: body.plan_id.map(Uuid::from),
+            is_active: body.is_active,
+            expires_at: body.expires_at.map(|at| at.map(Into::into)),
+            rpm_override: body
+                .rpm_override
+                .map(|rpm| rpm.and_then(|rpm| i32::try_from(rpm).ok())),
+        };
+        let row = api_key::update(&mut tx, id, &set)
+            .await
+            .map_err(|error| {
+                ApiError::on_constraint(error, &[("api_keys_plan_fkey", no_such_plan)])
+            })?
+            .ok_or_else(ApiError::not_found)?;
+        let after = show(row);
+        let (was, is) = change::difference(&before, &after);
+        let event = Change {
+            action: "api_key.update",
+            target_type: "api_key",
+            target: &after.id,
+            before: was,
+            after: is,
+        };
+        change::record(&mut tx, &caller, event).await?;
+        revocation::insert(&mut tx, Target::ApiKey(id)).await?;
+        tx.commit().await?;
+        self.state.revoke(caller.tenant(), Some(Target::ApiKey(id)));
+        Ok(Json(after))
+    }
+
+    /// Delete an API key
+    ///
+    /// It opens nothing from then on, and its usage of quotas is forgotten.
+    #[oai(
+        path = "/api-keys/:key_id",
+        method = "delete",
+        operation_id = "delete_api_key"
+    )]
+    async fn delete(
+        &self,
+        caller: AdmittedTenant,
+        key_id: Path<ApiKeyId>,
+    ) -> Result<NoContent, ApiError> {
+        let id = key_id.0.0;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let before = show(
+            api_key::lock(&mut tx, id)
+                .await?
+                .ok_or_else(ApiError::not_found)?,
+        );
+        caller.may_manage()?;
+        api_key::delete(&mut tx, id).await?;
+        let event = Change {
+            action: "api_key.delete",
+            target_type: "api_key",
+            target: &before.id,
+            before: change::whole(&before),
+            after: None,
+        };
+        change::record(&mut tx, &caller, event).await?;
+        revocation::insert(&mut tx, Target::ApiKey(id)).await?;
+        tx.commit().await?;
+        self.state.revoke(caller.tenant(), Some(Target::ApiKey(id)));
+        Ok(NoContent)
+    }
+
+    /// Give an API key a new text
+    ///
+    /// The answer holds it, for the only time. The old text works on for `grace_seconds`; both count against
+    /// the same limits.
+    #[oai(
+        path = "/api-keys/:key_id/rotate",
+        method = "post",
+        operation_id = "rotate_api_key"
+    )]
+    async fn rotate(
+        &self,
+        caller: AdmittedTenant,
+        key_id: Path<ApiKeyId>,
+        body: Json<RotateApiKey>,
+    ) -> Result<Json<CreatedApiKey>, ApiError> {
+        let id = key_id.0.0;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let before = show(
+            api_key::lock(&mut tx, id)
+                .await?
+                .ok_or_else(ApiError::not_found)?,
+        );
+        caller.may_manage()?;
+        let text = SecretText::generate(Kind::ApiKey)?;
+        let grace = i64::from(body.0.grace_seconds.unwrap_or(GRACE_DEFAULT));
+        let until = (grace > 0).then(|| self.now() + TimeDelta::seconds(grace));
+        let row = api_key::rotate(&mut tx, id, &text.prefix(), &text.hash(), until)
+            .await?
+            .ok_or_else(ApiError::not_found)?;
+        let after = show(row);
+        let (was, is) = change::difference(&before, &after);
+        let event = Change {
+            action: "api_key.rotate",
+            target_type: "api_key",
+            target: &after.id,
+            before: was,
+            after: is,
+        };
+        change::record(&mut tx, &caller, event).await?;
+        revocation::insert(&mut tx, Target::ApiKey(id)).await?;
+        tx.commit().await?;
+        self.state.revoke(caller.tenant(), Some(Target::ApiKey(id)));
+        self.state.keys.made(&text);
+        Ok(Json(CreatedApiKey {
+            key: Some(text.reveal()),
+            api_key: after,
+        }))
+    }
+}

@@ -1,0 +1,291 @@
+//! `/auth`.
+
+use poem::{Request, Result};
+use poem_openapi::{OpenApi, param::Path};
+use quota_common::{
+    SessionId, TenantId, UserId,
+    auth::{
+        ChangePassword, Login, Me, Refresh, Register, Role, Session, SignedIn, Tenant, Tokens,
+        UpdateMe, User,
+    },
+};
+
+use super::{
+    Tag,
+    admitted::{AdmittedTenant, origin},
+    change::{self, Change},
+    json::{Created, Json, NoContent},
+    problem::ApiError,
+};
+use crate::{
+    auth::{AuthError, account, session::role_named, token::LIFETIME},
+    db::DbError,
+    limiter::Zone,
+    repo::{
+        account::{self as rows, TenantChange, TenantRow, UserRow},
+        revocation::{self, Target},
+    },
+    state::AppState,
+};
+
+pub struct AuthApi {
+    pub state: AppState,
+}
+
+fn user(row: UserRow) -> User {
+    User {
+        id: UserId(row.id),
+        email: row.email,
+        name: row.name,
+        created_at: row.created_at.into(),
+    }
+}
+
+fn tenant(row: TenantRow, role: Role) -> Tenant {
+    Tenant {
+        id: TenantId(row.id),
+        name: row.name,
+        role,
+        time_zone: row.time_zone,
+    }
+}
+
+fn signed_in(it: account::SignedIn) -> SignedIn {
+    SignedIn {
+        access_token: it.tokens.access,
+        refresh_token: it.tokens.refresh,
+        expires_in: LIFETIME,
+        user: user(it.user),
+        tenant: tenant(it.tenant, role_named(&it.role).unwrap_or(Role::Viewer)),
+    }
+}
+
+/// A refused new password is told under the name that the field has in the request.
+fn under(field: &'static str) -> impl Fn(AuthError) -> ApiError {
+    move |error| match error {
+        AuthError::WeakPassword(message) => ApiError::invalid(field, message),
+        error => error.into(),
+    }
+}
+
+#[OpenApi(prefix_path = "/auth", tag = "Tag::Auth")]
+impl AuthApi {
+    /// Register
+    ///
+    /// Makes a user, a tenant of their own, and a session.
+    #[oai(path = "/register", method = "post", operation_id = "register")]
+    async fn register(
+        &self,
+        request: &Request,
+        body: Json<Register>,
+    ) -> Result<Created<SignedIn>, ApiError> {
+        let Register {
+            email,
+            password,
+            tenant_name,
+        } = body.0;
+        let origin = origin(request);
+        let account =
+            self.state
+                .accounts
+                .register(&email, &password, tenant_name.as_deref(), &origin);
+        Ok(Created(signed_in(
+            account.await.map_err(under("password"))?,
+        )))
+    }
+
+    /// Sign in
+    #[oai(path = "/login", method = "post", operation_id = "login")]
+    async fn login(
+        &self,
+        request: &Request,
+        body: Json<Login>,
+    ) -> Result<Json<SignedIn>, ApiError> {
+        let origin = origin(request);
+        let account = self
+            .state
+            .accounts
+            .login(&body.0.email, &body.0.password, &origin);
+        Ok(Json(signed_in(account.await?)))
+    }
+
+    /// Exchange a refresh token for the next pair
+    ///
+    /// Each refresh token works once. Within ten seconds the one before answers the same pair's refresh token
+    /// again, for a client that lost the answer; any other reuse ends the session.
+    #[oai(path = "/refresh", method = "post", operation_id = "refresh")]
+    async fn refresh(
+        &self,
+        request: &Request,
+        body: Json<Refresh>,
+    ) -> Result<Json<Tokens>, ApiError> {
+        let tokens = self
+            .state
+            .sessions
+            .refresh(&body.0.refresh_token, &origin(request))
+            .await?;
+        Ok(Json(Tokens {
+            access_token: tokens.access,
+            refresh_token: tokens.refresh,
+            expires_in: LIFETIME,
+        }))
+    }
+
+    /// Sign out
+    ///
+    /// Ends the session of the refresh token, and its access tokens with it, at once.
+    #[oai(path = "/logout", method = "post", operation_id = "logout")]
+    async fn logout(&self, request: &Request, body: Json<Refresh>) -> Result<NoContent, ApiError> {
+        self.state
+            .sessions
+            .end_by_refresh_token(&body.0.refresh_token, &origin(request))
+            .await?;
+        Ok(NoContent)
+    }
+
+    /// Get the own account
+    #[oai(path = "/me", method = "get", operation_id = "get_me")]
+    async fn me(&self, caller: AdmittedTenant) -> Result<Json<Me>, ApiError> {
+        Ok(Json(self.load_me(&caller).await?))
+    }
+
+    /// Change the own account
+    #[oai(path = "/me", method = "patch", operation_id = "update_me")]
+    async fn update_me(
+        &self,
+        caller: AdmittedTenant,
+        body: Json<UpdateMe>,
+    ) -> Result<Json<Me>, ApiError> {
+        let body = body.0;
+        if body.tenant_name.is_some() || body.time_zone.is_some() {
+            caller.may_administer()?;
+        }
+        if body
+            .time_zone
+            .as_deref()
+            .is_some_and(|zone| Zone::named(zone).is_none())
+        {
+            return Err(ApiError::invalid(
+                "time_zone",
+                "is no time zone of the IANA database, such as Europe/Berlin",
+            ));
+        }
+        if let Some(name) = &body.name {
+            let mut tx = self.state.db.system().await?;
+            rows::set_user_name(&mut tx, caller.user().0, name.trim()).await?;
+            tx.commit().await?;
+        }
+        if body.tenant_name.is_some() || body.time_zone.is_some() {
+            let mut tx = self.state.db.tenant(caller.tenant()).await?;
+            let before = rows::lock_tenant(&mut tx)
+                .await?
+                .ok_or_else(ApiError::not_found)?;
+            let now = i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX);
+            let set = TenantChange {
+                name: body.tenant_name.as_deref().map(str::trim),
+                time_zone: body.time_zone.as_deref(),
+                updated_at: chrono::DateTime::from_timestamp_nanos(now),
+            };
+            let after = rows::update_tenant(&mut tx, &set).await?;
+            let (before, after) = (tenant(before, caller.role()), tenant(after, caller.role()));
+            let (was, is) = change::difference(&before, &after);
+            let event = Change {
+                action: "tenant.update",
+                target_type: "tenant",
+                target: &after.id,
+                before: was,
+                after: is,
+            };
+            change::record(&mut tx, &caller, event).await?;
+            // Its keys' days begin elsewhere now.
+            revocation::insert(&mut tx, Target::Tenant).await?;
+            tx.commit().await?;
+            self.state.revoke(caller.tenant(), Some(Target::Tenant));
+        }
+        Ok(Json(self.load_me(&caller).await?))
+    }
+
+    /// Change the password
+    ///
+    /// Every other session of the user ends.
+    #[oai(path = "/password", method = "post", operation_id = "change_password")]
+    async fn password(
+        &self,
+        caller: AdmittedTenant,
+        body: Json<ChangePassword>,
+    ) -> Result<NoContent, ApiError> {
+        let who = (caller.user(), caller.tenant(), caller.session_id());
+        let passwords = (
+            body.0.current_password.as_str(),
+            body.0.new_password.as_str(),
+        );
+        let changed = self
+            .state
+            .accounts
+            .change_password(who, passwords, &caller.origin)
+            .await;
+        changed.map_err(|error| match error {
+            // The caller is signed in: a wrong password is a wrong field, and no reason to sign in again.
+            AuthError::WrongCredentials => ApiError::invalid("current_password", "is wrong"),
+            error => under("new_password")(error),
+        })?;
+        Ok(NoContent)
+    }
+
+    /// List the own sessions
+    ///
+    /// Those that live, newest first.
+    #[oai(path = "/sessions", method = "get", operation_id = "list_sessions")]
+    async fn sessions(&self, caller: AdmittedTenant) -> Result<Json<Vec<Session>>, ApiError> {
+        let sessions = self.state.sessions.of_user(caller.user()).await?;
+        let show = sessions.into_iter().map(|row| Session {
+            id: SessionId(row.id),
+            current: row.id == caller.session_id().0,
+            user_agent: row.user_agent,
+            ip: row.ip.map(|ip| ip.addr().to_string()),
+            created_at: row.created_at.into(),
+            last_used_at: row.last_used_at.into(),
+            expires_at: row.expires_at.into(),
+        });
+        Ok(Json(show.collect()))
+    }
+
+    /// End a session of the own
+    #[oai(
+        path = "/sessions/:session_id",
+        method = "delete",
+        operation_id = "end_session"
+    )]
+    async fn end_session(
+        &self,
+        caller: AdmittedTenant,
+        session_id: Path<SessionId>,
+    ) -> Result<NoContent, ApiError> {
+        match self
+            .state
+            .sessions
+            .end(caller.user(), session_id.0, &caller.origin)
+            .await?
+        {
+            true => Ok(NoContent),
+            false => Err(ApiError::not_found()),
+        }
+    }
+}
+
+impl AuthApi {
+    async fn load_me(&self, caller: &AdmittedTenant) -> Result<Me, ApiError> {
+        let mut tx = self.state.db.system().await?;
+        let member = rows::member(&mut tx, caller.user().0, caller.tenant().0).await?;
+        tx.commit().await?;
+        let (user_row, tenant_row, role) =
+            member.ok_or_else(|| ApiError::from(AuthError::Unauthorized))?;
+        let role = role_named(&role)
+            .ok_or_else(|| ApiError::from(DbError::Constraint("memberships_role_known".into())))?;
+        Ok(Me {
+            user: user(user_row),
+            tenant: tenant(tenant_row, role),
+            session_id: caller.session_id(),
+        })
+    }
+}

@@ -1,0 +1,112 @@
+//! The client's address.
+//!
+//! It is the peer's, unless that is a trusted proxy: then it is the rightmost address of `X-Forwarded-For`
+//! that is none. `X-Real-IP` and `Forwarded` are never read, since a proxy that does not set them hands on
+//! what the client wrote. An address that cannot be read ends the walk: what stands further left was written
+//! by whoever wrote it.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use poem::{Addr, Request, http::HeaderMap};
+
+/// The address of the client of this request; `None` for a peer that has none, such as a Unix socket.
+pub fn client_ip(request: &Request, trusted: &[IpNet]) -> Option<IpAddr> {
+    let peer = match &request.remote_addr().0 {
+        Addr::SocketAddr(addr) => addr.ip().to_canonical(),
+        _ => return None,
+    };
+    Some(walk(peer, request.headers(), trusted))
+}
+
+fn walk(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
+    let is_trusted = |ip: IpAddr| trusted.iter().any(|network| network.contains(&ip));
+    let mut client = peer;
+    if !is_trusted(peer) {
+        return client;
+    }
+    // Several fields are one list, in order.
+    let fields = headers
+        .get_all("x-forwarded-for")
+        .iter()
+        .collect::<Vec<_>>();
+    for field in fields.into_iter().rev() {
+        for hop in field.to_str().unwrap_or("?").rsplit(',') {
+            let Some(hop) = address(hop.trim()) else {
+                return client;
+            };
+            client = hop;
+            if !is_trusted(hop) {
+                return client;
+            }
+        }
+    }
+    client
+}
+
+/// An address, also with a port.
+fn address(text: &str) -> Option<IpAddr> {
+    let ip = text
+        .parse::<IpAddr>()
+        .or_else(|_| text.parse::<std::net::SocketAddr>().map(|addr| addr.ip()))
+        .or_else(|_| text.trim_start_matches('[').trim_end_matches(']').parse());
+    ip.ok().map(|ip: IpAddr| ip.to_canonical())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(peer: &str, forwarded: &[&str]) -> String {
+        let trusted = ["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()];
+        let mut headers = HeaderMap::new();
+        for field in forwarded {
+            headers.append("x-forwarded-for", field.parse().unwrap());
+        }
+        headers.insert("x-real-ip", "203.0.113.66".parse().unwrap());
+        headers.insert("forwarded", "for=203.0.113.67".parse().unwrap());
+        walk(
+            peer.parse::<IpAddr>().unwrap().to_canonical(),
+            &headers,
+            &trusted,
+        )
+        .to_string()
+    }
+
+    #[test]
+    fn a_peer_that_is_no_trusted_proxy_is_the_client_whatever_it_says() {
+        assert_eq!(of("192.0.2.1", &["198.51.100.7"]), "192.0.2.1");
+        assert_eq!(of("192.0.2.1", &[]), "192.0.2.1");
+    }
+
+    #[test]
+    fn behind_trusted_proxies_it_is_the_rightmost_hop_that_is_none() {
+        assert_eq!(of("10.0.0.1", &["198.51.100.7"]), "198.51.100.7");
+        assert_eq!(
+            of("10.0.0.1", &["1.2.3.4, 198.51.100.7, 10.9.9.9"]),
+            "198.51.100.7"
+        );
+        assert_eq!(
+            of("10.0.0.1", &["1.2.3.4", "198.51.100.7", "10.9.9.9"]),
+            "198.51.100.7"
+        );
+        assert_eq!(of("fd00::1", &["2001:db8::5"]), "2001:db8::5");
+        assert_eq!(
+            of("::ffff:10.0.0.1", &["::ffff:198.51.100.7"]),
+            "198.51.100.7"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_read_ends_the_walk() {
+        assert_eq!(of("10.0.0.1", &["198.51.100.7, unknown"]), "10.0.0.1");
+        assert_eq!(of("10.0.0.1", &["unknown, 10.0.0.2"]), "10.0.0.2");
+        assert_eq!(of("10.0.0.1", &[""]), "10.0.0.1");
+    }
+
+    #[test]
+    fn a_port_is_left_out() {
+        assert_eq!(of("10.0.0.1", &["198.51.100.7:4711"]), "198.51.100.7");
+        assert_eq!(of("10.0.0.1", &["[2001:db8::5]:4711"]), "2001:db8::5");
+    }
+}

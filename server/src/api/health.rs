@@ -1,0 +1,45 @@
+//! `/health`.
+
+use poem::Result;
+use poem_openapi::OpenApi;
+use quota_common::health::Health;
+
+use super::{Tag, json::Json, problem::ApiError};
+use crate::state::AppState;
+
+pub struct HealthApi {
+    pub state: AppState,
+}
+
+fn ok() -> Json<Health> {
+    Json(Health {
+        status: "ok".into(),
+        version: env!("CARGO_PKG_VERSION").into(),
+    })
+}
+
+#[OpenApi(prefix_path = "/health", tag = "Tag::Health")]
+impl HealthApi {
+    /// Whether the server lives
+    ///
+    /// It asks nothing of what the server depends on: a database that is away is no reason to restart it.
+    #[oai(path = "/live", method = "get", operation_id = "live")]
+    async fn live(&self) -> Json<Health> {
+        ok()
+    }
+
+    /// Whether the server may be sent work
+    ///
+    /// 503 while PostgreSQL is unreachable, migrations are pending, or the server is stopping.
+    #[oai(path = "/ready", method = "get", operation_id = "ready")]
+    async fn ready(&self) -> Result<Json<Health>, ApiError> {
+        if self.state.is_draining() {
+            return Err(ApiError::unavailable("the server is stopping"));
+        }
+        if self.state.db.ready().await? {
+            Ok(ok())
+        } else {
+            Err(ApiError::unavailable("migrations are pending"))
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! Limits by client address in front of `/auth` and `/admin`.
+
+use poem::{Endpoint, Middleware, Request, Result};
+
+use super::{problem::ApiError, request_log::ClientAddress};
+use crate::{
+    limiter::{Caller, Guard},
+    state::{AppState, Parts},
+};
+
+/// Which guard stands there.
+pub struct IpGuard {
+    pub state: AppState,
+    pub guard: fn(&Parts) -> &Guard,
+}
+
+impl<E: Endpoint> Middleware<E> for IpGuard {
+    type Output = Guarded<E>;
+
+    fn transform(&self, inner: E) -> Guarded<E> {
+        Guarded {
+            inner,
+            state: self.state.clone(),
+            guard: self.guard,
+        }
+    }
+}
+
+pub struct Guarded<E> {
+    inner: E,
+    state: AppState,
+    guard: fn(&Parts) -> &Guard,
+}
+
+impl<E: Endpoint> Endpoint for Guarded<E> {
+    type Output = E::Output;
+
+    async fn call(&self, request: Request) -> Result<E::Output> {
+        // A peer without an address sits on this machine.
+        if let Some(ClientAddress(Some(ip))) = request.data::<ClientAddress>().copied()
+            && let Err(refused) = (self.guard)(&self.state).admit(Caller::address(ip))
+        {
+            self.state.metrics.guard_refusals.inc();
+            return Err(ApiError::too_many(refused.retry_after).into());
+        }
+        self.inner.call(request).await
+    }
+}

@@ -1,0 +1,367 @@
+//! JSON bodies, in and out.
+//!
+//! One type for both, over serde alone, so that the console, which knows no poem, speaks the same; that the
+//! document describes the same JSON is proved in `common/tests/wire.rs`. Reading tells apart what cannot be
+//! understood (400) from what is understood and not allowed (422), and names every field that is not.
+
+use futures_util::StreamExt;
+use garde::Validate;
+use poem::{
+    IntoResponse, Request, RequestBody, Response, Result,
+    http::{HeaderValue, StatusCode, header},
+};
+use poem_openapi::{
+    ApiExtractor, ApiExtractorType, ApiResponse, ExtractParamOptions,
+    payload::Payload,
+    registry::{MetaMediaType, MetaRequest, MetaResponse, MetaResponses, MetaSchemaRef, Registry},
+    types::Type,
+};
+use quota_common::{FieldError, ProblemCode};
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::problem::ApiError;
+use crate::state::AppState;
+
+const MEDIA_TYPE: &str = "application/json";
+
+/// A JSON body.
+#[derive(Debug, Clone)]
+pub struct Json<T>(pub T);
+
+/// An answer 201 with a JSON body.
+#[derive(Debug, Clone)]
+pub struct Created<T>(pub T);
+
+/// An answer 204.
+#[derive(Debug, Clone, Copy)]
+pub struct NoContent;
+
+impl<T: Type + Send> Payload for Json<T> {
+    const CONTENT_TYPE: &'static str = MEDIA_TYPE;
+
+    fn schema_ref() -> MetaSchemaRef {
+        T::schema_ref()
+    }
+
+    fn register(registry: &mut Registry) {
+        T::register(registry);
+    }
+}
+
+impl<T: Serialize + Send> IntoResponse for Json<T> {
+    fn into_response(self) -> Response {
+        respond(StatusCode::OK, &self.0)
+    }
+}
+
+impl<T: Serialize + Send> IntoResponse for Created<T> {
+    fn into_response(self) -> Response {
+        respond(StatusCode::CREATED, &self.0)
+    }
+}
+
+impl IntoResponse for NoContent {
+    fn into_response(self) -> Response {
+        StatusCode::NO_CONTENT.into_response()
+    }
+}
+
+fn respond<T: Serialize>(status: StatusCode, value: &T) -> Response {
+    match serde_json::to_vec(value) {
+        Ok(body) => {
+            let mut response = Response::builder().status(status).body(body);
+            response
+                .headers_mut()
+                .insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+            response
+        }
+        Err(error) => {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "an answer cannot be written"
+            );
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
+}
+
+fn meta(status: u16, description: &'static str, content: Vec<MetaMediaType>) -> MetaResponses {
+    MetaResponses {
+        responses: vec![MetaResponse {
+            description,
+            status: Some(status),
+            status_range: None,
+            content,
+            headers: vec![],
+        }],
+    }
+}
+
+fn content<T: Type>() -> Vec<MetaMediaType> {
+    vec![MetaMediaType {
+        content_type: MEDIA_TYPE,
+        schema: T::schema_ref(),
+    }]
+}
+
+impl<T: Type + Serialize + Send> ApiResponse for Json<T> {
+    fn meta() -> MetaResponses {
+        meta(200, "Done", content::<T>())
+    }
+
+    fn register(registry: &mut Registry) {
+        T::register(registry);
+    }
+}
+
+impl<T: Type + Serialize + Send> ApiResponse for Created<T> {
+    fn meta() -> MetaResponses {
+        meta(201, "Made", content::<T>())
+    }
+
+    fn register(registry: &mut Registry) {
+        T::register(registry);
+    }
+}
+
+impl ApiResponse for NoContent {
+    fn meta() -> MetaResponses {
+        meta(204, "Done", vec![])
+    }
+
+    fn register(_registry: &mut Registry) {}
+}
+
+impl<'a, T> ApiExtractor<'a> for Json<T>
+where
+    T: Type + DeserializeOwned + Validate<Context = ()> + Send,
+{
+    const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::RequestObject];
+
+    type ParamType = ();
+    type ParamRawType = ();
+
+    fn register(registry: &mut Registry) {
+        T::register(registry);
+    }
+
+    fn request_meta() -> Option<MetaRequest> {
+        Some(MetaRequest {
+            description: None,
+            content: content::<T>(),
+            required: true,
+        })
+    }
+
+    async fn from_request(
+        request: &'a Request,
+        body: &mut RequestBody,
+        _options: ExtractParamOptions<()>,
+    ) -> Result<Self> {
+        check_media_type(request)?;
+        let bytes = read(request, body).await?;
+        Ok(Self(parse(&bytes)?))
+    }
+}
+
+/// An empty body may come without a type; anything else has to be JSON.
+fn check_media_type(request: &Request) -> Result<(), ApiError> {
+    let wrong = || {
+        ApiError::new(
+            ProblemCode::UnsupportedMediaType,
+            "The body must be sent as application/json.",
+        )
+    };
+    let Some(media_type) = request.content_type() else {
+        return Err(wrong());
+    };
+    let media_type: mime::Mime = media_type.parse().map_err(|_| wrong())?;
+    let charset = media_type
+        .get_param(mime::CHARSET)
+        .is_none_or(|charset| charset == mime::UTF_8);
+    if media_type.essence_str() == MEDIA_TYPE && charset {
+        Ok(())
+    } else {
+        Err(wrong())
+    }
+}
+
+async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiError> {
+    let limit = request
+        .data::<AppState>()
+        .map_or(64 * 1024, |state| state.config.body_limit);
+    let too_large = || {
+        ApiError::new(
+            ProblemCode::ContentTooLarge,
+            format!("The body is larger than {limit} bytes."),
+        )
+    };
+    let announced = request
+        .headers()
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    if announced.is_some_and(|length| length > limit) {
+        return Err(too_large());
+    }
+    let body = body
+        .take()
+        .map_err(|error| ApiError::internal(error.to_string()))?;
+    let mut stream = body.into_bytes_stream();
+    let mut bytes = Vec::with_capacity(announced.unwrap_or(0));
+    while let Some(chunk) = stream.next().await {
+        let chunk = chunk.map_err(|_| {
+            ApiError::new(
+                ProblemCode::Malformed,
+                "The body ended before it was complete.",
+            )
+        })?;
+        if bytes.len() + chunk.len() > limit {
+            return Err(too_large());
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok(bytes)
+}
+
+/// Reads and judges a body.
+pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Result<T, ApiError> {
+    // What is no JSON at all is told apart from what is JSON and not what was asked for.
+    let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| {
+        let detail = if bytes.is_empty() {
+            "The body is empty; it must be a JSON object.".to_owned()
+        } else {
+            format!("The body is no JSON: {error}.")
+        };
+        ApiError::new(ProblemCode::Malformed, detail)
+    })?;
+    if !value.is_object() {
+        return Err(ApiError::new(
+            ProblemCode::Malformed,
+            "The body must be a JSON object.",
+        ));
+    }
+    drop(value);
+    // From the text, not from the value: a name that comes twice is a fault there, and the last one's win here.
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    let value: T = serde_path_to_error::deserialize(&mut reader)
+        .map_err(|error| ApiError::invalid_fields(vec![unread(&error)]))?;
+    value.validate().map_err(|report| {
+        let errors = report
+            .into_inner()
+            .into_iter()
+            .map(|(path, error)| FieldError {
+                field: path.to_string(),
+                message: error.message().to_owned(),
+            });
+        ApiError::invalid_fields(errors.collect())
+    })?;
+    Ok(value)
+}
+
+/// The field that could not be read. serde names a missing and an unknown one only in its message.
+fn unread(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
+    let path = error.path().to_string();
+    let message = error.inner().to_string();
+    let message = message.split(" at line ").next().unwrap_or_default();
+    let quoted = |start: &str| message.strip_prefix(start)?.split('`').next();
+    let join = |name: &str| {
+        if path == "." {
+            name.to_owned()
+        } else {
+            format!("{path}.{name}")
+        }
+    };
+    if let Some(name) = quoted("missing field `") {
+        return FieldError {
+            field: join(name),
+            message: "is missing".into(),
+        };
+    }
+    if let Some(name) = quoted("duplicate field `") {
+        return FieldError {
+            field: join(name),
+            message: "is there twice".into(),
+        };
+    }
+    if let Some(name) = quoted("unknown field `") {
+        // The path names the unknown field already.
+        let field = if path.ends_with(name) {
+            path
+        } else {
+            join(name)
+        };
+        return FieldError {
+            field,
+            message: "is unknown here".into(),
+        };
+    }
+    FieldError {
+        field: path,
+        message: message.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quota_common::plan::CreatePlan;
+
+    use super::*;
+
+    fn refusal(body: &str) -> (u16, Vec<(String, String)>) {
+        let error = parse::<CreatePlan>(body.as_bytes()).unwrap_err();
+        (
+            error.code.status(),
+            error
+                .errors
+                .into_iter()
+                .map(|it| (it.field, it.message))
+                .collect(),
+        )
+    }
+
+    #[test]
+    fn what_is_no_json_object_is_malformed() {
+        for body in [
+            "",
+            "{",
+            "nonsense",
+            "[]",
+            "7",
+            "{\"name\":\"x\"} {}",
+            "\u{feff}{}",
+        ] {
+            assert_eq!(refusal(body), (400, vec![]), "{body}");
+        }
+    }
+
+    #[test]
+    fn the_field_that_is_not_allowed_is_named() {
+        let one = |field: &str, message: &str| (422, vec![(field.to_owned(), message.to_owned())]);
+        assert_eq!(refusal(r#"{"default_rpm":1}"#), one("name", "is missing"));
+        assert_eq!(
+            refusal(r#"{"name":"x","default_rpm":1,"rpm":2}"#),
+            one("rpm", "is unknown here")
+        );
+        assert_eq!(
+            refusal(r#"{"name":"x","name":"y","default_rpm":1}"#),
+            one("name", "is there twice")
+        );
+        let (status, errors) = refusal(r#"{"name":"x","default_rpm":"many"}"#);
+        assert_eq!((status, errors[0].0.as_str()), (422, "default_rpm"));
+        let (status, errors) = refusal(r#"{"name":"x","default_rpm":-1}"#);
+        assert_eq!((status, errors[0].0.as_str()), (422, "default_rpm"));
+    }
+
+    #[test]
+    fn every_field_that_is_not_allowed_is_named_at_once() {
+        let (status, errors) = refusal(r#"{"name":"a\u0000b","default_rpm":0,"daily_quota":0}"#);
+        let fields = errors
+            .iter()
+            .map(|(field, _)| field.as_str())
+            .collect::<Vec<_>>();
+        assert_eq!(
+            (status, fields),
+            (422, vec!["name", "default_rpm", "daily_quota"])
+        );
+    }
+}

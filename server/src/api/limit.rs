@@ -1,0 +1,277 @@
+//! `/v1`: the ways in to a decision. One core, [`decide`](super::admitted::decide), behind all of them.
+
+use std::sync::Arc;
+
+use poem::{
+    IntoResponse, Request, Response, Result,
+    http::{HeaderValue, StatusCode, header},
+};
+use poem_openapi::{
+    ApiResponse, OpenApi,
+    param::Query,
+    registry::{MetaMediaType, MetaResponse, MetaResponses, Registry},
+    types::Type,
+};
+use quota_common::{
+    Timestamp,
+    limit::{Check, CheckCode, CheckResult, Echo, LimitState},
+};
+
+use super::{
+    Tag,
+    admitted::{AdmittedKey, AdmittedService, consumer_key, decide},
+    json::Json,
+    limit_headers,
+    problem::{ApiError, challenge, wire_name},
+    request_log::Caller,
+};
+use crate::{
+    clock::UnixNanos,
+    keys::{KeyRecord, Refusal},
+    limiter::{Decision, Policy},
+    state::AppState,
+};
+
+pub struct LimitApi {
+    pub state: AppState,
+}
+
+/// An answer with the fields of the decision that let it through.
+pub struct Limited<T> {
+    admitted: AdmittedKey,
+    body: Json<T>,
+}
+
+impl<T: serde::Serialize + Send> IntoResponse for Limited<T> {
+    fn into_response(self) -> Response {
+        let mut response = self.body.into_response();
+        limit_headers::write(
+            response.headers_mut(),
+            &self.admitted.record,
+            &self.admitted.decision,
+        );
+        response
+    }
+}
+
+impl<T: Type + serde::Serialize + Send> ApiResponse for Limited<T> {
+    fn meta() -> MetaResponses {
+        let content = vec![MetaMediaType {
+            content_type: "application/json",
+            schema: T::schema_ref(),
+        }];
+        MetaResponses {
+            responses: vec![MetaResponse {
+                description: "Admitted",
+                status: Some(200),
+                status_range: None,
+                content,
+                headers: vec![],
+            }],
+        }
+    }
+
+    fn register(registry: &mut Registry) {
+        T::register(registry);
+    }
+}
+
+/// A decision as a bare status: the body is empty, so that nginx keeps its connection.
+pub struct Bare {
+    status: StatusCode,
+    decided: Option<(Arc<KeyRecord>, Decision)>,
+    credential_sent: bool,
+}
+
+impl IntoResponse for Bare {
+    fn into_response(self) -> Response {
+        let mut response = self.status.into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+        if let Some((record, decision)) = &self.decided {
+            limit_headers::write(headers, record, decision);
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, challenge(self.credential_sent));
+        }
+        response
+    }
+}
+
+impl ApiResponse for Bare {
+    fn meta() -> MetaResponses {
+        let bare = |status, description| MetaResponse {
+            description,
+            status: Some(status),
+            status_range: None,
+            content: vec![],
+            headers: vec![],
+        };
+        MetaResponses {
+            responses: vec![
+                bare(200, "Admitted. The body is empty."),
+                bare(
+                    403,
+                    "Denied, where `deny=403` was asked for. The body is empty.",
+                ),
+                bare(429, "Denied. The body is empty."),
+            ],
+        }
+    }
+
+    fn register(_registry: &mut Registry) {}
+}
+
+fn time(at: UnixNanos) -> Timestamp {
+    let last =
+        || Timestamp::from_unix_secs(253_402_300_799).expect("the last second of 9999 is a time");
+    Timestamp::from_unix_secs(at.secs_ceil()).unwrap_or_else(last)
+}
+
+fn limits(decision: &Decision) -> Vec<LimitState> {
+    let states = Policy::ALL
+        .into_iter()
+        .filter_map(|policy| decision.state(policy).map(|state| (policy, state)));
+    let show = states.map(|(policy, state)| LimitState {
+        policy: wire_name(policy),
+        limit: state.limit,
+        remaining: state.remaining,
+        reset_at: time(state.reset_at),
+    });
+    show.collect()
+}
+
+#[OpenApi(prefix_path = "/v1", tag = "Tag::Decisions")]
+impl LimitApi {
+    /// Try an API key
+    ///
+    /// A limited endpoint of Quota's own: what your consumers see of their limits, it shows.
+    #[oai(path = "/echo", method = "get", operation_id = "echo")]
+    async fn echo(&self, caller: AdmittedKey) -> Result<Limited<Echo>, ApiError> {
+        let now = caller.decision.now;
+        let time = Timestamp::from_unix_secs(now.secs())
+            .ok_or_else(|| ApiError::internal("the clock is beyond 9999"))?;
+        let body = Json(Echo {
+            key_id: caller.record.id,
+            plan: caller.record.plan.clone(),
+            time,
+        });
+        Ok(Limited {
+            admitted: caller,
+            body,
+        })
+    }
+
+    /// Ask for a decision
+    ///
+    /// For a gateway or a service of the tenant's own. The answer is 200 also when the request is denied: the
+    /// question was answered. Asking takes what it asks for; a denial takes nothing.
+    #[oai(path = "/check", method = "post", operation_id = "check")]
+    async fn check(
+        &self,
+        caller: AdmittedService,
+        request: &Request,
+        body: Json<Check>,
+    ) -> Result<Json<CheckResult>, ApiError> {
+        let who = request.data::<Caller>().cloned().unwrap_or_default();
+        let cost = body.0.cost.unwrap_or(1);
+        let decided = decide(
+            &self.state,
+            &who,
+            &body.0.key,
+            cost,
+            Some(caller.token.tenant),
+        )
+        .await?;
+        Ok(Json(match decided {
+            Ok((record, decision)) => CheckResult {
+                allowed: decision.is_allowed(),
+                code: if decision.is_allowed() {
+                    CheckCode::Allowed
+                } else {
+                    CheckCode::QuotaExceeded
+                },
+                key_id: Some(record.id),
+                plan: Some(record.plan.clone()),
+                limits: limits(&decision),
+                retry_after: decision.retry_after_secs(),
+                headers: limit_headers::pairs(&record, &decision)
+                    .into_iter()
+                    .map(|(name, value)| (name.to_owned(), value))
+                    .collect(),
+            },
+            Err(refused) => CheckResult {
+                allowed: false,
+                code: match refused.refusal {
+                    Refusal::Unknown => CheckCode::UnknownKey,
+                    Refusal::Inactive => CheckCode::InactiveKey,
+                    Refusal::Expired => CheckCode::ExpiredKey,
+                },
+                key_id: refused.record.as_ref().map(|record| record.id),
+                plan: refused.record.as_ref().map(|record| record.plan.clone()),
+                limits: vec![],
+                retry_after: None,
+                headers: [(
+                    "WWW-Authenticate".to_owned(),
+                    r#"Bearer realm="quota", error="invalid_token""#.to_owned(),
+                )]
+                .into(),
+            },
+        }))
+    }
+
+    /// Ask for a decision as a bare status
+    ///
+    /// For `forward_auth` of Caddy, `auth_request` of nginx and ForwardAuth of Traefik, which hand on the
+    /// consumer's request: its key is read from `X-API-Key`, or from `Authorization: Bearer`. The gateway's
+    /// own token is `X-Service-Token`, or `Authorization: Bearer` where the consumer's key is not there.
+    #[oai(
+        path = "/forward-auth",
+        method = "get",
+        method = "post",
+        method = "put",
+        method = "patch",
+        method = "delete",
+        method = "head",
+        method = "options"
+    )]
+    async fn forward_auth(
+        &self,
+        caller: AdmittedService,
+        request: &Request,
+        /// `403`: the status of a denial, for nginx, which hands on no 429.
+        deny: Query<Option<u16>>,
+    ) -> Result<Bare, ApiError> {
+        let denied = match deny.0 {
+            None | Some(429) => StatusCode::TOO_MANY_REQUESTS,
+            Some(403) => StatusCode::FORBIDDEN,
+            Some(_) => return Err(ApiError::invalid("deny", "must be 403 or 429")),
+        };
+        let Some(key) = consumer_key(request) else {
+            return Ok(Bare {
+                status: StatusCode::UNAUTHORIZED,
+                decided: None,
+                credential_sent: false,
+            });
+        };
+        let who = request.data::<Caller>().cloned().unwrap_or_default();
+        Ok(
+            match decide(&self.state, &who, key, 1, Some(caller.token.tenant)).await? {
+                Ok((record, decision)) => Bare {
+                    status: if decision.is_allowed() {
+                        StatusCode::OK
+                    } else {
+                        denied
+                    },
+                    decided: Some((record, decision)),
+                    credential_sent: true,
+                },
+                Err(_) => Bare {
+                    status: StatusCode::UNAUTHORIZED,
+                    decided: None,
+                    credential_sent: true,
+                },
+            },
+        )
+    }
+}

@@ -1,0 +1,286 @@
+//! `/admin/plans`.
+
+use poem::Result;
+use poem_openapi::{
+    OpenApi,
+    param::{Header, Path, Query},
+};
+use quota_common::{
+    Page, PlanId, ProblemCode,
+    plan::{Billing, CreatePlan, Plan, UpdatePlan},
+};
+use uuid::Uuid;
+
+use super::{
+    Tag,
+    admitted::AdmittedTenant,
+    change::{self, Change},
+    idempotency::Once,
+    json::{Created, Json, NoContent},
+    page,
+    problem::ApiError,
+};
+use crate::{
+    db::TenantTx,
+    repo::{
+        plan::{self, NewPlan, PlanChange, PlanRow},
+        revocation::{self, Target},
+    },
+    state::AppState,
+};
+
+pub struct PlanApi {
+    pub state: AppState,
+}
+
+fn show(row: PlanRow, key_count: u64) -> Plan {
+    Plan {
+        id: PlanId(row.id),
+        name: row.name,
+        default_rpm: u32::try_from(row.default_rpm).unwrap_or(0),
+        burst: u32::try_from(row.burst).unwrap_or(0),
+        daily_quota: row.daily_quota.and_then(|quota| u64::try_from(quota).ok()),
+        monthly_quota: row
+            .monthly_quota
+            .and_then(|quota| u64::try_from(quota).ok()),
+        strict: row.strict,
+        billing: if row.billing == "paid" {
+            Billing::Paid
+        } else {
+            Billing::Free
+        },
+        key_count,
+        created_at: row.created_at.into(),
+        updated_at: row.updated_at.into(),
+    }
+}
+
+const fn billing_name(billing: Billing) -> &'static str {
+    match billing {
+        Billing::Free => "free",
+        Billing::Paid => "paid",
+    }
+}
+
+/// The bounds of the fields, which were checked, lie well within these types.
+fn rate(n: u32) -> i32 {
+    i32::try_from(n).unwrap_or(i32::MAX)
+}
+
+fn quota(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn name_taken() -> ApiError {
+    ApiError::new(
+        ProblemCode::NameTaken,
+        "A plan of this name exists already.",
+    )
+}
+
+async fn key_count(tx: &mut TenantTx, id: Uuid) -> Result<u64, ApiError> {
+    Ok(plan::key_counts(tx, &[id])
+        .await?
+        .get(&id)
+        .copied()
+        .unwrap_or(0))
+}
+
+#[OpenApi(prefix_path = "/admin", tag = "Tag::Plans")]
+impl PlanApi {
+    /// List plans
+    ///
+    /// Newest first, with the number of keys on each.
+    #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
+    async fn list(
+        &self,
+        caller: AdmittedTenant,
+        /// How many at most, 1 to 100.
+        #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
+        limit: Query<Option<u32>>,
+        /// The `next_cursor` of the page before.
+        cursor: Query<Option<String>>,
+    ) -> Result<Json<Page<Plan>>, ApiError> {
+        let slice = page::slice(limit.0, cursor.0.as_deref())?;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let rows = plan::list(&mut tx, slice).await?;
+        tx.commit().await?;
+        Ok(Json(page::page(
+            rows,
+            |(row, _)| row.id,
+            |(row, count)| show(row, count),
+        )))
+    }
+
+    /// Make a plan
+    #[oai(path = "/plans", method = "post", operation_id = "create_plan")]
+    async fn create(
+        &self,
+        caller: AdmittedTenant,
+        /// The same key and body within 24 hours answer the first response again.
+        #[oai(name = "Idempotency-Key")]
+        idempotency_key: Header<Option<String>>,
+        body: Json<CreatePlan>,
+    ) -> Result<Created<Plan>, ApiError> {
+        caller.may_manage()?;
+        let body = body.0;
+        let once = Once::new("create_plan", idempotency_key.0, &body)?;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        if let Some(answer) = once.replay(&mut tx).await? {
+            return Ok(Created(answer));
+        }
+        let new = NewPlan {
+            tenant_id: caller.tenant().0,
+            id: Uuid::now_v7(),
+            name: body.name.trim(),
+            default_rpm: rate(body.default_rpm),
+            burst: rate(body.burst.unwrap_or(body.default_rpm)),
+            daily_quota: body.daily_quota.map(quota),
+            monthly_quota: body.monthly_quota.map(quota),
+            strict: body.strict.unwrap_or(false),
+            billing: billing_name(body.billing.unwrap_or_default()),
+        };
+        let row = plan::insert(&mut tx, &new)
+            .await
+            .map_err(|error| ApiError::on_constraint(error, &[("plans_name_key", name_taken)]))?;
+        let made = show(row, 0);
+        let event = Change {
+            action: "plan.create",
+            target_type: "plan",
+            target: &made.id,
+            before: None,
+            after: change::whole(&made),
+        };
+        change::record(&mut tx, &caller, event).await?;
+        once.keep(&mut tx, &made).await?;
+        tx.commit().await?;
+        Ok(Created(made))
+    }
+
+    /// Get a plan
+    #[oai(path = "/plans/:plan_id", method = "get", operation_id = "get_plan")]
+    async fn get(
+        &self,
+        caller: AdmittedTenant,
+        plan_id: Path<PlanId>,
+    ) -> Result<Json<Plan>, ApiError> {
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let row = plan::find(&mut tx, plan_id.0.0)
+            .await?
+            .ok_or_else(ApiError::not_found)?;
+        let count = key_count(&mut tx, row.id).await?;
+        tx.commit().await?;
+        Ok(Json(show(row, count)))
+    }
+
+    /// Change a plan
+    ///
+    /// In force on every replica within a second. What keys have used stays used: a change hands out no new
+    /// burst and no new quota.
+    #[oai(
+        path = "/plans/:plan_id",
+        method = "patch",
+        operation_id = "update_plan"
+    )]
+    async fn update(
+        &self,
+        caller: AdmittedTenant,
+        plan_id: Path<PlanId>,
+        body: Json<UpdatePlan>,
+    ) -> Result<Json<Plan>, ApiError> {
+        let id = plan_id.0.0;
+        let body = body.0;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let before = plan::lock(&mut tx, id)
+            .await?
+            .ok_or_else(ApiError::not_found)?;
+        caller.may_manage()?;
+        let count = key_count(&mut tx, id).await?;
+        let before = show(before, count);
+        if body == UpdatePlan::default() {
+            return Ok(Json(before));
+        }
+        let set = PlanChange {
+            name: body.name.as_deref().map(str::trim),
+            default_rpm: body.default_rpm.map(rate),
+            burst: body.burst.map(rate),
+            daily_quota: body.daily_quota.map(|it| it.map(quota)),
+            monthly_quota: body.monthly_quota.map(|it| it.map(quota)),
+            strict: body.strict,
+            billing: body.billing.map(billing_name),
+        };
+        let row = plan::update(&mut tx, id, &set)
+            .await
+            .map_err(|error| ApiError::on_constraint(error, &[("plans_name_key", name_taken)]))?
+            .ok_or_else(ApiError::not_found)?;
+        let after = show(row, count);
+        let (was, is) = change::difference(&before, &after);
+        let event = Change {
+            action: "plan.update",
+            target_type: "plan",
+            target: &after.id,
+            before: was,
+            after: is,
+        };
+        change::record(&mut tx, &caller, event).await?;
+        revocation::insert(&mut tx, Target::Plan(id)).await?;
+        tx.commit().await?;
+        self.state.revoke(caller.tenant(), Some(Target::Plan(id)));
+        Ok(Json(after))
+    }
+
+    /// Delete a plan
+    ///
+    /// Refused while keys are on it.
+    #[oai(
+        path = "/plans/:plan_id",
+        method = "delete",
+        operation_id = "delete_plan"
+    )]
+    async fn delete(
+        &self,
+        caller: AdmittedTenant,
+        plan_id: Path<PlanId>,
+    ) -> Result<NoContent, ApiError> {
+        let id = plan_id.0.0;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let row = plan::lock(&mut tx, id)
+            .await?
+            .ok_or_else(ApiError::not_found)?;
+        caller.may_manage()?;
+        let count = key_count(&mut tx, id).await?;
+        let in_use = |count: u64| {
+            let detail = match count {
+                1 => "1 key is on this plan.".to_owned(),
+                count => format!("{count} keys are on this plan."),
+            };
+            ApiError::new(
+                ProblemCode::PlanInUse,
+                format!("{detail} Move or delete them first."),
+            )
+        };
+        if count > 0 {
+            return Err(in_use(count));
+        }
+        let before = show(row, 0);
+        // A key that was put on it since fails the constraint.
+        plan::delete(&mut tx, id).await.map_err(|error| {
+            ApiError::on_constraint(
+                error,
+                &[("api_keys_plan_fkey", || {
+                    ApiError::new(ProblemCode::PlanInUse, "A key was just put on this plan.")
+                })],
+            )
+        })?;
+        let event = Change {
+            action: "plan.delete",
+            target_type: "plan",
+            target: &before.id,
+            before: change::whole(&before),
+            after: None,
+        };
+        change::record(&mut tx, &caller, event).await?;
+        tx.commit().await?;
+        Ok(NoContent)
+    }
+}

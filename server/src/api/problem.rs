@@ -1,0 +1,389 @@
+//! Errors as callers see them. The only place where an error becomes a [`Problem`].
+
+use std::{sync::Arc, time::Duration};
+
+use poem::{
+    IntoResponse, Response,
+    error::{MethodNotAllowedError, NotFoundError, ResponseError},
+    http::{HeaderValue, StatusCode, header},
+};
+use poem_openapi::{
+    ApiResponse,
+    error::{ParseParamError, ParsePathError},
+    registry::{MetaResponses, Registry},
+};
+use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName, problem::MEDIA_TYPE};
+
+use super::limit_headers;
+use crate::{
+    auth::AuthError,
+    cache::Unconfirmed,
+    db::{self, DbError},
+    keys::KeyRecord,
+    limiter::{Decision, LimiterError, Policy, Verdict},
+};
+
+/// An error on its way to the caller.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {detail}", .code.slug())]
+pub struct ApiError {
+    pub code: ProblemCode,
+    pub detail: String,
+    pub errors: Vec<FieldError>,
+    pub retry_after: Option<Duration>,
+    /// The methods that a path has, for 405.
+    pub allow: Option<String>,
+    /// A credential was sent with the request that is refused with 401.
+    pub credential_sent: bool,
+    /// The denial of a key's limits, whose fields the answer carries.
+    pub denied: Option<(Arc<KeyRecord>, Decision)>,
+    /// What happened, for the log: never shown.
+    #[source]
+    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl ApiError {
+    pub fn new(code: ProblemCode, detail: impl Into<String>) -> Self {
+        Self {
+            code,
+            detail: detail.into(),
+            errors: Vec::new(),
+            retry_after: None,
+            allow: None,
+            credential_sent: false,
+            denied: None,
+            source: None,
+        }
+    }
+
+    /// The same for a thing that never was and one that is somebody else's.
+    pub fn not_found() -> Self {
+        Self::new(ProblemCode::NotFound, "There is no such thing here.")
+    }
+
+    pub fn unauthorized(credential_sent: bool, detail: &str) -> Self {
+        Self {
+            credential_sent,
+            ..Self::new(ProblemCode::Unauthorized, detail)
+        }
+    }
+
+    pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::invalid_fields(vec![FieldError {
+            field: field.into(),
+            message: message.into(),
+        }])
+    }
+
+    pub fn invalid_fields(errors: Vec<FieldError>) -> Self {
+        let detail = errors
+            .iter()
+            .map(|error| format!("{}: {}", error.field, error.message))
+            .collect::<Vec<_>>()
+            .join("; ");
+        Self {
+            errors,
+            ..Self::new(ProblemCode::Invalid, detail)
+        }
+    }
+
+    pub fn too_many(retry_after: Duration) -> Self {
+        Self {
+            retry_after: Some(retry_after),
+            ..Self::new(
+                ProblemCode::TooManyRequests,
+                "Too many requests came from here. Wait as Retry-After tells.",
+            )
+        }
+    }
+
+    pub fn unavailable(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self {
+            retry_after: Some(Duration::from_secs(1)),
+            source: Some(source.into()),
+            ..Self::new(
+                ProblemCode::Unavailable,
+                "The server cannot do this at the moment. Try again soon.",
+            )
+        }
+    }
+
+    pub fn internal(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self {
+            source: Some(source.into()),
+            ..Self::new(
+                ProblemCode::Internal,
+                "Something went wrong here. It was logged under this request's id.",
+            )
+        }
+    }
+
+    pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
+        let policies = violated(&decision);
+        let names = policies
+            .iter()
+            .map(|it| policy_name(*it))
+            .collect::<Vec<_>>()
+            .join(" and ");
+        let detail = match decision.retry_after_secs() {
+            Some(secs) => format!("The {names} of this key is used up. Come back in {secs} s."),
+            None => format!("The request costs more than the {names} of this key can ever hold."),
+        };
+        Self {
+            denied: Some((record, decision)),
+            ..Self::new(ProblemCode::QuotaExceeded, detail)
+        }
+    }
+
+    /// A named constraint that a change can break, as the problem it is.
+    pub fn on_constraint(error: DbError, named: &[(&str, fn() -> Self)]) -> Self {
+        if let DbError::Constraint(name) = &error
+            && let Some((_, problem)) = named.iter().find(|(constraint, _)| constraint == name)
+        {
+            return problem();
+        }
+        error.into()
+    }
+
+    /// Any error that reaches the edge.
+    pub fn from_poem(error: poem::Error) -> Self {
+        if error.is::<Self>() {
+            return error
+                .downcast::<Self>()
+                .unwrap_or_else(|_| Self::internal("an error changed its type"));
+        }
+        if let Some(error) = error.downcast_ref::<ParseParamError>() {
+            return Self::invalid(error.name, sentence(&error.reason));
+        }
+        // A path that cannot be an id leads to nothing, as an id that is nobody's does.
+        if error.is::<ParsePathError>() || error.is::<NotFoundError>() {
+            return Self::not_found();
+        }
+        if error.is::<MethodNotAllowedError>() || error.status() == StatusCode::METHOD_NOT_ALLOWED {
+            let response = error.into_response();
+            let allow = response
+                .headers()
+                .get(header::ALLOW)
+                .and_then(|it| it.to_str().ok());
+            let allow = allow.map(str::to_owned);
+            return Self {
+                allow,
+                ..Self::new(
+                    ProblemCode::MethodNotAllowed,
+                    "This path has no such method.",
+                )
+            };
+        }
+        match error.status().as_u16() {
+            404 => Self::not_found(),
+            413 => Self::new(
+                ProblemCode::ContentTooLarge,
+                "The body is larger than the server takes.",
+            ),
+            415 => Self::new(
+                ProblemCode::UnsupportedMediaType,
+                "The body must be sent as application/json.",
+            ),
+            403 => Self::new(ProblemCode::Forbidden, "This is not allowed."),
+            status if (400..500).contains(&status) => Self::new(
+                ProblemCode::Malformed,
+                "The request could not be understood.",
+            ),
+            _ => Self::internal(error.to_string()),
+        }
+    }
+
+    /// The answer. Logged here, once, when it is the server's own fault.
+    pub fn into_response(self, request_id: &str, base: &str) -> Response {
+        if self.code.status() >= 500 {
+            let source = self
+                .source
+                .as_ref()
+                .map(|source| db::chain(source.as_ref()))
+                .unwrap_or_default();
+            tracing::error!(
+                request_id,
+                problem = self.code.slug(),
+                error = source,
+                "a request failed"
+            );
+        }
+        let problem = Problem {
+            kind: self.code.type_uri(base),
+            title: self.code.title().into(),
+            status: self.code.status(),
+            detail: self.detail,
+            request_id: request_id.into(),
+            errors: self.errors,
+            violated_policies: self
+                .denied
+                .as_ref()
+                .map(|(_, decision)| violated(decision))
+                .unwrap_or_default(),
+        };
+        let body = serde_json::to_vec(&problem).unwrap_or_default();
+        let status =
+            StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let mut response = Response::builder()
+            .status(status)
+            .content_type(MEDIA_TYPE)
+            .body(body);
+        let headers = response.headers_mut();
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Some((record, decision)) = &self.denied {
+            limit_headers::write(headers, record, decision);
+        }
+        if let Some(after) = self.retry_after {
+            let secs = after.as_secs() + u64::from(after.subsec_nanos() > 0);
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(secs.max(1)));
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, challenge(self.credential_sent));
+        }
+        if let Some(allow) = self
+            .allow
+            .and_then(|allow| HeaderValue::from_str(&allow).ok())
+        {
+            headers.insert(header::ALLOW, allow);
+        }
+        response
+    }
+}
+
+/// RFC 6750 section 3.
+pub fn challenge(credential_sent: bool) -> HeaderValue {
+    HeaderValue::from_static(if credential_sent {
+        "Bearer realm=\"quota\", error=\"invalid_token\""
+    } else {
+        "Bearer realm=\"quota\""
+    })
+}
+
+pub fn wire_name(policy: Policy) -> PolicyName {
+    match policy {
+        Policy::Rpm => PolicyName::Rpm,
+        Policy::Daily => PolicyName::Daily,
+        Policy::Monthly => PolicyName::Monthly,
+    }
+}
+
+fn violated(decision: &Decision) -> Vec<PolicyName> {
+    match decision.verdict {
+        Verdict::Denied { violated, .. } => violated.iter().map(wire_name).collect(),
+        Verdict::Allowed => Vec::new(),
+    }
+}
+
+const fn policy_name(policy: PolicyName) -> &'static str {
+    match policy {
+        PolicyName::Rpm => "rate limit",
+        PolicyName::Daily => "daily quota",
+        PolicyName::Monthly => "monthly quota",
+    }
+}
+
+/// What poem-openapi says of a parameter, without the names of Rust's types.
+fn sentence(reason: &str) -> String {
+    match reason.split_once("\": ") {
+        Some((start, rest)) if start.starts_with("failed to parse \"") => rest.to_owned(),
+        _ => reason.to_owned(),
+    }
+}
+
+impl ResponseError for ApiError {
+    fn status(&self) -> StatusCode {
+        StatusCode::from_u16(self.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+}
+
+impl IntoResponse for ApiError {
+    /// Only for a response that does not pass the edge, which knows the request's id.
+    fn into_response(self) -> Response {
+        self.into_response("", "")
+    }
+}
+
+/// The document's error answers are added to every operation by `openapi`, by rule.
+impl ApiResponse for ApiError {
+    fn meta() -> MetaResponses {
+        MetaResponses {
+            responses: Vec::new(),
+        }
+    }
+
+    fn register(_registry: &mut Registry) {}
+}
+
+impl From<DbError> for ApiError {
+    fn from(error: DbError) -> Self {
+        match error {
+            DbError::Unavailable(_) => Self::unavailable(error),
+            error => Self::internal(error),
+        }
+    }
+}
+
+impl From<Unconfirmed> for ApiError {
+    fn from(error: Unconfirmed) -> Self {
+        Self::unavailable(error)
+    }
+}
+
+impl From<LimiterError> for ApiError {
+    fn from(error: LimiterError) -> Self {
+        Self {
+            retry_after: Some(Duration::from_secs(1)),
+            source: Some(Box::new(error)),
+            ..Self::new(
+                ProblemCode::ReducedCapacity,
+                "No decision can be taken at the moment. Try again soon.",
+            )
+        }
+    }
+}
+
+impl From<getrandom::Error> for ApiError {
+    fn from(error: getrandom::Error) -> Self {
+        Self::internal(error)
+    }
+}
+
+impl From<AuthError> for ApiError {
+    fn from(error: AuthError) -> Self {
+        match error {
+            AuthError::WrongCredentials => Self {
+                credential_sent: true,
+                ..Self::new(
+                    ProblemCode::WrongCredentials,
+                    "The email or the password is wrong.",
+                )
+            },
+            AuthError::Unauthorized => Self::unauthorized(
+                true,
+                "This token opens nothing, or no longer. Sign in again.",
+            ),
+            AuthError::EmailTaken => Self {
+                errors: vec![FieldError {
+                    field: "email".into(),
+                    message: "is taken".into(),
+                }],
+                ..Self::new(
+                    ProblemCode::EmailTaken,
+                    "An account with this email exists already.",
+                )
+            },
+            AuthError::WeakPassword(message) => Self::invalid("password", message),
+            AuthError::TooManyTries(after) => Self {
+                retry_after: Some(after),
+                ..Self::new(
+                    ProblemCode::TooManyRequests,
+                    "Too many tries on this account. Wait as Retry-After tells.",
+                )
+            },
+            AuthError::Busy => Self::unavailable("too many passwords are being hashed"),
+            AuthError::Db(error) => error.into(),
+            AuthError::Random(error) => error.into(),
+            AuthError::Internal(message) => Self::internal(message),
+        }
+    }
+}

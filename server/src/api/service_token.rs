@@ -1,0 +1,176 @@
+//! `/admin/service-tokens`.
+
+use poem::Result;
+use poem_openapi::{
+    OpenApi,
+    param::{Header, Path, Query},
+};
+use quota_common::{
+    Page, ServiceTokenId,
+    service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken},
+};
+use uuid::Uuid;
+
+use super::{
+    Tag,
+    admitted::AdmittedTenant,
+    change::{self, Change},
+    idempotency::Once,
+    json::{Created, Json, NoContent},
+    page,
+    problem::ApiError,
+};
+use crate::{
+    repo::{
+        revocation::{self, Target},
+        service_token::{self, NewServiceToken, ServiceTokenRow},
+    },
+    secret_text::{Kind, SecretText},
+    state::AppState,
+};
+
+pub struct ServiceTokenApi {
+    pub state: AppState,
+}
+
+fn show(row: ServiceTokenRow) -> ServiceToken {
+    ServiceToken {
+        id: ServiceTokenId(row.id),
+        name: row.name,
+        prefix: row.prefix,
+        last_used_at: row.last_used_at.map(Into::into),
+        created_at: row.created_at.into(),
+    }
+}
+
+#[OpenApi(prefix_path = "/admin", tag = "Tag::ServiceTokens")]
+impl ServiceTokenApi {
+    /// List service tokens
+    ///
+    /// Newest first. The text of a token is never shown.
+    #[oai(
+        path = "/service-tokens",
+        method = "get",
+        operation_id = "list_service_tokens"
+    )]
+    async fn list(
+        &self,
+        caller: AdmittedTenant,
+        /// How many at most, 1 to 100.
+        #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
+        limit: Query<Option<u32>>,
+        /// The `next_cursor` of the page before.
+        cursor: Query<Option<String>>,
+    ) -> Result<Json<Page<ServiceToken>>, ApiError> {
+        let slice = page::slice(limit.0, cursor.0.as_deref())?;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let rows = service_token::list(&mut tx, slice).await?;
+        tx.commit().await?;
+        Ok(Json(page::page(rows, |row| row.id, show)))
+    }
+
+    /// Make a service token
+    ///
+    /// The answer holds the token's text, for the only time. A replay by `Idempotency-Key` answers without it.
+    #[oai(
+        path = "/service-tokens",
+        method = "post",
+        operation_id = "create_service_token"
+    )]
+    async fn create(
+        &self,
+        caller: AdmittedTenant,
+        /// The same key and body within 24 hours answer the first response again, without the text.
+        #[oai(name = "Idempotency-Key")]
+        idempotency_key: Header<Option<String>>,
+        body: Json<CreateServiceToken>,
+    ) -> Result<Created<CreatedServiceToken>, ApiError> {
+        caller.may_manage()?;
+        let once = Once::new("create_service_token", idempotency_key.0, &body.0)?;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        if let Some(answer) = once.replay(&mut tx).await? {
+            return Ok(Created(answer));
+        }
+        let text = SecretText::generate(Kind::ServiceToken)?;
+        let new = NewServiceToken {
+            tenant_id: caller.tenant().0,
+            id: Uuid::now_v7(),
+            name: body.0.name.trim(),
+            prefix: &text.prefix(),
+            token_hash: &text.hash(),
+        };
+        let row = service_token::insert(&mut tx, &new).await?;
+        let mut made = CreatedServiceToken {
+            token: None,
+            service_token: show(row),
+        };
+        let event = Change {
+            action: "service_token.create",
+            target_type: "service_token",
+            target: &made.service_token.id,
+            before: None,
+            after: change::whole(&made.service_token),
+        };
+        change::record(&mut tx, &caller, event).await?;
+        once.keep(&mut tx, &made).await?;
+        tx.commit().await?;
+        self.state.keys.made(&text);
+        made.token = Some(text.reveal());
+        Ok(Created(made))
+    }
+
+    /// Get a service token
+    #[oai(
+        path = "/service-tokens/:token_id",
+        method = "get",
+        operation_id = "get_service_token"
+    )]
+    async fn get(
+        &self,
+        caller: AdmittedTenant,
+        token_id: Path<ServiceTokenId>,
+    ) -> Result<Json<ServiceToken>, ApiError> {
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let row = service_token::find(&mut tx, token_id.0.0)
+            .await?
+            .ok_or_else(ApiError::not_found)?;
+        tx.commit().await?;
+        Ok(Json(show(row)))
+    }
+
+    /// Delete a service token
+    ///
+    /// It opens nothing from then on.
+    #[oai(
+        path = "/service-tokens/:token_id",
+        method = "delete",
+        operation_id = "delete_service_token"
+    )]
+    async fn delete(
+        &self,
+        caller: AdmittedTenant,
+        token_id: Path<ServiceTokenId>,
+    ) -> Result<NoContent, ApiError> {
+        let id = token_id.0.0;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let before = service_token::delete(&mut tx, id)
+            .await?
+            .ok_or_else(ApiError::not_found)?;
+        // Not committed when it is not allowed.
+        caller.may_manage()?;
+        let before = show(before);
+        let event = Change {
+            action: "service_token.delete",
+            target_type: "service_token",
+            target: &before.id,
+            before: change::whole(&before),
+            after: None,
+        };
+        change::record(&mut tx, &caller, event).await?;
+        revocation::insert(&mut tx, Target::ServiceToken(id)).await?;
+        tx.commit().await?;
+        self.state
+            .revoke(caller.tenant(), Some(Target::ServiceToken(id)));
+        Ok(NoContent)
+    }
+}

@@ -1,0 +1,163 @@
+//! `--demo`: a tenant with a plan, a key and a service token, to try the server on.
+//!
+//! Made once. The texts are kept in the data directory, readable by its owner alone, so that a second start
+//! shows the same ones; the database has only their hashes, as of all others.
+
+use std::{
+    fs,
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+};
+
+use quota_common::TenantId;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{
+    auth::AuthError,
+    db::DbError,
+    repo::{
+        api_key::{self, NewApiKey},
+        plan::{self, NewPlan},
+        service_token::{self, NewServiceToken},
+    },
+    secret_text::{Kind, SecretText},
+    state::AppState,
+};
+
+const FILE: &str = "demo.json";
+
+#[derive(Debug, thiserror::Error)]
+pub enum DemoError {
+    #[error(transparent)]
+    Auth(#[from] AuthError),
+    #[error("the demo cannot be made: {0}")]
+    Db(#[from] DbError),
+    #[error("the demo's secrets cannot be kept in the data directory")]
+    Io(#[from] io::Error),
+    #[error("the machine has no randomness")]
+    Random(#[from] getrandom::Error),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Demo {
+    email: String,
+    password: String,
+    key: String,
+    service_token: String,
+}
+
+/// Makes it where it is not there, and answers what to show of it.
+pub async fn make_once(state: &AppState) -> Result<String, DemoError> {
+    let file = state.config.data_dir.join(FILE);
+    let demo = match read(&file) {
+        Some(demo) if is_known(state, &demo).await => demo,
+        _ => make(state, &file).await?,
+    };
+    let base = &state.config.public_url;
+    let Demo {
+        email,
+        password,
+        key,
+        service_token,
+    } = &demo;
+    let lines = [
+        String::new(),
+        "A demo is ready: its plan allows 60 requests a minute, 10 at once.".to_owned(),
+        String::new(),
+        format!("  API key        {key}"),
+        format!("  Service token  {service_token}"),
+        format!("  Sign in        {email} {password}"),
+        format!("  API            {base}/docs"),
+        String::new(),
+        "Try it, more than ten times in a row:".to_owned(),
+        String::new(),
+        format!("  curl -i {base}/v1/echo -H 'X-API-Key: {key}'"),
+        String::new(),
+    ];
+    Ok(lines.join("\n"))
+}
+
+fn read(file: &Path) -> Option<Demo> {
+    serde_json::from_slice(&fs::read(file).ok()?).ok()
+}
+
+/// Whether the demo of the file is one of this database.
+async fn is_known(state: &AppState, demo: &Demo) -> bool {
+    match SecretText::parse(Kind::ApiKey, demo.key.as_bytes()) {
+        Some(text) => matches!(state.keys.key(&text).await, Ok(Some(_))),
+        None => false,
+    }
+}
+
+async fn make(state: &AppState, file: &Path) -> Result<Demo, DemoError> {
+    let mut chance = [0; 8];
+    getrandom::fill(&mut chance)?;
+    let number = u64::from_le_bytes(chance);
+    let key = SecretText::generate(Kind::ApiKey)?;
+    let token = SecretText::generate(Kind::ServiceToken)?;
+    let demo = Demo {
+        email: format!("demo-{:08x}@example.com", number & 0xffff_ffff),
+        // As strong as the texts are: a part of one.
+        password: SecretText::generate(Kind::Refresh)?.reveal()[3..23].to_owned(),
+        key: key.reveal(),
+        service_token: token.reveal(),
+    };
+    let (_, tenant) = state
+        .accounts
+        .create(&demo.email, &demo.password, Some("Demo"))
+        .await?;
+    insert(state, tenant, &key, &token).await?;
+
+    fs::create_dir_all(&state.config.data_dir)?;
+    let _ = fs::remove_file(file);
+    let mut out = fs::File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(file)?;
+    out.write_all(&serde_json::to_vec_pretty(&demo).map_err(io::Error::other)?)?;
+    Ok(demo)
+}
+
+async fn insert(
+    state: &AppState,
+    tenant: TenantId,
+    key: &SecretText,
+    token: &SecretText,
+) -> Result<(), DbError> {
+    let mut tx = state.db.tenant(tenant).await?;
+    let plan = NewPlan {
+        tenant_id: tenant.0,
+        id: Uuid::now_v7(),
+        name: "Demo",
+        default_rpm: 60,
+        burst: 10,
+        daily_quota: Some(10_000),
+        monthly_quota: None,
+        strict: false,
+        billing: "free",
+    };
+    let plan = plan::insert(&mut tx, &plan).await?;
+    let key = NewApiKey {
+        tenant_id: tenant.0,
+        id: Uuid::now_v7(),
+        plan_id: plan.id,
+        name: "Demo key",
+        prefix: &key.prefix(),
+        key_hash: &key.hash(),
+        expires_at: None,
+        rpm_override: None,
+    };
+    api_key::insert(&mut tx, &key).await?;
+    let token = NewServiceToken {
+        tenant_id: tenant.0,
+        id: Uuid::now_v7(),
+        name: "Demo gateway",
+        prefix: &token.prefix(),
+        token_hash: &token.hash(),
+    };
+    service_token::insert(&mut tx, &token).await?;
+    tx.commit().await
+}

@@ -1,0 +1,156 @@
+//! Workers: what happens without a request.
+//!
+//! Each is a loop that ends when told to, and that goes on after a failure: what could not be done this time
+//! is done the next. Knows no poem.
+
+use std::time::Duration;
+
+use quota_common::TenantId;
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{MissedTickBehavior, interval},
+};
+
+use crate::{
+    db::{self, DbError},
+    limiter, repo,
+    state::AppState,
+};
+
+/// How often the revocations are polled. Believed for three times as long.
+const POLL: Duration = Duration::from_millis(250);
+const LAST_USED: Duration = Duration::from_secs(2);
+const SWEEP: Duration = Duration::from_secs(600);
+
+/// The running workers.
+#[derive(Debug)]
+pub struct Jobs {
+    stop: watch::Sender<bool>,
+    running: JoinSet<()>,
+}
+
+impl Jobs {
+    pub fn start(state: &AppState) -> Self {
+        let (stop, stopping) = watch::channel(false);
+        let mut running = JoinSet::new();
+        running.spawn(poll_revocations(state.clone(), stopping.clone()));
+        running.spawn(prune(state.clone(), stopping.clone()));
+        running.spawn(write_last_used(state.clone(), stopping.clone()));
+        running.spawn(sweep(state.clone(), stopping));
+        Self { stop, running }
+    }
+
+    /// Tells them to end and waits until they have.
+    pub async fn stop(mut self) {
+        let _ = self.stop.send(true);
+        while self.running.join_next().await.is_some() {}
+    }
+}
+
+/// Waits for the next time; `false` when it is time to end.
+async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<bool>) -> bool {
+    let stopped = async {
+        let _ = stopping.wait_for(|stop| *stop).await;
+    };
+    tokio::select! {
+        biased;
+        () = stopped => false,
+        _ = ticks.tick() => true,
+    }
+}
+
+fn every(period: Duration) -> tokio::time::Interval {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// Forgets from the caches what other replicas have changed. It is what makes the caches true for longer than
+/// a second, so a poll that fails is no more than a warning: without it entries are loaded again.
+async fn poll_revocations(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(POLL);
+    let mut last = None;
+    let mut away = false;
+    while next(&mut ticks, &mut stopping).await {
+        let began = state.freshness.now();
+        state.metrics.revocation_polls.inc();
+        match poll(&state, &mut last).await {
+            Ok(()) => {
+                state.freshness.polled(began);
+                if std::mem::take(&mut away) {
+                    tracing::info!("revocations are polled again");
+                }
+            }
+            Err(error) => {
+                state.metrics.revocation_poll_errors.inc();
+                if !std::mem::replace(&mut away, true) {
+                    tracing::warn!(error = %db::chain(&error), "revocations cannot be polled");
+                }
+            }
+        }
+    }
+}
+
+async fn poll(state: &AppState, last: &mut Option<i64>) -> Result<(), DbError> {
+    let mut tx = state.db.system().await?;
+    let Some(seq) = *last else {
+        // Nothing was cached before the first poll began that it could have missed: entries loaded since are
+        // as new as what it reads.
+        *last = Some(repo::revocation::newest(&mut tx).await?);
+        return tx.commit().await;
+    };
+    let revocations = repo::revocation::since(&mut tx, seq).await?;
+    tx.commit().await?;
+    for revocation in revocations {
+        state.revoke(TenantId(revocation.tenant), revocation.target);
+        *last = Some(revocation.seq);
+    }
+    Ok(())
+}
+
+async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(limiter::PRUNE_EVERY);
+    while next(&mut ticks, &mut stopping).await {
+        state.auth_guard.prune();
+        state.admin_guard.prune();
+        state.login_guard.prune();
+        let cells = state.limiter.prune().await;
+        state
+            .metrics
+            .limiter_cells
+            .set(i64::try_from(cells).unwrap_or(i64::MAX));
+    }
+}
+
+async fn write_last_used(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(LAST_USED);
+    loop {
+        let on = next(&mut ticks, &mut stopping).await;
+        if let Err(error) = state.last_used.flush(&state.db).await {
+            tracing::warn!(error = %db::chain(&error), "cannot write when keys were last used");
+        }
+        if !on {
+            return;
+        }
+    }
+}
+
+/// Deletes what has served its time.
+async fn sweep(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(SWEEP);
+    while next(&mut ticks, &mut stopping).await {
+        let swept = async {
+            let mut tx = state.db.system().await?;
+            repo::session::sweep(&mut tx).await?;
+            repo::idempotency::sweep(&mut tx).await?;
+            repo::revocation::sweep(&mut tx).await?;
+            repo::quota_usage::sweep(&mut tx).await?;
+            repo::api_key::forget_previous(&mut tx).await?;
+            tx.commit().await
+        };
+        if let Err(error) = swept.await {
+            tracing::warn!(error = %db::chain(&error), "cannot delete what is over");
+        }
+    }
+}

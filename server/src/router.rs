@@ -1,0 +1,117 @@
+//! Mounting: which path leads where, and what stands in front of it.
+
+use poem::{
+    Endpoint, EndpointExt, IntoEndpoint, Response, Route,
+    http::{HeaderName, Method},
+    middleware::Cors,
+};
+
+use crate::{
+    api::{document, ip_guard::IpGuard, limit_headers, problem::ApiError, request_log::RequestLog},
+    openapi,
+    state::{AppState, Parts},
+};
+
+/// The whole public surface.
+pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
+    let service = openapi::service(state);
+    let document = openapi::document(&service);
+    let viewer = service.swagger_ui_html();
+    let pages = document::routes(document, &viewer);
+    let service = std::sync::Arc::new(service.into_endpoint());
+    let guard = |guard: fn(&Parts) -> &_| IpGuard {
+        state: state.clone(),
+        guard,
+    };
+
+    let routes = Route::new()
+        .nest_no_strip("/v1", service.clone())
+        .nest_no_strip(
+            "/auth",
+            service.clone().with(guard(|parts| &parts.auth_guard)),
+        )
+        .nest_no_strip(
+            "/admin",
+            service.clone().with(guard(|parts| &parts.admin_guard)),
+        )
+        .nest_no_strip("/health", service)
+        .nest("/", pages);
+    let edge = RequestLog {
+        state: state.clone(),
+    };
+    match cors(state) {
+        Some(cors) => routes.with(cors).with(edge).boxed(),
+        None => routes.with(edge).boxed(),
+    }
+}
+
+/// Pages of other origins may call, and read how far they may go. They send no cookies.
+fn cors(state: &AppState) -> Option<Cors> {
+    let origins = &state.config.allowed_origins;
+    if origins.is_empty() {
+        return None;
+    }
+    let cors = Cors::new()
+        .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
+        .allow_headers([
+            "authorization",
+            "content-type",
+            "idempotency-key",
+            "x-api-key",
+            "x-request-id",
+        ])
+        .expose_headers(exposed())
+        .max_age(600);
+    if origins.iter().any(|origin| origin == "*") {
+        return Some(cors.allow_origins_fn(|_| true));
+    }
+    // The server's own pages send their origin as well.
+    let own =
+        url::Url::parse(&state.config.public_url).map(|url| url.origin().ascii_serialization());
+    Some(
+        origins
+            .iter()
+            .cloned()
+            .chain(own)
+            .fold(cors, |cors, origin| cors.allow_origin(origin)),
+    )
+}
+
+fn exposed() -> Vec<HeaderName> {
+    let mut names = vec![
+        limit_headers::LIMIT,
+        limit_headers::REMAINING,
+        limit_headers::RESET,
+        limit_headers::POLICY,
+        limit_headers::STATE,
+    ];
+    names.push(HeaderName::from_static("retry-after"));
+    names.push(HeaderName::from_static("x-request-id"));
+    names
+}
+
+/// `/metrics`, for its own listener.
+pub fn metrics(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
+    let state = state.clone();
+    let text = poem::endpoint::make_sync(move |_| {
+        let (open, busy) = state.db.connections();
+        state
+            .metrics
+            .database_connections
+            .set(i64::try_from(open).unwrap_or(i64::MAX));
+        state
+            .metrics
+            .database_connections_busy
+            .set(i64::try_from(busy).unwrap_or(i64::MAX));
+        Response::builder()
+            .content_type("application/openmetrics-text; version=1.0.0; charset=utf-8")
+            .body(state.metrics.text())
+    });
+    Route::new()
+        .at("/metrics", poem::get(text))
+        .map_to_response()
+        .catch_all_error(async |error: poem::Error| {
+            let error = ApiError::from_poem(error);
+            error.into_response("", "")
+        })
+}

@@ -1,0 +1,155 @@
+//! Everything that a request or worker needs, built once. Cheap to clone.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use crate::{
+    auth::{
+        AuthError, account::Accounts, password::PasswordPool, secret::Secrets, session::Sessions,
+        token::Signer,
+    },
+    cache::Freshness,
+    clock::Clock,
+    config::Config,
+    db::{Db, DbError},
+    keys::{KeyStore, ledger::PostgresLedger, usage::LastUsed},
+    limiter::{Guard, Limiter, MemoryStore},
+    repo,
+    telemetry::{log::Log, metrics::Metrics},
+};
+use quota_common::TenantId;
+
+/// How many client addresses each guard remembers. One takes about 100 bytes.
+const GUARDED: usize = 200_000;
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub struct AppState(Arc<Parts>);
+
+#[derive(Debug)]
+pub struct Parts {
+    pub config: Config,
+    pub clock: Arc<dyn Clock>,
+    pub db: Db,
+    pub metrics: Arc<Metrics>,
+    pub log: Log,
+    pub limiter: Limiter,
+    pub keys: KeyStore,
+    pub last_used: LastUsed,
+    pub sessions: Sessions,
+    pub accounts: Accounts,
+    pub freshness: Arc<Freshness>,
+    pub auth_guard: Guard,
+    pub admin_guard: Guard,
+    pub login_guard: Arc<Guard>,
+    draining: AtomicBool,
+}
+
+impl std::ops::Deref for AppState {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+impl AppState {
+    /// Builds everything on a migrated database.
+    pub async fn new(
+        config: Config,
+        db: Db,
+        clock: Arc<dyn Clock>,
+        log: Log,
+    ) -> Result<Self, AuthError> {
+        let metrics = Arc::new(Metrics::default());
+        let freshness = Arc::new(Freshness::new(clock.clone()));
+
+        let master = match &config.secret {
+            Some(secret) => Config::secret_bytes(secret).to_vec(),
+            None => stored_secret(&db).await?,
+        };
+        let secrets = Arc::new(Secrets::new(&master));
+        let previous = config
+            .secret_previous
+            .as_ref()
+            .map(|secret| Secrets::new(Config::secret_bytes(secret)));
+        let signer = Arc::new(Signer::new(&secrets, previous.as_ref())?);
+
+        let ledger = Arc::new(PostgresLedger::new(db.clone(), metrics.clone()));
+        // Ten times the cache: a key that fell out of the cache keeps its bucket until that is full again.
+        let store = MemoryStore::new(ledger, clock.clone(), config.key_cache.saturating_mul(10));
+        let limiter = Limiter::new(Arc::new(store), clock.clone());
+        let keys = KeyStore::new(
+            db.clone(),
+            limiter.clone(),
+            config.key_cache,
+            config.stale_grace,
+            &freshness,
+            &metrics,
+        );
+        let sessions = Sessions::new(
+            db.clone(),
+            clock.clone(),
+            secrets,
+            signer,
+            (config.session_days, config.stale_grace),
+            &freshness,
+            &metrics,
+        );
+        let login_guard = Arc::new(Guard::new(config.login_rpm, GUARDED, clock.clone()));
+        let passwords = PasswordPool::start(config.password_cost)?;
+        let accounts = Accounts::new(
+            db.clone(),
+            passwords,
+            sessions.clone(),
+            login_guard.clone(),
+            metrics.clone(),
+        );
+        Ok(Self(Arc::new(Parts {
+            auth_guard: Guard::new(config.auth_rpm, GUARDED, clock.clone()),
+            admin_guard: Guard::new(config.admin_rpm, GUARDED, clock.clone()),
+            config,
+            clock,
+            db,
+            metrics,
+            log,
+            limiter,
+            keys,
+            last_used: LastUsed::default(),
+            sessions,
+            accounts,
+            freshness,
+            login_guard,
+            draining: AtomicBool::new(false),
+        })))
+    }
+
+    /// Forgets what a change of `tenant`'s has made untrue, on this replica. Others learn of it by the poll.
+    pub fn revoke(&self, tenant: TenantId, target: Option<repo::revocation::Target>) {
+        self.keys.revoke(tenant, target);
+        self.sessions.revoke(tenant, target);
+    }
+
+    /// From now on the server says that it is not ready.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+}
+
+async fn stored_secret(db: &Db) -> Result<Vec<u8>, AuthError> {
+    let mut candidate = [0; 32];
+    getrandom::fill(&mut candidate)?;
+    let stored = async {
+        let mut tx = db.system().await?;
+        let secret = repo::secret::get_or_insert(&mut tx, &candidate).await?;
+        tx.commit().await?;
+        Ok::<_, DbError>(secret)
+    };
+    Ok(stored.await?)
+}
