@@ -1,19 +1,21 @@
 -- The roles that the server works as. They own nothing, so row-level security binds them whatever role it
 -- signs in with. Roles belong to the cluster, not to the database: two databases may make them at once.
+-- Where the role that migrates may not make roles, somebody who may makes these two beforehand.
 DO $$
+DECLARE
+    name text;
 BEGIN
-    CREATE ROLE quota_app NOLOGIN NOINHERIT;
-EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
-END $$;
-DO $$
-BEGIN
-    CREATE ROLE quota_system NOLOGIN NOINHERIT;
-EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
-END $$;
-DO $$
-BEGIN
-    EXECUTE format('GRANT quota_app, quota_system TO %I', current_user);
-EXCEPTION WHEN unique_violation OR invalid_grant_operation THEN NULL;
+    FOREACH name IN ARRAY ARRAY['quota_app', 'quota_system'] LOOP
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) THEN
+            BEGIN
+                EXECUTE format('CREATE ROLE %I NOLOGIN NOINHERIT', name);
+            EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
+            END;
+        END IF;
+        IF NOT pg_has_role(current_user, name, 'MEMBER') THEN
+            EXECUTE format('GRANT %I TO %I', name, current_user);
+        END IF;
+    END LOOP;
 END $$;
 GRANT USAGE ON SCHEMA public TO quota_app, quota_system;
 

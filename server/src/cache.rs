@@ -176,15 +176,14 @@ where
         }
         let loading = {
             let mut all = self.inner.loading.lock();
-            match all.get(&key) {
-                Some(loading) => loading.clone(),
-                None => {
-                    let loading = self.clone().load(key, load).boxed().shared();
-                    all.insert(key, loading.clone());
-                    // On its own, so that it ends whoever of those who wait goes away.
-                    tokio::spawn(loading.clone());
-                    loading
-                }
+            if let Some(loading) = all.get(&key) {
+                loading.clone()
+            } else {
+                let loading = self.clone().load(key, load).boxed().shared();
+                all.insert(key, loading.clone());
+                // On its own, so that it ends whoever of those who wait goes away.
+                tokio::spawn(loading.clone());
+                loading
             }
         };
         loading.await
@@ -233,15 +232,12 @@ where
     }
 
     fn keep(&self, key: K, value: Option<Arc<T>>, loaded_at: u64) {
-        match value {
-            Some(value) => {
-                self.inner.absent.remove(&key);
-                self.inner.present.insert(key, Entry { value, loaded_at });
-            }
-            None => {
-                self.inner.present.remove(&key);
-                self.inner.absent.insert(key, loaded_at);
-            }
+        if let Some(value) = value {
+            self.inner.absent.remove(&key);
+            self.inner.present.insert(key, Entry { value, loaded_at });
+        } else {
+            self.inner.present.remove(&key);
+            self.inner.absent.insert(key, loaded_at);
         }
     }
 
@@ -285,7 +281,7 @@ mod tests {
         let freshness = Arc::new(Freshness::new(Arc::new(clock.clone())));
         let cache = Cached::new(
             1000,
-            Duration::from_secs(60),
+            Duration::from_mins(1),
             freshness.clone(),
             Arc::default(),
         );
@@ -335,7 +331,7 @@ mod tests {
     async fn without_the_poll_an_entry_is_believed_for_a_second() {
         let it = fixture();
         it.get(Ok(Some("old"))).await.unwrap();
-        it.clock.advance(Duration::from_millis(1000));
+        it.clock.advance(Duration::from_secs(1));
         assert_eq!(
             it.get(Ok(Some("new"))).await.unwrap().as_deref(),
             Some("old")
@@ -408,7 +404,7 @@ mod tests {
     async fn what_cannot_be_confirmed_is_served_for_a_grace_and_then_refused() {
         let it = fixture();
         it.get(Ok(Some("a"))).await.unwrap();
-        it.clock.advance(Duration::from_secs(60));
+        it.clock.advance(Duration::from_mins(1));
         assert_eq!(it.get(Err("away")).await.unwrap().as_deref(), Some("a"));
         it.clock.advance(Duration::from_secs(1));
         assert!(it.get(Err("away")).await.is_err());

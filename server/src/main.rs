@@ -151,12 +151,11 @@ where
 
 /// The database that the settings name, or the embedded one.
 async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<EmbeddedPostgres>)> {
-    match &config.database_url {
-        Some(url) => Ok((url.clone(), None)),
-        None => {
-            let embedded = EmbeddedPostgres::start(&config.data_dir).await?;
-            Ok((SecretString::from(embedded.database_url()), Some(embedded)))
-        }
+    if let Some(url) = &config.database_url {
+        Ok((url.clone(), None))
+    } else {
+        let embedded = EmbeddedPostgres::start(&config.data_dir).await?;
+        Ok((SecretString::from(embedded.database_url()), Some(embedded)))
     }
 }
 
@@ -289,8 +288,16 @@ async fn serve_on(
         metrics.await?;
     }
     // What is in hand of quotas goes back, so that the next server can hand it out.
-    if let Err(error) = state.limiter.drain().await {
-        tracing::warn!(error = %db::chain(&error), "some of the quotas in hand could not be given back");
+    let drained = tokio::time::timeout(Duration::from_secs(5), state.limiter.drain()).await;
+    match drained {
+        Ok(drained) if drained.lost == 0 => {
+            tracing::debug!(given_back = drained.given_back, "gave back quotas in hand");
+        }
+        Ok(drained) => tracing::warn!(
+            lost = drained.lost,
+            "some of the quotas in hand could not be given back"
+        ),
+        Err(_) => tracing::warn!("the quotas in hand could not be given back in time"),
     }
     jobs.stop().await;
     state.db.close();

@@ -158,7 +158,7 @@ fn example(status: u16) -> Value {
     });
     match code {
         P::Invalid => {
-            example["errors"] = json!([{"field": "default_rpm", "message": "lower than 1"}])
+            example["errors"] = json!([{"field": "default_rpm", "message": "lower than 1"}]);
         }
         P::QuotaExceeded => example["violated-policies"] = json!(["rpm"]),
         _ => {}

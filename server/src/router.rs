@@ -73,7 +73,7 @@ fn cors(state: &AppState) -> Option<Cors> {
             .iter()
             .cloned()
             .chain(own)
-            .fold(cors, |cors, origin| cors.allow_origin(origin)),
+            .fold(cors, poem::middleware::Cors::allow_origin),
     )
 }
 

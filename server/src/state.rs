@@ -15,7 +15,7 @@ use crate::{
     config::Config,
     db::{Db, DbError},
     keys::{KeyStore, ledger::PostgresLedger, usage::LastUsed},
-    limiter::{Guard, Limiter, MemoryStore},
+    limiter::{Guard, Limiter, MemorySettings, MemoryStore},
     repo,
     telemetry::{log::Log, metrics::Metrics},
 };
@@ -79,8 +79,12 @@ impl AppState {
 
         let ledger = Arc::new(PostgresLedger::new(db.clone(), metrics.clone()));
         // Ten times the cache: a key that fell out of the cache keeps its bucket until that is full again.
-        let store = MemoryStore::new(ledger, clock.clone(), config.key_cache.saturating_mul(10));
-        let limiter = Limiter::new(Arc::new(store), clock.clone());
+        let settings = MemorySettings {
+            max_cells: config.key_cache.saturating_mul(10),
+            ..MemorySettings::default()
+        };
+        let store = MemoryStore::new(clock.clone(), ledger, settings);
+        let limiter = Limiter::new(store, clock.clone());
         let keys = KeyStore::new(
             db.clone(),
             limiter.clone(),

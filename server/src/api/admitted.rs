@@ -4,7 +4,7 @@
 //! [`AdmittedService`] a service token. Each is a poem-openapi extractor that also puts its scheme into the
 //! document.
 
-use std::sync::Arc;
+use std::{num::NonZeroU32, sync::Arc};
 
 use poem::{
     Request, RequestBody, Result,
@@ -204,8 +204,7 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
             ProblemCode::Malformed,
             "X-API-Key and Authorization name different keys. Send one of them.",
         )),
-        (Some(key), _) => Ok(Some(key)),
-        (None, Some(key)) => Ok(Some(key)),
+        (Some(key), _) | (None, Some(key)) => Ok(Some(key)),
         (None, None)
             if request
                 .uri()
@@ -227,7 +226,7 @@ pub async fn decide(
     state: &AppState,
     caller: &Caller,
     text: &str,
-    cost: u32,
+    cost: NonZeroU32,
     tenant: Option<TenantId>,
 ) -> Result<Result<(Arc<KeyRecord>, Decision), KeyRefused>, ApiError> {
     let began = state.clock.monotonic();
@@ -262,7 +261,7 @@ pub async fn decide(
         &state.metrics.denied
     }
     .inc();
-    state.last_used.key(record.id, decision.now);
+    state.last_used.key(record.id, decision.at);
     state
         .metrics
         .decision_seconds
@@ -312,7 +311,7 @@ impl<'a> ApiExtractor<'a> for AdmittedKey {
         let state = state(request)?;
         let text = key_text(request)?
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
-        match decide(state, &caller(request), text, 1, None).await? {
+        match decide(state, &caller(request), text, NonZeroU32::MIN, None).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision).into()),
             // The same words whatever the reason: nothing is told to somebody who guesses.

@@ -81,7 +81,6 @@ impl ApiKeyApi {
     /// List API keys
     ///
     /// Newest first. The text of a key is never shown.
-    #[expect(clippy::too_many_arguments, reason = "the parameters of the operation")]
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     async fn list(
         &self,

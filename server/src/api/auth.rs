@@ -163,7 +163,7 @@ impl AuthApi {
         if body
             .time_zone
             .as_deref()
-            .is_some_and(|zone| Zone::named(zone).is_none())
+            .is_some_and(|zone| Zone::named(zone).is_err())
         {
             return Err(ApiError::invalid(
                 "time_zone",
@@ -261,14 +261,15 @@ impl AuthApi {
         caller: AdmittedTenant,
         session_id: Path<SessionId>,
     ) -> Result<NoContent, ApiError> {
-        match self
+        let ended = self
             .state
             .sessions
             .end(caller.user(), session_id.0, &caller.origin)
-            .await?
-        {
-            true => Ok(NoContent),
-            false => Err(ApiError::not_found()),
+            .await?;
+        if ended {
+            Ok(NoContent)
+        } else {
+            Err(ApiError::not_found())
         }
     }
 }

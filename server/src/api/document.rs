@@ -11,6 +11,8 @@ use quota_common::ProblemCode;
 
 use super::problem::ApiError;
 
+const JS: &str = "text/javascript; charset=utf-8";
+const CSS: &str = "text/css; charset=utf-8";
 const STYLE: &str = include_str!("document/page.css");
 const LANDING: &str = include_str!("document/landing.html");
 /// For as long as the binary runs, which is what the address names.
@@ -146,8 +148,6 @@ pub fn routes(document: String, service_html: &str) -> impl Endpoint + use<> {
             respond(body.clone(), media_type, cache, csp)
         }))
     };
-    const JS: &str = "text/javascript; charset=utf-8";
-    const CSS: &str = "text/css; charset=utf-8";
     let landing = LANDING.replace("{{version}}", env!("CARGO_PKG_VERSION"));
     Route::new()
         .at("/", get(make_sync(move |_| html(landing.clone()))))

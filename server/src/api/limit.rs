@@ -1,6 +1,6 @@
 //! `/v1`: the ways in to a decision. One core, [`decide`](super::admitted::decide), behind all of them.
 
-use std::sync::Arc;
+use std::{num::NonZeroU32, sync::Arc};
 
 use poem::{
     IntoResponse, Request, Response, Result,
@@ -28,7 +28,7 @@ use super::{
 use crate::{
     clock::UnixNanos,
     keys::{KeyRecord, Refusal},
-    limiter::{Decision, Policy},
+    limiter::Decision,
     state::AppState,
 };
 
@@ -129,11 +129,8 @@ fn time(at: UnixNanos) -> Timestamp {
 }
 
 fn limits(decision: &Decision) -> Vec<LimitState> {
-    let states = Policy::ALL
-        .into_iter()
-        .filter_map(|policy| decision.state(policy).map(|state| (policy, state)));
-    let show = states.map(|(policy, state)| LimitState {
-        policy: wire_name(policy),
+    let show = decision.states().map(|state| LimitState {
+        policy: wire_name(state.policy),
         limit: state.limit,
         remaining: state.remaining,
         reset_at: time(state.reset_at),
@@ -148,7 +145,7 @@ impl LimitApi {
     /// A limited endpoint of Quota's own: what your consumers see of their limits, it shows.
     #[oai(path = "/echo", method = "get", operation_id = "echo")]
     async fn echo(&self, caller: AdmittedKey) -> Result<Limited<Echo>, ApiError> {
-        let now = caller.decision.now;
+        let now = caller.decision.at;
         let time = Timestamp::from_unix_secs(now.secs())
             .ok_or_else(|| ApiError::internal("the clock is beyond 9999"))?;
         let body = Json(Echo {
@@ -174,7 +171,11 @@ impl LimitApi {
         body: Json<Check>,
     ) -> Result<Json<CheckResult>, ApiError> {
         let who = request.data::<Caller>().cloned().unwrap_or_default();
-        let cost = body.0.cost.unwrap_or(1);
+        let cost = body
+            .0
+            .cost
+            .and_then(NonZeroU32::new)
+            .unwrap_or(NonZeroU32::MIN);
         let decided = decide(
             &self.state,
             &who,
@@ -256,7 +257,15 @@ impl LimitApi {
         };
         let who = request.data::<Caller>().cloned().unwrap_or_default();
         Ok(
-            match decide(&self.state, &who, key, 1, Some(caller.token.tenant)).await? {
+            match decide(
+                &self.state,
+                &who,
+                key,
+                NonZeroU32::MIN,
+                Some(caller.token.tenant),
+            )
+            .await?
+            {
                 Ok((record, decision)) => Bare {
                     status: if decision.is_allowed() {
                         StatusCode::OK

@@ -9,7 +9,7 @@ use poem::http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use crate::{
     keys::KeyRecord,
-    limiter::{Decision, Policies, Policy},
+    limiter::{Decision, Policies},
 };
 
 pub const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
@@ -20,7 +20,7 @@ pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
 
 /// Writes all that belong to a decision, `Retry-After` included.
 pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
-    let rate = decision.rate();
+    let rate = decision.rate;
     headers.insert(LIMIT, HeaderValue::from(rate.limit));
     headers.insert(REMAINING, HeaderValue::from(rate.remaining));
     headers.insert(RESET, HeaderValue::from(rate.reset_at.secs_ceil()));
@@ -42,7 +42,7 @@ pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
 
 /// The same as pairs of text, for a gateway to hand on.
 pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, String)> {
-    let rate = decision.rate();
+    let rate = decision.rate;
     let mut pairs = vec![
         ("X-RateLimit-Limit", rate.limit.to_string()),
         ("X-RateLimit-Remaining", rate.remaining.to_string()),
@@ -61,11 +61,11 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
 
 /// A list of strings with parameters: `q` requests in `w` seconds. A month has no fixed number of seconds.
 fn policy_field(policies: &Policies) -> String {
-    let mut field = format!("\"rpm\";q={};w=60", policies.rpm);
-    if let Some(daily) = policies.daily {
+    let mut field = format!("\"rpm\";q={};w=60", policies.rate().rpm);
+    if let Some(daily) = policies.daily() {
         let _ = write!(field, ", \"daily\";q={daily};w=86400");
     }
-    if let Some(monthly) = policies.monthly {
+    if let Some(monthly) = policies.monthly() {
         let _ = write!(field, ", \"monthly\";q={monthly}");
     }
     field
@@ -73,18 +73,16 @@ fn policy_field(policies: &Policies) -> String {
 
 /// The policy nearest exhaustion: `r` requests are left, and all of them are there again in `t` seconds.
 fn state_field(decision: &Decision) -> String {
-    let (policy, state) = decision.nearest();
-    let secs = state
-        .reset_at
-        .saturating_since(decision.now)
-        .div_ceil(1_000_000_000);
+    let state = decision.nearest();
+    let secs = decision.seconds_to_reset(state);
     let mut field = String::with_capacity(40);
-    let _ = write!(field, "\"{}\";r={};t={secs}", name(policy), state.remaining);
+    let _ = write!(
+        field,
+        "\"{}\";r={};t={secs}",
+        state.policy.name(),
+        state.remaining
+    );
     field
-}
-
-const fn name(policy: Policy) -> &'static str {
-    policy.as_str()
 }
 
 /// Names of policies and numbers are visible ASCII.
@@ -101,34 +99,39 @@ mod tests {
     use super::*;
     use crate::{
         clock::UnixNanos,
-        limiter::{PolicySet, PolicyState, Verdict},
+        limiter::{Outcome, Policy, PolicySet, PolicyState, RatePolicy, Zone},
     };
 
     const NOW: UnixNanos = UnixNanos(1_785_738_337_200_000_000);
 
     fn policies() -> Policies {
-        Policies::new(NonZeroU32::new(600).unwrap(), NonZeroU32::new(600).unwrap())
-            .with_daily(NonZeroU64::new(50_000))
-            .with_monthly(NonZeroU64::new(999_999_999_999_999))
+        let six_hundred = NonZeroU32::new(600).unwrap();
+        let rate = RatePolicy {
+            rpm: six_hundred,
+            burst: six_hundred,
+        };
+        let (daily, monthly) = (
+            NonZeroU64::new(50_000),
+            NonZeroU64::new(999_999_999_999_999),
+        );
+        Policies::new(rate, daily, monthly, Zone::utc(), false)
     }
 
     fn decision() -> Decision {
-        let state = |limit, remaining, secs| {
-            Some(PolicyState {
-                limit,
-                remaining,
-                reset_at: UnixNanos(NOW.0 + secs * 1_000_000_000 - 1),
-            })
+        let state = |policy, limit, remaining, secs: u64| PolicyState {
+            policy,
+            limit,
+            remaining,
+            reset_at: UnixNanos(NOW.0 + secs * 1_000_000_000 - 1),
         };
         Decision {
-            verdict: Verdict::Allowed,
-            states: [
-                state(600, 412, 23),
-                state(50_000, 40_000, 3600),
-                state(999_999_999_999_999, 7 << 48, 86_400),
-            ],
-            rpm: 600,
-            now: NOW,
+            at: NOW,
+            outcome: Outcome::Allowed,
+            rpm: NonZeroU32::new(600).unwrap(),
+            rate: state(Policy::Rpm, 600, 412, 23),
+            daily: Some(state(Policy::Daily, 50_000, 40_000, 3600)),
+            monthly: Some(state(Policy::Monthly, 999_999_999_999_999, 7 << 47, 86_400)),
+            degraded: false,
         }
     }
 
@@ -186,17 +189,16 @@ mod tests {
         );
 
         let mut nearer = decision();
-        nearer.states[1].as_mut().unwrap().remaining = 3;
+        nearer.daily.as_mut().unwrap().remaining = 3;
         assert_eq!(state_field(&nearer), "\"daily\";r=3;t=3600");
     }
 
     #[test]
-    fn a_denial_tells_of_the_policy_that_holds_longest() {
-        let violated = PolicySet::EMPTY.with(Policy::Rpm).with(Policy::Daily);
+    fn a_denial_tells_of_a_policy_that_denied() {
         let denied = Decision {
-            verdict: Verdict::Denied {
-                violated,
-                retry_at: Some(UnixNanos(NOW.0 + 1)),
+            outcome: Outcome::Denied {
+                violated: PolicySet::EMPTY.with(Policy::Daily),
+                retry_after: NonZeroU64::new(1),
             },
             ..decision()
         };
@@ -207,7 +209,14 @@ mod tests {
     #[test]
     fn the_largest_numbers_are_structured_integers() {
         let mut largest = decision();
-        for state in largest.states.iter_mut().flatten() {
+        for state in [
+            Some(&mut largest.rate),
+            largest.daily.as_mut(),
+            largest.monthly.as_mut(),
+        ]
+        .into_iter()
+        .flatten()
+        {
             state.limit = quota_common::plan::QUOTA_MAX;
             state.remaining = quota_common::plan::QUOTA_MAX;
             state.reset_at = UnixNanos(u64::MAX);

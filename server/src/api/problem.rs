@@ -20,7 +20,7 @@ use crate::{
     cache::Unconfirmed,
     db::{self, DbError},
     keys::KeyRecord,
-    limiter::{Decision, LimiterError, Policy, Verdict},
+    limiter::{Decision, LimiterError, Policy},
 };
 
 /// An error on its way to the caller.
@@ -36,11 +36,14 @@ pub struct ApiError {
     /// A credential was sent with the request that is refused with 401.
     pub credential_sent: bool,
     /// The denial of a key's limits, whose fields the answer carries.
-    pub denied: Option<(Arc<KeyRecord>, Decision)>,
+    pub denied: Option<Box<(Arc<KeyRecord>, Decision)>>,
     /// What happened, for the log: never shown.
     #[source]
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
+
+/// A constraint, and the problem that breaking it is.
+pub type Named = (&'static str, fn() -> ApiError);
 
 impl ApiError {
     pub fn new(code: ProblemCode, detail: impl Into<String>) -> Self {
@@ -130,13 +133,13 @@ impl ApiError {
             None => format!("The request costs more than the {names} of this key can ever hold."),
         };
         Self {
-            denied: Some((record, decision)),
+            denied: Some(Box::new((record, decision))),
             ..Self::new(ProblemCode::QuotaExceeded, detail)
         }
     }
 
     /// A named constraint that a change can break, as the problem it is.
-    pub fn on_constraint(error: DbError, named: &[(&str, fn() -> Self)]) -> Self {
+    pub fn on_constraint(error: DbError, named: &[Named]) -> Self {
         if let DbError::Constraint(name) = &error
             && let Some((_, problem)) = named.iter().find(|(constraint, _)| constraint == name)
         {
@@ -218,7 +221,7 @@ impl ApiError {
             violated_policies: self
                 .denied
                 .as_ref()
-                .map(|(_, decision)| violated(decision))
+                .map(|denied| violated(&denied.1))
                 .unwrap_or_default(),
         };
         let body = serde_json::to_vec(&problem).unwrap_or_default();
@@ -230,8 +233,8 @@ impl ApiError {
             .body(body);
         let headers = response.headers_mut();
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        if let Some((record, decision)) = &self.denied {
-            limit_headers::write(headers, record, decision);
+        if let Some(denied) = &self.denied {
+            limit_headers::write(headers, &denied.0, &denied.1);
         }
         if let Some(after) = self.retry_after {
             let secs = after.as_secs() + u64::from(after.subsec_nanos() > 0);
@@ -268,10 +271,7 @@ pub fn wire_name(policy: Policy) -> PolicyName {
 }
 
 fn violated(decision: &Decision) -> Vec<PolicyName> {
-    match decision.verdict {
-        Verdict::Denied { violated, .. } => violated.iter().map(wire_name).collect(),
-        Verdict::Allowed => Vec::new(),
-    }
+    decision.violated().iter().map(wire_name).collect()
 }
 
 const fn policy_name(policy: PolicyName) -> &'static str {

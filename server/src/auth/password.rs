@@ -62,7 +62,10 @@ impl Password {
             return Ok(());
         }
         let mut message = "is easy to guess".to_owned();
-        if let Some(warning) = estimate.feedback().and_then(|feedback| feedback.warning()) {
+        if let Some(warning) = estimate
+            .feedback()
+            .and_then(zxcvbn::feedback::Feedback::warning)
+        {
             message = format!("{message}: {warning}");
         }
         Err(AuthError::WeakPassword(message))

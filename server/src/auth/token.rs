@@ -266,7 +266,7 @@ mod tests {
             with("exp", json!(1e30)),
             with("nbf", json!(NOW.secs() + 31)),
             with("role", json!("owner")),
-            good.to_string().replacen("{", "{\"exp\":99999999999,", 1),
+            good.to_string().replacen('{', "{\"exp\":99999999999,", 1),
             "[]".into(),
             "null".into(),
             String::new(),

@@ -33,7 +33,7 @@ const MIGRATIONS: EmbeddedMigrations = embed_migrations!("../migrations");
 const MIGRATION_LOCK: i64 = 7_226_420;
 
 /// How long a caller waits for a connection when all are busy.
-const WAIT: Duration = Duration::from_millis(1000);
+const WAIT: Duration = Duration::from_secs(1);
 const CONNECT: Duration = Duration::from_secs(2);
 
 /// A query failed.
@@ -55,8 +55,7 @@ impl From<DieselError> for DbError {
             if let Some(name) = info.constraint_name() {
                 return Self::Constraint(name.to_owned());
             }
-            // tokio-postgres reports these through diesel by their English text alone; the server's
-            // lc_messages is set to C for every connection.
+            // diesel tells these apart by their text alone. One in another language is an error of ours instead.
             let message = info.message();
             let away = [
                 "statement timeout",
@@ -172,21 +171,22 @@ impl Db {
 pub fn versions() -> Vec<String> {
     use diesel::migration::{Migration, MigrationSource};
     let migrations = MigrationSource::<diesel::pg::Pg>::migrations(&MIGRATIONS).unwrap_or_default();
-    let version =
-        |it: &Box<dyn Migration<diesel::pg::Pg>>| it.name().version().as_owned().to_string();
-    let mut versions = migrations.iter().map(version).collect::<Vec<_>>();
+    let mut versions = migrations
+        .iter()
+        .map(|it| it.name().version().to_string())
+        .collect::<Vec<_>>();
     versions.sort();
     versions
 }
 
 /// What every connection of the pool is set to. Timeouts of the server itself end a query there, where a
 /// future that is dropped would leave it running.
-const SESSION: &str = "SET lc_messages = 'C'; SET timezone = 'UTC'; SET statement_timeout = '4s'; \
+const SESSION: &str = "SET timezone = 'UTC'; SET statement_timeout = '4s'; \
     SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '10s'; \
     SET application_name = 'quota'";
 
 /// A migration may take long, and must not queue behind a long query with everyone behind itself.
-const MIGRATION_SESSION: &str = "SET lc_messages = 'C'; SET timezone = 'UTC'; SET client_min_messages = 'warning'; \
+const MIGRATION_SESSION: &str = "SET timezone = 'UTC'; SET client_min_messages = 'warning'; \
     SET application_name = 'quota migrate'";
 
 fn connect<'a>(

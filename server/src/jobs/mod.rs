@@ -21,7 +21,7 @@ use crate::{
 /// How often the revocations are polled. Believed for three times as long.
 const POLL: Duration = Duration::from_millis(250);
 const LAST_USED: Duration = Duration::from_secs(2);
-const SWEEP: Duration = Duration::from_secs(600);
+const SWEEP: Duration = Duration::from_mins(10);
 
 /// The running workers.
 #[derive(Debug)]
@@ -115,7 +115,7 @@ async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
         state.auth_guard.prune();
         state.admin_guard.prune();
         state.login_guard.prune();
-        let cells = state.limiter.prune().await;
+        let cells = state.limiter.prune();
         state
             .metrics
             .limiter_cells

@@ -13,7 +13,7 @@ use crate::{
     cache::{Cached, Freshness, Unconfirmed},
     clock::UnixNanos,
     db::{self, Db, DbError},
-    limiter::{KeyCell, Limiter, Policies, Zone},
+    limiter::{KeyCell, Limiter, Policies, RatePolicy, Zone},
     repo::{api_key, api_key::KeyFacts, revocation::Target, service_token},
     secret_text::{Hash, SecretText},
     telemetry::metrics::Metrics,
@@ -116,7 +116,7 @@ impl KeyStore {
                     };
                     facts
                         .await
-                        .map_err(unconfirmed)?
+                        .map_err(|error| unconfirmed(&error))?
                         .map(|facts| record(facts, &limiter))
                         .transpose()
                 }
@@ -143,7 +143,7 @@ impl KeyStore {
                         tx.commit().await?;
                         Ok(owner)
                     };
-                    let owner = owner.await.map_err(unconfirmed)?;
+                    let owner = owner.await.map_err(|error| unconfirmed(&error))?;
                     Ok(owner.map(|(tenant, id)| ServiceRecord {
                         tenant: tenant.into(),
                         id: id.into(),
@@ -175,11 +175,11 @@ impl KeyStore {
     }
 }
 
-fn unconfirmed(error: DbError) -> Unconfirmed {
-    if let DbError::Query(_) = &error {
-        tracing::error!(error = %db::chain(&error), "a key cannot be looked up");
+fn unconfirmed(error: &DbError) -> Unconfirmed {
+    if let DbError::Query(_) = error {
+        tracing::error!(error = %db::chain(error), "a key cannot be looked up");
     }
-    Unconfirmed(db::chain(&error).into())
+    Unconfirmed(db::chain(error).into())
 }
 
 fn record(facts: KeyFacts, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> {
@@ -188,7 +188,7 @@ fn record(facts: KeyFacts, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> 
         .cell(tenant, id)
         .map_err(|error| Unconfirmed(error.to_string().into()))?;
     let (rpm, burst) = rate(facts.default_rpm, facts.burst, facts.rpm_override);
-    let zone = Zone::named(&facts.time_zone).unwrap_or_else(|| {
+    let zone = Zone::named(&facts.time_zone).unwrap_or_else(|_| {
         tracing::error!(zone = facts.time_zone, tenant = %tenant, "an unknown time zone is read as UTC");
         Zone::utc()
     });
@@ -210,11 +210,13 @@ fn record(facts: KeyFacts, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> 
         } else {
             Billing::Free
         },
-        policies: Policies::new(rpm, burst)
-            .with_daily(quota(facts.daily_quota))
-            .with_monthly(quota(facts.monthly_quota))
-            .with_zone(zone)
-            .with_strict(facts.strict),
+        policies: Policies::new(
+            RatePolicy { rpm, burst },
+            quota(facts.daily_quota),
+            quota(facts.monthly_quota),
+            zone,
+            facts.strict,
+        ),
         cell,
         policy_field: OnceLock::new(),
     })

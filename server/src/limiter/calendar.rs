@@ -1,58 +1,70 @@
-//! Days and months in a time zone, as stretches of Unix time.
+//! Calendar days and months in a time zone, as spans of nanoseconds.
 //!
-//! A day begins at the first instant of its date in the zone, whatever the clocks there did: a day in which
-//! they are put forward has 23 hours, one in which they are put back 25, and where midnight itself is skipped
-//! the day begins after the gap. Months begin with their first day. Windows therefore tile the time line.
+//! Owns where a day and a month begin. A day is 23 or 25 hours long where clocks change, begins at 00:30 or
+//! 01:00 where midnight was skipped, and is no day at all where a country crossed the date line. Asking costs
+//! a microsecond or so: callers keep the window until it ends. The zones are compiled in, so nothing here
+//! can be down or differ between machines.
 
-use std::fmt;
+use std::hash::{Hash, Hasher};
 
-use jiff::{Timestamp, ToSpan, ZonedDateTime, tz::TimeZone};
+use jiff::{
+    Timestamp,
+    civil::{Date, DateTime},
+    tz::{AmbiguousOffset, TimeZone},
+};
 
 use super::policy::Policy;
 use crate::clock::UnixNanos;
 
-/// A time zone of the IANA database, which is part of the binary.
-#[derive(Clone, PartialEq, Eq)]
+/// An IANA time zone. Cheap to clone.
+#[derive(Debug, Clone)]
 pub struct Zone(TimeZone);
+
+/// No IANA time zone has this name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no time zone is called {0:?}")]
+pub struct UnknownZone(pub String);
 
 impl Zone {
     pub fn utc() -> Self {
         Self(TimeZone::UTC)
     }
 
-    /// `None` when the database has no zone of this name.
-    pub fn named(name: &str) -> Option<Self> {
-        if name == "UTC" {
-            Some(Self::utc())
-        } else {
-            TimeZone::get(name).ok().map(Self)
-        }
+    /// The zone of an IANA name such as `Europe/Berlin`, in any case.
+    pub fn named(name: &str) -> Result<Self, UnknownZone> {
+        TimeZone::get(name)
+            .ok()
+            .filter(|zone| zone.iana_name().is_some())
+            .map(Self)
+            .ok_or_else(|| UnknownZone(name.to_owned()))
+    }
+
+    pub fn name(&self) -> &str {
+        self.0.iana_name().unwrap_or("UTC")
     }
 }
 
-impl fmt::Debug for Zone {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0.iana_name().unwrap_or("UTC"))
+impl Default for Zone {
+    fn default() -> Self {
+        Self::utc()
     }
 }
 
-/// How long a quota is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Period {
-    Day,
-    Month,
-}
-
-impl Period {
-    pub const fn policy(self) -> Policy {
-        match self {
-            Self::Day => Policy::Daily,
-            Self::Month => Policy::Monthly,
-        }
+impl PartialEq for Zone {
+    fn eq(&self, other: &Self) -> bool {
+        self.name() == other.name()
     }
 }
 
-/// A calendar day or month: from `start` to just before `end`.
+impl Eq for Zone {}
+
+impl Hash for Zone {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name().hash(state);
+    }
+}
+
+/// From `start` to just before `end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     pub start: UnixNanos,
@@ -60,145 +72,265 @@ pub struct Window {
 }
 
 impl Window {
-    pub const fn contains(self, at: UnixNanos) -> bool {
-        self.start.0 <= at.0 && at.0 < self.end.0
-    }
+    /// Holds no time.
+    pub const NONE: Self = Self {
+        start: UnixNanos(0),
+        end: UnixNanos(0),
+    };
 
-    /// The window that holds `at`.
-    pub fn at(period: Period, zone: &Zone, at: UnixNanos) -> Self {
-        let there = timestamp(at).to_zoned_datetime(zone.0.clone());
-        let first = match period {
-            Period::Day => there.date(),
-            Period::Month => there.date().first_of_month(),
-        };
-        let next = match period {
-            Period::Day => first.saturating_add(1.day()),
-            Period::Month => first.saturating_add(1.month()),
-        };
-        Self {
-            start: start_of(first, zone),
-            end: start_of(next, zone),
+    pub fn contains(self, at: UnixNanos) -> bool {
+        self.start <= at && at < self.end
+    }
+}
+
+/// The window of a calendar policy that `now` is in; [`Window::NONE`] for [`Policy::Rpm`], which has none.
+///
+/// Windows tile the time line: each begins at the first instant that bears its date, also where that date
+/// then disappears again for an hour (a fold at midnight), and lasts until the next one begins.
+pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
+    match policy {
+        Policy::Rpm => Window::NONE,
+        Policy::Daily => around(zone, now, |date| date, tomorrow),
+        Policy::Monthly => around(zone, now, Date::first_of_month, |first| {
+            tomorrow(first.last_of_month())
+        }),
+    }
+}
+
+fn around(
+    zone: &Zone,
+    now: UnixNanos,
+    first: impl Fn(Date) -> Date,
+    next: impl Fn(Date) -> Date,
+) -> Window {
+    let at = Timestamp::from_nanosecond(i128::from(now.0)).unwrap_or(Timestamp::MAX);
+    let mut date = first(zone.0.to_datetime(at).date());
+    let mut start = first_instant(&zone.0, date);
+    loop {
+        let following = next(date);
+        let end = first_instant(&zone.0, following);
+        // After a fold at midnight the old date shows for a while although the new one has begun; a date
+        // that was skipped begins and ends at once.
+        if now < end || following == date {
+            return Window { start, end };
         }
+        (date, start) = (following, end);
     }
 }
 
-fn start_of(date: jiff::civil::Date, zone: &Zone) -> UnixNanos {
-    // Only dates at the very ends of jiff's range (years -9999 and 9999) have no start.
-    let start = date
-        .to_zoned_datetime(zone.0.clone())
-        .and_then(|day| day.start_of_day());
-    start.map_or(UnixNanos(u64::MAX), |start: ZonedDateTime| {
-        nanos(start.timestamp())
-    })
+fn tomorrow(date: Date) -> Date {
+    date.tomorrow().unwrap_or(Date::MAX)
 }
 
-fn timestamp(at: UnixNanos) -> Timestamp {
-    Timestamp::from_nanosecond(i128::from(at.0)).unwrap_or(Timestamp::MAX)
-}
-
-fn nanos(at: Timestamp) -> UnixNanos {
-    UnixNanos(u64::try_from(at.as_nanosecond().max(0)).unwrap_or(u64::MAX))
+/// The first instant whose local date is `date`, or later where that date was skipped.
+fn first_instant(zone: &TimeZone, date: Date) -> UnixNanos {
+    let midnight: DateTime = date.at(0, 0, 0, 0);
+    let instant = match zone.to_ambiguous_timestamp(midnight).offset() {
+        AmbiguousOffset::Unambiguous { offset } | AmbiguousOffset::Fold { before: offset, .. } => {
+            offset.to_timestamp(midnight)
+        }
+        // Midnight was skipped. Read with the offset of after the gap it lies before the transition; the
+        // next transition from there is the end of the old date and the start of the new one.
+        AmbiguousOffset::Gap { after, .. } => after.to_timestamp(midnight).map(|before| {
+            zone.following(before)
+                .next()
+                .map_or(before, |transition| transition.timestamp())
+        }),
+    };
+    // Out of the range of years that jiff knows, or before 1970: the ends of our time line.
+    let nanos = instant.map_or(i128::MAX, Timestamp::as_nanosecond);
+    UnixNanos(u64::try_from(nanos.max(0)).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+
     use super::*;
-
-    fn at(text: &str) -> UnixNanos {
-        nanos(text.parse().unwrap())
-    }
-
-    fn window(period: Period, zone: &str, when: &str) -> (UnixNanos, UnixNanos) {
-        let window = Window::at(period, &Zone::named(zone).unwrap(), at(when));
-        (window.start, window.end)
-    }
 
     const HOUR: u64 = 3_600_000_000_000;
 
-    #[test]
-    fn a_day_has_as_many_hours_as_the_clocks_give_it() {
-        let hours = |when| {
-            let (start, end) = window(Period::Day, "Europe/Berlin", when);
-            (end.0 - start.0) / HOUR
-        };
-        assert_eq!(hours("2026-03-28T12:00:00Z"), 24);
-        assert_eq!(hours("2026-03-29T12:00:00Z"), 23);
-        assert_eq!(hours("2026-10-25T12:00:00Z"), 25);
+    fn at(text: &str) -> UnixNanos {
+        let at: Timestamp = text.parse().unwrap();
+        UnixNanos(u64::try_from(at.as_nanosecond()).unwrap())
+    }
+
+    fn zone(name: &str) -> Zone {
+        Zone::named(name).unwrap()
+    }
+
+    fn day(zone_name: &str, now: &str) -> Window {
+        window(Policy::Daily, &zone(zone_name), at(now))
+    }
+
+    fn month(zone_name: &str, now: &str) -> Window {
+        window(Policy::Monthly, &zone(zone_name), at(now))
     }
 
     #[test]
-    fn a_day_whose_midnight_is_skipped_begins_after_the_gap() {
-        // In Asuncion the clocks went from 2023-10-01 00:00 to 01:00.
-        let (start, end) = window(Period::Day, "America/Asuncion", "2023-10-01T12:00:00Z");
-        assert_eq!(start, at("2023-10-01T04:00:00Z"));
-        assert_eq!((end.0 - start.0) / HOUR, 23);
+    fn an_unknown_zone_is_refused() {
+        for name in ["Europe/Atlantis", "", "../etc/passwd", "+02:00"] {
+            assert_eq!(Zone::named(name), Err(UnknownZone(name.to_owned())));
+        }
+        assert_eq!(zone("europe/berlin"), zone("Europe/Berlin"));
+        assert_eq!(Zone::default().name(), "UTC");
+    }
+
+    #[test]
+    fn a_day_lasts_23_24_or_25_hours_where_clocks_change() {
+        for (now, hours) in [
+            ("2026-03-28T12:00Z", 24),
+            ("2026-03-29T12:00Z", 23),
+            ("2026-10-25T12:00Z", 25),
+        ] {
+            let window = day("Europe/Berlin", now);
+            assert_eq!(window.end.0 - window.start.0, hours * HOUR, "{now}");
+        }
     }
 
     #[test]
     fn a_month_is_a_month() {
-        for (when, days) in [
-            ("2026-02-10T00:00:00Z", 28),
-            ("2028-02-10T00:00:00Z", 29),
-            ("2026-04-30T23:59:59Z", 30),
+        for (now, days) in [
+            ("2026-01-31T23:59:59Z", 31),
+            ("2026-02-01T00:00:00Z", 28),
+            ("2028-02-29T12:00:00Z", 29),
+            ("2026-04-30T23:59:59.999999999Z", 30),
         ] {
-            let (start, end) = window(Period::Month, "UTC", when);
-            assert_eq!((end.0 - start.0) / HOUR / 24, days, "{when}");
+            let window = month("UTC", now);
+            assert_eq!(window.end.0 - window.start.0, days * 24 * HOUR, "{now}");
         }
-        let (start, _) = window(Period::Month, "Pacific/Auckland", "2026-06-30T13:00:00Z");
-        assert_eq!(start, at("2026-06-30T12:00:00Z"));
+        // March in Berlin loses an hour.
+        let march = month("Europe/Berlin", "2026-03-15T00:00Z");
+        assert_eq!(march.end.0 - march.start.0, 31 * 24 * HOUR - HOUR);
     }
 
-    /// Ten years of every zone in the database, a day and a month at a time.
     #[test]
-    fn windows_tile_ten_years_of_every_zone() {
-        let (from, to) = (at("2020-01-01T00:00:00Z"), at("2030-01-01T00:00:00Z"));
-        let mut seen = 0_u64;
-        for (index, name) in jiff::tz::db().available().enumerate() {
-            let zone = Zone::named(name.as_str()).expect("the database knows its own names");
-            // Days of a fourteenth of the zones each run cover all offsets; months of every zone.
-            let periods: &[Period] = if index % 14 == 0 {
-                &[Period::Day, Period::Month]
-            } else {
-                &[Period::Month]
-            };
-            for period in periods {
-                let mut window = Window::at(*period, &zone, from);
-                assert!(window.contains(from));
-                while window.end < to {
-                    let next = Window::at(*period, &zone, window.end);
-                    assert_eq!(
-                        next.start,
-                        window.end,
-                        "{} {period:?}: a gap or an overlap",
-                        name.as_str()
-                    );
-                    let before = Window::at(*period, &zone, UnixNanos(window.end.0 - 1));
-                    assert_eq!(
-                        before,
-                        window,
-                        "{} {period:?}: the last instant",
-                        name.as_str()
-                    );
-                    let first = timestamp(next.start).to_zoned_datetime(zone.0.clone());
-                    let last =
-                        timestamp(UnixNanos(next.start.0 - 1)).to_zoned_datetime(zone.0.clone());
-                    assert_ne!(
-                        first.date(),
-                        last.date(),
-                        "{}: not the first instant",
-                        name.as_str()
-                    );
-                    if *period == Period::Month {
-                        assert_eq!(first.day(), 1, "{}", name.as_str());
-                    }
-                    window = next;
-                    seen += 1;
+    fn a_day_whose_midnight_was_skipped_begins_when_it_first_shows() {
+        // Beirut: 2026-03-29 00:00 was skipped, the day began at 01:00.
+        let window = day("Asia/Beirut", "2026-03-29T12:00Z");
+        assert_eq!(window.start, at("2026-03-28T22:00Z"));
+        // In Scoresbysund 2024-03-31 00:00 to 01:00 was skipped, by a change of zone and of season at once.
+        let window = day("America/Scoresbysund", "2024-03-31T12:00Z");
+        assert_eq!(window.start, at("2024-03-31T01:00Z"));
+    }
+
+    #[test]
+    fn a_day_begins_once_where_midnight_comes_twice() {
+        // St. John's 2010: at 00:01 clocks went back to 23:01 of the day before.
+        let begins = at("2010-11-07T02:30Z");
+        for now in [
+            "2010-11-07T02:30Z",
+            "2010-11-07T02:31Z",
+            "2010-11-07T03:00Z",
+            "2010-11-07T12:00Z",
+        ] {
+            assert_eq!(day("America/St_Johns", now).start, begins, "{now}");
+        }
+    }
+
+    #[test]
+    fn a_date_that_was_skipped_has_no_window() {
+        // Samoa had no 30 December 2011.
+        let before = day("Pacific/Apia", "2011-12-30T09:59:59Z");
+        let after = day("Pacific/Apia", "2011-12-30T10:00:00Z");
+        assert_eq!(before.end, at("2011-12-30T10:00Z"));
+        assert_eq!(after.start, before.end);
+        assert_eq!(after.end.0 - after.start.0, 24 * HOUR);
+    }
+
+    #[test]
+    fn the_ends_of_the_time_line_are_answered() {
+        for now in [UnixNanos(0), UnixNanos(u64::MAX)] {
+            for policy in [Policy::Daily, Policy::Monthly] {
+                for name in ["UTC", "Pacific/Kiritimati", "Pacific/Pago_Pago"] {
+                    let window = window(policy, &zone(name), now);
+                    assert!(window.start <= now && now <= window.end);
                 }
             }
         }
-        assert!(
-            seen > 150_000,
-            "only {seen} windows: is the database there?"
-        );
+    }
+
+    fn zones() -> &'static [String] {
+        static ZONES: LazyLock<Vec<String>> = LazyLock::new(|| {
+            jiff::tz::db()
+                .available()
+                .map(|name| name.to_string())
+                .filter(|name| Zone::named(name).is_ok())
+                .collect()
+        });
+        &ZONES
+    }
+
+    /// Whether an instant's local date belongs to the window's unit, read off the calendar alone.
+    fn local(zone: &Zone, at: UnixNanos) -> DateTime {
+        let at = Timestamp::from_nanosecond(i128::from(at.0)).unwrap();
+        zone.0.to_datetime(at)
+    }
+
+    #[test]
+    fn windows_tile_ten_years_of_every_zone() {
+        let zones = zones();
+        assert!(zones.len() > 400, "only {} zones compiled in", zones.len());
+        // Each zone walks its own ten years, so that every year from 1971 on is walked by some.
+        for (i, name) in zones.iter().enumerate() {
+            let zone = zone(name);
+            let from = Date::new(1971 + i16::try_from(i % 50).unwrap(), 1, 1).unwrap();
+            let begin = first_instant(&zone.0, from);
+            let until = begin.saturating_add(3653 * 24 * HOUR);
+            for (policy, longest) in [(Policy::Daily, 50 * HOUR), (Policy::Monthly, 760 * HOUR)] {
+                let mut now = begin;
+                let mut seen: Option<DateTime> = None;
+                while now < until {
+                    let window = window(policy, &zone, now);
+                    assert_eq!(window.start, now, "{name}: a gap or an overlap");
+                    assert!(window.end > window.start && window.end.0 - window.start.0 <= longest);
+                    // It begins with its date, and the nanosecond before bears an earlier one. Only that:
+                    // where midnight comes twice the old date shows again later.
+                    let unit = |at: DateTime| match policy {
+                        Policy::Monthly => at.date().first_of_month(),
+                        _ => at.date(),
+                    };
+                    let here = local(&zone, window.start);
+                    if let Some(previous) = seen {
+                        assert!(unit(previous) < unit(here), "{name} {here}");
+                        let just_before = local(&zone, UnixNanos(window.start.0 - 1));
+                        assert!(unit(just_before) < unit(here), "{name} {here}");
+                    }
+                    seen = Some(here);
+                    now = window.end;
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Every instant of a window gives that window.
+        #[test]
+        fn any_instant_finds_its_window(
+            index in any::<prop::sample::Index>(),
+            now in 0..3_000_000_000_000_000_000u64,
+            part in 0.0..1.0f64,
+            monthly in any::<bool>(),
+        ) {
+            let zones = zones();
+            let zone = zone(index.get(zones).as_str());
+            let policy = if monthly { Policy::Monthly } else { Policy::Daily };
+            let here = window(policy, &zone, UnixNanos(now));
+            prop_assert!(here.contains(UnixNanos(now)));
+            #[expect(
+                clippy::cast_precision_loss,
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "any instant inside will do"
+            )]
+            let inside = ((here.end.0 - here.start.0 - 1) as f64 * part) as u64;
+            for at in [here.start, here.start.saturating_add(inside), UnixNanos(here.end.0 - 1)] {
+                prop_assert_eq!(window(policy, &zone, at), here);
+            }
+        }
     }
 }

@@ -1,192 +1,266 @@
-//! The generic cell rate algorithm (ITU-T I.371, virtual scheduling): a token bucket in one integer.
+//! The generic cell rate algorithm, in whole nanoseconds.
 //!
-//! The state is the *theoretical arrival time* (TAT), in nanoseconds since the Unix epoch: when the bucket
-//! will be full again. A bucket of `burst` tokens that refills every `interval` nanoseconds holds
-//! `(now + burst·interval − max(TAT, now)) / interval` tokens.
+//! A token bucket kept as one number: the *theoretical arrival time* (TAT), the moment at which the bucket
+//! will be full again. One token is worth one emission interval; a bucket may be `burst` intervals away from
+//! full. Owns that arithmetic and nothing else: pure functions on the stored number, so that whoever stores
+//! it (a cell in memory, a script in Redis) decides alike. Depends on nothing.
 //!
-//! **Promise.** With a clock that does not jump forward, any stretch of `T` nanoseconds admits at most
-//! `burst + T / interval` tokens. `interval` is rounded up, so this is never more than `burst + rate·T`, and
-//! at most one part in `6·10¹⁰ / rpm` less. A clock that stands still admits at most what is in the bucket. A
-//! clock that jumps back finds a TAT further ahead than an empty bucket could be; it is taken for an empty
-//! one, so the key refills from there instead of being locked out until the old time comes again.
+//! Two promises. *Never more than sold*: the interval is rounded up, so the rate is `rpm` or a little less
+//! (at most 1 in 1,000, and that only near 60,000,000 a minute). *No lock-out by a clock*: a TAT later than
+//! an empty bucket's can only stem from a clock that was ahead, and is read as an empty bucket's; so a clock
+//! set back by hours costs a key one refill and not hours.
+//!
+//! Reference: ITU-T I.371, annex A (virtual scheduling algorithm).
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroU64};
 
+use super::policy::RatePolicy;
 use crate::clock::UnixNanos;
 
 const MINUTE: u64 = 60_000_000_000;
 
-/// The parameters of a bucket.
+/// The furthest from full that a bucket may be: 73 years. Only bursts beyond anything sold reach it; they
+/// are cut to it, so that no sum below overflows before the year 2480.
+const TAU_MAX: u64 = 1 << 61;
+
+/// The numbers of one bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gcra {
-    /// Nanoseconds from one token to the next.
-    interval: u64,
-    burst: u32,
+    /// Nanoseconds a token takes to come back, rounded up. At least 1.
+    emission: u64,
+    /// Nanoseconds from empty to full.
+    tau: u64,
 }
 
-/// Whether a bucket holds what was asked for.
+/// What a bucket answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fit {
-    /// It does; the TAT to store when it is taken.
-    Now(u64),
-    /// It will, after so many nanoseconds.
-    After(u64),
-    /// It never will: more was asked for than the bucket can hold.
-    Never,
+pub enum Verdict {
+    /// There is enough; taking it makes this the new TAT.
+    Fits { tat: u64 },
+    /// There is not enough now; there will be after exactly `wait` nanoseconds if nobody takes any.
+    Wait { wait: NonZeroU64 },
+    /// The cost is above what the bucket can ever hold.
+    NeverFits,
 }
 
 impl Gcra {
-    pub fn new(rpm: NonZeroU32, burst: NonZeroU32) -> Self {
-        Self {
-            interval: MINUTE.div_ceil(u64::from(rpm.get())),
-            burst: burst.get(),
+    /// Holds nothing.
+    pub(super) const NONE: Self = Self {
+        emission: 1,
+        tau: 0,
+    };
+
+    pub fn new(rate: RatePolicy) -> Self {
+        let emission = MINUTE.div_ceil(u64::from(rate.rpm.get()));
+        let tau = emission
+            .saturating_mul(u64::from(rate.burst.get()))
+            .min(TAU_MAX);
+        Self { emission, tau }
+    }
+
+    /// Nanoseconds per token.
+    pub fn emission(self) -> u64 {
+        self.emission
+    }
+
+    /// Nanoseconds from empty to full.
+    pub fn tau(self) -> u64 {
+        self.tau
+    }
+
+    /// `tat` as it may be believed at `now`: never further from full than an empty bucket. Whoever stores
+    /// the TAT stores this after every look, denials included, or a bucket would not begin to refill while
+    /// the clock is behind.
+    pub fn settled(self, tat: u64, now: UnixNanos) -> u64 {
+        tat.min(now.0.saturating_add(self.tau))
+    }
+
+    /// Whether `cost` tokens may be taken at `now`. `tat` is [settled](Self::settled).
+    pub fn decide(self, tat: u64, now: UnixNanos, cost: NonZeroU32) -> Verdict {
+        let price = self.price(cost);
+        if price > self.tau {
+            return Verdict::NeverFits;
+        }
+        let next = tat.max(now.0).saturating_add(price);
+        match NonZeroU64::new(next.saturating_sub(now.0.saturating_add(self.tau))) {
+            None => Verdict::Fits { tat: next },
+            Some(wait) => Verdict::Wait { wait },
         }
     }
 
-    /// How long an empty bucket takes to fill, in nanoseconds. At most 60 s · 60,000,000, or 114 years.
-    const fn capacity(self) -> u64 {
-        self.interval * self.burst as u64
-    }
-
-    /// The stored TAT as of now: never before now, never beyond an empty bucket.
-    const fn base(self, tat: u64, now: UnixNanos) -> u64 {
-        let empty = now.0.saturating_add(self.capacity());
-        if tat < now.0 {
-            now.0
-        } else if tat > empty {
-            empty
-        } else {
-            tat
-        }
-    }
-
-    /// The TAT to keep when nothing is taken: one that no clock that ran forward could have left is taken for
-    /// that of an empty bucket.
-    pub fn clamped(self, tat: u64, now: UnixNanos) -> u64 {
-        tat.min(now.0.saturating_add(self.capacity()))
-    }
-
-    /// Whether `cost` tokens are there.
-    pub fn fit(self, tat: u64, now: UnixNanos, cost: u32) -> Fit {
-        if cost > self.burst {
-            return Fit::Never;
-        }
-        let after = self
-            .base(tat, now)
-            .saturating_add(self.interval * u64::from(cost));
-        let full = now.0.saturating_add(self.capacity());
-        if after <= full {
-            Fit::Now(after)
-        } else {
-            Fit::After(after - full)
-        }
-    }
-
-    /// Whole tokens in the bucket.
+    /// Whole tokens in the bucket at `now`. `tat` is [settled](Self::settled).
     pub fn remaining(self, tat: u64, now: UnixNanos) -> u64 {
-        (now.0.saturating_add(self.capacity()) - self.base(tat, now)) / self.interval
+        self.tau.saturating_sub(tat.saturating_sub(now.0)) / self.emission
     }
 
-    /// When the bucket is full again.
-    pub const fn full_at(self, tat: u64, now: UnixNanos) -> UnixNanos {
-        UnixNanos(self.base(tat, now))
+    /// The TAT that carries what was consumed under `old` over to `self`: as many tokens are missing from
+    /// the new bucket as were missing from the old one, or all of them if it holds fewer.
+    ///
+    /// So a larger burst is there at once, less what was used; a smaller one starts as empty as it was, and
+    /// nobody owes more than one whole bucket of the new size. Fractions of a token are rounded against the
+    /// caller.
+    pub fn carry_over(self, old: Self, tat: u64, now: UnixNanos) -> u64 {
+        let missing = u128::from(old.settled(tat, now).saturating_sub(now.0));
+        let carried = (missing * u128::from(self.emission)).div_ceil(u128::from(old.emission));
+        let carried = u64::try_from(carried).unwrap_or(u64::MAX).min(self.tau);
+        now.0.saturating_add(carried)
     }
 
-    /// The TAT under `self` of a bucket that was kept under `old`: as many tokens stay spent, so that a change
-    /// of the rate hands out none anew. What the new bucket cannot hold is not there.
-    pub fn converted(self, old: Self, tat: u64, now: UnixNanos) -> u64 {
-        if self == old {
-            return tat;
-        }
-        let ahead = u128::from(old.base(tat, now) - now.0);
-        let spent = (ahead * u128::from(self.interval)).div_ceil(u128::from(old.interval));
-        let spent = u64::try_from(spent)
-            .unwrap_or(u64::MAX)
-            .min(self.capacity());
-        now.0.saturating_add(spent)
+    pub(super) fn price(self, cost: NonZeroU32) -> u64 {
+        self.emission.saturating_mul(u64::from(cost.get()))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
+    const NOW: UnixNanos = UnixNanos(1_790_000_000_000_000_000);
+
     fn gcra(rpm: u32, burst: u32) -> Gcra {
-        Gcra::new(
-            NonZeroU32::new(rpm).unwrap(),
-            NonZeroU32::new(burst).unwrap(),
-        )
+        Gcra::new(RatePolicy {
+            rpm: NonZeroU32::new(rpm).unwrap(),
+            burst: NonZeroU32::new(burst).unwrap(),
+        })
     }
 
-    const T0: UnixNanos = UnixNanos::from_secs(1_785_738_360);
+    fn fits(verdict: Verdict) -> bool {
+        matches!(verdict, Verdict::Fits { .. })
+    }
+
+    fn cost(n: u32) -> NonZeroU32 {
+        NonZeroU32::new(n).unwrap()
+    }
 
     #[test]
-    fn a_rested_bucket_holds_its_burst_and_no_more() {
-        let bucket = gcra(60, 3);
+    fn a_rested_bucket_gives_its_burst_at_once_and_not_one_more() {
+        let gcra = gcra(60, 10);
         let mut tat = 0;
-        for left in [2, 1, 0] {
-            let Fit::Now(next) = bucket.fit(tat, T0, 1) else {
-                panic!("refused with {left} left")
+        for left in (0..10).rev() {
+            let Verdict::Fits { tat: next } = gcra.decide(tat, NOW, cost(1)) else {
+                panic!("{left} should be left");
             };
             tat = next;
-            assert_eq!(bucket.remaining(tat, T0), left);
+            assert_eq!(gcra.remaining(tat, NOW), left);
         }
-        assert_eq!(bucket.fit(tat, T0, 1), Fit::After(1_000_000_000));
+        assert_eq!(
+            gcra.decide(tat, NOW, cost(1)),
+            Verdict::Wait {
+                wait: NonZeroU64::new(1_000_000_000).unwrap()
+            }
+        );
     }
 
     #[test]
-    fn the_wait_that_is_told_is_exact_to_the_nanosecond() {
-        let bucket = gcra(700, 5);
-        let Fit::Now(tat) = bucket.fit(0, T0, 5) else {
-            panic!("a rested bucket refuses")
+    fn a_cost_above_the_burst_never_fits() {
+        let gcra = gcra(600, 10);
+        assert_eq!(gcra.decide(0, NOW, cost(11)), Verdict::NeverFits);
+        assert!(fits(gcra.decide(0, NOW, cost(10))));
+    }
+
+    #[test]
+    fn the_extremes_of_rate_and_burst_do_not_overflow() {
+        let other = RatePolicy {
+            rpm: NonZeroU32::new(7).unwrap(),
+            burst: NonZeroU32::new(3).unwrap(),
         };
-        for cost in 1..=5 {
-            let Fit::After(wait) = bucket.fit(tat, T0, cost) else {
-                panic!("an empty bucket admits")
-            };
-            assert!(matches!(
-                bucket.fit(tat, UnixNanos(T0.0 + wait - 1), cost),
-                Fit::After(1)
-            ));
-            assert!(matches!(
-                bucket.fit(tat, UnixNanos(T0.0 + wait), cost),
-                Fit::Now(_)
-            ));
+        for (rpm, burst) in [
+            (1, 1),
+            (1, u32::MAX),
+            (u32::MAX, u32::MAX),
+            (60_000_000, 60_000_000),
+            (u32::MAX, 1),
+        ] {
+            let gcra = gcra(rpm, burst);
+            for tat in [0, NOW.0, u64::MAX] {
+                let tat = gcra.settled(tat, NOW);
+                assert!(gcra.remaining(tat, NOW) <= u64::from(burst));
+                gcra.decide(tat, NOW, cost(1));
+                gcra.decide(tat, NOW, cost(u32::MAX));
+                Gcra::new(other).carry_over(gcra, tat, NOW);
+                gcra.carry_over(Gcra::new(other), tat, NOW);
+            }
         }
     }
 
     #[test]
-    fn more_than_the_bucket_can_hold_never_fits() {
-        assert_eq!(gcra(60, 3).fit(0, T0, 4), Fit::Never);
+    fn a_clock_that_was_hours_ahead_locks_nobody_out() {
+        let gcra = gcra(60, 10);
+        let ahead = NOW.saturating_add(7_200_000_000_000);
+        let Verdict::Fits { tat } = gcra.decide(0, ahead, cost(10)) else {
+            panic!("a rested bucket is full");
+        };
+        let tat = gcra.settled(tat, NOW);
+        assert_eq!(
+            gcra.decide(tat, NOW, cost(1)),
+            Verdict::Wait {
+                wait: NonZeroU64::new(1_000_000_000).unwrap()
+            }
+        );
     }
 
-    #[test]
-    fn the_interval_is_rounded_up_so_that_no_minute_admits_more_than_sold() {
-        for rpm in [1, 7, 59, 60, 61, 700, 59_999_999, 60_000_000] {
-            let interval = u128::from(gcra(rpm, 1).interval);
-            assert!(interval * u128::from(rpm) >= u128::from(MINUTE), "{rpm}");
+    proptest! {
+        /// The wait is exact: one nanosecond earlier is too early, and after it the request fits.
+        #[test]
+        fn the_wait_is_exact(
+            rpm in 1..=60_000_000u32,
+            burst in 1..=1_000_000u32,
+            debt in any::<u64>(),
+            want in 1..=1_000_000u32,
+        ) {
+            let gcra = gcra(rpm, burst);
+            let tat = NOW.0 + debt % (gcra.tau() + 1);
+            if let Verdict::Wait { wait } = gcra.decide(tat, NOW, cost(want)) {
+                let then = NOW.saturating_add(wait.get());
+                prop_assert!(fits(gcra.decide(tat, then, cost(want))));
+                let before = UnixNanos(then.0 - 1);
+                prop_assert_eq!(
+                    gcra.decide(tat, before, cost(want)),
+                    Verdict::Wait { wait: NonZeroU64::new(1).unwrap() }
+                );
+            }
         }
-    }
 
-    #[test]
-    fn a_clock_that_jumped_back_finds_an_empty_bucket_and_refills_it() {
-        let bucket = gcra(60, 3);
-        let Fit::Now(tat) = bucket.fit(0, T0, 1) else {
-            panic!()
-        };
-        let earlier = UnixNanos(T0.0 - 3_600_000_000_000);
-        assert_eq!(bucket.remaining(tat, earlier), 0);
-        assert_eq!(bucket.fit(tat, earlier, 1), Fit::After(1_000_000_000));
-    }
+        /// `remaining` is what fits: that many, and not one more.
+        #[test]
+        fn remaining_is_what_fits(
+            rpm in 1..=60_000_000u32,
+            burst in 1..=1_000_000u32,
+            debt in any::<u64>(),
+        ) {
+            let gcra = gcra(rpm, burst);
+            let tat = NOW.0 + debt % (gcra.tau() + 1);
+            let left = u32::try_from(gcra.remaining(tat, NOW)).unwrap();
+            prop_assert!(left <= burst);
+            if let Some(left) = NonZeroU32::new(left) {
+                prop_assert!(fits(gcra.decide(tat, NOW, left)));
+            }
+            prop_assert!(!fits(gcra.decide(tat, NOW, cost(left + 1))));
+        }
 
-    #[test]
-    fn a_change_of_rate_keeps_what_was_spent() {
-        let (slow, fast) = (gcra(60, 10), gcra(600, 20));
-        let Fit::Now(tat) = slow.fit(0, T0, 4) else {
-            panic!()
-        };
-        assert_eq!(fast.remaining(fast.converted(slow, tat, T0), T0), 16);
-        let small = gcra(60, 2);
-        assert_eq!(small.remaining(small.converted(slow, tat, T0), T0), 0);
+        /// An edit never gives more than the new burst less what was used, and a detour over another plan
+        /// never fills a bucket that the plan in the middle could hold.
+        #[test]
+        fn an_edit_carries_what_was_used(
+            (rpm_a, rpm_b) in (1..=60_000_000u32, 1..=60_000_000u32),
+            (burst_a, burst_b) in (1..=100_000u32, 1..=100_000u32),
+            debt in any::<u64>(),
+        ) {
+            let (a, b) = (gcra(rpm_a, burst_a), gcra(rpm_b, burst_b));
+            let tat = NOW.0 + debt % (a.tau() + 1);
+            let used = u64::from(burst_a) - a.remaining(tat, NOW);
+            let carried = b.carry_over(a, tat, NOW);
+            prop_assert!(carried <= NOW.0 + b.tau());
+            prop_assert_eq!(
+                b.remaining(carried, NOW),
+                u64::from(burst_b).saturating_sub(used)
+            );
+            if burst_b >= burst_a {
+                let back = a.carry_over(b, carried, NOW);
+                prop_assert!(back >= tat);
+            }
+        }
     }
 }

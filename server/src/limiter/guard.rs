@@ -1,11 +1,25 @@
-//! Guards by address and by account, in front of what costs more than a look-up: sign-in, management.
+//! What this replica refuses by itself, in front of a store that is elsewhere.
 //!
-//! These are `governor` limiters, one for each purpose, held by this replica alone: they protect the server,
-//! and nothing that is sold is counted by them. They work from memory and need nothing else to be up.
+//! Owns the `governor` limiter of a key and the memory of its denials. Knows no store and no HTTP. Depends on nothing that
+//! can be down.
+//!
+//! A denial should not cost a round trip. Two things refuse here: a `governor` limiter
+//! that holds this replica to the plan's whole rate, and the memory of the store's last denial until one of
+//! its facts changes or the plan does. Both only ever repeat what the store would say, so a denial here takes nothing
+//! anywhere; and a denial by the store must take nothing here. That is arranged by looking first and charging
+//! later: the state store given to `governor` answers what would happen and keeps what is, and only what the
+//! store admitted is charged to it. (Admitting and refunding is not the same: between the two the bucket may
+//! have been full, and a refund would credit what was never taken from anybody.)
+//!
+//! In front of the *memory* store this could only cost: the same numbers lie in the same cell, one lock and a
+//! few additions away. So the limiter passes it by where [`LimitStore::is_local`] says so.
+//!
+//! It runs on the monotonic clock: a calendar set back must not lock anybody out.
+//!
+//! [`LimitStore::is_local`]: super::store::LimitStore::is_local
 
 use std::{
-    net::{IpAddr, Ipv6Addr},
-    num::NonZeroU32,
+    num::{NonZeroU32, NonZeroU64},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -14,195 +28,288 @@ use std::{
 };
 
 use governor::{
-    clock::{self, Reference},
-    middleware::StateInformationMiddleware,
+    Quota, RateLimiter,
+    middleware::NoOpMiddleware,
     nanos::Nanos,
-    state::keyed::DashMapStateStore,
+    state::{NotKeyed, StateStore},
 };
+use parking_lot::Mutex;
 
-use crate::clock::Clock;
+use super::{
+    decision::{Decision, Outcome, PolicyState},
+    gcra::{Gcra, Verdict},
+    policy::{Policies, Policy, PolicySet, RatePolicy},
+};
+use crate::clock::{Clock, UnixNanos};
 
-/// Who is counted together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Caller {
-    /// An address; of IPv6 the /64, which is what one customer of a provider has.
-    Address(IpAddr),
-    /// A name, as a hash of it: the guard remembers no emails.
-    Account(u64),
-}
-
-impl Caller {
-    pub fn address(ip: IpAddr) -> Self {
-        match ip.to_canonical() {
-            IpAddr::V4(ip) => Self::Address(IpAddr::V4(ip)),
-            IpAddr::V6(ip) => {
-                let network = u128::from(ip) & !u128::from(u64::MAX);
-                Self::Address(IpAddr::V6(Ipv6Addr::from(network)))
-            }
-        }
-    }
-}
-
-/// The monotonic hand of our clock, for governor.
+/// Our clock as `governor` reads one.
 #[derive(Debug, Clone)]
-struct Monotonic(Arc<dyn Clock>);
+pub(super) struct Monotonic(pub(super) Arc<dyn Clock>);
 
-impl clock::Clock for Monotonic {
-    type Instant = Since;
+impl governor::clock::Clock for Monotonic {
+    type Instant = Nanos;
 
-    fn now(&self) -> Since {
-        Since(Nanos::from(self.0.monotonic()))
+    fn now(&self) -> Nanos {
+        Nanos::new(self.0.monotonic())
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Since(Nanos);
+/// `rate` as `governor` reads it, with the interval rounded up as ours is.
+fn governor_quota(rate: RatePolicy) -> Quota {
+    let gcra = Gcra::new(rate);
+    // Cut as `Gcra` cuts it: governor multiplies unchecked.
+    let burst = (gcra.tau() / gcra.emission()).max(1);
+    let burst = u32::try_from(burst)
+        .ok()
+        .and_then(NonZeroU32::new)
+        .unwrap_or(NonZeroU32::MAX);
+    Quota::with_period(Duration::from_nanos(gcra.emission()))
+        .unwrap_or_else(|| Quota::per_second(NonZeroU32::MIN))
+        .allow_burst(burst)
+}
 
-impl Reference for Since {
-    fn duration_since(&self, earlier: Self) -> Nanos {
-        self.0.saturating_sub(earlier.0)
-    }
+/// A state that `governor` may look at and not change: the TAT, in nanoseconds since the limiter was made.
+#[derive(Debug, Clone, Default)]
+struct Looked(Arc<AtomicU64>);
 
-    fn saturating_sub(&self, duration: Nanos) -> Self {
-        Self(self.0.saturating_sub(duration))
+impl StateStore for Looked {
+    type Key = NotKeyed;
+
+    fn measure_and_replace<T, F, E>(&self, _: &NotKeyed, decide: F) -> Result<T, E>
+    where
+        F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
+    {
+        let tat = self.0.load(Ordering::Acquire);
+        decide(Some(Nanos::new(tat))).map(|(answer, _)| answer)
     }
 }
 
-impl std::ops::Add<Nanos> for Since {
-    type Output = Self;
+/// One key's local limiter and memory of denials. Empty until the first decision of a remote store.
+#[derive(Debug, Default)]
+pub(super) struct Gate(Mutex<Option<Box<Known>>>);
 
-    fn add(self, duration: Nanos) -> Self {
-        Self(self.0 + duration)
-    }
-}
-
-type Governor =
-    governor::RateLimiter<Caller, DashMapStateStore<Caller>, Monotonic, StateInformationMiddleware>;
-
-/// So many requests a minute for each caller, all of them at once if it likes.
 #[derive(Debug)]
-pub struct Guard {
-    governor: Option<Governor>,
-    clock: Monotonic,
-    capacity: usize,
-    pruned_at: AtomicU64,
+struct Known {
+    fingerprint: u64,
+    gcra: Gcra,
+    limiter: RateLimiter<NotKeyed, Looked, Monotonic, NoOpMiddleware<Nanos>>,
+    tat: Looked,
+    /// The limiter's zero, on the monotonic clock.
+    start: u64,
+    /// What the store last said, and what it admitted since.
+    last: Option<Decision>,
+    denied: Option<Denied>,
 }
 
-/// The guard refuses; the caller may come again after so long.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refused {
-    pub retry_after: Duration,
+/// How long a denial by a quota is believed, in nanoseconds: somebody may give tokens back.
+const QUOTA_DENIAL: u64 = 1_000_000_000;
+
+/// A denial of this cost, and what is known of its end. On the monotonic clock, since the limiter's zero.
+#[derive(Debug, Clone, Copy)]
+struct Denied {
+    cost: NonZeroU32,
+    /// Until then the same request gets the same answer.
+    believed_until: u64,
+    /// Then it is admitted.
+    retry_at: u64,
+    decision: Decision,
 }
 
-impl Guard {
-    /// `per_minute`: 0 switches the guard off. `capacity`: how many callers are remembered; when more come
-    /// at once than that, those who rest are forgotten first, and then new ones are refused for a second.
-    pub fn new(per_minute: u32, capacity: usize, clock: Arc<dyn Clock>) -> Self {
-        let clock = Monotonic(clock);
-        let governor = NonZeroU32::new(per_minute).map(|per_minute| {
-            let quota = governor::Quota::per_minute(per_minute);
-            Governor::new(quota, DashMapStateStore::default(), clock.clone())
-        });
+impl Denied {
+    fn new(gcra: Gcra, cost: NonZeroU32, elapsed: UnixNanos, decision: &Decision) -> Option<Self> {
+        let retry_after = decision.retry_after()?;
+        // Until the first of its facts changes.
+        let mut believed = retry_after;
+        if decision.violated().contains(Policy::Rpm) {
+            let missing = decision.rate.reset_at.saturating_since(decision.at);
+            if let Verdict::Wait { wait } = gcra.decide(missing, UnixNanos(0), cost) {
+                believed = believed.min(wait.get());
+            }
+        }
+        for quota in [decision.daily, decision.monthly].into_iter().flatten() {
+            believed = believed.min(quota.reset_at.saturating_since(decision.at));
+            if decision.violated().contains(quota.policy) {
+                believed = believed.min(QUOTA_DENIAL);
+            }
+        }
+        Some(Self {
+            cost,
+            believed_until: elapsed.0.saturating_add(believed),
+            retry_at: elapsed.0.saturating_add(retry_after),
+            decision: *decision,
+        })
+    }
+}
+
+impl Known {
+    fn new(policies: &Policies, clock: &Arc<dyn Clock>) -> Self {
+        let tat = Looked::default();
+        let clock = Monotonic(Arc::clone(clock));
+        let start = governor::clock::Clock::now(&clock).as_u64();
         Self {
-            governor,
-            clock,
-            capacity,
-            pruned_at: AtomicU64::new(0),
+            fingerprint: policies.fingerprint(),
+            gcra: policies.gcra(),
+            limiter: RateLimiter::new(governor_quota(policies.rate()), tat.clone(), clock),
+            tat,
+            start,
+            last: None,
+            denied: None,
         }
     }
 
-    pub fn admit(&self, caller: Caller) -> Result<(), Refused> {
-        let Some(governor) = &self.governor else {
-            return Ok(());
+    /// The same key under edited policies: what was spent stays spent, what was known is forgotten.
+    fn edited(&self, policies: &Policies, clock: &Arc<dyn Clock>) -> Self {
+        let next = Self::new(policies, clock);
+        let now = UnixNanos(next.start.saturating_sub(self.start));
+        let carried = next
+            .gcra
+            .carry_over(self.gcra, self.tat.0.load(Ordering::Acquire), now);
+        next.tat.0.store(carried - now.0, Ordering::Release);
+        next
+    }
+
+    fn elapsed(&self, clock: &Arc<dyn Clock>) -> UnixNanos {
+        UnixNanos(clock.monotonic().saturating_sub(self.start))
+    }
+
+    /// The rate as it stands here at `now`.
+    fn rate(&self, policies: &Policies, elapsed: UnixNanos, now: UnixNanos) -> PolicyState {
+        let tat = self.tat.0.load(Ordering::Acquire);
+        PolicyState {
+            policy: Policy::Rpm,
+            limit: u64::from(policies.rate().burst.get()),
+            remaining: self.gcra.remaining(tat, elapsed),
+            reset_at: now.saturating_add(tat.saturating_sub(elapsed.0)),
+        }
+    }
+
+    fn remembered(&self, cost: NonZeroU32, elapsed: UnixNanos, now: UnixNanos) -> Option<Decision> {
+        let denied = self
+            .denied
+            .filter(|denied| denied.cost == cost && elapsed.0 < denied.believed_until)?;
+        let left = NonZeroU64::new(denied.retry_at.saturating_sub(elapsed.0))?;
+        let mut decision = denied.decision;
+        let Outcome::Denied { violated, .. } = decision.outcome else {
+            return None;
         };
-        if governor.len() >= self.capacity {
-            // A look at every caller: not for each of a flood.
-            let now = self.clock.0.monotonic();
-            let last = self.pruned_at.load(Ordering::Relaxed);
-            if now.saturating_sub(last) >= 1_000_000_000 {
-                self.pruned_at.store(now, Ordering::Relaxed);
-                governor.retain_recent();
-            }
-            if governor.len() >= self.capacity {
-                return Err(Refused {
-                    retry_after: Duration::from_secs(1),
-                });
-            }
-        }
-        match governor.check_key(&caller) {
-            Ok(_) => Ok(()),
-            Err(until) => {
-                use clock::Clock as _;
-                Err(Refused {
-                    retry_after: until.wait_time_from(self.clock.now()),
-                })
-            }
-        }
+        // The bucket has filled on meanwhile.
+        let full_in = decision.rate.reset_at.saturating_since(now);
+        decision.rate.remaining = self.gcra.remaining(full_in, UnixNanos(0));
+        decision.rate.reset_at = now.saturating_add(full_in);
+        decision.at = now;
+        decision.outcome = Outcome::Denied {
+            violated,
+            retry_after: Some(left),
+        };
+        Some(decision)
     }
 
-    /// Forgets the callers that are at rest. governor's own map only grows.
-    pub fn prune(&self) {
-        if let Some(governor) = &self.governor {
-            governor.retain_recent();
-            governor.shrink_to_fit();
+    fn over_rate(
+        &self,
+        policies: &Policies,
+        cost: NonZeroU32,
+        elapsed: UnixNanos,
+        now: UnixNanos,
+    ) -> Option<Decision> {
+        // After an edit the store is the first to speak. A cost above the burst is for it to word.
+        let last = self.last?;
+        let until = self.limiter.check_n(cost).ok()?.err()?;
+        let wait = until.earliest_possible().as_u64();
+        let wait = NonZeroU64::new(wait.saturating_sub(self.start + elapsed.0))?;
+        let mut violated = PolicySet::EMPTY.with(Policy::Rpm);
+        let mut retry_after = wait;
+        let mut quotas = [None, None];
+        for (state, (policy, limit)) in quotas.iter_mut().zip([
+            (Policy::Daily, policies.daily()),
+            (Policy::Monthly, policies.monthly()),
+        ]) {
+            let Some(limit) = limit else { continue };
+            let known = match policy {
+                Policy::Daily => last.daily?,
+                _ => last.monthly?,
+            };
+            // Of a window that has ended nothing is known, and only the store can word what never fits.
+            let left = NonZeroU64::new(known.reset_at.saturating_since(now))?;
+            if u64::from(cost.get()) > limit.get() {
+                return None;
+            }
+            if known.remaining < u64::from(cost.get()) {
+                violated = violated.with(policy);
+                retry_after = retry_after.max(left);
+            }
+            *state = Some(known);
+        }
+        Some(Decision {
+            at: now,
+            outcome: Outcome::Denied {
+                violated,
+                retry_after: Some(retry_after),
+            },
+            rpm: policies.rate().rpm,
+            rate: self.rate(policies, elapsed, now),
+            daily: quotas[0],
+            monthly: quotas[1],
+            degraded: false,
+        })
+    }
+}
+
+impl Gate {
+    /// A denial that needs no store, if this replica knows one.
+    pub(super) fn look(
+        &self,
+        policies: &Policies,
+        cost: NonZeroU32,
+        clock: &Arc<dyn Clock>,
+    ) -> Option<Decision> {
+        let mut known = self.0.lock();
+        let known = current(&mut known, policies, clock);
+        let elapsed = known.elapsed(clock);
+        let now = clock.now();
+        known
+            .remembered(cost, elapsed, now)
+            .or_else(|| known.over_rate(policies, cost, elapsed, now))
+    }
+
+    /// Takes note of what the store decided.
+    pub(super) fn learn(
+        &self,
+        policies: &Policies,
+        cost: NonZeroU32,
+        clock: &Arc<dyn Clock>,
+        decision: &Decision,
+    ) {
+        let mut known = self.0.lock();
+        let known = current(&mut known, policies, clock);
+        let elapsed = known.elapsed(clock);
+        known.last = Some(*decision);
+        match decision.outcome {
+            Outcome::Allowed => {
+                known.denied = None;
+                let price = known.gcra.price(cost);
+                let tat = known.tat.0.load(Ordering::Acquire).max(elapsed.0);
+                known
+                    .tat
+                    .0
+                    .store(tat.saturating_add(price), Ordering::Release);
+            }
+            Outcome::Denied { .. } => {
+                known.denied = Denied::new(known.gcra, cost, elapsed, decision);
+            }
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::clock::{TestClock, UnixNanos};
-
-    fn guard(per_minute: u32, capacity: usize) -> (Guard, TestClock) {
-        let clock = TestClock::at(UnixNanos::from_secs(1_785_738_360));
-        (
-            Guard::new(per_minute, capacity, Arc::new(clock.clone())),
-            clock,
-        )
-    }
-
-    fn caller(ip: &str) -> Caller {
-        Caller::address(ip.parse().unwrap())
-    }
-
-    #[test]
-    fn a_caller_over_the_limit_may_come_again_when_it_was_told() {
-        let (guard, clock) = guard(2, 100);
-        let (one, other) = (caller("192.0.2.1"), caller("192.0.2.2"));
-        assert_eq!(guard.admit(one), Ok(()));
-        assert_eq!(guard.admit(one), Ok(()));
-        let refused = guard.admit(one).unwrap_err();
-        assert_eq!(refused.retry_after, Duration::from_secs(30));
-        assert_eq!(guard.admit(other), Ok(()));
-        clock.advance(refused.retry_after);
-        assert_eq!(guard.admit(one), Ok(()));
-    }
-
-    #[test]
-    fn addresses_of_one_customer_are_counted_together() {
-        assert_eq!(caller("2001:db8:1:2::1"), caller("2001:db8:1:2:ffff::"));
-        assert_ne!(caller("2001:db8:1:2::1"), caller("2001:db8:1:3::1"));
-        assert_eq!(caller("::ffff:192.0.2.1"), caller("192.0.2.1"));
-    }
-
-    #[test]
-    fn a_flood_of_addresses_does_not_grow_the_guard() {
-        let (guard, clock) = guard(1, 100);
-        for i in 0..1000_u32 {
-            let _ = guard.admit(Caller::address(IpAddr::V4(i.into())));
+fn current<'a>(
+    known: &'a mut Option<Box<Known>>,
+    policies: &Policies,
+    clock: &Arc<dyn Clock>,
+) -> &'a mut Known {
+    match known {
+        Some(old) if old.fingerprint != policies.fingerprint() => {
+            **old = old.edited(policies, clock);
         }
-        assert!(guard.governor.as_ref().unwrap().len() <= 100);
-        // governor keeps a caller for one interval longer than it has to.
-        clock.advance(Duration::from_secs(121));
-        assert_eq!(guard.admit(caller("192.0.2.1")), Ok(()));
+        _ => {}
     }
-
-    #[test]
-    fn zero_switches_it_off() {
-        let (guard, _) = guard(0, 1);
-        for _ in 0..1000 {
-            assert_eq!(guard.admit(caller("192.0.2.1")), Ok(()));
-        }
-    }
+    known.get_or_insert_with(|| Box::new(Known::new(policies, clock)))
 }

@@ -1,460 +1,494 @@
-//! The store of a single replica: buckets in this process, calendar quotas in blocks from the ledger.
+//! The store of a single replica: every number in this process, calendar quotas by blocks from a ledger.
 //!
-//! A decision takes the key's own lock, for some tens of nanoseconds; keys do not wait for one another. When
-//! the ledger is away, keys without calendar quotas notice nothing, and keys with them are served from what
-//! is in hand, then refused with [`LimiterError::Ledger`].
+//! Owns the cells, their bound and their pruning, and the flights that fetch and return blocks. Knows no SQL:
+//! the ledger is a trait. When the ledger is down or slow, keys without calendar quotas do not notice, keys
+//! with some spend what is in hand and are then refused as [`LimiterError::LedgerUnavailable`].
+//!
+//! A cell is a short lock around plain numbers, rather than one atomic per number: all policies are decided
+//! together, and with several atomics a request could be denied by tokens that another, itself denied, was
+//! just putting back.
+//!
+//! Calls to the ledger run in tasks of their own, one at a time per key and policy. A request waits for one
+//! only when nothing is in hand, and may be dropped while it waits without losing what was granted.
 
 use std::{
-    collections::HashMap,
-    num::NonZeroU64,
+    collections::{HashMap, hash_map::Entry},
+    error::Error,
+    hash::{BuildHasher, RandomState},
+    num::{NonZeroU32, NonZeroU64},
+    pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use quota_common::{ApiKeyId, TenantId};
-use tokio::sync::Notify;
+use quota_common::id::{ApiKeyId, TenantId};
+use tokio::{runtime::Handle, sync::Notify, time};
 
 use super::{
-    calendar::{Period, Window},
-    decision::{Decision, PolicyState, Verdict},
-    gcra::{Fit, Gcra},
-    ledger::{Account, LedgerUnavailable, QuotaCell, QuotaLedger, Stock},
+    blocks::{Block, LedgerRow, Need, Order, QuotaLedger, Standing},
+    calendar,
+    decision::{Decision, Outcome, PolicyState},
+    gcra::{Gcra, Verdict},
     policy::{Policies, Policy, PolicySet},
-    store::{Attempt, LimitStore, LimiterError},
+    store::{Drained, KeyCell, LimitStore, LimiterError},
 };
 use crate::clock::{Clock, UnixNanos};
 
-/// How many independent maps the cells are spread over.
-const SHARDS: usize = 16;
-/// A key that was not asked about for so long gives its blocks back.
-const IDLE: u64 = 60_000_000_000;
-/// How long a decision waits for the ledger.
-const DEADLINE: Duration = Duration::from_millis(1500);
-/// How many refills a caller waits for. More than one is needed only when others spend what was fetched.
-const ROUNDS: usize = 1000;
+/// Enough that two cores seldom meet in one, few enough that walking them costs nothing.
+const SHARDS: usize = 64;
 
-/// The state of one key.
-#[derive(Debug)]
-pub struct KeyCell {
-    tenant: TenantId,
-    key: ApiKeyId,
-    state: Mutex<State>,
-    /// Woken when a refill has ended, well or not.
-    refilled: Notify,
-}
+/// Nanoseconds between two walks through a full shard in search of cells to forget.
+const CROWDED_PRUNE: u64 = 1_000_000_000;
 
-#[derive(Debug)]
-struct State {
-    gcra: Option<Gcra>,
-    tat: u64,
-    quotas: [Option<QuotaCell>; 2],
-    /// Of windows and limits that are over: to be given back.
-    surrendered: Vec<(Account, NonZeroU64)>,
-    last_asked: UnixNanos,
-    /// Counts refills that failed, so that those who waited for one know.
-    failures: u64,
-    drained: bool,
-}
-
-/// What to do about a calendar quota after looking at it.
-#[derive(Debug, Clone, Copy)]
-struct Refill {
-    period: Period,
-    limit: u64,
-    cost: u64,
-}
-
-enum Outcome {
-    Decided(Decision, [Option<Refill>; 2]),
-    MustWait([Option<Refill>; 2]),
-    Stopped,
-}
-
-impl KeyCell {
-    fn new(tenant: TenantId, key: ApiKeyId) -> Self {
-        Self {
-            tenant,
-            key,
-            state: Mutex::new(State {
-                gcra: None,
-                tat: 0,
-                quotas: [None, None],
-                surrendered: Vec::new(),
-                last_asked: UnixNanos::default(),
-                failures: 0,
-                drained: false,
-            }),
-            refilled: Notify::new(),
-        }
-    }
-
-    fn account(&self, period: Period, window: Window) -> Account {
-        Account {
-            tenant: self.tenant,
-            key: self.key,
-            policy: period.policy(),
-            window_start: window.start,
-        }
-    }
-
-    /// The whole decision, under the key's lock.
-    fn decide(&self, policies: &Policies, cost: u32, now: UnixNanos) -> Outcome {
-        let mut state = self.state.lock();
-        let state = &mut *state;
-        if state.drained {
-            return Outcome::Stopped;
-        }
-        state.last_asked = now;
-
-        if let Some(old) = state.gcra
-            && old != policies.gcra
-        {
-            state.tat = policies.gcra.converted(old, state.tat, now);
-        }
-        state.gcra = Some(policies.gcra);
-
-        // Kept even when the request is denied: after a clock that jumped back the bucket refills from now.
-        state.tat = policies.gcra.clamped(state.tat, now);
-
-        let mut violated = PolicySet::EMPTY;
-        let mut retry_at = Some(now);
-        let tat_if_taken = match policies.gcra.fit(state.tat, now, cost) {
-            Fit::Now(tat) => tat,
-            Fit::After(wait) => {
-                violated = violated.with(Policy::Rpm);
-                retry_at = later(retry_at, Some(now.saturating_add(wait)));
-                state.tat
-            }
-            Fit::Never => {
-                violated = violated.with(Policy::Rpm);
-                retry_at = None;
-                state.tat
-            }
-        };
-
-        let mut refills = [None, None];
-        let mut unknown = false;
-        for (slot, period) in [Period::Day, Period::Month].into_iter().enumerate() {
-            let Some(limit) = policies.limit(period.policy()) else {
-                self.surrender(state, slot, period);
-                continue;
-            };
-            if !state.quotas[slot]
-                .as_ref()
-                .is_some_and(|quota| quota.is_for(now, limit))
-            {
-                self.surrender(state, slot, period);
-                let window = Window::at(period, &policies.zone, now);
-                state.quotas[slot] = Some(QuotaCell::new(window, limit));
-            }
-            let Some(quota) = &mut state.quotas[slot] else {
-                continue;
-            };
-            let refill = Refill {
-                period,
-                limit,
-                cost: u64::from(cost),
-            };
-            let mut fetch = false;
-            match quota.stock(u64::from(cost), now) {
-                Stock::There { low } => fetch = low,
-                Stock::Gone { stale } => {
-                    violated = violated.with(period.policy());
-                    retry_at = later(retry_at, Some(quota.window.end));
-                    fetch = stale;
-                }
-                Stock::Never => {
-                    violated = violated.with(period.policy());
-                    retry_at = None;
-                }
-                // Denied anyway: what is known of the quota is enough to say whether it denies too, and nothing
-                // is taken out of the ledger that would only lie in hand.
-                Stock::Unknown if !violated.is_empty() && quota.is_known() => {
-                    if u64::from(cost) > quota.remaining() {
-                        violated = violated.with(period.policy());
-                        retry_at = later(retry_at, Some(quota.window.end));
-                    }
-                }
-                Stock::Unknown => {
-                    unknown = true;
-                    fetch = true;
-                }
-            }
-            if fetch && !quota.refilling {
-                quota.refilling = true;
-                refills[slot] = Some(refill);
-            }
-        }
-        if unknown {
-            return Outcome::MustWait(refills);
-        }
-
-        let verdict = if violated.is_empty() {
-            state.tat = tat_if_taken;
-            for quota in state.quotas.iter_mut().flatten() {
-                quota.spend(u64::from(cost));
-            }
-            Verdict::Allowed
-        } else {
-            Verdict::Denied { violated, retry_at }
-        };
-        let mut states = [None; Policy::COUNT];
-        states[Policy::Rpm.index()] = Some(PolicyState {
-            limit: u64::from(policies.burst.get()),
-            remaining: policies.gcra.remaining(state.tat, now),
-            reset_at: policies.gcra.full_at(state.tat, now),
-        });
-        for (period, limit) in policies.quotas() {
-            let slot = period as usize;
-            if let Some(quota) = &state.quotas[slot] {
-                states[period.policy().index()] = Some(PolicyState {
-                    limit,
-                    remaining: quota.remaining(),
-                    reset_at: quota.window.end,
-                });
-            }
-        }
-        Outcome::Decided(
-            Decision {
-                verdict,
-                states,
-                rpm: policies.rpm.get(),
-                now,
-            },
-            refills,
-        )
-    }
-
-    fn surrender(&self, state: &mut State, slot: usize, period: Period) {
-        if let Some(mut old) = state.quotas[slot].take()
-            && let Some(amount) = old.surrender()
-        {
-            state
-                .surrendered
-                .push((self.account(period, old.window), amount));
-        }
-    }
-
-    /// Whether forgetting the cell would lose nothing.
-    fn says_nothing(&self, now: UnixNanos) -> bool {
-        let state = self.state.lock();
-        state.tat <= now.0
-            && state.surrendered.is_empty()
-            && state
-                .quotas
-                .iter()
-                .flatten()
-                .all(|quota| !quota.refilling && quota.is_empty_handed())
-    }
-
-    fn collect(&self, empty_hands: bool, stop: bool) -> Vec<(Account, NonZeroU64)> {
-        let mut state = self.state.lock();
-        if empty_hands {
-            for (slot, period) in [Period::Day, Period::Month].into_iter().enumerate() {
-                if stop
-                    || !state.quotas[slot]
-                        .as_ref()
-                        .is_some_and(|quota| quota.refilling)
-                {
-                    self.surrender(&mut state, slot, period);
-                }
-            }
-        }
-        state.drained |= stop;
-        std::mem::take(&mut state.surrendered)
-    }
-}
-
-/// The later of two times, where `None` is never.
-fn later(a: Option<UnixNanos>, b: Option<UnixNanos>) -> Option<UnixNanos> {
-    Some(a?.max(b?))
-}
-
-/// See the module.
+/// How a memory store is set up.
 #[derive(Debug, Clone)]
-pub struct MemoryStore {
-    inner: Arc<Inner>,
+pub struct MemorySettings {
+    /// The most cells held at once; about 500 bytes each. A key beyond them is answered
+    /// [`LimiterError::TooManyKeys`], since forgetting another's bucket would fill it again.
+    pub max_cells: usize,
+    /// How long a request waits for the ledger.
+    pub ledger_deadline: Duration,
+    /// After how long a call of the ledger is given up. Later than requests do, since what a late answer
+    /// grants can still be spent and what is given up is lost.
+    pub flight_deadline: Duration,
 }
 
+impl Default for MemorySettings {
+    fn default() -> Self {
+        Self {
+            max_cells: 1_000_000,
+            ledger_deadline: Duration::from_secs(1),
+            flight_deadline: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The numbers of one key.
 #[derive(Debug)]
-struct Inner {
-    shards: [Mutex<HashMap<ApiKeyId, Arc<KeyCell>>>; SHARDS],
-    cells: AtomicUsize,
-    capacity: usize,
-    ledger: Arc<dyn QuotaLedger>,
+pub(super) struct CellState {
+    /// Of the policies that the numbers below follow; zero before the first.
+    fingerprint: u64,
+    gcra: Gcra,
+    tat: u64,
+    daily: Block,
+    monthly: Block,
+    /// The cost of all requests that wait for the ledger.
+    waited_for: u64,
+}
+
+/// How far a decision got.
+enum Step {
+    Done(Decision),
+    /// These policies' blocks are needed first.
+    Wait(PolicySet),
+}
+
+/// What to do about policies that the ledger has not been asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unasked {
+    /// Ask first.
+    Wait,
+    /// It cannot be asked: deny if another policy denies anyhow.
+    PassOver,
+}
+
+impl CellState {
+    pub(super) fn new() -> Self {
+        Self {
+            fingerprint: 0,
+            gcra: Gcra::NONE,
+            tat: 0,
+            daily: Block::new(),
+            monthly: Block::new(),
+            waited_for: 0,
+        }
+    }
+
+    fn block(&mut self, policy: Policy) -> Option<&mut Block> {
+        match policy {
+            Policy::Rpm => None,
+            Policy::Daily => Some(&mut self.daily),
+            Policy::Monthly => Some(&mut self.monthly),
+        }
+    }
+
+    /// Brings the numbers to these policies and this time.
+    fn follow(&mut self, policies: &Policies, now: UnixNanos) {
+        if self.fingerprint != policies.fingerprint() {
+            let gcra = policies.gcra();
+            if self.fingerprint != 0 {
+                self.tat = gcra.carry_over(self.gcra, self.tat, now);
+            }
+            self.gcra = gcra;
+            self.fingerprint = policies.fingerprint();
+            self.daily.adopt(policies.daily());
+            self.monthly.adopt(policies.monthly());
+            // The zone may be another: then today is, too.
+            for policy in [Policy::Daily, Policy::Monthly] {
+                self.enter(policy, policies, now);
+            }
+        }
+        if self.daily.is_outdated(now) {
+            self.enter(Policy::Daily, policies, now);
+        }
+        if self.monthly.is_outdated(now) {
+            self.enter(Policy::Monthly, policies, now);
+        }
+        self.tat = self.gcra.settled(self.tat, now);
+    }
+
+    #[cold]
+    fn enter(&mut self, policy: Policy, policies: &Policies, now: UnixNanos) {
+        if let Some(block) = self.block(policy)
+            && block.limit().is_some()
+        {
+            block.enter(calendar::window(policy, policies.zone(), now));
+        }
+    }
+
+    /// Takes `cost` from every policy or from none. The numbers [follow](Self::follow) `now` already.
+    fn step(
+        &mut self,
+        policies: &Policies,
+        cost: NonZeroU32,
+        now: UnixNanos,
+        unasked: Unasked,
+    ) -> Step {
+        let tokens = u64::from(cost.get());
+        let daily = self.daily.standing(tokens);
+        let monthly = self.monthly.standing(tokens);
+        let rate = self.gcra.decide(self.tat, now, cost);
+        if let (
+            Verdict::Fits { tat },
+            Standing::Fits | Standing::Unlimited,
+            Standing::Fits | Standing::Unlimited,
+        ) = (rate, daily, monthly)
+        {
+            self.tat = tat;
+            self.daily.spend(tokens);
+            self.monthly.spend(tokens);
+            return Step::Done(self.decision(policies, now, Outcome::Allowed));
+        }
+
+        let mut denial = Denial::default();
+        match rate {
+            Verdict::Fits { .. } => {}
+            Verdict::Wait { wait } => denial.add(Policy::Rpm, Some(wait)),
+            Verdict::NeverFits => denial.add(Policy::Rpm, None),
+        }
+        let mut unknown = PolicySet::EMPTY;
+        let mut short = PolicySet::EMPTY;
+        for (policy, standing, block) in [
+            (Policy::Daily, daily, &self.daily),
+            (Policy::Monthly, monthly, &self.monthly),
+        ] {
+            match standing {
+                Standing::Unlimited | Standing::Fits => {}
+                Standing::Short => short = short.with(policy),
+                Standing::Unknown => unknown = unknown.with(policy),
+                Standing::NeverFits => denial.add(policy, None),
+                Standing::Exhausted => {
+                    let wait = block.window().end.saturating_since(now).max(1);
+                    denial.add(policy, NonZeroU64::new(wait));
+                }
+            }
+        }
+        // A quota that was not asked for may be the one that makes the wait longest.
+        let denied = !denial.violated.is_empty();
+        if denied && (unknown.is_empty() || unasked == Unasked::PassOver) {
+            Step::Done(self.decision(policies, now, denial.outcome()))
+        } else {
+            let short = if denied { PolicySet::EMPTY } else { short };
+            Step::Wait(unknown.iter().chain(short.iter()).collect())
+        }
+    }
+
+    fn decision(&self, policies: &Policies, now: UnixNanos, outcome: Outcome) -> Decision {
+        let quota = |policy, block: &Block| {
+            block.limit().map(|limit| PolicyState {
+                policy,
+                limit,
+                remaining: block.remaining(),
+                reset_at: block.window().end,
+            })
+        };
+        Decision {
+            at: now,
+            outcome,
+            rpm: policies.rate().rpm,
+            rate: PolicyState {
+                policy: Policy::Rpm,
+                limit: u64::from(policies.rate().burst.get()),
+                remaining: self.gcra.remaining(self.tat, now),
+                reset_at: UnixNanos(self.tat.max(now.0)),
+            },
+            daily: quota(Policy::Daily, &self.daily),
+            monthly: quota(Policy::Monthly, &self.monthly),
+            degraded: false,
+        }
+    }
+
+    /// What to ask the ledger for although nobody waits.
+    fn errands(&self, decision: &Decision, now: UnixNanos) -> Option<[Option<Need>; 2]> {
+        let violated = decision.violated();
+        let may_pass_later = decision.retry_after().is_some();
+        let need = |policy, block: &Block| {
+            if block.is_low(now) || block.has_debts() {
+                Some(Need::Ahead)
+            } else if violated.contains(policy)
+                && may_pass_later
+                && block.is_worth_asking_again(now)
+            {
+                Some(Need::Again)
+            } else {
+                None
+            }
+        };
+        let needs = [
+            need(Policy::Daily, &self.daily),
+            need(Policy::Monthly, &self.monthly),
+        ];
+        (needs != [None, None]).then_some(needs)
+    }
+
+    fn tidy(&mut self) {
+        self.daily.tidy(self.waited_for);
+        self.monthly.tidy(self.waited_for);
+    }
+
+    /// Nobody could tell this cell from a new one.
+    fn is_forgettable(&self, now: UnixNanos) -> bool {
+        self.tat <= now.0 && self.daily.is_forgettable() && self.monthly.is_forgettable()
+    }
+}
+
+/// A denial in the making.
+#[derive(Default)]
+struct Denial {
+    violated: PolicySet,
+    wait: Option<NonZeroU64>,
+    never: bool,
+}
+
+impl Denial {
+    fn add(&mut self, policy: Policy, wait: Option<NonZeroU64>) {
+        self.violated = self.violated.with(policy);
+        self.never |= wait.is_none();
+        self.wait = self.wait.max(wait);
+    }
+
+    fn outcome(self) -> Outcome {
+        Outcome::Denied {
+            violated: self.violated,
+            retry_after: if self.never { None } else { self.wait },
+        }
+    }
+}
+
+type Cells = HashMap<(TenantId, ApiKeyId), Arc<KeyCell>>;
+
+#[derive(Debug, Default)]
+struct Shard {
+    cells: Cells,
+    /// When it was last walked because it was full.
+    crowded_at: UnixNanos,
+}
+
+/// Limits in this process's memory.
+#[derive(Debug)]
+pub struct MemoryStore {
     clock: Arc<dyn Clock>,
-    stopped: AtomicBool,
+    settings: MemorySettings,
+    hasher: RandomState,
+    shards: Box<[Mutex<Shard>]>,
+    flights: Arc<Flights>,
 }
 
 impl MemoryStore {
-    /// `capacity`: how many keys may be in use at once. One takes about 300 bytes.
-    pub fn new(ledger: Arc<dyn QuotaLedger>, clock: Arc<dyn Clock>, capacity: usize) -> Self {
-        Self {
-            inner: Arc::new(Inner {
-                shards: Default::default(),
-                cells: AtomicUsize::new(0),
-                capacity,
+    pub fn new(
+        clock: Arc<dyn Clock>,
+        ledger: Arc<dyn QuotaLedger>,
+        settings: MemorySettings,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            flights: Arc::new(Flights {
+                clock: Arc::clone(&clock),
                 ledger,
-                clock,
-                stopped: AtomicBool::new(false),
+                deadline: settings.flight_deadline,
+                draining: AtomicBool::new(false),
+                under_way: AtomicUsize::new(0),
+                all_landed: Notify::new(),
+                given_back: AtomicU64::new(0),
+                lost: AtomicU64::new(0),
             }),
-        }
+            clock,
+            settings,
+            hasher: RandomState::new(),
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+        })
     }
 
-    fn start(&self, cell: &Arc<KeyCell>, refills: [Option<Refill>; 2]) {
-        for refill in refills.into_iter().flatten() {
-            // A task of its own: a caller that goes away must not take with it what others wait for, nor lose
-            // a grant that is on its way.
-            tokio::spawn(self.clone().refill(cell.clone(), refill));
-        }
-    }
-
-    async fn refill(self, cell: Arc<KeyCell>, refill: Refill) {
-        let slot = refill.period as usize;
-        let (ask, returns) = {
-            let mut state = cell.state.lock();
-            // Those of the same quota, so that they are back before it is asked for more.
-            let policy = refill.period.policy();
-            let returns = state
-                .surrendered
-                .extract_if(.., |(account, _)| account.policy == policy)
-                .collect();
-            let ask = state.quotas[slot].as_ref().map(|quota| {
-                (
-                    cell.account(refill.period, quota.window),
-                    quota.want(refill.cost),
-                )
-            });
-            (ask, returns)
-        };
-        self.give_back(&cell, returns).await;
-        // The plan may have lost the quota meanwhile.
-        let Some((account, want)) = ask else {
-            return cell.refilled.notify_waiters();
-        };
-
-        let granted = match want {
-            Some(want) => Some((
-                want,
-                self.inner.ledger.take(account, refill.limit, want).await,
-            )),
-            None => None,
-        };
-        {
-            let now = self.inner.clock.now();
-            let mut state = cell.state.lock();
-            let drained = state.drained;
-            let current = state.quotas[slot].as_mut().filter(|quota| {
-                quota.window.start == account.window_start
-                    && quota.limit() == refill.limit
-                    && !drained
-            });
-            match (granted, current) {
-                (Some((want, Ok(grant))), Some(quota)) => {
-                    quota.refilling = false;
-                    quota.granted(grant, want, now);
-                }
-                // The window or the limit changed while the ledger was asked.
-                (Some((_, Ok(grant))), None) => {
-                    if let Some(amount) = NonZeroU64::new(grant.granted) {
-                        state.surrendered.push((account, amount));
-                    }
-                }
-                (Some((_, Err(error))), quota) => {
-                    if let Some(quota) = quota {
-                        quota.refilling = false;
-                    }
-                    state.failures += 1;
-                    drop(state);
-                    tracing::warn!(
-                        error = &error as &dyn std::error::Error,
-                        "cannot take from the quota ledger"
-                    );
-                }
-                (None, Some(quota)) => quota.refilling = false,
-                (None, None) => {}
-            }
-        }
-        let drained = cell.state.lock().drained;
-        if drained {
-            let late = cell.collect(true, true);
-            self.give_back(&cell, late).await;
-        }
-        cell.refilled.notify_waiters();
-    }
-
-    /// Gives back; what the ledger does not take is kept for the next time.
-    async fn give_back(&self, cell: &KeyCell, returns: Vec<(Account, NonZeroU64)>) -> bool {
-        let mut all = true;
-        for (account, amount) in returns {
-            if let Err(error) = self.inner.ledger.give_back(account, amount).await {
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "cannot give back to the quota ledger"
-                );
-                cell.state.lock().surrendered.push((account, amount));
-                all = false;
-            }
-        }
-        all
-    }
-
-    fn shard(&self, key: ApiKeyId) -> &Mutex<HashMap<ApiKeyId, Arc<KeyCell>>> {
-        // The last bits of a UUIDv7 are random.
-        &self.inner.shards[usize::from(key.0.as_bytes()[15]) % SHARDS]
-    }
-
-    fn all_cells(&self) -> Vec<Arc<KeyCell>> {
-        self.inner
-            .shards
+    /// How many cells are held.
+    pub fn len(&self) -> usize {
+        self.shards
             .iter()
-            .flat_map(|shard| shard.lock().values().cloned().collect::<Vec<_>>())
-            .collect()
+            .map(|shard| shard.lock().cells.len())
+            .sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the remainder is below the number of shards"
+    )]
+    fn shard(&self, id: &(TenantId, ApiKeyId)) -> &Mutex<Shard> {
+        &self.shards[(self.hasher.hash_one(id) % SHARDS as u64) as usize]
+    }
+
+    fn prune_shard(&self, shard: &mut Shard, now: UnixNanos) {
+        shard.cells.retain(|_, cell| {
+            // The map's own reference is the last: with the shard locked nobody can get another.
+            if Arc::strong_count(cell) > 1 {
+                return true;
+            }
+            let mut state = cell.state.lock();
+            if state.tat <= now.0 {
+                for policy in [Policy::Daily, Policy::Monthly] {
+                    self.flights.surrender(cell, &mut state, policy);
+                }
+            }
+            !state.is_forgettable(now)
+        });
+    }
+
+    /// One look at the numbers, and what to do next.
+    fn attempt(
+        &self,
+        cell: &Arc<KeyCell>,
+        policies: &Policies,
+        cost: NonZeroU32,
+        unasked: Unasked,
+    ) -> Step {
+        let mut state = cell.state.lock();
+        // Read with the lock held, so that readings come in the order of decisions. A thread that read the
+        // time and then was kept waiting would look like a clock set back, and be given the time again.
+        let now = self.clock.now();
+        state.follow(policies, now);
+        let step = state.step(policies, cost, now, unasked);
+        state.tidy();
+        if let Step::Done(decision) = &step
+            && let Some(needs) = state.errands(decision, now)
+        {
+            for (policy, need) in [Policy::Daily, Policy::Monthly].into_iter().zip(needs) {
+                if let Some(need) = need {
+                    self.flights.start(cell, &mut state, policy, need);
+                }
+            }
+        }
+        step
+    }
+
+    /// Denies if a policy does so without the ledger.
+    fn without_ledger(
+        &self,
+        cell: &Arc<KeyCell>,
+        policies: &Policies,
+        cost: NonZeroU32,
+        otherwise: LimiterError,
+    ) -> Result<Decision, LimiterError> {
+        match self.attempt(cell, policies, cost, Unasked::PassOver) {
+            Step::Done(decision) => Ok(decision),
+            Step::Wait(_) => Err(otherwise),
+        }
     }
 }
+
+/// A request that waits for the ledger. While it does, what is fetched for it stays in hand.
+struct Claim<'a> {
+    flights: &'a Arc<Flights>,
+    cell: &'a Arc<KeyCell>,
+    cost: u64,
+}
+
+impl<'a> Claim<'a> {
+    fn new(flights: &'a Arc<Flights>, cell: &'a Arc<KeyCell>, cost: NonZeroU32) -> Self {
+        let cost = u64::from(cost.get());
+        cell.state.lock().waited_for += cost;
+        Self {
+            flights,
+            cell,
+            cost,
+        }
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut state = self.cell.state.lock();
+        state.waited_for -= self.cost;
+        state.tidy();
+        for policy in [Policy::Daily, Policy::Monthly] {
+            if state.block(policy).is_some_and(|block| block.has_debts()) {
+                self.flights
+                    .start(self.cell, &mut state, policy, Need::Ahead);
+            }
+        }
+    }
+}
+
+/// The ledger did not answer within the time that a request waits.
+#[derive(Debug, thiserror::Error)]
+#[error("no answer within {0:?}")]
+struct TooSlow(Duration);
+
+/// The task that asked the ledger ended without an answer.
+#[derive(Debug, thiserror::Error)]
+#[error("the call was broken off")]
+struct BrokenOff;
 
 #[async_trait]
 impl LimitStore for MemoryStore {
     fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError> {
-        if self.inner.stopped.load(Ordering::Acquire) {
-            return Err(LimiterError::Stopped);
+        let id = (tenant, key);
+        let mut shard = self.shard(&id).lock();
+        if let Some(cell) = shard.cells.get(&id) {
+            return Ok(Arc::clone(cell));
         }
-        let mut shard = self.shard(key).lock();
-        if let Some(cell) = shard.get(&key) {
-            return Ok(cell.clone());
+        let room = self.settings.max_cells.div_ceil(SHARDS);
+        if shard.cells.len() >= room {
+            let now = self.clock.now();
+            if now.0.abs_diff(shard.crowded_at.0) >= CROWDED_PRUNE {
+                shard.crowded_at = now;
+                self.prune_shard(&mut shard, now);
+            }
+            if shard.cells.len() >= room {
+                return Err(LimiterError::TooManyKeys);
+            }
         }
-        // A cell with something spent cannot be thrown out for a new one: its key would get a fresh bucket.
-        if self.inner.cells.load(Ordering::Relaxed) >= self.inner.capacity {
-            return Err(LimiterError::Full);
-        }
-        let cell = Arc::new(KeyCell::new(tenant, key));
-        shard.insert(key, cell.clone());
-        self.inner.cells.fetch_add(1, Ordering::Relaxed);
-        Ok(cell)
+        Ok(match shard.cells.entry(id) {
+            Entry::Occupied(cell) => Arc::clone(cell.get()),
+            Entry::Vacant(place) => Arc::clone(place.insert(Arc::new(KeyCell::new(tenant, key)))),
+        })
     }
 
+    #[inline]
     fn try_take(
         &self,
         cell: &Arc<KeyCell>,
         policies: &Policies,
-        cost: u32,
-        now: UnixNanos,
-    ) -> Attempt {
-        match cell.decide(policies, cost, now) {
-            Outcome::Decided(decision, refills) => {
-                self.start(cell, refills);
-                Attempt::Decided(decision)
-            }
-            Outcome::MustWait(refills) => {
-                self.start(cell, refills);
-                Attempt::MustWait
-            }
-            Outcome::Stopped => Attempt::MustWait,
+        cost: NonZeroU32,
+    ) -> Option<Decision> {
+        match self.attempt(cell, policies, cost, Unasked::Wait) {
+            Step::Done(decision) => Some(decision),
+            Step::Wait(_) => None,
         }
     }
 
@@ -462,68 +496,276 @@ impl LimitStore for MemoryStore {
         &self,
         cell: &Arc<KeyCell>,
         policies: &Policies,
-        cost: u32,
+        cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
-        let wait = async {
-            let failures = cell.state.lock().failures;
-            for _ in 0..ROUNDS {
-                // Registered before looking, so that a refill that ends in between is not missed.
-                let refilled = cell.refilled.notified();
-                tokio::pin!(refilled);
-                refilled.as_mut().enable();
-                match cell.decide(policies, cost, self.inner.clock.now()) {
-                    Outcome::Decided(decision, refills) => {
-                        self.start(cell, refills);
-                        return Ok(decision);
+        let deadline = time::Instant::now() + self.settings.ledger_deadline;
+        let mut failures_before = None;
+        let _claim = Claim::new(&self.flights, cell, cost);
+        loop {
+            let mut landed = pin!(cell.landed.notified());
+            // From here on an answer is heard, also one that comes before the wait below.
+            landed.as_mut().enable();
+            let lacking = match self.attempt(cell, policies, cost, Unasked::Wait) {
+                Step::Done(decision) => return Ok(decision),
+                Step::Wait(lacking) => lacking,
+            };
+            if self.flights.draining.load(Ordering::SeqCst) {
+                return self.without_ledger(cell, policies, cost, LimiterError::Draining);
+            }
+            let failure = {
+                let mut state = cell.state.lock();
+                let now = self.clock.now();
+                let failures = (state.daily.failures(), state.monthly.failures());
+                let seen = *failures_before.get_or_insert(failures);
+                let mut failure = None;
+                for policy in lacking.iter() {
+                    let Some(block) = state.block(policy) else {
+                        continue;
+                    };
+                    let failed_for_us = match policy {
+                        Policy::Daily => failures.0 != seen.0,
+                        _ => failures.1 != seen.1,
+                    };
+                    let error = if failed_for_us {
+                        block.failure().or_else(|| block.cooling(now))
+                    } else {
+                        block.cooling(now)
+                    };
+                    if error.is_some() {
+                        failure = error;
+                    } else {
+                        let need = Need::Cost(u64::from(cost.get()));
+                        self.flights.start(cell, &mut state, policy, need);
                     }
-                    Outcome::Stopped => return Err(LimiterError::Stopped),
-                    Outcome::MustWait(refills) => self.start(cell, refills),
                 }
-                refilled.await;
-                if cell.state.lock().failures != failures {
-                    return Err(LedgerUnavailable("a refill failed".into()).into());
-                }
+                failure
+            };
+            if let Some(error) = failure {
+                let error = LimiterError::LedgerUnavailable(error);
+                return self.without_ledger(cell, policies, cost, error);
             }
-            Err(LimiterError::Deadline)
-        };
-        tokio::time::timeout(DEADLINE, wait)
-            .await
-            .unwrap_or(Err(LimiterError::Deadline))
-    }
-
-    async fn prune(&self) -> usize {
-        let now = self.inner.clock.now();
-        for cell in self.all_cells() {
-            let idle = now.saturating_since(cell.state.lock().last_asked) >= IDLE;
-            let returns = cell.collect(idle, false);
-            if !returns.is_empty() {
-                self.give_back(&cell, returns).await;
+            if time::timeout_at(deadline, landed).await.is_err() {
+                let error = Arc::new(TooSlow(self.settings.ledger_deadline));
+                let error = LimiterError::LedgerUnavailable(error);
+                return self.without_ledger(cell, policies, cost, error);
             }
         }
-        for shard in &self.inner.shards {
+    }
+
+    fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+        let mut state = cell.state.lock();
+        let now = self.clock.now();
+        state.follow(policies, now);
+        state.decision(policies, now, Outcome::Allowed)
+    }
+
+    fn is_local(&self) -> bool {
+        true
+    }
+
+    fn prune(&self) -> usize {
+        let now = self.clock.now();
+        let mut left = 0;
+        for shard in &self.shards {
             let mut shard = shard.lock();
-            let before = shard.len();
-            // One count is the map's own. Cells are handed out under this lock, so none appears meanwhile.
-            shard.retain(|_, cell| Arc::strong_count(cell) > 1 || !cell.says_nothing(now));
-            self.inner
-                .cells
-                .fetch_sub(before - shard.len(), Ordering::Relaxed);
+            self.prune_shard(&mut shard, now);
+            left += shard.cells.len();
         }
-        self.inner.cells.load(Ordering::Relaxed)
+        left
     }
 
-    async fn drain(&self) -> Result<(), LimiterError> {
-        self.inner.stopped.store(true, Ordering::Release);
-        let mut all = true;
-        for cell in self.all_cells() {
-            let returns = cell.collect(true, true);
-            all &= self.give_back(&cell, returns).await;
-            cell.refilled.notify_waiters();
+    async fn drain(&self) -> Drained {
+        // Seen by every flight that lands later, and by every request that would start one.
+        self.flights.draining.store(true, Ordering::SeqCst);
+        for shard in &self.shards {
+            let cells: Vec<_> = shard.lock().cells.values().map(Arc::clone).collect();
+            for cell in cells {
+                let mut state = cell.state.lock();
+                for policy in [Policy::Daily, Policy::Monthly] {
+                    self.flights.surrender(&cell, &mut state, policy);
+                }
+            }
         }
-        if all {
-            Ok(())
-        } else {
-            Err(LedgerUnavailable("some blocks could not be given back".into()).into())
+        loop {
+            let mut all_landed = pin!(self.flights.all_landed.notified());
+            all_landed.as_mut().enable();
+            if self.flights.under_way.load(Ordering::SeqCst) == 0 {
+                break;
+            }
+            all_landed.await;
+        }
+        Drained {
+            given_back: self.flights.given_back.load(Ordering::SeqCst),
+            lost: self.flights.lost.load(Ordering::SeqCst),
+        }
+    }
+}
+
+/// The calls of the ledger that are under way.
+#[derive(Debug)]
+struct Flights {
+    clock: Arc<dyn Clock>,
+    ledger: Arc<dyn QuotaLedger>,
+    deadline: Duration,
+    draining: AtomicBool,
+    under_way: AtomicUsize,
+    all_landed: Notify,
+    /// Since draining began.
+    given_back: AtomicU64,
+    lost: AtomicU64,
+}
+
+impl Flights {
+    /// Starts asking for tokens, unless somebody does already. Outside a runtime, where nothing can be
+    /// asked, a request will have to.
+    #[cold]
+    fn start(
+        self: &Arc<Self>,
+        cell: &Arc<KeyCell>,
+        state: &mut CellState,
+        policy: Policy,
+        need: Need,
+    ) {
+        if self.draining.load(Ordering::SeqCst) {
+            return;
+        }
+        if let Ok(runtime) = Handle::try_current()
+            && let Some(block) = state.block(policy)
+            && let Some(order) = block.order(need)
+        {
+            self.spawn(&runtime, cell, policy, order);
+        }
+    }
+
+    /// Starts giving back all that is in hand.
+    fn surrender(self: &Arc<Self>, cell: &Arc<KeyCell>, state: &mut CellState, policy: Policy) {
+        let Ok(runtime) = Handle::try_current() else {
+            return;
+        };
+        if let Some(block) = state.block(policy) {
+            block.surrender();
+            if let Some(order) = block.order_return() {
+                self.spawn(&runtime, cell, policy, order);
+            }
+        }
+    }
+
+    fn spawn(
+        self: &Arc<Self>,
+        runtime: &Handle,
+        cell: &Arc<KeyCell>,
+        policy: Policy,
+        order: Order,
+    ) {
+        self.under_way.fetch_add(1, Ordering::SeqCst);
+        let flight = Flight {
+            flights: Arc::clone(self),
+            cell: Arc::clone(cell),
+            policy,
+            landed: false,
+        };
+        runtime.spawn(flight.run(order));
+    }
+}
+
+/// One call of the ledger. However it ends, also by a panic or with the runtime, the block hears of it.
+struct Flight {
+    flights: Arc<Flights>,
+    cell: Arc<KeyCell>,
+    policy: Policy,
+    landed: bool,
+}
+
+impl Flight {
+    async fn run(mut self, order: Order) {
+        let mut next = Some(order);
+        while let Some(order) = next {
+            for (window_start, n) in order.give_back {
+                self.give_back(window_start, n).await;
+            }
+            let taken =
+                if order.want > 0 {
+                    let row = self.row(order.window_start);
+                    let ledger = &self.flights.ledger;
+                    let call = ledger.take(row, order.limit, order.want);
+                    Some(match time::timeout(self.flights.deadline, call).await {
+                        Ok(Ok(taken)) => Ok(taken),
+                        Ok(Err(error)) => Err(Arc::from(error)),
+                        Err(_) => Err(Arc::new(TooSlow(self.flights.deadline))
+                            as Arc<dyn Error + Send + Sync>),
+                    })
+                } else {
+                    None
+                };
+            let now = self.flights.clock.now();
+            let mut state = self.cell.state.lock();
+            let Some(block) = state.block(self.policy) else {
+                return;
+            };
+            match taken {
+                Some(Ok(taken)) => block.land(order.window_start, taken, now),
+                Some(Err(error)) => {
+                    tracing::debug!(error = %error, key = %self.cell.key, "no block from the quota ledger");
+                    block.fail(error, now);
+                }
+                None => block.land_empty(),
+            }
+            if self.flights.draining.load(Ordering::SeqCst) {
+                block.surrender();
+            }
+            next = block.order_return();
+            drop(state);
+            self.cell.landed.notify_waiters();
+        }
+        self.landed = true;
+    }
+
+    async fn give_back(&self, window_start: UnixNanos, n: u64) {
+        let call = self.flights.ledger.give_back(self.row(window_start), n);
+        let error = match time::timeout(self.flights.deadline, call).await {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some(TooSlow(self.flights.deadline).to_string()),
+        };
+        let count = match error {
+            None => &self.flights.given_back,
+            Some(error) => {
+                tracing::warn!(
+                    error,
+                    key = %self.cell.key,
+                    policy = self.policy.name(),
+                    tokens = n,
+                    "tokens could not be given back and stay unserved in their window"
+                );
+                &self.flights.lost
+            }
+        };
+        if self.flights.draining.load(Ordering::SeqCst) {
+            count.fetch_add(n, Ordering::SeqCst);
+        }
+    }
+
+    fn row(&self, window_start: UnixNanos) -> LedgerRow {
+        LedgerRow {
+            tenant: self.cell.tenant,
+            key: self.cell.key,
+            policy: self.policy,
+            window_start,
+        }
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        if !self.landed {
+            let now = self.flights.clock.now();
+            if let Some(block) = self.cell.state.lock().block(self.policy) {
+                block.fail(Arc::new(BrokenOff), now);
+            }
+            self.cell.landed.notify_waiters();
+        }
+        if self.flights.under_way.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.flights.all_landed.notify_waiters();
         }
     }
 }

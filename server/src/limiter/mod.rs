@@ -1,84 +1,119 @@
 //! The decision: may this key do this now?
 //!
-//! Owns policies, buckets, calendar quotas and the guards by address. Knows no HTTP and no SQL: the durable
-//! count of quotas comes in as a [`QuotaLedger`], the time as a [`Clock`]. When the ledger is away, keys
-//! without calendar quotas notice nothing; the others are served from what is in hand and then answered with
-//! [`LimiterError`], never admitted on credit.
+//! Owns rates, calendar quotas and what is spent of them. Knows no HTTP, no SQL, no key text: a caller brings
+//! the key's cell and its policies, both kept in the key's cached record, and gets a [`Decision`]. When the
+//! ledger of calendar quotas is down, keys without such quotas do not notice; others are served from what is in
+//! hand and then answered with an error, never admitted.
 //!
-//! **Why there is no `governor` in front of the memory store.** A local limiter in front pays where the
-//! store is a network hop away: what it refuses costs no hop. The memory store *is* in this process and
-//! decides in one step under the key's lock; a governor before it would be the same algorithm a second time,
-//! and would be charged by requests that a quota then denies. The guards by address are governor's.
+//! ```text
+//! gate (remote stores only) -> store (all policies, or none) -> decision
+//! ```
 
+mod blocks;
 mod calendar;
+mod callers;
 mod decision;
 mod gcra;
 mod guard;
-mod ledger;
 mod memory;
 mod policy;
 mod store;
 
-#[cfg(test)]
-mod model;
-#[cfg(test)]
-mod suite;
+use std::{num::NonZeroU32, sync::Arc};
 
-use std::{sync::Arc, time::Duration};
-
-use quota_common::{ApiKeyId, TenantId};
+use quota_common::id::{ApiKeyId, TenantId};
 
 pub use self::{
-    calendar::{Period, Window, Zone},
-    decision::{Decision, PolicyState, Verdict},
-    guard::{Caller, Guard, Refused},
-    ledger::{Account, Grant, LedgerUnavailable, QuotaLedger},
-    memory::{KeyCell, MemoryStore},
-    policy::{Policies, Policy, PolicySet},
-    store::{Attempt, LimitStore, LimiterError},
+    blocks::{LedgerError, LedgerRow, QuotaLedger, Taken},
+    calendar::{UnknownZone, Window, Zone, window},
+    callers::{Caller, Guard, Refused},
+    decision::{Decision, Outcome, PolicyState},
+    gcra::{Gcra, Verdict},
+    memory::{MemorySettings, MemoryStore},
+    policy::{Policies, Policy, PolicySet, RatePolicy},
+    store::{Drained, KeyCell, LimitStore, LimiterError},
 };
 use crate::clock::Clock;
 
 /// How often [`Limiter::prune`] is to be called.
-pub const PRUNE_EVERY: Duration = Duration::from_secs(10);
+pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// Decides on requests. Cheap to clone.
+/// Decides requests by a store. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Limiter {
     store: Arc<dyn LimitStore>,
     clock: Arc<dyn Clock>,
+    /// Of the store; asked once.
+    is_local: bool,
 }
 
 impl Limiter {
     pub fn new(store: Arc<dyn LimitStore>, clock: Arc<dyn Clock>) -> Self {
-        Self { store, clock }
+        Self {
+            is_local: store.is_local(),
+            store,
+            clock,
+        }
     }
 
-    /// The cell of a key, to be kept in its cached record.
+    /// The cell of a key, to be kept in its cached record. The same key gets the same cell for as long as
+    /// anybody keeps it, so a record that is loaded again finds what was spent.
     pub fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError> {
         self.store.cell(tenant, key)
     }
 
-    /// Decides on one request that counts for `cost` requests; admits it by taking them.
+    /// Decides from memory: no waiting, no allocation, one look at the clock. `None` when it would have to
+    /// wait: ask [`admit`](Self::admit).
+    #[inline]
+    pub fn try_admit(
+        &self,
+        cell: &Arc<KeyCell>,
+        policies: &Policies,
+        cost: NonZeroU32,
+    ) -> Option<Decision> {
+        if self.is_local {
+            return self.store.try_take(cell, policies, cost);
+        }
+        if let Some(denied) = cell.gate.look(policies, cost, &self.clock) {
+            return Some(denied);
+        }
+        let decision = self.store.try_take(cell, policies, cost)?;
+        cell.gate.learn(policies, cost, &self.clock, &decision);
+        Some(decision)
+    }
+
+    /// Decides, waiting for the store if it must. A caller may go away while it waits: then nothing was
+    /// taken, or what was taken is spent by the key's next request.
     pub async fn admit(
         &self,
         cell: &Arc<KeyCell>,
         policies: &Policies,
-        cost: u32,
+        cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
-        match self.store.try_take(cell, policies, cost, self.clock.now()) {
-            Attempt::Decided(decision) => Ok(decision),
-            Attempt::MustWait => self.store.take(cell, policies, cost).await,
+        if let Some(decision) = self.try_admit(cell, policies, cost) {
+            return Ok(decision);
         }
+        let decision = self.store.take(cell, policies, cost).await?;
+        if !self.is_local {
+            cell.gate.learn(policies, cost, &self.clock, &decision);
+        }
+        Ok(decision)
     }
 
-    /// See [`LimitStore::prune`].
-    pub async fn prune(&self) -> usize {
-        self.store.prune().await
+    /// Where the key stands, by what is known here. Takes nothing, asks nobody, and reads as
+    /// [`Outcome::Allowed`]. A quota not asked for in its window yet reads as full.
+    pub fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+        self.store.peek(cell, policies)
     }
 
-    /// Gives back everything in hand; nothing is admitted after it.
-    pub async fn drain(&self) -> Result<(), LimiterError> {
+    /// Forgets what nobody could notice. To be called every ten seconds or so. Answers how many cells are
+    /// left.
+    pub fn prune(&self) -> usize {
+        self.store.prune()
+    }
+
+    /// Gives back what is in hand and takes nothing more: after the last request, before the process ends.
+    pub async fn drain(&self) -> Drained {
         self.store.drain().await
     }
 }

@@ -1,43 +1,46 @@
-//! What a key is held to: a rate with a burst, and calendar quotas.
+//! What limits a key: its rate with a burst, and its quotas by the day and by the month.
+//!
+//! Owns the names of the policies and their numbers. Knows nothing of what has been spent, of keys, plans
+//! or the wire. Depends on nothing that can be down.
 
-use std::num::{NonZeroU32, NonZeroU64};
-
-use super::{
-    calendar::{Period, Zone},
-    gcra::Gcra,
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    num::{NonZeroU32, NonZeroU64},
 };
 
-/// One of the policies of a key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+use super::{calendar::Zone, gcra::Gcra};
+
+/// A policy by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
 pub enum Policy {
     /// The sustained rate with its burst.
-    Rpm,
+    Rpm = 0,
     /// The quota of the calendar day.
-    Daily,
+    Daily = 1,
     /// The quota of the calendar month.
-    Monthly,
+    Monthly = 2,
 }
 
 impl Policy {
-    /// How many there are; [`Policy::index`] is below it.
-    pub const COUNT: usize = 3;
-    pub const ALL: [Self; Self::COUNT] = [Self::Rpm, Self::Daily, Self::Monthly];
+    pub const ALL: [Self; 3] = [Self::Rpm, Self::Daily, Self::Monthly];
 
-    pub const fn index(self) -> usize {
-        self as usize
-    }
-
-    pub const fn as_str(self) -> &'static str {
+    /// The name on the wire.
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Rpm => "rpm",
             Self::Daily => "daily",
             Self::Monthly => "monthly",
         }
     }
+
+    const fn bit(self) -> u8 {
+        1 << self as u8
+    }
 }
 
-/// A set of policies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// Some of the three policies.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct PolicySet(u8);
 
 impl PolicySet {
@@ -45,89 +48,153 @@ impl PolicySet {
 
     #[must_use]
     pub const fn with(self, policy: Policy) -> Self {
-        Self(self.0 | 1 << policy.index())
+        Self(self.0 | policy.bit())
     }
 
     pub const fn contains(self, policy: Policy) -> bool {
-        self.0 & (1 << policy.index()) != 0
+        self.0 & policy.bit() != 0
     }
 
     pub const fn is_empty(self) -> bool {
         self.0 == 0
     }
 
+    /// In the order of [`Policy::ALL`].
     pub fn iter(self) -> impl Iterator<Item = Policy> {
-        Policy::ALL
-            .into_iter()
-            .filter(move |policy| self.contains(*policy))
+        Policy::ALL.into_iter().filter(move |p| self.contains(*p))
     }
 }
 
-/// Everything a key is held to. Kept in the key's cached record.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Policies {
-    /// Sustained requests a minute.
+impl FromIterator<Policy> for PolicySet {
+    fn from_iter<I: IntoIterator<Item = Policy>>(policies: I) -> Self {
+        policies.into_iter().fold(Self::EMPTY, Self::with)
+    }
+}
+
+impl std::fmt::Debug for PolicySet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.iter()).finish()
+    }
+}
+
+/// A token bucket: `burst` tokens at most, `rpm` new ones a minute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RatePolicy {
     pub rpm: NonZeroU32,
-    /// Requests that a rested key may send at once.
     pub burst: NonZeroU32,
-    /// Requests in a calendar day.
-    pub daily: Option<NonZeroU64>,
-    /// Requests in a calendar month.
-    pub monthly: Option<NonZeroU64>,
-    /// Where days and months begin.
-    pub zone: Zone,
-    /// Every request is decided on the shared counters, without leases. Without replicas there are none, and
-    /// it changes nothing.
-    pub strict: bool,
-    pub(super) gcra: Gcra,
+}
+
+/// Every policy of one key, as its plan and its own overrides give them.
+///
+/// Made once when a key's record is loaded: it carries the numbers that a decision needs worked out, and a
+/// fingerprint by which the store notices in one comparison that a plan was edited.
+#[derive(Debug, Clone)]
+pub struct Policies {
+    rate: RatePolicy,
+    daily: Option<NonZeroU64>,
+    monthly: Option<NonZeroU64>,
+    zone: Zone,
+    strict: bool,
+    gcra: Gcra,
+    fingerprint: u64,
 }
 
 impl Policies {
-    pub fn new(rpm: NonZeroU32, burst: NonZeroU32) -> Self {
+    /// `daily` and `monthly` are quotas of requests a calendar day and month in `zone`. `strict` asks that
+    /// every request be decided by the store itself and none from tokens taken ahead.
+    pub fn new(
+        rate: RatePolicy,
+        daily: Option<NonZeroU64>,
+        monthly: Option<NonZeroU64>,
+        zone: Zone,
+        strict: bool,
+    ) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (rate, daily, monthly, &zone, strict).hash(&mut hasher);
         Self {
-            rpm,
-            burst,
-            daily: None,
-            monthly: None,
-            zone: Zone::utc(),
-            strict: false,
-            gcra: Gcra::new(rpm, burst),
+            rate,
+            daily,
+            monthly,
+            zone,
+            strict,
+            gcra: Gcra::new(rate),
+            // Zero is the fingerprint of a cell that has not seen any policies yet.
+            fingerprint: hasher.finish().max(1),
         }
     }
 
-    #[must_use]
-    pub fn with_daily(self, daily: Option<NonZeroU64>) -> Self {
-        Self { daily, ..self }
+    pub fn rate(&self) -> RatePolicy {
+        self.rate
     }
 
-    #[must_use]
-    pub fn with_monthly(self, monthly: Option<NonZeroU64>) -> Self {
-        Self { monthly, ..self }
+    pub fn daily(&self) -> Option<NonZeroU64> {
+        self.daily
     }
 
-    #[must_use]
-    pub fn with_zone(self, zone: Zone) -> Self {
-        Self { zone, ..self }
+    pub fn monthly(&self) -> Option<NonZeroU64> {
+        self.monthly
     }
 
-    #[must_use]
-    pub fn with_strict(self, strict: bool) -> Self {
-        Self { strict, ..self }
+    pub fn zone(&self) -> &Zone {
+        &self.zone
     }
 
-    /// The calendar quotas that are set.
-    pub(super) fn quotas(&self) -> impl Iterator<Item = (Period, u64)> {
-        [(Period::Day, self.daily), (Period::Month, self.monthly)]
-            .into_iter()
-            .filter_map(|(period, limit)| limit.map(|limit| (period, limit.get())))
+    pub fn strict(&self) -> bool {
+        self.strict
     }
 
-    /// The quota of `policy`: the burst of the rate, the number of requests of the others.
-    pub fn limit(&self, policy: Policy) -> Option<u64> {
-        match policy {
-            Policy::Rpm => Some(u64::from(self.burst.get())),
-            Policy::Daily => self.daily.map(NonZeroU64::get),
-            Policy::Monthly => self.monthly.map(NonZeroU64::get),
+    pub(super) fn gcra(&self) -> Gcra {
+        self.gcra
+    }
+
+    /// Equal for equal policies; differs, for all practical purposes, when any number does.
+    pub(super) fn fingerprint(&self) -> u64 {
+        self.fingerprint
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rate(rpm: u32, burst: u32) -> RatePolicy {
+        RatePolicy {
+            rpm: NonZeroU32::new(rpm).unwrap(),
+            burst: NonZeroU32::new(burst).unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_set_holds_what_was_put_in() {
+        for bits in 0..8u8 {
+            let chosen: Vec<_> = Policy::ALL
+                .into_iter()
+                .filter(|p| bits & p.bit() != 0)
+                .collect();
+            let set: PolicySet = chosen.iter().copied().collect();
+            assert_eq!(set.iter().collect::<Vec<_>>(), chosen);
+            assert_eq!(set.is_empty(), chosen.is_empty());
+        }
+    }
+
+    #[test]
+    fn every_number_shows_in_the_fingerprint() {
+        let quota = NonZeroU64::new;
+        let berlin = || Zone::named("Europe/Berlin").unwrap();
+        let all = [
+            Policies::new(rate(60, 10), None, None, Zone::utc(), false),
+            Policies::new(rate(61, 10), None, None, Zone::utc(), false),
+            Policies::new(rate(60, 11), None, None, Zone::utc(), false),
+            Policies::new(rate(60, 10), quota(5), None, Zone::utc(), false),
+            Policies::new(rate(60, 10), None, quota(5), Zone::utc(), false),
+            Policies::new(rate(60, 10), quota(5), None, berlin(), false),
+            Policies::new(rate(60, 10), None, None, Zone::utc(), true),
+        ];
+        for (i, a) in all.iter().enumerate() {
+            assert_eq!(a.fingerprint(), a.clone().fingerprint());
+            for b in &all[i + 1..] {
+                assert_ne!(a.fingerprint(), b.fingerprint());
+            }
         }
     }
 }

@@ -1,77 +1,117 @@
-//! Where decisions are taken.
+//! What a limiter's store promises, whichever holds the numbers.
+//!
+//! Owns the promise and the cell that a store hands out for a key. Knows no store in particular. A store that
+//! cannot ask what it depends on says so as a [`LimiterError`], and never by admitting.
 
-use std::{fmt::Debug, sync::Arc};
+use std::{error::Error, num::NonZeroU32, sync::Arc};
 
 use async_trait::async_trait;
-use quota_common::{ApiKeyId, TenantId};
+use parking_lot::Mutex;
+use quota_common::id::{ApiKeyId, TenantId};
+use tokio::sync::Notify;
 
-use super::{decision::Decision, ledger::LedgerUnavailable, memory::KeyCell, policy::Policies};
-use crate::clock::UnixNanos;
+use super::{decision::Decision, guard::Gate, memory::CellState, policy::Policies};
 
-/// What a store answers without waiting.
-#[derive(Debug)]
-pub enum Attempt {
-    Decided(Decision),
-    /// Something outside this process has to be asked first: call [`LimitStore::take`].
-    MustWait,
-}
-
-/// Why no decision could be taken. The caller answers 503; nothing was admitted and nothing taken.
-#[derive(Debug, thiserror::Error)]
+/// Why no decision was reached. Whoever asked is told to come back, never admitted.
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum LimiterError {
-    #[error(transparent)]
-    Ledger(#[from] LedgerUnavailable),
-    /// The ledger did not answer in time.
-    #[error("no decision within the deadline")]
-    Deadline,
-    /// More keys are in use at once than the store was told to hold.
-    #[error("the limit store is full")]
-    Full,
-    /// The server is stopping and gave its blocks back.
-    #[error("the limiter is stopped")]
-    Stopped,
+    /// The durable ledger of calendar quotas failed or was too slow, and no tokens were in hand.
+    #[error("the quota ledger is not available")]
+    LedgerUnavailable(#[source] Arc<dyn Error + Send + Sync>),
+    /// More keys are in use at once than the store was set up to hold.
+    #[error("the limiter holds as many keys as it may")]
+    TooManyKeys,
+    /// The store was drained: it takes no more blocks.
+    #[error("the limiter is shutting down")]
+    Draining,
 }
 
-/// Keeps the buckets and quotas of keys and decides on them.
+/// The limiter's state of one key. Kept in the key's cached record, so that a decision looks nothing up.
+#[derive(Debug)]
+pub struct KeyCell {
+    pub(super) tenant: TenantId,
+    pub(super) key: ApiKeyId,
+    /// What this replica knows by itself, in front of a store that is elsewhere.
+    pub(super) gate: Gate,
+    /// The memory store's numbers.
+    pub(super) state: Mutex<CellState>,
+    /// Told whenever the ledger has answered for this key.
+    pub(super) landed: Notify,
+}
+
+impl KeyCell {
+    pub(super) fn new(tenant: TenantId, key: ApiKeyId) -> Self {
+        Self {
+            tenant,
+            key,
+            gate: Gate::default(),
+            state: Mutex::new(CellState::new()),
+            landed: Notify::new(),
+        }
+    }
+
+    pub fn tenant(&self) -> TenantId {
+        self.tenant
+    }
+
+    pub fn key(&self) -> ApiKeyId {
+        self.key
+    }
+}
+
+/// What a drain did with the tokens in hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Drained {
+    /// Tokens of calendar quotas that the ledger counts as unused again.
+    pub given_back: u64,
+    /// Tokens that could not be given back: they stay unserved until their window ends.
+    pub lost: u64,
+}
+
+/// Where the numbers are kept.
 ///
-/// **The promise of every store.** All policies of a key are decided together, in one step that no other
-/// decision on the key comes between: either all of them hold the cost and it is taken from each, or the
-/// request is denied and *nothing* is taken. So, with `burst` and `rate` of the key's plan and a clock that
-/// does not jump forward:
+/// Every store keeps the same promise, for each key and all its policies together:
 ///
-/// - in any stretch of `T` seconds at most `burst + rate·T` is admitted;
-/// - in a calendar day or month never more than its quota, whatever crashes and restarts come between;
-/// - a denial changes nothing, so no caller can drain a bucket with requests that another limit refuses;
-/// - a denial names the time at which the same request would be admitted if none came before it.
-///
-/// Changing a plan keeps what was spent; it hands out no new burst.
+/// - *Atomic.* The cost is taken from every policy, or from none. A denial consumes nothing.
+/// - *Rate.* In any span of `T` seconds of the store's clock, at most `burst + rpm/60 * T` is admitted, and
+///   no less than the bucket holds is refused. A clock that stands still refills nothing; one that jumps
+///   back locks nobody out for longer than the refill of what was asked.
+/// - *Quotas.* In any calendar window at most `daily` and `monthly` are admitted, over restarts and crashes.
+///   At most one block (a hundredth, and 10,000) of a quota is unserved after a crash, none after a drain.
+/// - *Edits.* A change of policies carries what was consumed over: nobody gets a fresh bucket by it.
+/// - *Failure.* What cannot be decided is a [`LimiterError`], never an admission.
 #[async_trait]
-pub trait LimitStore: Debug + Send + Sync + 'static {
-    /// The cell of a key. The caller keeps it in the key's cached record, so that a decision needs no
-    /// look-up; the same key has the same cell as long as anything is spent from it.
+pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
+    /// The cell of a key: the same one for as long as anybody holds it or its bucket is not full.
     fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError>;
 
-    /// Decides from what is at hand: no I/O, no allocation, no waiting.
+    /// Decides without waiting, or answers `None` if it would have to.
     fn try_take(
         &self,
         cell: &Arc<KeyCell>,
         policies: &Policies,
-        cost: u32,
-        now: UnixNanos,
-    ) -> Attempt;
+        cost: NonZeroU32,
+    ) -> Option<Decision>;
 
-    /// Decides, waiting for what it takes.
+    /// Decides, waiting for what it must. Dropping the future loses no tokens.
     async fn take(
         &self,
         cell: &Arc<KeyCell>,
         policies: &Policies,
-        cost: u32,
+        cost: NonZeroU32,
     ) -> Result<Decision, LimiterError>;
 
-    /// Forgets the cells that say nothing any more, and gives back what idle keys hold of their quotas. Called
-    /// every few seconds. Answers how many cells are left.
-    async fn prune(&self) -> usize;
+    /// Where the key stands by what is known here, taking nothing.
+    fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision;
 
-    /// Gives back everything in hand. After that nothing is admitted any more.
-    async fn drain(&self) -> Result<(), LimiterError>;
+    /// Whether a decision is as cheap as a look at this replica's own memory. If so nothing is kept in front
+    /// of the store.
+    fn is_local(&self) -> bool;
+
+    /// Forgets cells that nobody holds and whose absence nobody could notice, and gives the blocks of
+    /// others back so that they can be forgotten next time. Answers how many cells are left.
+    fn prune(&self) -> usize;
+
+    /// Gives back all that is in hand and takes nothing more. For the end of the process.
+    async fn drain(&self) -> Drained;
 }

@@ -30,6 +30,12 @@ pub enum Known {
     },
 }
 
+#[derive(QueryableByName)]
+struct Got {
+    #[diesel(sql_type = Bool)]
+    got: bool,
+}
+
 /// Looks it up and holds it against others until the transaction ends.
 pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Known, DbError> {
     // A lock on a hash of the name: two names with one hash only wait for each other once in 2^64.
@@ -40,11 +46,6 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Know
         .first_chunk()
         .map_or(0, |bytes| i64::from_be_bytes(*bytes));
 
-    #[derive(QueryableByName)]
-    struct Got {
-        #[diesel(sql_type = Bool)]
-        got: bool,
-    }
     let lock = diesel::sql_query("SELECT pg_try_advisory_xact_lock($1) AS got")
         .bind::<BigInt, _>(number)
         .get_result::<Got>(&mut **tx)

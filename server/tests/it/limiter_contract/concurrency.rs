@@ -1,0 +1,133 @@
+//! Many threads at one key.
+
+use std::{
+    num::NonZeroU32,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use quota_server::{
+    clock::{Clock, SystemClock, TestClock},
+    limiter::{Limiter, Policy},
+};
+
+use super::{
+    ledger::TestLedger,
+    world::{Far, Key, ONE, Plan, START, memory_store},
+};
+
+/// Threads that ask as fast as they can while the hands are moved: exactly the burst and the refill pass.
+#[test]
+fn threads_get_the_burst_and_the_refill_and_not_one_more() {
+    for far in [false, true] {
+        let clock = TestClock::at(START);
+        let store = memory_store(&clock, &TestLedger::new());
+        let limiter = if far {
+            Limiter::new(Far::new(store), Arc::new(clock.clone()))
+        } else {
+            Limiter::new(store, Arc::new(clock.clone()))
+        };
+        let key = Key::of(&limiter);
+        let policies = Plan::rate(6000, 100).policies();
+        let admitted = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..20_000 {
+                        let decision = limiter.try_admit(&key.cell, &policies, ONE).unwrap();
+                        admitted.fetch_add(u64::from(decision.is_allowed()), Ordering::Relaxed);
+                    }
+                });
+            }
+            for _ in 0..1000 {
+                clock.advance(Duration::from_millis(1));
+                std::thread::yield_now();
+            }
+        });
+        // What no thread came for in time.
+        while limiter
+            .try_admit(&key.cell, &policies, ONE)
+            .unwrap()
+            .is_allowed()
+        {
+            admitted.fetch_add(1, Ordering::Relaxed);
+        }
+        let admitted = admitted.into_inner();
+        assert!(admitted <= 100 + 100, "{admitted} (far: {far})");
+        assert!(admitted >= 100, "{admitted} (far: {far})");
+    }
+}
+
+/// The same on the machine's clock.
+#[test]
+fn in_real_time_no_more_passes_than_was_sold() {
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let store = quota_server::limiter::MemoryStore::new(
+        Arc::clone(&clock),
+        TestLedger::new(),
+        quota_server::limiter::MemorySettings::default(),
+    );
+    let limiter = Limiter::new(store, Arc::clone(&clock));
+    let key = Key::of(&limiter);
+    let policies = Plan::rate(600_000, 50).policies();
+    let admitted = AtomicU64::new(0);
+    let (from, began) = (clock.now(), clock.monotonic());
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while clock.monotonic() - began < 200_000_000 {
+                    let decision = limiter.try_admit(&key.cell, &policies, ONE).unwrap();
+                    admitted.fetch_add(u64::from(decision.is_allowed()), Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    let took = clock.now().0 - from.0;
+    let admitted = admitted.into_inner();
+    let sold = 50 + 10_000 * took / 1_000_000_000;
+    assert!(admitted <= sold, "{admitted} of {sold}");
+    assert!(admitted * 10 >= sold * 9, "{admitted} of {sold}");
+}
+
+/// Requests on several threads, all limited by a quota that is fetched block by block.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_quota_is_served_whole_and_not_beyond_by_many_at_once() {
+    for (quota, costs) in [
+        (10_000u64, vec![1u32]),
+        (50, vec![1]),
+        (5000, vec![1, 7, 130]),
+    ] {
+        let clock = TestClock::at(START);
+        let ledger = TestLedger::new();
+        let store = memory_store(&clock, &ledger);
+        let limiter = Limiter::new(store, Arc::new(clock));
+        let policies = Plan::any_rate().daily(quota).policies();
+        let mut tasks = Vec::new();
+        for n in 0..16usize {
+            let key = Key::of(&limiter);
+            let policies = policies.clone();
+            let cost = NonZeroU32::new(costs[n % costs.len()]).unwrap();
+            tasks.push(tokio::spawn(async move {
+                let mut admitted = 0;
+                loop {
+                    let decision = key.limiter.admit(&key.cell, &policies, cost).await.unwrap();
+                    if !decision.is_allowed() {
+                        assert!(decision.violated().contains(Policy::Daily));
+                        return admitted;
+                    }
+                    admitted += u64::from(cost.get());
+                }
+            }));
+        }
+        let mut admitted = 0;
+        for task in tasks {
+            admitted += task.await.unwrap();
+        }
+        assert_eq!(admitted, quota, "{costs:?}");
+        limiter.drain().await;
+        assert_eq!(ledger.used(), quota);
+    }
+}

@@ -1,0 +1,215 @@
+//! What holds for the memory store, and for the gate in front of a far one, beyond the common promise.
+
+use std::{sync::Arc, time::Duration};
+
+use quota_server::limiter::{LimitStore, Limiter, LimiterError, MemorySettings, MemoryStore};
+
+use super::{
+    ledger::TestLedger,
+    world::{self, DEADLINE, Far, Key, ONE, Plan, memory_store, settle},
+};
+
+#[tokio::test]
+async fn no_more_cells_are_held_than_allowed_and_rested_ones_make_room() {
+    let world = world::memory();
+    let settings = MemorySettings {
+        max_cells: 640,
+        ..MemorySettings::default()
+    };
+    let store = MemoryStore::new(
+        Arc::new(world.clock.clone()),
+        Arc::clone(&world.ledger) as _,
+        settings,
+    );
+    let limiter = Limiter::new(Arc::clone(&store) as _, Arc::new(world.clock.clone()));
+    let policies = Plan::rate(60, 10).policies();
+    let (mut refused, mut asked) = (0, 0);
+    for n in 0..5000u128 {
+        let tenant = quota_common::id::TenantId(uuid::Uuid::from_u128(1));
+        let id = quota_common::id::ApiKeyId(uuid::Uuid::from_u128(n));
+        match limiter.cell(tenant, id) {
+            Ok(cell) => {
+                asked += 1;
+                limiter.try_admit(&cell, &policies, ONE).unwrap();
+            }
+            Err(error) => {
+                assert!(matches!(error, LimiterError::TooManyKeys));
+                refused += 1;
+            }
+        }
+    }
+    assert_eq!(store.len(), asked);
+    assert!(asked <= 640 && refused > 0);
+    // A second later each bucket is full again, and nobody holds the cells.
+    world.advance(Duration::from_secs(1));
+    Key::number(&limiter, 10_000);
+    for n in 10_001..10_100 {
+        Key::number(&limiter, n);
+    }
+    assert!(store.len() <= 640);
+    assert_eq!(limiter.prune(), 0);
+    assert!(store.is_empty());
+}
+
+#[tokio::test]
+async fn a_request_that_goes_away_while_it_waits_loses_no_tokens() {
+    let world = world::memory();
+    let key = Key::of(&world.start());
+    let plan = Plan::any_rate().daily(1000);
+    world.ledger.set_delay(DEADLINE / 4);
+    for _ in 0..5 {
+        let ask = key.ask(&plan, 500);
+        assert!(tokio::time::timeout(DEADLINE / 20, ask).await.is_err());
+    }
+    world.ledger.set_delay(Duration::ZERO);
+    tokio::time::sleep(DEADLINE).await;
+    // What was fetched for it beyond a block goes back with the next decision.
+    assert!(key.ask(&plan, 1).await.is_allowed());
+    settle().await;
+    assert!(world.ledger.used() <= 11, "{}", world.ledger.used());
+    assert_eq!(key.admitted(&plan, 2000).await, 999);
+}
+
+#[tokio::test]
+async fn a_steady_stream_never_waits_for_the_ledger() {
+    let world = world::memory();
+    let key = Key::of(&world.start());
+    let policies = Plan::any_rate().daily(100_000).policies();
+    key.ask(&Plan::any_rate().daily(100_000), 1).await;
+    for n in 0..50_000 {
+        assert!(
+            key.limiter.try_admit(&key.cell, &policies, ONE).is_some(),
+            "request {n} would wait"
+        );
+        if n % 100 == 0 {
+            settle().await;
+        }
+    }
+    let asked = world.ledger.takes();
+    assert!(asked < 50_000 / 700, "{asked} blocks of 1000");
+}
+
+#[tokio::test]
+async fn nothing_is_in_hand_after_a_drain_with_calls_under_way() {
+    let world = world::memory();
+    let limiter = world.start();
+    let plan = Plan::any_rate().daily(1000).monthly(100_000);
+    for n in 0..50 {
+        let key = Key::number(&limiter, n);
+        assert_eq!(key.admitted(&plan, 8).await, 8);
+    }
+    // The last of each eight asked for more, which has not come yet.
+    world.ledger.set_delay(Duration::from_millis(20));
+    for n in 0..50 {
+        Key::number(&limiter, n).admitted(&plan, 1).await;
+    }
+    let drained = limiter.drain().await;
+    assert!(drained.given_back > 0);
+    assert_eq!(drained.lost, 0);
+    assert_eq!(world.ledger.used(), 2 * 50 * 9);
+}
+
+#[tokio::test]
+async fn a_drain_says_what_it_could_not_give_back() {
+    let world = world::memory();
+    let key = Key::of(&world.start());
+    key.ask(&Plan::any_rate().daily(1000), 1).await;
+    settle().await;
+    world.ledger.set_down(true);
+    let drained = key.limiter.drain().await;
+    assert_eq!((drained.given_back, drained.lost), (0, 9));
+}
+
+#[tokio::test]
+async fn a_far_store_is_not_asked_about_what_is_known_to_be_over() {
+    let world = world::far();
+    let store = Far::new(memory_store(&world.clock, &world.ledger));
+    assert!(!store.is_local());
+    let limiter = Limiter::new(Arc::clone(&store) as _, Arc::new(world.clock.clone()));
+    let key = Key::of(&limiter);
+    let plan = Plan::rate(60, 10).daily(1000);
+    assert_eq!(key.admitted(&plan, 1000).await, 10);
+    assert!(store.asked() <= 11, "{}", store.asked());
+    world.advance(Duration::from_secs(1));
+    assert_eq!(key.admitted(&plan, 100).await, 1);
+    assert!(store.asked() <= 12);
+    // What denies one cost may admit another.
+    world.advance(Duration::from_secs(2));
+    assert!(!key.ask(&plan, 5).await.is_allowed());
+    assert!(key.ask(&plan, 2).await.is_allowed());
+    // Over the quota, until tomorrow.
+    let plan = Plan::any_rate().daily(20);
+    assert_eq!(key.admitted(&plan, 500).await, 7);
+    assert!(store.asked() <= 12 + 11, "{}", store.asked());
+    // But not under another plan.
+    assert!(key.ask(&Plan::any_rate().daily(21), 1).await.is_allowed());
+}
+
+#[tokio::test]
+async fn a_ledger_that_panics_or_hangs_is_a_ledger_that_is_down() {
+    #[derive(Debug)]
+    struct Broken(std::sync::atomic::AtomicBool);
+
+    #[async_trait::async_trait]
+    impl quota_server::limiter::QuotaLedger for Broken {
+        async fn take(
+            &self,
+            _: quota_server::limiter::LedgerRow,
+            _: u64,
+            want: u64,
+        ) -> Result<quota_server::limiter::Taken, quota_server::limiter::LedgerError> {
+            assert!(
+                self.0.load(std::sync::atomic::Ordering::SeqCst),
+                "a ledger that panics"
+            );
+            Ok(quota_server::limiter::Taken {
+                granted: want,
+                used: want,
+            })
+        }
+
+        async fn give_back(
+            &self,
+            _: quota_server::limiter::LedgerRow,
+            _: u64,
+        ) -> Result<(), quota_server::limiter::LedgerError> {
+            Ok(())
+        }
+    }
+
+    let world = world::memory();
+    let ledger = Arc::new(Broken(false.into()));
+    let store = MemoryStore::new(
+        Arc::new(world.clock.clone()),
+        Arc::clone(&ledger) as _,
+        MemorySettings::default(),
+    );
+    let key = Key::of(&Limiter::new(store, Arc::new(world.clock.clone())));
+    let plan = Plan::any_rate().daily(10);
+    assert!(matches!(
+        key.try_ask(&plan, 1).await,
+        Err(LimiterError::LedgerUnavailable(_))
+    ));
+    ledger.0.store(true, std::sync::atomic::Ordering::SeqCst);
+    world.advance(Duration::from_secs(1));
+    assert!(key.ask(&plan, 1).await.is_allowed());
+}
+
+/// The ledger alone is shared: nothing of a test's own is left over from `TestLedger`.
+#[tokio::test]
+async fn two_replicas_on_one_ledger_share_a_quota() {
+    let world = world::memory();
+    let ledger = TestLedger::new();
+    let plan = Plan::any_rate().daily(1000);
+    let replicas: Vec<_> = (0..2)
+        .map(|_| {
+            let store = memory_store(&world.clock, &ledger);
+            Key::of(&Limiter::new(store, Arc::new(world.clock.clone())))
+        })
+        .collect();
+    let mut admitted = 0;
+    for round in 0..300 {
+        admitted += replicas[round % 2].admitted(&plan, 7).await;
+    }
+    assert!((990..=1000).contains(&admitted), "{admitted}");
+}

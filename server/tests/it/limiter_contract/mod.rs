@@ -1,0 +1,61 @@
+//! What every store of limits promises, as one suite that runs on each of them, and a comparison with a
+//! model that decides in the plainest way.
+//!
+//! A store takes part by a line in [`stores`]: a function that sets it up on a clock and a ledger of its own.
+
+mod behaviour;
+mod concurrency;
+mod ledger;
+mod memory;
+mod model;
+mod world;
+
+/// A far store keeps a clock of its own, which a test cannot set back.
+#[tokio::test]
+async fn a_clock_set_back_locks_nobody_out() {
+    behaviour::a_clock_set_back_locks_nobody_out(&world::memory()).await;
+}
+
+/// Runs the behaviours named here on every store.
+macro_rules! on_every_store {
+    ($($behaviour:ident),* $(,)?) => {
+        mod memory_store {
+            $(#[tokio::test]
+            async fn $behaviour() {
+                super::behaviour::$behaviour(&super::world::memory()).await;
+            })*
+        }
+
+        /// The memory store as if it were far away, so that the local gate stands in front of it.
+        mod far_store {
+            $(#[tokio::test]
+            async fn $behaviour() {
+                super::behaviour::$behaviour(&super::world::far()).await;
+            })*
+        }
+    };
+}
+
+on_every_store! {
+    a_rested_key_gets_its_burst_and_then_waits_exactly,
+    a_steady_key_gets_its_rate,
+    a_denial_by_rate_consumes_no_quota,
+    a_denial_by_quota_consumes_no_rate,
+    every_violated_policy_is_named_and_the_longest_wait_told,
+    a_cost_above_a_limit_is_refused_and_takes_nothing,
+    a_cost_is_taken_whole,
+    a_quota_begins_anew_with_the_local_day,
+    a_quota_begins_anew_with_the_month,
+    a_clock_that_stands_still_refills_nothing,
+    a_larger_burst_is_there_at_once_less_what_was_used,
+    a_smaller_burst_is_no_fresh_one,
+    a_raised_quota_is_in_force_at_once,
+    a_lowered_quota_is_not_spent_beyond,
+    a_key_finds_its_cell_again,
+    keys_do_not_share,
+    quotas_outlive_a_clean_stop_exactly,
+    quotas_outlive_a_crash_but_for_a_block,
+    a_ledger_that_is_down_admits_nothing_and_stops_no_rate,
+    tokens_given_back_by_others_are_found,
+    peeking_takes_nothing,
+}

@@ -1,0 +1,355 @@
+//! The limiter against a model that decides in the plainest way, over random schedules.
+//!
+//! The model keeps a list of grants and plays it through from the beginning for each request, in tokens as
+//! exact fractions; days and months it reads off `chrono`. Every field of every decision is compared.
+
+use std::collections::HashMap;
+
+use chrono::{DateTime, Datelike, Days, Months, NaiveDate, NaiveTime};
+use proptest::{
+    prelude::*,
+    strategy::ValueTree,
+    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
+};
+use quota_server::{
+    clock::UnixNanos,
+    limiter::{Decision, Outcome, Policy, PolicySet},
+};
+
+use super::world::{self, Key, Plan, START, World, settle};
+
+const MINUTE: i128 = 60_000_000_000;
+
+/// One thing that happened to a bucket.
+#[derive(Clone, Copy)]
+enum Event {
+    /// The clock showed this.
+    Seen(u64),
+    /// So many tokens were taken.
+    Grant(u32),
+    /// The plan was edited to this interval between tokens and this burst.
+    Plan(i128, i128),
+    /// The bucket was full and had been for so long.
+    Full(i128),
+}
+
+/// Nanoseconds of refill that are missing, and the numbers to read them by.
+#[derive(Default)]
+struct Bucket {
+    clock: u64,
+    interval: i128,
+    burst: i128,
+    /// Below zero: the bucket is full, and has been for so long.
+    missing: i128,
+}
+
+#[derive(Default)]
+struct Model {
+    events: Vec<Event>,
+    /// By policy and the day that its window starts on.
+    used: HashMap<(Policy, NaiveDate), u64>,
+    plan: (i128, i128),
+}
+
+impl Model {
+    /// Plays all that happened through. Forgets the past of a full bucket.
+    fn bucket(&mut self) -> Bucket {
+        let mut bucket = Bucket::default();
+        for event in &self.events {
+            match *event {
+                // Time that passed is refilled. Where the clock was set back the same time is still to
+                // come, but no more of it than fills a bucket.
+                Event::Seen(now) => {
+                    bucket.missing -= i128::from(now) - i128::from(bucket.clock);
+                    bucket.missing = bucket.missing.min(bucket.interval * bucket.burst);
+                    bucket.clock = now;
+                }
+                Event::Grant(cost) => {
+                    bucket.missing = bucket.missing.max(0) + i128::from(cost) * bucket.interval;
+                }
+                Event::Plan(interval, burst) => {
+                    // As many tokens are missing as before, at most all.
+                    if bucket.interval > 0 {
+                        let missing = bucket.missing.max(0) * interval;
+                        bucket.missing = (missing + bucket.interval - 1) / bucket.interval;
+                    }
+                    bucket.missing = bucket.missing.min(interval * burst);
+                    bucket.interval = interval;
+                    bucket.burst = burst;
+                }
+                Event::Full(since) => bucket.missing = -since,
+            }
+        }
+        if bucket.missing <= 0 {
+            self.events = vec![
+                Event::Plan(bucket.interval, bucket.burst),
+                Event::Seen(bucket.clock),
+                Event::Full(-bucket.missing),
+            ];
+        }
+        bucket
+    }
+
+    fn windows(now: UnixNanos) -> [(Policy, NaiveDate, u64); 2] {
+        let at = DateTime::from_timestamp_nanos(i64::try_from(now.0).unwrap());
+        let today = at.date_naive();
+        let month = today.with_day(1).unwrap();
+        let nanos = |date: NaiveDate| {
+            let midnight = date.and_time(NaiveTime::MIN).and_utc();
+            u64::try_from(midnight.timestamp_nanos_opt().unwrap()).unwrap()
+        };
+        [
+            (Policy::Daily, today, nanos(today + Days::new(1))),
+            (Policy::Monthly, month, nanos(month + Months::new(1))),
+        ]
+    }
+
+    fn decide(&mut self, plan: &Plan, now: UnixNanos, cost: u32) -> Expected {
+        let rpm = i128::from(plan.rpm);
+        let rate = ((MINUTE + rpm - 1) / rpm, i128::from(plan.burst));
+        self.events.push(Event::Seen(now.0));
+        if rate != self.plan {
+            self.plan = rate;
+            self.events.push(Event::Plan(rate.0, rate.1));
+        }
+        let bucket = self.bucket();
+        let holds = bucket.interval * bucket.burst;
+        let price = i128::from(cost) * bucket.interval;
+        let before = bucket.missing.max(0);
+
+        let mut violated = PolicySet::EMPTY;
+        let (mut wait, mut never) = (0u64, false);
+        if before + price > holds {
+            violated = violated.with(Policy::Rpm);
+            never |= price > holds;
+            wait = u64::try_from(before + price - holds).unwrap();
+        }
+        let mut quotas = Vec::new();
+        for ((policy, start, end), limit) in Self::windows(now)
+            .into_iter()
+            .zip([plan.daily, plan.monthly])
+        {
+            if limit == 0 {
+                continue;
+            }
+            let used = self.used.get(&(policy, start)).copied().unwrap_or(0);
+            if used + u64::from(cost) > limit {
+                violated = violated.with(policy);
+                never |= u64::from(cost) > limit;
+                wait = wait.max(end - now.0);
+            }
+            quotas.push((policy, limit, used, start, end));
+        }
+
+        let allowed = violated.is_empty();
+        let mut missing = before;
+        if allowed {
+            missing += price;
+            self.events.push(Event::Grant(cost));
+            for (policy, _, used, start, _) in &mut quotas {
+                *used += u64::from(cost);
+                self.used.insert((*policy, *start), *used);
+            }
+        }
+        Expected {
+            violated,
+            retry_after: (!allowed && !never).then_some(wait),
+            rate_left: u64::try_from((holds - missing) / bucket.interval).unwrap(),
+            full_at: now.0 + u64::try_from(missing).unwrap(),
+            quotas: quotas
+                .into_iter()
+                .map(|(policy, limit, used, _, end)| {
+                    (policy, limit, limit.saturating_sub(used), end)
+                })
+                .collect(),
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Expected {
+    violated: PolicySet,
+    retry_after: Option<u64>,
+    rate_left: u64,
+    full_at: u64,
+    quotas: Vec<(Policy, u64, u64, u64)>,
+}
+
+impl From<Decision> for Expected {
+    fn from(decision: Decision) -> Self {
+        assert_eq!(
+            decision.is_allowed(),
+            decision.outcome == Outcome::Allowed && decision.violated().is_empty()
+        );
+        Self {
+            violated: decision.violated(),
+            retry_after: decision.retry_after(),
+            rate_left: decision.rate.remaining,
+            full_at: decision.rate.reset_at.0,
+            quotas: [decision.daily, decision.monthly]
+                .into_iter()
+                .flatten()
+                .map(|state| (state.policy, state.limit, state.remaining, state.reset_at.0))
+                .collect(),
+        }
+    }
+}
+
+/// One thing to do to the limiter and the model.
+#[derive(Debug, Clone)]
+enum Step {
+    /// So many requests of this cost.
+    Ask {
+        cost: u32,
+        times: u32,
+    },
+    /// Waits, in nanoseconds.
+    Wait(u64),
+    /// Waits as long as the last denial said, less or more a nanosecond.
+    WaitAsTold(i8),
+    /// The clock jumps back.
+    Back(u64),
+    Edit(usize),
+    /// The process stops cleanly and starts again.
+    Restart,
+}
+
+fn step(jumps: bool, plans: usize) -> impl Strategy<Value = Step> {
+    let jump = u32::from(jumps);
+    prop_oneof![
+        12 => (1..4u32, 1..30u32).prop_map(|(cost, times)| Step::Ask { cost, times }),
+        4 => (1..200u32, 1..4u32).prop_map(|(cost, times)| Step::Ask { cost, times }),
+        6 => (0..3_000_000_000u64).prop_map(Step::Wait),
+        4 => (0..20_000_000u64).prop_map(Step::Wait),
+        1 => (0..200_000_000_000_000u64).prop_map(Step::Wait),
+        6 => (-1..2i8).prop_map(Step::WaitAsTold),
+        jump => (0..5_000_000_000u64).prop_map(Step::Back),
+        jump => (0..200_000_000_000_000u64).prop_map(Step::Back),
+        2 => (0..plans).prop_map(Step::Edit),
+        jump => Just(Step::Restart),
+    ]
+}
+
+fn plan() -> impl Strategy<Value = Plan> {
+    let rpm = prop_oneof![
+        1..100u32,
+        100..10_000u32,
+        Just(7),
+        Just(59_999_999),
+        Just(60_000_000)
+    ];
+    let quota =
+        prop_oneof![2 => Just(0u64), 1 => 1..50u64, 2 => 50..5000u64, 1 => 5000..2_000_000u64];
+    (rpm, 1..60u32, quota.clone(), quota).prop_map(|(rpm, burst, daily, monthly)| {
+        Plan::rate(rpm, burst).daily(daily).monthly(monthly)
+    })
+}
+
+/// Plays `steps` on both and answers how many decisions were compared.
+async fn play(world: &World, plans: &[Plan], steps: &[Step]) -> u64 {
+    let mut model = Model::default();
+    let mut key = Key::of(&world.start());
+    let mut plan = &plans[0];
+    let mut policies = plan.policies();
+    let mut told = 1_000_000_000;
+    let mut compared = 0;
+    // What the sold rate is checked by: when, and how many by then.
+    let mut grants: Vec<(u64, u64)> = Vec::new();
+    for step in steps {
+        match *step {
+            Step::Ask { cost, times } => {
+                let asked = std::num::NonZeroU32::new(cost).unwrap();
+                for _ in 0..times {
+                    let expected = model.decide(plan, world.now(), cost);
+                    let decision = key
+                        .limiter
+                        .admit(&key.cell, &policies, asked)
+                        .await
+                        .unwrap();
+                    told = decision.retry_after().unwrap_or(told);
+                    if decision.is_allowed() {
+                        grants.push((world.now().0, u64::from(cost)));
+                    }
+                    assert_eq!(Expected::from(decision), expected, "decision {compared}");
+                    compared += 1;
+                }
+            }
+            Step::Wait(nanos) => world.advance(std::time::Duration::from_nanos(nanos)),
+            Step::WaitAsTold(off) => {
+                let nanos = told.saturating_add_signed(i64::from(off));
+                // Of a month's wait only the last day.
+                world.advance(std::time::Duration::from_nanos(nanos));
+            }
+            Step::Back(nanos) => {
+                world
+                    .clock
+                    .set_now(UnixNanos((world.now().0 - nanos).max(START.0 / 2)));
+                grants.clear();
+            }
+            Step::Edit(index) => {
+                within_what_was_sold(plan, &grants);
+                grants.clear();
+                plan = &plans[index];
+                policies = plan.policies();
+            }
+            Step::Restart => {
+                settle().await;
+                assert_eq!(key.limiter.drain().await.lost, 0);
+                key = Key::of(&world.start());
+                model.events.clear();
+                model.plan = (0, 0);
+                grants.clear();
+            }
+        }
+    }
+    within_what_was_sold(plan, &grants);
+    compared
+}
+
+/// In any span at most `burst + rpm/60 * T` by the rate as it was sold, not as it was rounded.
+fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
+    // An edit to a smaller burst may have left less room; the first grant starts the first span.
+    for (i, (from, _)) in grants.iter().enumerate() {
+        let mut sum = 0i128;
+        for (until, cost) in &grants[i..] {
+            sum += i128::from(*cost);
+            let refilled = i128::from(plan.rpm) * i128::from(until - from);
+            assert!(sum * MINUTE <= i128::from(plan.burst) * MINUTE + refilled);
+        }
+    }
+}
+
+fn compare(seed: u8, set_up: fn() -> World, jumps: bool, decisions: u64) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]);
+    let mut runner = TestRunner::new_with_rng(Config::default(), rng);
+    let script = (
+        prop::collection::vec(plan(), 4),
+        prop::collection::vec(step(jumps, 4), 150),
+    );
+    let mut compared = 0;
+    while compared < decisions {
+        let (plans, steps) = script.new_tree(&mut runner).unwrap().current();
+        let world = set_up();
+        compared += runtime.block_on(play(&world, &plans, &steps));
+    }
+    assert!(compared >= decisions);
+}
+
+#[test]
+fn a_million_decisions_equal_those_of_the_model() {
+    std::thread::scope(|scope| {
+        scope.spawn(|| compare(1, world::memory, true, 400_000));
+        scope.spawn(|| compare(2, world::memory, true, 400_000));
+        compare(3, world::memory, false, 200_000);
+    });
+}
+
+/// The local gate in front of a store changes no decision.
+#[test]
+fn the_gate_changes_no_decision() {
+    compare(4, world::far, false, 100_000);
+}

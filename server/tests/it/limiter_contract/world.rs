@@ -1,0 +1,243 @@
+//! A limiter on a clock and a ledger that a test holds in its hands.
+
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use quota_common::id::{ApiKeyId, TenantId};
+use quota_server::{
+    clock::{Clock, TestClock, UnixNanos},
+    limiter::{
+        Decision, Drained, KeyCell, LimitStore, Limiter, LimiterError, MemorySettings, MemoryStore,
+        Policies, RatePolicy, Zone,
+    },
+};
+
+use super::ledger::TestLedger;
+
+/// 2026-11-24T10:00:00Z, a Tuesday.
+pub(super) const START: UnixNanos = UnixNanos::from_secs(1_795_514_400);
+pub(super) const ONE: NonZeroU32 = NonZeroU32::MIN;
+
+/// How long a request waits for the ledger in these tests.
+pub(super) const DEADLINE: Duration = Duration::from_millis(200);
+
+type SetUp = fn(&TestClock, &Arc<TestLedger>) -> Arc<dyn LimitStore>;
+
+pub(super) struct World {
+    pub(super) clock: TestClock,
+    pub(super) ledger: Arc<TestLedger>,
+    set_up: SetUp,
+}
+
+impl World {
+    fn new(set_up: SetUp) -> Self {
+        Self {
+            clock: TestClock::at(START),
+            ledger: TestLedger::new(),
+            set_up,
+        }
+    }
+
+    /// A replica that has just started.
+    pub(super) fn start(&self) -> Limiter {
+        let store = (self.set_up)(&self.clock, &self.ledger);
+        Limiter::new(store, Arc::new(self.clock.clone()))
+    }
+
+    pub(super) fn advance(&self, by: Duration) {
+        self.clock.advance(by);
+    }
+
+    pub(super) fn now(&self) -> UnixNanos {
+        self.clock.now()
+    }
+}
+
+pub(super) fn memory() -> World {
+    World::new(|clock, ledger| memory_store(clock, ledger))
+}
+
+pub(super) fn far() -> World {
+    World::new(|clock, ledger| Far::new(memory_store(clock, ledger)))
+}
+
+pub(super) fn memory_store(clock: &TestClock, ledger: &Arc<TestLedger>) -> Arc<MemoryStore> {
+    MemoryStore::new(
+        Arc::new(clock.clone()),
+        Arc::clone(ledger) as _,
+        MemorySettings {
+            ledger_deadline: DEADLINE,
+            ..MemorySettings::default()
+        },
+    )
+}
+
+/// A store that says it is elsewhere, and counts how often it is asked.
+#[derive(Debug)]
+pub(super) struct Far {
+    store: Arc<MemoryStore>,
+    asked: AtomicU64,
+}
+
+impl Far {
+    pub(super) fn new(store: Arc<MemoryStore>) -> Arc<Self> {
+        Arc::new(Self {
+            store,
+            asked: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn asked(&self) -> u64 {
+        self.asked.load(Ordering::SeqCst)
+    }
+}
+
+#[async_trait]
+impl LimitStore for Far {
+    fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError> {
+        self.store.cell(tenant, key)
+    }
+
+    fn try_take(
+        &self,
+        cell: &Arc<KeyCell>,
+        policies: &Policies,
+        cost: NonZeroU32,
+    ) -> Option<Decision> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        self.store.try_take(cell, policies, cost)
+    }
+
+    async fn take(
+        &self,
+        cell: &Arc<KeyCell>,
+        policies: &Policies,
+        cost: NonZeroU32,
+    ) -> Result<Decision, LimiterError> {
+        self.store.take(cell, policies, cost).await
+    }
+
+    fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+        self.store.peek(cell, policies)
+    }
+
+    fn is_local(&self) -> bool {
+        false
+    }
+
+    fn prune(&self) -> usize {
+        self.store.prune()
+    }
+
+    async fn drain(&self) -> Drained {
+        self.store.drain().await
+    }
+}
+
+/// The policies of a test, built up by what matters to it.
+#[derive(Debug, Clone)]
+pub(super) struct Plan {
+    pub(super) rpm: u32,
+    pub(super) burst: u32,
+    pub(super) daily: u64,
+    pub(super) monthly: u64,
+    pub(super) zone: &'static str,
+}
+
+impl Plan {
+    pub(super) fn rate(rpm: u32, burst: u32) -> Self {
+        Self {
+            rpm,
+            burst,
+            daily: 0,
+            monthly: 0,
+            zone: "UTC",
+        }
+    }
+
+    /// A rate that stands in nobody's way.
+    pub(super) fn any_rate() -> Self {
+        Self::rate(60_000_000, 60_000_000)
+    }
+
+    pub(super) fn daily(self, daily: u64) -> Self {
+        Self { daily, ..self }
+    }
+
+    pub(super) fn monthly(self, monthly: u64) -> Self {
+        Self { monthly, ..self }
+    }
+
+    pub(super) fn zone(self, zone: &'static str) -> Self {
+        Self { zone, ..self }
+    }
+
+    pub(super) fn policies(&self) -> Policies {
+        Policies::new(
+            RatePolicy {
+                rpm: NonZeroU32::new(self.rpm).unwrap(),
+                burst: NonZeroU32::new(self.burst).unwrap(),
+            },
+            NonZeroU64::new(self.daily),
+            NonZeroU64::new(self.monthly),
+            Zone::named(self.zone).unwrap(),
+            false,
+        )
+    }
+}
+
+/// One key at one replica.
+pub(super) struct Key {
+    pub(super) limiter: Limiter,
+    pub(super) cell: Arc<KeyCell>,
+}
+
+impl Key {
+    /// The key of this number; the same number is the same key, also after a restart.
+    pub(super) fn number(limiter: &Limiter, n: u128) -> Self {
+        let tenant = TenantId(uuid::Uuid::from_u128(1));
+        let key = ApiKeyId(uuid::Uuid::from_u128(n));
+        Self {
+            limiter: limiter.clone(),
+            cell: limiter.cell(tenant, key).unwrap(),
+        }
+    }
+
+    pub(super) fn of(limiter: &Limiter) -> Self {
+        Self::number(limiter, 7)
+    }
+
+    pub(super) async fn ask(&self, plan: &Plan, cost: u32) -> Decision {
+        self.try_ask(plan, cost).await.unwrap()
+    }
+
+    pub(super) async fn try_ask(&self, plan: &Plan, cost: u32) -> Result<Decision, LimiterError> {
+        let cost = NonZeroU32::new(cost).unwrap();
+        self.limiter.admit(&self.cell, &plan.policies(), cost).await
+    }
+
+    /// How many of `tries` requests in a row are admitted.
+    pub(super) async fn admitted(&self, plan: &Plan, tries: u32) -> u64 {
+        let policies = plan.policies();
+        let mut admitted = 0;
+        for _ in 0..tries {
+            let decision = self.limiter.admit(&self.cell, &policies, ONE).await;
+            admitted += u64::from(decision.unwrap().is_allowed());
+        }
+        admitted
+    }
+}
+
+/// Lets what runs in the background get done.
+pub(super) async fn settle() {
+    for _ in 0..50 {
+        tokio::task::yield_now().await;
+    }
+}

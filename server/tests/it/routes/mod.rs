@@ -1,0 +1,3 @@
+//! What the operations do, one file for each noun: acting through HTTP, asserting on HTTP, then on the database.
+
+mod limit;

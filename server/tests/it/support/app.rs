@@ -1,0 +1,550 @@
+//! A server of the test's own, in this process, on a database of its own, spoken to over HTTP.
+//!
+//! Every answer is held against the OpenAPI document: its status has to be one that the document names for the
+//! operation, and its body has to fit the schema that stands there. A test that only acts proves that much.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
+
+use clap::Parser;
+use quota_server::{
+    clock::{Clock, SystemClock},
+    config::{Config, PasswordCost, Settings},
+    db::{self, Db},
+    jobs::Jobs,
+    openapi, router,
+    serve::{Timeouts, serve},
+    state::AppState,
+    telemetry::log::Log,
+};
+use reqwest::{Client, Method, RequestBuilder, StatusCode, header::HeaderMap};
+use secrecy::SecretString;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, sync::watch};
+
+use super::postgres::TestDatabase;
+
+/// The document that the server shows.
+pub(crate) static DOCUMENT: LazyLock<Value> =
+    LazyLock::new(|| serde_json::from_str(&openapi::text()).expect("the document is JSON"));
+
+/// A password that is good enough.
+pub(crate) const PASSWORD: &str = "violet-harbour-quilt-93";
+
+#[derive(Parser)]
+struct Flags {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// A running server.
+pub(crate) struct TestApp {
+    pub(crate) addr: SocketAddr,
+    pub(crate) metrics_addr: SocketAddr,
+    pub(crate) state: AppState,
+    pub(crate) database: Arc<TestDatabase>,
+    pub(crate) http: Client,
+    stop: watch::Sender<bool>,
+    jobs: Option<Jobs>,
+    servers: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// What a test changes about a server.
+pub(crate) struct Setup {
+    flags: Vec<String>,
+    clock: Arc<dyn Clock>,
+    database: Option<Arc<TestDatabase>>,
+    url: Option<String>,
+    with_jobs: bool,
+}
+
+impl Setup {
+    /// One setting, such as `--auth-rpm=3`.
+    pub(crate) fn flag(mut self, flag: impl Into<String>) -> Self {
+        self.flags.push(flag.into());
+        self
+    }
+
+    pub(crate) fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// The database of another server: a second replica, or the same one after a restart.
+    pub(crate) fn database(mut self, database: Arc<TestDatabase>) -> Self {
+        self.database = Some(database);
+        self
+    }
+
+    /// Another way to the database, such as through a proxy that fails.
+    pub(crate) fn url(mut self, url: impl Into<String>) -> Self {
+        self.url = Some(url.into());
+        self
+    }
+
+    /// Without the workers: no poll for revocations, no pruning, no `last_used_at`.
+    pub(crate) fn without_jobs(mut self) -> Self {
+        self.with_jobs = false;
+        self
+    }
+
+    pub(crate) async fn start(self) -> TestApp {
+        let database = match self.database {
+            Some(database) => database,
+            None => Arc::new(
+                TestDatabase::create(|url| async move {
+                    db::migrate(&SecretString::from(url)).await.map(drop)
+                })
+                .await,
+            ),
+        };
+        // Limits by address would make one test of the others' business: all come from one.
+        let mut flags = vec![
+            "test".to_owned(),
+            "--auth-rpm=0".into(),
+            "--admin-rpm=0".into(),
+            "--login-rpm=0".into(),
+        ];
+        flags.push("--database-pool=6".into());
+        flags.extend(self.flags);
+        let settings = Flags::try_parse_from(flags)
+            .expect("the flags of a test are flags")
+            .settings;
+        let config = Config {
+            password_cost: PasswordCost {
+                memory_kib: 64,
+                passes: 1,
+            },
+            data_dir: PathBuf::from("/nonexistent"),
+            ..Config::read(&settings).expect("the settings of a test are valid")
+        };
+        let url = SecretString::from(self.url.unwrap_or_else(|| database.url().to_owned()));
+        let db = Db::new(&url, config.database_pool);
+        let log = Log::start(config.log_format);
+        let timeouts = Timeouts {
+            header: config.header_timeout,
+            drain: Duration::from_secs(5),
+        };
+        let state = AppState::new(config, db, self.clock, log)
+            .await
+            .expect("the state can be built");
+        let jobs = self.with_jobs.then(|| Jobs::start(&state));
+
+        let (stop, stopping) = watch::channel(false);
+        let until = |mut stopping: watch::Receiver<bool>| async move {
+            let _ = stopping.wait_for(|stop| *stop).await;
+        };
+        let listener = TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("loopback has a free port");
+        let metrics_listener = TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("loopback has a free port");
+        let (addr, metrics_addr) = (
+            listener.local_addr().expect("it is bound"),
+            metrics_listener.local_addr().expect("it is bound"),
+        );
+        let servers = vec![
+            tokio::spawn(serve(
+                listener,
+                router::public(&state),
+                timeouts,
+                until(stopping.clone()),
+            )),
+            tokio::spawn(serve(
+                metrics_listener,
+                router::metrics(&state),
+                timeouts,
+                until(stopping),
+            )),
+        ];
+        TestApp {
+            addr,
+            metrics_addr,
+            state,
+            database,
+            http: Client::new(),
+            stop,
+            jobs,
+            servers,
+        }
+    }
+}
+
+impl TestApp {
+    pub(crate) fn setup() -> Setup {
+        Setup {
+            flags: Vec::new(),
+            clock: Arc::new(SystemClock::new()),
+            database: None,
+            url: None,
+            with_jobs: true,
+        }
+    }
+
+    pub(crate) async fn start() -> Self {
+        Self::setup().start().await
+    }
+
+    /// Stops as SIGTERM would: requests finish, quotas in hand go back.
+    pub(crate) async fn stop(mut self) {
+        self.state.drain();
+        let _ = self.stop.send(true);
+        for server in self.servers.drain(..) {
+            server.await.expect("the server ends well");
+        }
+        self.state.limiter.drain().await;
+        if let Some(jobs) = self.jobs.take() {
+            jobs.stop().await;
+        }
+    }
+
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.addr)
+    }
+
+    pub(crate) fn request(&self, method: Method, path: &str) -> Call {
+        Call {
+            request: self.http.request(method.clone(), self.url(path)),
+            method,
+            path: path.to_owned(),
+        }
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Call {
+        self.request(Method::GET, path)
+    }
+
+    pub(crate) fn post(&self, path: &str, body: Value) -> Call {
+        self.request(Method::POST, path).json(body)
+    }
+
+    /// A new account, by its own email.
+    pub(crate) async fn register(&self) -> Account {
+        let email = format!("user-{}@example.com", uuid::Uuid::now_v7().simple());
+        let made = self
+            .post(
+                "/auth/register",
+                json!({"email": email, "password": PASSWORD}),
+            )
+            .send()
+            .await;
+        assert_eq!(made.status, 201, "{}", made.body);
+        Account {
+            email,
+            access_token: made.text("access_token"),
+            refresh_token: made.text("refresh_token"),
+            user_id: made.body["user"]["id"].as_str().expect("an id").to_owned(),
+            tenant_id: made.body["tenant"]["id"]
+                .as_str()
+                .expect("an id")
+                .to_owned(),
+        }
+    }
+
+    /// A new plan of the account's; answers its id.
+    pub(crate) async fn plan(&self, account: &Account, plan: Value) -> String {
+        let mut body = json!({"name": format!("Plan {}", uuid::Uuid::now_v7()), "default_rpm": 60});
+        for (field, value) in plan.as_object().expect("an object") {
+            body[field] = value.clone();
+        }
+        let made = self
+            .post("/admin/plans", body)
+            .bearer(&account.access_token)
+            .send()
+            .await;
+        assert_eq!(made.status, 201, "{}", made.body);
+        made.text("id")
+    }
+
+    /// A new key on a plan.
+    pub(crate) async fn key(&self, account: &Account, plan_id: &str) -> Key {
+        let body = json!({"name": "Key", "plan_id": plan_id});
+        let made = self
+            .post("/admin/api-keys", body)
+            .bearer(&account.access_token)
+            .send()
+            .await;
+        assert_eq!(made.status, 201, "{}", made.body);
+        Key {
+            text: made.text("key"),
+            id: made.body["api_key"]["id"]
+                .as_str()
+                .expect("an id")
+                .to_owned(),
+        }
+    }
+
+    /// A new service token; answers its text.
+    pub(crate) async fn service_token(&self, account: &Account) -> String {
+        let made = self
+            .post("/admin/service-tokens", json!({"name": "Gateway"}))
+            .bearer(&account.access_token)
+            .send()
+            .await;
+        assert_eq!(made.status, 201, "{}", made.body);
+        made.text("token")
+    }
+
+    pub(crate) async fn echo(&self, key: &str) -> Answer {
+        self.get("/v1/echo").header("X-API-Key", key).send().await
+    }
+
+    /// One number of `/metrics`; 0 when it is not there.
+    pub(crate) async fn metric(&self, name: &str) -> f64 {
+        let url = format!("http://{}/metrics", self.metrics_addr);
+        let text = self
+            .http
+            .get(url)
+            .send()
+            .await
+            .expect("metrics")
+            .text()
+            .await
+            .expect("metrics");
+        text.lines()
+            .find_map(|line| {
+                line.strip_prefix(name)?
+                    .strip_prefix(' ')?
+                    .trim()
+                    .parse()
+                    .ok()
+            })
+            .unwrap_or(0.0)
+    }
+}
+
+impl Drop for TestApp {
+    fn drop(&mut self) {
+        let _ = self.stop.send(true);
+    }
+}
+
+pub(crate) struct Account {
+    pub(crate) email: String,
+    pub(crate) access_token: String,
+    pub(crate) refresh_token: String,
+    pub(crate) user_id: String,
+    pub(crate) tenant_id: String,
+}
+
+pub(crate) struct Key {
+    pub(crate) text: String,
+    pub(crate) id: String,
+}
+
+/// A request that is being made.
+pub(crate) struct Call {
+    request: RequestBuilder,
+    method: Method,
+    path: String,
+}
+
+impl Call {
+    pub(crate) fn bearer(mut self, token: &str) -> Self {
+        self.request = self.request.bearer_auth(token);
+        self
+    }
+
+    pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
+        self.request = self.request.header(name, value);
+        self
+    }
+
+    pub(crate) fn json(mut self, body: Value) -> Self {
+        self.request = self.request.json(&body);
+        self
+    }
+
+    pub(crate) fn body(mut self, media_type: &str, body: impl Into<reqwest::Body>) -> Self {
+        self.request = self.request.header("content-type", media_type).body(body);
+        self
+    }
+
+    /// Sends it, and holds the answer against the document.
+    pub(crate) async fn send(self) -> Answer {
+        let response = self.request.send().await.expect("the server answers");
+        let (status, headers) = (response.status(), response.headers().clone());
+        let text = response.text().await.expect("the body arrives whole");
+        let body = serde_json::from_str(&text).unwrap_or(Value::Null);
+        let answer = Answer {
+            status: status.as_u16(),
+            headers,
+            body,
+            text,
+        };
+        answer.check(
+            &self.method,
+            self.path.split('?').next().unwrap_or_default(),
+            status,
+        );
+        answer
+    }
+}
+
+/// An answer, held against the document.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
+    /// `Null` where it is no JSON.
+    pub(crate) body: Value,
+    pub(crate) text: String,
+}
+
+impl Answer {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers
+            .get(name)
+            .map(|value| value.to_str().expect("fields are text"))
+    }
+
+    pub(crate) fn number(&self, name: &str) -> u64 {
+        let value = self
+            .header(name)
+            .unwrap_or_else(|| panic!("no {name} in {:?}", self.headers));
+        value
+            .parse()
+            .unwrap_or_else(|_| panic!("{name} is {value}"))
+    }
+
+    /// A text of the body.
+    pub(crate) fn text(&self, field: &str) -> String {
+        self.body[field]
+            .as_str()
+            .unwrap_or_else(|| panic!("no {field} in {}", self.body))
+            .to_owned()
+    }
+
+    /// The last part of the problem's type.
+    pub(crate) fn problem(&self) -> &str {
+        let kind = self.body["type"].as_str().unwrap_or_default();
+        kind.rsplit(['/', '#']).next().unwrap_or_default()
+    }
+
+    fn check(&self, method: &Method, path: &str, status: StatusCode) {
+        assert!(
+            self.headers.contains_key("x-request-id"),
+            "every answer has an id"
+        );
+        assert_ne!(
+            status,
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "{method} {path}: {}",
+            self.text
+        );
+        if status.is_client_error() || status.is_server_error() {
+            assert!(
+                self.text.is_empty()
+                    || self.header("content-type") == Some("application/problem+json"),
+                "{method} {path}: {}",
+                self.text
+            );
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            assert!(
+                self.headers.contains_key("www-authenticate"),
+                "{method} {path}"
+            );
+        }
+        let Some((template, operation)) = operation(method, path) else {
+            return;
+        };
+        let answers = &operation["responses"];
+        let answer = &answers[status.as_str()];
+        assert!(
+            !answer.is_null(),
+            "{method} {template} answered {status}, which its document does not name: {}",
+            self.text
+        );
+        let Some(content) = answer["content"].as_object() else {
+            assert_eq!(
+                self.text, "",
+                "{method} {template} {status} has no body in the document"
+            );
+            return;
+        };
+        if method == Method::HEAD || (self.text.is_empty() && template == "/v1/forward-auth") {
+            return;
+        }
+        let schema = content
+            .values()
+            .next()
+            .map(|content| content["schema"].clone())
+            .expect("a schema");
+        let faults = faults(&schema, &self.body);
+        assert!(
+            faults.is_empty(),
+            "{method} {template} {status} does not fit: {faults:?} in {}",
+            self.text
+        );
+    }
+}
+
+/// The operation of the document that a request is of.
+pub(crate) fn operation(method: &Method, path: &str) -> Option<(String, &'static Value)> {
+    let parts = path.split('/').collect::<Vec<_>>();
+    let paths = DOCUMENT["paths"].as_object().expect("paths");
+    let fits = |template: &str| {
+        let names = template.split('/').collect::<Vec<_>>();
+        names.len() == parts.len()
+            && names
+                .iter()
+                .zip(&parts)
+                .all(|(name, part)| name.starts_with('{') || name == part)
+    };
+    // A path that is written out goes before one with a name in it.
+    let mut found = paths
+        .iter()
+        .filter(|(template, _)| fits(template))
+        .collect::<Vec<_>>();
+    found.sort_by_key(|(template, _)| template.matches('{').count());
+    let (template, operations) = found.first()?;
+    let operation = &operations[method.as_str().to_lowercase()];
+    (!operation.is_null()).then(|| ((*template).clone(), operation))
+}
+
+/// What of a value does not fit a schema of the document. OpenAPI 3.0 says `nullable` where JSON Schema has a
+/// type `null`.
+pub(crate) fn faults(schema: &Value, value: &Value) -> Vec<String> {
+    static COMPONENTS: LazyLock<Value> = LazyLock::new(|| {
+        let mut components = DOCUMENT["components"].clone();
+        nullable(&mut components);
+        components
+    });
+    let mut schema = schema.clone();
+    nullable(&mut schema);
+    schema["components"] = COMPONENTS.clone();
+    let validator = jsonschema::draft4::new(&schema).expect("a schema of the document is a schema");
+    validator
+        .iter_errors(value)
+        .map(|error| format!("{}: {error}", error.instance_path()))
+        .collect()
+}
+
+fn nullable(schema: &mut Value) {
+    match schema {
+        Value::Object(fields) => {
+            if fields.get("nullable") == Some(&Value::Bool(true)) {
+                let plain = Value::Object(
+                    fields
+                        .clone()
+                        .into_iter()
+                        .filter(|(name, _)| name != "nullable")
+                        .collect(),
+                );
+                *fields = HashMap::from([("anyOf".to_owned(), json!([plain, {"type": "null"}]))])
+                    .into_iter()
+                    .collect();
+            }
+            fields.values_mut().for_each(nullable);
+        }
+        Value::Array(items) => items.iter_mut().for_each(nullable),
+        _ => {}
+    }
+}
