@@ -17,7 +17,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     let service = openapi::service(state);
     let document = openapi::document(&service);
     let viewer = service.swagger_ui_html();
-    let pages = document::routes(document, &viewer);
+    let pages = document::routes(&state.config.public_url, document, &viewer);
     let service = std::sync::Arc::new(service.into_endpoint());
     let guard = |guard: fn(&Parts) -> &_| IpGuard {
         state: state.clone(),

@@ -1,6 +1,6 @@
 //! `cargo xtask check`: formatting, lints, and whether what is generated is what is committed.
 
-use std::fs;
+use std::{fs, process::Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -13,11 +13,35 @@ struct Generated {
     refresh: &'static str,
 }
 
-const GENERATED: &[Generated] = &[Generated {
-    path: schema::PATH,
-    generate: schema::generate,
-    refresh: "cargo xtask schema",
-}];
+const GENERATED: &[Generated] = &[
+    Generated {
+        path: schema::PATH,
+        generate: schema::generate,
+        refresh: "cargo xtask schema",
+    },
+    Generated {
+        path: "openapi.json",
+        generate: || printed("openapi"),
+        refresh: "cargo run -p quota-server -- openapi > openapi.json",
+    },
+    Generated {
+        path: ".env.example",
+        generate: || printed("env-example"),
+        refresh: "cargo run -p quota-server -- env-example > .env.example",
+    },
+];
+
+/// What a command of the server's prints.
+fn printed(command: &str) -> Result<String> {
+    let output = cargo()
+        .args(["run", "--quiet", "--package", "quota-server", "--", command])
+        .stderr(Stdio::inherit())
+        .output()?;
+    if !output.status.success() {
+        bail!("`quota {command}` failed: {}", output.status);
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
 
 pub(crate) fn check() -> Result<()> {
     machine::install(&[machine::POSTGRES])?;

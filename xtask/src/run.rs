@@ -1,6 +1,6 @@
 //! `cargo xtask run`: from a fresh clone to a server with demo data.
 
-use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
+use std::{env, ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 
@@ -11,7 +11,12 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     say("building the server (a first build takes some minutes)");
     // `exec`, as cargo itself does in turn: the server gets the signals meant for us, and its exit code
     // is ours.
-    let error = cargo()
+    let mut command = cargo();
+    if env::var_os("QUOTA_LOG_FORMAT").is_none() {
+        // Read by a person in a terminal.
+        command.env("QUOTA_LOG_FORMAT", "text");
+    }
+    let error = command
         .args([
             "run",
             "--quiet",

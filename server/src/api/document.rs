@@ -84,6 +84,27 @@ fn page(title: &str, body: &str) -> Response {
     ))
 }
 
+/// Text as HTML.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+}
+
+/// Text as HTML, with what stands between backticks as code.
+fn marked(text: &str) -> String {
+    let parts = text.split('`').enumerate().map(|(index, part)| {
+        let part = escape(part);
+        if index % 2 == 0 {
+            part
+        } else {
+            format!("<code>{part}</code>")
+        }
+    });
+    parts.collect()
+}
+
 fn problem(code: ProblemCode) -> Response {
     page(
         code.title(),
@@ -94,7 +115,7 @@ fn problem(code: ProblemCode) -> Response {
             code.title(),
             code.slug(),
             code.status(),
-            code.explanation(),
+            marked(code.explanation()),
         ),
     )
 }
@@ -140,7 +161,7 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
 }
 
 /// `/`, `/page.css`, `/problems`, `/docs`, `/openapi.json`.
-pub fn routes(document: String, service_html: &str) -> impl Endpoint + use<> {
+pub fn routes(base: &str, document: String, service_html: &str) -> impl Endpoint + use<> {
     let (style, script) = viewer(service_html).unwrap_or_default();
     let text = |body: String, media_type: &'static str, cache: &'static str, csp: &'static str| {
         let body = bytes::Bytes::from(body);
@@ -148,7 +169,9 @@ pub fn routes(document: String, service_html: &str) -> impl Endpoint + use<> {
             respond(body.clone(), media_type, cache, csp)
         }))
     };
-    let landing = LANDING.replace("{{version}}", env!("CARGO_PKG_VERSION"));
+    let landing = LANDING
+        .replace("{{version}}", env!("CARGO_PKG_VERSION"))
+        .replace("{{base}}", &escape(base));
     Route::new()
         .at("/", get(make_sync(move |_| html(landing.clone()))))
         .at("/page.css", text(STYLE.to_owned(), CSS, HOUR, CSP))

@@ -167,12 +167,12 @@ impl Metrics {
             self.key_stale_served.clone(),
         );
         r.register(
-            "quota_ledger_takes",
+            "ledger_takes",
             "Blocks of calendar quotas taken",
             self.ledger_takes.clone(),
         );
         r.register(
-            "quota_ledger_errors",
+            "ledger_errors",
             "Failed calls to the quota ledger",
             self.ledger_errors.clone(),
         );
