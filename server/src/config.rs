@@ -137,7 +137,7 @@ pub struct Settings {
     )]
     pub body_limit: String,
 
-    /// How long a request's header fields may take to arrive, such as 5s.
+    /// How long a request's header fields may take to arrive, and then its body, such as 5s.
     #[arg(
         long,
         env = "QUOTA_HEADER_TIMEOUT",

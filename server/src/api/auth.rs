@@ -1,9 +1,12 @@
 //! `/auth`.
 
 use poem::{Request, Result};
-use poem_openapi::{OpenApi, param::Path};
+use poem_openapi::{
+    OpenApi,
+    param::{Path, Query},
+};
 use quota_common::{
-    SessionId, TenantId, UserId,
+    Page, SessionId, TenantId, UserId,
     auth::{
         ChangePassword, Login, Me, Refresh, Register, Role, Session, SignedIn, Tenant, Tokens,
         UpdateMe, User,
@@ -15,6 +18,7 @@ use super::{
     admitted::{AdmittedTenant, origin},
     change::{self, Change},
     json::{Created, Json, NoContent},
+    page,
     problem::ApiError,
 };
 use crate::{
@@ -24,6 +28,7 @@ use crate::{
     repo::{
         account::{self as rows, TenantChange, TenantRow, UserRow},
         revocation::{self, Target},
+        session::SessionRow,
     },
     state::AppState,
 };
@@ -236,9 +241,18 @@ impl AuthApi {
     ///
     /// Those that live, newest first.
     #[oai(path = "/sessions", method = "get", operation_id = "list_sessions")]
-    async fn sessions(&self, caller: AdmittedTenant) -> Result<Json<Vec<Session>>, ApiError> {
-        let sessions = self.state.sessions.of_user(caller.user()).await?;
-        let show = sessions.into_iter().map(|row| Session {
+    async fn sessions(
+        &self,
+        caller: AdmittedTenant,
+        /// How many at most, 1 to 100.
+        #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
+        limit: Query<Option<u32>>,
+        /// The `next_cursor` of the page before.
+        cursor: Query<Option<String>>,
+    ) -> Result<Json<Page<Session>>, ApiError> {
+        let slice = page::slice(limit.0, cursor.0.as_deref())?;
+        let rows = self.state.sessions.of_user(caller.user(), slice).await?;
+        let show = |row: SessionRow| Session {
             id: SessionId(row.id),
             current: row.id == caller.session_id().0,
             user_agent: row.user_agent,
@@ -246,8 +260,8 @@ impl AuthApi {
             created_at: row.created_at.into(),
             last_used_at: row.last_used_at.into(),
             expires_at: row.expires_at.into(),
-        });
-        Ok(Json(show.collect()))
+        };
+        Ok(Json(page::page(rows, |row| row.id, show)))
     }
 
     /// End a session of the own

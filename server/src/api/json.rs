@@ -4,6 +4,8 @@
 //! document describes the same JSON is proved in `common/tests/wire.rs`. Reading tells apart what cannot be
 //! understood (400) from what is understood and not allowed (422), and names every field that is not.
 
+use std::time::Duration;
+
 use futures_util::StreamExt;
 use garde::Validate;
 use poem::{
@@ -196,9 +198,9 @@ fn check_media_type(request: &Request) -> Result<(), ApiError> {
 }
 
 async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiError> {
-    let limit = request
-        .data::<AppState>()
-        .map_or(64 * 1024, |state| state.config.body_limit);
+    let settings = request.data::<AppState>().map(|state| &state.config);
+    let limit = settings.map_or(64 * 1024, |config| config.body_limit);
+    let patience = settings.map_or(Duration::from_secs(5), |config| config.header_timeout);
     let too_large = || {
         ApiError::new(
             ProblemCode::ContentTooLarge,
@@ -216,20 +218,30 @@ async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiE
         .take()
         .map_err(|error| ApiError::internal(error.to_string()))?;
     let mut stream = body.into_bytes_stream();
-    let mut bytes = Vec::with_capacity(announced.unwrap_or(0));
-    while let Some(chunk) = stream.next().await {
-        let chunk = chunk.map_err(|_| {
-            ApiError::new(
-                ProblemCode::Malformed,
-                "The body ended before it was complete.",
-            )
-        })?;
-        if bytes.len() + chunk.len() > limit {
-            return Err(too_large());
+    let arriving = async {
+        let mut bytes = Vec::with_capacity(announced.unwrap_or(0));
+        while let Some(chunk) = stream.next().await {
+            let chunk = chunk.map_err(|_| {
+                ApiError::new(
+                    ProblemCode::Malformed,
+                    "The body ended before it was complete.",
+                )
+            })?;
+            if bytes.len() + chunk.len() > limit {
+                return Err(too_large());
+            }
+            bytes.extend_from_slice(&chunk);
         }
-        bytes.extend_from_slice(&chunk);
-    }
-    Ok(bytes)
+        Ok(bytes)
+    };
+    tokio::time::timeout(patience, arriving)
+        .await
+        .unwrap_or_else(|_| {
+            Err(ApiError::new(
+                ProblemCode::RequestTimeout,
+                "The body did not arrive in the time that the server waits.",
+            ))
+        })
 }
 
 /// Reads and judges a body.

@@ -13,7 +13,7 @@ use crate::{
     clock::{Clock, UnixNanos},
     db::{self, Db, SystemTx},
     repo::{
-        account, audit,
+        Rows, Slice, account, audit,
         revocation::{self, Target},
         session::{self, NewSession, Rotation, SessionRow},
     },
@@ -238,9 +238,9 @@ impl Sessions {
     }
 
     /// The living sessions of a user.
-    pub async fn of_user(&self, user: UserId) -> Result<Vec<SessionRow>, AuthError> {
+    pub async fn of_user(&self, user: UserId, slice: Slice) -> Result<Rows<SessionRow>, AuthError> {
         let mut tx = self.db.system().await?;
-        let sessions = session::of_user(&mut tx, user.0).await?;
+        let sessions = session::of_user(&mut tx, user.0, slice).await?;
         tx.commit().await?;
         Ok(sessions)
     }

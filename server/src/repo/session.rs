@@ -10,6 +10,7 @@ use diesel_async::RunQueryDsl;
 use ipnet::IpNet;
 use uuid::Uuid;
 
+use super::{Rows, Slice};
 use crate::{
     db::{DbError, SystemTx},
     schema::{refresh_tokens, sessions},
@@ -167,16 +168,27 @@ pub async fn find_live(tx: &mut SystemTx, session: Uuid) -> Result<Option<Sessio
     Ok(query.first(&mut **tx).await.optional()?)
 }
 
-/// The living sessions of a user, newest first.
-pub async fn of_user(tx: &mut SystemTx, user: Uuid) -> Result<Vec<SessionRow>, DbError> {
-    let query = sessions::table
-        .filter(sessions::user_id.eq(user))
-        .filter(sessions::revoked_at.is_null())
-        .filter(sessions::expires_at.gt(now))
+/// The living sessions of a user.
+pub async fn of_user(
+    tx: &mut SystemTx,
+    user: Uuid,
+    slice: Slice,
+) -> Result<Rows<SessionRow>, DbError> {
+    let living = || {
+        sessions::table
+            .filter(sessions::user_id.eq(user))
+            .filter(sessions::revoked_at.is_null())
+            .filter(sessions::expires_at.gt(now))
+    };
+    let total = living().count().get_result(&mut **tx).await?;
+    let rows = living()
+        .filter(sessions::id.lt(slice.before()))
         .order(sessions::id.desc())
-        .limit(100)
-        .select(SessionRow::as_select());
-    Ok(query.load(&mut **tx).await?)
+        .limit(slice.fetch())
+        .select(SessionRow::as_select())
+        .load(&mut **tx)
+        .await?;
+    Ok(Rows::new(rows, slice, total))
 }
 
 /// Ends one session of a user; `false` when they have no such living one.

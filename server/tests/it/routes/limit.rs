@@ -1,17 +1,50 @@
 //! Decisions, by every way in.
 
-use serde_json::json;
+use std::{sync::Arc, time::Duration};
 
-use crate::support::app::TestApp;
+use quota_server::clock::{Clock as _, SystemClock, TestClock};
+use serde_json::{Value, json};
+
+use crate::support::app::{Account, Answer, Key, TestApp};
+
+/// A server whose clock moves only when told to, with an account.
+async fn still() -> (TestApp, TestClock, Account) {
+    let clock = TestClock::at(SystemClock::new().now());
+    let app = TestApp::setup()
+        .clock(Arc::new(clock.clone()))
+        .start()
+        .await;
+    let account = app.register().await;
+    (app, clock, account)
+}
+
+async fn key(app: &TestApp, account: &Account, plan: Value) -> Key {
+    let plan = app.plan(account, plan).await;
+    app.key(account, &plan).await
+}
+
+async fn check(app: &TestApp, token: &str, body: Value) -> Answer {
+    app.post("/v1/check", body).bearer(token).send().await
+}
+
+async fn forward(app: &TestApp, token: &str, key: &str, query: &str) -> Answer {
+    let call = app.get(&format!("/v1/forward-auth{query}"));
+    call.header("X-Service-Token", token)
+        .header("X-API-Key", key)
+        .send()
+        .await
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_valid_key_gets_200_with_its_limits() {
     let app = TestApp::start().await;
     let account = app.register().await;
-    let plan = app
-        .plan(&account, json!({"default_rpm": 600, "daily_quota": 5000}))
-        .await;
-    let key = app.key(&account, &plan).await;
+    let key = key(
+        &app,
+        &account,
+        json!({"default_rpm": 600, "daily_quota": 5000}),
+    )
+    .await;
 
     let answer = app.echo(&key.text).await;
     assert_eq!(answer.status, 200);
@@ -30,4 +63,510 @@ async fn a_valid_key_gets_200_with_its_limits() {
         (now..=now + 2).contains(&reset),
         "{reset} is not soon after {now}"
     );
+
+    let bearer = app.get("/v1/echo").bearer(&key.text).send().await;
+    assert_eq!(
+        (bearer.status, bearer.number("x-ratelimit-remaining")),
+        (200, 598)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_the_limit_429_tells_when_the_next_request_passes() {
+    let (app, clock, account) = still().await;
+    let key = key(&app, &account, json!({"default_rpm": 20, "burst": 2})).await;
+    for _ in 0..2 {
+        assert_eq!(app.echo(&key.text).await.status, 200);
+    }
+    let denied = app.echo(&key.text).await;
+    assert_eq!(denied.status, 429);
+    assert_eq!(denied.problem(), "quota-exceeded");
+    assert_eq!(denied.body["violated-policies"], json!(["rpm"]));
+    assert_eq!(denied.header("cache-control"), Some("no-store"));
+    assert_eq!(denied.number("x-ratelimit-remaining"), 0);
+    assert_eq!(denied.number("retry-after"), 3);
+
+    clock.advance(Duration::from_millis(2999));
+    assert_eq!(
+        app.echo(&key.text).await.status,
+        429,
+        "a millisecond too early"
+    );
+    clock.advance(Duration::from_millis(1));
+    assert_eq!(
+        app.echo(&key.text).await.status,
+        200,
+        "after exactly Retry-After"
+    );
+    assert_eq!(app.echo(&key.text).await.status, 429);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daily_quota_ends_with_the_day_in_every_way_in() {
+    let (app, clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let key = key(
+        &app,
+        &account,
+        json!({"default_rpm": 6000, "daily_quota": 3}),
+    )
+    .await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+    assert_eq!(
+        check(&app, &token, json!({"key": key.text})).await.body["allowed"],
+        json!(true)
+    );
+    assert_eq!(forward(&app, &token, &key.text, "").await.status, 200);
+
+    let denied = app.echo(&key.text).await;
+    assert_eq!(denied.status, 429);
+    assert_eq!(denied.body["violated-policies"], json!(["daily"]));
+    let wait = denied.number("retry-after");
+    assert!(wait <= 86_400);
+    assert_eq!(
+        denied.number("x-ratelimit-remaining"),
+        5997,
+        "the rate was not charged for the denial"
+    );
+    clock.advance(Duration::from_secs(wait));
+    assert_eq!(app.echo(&key.text).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_way_in_draws_from_one_bucket_and_answers_the_same() {
+    let (app, _clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let key = key(&app, &account, json!({"default_rpm": 60, "burst": 3})).await;
+
+    let echo = app.echo(&key.text).await;
+    let checked = check(
+        &app,
+        &token,
+        json!({"key": key.text, "endpoint": "GET /orders"}),
+    )
+    .await;
+    let forwarded = forward(&app, &token, &key.text, "").await;
+    assert_eq!(echo.number("x-ratelimit-remaining"), 2);
+    assert_eq!(checked.body["headers"]["X-RateLimit-Remaining"], json!("1"));
+    assert_eq!(
+        (forwarded.status, forwarded.number("x-ratelimit-remaining")),
+        (200, 0)
+    );
+    assert_eq!(
+        (forwarded.text.as_str(), forwarded.header("content-length")),
+        ("", Some("0"))
+    );
+
+    let echo = app.echo(&key.text).await;
+    let checked = check(&app, &token, json!({"key": key.text})).await;
+    let forwarded = forward(&app, &token, &key.text, "").await;
+    let nginx = forward(&app, &token, &key.text, "?deny=403").await;
+    assert_eq!(
+        (echo.status, forwarded.status, nginx.status),
+        (429, 429, 403)
+    );
+    assert_eq!(
+        (checked.status, &checked.body["allowed"]),
+        (200, &json!(false))
+    );
+    assert_eq!(checked.body["code"], json!("quota_exceeded"));
+    for (name, value) in checked.body["headers"].as_object().unwrap() {
+        let value = value.as_str();
+        let name = name.to_lowercase();
+        assert_eq!(echo.header(&name), value, "echo {name}");
+        assert_eq!(forwarded.header(&name), value, "forward-auth {name}");
+        assert_eq!(nginx.header(&name), value, "forward-auth?deny=403 {name}");
+    }
+    assert_eq!((forwarded.text.as_str(), nginx.text.as_str()), ("", ""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cost_above_the_burst_is_never_admitted_and_takes_nothing() {
+    let (app, _clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let key = key(&app, &account, json!({"default_rpm": 60, "burst": 5})).await;
+    let never = check(&app, &token, json!({"key": key.text, "cost": 6})).await;
+    assert_eq!(
+        (&never.body["allowed"], &never.body["retry_after"]),
+        (&json!(false), &Value::Null)
+    );
+    assert!(never.body["headers"]["Retry-After"].is_null());
+    let all = check(&app, &token, json!({"key": key.text, "cost": 5})).await;
+    assert_eq!(all.body["allowed"], json!(true));
+    for cost in [
+        json!(0),
+        json!(-1),
+        json!(1_000_001),
+        json!(1.5),
+        json!("1"),
+    ] {
+        let refused = check(&app, &token, json!({"key": key.text, "cost": cost})).await;
+        assert_eq!(
+            (refused.status, &refused.body["errors"][0]["field"]),
+            (422, &json!("cost")),
+            "{cost}"
+        );
+    }
+}
+
+/// What a key that opens nothing is answered, and that nothing was decided for it.
+async fn refused(app: &TestApp, token: &str, key: &str, code: &str) {
+    let decided = async || {
+        app.metric("quota_decisions_allowed_total").await
+            + app.metric("quota_decisions_denied_total").await
+    };
+    let before = decided().await;
+    let echo = app.echo(key).await;
+    assert_eq!(
+        (echo.status, echo.problem()),
+        (401, "unauthorized"),
+        "{key}"
+    );
+    assert_eq!(
+        echo.header("www-authenticate"),
+        Some("Bearer realm=\"quota\", error=\"invalid_token\"")
+    );
+    assert!(echo.header("x-ratelimit-limit").is_none());
+    let forwarded = forward(app, token, key, "").await;
+    assert_eq!((forwarded.status, forwarded.text.as_str()), (401, ""));
+    let checked = check(app, token, json!({"key": key})).await;
+    assert_eq!((checked.status, &checked.body["code"]), (200, &json!(code)));
+    assert!(
+        (decided().await - before).abs() < 0.5,
+        "something was decided"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_opens_nothing_is_401_and_charged_nothing() {
+    let (app, clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let key = key(&app, &account, json!({"default_rpm": 60})).await;
+    let admin = &account.access_token;
+    let path = format!("/admin/api-keys/{}", key.id);
+    let patch = async |body: Value| {
+        let done = app
+            .request(reqwest::Method::PATCH, &path)
+            .json(body)
+            .bearer(admin)
+            .send()
+            .await;
+        assert_eq!(done.status, 200, "{}", done.body);
+    };
+
+    let missing = app.get("/v1/echo").send().await;
+    assert_eq!(
+        (missing.status, missing.header("www-authenticate")),
+        (401, Some("Bearer realm=\"quota\""))
+    );
+    for malformed in [
+        "x",
+        "qk_",
+        "qk_00000000000000000000000000000000000000",
+        &format!("{}x", key.text),
+        &token,
+    ] {
+        refused(&app, &token, malformed, "unknown_key").await;
+    }
+    let unknown =
+        quota_server::secret_text::SecretText::generate(quota_server::secret_text::Kind::ApiKey)
+            .unwrap();
+    refused(&app, &token, &unknown.reveal(), "unknown_key").await;
+
+    patch(json!({"is_active": false})).await;
+    refused(&app, &token, &key.text, "inactive_key").await;
+    patch(json!({"is_active": true})).await;
+    assert_eq!(
+        app.echo(&key.text).await.number("x-ratelimit-remaining"),
+        59,
+        "nothing was charged before"
+    );
+
+    let end = chrono::DateTime::from_timestamp(i64::try_from(clock.now().secs()).unwrap() + 60, 0)
+        .unwrap();
+    patch(json!({"expires_at": end.to_rfc3339()})).await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+    clock.advance(Duration::from_secs(61));
+    refused(&app, &token, &key.text, "expired_key").await;
+    patch(json!({"expires_at": null})).await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+
+    let gone = app
+        .request(reqwest::Method::DELETE, &path)
+        .bearer(admin)
+        .send()
+        .await;
+    assert_eq!(gone.status, 204);
+    refused(&app, &token, &key.text, "unknown_key").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_checksum_is_refused_without_any_look_up() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let lookups = async || {
+        app.metric("quota_key_cache_hits_total").await
+            + app.metric("quota_key_cache_negative_hits_total").await
+            + app.metric("quota_key_loads_total").await
+    };
+    let before = lookups().await;
+    for n in 0..200 {
+        assert_eq!(app.echo(&format!("qk_{n:032}AAAAAA")).await.status, 401);
+    }
+    assert!((lookups().await - before).abs() < 0.5);
+    assert!(app.metric("quota_keys_malformed_total").await >= 200.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_tenants_key_is_answered_like_one_that_never_was() {
+    let app = TestApp::start().await;
+    let (ours, theirs) = (app.register().await, app.register().await);
+    let token = app.service_token(&ours).await;
+    let their_key = key(&app, &theirs, json!({"default_rpm": 60})).await;
+    let unknown =
+        quota_server::secret_text::SecretText::generate(quota_server::secret_text::Kind::ApiKey)
+            .unwrap();
+
+    let foreign = check(&app, &token, json!({"key": their_key.text})).await;
+    let never = check(&app, &token, json!({"key": unknown.reveal()})).await;
+    assert_eq!(foreign.text, never.text);
+    assert_eq!(foreign.body["code"], json!("unknown_key"));
+    assert_eq!(forward(&app, &token, &their_key.text, "").await.status, 401);
+    assert_eq!(
+        app.echo(&their_key.text)
+            .await
+            .number("x-ratelimit-remaining"),
+        59,
+        "it was not charged"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_taken_from_one_place_only() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let one = key(&app, &account, json!({})).await;
+    let other = key(&app, &account, json!({})).await;
+    let both = app
+        .get("/v1/echo")
+        .header("X-API-Key", &one.text)
+        .bearer(&other.text)
+        .send()
+        .await;
+    assert_eq!((both.status, both.problem()), (400, "malformed"));
+    let same = app
+        .get("/v1/echo")
+        .header("X-API-Key", &one.text)
+        .bearer(&one.text)
+        .send()
+        .await;
+    assert_eq!(same.status, 200);
+    let in_query = app
+        .get(&format!("/v1/echo?api_key={}", one.text))
+        .send()
+        .await;
+    assert_eq!((in_query.status, in_query.problem()), (400, "malformed"));
+    assert!(!in_query.text.contains(&one.text));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_without_a_token_is_401() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let key = key(&app, &account, json!({})).await;
+    for (path, body) in [
+        ("/v1/check", json!({"key": key.text})),
+        ("/v1/check", json!({})),
+    ] {
+        assert_eq!(app.post(path, body.clone()).send().await.status, 401);
+        assert_eq!(
+            app.post(path, body.clone())
+                .bearer(&account.access_token)
+                .send()
+                .await
+                .status,
+            401
+        );
+        assert_eq!(
+            app.post(path, body).bearer(&key.text).send().await.status,
+            401
+        );
+    }
+    let bare = app
+        .get("/v1/forward-auth")
+        .header("X-API-Key", &key.text)
+        .send()
+        .await;
+    assert_eq!(bare.status, 401);
+    assert_eq!(
+        app.echo(&key.text).await.number("x-ratelimit-remaining"),
+        59
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_hands_on_any_method_and_a_bearer_key() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let token = app.service_token(&account).await;
+    let key = key(&app, &account, json!({})).await;
+    for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"] {
+        let call = app.request(method.parse().unwrap(), "/v1/forward-auth");
+        let answer = call
+            .header("X-Service-Token", &token)
+            .bearer(&key.text)
+            .send()
+            .await;
+        assert_eq!((answer.status, answer.text.as_str()), (200, ""), "{method}");
+    }
+    let none = app.get("/v1/forward-auth").bearer(&token).send().await;
+    assert_eq!(
+        (none.status, none.header("www-authenticate")),
+        (401, Some("Bearer realm=\"quota\""))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_plan_is_in_force_at_once_and_hands_out_no_new_burst() {
+    let (app, _clock, account) = still().await;
+    let plan = app
+        .plan(&account, json!({"default_rpm": 60, "burst": 10}))
+        .await;
+    let key = app.key(&account, &plan).await;
+    for _ in 0..10 {
+        assert_eq!(app.echo(&key.text).await.status, 200);
+    }
+    let patch = async |body: Value| {
+        let call = app.request(reqwest::Method::PATCH, &format!("/admin/plans/{plan}"));
+        assert_eq!(
+            call.json(body)
+                .bearer(&account.access_token)
+                .send()
+                .await
+                .status,
+            200
+        );
+    };
+    patch(json!({"default_rpm": 6000})).await;
+    let denied = app.echo(&key.text).await;
+    assert_eq!(
+        (denied.status, denied.header("ratelimit-policy")),
+        (429, Some("\"rpm\";q=6000;w=60"))
+    );
+    patch(json!({"burst": 15})).await;
+    for _ in 0..5 {
+        assert_eq!(app.echo(&key.text).await.status, 200);
+    }
+    assert_eq!(app.echo(&key.text).await.status, 429);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_override_takes_the_place_of_the_plans_rate() {
+    let (app, _clock, account) = still().await;
+    let key = key(&app, &account, json!({"default_rpm": 60})).await;
+    let set = async |rpm: Value| {
+        let call = app.request(
+            reqwest::Method::PATCH,
+            &format!("/admin/api-keys/{}", key.id),
+        );
+        let set = call
+            .json(json!({"rpm_override": rpm}))
+            .bearer(&account.access_token)
+            .send()
+            .await;
+        assert_eq!(set.status, 200, "{}", set.body);
+    };
+    set(json!(600)).await;
+    let answer = app.echo(&key.text).await;
+    assert_eq!(
+        (
+            answer.number("x-ratelimit-limit"),
+            answer.header("ratelimit-policy")
+        ),
+        (600, Some("\"rpm\";q=600;w=60"))
+    );
+    set(Value::Null).await;
+    assert_eq!(app.echo(&key.text).await.number("x-ratelimit-limit"), 60);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_texts_work_within_the_grace_of_a_rotation_and_share_one_bucket() {
+    let (app, clock, account) = still().await;
+    let key = key(&app, &account, json!({"default_rpm": 60, "burst": 10})).await;
+    let rotate = async |body: Value| {
+        let call = app.post(&format!("/admin/api-keys/{}/rotate", key.id), body);
+        let rotated = call.bearer(&account.access_token).send().await;
+        assert_eq!(rotated.status, 200, "{}", rotated.body);
+        rotated.text("key")
+    };
+    assert_eq!(app.echo(&key.text).await.number("x-ratelimit-remaining"), 9);
+    let second = rotate(json!({"grace_seconds": 60})).await;
+    assert_eq!(app.echo(&second).await.number("x-ratelimit-remaining"), 8);
+    assert_eq!(app.echo(&key.text).await.number("x-ratelimit-remaining"), 7);
+    clock.advance(Duration::from_secs(61));
+    assert_eq!(app.echo(&key.text).await.status, 401, "its grace is over");
+    assert_eq!(app.echo(&second).await.status, 200);
+
+    let third = rotate(json!({"grace_seconds": 0})).await;
+    assert_eq!(
+        app.echo(&second).await.status,
+        401,
+        "a leaked key has no grace"
+    );
+    assert_eq!(app.echo(&third).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_replica_refuses_a_deactivated_key_within_a_second() {
+    let one = TestApp::start().await;
+    let other = TestApp::setup()
+        .database(one.database.clone())
+        .start()
+        .await;
+    let account = one.register().await;
+    let key = key(&one, &account, json!({"default_rpm": 60_000})).await;
+    assert_eq!(other.echo(&key.text).await.status, 200);
+
+    let call = one.request(
+        reqwest::Method::PATCH,
+        &format!("/admin/api-keys/{}", key.id),
+    );
+    assert_eq!(
+        call.json(json!({"is_active": false}))
+            .bearer(&account.access_token)
+            .send()
+            .await
+            .status,
+        200
+    );
+    let began = std::time::Instant::now();
+    while other.echo(&key.text).await.status != 401 {
+        assert!(
+            began.elapsed() < Duration::from_secs(2),
+            "it still works elsewhere"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_goes_on_where_it_was_after_a_restart() {
+    let first = TestApp::start().await;
+    let account = first.register().await;
+    let key = key(
+        &first,
+        &account,
+        json!({"default_rpm": 60_000, "daily_quota": 250}),
+    )
+    .await;
+    for _ in 0..123 {
+        assert_eq!(first.echo(&key.text).await.status, 200);
+    }
+    let database = first.database.clone();
+    first.stop().await;
+    let second = TestApp::setup().database(database).start().await;
+    let mut served = 123;
+    while second.echo(&key.text).await.status == 200 {
+        served += 1;
+    }
+    assert_eq!(served, 250);
 }

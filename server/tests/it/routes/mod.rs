@@ -1,3 +1,6 @@
 //! What the operations do, one file for each noun: acting through HTTP, asserting on HTTP, then on the database.
 
+mod api_key;
+mod auth;
 mod limit;
+mod plan;

@@ -37,6 +37,7 @@ pub(crate) static DOCUMENT: LazyLock<Value> =
 pub(crate) const PASSWORD: &str = "violet-harbour-quilt-93";
 
 #[derive(Parser)]
+#[command(args_override_self = true)]
 struct Flags {
     #[command(flatten)]
     settings: Settings,
@@ -356,6 +357,7 @@ impl Call {
         self
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "reads better at every call")]
     pub(crate) fn json(mut self, body: Value) -> Self {
         self.request = self.request.json(&body);
         self

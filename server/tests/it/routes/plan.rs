@@ -1,0 +1,353 @@
+//! `/admin/plans`.
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::support::app::{Account, Answer, TestApp};
+
+async fn send(app: &TestApp, account: &Account, method: &str, path: &str, body: Value) -> Answer {
+    let call = app
+        .request(method.parse::<Method>().unwrap(), path)
+        .bearer(&account.access_token);
+    if body.is_null() {
+        call.send().await
+    } else {
+        call.json(body).send().await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_is_made_shown_changed_and_deleted() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let made = send(
+        &app,
+        &account,
+        "POST",
+        "/admin/plans",
+        json!({"name": "Starter", "default_rpm": 600}),
+    )
+    .await;
+    assert_eq!(made.status, 201);
+    assert_eq!(
+        (&made.body["burst"], &made.body["key_count"]),
+        (&json!(600), &json!(0)),
+        "the burst is the rate's"
+    );
+    let path = format!("/admin/plans/{}", made.text("id"));
+    assert_eq!(
+        send(&app, &account, "GET", &path, Value::Null).await.body,
+        made.body
+    );
+
+    let changed = send(
+        &app,
+        &account,
+        "PATCH",
+        &path,
+        json!({"burst": 10, "daily_quota": 100}),
+    )
+    .await;
+    assert_eq!(
+        (&changed.body["burst"], &changed.body["daily_quota"]),
+        (&json!(10), &json!(100))
+    );
+    assert_eq!(
+        changed.body["default_rpm"],
+        json!(600),
+        "what is not sent stays"
+    );
+    let lifted = send(&app, &account, "PATCH", &path, json!({"daily_quota": null})).await;
+    assert_eq!(
+        (&lifted.body["burst"], &lifted.body["daily_quota"]),
+        (&json!(10), &Value::Null)
+    );
+    assert_eq!(
+        send(&app, &account, "PATCH", &path, json!({})).await.body,
+        lifted.body
+    );
+
+    assert_eq!(
+        send(&app, &account, "DELETE", &path, Value::Null)
+            .await
+            .status,
+        204
+    );
+    assert_eq!(
+        send(&app, &account, "GET", &path, Value::Null).await.status,
+        404
+    );
+    assert_eq!(
+        send(&app, &account, "DELETE", &path, Value::Null)
+            .await
+            .status,
+        404
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_with_keys_is_not_deleted() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let keys = [
+        app.key(&account, &plan).await,
+        app.key(&account, &plan).await,
+    ];
+    let path = format!("/admin/plans/{plan}");
+    assert_eq!(
+        send(&app, &account, "GET", &path, Value::Null).await.body["key_count"],
+        json!(2)
+    );
+
+    let refused = send(&app, &account, "DELETE", &path, Value::Null).await;
+    assert_eq!((refused.status, refused.problem()), (409, "plan-in-use"));
+    assert!(
+        refused.text("detail").contains("2 keys"),
+        "{}",
+        refused.body
+    );
+    assert_eq!(app.echo(&keys[0].text).await.status, 200);
+
+    for key in keys {
+        let path = format!("/admin/api-keys/{}", key.id);
+        assert_eq!(
+            send(&app, &account, "DELETE", &path, Value::Null)
+                .await
+                .status,
+            204
+        );
+    }
+    assert_eq!(
+        send(&app, &account, "DELETE", &path, Value::Null)
+            .await
+            .status,
+        204
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_is_taken_within_the_tenant_alone() {
+    let app = TestApp::start().await;
+    let (ours, theirs) = (app.register().await, app.register().await);
+    let body = json!({"name": "Starter", "default_rpm": 1});
+    assert_eq!(
+        send(&app, &ours, "POST", "/admin/plans", body.clone())
+            .await
+            .status,
+        201
+    );
+    let taken = send(&app, &ours, "POST", "/admin/plans", body.clone()).await;
+    assert_eq!((taken.status, taken.problem()), (409, "name-taken"));
+    assert_eq!(
+        send(&app, &theirs, "POST", "/admin/plans", body)
+            .await
+            .status,
+        201
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_field_that_is_not_allowed_is_named_and_nothing_is_made() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let body = json!({"name": "", "default_rpm": 0, "burst": 60_000_001, "daily_quota": 0});
+    let refused = send(&app, &account, "POST", "/admin/plans", body).await;
+    assert_eq!(refused.status, 422);
+    let fields = refused.body["errors"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| it["field"].as_str().unwrap());
+    let fields = fields.collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(
+        fields,
+        ["burst", "daily_quota", "default_rpm", "name"].into()
+    );
+
+    for (body, field) in [
+        (json!({"default_rpm": 1}), "name"),
+        (json!({"name": "x", "default_rpm": "1"}), "default_rpm"),
+        (
+            json!({"name": "x", "default_rpm": 1, "tenant_id": account.tenant_id}),
+            "tenant_id",
+        ),
+        (
+            json!({"name": "x", "default_rpm": 1, "billing": "gold"}),
+            "billing",
+        ),
+        (json!({"name": "a\u{0}b", "default_rpm": 1}), "name"),
+        (json!({"name": "x".repeat(201), "default_rpm": 1}), "name"),
+        (
+            json!({"name": "x", "default_rpm": 1, "monthly_quota": 1_000_000_000_000_000_u64}),
+            "monthly_quota",
+        ),
+    ] {
+        let refused = send(&app, &account, "POST", "/admin/plans", body.clone()).await;
+        assert_eq!(
+            (refused.status, &refused.body["errors"][0]["field"]),
+            (422, &json!(field)),
+            "{body}"
+        );
+    }
+    assert_eq!(
+        send(&app, &account, "GET", "/admin/plans", Value::Null)
+            .await
+            .body["total"],
+        json!(0)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_name_of_200_characters_comes_back_as_it_went() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    for name in [
+        "<script>alert(1)</script>",
+        "\u{202e}שלום עולם",
+        "🦀 and ☕",
+        "O'Brien; DROP TABLE plans --",
+        &"ß".repeat(200),
+    ] {
+        let made = send(
+            &app,
+            &account,
+            "POST",
+            "/admin/plans",
+            json!({"name": name, "default_rpm": 1}),
+        )
+        .await;
+        assert_eq!((made.status, &made.body["name"]), (201, &json!(name)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_show_every_plan_once_while_new_ones_are_made() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let mut made = Vec::new();
+    for _ in 0..45 {
+        made.push(app.plan(&account, json!({})).await);
+    }
+    made.reverse();
+    let (mut seen, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let page = send(
+            &app,
+            &account,
+            "GET",
+            &format!("/admin/plans?limit=20{cursor}"),
+            Value::Null,
+        )
+        .await;
+        assert_eq!(page.status, 200);
+        seen.extend(
+            page.body["items"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|it| it["id"].as_str().unwrap().to_owned()),
+        );
+        assert!(page.body["total"].as_u64().unwrap() >= 45);
+        app.plan(&account, json!({})).await;
+        match page.body["next_cursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => break,
+        }
+    }
+    assert_eq!(seen, made);
+
+    for (query, status) in [
+        ("limit=0", 422),
+        ("limit=101", 422),
+        ("limit=x", 422),
+        ("cursor=x", 400),
+        ("cursor=AAAA", 400),
+    ] {
+        let refused = send(
+            &app,
+            &account,
+            "GET",
+            &format!("/admin/plans?{query}"),
+            Value::Null,
+        )
+        .await;
+        assert_eq!(refused.status, status, "{query}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_valid_token_nothing_is_made() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let body = json!({"name": "Starter", "default_rpm": 1});
+    let missing = app.post("/admin/plans", body.clone()).send().await;
+    assert_eq!(
+        (missing.status, missing.header("www-authenticate")),
+        (401, Some("Bearer realm=\"quota\""))
+    );
+    let forged = format!("{}x", account.access_token);
+    for wrong in ["x", &forged, &account.refresh_token] {
+        let refused = app
+            .post("/admin/plans", body.clone())
+            .bearer(wrong)
+            .send()
+            .await;
+        assert_eq!(refused.status, 401);
+        assert_eq!(
+            refused.header("www-authenticate"),
+            Some("Bearer realm=\"quota\", error=\"invalid_token\"")
+        );
+    }
+    let basic = app
+        .post("/admin/plans", body)
+        .header("authorization", "Basic eDp5")
+        .send()
+        .await;
+    assert_eq!(basic.status, 401);
+    assert_eq!(
+        send(&app, &account, "GET", "/admin/plans", Value::Null)
+            .await
+            .body["total"],
+        json!(0)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeated_request_is_done_once() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let make = async |key: &str, name: &str| {
+        let call = app.post("/admin/plans", json!({"name": name, "default_rpm": 1}));
+        call.header("Idempotency-Key", key)
+            .bearer(&account.access_token)
+            .send()
+            .await
+    };
+    let first = make("one", "Starter").await;
+    assert_eq!(first.status, 201);
+    let again = make("one", "Starter").await;
+    assert_eq!((again.status, &again.body), (201, &first.body));
+    let other = make("one", "Other").await;
+    assert_eq!(
+        (other.status, other.problem()),
+        (422, "idempotency-mismatch")
+    );
+    let mut answers = Vec::new();
+    for answer in futures_util::future::join_all((0..6).map(|_| make("two", "Second"))).await {
+        assert!(matches!(answer.status, 201 | 409), "{}", answer.status);
+        if answer.status == 201 {
+            answers.push(answer.text("id"));
+        }
+    }
+    answers.dedup();
+    assert_eq!(answers.len(), 1, "all who were answered got the same plan");
+    assert_eq!(make("", "x").await.status, 422);
+    assert_eq!(make(&"x".repeat(256), "x").await.status, 422);
+    assert_eq!(
+        send(&app, &account, "GET", "/admin/plans", Value::Null)
+            .await
+            .body["total"],
+        json!(2)
+    );
+}
