@@ -176,7 +176,7 @@ impl PlanApi {
     /// Change a plan
     ///
     /// In force on every replica within a second. What keys have used stays used: a change hands out no new
-    /// burst and no new quota.
+    /// burst and no new quota. A burst that is the rate follows the rate, unless one is sent.
     #[oai(
         path = "/plans/:plan_id",
         method = "patch",
@@ -203,7 +203,11 @@ impl PlanApi {
         let set = PlanChange {
             name: body.name.as_deref().map(str::trim),
             default_rpm: body.default_rpm.map(rate),
-            burst: body.burst.map(rate),
+            // A burst that is the rate, as a plan has that names none, stays so.
+            burst: match (body.burst, body.default_rpm) {
+                (None, Some(rpm)) if before.burst == before.default_rpm => Some(rate(rpm)),
+                (burst, _) => burst.map(rate),
+            },
             daily_quota: body.daily_quota.map(|it| it.map(quota)),
             monthly_quota: body.monthly_quota.map(|it| it.map(quota)),
             strict: body.strict,

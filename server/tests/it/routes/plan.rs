@@ -40,6 +40,11 @@ async fn a_plan_is_made_shown_changed_and_deleted() {
         made.body
     );
 
+    let faster = send(&app, &account, "PATCH", &path, json!({"default_rpm": 1200})).await;
+    assert_eq!(faster.body["burst"], json!(1200), "and stays so");
+    let back = send(&app, &account, "PATCH", &path, json!({"default_rpm": 600})).await;
+    assert_eq!(back.body["burst"], json!(600));
+
     let changed = send(
         &app,
         &account,
