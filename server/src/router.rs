@@ -6,8 +6,13 @@ use poem::{
     middleware::Cors,
 };
 
+use quota_common::ProblemCode;
+
 use crate::{
-    api::{document, ip_guard::IpGuard, limit_headers, problem::ApiError, request_log::RequestLog},
+    api::{
+        allow::Methods, document, ip_guard::IpGuard, limit_headers, problem::ApiError,
+        request_log::RequestLog,
+    },
     openapi,
     state::{AppState, Parts},
 };
@@ -17,6 +22,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     let service = openapi::service(state);
     let document = openapi::document(&service);
     let viewer = service.swagger_ui_html();
+    let methods = Methods::of(&serde_json::from_str(&document).unwrap_or_default());
     let pages = document::routes(&state.config.public_url, document, &viewer);
     let service = std::sync::Arc::new(service.into_endpoint());
     let guard = |guard: fn(&Parts) -> &_| IpGuard {
@@ -38,6 +44,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
         .nest("/", pages);
     let edge = RequestLog {
         state: state.clone(),
+        methods: std::sync::Arc::new(methods),
     };
     match cors(state) {
         Some(cors) => routes.with(cors).with(edge).boxed(),
@@ -112,6 +119,8 @@ pub fn metrics(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
         .map_to_response()
         .catch_all_error(async |error: poem::Error| {
             let error = ApiError::from_poem(error);
+            let allow = (error.code == ProblemCode::MethodNotAllowed).then(|| "GET, HEAD".into());
+            let error = ApiError { allow, ..error };
             error.into_response("", "")
         })
 }

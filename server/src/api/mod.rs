@@ -6,6 +6,7 @@
 //! reaches a parser.
 
 pub mod admitted;
+pub mod allow;
 pub mod api_key;
 pub mod audit;
 pub mod auth;

@@ -163,19 +163,11 @@ impl ApiError {
             return Self::not_found();
         }
         if error.is::<MethodNotAllowedError>() || error.status() == StatusCode::METHOD_NOT_ALLOWED {
-            let response = error.into_response();
-            let allow = response
-                .headers()
-                .get(header::ALLOW)
-                .and_then(|it| it.to_str().ok());
-            let allow = allow.map(str::to_owned);
-            return Self {
-                allow,
-                ..Self::new(
-                    ProblemCode::MethodNotAllowed,
-                    "This path has no such method.",
-                )
-            };
+            // Which there are instead is known at the edge.
+            return Self::new(
+                ProblemCode::MethodNotAllowed,
+                "This path has no such method.",
+            );
         }
         match error.status().as_u16() {
             404 => Self::not_found(),

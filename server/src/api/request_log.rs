@@ -11,10 +11,10 @@ use poem::{
     Endpoint, IntoResponse, Middleware, Request, Response, Result,
     http::{HeaderName, HeaderValue, header},
 };
-use quota_common::{TenantId, Timestamp};
+use quota_common::{ProblemCode, TenantId, Timestamp};
 use uuid::Uuid;
 
-use super::{client_ip::client_ip, problem::ApiError};
+use super::{allow::Methods, client_ip::client_ip, problem::ApiError};
 use crate::{keys::KeyRecord, state::AppState, telemetry::log::AccessLine};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -46,6 +46,7 @@ pub struct ClientAddress(pub Option<std::net::IpAddr>);
 /// See the module.
 pub struct RequestLog {
     pub state: AppState,
+    pub methods: Arc<Methods>,
 }
 
 impl<E: Endpoint> Middleware<E> for RequestLog {
@@ -55,6 +56,7 @@ impl<E: Endpoint> Middleware<E> for RequestLog {
         Edge {
             inner,
             state: self.state.clone(),
+            methods: self.methods.clone(),
         }
     }
 }
@@ -62,6 +64,7 @@ impl<E: Endpoint> Middleware<E> for RequestLog {
 pub struct Edge<E> {
     inner: E,
     state: AppState,
+    methods: Arc<Methods>,
 }
 
 impl<E: Endpoint> Endpoint for Edge<E> {
@@ -101,7 +104,12 @@ impl<E: Endpoint> Endpoint for Edge<E> {
         let id_text = id.to_str().unwrap_or_default();
         let mut response = match answer {
             Ok(response) => response,
-            Err(error) => error.into_response(id_text, &state.config.public_url),
+            Err(mut error) => {
+                if error.code == ProblemCode::MethodNotAllowed {
+                    error.allow = Some(self.methods.allow(&path).to_owned());
+                }
+                error.into_response(id_text, &state.config.public_url)
+            }
         };
 
         let status = response.status().as_u16();

@@ -1,0 +1,489 @@
+//! What holds for every operation, generated from the document: a new one cannot be forgotten.
+
+use std::collections::BTreeSet;
+
+use reqwest::{Method, header};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::support::app::{DOCUMENT, TestApp, faults};
+
+/// The operations that need no credential, with what a broken body gets from them.
+const PUBLIC: &[(&str, u16)] = &[
+    ("live", 200),
+    ("login", 400),
+    ("logout", 400),
+    ("ready", 200),
+    ("refresh", 400),
+    ("register", 400),
+];
+
+/// One operation of the document.
+pub(crate) struct Operation {
+    pub(crate) method: Method,
+    pub(crate) path: &'static str,
+    pub(crate) id: &'static str,
+    pub(crate) meta: &'static Value,
+}
+
+impl Operation {
+    pub(crate) fn is_secured(&self) -> bool {
+        self.meta["security"]
+            .as_array()
+            .is_some_and(|it| !it.is_empty())
+    }
+
+    /// The schema of its JSON body, where it takes one.
+    pub(crate) fn body(&self) -> Option<&'static Value> {
+        let schema = &self.meta["requestBody"]["content"]["application/json"]["schema"];
+        (!schema.is_null()).then(|| resolve(schema))
+    }
+
+    pub(crate) fn parameters(&self, place: &str) -> Vec<&'static str> {
+        let all = self.meta["parameters"]
+            .as_array()
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        all.iter()
+            .filter(|it| it["in"] == place)
+            .map(|it| it["name"].as_str().expect("a parameter has a name"))
+            .collect()
+    }
+
+    /// Its path with `id` for every name in it.
+    pub(crate) fn path_with(&self, id: &str) -> String {
+        let parts = self
+            .path
+            .split('/')
+            .map(|part| if part.starts_with('{') { id } else { part });
+        parts.collect::<Vec<_>>().join("/")
+    }
+}
+
+/// All of them.
+pub(crate) fn operations() -> Vec<Operation> {
+    let paths = DOCUMENT["paths"].as_object().expect("paths");
+    let mut all = Vec::new();
+    for (path, operations) in paths {
+        for (method, meta) in operations.as_object().expect("operations") {
+            all.push(Operation {
+                method: method.to_uppercase().parse().expect("a method"),
+                path,
+                id: meta["operationId"]
+                    .as_str()
+                    .expect("every operation has an id"),
+                meta,
+            });
+        }
+    }
+    assert!(all.len() >= 36, "{} operations", all.len());
+    all
+}
+
+/// What a schema leads to.
+pub(crate) fn resolve(schema: &'static Value) -> &'static Value {
+    match schema["$ref"].as_str() {
+        Some(reference) => {
+            let pointer = reference
+                .strip_prefix('#')
+                .expect("references are within the document");
+            resolve(
+                DOCUMENT
+                    .pointer(pointer)
+                    .unwrap_or_else(|| panic!("{reference} leads nowhere")),
+            )
+        }
+        None => schema,
+    }
+}
+
+/// An example of the schema, or of something that it is made of.
+fn has_example(schema: &'static Value) -> bool {
+    let schema = resolve(schema);
+    let parts = ["allOf", "anyOf", "oneOf"];
+    !schema["example"].is_null()
+        || (schema["type"] == "array" && has_example(&schema["items"]))
+        || parts.iter().any(|name| {
+            schema[*name]
+                .as_array()
+                .is_some_and(|parts| parts.iter().any(has_example))
+        })
+        || schema["properties"]
+            .as_object()
+            .is_some_and(|fields| fields.values().any(has_example))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_credential_is_401_before_the_body_is_looked_at() {
+    let app = TestApp::start().await;
+    for operation in operations() {
+        let path = operation.path_with(&Uuid::now_v7().to_string());
+        let answer = app
+            .request(operation.method.clone(), &path)
+            .body("application/json", "{\"broken")
+            .send()
+            .await;
+        let public = PUBLIC.iter().find(|(id, _)| *id == operation.id);
+        let expected = public.map_or(401, |(_, status)| *status);
+        assert_eq!(answer.status, expected, "{}: {}", operation.id, answer.text);
+        assert_eq!(
+            operation.is_secured(),
+            public.is_none(),
+            "{}: the document says otherwise than PUBLIC",
+            operation.id
+        );
+        if expected == 401 {
+            assert_eq!(
+                answer.header("www-authenticate"),
+                Some("Bearer realm=\"quota\"")
+            );
+        }
+    }
+    for (id, _) in PUBLIC {
+        assert!(operations().iter().any(|it| it.id == *id), "{id} is gone");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_credential_that_opens_nothing_is_401_and_says_so() {
+    let app = TestApp::start().await;
+    let secured = operations().into_iter().filter(Operation::is_secured);
+    for operation in secured {
+        let path = operation.path_with(&Uuid::now_v7().to_string());
+        for credential in [
+            "nonsense",
+            "qk_00000000000000000000000000000000EXAMPL",
+            "a.b.c",
+            "..",
+        ] {
+            let answer = app
+                .request(operation.method.clone(), &path)
+                .bearer(credential)
+                .send()
+                .await;
+            assert_eq!(
+                answer.status, 401,
+                "{} {credential}: {}",
+                operation.id, answer.text
+            );
+            assert_eq!(
+                answer.header("www-authenticate"),
+                Some("Bearer realm=\"quota\", error=\"invalid_token\""),
+                "{} {credential}",
+                operation.id
+            );
+        }
+    }
+}
+
+/// A credential for one thing is none for another: a key opens no management, and a token no limited request.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_credential_of_another_kind_opens_nothing() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let key = app.key(&account, &plan).await;
+    let service_token = app.service_token(&account).await;
+    for operation in operations().into_iter().filter(Operation::is_secured) {
+        let scheme = operation.meta["security"][0].as_object().expect("a scheme");
+        let path = operation.path_with(&Uuid::now_v7().to_string());
+        for (kind, credential) in [
+            ("AccessToken", &account.access_token),
+            ("ApiKey", &key.text),
+            ("ServiceToken", &service_token),
+            ("RefreshToken", &account.refresh_token),
+        ] {
+            if scheme.contains_key(kind) {
+                continue;
+            }
+            let answer = app
+                .request(operation.method.clone(), &path)
+                .bearer(credential)
+                .send()
+                .await;
+            assert_eq!(
+                answer.status, 401,
+                "{} with {kind}: {}",
+                operation.id, answer.text
+            );
+        }
+    }
+    let me = app
+        .get("/auth/me")
+        .bearer(&account.access_token)
+        .send()
+        .await;
+    assert_eq!(me.status, 200, "the right one works");
+}
+
+#[test]
+fn no_operation_is_without_its_4xx_answers() {
+    for operation in operations() {
+        let id = operation.id;
+        let answers = operation.meta["responses"].as_object().expect("answers");
+        let mut needed = Vec::new();
+        if operation.is_secured() {
+            needed.push("401");
+        }
+        let by_key = ["echo", "forward_auth"].iter().any(|it| id.starts_with(it));
+        if by_key || operation.path.starts_with("/auth/") || operation.path.starts_with("/admin/") {
+            needed.push("429");
+        }
+        if by_key {
+            needed.push("402");
+        }
+        if operation.meta["requestBody"].is_object() {
+            needed.extend(["400", "408", "413", "415", "422"]);
+        }
+        if !operation.parameters("path").is_empty() {
+            needed.push("404");
+        }
+        if !operation.parameters("query").is_empty() || !operation.parameters("header").is_empty() {
+            needed.extend(["400", "422"]);
+        }
+        for status in needed {
+            assert!(answers.contains_key(status), "{id} has no {status}");
+        }
+
+        assert!(
+            answers.keys().any(|it| it.starts_with('2')),
+            "{id} never succeeds"
+        );
+        for (status, answer) in answers {
+            let text = answer["description"].as_str().unwrap_or_default();
+            assert!(!text.trim().is_empty(), "{id} {status} says nothing");
+            let names = |field: &str| !answer["headers"][field].is_null();
+            assert!(names("X-Request-Id"), "{id} {status} has no X-Request-Id");
+            if status == "401" {
+                assert!(names("WWW-Authenticate"), "{id} {status}");
+            }
+            if status == "429" || status == "503" {
+                assert!(names("Retry-After"), "{id} {status}");
+            }
+            if by_key && matches!(status.as_str(), "200" | "429") {
+                for field in [
+                    "X-RateLimit-Limit",
+                    "X-RateLimit-Remaining",
+                    "X-RateLimit-Reset",
+                    "RateLimit-Policy",
+                    "RateLimit",
+                ] {
+                    assert!(names(field), "{id} {status} has no {field}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_operation_says_what_it_does_and_shows_an_example() {
+    for operation in operations() {
+        let (id, meta) = (operation.id, operation.meta);
+        let text = |field: &str| meta[field].as_str().unwrap_or_default().trim().to_owned();
+        assert!(!text("summary").is_empty(), "{id} has no summary");
+        assert!(
+            meta["tags"].as_array().is_some_and(|it| it.len() == 1),
+            "{id} has one tag"
+        );
+        if let Some(schema) = operation.body() {
+            let example = &schema["example"];
+            assert!(!example.is_null(), "{id}: its body has no example");
+            assert_eq!(
+                faults(schema, example),
+                Vec::<String>::new(),
+                "{id}: {example}"
+            );
+        }
+        for (status, answer) in meta["responses"].as_object().expect("answers") {
+            for (media_type, content) in answer["content"].as_object().into_iter().flatten() {
+                let own = &content["example"];
+                assert!(
+                    !own.is_null() || has_example(&content["schema"]),
+                    "{id} {status} {media_type} has no example"
+                );
+                if !own.is_null() {
+                    let found = faults(&content["schema"], own);
+                    assert!(found.is_empty(), "{id} {status}: {found:?} in {own}");
+                }
+                if status.starts_with(['4', '5']) {
+                    assert_eq!(media_type, "application/problem+json", "{id} {status}");
+                    assert_eq!(own["status"].to_string(), *status, "{id}");
+                }
+            }
+        }
+    }
+    let schemas = DOCUMENT["components"]["schemas"]
+        .as_object()
+        .expect("schemas");
+    for (name, schema) in schemas {
+        let example = &schema["example"];
+        if !example.is_null() {
+            assert_eq!(
+                faults(schema, example),
+                Vec::<String>::new(),
+                "{name}: {example}"
+            );
+        }
+    }
+}
+
+/// Whoever copies an example must not be told that it is malformed.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_example_of_a_body_is_understood() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let key = app.key(&account, &plan).await;
+    let service_token = app.service_token(&account).await;
+    let mut sent = 0;
+    for operation in operations() {
+        let Some(schema) = operation.body() else {
+            continue;
+        };
+        let id = if operation.path.contains("{plan_id}") {
+            &plan
+        } else {
+            &key.id
+        };
+        let credential = if operation.id == "check" {
+            &service_token
+        } else {
+            &account.access_token
+        };
+        let answer = app
+            .request(operation.method.clone(), &operation.path_with(id))
+            .bearer(credential)
+            .json(schema["example"].clone())
+            .send()
+            .await;
+        // The example's plan, password and tokens are nobody's here; that they are is found out only after
+        // the body was understood.
+        let expected: &[u16] = match operation.id {
+            "create_api_key" => &[404],
+            "login" | "refresh" | "logout" | "change_password" => &[204, 401, 422],
+            _ => &[200, 201, 204],
+        };
+        assert!(
+            expected.contains(&answer.status),
+            "{}: {} {}",
+            operation.id,
+            answer.status,
+            answer.text
+        );
+        sent += 1;
+    }
+    assert!(sent >= 13, "{sent}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_path_is_404_and_a_problem() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    for path in [
+        "/nope",
+        "/health",
+        "/health/",
+        "/v1",
+        "/v1/nope",
+        "/v1/echo/",
+        "/auth",
+        "/auth/nope",
+        "/admin",
+        "/admin/",
+        "/admin/nope",
+        "/admin/plans/",
+        "/admin/plans/not-an-id",
+        "/admin/plans/00000000-0000-0000-0000-00000000000g",
+        "/admin/plans/019ab4e1-7c00-7000-8000-0000000000a1/nope",
+        "/admin/api-keys/%00",
+        "/admin/api-keys/%ff%fe",
+        "/admin/api-keys/'%20OR%201=1--",
+        "/docs/nope.js",
+        "/problems/nope",
+        "/problems/../../etc/passwd",
+        "/metrics",
+        "/.env",
+        "/%2e%2e/%2e%2e/etc/passwd",
+    ] {
+        for method in [Method::GET, Method::POST, Method::DELETE] {
+            let answer = app
+                .request(method.clone(), path)
+                .bearer(&account.access_token)
+                .send()
+                .await;
+            if answer.status == 405 && method != Method::GET {
+                continue;
+            }
+            assert_eq!(answer.status, 404, "{method} {path}: {}", answer.text);
+            assert_eq!(
+                answer.header("content-type"),
+                Some("application/problem+json")
+            );
+            assert_eq!(answer.problem(), "not-found", "{method} {path}");
+            assert_eq!(answer.body["status"], 404);
+            assert_eq!(
+                answer.body["request_id"].as_str(),
+                answer.header("x-request-id")
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_method_is_405_and_told_which_there_are() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let pages = [
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/problems",
+        "/problems/not-found",
+        "/page.css",
+    ];
+    let mut paths = operations()
+        .iter()
+        .map(|it| it.path)
+        .collect::<BTreeSet<_>>();
+    paths.extend(pages);
+    for path in paths {
+        let mut has = DOCUMENT["paths"][path]
+            .as_object()
+            .map(|methods| {
+                methods
+                    .keys()
+                    .map(|it| it.to_uppercase())
+                    .collect::<BTreeSet<_>>()
+            })
+            .unwrap_or_else(|| BTreeSet::from(["GET".to_owned()]));
+        if has.contains("GET") {
+            has.insert("HEAD".to_owned());
+        }
+        let path = path.replace(['{', '}'], "");
+        for method in [
+            "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW",
+        ] {
+            if has.contains(method) {
+                continue;
+            }
+            let method: Method = method.parse().expect("a method");
+            let answer = app
+                .request(method.clone(), &path)
+                .bearer(&account.access_token)
+                .send()
+                .await;
+            assert_eq!(answer.status, 405, "{method} {path}: {}", answer.text);
+            assert_eq!(answer.problem(), "method-not-allowed", "{method} {path}");
+            let allow = answer.header(header::ALLOW.as_str()).expect("Allow");
+            let mut allowed = allow
+                .split(',')
+                .map(|it| it.trim().to_owned())
+                .collect::<BTreeSet<_>>();
+            // RFC 9110: what has GET has HEAD, whether it is named or not.
+            if allowed.contains("GET") {
+                allowed.insert("HEAD".to_owned());
+            }
+            assert_eq!(allowed, has, "{method} {path}");
+        }
+    }
+}
