@@ -180,6 +180,15 @@ fn error_answer(status: u16) -> Value {
             }
         },
     });
+    let headers = error_fields(status);
+    if !headers.is_empty() {
+        answer["headers"] = Value::Object(headers);
+    }
+    answer
+}
+
+/// The fields that an answer of this status carries.
+fn error_fields(status: u16) -> Map<String, Value> {
     let mut headers = Map::new();
     if matches!(status, 429 | 503) {
         headers.insert("Retry-After".into(), json!({
@@ -193,10 +202,7 @@ fn error_answer(status: u16) -> Value {
             "schema": {"type": "string"},
         }));
     }
-    if !headers.is_empty() {
-        answer["headers"] = Value::Object(headers);
-    }
-    answer
+    headers
 }
 
 fn limit_fields() -> Map<String, Value> {
@@ -306,8 +312,9 @@ fn complete(document: &mut Value) {
                         }
                     }
                 }
-                for answer in answers.values_mut() {
+                for (status, answer) in answers.iter_mut() {
                     let mut headers = answer["headers"].as_object().cloned().unwrap_or_default();
+                    headers.extend(error_fields(status.parse().unwrap_or_default()));
                     headers.insert("X-Request-Id".into(), json!({
                         "description": "The id of the request: the incoming one where it is a valid id.",
                         "schema": {"type": "string", "maxLength": 128},
