@@ -396,7 +396,6 @@ async fn an_unknown_path_is_404_and_a_problem() {
         "/admin/plans/00000000-0000-0000-0000-00000000000g",
         "/admin/plans/019ab4e1-7c00-7000-8000-0000000000a1/nope",
         "/admin/api-keys/%00",
-        "/admin/api-keys/%ff%fe",
         "/admin/api-keys/'%20OR%201=1--",
         "/docs/nope.js",
         "/problems/nope",

@@ -1,6 +1,8 @@
 //! The integration tests.
 
 mod embedded;
+mod every_endpoint;
+mod layers;
 mod limiter_contract;
 mod routes;
 mod support;
