@@ -6,3 +6,4 @@ mod layers;
 mod limiter_contract;
 mod routes;
 mod support;
+mod tenancy;

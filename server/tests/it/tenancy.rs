@@ -1,0 +1,654 @@
+//! Nobody reaches what is another tenant's: not through any operation, generated from the document, and not
+//! in the database, generated from its catalog.
+
+use std::collections::{BTreeMap, HashMap};
+
+use quota_server::secret_text::{Kind, SecretText};
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio_postgres::{Client, error::SqlState};
+use uuid::Uuid;
+
+use crate::{
+    every_endpoint::{Operation, operations, resolve},
+    support::app::{Account, Answer, Key, PASSWORD, TestApp},
+};
+
+/// A tenant with one of everything, and more of what is listed.
+struct Tenant {
+    account: Account,
+    plan: String,
+    key: Key,
+    service_token: String,
+    /// By the name that a parameter has for it.
+    ids: HashMap<&'static str, String>,
+}
+
+impl Tenant {
+    async fn new(app: &TestApp) -> Self {
+        let account = app.register().await;
+        let plan = app
+            .plan(
+                &account,
+                json!({"daily_quota": 1000, "monthly_quota": 9000}),
+            )
+            .await;
+        app.plan(&account, json!({})).await;
+        let key = app.key(&account, &plan).await;
+        app.key(&account, &plan).await;
+        let service_token = app.service_token(&account).await;
+        app.service_token(&account).await;
+        let tokens = app
+            .get("/admin/service-tokens")
+            .bearer(&account.access_token)
+            .send()
+            .await;
+
+        // A second sign-in: the one that is ended must not be the caller's own.
+        let login = json!({"email": account.email, "password": PASSWORD});
+        assert_eq!(app.post("/auth/login", login).send().await.status, 200);
+        let sessions = app
+            .get("/auth/sessions")
+            .bearer(&account.access_token)
+            .send()
+            .await;
+        let sessions = sessions.body.as_array().expect("a list").clone();
+        let other = sessions
+            .iter()
+            .find(|it| it["current"] == false)
+            .expect("the second one");
+
+        // What it did: quotas used, a change to forget, a request to repeat.
+        assert_eq!(app.echo(&key.text).await.status, 200);
+        let path = format!("/admin/plans/{plan}");
+        let patch = app.request(Method::PATCH, &path).json(json!({"burst": 7}));
+        assert_eq!(patch.bearer(&account.access_token).send().await.status, 200);
+        let once = app.post("/admin/service-tokens", json!({"name": "Once"}));
+        let once = once
+            .header("Idempotency-Key", "once")
+            .bearer(&account.access_token);
+        assert_eq!(once.send().await.status, 201);
+
+        let ids = HashMap::from([
+            ("plan_id", plan.clone()),
+            ("key_id", key.id.clone()),
+            (
+                "token_id",
+                tokens.body["items"][0]["id"]
+                    .as_str()
+                    .expect("an id")
+                    .to_owned(),
+            ),
+            (
+                "session_id",
+                other["id"].as_str().expect("an id").to_owned(),
+            ),
+        ]);
+        Self {
+            account,
+            plan,
+            key,
+            service_token,
+            ids,
+        }
+    }
+
+    /// The id of this tenant's that a parameter or field of this name means.
+    fn id(&self, name: &str) -> &str {
+        self.ids
+            .get(name)
+            .unwrap_or_else(|| panic!("say here what {name} is an id of"))
+    }
+
+    /// Everything that tells a row or an answer to be of this tenant.
+    fn marks(&self) -> Vec<&str> {
+        let mut marks = self.ids.values().map(String::as_str).collect::<Vec<_>>();
+        marks.extend([
+            self.account.tenant_id.as_str(),
+            self.account.user_id.as_str(),
+            self.account.email.as_str(),
+        ]);
+        marks
+    }
+}
+
+/// The tables of the database, without the record of its migrations.
+async fn tables(client: &Client) -> Vec<String> {
+    let rows = client
+        .query(
+            "SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace \
+             AND relkind IN ('r', 'p') AND relname <> '__diesel_schema_migrations' ORDER BY relname",
+            &[],
+        )
+        .await
+        .expect("the catalog is readable");
+    let tables = rows.iter().map(|row| row.get(0)).collect::<Vec<String>>();
+    assert!(tables.len() >= 13, "{tables:?}");
+    tables
+}
+
+/// Every row, in every table, that mentions the tenant: as text, whole.
+async fn rows_of(client: &Client, tenant: &Tenant) -> BTreeMap<String, Vec<String>> {
+    let pattern = tenant.marks().join("|");
+    let mut rows = BTreeMap::new();
+    for table in tables(client).await {
+        // Refresh tokens know their session only.
+        let sessions = if table == "refresh_tokens" {
+            "OR session_id IN (SELECT id FROM sessions s WHERE to_jsonb(s)::text ~ $1)"
+        } else {
+            ""
+        };
+        let sql = format!(
+            "SELECT to_jsonb(t)::text FROM {table} t WHERE to_jsonb(t)::text ~ $1 {sessions} ORDER BY 1"
+        );
+        let found = client
+            .query(&sql, &[&pattern])
+            .await
+            .expect("a superuser sees all");
+        rows.insert(table, found.iter().map(|row| row.get(0)).collect());
+    }
+    rows
+}
+
+/// An answer without what differs from request to request.
+fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
+    let id = answer.header("x-request-id").expect("every answer has one");
+    let mut fields = answer
+        .headers
+        .iter()
+        .filter(|(name, _)| !["date", "x-request-id"].contains(&name.as_str()))
+        .map(|(name, value)| (name.to_string(), value.to_str().unwrap_or("?").to_owned()))
+        .collect::<Vec<_>>();
+    fields.sort();
+    (answer.status, answer.text.replace(id, "ID"), fields)
+}
+
+/// One way in which an operation can be given an id.
+struct Attempt {
+    operation: Operation,
+    path: Box<dyn Fn(&str) -> String>,
+    body: Box<dyn Fn(&str) -> Option<Value>>,
+    /// The name of what the id is of.
+    names: &'static str,
+}
+
+impl Attempt {
+    async fn send(&self, app: &TestApp, caller: &Tenant, id: &str) -> Answer {
+        let call = app.request(self.operation.method.clone(), &(self.path)(id));
+        let call = call.bearer(&caller.account.access_token);
+        match (self.body)(id) {
+            Some(body) => call.json(body).send().await,
+            None => call.send().await,
+        }
+    }
+}
+
+/// Every id that an operation takes, in its path and in its body, each once. What else the operation needs
+/// is `own`'s.
+fn attempts(own: &Tenant) -> Vec<Attempt> {
+    let mut all = Vec::new();
+    for operation in operations() {
+        let example = operation.body().map(|schema| schema["example"].clone());
+        for name in operation.parameters("path") {
+            let (path, body) = (operation.path, mine(example.clone(), own));
+            all.push(Attempt {
+                operation: Operation {
+                    method: operation.method.clone(),
+                    ..operation
+                },
+                path: Box::new(move |id| path.replace(&format!("{{{name}}}"), id)),
+                body: Box::new(move |_| body.clone()),
+                names: name,
+            });
+        }
+        let fields = operation
+            .body()
+            .and_then(|schema| schema["properties"].as_object());
+        for (name, field) in fields.into_iter().flatten() {
+            if resolve(field)["format"] != "uuid" {
+                continue;
+            }
+            let mut path = operation.path.to_owned();
+            for parameter in operation.parameters("path") {
+                path = path.replace(&format!("{{{parameter}}}"), own.id(parameter));
+            }
+            let example = example.clone();
+            all.push(Attempt {
+                operation: Operation {
+                    method: operation.method.clone(),
+                    ..operation
+                },
+                path: Box::new(move |_| path.clone()),
+                body: Box::new(move |id| {
+                    let mut body = example.clone().expect("a body with fields has an example");
+                    body[name] = json!(id);
+                    Some(body)
+                }),
+                names: name,
+            });
+        }
+    }
+    all
+}
+
+/// An example of a body whose ids are the tenant's own.
+fn mine(body: Option<Value>, own: &Tenant) -> Option<Value> {
+    let mut body = body?;
+    for (name, value) in body.as_object_mut().into_iter().flatten() {
+        if name.ends_with("_id") {
+            *value = json!(own.id(name));
+        }
+    }
+    Some(body)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_tenants_id_is_answered_as_one_that_never_was_and_changes_nothing() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
+    let database = app.database.connect().await;
+    let before = rows_of(&database, &a).await;
+    let attempts = attempts(&b);
+    assert!(attempts.len() >= 11, "{}", attempts.len());
+    for attempt in &attempts {
+        let theirs = attempt.send(&app, &b, a.id(attempt.names)).await;
+        let nobodys = attempt.send(&app, &b, &Uuid::now_v7().to_string()).await;
+        let random = attempt
+            .send(&app, &b, &Uuid::from_u128(rand()).to_string())
+            .await;
+        let id = attempt.operation.id;
+        assert_eq!(
+            theirs.status, 404,
+            "{id} by {}: {}",
+            attempt.names, theirs.text
+        );
+        assert_eq!(bare(&theirs), bare(&nobodys), "{id} by {}", attempt.names);
+        assert_eq!(bare(&theirs), bare(&random), "{id} by {}", attempt.names);
+        for mark in a.marks() {
+            assert!(
+                !theirs.text.contains(mark),
+                "{id} shows {mark}: {}",
+                theirs.text
+            );
+        }
+    }
+    assert_eq!(before, rows_of(&database, &a).await);
+
+    // The same attempts with A's own token do reach something, so that the 404 above was about whose it is.
+    for attempt in attempts
+        .iter()
+        .filter(|it| it.operation.method != Method::DELETE)
+    {
+        if (attempt.path)("x").contains('x') {
+            let own = attempt.send(&app, &a, a.id(attempt.names)).await;
+            assert_ne!(own.status, 401, "{}", attempt.operation.id);
+            let foreign_plan = attempt.operation.id == "update_api_key" && own.status == 404;
+            assert!(
+                own.status < 300 || foreign_plan,
+                "{}: {}",
+                attempt.operation.id,
+                own.text
+            );
+        }
+    }
+}
+
+/// Random enough to be nobody's id.
+fn rand() -> u128 {
+    Uuid::now_v7()
+        .as_u128()
+        .wrapping_mul(0x2545_F491_4F6C_DD1D_2545_F491_4F6C_DD1D)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_method_on_another_tenants_id_is_answered_as_on_one_that_never_was() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
+    let database = app.database.connect().await;
+    let before = rows_of(&database, &a).await;
+    for operation in operations() {
+        for name in operation.parameters("path") {
+            let path = |id: &str| operation.path.replace(&format!("{{{name}}}"), id);
+            for method in ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"] {
+                for body in ["{}", "{\"broken", "[]"] {
+                    let send = async |id: &str| {
+                        let method: Method = method.parse().expect("a method");
+                        let call = app.request(method, &path(id));
+                        call.bearer(&b.account.access_token)
+                            .body("application/json", body)
+                            .send()
+                            .await
+                    };
+                    let theirs = send(a.id(name)).await;
+                    let nobodys = send(&Uuid::now_v7().to_string()).await;
+                    assert_eq!(
+                        bare(&theirs),
+                        bare(&nobodys),
+                        "{method} {} {body}",
+                        operation.path
+                    );
+                    assert!(theirs.status >= 400, "{method} {}", operation.path);
+                }
+            }
+        }
+    }
+    assert_eq!(before, rows_of(&database, &a).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_show_nothing_of_another_tenant_by_filter_or_cursor() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
+    let list = async |who: &Tenant, path: &str, query: &str| {
+        let call = app
+            .get(&format!("{path}?{query}"))
+            .bearer(&who.account.access_token);
+        let answer = call.send().await;
+        assert_eq!(answer.status, 200, "{path}?{query}: {}", answer.text);
+        answer
+    };
+    let mut lists = 0;
+    for operation in operations() {
+        let parameters = operation.parameters("query");
+        if parameters.contains(&"cursor") {
+            lists += 1;
+            let own = list(&b, operation.path, "limit=100").await;
+            let mut theirs = list(&a, operation.path, "limit=1").await;
+            let ours = own.body["items"].as_array().expect("items").clone();
+            assert!(!ours.is_empty(), "{}", operation.id);
+            // Along all of A's cursors.
+            let mut cursors = 0;
+            while let Some(cursor) = theirs.body["next_cursor"].as_str().map(str::to_owned) {
+                cursors += 1;
+                let seen = list(&b, operation.path, &format!("limit=100&cursor={cursor}")).await;
+                assert_eq!(seen.body["total"], own.body["total"], "{}", operation.id);
+                for item in seen.body["items"].as_array().expect("items") {
+                    assert!(ours.contains(item), "{} shows {item}", operation.id);
+                }
+                for mark in a.marks() {
+                    assert!(!seen.text.contains(mark), "{} shows {mark}", operation.id);
+                }
+                theirs = list(&a, operation.path, &format!("limit=1&cursor={cursor}")).await;
+            }
+            assert!(cursors > 0, "{} has only one page", operation.id);
+        }
+        for name in parameters.iter().filter(|name| name.ends_with("_id")) {
+            let theirs = list(&b, operation.path, &format!("{name}={}", a.id(name))).await;
+            let nobodys = list(&b, operation.path, &format!("{name}={}", Uuid::now_v7())).await;
+            assert_eq!(bare(&theirs), bare(&nobodys), "{} by {name}", operation.id);
+            assert_eq!(theirs.body["total"], 0, "{} by {name}", operation.id);
+            let own = list(&b, operation.path, &format!("{name}={}", b.id(name))).await;
+            assert_ne!(own.body["total"], 0, "{} by {name}", operation.id);
+        }
+    }
+    assert!(lists >= 4, "{lists} lists with cursors");
+    let sessions = app
+        .get("/auth/sessions")
+        .bearer(&b.account.access_token)
+        .send()
+        .await;
+    assert!(
+        !a.marks().iter().any(|mark| sessions.text.contains(mark)),
+        "{}",
+        sessions.text
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idempotency_key_of_one_tenant_means_nothing_to_another() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
+    let mut tried = 0;
+    for operation in operations() {
+        if !operation.parameters("header").contains(&"Idempotency-Key") {
+            continue;
+        }
+        tried += 1;
+        let example = operation.body().map(|schema| schema["example"].clone());
+        let send = async |who: &Tenant| {
+            let body = mine(example.clone(), who).expect("what is made is made of something");
+            let call = app
+                .post(operation.path, body)
+                .header("Idempotency-Key", "shared");
+            call.bearer(&who.account.access_token).send().await
+        };
+        let first = send(&a).await;
+        assert_eq!(first.status, 201, "{}: {}", operation.id, first.text);
+        let theirs = send(&b).await;
+        assert_eq!(theirs.status, 201, "{}: {}", operation.id, theirs.text);
+        let id = |answer: &Answer| {
+            let body = &answer.body;
+            let all = [
+                &body["id"],
+                &body["api_key"]["id"],
+                &body["service_token"]["id"],
+            ];
+            all.into_iter()
+                .find_map(Value::as_str)
+                .expect("an id")
+                .to_owned()
+        };
+        assert_ne!(
+            id(&first),
+            id(&theirs),
+            "{} replayed another's",
+            operation.id
+        );
+        assert_eq!(
+            id(&first),
+            id(&send(&a).await),
+            "{} replays the own",
+            operation.id
+        );
+        assert_eq!(
+            id(&theirs),
+            id(&send(&b).await),
+            "{} replays the own",
+            operation.id
+        );
+    }
+    assert!(tried >= 3, "{tried}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_tenants_key_is_unknown_to_a_gateway_and_is_not_charged() {
+    let app = TestApp::start().await;
+    let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
+    let remaining = async || app.echo(&a.key.text).await.number("x-ratelimit-remaining");
+    let before = remaining().await;
+    let never = SecretText::generate(Kind::ApiKey).expect("chance").reveal();
+    for _ in 0..3 {
+        let check = async |key: &str| {
+            let call = app
+                .post("/v1/check", json!({"key": key}))
+                .bearer(&b.service_token);
+            bare(&call.send().await)
+        };
+        let theirs = check(&a.key.text).await;
+        assert_eq!(theirs.0, 200);
+        assert!(theirs.1.contains("\"unknown_key\""), "{}", theirs.1);
+        assert_eq!(theirs, check(&never).await);
+
+        let forward = async |key: &str| {
+            let call = app.get("/v1/forward-auth").header("X-API-Key", key);
+            bare(&call.bearer(&b.service_token).send().await)
+        };
+        let theirs = forward(&a.key.text).await;
+        assert_eq!(theirs.0, 401);
+        assert_eq!(theirs, forward(&never).await);
+    }
+    // Refilled at most once in between.
+    assert!(remaining().await + 1 >= before, "the key was charged");
+    let own = app
+        .post("/v1/check", json!({"key": b.key.text}))
+        .bearer(&b.service_token);
+    assert_eq!(own.send().await.body["allowed"], true);
+    let plan = app
+        .get(&format!("/admin/plans/{}", a.plan))
+        .bearer(&a.account.access_token);
+    assert_eq!(plan.send().await.status, 200);
+}
+
+// In the database: what a query forgot, row-level security refuses. ------------------------------------
+
+/// How many rows a statement touched as `quota_app` for a tenant, rolled back after; `None` where it was
+/// refused.
+async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<u64> {
+    let transaction = client.transaction().await.expect("a transaction");
+    transaction
+        .batch_execute("SET LOCAL ROLE quota_app")
+        .await
+        .expect("the role is there");
+    if let Some(tenant) = tenant {
+        let set = format!("SET LOCAL quota.tenant = '{tenant}'");
+        transaction
+            .batch_execute(&set)
+            .await
+            .expect("it can be set");
+    }
+    match transaction.execute(sql, &[]).await {
+        Ok(rows) => Some(rows),
+        Err(error) => {
+            let refused = error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE);
+            assert!(refused, "{sql}: {error:?}");
+            None
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_database_refuses_a_tenant_every_row_of_another_in_every_table() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
+    let mut client = app.database.connect().await;
+    let theirs = rows_of(&client, &a).await;
+    let tenant_b = b.account.tenant_id.as_str();
+    let pattern = a.marks().join("|");
+    let mut reachable = 0;
+    for (table, rows) in &theirs {
+        // A table without a row proves nothing: whoever adds one gives a tenant something in it.
+        assert!(
+            !rows.is_empty() || table == "server_secrets",
+            "{table} has no row of A's"
+        );
+        let column: String = client
+            .query_one(
+                "SELECT attname::text FROM pg_attribute WHERE attrelid = $1::text::regclass \
+                 AND attnum > 0 AND NOT attisdropped AND attidentity = '' ORDER BY attnum LIMIT 1",
+                &[table],
+            )
+            .await
+            .expect("a table has columns")
+            .get(0);
+        let whose = format!("to_jsonb(t)::text ~ '{pattern}'");
+        let select = format!("SELECT 1 FROM {table} t WHERE {whose}");
+        let update = format!("UPDATE {table} t SET {column} = {column} WHERE {whose}");
+        let delete = format!("DELETE FROM {table} t WHERE {whose}");
+        for sql in [&select, &update, &delete] {
+            let touched = as_app(&mut client, Some(tenant_b), sql).await;
+            assert!(touched.unwrap_or(0) == 0, "{sql}: {touched:?}");
+        }
+        for row in rows {
+            let row = row.replace('\'', "''");
+            let insert = format!(
+                "INSERT INTO {table} OVERRIDING SYSTEM VALUE \
+                 SELECT * FROM jsonb_populate_record(NULL::{table}, '{row}')"
+            );
+            assert_eq!(
+                as_app(&mut client, Some(tenant_b), &insert).await,
+                None,
+                "{insert}"
+            );
+        }
+
+        // Nothing at all without a tenant, and what is B's with B's.
+        let all = format!("SELECT 1 FROM {table}");
+        for unset in [None, Some("")] {
+            assert!(
+                as_app(&mut client, unset, &all).await.unwrap_or(0) == 0,
+                "{all}"
+            );
+        }
+        reachable += usize::from(as_app(&mut client, Some(tenant_b), &all).await > Some(0));
+
+        // The own row, given away.
+        if column == "tenant_id" {
+            let tenant_a = &a.account.tenant_id;
+            let give = format!("UPDATE {table} SET tenant_id = '{tenant_a}'");
+            assert_eq!(
+                as_app(&mut client, Some(tenant_b), &give).await,
+                None,
+                "{give}"
+            );
+        }
+    }
+    assert!(
+        reachable >= 8,
+        "a tenant sees what is its own in {reachable} tables"
+    );
+    assert_eq!(theirs, rows_of(&client, &a).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_table_has_row_level_security_and_the_servers_roles_are_bound_by_it() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let client = app.database.connect().await;
+    for table in tables(&client).await {
+        let row = client
+            .query_one(
+                "SELECT relrowsecurity, relforcerowsecurity, pg_get_userbyid(relowner)::text \
+                 FROM pg_class WHERE oid = $1::text::regclass",
+                &[&table],
+            )
+            .await
+            .expect("it is there");
+        assert!(
+            row.get::<_, bool>(0),
+            "{table}: row-level security is not enabled"
+        );
+        assert!(
+            row.get::<_, bool>(1),
+            "{table}: row-level security is not forced"
+        );
+        let owner: &str = row.get(2);
+        assert!(
+            !["quota_app", "quota_system"].contains(&owner),
+            "{table} is owned by {owner}"
+        );
+    }
+    let roles = client
+        .query(
+            "SELECT rolname::text, rolsuper OR rolbypassrls OR rolcreaterole OR rolcreatedb OR rolcanlogin \
+             FROM pg_roles WHERE rolname IN ('quota_app', 'quota_system')",
+            &[],
+        )
+        .await
+        .expect("the catalog is readable");
+    assert_eq!(roles.len(), 2);
+    for role in roles {
+        assert!(
+            !role.get::<_, bool>(1),
+            "{} may too much",
+            role.get::<_, &str>(0)
+        );
+    }
+    // Neither is a member of anything, so neither can become somebody who may more.
+    let member = client
+        .query_one(
+            "SELECT count(*) FROM pg_auth_members WHERE member IN ('quota_app'::regrole, 'quota_system'::regrole)",
+            &[],
+        )
+        .await
+        .expect("the catalog is readable");
+    assert_eq!(member.get::<_, i64>(0), 0);
+    // A view or function that runs as its owner would be a way around.
+    let ways_around = client
+        .query_one(
+            "SELECT (SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef) + \
+             (SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('v', 'm'))",
+            &[],
+        )
+        .await
+        .expect("the catalog is readable");
+    assert_eq!(ways_around.get::<_, i64>(0), 0);
+}
