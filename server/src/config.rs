@@ -455,6 +455,15 @@ fn network(text: &str) -> Result<IpNet, String> {
 }
 
 impl Config {
+    /// Where it listens in fact: port 0 asks for any that is free.
+    pub fn listens_on(&mut self, listen: SocketAddr, metrics_listen: Option<SocketAddr>) {
+        if self.public_url == format!("http://{}", self.listen) {
+            self.public_url = format!("http://{listen}");
+        }
+        self.listen = listen;
+        self.metrics_listen = metrics_listen;
+    }
+
     pub fn read(settings: &Settings) -> Result<Self, Faults> {
         let mut reader = Reader(Vec::new());
         let unspecified = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -656,6 +665,20 @@ mod tests {
         assert_eq!(config.body_limit, 64 * 1024);
         assert!(config.database_url.is_none());
         assert_eq!((config.auth_rpm, config.admin_rpm), (60, 300));
+    }
+
+    #[test]
+    fn a_port_that_was_chosen_is_in_the_public_address_unless_that_was_set() {
+        let chosen = "127.0.0.1:4711".parse().unwrap();
+        let mut config = Config::read(&settings(&["--listen=127.0.0.1:0"])).unwrap();
+        config.listens_on(chosen, None);
+        assert_eq!((config.listen, config.metrics_listen), (chosen, None));
+        assert_eq!(config.public_url, "http://127.0.0.1:4711");
+
+        let set = ["--listen=127.0.0.1:0", "--public-url=https://quota.example"];
+        let mut config = Config::read(&settings(&set)).unwrap();
+        config.listens_on(chosen, None);
+        assert_eq!(config.public_url, "https://quota.example");
     }
 
     #[test]

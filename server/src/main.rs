@@ -193,7 +193,7 @@ async fn told_to_stop() {
     }
 }
 
-async fn serve_until_told(config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
+async fn serve_until_told(mut config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
     // Listened for from the first moment on, so that a stop during a slow start is a clean one.
     let mut stop = std::pin::pin!(told_to_stop());
     // Before the database is touched: a port that is taken is the commonest mistake.
@@ -208,6 +208,8 @@ async fn serve_until_told(config: Config, log: Log, with_demo: bool) -> anyhow::
         ),
         None => None,
     };
+    let metrics_listen = metrics_listener.as_ref().map(TcpListener::local_addr);
+    config.listens_on(listener.local_addr()?, metrics_listen.transpose()?);
     let (url, embedded) = tokio::select! {
         database = database(&config) => database?,
         () = &mut stop => return Ok(()),
@@ -276,7 +278,8 @@ async fn serve_on(
             until(stopping),
         ))
     });
-    tracing::info!(listen = %config.listen, public_url = config.public_url, "ready");
+    let metrics_listen = config.metrics_listen.map(tracing::field::display);
+    tracing::info!(listen = %config.listen, metrics_listen, public_url = config.public_url, "ready");
 
     stop.await;
     tracing::info!("stopping");

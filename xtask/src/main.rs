@@ -8,6 +8,7 @@
 )]
 
 mod advisories;
+mod bench;
 mod check;
 mod machine;
 mod postgres;
@@ -46,6 +47,12 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Measure what a request costs, next to a bare poem and a bare hyper server; prints a table
+    Bench {
+        /// Options for the measurement: `--rounds N`, `--seconds N`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Formatting, lints, and whether generated files are fresh
     Check,
     /// Write server/src/schema.rs from the migrations
@@ -56,6 +63,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().chore {
         Chore::Run { arguments } => run::run(&arguments),
         Chore::Test { arguments } => test::test(&arguments),
+        Chore::Bench { arguments } => bench::bench(&arguments),
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
         Chore::Schema => schema::write().map(|()| ExitCode::SUCCESS),
     };

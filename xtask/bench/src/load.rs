@@ -1,0 +1,94 @@
+//! The load: connections that send their next request once the last one is answered.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    task::JoinSet,
+};
+
+use crate::http1;
+
+pub(crate) const CONNECTIONS: u64 = 32;
+
+/// How many answers of each status there were.
+pub(crate) type Statuses = BTreeMap<u16, u64>;
+
+pub(crate) struct Load {
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Load {
+    /// All of it runs on the thread that calls [`Self::put`].
+    pub(crate) fn new() -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        Ok(Self { runtime })
+    }
+
+    /// Sends the same `request` for so long.
+    pub(crate) fn put(
+        &self,
+        server: SocketAddr,
+        time: Duration,
+        request: &[u8],
+    ) -> Result<Statuses> {
+        self.runtime.block_on(async {
+            let mut connections = JoinSet::new();
+            let end = Instant::now() + time;
+            for _ in 0..CONNECTIONS {
+                connections.spawn(connection(server, end, request.to_vec()));
+            }
+            let mut all = Statuses::new();
+            while let Some(statuses) = connections.join_next().await {
+                for (status, count) in statuses?? {
+                    *all.entry(status).or_default() += count;
+                }
+            }
+            Ok(all)
+        })
+    }
+}
+
+async fn connection(server: SocketAddr, end: Instant, request: Vec<u8>) -> Result<Statuses> {
+    let mut stream = TcpStream::connect(server)
+        .await
+        .context("cannot connect")?;
+    stream.set_nodelay(true)?;
+    let mut bytes = vec![0; 16 * 1024];
+    let mut statuses = Statuses::new();
+    while Instant::now() < end {
+        stream.write_all(&request).await?;
+        let mut read = 0;
+        let status = loop {
+            let n = stream.read(&mut bytes[read..]).await?;
+            if n == 0 {
+                bail!("the server ended a connection");
+            }
+            read += n;
+            match http1::answer(&bytes[..read])? {
+                Some((status, whole)) if whole == read => break status,
+                Some(_) => bail!("more was answered than asked for"),
+                None => {}
+            }
+        };
+        *statuses.entry(status).or_default() += 1;
+    }
+    Ok(statuses)
+}
+
+/// `GET /v1/echo` with a key.
+pub(crate) fn echo(key: &str) -> Vec<u8> {
+    format!(
+        "GET /v1/echo HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: quota-bench\r\nAccept: */*\r\n\
+         X-API-Key: {key}\r\n\r\n"
+    )
+    .into_bytes()
+}

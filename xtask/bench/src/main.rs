@@ -1,0 +1,59 @@
+//! What a request costs: Quota next to a bare poem and a bare hyper handler, in the same run.
+//!
+//! Every server is a process of its own with the same tokio runtime, pinned to one core; the load comes from
+//! this process, pinned to another. The rounds of all servers alternate, so that what else the machine does
+//! meets all of them alike. Read the ratios: absolute figures are the machine's.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a measurement has no `Clock` and no `Config`: it reads the time and the environment as they are"
+)]
+
+mod floor;
+mod http1;
+mod load;
+mod process;
+mod rounds;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "quota-bench")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Measure `quota` next to the bare servers, and print a table
+    Run {
+        /// The `quota` binary, built for release
+        quota: PathBuf,
+        /// How many rounds each case gets
+        #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=50))]
+        rounds: u32,
+        /// How long a round is, in seconds
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=30))]
+        seconds: u64,
+    },
+    /// A bare poem handler, on a port of its own
+    Poem,
+    /// A bare hyper handler, on a port of its own
+    Hyper,
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Run {
+            quota,
+            rounds,
+            seconds,
+        } => rounds::run(&quota, rounds, std::time::Duration::from_secs(seconds)),
+        Command::Poem => floor::serve(floor::poem),
+        Command::Hyper => floor::serve(floor::hyper),
+    }
+}

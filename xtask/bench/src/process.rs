@@ -1,0 +1,198 @@
+//! The servers under measurement: started on a core of their own, read from `/proc`, ended with us.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead as _, BufReader},
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    sys::signal::{Signal, kill},
+    unistd::{Pid, SysconfVar, sysconf},
+};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A first start creates a database.
+const STARTED_WITHIN: Duration = Duration::from_secs(120);
+const ENDED_WITHIN: Duration = Duration::from_secs(30);
+
+/// Which core the servers get, and which the load.
+#[derive(Clone, Copy)]
+pub(crate) struct Cores {
+    pub(crate) servers: usize,
+    pub(crate) load: usize,
+}
+
+impl Cores {
+    /// `None` where there are not two, or where they cannot be asked for.
+    pub(crate) fn pick() -> Option<Self> {
+        let usable = sched_getaffinity(Pid::from_raw(0)).ok()?;
+        let mut usable = (0..CpuSet::count()).filter(|core| usable.is_set(*core).unwrap_or(false));
+        let load = usable.next()?;
+        Some(Self {
+            servers: usable.next_back()?,
+            load,
+        })
+    }
+
+    /// Runs `start` on the servers' core, which what it starts inherits.
+    fn starting<T>(it: Option<Self>, start: impl FnOnce() -> Result<T>) -> Result<T> {
+        if let Some(cores) = it {
+            stay_on(cores.servers)?;
+        }
+        let started = start();
+        if let Some(cores) = it {
+            stay_on(cores.load)?;
+        }
+        started
+    }
+}
+
+fn stay_on(core: usize) -> Result<()> {
+    let mut set = CpuSet::new();
+    set.set(core)?;
+    sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("cannot stay on core {core}"))
+}
+
+pub(crate) struct Server {
+    child: Child,
+    pub(crate) addr: SocketAddr,
+    /// What `quota` writes its log to.
+    log: Option<File>,
+    /// Its data, removed with it.
+    _data: Option<TempDir>,
+}
+
+impl Server {
+    /// This program's own bare server of that name.
+    pub(crate) fn bare(name: &str, cores: Option<Cores>) -> Result<Self> {
+        let mut child = Cores::starting(cores, || {
+            let mut command = Command::new(std::env::current_exe()?);
+            command.arg(name).stdout(Stdio::piped());
+            Ok(command.spawn()?)
+        })?;
+        let mut line = String::new();
+        let out = child.stdout.take().context("no pipe")?;
+        let read = BufReader::new(out).read_line(&mut line);
+        let addr = line.trim().strip_prefix("listening on ").map(str::parse);
+        let mut server = Self {
+            child,
+            addr: SocketAddr::from(([127, 0, 0, 1], 0)),
+            log: None,
+            _data: None,
+        };
+        read?;
+        server.addr = addr.with_context(|| format!("the bare {name} server did not start"))??;
+        Ok(server)
+    }
+
+    /// `quota serve` as it comes: the embedded database in a directory of its own, the log into a file there.
+    pub(crate) fn quota(binary: &Path, directives: &str, cores: Option<Cores>) -> Result<Self> {
+        let data = tempfile::Builder::new()
+            .prefix("quota-bench-")
+            .permissions(fs::Permissions::from_mode(0o711))
+            .tempdir()?;
+        let path = data.path().join("log");
+        let log = File::options().create(true).append(true).open(&path)?;
+        let mut command = Command::new(binary);
+        for (name, _) in std::env::vars_os() {
+            let ours = name.to_str().is_some_and(|name| {
+                name.starts_with("QUOTA_") || matches!(name, "DATABASE_URL" | "ALLOWED_ORIGINS")
+            });
+            if ours {
+                command.env_remove(name);
+            }
+        }
+        command
+            .arg("serve")
+            .env("QUOTA_LISTEN", "127.0.0.1:0")
+            .env("QUOTA_METRICS_LISTEN", "127.0.0.1:0")
+            .env("QUOTA_DATA_DIR", data.path())
+            .env("RUST_LOG", directives)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?);
+        let child = Cores::starting(cores, || {
+            command
+                .spawn()
+                .with_context(|| format!("cannot run {}", binary.display()))
+        })?;
+        let mut server = Self {
+            child,
+            addr: SocketAddr::from(([127, 0, 0, 1], 0)),
+            log: Some(log),
+            _data: Some(data),
+        };
+        server.addr = server.ready(&path)?;
+        Ok(server)
+    }
+
+    /// The address in the line that says that it is ready.
+    fn ready(&mut self, log: &Path) -> Result<SocketAddr> {
+        let deadline = Instant::now() + STARTED_WITHIN;
+        loop {
+            let text = fs::read_to_string(log)?;
+            let ready = text
+                .lines()
+                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+                .find(|line| line["message"] == "ready");
+            if let Some(line) = ready {
+                let listen = line["listen"].as_str().context("no address in the log")?;
+                return Ok(listen.parse()?);
+            }
+            if let Some(status) = self.child.try_wait()? {
+                bail!("quota ended with {status} instead of starting:\n{text}");
+            }
+            if Instant::now() > deadline {
+                bail!("quota was not ready within {STARTED_WITHIN:?}:\n{text}");
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// How many bytes are in the log, which is empty afterwards.
+    pub(crate) fn empty_log(&self) -> Result<u64> {
+        let Some(log) = &self.log else { return Ok(0) };
+        let bytes = log.metadata()?.len();
+        log.set_len(0)?;
+        Ok(bytes)
+    }
+
+    /// User and system time of the process so far, all threads together.
+    pub(crate) fn cpu(&self) -> Result<Duration> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // The name, in parentheses, may hold anything; fields 14 and 15 are counted from behind it (proc(5)).
+        let (_, rest) = stat.rsplit_once(") ").context("an unknown form of stat")?;
+        let ticks: u64 = rest
+            .split(' ')
+            .skip(11)
+            .take(2)
+            .map(|field| field.parse::<u64>().unwrap_or(0))
+            .sum();
+        let a_second = sysconf(SysconfVar::CLK_TCK)?.context("no clock ticks")?;
+        Ok(Duration::from_secs(ticks) / u32::try_from(a_second)?)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+        let deadline = Instant::now() + ENDED_WITHIN;
+        while Instant::now() < deadline {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
