@@ -58,9 +58,7 @@ impl Load {
 }
 
 async fn connection(server: SocketAddr, end: Instant, request: Vec<u8>) -> Result<Statuses> {
-    let mut stream = TcpStream::connect(server)
-        .await
-        .context("cannot connect")?;
+    let mut stream = TcpStream::connect(server).await.context("cannot connect")?;
     stream.set_nodelay(true)?;
     let mut bytes = vec![0; 16 * 1024];
     let mut statuses = Statuses::new();

@@ -130,7 +130,9 @@ fn keys(server: &Server) -> Result<(String, String)> {
         None,
         &json!({"email": "bench@example.com", "password": "correct horse battery staple 47"}),
     )?;
-    let token = account["access_token"].as_str().context("no access token")?;
+    let token = account["access_token"]
+        .as_str()
+        .context("no access token")?;
     let key = |plan: &str, rate: u32| {
         let plan = json!({"name": plan, "default_rpm": rate, "burst": rate});
         let plan = http1::json(server.addr, "POST", "/admin/plans", Some(token), &plan)?;
@@ -193,8 +195,14 @@ mod tests {
 
     #[test]
     fn the_median_is_the_one_in_the_middle() {
-        assert_eq!(median([3.0, 1.0, 2.0].into_iter()).to_bits(), 2.0_f64.to_bits());
-        assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()).to_bits(), 2.5_f64.to_bits());
+        assert_eq!(
+            median([3.0, 1.0, 2.0].into_iter()).to_bits(),
+            2.0_f64.to_bits()
+        );
+        assert_eq!(
+            median([4.0, 1.0, 2.0, 3.0].into_iter()).to_bits(),
+            2.5_f64.to_bits()
+        );
     }
 
     #[test]
