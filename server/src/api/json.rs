@@ -376,13 +376,9 @@ mod tests {
     #[test]
     fn every_field_that_is_not_allowed_is_named_at_once() {
         let (status, errors) = refusal(r#"{"name":"a\u0000b","default_rpm":0,"daily_quota":0}"#);
-        let fields = errors
-            .iter()
-            .map(|(field, _)| field.as_str())
-            .collect::<Vec<_>>();
-        assert_eq!(
-            (status, fields),
-            (422, vec!["name", "default_rpm", "daily_quota"])
-        );
+        let fields = errors.into_iter().map(|(field, _)| field);
+        let fields = fields.collect::<std::collections::BTreeSet<_>>();
+        let expected = ["daily_quota", "default_rpm", "name"].map(str::to_owned);
+        assert_eq!((status, fields), (422, expected.into()));
     }
 }

@@ -52,7 +52,7 @@ impl Tenant {
             .bearer(&account.access_token)
             .send()
             .await;
-        let sessions = sessions.body.as_array().expect("a list").clone();
+        let sessions = sessions.body["items"].as_array().expect("a list").clone();
         let other = sessions
             .iter()
             .find(|it| it["current"] == false)

@@ -4,11 +4,6 @@
 //! this process, pinned to another. The rounds of all servers alternate, so that what else the machine does
 //! meets all of them alike. Read the ratios: absolute figures are the machine's.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a measurement has no `Clock` and no `Config`: it reads the time and the environment as they are"
-)]
-
 mod floor;
 mod http1;
 mod load;

@@ -60,7 +60,7 @@ impl Case<'_> {
         let statuses = load
             .put(self.server.addr, time, &self.request)
             .with_context(|| self.name)?;
-        let (took, cpu) = (began.elapsed(), self.server.cpu()? - cpu);
+        let (took, cpu) = (began.elapsed(), self.server.cpu()?.saturating_sub(cpu));
         self.server.empty_log()?;
         let total = self.answers.check(&statuses).with_context(|| self.name)?;
         #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
