@@ -1,6 +1,8 @@
 //! What the operations do, one file for each noun: acting through HTTP, asserting on HTTP, then on the database.
 
 mod api_key;
+mod audit;
 mod auth;
 mod limit;
 mod plan;
+mod service_token;

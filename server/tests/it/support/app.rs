@@ -292,6 +292,50 @@ impl TestApp {
         made.text("token")
     }
 
+    /// A request by an account; `Null` is no body.
+    pub(crate) async fn act(
+        &self,
+        account: &Account,
+        method: &str,
+        path: &str,
+        body: Value,
+    ) -> Answer {
+        let method = method.parse::<Method>().expect("a method");
+        let call = self.request(method, path).bearer(&account.access_token);
+        if body.is_null() {
+            call.send().await
+        } else {
+            call.json(body).send().await
+        }
+    }
+
+    /// Every row of every table, as JSON: what a test searches for what must not be kept.
+    pub(crate) async fn everything_kept(&self) -> String {
+        let client = self.database.connect().await;
+        let tables = client
+            .query(
+                "SELECT tablename FROM pg_tables WHERE schemaname = 'public'",
+                &[],
+            )
+            .await
+            .expect("tables are listed");
+        let mut kept = String::new();
+        for table in tables {
+            let table: String = table.get(0);
+            let rows = client
+                .query(
+                    &format!("SELECT row_to_json(t)::text FROM \"{table}\" t"),
+                    &[],
+                )
+                .await
+                .expect("a table is read");
+            for row in rows {
+                kept += row.get::<_, &str>(0);
+            }
+        }
+        kept
+    }
+
     pub(crate) async fn echo(&self, key: &str) -> Answer {
         self.get("/v1/echo").header("X-API-Key", key).send().await
     }

@@ -1,0 +1,295 @@
+//! `/admin/audit`.
+
+use serde_json::{Value, json};
+
+use crate::support::app::{Account, PASSWORD, TestApp};
+
+/// The newest events first.
+async fn log(app: &TestApp, account: &Account) -> Vec<Value> {
+    let log = app
+        .act(account, "GET", "/admin/audit?limit=100", Value::Null)
+        .await;
+    assert_eq!(log.status, 200);
+    log.body["items"].as_array().unwrap().clone()
+}
+
+fn actions(events: &[Value]) -> Vec<&str> {
+    events
+        .iter()
+        .map(|it| it["action"].as_str().unwrap())
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_change_is_an_audit_event_that_tells_before_and_after() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"name": "Starter"})).await;
+    let key = app.key(&account, &plan).await;
+    let (plan_path, key_path) = (
+        format!("/admin/plans/{plan}"),
+        format!("/admin/api-keys/{}", key.id),
+    );
+    let done = async |method: &str, path: &str, body: Value| {
+        let answer = app.act(&account, method, path, body).await;
+        assert!(answer.status < 300, "{method} {path}: {}", answer.body);
+        answer
+    };
+    let made = done("GET", &key_path, Value::Null).await.body;
+    done("PATCH", &plan_path, json!({"burst": 5})).await;
+    done("PATCH", &key_path, json!({"is_active": false})).await;
+    let rotated = done("POST", &format!("{key_path}/rotate"), json!({})).await;
+    done("DELETE", &key_path, Value::Null).await;
+    done("DELETE", &plan_path, Value::Null).await;
+    let token = done("POST", "/admin/service-tokens", json!({"name": "Edge"})).await;
+    let token_id = token.body["service_token"]["id"].as_str().unwrap();
+    let token_path = format!("/admin/service-tokens/{token_id}");
+    done("DELETE", &token_path, Value::Null).await;
+    done("PATCH", "/auth/me", json!({"time_zone": "Asia/Tokyo"})).await;
+
+    let events = log(&app, &account).await;
+    assert_eq!(
+        actions(&events),
+        [
+            "tenant.update",
+            "service_token.delete",
+            "service_token.create",
+            "plan.delete",
+            "api_key.delete",
+            "api_key.rotate",
+            "api_key.update",
+            "plan.update",
+            "api_key.create",
+            "plan.create",
+            "user.register",
+        ]
+    );
+    let change = |n: usize| (&events[n]["before"], &events[n]["after"]);
+    assert_eq!(
+        change(0),
+        (
+            &json!({"time_zone": "UTC"}),
+            &json!({"time_zone": "Asia/Tokyo"})
+        )
+    );
+    assert_eq!(
+        change(1),
+        (&token.body["service_token"], &Value::Null),
+        "what is gone was there whole"
+    );
+    assert_eq!(change(2), (&Value::Null, &token.body["service_token"]));
+    assert_eq!(
+        (
+            &events[5]["before"]["prefix"],
+            &events[5]["after"]["prefix"]
+        ),
+        (&json!(key.text[..11]), &json!(rotated.text("key")[..11]))
+    );
+    assert_eq!(
+        change(6),
+        (&json!({"is_active": true}), &json!({"is_active": false}))
+    );
+    assert_eq!(change(7), (&json!({"burst": 60}), &json!({"burst": 5})));
+    assert_eq!(change(8), (&Value::Null, &made));
+    for event in &events {
+        assert_eq!(
+            (&event["user_id"], &event["user_email"], &event["ip"]),
+            (
+                &json!(account.user_id),
+                &json!(account.email),
+                &json!("127.0.0.1")
+            )
+        );
+    }
+    let targets = events
+        .iter()
+        .map(|it| it["target_id"].as_str().unwrap())
+        .collect::<Vec<_>>();
+    assert_eq!(
+        (targets[0], targets[1], targets[3], targets[4]),
+        (
+            account.tenant_id.as_str(),
+            token_id,
+            plan.as_str(),
+            key.id.as_str()
+        )
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_happens_to_sessions_is_in_the_log_and_no_secret_is() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let login = json!({"email": account.email, "password": PASSWORD});
+    let second = app.post("/auth/login", login.clone()).send().await;
+    let third = app.post("/auth/login", login).send().await;
+    let new = "seven orchards under frost";
+    let out = json!({"refresh_token": second.text("refresh_token")});
+    assert_eq!(app.post("/auth/logout", out).send().await.status, 204);
+    let change = json!({"current_password": PASSWORD, "new_password": new});
+    assert_eq!(
+        app.act(&account, "POST", "/auth/password", change)
+            .await
+            .status,
+        204
+    );
+    let plan = app.plan(&account, json!({})).await;
+    let key = app.key(&account, &plan).await;
+    let path = format!("/admin/api-keys/{}/rotate", key.id);
+    let rotated = app.act(&account, "POST", &path, json!({})).await;
+    let token = app.service_token(&account).await;
+
+    let events = log(&app, &account).await;
+    let known = actions(&events);
+    assert_eq!(
+        known[known.len() - 5..],
+        [
+            "user.change_password",
+            "session.end",
+            "session.begin",
+            "session.begin",
+            "user.register"
+        ]
+    );
+    let changed = &events[known.len() - 5];
+    assert_eq!(changed["after"], json!({"sessions_ended": 1}));
+
+    let shown = serde_json::to_string(&events).unwrap();
+    for secret in [
+        PASSWORD,
+        new,
+        &account.access_token,
+        &account.refresh_token[3..],
+        &second.text("refresh_token")[3..],
+        &third.text("access_token"),
+        &key.text[11..],
+        &rotated.text("key")[11..],
+        &token[11..],
+    ] {
+        assert!(!shown.contains(secret), "a secret is in the log");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_refused_or_changed_nothing_is_no_event() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"name": "Starter"})).await;
+    let key = app.key(&account, &plan).await;
+    let before = log(&app, &account).await;
+    let plan_path = format!("/admin/plans/{plan}");
+    let key_path = format!("/admin/api-keys/{}", key.id);
+    let never = format!("/admin/plans/{}", uuid::Uuid::now_v7());
+    for (method, path, body, status) in [
+        (
+            "POST",
+            "/admin/plans",
+            json!({"name": "Starter", "default_rpm": 1}),
+            409,
+        ),
+        (
+            "POST",
+            "/admin/plans",
+            json!({"name": "", "default_rpm": 1}),
+            422,
+        ),
+        ("DELETE", &plan_path, Value::Null, 409),
+        ("PATCH", &plan_path, json!({"burst": 0}), 422),
+        ("PATCH", &plan_path, json!({}), 200),
+        ("PATCH", &key_path, json!({}), 200),
+        (
+            "PATCH",
+            &key_path,
+            json!({"plan_id": uuid::Uuid::now_v7()}),
+            404,
+        ),
+        ("PATCH", &never, json!({"burst": 1}), 404),
+        ("DELETE", &never, Value::Null, 404),
+        ("PATCH", "/auth/me", json!({"time_zone": "Nowhere"}), 422),
+        ("GET", "/admin/api-keys", Value::Null, 200),
+    ] {
+        let answer = app.act(&account, method, path, body).await;
+        assert_eq!(answer.status, status, "{method} {path}: {}", answer.body);
+    }
+    assert_eq!(log(&app, &account).await, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_is_replayed_is_one_event() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    for _ in 0..3 {
+        let call = app.post("/admin/plans", json!({"name": "Starter", "default_rpm": 1}));
+        let call = call.header("Idempotency-Key", "once");
+        assert_eq!(call.bearer(&account.access_token).send().await.status, 201);
+    }
+    let events = log(&app, &account).await;
+    assert_eq!(actions(&events), ["plan.create", "user.register"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_address_in_the_log_is_the_clients_own() {
+    let app = TestApp::setup()
+        .flag("--trusted-proxies=127.0.0.1")
+        .start()
+        .await;
+    let account = app.register().await;
+    let call = app.post("/admin/plans", json!({"name": "Starter", "default_rpm": 1}));
+    let made = call
+        .header("X-Forwarded-For", "203.0.113.9, 2001:db8::7")
+        .header("X-Real-IP", "192.0.2.1")
+        .header("Forwarded", "for=192.0.2.2")
+        .bearer(&account.access_token)
+        .send()
+        .await;
+    assert_eq!(made.status, 201);
+    let events = log(&app, &account).await;
+    assert_eq!(events[0]["ip"], json!("2001:db8::7"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_reads_its_own_log_alone() {
+    let app = TestApp::start().await;
+    let (ours, theirs) = (app.register().await, app.register().await);
+    app.plan(&ours, json!({})).await;
+    assert_eq!(actions(&log(&app, &theirs).await), ["user.register"]);
+    assert_eq!(
+        actions(&log(&app, &ours).await),
+        ["plan.create", "user.register"]
+    );
+    assert_eq!(app.get("/admin/audit").send().await.status, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_show_every_event_once_while_new_ones_are_added() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let mut plans = Vec::new();
+    for _ in 0..44 {
+        plans.push(app.plan(&account, json!({})).await);
+    }
+    plans.reverse();
+    plans.push(account.user_id.clone());
+    let (mut seen, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let path = format!("/admin/audit?limit=20{cursor}");
+        let page = app.act(&account, "GET", &path, Value::Null).await;
+        let items = page.body["items"].as_array().unwrap();
+        seen.extend(
+            items
+                .iter()
+                .map(|it| it["target_id"].as_str().unwrap().to_owned()),
+        );
+        app.plan(&account, json!({})).await;
+        match page.body["next_cursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => break,
+        }
+    }
+    assert_eq!(seen, plans);
+    for (query, status) in [("limit=0", 422), ("limit=101", 422), ("cursor=x", 400)] {
+        let path = format!("/admin/audit?{query}");
+        let refused = app.act(&account, "GET", &path, Value::Null).await;
+        assert_eq!(refused.status, status, "{query}");
+    }
+}
