@@ -86,7 +86,11 @@ pub struct CreateApiKey {
     oai(example, deny_unknown_fields)
 )]
 pub struct UpdateApiKey {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(inner(custom(crate::bounds::name)))]
     #[cfg_attr(
         feature = "openapi",
@@ -96,11 +100,19 @@ pub struct UpdateApiKey {
         )
     )]
     pub name: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub plan_id: Option<PlanId>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub is_active: Option<bool>,

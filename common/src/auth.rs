@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     id::{SessionId, TenantId, UserId},
+    patch::sent,
     time::Timestamp,
 };
 
@@ -182,7 +183,11 @@ pub struct Me {
 )]
 pub struct UpdateMe {
     /// What the person is called.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(inner(custom(crate::bounds::name)))]
     #[cfg_attr(
         feature = "openapi",
@@ -193,7 +198,11 @@ pub struct UpdateMe {
     )]
     pub name: Option<String>,
     /// The tenant's name. Owners and admins only.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(inner(custom(crate::bounds::name)))]
     #[cfg_attr(
         feature = "openapi",
@@ -204,7 +213,11 @@ pub struct UpdateMe {
     )]
     pub tenant_name: Option<String>,
     /// The IANA time zone of the tenant's quotas. Owners and admins only.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(inner(length(bytes, min = 1, max = 64)))]
     #[cfg_attr(
         feature = "openapi",

@@ -7,10 +7,12 @@
 /// `null` as "not sent".
 pub type Patch<T> = Option<Option<T>>;
 
-pub(crate) fn sent<'de, T, D>(deserializer: D) -> Result<Patch<T>, D::Error>
+/// Reads a field that was sent. Without it serde would take `null` for "not sent" everywhere, and a `null` for
+/// what cannot be cleared would be ignored in silence.
+pub(crate) fn sent<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     T: serde::Deserialize<'de>,
     D: serde::Deserializer<'de>,
 {
-    serde::Deserialize::deserialize(deserializer).map(Some)
+    T::deserialize(deserializer).map(Some)
 }

@@ -133,7 +133,11 @@ pub struct CreatePlan {
     oai(example, deny_unknown_fields)
 )]
 pub struct UpdatePlan {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(inner(custom(crate::bounds::name)))]
     #[cfg_attr(
         feature = "openapi",
@@ -143,7 +147,11 @@ pub struct UpdatePlan {
         )
     )]
     pub name: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(range(min = 1, max = RPM_MAX))]
     #[cfg_attr(
         feature = "openapi",
@@ -153,7 +161,11 @@ pub struct UpdatePlan {
         )
     )]
     pub default_rpm: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(range(min = 1, max = RPM_MAX))]
     #[cfg_attr(
         feature = "openapi",
@@ -195,11 +207,19 @@ pub struct UpdatePlan {
         )
     )]
     pub monthly_quota: Patch<u64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub strict: Option<bool>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub billing: Option<Billing>,
