@@ -1,0 +1,451 @@
+//! The document: that it is OpenAPI, whole, the committed one, and says of bodies what the server does.
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use quota_server::openapi;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::{
+    every_endpoint::{Operation, operations, resolve},
+    support::app::{Answer, DOCUMENT, TestApp},
+};
+
+/// Fields of which a value within the bounds may still not be good enough: a password that short is guessed, the
+/// current one has to be the right one, and no time zone has a name that long or short.
+const MORE_THAN_BOUNDS: &[&str] = &[
+    "current_password",
+    "new_password.min",
+    "password.min",
+    "time_zone",
+];
+
+#[test]
+fn it_is_openapi_3_0_by_the_official_schema() {
+    let schema = include_str!("openapi-3.0.schema.json");
+    let schema: Value = serde_json::from_str(schema).expect("the schema is JSON");
+    let validator = jsonschema::draft4::new(&schema).expect("the schema is one");
+    let check = |document: &Value| {
+        let errors = validator.iter_errors(document);
+        errors
+            .map(|error| format!("{}: {error}", error.instance_path()))
+            .collect::<Vec<_>>()
+    };
+    let found = check(&DOCUMENT);
+    assert!(found.is_empty(), "{found:#?}");
+
+    let mut broken = DOCUMENT.clone();
+    broken["paths"]["/v1/echo"]["get"]["responses"] = json!({});
+    assert!(
+        !check(&broken).is_empty(),
+        "the schema refuses an operation without answers"
+    );
+}
+
+#[test]
+fn the_committed_document_is_the_servers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../openapi.json");
+    let committed = fs::read_to_string(path).expect("openapi.json is committed");
+    assert!(
+        committed == openapi::text(),
+        "openapi.json is stale: write it with `quota openapi`"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_server_shows_the_same_document() {
+    let app = TestApp::start().await;
+    let shown = app.get("/openapi.json").send().await;
+    assert_eq!(shown.status, 200);
+    assert_eq!(shown.header("content-type"), Some("application/json"));
+    assert!(shown.text == openapi::text());
+}
+
+#[test]
+fn operation_ids_are_unique() {
+    let mut ids = BTreeSet::new();
+    for operation in operations() {
+        assert!(ids.insert(operation.id), "{} is there twice", operation.id);
+        let plain = operation
+            .id
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+        assert!(
+            plain,
+            "{} is no name that every language can call",
+            operation.id
+        );
+    }
+}
+
+fn references<'a>(value: &'a Value, found: &mut BTreeSet<&'a str>) {
+    match value {
+        Value::Object(fields) => {
+            if let Some(reference) = fields.get("$ref").and_then(Value::as_str) {
+                found.insert(reference);
+            }
+            fields.values().for_each(|value| references(value, found));
+        }
+        Value::Array(items) => items.iter().for_each(|value| references(value, found)),
+        _ => {}
+    }
+}
+
+#[test]
+fn everything_that_is_named_is_there_and_everything_there_is_named() {
+    let mut named = BTreeSet::new();
+    references(&DOCUMENT, &mut named);
+    assert!(named.len() > 20, "{named:?}");
+    for reference in &named {
+        let pointer = reference
+            .strip_prefix('#')
+            .expect("references are within the document");
+        assert!(
+            DOCUMENT.pointer(pointer).is_some(),
+            "{reference} leads nowhere"
+        );
+    }
+    for name in DOCUMENT["components"]["schemas"]
+        .as_object()
+        .expect("schemas")
+        .keys()
+    {
+        let reference = format!("#/components/schemas/{name}");
+        assert!(named.contains(reference.as_str()), "nothing uses {name}");
+    }
+    let schemes = DOCUMENT["components"]["securitySchemes"]
+        .as_object()
+        .expect("schemes");
+    let tags = DOCUMENT["tags"].as_array().expect("tags");
+    for operation in operations() {
+        for scheme in operation.meta["security"].as_array().into_iter().flatten() {
+            for name in scheme.as_object().expect("names").keys() {
+                assert!(schemes.contains_key(name), "{}: {name}", operation.id);
+            }
+        }
+        let tag = &operation.meta["tags"][0];
+        assert!(
+            tags.iter().any(|it| it["name"] == *tag),
+            "{}: {tag}",
+            operation.id
+        );
+        let in_path = operation
+            .path
+            .split('/')
+            .filter_map(|part| part.strip_prefix('{'));
+        let in_path = in_path
+            .map(|part| part.trim_end_matches('}'))
+            .collect::<BTreeSet<_>>();
+        let described = operation
+            .parameters("path")
+            .into_iter()
+            .collect::<BTreeSet<_>>();
+        assert_eq!(in_path, described, "{}", operation.id);
+    }
+}
+
+// That bodies and parameters are held to just what the document says. ------------------------------------
+
+/// Somebody who sends bodies.
+struct Sender {
+    app: TestApp,
+    token: String,
+    service_token: String,
+    plan: String,
+    key: String,
+}
+
+impl Sender {
+    async fn new() -> Self {
+        let app = TestApp::setup().without_jobs().start().await;
+        let account = app.register().await;
+        let plan = app.plan(&account, json!({})).await;
+        let key = app.key(&account, &plan).await.id;
+        let service_token = app.service_token(&account).await;
+        Self {
+            token: account.access_token,
+            app,
+            service_token,
+            plan,
+            key,
+        }
+    }
+
+    /// A body that the operation takes.
+    fn body(&self, operation: &Operation) -> Value {
+        let mut body = operation.body().expect("it takes one")["example"].clone();
+        if body["plan_id"].is_string() {
+            body["plan_id"] = json!(self.plan);
+        }
+        // Names are unique.
+        if operation.id == "create_plan" {
+            body["name"] = json!(format!("Plan {}", uuid::Uuid::now_v7()));
+        }
+        body
+    }
+
+    async fn send(&self, operation: &Operation, body: &Value) -> Answer {
+        let id = if operation.path.contains("{plan_id}") {
+            &self.plan
+        } else {
+            &self.key
+        };
+        let call = self
+            .app
+            .request(operation.method.clone(), &operation.path_with(id));
+        let token = if operation.id == "check" {
+            &self.service_token
+        } else {
+            &self.token
+        };
+        call.bearer(token).json(body.clone()).send().await
+    }
+
+    async fn refused(&self, operation: &Operation, body: &Value, field: &str) {
+        let answer = self.send(operation, body).await;
+        let (id, text) = (operation.id, &answer.text);
+        assert_eq!(
+            answer.status,
+            422,
+            "{id}.{field}: {text} for {}",
+            short(body)
+        );
+        assert!(
+            names(&answer, field),
+            "{id}: {field} is not named: {text} for {}",
+            short(body)
+        );
+    }
+
+    async fn accepted(&self, operation: &Operation, body: &Value, field: &str) {
+        let answer = self.send(operation, body).await;
+        let (id, text) = (operation.id, &answer.text);
+        assert_ne!(
+            answer.status,
+            400,
+            "{id}.{field}: {text} for {}",
+            short(body)
+        );
+        assert!(!names(&answer, field), "{id}: {text} for {}", short(body));
+        // The one that changes a password can do so once.
+        assert!(
+            answer.status != 422 || id == "change_password",
+            "{id}.{field}: {text}"
+        );
+    }
+}
+
+fn short(body: &Value) -> String {
+    body.to_string().chars().take(300).collect()
+}
+
+fn names(answer: &Answer, field: &str) -> bool {
+    let errors = answer.body["errors"].as_array();
+    errors.is_some_and(|errors| errors.iter().any(|it| it["field"] == field))
+}
+
+/// A text of that many characters that nothing but its length speaks against.
+fn text(field: &str, length: usize) -> String {
+    const LETTERS: &[u8] = b"qZ7xKp2mWv9tRb4nYc6sLd8gHf3jTk5wQz";
+    let some = |length: usize| -> String {
+        (0..length)
+            .map(|i| char::from(LETTERS[i * 7 % LETTERS.len()]))
+            .collect()
+    };
+    match field {
+        // 64 at most before the @.
+        "email" if length > 66 => format!("{}@{}", some(64), some(length - 65)),
+        "email" if length >= 3 => format!("a@{}", some(length - 2)),
+        _ => some(length),
+    }
+}
+
+fn integer(bound: &Value) -> i64 {
+    // Bounds are written as floating-point numbers, all of them whole and below 2^53.
+    #[expect(clippy::cast_possible_truncation, reason = "whole and small")]
+    let number = bound.as_f64().expect("a bound is a number") as i64;
+    number
+}
+
+/// Values on the bounds of a schema, and the next ones beyond; each with the bound's name.
+fn around(field: &str, schema: &Value) -> Vec<(&'static str, Value, Option<Value>)> {
+    let length = |bound: &Value| usize::try_from(bound.as_u64().expect("a length")).expect("small");
+    let mut all = Vec::new();
+    if let Some(bound) = schema.get("minimum").map(integer) {
+        all.push(("min", json!(bound), Some(json!(bound - 1))));
+    }
+    if let Some(bound) = schema.get("maximum").map(integer) {
+        all.push(("max", json!(bound), Some(json!(bound + 1))));
+    }
+    if let Some(bound) = schema.get("minLength").map(length) {
+        all.push((
+            "min",
+            json!(text(field, bound)),
+            Some(json!(text(field, bound - 1))),
+        ));
+    }
+    if let Some(bound) = schema.get("maxLength").map(length) {
+        all.push((
+            "max",
+            json!(text(field, bound)),
+            Some(json!(text(field, bound + 1))),
+        ));
+    }
+    all
+}
+
+fn is_more_than_bounds(field: &str, end: &str) -> bool {
+    MORE_THAN_BOUNDS
+        .iter()
+        .any(|it| *it == field || *it == format!("{field}.{end}"))
+}
+
+fn fields(operation: &Operation) -> Vec<(&'static str, &'static Value)> {
+    let schema = operation.body().expect("it takes one");
+    let fields = schema["properties"].as_object().expect("a body has fields");
+    fields
+        .iter()
+        .map(|(name, field)| (name.as_str(), resolve(field)))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_bound_of_a_body_is_the_servers_bound() {
+    let sender = Sender::new().await;
+    let mut bounds = 0;
+    for operation in operations().into_iter().filter(|it| it.body().is_some()) {
+        for (field, schema) in fields(&operation) {
+            for (end, on, beyond) in around(field, schema) {
+                bounds += 1;
+                let mut body = sender.body(&operation);
+                if let Some(beyond) = beyond {
+                    body[field] = beyond;
+                    sender.refused(&operation, &body, field).await;
+                }
+                if !is_more_than_bounds(field, end) {
+                    body[field] = on;
+                    sender.accepted(&operation, &body, field).await;
+                }
+            }
+        }
+    }
+    assert!(bounds > 50, "{bounds}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lengths_count_characters_where_the_document_says_so() {
+    let sender = Sender::new().await;
+    let mut tried = 0;
+    for operation in operations().into_iter().filter(|it| it.body().is_some()) {
+        for (field, schema) in fields(&operation) {
+            if !["name", "tenant_name"].contains(&field) {
+                continue;
+            }
+            tried += 1;
+            let length = usize::try_from(schema["maxLength"].as_u64().expect("a bound")).unwrap();
+            let mut body = sender.body(&operation);
+            if operation.id == "register" {
+                body["email"] = json!(format!("{}@example.com", uuid::Uuid::now_v7().simple()));
+            }
+            body[field] = json!("🦀".repeat(length));
+            sender.accepted(&operation, &body, field).await;
+            body[field] = json!("🦀".repeat(length + 1));
+            sender.refused(&operation, &body, field).await;
+        }
+    }
+    assert!(tried >= 7, "{tried}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_field_is_needed_may_be_null_and_has_a_type_as_the_document_says() {
+    let sender = Sender::new().await;
+    for operation in operations().into_iter().filter(|it| it.body().is_some()) {
+        let required = operation.body().expect("a body")["required"].clone();
+        let required = |name: &str| {
+            required
+                .as_array()
+                .is_some_and(|names| names.iter().any(|it| it == name))
+        };
+        for (field, schema) in fields(&operation) {
+            let mut body = sender.body(&operation);
+            body.as_object_mut().expect("an object").remove(field);
+            if required(field) {
+                sender.refused(&operation, &body, field).await;
+            } else {
+                sender.accepted(&operation, &body, field).await;
+            }
+            for wrong in [
+                json!([]),
+                json!({"a": 1}),
+                json!(1.5),
+                json!(-1),
+                json!(true),
+            ] {
+                let fits = schema["type"] == "boolean" && wrong.is_boolean();
+                if !fits {
+                    body[field] = wrong;
+                    sender.refused(&operation, &body, field).await;
+                }
+            }
+            // What PostgreSQL cannot store is no error of the server's.
+            body[field] = json!("a\u{0}\u{feff}\u{202e}");
+            let odd = sender.send(&operation, &body).await;
+            assert!(odd.status < 500, "{}.{field}: {}", operation.id, odd.text);
+            body[field] = Value::Null;
+            if schema["nullable"] == true {
+                sender.accepted(&operation, &body, field).await;
+            } else {
+                sender.refused(&operation, &body, field).await;
+            }
+        }
+        let mut body = sender.body(&operation);
+        body["surplus"] = json!(1);
+        sender.refused(&operation, &body, "surplus").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_bound_of_a_parameter_is_the_servers_bound() {
+    let sender = Sender::new().await;
+    let mut bounds = 0;
+    for operation in operations()
+        .into_iter()
+        .filter(|it| it.method == Method::GET)
+    {
+        let parameters = operation.meta["parameters"]
+            .as_array()
+            .into_iter()
+            .flatten();
+        for parameter in parameters.filter(|it| it["in"] == "query") {
+            let name = parameter["name"].as_str().expect("a name");
+            for (_, on, beyond) in around(name, resolve(&parameter["schema"])) {
+                bounds += 1;
+                let ask = async |value: &Value| {
+                    let value = value
+                        .as_str()
+                        .map_or_else(|| value.to_string(), str::to_owned);
+                    let path = format!("{}?{name}={value}", operation.path);
+                    sender.app.get(&path).bearer(&sender.token).send().await
+                };
+                if let Some(beyond) = beyond {
+                    let answer = ask(&beyond).await;
+                    assert_eq!(
+                        answer.status, 422,
+                        "{}?{name}={beyond}: {}",
+                        operation.id, answer.text
+                    );
+                    assert!(names(&answer, name), "{}: {}", operation.id, answer.text);
+                }
+                // A text of the longest length is no cursor that was given.
+                let answer = ask(&on).await;
+                let expected = if name == "cursor" { 400 } else { 200 };
+                assert_eq!(
+                    answer.status, expected,
+                    "{}?{name}={on}: {}",
+                    operation.id, answer.text
+                );
+            }
+        }
+    }
+    assert!(bounds >= 9, "{bounds}");
+}
