@@ -446,15 +446,15 @@ async fn another_method_is_405_and_told_which_there_are() {
         .collect::<BTreeSet<_>>();
     paths.extend(pages);
     for path in paths {
-        let mut has = DOCUMENT["paths"][path]
-            .as_object()
-            .map(|methods| {
+        let mut has = DOCUMENT["paths"][path].as_object().map_or_else(
+            || BTreeSet::from(["GET".to_owned()]),
+            |methods| {
                 methods
                     .keys()
                     .map(|it| it.to_uppercase())
                     .collect::<BTreeSet<_>>()
-            })
-            .unwrap_or_else(|| BTreeSet::from(["GET".to_owned()]));
+            },
+        );
         if has.contains("GET") {
             has.insert("HEAD".to_owned());
         }

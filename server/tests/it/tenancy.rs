@@ -163,11 +163,14 @@ fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
     (answer.status, answer.text.replace(id, "ID"), fields)
 }
 
+/// Makes the body of a request from the id that it names.
+type Body = Box<dyn Fn(&str) -> Option<Value>>;
+
 /// One way in which an operation can be given an id.
 struct Attempt {
     operation: Operation,
     path: Box<dyn Fn(&str) -> String>,
-    body: Box<dyn Fn(&str) -> Option<Value>>,
+    body: Body,
     /// The name of what the id is of.
     names: &'static str,
 }
