@@ -1,6 +1,6 @@
 //! Points in time on the wire.
 
-use chrono::{DateTime, SecondsFormat, SubsecRound, Utc};
+use chrono::{DateTime, Datelike, SubsecRound, Timelike, Utc};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A point in time: RFC 3339 in UTC with milliseconds and a `Z`, such as `2026-11-24T09:18:42.000Z`.
@@ -43,9 +43,31 @@ impl From<Timestamp> for DateTime<Utc> {
     }
 }
 
+impl Timestamp {
+    /// Without the heap, since decisions carry a time.
+    fn text(self) -> [u8; 24] {
+        let mut text = *b"0000-00-00T00:00:00.000Z";
+        let mut write = |end: usize, digits: usize, mut number: u32| {
+            for place in text[end - digits..end].iter_mut().rev() {
+                *place = b'0' + u8::try_from(number % 10).unwrap_or_default();
+                number /= 10;
+            }
+        };
+        // A time has a year of four digits, by how it is made.
+        write(4, 4, self.0.year().unsigned_abs());
+        write(7, 2, self.0.month());
+        write(10, 2, self.0.day());
+        write(13, 2, self.0.hour());
+        write(16, 2, self.0.minute());
+        write(19, 2, self.0.second());
+        write(23, 3, self.0.timestamp_subsec_millis());
+        text
+    }
+}
+
 impl std::fmt::Display for Timestamp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0.to_rfc3339_opts(SecondsFormat::Millis, true))
+        f.write_str(std::str::from_utf8(&self.text()).unwrap_or_default())
     }
 }
 
@@ -70,7 +92,7 @@ pub struct InvalidTimestamp;
 
 impl Serialize for Timestamp {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+        serializer.serialize_str(std::str::from_utf8(&self.text()).unwrap_or_default())
     }
 }
 
