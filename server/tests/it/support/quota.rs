@@ -1,0 +1,162 @@
+//! The real `quota`, as an operator runs it: its own process, on the embedded default.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use reqwest::Client;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::app::PASSWORD;
+
+/// A first start creates a database; the machine may be busy.
+const STARTED_WITHIN: Duration = Duration::from_secs(120);
+/// What the contract with operators says of SIGTERM.
+const STOPPED_WITHIN: Duration = Duration::from_secs(30);
+
+/// A data directory that root's PostgreSQL may enter.
+pub(crate) fn data_dir() -> TempDir {
+    tempfile::Builder::new()
+        .prefix("quota-it-")
+        .permissions(fs::Permissions::from_mode(0o711))
+        .tempdir_in("/tmp")
+        .expect("a directory")
+}
+
+/// A running server. It is killed with the test that leaves it.
+pub(crate) struct Quota {
+    child: Child,
+    pub(crate) addr: SocketAddr,
+    pub(crate) metrics_addr: SocketAddr,
+}
+
+impl Quota {
+    /// Starts it, and waits until it says that it is ready.
+    pub(crate) fn start(data_dir: &Path) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quota"));
+        for (name, _) in std::env::vars_os() {
+            if name.to_str().is_some_and(|it| it.starts_with("QUOTA_")) {
+                command.env_remove(name);
+            }
+        }
+        let mut child = command
+            .arg("serve")
+            .args(["--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0"])
+            .env_remove("DATABASE_URL")
+            .env("QUOTA_DATA_DIR", data_dir)
+            .env("RUST_LOG", "info,quota_server::access=off")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the binary runs");
+        let out = BufReader::new(child.stdout.take().expect("its output is piped"));
+        let (found, ready) = mpsc::channel();
+        std::thread::spawn(move || {
+            // Read to the end, so that it never waits for a reader.
+            for line in out.lines().map_while(Result::ok) {
+                if let Ok(line) = serde_json::from_str::<Value>(&line)
+                    && line["message"] == "ready"
+                {
+                    let _ = found.send(line);
+                }
+            }
+        });
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut quota = Self {
+            child,
+            addr: nowhere,
+            metrics_addr: nowhere,
+        };
+        let line = ready
+            .recv_timeout(STARTED_WITHIN)
+            .expect("it says when it is ready");
+        let address = |name: &str| {
+            let text = line[name].as_str().expect("the line names the address");
+            text.parse().expect("it is an address")
+        };
+        (quota.addr, quota.metrics_addr) = (address("listen"), address("metrics_listen"));
+        quota
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id()).expect("a process id");
+        kill(Pid::from_raw(pid), signal).expect("it is there");
+    }
+
+    /// Stops it as an operator does.
+    pub(crate) fn stop(mut self) {
+        self.signal(Signal::SIGTERM);
+        let deadline = Instant::now() + STOPPED_WITHIN;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is ours") {
+                assert!(status.success(), "a stop is no failure: {status}");
+                return;
+            }
+            assert!(Instant::now() < deadline, "not within {STOPPED_WITHIN:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// `kill -9`: it gets no chance to do anything.
+    pub(crate) fn kill(mut self) {
+        self.signal(Signal::SIGKILL);
+        self.child.wait().expect("it ends");
+    }
+
+    /// Registers, makes a plan, and answers the text of a key on it.
+    pub(crate) async fn key_on(&self, http: &Client, plan: Value) -> String {
+        let account = json!({"email": "owner@example.com", "password": PASSWORD});
+        let account = self.post(http, "/auth/register", "", account).await;
+        let token = account["access_token"].as_str().expect("a token");
+        let plan = self.post(http, "/admin/plans", token, plan).await;
+        let key = json!({"name": "it", "plan_id": plan["id"]});
+        let key = self.post(http, "/admin/api-keys", token, key).await;
+        key["key"].as_str().expect("the text of the key").to_owned()
+    }
+
+    async fn post(&self, http: &Client, path: &str, token: &str, body: Value) -> Value {
+        let url = format!("http://{}{path}", self.addr);
+        let answer = http
+            .post(url)
+            .bearer_auth(token)
+            .json(&body)
+            .send()
+            .await
+            .expect("it answers");
+        let status = answer.status();
+        let body: Value = answer.json().await.expect("JSON");
+        assert_eq!(status, 201, "{path}: {body}");
+        body
+    }
+
+    /// A counter of `/metrics`.
+    pub(crate) async fn counter(&self, http: &Client, name: &str) -> u64 {
+        let url = format!("http://{}/metrics", self.metrics_addr);
+        let text = http.get(url).send().await.expect("it answers");
+        let text = text.text().await.expect("text");
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        let value = value.unwrap_or_else(|| panic!("{name} is not in\n{text}"));
+        value.parse().expect("a whole number")
+    }
+}
+
+impl Drop for Quota {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
