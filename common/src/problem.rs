@@ -1,5 +1,7 @@
 //! Errors on the wire: `application/problem+json` (RFC 9457).
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use crate::limit::PolicyName;
@@ -142,15 +144,15 @@ impl ProblemCode {
 
     /// The `type` of the problem: the registered one where IANA has one (draft-ietf-httpapi-ratelimit-headers),
     /// else a page of the server at `base`.
-    pub fn type_uri(self, base: &str) -> String {
+    pub fn type_uri(self, base: &str) -> Cow<'static, str> {
         match self {
-            Self::QuotaExceeded | Self::ReducedCapacity => {
-                format!(
-                    "https://iana.org/assignments/http-problem-types#{}",
-                    self.slug()
-                )
+            Self::QuotaExceeded => {
+                Cow::Borrowed("https://iana.org/assignments/http-problem-types#quota-exceeded")
             }
-            _ => format!("{}/problems/{}", base.trim_end_matches('/'), self.slug()),
+            Self::ReducedCapacity => Cow::Borrowed(
+                "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity",
+            ),
+            _ => format!("{}/problems/{}", base.trim_end_matches('/'), self.slug()).into(),
         }
     }
 }
@@ -164,7 +166,9 @@ mod examples {
     impl Example for Problem {
         fn example() -> Self {
             Self {
-                kind: ProblemCode::Invalid.type_uri("https://quota.example.com"),
+                kind: ProblemCode::Invalid
+                    .type_uri("https://quota.example.com")
+                    .into(),
                 title: ProblemCode::Invalid.title().into(),
                 status: 422,
                 detail: "default_rpm: lower than 1".into(),

@@ -148,8 +148,12 @@ where
 
     /// What is known and may be believed now: `Some(None)` is known not to exist. Without waiting.
     pub fn peek(&self, key: &K) -> Option<Option<Arc<T>>> {
+        self.peek_at(key, self.inner.freshness.now())
+    }
+
+    /// The same for who has just read the monotonic clock.
+    pub fn peek_at(&self, key: &K, now: u64) -> Option<Option<Arc<T>>> {
         let inner = &*self.inner;
-        let now = inner.freshness.now();
         if let Some(entry) = inner.present.get(key)
             && inner.freshness.believes(entry.loaded_at, now)
         {

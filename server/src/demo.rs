@@ -86,7 +86,10 @@ fn read(file: &Path) -> Option<Demo> {
 /// Whether the demo of the file is one of this database.
 async fn is_known(state: &AppState, demo: &Demo) -> bool {
     match SecretText::parse(Kind::ApiKey, demo.key.as_bytes()) {
-        Some(text) => matches!(state.keys.key(&text).await, Ok(Some(_))),
+        Some(text) => matches!(
+            state.keys.key(&text, state.clock.monotonic()).await,
+            Ok(Some(_))
+        ),
         None => false,
     }
 }

@@ -48,7 +48,7 @@ pub fn service(state: &AppState) -> OpenApiService<Apis, ()> {
         ApiKeyApi { state: state() },
         ServiceTokenApi { state: state() },
         AuditApi { state: state() },
-        LimitApi { state: state() },
+        LimitApi,
         HealthApi { state: state() },
     ))
 }

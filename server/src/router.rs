@@ -11,7 +11,7 @@ use quota_common::ProblemCode;
 use crate::{
     api::{
         allow::Methods, document, ip_guard::IpGuard, limit_headers, problem::ApiError,
-        request_log::RequestLog,
+        request_log::RequestLog, short_way::ShortWay,
     },
     openapi,
     state::{AppState, Parts},
@@ -46,10 +46,13 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
         state: state.clone(),
         methods: std::sync::Arc::new(methods),
     };
-    match cors(state) {
-        Some(cors) => routes.with(cors).with(edge).boxed(),
-        None => routes.with(edge).boxed(),
-    }
+    // Boxed, so that the short way does not carry its whole future.
+    let ways = ShortWay(routes.boxed());
+    let cors = cors(state);
+    let is_open = cors.is_some();
+    ways.with_if(is_open, cors.unwrap_or_default())
+        .map_to_response()
+        .with(edge)
 }
 
 /// Pages of other origins may call, and read how far they may go. They send no cookies.

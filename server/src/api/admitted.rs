@@ -16,30 +16,16 @@ use poem_openapi::{
 };
 use quota_common::{ProblemCode, SessionId, TenantId, UserId, auth::Role};
 
-use super::{
-    problem::ApiError,
-    request_log::{Caller, ClientAddress},
-};
+use super::{problem::ApiError, request_log::Visit};
 use crate::{
     auth::session::{LiveSession, Origin},
     keys::{KeyRecord, Refusal, ServiceRecord},
     limiter::Decision,
     secret_text::{Kind, SecretText},
-    state::AppState,
 };
 
 /// The longest name of a client that is kept.
 const USER_AGENT_MAX: usize = 256;
-
-fn state(request: &Request) -> Result<&AppState, ApiError> {
-    request
-        .data::<AppState>()
-        .ok_or_else(|| ApiError::internal("the edge is not mounted"))
-}
-
-fn caller(request: &Request) -> Caller {
-    request.data::<Caller>().cloned().unwrap_or_default()
-}
 
 /// Where a request comes from, as far as it is kept.
 pub fn origin(request: &Request) -> Origin {
@@ -51,7 +37,7 @@ pub fn origin(request: &Request) -> Origin {
             .collect()
     });
     Origin {
-        ip: request.data::<ClientAddress>().and_then(|it| it.0),
+        ip: Visit::of(request).ok().and_then(|visit| visit.ip),
         user_agent,
     }
 }
@@ -166,16 +152,17 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
         _: &mut RequestBody,
         _: ExtractParamOptions<()>,
     ) -> Result<Self> {
-        let state = state(request)?;
+        let visit = Visit::of(request)?;
         let token = bearer(request.headers())?.ok_or_else(|| {
             ApiError::unauthorized(false, "Send the access token as Authorization: Bearer.")
         })?;
-        let session = state
+        let session = visit
+            .state
             .sessions
             .of_access_token(token)
             .await
             .map_err(ApiError::from)?;
-        caller(request).is_tenant(session.tenant);
+        visit.is_tenant(session.tenant);
         Ok(Self {
             session,
             origin: origin(request),
@@ -223,12 +210,12 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
 /// Finds the key with this text and lets the limiter decide. Everything but an admission and a denial is
 /// refused without being charged.
 pub async fn decide(
-    state: &AppState,
-    caller: &Caller,
+    visit: &Visit,
     text: &str,
     cost: NonZeroU32,
     tenant: Option<TenantId>,
 ) -> Result<Result<(Arc<KeyRecord>, Decision), KeyRefused>, ApiError> {
+    let state = &visit.state;
     let began = state.clock.monotonic();
     let refused = |refusal, record| {
         state.metrics.refused_keys.inc();
@@ -238,14 +225,14 @@ pub async fn decide(
         state.metrics.keys_malformed.inc();
         return refused(Refusal::Unknown, None);
     };
-    let Some(record) = state.keys.key(&text).await? else {
+    let Some(record) = state.keys.key(&text, began).await? else {
         return refused(Refusal::Unknown, None);
     };
     if tenant.is_some_and(|tenant| tenant != record.tenant) {
         return refused(Refusal::Unknown, None);
     }
-    caller.is_key(record.clone());
-    if let Err(refusal) = record.usable(state.clock.now()) {
+    visit.is_key(record.clone());
+    if let Err(refusal) = record.usable(|| state.clock.now()) {
         return refused(refusal, Some(record));
     }
     let decision = state
@@ -261,7 +248,9 @@ pub async fn decide(
         &state.metrics.denied
     }
     .inc();
-    state.last_used.key(record.id, decision.at);
+    if record.is_worth_noting(decision.at) {
+        state.last_used.key(record.id, decision.at);
+    }
     state
         .metrics
         .decision_seconds
@@ -282,6 +271,20 @@ pub struct KeyRefused {
 pub struct AdmittedKey {
     pub record: Arc<KeyRecord>,
     pub decision: Decision,
+}
+
+impl AdmittedKey {
+    /// Takes one request from the limits of the key that came with it.
+    pub async fn admit(request: &Request) -> Result<Self, ApiError> {
+        let text = key_text(request)?
+            .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
+        match decide(Visit::of(request)?, text, NonZeroU32::MIN, None).await? {
+            Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
+            Ok((record, decision)) => Err(ApiError::denied(record, decision)),
+            // The same words whatever the reason: nothing is told to somebody who guesses.
+            Err(_) => Err(ApiError::unauthorized(true, "This API key opens nothing.")),
+        }
+    }
 }
 
 impl<'a> ApiExtractor<'a> for AdmittedKey {
@@ -308,15 +311,7 @@ impl<'a> ApiExtractor<'a> for AdmittedKey {
         _: &mut RequestBody,
         _: ExtractParamOptions<()>,
     ) -> Result<Self> {
-        let state = state(request)?;
-        let text = key_text(request)?
-            .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
-        match decide(state, &caller(request), text, NonZeroU32::MIN, None).await? {
-            Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
-            Ok((record, decision)) => Err(ApiError::denied(record, decision).into()),
-            // The same words whatever the reason: nothing is told to somebody who guesses.
-            Err(_) => Err(ApiError::unauthorized(true, "This API key opens nothing.").into()),
-        }
+        Ok(Self::admit(request).await?)
     }
 }
 
@@ -324,6 +319,27 @@ impl<'a> ApiExtractor<'a> for AdmittedKey {
 #[derive(Debug, Clone)]
 pub struct AdmittedService {
     pub token: Arc<ServiceRecord>,
+}
+
+impl AdmittedService {
+    /// Finds the service token that came with a request.
+    pub async fn admit(request: &Request) -> Result<Self, ApiError> {
+        let visit = Visit::of(request)?;
+        let state = &visit.state;
+        let token = match request.headers().get("x-service-token") {
+            Some(field) => Some(field.to_str().unwrap_or("?").trim()),
+            None => bearer(request.headers())?,
+        };
+        let token = token.ok_or_else(|| {
+            ApiError::unauthorized(false, "Send a service token as Authorization: Bearer.")
+        })?;
+        let refused = || ApiError::unauthorized(true, "This service token opens nothing.");
+        let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
+        let token = state.keys.service_token(&text).await?.ok_or_else(refused)?;
+        visit.is_tenant(token.tenant);
+        state.last_used.service_token(token.id, state.clock.now());
+        Ok(Self { token })
+    }
 }
 
 impl<'a> ApiExtractor<'a> for AdmittedService {
@@ -349,25 +365,7 @@ impl<'a> ApiExtractor<'a> for AdmittedService {
         _: &mut RequestBody,
         _: ExtractParamOptions<()>,
     ) -> Result<Self> {
-        let state = state(request)?;
-        let token = match request.headers().get("x-service-token") {
-            Some(field) => Some(field.to_str().unwrap_or("?").trim()),
-            None => bearer(request.headers())?,
-        };
-        let token = token.ok_or_else(|| {
-            ApiError::unauthorized(false, "Send a service token as Authorization: Bearer.")
-        })?;
-        let refused = || ApiError::unauthorized(true, "This service token opens nothing.");
-        let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
-        let token = state
-            .keys
-            .service_token(&text)
-            .await
-            .map_err(ApiError::from)?
-            .ok_or_else(refused)?;
-        caller(request).is_tenant(token.tenant);
-        state.last_used.service_token(token.id, state.clock.now());
-        Ok(Self { token })
+        Ok(Self::admit(request).await?)
     }
 }
 

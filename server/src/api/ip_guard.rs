@@ -2,7 +2,7 @@
 
 use poem::{Endpoint, Middleware, Request, Result};
 
-use super::{problem::ApiError, request_log::ClientAddress};
+use super::{problem::ApiError, request_log::Visit};
 use crate::{
     limiter::{Caller, Guard},
     state::{AppState, Parts},
@@ -37,7 +37,7 @@ impl<E: Endpoint> Endpoint for Guarded<E> {
 
     async fn call(&self, request: Request) -> Result<E::Output> {
         // A peer without an address sits on this machine.
-        if let Some(ClientAddress(Some(ip))) = request.data::<ClientAddress>().copied()
+        if let Some(ip) = Visit::of(&request)?.ip
             && let Err(refused) = (self.guard)(&self.state).admit(Caller::address(ip))
         {
             self.state.metrics.guard_refusals.inc();

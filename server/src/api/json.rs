@@ -4,8 +4,6 @@
 //! document describes the same JSON is proved in `common/tests/wire.rs`. Reading tells apart what cannot be
 //! understood (400) from what is understood and not allowed (422), and names every field that is not.
 
-use std::time::Duration;
-
 use futures_util::StreamExt;
 use garde::Validate;
 use poem::{
@@ -21,8 +19,7 @@ use poem_openapi::{
 use quota_common::{FieldError, ProblemCode};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::problem::ApiError;
-use crate::state::AppState;
+use super::{limit_headers, problem::ApiError, request_log::Visit};
 
 const MEDIA_TYPE: &str = "application/json";
 
@@ -72,9 +69,9 @@ fn respond<T: Serialize>(status: StatusCode, value: &T) -> Response {
     match serde_json::to_vec(value) {
         Ok(body) => {
             let mut response = Response::builder().status(status).body(body);
-            response
-                .headers_mut()
-                .insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+            let headers = response.headers_mut();
+            headers.reserve(limit_headers::FIELDS);
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
             response
         }
         Err(error) => {
@@ -198,9 +195,8 @@ fn check_media_type(request: &Request) -> Result<(), ApiError> {
 }
 
 async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiError> {
-    let settings = request.data::<AppState>().map(|state| &state.config);
-    let limit = settings.map_or(64 * 1024, |config| config.body_limit);
-    let patience = settings.map_or(Duration::from_secs(5), |config| config.header_timeout);
+    let settings = &Visit::of(request)?.state.config;
+    let (limit, patience) = (settings.body_limit, settings.header_timeout);
     let too_large = || {
         ApiError::new(
             ProblemCode::ContentTooLarge,

@@ -23,18 +23,15 @@ use super::{
     json::Json,
     limit_headers,
     problem::{ApiError, challenge, wire_name},
-    request_log::Caller,
+    request_log::Visit,
 };
 use crate::{
     clock::UnixNanos,
     keys::{KeyRecord, Refusal},
     limiter::Decision,
-    state::AppState,
 };
 
-pub struct LimitApi {
-    pub state: AppState,
-}
+pub struct LimitApi;
 
 /// An answer with the fields of the decision that let it through.
 pub struct Limited<T> {
@@ -144,7 +141,7 @@ impl LimitApi {
     ///
     /// A limited endpoint of Quota's own: what your consumers see of their limits, it shows.
     #[oai(path = "/echo", method = "get", operation_id = "echo")]
-    async fn echo(&self, caller: AdmittedKey) -> Result<Limited<Echo>, ApiError> {
+    pub async fn echo(&self, caller: AdmittedKey) -> Result<Limited<Echo>, ApiError> {
         let now = caller.decision.at;
         let time = Timestamp::from_unix_secs(now.secs())
             .ok_or_else(|| ApiError::internal("the clock is beyond 9999"))?;
@@ -164,26 +161,19 @@ impl LimitApi {
     /// For a gateway or a service of the tenant's own. The answer is 200 also when the request is denied: the
     /// question was answered. Asking takes what it asks for; a denial takes nothing.
     #[oai(path = "/check", method = "post", operation_id = "check")]
-    async fn check(
+    pub async fn check(
         &self,
         caller: AdmittedService,
         request: &Request,
         body: Json<Check>,
     ) -> Result<Json<CheckResult>, ApiError> {
-        let who = request.data::<Caller>().cloned().unwrap_or_default();
         let cost = body
             .0
             .cost
             .and_then(NonZeroU32::new)
             .unwrap_or(NonZeroU32::MIN);
-        let decided = decide(
-            &self.state,
-            &who,
-            &body.0.key,
-            cost,
-            Some(caller.token.tenant),
-        )
-        .await?;
+        let tenant = Some(caller.token.tenant);
+        let decided = decide(Visit::of(request)?, &body.0.key, cost, tenant).await?;
         Ok(Json(match decided {
             Ok((record, decision)) => CheckResult {
                 allowed: decision.is_allowed(),
@@ -236,7 +226,7 @@ impl LimitApi {
         method = "head",
         method = "options"
     )]
-    async fn forward_auth(
+    pub async fn forward_auth(
         &self,
         caller: AdmittedService,
         request: &Request,
@@ -255,17 +245,9 @@ impl LimitApi {
                 credential_sent: false,
             });
         };
-        let who = request.data::<Caller>().cloned().unwrap_or_default();
+        let tenant = Some(caller.token.tenant);
         Ok(
-            match decide(
-                &self.state,
-                &who,
-                key,
-                NonZeroU32::MIN,
-                Some(caller.token.tenant),
-            )
-            .await?
-            {
+            match decide(Visit::of(request)?, key, NonZeroU32::MIN, tenant).await? {
                 Ok((record, decision)) => Bare {
                     status: if decision.is_allowed() {
                         StatusCode::OK

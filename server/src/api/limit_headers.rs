@@ -8,7 +8,7 @@ use std::fmt::Write;
 use poem::http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use crate::{
-    keys::KeyRecord,
+    keys::{KeyRecord, LimitFields},
     limiter::{Decision, Policies},
 };
 
@@ -18,20 +18,22 @@ pub const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
 pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
 
+/// How many fields an answer has in all, so that its map is made once.
+pub const FIELDS: usize = 12;
+
 /// Writes all that belong to a decision, `Retry-After` included.
 pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
-    headers.insert(LIMIT, HeaderValue::from(rate.limit));
+    let fixed = record.fields.get_or_init(|| LimitFields {
+        limit: HeaderValue::from(rate.limit),
+        policy: value(policy_field(&record.policies).as_bytes()),
+    });
+    headers.reserve(FIELDS - headers.len().min(FIELDS));
+    headers.insert(LIMIT, fixed.limit.clone());
     headers.insert(REMAINING, HeaderValue::from(rate.remaining));
     headers.insert(RESET, HeaderValue::from(rate.reset_at.secs_ceil()));
-    headers.insert(
-        POLICY,
-        record
-            .policy_field
-            .get_or_init(|| value(&policy_field(&record.policies)))
-            .clone(),
-    );
-    headers.insert(STATE, value(&state_field(decision)));
+    headers.insert(POLICY, fixed.policy.clone());
+    headers.insert(STATE, value(StateField::of(decision).as_bytes()));
     if !decision.is_allowed() {
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(secs) = decision.retry_after_secs() {
@@ -48,7 +50,7 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
         ("X-RateLimit-Remaining", rate.remaining.to_string()),
         ("X-RateLimit-Reset", rate.reset_at.secs_ceil().to_string()),
         ("RateLimit-Policy", policy_field(&record.policies)),
-        ("RateLimit", state_field(decision)),
+        ("RateLimit", StateField::of(decision).as_str().to_owned()),
     ];
     if !decision.is_allowed() {
         pairs.push(("Cache-Control", "no-store".to_owned()));
@@ -72,22 +74,51 @@ fn policy_field(policies: &Policies) -> String {
 }
 
 /// The policy nearest exhaustion: `r` requests are left, and all of them are there again in `t` seconds.
-fn state_field(decision: &Decision) -> String {
-    let state = decision.nearest();
-    let secs = decision.seconds_to_reset(state);
-    let mut field = String::with_capacity(40);
-    let _ = write!(
-        field,
-        "\"{}\";r={};t={secs}",
-        state.policy.name(),
-        state.remaining
-    );
-    field
+///
+/// As `"rpm";r=412;t=23`, written without the heap: it is another one for every request.
+struct StateField {
+    bytes: [u8; Self::LONGEST],
+    length: usize,
+}
+
+impl StateField {
+    /// The longest name, and two numbers of 20 digits.
+    const LONGEST: usize = "\"monthly\";r=;t=".len() + 2 * 20;
+
+    fn of(decision: &Decision) -> Self {
+        let state = decision.nearest();
+        let mut number = itoa::Buffer::new();
+        let mut field = Self {
+            bytes: [0; Self::LONGEST],
+            length: 0,
+        };
+        field.push("\"");
+        field.push(state.policy.name());
+        field.push("\";r=");
+        field.push(number.format(state.remaining));
+        field.push(";t=");
+        field.push(number.format(decision.seconds_to_reset(state)));
+        field
+    }
+
+    fn push(&mut self, text: &str) {
+        let end = self.length + text.len();
+        self.bytes[self.length..end].copy_from_slice(text.as_bytes());
+        self.length = end;
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+
+    fn as_str(&self) -> &str {
+        str::from_utf8(self.as_bytes()).unwrap_or_default()
+    }
 }
 
 /// Names of policies and numbers are visible ASCII.
-fn value(text: &str) -> HeaderValue {
-    HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+fn value(text: &[u8]) -> HeaderValue {
+    HeaderValue::from_bytes(text).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
 #[cfg(test)]
@@ -133,6 +164,10 @@ mod tests {
             monthly: Some(state(Policy::Monthly, 999_999_999_999_999, 7 << 47, 86_400)),
             degraded: false,
         }
+    }
+
+    fn state_field(decision: &Decision) -> String {
+        StateField::of(decision).as_str().to_owned()
     }
 
     fn parse(field: &str) -> List {

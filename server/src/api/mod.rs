@@ -24,6 +24,7 @@ pub mod plan;
 pub mod problem;
 pub mod request_log;
 pub mod service_token;
+pub mod short_way;
 
 /// How the operations are grouped in the document.
 #[derive(poem_openapi::Tags)]

@@ -12,7 +12,8 @@ use poem_openapi::{
     error::{ParseParamError, ParsePathError},
     registry::{MetaResponses, Registry},
 };
-use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName, problem::MEDIA_TYPE};
+use quota_common::{FieldError, ProblemCode, limit::PolicyName, problem::MEDIA_TYPE};
+use serde::{Serialize, Serializer};
 
 use super::limit_headers;
 use crate::{
@@ -20,7 +21,7 @@ use crate::{
     cache::Unconfirmed,
     db::{self, DbError},
     keys::KeyRecord,
-    limiter::{Decision, LimiterError, Policy},
+    limiter::{Decision, LimiterError, Policy, PolicySet},
 };
 
 /// An error on its way to the caller.
@@ -122,16 +123,24 @@ impl ApiError {
     }
 
     pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
-        let policies = violated(&decision);
-        let names = policies
-            .iter()
-            .map(|it| policy_name(*it))
-            .collect::<Vec<_>>()
-            .join(" and ");
-        let detail = match decision.retry_after_secs() {
-            Some(secs) => format!("The {names} of this key is used up. Come back in {secs} s."),
-            None => format!("The request costs more than the {names} of this key can ever hold."),
-        };
+        let secs = decision.retry_after_secs();
+        let mut detail = String::with_capacity(96);
+        detail.push_str(match secs {
+            Some(_) => "The ",
+            None => "The request costs more than the ",
+        });
+        for (n, policy) in decision.violated().iter().enumerate() {
+            detail.push_str(if n == 0 { "" } else { " and " });
+            detail.push_str(policy_name(policy));
+        }
+        match secs {
+            Some(secs) => {
+                detail.push_str(" of this key is used up. Come back in ");
+                detail.push_str(itoa::Buffer::new().format(secs));
+                detail.push_str(" s.");
+            }
+            None => detail.push_str(" of this key can ever hold."),
+        }
         Self {
             denied: Some(Box::new((record, decision))),
             ..Self::new(ProblemCode::QuotaExceeded, detail)
@@ -203,27 +212,33 @@ impl ApiError {
                 "a request failed"
             );
         }
-        let problem = Problem {
-            kind: self.code.type_uri(base),
-            title: self.code.title().into(),
+        let problem = Written {
+            kind: &self.code.type_uri(base),
+            title: self.code.title(),
             status: self.code.status(),
-            detail: self.detail,
-            request_id: request_id.into(),
-            errors: self.errors,
-            violated_policies: self
-                .denied
-                .as_ref()
-                .map(|denied| violated(&denied.1))
-                .unwrap_or_default(),
+            detail: &self.detail,
+            request_id,
+            errors: &self.errors,
+            violated_policies: Names(
+                self.denied
+                    .as_ref()
+                    .map(|denied| denied.1.violated())
+                    .unwrap_or_default(),
+            ),
         };
-        let body = serde_json::to_vec(&problem).unwrap_or_default();
+        let mut body = Vec::with_capacity(512);
+        if let Err(error) = serde_json::to_writer(&mut body, &problem) {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "a problem cannot be written"
+            );
+        }
         let status =
             StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let mut response = Response::builder()
-            .status(status)
-            .content_type(MEDIA_TYPE)
-            .body(body);
+        let mut response = Response::builder().status(status).body(body);
         let headers = response.headers_mut();
+        headers.reserve(limit_headers::FIELDS);
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(denied) = &self.denied {
             limit_headers::write(headers, &denied.0, &denied.1);
@@ -262,15 +277,41 @@ pub fn wire_name(policy: Policy) -> PolicyName {
     }
 }
 
-fn violated(decision: &Decision) -> Vec<PolicyName> {
-    decision.violated().iter().map(wire_name).collect()
+const fn policy_name(policy: Policy) -> &'static str {
+    match policy {
+        Policy::Rpm => "rate limit",
+        Policy::Daily => "daily quota",
+        Policy::Monthly => "monthly quota",
+    }
 }
 
-const fn policy_name(policy: PolicyName) -> &'static str {
-    match policy {
-        PolicyName::Rpm => "rate limit",
-        PolicyName::Daily => "daily quota",
-        PolicyName::Monthly => "monthly quota",
+/// A [`Problem`](quota_common::Problem) made of borrowed parts: denials come as fast as admissions.
+#[derive(Serialize)]
+struct Written<'a> {
+    #[serde(rename = "type")]
+    kind: &'a str,
+    title: &'a str,
+    status: u16,
+    detail: &'a str,
+    request_id: &'a str,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    errors: &'a [FieldError],
+    #[serde(rename = "violated-policies", skip_serializing_if = "Names::is_empty")]
+    violated_policies: Names,
+}
+
+/// Policies by the names that they have on the wire.
+struct Names(PolicySet);
+
+impl Names {
+    const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Serialize for Names {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().map(wire_name))
     }
 }
 
@@ -377,5 +418,50 @@ impl From<AuthError> for ApiError {
             AuthError::Random(error) => error.into(),
             AuthError::Internal(message) => Self::internal(message),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quota_common::Problem;
+
+    use super::*;
+
+    fn json(value: &impl Serialize) -> String {
+        serde_json::to_string(value).unwrap()
+    }
+
+    #[test]
+    fn what_is_written_of_a_problem_is_the_problem() {
+        let errors = [FieldError {
+            field: "name".into(),
+            message: "is \"taken\"".into(),
+        }];
+        let mut written = Written {
+            kind: "https://q.example/problems/invalid",
+            title: "Some fields are not valid",
+            status: 422,
+            detail: "name: is \"taken\"",
+            request_id: "r-1",
+            errors: &errors,
+            violated_policies: Names(PolicySet::EMPTY),
+        };
+        let mut meant = Problem {
+            kind: written.kind.into(),
+            title: written.title.into(),
+            status: 422,
+            detail: written.detail.into(),
+            request_id: "r-1".into(),
+            errors: errors.to_vec(),
+            violated_policies: vec![],
+        };
+        assert_eq!(json(&written), json(&meant));
+
+        written.errors = &[];
+        let denied = PolicySet::EMPTY.with(Policy::Rpm).with(Policy::Monthly);
+        written.violated_policies = Names(denied);
+        meant.errors.clear();
+        meant.violated_policies = vec![PolicyName::Rpm, PolicyName::Monthly];
+        assert_eq!(json(&written), json(&meant));
     }
 }

@@ -3,45 +3,84 @@
 //! It gives the request its id, turns errors and panics into problems, holds it to its time, adds the fields
 //! that every answer carries, counts it, and writes its line into the log.
 
-use std::{panic::AssertUnwindSafe, sync::Arc};
+use std::{future::poll_fn, net::IpAddr, panic::AssertUnwindSafe, pin::pin, sync::Arc, task::Poll};
 
 use futures_util::FutureExt;
 use parking_lot::Mutex;
 use poem::{
     Endpoint, IntoResponse, Middleware, Request, Response, Result,
-    http::{HeaderName, HeaderValue, header},
+    http::{HeaderName, HeaderValue, Method, Uri, header},
 };
-use quota_common::{ProblemCode, TenantId, Timestamp};
-use uuid::Uuid;
+use quota_common::{ProblemCode, TenantId};
+use tokio::time::timeout;
 
 use super::{allow::Methods, client_ip::client_ip, problem::ApiError};
-use crate::{keys::KeyRecord, state::AppState, telemetry::log::AccessLine};
+use crate::{
+    clock::UnixNanos,
+    keys::KeyRecord,
+    state::AppState,
+    telemetry::{log::AccessLine, request_id::RequestIds},
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Who a request turned out to be from, for its line in the log. Filled on the way in.
-#[derive(Debug, Clone, Default)]
-pub struct Caller(Arc<Mutex<Option<Identity>>>);
+/// What is worked out once about a request, when it arrives. It goes with the request.
+pub struct Visit {
+    pub state: AppState,
+    /// The request's id, which is visible ASCII.
+    pub id: HeaderValue,
+    /// The client's address; `None` for a peer that has none.
+    pub ip: Option<IpAddr>,
+    arrived: UnixNanos,
+    /// Who it turned out to be from, for its line in the log. Filled on the way in.
+    caller: Mutex<Option<Identity>>,
+}
 
-#[derive(Debug)]
 enum Identity {
     Tenant(TenantId),
     Key(Arc<KeyRecord>),
 }
 
-impl Caller {
+impl Visit {
+    pub fn of(request: &Request) -> Result<&Self, ApiError> {
+        match request.data::<Arc<Self>>() {
+            Some(visit) => Ok(visit),
+            None => Err(ApiError::internal("the edge is not mounted")),
+        }
+    }
+
+    pub fn id(&self) -> &str {
+        self.id.to_str().unwrap_or_default()
+    }
+
     pub fn is_tenant(&self, tenant: TenantId) {
-        *self.0.lock() = Some(Identity::Tenant(tenant));
+        *self.caller.lock() = Some(Identity::Tenant(tenant));
     }
 
     pub fn is_key(&self, key: Arc<KeyRecord>) {
-        *self.0.lock() = Some(Identity::Key(key));
+        *self.caller.lock() = Some(Identity::Key(key));
+    }
+
+    fn log(&self, method: &Method, uri: &Uri, status: u16, nanos: u64) {
+        let identity = self.caller.lock().take();
+        let (tenant, key) = match &identity {
+            Some(Identity::Tenant(tenant)) => (Some(tenant.0), None),
+            Some(Identity::Key(key)) => (Some(key.tenant.0), Some(key.prefix.as_str())),
+            None => (None, None),
+        };
+        self.state.log.access(&AccessLine {
+            at: self.arrived.saturating_add(nanos),
+            request_id: self.id(),
+            method: method.as_str(),
+            path: uri.path(),
+            status,
+            micros: nanos / 1000,
+            ip: self.ip,
+            tenant,
+            key,
+        });
     }
 }
-
-/// The client's address, worked out once.
-#[derive(Debug, Clone, Copy)]
-pub struct ClientAddress(pub Option<std::net::IpAddr>);
 
 /// See the module.
 pub struct RequestLog {
@@ -56,6 +95,7 @@ impl<E: Endpoint> Middleware<E> for RequestLog {
         Edge {
             inner,
             state: self.state.clone(),
+            ids: RequestIds::default(),
             methods: self.methods.clone(),
         }
     }
@@ -64,6 +104,7 @@ impl<E: Endpoint> Middleware<E> for RequestLog {
 pub struct Edge<E> {
     inner: E,
     state: AppState,
+    ids: RequestIds,
     methods: Arc<Methods>,
 }
 
@@ -72,24 +113,30 @@ impl<E: Endpoint> Endpoint for Edge<E> {
 
     async fn call(&self, mut request: Request) -> Result<Response> {
         let state = &self.state;
-        let began = state.clock.monotonic();
-        let id = request_id(&request);
-        let ip = client_ip(&request, &state.config.trusted_proxies);
-        let caller = Caller::default();
+        let (arrived, began) = (state.clock.now(), state.clock.monotonic());
+        let visit = Arc::new(Visit {
+            state: state.clone(),
+            id: self.request_id(&request, arrived),
+            ip: client_ip(&request, &state.config.trusted_proxies),
+            arrived,
+            caller: Mutex::default(),
+        });
         let method = request.method().clone();
-        let path = request.uri().path().to_owned();
-        request.set_data(caller.clone());
-        request.set_data(ClientAddress(ip));
-        request.set_data(state.clone());
+        // Not its path alone, which would have to be copied.
+        let uri = request.uri().clone();
+        request.set_data(visit.clone());
 
         state.metrics.requests_in_flight.inc();
         let flight = InFlight(state);
-        // Within the server's own limits a handler never takes so long; what it waits for may.
-        let answer = tokio::time::timeout(
-            state.config.request_timeout,
-            AssertUnwindSafe(self.inner.call(request)).catch_unwind(),
-        );
-        let answer = match answer.await {
+        // Within the server's own limits a handler never takes so long; what it waits for may. Most wait for
+        // nothing, and need no clock to be told so.
+        let mut answer = pin!(AssertUnwindSafe(self.inner.call(request)).catch_unwind());
+        let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context))).await;
+        let answer = match at_once {
+            Poll::Ready(answer) => Ok(answer),
+            Poll::Pending => timeout(state.config.request_timeout, answer).await,
+        };
+        let answer = match answer {
             Ok(Ok(Ok(response))) => Ok(response.into_response()),
             Ok(Ok(Err(error))) => Err(ApiError::from_poem(error)),
             Ok(Err(_)) => {
@@ -101,14 +148,13 @@ impl<E: Endpoint> Endpoint for Edge<E> {
             )),
         };
         drop(flight);
-        let id_text = id.to_str().unwrap_or_default();
         let mut response = match answer {
             Ok(response) => response,
             Err(mut error) => {
                 if error.code == ProblemCode::MethodNotAllowed {
-                    error.allow = Some(self.methods.allow(&path).to_owned());
+                    error.allow = Some(self.methods.allow(uri.path()).to_owned());
                 }
-                error.into_response(id_text, &state.config.public_url)
+                error.into_response(visit.id(), &state.config.public_url)
             }
         };
 
@@ -116,32 +162,12 @@ impl<E: Endpoint> Endpoint for Edge<E> {
         let nanos = state.clock.monotonic() - began;
         state.metrics.answered(status);
         if tracing::enabled!(target: "quota_server::access", tracing::Level::INFO) {
-            let identity = caller.0.lock().take();
-            let (tenant, key) = match &identity {
-                Some(Identity::Tenant(tenant)) => (Some(tenant.0), None),
-                Some(Identity::Key(key)) => (Some(key.tenant.0), Some(key.prefix.as_str())),
-                None => (None, None),
-            };
-            let now = state.clock.now();
-            let time = Timestamp::from_unix_secs(now.secs())
-                .map(|it| it.to_string())
-                .unwrap_or_default();
-            state.log.access(&AccessLine {
-                timestamp: &time,
-                level: "INFO",
-                target: "quota_server::access",
-                request_id: id_text,
-                method: method.as_str(),
-                path: &path,
-                status,
-                micros: nanos / 1000,
-                ip,
-                tenant,
-                key,
-            });
+            visit.log(&method, &uri, status, nanos);
         }
 
         let headers = response.headers_mut();
+        // The visit is over, unless the request lives on in a task.
+        let id = Arc::try_unwrap(visit).map_or_else(|visit| visit.id.clone(), |visit| visit.id);
         headers.insert(REQUEST_ID, id);
         headers.insert(
             header::X_CONTENT_TYPE_OPTIONS,
@@ -162,14 +188,15 @@ impl Drop for InFlight<'_> {
     }
 }
 
-/// The incoming id when it is one, else a new one.
-fn request_id(request: &Request) -> HeaderValue {
-    match request.headers().get(REQUEST_ID) {
-        Some(id) if is_id(id.as_bytes()) => id.clone(),
-        _ => {
-            let mut text = [0; 36];
-            let text = Uuid::now_v7().as_hyphenated().encode_lower(&mut text);
-            HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
+impl<E> Edge<E> {
+    /// The incoming id when it is one, else a new one.
+    fn request_id(&self, request: &Request, now: UnixNanos) -> HeaderValue {
+        match request.headers().get(REQUEST_ID) {
+            Some(id) if is_id(id.as_bytes()) => id.clone(),
+            _ => {
+                let id = self.ids.next(now);
+                HeaderValue::from_bytes(&id).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
+            }
         }
     }
 }

@@ -8,4 +8,4 @@ pub mod record;
 
 pub mod usage;
 
-pub use self::record::{KeyRecord, KeyStore, Refusal, ServiceRecord};
+pub use self::record::{KeyRecord, KeyStore, LimitFields, Refusal, ServiceRecord};

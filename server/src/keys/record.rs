@@ -2,7 +2,10 @@
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,6 +22,9 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
+/// Nanoseconds between two notes of a key's use.
+const NOTE_EVERY: u64 = 1_000_000_000;
+
 /// An API key, with its limits and the cell that keeps them.
 #[derive(Debug)]
 pub struct KeyRecord {
@@ -33,9 +39,19 @@ pub struct KeyRecord {
     pub billing: Billing,
     pub policies: Policies,
     pub cell: Arc<KeyCell>,
-    /// The `RateLimit-Policy` field, which is the same for every request of the key. Written by the module that
-    /// writes the others.
-    pub policy_field: OnceLock<http::HeaderValue>,
+    /// Written by the module that writes the other fields.
+    pub fields: OnceLock<LimitFields>,
+    /// When its last use was noted.
+    noted_at: AtomicU64,
+}
+
+/// The fields of an answer that are the same for every request of a key.
+#[derive(Debug)]
+pub struct LimitFields {
+    /// `X-RateLimit-Limit`
+    pub limit: http::HeaderValue,
+    /// `RateLimit-Policy`
+    pub policy: http::HeaderValue,
 }
 
 /// Why a key opens nothing.
@@ -47,15 +63,28 @@ pub enum Refusal {
 }
 
 impl KeyRecord {
-    /// Whether the key opens anything now.
-    pub fn usable(&self, now: UnixNanos) -> Result<(), Refusal> {
+    /// Whether the key opens anything `now`, which is asked for only where it counts.
+    pub fn usable(&self, now: impl FnOnce() -> UnixNanos) -> Result<(), Refusal> {
         if !self.is_active {
             return Err(Refusal::Inactive);
         }
         match self.expires_at {
-            Some(end) if end <= now => Err(Refusal::Expired),
+            Some(end) if end <= now() => Err(Refusal::Expired),
             _ => Ok(()),
         }
+    }
+}
+
+impl KeyRecord {
+    /// Whether a use at `now` is worth noting: the last one noted is a second old, or of a clock that was
+    /// ahead. So a busy key costs no more than an idle one.
+    pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
+        let noted_at = self.noted_at.load(Ordering::Relaxed);
+        let worth = now.0.abs_diff(noted_at) >= NOTE_EVERY;
+        if worth {
+            self.noted_at.store(now.0, Ordering::Relaxed);
+        }
+        worth
     }
 }
 
@@ -97,10 +126,15 @@ impl KeyStore {
         }
     }
 
-    /// The record of the key with this text, usable or not; `None` when there is none.
-    pub async fn key(&self, text: &SecretText) -> Result<Option<Arc<KeyRecord>>, Unconfirmed> {
+    /// The record of the key with this text, usable or not; `None` when there is none. `now` is by the
+    /// monotonic clock.
+    pub async fn key(
+        &self,
+        text: &SecretText,
+        now: u64,
+    ) -> Result<Option<Arc<KeyRecord>>, Unconfirmed> {
         let hash = text.hash();
-        if let Some(known) = self.keys.peek(&hash) {
+        if let Some(known) = self.keys.peek_at(&hash, now) {
             return Ok(known);
         }
         let (db, limiter) = (self.db.clone(), self.limiter.clone());
@@ -218,7 +252,8 @@ fn record(facts: KeyFacts, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> 
             facts.strict,
         ),
         cell,
-        policy_field: OnceLock::new(),
+        fields: OnceLock::new(),
+        noted_at: AtomicU64::new(0),
     })
 }
 

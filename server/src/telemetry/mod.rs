@@ -7,3 +7,4 @@
 
 pub mod log;
 pub mod metrics;
+pub mod request_id;

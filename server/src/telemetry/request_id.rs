@@ -1,0 +1,79 @@
+//! The ids of requests that came without one: UUIDs of version 7.
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use uuid::Builder;
+
+use crate::clock::UnixNanos;
+
+/// Makes ids that differ from one another and from those of other processes. They can be guessed, which for the
+/// name of a request is no matter: asking the system for chance costs more than all the rest of an id.
+#[derive(Debug)]
+pub struct RequestIds {
+    /// Where this process starts to count.
+    start: u64,
+    count: AtomicU64,
+}
+
+impl Default for RequestIds {
+    fn default() -> Self {
+        Self {
+            start: RandomState::new().hash_one("request ids"),
+            count: AtomicU64::new(0),
+        }
+    }
+}
+
+impl RequestIds {
+    /// The next id, as text of 36 characters.
+    pub fn next(&self, now: UnixNanos) -> [u8; 36] {
+        let count = self.count.fetch_add(1, Ordering::Relaxed);
+        let mut chance = [0; 10];
+        // Eight bytes that never come twice in a process, since `mixed` is one-to-one, and two that tell
+        // apart what the six bits of version and variant take from them.
+        chance[..2].copy_from_slice(&count.to_be_bytes()[6..]);
+        chance[2..].copy_from_slice(&mixed(self.start.wrapping_add(count)).to_be_bytes());
+        let millis = now.0 / 1_000_000;
+        let id = Builder::from_unix_timestamp_millis(millis, &chance).into_uuid();
+        let mut text = [0; 36];
+        id.as_hyphenated().encode_lower(&mut text);
+        text
+    }
+}
+
+/// The output function of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+const fn mixed(n: u64) -> u64 {
+    let n = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    n ^ (n >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn ids_are_uuids_of_version_7_and_of_their_time() {
+        let text = RequestIds::default().next(UnixNanos::from_secs(1_785_738_360));
+        let id = Uuid::try_parse_ascii(&text).expect("a UUID");
+        assert_eq!(id.get_version_num(), 7);
+        let (secs, _) = id.get_timestamp().expect("a time").to_unix();
+        assert_eq!(secs, 1_785_738_360);
+    }
+
+    #[test]
+    fn no_id_comes_twice_in_a_process_nor_in_two() {
+        let (one, other) = (RequestIds::default(), RequestIds::default());
+        let now = UnixNanos::from_secs(1);
+        let ids = (0..100_000).flat_map(|_| [one.next(now), other.next(now)]);
+        assert_eq!(ids.collect::<HashSet<_>>().len(), 200_000);
+    }
+}
