@@ -1,6 +1,9 @@
 //! `/admin/api-keys`.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -275,4 +278,287 @@ async fn a_key_is_rotated_without_a_body_and_not_into_the_past() {
         (past.status, &past.body["errors"][0]["field"]),
         (422, &json!("expires_at"))
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_field_of_a_key_that_is_not_allowed_is_named_and_nothing_is_made() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let fields = |answer: &Answer| {
+        let errors = answer.body["errors"].as_array().unwrap().iter();
+        let fields = errors.map(|it| it["field"].as_str().unwrap().to_owned());
+        fields.collect::<BTreeSet<_>>()
+    };
+    let both = json!({"name": " ", "plan_id": plan, "rpm_override": 0});
+    let refused = app.act(&account, "POST", "/admin/api-keys", both).await;
+    assert_eq!(refused.status, 422);
+    assert_eq!(
+        fields(&refused),
+        ["name".to_owned(), "rpm_override".into()].into()
+    );
+    for (change, field) in [
+        (json!({"name": null}), "name"),
+        (json!({"name": "a\u{0}b"}), "name"),
+        (json!({"name": "two\nlines"}), "name"),
+        (json!({"name": "é".repeat(201)}), "name"),
+        (json!({"plan_id": null}), "plan_id"),
+        (json!({"rpm_override": 60_000_001}), "rpm_override"),
+        (json!({"rpm_override": 1.5}), "rpm_override"),
+        (json!({"expires_at": "2020-01-01T00:00:00Z"}), "expires_at"),
+        (json!({"expires_at": "tomorrow"}), "expires_at"),
+        (json!({"expires_at": "10000-01-01T00:00:00Z"}), "expires_at"),
+        (json!({"key": "qk_mine"}), "key"),
+        (json!({"is_active": false}), "is_active"),
+    ] {
+        let mut body = json!({"name": "Key", "plan_id": plan});
+        for (name, value) in change.as_object().unwrap() {
+            body[name] = value.clone();
+        }
+        let refused = app
+            .act(&account, "POST", "/admin/api-keys", body.clone())
+            .await;
+        assert_eq!(
+            (refused.status, fields(&refused)),
+            (422, [field.to_owned()].into()),
+            "{body}"
+        );
+    }
+    let client = app.database.connect().await;
+    let rows = client.query_one("SELECT count(*) FROM api_keys", &[]);
+    assert_eq!(rows.await.unwrap().get::<_, i64>(0), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_patch_clears_what_is_null_and_leaves_what_is_absent() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let body = json!({
+        "name": "Key", "plan_id": plan, "rpm_override": 7, "expires_at": "9999-12-31T23:59:59Z",
+    });
+    let made = app.act(&account, "POST", "/admin/api-keys", body).await;
+    assert_eq!(made.status, 201, "{}", made.body);
+    let key = &made.body["api_key"];
+    assert_eq!(
+        (&key["rpm_override"], &key["expires_at"]),
+        (&json!(7), &json!("9999-12-31T23:59:59.000Z"))
+    );
+    assert_eq!(app.echo(&made.text("key")).await.status, 200);
+    let path = format!("/admin/api-keys/{}", key["id"].as_str().unwrap());
+    let patch = async |body: Value| {
+        let changed = app.act(&account, "PATCH", &path, body).await;
+        assert_eq!(changed.status, 200, "{}", changed.body);
+        changed.body
+    };
+
+    let renamed = patch(json!({"name": "  Renamed "})).await;
+    assert_eq!(
+        (
+            &renamed["name"],
+            &renamed["rpm_override"],
+            &renamed["expires_at"]
+        ),
+        (&json!("Renamed"), &json!(7), &key["expires_at"])
+    );
+    let cleared = patch(json!({"rpm_override": null})).await;
+    assert_eq!(
+        (&cleared["rpm_override"], &cleared["expires_at"]),
+        (&Value::Null, &key["expires_at"])
+    );
+    let cleared = patch(json!({"expires_at": null})).await;
+    assert_eq!(
+        (&cleared["name"], &cleared["expires_at"]),
+        (&json!("Renamed"), &Value::Null)
+    );
+    assert_eq!(
+        app.act(&account, "GET", &path, Value::Null).await.body,
+        cleared
+    );
+    assert_eq!(patch(json!({})).await, cleared, "nothing is no edit");
+
+    // What cannot be cleared is not silently left as it was: a key would stay active that somebody thinks
+    // is not.
+    for field in ["name", "plan_id", "is_active"] {
+        let refused = app
+            .act(&account, "PATCH", &path, json!({ field: null }))
+            .await;
+        assert_eq!(
+            (refused.status, &refused.body["errors"][0]["field"]),
+            (422, &json!(field))
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_name_of_a_key_comes_back_as_it_went() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let names = [
+        "</script><script>alert(1)</script>",
+        "\u{202e}مفتاح\u{2066}",
+        "👩\u{200d}🚀 and ☕",
+        "'; DELETE FROM api_keys; --",
+        "\\ % _ \" {{7*7}} ${x}",
+        &"𝕏".repeat(200),
+    ];
+    for name in names {
+        let body = json!({"name": name, "plan_id": plan});
+        let made = app.act(&account, "POST", "/admin/api-keys", body).await;
+        assert_eq!(
+            (made.status, &made.body["api_key"]["name"]),
+            (201, &json!(name))
+        );
+    }
+    let list = app
+        .act(&account, "GET", "/admin/api-keys", Value::Null)
+        .await;
+    let shown = list.body["items"].as_array().unwrap().iter().rev();
+    let shown = shown.map(|it| it["name"].as_str().unwrap());
+    assert_eq!(shown.collect::<Vec<_>>(), names);
+    let client = app.database.connect().await;
+    let rows = client.query("SELECT name FROM api_keys ORDER BY id", &[]);
+    let kept = rows.await.unwrap();
+    assert_eq!(
+        kept.iter()
+            .map(|row| row.get::<_, &str>(0))
+            .collect::<Vec<_>>(),
+        names
+    );
+
+    let nul = app
+        .act(&account, "GET", "/admin/api-keys?search=%00", Value::Null)
+        .await;
+    assert_eq!(
+        (nul.status, &nul.body["errors"][0]["field"]),
+        (422, &json!("search"))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_show_every_key_of_a_filter_once_while_others_come_and_go() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let (plan, other) = (
+        app.plan(&account, json!({})).await,
+        app.plan(&account, json!({})).await,
+    );
+    let mut made = Vec::new();
+    for n in 0..45 {
+        made.push(app.key(&account, &plan).await.id);
+        if n % 9 == 0 {
+            app.key(&account, &other).await;
+        }
+    }
+    made.reverse();
+    let (mut seen, mut cursor) = (Vec::new(), String::new());
+    let mut pages = 0;
+    loop {
+        let path = format!("/admin/api-keys?plan_id={plan}&limit=20{cursor}");
+        let page = app.act(&account, "GET", &path, Value::Null).await;
+        pages += 1;
+        let items = page.body["items"].as_array().unwrap();
+        seen.extend(items.iter().map(|it| it["id"].as_str().unwrap().to_owned()));
+        app.key(&account, &plan).await;
+        let last = format!("/admin/api-keys/{}", seen.last().unwrap());
+        assert_eq!(
+            app.act(&account, "DELETE", &last, Value::Null).await.status,
+            204
+        );
+        match page.body["next_cursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => break,
+        }
+    }
+    assert_eq!((pages, seen), (3, made));
+    for (query, status) in [
+        ("limit=0", 422),
+        ("limit=101", 422),
+        ("limit=-1", 422),
+        ("cursor=", 400),
+        ("cursor=%00", 400),
+        ("cursor=nonsense", 400),
+    ] {
+        let path = format!("/admin/api-keys?{query}");
+        let refused = app.act(&account, "GET", &path, Value::Null).await;
+        assert_eq!(refused.status, status, "{query}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_key_is_gone_with_what_it_used() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"daily_quota": 100})).await;
+    let (key, other) = (
+        app.key(&account, &plan).await,
+        app.key(&account, &plan).await,
+    );
+    assert_eq!(app.echo(&key.text).await.status, 200);
+    assert_eq!(app.echo(&other.text).await.status, 200);
+    let path = format!("/admin/api-keys/{}", key.id);
+    assert_eq!(
+        app.act(&account, "DELETE", &path, Value::Null).await.status,
+        204
+    );
+    assert_eq!(app.echo(&key.text).await.status, 401);
+    for (method, path, body) in [
+        ("GET", path.clone(), Value::Null),
+        ("PATCH", path.clone(), json!({"name": "x"})),
+        ("DELETE", path.clone(), Value::Null),
+        ("POST", format!("{path}/rotate"), json!({})),
+        ("GET", "/admin/api-keys/x".into(), Value::Null),
+    ] {
+        let gone = app.act(&account, method, &path, body).await;
+        assert_eq!((gone.status, gone.problem()), (404, "not-found"), "{path}");
+    }
+    assert_eq!(app.echo(&other.text).await.status, 200);
+    let client = app.database.connect().await;
+    for table in ["api_keys", "quota_usage"] {
+        let column = if table == "api_keys" { "id" } else { "key_id" };
+        let sql = format!("SELECT {column}::text FROM {table}");
+        let left = client.query(&sql, &[]).await.unwrap();
+        let left = left.iter().map(|row| row.get::<_, &str>(0));
+        assert_eq!(left.collect::<Vec<_>>(), [&other.id], "{table}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_made_many_times_at_once_is_made_once() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let make = async |name: &str| {
+        app.post("/admin/api-keys", json!({"name": name, "plan_id": plan}))
+            .header("Idempotency-Key", "mobile")
+            .bearer(&account.access_token)
+            .send()
+            .await
+    };
+    let answers = futures_util::future::join_all((0..8).map(|_| make("Key"))).await;
+    let (mut texts, mut ids) = (0, BTreeSet::new());
+    for answer in &answers {
+        match answer.status {
+            201 => {
+                texts += usize::from(answer.body["key"].is_string());
+                ids.insert(answer.body["api_key"]["id"].as_str().unwrap());
+            }
+            409 => {
+                assert_eq!(answer.problem(), "request-in-progress");
+                assert!(answer.number("retry-after") >= 1);
+            }
+            status => panic!("{status}: {}", answer.body),
+        }
+    }
+    assert_eq!((texts, ids.len()), (1, 1), "one text of one key");
+    let other = make("Another").await;
+    assert_eq!(
+        (other.status, other.problem()),
+        (422, "idempotency-mismatch")
+    );
+    let list = app
+        .act(&account, "GET", "/admin/api-keys", Value::Null)
+        .await;
+    assert_eq!(list.body["total"], json!(1));
 }

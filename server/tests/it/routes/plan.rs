@@ -356,3 +356,177 @@ async fn a_repeated_request_is_done_once() {
         json!(2)
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_patch_of_a_plan_clears_what_is_null_and_leaves_what_is_absent() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let body = json!({
+        "name": "Starter", "default_rpm": 60, "burst": 5, "daily_quota": 10, "monthly_quota": 100,
+        "strict": true, "billing": "free",
+    });
+    let made = app.act(&account, "POST", "/admin/plans", body).await;
+    assert_eq!(made.status, 201, "{}", made.body);
+    let path = format!("/admin/plans/{}", made.text("id"));
+    let with = |changes: Value| {
+        let mut plan = made.body.clone();
+        for (field, value) in changes.as_object().unwrap() {
+            plan[field] = value.clone();
+        }
+        plan["updated_at"] = Value::Null;
+        plan
+    };
+    for (change, expected) in [
+        (json!({"daily_quota": null}), json!({"daily_quota": null})),
+        (
+            json!({"name": " Renamed "}),
+            json!({"daily_quota": null, "name": "Renamed"}),
+        ),
+        (
+            json!({"monthly_quota": null, "daily_quota": 11, "name": "Starter"}),
+            json!({"monthly_quota": null, "daily_quota": 11}),
+        ),
+        (
+            json!({"strict": false, "monthly_quota": 100, "daily_quota": 10}),
+            json!({"strict": false}),
+        ),
+    ] {
+        let changed = app.act(&account, "PATCH", &path, change.clone()).await;
+        assert_eq!(changed.status, 200, "{}", changed.body);
+        let shown = app.act(&account, "GET", &path, Value::Null).await;
+        assert_eq!(shown.body, changed.body);
+        let mut shown = shown.body;
+        shown["updated_at"] = Value::Null;
+        assert_eq!(shown, with(expected), "{change}");
+    }
+    for field in ["name", "default_rpm", "burst", "strict", "billing"] {
+        let refused = app
+            .act(&account, "PATCH", &path, json!({ field: null }))
+            .await;
+        assert_eq!(
+            (refused.status, &refused.body["errors"][0]["field"]),
+            (422, &json!(field))
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_is_not_renamed_to_a_name_that_is_taken() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let one = app.plan(&account, json!({"name": "One"})).await;
+    let two = app.plan(&account, json!({"name": "Two"})).await;
+    let path = format!("/admin/plans/{two}");
+    let before = app.act(&account, "GET", &path, Value::Null).await.body;
+    for name in ["One", " One  "] {
+        let body = json!({"name": name, "default_rpm": 7, "daily_quota": 7});
+        let taken = app.act(&account, "PATCH", &path, body).await;
+        assert_eq!((taken.status, taken.problem()), (409, "name-taken"));
+    }
+    let after = app.act(&account, "GET", &path, Value::Null).await.body;
+    assert_eq!(after, before, "no field of a refused change is taken");
+    let same = app
+        .act(&account, "PATCH", &path, json!({"name": "Two"}))
+        .await;
+    assert_eq!(same.status, 200, "its own name is not taken");
+
+    let path = format!("/admin/plans/{one}");
+    assert_eq!(
+        app.act(&account, "DELETE", &path, Value::Null).await.status,
+        204
+    );
+    let body = json!({"name": "One", "default_rpm": 1});
+    let made = app.act(&account, "POST", "/admin/plans", body).await;
+    assert_eq!(made.status, 201, "a deleted plan's name is free");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_plans_of_one_name_at_once_one_is_made() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let make = async || {
+        let body = json!({"name": "Starter", "default_rpm": 1});
+        app.act(&account, "POST", "/admin/plans", body).await.status
+    };
+    let mut statuses = futures_util::future::join_all((0..6).map(|_| make())).await;
+    statuses.sort_unstable();
+    assert_eq!(statuses, [201, 409, 409, 409, 409, 409]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_key_is_left_without_its_plan_when_both_change_at_once() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    for _ in 0..8 {
+        let plan = app.plan(&account, json!({})).await;
+        let path = format!("/admin/plans/{plan}");
+        let body = json!({"name": "Key", "plan_id": plan});
+        let (made, deleted) = futures_util::future::join(
+            app.act(&account, "POST", "/admin/api-keys", body),
+            app.act(&account, "DELETE", &path, Value::Null),
+        )
+        .await;
+        match (made.status, deleted.status) {
+            (201, 409) => assert_eq!(app.echo(&made.text("key")).await.status, 200),
+            (404, 204) => assert_eq!(made.body["errors"][0]["field"], json!("plan_id")),
+            both => panic!("{both:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_request_does_not_use_its_idempotency_key_up() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let taken = app.plan(&account, json!({"name": "Starter"})).await;
+    let make = async || {
+        app.post("/admin/plans", json!({"name": "Starter", "default_rpm": 1}))
+            .header("Idempotency-Key", "one")
+            .bearer(&account.access_token)
+            .send()
+            .await
+    };
+    assert_eq!(make().await.status, 409);
+    let path = format!("/admin/plans/{taken}");
+    let rename = json!({"name": "Other"});
+    assert_eq!(app.act(&account, "PATCH", &path, rename).await.status, 200);
+    let made = make().await;
+    assert_eq!(made.status, 201, "the same request may now be done");
+    assert_eq!(make().await.body, made.body);
+
+    // The name of a request is one of its operation.
+    let plan = made.text("id");
+    let key = app
+        .post("/admin/api-keys", json!({"name": "Key", "plan_id": plan}))
+        .header("Idempotency-Key", "one")
+        .bearer(&account.access_token)
+        .send()
+        .await;
+    assert_eq!((key.status, key.body["key"].is_string()), (201, true));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idempotency_key_is_forgotten_after_a_day() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let make = async |name: &str| {
+        app.post("/admin/plans", json!({"name": name, "default_rpm": 1}))
+            .header("Idempotency-Key", "one")
+            .bearer(&account.access_token)
+            .send()
+            .await
+    };
+    let first = make("First").await;
+    let client = app.database.connect().await;
+    let age = async |interval: &str| {
+        let sql = format!("UPDATE idempotency_keys SET created_at = now() - interval '{interval}'");
+        assert_eq!(client.execute(&sql, &[]).await.unwrap(), 1);
+    };
+    age("23 h 59 min").await;
+    assert_eq!(make("First").await.body, first.body);
+    age("24 h 1 min").await;
+    let second = make("Second").await;
+    assert_eq!(second.status, 201);
+    assert_eq!(make("Second").await.body, second.body);
+    assert_eq!(make("First").await.status, 422);
+}
