@@ -478,3 +478,455 @@ async fn who_is_no_trusted_proxy_cannot_choose_its_address() {
     }
     assert_eq!(last, 429);
 }
+
+/// The token of a new session, with what its client calls itself.
+async fn login_from(app: &TestApp, account: &Account, user_agent: &str) -> Answer {
+    let body = json!({"email": account.email, "password": PASSWORD});
+    let call = app.post("/auth/login", body);
+    call.header("User-Agent", user_agent).send().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_who_register_one_email_at_once_one_gets_it() {
+    let app = TestApp::start().await;
+    let register = async |email: &str| {
+        app.post(
+            "/auth/register",
+            json!({"email": email, "password": PASSWORD}),
+        )
+        .send()
+        .await
+    };
+    let emails = [
+        "ada@example.com",
+        "Ada@example.com",
+        "ADA@EXAMPLE.COM",
+        "aDa@exAmple.com",
+    ];
+    let answers = futures_util::future::join_all(emails.map(register)).await;
+    let mut statuses = answers.iter().map(|it| it.status).collect::<Vec<_>>();
+    statuses.sort_unstable();
+    assert_eq!(statuses, [201, 409, 409, 409]);
+    for taken in answers.iter().filter(|it| it.status == 409) {
+        assert_eq!(taken.problem(), "email-taken");
+        assert_eq!(taken.body["errors"][0]["field"], json!("email"));
+    }
+    let client = app.database.connect().await;
+    for table in ["users", "tenants", "memberships", "sessions"] {
+        let sql = format!("SELECT count(*) FROM {table}");
+        let rows: i64 = client.query_one(&sql, &[]).await.unwrap().get(0);
+        assert_eq!(rows, 1, "a refused registration leaves nothing in {table}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_is_the_same_however_its_characters_were_composed() {
+    let app = TestApp::start().await;
+    let (composed, decomposed) = (
+        "caf\u{e9} w\u{fc}rfel 93 zebra",
+        "cafe\u{301} wu\u{308}rfel 93 zebra",
+    );
+    let body = json!({"email": "ada@example.com", "password": decomposed});
+    assert_eq!(app.post("/auth/register", body).send().await.status, 201);
+    assert_eq!(login(&app, "ada@example.com", composed).await.status, 200);
+    assert_eq!(login(&app, "ada@example.com", decomposed).await.status, 200);
+    assert_eq!(
+        login(&app, "ada@example.com", "cafe wurfel 93 zebra")
+            .await
+            .status,
+        401
+    );
+    let kept = app.everything_kept().await;
+    assert!(kept.contains("$argon2id$"));
+    for text in [composed, decomposed] {
+        assert!(!kept.contains(text), "the password is kept");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_a_password_is_refused_at_the_door_without_a_hint() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    for (email, password, status) in [
+        (account.email.as_str(), "", 422),
+        (&account.email, &"x".repeat(257), 422),
+        (&account.email, "a\u{0}b", 401),
+        ("", PASSWORD, 422),
+        ("nobody@example.com\u{0}", PASSWORD, 422),
+    ] {
+        let refused = login(&app, email, password).await;
+        assert_eq!(refused.status, status, "{email:?} {password:?}");
+    }
+    let unknown = json!({"email": account.email, "password": PASSWORD, "role": "owner"});
+    let refused = app.post("/auth/login", unknown).send().await;
+    assert_eq!(
+        (refused.status, &refused.body["errors"][0]["field"]),
+        (422, &json!("role"))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_tabs_that_refresh_at_once_stay_signed_in_together() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let answers =
+        futures_util::future::join_all((0..8).map(|_| refresh(&app, &account.refresh_token))).await;
+    let next = answers[0].text("refresh_token");
+    for answer in &answers {
+        assert_eq!(
+            (answer.status, answer.text("refresh_token")),
+            (200, next.clone())
+        );
+        assert_eq!(me(&app, &answer.text("access_token")).await, 200);
+    }
+    let client = app.database.connect().await;
+    let row = client
+        .query_one(
+            "SELECT count(*), count(used_at), count(DISTINCT session_id) FROM refresh_tokens",
+            &[],
+        )
+        .await
+        .unwrap();
+    assert_eq!(
+        (
+            row.get::<_, i64>(0),
+            row.get::<_, i64>(1),
+            row.get::<_, i64>(2)
+        ),
+        (2, 1, 1),
+        "one successor, of one session"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stolen_refresh_token_ends_its_own_session_alone() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let elsewhere = login(&app, &account.email, PASSWORD).await;
+    let second = refresh(&app, &account.refresh_token).await;
+    let third = refresh(&app, &second.text("refresh_token")).await;
+    assert_eq!(third.status, 200);
+    assert_eq!(refresh(&app, &account.refresh_token).await.status, 401);
+    assert_eq!(me(&app, &third.text("access_token")).await, 401);
+    assert_eq!(me(&app, &elsewhere.text("access_token")).await, 200);
+    assert_eq!(
+        refresh(&app, &elsewhere.text("refresh_token")).await.status,
+        200
+    );
+
+    let token = elsewhere.text("access_token");
+    let log = send(&app, &token, "GET", "/admin/audit", Value::Null).await;
+    let events = log.body["items"].as_array().unwrap();
+    let reuse = events
+        .iter()
+        .filter(|it| it["action"] == json!("session.reuse_detected"))
+        .collect::<Vec<_>>();
+    assert_eq!(reuse.len(), 1, "once, however often it is tried");
+    let client = app.database.connect().await;
+    let ended = client
+        .query_one(
+            "SELECT id::text FROM sessions WHERE revoked_at IS NOT NULL",
+            &[],
+        )
+        .await
+        .unwrap();
+    assert_eq!(reuse[0]["target_id"], json!(ended.get::<_, &str>(0)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_lasts_for_as_long_as_it_is_used_and_no_longer() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let idle = login(&app, &account.email, PASSWORD).await;
+    let client = app.database.connect().await;
+    let remaining = async |sql: &str| {
+        let sql =
+            format!("SELECT extract(epoch FROM expires_at - now())::float8 FROM sessions {sql}");
+        client.query_one(&sql, &[]).await.unwrap().get::<_, f64>(0) / 86_400.0
+    };
+    client
+        .execute(
+            "UPDATE sessions SET expires_at = now() + interval '1 day'",
+            &[],
+        )
+        .await
+        .unwrap();
+    assert_eq!(refresh(&app, &account.refresh_token).await.status, 200);
+    let used = remaining("ORDER BY id LIMIT 1").await;
+    assert!((13.9..=14.0).contains(&used), "{used} days");
+    assert!(remaining("ORDER BY id DESC LIMIT 1").await <= 1.0);
+
+    client
+        .execute("UPDATE sessions SET expires_at = now()", &[])
+        .await
+        .unwrap();
+    assert_eq!(refresh(&app, &idle.text("refresh_token")).await.status, 401);
+    assert_eq!(me(&app, &idle.text("access_token")).await, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_replica_refuses_a_session_that_has_ended_within_a_second() {
+    let one = TestApp::start().await;
+    let other = TestApp::setup()
+        .database(one.database.clone())
+        .start()
+        .await;
+    let account = one.register().await;
+    assert_eq!(
+        me(&other, &account.access_token).await,
+        200,
+        "replicas believe one another's tokens"
+    );
+    let out = json!({"refresh_token": account.refresh_token});
+    assert_eq!(one.post("/auth/logout", out).send().await.status, 204);
+    let began = std::time::Instant::now();
+    while me(&other, &account.access_token).await != 401 {
+        assert!(
+            began.elapsed() < std::time::Duration::from_secs(2),
+            "it still works elsewhere"
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn signing_out_ends_the_own_session_alone_and_needs_its_token() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let other = login(&app, &account.email, PASSWORD).await;
+    for wrong in ["x", &account.access_token[..200], ""] {
+        let refused = app
+            .post("/auth/logout", json!({"refresh_token": wrong}))
+            .send()
+            .await;
+        assert!(
+            matches!(refused.status, 401 | 422),
+            "{wrong}: {}",
+            refused.status
+        );
+    }
+    assert_eq!(me(&app, &account.access_token).await, 200);
+    // The first of the family ends it as well as the last does: it is no theft to sign out.
+    let next = refresh(&app, &account.refresh_token).await;
+    let out = json!({"refresh_token": account.refresh_token});
+    assert_eq!(app.post("/auth/logout", out).send().await.status, 204);
+    assert_eq!(me(&app, &next.text("access_token")).await, 401);
+    assert_eq!(refresh(&app, &next.text("refresh_token")).await.status, 401);
+    assert_eq!(me(&app, &other.text("access_token")).await, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_list_of_sessions_tells_them_apart_in_pages() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    for n in 0..4 {
+        assert_eq!(
+            login_from(&app, &account, &format!("Browser {n}"))
+                .await
+                .status,
+            200
+        );
+    }
+    // A session that is renewed stays the one it is.
+    let renewed = refresh(&app, &account.refresh_token).await;
+    let token = renewed.text("access_token");
+    let (mut agents, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let path = format!("/auth/sessions?limit=2{cursor}");
+        let page = send(&app, &token, "GET", &path, Value::Null).await;
+        assert_eq!((page.status, &page.body["total"]), (200, &json!(5)));
+        for session in page.body["items"].as_array().unwrap() {
+            assert_eq!(session["ip"], json!("127.0.0.1"));
+            agents.push((session["user_agent"].clone(), session["current"].clone()));
+        }
+        match page.body["next_cursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => break,
+        }
+    }
+    let other = |n: usize| (json!(format!("Browser {n}")), json!(false));
+    assert_eq!(agents[..4], [other(3), other(2), other(1), other(0)]);
+    assert_eq!((agents.len(), &agents[4].1), (5, &json!(true)));
+    for (query, status) in [("limit=0", 422), ("limit=101", 422), ("cursor=x", 400)] {
+        let path = format!("/auth/sessions?{query}");
+        assert_eq!(
+            send(&app, &token, "GET", &path, Value::Null).await.status,
+            status
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_the_account_that_is_refused_changes_nothing_of_it() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let token = &account.access_token;
+    let before = send(&app, token, "GET", "/auth/me", Value::Null).await.body;
+    for (body, fields) in [
+        (
+            json!({"name": "Ada", "time_zone": "Mars/Olympus"}),
+            vec!["time_zone"],
+        ),
+        (
+            json!({"name": "", "tenant_name": "a\u{0}b", "time_zone": ""}),
+            vec!["name", "tenant_name", "time_zone"],
+        ),
+        (
+            json!({"name": "Ada", "email": "eve@example.com"}),
+            vec!["email"],
+        ),
+        (json!({"tenant_name": null}), vec!["tenant_name"]),
+        (json!({"name": "x".repeat(201)}), vec!["name"]),
+    ] {
+        let refused = send(&app, token, "PATCH", "/auth/me", body.clone()).await;
+        let errors = refused.body["errors"].as_array().unwrap().iter();
+        let named = errors.map(|it| it["field"].as_str().unwrap());
+        assert_eq!(
+            (refused.status, named.collect::<Vec<_>>()),
+            (422, fields),
+            "{body}"
+        );
+    }
+    let after = send(&app, token, "PATCH", "/auth/me", json!({})).await;
+    assert_eq!((after.status, &after.body), (200, &before));
+
+    let client = app.database.connect().await;
+    client
+        .execute("UPDATE memberships SET role = 'developer'", &[])
+        .await
+        .unwrap();
+    let token = login(&app, &account.email, PASSWORD)
+        .await
+        .text("access_token");
+    let both = json!({"name": "Ada", "tenant_name": "Engines"});
+    let refused = send(&app, &token, "PATCH", "/auth/me", both).await;
+    assert_eq!((refused.status, refused.problem()), (403, "forbidden"));
+    let own = send(&app, &token, "PATCH", "/auth/me", json!({"name": "Ada"})).await;
+    assert_eq!(
+        (own.status, &own.body["user"]["name"]),
+        (200, &json!("Ada"))
+    );
+    let kept = client
+        .query_one("SELECT name, time_zone FROM tenants", &[])
+        .await
+        .unwrap();
+    assert_eq!(
+        (json!(kept.get::<_, &str>(0)), kept.get::<_, &str>(1)),
+        (before["tenant"]["name"].clone(), "UTC")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_was_refused_passes_after_exactly_what_it_was_told() {
+    let clock = TestClock::at(SystemClock::new().now());
+    let app = TestApp::setup()
+        .clock(Arc::new(clock.clone()))
+        .flag("--auth-rpm=3")
+        .start()
+        .await;
+    let account = app.register().await;
+    for _ in 0..2 {
+        assert_eq!(login(&app, &account.email, "wrong").await.status, 401);
+    }
+    let refused = login(&app, &account.email, PASSWORD).await;
+    assert_eq!(
+        (
+            refused.status,
+            refused.problem(),
+            refused.number("retry-after")
+        ),
+        (429, "too-many-requests", 20)
+    );
+    assert!(
+        refused.header("x-ratelimit-limit").is_none(),
+        "it is no limit of a key's"
+    );
+    let plans = send(
+        &app,
+        &account.access_token,
+        "GET",
+        "/admin/plans",
+        Value::Null,
+    );
+    assert_eq!(plans.await.status, 200);
+    clock.advance(std::time::Duration::from_millis(19_999));
+    assert_eq!(login(&app, &account.email, PASSWORD).await.status, 429);
+    clock.advance(std::time::Duration::from_millis(1));
+    assert_eq!(login(&app, &account.email, PASSWORD).await.status, 200);
+    assert_eq!(login(&app, &account.email, PASSWORD).await.status, 429);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tries_to_sign_in_are_limited_by_account_whether_it_exists_or_not() {
+    let clock = TestClock::at(SystemClock::new().now());
+    let app = TestApp::setup()
+        .clock(Arc::new(clock.clone()))
+        .flag("--login-rpm=2")
+        .start()
+        .await;
+    let (account, other) = (app.register().await, app.register().await);
+    for email in [account.email.as_str(), "nobody@example.com"] {
+        assert_eq!(login(&app, email, "wrong").await.status, 401);
+        assert_eq!(
+            login(&app, &email.to_uppercase(), "wrong").await.status,
+            401
+        );
+        let refused = login(&app, email, PASSWORD).await;
+        assert_eq!(
+            (
+                refused.status,
+                refused.problem(),
+                refused.number("retry-after")
+            ),
+            (429, "too-many-requests", 30),
+            "{email}"
+        );
+    }
+    assert_eq!(login(&app, &other.email, PASSWORD).await.status, 200);
+    assert_eq!(
+        me(&app, &account.access_token).await,
+        200,
+        "who is signed in is not concerned"
+    );
+    clock.advance(std::time::Duration::from_secs(30));
+    assert_eq!(login(&app, &account.email, PASSWORD).await.status, 200);
+
+    let change = async || {
+        let body =
+            json!({"current_password": "wrong", "new_password": "seven orchards under frost"});
+        send(&app, &other.access_token, "POST", "/auth/password", body)
+            .await
+            .status
+    };
+    assert_eq!(
+        (change().await, change().await, change().await),
+        (422, 422, 429),
+        "a stolen session is no way to guess the password"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn addresses_of_one_ipv6_network_are_counted_together() {
+    let app = TestApp::setup()
+        .flag("--admin-rpm=2")
+        .flag("--trusted-proxies=127.0.0.0/8,10.0.0.0/8")
+        .start()
+        .await;
+    let account = app.register().await;
+    let from = async |forwarded: &str| {
+        app.get("/admin/plans")
+            .header("X-Forwarded-For", forwarded)
+            .bearer(&account.access_token)
+            .send()
+            .await
+            .status
+    };
+    assert_eq!(from("2001:db8:1:2::1").await, 200);
+    assert_eq!(from("2001:db8:1:2:ffff::9, 10.1.2.3").await, 200);
+    assert_eq!(from("[2001:db8:1:2::7]:4711").await, 429);
+    assert_eq!(from("2001:db8:1:3::1").await, 200, "another network");
+    // What cannot be read ends the walk at the proxy before it, and chooses no address.
+    assert_eq!(from("2001:db8:1:4::1, nonsense").await, 200);
+    assert_eq!(from("2001:db8:1:5::1, nonsense").await, 200);
+    assert_eq!(from("2001:db8:1:6::1, nonsense").await, 429);
+}
