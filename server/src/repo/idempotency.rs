@@ -36,8 +36,14 @@ struct Got {
     got: bool,
 }
 
-/// Looks it up and holds it against others until the transaction ends.
+/// Looks it up, and where nothing is known holds it against others until the transaction ends.
 pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Known, DbError> {
+    // Before the lock: an answer that is kept does not change, and two who ask for it need not exclude each
+    // other. A replay that held the lock would have the next one told that it is still in progress.
+    let known = find(tx, operation, key).await?;
+    if !matches!(known, Known::Nothing) {
+        return Ok(known);
+    }
     // A lock on a hash of the name: two names with one hash only wait for each other once in 2^64.
     let name = format!("{} {operation} {key}", tx.tenant());
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, name.as_bytes());
@@ -53,6 +59,11 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Know
     if !lock.got {
         return Ok(Known::InProgress);
     }
+    // Again: whoever held the lock may have ended in between.
+    find(tx, operation, key).await
+}
+
+async fn find(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Known, DbError> {
     let known = idempotency_keys::table
         .find((tx.tenant().0, operation, key))
         .filter(idempotency_keys::created_at.gt(now.into_sql::<Timestamptz>() - KEPT_HOURS.hours()))

@@ -530,3 +530,23 @@ async fn an_idempotency_key_is_forgotten_after_a_day() {
     assert_eq!(make("Second").await.body, second.body);
     assert_eq!(make("First").await.status, 422);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_was_answered_is_never_told_to_be_in_progress() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let make = async || {
+        app.post("/admin/plans", json!({"name": "Starter", "default_rpm": 1}))
+            .header("Idempotency-Key", "one")
+            .bearer(&account.access_token)
+            .send()
+            .await
+    };
+    let first = make().await;
+    assert_eq!(first.status, 201);
+    for _ in 0..20 {
+        for again in futures_util::future::join_all((0..4).map(|_| make())).await {
+            assert_eq!((again.status, &again.body), (201, &first.body));
+        }
+    }
+}
