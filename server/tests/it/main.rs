@@ -1,10 +1,12 @@
 //! The integration tests.
 
 mod embedded;
+mod env_example;
 mod every_endpoint;
 mod flood;
 mod layers;
 mod limiter_contract;
+mod migrations;
 mod openapi;
 mod restarts;
 mod routes;

@@ -1,0 +1,189 @@
+//! Settings: that the example lists them all, and that a wrong one stops the start.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::TcpListener,
+    path::Path,
+    process::{Command, Output},
+};
+
+use quota_server::config;
+
+/// The binary with nothing in its environment but what is given.
+fn quota(arguments: &[&str], variables: &[(&str, &str)]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quota"));
+    command
+        .args(arguments)
+        .env_clear()
+        .envs(variables.iter().copied());
+    command.output().expect("the binary starts")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Each variable of the example, with its comment and its value.
+fn variables(example: &str) -> Vec<(String, String, String)> {
+    let (mut all, mut comment) = (Vec::new(), Vec::new());
+    for line in example.lines() {
+        if let Some(text) = line.strip_prefix("# ") {
+            comment.push(text);
+        } else if let Some((name, value)) = line.trim_start_matches('#').split_once('=') {
+            all.push((name.to_owned(), comment.join(" "), value.to_owned()));
+            comment.clear();
+        } else {
+            comment.clear();
+        }
+    }
+    all
+}
+
+/// The lines of a refused start that name one variable each.
+fn faults(output: &Output) -> Vec<String> {
+    let stderr = text(&output.stderr);
+    let lines = stderr.lines().filter(|line| !line.starts_with("quota: "));
+    lines.map(str::to_owned).collect()
+}
+
+#[test]
+fn the_committed_example_is_the_servers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.env.example");
+    let committed = fs::read_to_string(path).expect(".env.example is committed");
+    assert_eq!(
+        committed,
+        config::env_example(),
+        "write it with `quota env-example`"
+    );
+    assert_eq!(text(&quota(&["env-example"], &[]).stdout), committed);
+}
+
+#[test]
+fn every_variable_is_explained_and_known_to_the_binary() {
+    let variables = variables(&config::env_example());
+    assert!(variables.len() >= 24, "{}", variables.len());
+    let help = text(&quota(&["serve", "--help"], &[]).stdout);
+    let mut names = BTreeSet::new();
+    for (name, comment, _) in &variables {
+        assert!(comment.len() > 20, "{name}: {comment:?}");
+        assert!(
+            help.contains(&format!("[env: {name}")),
+            "{name} is not in the help"
+        );
+        assert!(names.insert(name), "{name} is there twice");
+    }
+    // No variable is read that is not in the example: nothing else in the server reads the environment.
+    let listed = help.matches("[env: ").count();
+    assert_eq!(listed, variables.len());
+}
+
+/// The README's users paste it into the environment.
+#[test]
+fn the_example_itself_is_a_valid_environment() {
+    let example = variables(&config::env_example());
+    let given = example
+        .iter()
+        .map(|(name, _, value)| (name.as_str(), value.as_str()));
+    let mut given = given.collect::<Vec<_>>();
+    // An address that is taken stops the start after the settings were found to be valid.
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let addr = taken.local_addr().expect("it is bound").to_string();
+    for (name, value) in &mut given {
+        if *name == "QUOTA_LISTEN" {
+            *value = &addr;
+        }
+    }
+    let output = quota(&["serve"], &given);
+    let stderr = text(&output.stderr);
+    assert!(!output.status.success());
+    assert!(
+        stderr.contains("QUOTA_LISTEN: cannot listen on"),
+        "{stderr}"
+    );
+    assert!(!stderr.contains("not valid"), "{stderr}");
+}
+
+/// A value that is wrong for each variable; `None` where any text is right.
+fn wrong(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "QUOTA_LISTEN" | "QUOTA_METRICS_LISTEN" => "8080",
+        "QUOTA_PUBLIC_URL" => "ftp://example.com",
+        "QUOTA_DATA_DIR" => " ",
+        "DATABASE_URL" => "mysql://root:hunter2@host/db",
+        "QUOTA_DATABASE_POOL" => "1",
+        "QUOTA_MIGRATE" => "yes",
+        "QUOTA_SECRET" | "QUOTA_SECRET_PREVIOUS" => "hunter2",
+        "ALLOWED_ORIGINS" => "example.com",
+        "QUOTA_TRUSTED_PROXIES" => "10.0.0.0/33",
+        "QUOTA_AUTH_RPM" | "QUOTA_ADMIN_RPM" | "QUOTA_LOGIN_RPM" => "-1",
+        "QUOTA_BODY_LIMIT" => "64k",
+        "QUOTA_DRAIN_TIMEOUT" => "26s",
+        "QUOTA_DRAIN_DELAY" => "21s",
+        "QUOTA_HEADER_TIMEOUT" | "QUOTA_REQUEST_TIMEOUT" => "0s",
+        "QUOTA_STALE_GRACE" => "1h",
+        "QUOTA_KEY_CACHE" => "999",
+        "QUOTA_SESSION_DAYS" => "0",
+        "QUOTA_LOG_FORMAT" => "xml",
+        "RUST_LOG" => "info,,=,=",
+        name => panic!("say here what is wrong for {name}"),
+    })
+}
+
+#[test]
+fn a_wrong_value_of_any_variable_stops_the_start_with_one_line_that_names_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let data = dir.path().join("data");
+    let data = data.to_str().expect("it is text");
+    let all = variables(&config::env_example());
+    for (name, _, _) in &all {
+        let Some(wrong) = wrong(name) else { continue };
+        let mut given = vec![("QUOTA_DATA_DIR", data), (name.as_str(), wrong)];
+        if name == "QUOTA_SECRET_PREVIOUS" {
+            given.push(("QUOTA_SECRET", "0123456789abcdef0123456789abcdef"));
+        }
+        let output = quota(&["serve"], &given);
+        let found = faults(&output);
+        assert_eq!(output.status.code(), Some(1), "{name}={wrong}");
+        assert_eq!(found.len(), 1, "{name}={wrong}: {found:?}");
+        assert!(found[0].starts_with(&format!("{name}: ")), "{found:?}");
+        assert!(
+            !found[0].contains("hunter2"),
+            "a password is repeated: {found:?}"
+        );
+        assert_eq!(text(&output.stdout), "", "{name}");
+    }
+    assert!(
+        !Path::new(data).exists(),
+        "nothing was started, so nothing was made"
+    );
+}
+
+#[test]
+fn every_wrong_value_is_told_at_once_in_every_command_that_reads_settings() {
+    let all = variables(&config::env_example());
+    let given = all
+        .iter()
+        .filter_map(|(name, _, _)| Some((name.as_str(), wrong(name)?)));
+    let given = given.collect::<Vec<_>>();
+    for command in [&["serve"][..], &["migrate"], &["doctor"], &["user", "list"]] {
+        let output = quota(command, &given);
+        assert_eq!(output.status.code(), Some(1), "{command:?}");
+        let found = faults(&output);
+        for (name, _) in &given {
+            let lines = found
+                .iter()
+                .filter(|line| line.starts_with(&format!("{name}: ")))
+                .count();
+            assert!(lines >= 1, "{command:?}: {name} is not named: {found:#?}");
+        }
+    }
+}
+
+#[test]
+fn what_needs_no_settings_ignores_wrong_ones() {
+    for command in ["openapi", "env-example"] {
+        let output = quota(&[command], &[("QUOTA_LISTEN", "nonsense")]);
+        assert!(output.status.success(), "{command}");
+    }
+}
