@@ -390,7 +390,7 @@ fn the_rest_has_its_golden_json() {
     );
     golden!(
         Problem {
-            kind: ProblemCode::Invalid.type_uri("https://q.example/"),
+            kind: ProblemCode::Invalid.type_uri("https://q.example/").into(),
             title: "t".into(),
             status: 422,
             detail: "d".into(),

@@ -45,9 +45,9 @@ impl AccessLine<'_> {
     fn json(&self, second: &str, out: &mut Vec<u8>) -> io::Result<()> {
         let mut number = itoa::Buffer::new();
         let mut text = |parts: &[&str]| {
-            parts
-                .iter()
-                .for_each(|it| out.extend_from_slice(it.as_bytes()))
+            for part in parts {
+                out.extend_from_slice(part.as_bytes());
+            }
         };
         text(&["{\"timestamp\":\"", second, "."]);
         let millis = self.at.0 / 1_000_000 % 1000;
@@ -74,9 +74,9 @@ impl AccessLine<'_> {
             serde_json::to_writer(&mut *out, self.path)?;
         }
         let mut text = |parts: &[&str]| {
-            parts
-                .iter()
-                .for_each(|it| out.extend_from_slice(it.as_bytes()))
+            for part in parts {
+                out.extend_from_slice(part.as_bytes());
+            }
         };
         text(&[",\"status\":", number.format(self.status)]);
         text(&[",\"micros\":", number.format(self.micros)]);
