@@ -4,6 +4,7 @@ mod embedded;
 mod env_example;
 mod every_endpoint;
 mod flood;
+mod http;
 mod layers;
 mod limiter_contract;
 mod migrations;

@@ -1,0 +1,480 @@
+//! HTTP itself: what is too large, too slow or no HTTP at all, the pages, and how the server stops.
+
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    net::{SocketAddr, TcpListener},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http_body_util::StreamBody;
+use hyper::body::Frame;
+use quota_common::ProblemCode;
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::timeout,
+};
+
+use crate::support::app::{Account, TestApp};
+
+const LONG: Duration = Duration::from_secs(20);
+
+/// Sends bytes and reads until the server closes, or for as long as `LONG`.
+async fn raw(addr: SocketAddr, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(addr).await.expect("it listens");
+    // The server may answer and close before it has read all.
+    let _ = stream.write_all(bytes).await;
+    let mut answer = Vec::new();
+    let read = timeout(LONG, stream.read_to_end(&mut answer)).await;
+    assert!(
+        read.is_ok(),
+        "the connection stays open: {}",
+        String::from_utf8_lossy(&answer)
+    );
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+fn status(answer: &str) -> u16 {
+    let code = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+    code.unwrap_or_else(|| panic!("no answer: {answer:?}"))
+}
+
+async fn app_and_account() -> (TestApp, Account) {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    (app, account)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_over_the_limit_is_413_announced_or_not() {
+    let (app, account) = app_and_account().await;
+    let limit = app.state.config.body_limit;
+    let padded = |length: usize| {
+        let mut body = json!({"name": "Gateway"}).to_string();
+        body.push_str(&" ".repeat(length - body.len()));
+        body
+    };
+    let send = async |body: reqwest::Body| {
+        let call = app.request(reqwest::Method::POST, "/admin/service-tokens");
+        call.bearer(&account.access_token)
+            .body("application/json", body)
+            .send()
+            .await
+    };
+    assert_eq!(
+        send(padded(limit).into()).await.status,
+        201,
+        "the limit itself is allowed"
+    );
+    let announced = send(padded(limit + 1).into()).await;
+    assert_eq!(
+        (announced.status, announced.problem()),
+        (413, "content-too-large")
+    );
+    let chunks = |length: usize| {
+        let body = padded(length).into_bytes();
+        let chunks = body
+            .chunks(1000)
+            .map(|it| Ok::<_, std::io::Error>(Frame::data(Bytes::copy_from_slice(it))));
+        let chunks = chunks.collect::<Vec<_>>();
+        reqwest::Body::wrap(StreamBody::new(futures_util::stream::iter(chunks)))
+    };
+    assert_eq!(send(chunks(limit)).await.status, 201);
+    let chunked = send(chunks(limit + 1)).await;
+    assert_eq!(
+        (chunked.status, chunked.problem()),
+        (413, "content-too-large")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_is_no_json_is_told_what_it_is() {
+    let (app, account) = app_and_account().await;
+    let send = async |media_type: &str, body: Vec<u8>| {
+        let call = app.request(reqwest::Method::POST, "/admin/service-tokens");
+        let answer = call
+            .bearer(&account.access_token)
+            .body(media_type, body)
+            .send()
+            .await;
+        answer.status
+    };
+    let good = br#"{"name":"Gateway"}"#.to_vec();
+    for media_type in [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "application/jsonp",
+        "x",
+        "application/json; charset=utf-16",
+    ] {
+        assert_eq!(send(media_type, good.clone()).await, 415, "{media_type}");
+    }
+    for media_type in [
+        "application/json",
+        "Application/JSON",
+        "application/json; charset=utf-8",
+    ] {
+        assert_eq!(send(media_type, good.clone()).await, 201, "{media_type}");
+    }
+    for body in [
+        b"".to_vec(),
+        b"{".to_vec(),
+        b"null".to_vec(),
+        b"[]".to_vec(),
+        b"\xff\xfe{}".to_vec(),
+        b"{\"name\":\"\xff\"}".to_vec(),
+        b"{\"name\":\"a\"}{}".to_vec(),
+        b"[".repeat(60_000),
+        [
+            b"{\"a\":".repeat(10_000),
+            b"1".to_vec(),
+            b"}".repeat(10_000),
+        ]
+        .concat(),
+    ] {
+        let shown = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
+        assert_eq!(send("application/json", body).await, 400, "{shown}");
+    }
+    // No body and no type is an empty object, for where every field may be left out.
+    let none = app.request(reqwest::Method::POST, "/admin/service-tokens");
+    assert_eq!(none.bearer(&account.access_token).send().await.status, 422);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn header_fields_that_are_too_many_or_too_large_are_refused() {
+    let app = TestApp::start().await;
+    let get = |fields: &str| {
+        format!("GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{fields}\r\n")
+    };
+    assert_eq!(status(&raw(app.addr, get("").as_bytes()).await), 200);
+    for fields in [
+        "A: b\r\n".repeat(10_000),
+        "A: b\r\n".repeat(150),
+        format!("A: {}\r\n", "b".repeat(40 * 1024)),
+    ] {
+        let answer = raw(app.addr, get(&fields).as_bytes()).await;
+        assert!(
+            answer.is_empty() || [400, 431].contains(&status(&answer)),
+            "{answer}"
+        );
+    }
+    let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "a".repeat(70_000));
+    let answer = raw(app.addr, long.as_bytes()).await;
+    assert!(
+        answer.is_empty() || [400, 414, 431].contains(&status(&answer)),
+        "{answer}"
+    );
+    // It goes on serving others.
+    assert_eq!(app.get("/health/live").send().await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_http_is_refused_and_hurts_nobody() {
+    let app = TestApp::start().await;
+    for bytes in [
+        &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"[..],
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /\x00 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nA\x00: b\r\n\r\n",
+        b"POST /auth/login HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+        b"POST /auth/login HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"POST /auth/login HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\nConnection: close\r\n\r\nzz\r\n",
+        b"\r\n\r\n\r\n nonsense",
+    ] {
+        let answer = raw(app.addr, bytes).await;
+        assert!(answer.is_empty() || (400..500).contains(&status(&answer)), "{answer}");
+    }
+    assert_eq!(app.get("/health/live").send().await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn header_fields_that_arrive_too_slowly_are_cut_in_time() {
+    let app = TestApp::setup().flag("--header-timeout=1s").start().await;
+    let began = Instant::now();
+    let mut stream = TcpStream::connect(app.addr).await.expect("it listens");
+    stream
+        .write_all(b"GET /health/live HTTP/1.1\r\n")
+        .await
+        .expect("sent");
+    let (mut reader, mut writer) = stream.into_split();
+    // A byte now and then does not extend it.
+    let drip = tokio::spawn(async move {
+        while writer.write_all(b"a").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    let mut answer = Vec::new();
+    let ended = timeout(LONG, reader.read_to_end(&mut answer)).await;
+    assert!(ended.is_ok(), "it is held open");
+    let took = began.elapsed();
+    assert!(
+        took >= Duration::from_millis(900) && took < Duration::from_secs(4),
+        "{took:?}"
+    );
+    drip.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_stops_arriving_is_answered_in_time() {
+    let app = TestApp::setup().flag("--request-timeout=1s").start().await;
+    let began = Instant::now();
+    let head = "POST /auth/login HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 90\r\nConnection: close\r\n\r\n{";
+    let answer = raw(app.addr, head.as_bytes()).await;
+    assert!([408, 503].contains(&status(&answer)), "{answer}");
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_id_is_taken_over_only_when_it_is_harmless() {
+    let app = TestApp::start().await;
+    let ask = async |id: &[u8]| {
+        let value = reqwest::header::HeaderValue::from_bytes(id).expect("a field's value");
+        let answer = app
+            .http
+            .get(app.url("/health/live"))
+            .header("x-request-id", value)
+            .send()
+            .await;
+        let answer = answer.expect("it answers");
+        answer.headers()["x-request-id"]
+            .to_str()
+            .expect("it is text")
+            .to_owned()
+    };
+    for good in [
+        "trace-1",
+        "019ab4e1-7c00-7000-8000-000000000001",
+        &"a".repeat(128),
+    ] {
+        assert_eq!(ask(good.as_bytes()).await, good);
+    }
+    for bad in [
+        "",
+        "a b",
+        "a\tb",
+        "<script>",
+        "\"",
+        "a;b",
+        "ä",
+        &"a".repeat(129),
+        "\u{1b}[31m",
+    ] {
+        let Ok(_) = reqwest::header::HeaderValue::from_bytes(bad.as_bytes()) else {
+            continue;
+        };
+        let given = ask(bad.as_bytes()).await;
+        assert!(uuid::Uuid::parse_str(&given).is_ok(), "{bad:?}: {given}");
+    }
+    // Every answer has one, also where nothing was understood.
+    for path in ["/", "/nope", "/docs", "/openapi.json", "/admin/plans"] {
+        assert!(app.get(path).send().await.header("x-request-id").is_some());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_pages_are_there_and_load_nothing_from_elsewhere() {
+    let app = TestApp::start().await;
+    let slugs = ProblemCode::ALL
+        .iter()
+        .map(|code| format!("/problems/{}", code.slug()));
+    let mut pages = vec!["/".to_owned(), "/docs".into(), "/problems".into()];
+    pages.extend(slugs);
+    let mut assets = std::collections::BTreeSet::new();
+    for page in &pages {
+        let answer = app.get(page).send().await;
+        assert_eq!(answer.status, 200, "{page}");
+        assert_eq!(
+            answer.header("content-type"),
+            Some("text/html; charset=utf-8"),
+            "{page}"
+        );
+        let csp = answer.header("content-security-policy").expect("a policy");
+        assert!(
+            csp.starts_with("default-src 'none'") && csp.contains("frame-ancestors 'none'"),
+            "{page}: {csp}"
+        );
+        assert!(
+            !csp.contains("script-src 'self' 'unsafe") && !csp.contains("http"),
+            "{page}: {csp}"
+        );
+        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
+        for attribute in ["src=\"", "<link rel=\"stylesheet\" href=\""] {
+            for rest in answer.text.split(attribute).skip(1) {
+                let target = rest.split('"').next().unwrap_or_default();
+                assert!(
+                    target.starts_with('/') && !target.starts_with("//"),
+                    "{page} loads {target}"
+                );
+                assets.insert(target.to_owned());
+            }
+        }
+        // Links within the server lead somewhere.
+        for rest in answer.text.split("<a href=\"").skip(1) {
+            let target = rest.split('"').next().unwrap_or_default();
+            if target.starts_with('/') {
+                assert_eq!(
+                    app.get(target).send().await.status,
+                    200,
+                    "{page} leads to {target}"
+                );
+            }
+        }
+    }
+    assert!(assets.len() >= 3, "{assets:?}");
+    for asset in assets {
+        let answer = app.get(&asset).send().await;
+        assert_eq!(answer.status, 200, "{asset}");
+        assert!(answer.text.len() > 50, "{asset}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_type_of_every_problem_leads_to_a_page() {
+    let app = TestApp::start().await;
+    for code in ProblemCode::ALL {
+        let uri = code.type_uri("");
+        if uri.starts_with('/') {
+            assert_eq!(app.get(&uri).send().await.status, 200, "{uri}");
+        } else {
+            assert!(
+                uri.starts_with("https://iana.org/assignments/http-problem-types#"),
+                "{uri}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_are_on_their_own_port_alone() {
+    let app = TestApp::start().await;
+    assert_eq!(app.get("/metrics").send().await.status, 404);
+    let metrics = app
+        .http
+        .get(format!("http://{}/metrics", app.metrics_addr))
+        .send()
+        .await;
+    assert_eq!(metrics.expect("it answers").status(), 200);
+    let other = app
+        .http
+        .get(format!("http://{}/admin/plans", app.metrics_addr))
+        .send()
+        .await;
+    assert_eq!(other.expect("it answers").status(), 404);
+}
+
+// The real binary. ------------------------------------------------------------------------------------
+
+/// `quota serve`, ended with the value.
+struct Serving {
+    child: Child,
+    addr: SocketAddr,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn free_addr() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.local_addr().expect("it is bound")
+}
+
+async fn serving(database_url: &str, flags: &[&str]) -> Serving {
+    let addr = free_addr();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_quota"))
+        .arg("serve")
+        .args(flags)
+        .env_clear()
+        .env("QUOTA_LISTEN", addr.to_string())
+        .env("QUOTA_METRICS_LISTEN", "off")
+        .env("DATABASE_URL", database_url)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .expect("the binary starts");
+    // Its log is read on, so that it never waits for a full pipe.
+    let log = BufReader::new(child.stdout.take().expect("it is piped"));
+    std::thread::spawn(move || log.lines().map_while(Result::ok).for_each(drop));
+    let serving = Serving { child, addr };
+    for _ in 0..400 {
+        let ready = reqwest::get(format!("http://{addr}/health/ready")).await;
+        if ready.is_ok_and(|answer| answer.status() == 200) {
+            return serving;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("it does not get ready");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_says_not_ready_finishes_what_is_in_flight_and_ends_well() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let mut serving = serving(app.database.url(), &["--drain-delay=2s"]).await;
+    let addr = serving.addr;
+
+    // A request whose body is still on its way.
+    let body = r#"{"email":"nobody@example.com","password":"violet-harbour-quilt-93"}"#;
+    let mut flight = std::net::TcpStream::connect(addr).expect("it listens");
+    write!(
+        flight,
+        "POST /auth/login HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{{",
+        body.len()
+    )
+    .expect("sent");
+
+    let pid = i32::try_from(serving.child.id()).expect("a pid");
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(pid),
+        nix::sys::signal::Signal::SIGTERM,
+    )
+    .expect("it is ours");
+    let told = Instant::now();
+    let mut said_not_ready = false;
+    while told.elapsed() < Duration::from_millis(1500) {
+        let ready = reqwest::get(format!("http://{addr}/health/ready"))
+            .await
+            .expect("it still takes requests");
+        if ready.status() == 503 {
+            said_not_ready = true;
+            let live = reqwest::get(format!("http://{addr}/health/live")).await;
+            assert_eq!(live.expect("it lives").status(), 200);
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(said_not_ready);
+
+    // After it stopped listening the one in flight is still answered.
+    tokio::time::sleep(Duration::from_millis(2500).saturating_sub(told.elapsed())).await;
+    assert!(
+        std::net::TcpStream::connect(addr).is_err(),
+        "it takes no new connections"
+    );
+    assert!(
+        serving.child.try_wait().expect("it is ours").is_none(),
+        "it waits for the request"
+    );
+    flight.write_all(&body.as_bytes()[1..]).expect("sent");
+    let mut answer = String::new();
+    std::io::Read::read_to_string(&mut flight, &mut answer).expect("answered");
+    assert_eq!(status(&answer), 401, "{answer}");
+
+    let ended = loop {
+        if let Some(ended) = serving.child.try_wait().expect("it is ours") {
+            break ended;
+        }
+        assert!(told.elapsed() < Duration::from_secs(30), "it does not end");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert_eq!(ended.code(), Some(0));
+}
