@@ -35,6 +35,9 @@ const MIGRATION_LOCK: i64 = 7_226_420;
 /// How long a caller waits for a connection when all are busy.
 const WAIT: Duration = Duration::from_secs(1);
 const CONNECT: Duration = Duration::from_secs(2);
+/// How long the first answer on a pooled connection may take. A PostgreSQL that hangs takes every byte and says
+/// nothing, which no timeout of TCP's or its own ends.
+const FIRST_ANSWER: Duration = Duration::from_secs(2);
 
 /// A query failed.
 #[derive(Debug, thiserror::Error)]
@@ -140,9 +143,12 @@ impl Db {
             version: String,
         }
         let mut conn = self.pool.get().await?;
-        let applied = diesel::sql_query("SELECT version FROM __diesel_schema_migrations")
-            .load::<Applied>(&mut conn)
-            .await;
+        let query = diesel::sql_query("SELECT version FROM __diesel_schema_migrations");
+        let Ok(applied) =
+            tokio::time::timeout(FIRST_ANSWER, query.load::<Applied>(&mut conn)).await
+        else {
+            return Err(silent(conn));
+        };
         match applied {
             Ok(applied) => Ok(versions()
                 .iter()
@@ -348,6 +354,12 @@ pub enum MigrateError {
     Failed(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
+/// Takes a connection on which nothing comes back out of the pool.
+fn silent(conn: Object<AsyncPgConnection>) -> DbError {
+    let _ = Object::take(conn);
+    DbError::Unavailable("PostgreSQL does not answer".into())
+}
+
 /// An open transaction.
 struct Tx {
     /// `None` once it has ended.
@@ -359,8 +371,15 @@ impl Tx {
         let conn = pool.get().await?;
         // From here on a caller that goes away leaves a `Tx`, whose drop rolls back.
         let mut tx = Self { conn: Some(conn) };
-        tx.get().batch_execute(statements).await?;
-        Ok(tx)
+        let began = tokio::time::timeout(FIRST_ANSWER, tx.get().batch_execute(statements)).await;
+        match (began, tx.conn.take()) {
+            (Err(_), Some(conn)) => Err(silent(conn)),
+            (began, conn) => {
+                tx.conn = conn;
+                began.unwrap_or(Ok(()))?;
+                Ok(tx)
+            }
+        }
     }
 
     fn get(&mut self) -> &mut AsyncPgConnection {

@@ -9,6 +9,7 @@ mod layers;
 mod limiter_contract;
 mod migrations;
 mod openapi;
+mod outage;
 mod restarts;
 mod routes;
 mod support;

@@ -1,0 +1,321 @@
+//! PostgreSQL goes away, and comes back. Who is known goes on being served for a while, nobody is let in
+//! unconfirmed, nothing hangs, and nothing is an error of the server's.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use quota_server::db;
+use secrecy::SecretString;
+use serde_json::json;
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
+
+use crate::support::{
+    app::{Account, Answer, Key, Setup, TestApp},
+    postgres::TestDatabase,
+    proxy::{Fault, FaultProxy, Upstream},
+};
+
+/// No answer takes longer, whatever PostgreSQL does.
+const AT_MOST: Duration = Duration::from_secs(5);
+
+/// A server whose way to PostgreSQL can be made to fail.
+struct World {
+    app: TestApp,
+    proxy: FaultProxy,
+    account: Account,
+    key: Key,
+}
+
+/// Where the test's PostgreSQL listens, and the URL by which it is reached through the proxy.
+async fn through_proxy(database: &TestDatabase) -> (FaultProxy, String) {
+    let config: tokio_postgres::Config = database.url().parse().expect("a URL");
+    let port = config.get_ports().first().copied().unwrap_or(5432);
+    let upstream = match &config.get_hosts()[0] {
+        tokio_postgres::config::Host::Unix(dir) => {
+            Upstream::Unix(PathBuf::from(dir).join(format!(".s.PGSQL.{port}")))
+        }
+        tokio_postgres::config::Host::Tcp(host) => {
+            let addr = tokio::net::lookup_host((host.as_str(), port))
+                .await
+                .expect("it resolves");
+            Upstream::Tcp(addr.into_iter().next().expect("an address"))
+        }
+    };
+    let proxy = FaultProxy::start(upstream).await;
+    let user = config.get_user().unwrap_or("postgres");
+    let password = config
+        .get_password()
+        .map(|it| String::from_utf8_lossy(it).into_owned());
+    let password = password.map(|it| format!(":{it}")).unwrap_or_default();
+    let name = config.get_dbname().expect("a database");
+    let url = format!("postgres://{user}{password}@{}/{name}", proxy.addr());
+    (proxy, url)
+}
+
+async fn world(change: impl FnOnce(Setup) -> Setup) -> World {
+    let migrate =
+        |url: String| async move { db::migrate(&SecretString::from(url)).await.map(drop) };
+    let database = Arc::new(TestDatabase::create(migrate).await);
+    let (proxy, url) = through_proxy(&database).await;
+    let setup = TestApp::setup().database(database).url(url);
+    let app = change(setup).start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
+    let key = app.key(&account, &plan).await;
+    World {
+        app,
+        proxy,
+        account,
+        key,
+    }
+}
+
+impl World {
+    /// Cuts every connection; new ones fail as `fault` says.
+    fn lose(&self, fault: Fault) {
+        self.proxy.set(fault);
+        if fault == Fault::Refuse {
+            self.proxy.cut();
+        }
+    }
+
+    fn find(&self) {
+        self.proxy.set(Fault::Pass);
+        // What went silent stays so for the connections that were open.
+        self.proxy.cut();
+    }
+
+    async fn ready(&self) -> u16 {
+        self.app.get("/health/ready").send().await.status
+    }
+
+    /// Until the server serves as before.
+    async fn recovers(&self) {
+        let began = Instant::now();
+        loop {
+            let plans = self
+                .app
+                .get("/admin/plans")
+                .bearer(&self.account.access_token)
+                .send()
+                .await;
+            if plans.status == 200 && self.ready().await == 200 {
+                return;
+            }
+            assert_eq!(plans.status, 503, "{}", plans.text);
+            assert!(
+                began.elapsed() < Duration::from_secs(20),
+                "it does not recover"
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+fn assert_unavailable(answer: &Answer, what: &str) {
+    assert_eq!(answer.status, 503, "{what}: {}", answer.text);
+    assert!(answer.number("retry-after") >= 1, "{what}");
+}
+
+/// A key of the right form that is nobody's.
+fn unknown_key() -> String {
+    use quota_server::secret_text::{Kind, SecretText};
+    SecretText::generate(Kind::ApiKey).expect("chance").reveal()
+}
+
+async fn an_outage(fault: Fault) {
+    let world = world(|setup| setup).await;
+    let app = &world.app;
+    assert_eq!(app.echo(&world.key.text).await.status, 200);
+    assert_eq!(world.ready().await, 200);
+
+    world.lose(fault);
+    let began = Instant::now();
+    assert_unavailable(&app.get("/health/ready").send().await, "ready");
+    assert!(began.elapsed() < AT_MOST, "{:?}", began.elapsed());
+    assert_eq!(
+        app.get("/health/live").send().await.status,
+        200,
+        "it lives all the same"
+    );
+
+    // Long enough for what is remembered to be stale: then it takes the grace to be served.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let token = &world.account.access_token;
+    let unknown = unknown_key();
+    let began = Instant::now();
+    let (used, other, list, make, login) = tokio::join!(
+        app.echo(&world.key.text),
+        app.echo(&unknown),
+        app.get("/admin/plans").bearer(token).send(),
+        app.post("/admin/plans", json!({"name": "Lost", "default_rpm": 1}))
+            .bearer(token)
+            .send(),
+        app.post(
+            "/auth/login",
+            json!({"email": "a@b.example", "password": "violet-harbour-quilt"})
+        )
+        .send(),
+    );
+    assert!(began.elapsed() < AT_MOST, "{:?}", began.elapsed());
+    assert_eq!(used.status, 200, "a key in use is served: {}", used.text);
+    assert_unavailable(&other, "an unknown key");
+    assert_unavailable(&list, "a list");
+    assert_unavailable(&make, "a change");
+    assert_unavailable(&login, "a login");
+
+    world.find();
+    world.recovers().await;
+    assert_eq!(app.echo(&world.key.text).await.status, 200);
+    assert_eq!(
+        app.echo(&unknown).await.status,
+        401,
+        "it was not remembered as anything"
+    );
+    let plans = app.get("/admin/plans").bearer(token).send().await;
+    assert!(
+        !plans.text.contains("Lost"),
+        "what was refused was not done: {}",
+        plans.text
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_that_refuses_is_survived() {
+    an_outage(Fault::Refuse).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_that_falls_silent_is_survived() {
+    an_outage(Fault::BlackHole).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_in_use_is_served_no_longer_than_the_grace() {
+    let world = world(|setup| setup.flag("--stale-grace=2s")).await;
+    assert_eq!(world.app.echo(&world.key.text).await.status, 200);
+    world.lose(Fault::Refuse);
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(
+        world.app.echo(&world.key.text).await.status,
+        200,
+        "within the grace"
+    );
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert_unavailable(&world.app.echo(&world.key.text).await, "after the grace");
+    world.find();
+    world.recovers().await;
+    assert_eq!(world.app.echo(&world.key.text).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_whose_ledger_is_away_is_reduced_capacity_and_never_over() {
+    let world = world(|setup| setup).await;
+    let plan = world
+        .app
+        .plan(
+            &world.account,
+            json!({"default_rpm": 60_000, "daily_quota": 300}),
+        )
+        .await;
+    let key = world.app.key(&world.account, &plan).await;
+    // A block is at most a hundredth of the quota: three.
+    assert_eq!(world.app.echo(&key.text).await.status, 200);
+    world.lose(Fault::Refuse);
+    let (mut served, mut refused) = (1, 0);
+    for _ in 0..40 {
+        let began = Instant::now();
+        let answer = world.app.echo(&key.text).await;
+        assert!(began.elapsed() < AT_MOST, "{:?}", began.elapsed());
+        if answer.status == 200 {
+            served += 1;
+            continue;
+        }
+        assert_unavailable(&answer, "a quota");
+        assert_eq!(answer.problem(), "temporary-reduced-capacity");
+        refused += 1;
+        if refused == 3 {
+            break;
+        }
+    }
+    // What was in hand, and what was fetched ahead of need.
+    assert!(
+        served <= 9 && refused == 3,
+        "{served} served, {refused} refused"
+    );
+    world.find();
+    world.recovers().await;
+    let mut status = 503;
+    let began = Instant::now();
+    while status == 503 && began.elapsed() < Duration::from_secs(20) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        status = world.app.echo(&key.text).await.status;
+    }
+    assert_eq!(status, 200);
+    served += 1;
+    while world.app.echo(&key.text).await.status == 200 {
+        served += 1;
+        assert!(served <= 300, "more than the quota");
+    }
+    assert!(
+        served >= 291,
+        "{served} of 300: more than a block was lost twice over"
+    );
+}
+
+/// Clients that go away in the middle of a request, at many points of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_go_away_leave_no_broken_connection_behind() {
+    let world = world(|setup| setup.flag("--database-pool=2")).await;
+    world.proxy.set(Fault::Delay(Duration::from_millis(3)));
+    let token = &world.account.access_token;
+    for step in 0..40_u64 {
+        let name = format!("Left {step}");
+        let body = json!({"name": name, "default_rpm": 60}).to_string();
+        let request = format!(
+            "POST /admin/plans HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let mut stream = TcpStream::connect(world.app.addr)
+            .await
+            .expect("it listens");
+        stream.write_all(request.as_bytes()).await.expect("sent");
+        tokio::time::sleep(Duration::from_millis(step * 2)).await;
+        stream.set_zero_linger().expect("it is open");
+        drop(stream);
+    }
+    world.proxy.set(Fault::Pass);
+    world.recovers().await;
+    // Each connection of the pool is its own again: no role, tenant or transaction is left on it.
+    let other = world.app.register().await;
+    for _ in 0..6 {
+        let plans = world
+            .app
+            .get("/admin/plans")
+            .bearer(&other.access_token)
+            .send()
+            .await;
+        assert_eq!((plans.status, &plans.body["total"]), (200, &json!(0)));
+        world.app.plan(&world.account, json!({})).await;
+    }
+    // What was done was done whole: a plan with its audit event, or neither.
+    let client = world.app.database.connect().await;
+    let halves = client
+        .query_one(
+            "SELECT (SELECT count(*) FROM plans WHERE NOT EXISTS (SELECT FROM audit_events \
+                WHERE action = 'plan.create' AND target_id = plans.id::text)), \
+             (SELECT count(*) FROM audit_events WHERE action = 'plan.create' AND NOT EXISTS \
+                (SELECT FROM plans WHERE plans.id::text = target_id)), \
+             (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                AND state LIKE 'idle in transaction%')",
+            &[],
+        )
+        .await
+        .expect("a superuser sees all");
+    let counts = (0..3).map(|i| halves.get::<_, i64>(i)).collect::<Vec<_>>();
+    assert_eq!(counts, [0, 0, 0]);
+}
