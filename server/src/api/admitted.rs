@@ -370,13 +370,23 @@ impl<'a> ApiExtractor<'a> for AdmittedService {
 }
 
 /// The consumer's key that a gateway hands on. Its own token may be in `Authorization`, so that a bearer
-/// there counts only when it is a key.
+/// there counts only when it is a key. `None` also for two different keys: what stands behind the gateway may
+/// go by the one that was not asked about.
 pub fn consumer_key(request: &Request) -> Option<&str> {
-    match request.headers().get("x-api-key") {
-        Some(field) => Some(field.to_str().unwrap_or("?").trim()),
-        None => bearer(request.headers())
-            .ok()
-            .flatten()
-            .filter(|it| it.starts_with(Kind::ApiKey.prefix())),
+    let headers = request.headers();
+    let mut fields = headers.get_all("x-api-key").iter();
+    let from_field = fields
+        .next()
+        .map(|field| field.to_str().unwrap_or("?").trim());
+    if fields.next().is_some() {
+        return None;
+    }
+    let from_bearer = bearer(headers)
+        .ok()
+        .flatten()
+        .filter(|it| it.starts_with(Kind::ApiKey.prefix()));
+    match (from_field, from_bearer) {
+        (Some(key), Some(other)) if key != other => None,
+        (key, other) => key.or(other),
     }
 }

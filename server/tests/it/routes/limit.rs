@@ -570,3 +570,394 @@ async fn a_quota_goes_on_where_it_was_after_a_restart() {
     }
     assert_eq!(served, 250);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_requests_at_once_just_the_burst_passes() {
+    let (app, _clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let key = key(
+        &app,
+        &account,
+        json!({"default_rpm": 60, "burst": 20, "daily_quota": 1000}),
+    )
+    .await;
+    let before = app.metric("quota_decisions_allowed_total").await;
+    let denied_before = app.metric("quota_decisions_denied_total").await;
+    let ask = async |n: usize| match n % 3 {
+        0 => app.echo(&key.text).await.status == 200,
+        1 => forward(&app, &token, &key.text, "").await.status == 200,
+        _ => check(&app, &token, json!({"key": key.text})).await.body["allowed"] == json!(true),
+    };
+    let passed = futures_util::future::join_all((0..60).map(ask)).await;
+    assert_eq!(passed.iter().filter(|it| **it).count(), 20);
+    let decided = (
+        app.metric("quota_decisions_allowed_total").await - before,
+        app.metric("quota_decisions_denied_total").await - denied_before,
+    );
+    assert_eq!(decided, (20.0, 40.0), "every decision is counted once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_reads_the_same_fields_and_an_empty_body_by_every_method() {
+    let (app, _clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let key = key(&app, &account, json!({"default_rpm": 60, "burst": 1})).await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+    let echo = app.echo(&key.text).await;
+    for (query, status) in [("", 429), ("?deny=429", 429), ("?deny=403", 403)] {
+        for method in ["GET", "HEAD", "POST", "DELETE"] {
+            let path = format!("/v1/forward-auth{query}");
+            let call = app.request(method.parse().unwrap(), &path);
+            let answer = call
+                .header("X-API-Key", &key.text)
+                .bearer(&token)
+                .send()
+                .await;
+            assert_eq!(
+                (answer.status, answer.text.as_str()),
+                (status, ""),
+                "{method}{query}"
+            );
+            assert_eq!(answer.header("content-length"), Some("0"));
+            for name in [
+                "x-ratelimit-limit",
+                "x-ratelimit-remaining",
+                "x-ratelimit-reset",
+                "ratelimit-policy",
+                "ratelimit",
+                "retry-after",
+                "cache-control",
+            ] {
+                assert!(echo.header(name).is_some(), "{name}");
+                assert_eq!(answer.header(name), echo.header(name), "{method} {name}");
+            }
+        }
+    }
+    // The status of a denial is chosen; that of a key that opens nothing is not.
+    let unknown = forward(&app, &token, "x", "?deny=403").await;
+    assert_eq!(
+        (unknown.status, unknown.header("content-length")),
+        (401, Some("0"))
+    );
+    assert!(unknown.header("x-ratelimit-limit").is_none());
+    for deny in ["200", "500", "x", "-1"] {
+        let refused = forward(&app, &token, &key.text, &format!("?deny={deny}")).await;
+        assert_eq!(
+            (refused.status, &refused.body["errors"][0]["field"]),
+            (422, &json!("deny")),
+            "{deny}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_that_is_not_allowed_names_its_fields_and_takes_nothing() {
+    let (app, _clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let key = key(&app, &account, json!({"default_rpm": 60})).await;
+    for (extra, fields) in [
+        (json!({"key": null}), vec!["key"]),
+        (json!({"key": ""}), vec!["key"]),
+        (json!({"key": "x".repeat(257)}), vec!["key"]),
+        (json!({"endpoint": ""}), vec!["endpoint"]),
+        (json!({"endpoint": "é".repeat(65)}), vec!["endpoint"]),
+        (json!({"endpoint": "GET /\n"}), vec!["endpoint"]),
+        (json!({"tenant": account.tenant_id}), vec!["tenant"]),
+        (json!({"cost": 0, "endpoint": ""}), vec!["cost", "endpoint"]),
+    ] {
+        let mut body = json!({"key": key.text});
+        for (name, value) in extra.as_object().unwrap() {
+            body[name] = value.clone();
+        }
+        let refused = check(&app, &token, body).await;
+        let errors = refused.body["errors"].as_array().unwrap().iter();
+        let named = errors.map(|it| it["field"].as_str().unwrap());
+        assert_eq!(
+            (refused.status, named.collect::<Vec<_>>()),
+            (422, fields),
+            "{extra}"
+        );
+        assert!(!refused.text.contains(&key.text));
+    }
+    let body = json!({"key": key.text, "cost": 2, "endpoint": "é".repeat(64)});
+    let allowed = check(&app, &token, body).await;
+    assert_eq!(allowed.body["allowed"], json!(true));
+    assert_eq!(
+        app.echo(&key.text).await.number("x-ratelimit-remaining"),
+        57,
+        "the cost and this one"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_that_denies_is_named_and_the_longest_wait_is_told() {
+    let (app, clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let key = key(
+        &app,
+        &account,
+        json!({"default_rpm": 60, "burst": 2, "daily_quota": 2, "monthly_quota": 2}),
+    )
+    .await;
+    for _ in 0..2 {
+        assert_eq!(app.echo(&key.text).await.status, 200);
+    }
+    let all = app.echo(&key.text).await;
+    assert_eq!(
+        (all.status, &all.body["violated-policies"]),
+        (429, &json!(["rpm", "daily", "monthly"]))
+    );
+    let checked = check(&app, &token, json!({"key": key.text})).await;
+    let limits = checked.body["limits"].as_array().unwrap();
+    let shown = limits
+        .iter()
+        .map(|it| (it["policy"].clone(), it["remaining"].clone()));
+    assert_eq!(
+        shown.collect::<Vec<_>>(),
+        ["rpm", "daily", "monthly"].map(|name| (json!(name), json!(0)))
+    );
+    let month = chrono::DateTime::parse_from_rfc3339(limits[2]["reset_at"].as_str().unwrap())
+        .unwrap()
+        .timestamp();
+    let now = i64::try_from(clock.now().secs()).unwrap();
+    let wait = i64::try_from(all.number("retry-after")).unwrap();
+    assert!(
+        (wait - (month - now)).abs() <= 1,
+        "{wait} s is not until {month}"
+    );
+    assert_eq!(checked.body["retry_after"], json!(wait));
+
+    clock.advance(Duration::from_secs(2));
+    let quotas = app.echo(&key.text).await;
+    assert_eq!(
+        quotas.body["violated-policies"],
+        json!(["daily", "monthly"])
+    );
+    clock.advance(Duration::from_secs(quotas.number("retry-after")));
+    assert_eq!(app.echo(&key.text).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_moves_to_another_plan_takes_what_it_used_along() {
+    let (app, _clock, account) = still().await;
+    let small = app
+        .plan(
+            &account,
+            json!({"default_rpm": 60, "burst": 3, "daily_quota": 5}),
+        )
+        .await;
+    let large = app
+        .plan(
+            &account,
+            json!({"default_rpm": 600, "burst": 10, "daily_quota": 8}),
+        )
+        .await;
+    let key = app.key(&account, &small).await;
+    let path = format!("/admin/api-keys/{}", key.id);
+    let patch = async |body: Value| {
+        let changed = app.act(&account, "PATCH", &path, body).await;
+        assert_eq!(changed.status, 200, "{}", changed.body);
+    };
+    let pass = async || {
+        let mut passed = 0;
+        while app.echo(&key.text).await.status == 200 {
+            passed += 1;
+        }
+        passed
+    };
+    assert_eq!(pass().await, 3);
+    // Off and on again, and a new text, are no ways to a new burst either.
+    patch(json!({"is_active": false})).await;
+    assert_eq!(app.echo(&key.text).await.status, 401);
+    patch(json!({"is_active": true})).await;
+    assert_eq!(pass().await, 0);
+
+    patch(json!({"plan_id": large})).await;
+    let served = pass().await;
+    let denied = app.echo(&key.text).await;
+    assert_eq!(
+        denied.header("ratelimit-policy"),
+        Some("\"rpm\";q=600;w=60, \"daily\";q=8;w=86400"),
+        "in force at once"
+    );
+    assert!(
+        served <= 5,
+        "3 of the day's 8 were spent already, and {served} more passed"
+    );
+    assert_eq!(served, 5);
+    assert_eq!(denied.body["violated-policies"], json!(["daily"]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_day_of_a_quota_is_that_of_the_tenants_time_zone() {
+    let now = SystemClock::new().now().secs();
+    let evening = now - now % 86_400 + 20 * 3600;
+    let clock = TestClock::at(quota_server::clock::UnixNanos::from_secs(evening));
+    let app = TestApp::setup()
+        .clock(Arc::new(clock.clone()))
+        .start()
+        .await;
+    let account = app.register().await;
+    let plan = app
+        .plan(&account, json!({"default_rpm": 6000, "daily_quota": 1}))
+        .await;
+    // 20:00 UTC is 05:00 of the next day in Tokyo and 10:00 of the same in Honolulu; neither has summer time.
+    for (zone, hours) in [("UTC", 4), ("Asia/Tokyo", 19), ("Pacific/Honolulu", 14)] {
+        let set = app
+            .act(&account, "PATCH", "/auth/me", json!({"time_zone": zone}))
+            .await;
+        assert_eq!(set.status, 200, "{}", set.body);
+        let key = app.key(&account, &plan).await;
+        assert_eq!(app.echo(&key.text).await.status, 200);
+        let denied = app.echo(&key.text).await;
+        assert_eq!(
+            (denied.status, denied.number("retry-after")),
+            (429, hours * 3600),
+            "{zone}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_replica_learns_of_a_changed_plan_and_a_rotated_key_within_a_second() {
+    let one = TestApp::start().await;
+    let other = TestApp::setup()
+        .database(one.database.clone())
+        .start()
+        .await;
+    let account = one.register().await;
+    let plan = one.plan(&account, json!({"default_rpm": 60_000})).await;
+    let key = one.key(&account, &plan).await;
+    assert_eq!(
+        other.echo(&key.text).await.number("x-ratelimit-limit"),
+        60_000
+    );
+    let within_a_second = async |what: &str, done: &dyn Fn(&Answer) -> bool| {
+        let began = std::time::Instant::now();
+        while !done(&other.echo(&key.text).await) {
+            assert!(began.elapsed() < Duration::from_secs(2), "{what}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let path = format!("/admin/plans/{plan}");
+    let changed = one
+        .act(&account, "PATCH", &path, json!({"default_rpm": 30_000}))
+        .await;
+    assert_eq!(changed.status, 200);
+    within_a_second("the old rate is in force", &|it| {
+        it.header("x-ratelimit-limit") == Some("30000")
+    })
+    .await;
+
+    let path = format!("/admin/api-keys/{}/rotate", key.id);
+    let rotated = one
+        .act(&account, "POST", &path, json!({"grace_seconds": 0}))
+        .await;
+    assert_eq!(
+        other.echo(&rotated.text("key")).await.status,
+        200,
+        "the new text works everywhere at once"
+    );
+    within_a_second("the old text works", &|it| it.status == 401).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_switched_off_and_on_is_believed_at_once_each_time() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let first = key(&app, &account, json!({})).await;
+    let path = format!("/admin/api-keys/{}", first.id);
+    let patch = async |active: bool| {
+        let changed = app
+            .act(&account, "PATCH", &path, json!({"is_active": active}))
+            .await;
+        assert_eq!(changed.status, 200);
+    };
+    for _ in 0..3 {
+        patch(false).await;
+        assert_eq!(app.echo(&first.text).await.status, 401);
+        patch(true).await;
+        assert_eq!(app.echo(&first.text).await.status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_sent_twice_is_no_key() {
+    let (app, _clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let (one, other) = (
+        key(&app, &account, json!({})).await,
+        key(&app, &account, json!({})).await,
+    );
+    let twice = app
+        .get("/v1/echo")
+        .header("X-API-Key", &one.text)
+        .header("X-API-Key", &other.text)
+        .send()
+        .await;
+    assert_eq!((twice.status, twice.problem()), (400, "malformed"));
+    // What stands behind the gateway may read the other one: neither is let through.
+    let forwarded = app
+        .get("/v1/forward-auth")
+        .header("X-Service-Token", &token)
+        .header("X-API-Key", &one.text)
+        .header("X-API-Key", &other.text)
+        .send()
+        .await;
+    assert_eq!((forwarded.status, forwarded.text.as_str()), (401, ""));
+    let forwarded = app
+        .get("/v1/forward-auth")
+        .header("X-Service-Token", &token)
+        .header("X-API-Key", &one.text)
+        .bearer(&other.text)
+        .send()
+        .await;
+    assert_eq!((forwarded.status, forwarded.text.as_str()), (401, ""));
+    for key in [one, other] {
+        assert_eq!(
+            app.echo(&key.text).await.number("x-ratelimit-remaining"),
+            59,
+            "neither was charged"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_grace_of_a_rotation_is_for_one_text_and_outlives_no_key() {
+    let (app, clock, account) = still().await;
+    let first = key(&app, &account, json!({"default_rpm": 6000})).await;
+    let path = format!("/admin/api-keys/{}", first.id);
+    let rotate = async |seconds: u32| {
+        let rotate = format!("{path}/rotate");
+        let body = json!({"grace_seconds": seconds});
+        let rotated = app.act(&account, "POST", &rotate, body).await;
+        assert_eq!(rotated.status, 200);
+        rotated.text("key")
+    };
+    let second = rotate(3600).await;
+    assert_eq!(app.echo(&first.text).await.status, 200);
+    let third = rotate(3600).await;
+    assert_eq!(
+        app.echo(&first.text).await.status,
+        401,
+        "one text before the current one works, not two"
+    );
+    for text in [&second, &third] {
+        assert_eq!(app.echo(text).await.status, 200);
+    }
+
+    // The key's own end comes before that of the grace, and ends both.
+    let end = i64::try_from(clock.now().secs()).unwrap() + 60;
+    let end = chrono::DateTime::from_timestamp(end, 0).unwrap();
+    let until = json!({"expires_at": end.to_rfc3339()});
+    let changed = app.act(&account, "PATCH", &path, until).await;
+    assert_eq!(changed.status, 200);
+    clock.advance(Duration::from_secs(59));
+    for text in [&second, &third] {
+        assert_eq!(app.echo(text).await.status, 200);
+    }
+    clock.advance(Duration::from_secs(2));
+    for text in [&second, &third] {
+        assert_eq!(app.echo(text).await.status, 401);
+    }
+}
