@@ -12,6 +12,7 @@ use quota_common::{
         UpdateMe, User,
     },
 };
+use serde_json::json;
 
 use super::{
     Tag,
@@ -27,6 +28,7 @@ use crate::{
     limiter::Zone,
     repo::{
         account::{self as rows, TenantChange, TenantRow, UserRow},
+        audit::{self, NewAuditEvent},
         revocation::{self, Target},
         session::SessionRow,
     },
@@ -176,9 +178,25 @@ impl AuthApi {
             ));
         }
         if let Some(name) = &body.name {
+            let name = name.trim();
             let mut tx = self.state.db.system().await?;
-            rows::set_user_name(&mut tx, caller.user().0, name.trim()).await?;
+            let member = rows::member(&mut tx, caller.user().0, caller.tenant().0).await?;
+            let (before, _, _) = member.ok_or_else(|| ApiError::from(AuthError::Unauthorized))?;
+            rows::set_user_name(&mut tx, caller.user().0, name).await?;
+            let event = NewAuditEvent {
+                tenant_id: caller.tenant().0,
+                id: uuid::Uuid::now_v7(),
+                user_id: Some(caller.user().0),
+                action: "user.update",
+                target_type: "user",
+                target_id: Some(caller.user().to_string()),
+                ip: caller.origin.network(),
+                before: Some(json!({"name": before.name})),
+                after: Some(json!({"name": name})),
+            };
+            audit::insert_system(&mut tx, &event).await?;
             tx.commit().await?;
+            tracing::info!(action = "user.update", tenant = %caller.tenant(), user = %caller.user(), "changed");
         }
         if body.tenant_name.is_some() || body.time_zone.is_some() {
             let mut tx = self.state.db.tenant(caller.tenant()).await?;

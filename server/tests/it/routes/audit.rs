@@ -171,6 +171,36 @@ async fn what_happens_to_sessions_is_in_the_log_and_no_secret_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_person_who_takes_another_name_is_in_the_log() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    for name in ["Ada", " Ada King "] {
+        let change = json!({"name": name});
+        let changed = app.act(&account, "PATCH", "/auth/me", change).await;
+        assert_eq!(changed.status, 200);
+    }
+    let events = log(&app, &account).await;
+    assert_eq!(
+        actions(&events),
+        ["user.update", "user.update", "user.register"]
+    );
+    assert_eq!(
+        (&events[0]["before"], &events[0]["after"]),
+        (&json!({"name": "Ada"}), &json!({"name": "Ada King"}))
+    );
+    for event in &events[..2] {
+        assert_eq!(
+            (&event["user_id"], &event["target_id"], &event["ip"]),
+            (
+                &json!(account.user_id),
+                &json!(account.user_id),
+                &json!("127.0.0.1")
+            )
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_was_refused_or_changed_nothing_is_no_event() {
     let app = TestApp::start().await;
     let account = app.register().await;
