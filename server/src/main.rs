@@ -254,6 +254,7 @@ async fn serve_on(
 
     let timeouts = Timeouts {
         header: config.header_timeout,
+        idle: quota_server::serve::IDLE,
         drain: config.drain_timeout,
     };
     let (stop_serving, stopping) = watch::channel(false);

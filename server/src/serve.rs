@@ -5,6 +5,7 @@
 
 use std::{
     convert::Infallible,
+    io,
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
@@ -24,6 +25,7 @@ use poem::{
     web::{LocalAddr, RemoteAddr},
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     time::{self, timeout},
@@ -34,6 +36,8 @@ const CONNECTIONS: usize = 10_000;
 /// The most that a request's line and header fields may take.
 const HEADER_BYTES: usize = 32 * 1024;
 const HEADER_FIELDS: usize = 100;
+/// What [`Timeouts::idle`] is: nginx keeps a connection for 60 s.
+pub const IDLE: Duration = Duration::from_secs(75);
 /// After a failed accept, such as for want of file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -41,6 +45,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Timeouts {
     /// From the first byte of a request to its last header field.
     pub header: Duration,
+    /// How long a connection may rest between two requests. Longer than a proxy keeps one, so that it is the
+    /// proxy that ends it: one that ends here while a request is on its way costs that request.
+    pub idle: Duration,
     /// For requests in flight, once the server stops.
     pub drain: Duration,
 }
@@ -96,7 +103,9 @@ pub async fn serve<E>(
         let _ = stream.set_nodelay(true);
         let (mut builder, endpoint, watcher) =
             (builder.clone(), endpoint.clone(), graceful.watcher());
-        builder.http1().timer(Alarm::set_to(timeouts.header));
+        let heard = Heard::default();
+        builder.http1().timer(Alarm::new(timeouts, heard.clone()));
+        let stream = Listened { stream, heard };
         tokio::spawn(async move {
             let _place = place;
             connection(stream, peer, local, &builder, endpoint, watcher).await;
@@ -108,16 +117,71 @@ pub async fn serve<E>(
     }
 }
 
-/// The timer of one HTTP/1 connection, which waits for one thing at a time.
+/// Since when a request is arriving on a connection; `None` while it rests or is answered.
+#[derive(Debug, Clone, Default)]
+struct Heard(Arc<Mutex<Option<time::Instant>>>);
+
+/// A connection that notes when a request begins to arrive.
+struct Listened {
+    stream: TcpStream,
+    heard: Heard,
+}
+
+impl AsyncRead for Listened {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if buffer.filled().len() > before {
+            self.heard.0.lock().get_or_insert_with(time::Instant::now);
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Listened {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        *self.heard.0.lock() = None;
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// The timer of one HTTP/1 connection, which waits for one thing at a time: the next request's header fields.
 ///
-/// hyper starts and drops a wait for every request's header fields. Here all of them share one entry in the
-/// runtime's timer: it is left at the deadline of an earlier wait, and moved on when that has come. So it is
-/// touched once in a deadline's time instead of twice in a request's.
-struct Alarm(Arc<Mutex<Pin<Box<time::Sleep>>>>);
+/// hyper starts and drops a wait for every request, from the end of the one before, and so takes a connection
+/// that rests for one that is slow. Here the wait is as long as a connection may rest, until the first byte
+/// has come. And all of them share one entry in the runtime's timer: it is left at the deadline of an earlier
+/// wait, and moved on when that has come, so it is touched once in a deadline's time instead of twice in a
+/// request's.
+struct Alarm {
+    timeouts: Timeouts,
+    heard: Heard,
+    entry: Arc<Mutex<Pin<Box<time::Sleep>>>>,
+}
 
 impl Alarm {
-    fn set_to(after: Duration) -> Self {
-        Self(Arc::new(Mutex::new(Box::pin(time::sleep(after)))))
+    fn new(timeouts: Timeouts, heard: Heard) -> Self {
+        let entry = Arc::new(Mutex::new(Box::pin(time::sleep(timeouts.header))));
+        Self {
+            timeouts,
+            heard,
+            entry,
+        }
     }
 }
 
@@ -127,9 +191,12 @@ impl Timer for Alarm {
     }
 
     fn sleep_until(&self, deadline: Instant) -> Pin<Box<dyn Sleep>> {
+        let rest = self.timeouts.idle.saturating_sub(self.timeouts.header);
         Box::pin(Wait {
-            deadline: deadline.into(),
-            alarm: self.0.clone(),
+            rested: time::Instant::from(deadline) + rest,
+            header: self.timeouts.header,
+            heard: self.heard.clone(),
+            entry: self.entry.clone(),
         })
     }
 
@@ -139,8 +206,11 @@ impl Timer for Alarm {
 }
 
 struct Wait {
-    deadline: time::Instant,
-    alarm: Arc<Mutex<Pin<Box<time::Sleep>>>>,
+    /// When a connection has rested for too long.
+    rested: time::Instant,
+    header: Duration,
+    heard: Heard,
+    entry: Arc<Mutex<Pin<Box<time::Sleep>>>>,
 }
 
 impl Sleep for Wait {}
@@ -149,22 +219,27 @@ impl Future for Wait {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        let mut alarm = self.alarm.lock();
-        if alarm.deadline() > self.deadline {
-            alarm.as_mut().reset(self.deadline);
+        let due = self
+            .heard
+            .0
+            .lock()
+            .map_or(self.rested, |began| began + self.header);
+        let mut entry = self.entry.lock();
+        if entry.deadline() > due {
+            entry.as_mut().reset(due);
         }
-        while alarm.as_mut().poll(context).is_ready() {
-            if alarm.deadline() == self.deadline {
+        while entry.as_mut().poll(context).is_ready() {
+            if entry.deadline() >= due {
                 return Poll::Ready(());
             }
-            alarm.as_mut().reset(self.deadline);
+            entry.as_mut().reset(due);
         }
         Poll::Pending
     }
 }
 
 async fn connection<E>(
-    stream: TcpStream,
+    stream: Listened,
     peer: SocketAddr,
     local: Option<SocketAddr>,
     builder: &auto::Builder<TokioExecutor>,
@@ -197,12 +272,14 @@ mod tests {
     use super::*;
 
     const HEADER: Duration = Duration::from_millis(300);
+    const IDLE: Duration = Duration::from_millis(900);
 
     async fn connect() -> TcpStream {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let timeouts = Timeouts {
             header: HEADER,
+            idle: IDLE,
             drain: Duration::ZERO,
         };
         let endpoint = make_sync(|_| "here").map_to_response();
@@ -254,7 +331,18 @@ mod tests {
         let mut stream = connect().await;
         time::sleep(HEADER / 2).await;
         ask(&mut stream).await;
+        stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
         let ended = ended_after(&mut stream).await;
         assert!(ended >= HEADER * 9 / 10, "{ended:?}");
+    }
+
+    #[tokio::test]
+    async fn a_connection_may_rest_for_longer_than_a_request_may_take_to_arrive() {
+        let mut stream = connect().await;
+        ask(&mut stream).await;
+        time::sleep(HEADER * 2).await;
+        ask(&mut stream).await;
+        let ended = ended_after(&mut stream).await;
+        assert!(ended >= IDLE * 9 / 10, "{ended:?}");
     }
 }

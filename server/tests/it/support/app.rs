@@ -132,6 +132,7 @@ impl Setup {
         let log = Log::start(config.log_format);
         let timeouts = Timeouts {
             header: config.header_timeout,
+            idle: quota_server::serve::IDLE,
             drain: Duration::from_secs(5),
         };
         let state = AppState::new(config, db, self.clock, log)
