@@ -961,3 +961,80 @@ async fn the_grace_of_a_rotation_is_for_one_text_and_outlives_no_key() {
         assert_eq!(app.echo(text).await.status, 401);
     }
 }
+
+/// The three ways in are told by their path alone, in front of the router; a query that says nothing leads
+/// through it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_short_way_and_the_router_answer_alike() {
+    let (app, _clock, account) = still().await;
+    let plan = json!({"default_rpm": 60, "burst": 2, "daily_quota": 100});
+    let plan = app.plan(&account, plan).await;
+    let token = app.service_token(&account).await;
+    let mut seen = [Vec::new(), Vec::new()];
+    for (query, seen) in ["", "n=1"].into_iter().zip(&mut seen) {
+        let key = app.key(&account, &plan).await;
+        let path = |path: &str| match (query, path.contains('?')) {
+            ("", _) => path.to_owned(),
+            (query, true) => format!("{path}&{query}"),
+            (query, false) => format!("{path}?{query}"),
+        };
+        let echo = || app.get(&path("/v1/echo"));
+        let forward = |query: &str| app.get(&path(&format!("/v1/forward-auth{query}")));
+        let check = |body: Value| app.post(&path("/v1/check"), body);
+        let mut shows = |answer: Answer| {
+            let mut headers = answer.headers.clone();
+            for name in ["x-request-id", "date", "content-length"] {
+                headers.remove(name);
+            }
+            let mut headers = headers
+                .iter()
+                .map(|(name, value)| format!("{name}: {value:?}"))
+                .collect::<Vec<_>>();
+            headers.sort();
+            let mut body = answer.body.clone();
+            if let Some(body) = body.as_object_mut() {
+                body.remove("request_id");
+                body.remove("key_id");
+            }
+            seen.push((answer.status, headers, body));
+        };
+
+        // Without a credential, with one that is none, and with a body that is none.
+        shows(echo().send().await);
+        shows(echo().header("X-API-Key", "qk_none").send().await);
+        shows(forward("").send().await);
+        shows(forward("").header("X-Service-Token", &token).send().await);
+        shows(check(json!({})).send().await);
+        shows(check(json!({})).bearer(&token).send().await);
+        shows(
+            app.request(reqwest::Method::POST, &path("/v1/check"))
+                .bearer(&token)
+                .body("text/plain", "{}")
+                .send()
+                .await,
+        );
+        // Admitted by each way, and denied; the daily quota gives them all the fields there are.
+        for _ in 0..2 {
+            shows(echo().header("X-API-Key", &key.text).send().await);
+            for query in ["", "?deny=403", "?deny=429"] {
+                let call = forward(query).header("X-Service-Token", &token);
+                shows(call.header("X-API-Key", &key.text).send().await);
+            }
+            let body = json!({"key": key.text});
+            shows(check(body).bearer(&token).send().await);
+        }
+    }
+    let [short, long] = seen;
+    let statuses = short.iter().map(|it| it.0).collect::<Vec<_>>();
+    assert_eq!(
+        statuses,
+        [
+            401, 401, 401, 401, 401, 422, 415, // refused
+            200, 200, 403, 429, 200, // the burst of two ends
+            429, 429, 403, 429, 200,
+        ]
+    );
+    for (short, long) in short.into_iter().zip(long) {
+        assert_eq!(short, long);
+    }
+}
