@@ -49,7 +49,7 @@ enum Chore {
     },
     /// Measure what a request costs, next to a bare poem and a bare hyper server; prints a table
     Bench {
-        /// Options for the measurement: `--rounds N`, `--seconds N`
+        /// Options for the measurement: `--rounds N`, `--millis N`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },

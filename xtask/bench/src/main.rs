@@ -1,8 +1,8 @@
 //! What a request costs: Quota next to a bare poem and a bare hyper handler, in the same run.
 //!
 //! Every server is a process of its own with the same tokio runtime, pinned to one core; the load comes from
-//! this process, pinned to another. The rounds of all servers alternate, so that what else the machine does
-//! meets all of them alike. Read the ratios: absolute figures are the machine's.
+//! this process, pinned to another. The rounds are many and short and the servers take turns, so that what else
+//! the machine does meets all of them alike. Read the ratios: absolute figures are the machine's.
 
 mod floor;
 mod http1;
@@ -29,11 +29,11 @@ enum Command {
         /// The `quota` binary, built for release
         quota: PathBuf,
         /// How many rounds each case gets
-        #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=50))]
+        #[arg(long, default_value_t = 41, value_parser = clap::value_parser!(u32).range(1..=200))]
         rounds: u32,
-        /// How long a round is, in seconds
-        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=30))]
-        seconds: u64,
+        /// How long a round is, in milliseconds
+        #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=5000))]
+        millis: u64,
     },
     /// A bare poem handler, on a port of its own
     Poem,
@@ -46,8 +46,8 @@ fn main() -> Result<()> {
         Command::Run {
             quota,
             rounds,
-            seconds,
-        } => rounds::run(&quota, rounds, std::time::Duration::from_secs(seconds)),
+            millis,
+        } => rounds::run(&quota, rounds, std::time::Duration::from_millis(millis)),
         Command::Poem => floor::serve(floor::poem),
         Command::Hyper => floor::serve(floor::hyper),
     }

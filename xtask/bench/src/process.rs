@@ -14,7 +14,8 @@ use anyhow::{Context as _, Result, bail};
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::signal::{Signal, kill},
-    unistd::{Pid, SysconfVar, sysconf},
+    time::clock_getcpuclockid,
+    unistd::Pid,
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -166,17 +167,8 @@ impl Server {
 
     /// User and system time of the process so far, all threads together.
     pub(crate) fn cpu(&self) -> Result<Duration> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
-        // The name, in parentheses, may hold anything; fields 14 and 15 are counted from behind it (proc(5)).
-        let (_, rest) = stat.rsplit_once(") ").context("an unknown form of stat")?;
-        let ticks: u64 = rest
-            .split(' ')
-            .skip(11)
-            .take(2)
-            .map(|field| field.parse::<u64>().unwrap_or(0))
-            .sum();
-        let a_second = sysconf(SysconfVar::CLK_TCK)?.context("no clock ticks")?;
-        Ok(Duration::from_secs(ticks) / u32::try_from(a_second)?)
+        let pid = Pid::from_raw(i32::try_from(self.child.id())?);
+        Ok(clock_getcpuclockid(pid)?.now()?.into())
     }
 }
 

@@ -112,7 +112,9 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     }
     let mut measured = vec![Vec::new(); cases.len()];
     for round in 0..rounds {
-        eprintln!("round {} of {rounds}", round + 1);
+        if round % 10 == 0 {
+            eprintln!("round {} of {rounds}", round + 1);
+        }
         for (case, figures) in cases.iter().zip(&mut measured) {
             figures.push(case.round(&load, time)?);
         }
@@ -165,11 +167,11 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     }
     println!();
     println!(
-        "Medians of {} rounds of {} s, the cases taking turns; {CONNECTIONS} keep-alive connections on \
+        "Medians of {} rounds of {} ms, the cases taking turns; {CONNECTIONS} keep-alive connections on \
          loopback. CPU is user and system time of the server's process. {} The access log goes to a file, \
          a line a request; metrics and request ids are on everywhere in quota. Aim: at most 1.25.",
         measured[0].len(),
-        time.as_secs(),
+        time.as_millis(),
         match cores {
             Some(Cores { servers, load }) =>
                 format!("Servers run on core {servers}, the load on core {load}."),
