@@ -132,19 +132,32 @@ pub struct Login {
     oai(example, deny_unknown_fields)
 )]
 pub struct Refresh {
-    #[garde(length(bytes, min = 1, max = 256))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub refresh_token: String,
+    /// Left out by a caller whose tokens are in cookies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[garde(inner(length(bytes, min = 1, max = 256)))]
+    #[cfg_attr(
+        feature = "openapi",
+        oai(
+            skip_serializing_if_is_none,
+            validator(min_length = 1, max_length = 256)
+        )
+    )]
+    pub refresh_token: Option<String>,
 }
 
 /// The tokens of a session.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Tokens {
-    /// Sent as `Authorization: Bearer`. A JWT (EdDSA).
-    pub access_token: String,
-    /// Exchanged at `POST /auth/refresh` for the next pair. Opaque; each works once.
-    pub refresh_token: String,
+    /// Sent as `Authorization: Bearer`. A JWT (EdDSA). Absent when the caller asked for cookies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub access_token: Option<String>,
+    /// Exchanged at `POST /auth/refresh` for the next pair. Opaque; each works once. Absent when the caller asked
+    /// for cookies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub refresh_token: Option<String>,
     /// Seconds until the access token ends.
     pub expires_in: u32,
 }
@@ -153,10 +166,15 @@ pub struct Tokens {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct SignedIn {
-    /// Sent as `Authorization: Bearer`. A JWT (EdDSA).
-    pub access_token: String,
-    /// Exchanged at `POST /auth/refresh` for the next pair. Opaque; each works once.
-    pub refresh_token: String,
+    /// Sent as `Authorization: Bearer`. A JWT (EdDSA). Absent when the caller asked for cookies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub access_token: Option<String>,
+    /// Exchanged at `POST /auth/refresh` for the next pair. Opaque; each works once. Absent when the caller asked
+    /// for cookies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub refresh_token: Option<String>,
     /// Seconds until the access token ends.
     pub expires_in: u32,
     pub user: User,
@@ -329,7 +347,7 @@ mod examples {
     impl Example for Refresh {
         fn example() -> Self {
             Self {
-                refresh_token: REFRESH.into(),
+                refresh_token: Some(REFRESH.into()),
             }
         }
     }
@@ -337,8 +355,8 @@ mod examples {
     impl Example for Tokens {
         fn example() -> Self {
             Self {
-                access_token: ACCESS.into(),
-                refresh_token: REFRESH.into(),
+                access_token: Some(ACCESS.into()),
+                refresh_token: Some(REFRESH.into()),
                 expires_in: 900,
             }
         }
@@ -347,8 +365,8 @@ mod examples {
     impl Example for SignedIn {
         fn example() -> Self {
             Self {
-                access_token: ACCESS.into(),
-                refresh_token: REFRESH.into(),
+                access_token: Some(ACCESS.into()),
+                refresh_token: Some(REFRESH.into()),
                 expires_in: 900,
                 user: user(),
                 tenant: tenant(),

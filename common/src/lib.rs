@@ -8,6 +8,7 @@
 pub mod api_key;
 pub mod audit;
 pub mod auth;
+pub mod call;
 pub mod health;
 pub mod id;
 pub mod limit;

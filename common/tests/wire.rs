@@ -244,22 +244,22 @@ fn accounts_have_their_golden_json() {
     );
     golden!(
         auth::Refresh {
-            refresh_token: "qr_x".into()
+            refresh_token: Some("qr_x".into())
         },
         json!({"refresh_token": "qr_x"})
     );
     golden!(
         auth::Tokens {
-            access_token: "a".into(),
-            refresh_token: "r".into(),
+            access_token: Some("a".into()),
+            refresh_token: Some("r".into()),
             expires_in: 900
         },
         json!({"access_token": "a", "refresh_token": "r", "expires_in": 900})
     );
     golden!(
         auth::SignedIn {
-            access_token: "a".into(),
-            refresh_token: "r".into(),
+            access_token: Some("a".into()),
+            refresh_token: Some("r".into()),
             expires_in: 900,
             user: user(),
             tenant: tenant(),
@@ -268,6 +268,20 @@ fn accounts_have_their_golden_json() {
             "access_token": "a", "refresh_token": "r", "expires_in": 900, "user": user_json,
             "tenant": tenant_json,
         })
+    );
+    golden!(
+        auth::Refresh {
+            refresh_token: None
+        },
+        json!({})
+    );
+    golden!(
+        auth::Tokens {
+            access_token: None,
+            refresh_token: None,
+            expires_in: 900
+        },
+        json!({"expires_in": 900})
     );
     golden!(
         auth::Me {

@@ -88,10 +88,10 @@ pub fn text() -> String {
 
 /// What an operation may answer beside its success and what follows from its parts.
 const MORE: &[(&str, &[u16])] = &[
-    ("register", &[409]),
-    ("login", &[401]),
-    ("refresh", &[401]),
-    ("logout", &[401]),
+    ("register", &[403, 409]),
+    ("login", &[401, 403]),
+    ("refresh", &[401, 403]),
+    ("logout", &[401, 403]),
     ("create_plan", &[403, 409]),
     ("update_plan", &[403, 409]),
     ("delete_plan", &[403, 409]),
@@ -102,6 +102,8 @@ const MORE: &[(&str, &[u16])] = &[
     ("create_service_token", &[403, 409]),
     ("delete_service_token", &[403]),
     ("update_me", &[403]),
+    ("change_password", &[403]),
+    ("end_session", &[403]),
     ("echo", &[400, 402]),
     ("check", &[]),
     ("forward_auth", &[400, 402]),

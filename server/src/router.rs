@@ -10,7 +10,7 @@ use quota_common::ProblemCode;
 
 use crate::{
     api::{
-        allow::Methods, document, ip_guard::IpGuard, limit_headers, problem::ApiError,
+        allow::Methods, console, document, ip_guard::IpGuard, limit_headers, problem::ApiError,
         request_log::RequestLog, short_way::ShortWay,
     },
     openapi,
@@ -41,6 +41,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
             service.clone().with(guard(|parts| &parts.admin_guard)),
         )
         .nest_no_strip("/health", service)
+        .nest("/console", console::endpoint())
         .nest("/", pages);
     let edge = RequestLog {
         state: state.clone(),

@@ -16,7 +16,11 @@ use poem_openapi::{
 };
 use quota_common::{ProblemCode, SessionId, TenantId, UserId, auth::Role};
 
-use super::{problem::ApiError, request_log::Visit};
+use super::{
+    browser::{self, Kept},
+    problem::ApiError,
+    request_log::Visit,
+};
 use crate::{
     auth::session::{LiveSession, Origin},
     keys::{KeyRecord, Refusal, ServiceRecord},
@@ -153,15 +157,22 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
         _: ExtractParamOptions<()>,
     ) -> Result<Self> {
         let visit = Visit::of(request)?;
-        let token = bearer(request.headers())?.ok_or_else(|| {
-            ApiError::unauthorized(false, "Send the access token as Authorization: Bearer.")
-        })?;
-        let session = visit
-            .state
+        let state = &visit.state;
+        let headers = request.headers();
+        let from_bearer = bearer(headers)?;
+        let token = from_bearer
+            .or_else(|| browser::cookie(state, headers, Kept::Access))
+            .ok_or_else(|| {
+                ApiError::unauthorized(false, "Send the access token as Authorization: Bearer.")
+            })?;
+        let session = state
             .sessions
             .of_access_token(token)
             .await
             .map_err(ApiError::from)?;
+        if from_bearer.is_none() {
+            browser::may_change(state, request, session.id)?;
+        }
         visit.is_tenant(session.tenant);
         Ok(Self {
             session,

@@ -1,6 +1,6 @@
 //! `/auth`.
 
-use poem::{Request, Result};
+use poem::{Request, Result, http::HeaderValue};
 use poem_openapi::{
     OpenApi,
     param::{Path, Query},
@@ -17,6 +17,7 @@ use serde_json::json;
 use super::{
     Tag,
     admitted::{AdmittedTenant, origin},
+    browser::{self, WithCookies},
     change::{self, Change},
     json::{Created, Json, NoContent},
     page,
@@ -57,14 +58,39 @@ fn tenant(row: TenantRow, role: Role) -> Tenant {
     }
 }
 
-fn signed_in(it: account::SignedIn) -> SignedIn {
-    SignedIn {
-        access_token: it.tokens.access,
-        refresh_token: it.tokens.refresh,
+/// A caller that wants its tokens in cookies has to be a page of the server's own.
+fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError> {
+    let wanted = browser::wants_cookies(request.headers());
+    if wanted {
+        browser::same_origin(state, request.headers())?;
+    }
+    Ok(wanted)
+}
+
+/// The tokens where the caller wants them: in the body or in cookies, never in both.
+fn signed_in(
+    state: &AppState,
+    request: &Request,
+    cookies: bool,
+    it: account::SignedIn,
+) -> (SignedIn, Vec<HeaderValue>) {
+    let set = if cookies {
+        browser::keep(state, request.headers(), &it.tokens)
+    } else {
+        Vec::new()
+    };
+    let body = SignedIn {
+        access_token: (!cookies).then_some(it.tokens.access),
+        refresh_token: (!cookies).then_some(it.tokens.refresh),
         expires_in: LIFETIME,
         user: user(it.user),
         tenant: tenant(it.tenant, role_named(&it.role).unwrap_or(Role::Viewer)),
-    }
+    };
+    (body, set)
+}
+
+fn refresh_token_missing() -> ApiError {
+    ApiError::invalid("refresh_token", "is missing")
 }
 
 /// A refused new password is told under the name that the field has in the request.
@@ -79,13 +105,15 @@ fn under(field: &'static str) -> impl Fn(AuthError) -> ApiError {
 impl AuthApi {
     /// Register
     ///
-    /// Makes a user, a tenant of their own, and a session.
+    /// Makes a user, a tenant of their own, and a session. With `X-Quota-Session: cookie`, from a page of this
+    /// server, the tokens are in cookies and not in the body.
     #[oai(path = "/register", method = "post", operation_id = "register")]
     async fn register(
         &self,
         request: &Request,
         body: Json<Register>,
-    ) -> Result<Created<SignedIn>, ApiError> {
+    ) -> Result<WithCookies<Created<SignedIn>>, ApiError> {
+        let in_cookies = cookies_wanted(&self.state, request)?;
         let Register {
             email,
             password,
@@ -96,58 +124,107 @@ impl AuthApi {
             self.state
                 .accounts
                 .register(&email, &password, tenant_name.as_deref(), &origin);
-        Ok(Created(signed_in(
-            account.await.map_err(under("password"))?,
-        )))
+        let account = account.await.map_err(under("password"))?;
+        let (body, cookies) = signed_in(&self.state, request, in_cookies, account);
+        Ok(WithCookies {
+            answer: Created(body),
+            cookies,
+        })
     }
 
     /// Sign in
+    ///
+    /// With `X-Quota-Session: cookie`, from a page of this server, the tokens are in cookies and not in the body.
     #[oai(path = "/login", method = "post", operation_id = "login")]
     async fn login(
         &self,
         request: &Request,
         body: Json<Login>,
-    ) -> Result<Json<SignedIn>, ApiError> {
+    ) -> Result<WithCookies<Json<SignedIn>>, ApiError> {
+        let in_cookies = cookies_wanted(&self.state, request)?;
         let origin = origin(request);
         let account = self
             .state
             .accounts
             .login(&body.0.email, &body.0.password, &origin);
-        Ok(Json(signed_in(account.await?)))
+        let (body, cookies) = signed_in(&self.state, request, in_cookies, account.await?);
+        Ok(WithCookies {
+            answer: Json(body),
+            cookies,
+        })
     }
 
     /// Exchange a refresh token for the next pair
     ///
     /// Each refresh token works once. Within ten seconds the one before answers the same pair's refresh token
-    /// again, for a client that lost the answer; any other reuse ends the session.
+    /// again, for a client that lost the answer; any other reuse ends the session. With `X-Quota-Session: cookie`
+    /// the token is taken from its cookie, `X-Quota-CSRF` has to carry what `quota_csrf` holds, and the body is
+    /// `{}`.
     #[oai(path = "/refresh", method = "post", operation_id = "refresh")]
     async fn refresh(
         &self,
         request: &Request,
         body: Json<Refresh>,
-    ) -> Result<Json<Tokens>, ApiError> {
-        let tokens = self
-            .state
-            .sessions
-            .refresh(&body.0.refresh_token, &origin(request))
-            .await?;
-        Ok(Json(Tokens {
-            access_token: tokens.access,
-            refresh_token: tokens.refresh,
-            expires_in: LIFETIME,
-        }))
+    ) -> Result<WithCookies<Json<Tokens>>, ApiError> {
+        let sessions = &self.state.sessions;
+        let origin = origin(request);
+        if !browser::wants_cookies(request.headers()) {
+            let token = body.0.refresh_token.ok_or_else(refresh_token_missing)?;
+            let tokens = sessions.refresh(&token, &origin).await?;
+            let answer = Json(Tokens {
+                access_token: Some(tokens.access),
+                refresh_token: Some(tokens.refresh),
+                expires_in: LIFETIME,
+            });
+            return Ok(WithCookies {
+                answer,
+                cookies: Vec::new(),
+            });
+        }
+        let (token, session) = browser::refresh_token(&self.state, request)?
+            .ok_or_else(|| ApiError::unauthorized(false, "There is no session. Sign in."))?;
+        if !sessions.is_of(token, session).await? {
+            return Err(AuthError::Unauthorized.into());
+        }
+        let tokens = sessions.refresh(token, &origin).await?;
+        Ok(WithCookies {
+            cookies: browser::keep(&self.state, request.headers(), &tokens),
+            answer: Json(Tokens {
+                access_token: None,
+                refresh_token: None,
+                expires_in: LIFETIME,
+            }),
+        })
     }
 
     /// Sign out
     ///
-    /// Ends the session of the refresh token, and its access tokens with it, at once.
+    /// Ends the session of the refresh token, and its access tokens with it, at once. With
+    /// `X-Quota-Session: cookie` the token is taken from its cookie, as for a refresh, and the cookies go.
     #[oai(path = "/logout", method = "post", operation_id = "logout")]
-    async fn logout(&self, request: &Request, body: Json<Refresh>) -> Result<NoContent, ApiError> {
-        self.state
-            .sessions
-            .end_by_refresh_token(&body.0.refresh_token, &origin(request))
-            .await?;
-        Ok(NoContent)
+    async fn logout(
+        &self,
+        request: &Request,
+        body: Json<Refresh>,
+    ) -> Result<WithCookies<NoContent>, ApiError> {
+        let sessions = &self.state.sessions;
+        let origin = origin(request);
+        let mut cookies = Vec::new();
+        if browser::wants_cookies(request.headers()) {
+            if let Some((token, session)) = browser::refresh_token(&self.state, request)?
+                && sessions.is_of(token, session).await?
+            {
+                sessions.end_by_refresh_token(token, &origin).await?;
+            }
+            cookies = browser::forget(&self.state, request.headers());
+        } else {
+            let token = body.0.refresh_token.ok_or_else(refresh_token_missing)?;
+            sessions.end_by_refresh_token(&token, &origin).await?;
+        }
+        Ok(WithCookies {
+            answer: NoContent,
+            cookies,
+        })
     }
 
     /// Get the own account

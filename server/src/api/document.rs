@@ -50,7 +50,7 @@ const START: &str = r##"SwaggerUIBundle({
 });
 "##;
 
-fn respond(
+pub(super) fn respond(
     body: impl Into<poem::Body>,
     media_type: &'static str,
     cache: &'static str,
@@ -64,10 +64,6 @@ fn respond(
         header::CONTENT_SECURITY_POLICY,
         HeaderValue::from_static(csp),
     );
-    headers.insert(
-        header::REFERRER_POLICY,
-        HeaderValue::from_static("no-referrer"),
-    );
     response
 }
 
@@ -75,7 +71,7 @@ fn html(body: String) -> Response {
     respond(body, "text/html; charset=utf-8", "no-cache", CSP)
 }
 
-fn page(title: &str, body: &str) -> Response {
+pub(super) fn page(title: &str, body: &str) -> Response {
     html(format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title} · Quota</title>\n\

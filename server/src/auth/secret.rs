@@ -26,6 +26,7 @@ pub struct Secrets {
     /// The seed of the Ed25519 key that signs access tokens.
     pub signing_seed: [u8; 32],
     refresh: hmac::Key,
+    csrf: hmac::Key,
 }
 
 impl std::fmt::Debug for Secrets {
@@ -42,6 +43,7 @@ impl Secrets {
                 hmac::HMAC_SHA256,
                 &derive(master, "refresh token successor"),
             ),
+            csrf: hmac::Key::new(hmac::HMAC_SHA256, &derive(master, "browser session csrf")),
         }
     }
 
@@ -52,5 +54,15 @@ impl Secrets {
         let mut bytes = [0; 32];
         bytes.copy_from_slice(tag.as_ref());
         bytes
+    }
+
+    /// What a page has to show to change something with the cookies of this session.
+    pub fn csrf(&self, session: &[u8]) -> Vec<u8> {
+        hmac::sign(&self.csrf, session).as_ref().to_vec()
+    }
+
+    /// Compared in constant time.
+    pub fn is_csrf(&self, session: &[u8], tag: &[u8]) -> bool {
+        hmac::verify(&self.csrf, session, tag).is_ok()
     }
 }

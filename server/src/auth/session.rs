@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::DateTime;
 use ipnet::IpNet;
 use quota_common::{SessionId, TenantId, UserId, auth::Role};
@@ -163,6 +164,33 @@ impl Sessions {
             refresh: next.reveal(),
             session: id,
         })
+    }
+
+    /// What the pages of a session show to change something: its id, and that the server has written it.
+    pub fn csrf_token(&self, session: SessionId) -> String {
+        let tag = self.secrets.csrf(session.0.as_bytes());
+        let bytes = [session.0.as_bytes(), &tag[..]].concat();
+        URL_SAFE_NO_PAD.encode(bytes)
+    }
+
+    /// The session that a text of [`Self::csrf_token`] is of.
+    pub fn of_csrf_token(&self, text: &str) -> Option<SessionId> {
+        let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
+        let (id, tag) = bytes.split_at_checked(16)?;
+        let id = Uuid::from_slice(id).ok()?;
+        self.secrets
+            .is_csrf(id.as_bytes(), tag)
+            .then_some(SessionId(id))
+    }
+
+    /// Whether a refresh token is of this session.
+    pub async fn is_of(&self, token: &str, id: SessionId) -> Result<bool, AuthError> {
+        let token =
+            SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
+        let mut tx = self.db.system().await?;
+        let row = session::of_token(&mut tx, &token.hash()).await?;
+        tx.commit().await?;
+        Ok(row.is_some_and(|row| row.id == id.0))
     }
 
     /// The living session that an access token is of.

@@ -3,6 +3,7 @@
 mod api_key;
 mod audit;
 mod auth;
+mod browser_session;
 mod limit;
 mod plan;
 mod service_token;

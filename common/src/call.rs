@@ -1,0 +1,153 @@
+//! What the console asks of the server: a closed set of calls, and the one place where a call becomes a method,
+//! a path, a query and a body. Both shells of the console send these and nothing else.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{
+    api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
+    auth::{ChangePassword, Login, Refresh, Register, UpdateMe},
+    id::{ApiKeyId, PlanId, ServiceTokenId, SessionId},
+    plan::{CreatePlan, UpdatePlan},
+    service_token::CreateServiceToken,
+};
+
+/// Which part of a list.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PageOf {
+    /// Default: as many as the server finds right.
+    pub limit: Option<u32>,
+    /// The `next_cursor` of the page before.
+    pub cursor: Option<String>,
+}
+
+/// Which API keys.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct KeyFilter {
+    pub plan_id: Option<PlanId>,
+    pub is_active: Option<bool>,
+    /// A part of the name, or the first characters of the text.
+    pub search: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+pub enum Call {
+    Register(Register),
+    Login(Login),
+    /// With the tokens that the shell holds.
+    Refresh,
+    Logout,
+    Me,
+    UpdateMe(UpdateMe),
+    ChangePassword(ChangePassword),
+    ListSessions(PageOf),
+    EndSession(SessionId),
+    ListPlans(PageOf),
+    CreatePlan(CreatePlan),
+    UpdatePlan(PlanId, UpdatePlan),
+    DeletePlan(PlanId),
+    ListApiKeys(KeyFilter, PageOf),
+    GetApiKey(ApiKeyId),
+    CreateApiKey(CreateApiKey),
+    UpdateApiKey(ApiKeyId, UpdateApiKey),
+    RotateApiKey(ApiKeyId, RotateApiKey),
+    DeleteApiKey(ApiKeyId),
+    ListServiceTokens(PageOf),
+    CreateServiceToken(CreateServiceToken),
+    DeleteServiceToken(ServiceTokenId),
+    ListAudit(PageOf),
+    /// Without the session's credential: with an API key as `X-API-Key`.
+    Echo,
+}
+
+/// A call as HTTP has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sent {
+    pub method: &'static str,
+    pub path: String,
+    pub query: Vec<(&'static str, String)>,
+    pub body: Option<Value>,
+}
+
+impl Sent {
+    fn new(method: &'static str, path: impl Into<String>) -> Self {
+        Self {
+            method,
+            path: path.into(),
+            query: Vec::new(),
+            body: None,
+        }
+    }
+
+    fn body(mut self, body: &impl Serialize) -> Self {
+        self.body = Some(serde_json::to_value(body).unwrap_or_default());
+        self
+    }
+
+    fn with(mut self, name: &'static str, value: Option<impl ToString>) -> Self {
+        self.query
+            .extend(value.map(|value| (name, value.to_string())));
+        self
+    }
+
+    fn page(self, page: &PageOf) -> Self {
+        self.with("limit", page.limit)
+            .with("cursor", page.cursor.as_ref())
+    }
+}
+
+impl Call {
+    pub fn sent(&self) -> Sent {
+        let get = |path: &str| Sent::new("GET", path);
+        let post = |path: &str| Sent::new("POST", path);
+        let no_token = Refresh {
+            refresh_token: None,
+        };
+        match self {
+            Self::Register(body) => post("/auth/register").body(body),
+            Self::Login(body) => post("/auth/login").body(body),
+            Self::Refresh => post("/auth/refresh").body(&no_token),
+            Self::Logout => post("/auth/logout").body(&no_token),
+            Self::Me => get("/auth/me"),
+            Self::UpdateMe(body) => Sent::new("PATCH", "/auth/me").body(body),
+            Self::ChangePassword(body) => post("/auth/password").body(body),
+            Self::ListSessions(page) => get("/auth/sessions").page(page),
+            Self::EndSession(id) => Sent::new("DELETE", format!("/auth/sessions/{id}")),
+            Self::ListPlans(page) => get("/admin/plans").page(page),
+            Self::CreatePlan(body) => post("/admin/plans").body(body),
+            Self::UpdatePlan(id, body) => {
+                Sent::new("PATCH", format!("/admin/plans/{id}")).body(body)
+            }
+            Self::DeletePlan(id) => Sent::new("DELETE", format!("/admin/plans/{id}")),
+            Self::ListApiKeys(filter, page) => get("/admin/api-keys")
+                .with("plan_id", filter.plan_id)
+                .with("is_active", filter.is_active)
+                .with("search", filter.search.as_ref())
+                .page(page),
+            Self::GetApiKey(id) => get(&format!("/admin/api-keys/{id}")),
+            Self::CreateApiKey(body) => post("/admin/api-keys").body(body),
+            Self::UpdateApiKey(id, body) => {
+                Sent::new("PATCH", format!("/admin/api-keys/{id}")).body(body)
+            }
+            Self::RotateApiKey(id, body) => {
+                post(&format!("/admin/api-keys/{id}/rotate")).body(body)
+            }
+            Self::DeleteApiKey(id) => Sent::new("DELETE", format!("/admin/api-keys/{id}")),
+            Self::ListServiceTokens(page) => get("/admin/service-tokens").page(page),
+            Self::CreateServiceToken(body) => post("/admin/service-tokens").body(body),
+            Self::DeleteServiceToken(id) => {
+                Sent::new("DELETE", format!("/admin/service-tokens/{id}"))
+            }
+            Self::ListAudit(page) => get("/admin/audit").page(page),
+            Self::Echo => get("/v1/echo"),
+        }
+    }
+
+    /// Whether a 401 says that the session's credential is used up, which a refresh would mend.
+    pub const fn is_of_session(&self) -> bool {
+        !matches!(
+            self,
+            Self::Register(_) | Self::Login(_) | Self::Refresh | Self::Logout | Self::Echo
+        )
+    }
+}

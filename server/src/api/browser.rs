@@ -1,0 +1,234 @@
+//! Sessions of browsers: the same tokens as everybody's, in cookies that no script can read.
+//!
+//! A caller asks for cookies with `X-Quota-Session: cookie`. Both tokens are then in cookies that are
+//! `HttpOnly`, `SameSite=Lax` and bound to this host alone (`__Host-`, RFC 6265bis 4.1.3.2), and in no body. What
+//! changes something with them must come from the server's own pages, by what the browser says of it, and carry
+//! a field that follows from the session, which only a page of this origin can read from its cookie.
+
+use poem::{
+    IntoResponse, Request, Response,
+    http::{HeaderMap, HeaderValue, Method, header},
+};
+use poem_openapi::{
+    ApiResponse,
+    registry::{MetaResponses, Registry},
+};
+use quota_common::{ProblemCode, SessionId};
+use url::Url;
+
+use super::problem::ApiError;
+use crate::{
+    auth::{session::Tokens, token::LIFETIME},
+    state::AppState,
+};
+
+/// Asks for cookies, with the value `cookie`.
+pub const SESSION_FIELD: &str = "x-quota-session";
+/// Carries what the cookie of the same purpose holds.
+pub const CSRF_FIELD: &str = "x-quota-csrf";
+
+/// The cookies of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    Access,
+    Refresh,
+    /// The only one that scripts read: it is worth nothing without the others.
+    Csrf,
+}
+
+impl Kept {
+    const ALL: [Self; 3] = [Self::Access, Self::Refresh, Self::Csrf];
+
+    const fn name(self, secure: bool) -> &'static str {
+        match (self, secure) {
+            (Self::Access, true) => "__Host-quota_access",
+            (Self::Access, false) => "quota_access",
+            (Self::Refresh, true) => "__Host-quota_refresh",
+            (Self::Refresh, false) => "quota_refresh",
+            (Self::Csrf, true) => "__Host-quota_csrf",
+            (Self::Csrf, false) => "quota_csrf",
+        }
+    }
+}
+
+/// Whether cookies are for TLS alone. All are, unless the browser speaks plain HTTP with its own machine, where
+/// it would refuse such cookies and nobody listens in between.
+fn is_secure(state: &AppState, headers: &HeaderMap) -> bool {
+    if state.config.public_url.starts_with("https:") {
+        return true;
+    }
+    let host = headers.get(header::HOST).and_then(|it| it.to_str().ok());
+    let local = host
+        .and_then(|host| Url::parse(&format!("http://{host}")).ok())
+        .is_some_and(|url| match url.host() {
+            Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+            Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
+            Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
+            None => false,
+        });
+    !local
+}
+
+/// The caller wants its tokens in cookies.
+pub fn wants_cookies(headers: &HeaderMap) -> bool {
+    headers
+        .get(SESSION_FIELD)
+        .is_some_and(|field| field.as_bytes() == b"cookie")
+}
+
+/// What one of the session's cookies holds.
+pub fn cookie<'a>(state: &AppState, headers: &'a HeaderMap, kept: Kept) -> Option<&'a str> {
+    let name = kept.name(is_secure(state, headers));
+    headers
+        .get_all(header::COOKIE)
+        .iter()
+        .filter_map(|field| field.to_str().ok())
+        .flat_map(|field| field.split(';'))
+        .filter_map(|pair| pair.trim().split_once('='))
+        .find(|(it, _)| *it == name)
+        .map(|(_, value)| value)
+}
+
+/// The request comes from a page of this server, as far as browsers tell: by `Sec-Fetch-Site`, else by `Origin`.
+/// What tells neither is refused.
+pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
+    let refused = || {
+        ApiError::new(
+            ProblemCode::Forbidden,
+            "Cookies are believed only in requests from the server's own pages.",
+        )
+    };
+    if let Some(site) = headers.get("sec-fetch-site") {
+        return if site.as_bytes() == b"same-origin" {
+            Ok(())
+        } else {
+            Err(refused())
+        };
+    }
+    let text = |name| headers.get(name).and_then(|it| it.to_str().ok());
+    let origin = text(header::ORIGIN)
+        .and_then(|origin| Url::parse(origin).ok())
+        .ok_or_else(refused)?;
+    let own = |base: &str| Url::parse(base).is_ok_and(|url| url.origin() == origin.origin());
+    let here = text(header::HOST).is_some_and(|host| own(&format!("{}://{host}", origin.scheme())));
+    if here || own(&state.config.public_url) {
+        Ok(())
+    } else {
+        Err(refused())
+    }
+}
+
+/// What a change by cookie must fulfil, once its session is known.
+pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Result<(), ApiError> {
+    if matches!(*request.method(), Method::GET | Method::HEAD) {
+        return Ok(());
+    }
+    same_origin(state, request.headers())?;
+    if csrf_of(state, request.headers()) == Some(session) {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ProblemCode::Forbidden,
+        "X-Quota-CSRF must carry what the session's cookie of that purpose holds.",
+    ))
+}
+
+/// The session that the field was made for.
+fn csrf_of(state: &AppState, headers: &HeaderMap) -> Option<SessionId> {
+    let sent = headers.get(CSRF_FIELD)?.to_str().ok()?;
+    state.sessions.of_csrf_token(sent)
+}
+
+/// The refresh token of a cookie caller, once the request has shown that it may use it; `None` when there is no
+/// such cookie.
+pub fn refresh_token<'a>(
+    state: &AppState,
+    request: &'a Request,
+) -> Result<Option<(&'a str, SessionId)>, ApiError> {
+    let headers = request.headers();
+    same_origin(state, headers)?;
+    let Some(token) = cookie(state, headers, Kept::Refresh) else {
+        return Ok(None);
+    };
+    let session = csrf_of(state, headers).ok_or_else(|| {
+        ApiError::new(
+            ProblemCode::Forbidden,
+            "X-Quota-CSRF must carry what the session's cookie of that purpose holds.",
+        )
+    })?;
+    Ok(Some((token, session)))
+}
+
+/// Fields that set the cookies of a session.
+pub fn keep(state: &AppState, headers: &HeaderMap, tokens: &Tokens) -> Vec<HeaderValue> {
+    let days = u64::from(state.config.session_days) * 86_400;
+    let csrf = state.sessions.csrf_token(tokens.session);
+    Kept::ALL
+        .iter()
+        .filter_map(|kept| {
+            let (value, age) = match kept {
+                Kept::Access => (&tokens.access, u64::from(LIFETIME)),
+                Kept::Refresh => (&tokens.refresh, days),
+                Kept::Csrf => (&csrf, days),
+            };
+            set_cookie(state, headers, *kept, value, age)
+        })
+        .collect()
+}
+
+/// Fields that remove them.
+pub fn forget(state: &AppState, headers: &HeaderMap) -> Vec<HeaderValue> {
+    Kept::ALL
+        .iter()
+        .filter_map(|kept| set_cookie(state, headers, *kept, "", 0))
+        .collect()
+}
+
+fn set_cookie(
+    state: &AppState,
+    headers: &HeaderMap,
+    kept: Kept,
+    value: &str,
+    max_age: u64,
+) -> Option<HeaderValue> {
+    let secure = is_secure(state, headers);
+    let mut text = format!(
+        "{}={value}; Path=/; Max-Age={max_age}; SameSite=Lax",
+        kept.name(secure)
+    );
+    if secure {
+        text.push_str("; Secure");
+    }
+    if kept != Kept::Csrf {
+        text.push_str("; HttpOnly");
+    }
+    let mut field = HeaderValue::from_str(&text).ok()?;
+    field.set_sensitive(true);
+    Some(field)
+}
+
+/// An answer with cookies, where the caller asked for them.
+pub struct WithCookies<T> {
+    pub answer: T,
+    pub cookies: Vec<HeaderValue>,
+}
+
+impl<T: IntoResponse> IntoResponse for WithCookies<T> {
+    fn into_response(self) -> Response {
+        let mut response = self.answer.into_response();
+        for cookie in self.cookies {
+            response.headers_mut().append(header::SET_COOKIE, cookie);
+        }
+        response
+    }
+}
+
+impl<T: ApiResponse> ApiResponse for WithCookies<T> {
+    fn meta() -> MetaResponses {
+        T::meta()
+    }
+
+    fn register(registry: &mut Registry) {
+        T::register(registry);
+    }
+}

@@ -1,0 +1,140 @@
+//! `/console`: the console as a web page, from the binary.
+//!
+//! What is embedded is what `cargo xtask console` had built when the server was compiled. Without that the server
+//! is whole but for its console, and says how to build it.
+
+use poem::{
+    Endpoint, Request, Response,
+    endpoint::make_sync,
+    get,
+    http::{HeaderMap, HeaderValue, header},
+};
+
+use super::{
+    document::{page, respond},
+    problem::ApiError,
+};
+
+/// A file of the console.
+struct File {
+    name: &'static str,
+    plain: &'static [u8],
+    /// The same, compressed.
+    gzip: &'static [u8],
+}
+
+// `FILES`, sorted by name.
+include!(concat!(env!("OUT_DIR"), "/console.rs"));
+
+const INDEX: &str = "index.html";
+/// A name holds the hash of what is in the file: what it names never changes.
+const YEAR: &str = "public, max-age=31536000, immutable";
+/// Nothing from elsewhere and nothing inline; WebAssembly is compiled, text never is.
+const CSP: &str = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; \
+    img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
+
+fn media_type(name: &str) -> &'static str {
+    match name.rsplit('.').next() {
+        Some("html") => "text/html; charset=utf-8",
+        Some("css") => "text/css; charset=utf-8",
+        Some("js") => "text/javascript; charset=utf-8",
+        Some("svg") => "image/svg+xml",
+        Some("wasm") => "application/wasm",
+        _ => "application/octet-stream",
+    }
+}
+
+fn find(name: &str) -> Option<&'static File> {
+    let at = FILES.binary_search_by(|file| file.name.cmp(name)).ok()?;
+    FILES.get(at)
+}
+
+/// `gzip` or `*`, and not with a weight of nothing (RFC 9110 12.5.3).
+fn takes_gzip(headers: &HeaderMap) -> bool {
+    headers
+        .get_all(header::ACCEPT_ENCODING)
+        .iter()
+        .filter_map(|field| field.to_str().ok())
+        .flat_map(|field| field.split(','))
+        .any(|coding| {
+            let (name, weight) = coding.split_once(';').unwrap_or((coding, ""));
+            let refused = weight
+                .trim()
+                .strip_prefix("q=")
+                .is_some_and(|weight| weight.parse::<f32>().is_ok_and(|weight| weight <= 0.0));
+            matches!(name.trim(), "gzip" | "*") && !refused
+        })
+}
+
+fn serve(file: &'static File, headers: &HeaderMap) -> Response {
+    let gzip = takes_gzip(headers);
+    let body = if gzip { file.gzip } else { file.plain };
+    let cache = if file.name == INDEX { "no-cache" } else { YEAR };
+    let mut response = respond(body, media_type(file.name), cache, CSP);
+    let headers = response.headers_mut();
+    headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
+    if gzip {
+        headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    }
+    response
+}
+
+fn not_built() -> Response {
+    page(
+        "The console is not built",
+        "<h1>The console is not built</h1>\n<p>This server was compiled without it. From the project's sources, \
+         <code>cargo xtask run</code> builds the console and the server and runs them; \
+         <code>cargo xtask console</code> builds the console alone, for the next build of the server to embed.</p>\n\
+         <p><a href=\"/docs\">The API</a> is all here.</p>",
+    )
+}
+
+fn answer(request: &Request) -> Result<Response, ApiError> {
+    let name = request.uri().path().trim_start_matches('/');
+    let Some(index) = find(INDEX) else {
+        return Ok(not_built());
+    };
+    match find(name) {
+        Some(file) => Ok(serve(file, request.headers())),
+        // A page of the console's own, which it finds by the address; but a file that is no longer there is missing.
+        None if name
+            .rsplit('/')
+            .next()
+            .is_some_and(|last| last.contains('.')) =>
+        {
+            Err(ApiError::not_found())
+        }
+        None => Ok(serve(index, request.headers())),
+    }
+}
+
+/// Below `/console`, without that.
+pub fn endpoint() -> impl Endpoint + use<> {
+    get(make_sync(|request| answer(&request)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_found_by_their_order() {
+        assert!(FILES.is_sorted_by_key(|file| file.name));
+    }
+
+    #[test]
+    fn gzip_is_sent_to_those_who_take_it() {
+        let takes = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ACCEPT_ENCODING, text.parse().unwrap());
+            takes_gzip(&headers)
+        };
+        assert!(takes("gzip"));
+        assert!(takes("br, gzip;q=0.5"));
+        assert!(takes("*"));
+        assert!(!takes("br"));
+        assert!(!takes("gzip;q=0"));
+        assert!(!takes("gzipped"));
+        assert!(!takes_gzip(&HeaderMap::new()));
+    }
+}

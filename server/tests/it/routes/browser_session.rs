@@ -1,0 +1,429 @@
+//! Sessions in cookies, and the console that they are for.
+
+use std::collections::BTreeMap;
+
+use reqwest::{Method, Response, StatusCode, header};
+use serde_json::{Value, json};
+
+use crate::support::app::{PASSWORD, TestApp};
+
+/// A browser, as far as cookies go.
+struct Browser<'a> {
+    server: &'a TestApp,
+    cookies: BTreeMap<String, String>,
+    /// What the browser says of where a request comes from.
+    site: Option<&'static str>,
+    origin: Option<String>,
+    csrf: bool,
+}
+
+impl<'a> Browser<'a> {
+    fn new(server: &'a TestApp) -> Self {
+        Self {
+            server,
+            cookies: BTreeMap::new(),
+            site: Some("same-origin"),
+            origin: None,
+            csrf: true,
+        }
+    }
+
+    async fn registered(server: &'a TestApp) -> Self {
+        let mut browser = Self::new(server);
+        let made = browser.register().await;
+        assert_eq!(made.status(), 201);
+        browser
+    }
+
+    async fn register(&mut self) -> Response {
+        let email = format!("{}@example.com", uuid::Uuid::now_v7().simple());
+        let body = json!({"email": email, "password": PASSWORD});
+        self.send(Method::POST, "/auth/register", Some(body)).await
+    }
+
+    async fn send(&mut self, method: Method, path: &str, body: Option<Value>) -> Response {
+        let mut request = self
+            .server
+            .http
+            .request(method, self.server.url(path))
+            .header("x-quota-session", "cookie");
+        if let Some(site) = self.site {
+            request = request.header("sec-fetch-site", site);
+        }
+        if let Some(origin) = &self.origin {
+            request = request.header(header::ORIGIN, origin);
+        }
+        if let Some((_, csrf)) = self.cookies.iter().find(|(name, _)| name.ends_with("csrf"))
+            && self.csrf
+        {
+            request = request.header("x-quota-csrf", csrf);
+        }
+        if !self.cookies.is_empty() {
+            let pairs: Vec<String> = self
+                .cookies
+                .iter()
+                .map(|(name, value)| format!("{name}={value}"))
+                .collect();
+            request = request.header(header::COOKIE, pairs.join("; "));
+        }
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let response = request.send().await.expect("an answer");
+        for field in set_cookies(&response) {
+            let (pair, attributes) = field.split_once(';').expect("attributes");
+            let (name, value) = pair.split_once('=').expect("a pair");
+            if attributes.contains("Max-Age=0") {
+                self.cookies.remove(name);
+            } else {
+                self.cookies.insert(name.to_owned(), value.to_owned());
+            }
+        }
+        response
+    }
+
+    async fn status(&mut self, method: Method, path: &str, body: Option<Value>) -> StatusCode {
+        self.send(method, path, body).await.status()
+    }
+}
+
+fn set_cookies(response: &Response) -> Vec<String> {
+    response
+        .headers()
+        .get_all(header::SET_COOKIE)
+        .iter()
+        .map(|field| field.to_str().expect("text").to_owned())
+        .collect()
+}
+
+fn plan(name: &str) -> Option<Value> {
+    Some(json!({"name": name, "default_rpm": 60}))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_gets_its_tokens_in_cookies_alone() {
+    let server = TestApp::start().await;
+    let mut browser = Browser::new(&server);
+    let made = browser.register().await;
+    assert_eq!(made.status(), 201);
+    let cookies = set_cookies(&made);
+    assert_eq!(cookies.len(), 3, "{cookies:?}");
+    for cookie in &cookies {
+        assert!(
+            cookie.contains("Path=/;") && cookie.contains("SameSite=Lax"),
+            "{cookie}"
+        );
+        assert_eq!(
+            cookie.contains("HttpOnly"),
+            !cookie.starts_with("quota_csrf="),
+            "{cookie}"
+        );
+        assert!(!cookie.contains("Domain"), "{cookie}");
+    }
+    let body: Value = made.json().await.expect("JSON");
+    assert!(body["user"]["id"].is_string());
+    assert!(
+        body.get("access_token").is_none() && body.get("refresh_token").is_none(),
+        "{body}"
+    );
+    assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
+    assert_eq!(
+        browser
+            .status(Method::POST, "/admin/plans", plan("One"))
+            .await,
+        201
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn others_get_them_in_the_body_alone() {
+    let server = TestApp::start().await;
+    let body = json!({"email": "ada@example.com", "password": PASSWORD});
+    let made = server
+        .http
+        .post(server.url("/auth/register"))
+        .json(&body)
+        .send()
+        .await
+        .expect("an answer");
+    assert!(set_cookies(&made).is_empty());
+    let body: Value = made.json().await.expect("JSON");
+    assert!(body["access_token"].is_string() && body["refresh_token"].is_string());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_tls_cookies_are_bound_to_the_host() {
+    let server = TestApp::setup().flag("--public-url=https://quota.example.com").start().await;
+    let mut browser = Browser::new(&server);
+    let made = browser.register().await;
+    for cookie in set_cookies(&made) {
+        assert!(
+            cookie.starts_with("__Host-quota_") && cookie.contains("; Secure"),
+            "{cookie}"
+        );
+    }
+    assert!(
+        made.headers()
+            .contains_key(header::STRICT_TRANSPORT_SECURITY)
+    );
+    assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
+
+    // A cookie that a neighbouring host could have set is not the session's.
+    let plain = browser
+        .cookies
+        .iter()
+        .map(|(name, value)| (name.trim_start_matches("__Host-").to_owned(), value.clone()))
+        .collect();
+    browser.cookies = plain;
+    assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_others_change_nothing() {
+    let server = TestApp::start().await;
+    let mut browser = Browser::registered(&server).await;
+    for site in ["cross-site", "same-site", "none"] {
+        browser.site = Some(site);
+        assert_eq!(
+            browser
+                .status(Method::POST, "/admin/plans", plan(site))
+                .await,
+            403,
+            "{site}"
+        );
+        assert_eq!(
+            browser
+                .status(Method::POST, "/auth/refresh", Some(json!({})))
+                .await,
+            403
+        );
+        assert_eq!(
+            browser
+                .status(Method::POST, "/auth/logout", Some(json!({})))
+                .await,
+            403
+        );
+        assert_eq!(browser.register().await.status(), 403, "{site}");
+    }
+    // A browser that does not tell the site tells the origin.
+    browser.site = None;
+    for origin in [
+        None,
+        Some("https://evil.example".to_owned()),
+        Some("null".to_owned()),
+    ] {
+        browser.origin = origin;
+        assert_eq!(
+            browser
+                .status(Method::POST, "/admin/plans", plan("x"))
+                .await,
+            403
+        );
+    }
+    browser.origin = Some(server.url(""));
+    assert_eq!(
+        browser
+            .status(Method::POST, "/admin/plans", plan("own"))
+            .await,
+        201
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_by_cookie_carries_the_field_of_its_session() {
+    let server = TestApp::start().await;
+    let other = Browser::registered(&server).await;
+    let mut browser = Browser::registered(&server).await;
+    browser.csrf = false;
+    assert_eq!(browser.status(Method::GET, "/admin/plans", None).await, 200);
+    assert_eq!(
+        browser
+            .status(Method::POST, "/admin/plans", plan("x"))
+            .await,
+        403
+    );
+    assert_eq!(
+        browser
+            .status(Method::POST, "/auth/refresh", Some(json!({})))
+            .await,
+        403
+    );
+    browser.csrf = true;
+    let own = browser
+        .cookies
+        .insert("quota_csrf".into(), other.cookies["quota_csrf"].clone())
+        .expect("it was there");
+    assert_eq!(
+        browser
+            .status(Method::POST, "/admin/plans", plan("x"))
+            .await,
+        403
+    );
+    assert_eq!(
+        browser
+            .status(Method::POST, "/auth/refresh", Some(json!({})))
+            .await,
+        401
+    );
+    browser
+        .cookies
+        .insert("quota_csrf".into(), format!("{own}x"));
+    assert_eq!(
+        browser
+            .status(Method::POST, "/admin/plans", plan("x"))
+            .await,
+        403
+    );
+    browser.cookies.insert("quota_csrf".into(), own);
+    assert_eq!(
+        browser
+            .status(Method::POST, "/admin/plans", plan("x"))
+            .await,
+        201
+    );
+    assert_eq!(
+        browser
+            .status(Method::POST, "/auth/refresh", Some(json!({})))
+            .await,
+        200
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_tabs_that_refresh_at_once_both_stay_signed_in() {
+    let server = TestApp::start().await;
+    let mut first = Browser::registered(&server).await;
+    let mut second = Browser::new(&server);
+    second.cookies = first.cookies.clone();
+    let (a, b) = tokio::join!(
+        first.status(Method::POST, "/auth/refresh", Some(json!({}))),
+        second.status(Method::POST, "/auth/refresh", Some(json!({}))),
+    );
+    assert_eq!((a.as_u16(), b.as_u16()), (200, 200));
+    assert_eq!(
+        first.cookies["quota_refresh"],
+        second.cookies["quota_refresh"]
+    );
+    for tab in [&mut first, &mut second] {
+        assert_eq!(tab.status(Method::GET, "/auth/me", None).await, 200);
+        assert_eq!(
+            tab.status(Method::POST, "/auth/refresh", Some(json!({})))
+                .await,
+            200
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn signing_out_ends_the_session_and_takes_its_cookies() {
+    let server = TestApp::start().await;
+    let mut browser = Browser::registered(&server).await;
+    let before = browser.cookies.clone();
+    assert_eq!(
+        browser
+            .status(Method::POST, "/auth/logout", Some(json!({})))
+            .await,
+        204
+    );
+    assert!(browser.cookies.is_empty());
+    browser.cookies = before;
+    assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 401);
+    assert_eq!(
+        browser
+            .status(Method::POST, "/auth/refresh", Some(json!({})))
+            .await,
+        401
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_carries_its_protection() {
+    let server = TestApp::start().await;
+    for path in [
+        "/",
+        "/console",
+        "/console/plans",
+        "/docs",
+        "/nothing",
+        "/auth/me",
+        "/health/live",
+    ] {
+        let answer = server
+            .http
+            .get(server.url(path))
+            .send()
+            .await
+            .expect("an answer");
+        let headers = answer.headers();
+        for (name, value) in [
+            ("x-content-type-options", "nosniff"),
+            ("x-frame-options", "DENY"),
+            ("referrer-policy", "no-referrer"),
+            ("cross-origin-opener-policy", "same-origin"),
+        ] {
+            assert_eq!(
+                headers.get(name).map(|it| it.as_bytes()),
+                Some(value.as_bytes()),
+                "{path}"
+            );
+        }
+        let policy = headers["content-security-policy"].to_str().expect("text");
+        assert!(policy.contains("default-src 'none'"), "{path}");
+        assert!(policy.contains("frame-ancestors 'none'"), "{path}");
+        let script = policy
+            .split(';')
+            .find(|it| it.contains("script-src"))
+            .unwrap_or_default();
+        assert!(
+            !script.contains("'unsafe-inline'") && !script.contains("'unsafe-eval'"),
+            "{path}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_console_is_served_or_says_how_to_build_it() {
+    let server = TestApp::start().await;
+    let get = async |path: &str| {
+        server
+            .http
+            .get(server.url(path))
+            .header(header::ACCEPT_ENCODING, "gzip")
+            .send()
+            .await
+            .expect("an answer")
+    };
+    let index = server
+        .http
+        .get(server.url("/console"))
+        .send()
+        .await
+        .expect("an answer");
+    assert_eq!(
+        (index.status().as_u16(), &index.headers()["cache-control"]),
+        (200, &"no-cache".parse().unwrap())
+    );
+    let index = index.text().await.expect("text");
+    if index.contains("cargo xtask console") {
+        return;
+    }
+    // An address of the console's own is the console; a file of an older one is not.
+    assert_eq!(get("/console/plans").await.status(), 200);
+    assert_eq!(get("/console/boot-0000000000000000.js").await.status(), 404);
+    let mut files = 0;
+    for address in index
+        .split('"')
+        .filter(|it| it.starts_with("/console/") && it.contains('.'))
+    {
+        files += 1;
+        let file = get(address).await;
+        assert_eq!(file.status(), 200, "{address}");
+        assert_eq!(file.headers()["content-encoding"], "gzip", "{address}");
+        assert_eq!(file.headers()["vary"], "accept-encoding", "{address}");
+        assert_eq!(
+            file.headers()["cache-control"],
+            "public, max-age=31536000, immutable"
+        );
+    }
+    assert!(files >= 4, "{index}");
+}
