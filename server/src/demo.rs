@@ -69,6 +69,7 @@ pub async fn make_once(state: &AppState) -> Result<String, DemoError> {
         format!("  API key        {key}"),
         format!("  Service token  {service_token}"),
         format!("  Sign in        {email} {password}"),
+        format!("  Console        {base}/console"),
         format!("  API            {base}/docs"),
         String::new(),
         "Try it, more than ten times in a row:".to_owned(),

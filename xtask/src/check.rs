@@ -4,7 +4,7 @@ use std::{fs, process::Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{advisories, cargo, machine, root, say, schema, succeed};
+use crate::{advisories, cargo, console, machine, root, say, schema, succeed};
 
 /// A committed file that a program makes, and the command that makes it anew.
 struct Generated {
@@ -54,6 +54,19 @@ pub(crate) fn check() -> Result<()> {
         "--quiet",
         "--workspace",
         "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
+    say("cargo clippy, of the console");
+    console::add_target()?;
+    succeed(cargo().args([
+        "clippy",
+        "--quiet",
+        "--package",
+        "quota-ui",
+        "--target",
+        console::TARGET,
         "--",
         "-D",
         "warnings",

@@ -31,6 +31,24 @@ pub(crate) const REDIS: Need = Need {
     is_there: || on_path("redis-server").is_some(),
 };
 
+pub(crate) const CHROMIUM: Need = Need {
+    name: "Chromium, for the tests of the console",
+    package: "chromium",
+    is_there: || on_path("chromium").is_some(),
+};
+
+pub(crate) const NODE: Need = Need {
+    name: "Node.js",
+    package: "nodejs",
+    is_there: || on_path("node").is_some(),
+};
+
+pub(crate) const NPM: Need = Need {
+    name: "npm",
+    package: "npm",
+    is_there: || on_path("npm").is_some(),
+};
+
 /// Installs what is missing with Debian's packages, saying so; elsewhere fails, naming what to install.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
     let missing: Vec<Need> = needs

@@ -10,6 +10,8 @@
 mod advisories;
 mod bench;
 mod check;
+mod console;
+mod journey;
 mod machine;
 mod postgres;
 mod run;
@@ -53,6 +55,8 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Build the console for the browser; the next build of the server embeds it
+    Console,
     /// Formatting, lints, and whether generated files are fresh
     Check,
     /// Write server/src/schema.rs from the migrations
@@ -64,6 +68,7 @@ fn main() -> ExitCode {
         Chore::Run { arguments } => run::run(&arguments),
         Chore::Test { arguments } => test::test(&arguments),
         Chore::Bench { arguments } => bench::bench(&arguments),
+        Chore::Console => console::build().map(|()| ExitCode::SUCCESS),
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
         Chore::Schema => schema::write().map(|()| ExitCode::SUCCESS),
     };

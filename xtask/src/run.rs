@@ -4,10 +4,11 @@ use std::{env, ffi::OsString, os::unix::process::CommandExt as _, process::ExitC
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, machine, say};
+use crate::{cargo, console, machine, say};
 
 pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
+    console::build()?;
     say("building the server (a first build takes some minutes)");
     // `exec`, as cargo itself does in turn: the server gets the signals meant for us, and its exit code
     // is ours.

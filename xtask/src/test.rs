@@ -9,10 +9,17 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, machine, postgres::Throwaway, say};
+use crate::{cargo, console, journey, machine, postgres::Throwaway, say};
 
 pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
-    machine::install(&[machine::POSTGRES, machine::REDIS])?;
+    // Who picks tests waits for those alone.
+    let with_journey = arguments.is_empty();
+    let mut needs = vec![machine::POSTGRES, machine::REDIS];
+    if with_journey {
+        needs.extend([machine::CHROMIUM, machine::NODE, machine::NPM]);
+    }
+    machine::install(&needs)?;
+    console::build()?;
     let postgres = Throwaway::start()?;
     let has_nextest = cargo()
         .args(["nextest", "--version"])
@@ -35,8 +42,12 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         with_cargo_test(command)?
     };
     drop(postgres);
+    let went_well = !with_journey || journey::run()?;
     if let Some(summary) = summary {
         println!("{summary}");
+    }
+    if !went_well {
+        return Ok(ExitCode::FAILURE);
     }
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))

@@ -153,7 +153,10 @@ async fn others_get_them_in_the_body_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn behind_tls_cookies_are_bound_to_the_host() {
-    let server = TestApp::setup().flag("--public-url=https://quota.example.com").start().await;
+    let server = TestApp::setup()
+        .flag("--public-url=https://quota.example.com")
+        .start()
+        .await;
     let mut browser = Browser::new(&server);
     let made = browser.register().await;
     for cookie in set_cookies(&made) {

@@ -1,0 +1,242 @@
+//! The frame of the console: which page is shown, and to whom.
+//!
+//! A visitor who is not signed in is sent to sign in, and back. While the server cannot be reached that is said,
+//! with a way to try again, and nobody is signed out for it.
+
+use std::collections::HashMap;
+
+use leptos::{prelude::*, task::spawn_local};
+use leptos_router::{
+    components::{Outlet, ParentRoute, Route, Router, Routes},
+    hooks::{use_location, use_navigate},
+    path,
+};
+use quota_common::{ApiKeyId, ProblemCode, auth::Me};
+
+use crate::{
+    api::{self, Failure},
+    component::{Empty, Icon, Shape, Toasts, ToastsView},
+    page,
+};
+
+/// Who is signed in, as far as is known.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Gate {
+    Unknown,
+    In,
+    Out,
+    /// The server did not say.
+    Unsaid(Failure),
+}
+
+/// What pages share. Key texts are here as long as the page lives, for the keys made in it.
+#[derive(Clone, Copy)]
+pub struct Session {
+    pub gate: RwSignal<Gate>,
+    pub me: RwSignal<Option<Me>>,
+    pub known_keys: RwSignal<HashMap<ApiKeyId, String>>,
+}
+
+impl Session {
+    fn provide() -> Self {
+        let session = Self {
+            gate: RwSignal::new(Gate::Unknown),
+            me: RwSignal::new(None),
+            known_keys: RwSignal::new(HashMap::new()),
+        };
+        provide_context(session);
+        session
+    }
+
+    /// Asks the server who is signed in.
+    pub fn ask(self) {
+        spawn_local(async move {
+            match api::me().await {
+                Ok(me) => {
+                    self.me.set(Some(me));
+                    self.gate.set(Gate::In);
+                }
+                Err(failure) => self.failed(&failure),
+            }
+        });
+    }
+
+    /// Of a failed call: whether it says that nobody is signed in any more.
+    pub fn failed(self, failure: &Failure) {
+        if failure.is(ProblemCode::Unauthorized) {
+            self.end();
+        } else if self.gate.get_untracked() != Gate::In {
+            self.gate.set(Gate::Unsaid(failure.clone()));
+        }
+    }
+
+    pub fn end(self) {
+        self.me.set(None);
+        self.known_keys.set(HashMap::new());
+        self.gate.set(Gate::Out);
+    }
+}
+
+pub fn session() -> Session {
+    expect_context()
+}
+
+#[component]
+pub fn App() -> impl IntoView {
+    let toasts = Toasts::provide();
+    let session = Session::provide();
+    session.ask();
+    view! {
+        <Router>
+            <Routes fallback=page::NotFound>
+                <Route path=path!("/console/sign-in") view=page::SignIn/>
+                <Route path=path!("/console/register") view=page::Register/>
+                <ParentRoute path=path!("/console") view=Frame>
+                    <Route path=path!("") view=page::Home/>
+                    <Route path=path!("plans") view=page::Plans/>
+                    <Route path=path!("api-keys") view=page::ApiKeys/>
+                    <Route path=path!("api-keys/:id") view=page::ApiKeyPage/>
+                    <Route path=path!("service-tokens") view=page::ServiceTokens/>
+                    <Route path=path!("audit") view=page::Audit/>
+                    <Route path=path!("settings") view=page::Settings/>
+                    <Route path=path!("*rest") view=page::NotFound/>
+                </ParentRoute>
+            </Routes>
+        </Router>
+        <ToastsView toasts/>
+    }
+}
+
+const PLACES: [(&str, &str, Shape); 6] = [
+    ("/console", "Home", Shape::Home),
+    ("/console/plans", "Plans", Shape::Plans),
+    ("/console/api-keys", "API keys", Shape::Key),
+    ("/console/service-tokens", "Service tokens", Shape::Token),
+    ("/console/audit", "Audit", Shape::Audit),
+    ("/console/settings", "Settings", Shape::Settings),
+];
+
+#[component]
+fn Frame() -> impl IntoView {
+    let session = session();
+    let location = use_location();
+    let navigate = use_navigate();
+    Effect::new(move |_| {
+        if session.gate.get() == Gate::Out {
+            let here = format!(
+                "{}{}",
+                location.pathname.get_untracked(),
+                window().location().search().unwrap_or_default()
+            );
+            let next = js_sys::encode_uri_component(&here);
+            let to = format!("/console/sign-in?next={next}");
+            navigate(
+                &to,
+                leptos_router::NavigateOptions {
+                    replace: true,
+                    ..Default::default()
+                },
+            );
+        }
+    });
+    let gate = Memo::new(move |_| session.gate.get());
+    move || {
+        match gate.get() {
+        Gate::In => view! { <Inside/> }.into_any(),
+        Gate::Unsaid(failure) => view! {
+            <main class="alone">
+                <Empty shape=Shape::Close title="The server does not answer" about=failure.text()>
+                    <button class="button first" on:click=move |_| session.ask()>"Try again"</button>
+                </Empty>
+            </main>
+        }
+            .into_any(),
+        Gate::Unknown | Gate::Out => view! {
+            <main class="alone" aria-busy="true">
+                <p class="unseen" role="status">"Loading"</p>
+            </main>
+        }
+            .into_any(),
+    }
+    }
+}
+
+#[component]
+fn Inside() -> impl IntoView {
+    let session = session();
+    let toasts = expect_context::<Toasts>();
+    let path = use_location().pathname;
+    let open = RwSignal::new(false);
+    Effect::new(move |_| {
+        path.track();
+        open.set(false);
+    });
+    let is_here = move |place: &str| {
+        let path = path.get();
+        let path = path.trim_end_matches('/');
+        path == place || (place != "/console" && path.starts_with(&format!("{place}/")))
+    };
+    view! {
+        <a class="skip" href="#content">"Skip to content"</a>
+        <div class="frame">
+            <header class="side" class:open=open>
+                <div class="brand-row">
+                    <a class="brand" href="/console"><crate::component::Mark/>"Quota"</a>
+                    <button
+                        class="button icon-only menu"
+                        aria-expanded=move || open.get().to_string()
+                        aria-controls="places"
+                        aria-label="Menu"
+                        on:click=move |_| open.update(|open| *open = !*open)
+                    >
+                        <Icon shape=Shape::Menu/>
+                    </button>
+                </div>
+                <nav id="places" aria-label="Console">
+                    <ul>
+                        {PLACES
+                            .into_iter()
+                            .map(|(href, name, shape)| {
+                                view! {
+                                    <li>
+                                        <a
+                                            href=href
+                                            aria-current=move || is_here(href).then_some("page")
+                                        >
+                                            <Icon shape/>
+                                            {name}
+                                        </a>
+                                    </li>
+                                }
+                            })
+                            .collect_view()}
+                    </ul>
+                    <p class="who">
+                        <span class="tenant" dir="auto">
+                            {move || session.me.get().map(|me| me.tenant.name)}
+                        </span>
+                        <span class="quiet" dir="auto">
+                            {move || session.me.get().map(|me| me.user.email)}
+                        </span>
+                        <button
+                            class="link"
+                            on:click=move |_| {
+                                spawn_local(async move {
+                                    match api::logout().await {
+                                        Ok(()) => session.end(),
+                                        Err(failure) => toasts.say(failure.text()),
+                                    }
+                                });
+                            }
+                        >
+                            "Sign out"
+                        </button>
+                    </p>
+                </nav>
+            </header>
+            <main id="content" tabindex="-1">
+                <Outlet/>
+            </main>
+        </div>
+    }
+}

@@ -1,0 +1,136 @@
+//! What is loaded from the server: waiting for it, showing it, and asking again when that failed.
+
+use leptos::{prelude::*, task::spawn_local};
+use leptos_router::hooks::{use_location, use_query_map};
+
+use crate::api::{Answer, Failure};
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Load<T> {
+    Loading,
+    Ready(T),
+    Failed(Failure),
+}
+
+/// Something from the server that can be loaded again. What was loaded stays shown meanwhile.
+pub struct Loader<T: Send + Sync + 'static> {
+    pub state: RwSignal<Load<T>>,
+    version: RwSignal<u32>,
+}
+
+impl<T: Send + Sync + 'static> Clone for Loader<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T: Send + Sync + 'static> Copy for Loader<T> {}
+
+impl<T: Clone + Send + Sync + 'static> Loader<T> {
+    pub fn reload(self) {
+        self.version
+            .update(|version| *version = version.wrapping_add(1));
+    }
+
+    pub fn ready(self) -> Option<T> {
+        match self.state.get() {
+            Load::Ready(value) => Some(value),
+            _ => None,
+        }
+    }
+}
+
+/// Loads now, and again whenever something that `fetch` reads changes. An answer that was overtaken is dropped.
+pub fn load<T, F>(fetch: impl Fn() -> F + 'static) -> Loader<T>
+where
+    T: Clone + Send + Sync + 'static,
+    F: Future<Output = Answer<T>> + 'static,
+{
+    let state = RwSignal::new(Load::Loading);
+    let version = RwSignal::new(0_u32);
+    let turn = StoredValue::new(0_u32);
+    Effect::new(move |_| {
+        version.track();
+        turn.update_value(|turn| *turn = turn.wrapping_add(1));
+        let own = turn.get_value();
+        let answer = fetch();
+        if matches!(state.get_untracked(), Load::Failed(_)) {
+            state.set(Load::Loading);
+        }
+        spawn_local(async move {
+            let answer = answer.await;
+            if turn.try_get_value() == Some(own) {
+                let _ = state.try_set(match answer {
+                    Ok(value) => Load::Ready(value),
+                    Err(failure) => Load::Failed(failure),
+                });
+            }
+        });
+    });
+    Loader { state, version }
+}
+
+/// Shows what is loaded, or lines where it will be, or what went wrong with a way to try again.
+#[component]
+pub fn Shown<T, V>(
+    loader: Loader<T>,
+    /// Shows it.
+    show: impl Fn(T) -> V + Send + Sync + 'static,
+) -> impl IntoView
+where
+    T: Clone + Send + Sync + 'static,
+    V: IntoView + 'static,
+{
+    view! {
+        <div class="shown" aria-busy=move || (matches!(loader.state.get(), Load::Loading)).to_string()>
+            {move || match loader.state.get() {
+                Load::Loading => view! {
+                    <div class="skeleton" role="status">
+                        <span class="unseen">"Loading"</span>
+                        <i></i><i></i><i></i><i></i>
+                    </div>
+                }
+                    .into_any(),
+                Load::Ready(value) => show(value).into_any(),
+                Load::Failed(failure) => view! {
+                    <div class="empty" role="alert">
+                        <h2>"This could not be loaded"</h2>
+                        <p class="quiet">{failure.text()}</p>
+                        <button class="button" on:click=move |_| loader.reload()>"Try again"</button>
+                    </div>
+                }
+                    .into_any(),
+            }}
+        </div>
+    }
+}
+
+/// Leads from one page of a list to the next, by address.
+#[component]
+pub fn Pager(total: u64, shown: usize, next: Option<String>) -> impl IntoView {
+    let query = use_query_map().get_untracked();
+    let path = use_location().pathname.get_untracked();
+    let first = query.get("cursor").is_some().then(|| {
+        let mut query = query.clone();
+        query.remove("cursor");
+        format!("{path}{}", query.to_query_string())
+    });
+    let next = next.map(|cursor| {
+        let mut query = query.clone();
+        query.replace("cursor", cursor);
+        format!("{path}{}", query.to_query_string())
+    });
+    view! {
+        <nav class="pager" aria-label="Pages">
+            <span class="quiet">
+                {format!(
+                    "{} of {}",
+                    crate::model::text::number(shown as u64),
+                    crate::model::text::number(total),
+                )}
+            </span>
+            {first.map(|href| view! { <a class="button small" href=href>"First page"</a> })}
+            {next.map(|href| view! { <a class="button small" href=href>"Next page"</a> })}
+        </nav>
+    }
+}

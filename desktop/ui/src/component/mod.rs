@@ -1,0 +1,94 @@
+//! The parts that pages are made of.
+
+mod field;
+mod icon;
+mod list;
+mod modal;
+mod secret;
+mod toast;
+
+use leptos::prelude::*;
+
+pub use field::{Field, SelectField};
+pub use icon::{Icon, Mark, Shape};
+pub use list::{Loader, Pager, Shown, load};
+pub use modal::{Confirm, Modal};
+pub use secret::CodeBlock;
+pub use toast::{Toasts, ToastsView};
+
+/// The head of a page, which also names the window.
+#[component]
+pub fn Head(
+    #[prop(into)] title: Signal<String>,
+    #[prop(optional, into)] about: String,
+    #[prop(optional)] children: Option<Children>,
+) -> impl IntoView {
+    Effect::new(move |_| {
+        document().set_title(&format!("{} · Quota", title.get()));
+    });
+    view! {
+        <header class="head">
+            <div>
+                <h1 dir="auto">{title}</h1>
+                {(!about.is_empty()).then(|| view! { <p class="quiet">{about}</p> })}
+            </div>
+            {children.map(|children| view! { <div class="actions">{children()}</div> })}
+        </header>
+    }
+}
+
+/// What stands where a list would, were there something in it.
+#[component]
+pub fn Empty(
+    shape: Shape,
+    #[prop(into)] title: String,
+    #[prop(into)] about: String,
+    #[prop(optional)] children: Option<Children>,
+) -> impl IntoView {
+    view! {
+        <div class="empty">
+            <Icon shape/>
+            <h2>{title}</h2>
+            <p class="quiet">{about}</p>
+            {children.map(|children| children())}
+        </div>
+    }
+}
+
+/// A failure that no field is to blame for.
+#[component]
+pub fn Alert(#[prop(into)] text: Signal<Option<String>>) -> impl IntoView {
+    view! {
+        <div role="alert">
+            {move || text.get().map(|text| view! { <p class="alert">{text}</p> })}
+        </div>
+    }
+}
+
+/// A time, told from now, with the exact one to point at.
+#[component]
+pub fn When(at: quota_common::Timestamp) -> impl IntoView {
+    let millis = at.inner().timestamp_millis();
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a time of our age is exact in a double"
+    )]
+    let exact = js_sys::Date::new(&(millis as f64).into())
+        .to_locale_string("default", &wasm_bindgen::JsValue::UNDEFINED)
+        .as_string()
+        .unwrap_or_default();
+    view! {
+        <time datetime=at.to_string() title=exact>
+            {crate::model::text::relative(millis, now())}
+        </time>
+    }
+}
+
+/// Milliseconds since 1970.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "whole milliseconds of our age fit"
+)]
+pub fn now() -> i64 {
+    js_sys::Date::now() as i64
+}

@@ -1,0 +1,60 @@
+//! Text to take along: copied with a button, or selected.
+
+use leptos::{prelude::*, task::spawn_local};
+use wasm_bindgen_futures::JsFuture;
+
+use super::{Icon, Shape, Toasts};
+
+#[component]
+pub fn CopyButton(
+    #[prop(into)] text: Signal<String>,
+    /// What is copied, for those who do not see where the button stands.
+    #[prop(into)]
+    what: String,
+) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let copied = RwSignal::new(false);
+    let copy = move |_| {
+        let text = text.get_untracked();
+        spawn_local(async move {
+            let clipboard = window().navigator().clipboard();
+            if JsFuture::from(clipboard.write_text(&text)).await.is_ok() {
+                let _ = copied.try_set(true);
+                gloo_timers::future::TimeoutFuture::new(2000).await;
+                let _ = copied.try_set(false);
+            } else {
+                toasts.say("The browser did not let us copy. Select the text instead.");
+            }
+        });
+    };
+    view! {
+        <button type="button" class="button small" on:click=copy>
+            {move || {
+                if copied.get() {
+                    view! { <Icon shape=Shape::Check/> "Copied" }.into_any()
+                } else {
+                    view! { <Icon shape=Shape::Copy/> "Copy" }.into_any()
+                }
+            }}
+            <span class="unseen">" "{what}</span>
+        </button>
+        <span class="unseen" role="status">{move || copied.get().then_some("Copied")}</span>
+    }
+}
+
+#[component]
+pub fn CodeBlock(
+    #[prop(into)] text: Signal<String>,
+    #[prop(into)] what: String,
+    /// A name for tests and labels to find it by.
+    #[prop(optional)]
+    id: &'static str,
+) -> impl IntoView {
+    let label = what.clone();
+    view! {
+        <div class="code">
+            <pre tabindex="0" role="region" aria-label=label><code id=(!id.is_empty()).then_some(id)>{text}</code></pre>
+            <CopyButton text what/>
+        </div>
+    }
+}

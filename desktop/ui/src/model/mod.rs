@@ -1,0 +1,5 @@
+//! What is shown, before it is shown: without a browser, so that it is tested on the host.
+
+pub mod bucket;
+pub mod form;
+pub mod text;

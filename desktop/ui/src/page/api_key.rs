@@ -1,0 +1,351 @@
+//! One API key: what it is, what can be done with it, and a place to try it.
+
+use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos_router::{
+    NavigateOptions,
+    hooks::{use_navigate, use_params_map},
+};
+use quota_common::{
+    ApiKeyId,
+    api_key::{ApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
+};
+
+use super::{
+    api_keys::{State, TextOnce, load_plans},
+    try_it::TryIt,
+};
+use crate::{
+    api::{self, Failure},
+    app::session,
+    component::{
+        Alert, Confirm, Empty, Field, Head, Loader, Modal, SelectField, Shape, Shown, Toasts, When,
+        load,
+    },
+    model::{form::optional_rate, text},
+};
+
+#[component]
+pub fn ApiKeyPage() -> impl IntoView {
+    let params = use_params_map();
+    let id = Memo::new(move |_| params.with(|params| params.get("id")?.parse::<ApiKeyId>().ok()));
+    move || match id.get() {
+        Some(id) => view! { <One id/> }.into_any(),
+        None => view! {
+            <Head title="API key"/>
+            <Empty shape=Shape::Key title="There is no such key" about="It may have been deleted.">
+                <a class="button" href="/console/api-keys">"All keys"</a>
+            </Empty>
+        }
+        .into_any(),
+    }
+}
+
+#[component]
+fn One(id: ApiKeyId) -> impl IntoView {
+    let loader = load(move || api::get_api_key(id));
+    let title = Signal::derive(move || {
+        loader
+            .ready()
+            .map_or_else(|| "API key".to_owned(), |key| key.name)
+    });
+    let known = session().known_keys;
+    let typed = RwSignal::new(String::new());
+    let known_text = Memo::new(move |_| known.with(|known| known.get(&id).cloned()));
+    let text = Signal::derive(move || known_text.get().unwrap_or_else(|| typed.get()));
+    view! {
+        <p class="up"><a href="/console/api-keys">"API keys"</a></p>
+        <Head title/>
+        <Shown loader show=move |key| view! { <Facts key loader/> }/>
+        <section class="card" aria-labelledby="try-title">
+            <h2 id="try-title">"Try it"</h2>
+            {move || {
+                if known_text.get().is_some() {
+                    view! { <p class="quiet">"The text of this key is still in this window; it goes with it."</p> }.into_any()
+                } else {
+                    view! {
+                        <Field id="try_text" label="Key" kind="password" value=typed placeholder="qk_…" hint="Its text is not stored here. Paste it to send requests with it."/>
+                    }
+                        .into_any()
+                }
+            }}
+            <TryIt text/>
+        </section>
+    }
+}
+
+#[component]
+fn Facts(key: ApiKey, loader: Loader<ApiKey>) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let may = session()
+        .me
+        .get_untracked()
+        .is_some_and(|me| me.tenant.role.may_manage());
+    let plans = load_plans();
+    let plan_id = key.plan_id;
+    let plan = move || {
+        plans
+            .ready()
+            .and_then(|page| page.items.into_iter().find(|plan| plan.id == plan_id))
+            .map_or_else(|| "…".to_owned(), |plan| plan.name)
+    };
+    let (editing, rotating, deleting) = (
+        RwSignal::new(false),
+        RwSignal::new(false),
+        RwSignal::new(false),
+    );
+    let switching = RwSignal::new(false);
+    let busy = RwSignal::new(false);
+    let id = key.id;
+    let is_active = key.is_active;
+    let switch = move || {
+        busy.set(true);
+        spawn_local(async move {
+            let body = UpdateApiKey {
+                is_active: Some(!is_active),
+                ..UpdateApiKey::default()
+            };
+            match api::update_api_key(id, body).await {
+                Ok(_) => {
+                    toasts.say(if is_active {
+                        "The key is switched off."
+                    } else {
+                        "The key is switched on."
+                    });
+                    loader.reload();
+                }
+                Err(failure) => toasts.say(failure.text()),
+            }
+            let _ = busy.try_set(false);
+            let _ = switching.try_set(false);
+        });
+    };
+    // What a switch comes to is said by a toast.
+    let never = Signal::derive(|| None::<String>);
+    let made = RwSignal::new(None::<CreatedApiKey>);
+    let showing = RwSignal::new(false);
+    let name = text::named(&key.name);
+    view! {
+        <section class="card">
+            <dl class="facts">
+                <div><dt>"State"</dt><dd><State key=key.clone()/></dd></div>
+                <div><dt>"Key"</dt><dd><code>{key.prefix.clone()}"…"</code></dd></div>
+                <div><dt>"Plan"</dt><dd dir="auto">{plan}</dd></div>
+                <div><dt>"Own rate"</dt><dd>{key.rpm_override.map_or_else(|| "the plan's".to_owned(), |rpm| format!("{} a minute", text::number(rpm.into())))}</dd></div>
+                <div><dt>"Last used"</dt><dd>{match key.last_used_at {
+                    Some(at) => view! { <When at/> }.into_any(),
+                    None => view! { <span class="quiet">"unused"</span> }.into_any(),
+                }}</dd></div>
+                <div><dt>"Expires"</dt><dd>{match key.expires_at {
+                    Some(at) => view! { <When at/> }.into_any(),
+                    None => view! { <span class="quiet">"never"</span> }.into_any(),
+                }}</dd></div>
+                {key.previous_expires_at.map(|at| view! { <div><dt>"Text before the rotation"</dt><dd>"works, ends " <When at/></dd></div> })}
+                <div><dt>"Made"</dt><dd><When at=key.created_at/></dd></div>
+            </dl>
+            {may
+                .then(|| {
+                    view! {
+                        <div class="actions">
+                            {if is_active {
+                                view! { <button class="button" disabled=busy on:click=move |_| switching.set(true)>"Deactivate"</button> }.into_any()
+                            } else {
+                                view! { <button class="button first" disabled=busy on:click=move |_| switch()>"Activate"</button> }.into_any()
+                            }}
+                            <button class="button" on:click=move |_| editing.set(true)>"Edit"</button>
+                            <button class="button" on:click=move |_| rotating.set(true)>"Rotate"</button>
+                            <button class="button danger" on:click=move |_| deleting.set(true)>"Delete"</button>
+                        </div>
+                    }
+                })}
+        </section>
+        <Confirm
+            open=switching
+            title=format!("Deactivate {name}?")
+            breaks="Within a second every request with this key is refused with 401. It can be switched on again."
+            action="Deactivate key"
+            busy
+            failure=never
+            run=Callback::new(move |()| switch())
+        />
+        <EditDialog key=key.clone() plans open=editing loader/>
+        <RotateDialog id name=name.clone() open=rotating done=Callback::new(move |key: CreatedApiKey| {
+            made.set(Some(key));
+            showing.set(true);
+        })/>
+        <TextOnce made open=showing/>
+        <DeleteDialog id name open=deleting/>
+        // The key's new facts come when its new text is put away: loading them redraws this.
+        {move || {
+            let was = StoredValue::new(false);
+            Effect::new(move |_| {
+                let shown = showing.get();
+                if was.get_value() && !shown {
+                    loader.reload();
+                }
+                was.set_value(shown);
+            });
+        }}
+    }
+}
+
+#[component]
+fn DeleteDialog(id: ApiKeyId, name: String, open: RwSignal<bool>) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let navigate = StoredValue::new_local(use_navigate());
+    let busy = RwSignal::new(false);
+    let failure = RwSignal::new(None::<String>);
+    let gone = format!("The key {name} is deleted.");
+    let run = Callback::new(move |()| {
+        let gone = gone.clone();
+        busy.set(true);
+        spawn_local(async move {
+            match api::delete_api_key(id).await {
+                Ok(()) => {
+                    toasts.say(gone);
+                    navigate.with_value(|go| go("/console/api-keys", NavigateOptions::default()));
+                }
+                Err(refused) => {
+                    failure.set(Some(refused.text()));
+                    busy.set(false);
+                }
+            }
+        });
+    });
+    view! {
+        <Confirm
+            open
+            title=format!("Delete {name}?")
+            breaks="Within a second every request with this key is refused with 401. A key that is deleted does not come back."
+            action="Delete key"
+            busy
+            failure
+            run
+        />
+    }
+}
+
+#[component]
+fn RotateDialog(
+    id: ApiKeyId,
+    name: String,
+    open: RwSignal<bool>,
+    done: Callback<CreatedApiKey>,
+) -> impl IntoView {
+    let grace = RwSignal::new("86400".to_owned());
+    let busy = RwSignal::new(false);
+    let failure = RwSignal::new(None::<String>);
+    let options = [
+        ("0", "Ends at once"),
+        ("3600", "Works for an hour"),
+        ("86400", "Works for a day"),
+        ("604800", "Works for a week"),
+        ("2592000", "Works for 30 days"),
+    ]
+    .map(|(value, text)| (value.to_owned(), text.to_owned()))
+    .to_vec();
+    let submit = move |ev: SubmitEvent| {
+        ev.prevent_default();
+        busy.set(true);
+        failure.set(None);
+        let body = RotateApiKey {
+            grace_seconds: grace.get_untracked().parse().ok(),
+        };
+        spawn_local(async move {
+            match api::rotate_api_key(id, body).await {
+                Ok(made) => {
+                    open.set(false);
+                    done.run(made);
+                }
+                Err(refused) => failure.set(Some(refused.text())),
+            }
+            busy.set(false);
+        });
+    };
+    view! {
+        <Modal open title=format!("Rotate {name}")>
+            <form on:submit=submit>
+                <p>"The key gets a new text. The one before works on for a while, so that its holder can change over."</p>
+                <Alert text=failure/>
+                <SelectField id="grace" label="The text before" value=grace options=options.clone()/>
+                <div class="actions end">
+                    <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
+                    <button class="button first" disabled=busy>"Rotate key"</button>
+                </div>
+            </form>
+        </Modal>
+    }
+}
+
+#[component]
+fn EditDialog(
+    key: ApiKey,
+    plans: Loader<quota_common::Page<quota_common::plan::Plan>>,
+    open: RwSignal<bool>,
+    loader: Loader<ApiKey>,
+) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let name = RwSignal::new(key.name);
+    let plan = RwSignal::new(key.plan_id.to_string());
+    let rpm = RwSignal::new(
+        key.rpm_override
+            .map(|it| it.to_string())
+            .unwrap_or_default(),
+    );
+    let busy = RwSignal::new(false);
+    let failure = RwSignal::new(None::<Failure>);
+    let rpm_wrong = RwSignal::new(None::<String>);
+    let options = Signal::derive(move || {
+        let plans = plans.ready().map(|page| page.items).unwrap_or_default();
+        plans
+            .into_iter()
+            .map(|plan| (plan.id.to_string(), plan.name))
+            .collect::<Vec<_>>()
+    });
+    let of = move |field: &'static str| Signal::derive(move || failure.get()?.of_field(field));
+    let rest = Signal::derive(move || {
+        let failure = failure.get()?;
+        (!failure.names_fields()).then(|| failure.text())
+    });
+    let id = key.id;
+    let submit = move |ev: SubmitEvent| {
+        ev.prevent_default();
+        failure.set(None);
+        rpm_wrong.set(None);
+        let rpm_override = match optional_rate(&rpm.get_untracked()) {
+            Ok(rpm) => rpm,
+            Err(wrong) => return rpm_wrong.set(Some(wrong.to_owned())),
+        };
+        let body = UpdateApiKey {
+            name: Some(name.get_untracked()),
+            plan_id: plan.get_untracked().parse().ok(),
+            rpm_override: Some(rpm_override),
+            ..UpdateApiKey::default()
+        };
+        busy.set(true);
+        spawn_local(async move {
+            match api::update_api_key(id, body).await {
+                Ok(_) => {
+                    open.set(false);
+                    toasts.say("The key is changed.");
+                    loader.reload();
+                }
+                Err(refused) => failure.set(Some(refused)),
+            }
+            let _ = busy.try_set(false);
+        });
+    };
+    view! {
+        <Modal open title="Edit the key">
+            <form on:submit=submit>
+                <Alert text=rest/>
+                <Field id="edit_name" label="Name" value=name required=true error=of("name")/>
+                <SelectField id="edit_plan" label="Plan" value=plan options error=of("plan_id")/>
+                <Field id="edit_rpm" label="Own rate (optional)" value=rpm numeric=true hint="Requests a minute, in place of the plan's." error=Signal::derive(move || rpm_wrong.get().or_else(|| of("rpm_override").get()))/>
+                <div class="actions end">
+                    <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
+                    <button class="button first" disabled=busy>"Save"</button>
+                </div>
+            </form>
+        </Modal>
+    }
+}

@@ -1,0 +1,161 @@
+//! Signing in and registering.
+
+use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos_router::{
+    NavigateOptions,
+    hooks::{use_navigate, use_query_map},
+};
+use quota_common::auth::{self, Login};
+
+use crate::{
+    api::{self, Answer, Failure},
+    app::{Gate, session},
+    component::{Alert, Field, Head, Mark},
+    model::form::next_page,
+};
+
+/// The frame of both forms: what they share, and where they lead.
+#[derive(Clone, Copy)]
+struct Entry {
+    busy: RwSignal<bool>,
+    failure: RwSignal<Option<Failure>>,
+}
+
+impl Entry {
+    fn new() -> Self {
+        let session = session();
+        let navigate = use_navigate();
+        let query = use_query_map();
+        // Also for one who comes here signed in.
+        Effect::new(move |_| {
+            if session.gate.get() == Gate::In {
+                let to = next_page(query.with_untracked(|query| query.get("next")).as_deref());
+                navigate(
+                    &to,
+                    NavigateOptions {
+                        replace: true,
+                        ..Default::default()
+                    },
+                );
+            }
+        });
+        Self {
+            busy: RwSignal::new(false),
+            failure: RwSignal::new(None),
+        }
+    }
+
+    fn run(self, call: impl Future<Output = Answer<auth::SignedIn>> + 'static) {
+        let session = session();
+        self.busy.set(true);
+        self.failure.set(None);
+        spawn_local(async move {
+            match call.await {
+                // What the cookies say is what counts.
+                Ok(_) => match api::me().await {
+                    Ok(me) => {
+                        session.me.set(Some(me));
+                        session.gate.set(Gate::In);
+                    }
+                    Err(failure) => self.failure.set(Some(failure)),
+                },
+                Err(failure) => self.failure.set(Some(failure)),
+            }
+            self.busy.set(false);
+        });
+    }
+
+    fn of(self, field: &'static str) -> Signal<Option<String>> {
+        Signal::derive(move || self.failure.get()?.of_field(field))
+    }
+
+    fn rest(self) -> Signal<Option<String>> {
+        Signal::derive(move || {
+            if !api::is_reachable_securely() {
+                return Some(
+                    "This page was loaded without TLS. Browsers keep no session then: open it over https, or at \
+                     localhost."
+                        .to_owned(),
+                );
+            }
+            let failure = self.failure.get()?;
+            (!failure.names_fields()).then(|| failure.text())
+        })
+    }
+}
+
+/// The address of the other form, which leads to the same page.
+fn other(path: &str) -> String {
+    use_query_map()
+        .with_untracked(|query| query.get("next"))
+        .map_or_else(
+            || path.to_owned(),
+            |next| format!("{path}?next={}", js_sys::encode_uri_component(&next)),
+        )
+}
+
+#[component]
+pub fn SignIn() -> impl IntoView {
+    let entry = Entry::new();
+    let (email, password) = (RwSignal::new(String::new()), RwSignal::new(String::new()));
+    let submit = move |ev: SubmitEvent| {
+        ev.prevent_default();
+        let (email, password) = (email.get_untracked(), password.get_untracked());
+        entry.run(api::login(Login { email, password }));
+    };
+    view! {
+        <main class="entry">
+            <form class="card" on:submit=submit>
+                <Mark/>
+                <Head title="Sign in"/>
+                <Alert text=entry.rest()/>
+                <Field id="email" label="Email" kind="email" autocomplete="username" value=email required=true error=entry.of("email")/>
+                <Field id="password" label="Password" kind="password" autocomplete="current-password" value=password required=true error=entry.of("password")/>
+                <button class="button first full" disabled=entry.busy>"Sign in"</button>
+                <p class="quiet center">"New here? " <a href=other("/console/register")>"Create an account"</a></p>
+            </form>
+        </main>
+    }
+}
+
+#[component]
+pub fn Register() -> impl IntoView {
+    let entry = Entry::new();
+    let (email, password, tenant) = (
+        RwSignal::new(String::new()),
+        RwSignal::new(String::new()),
+        RwSignal::new(String::new()),
+    );
+    let submit = move |ev: SubmitEvent| {
+        ev.prevent_default();
+        let tenant = tenant.get_untracked();
+        entry.run(api::register(auth::Register {
+            email: email.get_untracked(),
+            password: password.get_untracked(),
+            tenant_name: (!tenant.trim().is_empty()).then_some(tenant),
+        }));
+    };
+    view! {
+        <main class="entry">
+            <form class="card" on:submit=submit>
+                <Mark/>
+                <Head title="Create an account" about="Plans, keys and limits for your API, ready in a minute."/>
+                <Alert text=entry.rest()/>
+                <Field id="email" label="Email" kind="email" autocomplete="username" value=email required=true error=entry.of("email")/>
+                <Field
+                    id="password"
+                    label="Password"
+                    kind="password"
+                    autocomplete="new-password"
+                    value=password
+                    required=true
+                    hint="At least 12 characters. A few unrelated words are good."
+                    error=entry.of("password")
+                />
+                <Field id="tenant_name" label="Organisation (optional)" value=tenant autocomplete="organization" error=entry.of("tenant_name")/>
+                <button class="button first full" disabled=entry.busy>"Create account"</button>
+                <p class="quiet center">"Have an account? " <a href=other("/console/sign-in")>"Sign in"</a></p>
+            </form>
+        </main>
+    }
+}

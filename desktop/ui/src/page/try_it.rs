@@ -1,0 +1,202 @@
+//! Sending requests with a key, and watching its bucket drain and fill.
+
+use leptos::{prelude::*, task::spawn_local};
+
+use crate::{
+    api::{self, Tried},
+    component::Alert,
+    model::{
+        bucket::{Bucket, History},
+        text::count,
+    },
+};
+
+/// How often the plot moves, in milliseconds.
+const FRAME_MS: u64 = 200;
+/// How many requests "until 429" sends at most.
+const MOST: u32 = 300;
+const WIDTH: f64 = 600.0;
+const HEIGHT: f64 = 120.0;
+
+/// What has come of the requests so far.
+#[derive(Clone, Default)]
+struct Tally {
+    admitted: u64,
+    denied: u64,
+    last: Option<Tried>,
+    failure: Option<String>,
+}
+
+#[component]
+pub fn TryIt(
+    /// The key's text.
+    text: Signal<String>,
+) -> impl IntoView {
+    let tally = RwSignal::new(Tally::default());
+    let bucket = RwSignal::new(None::<Bucket>);
+    let history = RwSignal::new(History::default());
+    let clock = RwSignal::new(js_sys::Date::now());
+    let busy = RwSignal::new(false);
+    // When the next request would be admitted, in milliseconds since 1970.
+    let again_at = RwSignal::new(None::<f64>);
+
+    let timer = set_interval_with_handle(
+        move || {
+            let now = js_sys::Date::now();
+            if let Some(bucket) = bucket.get_untracked() {
+                history.update(|history| history.add(now, bucket.level(now) / bucket.limit));
+            }
+            clock.set(now);
+            if again_at.get_untracked().is_some_and(|at| at <= now) {
+                again_at.set(None);
+            }
+        },
+        std::time::Duration::from_millis(FRAME_MS),
+    );
+    on_cleanup(move || {
+        if let Ok(timer) = timer {
+            timer.clear();
+        }
+    });
+
+    // Sends one request; whether it was admitted.
+    let send = move || async move {
+        match api::try_key(text.get_untracked().trim()).await {
+            Ok(tried) => {
+                let now = js_sys::Date::now();
+                let header = |name| tried.header(name).unwrap_or_default();
+                if let Some(read) = Bucket::read(
+                    header("X-RateLimit-Limit"),
+                    header("X-RateLimit-Remaining"),
+                    header("RateLimit-Policy"),
+                    now,
+                ) {
+                    history.update(|history| history.add(now, read.level(now) / read.limit));
+                    bucket.set(Some(read));
+                }
+                let wait = header("Retry-After").parse::<f64>().ok();
+                again_at.set(wait.map(|secs| now + secs * 1000.0));
+                let admitted = tried.status == 200;
+                tally.update(|tally| {
+                    tally.failure = None;
+                    if admitted {
+                        tally.admitted += 1;
+                    } else if tried.status == 429 {
+                        tally.denied += 1;
+                    }
+                    tally.last = Some(tried);
+                });
+                admitted
+            }
+            Err(failure) => {
+                tally.update(|tally| tally.failure = Some(failure.text()));
+                false
+            }
+        }
+    };
+    // All of `most`, or as long as they are admitted.
+    let run = move |most: u32, until_denied: bool| {
+        busy.set(true);
+        spawn_local(async move {
+            for _ in 0..most {
+                let admitted = send().await;
+                if busy.try_get_untracked().is_none() || (!admitted && until_denied) {
+                    break;
+                }
+            }
+            let _ = busy.try_set(false);
+        });
+    };
+    let missing = move || text.get().trim().is_empty();
+    let disabled = move || busy.get() || missing();
+    view! {
+        <section class="try" aria-label="Try the key">
+            <div class="actions">
+                <button type="button" class="button small" disabled=disabled on:click=move |_| run(1, false)>"Send 1"</button>
+                <button type="button" class="button small" disabled=disabled on:click=move |_| run(10, false)>"Send 10"</button>
+                <button type="button" class="button small" disabled=disabled on:click=move |_| run(MOST, true)>"Send until 429"</button>
+                <span class="quiet small-text">"GET /v1/echo"</span>
+            </div>
+            <Alert text=Signal::derive(move || tally.get().failure)/>
+            {move || {
+                tally
+                    .get()
+                    .last
+                    .map(|last| {
+                        let (class, word) = match last.status {
+                            200 => ("badge on", "admitted"),
+                            429 => ("badge limited", "limited"),
+                            _ => ("badge off", "refused"),
+                        };
+                        let it = tally.get();
+                        view! {
+                            <p class="outcome" role="status">
+                                <strong class="status" data-status=last.status.to_string()>{last.status}</strong>
+                                <span class=class>{word}</span>
+                                <span class="quiet">
+                                    {format!("{} admitted, {} limited", count(it.admitted, "request", "requests"), it.denied)}
+                                </span>
+                            </p>
+                        }
+                    })
+            }}
+            {move || {
+                again_at
+                    .get()
+                    .map(|at| {
+                        let secs = ((at - clock.get()) / 1000.0).max(0.0).ceil();
+                        view! { <p class="countdown">"The next request is admitted in " <strong>{format!("{secs} s")}</strong></p> }
+                    })
+            }}
+            {move || {
+                bucket
+                    .get()
+                    .map(|it| {
+                        let level = move || it.level(clock.get()).floor();
+                        view! {
+                            <figure class="plot">
+                                <svg
+                                    viewBox=format!("0 0 {WIDTH} {HEIGHT}")
+                                    preserveAspectRatio="none"
+                                    role="img"
+                                    aria-label=format!("The bucket's level over the last {} seconds", History::SPAN / 1000.0)
+                                >
+                                    <line class="plot-grid" x1="0" x2=WIDTH y1="1" y2="1"/>
+                                    <line class="plot-grid" x1="0" x2=WIDTH y1=HEIGHT / 2.0 y2=HEIGHT / 2.0/>
+                                    <line class="plot-grid" x1="0" x2=WIDTH y1=HEIGHT - 1.0 y2=HEIGHT - 1.0/>
+                                    <polyline class="plot-line" points=move || history.with(|history| history.line(clock.get(), WIDTH, HEIGHT))/>
+                                </svg>
+                                <figcaption>
+                                    <span>"Bucket: " <strong>{level}</strong> {format!(" of {}", it.limit)}</span>
+                                    <span class="quiet">{format!("refills {:.1} a second", it.per_second)}</span>
+                                </figcaption>
+                            </figure>
+                        }
+                    })
+            }}
+            {move || {
+                tally
+                    .get()
+                    .last
+                    .filter(|last| !last.headers.is_empty())
+                    .map(|last| {
+                        view! {
+                            <details>
+                                <summary>"Header fields of the last answer"</summary>
+                                <table class="headers">
+                                    <caption class="unseen">"Header fields"</caption>
+                                    <tbody>
+                                        {last
+                                            .headers
+                                            .into_iter()
+                                            .map(|(name, value)| view! { <tr><th scope="row"><code>{name}</code></th><td><code>{value}</code></td></tr> })
+                                            .collect_view()}
+                                    </tbody>
+                                </table>
+                            </details>
+                        }
+                    })
+            }}
+        </section>
+    }
+}

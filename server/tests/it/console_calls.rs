@@ -1,0 +1,249 @@
+//! Every call of the console against the OpenAPI document: that the operation exists, takes these parameters and
+//! this body, and answers what the console reads.
+
+use std::{collections::BTreeSet, mem::discriminant};
+
+use quota_common::{
+    ApiKeyId, PlanId, ServiceTokenId, SessionId, Timestamp,
+    api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
+    auth::{ChangePassword, Login, Register, UpdateMe},
+    call::{Call, KeyFilter, PageOf, Sent},
+    plan::{Billing, CreatePlan, UpdatePlan},
+    service_token::CreateServiceToken,
+};
+use serde_json::{Value, json};
+
+use crate::support::app::{DOCUMENT, faults};
+
+/// How many kinds of calls there are. The match makes a new one fail to compile here until it is counted, and
+/// then fail the test until it is among the samples.
+const fn kinds(call: &Call) -> usize {
+    match call {
+        Call::Register(_)
+        | Call::Login(_)
+        | Call::Refresh
+        | Call::Logout
+        | Call::Me
+        | Call::UpdateMe(_)
+        | Call::ChangePassword(_)
+        | Call::ListSessions(_)
+        | Call::EndSession(_)
+        | Call::ListPlans(_)
+        | Call::CreatePlan(_)
+        | Call::UpdatePlan(..)
+        | Call::DeletePlan(_)
+        | Call::ListApiKeys(..)
+        | Call::GetApiKey(_)
+        | Call::CreateApiKey(_)
+        | Call::UpdateApiKey(..)
+        | Call::RotateApiKey(..)
+        | Call::DeleteApiKey(_)
+        | Call::ListServiceTokens(_)
+        | Call::CreateServiceToken(_)
+        | Call::DeleteServiceToken(_)
+        | Call::ListAudit(_)
+        | Call::Echo => 24,
+    }
+}
+
+fn id<T: From<uuid::Uuid>>() -> T {
+    T::from(uuid::Uuid::from_u128(7))
+}
+
+/// Each call with all that it can carry.
+fn samples() -> Vec<Call> {
+    let page = || PageOf {
+        limit: Some(20),
+        cursor: Some("AZ".into()),
+    };
+    let at: Timestamp = "2027-01-01T00:00:00Z".parse().expect("a time");
+    let (plan, key) = (id::<PlanId>(), id::<ApiKeyId>());
+    vec![
+        Call::Register(Register {
+            email: "a@b.c".into(),
+            password: "violet-harbour-quilt-93".into(),
+            tenant_name: Some("A".into()),
+        }),
+        Call::Login(Login {
+            email: "a@b.c".into(),
+            password: "p".into(),
+        }),
+        Call::Refresh,
+        Call::Logout,
+        Call::Me,
+        Call::UpdateMe(UpdateMe {
+            name: Some("A".into()),
+            tenant_name: Some("A".into()),
+            time_zone: Some("Europe/Berlin".into()),
+        }),
+        Call::ChangePassword(ChangePassword {
+            current_password: "p".into(),
+            new_password: "seven orchards under frost".into(),
+        }),
+        Call::ListSessions(page()),
+        Call::EndSession(id::<SessionId>()),
+        Call::ListPlans(page()),
+        Call::CreatePlan(CreatePlan {
+            name: "A".into(),
+            default_rpm: 60,
+            burst: Some(10),
+            daily_quota: Some(1),
+            monthly_quota: Some(1),
+            strict: Some(true),
+            billing: Some(Billing::Paid),
+        }),
+        Call::UpdatePlan(
+            plan,
+            UpdatePlan {
+                name: Some("A".into()),
+                default_rpm: Some(1),
+                burst: Some(1),
+                daily_quota: Some(None),
+                monthly_quota: Some(Some(1)),
+                strict: Some(false),
+                billing: Some(Billing::Free),
+            },
+        ),
+        Call::DeletePlan(plan),
+        Call::ListApiKeys(
+            KeyFilter {
+                plan_id: Some(plan),
+                is_active: Some(true),
+                search: Some("mobile & <web>".into()),
+            },
+            page(),
+        ),
+        Call::GetApiKey(key),
+        Call::CreateApiKey(CreateApiKey {
+            name: "A".into(),
+            plan_id: plan,
+            expires_at: Some(at),
+            rpm_override: Some(1),
+        }),
+        Call::UpdateApiKey(
+            key,
+            UpdateApiKey {
+                name: Some("A".into()),
+                plan_id: Some(plan),
+                is_active: Some(true),
+                expires_at: Some(None),
+                rpm_override: Some(None),
+            },
+        ),
+        Call::RotateApiKey(
+            key,
+            RotateApiKey {
+                grace_seconds: Some(60),
+            },
+        ),
+        Call::DeleteApiKey(key),
+        Call::ListServiceTokens(page()),
+        Call::CreateServiceToken(CreateServiceToken { name: "A".into() }),
+        Call::DeleteServiceToken(id::<ServiceTokenId>()),
+        Call::ListAudit(page()),
+        Call::Echo,
+    ]
+}
+
+/// The operation that the document has for it; its paths have `{…}` for each part that varies.
+fn operation(sent: &Sent) -> &'static Value {
+    let fits = |template: &str| {
+        let (a, b): (Vec<&str>, Vec<&str>) = (
+            template.split('/').collect(),
+            sent.path.split('/').collect(),
+        );
+        a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| a.starts_with('{') || a == b)
+    };
+    let (_, operations) = DOCUMENT["paths"]
+        .as_object()
+        .expect("paths")
+        .iter()
+        .find(|(template, _)| fits(template))
+        .unwrap_or_else(|| panic!("the document has no {}", sent.path));
+    let operation = &operations[sent.method.to_lowercase()];
+    assert!(
+        operation.is_object(),
+        "{} has no {}",
+        sent.path,
+        sent.method
+    );
+    operation
+}
+
+#[test]
+fn every_call_is_one_that_the_document_offers() {
+    let samples = samples();
+    let seen: Vec<_> = samples.iter().map(discriminant).collect();
+    let distinct = seen
+        .iter()
+        .enumerate()
+        .filter(|(at, it)| !seen[..*at].contains(it))
+        .count();
+    assert_eq!(distinct, kinds(&samples[0]), "a kind of call has no sample");
+    for call in samples {
+        let sent = call.sent();
+        let what = format!("{} {}", sent.method, sent.path);
+        let operation = operation(&sent);
+        let offered: BTreeSet<&str> = operation["parameters"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|it| it["in"] == "query")
+            .filter_map(|it| it["name"].as_str())
+            .collect();
+        for (name, _) in &sent.query {
+            assert!(offered.contains(name), "{what} takes no {name}");
+        }
+        let schema = &operation["requestBody"]["content"]["application/json"]["schema"];
+        match &sent.body {
+            None => assert!(schema.is_null(), "{what} wants a body"),
+            Some(body) => {
+                assert!(schema.is_object(), "{what} takes no body");
+                let wrong = faults(schema, body);
+                assert_eq!(wrong, Vec::<String>::new(), "{what} with {body}");
+            }
+        }
+        let good = operation["responses"]
+            .as_object()
+            .and_then(|answers| answers.iter().find(|(status, _)| status.starts_with('2')))
+            .map(|(_, answer)| &answer["content"]["application/json"]["schema"]["$ref"])
+            .expect("an operation can succeed");
+        let read = answer(&call).map(|name| format!("#/components/schemas/{name}"));
+        assert_eq!(good.as_str(), read.as_deref(), "{what}");
+        assert_eq!(call.is_of_session(), session_needed(operation), "{what}");
+    }
+}
+
+/// What the console reads of a good answer, by the name that the document gives to it.
+const fn answer(call: &Call) -> Option<&'static str> {
+    Some(match call {
+        Call::Register(_) | Call::Login(_) => "SignedIn",
+        Call::Refresh => "Tokens",
+        Call::Me | Call::UpdateMe(_) => "Me",
+        Call::ListSessions(_) => "Page_Session",
+        Call::ListPlans(_) => "Page_Plan",
+        Call::CreatePlan(_) | Call::UpdatePlan(..) => "Plan",
+        Call::ListApiKeys(..) => "Page_ApiKey",
+        Call::GetApiKey(_) | Call::UpdateApiKey(..) => "ApiKey",
+        Call::CreateApiKey(_) | Call::RotateApiKey(..) => "CreatedApiKey",
+        Call::ListServiceTokens(_) => "Page_ServiceToken",
+        Call::CreateServiceToken(_) => "CreatedServiceToken",
+        Call::ListAudit(_) => "Page_AuditEvent",
+        Call::Echo => "Echo",
+        Call::Logout
+        | Call::ChangePassword(_)
+        | Call::EndSession(_)
+        | Call::DeletePlan(_)
+        | Call::DeleteApiKey(_)
+        | Call::DeleteServiceToken(_) => return None,
+    })
+}
+
+/// Whether the operation asks for an access token.
+fn session_needed(operation: &Value) -> bool {
+    operation["security"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .any(|it| *it == json!({"AccessToken": []}))
+}

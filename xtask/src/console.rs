@@ -1,0 +1,77 @@
+//! `cargo xtask console`: builds the console for the browser, where the next build of the server finds it.
+
+use std::{env, path::PathBuf, process::Command};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{cargo, machine, read, root, say, succeed};
+
+pub(crate) const TARGET: &str = "wasm32-unknown-unknown";
+
+pub(crate) fn build() -> Result<()> {
+    add_target()?;
+    say("building the console (a first build takes some minutes)");
+    succeed(cargo().args([
+        "build",
+        "--quiet",
+        "--package",
+        "quota-ui",
+        "--profile",
+        "console",
+        "--target",
+        TARGET,
+    ]))?;
+    let wasm = target_directory()?
+        .join(TARGET)
+        .join("console/quota-ui.wasm");
+    let source = root().join("desktop/ui");
+    succeed(
+        cargo()
+            .args(["run", "--quiet", "--package", "xtask-console", "--"])
+            .arg(wasm)
+            .arg(&source)
+            .arg(source.join("dist")),
+    )
+}
+
+/// Rust's own library for WebAssembly: added with rustup, where that is what Rust came with.
+pub(crate) fn add_target() -> Result<()> {
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let library = read(Command::new(rustc).current_dir(root()).args([
+        "--print",
+        "target-libdir",
+        "--target",
+        TARGET,
+    ]))?;
+    if PathBuf::from(library.trim()).is_dir() {
+        return Ok(());
+    }
+    if machine::on_path("rustup").is_none() {
+        bail!(
+            "the console is compiled for {TARGET}, and this Rust has no library for it and came without rustup: \
+             install that library with your system's packages (Debian: libstd-rust-dev-wasm32), or Rust from \
+             https://rustup.rs"
+        );
+    }
+    say(&format!("rustup target add {TARGET}"));
+    succeed(
+        Command::new("rustup")
+            .current_dir(root())
+            .args(["target", "add", TARGET]),
+    )
+    .with_context(|| {
+        format!("the console is compiled for {TARGET}; run `rustup target add {TARGET}` where the network allows it")
+    })
+}
+
+/// Where cargo builds: by default `target`, elsewhere where a setting says so.
+pub(crate) fn target_directory() -> Result<PathBuf> {
+    let metadata = read(cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
+    // One string of a known field: no reason for a JSON parser in what is to compile quickly.
+    let place = metadata
+        .split_once("\"target_directory\":\"")
+        .and_then(|(_, rest)| rest.split_once('"'))
+        .map(|(place, _)| place)
+        .context("cargo metadata names no target directory")?;
+    Ok(PathBuf::from(place))
+}

@@ -1,0 +1,142 @@
+//! The journey through the console, in a browser against the real server on its embedded default.
+
+use std::{
+    fs,
+    io::Write as _,
+    net::{TcpListener, TcpStream},
+    os::unix::fs::DirBuilderExt as _,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{cargo, console, machine, read, root, say, succeed};
+
+/// A first start makes a database.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs it; `false` when it went wrong, which it then has said itself.
+pub(crate) fn run() -> Result<bool> {
+    let folder = root().join("desktop/e2e");
+    let lock = folder.join("package-lock.json");
+    let installed = folder.join("node_modules/.package-lock.json");
+    let modified = |path: &PathBuf| fs::metadata(path).and_then(|it| it.modified()).ok();
+    if modified(&installed).is_none_or(|at| Some(at) < modified(&lock)) {
+        succeed(Command::new("npm").current_dir(&folder).args([
+            "ci",
+            "--no-audit",
+            "--no-fund",
+            "--loglevel=error",
+        ]))
+        .context("the browser tests need two packages of npm's")?;
+    }
+    let chromium = machine::on_path("chromium").context("there is no chromium")?;
+    succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
+    let server = Server::start()?;
+    say("the journey through the console, in Chromium");
+    let status = Command::new("node")
+        .current_dir(&folder)
+        .arg("journey.mjs")
+        .arg(chromium)
+        .arg(&server.address)
+        .args(std::env::var_os("QUOTA_SCREENSHOTS"))
+        .status()
+        .context("cannot run node")?;
+    Ok(status.success())
+}
+
+/// A server with nothing in it, which goes with the value.
+struct Server {
+    process: Child,
+    address: String,
+    data: PathBuf,
+}
+
+impl Server {
+    fn start() -> Result<Self> {
+        let stamp = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+        // Below /tmp and open to be entered: the database's own user has to get there.
+        let data = PathBuf::from(format!(
+            "/tmp/quota-journey-{}-{}",
+            std::process::id(),
+            stamp.subsec_nanos()
+        ));
+        fs::DirBuilder::new()
+            .mode(0o711)
+            .create(&data)
+            .with_context(|| format!("cannot make {}", data.display()))?;
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let listen = format!("127.0.0.1:{port}");
+        let log = fs::File::create(data.join("log"))?;
+        let process = Command::new(console::target_directory()?.join("debug/quota"))
+            // Settings of the machine's own are not the test's.
+            .env_clear()
+            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+            .args(["serve", "--metrics-listen=off", "--log-format=text"])
+            // All requests come from one address.
+            .args(["--auth-rpm=0", "--admin-rpm=0"])
+            .arg(format!("--listen={listen}"))
+            .arg("--data-dir")
+            .arg(data.join("data"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot run the server")?;
+        let mut server = Self {
+            process,
+            // By name: browsers keep the cookies of a local server only for a local name.
+            address: format!("http://localhost:{port}"),
+            data,
+        };
+        server.wait(&listen)?;
+        Ok(server)
+    }
+
+    fn wait(&mut self, listen: &str) -> Result<()> {
+        let until = Instant::now() + PATIENCE;
+        while !is_ready(listen) {
+            if let Some(status) = self.process.try_wait()? {
+                bail!("the server ended ({status}): {}", self.log());
+            }
+            if Instant::now() > until {
+                bail!("the server is not ready in time: {}", self.log());
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.data.join("log")).unwrap_or_default()
+    }
+}
+
+fn is_ready(listen: &str) -> bool {
+    let ask = || {
+        let mut stream = TcpStream::connect(listen)?;
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        stream.write_all(b"GET /health/ready HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+        std::io::read_to_string(stream)
+    };
+    ask().is_ok_and(|answer| {
+        answer.starts_with("HTTP/1.0 200") || answer.starts_with("HTTP/1.1 200")
+    })
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // SIGTERM, so that its database stops with it.
+        let _ = read(Command::new("kill").arg(self.process.id().to_string()));
+        let until = Instant::now() + Duration::from_secs(30);
+        while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {
+            thread::sleep(Duration::from_millis(50));
+        }
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = fs::remove_dir_all(&self.data);
+    }
+}
