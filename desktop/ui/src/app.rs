@@ -6,17 +6,14 @@
 use std::collections::HashMap;
 
 use leptos::{prelude::*, task::spawn_local};
-use leptos_router::{
-    components::{Outlet, ParentRoute, Route, Router, Routes},
-    hooks::{use_location, use_navigate},
-    path,
-};
 use quota_common::{ApiKeyId, ProblemCode, auth::Me};
 
 use crate::{
     api::{self, Failure},
     component::{Empty, Icon, Shape, Toasts, ToastsView},
+    model::address::{Place, Query},
     page,
+    route::{Route, route},
 };
 
 /// Who is signed in, as far as is known.
@@ -85,24 +82,19 @@ pub fn session() -> Session {
 pub fn App() -> impl IntoView {
     let toasts = Toasts::provide();
     let session = Session::provide();
+    let route = Route::provide();
     session.ask();
+    let place = Memo::new(move |_| Place::of(&route.path.get()));
+    // One frame around all the pages in it: only what is inside changes with the address.
+    let is_entry = Memo::new(move |_| {
+        Some(place.get()).filter(|place| matches!(place, Place::SignIn | Place::Register))
+    });
     view! {
-        <Router>
-            <Routes fallback=page::NotFound>
-                <Route path=path!("/console/sign-in") view=page::SignIn/>
-                <Route path=path!("/console/register") view=page::Register/>
-                <ParentRoute path=path!("/console") view=Frame>
-                    <Route path=path!("") view=page::Home/>
-                    <Route path=path!("plans") view=page::Plans/>
-                    <Route path=path!("api-keys") view=page::ApiKeys/>
-                    <Route path=path!("api-keys/:id") view=page::ApiKeyPage/>
-                    <Route path=path!("service-tokens") view=page::ServiceTokens/>
-                    <Route path=path!("audit") view=page::Audit/>
-                    <Route path=path!("settings") view=page::Settings/>
-                    <Route path=path!("*rest") view=page::NotFound/>
-                </ParentRoute>
-            </Routes>
-        </Router>
+        {move || match is_entry.get() {
+            Some(Place::SignIn) => view! { <page::SignIn/> }.into_any(),
+            Some(_) => view! { <page::Register/> }.into_any(),
+            None => view! { <Frame place/> }.into_any(),
+        }}
         <ToastsView toasts/>
     }
 }
@@ -117,32 +109,24 @@ const PLACES: [(&str, &str, Shape); 6] = [
 ];
 
 #[component]
-fn Frame() -> impl IntoView {
+fn Frame(place: Memo<Place>) -> impl IntoView {
     let session = session();
-    let location = use_location();
-    let navigate = use_navigate();
+    let route = route();
     Effect::new(move |_| {
         if session.gate.get() == Gate::Out {
             let here = format!(
                 "{}{}",
-                location.pathname.get_untracked(),
-                window().location().search().unwrap_or_default()
+                route.path.get_untracked(),
+                route.query.get_untracked()
             );
-            let next = js_sys::encode_uri_component(&here);
-            let to = format!("/console/sign-in?next={next}");
-            navigate(
-                &to,
-                leptos_router::NavigateOptions {
-                    replace: true,
-                    ..Default::default()
-                },
-            );
+            let query = Query::default().with("next", &here);
+            route.replace(&format!("/console/sign-in{query}"));
         }
     });
     let gate = Memo::new(move |_| session.gate.get());
     move || {
         match gate.get() {
-        Gate::In => view! { <Inside/> }.into_any(),
+        Gate::In => view! { <Inside place/> }.into_any(),
         Gate::Unsaid(failure) => view! {
             <main class="alone">
                 <Empty shape=Shape::Close title="The server does not answer" about=failure.text()>
@@ -162,14 +146,19 @@ fn Frame() -> impl IntoView {
 }
 
 #[component]
-fn Inside() -> impl IntoView {
+fn Inside(place: Memo<Place>) -> impl IntoView {
     let session = session();
     let toasts = expect_context::<Toasts>();
-    let path = use_location().pathname;
+    let path = route().path;
     let open = RwSignal::new(false);
-    Effect::new(move |_| {
+    let content = NodeRef::<leptos::html::Main>::new();
+    Effect::new(move |before: Option<()>| {
         path.track();
         open.set(false);
+        // Who moves by keyboard or ear goes on where the new page begins.
+        if let (Some(()), Some(content)) = (before, content.get_untracked()) {
+            let _ = content.focus();
+        }
     });
     let is_here = move |place: &str| {
         let path = path.get();
@@ -234,8 +223,19 @@ fn Inside() -> impl IntoView {
                     </p>
                 </nav>
             </header>
-            <main id="content" tabindex="-1">
-                <Outlet/>
+            <main id="content" tabindex="-1" node_ref=content>
+                {move || match place.get() {
+                    Place::Home => view! { <page::Home/> }.into_any(),
+                    Place::Plans => view! { <page::Plans/> }.into_any(),
+                    Place::ApiKeys => view! { <page::ApiKeys/> }.into_any(),
+                    Place::ApiKey(id) => view! { <page::ApiKeyPage id/> }.into_any(),
+                    Place::ServiceTokens => view! { <page::ServiceTokens/> }.into_any(),
+                    Place::Audit => view! { <page::Audit/> }.into_any(),
+                    Place::Settings => view! { <page::Settings/> }.into_any(),
+                    Place::SignIn | Place::Register | Place::Nowhere => {
+                        view! { <page::NotFound/> }.into_any()
+                    }
+                }}
             </main>
         </div>
     }

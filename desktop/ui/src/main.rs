@@ -18,6 +18,8 @@ mod component;
 mod model;
 #[cfg(target_arch = "wasm32")]
 mod page;
+#[cfg(target_arch = "wasm32")]
+mod route;
 
 #[cfg(target_arch = "wasm32")]
 fn main() {

@@ -1,7 +1,6 @@
 //! The integration tests.
 
 mod console_calls;
-mod console_calls;
 mod embedded;
 mod env_example;
 mod every_endpoint;

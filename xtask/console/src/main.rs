@@ -7,12 +7,10 @@
 use std::{
     collections::BTreeMap,
     env, fs,
-    io::Write as _,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, bail};
-use flate2::{Compression, write::GzEncoder};
 use sha2::{Digest as _, Sha256};
 use wasm_bindgen_cli_support::Bindgen;
 
@@ -72,9 +70,14 @@ fn main() -> Result<()> {
     let mut compressed = 0;
     let plain: Vec<String> = files.keys().cloned().collect();
     for name in plain {
-        let mut gzip = GzEncoder::new(Vec::new(), Compression::best());
-        gzip.write_all(&files[&name])?;
-        let gzip = gzip.finish()?;
+        // As small as the format allows: compressed once, sent often.
+        let mut gzip = Vec::new();
+        zopfli::compress(
+            zopfli::Options::default(),
+            zopfli::Format::Gzip,
+            &files[&name][..],
+            &mut gzip,
+        )?;
         compressed += gzip.len();
         files.insert(format!("{name}.gz"), gzip);
     }

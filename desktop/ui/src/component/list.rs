@@ -1,9 +1,11 @@
 //! What is loaded from the server: waiting for it, showing it, and asking again when that failed.
 
 use leptos::{prelude::*, task::spawn_local};
-use leptos_router::hooks::{use_location, use_query_map};
 
-use crate::api::{Answer, Failure};
+use crate::{
+    api::{Answer, Failure},
+    route::route,
+};
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Load<T> {
@@ -108,18 +110,12 @@ where
 /// Leads from one page of a list to the next, by address.
 #[component]
 pub fn Pager(total: u64, shown: usize, next: Option<String>) -> impl IntoView {
-    let query = use_query_map().get_untracked();
-    let path = use_location().pathname.get_untracked();
-    let first = query.get("cursor").is_some().then(|| {
-        let mut query = query.clone();
-        query.remove("cursor");
-        format!("{path}{}", query.to_query_string())
-    });
-    let next = next.map(|cursor| {
-        let mut query = query.clone();
-        query.replace("cursor", cursor);
-        format!("{path}{}", query.to_query_string())
-    });
+    let route = route();
+    let (path, query) = (route.path.get_untracked(), route.query.get_untracked());
+    let first = query
+        .get("cursor")
+        .map(|_| format!("{path}{}", query.clone().with("cursor", "")));
+    let next = next.map(|cursor| format!("{path}{}", query.with("cursor", &cursor)));
     view! {
         <nav class="pager" aria-label="Pages">
             <span class="quiet">

@@ -1,5 +1,6 @@
 //! What is shown, before it is shown: without a browser, so that it is tested on the host.
 
+pub mod address;
 pub mod bucket;
 pub mod form;
 pub mod text;

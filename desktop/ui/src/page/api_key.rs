@@ -1,10 +1,6 @@
 //! One API key: what it is, what can be done with it, and a place to try it.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
-use leptos_router::{
-    NavigateOptions,
-    hooks::{use_navigate, use_params_map},
-};
 use quota_common::{
     ApiKeyId,
     api_key::{ApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
@@ -18,30 +14,14 @@ use crate::{
     api::{self, Failure},
     app::session,
     component::{
-        Alert, Confirm, Empty, Field, Head, Loader, Modal, SelectField, Shape, Shown, Toasts, When,
-        load,
+        Alert, Confirm, Field, Head, Loader, Modal, SelectField, Shown, Toasts, When, load,
     },
     model::{form::optional_rate, text},
+    route::route,
 };
 
 #[component]
-pub fn ApiKeyPage() -> impl IntoView {
-    let params = use_params_map();
-    let id = Memo::new(move |_| params.with(|params| params.get("id")?.parse::<ApiKeyId>().ok()));
-    move || match id.get() {
-        Some(id) => view! { <One id/> }.into_any(),
-        None => view! {
-            <Head title="API key"/>
-            <Empty shape=Shape::Key title="There is no such key" about="It may have been deleted.">
-                <a class="button" href="/console/api-keys">"All keys"</a>
-            </Empty>
-        }
-        .into_any(),
-    }
-}
-
-#[component]
-fn One(id: ApiKeyId) -> impl IntoView {
+pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     let loader = load(move || api::get_api_key(id));
     let title = Signal::derive(move || {
         loader
@@ -191,7 +171,7 @@ fn Facts(key: ApiKey, loader: Loader<ApiKey>) -> impl IntoView {
 #[component]
 fn DeleteDialog(id: ApiKeyId, name: String, open: RwSignal<bool>) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
-    let navigate = StoredValue::new_local(use_navigate());
+    let route = route();
     let busy = RwSignal::new(false);
     let failure = RwSignal::new(None::<String>);
     let gone = format!("The key {name} is deleted.");
@@ -202,7 +182,7 @@ fn DeleteDialog(id: ApiKeyId, name: String, open: RwSignal<bool>) -> impl IntoVi
             match api::delete_api_key(id).await {
                 Ok(()) => {
                     toasts.say(gone);
-                    navigate.with_value(|go| go("/console/api-keys", NavigateOptions::default()));
+                    route.go("/console/api-keys");
                 }
                 Err(refused) => {
                     failure.set(Some(refused.text()));

@@ -1,10 +1,6 @@
 //! API keys: finding one, and making one.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
-use leptos_router::{
-    NavigateOptions,
-    hooks::{use_navigate, use_query_map},
-};
 use quota_common::{
     Page,
     api_key::{ApiKey, CreateApiKey, CreatedApiKey},
@@ -21,6 +17,7 @@ use crate::{
         When, load, now,
     },
     model::{form::optional_rate, text},
+    route::route,
 };
 
 /// All plans that a list to choose from holds.
@@ -35,6 +32,10 @@ pub fn load_plans() -> Loader<Page<Plan>> {
 
 /// Whether a key opens something, and why not.
 #[component]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "components own what they are given"
+)]
 pub fn State(key: ApiKey) -> impl IntoView {
     let expired = key
         .expires_at
@@ -48,13 +49,9 @@ pub fn State(key: ApiKey) -> impl IntoView {
 
 #[component]
 pub fn ApiKeys() -> impl IntoView {
-    let query = use_query_map();
-    let navigate = use_navigate();
-    let part = move |name: &str| {
-        query
-            .with(|query| query.get(name))
-            .filter(|it| !it.is_empty())
-    };
+    let route = route();
+    let query = route.query;
+    let part = move |name: &str| query.with(|query| query.get(name));
     let loader = load(move || {
         let filter = KeyFilter {
             plan_id: part("plan_id").and_then(|id| id.parse().ok()),
@@ -88,26 +85,10 @@ pub fn ApiKeys() -> impl IntoView {
     };
 
     // A filter is part of the address, so that it can be kept and sent around.
-    let filter = StoredValue::new_local(move |name: &'static str, value: String| {
-        let mut query = query.get_untracked();
-        query.remove("cursor");
-        query.remove("new");
-        query.remove(name);
-        if !value.is_empty() {
-            query.insert(name, value);
-        }
-        let to = format!("/console/api-keys{}", query.to_query_string());
-        navigate(
-            &to,
-            NavigateOptions {
-                replace: true,
-                scroll: false,
-                ..Default::default()
-            },
-        );
-    });
-    let set =
-        move |name: &'static str, value: String| filter.with_value(|filter| filter(name, value));
+    let set = move |name: &'static str, value: String| {
+        let query = query.get_untracked().with("cursor", "").with("new", "");
+        route.replace(&format!("/console/api-keys{}", query.with(name, &value)));
+    };
     let typed = StoredValue::new(0_u32);
     let search = move |value: String| {
         typed.update_value(|n| *n = n.wrapping_add(1));

@@ -1,12 +1,12 @@
 //! Who changed what.
 
 use leptos::prelude::*;
-use leptos_router::hooks::use_query_map;
 use quota_common::{audit::AuditEvent, call::PageOf};
 
 use crate::{
     api,
     component::{Empty, Head, Pager, Shape, Shown, When, load},
+    route::route,
 };
 
 /// `api_key.rotate` as people say it.
@@ -44,7 +44,7 @@ fn change(event: &AuditEvent) -> Vec<(String, String, String)> {
 
 #[component]
 pub fn Audit() -> impl IntoView {
-    let query = use_query_map();
+    let query = route().query;
     let loader = load(move || {
         api::list_audit(PageOf {
             limit: None,

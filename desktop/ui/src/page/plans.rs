@@ -1,7 +1,6 @@
 //! Plans: what keys may do.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
-use leptos_router::hooks::use_query_map;
 use quota_common::{
     call::PageOf,
     plan::{Billing, CreatePlan, Plan, UpdatePlan},
@@ -17,6 +16,7 @@ use crate::{
         form::{optional_number, optional_rate, rate},
         text::{self, count},
     },
+    route::route,
 };
 
 type PlanPage = quota_common::Page<Plan>;
@@ -137,7 +137,7 @@ fn PlanFields(form: Form) -> impl IntoView {
 
 #[component]
 pub fn Plans() -> impl IntoView {
-    let query = use_query_map();
+    let query = route().query;
     let toasts = expect_context::<Toasts>();
     let loader: Loader<PlanPage> = load(move || {
         api::list_plans(PageOf {

@@ -1,7 +1,6 @@
 //! Service tokens: what a tenant's own gateways show, with their configuration ready to copy.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
-use leptos_router::hooks::use_query_map;
 use quota_common::{
     call::PageOf,
     service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken},
@@ -15,11 +14,12 @@ use crate::{
         load,
     },
     model::text::{Gateway, named},
+    route::route,
 };
 
 #[component]
 pub fn ServiceTokens() -> impl IntoView {
-    let query = use_query_map();
+    let query = route().query;
     let toasts = expect_context::<Toasts>();
     let loader = load(move || {
         api::list_service_tokens(PageOf {

@@ -1,17 +1,14 @@
 //! Signing in and registering.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
-use leptos_router::{
-    NavigateOptions,
-    hooks::{use_navigate, use_query_map},
-};
 use quota_common::auth::{self, Login};
 
 use crate::{
     api::{self, Answer, Failure},
     app::{Gate, session},
     component::{Alert, Field, Head, Mark},
-    model::form::next_page,
+    model::{address::Query, form::next_page},
+    route::route,
 };
 
 /// The frame of both forms: what they share, and where they lead.
@@ -24,19 +21,12 @@ struct Entry {
 impl Entry {
     fn new() -> Self {
         let session = session();
-        let navigate = use_navigate();
-        let query = use_query_map();
+        let route = route();
         // Also for one who comes here signed in.
         Effect::new(move |_| {
             if session.gate.get() == Gate::In {
-                let to = next_page(query.with_untracked(|query| query.get("next")).as_deref());
-                navigate(
-                    &to,
-                    NavigateOptions {
-                        replace: true,
-                        ..Default::default()
-                    },
-                );
+                let next = route.query.with_untracked(|query| query.get("next"));
+                route.replace(&next_page(next.as_deref()));
             }
         });
         Self {
@@ -86,12 +76,9 @@ impl Entry {
 
 /// The address of the other form, which leads to the same page.
 fn other(path: &str) -> String {
-    use_query_map()
-        .with_untracked(|query| query.get("next"))
-        .map_or_else(
-            || path.to_owned(),
-            |next| format!("{path}?next={}", js_sys::encode_uri_component(&next)),
-        )
+    let next = route().query.with_untracked(|query| query.get("next"));
+    let query = Query::default().with("next", &next.unwrap_or_default());
+    format!("{path}{query}")
 }
 
 #[component]

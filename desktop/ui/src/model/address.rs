@@ -1,0 +1,160 @@
+//! Addresses of the console: which page they name, and what stands behind their `?`.
+
+use std::fmt;
+
+use quota_common::ApiKeyId;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    SignIn,
+    Register,
+    Home,
+    Plans,
+    ApiKeys,
+    ApiKey(ApiKeyId),
+    ServiceTokens,
+    Audit,
+    Settings,
+    Nowhere,
+}
+
+impl Place {
+    pub fn of(path: &str) -> Self {
+        let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+        match parts[..] {
+            ["console"] => Self::Home,
+            ["console", "sign-in"] => Self::SignIn,
+            ["console", "register"] => Self::Register,
+            ["console", "plans"] => Self::Plans,
+            ["console", "api-keys"] => Self::ApiKeys,
+            ["console", "api-keys", id] => id.parse().map_or(Self::Nowhere, Self::ApiKey),
+            ["console", "service-tokens"] => Self::ServiceTokens,
+            ["console", "audit"] => Self::Audit,
+            ["console", "settings"] => Self::Settings,
+            _ => Self::Nowhere,
+        }
+    }
+}
+
+/// What stands behind the `?`, decoded; shown with it, encoded.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Query(Vec<(String, String)>);
+
+impl Query {
+    pub fn read(text: &str) -> Self {
+        let pairs = text
+            .trim_start_matches('?')
+            .split('&')
+            .filter(|pair| !pair.is_empty())
+            .map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+        Self(
+            pairs
+                .map(|(name, value)| (decoded(name), decoded(value)))
+                .collect(),
+        )
+    }
+
+    /// Nothing where it is empty.
+    pub fn get(&self, name: &str) -> Option<String> {
+        self.0
+            .iter()
+            .find(|(it, _)| it == name)
+            .map(|(_, value)| value.clone())
+            .filter(|value| !value.is_empty())
+    }
+
+    /// With another value; an empty one takes it out.
+    pub fn with(mut self, name: &str, value: &str) -> Self {
+        self.0.retain(|(it, _)| it != name);
+        if !value.is_empty() {
+            self.0.push((name.to_owned(), value.to_owned()));
+        }
+        self
+    }
+}
+
+impl fmt::Display for Query {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, (name, value)) in self.0.iter().enumerate() {
+            let mark = if at == 0 { '?' } else { '&' };
+            write!(f, "{mark}{}={}", encoded(name), encoded(value))?;
+        }
+        Ok(())
+    }
+}
+
+/// RFC 3986 2.1: all but the unreserved as `%` and two digits.
+pub fn encoded(text: &str) -> String {
+    let mut out = String::new();
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
+}
+
+fn decoded(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = text.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        let digits = after.get(..2).and_then(|two| std::str::from_utf8(two).ok());
+        match (
+            first,
+            digits.and_then(|two| u8::from_str_radix(two, 16).ok()),
+        ) {
+            (b'%', Some(byte)) => {
+                bytes.push(byte);
+                rest = &after[2..];
+            }
+            (b'+', _) => {
+                bytes.push(b' ');
+                rest = after;
+            }
+            _ => {
+                bytes.push(first);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_name_their_pages() {
+        assert_eq!(Place::of("/console"), Place::Home);
+        assert_eq!(Place::of("/console/"), Place::Home);
+        assert_eq!(Place::of("/console/plans"), Place::Plans);
+        let id = "019ab4e1-7c00-7000-8000-0000000000b1";
+        let page = Place::of(&format!("/console/api-keys/{id}"));
+        assert_eq!(page, Place::ApiKey(id.parse().expect("an id")));
+        assert_eq!(Place::of("/console/api-keys/x"), Place::Nowhere);
+        assert_eq!(Place::of("/console/plans/x"), Place::Nowhere);
+        assert_eq!(Place::of("/"), Place::Nowhere);
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let all = Query::default()
+            .with("search", "a & b = ü + %41")
+            .with("plan_id", "7");
+        assert_eq!(Query::read(&all.to_string()), all);
+        assert_eq!(all.get("search").as_deref(), Some("a & b = ü + %41"));
+        assert_eq!(all.clone().with("search", "").to_string(), "?plan_id=7");
+        assert_eq!(Query::read("").to_string(), "");
+    }
+
+    #[test]
+    fn what_others_wrote_is_read_as_far_as_it_goes() {
+        let query = Query::read("?a=1+2&b&c=%zz%F0&a=3&=&%");
+        assert_eq!(query.get("a").as_deref(), Some("1 2"));
+        assert_eq!(query.get("b"), None);
+        assert_eq!(query.get("c").as_deref(), Some("%zz\u{fffd}"));
+    }
+}
