@@ -26,7 +26,10 @@ fn main() -> io::Result<()> {
     let mut table = String::from("const FILES: &[File] = &[\n");
     for (name, path) in &files {
         let gzip = format!("{path}.gz");
-        if name.ends_with(".gz") || name.starts_with('.') || !Path::new(&gzip).exists() {
+        if Path::new(name).extension().is_some_and(|it| it == "gz")
+            || name.starts_with('.')
+            || !Path::new(&gzip).exists()
+        {
             continue;
         }
         let _ = writeln!(

@@ -101,10 +101,8 @@ fn keep(
     bytes: &[u8],
 ) -> String {
     let digest = Sha256::digest(bytes);
-    let hash: String = digest[..8]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let hash = u64::from_be_bytes(*digest.first_chunk().expect("SHA-256 has 32 bytes"));
+    let hash = format!("{hash:016x}");
     let name = format!("{stem}-{hash}.{extension}");
     files.insert(name.clone(), bytes.to_vec());
     name

@@ -1,6 +1,6 @@
 //! Addresses of the console: which page they name, and what stands behind their `?`.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use quota_common::ApiKeyId;
 
@@ -90,7 +90,7 @@ pub fn encoded(text: &str) -> String {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
             out.push(char::from(byte));
         } else {
-            out.push_str(&format!("%{byte:02X}"));
+            let _ = write!(out, "%{byte:02X}");
         }
     }
     out

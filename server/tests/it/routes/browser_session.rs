@@ -96,8 +96,8 @@ fn set_cookies(response: &Response) -> Vec<String> {
         .collect()
 }
 
-fn plan(name: &str) -> Option<Value> {
-    Some(json!({"name": name, "default_rpm": 60}))
+fn plan(name: &str) -> Value {
+    json!({"name": name, "default_rpm": 60})
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -129,7 +129,7 @@ async fn a_browser_gets_its_tokens_in_cookies_alone() {
     assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
     assert_eq!(
         browser
-            .status(Method::POST, "/admin/plans", plan("One"))
+            .status(Method::POST, "/admin/plans", Some(plan("One")))
             .await,
         201
     );
@@ -189,7 +189,7 @@ async fn pages_of_others_change_nothing() {
         browser.site = Some(site);
         assert_eq!(
             browser
-                .status(Method::POST, "/admin/plans", plan(site))
+                .status(Method::POST, "/admin/plans", Some(plan(site)))
                 .await,
             403,
             "{site}"
@@ -218,7 +218,7 @@ async fn pages_of_others_change_nothing() {
         browser.origin = origin;
         assert_eq!(
             browser
-                .status(Method::POST, "/admin/plans", plan("x"))
+                .status(Method::POST, "/admin/plans", Some(plan("x")))
                 .await,
             403
         );
@@ -226,7 +226,7 @@ async fn pages_of_others_change_nothing() {
     browser.origin = Some(server.url(""));
     assert_eq!(
         browser
-            .status(Method::POST, "/admin/plans", plan("own"))
+            .status(Method::POST, "/admin/plans", Some(plan("own")))
             .await,
         201
     );
@@ -241,7 +241,7 @@ async fn a_change_by_cookie_carries_the_field_of_its_session() {
     assert_eq!(browser.status(Method::GET, "/admin/plans", None).await, 200);
     assert_eq!(
         browser
-            .status(Method::POST, "/admin/plans", plan("x"))
+            .status(Method::POST, "/admin/plans", Some(plan("x")))
             .await,
         403
     );
@@ -258,7 +258,7 @@ async fn a_change_by_cookie_carries_the_field_of_its_session() {
         .expect("it was there");
     assert_eq!(
         browser
-            .status(Method::POST, "/admin/plans", plan("x"))
+            .status(Method::POST, "/admin/plans", Some(plan("x")))
             .await,
         403
     );
@@ -273,14 +273,14 @@ async fn a_change_by_cookie_carries_the_field_of_its_session() {
         .insert("quota_csrf".into(), format!("{own}x"));
     assert_eq!(
         browser
-            .status(Method::POST, "/admin/plans", plan("x"))
+            .status(Method::POST, "/admin/plans", Some(plan("x")))
             .await,
         403
     );
     browser.cookies.insert("quota_csrf".into(), own);
     assert_eq!(
         browser
-            .status(Method::POST, "/admin/plans", plan("x"))
+            .status(Method::POST, "/admin/plans", Some(plan("x")))
             .await,
         201
     );
@@ -365,7 +365,7 @@ async fn every_answer_carries_its_protection() {
             ("cross-origin-opener-policy", "same-origin"),
         ] {
             assert_eq!(
-                headers.get(name).map(|it| it.as_bytes()),
+                headers.get(name).map(hyper::http::HeaderValue::as_bytes),
                 Some(value.as_bytes()),
                 "{path}"
             );
