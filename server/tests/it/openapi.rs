@@ -220,6 +220,17 @@ impl Sender {
     async fn accepted(&self, operation: &Operation, body: &Value, field: &str) {
         let answer = self.send(operation, body).await;
         let (id, text) = (operation.id, &answer.text);
+        if matches!(id, "refresh" | "logout")
+            && field == "refresh_token"
+            && body.get(field).is_none()
+        {
+            // Left out by a caller whose tokens are in cookies, which this one's are not.
+            assert!(
+                answer.status == 422 && names(&answer, field),
+                "{id}: {text}"
+            );
+            return;
+        }
         assert_ne!(
             answer.status,
             400,
