@@ -179,17 +179,21 @@ async fn apply_migrations(url: &SecretString) -> anyhow::Result<()> {
     }
 }
 
-/// Ends when the operator or the terminal says so.
-async fn told_to_stop() {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (
+/// Ends when the operator or the terminal says so. Listens from the call on, not from the first poll: a stop that
+/// comes in between would end the process as if nobody listened.
+fn told_to_stop() -> impl Future<Output = ()> {
+    let signals = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
-    ) else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    );
+    async move {
+        let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     }
 }
 
