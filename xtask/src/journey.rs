@@ -6,7 +6,7 @@ use std::{
     net::{TcpListener, TcpStream},
     os::unix::fs::DirBuilderExt as _,
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitCode, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -17,6 +17,20 @@ use crate::{cargo, console, machine, read, root, say, succeed};
 
 /// A first start makes a database.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What it needs of the machine, beside the server's own needs.
+pub(crate) const NEEDS: [machine::Need; 3] = [machine::CHROMIUM, machine::NODE, machine::NPM];
+
+/// `cargo xtask journey`: the console and the server are built, and nothing else is tested.
+pub(crate) fn alone() -> Result<ExitCode> {
+    machine::install(&[&[machine::POSTGRES], &NEEDS[..]].concat())?;
+    console::build()?;
+    Ok(if run()? {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
 
 /// Runs it; `false` when it went wrong, which it then has said itself.
 pub(crate) fn run() -> Result<bool> {

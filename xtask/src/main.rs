@@ -57,6 +57,8 @@ enum Chore {
     },
     /// Build the console for the browser; the next build of the server embeds it
     Console,
+    /// Build all and go through the console in Chromium; QUOTA_SCREENSHOTS=FOLDER keeps pictures of every page
+    Journey,
     /// Formatting, lints, and whether generated files are fresh
     Check,
     /// Write server/src/schema.rs from the migrations
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         Chore::Test { arguments } => test::test(&arguments),
         Chore::Bench { arguments } => bench::bench(&arguments),
         Chore::Console => console::build().map(|()| ExitCode::SUCCESS),
+        Chore::Journey => journey::alone(),
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
         Chore::Schema => schema::write().map(|()| ExitCode::SUCCESS),
     };

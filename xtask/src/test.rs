@@ -16,7 +16,7 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
     let with_journey = arguments.is_empty();
     let mut needs = vec![machine::POSTGRES, machine::REDIS];
     if with_journey {
-        needs.extend([machine::CHROMIUM, machine::NODE, machine::NPM]);
+        needs.extend(journey::NEEDS);
     }
     machine::install(&needs)?;
     console::build()?;
