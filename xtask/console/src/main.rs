@@ -14,6 +14,9 @@ use anyhow::{Context as _, Result, bail};
 use sha2::{Digest as _, Sha256};
 use wasm_bindgen_cli_support::Bindgen;
 
+/// All files of the console together, compressed: what a first visit loads.
+const MOST: usize = 300_000;
+
 fn main() -> Result<()> {
     let arguments: Vec<PathBuf> = env::args_os().skip(1).map(PathBuf::from).collect();
     let [wasm, source, out] = &arguments[..] else {
@@ -80,6 +83,11 @@ fn main() -> Result<()> {
         )?;
         compressed += gzip.len();
         files.insert(format!("{name}.gz"), gzip);
+    }
+    if compressed > MOST {
+        bail!(
+            "the console is {compressed} bytes, compressed, and {MOST} are the most that a browser should load"
+        );
     }
     write(out, &files)?;
     println!(

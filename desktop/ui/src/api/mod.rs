@@ -2,6 +2,8 @@
 
 mod browser;
 
+use std::pin::Pin;
+
 use quota_common::{
     ApiKeyId, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId,
     api_key::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
@@ -64,99 +66,107 @@ impl Failure {
 
 pub type Answer<T> = Result<T, Failure>;
 
-async fn read<T: DeserializeOwned>(call: Call) -> Answer<T> {
-    let body = browser::send(&call).await?;
-    serde_json::from_str(&body).map_err(|_| Failure::Unreadable)
+/// An answer to come. Boxed, so that pages do not each carry a call's whole way within them.
+pub type Pending<T> = Pin<Box<dyn Future<Output = Answer<T>>>>;
+
+fn send(call: Call) -> Pending<String> {
+    Box::pin(async move { browser::send(&call).await })
 }
 
-async fn done(call: Call) -> Answer<()> {
-    browser::send(&call).await.map(drop)
+fn read<T: DeserializeOwned>(call: Call) -> Pending<T> {
+    let body = send(call);
+    Box::pin(async move { serde_json::from_str(&body.await?).map_err(|_| Failure::Unreadable) })
 }
 
-pub async fn register(body: Register) -> Answer<SignedIn> {
-    read(Call::Register(body)).await
+fn done(call: Call) -> Pending<()> {
+    let body = send(call);
+    Box::pin(async move { body.await.map(drop) })
 }
 
-pub async fn login(body: Login) -> Answer<SignedIn> {
-    read(Call::Login(body)).await
+pub fn register(body: Register) -> Pending<SignedIn> {
+    read(Call::Register(body))
 }
 
-pub async fn logout() -> Answer<()> {
-    done(Call::Logout).await
+pub fn login(body: Login) -> Pending<SignedIn> {
+    read(Call::Login(body))
 }
 
-pub async fn me() -> Answer<Me> {
-    read(Call::Me).await
+pub fn logout() -> Pending<()> {
+    done(Call::Logout)
 }
 
-pub async fn update_me(body: UpdateMe) -> Answer<Me> {
-    read(Call::UpdateMe(body)).await
+pub fn me() -> Pending<Me> {
+    read(Call::Me)
 }
 
-pub async fn change_password(body: ChangePassword) -> Answer<()> {
-    done(Call::ChangePassword(body)).await
+pub fn update_me(body: UpdateMe) -> Pending<Me> {
+    read(Call::UpdateMe(body))
 }
 
-pub async fn list_sessions(page: PageOf) -> Answer<Page<Session>> {
-    read(Call::ListSessions(page)).await
+pub fn change_password(body: ChangePassword) -> Pending<()> {
+    done(Call::ChangePassword(body))
 }
 
-pub async fn end_session(id: SessionId) -> Answer<()> {
-    done(Call::EndSession(id)).await
+pub fn list_sessions(page: PageOf) -> Pending<Page<Session>> {
+    read(Call::ListSessions(page))
 }
 
-pub async fn list_plans(page: PageOf) -> Answer<Page<Plan>> {
-    read(Call::ListPlans(page)).await
+pub fn end_session(id: SessionId) -> Pending<()> {
+    done(Call::EndSession(id))
 }
 
-pub async fn create_plan(body: CreatePlan) -> Answer<Plan> {
-    read(Call::CreatePlan(body)).await
+pub fn list_plans(page: PageOf) -> Pending<Page<Plan>> {
+    read(Call::ListPlans(page))
 }
 
-pub async fn update_plan(id: PlanId, body: UpdatePlan) -> Answer<Plan> {
-    read(Call::UpdatePlan(id, body)).await
+pub fn create_plan(body: CreatePlan) -> Pending<Plan> {
+    read(Call::CreatePlan(body))
 }
 
-pub async fn delete_plan(id: PlanId) -> Answer<()> {
-    done(Call::DeletePlan(id)).await
+pub fn update_plan(id: PlanId, body: UpdatePlan) -> Pending<Plan> {
+    read(Call::UpdatePlan(id, body))
 }
 
-pub async fn list_api_keys(filter: KeyFilter, page: PageOf) -> Answer<Page<ApiKey>> {
-    read(Call::ListApiKeys(filter, page)).await
+pub fn delete_plan(id: PlanId) -> Pending<()> {
+    done(Call::DeletePlan(id))
 }
 
-pub async fn get_api_key(id: ApiKeyId) -> Answer<ApiKey> {
-    read(Call::GetApiKey(id)).await
+pub fn list_api_keys(filter: KeyFilter, page: PageOf) -> Pending<Page<ApiKey>> {
+    read(Call::ListApiKeys(filter, page))
 }
 
-pub async fn create_api_key(body: CreateApiKey) -> Answer<CreatedApiKey> {
-    read(Call::CreateApiKey(body)).await
+pub fn get_api_key(id: ApiKeyId) -> Pending<ApiKey> {
+    read(Call::GetApiKey(id))
 }
 
-pub async fn update_api_key(id: ApiKeyId, body: UpdateApiKey) -> Answer<ApiKey> {
-    read(Call::UpdateApiKey(id, body)).await
+pub fn create_api_key(body: CreateApiKey) -> Pending<CreatedApiKey> {
+    read(Call::CreateApiKey(body))
 }
 
-pub async fn rotate_api_key(id: ApiKeyId, body: RotateApiKey) -> Answer<CreatedApiKey> {
-    read(Call::RotateApiKey(id, body)).await
+pub fn update_api_key(id: ApiKeyId, body: UpdateApiKey) -> Pending<ApiKey> {
+    read(Call::UpdateApiKey(id, body))
 }
 
-pub async fn delete_api_key(id: ApiKeyId) -> Answer<()> {
-    done(Call::DeleteApiKey(id)).await
+pub fn rotate_api_key(id: ApiKeyId, body: RotateApiKey) -> Pending<CreatedApiKey> {
+    read(Call::RotateApiKey(id, body))
 }
 
-pub async fn list_service_tokens(page: PageOf) -> Answer<Page<ServiceToken>> {
-    read(Call::ListServiceTokens(page)).await
+pub fn delete_api_key(id: ApiKeyId) -> Pending<()> {
+    done(Call::DeleteApiKey(id))
 }
 
-pub async fn create_service_token(body: CreateServiceToken) -> Answer<CreatedServiceToken> {
-    read(Call::CreateServiceToken(body)).await
+pub fn list_service_tokens(page: PageOf) -> Pending<Page<ServiceToken>> {
+    read(Call::ListServiceTokens(page))
 }
 
-pub async fn delete_service_token(id: ServiceTokenId) -> Answer<()> {
-    done(Call::DeleteServiceToken(id)).await
+pub fn create_service_token(body: CreateServiceToken) -> Pending<CreatedServiceToken> {
+    read(Call::CreateServiceToken(body))
 }
 
-pub async fn list_audit(page: PageOf) -> Answer<Page<AuditEvent>> {
-    read(Call::ListAudit(page)).await
+pub fn delete_service_token(id: ServiceTokenId) -> Pending<()> {
+    done(Call::DeleteServiceToken(id))
+}
+
+pub fn list_audit(page: PageOf) -> Pending<Page<AuditEvent>> {
+    read(Call::ListAudit(page))
 }

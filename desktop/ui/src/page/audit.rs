@@ -27,11 +27,12 @@ fn change(event: &AuditEvent) -> Vec<(String, String, String)> {
         None => String::new(),
         Some(serde_json::Value::String(text)) => text.clone(),
         Some(serde_json::Value::Null) => "none".to_owned(),
-        Some(other) => other.to_string(),
+        Some(other) => serde_json::to_string(other).unwrap_or_default(),
     };
-    let names: std::collections::BTreeSet<&String> = before.keys().chain(after.keys()).collect();
-    names
-        .into_iter()
+    let added = after.keys().filter(|name| !before.contains_key(*name));
+    before
+        .keys()
+        .chain(added)
         .map(|name| {
             (
                 name.replace('_', " "),

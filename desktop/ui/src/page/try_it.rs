@@ -4,7 +4,7 @@ use leptos::{prelude::*, task::spawn_local};
 
 use crate::{
     api::{self, Tried},
-    component::Alert,
+    component::{Alert, now},
     model::{
         bucket::{Bucket, History},
         text::count,
@@ -15,8 +15,8 @@ use crate::{
 const FRAME_MS: u64 = 200;
 /// How many requests "until 429" sends at most.
 const MOST: u32 = 300;
-const WIDTH: f64 = 600.0;
-const HEIGHT: f64 = 120.0;
+/// Of the plot; its height is 1000.
+const WIDTH: i64 = 6000;
 
 /// What has come of the requests so far.
 #[derive(Clone, Default)]
@@ -35,16 +35,16 @@ pub fn TryIt(
     let tally = RwSignal::new(Tally::default());
     let bucket = RwSignal::new(None::<Bucket>);
     let history = RwSignal::new(History::default());
-    let clock = RwSignal::new(js_sys::Date::now());
+    let clock = RwSignal::new(now());
     let busy = RwSignal::new(false);
     // When the next request would be admitted, in milliseconds since 1970.
-    let again_at = RwSignal::new(None::<f64>);
+    let again_at = RwSignal::new(None::<i64>);
 
     let timer = set_interval_with_handle(
         move || {
-            let now = js_sys::Date::now();
+            let now = now();
             if let Some(bucket) = bucket.get_untracked() {
-                history.update(|history| history.add(now, bucket.level(now) / bucket.limit));
+                history.update(|history| history.add(now, bucket.share(now)));
             }
             clock.set(now);
             if again_at.get_untracked().is_some_and(|at| at <= now) {
@@ -63,7 +63,7 @@ pub fn TryIt(
     let send = move || async move {
         match api::try_key(text.get_untracked().trim()).await {
             Ok(tried) => {
-                let now = js_sys::Date::now();
+                let now = now();
                 let header = |name| tried.header(name).unwrap_or_default();
                 if let Some(read) = Bucket::read(
                     header("X-RateLimit-Limit"),
@@ -71,11 +71,11 @@ pub fn TryIt(
                     header("RateLimit-Policy"),
                     now,
                 ) {
-                    history.update(|history| history.add(now, read.level(now) / read.limit));
+                    history.update(|history| history.add(now, read.share(now)));
                     bucket.set(Some(read));
                 }
-                let wait = header("Retry-After").parse::<f64>().ok();
-                again_at.set(wait.map(|secs| now + secs * 1000.0));
+                let wait = header("Retry-After").parse::<i64>().ok();
+                again_at.set(wait.map(|secs| now + secs * 1000));
                 let admitted = tried.status == 200;
                 tally.update(|tally| {
                     tally.failure = None;
@@ -144,7 +144,7 @@ pub fn TryIt(
                 again_at
                     .get()
                     .map(|at| {
-                        let secs = ((at - clock.get()) / 1000.0).max(0.0).ceil();
+                        let secs = ((at - clock.get()).max(0) + 999) / 1000;
                         view! { <p class="countdown">"The next request is admitted in " <strong>{format!("{secs} s")}</strong></p> }
                     })
             }}
@@ -152,23 +152,21 @@ pub fn TryIt(
                 bucket
                     .get()
                     .map(|it| {
-                        let level = move || it.level(clock.get()).floor();
+                        let level = move || it.level(clock.get()) / 1000;
                         view! {
                             <figure class="plot">
                                 <svg
-                                    viewBox=format!("0 0 {WIDTH} {HEIGHT}")
+                                    viewBox="0 0 6000 1000"
                                     preserveAspectRatio="none"
                                     role="img"
-                                    aria-label=format!("The bucket's level over the last {} seconds", History::SPAN / 1000.0)
+                                    aria-label="The bucket's level over the last 30 seconds"
                                 >
-                                    <line class="plot-grid" x1="0" x2=WIDTH y1="1" y2="1"/>
-                                    <line class="plot-grid" x1="0" x2=WIDTH y1=HEIGHT / 2.0 y2=HEIGHT / 2.0/>
-                                    <line class="plot-grid" x1="0" x2=WIDTH y1=HEIGHT - 1.0 y2=HEIGHT - 1.0/>
-                                    <polyline class="plot-line" points=move || history.with(|history| history.line(clock.get(), WIDTH, HEIGHT))/>
+                                    <path class="plot-grid" d="M0 8h6000M0 500h6000M0 992h6000"/>
+                                    <polyline class="plot-line" points=move || history.with(|history| history.line(clock.get(), WIDTH))/>
                                 </svg>
                                 <figcaption>
                                     <span>"Bucket: " <strong>{level}</strong> {format!(" of {}", it.limit)}</span>
-                                    <span class="quiet">{format!("refills {:.1} a second", it.per_second)}</span>
+                                    <span class="quiet">{format!("refills {} a second", it.pace())}</span>
                                 </figcaption>
                             </figure>
                         }
