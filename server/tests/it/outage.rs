@@ -8,6 +8,7 @@ use std::{
 };
 
 use quota_server::db;
+use quota_testkit::proxy::{Fault, FaultProxy, Upstream};
 use secrecy::SecretString;
 use serde_json::json;
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
@@ -15,7 +16,6 @@ use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use crate::support::{
     app::{Account, Answer, Key, Setup, TestApp},
     postgres::TestDatabase,
-    proxy::{Fault, FaultProxy, Upstream},
 };
 
 /// No answer takes longer, whatever PostgreSQL does.

@@ -2,6 +2,4 @@
 
 pub(crate) mod app;
 pub(crate) mod postgres;
-pub(crate) mod proxy;
 pub(crate) mod quota;
-pub(crate) mod redis;

@@ -22,14 +22,14 @@ use tokio::{
 
 /// Where the proxy leads to.
 #[derive(Debug, Clone)]
-pub(crate) enum Upstream {
+pub enum Upstream {
     Tcp(SocketAddr),
     Unix(PathBuf),
 }
 
 /// What befalls the traffic, of connections that are open and of new ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fault {
+pub enum Fault {
     /// None: bytes pass.
     Pass,
     /// Each piece of data waits this long, in both directions.
@@ -43,7 +43,7 @@ pub(crate) enum Fault {
 }
 
 #[derive(Debug)]
-pub(crate) struct FaultProxy {
+pub struct FaultProxy {
     addr: SocketAddr,
     control: Arc<Control>,
     accepting: JoinHandle<()>,
@@ -58,7 +58,7 @@ struct Control {
 }
 
 impl FaultProxy {
-    pub(crate) async fn start(upstream: Upstream) -> Self {
+    pub async fn start(upstream: Upstream) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
             .expect("a free port");
@@ -76,22 +76,22 @@ impl FaultProxy {
         }
     }
 
-    pub(crate) fn addr(&self) -> SocketAddr {
+    pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
     /// From now on, until the next call.
-    pub(crate) fn set(&self, fault: Fault) {
+    pub fn set(&self, fault: Fault) {
         self.control.fault.send_replace(fault);
     }
 
     /// Resets every open connection, once. New ones are as [`set`](Self::set) says.
-    pub(crate) fn cut(&self) {
+    pub fn cut(&self) {
         self.control.cuts.send_modify(|cuts| *cuts += 1);
     }
 
     /// How many connections were taken so far.
-    pub(crate) fn accepted(&self) -> u64 {
+    pub fn accepted(&self) -> u64 {
         self.control.accepted.load(Ordering::SeqCst)
     }
 }
@@ -205,115 +205,120 @@ async fn pass(
     }
 }
 
-/// A server that sends back what it gets.
-async fn echo() -> SocketAddr {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-        .await
-        .expect("a free port");
-    let addr = listener.local_addr().expect("it is bound");
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let (mut from, mut to) = stream.split();
-                let _ = tokio::io::copy(&mut from, &mut to).await;
-                let _ = to.shutdown().await;
-            });
-        }
-    });
-    addr
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Sends `ping` and gives what comes back within the time: `None` for silence.
-async fn ping(stream: &mut TcpStream, limit: Duration) -> Option<io::Result<String>> {
-    let answer = async {
-        stream.write_all(b"ping").await?;
-        let mut buffer = [0; 4];
-        stream.read_exact(&mut buffer).await?;
-        Ok(String::from_utf8_lossy(&buffer).into_owned())
-    };
-    tokio::time::timeout(limit, answer).await.ok()
-}
-
-const LONG: Duration = Duration::from_secs(10);
-const SHORT: Duration = Duration::from_millis(200);
-
-#[tokio::test]
-async fn each_fault_does_what_it_says_and_passes() {
-    let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
-    let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
-    let answer = ping(&mut stream, LONG).await.expect("in time");
-    assert_eq!(answer.expect("it passes"), "ping");
-
-    proxy.set(Fault::Delay(SHORT));
-    let before = std::time::Instant::now();
-    assert!(
-        ping(&mut stream, LONG)
+    /// A server that sends back what it gets.
+    async fn echo() -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
-            .is_some_and(|answer| answer.is_ok())
-    );
-    assert!(before.elapsed() >= 2 * SHORT, "once there, once back");
+            .expect("a free port");
+        let addr = listener.local_addr().expect("it is bound");
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let (mut from, mut to) = stream.split();
+                    let _ = tokio::io::copy(&mut from, &mut to).await;
+                    let _ = to.shutdown().await;
+                });
+            }
+        });
+        addr
+    }
 
-    proxy.set(Fault::BlackHole);
-    assert!(ping(&mut stream, SHORT).await.is_none(), "silence");
+    /// Sends `ping` and gives what comes back within the time: `None` for silence.
+    async fn ping(stream: &mut TcpStream, limit: Duration) -> Option<io::Result<String>> {
+        let answer = async {
+            stream.write_all(b"ping").await?;
+            let mut buffer = [0; 4];
+            stream.read_exact(&mut buffer).await?;
+            Ok(String::from_utf8_lossy(&buffer).into_owned())
+        };
+        tokio::time::timeout(limit, answer).await.ok()
+    }
 
-    proxy.set(Fault::Refuse);
-    let mut refused = TcpStream::connect(proxy.addr())
-        .await
-        .expect("the kernel accepts");
-    assert!(ping(&mut refused, LONG).await.expect("in time").is_err());
-    let answer = ping(&mut stream, LONG).await.expect("in time");
-    assert_eq!(answer.expect("the open one goes on"), "ping");
+    const LONG: Duration = Duration::from_secs(10);
+    const SHORT: Duration = Duration::from_millis(200);
 
-    proxy.set(Fault::CutAfter(6));
-    let answer = ping(&mut stream, LONG).await.expect("in time");
-    assert_eq!(answer.expect("four bytes pass"), "ping");
-    assert!(
-        ping(&mut stream, LONG).await.expect("in time").is_err(),
-        "two are too few"
-    );
+    #[tokio::test]
+    async fn each_fault_does_what_it_says_and_passes() {
+        let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
+        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let answer = ping(&mut stream, LONG).await.expect("in time");
+        assert_eq!(answer.expect("it passes"), "ping");
 
-    proxy.set(Fault::Pass);
-    let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
-    assert!(
-        ping(&mut stream, LONG)
+        proxy.set(Fault::Delay(SHORT));
+        let before = std::time::Instant::now();
+        assert!(
+            ping(&mut stream, LONG)
+                .await
+                .is_some_and(|answer| answer.is_ok())
+        );
+        assert!(before.elapsed() >= 2 * SHORT, "once there, once back");
+
+        proxy.set(Fault::BlackHole);
+        assert!(ping(&mut stream, SHORT).await.is_none(), "silence");
+
+        proxy.set(Fault::Refuse);
+        let mut refused = TcpStream::connect(proxy.addr())
             .await
-            .is_some_and(|answer| answer.is_ok())
-    );
-    proxy.cut();
-    let mut byte = [0];
-    let error = tokio::time::timeout(LONG, stream.read(&mut byte))
-        .await
-        .expect("in time");
-    assert_eq!(
-        error.expect_err("a reset").kind(),
-        io::ErrorKind::ConnectionReset
-    );
-    assert_eq!(proxy.accepted(), 3);
-}
+            .expect("the kernel accepts");
+        assert!(ping(&mut refused, LONG).await.expect("in time").is_err());
+        let answer = ping(&mut stream, LONG).await.expect("in time");
+        assert_eq!(answer.expect("the open one goes on"), "ping");
 
-#[tokio::test]
-async fn an_end_of_one_side_is_passed_on_and_the_rest_still_arrives() {
-    let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
-    let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
-    stream.write_all(b"all of it").await.expect("sent");
-    stream.shutdown().await.expect("sent");
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await.expect("a clean end");
-    assert_eq!(text, "all of it");
-}
+        proxy.set(Fault::CutAfter(6));
+        let answer = ping(&mut stream, LONG).await.expect("in time");
+        assert_eq!(answer.expect("four bytes pass"), "ping");
+        assert!(
+            ping(&mut stream, LONG).await.expect("in time").is_err(),
+            "two are too few"
+        );
 
-#[tokio::test]
-async fn a_unix_socket_may_be_behind_it() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let path = dir.path().join("socket");
-    let listener = tokio::net::UnixListener::bind(&path).expect("a socket");
-    tokio::spawn(async move {
-        let (mut stream, _) = listener.accept().await.expect("a connection");
-        let (mut from, mut to) = stream.split();
-        let _ = tokio::io::copy(&mut from, &mut to).await;
-    });
-    let proxy = FaultProxy::start(Upstream::Unix(path)).await;
-    let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
-    let answer = ping(&mut stream, LONG).await.expect("in time");
-    assert_eq!(answer.expect("it passes"), "ping");
+        proxy.set(Fault::Pass);
+        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        assert!(
+            ping(&mut stream, LONG)
+                .await
+                .is_some_and(|answer| answer.is_ok())
+        );
+        proxy.cut();
+        let mut byte = [0];
+        let error = tokio::time::timeout(LONG, stream.read(&mut byte))
+            .await
+            .expect("in time");
+        assert_eq!(
+            error.expect_err("a reset").kind(),
+            io::ErrorKind::ConnectionReset
+        );
+        assert_eq!(proxy.accepted(), 3);
+    }
+
+    #[tokio::test]
+    async fn an_end_of_one_side_is_passed_on_and_the_rest_still_arrives() {
+        let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
+        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        stream.write_all(b"all of it").await.expect("sent");
+        stream.shutdown().await.expect("sent");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.expect("a clean end");
+        assert_eq!(text, "all of it");
+    }
+
+    #[tokio::test]
+    async fn a_unix_socket_may_be_behind_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("socket");
+        let listener = tokio::net::UnixListener::bind(&path).expect("a socket");
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            let (mut from, mut to) = stream.split();
+            let _ = tokio::io::copy(&mut from, &mut to).await;
+        });
+        let proxy = FaultProxy::start(Upstream::Unix(path)).await;
+        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let answer = ping(&mut stream, LONG).await.expect("in time");
+        assert_eq!(answer.expect("it passes"), "ping");
+    }
 }

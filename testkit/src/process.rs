@@ -1,0 +1,161 @@
+//! A process that ends when its owner does, `kill -9` included.
+
+use std::{
+    io::{self, BufRead as _, BufReader},
+    os::unix::process::CommandExt as _,
+    path::Path,
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// Tells the process id of "$@", whose output goes to the file $1, and ends it when standard input ends, which
+/// it does with our owner. A frozen process takes SIGKILL alone.
+const GUARD: &str = r#"
+out=$1
+shift
+exec 3<&0 </dev/null
+"$@" 3<&- >>"$out" 2>&1 &
+child=$!
+echo "$child"
+{ read -r _ <&3; kill -KILL "$child"; } 2>/dev/null >/dev/null &
+reader=$!
+exec 3<&-
+wait "$child"
+status=$?
+{ kill "$reader"; wait "$reader"; } 2>/dev/null
+exit "$status"
+"#;
+
+/// Killed with the value, or with us.
+#[derive(Debug)]
+pub struct Process {
+    guard: Child,
+    /// Closed at the end: what the guard waits for.
+    pipe: Option<ChildStdin>,
+    pid: Pid,
+}
+
+impl Process {
+    /// Starts `command`, of which program, arguments, environment and directory are taken. What it prints is
+    /// appended to `output`. It is out of reach of the terminal's Ctrl-C, which is for us.
+    pub fn start(command: &Command, output: &Path) -> io::Result<Self> {
+        let mut shell = Command::new("/bin/sh");
+        shell
+            .args(["-c", GUARD, "quota-guard"])
+            .arg(output)
+            .arg(command.get_program())
+            .args(command.get_args());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => shell.env(name, value),
+                None => shell.env_remove(name),
+            };
+        }
+        if let Some(dir) = command.get_current_dir() {
+            shell.current_dir(dir);
+        }
+        let mut guard = shell
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let pipe = guard.stdin.take();
+        let mut line = String::new();
+        let told = guard.stdout.take().map(BufReader::new);
+        if let Some(mut told) = told {
+            told.read_line(&mut line)?;
+        }
+        let pid = line.trim().parse().map_err(io::Error::other)?;
+        Ok(Self {
+            guard,
+            pipe,
+            pid: Pid::from_raw(pid),
+        })
+    }
+
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// A process that has ended is left alone.
+    pub fn signal(&mut self, signal: Signal) -> io::Result<()> {
+        if self.ended()?.is_none() {
+            kill(self.pid, signal)?;
+        }
+        Ok(())
+    }
+
+    /// How it ended, if it did. A signal counts as 128 and its number.
+    pub fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.guard.try_wait()
+    }
+
+    /// Waits for its end; `None` when that does not come in time.
+    pub async fn ends_within(&mut self, limit: Duration) -> io::Result<Option<ExitStatus>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let ended = self.ended()?;
+            if ended.is_some() || Instant::now() > deadline {
+                return Ok(ended);
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.pipe.take());
+        let _ = self.guard.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[tokio::test]
+    async fn it_says_how_it_ended_and_what_it_printed() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let mut command = shell("echo \"$GREETING\"; exit 3");
+        command.env("GREETING", "hello");
+        let mut process = Process::start(&command, &out).unwrap();
+        let status = process.ends_within(Duration::from_secs(10)).await.unwrap();
+        assert_eq!(status.unwrap().code(), Some(3));
+        assert_eq!(std::fs::read_to_string(out).unwrap(), "hello\n");
+    }
+
+    #[tokio::test]
+    async fn it_ends_with_the_value() {
+        let process = Process::start(&shell("exec sleep 60"), Path::new("/dev/null")).unwrap();
+        let pid = process.pid();
+        kill(pid, None).expect("it runs");
+        drop(process);
+        assert!(kill(pid, None).is_err(), "it is gone");
+    }
+
+    #[tokio::test]
+    async fn a_signal_reaches_the_process_itself() {
+        let mut process = Process::start(&shell("exec sleep 60"), Path::new("/dev/null")).unwrap();
+        process.signal(Signal::SIGTERM).unwrap();
+        let status = process.ends_within(Duration::from_secs(10)).await.unwrap();
+        assert_eq!(
+            status.unwrap().code(),
+            Some(128 + 15),
+            "SIGTERM has number 15"
+        );
+    }
+}
