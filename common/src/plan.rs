@@ -30,6 +30,42 @@ pub enum Billing {
     Paid,
 }
 
+/// What happens to requests while Redis, which replicas share their counters by, is away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[cfg_attr(
+    feature = "openapi",
+    derive(poem_openapi::Enum),
+    oai(rename_all = "snake_case")
+)]
+pub enum OnRedisFailure {
+    /// Each replica admits its share of the limit.
+    #[default]
+    Share,
+    /// All are admitted.
+    Open,
+    /// All are answered 503.
+    Closed,
+}
+
+impl OnRedisFailure {
+    /// The name on the wire.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Share => "share",
+            Self::Open => "open",
+            Self::Closed => "closed",
+        }
+    }
+
+    /// The one of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Share, Self::Open, Self::Closed]
+            .into_iter()
+            .find(|it| it.name() == name)
+    }
+}
+
 /// A plan: the limits that its keys share the shape of. Each key has a bucket and quotas of its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]

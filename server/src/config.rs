@@ -4,12 +4,17 @@
 //! once. [`Settings`] is what can be said, as text; [`Config`] is what was meant, typed. Nothing else in the
 //! server reads the environment.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+pub mod redis;
+
+use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use clap::{Args, CommandFactory};
 use ipnet::IpNet;
+use quota_common::plan::OnRedisFailure;
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
+
+pub use self::redis::{RedisServers, RedisSettings};
 
 /// Everything that can be set. Every field is one variable of the environment and one flag.
 #[derive(Args, Clone, Default)]
@@ -66,6 +71,80 @@ pub struct Settings {
         value_name = "N"
     )]
     pub database_pool: String,
+
+    /// The Redis that replicas share their counters by: redis://user:password@host:port/db; by Sentinel
+    /// redis+sentinel://user:password@host:port,host:port/group/db; of a cluster redis://host:port,host:port.
+    /// rediss is TLS; valkey means the same as redis. Unset: counters are in this process, for one replica.
+    #[arg(
+        long,
+        env = "REDIS_URL",
+        default_value = "",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    pub redis_url: String,
+
+    /// What every key and channel in Redis begins with: 1 to 64 letters, digits, `_`, `-`, `.` or `:`. The same on
+    /// every replica; another one for another Quota on the same Redis.
+    #[arg(
+        long,
+        env = "QUOTA_REDIS_PREFIX",
+        default_value = "quota",
+        value_name = "TEXT"
+    )]
+    pub redis_prefix: String,
+
+    /// How many connections to Redis one replica holds for decisions: 1 to 64. Each carries many calls at once.
+    #[arg(
+        long,
+        env = "QUOTA_REDIS_CONNECTIONS",
+        default_value = "2",
+        value_name = "N"
+    )]
+    pub redis_connections: String,
+
+    /// How long a decision waits for Redis before QUOTA_ON_REDIS_FAILURE applies: 1ms to 5s.
+    #[arg(
+        long,
+        env = "QUOTA_REDIS_TIMEOUT",
+        default_value = "30ms",
+        value_name = "DURATION"
+    )]
+    pub redis_timeout: String,
+
+    /// How long it may take to connect to Redis: 10ms to 10s.
+    #[arg(
+        long,
+        env = "QUOTA_REDIS_CONNECT_TIMEOUT",
+        default_value = "250ms",
+        value_name = "DURATION"
+    )]
+    pub redis_connect_timeout: String,
+
+    /// For how long a replica spends by itself what it has taken from Redis: 0ms to 1s. 0ms: every request is
+    /// decided in Redis, as those of strict plans always are.
+    #[arg(
+        long,
+        env = "QUOTA_LEASE_TTL",
+        default_value = "100ms",
+        value_name = "DURATION"
+    )]
+    pub lease_ttl: String,
+
+    /// What happens to requests while Redis is away, where their plan does not say otherwise: share (each replica
+    /// admits its share of the limit), open (all are admitted) or closed (all are answered 503).
+    #[arg(
+        long,
+        env = "QUOTA_ON_REDIS_FAILURE",
+        default_value = "share",
+        value_name = "MODE"
+    )]
+    pub on_redis_failure: String,
+
+    /// How many replicas the operator runs: 1 to 1000. `quota doctor` checks that their connections fit PostgreSQL's
+    /// limit.
+    #[arg(long, env = "QUOTA_REPLICAS", default_value = "1", value_name = "N")]
+    pub replicas: String,
 
     /// Apply pending migrations at the start: true or false. One replica applies them, the others wait.
     #[arg(
@@ -231,6 +310,12 @@ pub struct Config {
     /// `None`: the embedded default.
     pub database_url: Option<SecretString>,
     pub database_pool: usize,
+    /// `None`: one replica, with its counters in the process.
+    pub redis: Option<RedisSettings>,
+    pub lease_ttl: Duration,
+    pub on_redis_failure: OnRedisFailure,
+    /// How many replicas the operator runs.
+    pub replicas: usize,
     pub migrate: bool,
     pub secret: Option<SecretString>,
     pub secret_previous: Option<SecretString>,
@@ -263,6 +348,7 @@ impl std::fmt::Debug for Config {
             .field("data_dir", &self.data_dir)
             .field("embedded", &self.database_url.is_none())
             .field("database_pool", &self.database_pool)
+            .field("redis", &self.redis)
             .field("trusted_proxies", &self.trusted_proxies)
             .finish_non_exhaustive()
     }
@@ -334,49 +420,29 @@ impl Reader {
         u32::try_from(self.number(variable, text, 0..=1_000_000)).unwrap_or_default()
     }
 
-    fn duration(
+    /// In seconds.
+    fn duration(&mut self, variable: &str, text: &str, range: RangeInclusive<u64>) -> Duration {
+        let range = Duration::from_secs(*range.start())..=Duration::from_secs(*range.end());
+        self.duration_within(variable, text, range)
+    }
+
+    fn duration_within(
         &mut self,
         variable: &str,
         text: &str,
-        range: std::ops::RangeInclusive<u64>,
+        range: RangeInclusive<Duration>,
     ) -> Duration {
-        self.read(
-            variable,
-            text,
-            Duration::from_secs(*range.start()),
-            |text| {
-                let millis = if let Some(number) = text.strip_suffix("ms") {
-                    number.trim().parse::<u64>().ok()
-                } else if let Some(number) = text.strip_suffix('s') {
-                    number
-                        .trim()
-                        .parse::<u64>()
-                        .ok()
-                        .and_then(|secs| secs.checked_mul(1000))
-                } else if let Some(number) = text.strip_suffix('m') {
-                    number
-                        .trim()
-                        .parse::<u64>()
-                        .ok()
-                        .and_then(|mins| mins.checked_mul(60_000))
-                } else {
-                    None
-                };
-                millis
-                    .map(Duration::from_millis)
-                    .filter(|it| {
-                        (Duration::from_secs(*range.start())..=Duration::from_secs(*range.end()))
-                            .contains(it)
-                    })
-                    .ok_or_else(|| {
-                        format!(
-                            "must be a duration such as 5s or 500ms, from {}s to {}s",
-                            range.start(),
-                            range.end()
-                        )
-                    })
-            },
-        )
+        self.read(variable, text, *range.start(), |text| {
+            duration(text)
+                .filter(|it| range.contains(it))
+                .ok_or_else(|| {
+                    format!(
+                        "must be a duration such as 5s or 500ms, from {:?} to {:?}",
+                        range.start(),
+                        range.end()
+                    )
+                })
+        })
     }
 
     fn secret(&mut self, variable: &str, text: &str) -> Option<SecretString> {
@@ -392,6 +458,18 @@ impl Reader {
         }
         Some(SecretString::from(text))
     }
+}
+
+fn duration(text: &str) -> Option<Duration> {
+    let (number, unit) = if let Some(number) = text.strip_suffix("ms") {
+        (number, 1)
+    } else if let Some(number) = text.strip_suffix('s') {
+        (number, 1000)
+    } else {
+        (text.strip_suffix('m')?, 60_000)
+    };
+    let millis = number.trim().parse::<u64>().ok()?.checked_mul(unit)?;
+    Some(Duration::from_millis(millis))
 }
 
 /// How to reach a database as `postgres://…` or in the keywords of libpq.
@@ -437,6 +515,16 @@ fn list<T>(text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<
         .filter(|item| !item.is_empty())
         .map(parse)
         .collect()
+}
+
+fn prefix(text: &str) -> Result<String, String> {
+    // No braces: what stands in them decides where a cluster keeps a key.
+    let fits = |c: char| c.is_ascii_alphanumeric() || "_-.:".contains(c);
+    if (1..=64).contains(&text.len()) && text.chars().all(fits) {
+        Ok(text.to_owned())
+    } else {
+        Err("must be 1 to 64 letters, digits, _, -, . or :".into())
+    }
 }
 
 fn boolean(text: &str) -> Result<bool, String> {
@@ -505,6 +593,56 @@ impl Config {
                 2..=1000,
             ))
             .unwrap_or(2),
+            redis: {
+                // All are read, so that a fault in one is told also where the address is not set.
+                let prefix = r.read("QUOTA_REDIS_PREFIX", &s.redis_prefix, String::new(), prefix);
+                let connections = r.number("QUOTA_REDIS_CONNECTIONS", &s.redis_connections, 1..=64);
+                let timeout = r.duration_within(
+                    "QUOTA_REDIS_TIMEOUT",
+                    &s.redis_timeout,
+                    Duration::from_millis(1)..=Duration::from_secs(5),
+                );
+                let connect_timeout = r.duration_within(
+                    "QUOTA_REDIS_CONNECT_TIMEOUT",
+                    &s.redis_connect_timeout,
+                    Duration::from_millis(10)..=Duration::from_secs(10),
+                );
+                let servers = match s.redis_url.trim() {
+                    "" => None,
+                    text => match redis::servers(text) {
+                        Ok(servers) => Some(servers),
+                        Err(message) => {
+                            r.0.push(format!("REDIS_URL: {message}"));
+                            None
+                        }
+                    },
+                };
+                servers.map(|servers| RedisSettings {
+                    servers,
+                    prefix,
+                    connections: usize::try_from(connections).unwrap_or(1),
+                    timeout,
+                    connect_timeout,
+                })
+            },
+            lease_ttl: r.duration_within(
+                "QUOTA_LEASE_TTL",
+                // Nothing is as long in any unit.
+                if s.lease_ttl.trim() == "0" {
+                    "0ms"
+                } else {
+                    &s.lease_ttl
+                },
+                Duration::ZERO..=Duration::from_secs(1),
+            ),
+            on_redis_failure: r.read(
+                "QUOTA_ON_REDIS_FAILURE",
+                &s.on_redis_failure,
+                OnRedisFailure::default(),
+                |text| OnRedisFailure::named(text).ok_or("must be share, open or closed".into()),
+            ),
+            replicas: usize::try_from(r.number("QUOTA_REPLICAS", &s.replicas, 1..=1000))
+                .unwrap_or(1),
             migrate: r.read("QUOTA_MIGRATE", &s.migrate, true, boolean),
             secret: r.secret("QUOTA_SECRET", &s.secret),
             secret_previous: r.secret("QUOTA_SECRET_PREVIOUS", &s.secret_previous),
@@ -665,6 +803,29 @@ mod tests {
         assert_eq!(config.body_limit, 64 * 1024);
         assert!(config.database_url.is_none());
         assert_eq!((config.auth_rpm, config.admin_rpm), (60, 300));
+        assert!(config.redis.is_none());
+        assert_eq!(config.lease_ttl, Duration::from_millis(100));
+        assert_eq!(config.on_redis_failure, OnRedisFailure::Share);
+    }
+
+    #[test]
+    fn redis_is_what_its_settings_say() {
+        let config = Config::read(&settings(&[
+            "--redis-url=redis://a:7000",
+            "--redis-timeout=45ms",
+            "--redis-connections=3",
+            "--redis-prefix=two",
+            "--lease-ttl=0",
+            "--on-redis-failure=closed",
+        ]))
+        .unwrap();
+        let redis = config.redis.expect("it is set");
+        assert_eq!(redis.servers.to_string(), "a:7000");
+        assert_eq!(redis.timeout, Duration::from_millis(45));
+        assert_eq!(redis.connect_timeout, Duration::from_millis(250));
+        assert_eq!((redis.connections, redis.prefix.as_str()), (3, "two"));
+        assert_eq!(config.lease_ttl, Duration::ZERO);
+        assert_eq!(config.on_redis_failure, OnRedisFailure::Closed);
     }
 
     #[test]
@@ -686,6 +847,7 @@ mod tests {
         let faults = Config::read(&settings(&[
             "--listen=8080",
             "--database-url=mysql://root:hunter2@host/db",
+            "--redis-url=http://:hunter2@host",
             "--trusted-proxies=10.0.0.0/99",
             "--auth-rpm=-1",
             "--header-timeout=soon",
@@ -704,6 +866,7 @@ mod tests {
             [
                 "QUOTA_LISTEN",
                 "DATABASE_URL",
+                "REDIS_URL",
                 "QUOTA_SECRET",
                 "ALLOWED_ORIGINS",
                 "QUOTA_TRUSTED_PROXIES",
@@ -724,6 +887,7 @@ mod tests {
         let config = Config::read(&settings(&[
             &format!("--secret={secret}"),
             "--database-url=postgres://quota:hunter2@db/quota",
+            "--redis-url=redis+sentinel://quota:hunter2@a/main?sentinel_password=hunter2",
         ]))
         .unwrap();
         let shown = format!("{config:?}");

@@ -11,6 +11,7 @@ pub mod jobs;
 pub mod keys;
 pub mod limiter;
 pub mod openapi;
+pub mod redis;
 pub mod repo;
 pub mod router;
 pub mod schema;

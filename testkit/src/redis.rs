@@ -1,5 +1,8 @@
-//! A private Redis that may be frozen, killed and started again. On a port of its own on loopback; keeps
-//! nothing on disk; ends with its owner, also when that is killed.
+//! A private Redis that may be frozen, killed and started again: one server, a master and a replica that
+//! sentinels watch, or a cluster. On ports of its own on loopback; keeps nothing on disk; ends with its owner,
+//! also when that is killed.
+
+mod group;
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
@@ -15,6 +18,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+pub use self::group::{RedisCluster, SentinelGroup};
 use crate::Process;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -32,14 +36,18 @@ impl RedisServer {
         Self::start_with(&[]).await
     }
 
-    /// With more of `redis-server`'s options, such as `--replicaof`.
+    /// With more of `redis-server`'s options, such as `--replicaof`, where `{free}` is another free port.
+    /// `--sentinel` comes first, and then the sentinel's file.
     pub async fn start_with(options: &[&str]) -> Self {
         // Another process may take the port between our look and Redis's own.
         for _ in 0..10 {
             let mut redis = Self {
                 port: free_port(),
                 running: None,
-                options: options.iter().map(|&it| it.to_owned()).collect(),
+                options: options
+                    .iter()
+                    .map(|it| it.replace("{free}", &free_port().to_string()))
+                    .collect(),
                 dir: tempfile::tempdir().expect("a directory"),
             };
             if redis.launch().await {
@@ -50,11 +58,25 @@ impl RedisServer {
     }
 
     pub fn url(&self) -> String {
-        format!("redis://{}/0", self.addr())
+        let password = self.password().map(|it| format!(":{it}@"));
+        format!("redis://{}{}/0", password.unwrap_or_default(), self.addr())
     }
 
     pub fn addr(&self) -> SocketAddr {
         (Ipv4Addr::LOCALHOST, self.port).into()
+    }
+
+    /// What its options say that it asks for.
+    fn password(&self) -> Option<&str> {
+        let at = self.options.iter().position(|it| it == "--requirepass")?;
+        self.options.get(at + 1).map(String::as_str)
+    }
+
+    /// What it answers to one line.
+    pub async fn command(&self, line: &str) -> String {
+        command(self.addr(), self.password(), line)
+            .await
+            .unwrap_or_else(|| panic!("no answer to {line}"))
     }
 
     pub fn pid(&self) -> Option<Pid> {
@@ -97,18 +119,27 @@ impl RedisServer {
     /// Whether it takes commands on our port.
     async fn launch(&mut self) -> bool {
         let mut command = Command::new("redis-server");
-        command
-            .args(["--port", &self.port.to_string(), "--bind", "127.0.0.1"])
-            .args(["--save", "", "--appendonly", "no", "--daemonize", "no"])
-            .arg("--dir")
-            .arg(self.dir.path())
-            .args(&self.options);
+        let port = self.port.to_string();
+        let place = ["--port", &port, "--bind", "127.0.0.1", "--daemonize", "no"];
+        match &*self.options {
+            // A sentinel's file stands before everything else; of data it knows nothing.
+            [sentinel, file] if sentinel == "--sentinel" => {
+                command.args([file, sentinel]).args(place);
+            }
+            options => {
+                command
+                    .args(place)
+                    .args(["--save", "", "--appendonly", "no"])
+                    .args(options);
+            }
+        }
+        command.arg("--dir").arg(self.dir.path());
         let mut process =
             Process::start(&command, Path::new("/dev/null")).expect("there is a shell");
         let deadline = Instant::now() + PATIENCE;
         loop {
             // The port's answer must be this process's: a stranger's is not.
-            if process_id(self.addr()).await == Some(process.pid()) {
+            if process_id(self.addr(), self.password()).await == Some(process.pid()) {
                 self.running = Some(process);
                 return true;
             }
@@ -122,18 +153,28 @@ impl RedisServer {
 }
 
 /// What the Redis at `addr` says its process id is.
-async fn process_id(addr: SocketAddr) -> Option<Pid> {
-    let mut stream = TcpStream::connect(addr).await.ok()?;
-    stream.write_all(b"INFO server\r\nQUIT\r\n").await.ok()?;
-    let mut answer = String::new();
-    timeout(Duration::from_secs(1), stream.read_to_string(&mut answer))
-        .await
-        .ok()?
-        .ok()?;
+async fn process_id(addr: SocketAddr, password: Option<&str>) -> Option<Pid> {
+    let answer = command(addr, password, "INFO server").await?;
     let pid = answer
         .lines()
         .find_map(|line| line.strip_prefix("process_id:"))?;
     Some(Pid::from_raw(pid.trim().parse().ok()?))
+}
+
+/// What the Redis at `addr` answers to one line; `None` if nothing within a second.
+async fn command(addr: SocketAddr, password: Option<&str>, line: &str) -> Option<String> {
+    let asked = async {
+        let mut stream = TcpStream::connect(addr).await.ok()?;
+        let login = password.map(|it| format!("AUTH {it}\r\n"));
+        let lines = format!("{}{line}\r\n", login.unwrap_or_default());
+        stream.write_all(lines.as_bytes()).await.ok()?;
+        // A sentinel knows no QUIT; that nothing more comes is understood by all.
+        stream.shutdown().await.ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.ok()?;
+        Some(answer)
+    };
+    timeout(Duration::from_secs(1), asked).await.ok()?
 }
 
 /// A port that nobody had a moment ago.
@@ -153,12 +194,15 @@ mod tests {
         let mut redis = RedisServer::start().await;
         assert!(redis.url().starts_with("redis://127.0.0.1:"));
         redis.stop();
-        assert_eq!(process_id(redis.addr()).await, None);
+        assert_eq!(process_id(redis.addr(), None).await, None);
         redis.cont();
-        let first = process_id(redis.addr()).await.expect("it goes on");
+        let first = process_id(redis.addr(), None).await.expect("it goes on");
         redis.kill().await;
         assert!(TcpStream::connect(redis.addr()).await.is_err());
         redis.restart().await;
-        assert_ne!(process_id(redis.addr()).await.expect("it is back"), first);
+        assert_ne!(
+            process_id(redis.addr(), None).await.expect("it is back"),
+            first
+        );
     }
 }

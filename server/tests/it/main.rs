@@ -11,6 +11,7 @@ mod limiter_contract;
 mod migrations;
 mod openapi;
 mod outage;
+mod redis;
 mod restarts;
 mod routes;
 mod support;

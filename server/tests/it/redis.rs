@@ -1,0 +1,398 @@
+//! The connections to Redis: that they are made, break, come back, and never make a call wait.
+
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use quota_server::{
+    config::{Config, Settings},
+    redis::{Event, Failure, Link, Redis, Script, Subscription},
+};
+use quota_testkit::{
+    proxy::{Fault, FaultProxy, Upstream},
+    redis::{RedisCluster, RedisServer, SentinelGroup},
+};
+use redis::{Cmd, FromRedisValue, Value};
+use tokio::time::{sleep, timeout};
+
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Takes what stands in KEYS[1], adds, and tells how much there is.
+const ADD: &str = "return redis.call('INCRBY', KEYS[1], ARGV[1])";
+
+#[derive(Parser)]
+struct Flags {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+fn connect(url: &str, flags: &[&str]) -> Redis {
+    let url = format!("--redis-url={url}");
+    // A machine that is busy with other tests answers late.
+    let all = [
+        "test",
+        &url,
+        "--redis-timeout=2s",
+        "--redis-connect-timeout=2s",
+    ];
+    let flags = all.iter().chain(flags);
+    let settings = Flags::try_parse_from(flags).expect("flags").settings;
+    let config = Config::read(&settings).expect("valid settings");
+    Redis::connect_lazy(config.redis.expect("it is set"))
+}
+
+async fn add(redis: &Redis, key: &str, n: i64) -> Result<i64, Failure> {
+    let value = redis.eval(&Script::new(ADD), &[key], &[n]).await?;
+    Ok(i64::from_redis_value(value).expect("a number"))
+}
+
+/// Tries until it succeeds.
+async fn eventually(redis: &Redis, key: &str) -> i64 {
+    let began = Instant::now();
+    loop {
+        match add(redis, key, 1).await {
+            Ok(sum) => return sum,
+            Err(error) => assert!(began.elapsed() < PATIENCE, "{error:?}"),
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn set(key: &str, value: &str) -> Cmd {
+    let mut cmd = redis::cmd("SET");
+    cmd.arg(key).arg(value);
+    cmd
+}
+
+#[tokio::test]
+async fn without_redis_a_call_fails_at_once_and_with_it_soon_succeeds() {
+    let mut server = RedisServer::start().await;
+    let url = server.url();
+    server.kill().await;
+    let redis = connect(&url, &[]);
+    sleep(Duration::from_millis(50)).await;
+    let failed = add(&redis, "k", 1).await;
+    assert!(matches!(failed, Err(Failure::Away)), "{failed:?}");
+    assert_eq!((redis.status().connected, redis.generation()), (0, 0));
+
+    server.restart().await;
+    assert_eq!(eventually(&redis, "k").await, 1);
+    assert!(redis.generation() > 0);
+}
+
+#[tokio::test]
+async fn a_script_is_known_by_its_hash_and_sent_again_after_redis_forgot_it() {
+    let server = RedisServer::start().await;
+    let redis = connect(&server.url(), &[]);
+    assert!(redis.connected(PATIENCE).await);
+    for sum in 1..=3 {
+        assert_eq!(add(&redis, "k", 1).await.expect("it adds"), sum);
+    }
+    let stats = server.command("INFO commandstats").await;
+    assert!(stats.contains("cmdstat_eval:calls=1,"), "{stats}");
+    assert!(stats.contains("cmdstat_evalsha:calls=3,"), "{stats}");
+    server.command("SCRIPT FLUSH").await;
+    assert_eq!(add(&redis, "k", 1).await.expect("it adds"), 4);
+}
+
+#[tokio::test]
+async fn a_restart_is_another_generation_and_another_process() {
+    let mut server = RedisServer::start().await;
+    let redis = connect(&server.url(), &["--redis-connections=3"]);
+    assert_eq!(eventually(&redis, "k").await, 1);
+    let before = redis.link("k").expect("it is connected");
+    assert_eq!(
+        before.run_id().map(str::len),
+        Some(40),
+        "{:?}",
+        before.run_id()
+    );
+
+    server.kill().await;
+    server.restart().await;
+    assert_eq!(eventually(&redis, "k").await, 1, "it is empty");
+    let after = redis.link("k").expect("it is connected");
+    assert!(after.generation() > before.generation());
+    assert_ne!(after.run_id(), before.run_id());
+
+    // All three come back, and the old one stays dead.
+    let began = Instant::now();
+    while redis.status().connected < 3 {
+        assert!(began.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(20)).await;
+    }
+    assert!(before.query(&set("k", "1")).await.is_err());
+}
+
+#[tokio::test]
+async fn a_redis_that_falls_silent_is_late_and_then_away_and_then_back() {
+    let server = RedisServer::start().await;
+    let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
+    let url = format!("redis://{}", proxy.addr());
+    let flags = ["--redis-timeout=50ms", "--redis-connect-timeout=300ms"];
+    let flags = ["--redis-connections=1", flags[0], flags[1]];
+    let redis = connect_with(&url, &flags);
+    eventually(&redis, "k").await;
+
+    proxy.set(Fault::BlackHole);
+    let failed = add(&redis, "k", 1).await;
+    assert!(matches!(failed, Err(Failure::Late(_))), "{failed:?}");
+    let began = Instant::now();
+    while !matches!(add(&redis, "k", 1).await, Err(Failure::Away)) {
+        assert!(began.elapsed() < PATIENCE, "the silence is not noticed");
+    }
+    proxy.set(Fault::Pass);
+    eventually(&redis, "k").await;
+}
+
+/// With the time limits of the flags alone.
+fn connect_with(url: &str, flags: &[&str]) -> Redis {
+    let url = format!("--redis-url={url}");
+    let flags = ["test", &url].into_iter().chain(flags.iter().copied());
+    let settings = Flags::try_parse_from(flags).expect("flags").settings;
+    let config = Config::read(&settings).expect("valid settings");
+    Redis::connect_lazy(config.redis.expect("it is set"))
+}
+
+#[tokio::test]
+async fn a_dropped_handle_ends_its_connections() {
+    let server = RedisServer::start().await;
+    let redis = connect(&server.url(), &["--redis-connections=4"]);
+    let subscription = redis.subscribe("c".into());
+    eventually(&redis, "k").await;
+    let clients = async || {
+        server
+            .command("CLIENT LIST")
+            .await
+            .matches(" addr=")
+            .count()
+            - 1
+    };
+    let began = Instant::now();
+    while clients().await < 5 {
+        assert!(began.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(20)).await;
+    }
+    drop((redis, subscription));
+    while clients().await > 0 {
+        assert!(began.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_password_is_needed_and_enough() {
+    let server = RedisServer::start_with(&["--requirepass", "hunter2"]).await;
+    let redis = connect(&server.url(), &[]);
+    assert_eq!(eventually(&redis, "k").await, 1);
+
+    for wrong in ["redis://", "redis://:hunter3@"] {
+        let redis = connect(&format!("{wrong}{}", server.addr()), &[]);
+        assert!(
+            !redis.connected(Duration::from_millis(300)).await,
+            "{wrong}"
+        );
+        assert!(matches!(add(&redis, "k", 1).await, Err(Failure::Away)));
+    }
+}
+
+#[tokio::test]
+async fn a_replica_is_not_taken_for_a_master() {
+    let master = RedisServer::start().await;
+    let port = master.addr().port().to_string();
+    let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port]).await;
+    let redis = connect(&replica.url(), &[]);
+    assert!(!redis.connected(Duration::from_millis(300)).await);
+    replica.command("REPLICAOF NO ONE").await;
+    eventually(&redis, "k").await;
+
+    // And one that becomes a replica is left.
+    replica
+        .command(&format!("REPLICAOF 127.0.0.1 {port}"))
+        .await;
+    let began = Instant::now();
+    while redis.status().connected > 0 {
+        assert!(began.elapsed() < PATIENCE);
+        assert!(add(&redis, "k", 1).await.is_err());
+    }
+}
+
+async fn kept_up(redis: &Redis, key: &str) -> Link {
+    eventually(redis, key).await;
+    redis.link(key).expect("it is connected")
+}
+
+#[tokio::test]
+async fn sentinel_is_asked_for_the_master_anew_after_a_failover() {
+    let mut group = SentinelGroup::start().await;
+    let redis = connect(&group.url(), &[]);
+    let before = kept_up(&redis, "k").await;
+    let mut subscription = redis.subscribe("c".into());
+    subscribed(&mut subscription).await;
+
+    group.servers[0].kill().await;
+    let failed = add(&redis, "k", 1).await;
+    assert!(failed.is_err(), "{failed:?}");
+    group.failed_over().await;
+    let after = kept_up(&redis, "k").await;
+    assert!(after.generation() > before.generation());
+    assert_ne!(after.run_id(), before.run_id());
+    assert_eq!(eventually(&redis, "after").await, 1);
+    let there = group.servers[1].command("EXISTS after").await;
+    assert!(
+        there.contains(":1"),
+        "the new master was written to: {there}"
+    );
+
+    assert_eq!(lost_then_subscribed(&mut subscription).await, 1);
+}
+
+#[tokio::test]
+async fn a_master_that_sentinel_replaces_without_its_end_is_left() {
+    let mut group = SentinelGroup::start().await;
+    let redis = connect_with(&group.url(), &["--redis-connect-timeout=300ms"]);
+    let before = kept_up(&redis, "k").await;
+    group.servers[0].stop();
+    group.failed_over().await;
+    let after = kept_up(&redis, "k").await;
+    assert_ne!(after.run_id(), before.run_id());
+    group.servers[0].cont();
+    // It is made a replica, and nobody goes back to it.
+    sleep(Duration::from_millis(500)).await;
+    let still = kept_up(&redis, "k").await;
+    assert_eq!(still.run_id(), after.run_id());
+}
+
+#[tokio::test]
+async fn a_cluster_keeps_each_key_on_its_node() {
+    let cluster = RedisCluster::start().await;
+    let redis = connect(&cluster.url(), &[]);
+    assert!(redis.connected(PATIENCE).await);
+    for i in 0..60 {
+        let key = format!("{{key-{i}}}:count");
+        assert_eq!(add(&redis, &key, 2).await.expect("it adds"), 2);
+    }
+    let mut sizes = Vec::new();
+    for node in &cluster.nodes {
+        sizes.push(node.command("DBSIZE").await);
+    }
+    assert!(
+        sizes.iter().all(|size| !size.contains(":0\r")),
+        "every node has some: {sizes:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_key_that_moves_within_a_cluster_is_followed() {
+    let cluster = RedisCluster::start().await;
+    let redis = connect(&cluster.url(), &[]);
+    assert!(redis.connected(PATIENCE).await);
+    // The slot of {moved}, from whoever has it to another.
+    let slot = cluster.nodes[0].command("CLUSTER KEYSLOT {moved}").await;
+    let slot: u16 = slot
+        .trim_start_matches(':')
+        .lines()
+        .next()
+        .and_then(|it| it.parse().ok())
+        .expect("a number");
+    let owner = usize::from(slot / 5461).min(2);
+    let other = (owner + 1) % 3;
+    let id = cluster.nodes[other].command("CLUSTER MYID").await;
+    let id = id.lines().nth(1).expect("an id").trim().to_owned();
+    assert_eq!(add(&redis, "{moved}:a", 1).await.expect("it adds"), 1);
+    cluster.nodes[owner].command("DEL {moved}:a").await;
+    for node in [&cluster.nodes[other], &cluster.nodes[owner]] {
+        let moved = format!("CLUSTER SETSLOT {slot} NODE {id}");
+        assert!(node.command(&moved).await.contains("OK"));
+    }
+    assert_eq!(add(&redis, "{moved}:a", 5).await.expect("it adds"), 5);
+    let there = cluster.nodes[other].command("GET {moved}:a").await;
+    assert!(there.contains('5'), "{there}");
+}
+
+#[tokio::test]
+async fn a_cluster_that_was_away_is_found_again() {
+    let mut cluster = RedisCluster::start().await;
+    let redis = connect(&cluster.url(), &[]);
+    eventually(&redis, "{a}").await;
+    let mut subscription = redis.subscribe("c".into());
+    subscribed(&mut subscription).await;
+    redis
+        .query("", &publish("c", "m"))
+        .await
+        .expect("published");
+    assert_eq!(next(&mut subscription).await, Event::Message(b"m".to_vec()));
+    let before = redis.generation();
+    for node in &mut cluster.nodes {
+        node.kill().await;
+    }
+    assert!(add(&redis, "{a}", 1).await.is_err());
+    for node in &mut cluster.nodes {
+        node.restart().await;
+    }
+    eventually(&redis, "{a}").await;
+    let began = Instant::now();
+    while redis.generation() == before {
+        assert!(began.elapsed() < PATIENCE, "it is not noticed");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn publish(channel: &str, message: &str) -> Cmd {
+    let mut cmd = redis::cmd("PUBLISH");
+    cmd.arg(channel).arg(message);
+    cmd
+}
+
+async fn next(subscription: &mut Subscription) -> Event {
+    timeout(PATIENCE, subscription.next())
+        .await
+        .expect("something comes")
+}
+
+async fn subscribed(subscription: &mut Subscription) {
+    assert_eq!(next(subscription).await, Event::Subscribed);
+}
+
+/// How often it was lost until it was there again.
+async fn lost_then_subscribed(subscription: &mut Subscription) -> usize {
+    let mut lost = 0;
+    loop {
+        match next(subscription).await {
+            Event::Lost => lost += 1,
+            Event::Subscribed => return lost,
+            Event::Message(_) => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn messages_arrive_in_order_and_a_loss_is_told() {
+    let server = RedisServer::start().await;
+    let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
+    let redis = connect(&server.url(), &[]);
+    assert!(redis.connected(PATIENCE).await);
+    let listener = connect_with(
+        &format!("redis://{}", proxy.addr()),
+        &["--redis-connect-timeout=300ms"],
+    );
+    let mut subscription = listener.subscribe("c".into());
+    subscribed(&mut subscription).await;
+    for i in 0..500 {
+        let heard = redis.query("", &publish("c", &i.to_string())).await;
+        assert_eq!(heard.expect("published"), Value::Int(1));
+    }
+    for i in 0..500 {
+        let message = Event::Message(i.to_string().into_bytes());
+        assert_eq!(next(&mut subscription).await, message);
+    }
+
+    proxy.cut();
+    assert_eq!(lost_then_subscribed(&mut subscription).await, 1);
+    // Silence is noticed too, though nothing was to come.
+    proxy.set(Fault::BlackHole);
+    assert_eq!(next(&mut subscription).await, Event::Lost);
+    proxy.set(Fault::Pass);
+    subscribed(&mut subscription).await;
+    redis.query("", &publish("c", "last")).await.expect("sent");
+    let message = Event::Message(b"last".to_vec());
+    assert_eq!(next(&mut subscription).await, message);
+}

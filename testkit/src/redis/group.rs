@@ -1,0 +1,159 @@
+//! Several Redis that belong together: a master and a replica that sentinels watch, and a cluster.
+
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
+
+use tokio::time::sleep;
+
+use super::{PATIENCE, RedisServer};
+
+/// Waits until it is so.
+async fn until<F: Future<Output = bool>>(what: &str, is_so: impl Fn() -> F) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so().await {
+        assert!(Instant::now() < deadline, "{what}: it never is");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A master and a replica, watched by three sentinels.
+#[derive(Debug)]
+pub struct SentinelGroup {
+    /// The first master, and the first replica.
+    pub servers: [RedisServer; 2],
+    sentinels: Vec<RedisServer>,
+}
+
+impl SentinelGroup {
+    pub async fn start() -> Self {
+        let master = RedisServer::start().await;
+        let port = master.port.to_string();
+        let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port]).await;
+        let mut sentinels = Vec::new();
+        for _ in 0..3 {
+            // Sentinel writes what it learns into its own file.
+            let file = tempfile::NamedTempFile::new().expect("a file");
+            let (_, path) = file.keep().expect("it stays");
+            let config = format!(
+                "sentinel monitor main 127.0.0.1 {port} 2\n\
+                 sentinel down-after-milliseconds main 400\n\
+                 sentinel failover-timeout main 2000\n"
+            );
+            std::fs::write(&path, config).expect("it is ours");
+            let path = path.to_str().expect("it is text");
+            sentinels.push(RedisServer::start_with(&["--sentinel", path]).await);
+        }
+        let group = Self {
+            servers: [master, replica],
+            sentinels,
+        };
+        until(
+            "the sentinels know each other and the replica",
+            async || {
+                for sentinel in &group.sentinels {
+                    let masters = sentinel.command("SENTINEL MASTER main").await;
+                    let value = |name: &str| {
+                        let mut lines = masters.lines().map(str::trim);
+                        lines.find(|line| *line == name)?;
+                        lines.nth(1).map(str::to_owned)
+                    };
+                    if value("num-slaves").as_deref() != Some("1")
+                        || value("num-other-sentinels").as_deref() != Some("2")
+                    {
+                        return false;
+                    }
+                }
+                let replica = group.servers[1].command("INFO replication").await;
+                replica.contains("master_link_status:up")
+            },
+        )
+        .await;
+        group
+    }
+
+    pub fn url(&self) -> String {
+        let addrs = self.sentinels.iter().map(|it| it.addr().to_string());
+        format!(
+            "redis+sentinel://{}/main",
+            addrs.collect::<Vec<_>>().join(",")
+        )
+    }
+
+    /// Until the first replica is the master.
+    pub async fn failed_over(&self) {
+        until("the replica is the master", async || {
+            let role = self.servers[1].command("INFO replication").await;
+            role.contains("role:master")
+        })
+        .await;
+    }
+}
+
+impl Drop for SentinelGroup {
+    fn drop(&mut self) {
+        for sentinel in &self.sentinels {
+            let _ = std::fs::remove_file(&sentinel.options[1]);
+        }
+    }
+}
+
+/// Three masters without replicas.
+#[derive(Debug)]
+pub struct RedisCluster {
+    pub nodes: Vec<RedisServer>,
+}
+
+impl RedisCluster {
+    pub async fn start() -> Self {
+        let mut nodes = Vec::new();
+        for _ in 0..3 {
+            let arguments = [
+                "--cluster-enabled",
+                "yes",
+                "--cluster-node-timeout",
+                "1000",
+                "--cluster-port",
+                "{free}",
+            ];
+            nodes.push(RedisServer::start_with(&arguments).await);
+        }
+        for (i, (node, slots)) in nodes
+            .iter()
+            .zip(["0 5460", "5461 10922", "10923 16383"])
+            .enumerate()
+        {
+            node.command(&format!("CLUSTER ADDSLOTSRANGE {slots}"))
+                .await;
+            node.command(&format!("CLUSTER SET-CONFIG-EPOCH {}", i + 1))
+                .await;
+            let bus = node.options.last().expect("the bus's port");
+            let meet = format!("CLUSTER MEET 127.0.0.1 {} {bus}", node.port);
+            if i > 0 {
+                nodes[0].command(&meet).await;
+            }
+        }
+        until("the cluster is whole", async || {
+            for node in &nodes {
+                let info = node.command("CLUSTER INFO").await;
+                let whole = [
+                    "cluster_state:ok",
+                    "cluster_known_nodes:3",
+                    "cluster_size:3",
+                ];
+                if !whole.iter().all(|it| info.contains(it)) {
+                    return false;
+                }
+            }
+            true
+        })
+        .await;
+        Self { nodes }
+    }
+
+    pub fn url(&self) -> String {
+        let addrs = self.nodes.iter().map(|it| it.addr().to_string());
+        format!("redis://{}", addrs.collect::<Vec<_>>().join(","))
+    }
+}
