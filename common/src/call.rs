@@ -1,7 +1,7 @@
 //! What the console asks of the server: a closed set of calls, and the one place where a call becomes a method,
 //! a path, a query and a body. Both shells of the console send these and nothing else.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Which part of a list.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageOf {
     /// Default: as many as the server finds right.
     pub limit: Option<u32>,
@@ -22,7 +22,7 @@ pub struct PageOf {
 }
 
 /// Which API keys.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyFilter {
     pub plan_id: Option<PlanId>,
     pub is_active: Option<bool>,
@@ -30,7 +30,9 @@ pub struct KeyFilter {
     pub search: Option<String>,
 }
 
-#[derive(Debug, Clone)]
+/// Within the desktop app a call goes from the page to the app as JSON; what it becomes is for the app to say.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Call {
     Register(Register),
     Login(Login),
@@ -59,6 +61,17 @@ pub enum Call {
     /// Without the session's credential: with an API key as `X-API-Key`.
     Echo,
 }
+
+/// The fields of an answer that tell of limits, which are shown to who tries a key.
+pub const LIMIT_FIELDS: [&str; 7] = [
+    "X-RateLimit-Limit",
+    "X-RateLimit-Remaining",
+    "X-RateLimit-Reset",
+    "RateLimit-Policy",
+    "RateLimit",
+    "Retry-After",
+    "WWW-Authenticate",
+];
 
 /// A call as HTTP has it.
 #[derive(Debug, Clone, PartialEq)]

@@ -16,6 +16,7 @@ pub mod page;
 pub mod plan;
 pub mod problem;
 pub mod service_token;
+pub mod shell;
 pub mod time;
 
 mod bounds;

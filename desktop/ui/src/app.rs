@@ -14,6 +14,7 @@ use crate::{
     model::address::{Place, Query},
     page,
     route::{Route, route},
+    shell,
 };
 
 /// Who is signed in, as far as is known.
@@ -89,7 +90,9 @@ pub fn App() -> impl IntoView {
     let is_entry = Memo::new(move |_| {
         Some(place.get()).filter(|place| matches!(place, Place::SignIn | Place::Register))
     });
+    shell::watch(session);
     view! {
+        <shell::Banner/>
         {move || match is_entry.get() {
             Some(Place::SignIn) => view! { <page::SignIn/> }.into_any(),
             Some(_) => view! { <page::Register/> }.into_any(),
@@ -131,6 +134,7 @@ fn Frame(place: Memo<Place>) -> impl IntoView {
             <main class="alone">
                 <Empty shape=Shape::Close title="The server does not answer" about=failure.text()>
                     <button class="button first" on:click=move |_| session.ask()>"Try again"</button>
+                    <shell::OtherServer/>
                 </Empty>
             </main>
         }

@@ -20,11 +20,13 @@ mod model;
 mod page;
 #[cfg(target_arch = "wasm32")]
 mod route;
+#[cfg(target_arch = "wasm32")]
+mod shell;
 
 #[cfg(target_arch = "wasm32")]
 fn main() {
     console_error_panic_hook::set_once();
-    leptos::mount::mount_to_body(app::App);
+    shell::begin(|| leptos::mount::mount_to_body(app::App));
 }
 
 #[cfg(not(target_arch = "wasm32"))]

@@ -211,6 +211,9 @@ fn every_call_is_one_that_the_document_offers() {
         let read = answer(&call).map(|name| format!("#/components/schemas/{name}"));
         assert_eq!(good.as_str(), read.as_deref(), "{what}");
         assert_eq!(call.is_of_session(), session_needed(operation), "{what}");
+        // The desktop app is handed it as JSON.
+        let handed = serde_json::to_value(&call).and_then(serde_json::from_value::<Call>);
+        assert_eq!(handed.expect("a call").sent(), sent, "{what}");
     }
 }
 

@@ -6,12 +6,15 @@
 use std::cell::RefCell;
 
 use futures_channel::oneshot;
-use quota_common::{Problem, call::Call};
+use quota_common::{
+    Problem,
+    call::{Call, LIMIT_FIELDS},
+};
 use wasm_bindgen::JsCast;
 use wasm_bindgen_futures::JsFuture;
 use web_sys::{HtmlDocument, RequestCredentials, RequestInit, Response, window};
 
-use super::{Answer, Failure};
+use super::{Answer, Failure, Tried};
 use crate::model::address::Query;
 
 /// Cookies reach the server only over TLS, or on this machine.
@@ -137,33 +140,6 @@ async fn refresh() -> Answer<bool> {
     renewed
 }
 
-/// What a try of a key came to.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Tried {
-    pub status: u16,
-    pub headers: Vec<(&'static str, String)>,
-}
-
-impl Tried {
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers
-            .iter()
-            .find(|(it, _)| *it == name)
-            .map(|(_, value)| value.as_str())
-    }
-}
-
-/// The fields of an answer that tell of limits.
-const TOLD: [&str; 7] = [
-    "X-RateLimit-Limit",
-    "X-RateLimit-Remaining",
-    "X-RateLimit-Reset",
-    "RateLimit-Policy",
-    "RateLimit",
-    "Retry-After",
-    "WWW-Authenticate",
-];
-
 /// Sends a request as a consumer would: with the key and nothing of the session.
 pub async fn try_key(key: &str) -> Answer<Tried> {
     let fields = [("x-api-key", key)];
@@ -171,9 +147,17 @@ pub async fn try_key(key: &str) -> Answer<Tried> {
     let headers = response.headers();
     Ok(Tried {
         status: response.status(),
-        headers: TOLD
+        headers: LIMIT_FIELDS
             .iter()
             .filter_map(|name| Some((*name, headers.get(name).ok()??)))
             .collect(),
     })
+}
+
+/// Puts text on the clipboard; whether the browser let us.
+pub async fn copy(text: &str) -> bool {
+    let Some(window) = window() else { return false };
+    JsFuture::from(window.navigator().clipboard().write_text(text))
+        .await
+        .is_ok()
 }

@@ -1,6 +1,12 @@
-//! The server, as pages see it: one function for each call, typed. How a call travels is [`browser`]'s.
+//! The server, as pages see it: one function for each call, typed. How a call travels is for the way in between to
+//! know: of a browser, or of the desktop app. A build has one of them, so that a browser does not load the other.
 
-mod browser;
+#[cfg(not(feature = "desktop"))]
+#[path = "browser.rs"]
+mod way;
+#[cfg(feature = "desktop")]
+#[path = "tauri.rs"]
+mod way;
 
 use std::pin::Pin;
 
@@ -15,7 +21,9 @@ use quota_common::{
 };
 use serde::de::DeserializeOwned;
 
-pub use browser::{Tried, is_reachable_securely, origin, try_key};
+#[cfg(feature = "desktop")]
+pub use way::{add_server, forget_server, ready, standing, use_server};
+pub use way::{copy, is_reachable_securely, origin, try_key};
 
 /// Why a call came to nothing.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,11 +74,27 @@ impl Failure {
 
 pub type Answer<T> = Result<T, Failure>;
 
+/// What a try of a key came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tried {
+    pub status: u16,
+    pub headers: Vec<(&'static str, String)>,
+}
+
+impl Tried {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers
+            .iter()
+            .find(|(it, _)| *it == name)
+            .map(|(_, value)| value.as_str())
+    }
+}
+
 /// An answer to come. Boxed, so that pages do not each carry a call's whole way within them.
 pub type Pending<T> = Pin<Box<dyn Future<Output = Answer<T>>>>;
 
 fn send(call: Call) -> Pending<String> {
-    Box::pin(async move { browser::send(&call).await })
+    Box::pin(async move { way::send(&call).await })
 }
 
 fn read<T: DeserializeOwned>(call: Call) -> Pending<T> {

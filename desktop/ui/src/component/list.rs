@@ -5,6 +5,7 @@ use leptos::{prelude::*, task::spawn_local};
 use crate::{
     api::{Answer, Failure},
     route::route,
+    shell,
 };
 
 #[derive(Debug, Clone, PartialEq)]
@@ -53,6 +54,7 @@ where
     let turn = StoredValue::new(0_u32);
     Effect::new(move |_| {
         version.track();
+        shell::again();
         turn.update_value(|turn| *turn = turn.wrapping_add(1));
         let own = turn.get_value();
         let answer = fetch();

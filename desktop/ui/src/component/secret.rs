@@ -1,9 +1,9 @@
 //! Text to take along: copied with a button, or selected.
 
 use leptos::{prelude::*, task::spawn_local};
-use wasm_bindgen_futures::JsFuture;
 
 use super::{Icon, Shape, Toasts};
+use crate::api;
 
 #[component]
 pub fn CopyButton(
@@ -17,13 +17,12 @@ pub fn CopyButton(
     let copy = move |_| {
         let text = text.get_untracked();
         spawn_local(async move {
-            let clipboard = window().navigator().clipboard();
-            if JsFuture::from(clipboard.write_text(&text)).await.is_ok() {
+            if api::copy(&text).await {
                 let _ = copied.try_set(true);
                 gloo_timers::future::TimeoutFuture::new(2000).await;
                 let _ = copied.try_set(false);
             } else {
-                toasts.say("The browser did not let us copy. Select the text instead.");
+                toasts.say("Copying was not allowed. Select the text instead.");
             }
         });
     };

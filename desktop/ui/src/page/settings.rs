@@ -11,12 +11,14 @@ use crate::{
     api::{self, Failure},
     app::session,
     component::{Alert, Confirm, Field, Head, Loader, Shown, Toasts, When, load},
+    shell,
 };
 
 #[component]
 pub fn Settings() -> impl IntoView {
     view! {
         <Head title="Settings"/>
+        <shell::Servers/>
         <Profile/>
         <Theme/>
         <Password/>
@@ -224,6 +226,7 @@ fn client(agent: Option<&str>) -> String {
             .map(|(_, name)| *name)
     };
     let browser = named(&[
+        ("Quota-Desktop/", "Quota for the desktop"),
         ("Edg/", "Edge"),
         ("Firefox/", "Firefox"),
         ("Chrome/", "Chrome"),

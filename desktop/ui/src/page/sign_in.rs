@@ -9,6 +9,7 @@ use crate::{
     component::{Alert, Field, Head, Mark},
     model::{address::Query, form::next_page},
     route::route,
+    shell,
 };
 
 /// The frame of both forms: what they share, and where they lead.
@@ -101,6 +102,7 @@ pub fn SignIn() -> impl IntoView {
                 <button class="button first full" disabled=entry.busy>"Sign in"</button>
                 <p class="quiet center">"New here? " <a href=other("/console/register")>"Create an account"</a></p>
             </form>
+            <shell::OtherServer/>
         </main>
     }
 }
@@ -143,6 +145,7 @@ pub fn Register() -> impl IntoView {
                 <button class="button first full" disabled=entry.busy>"Create account"</button>
                 <p class="quiet center">"Have an account? " <a href=other("/console/sign-in")>"Sign in"</a></p>
             </form>
+            <shell::OtherServer/>
         </main>
     }
 }
