@@ -31,7 +31,9 @@ pub enum Billing {
 }
 
 /// What happens to requests while Redis, which replicas share their counters by, is away.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(
     feature = "openapi",
@@ -85,6 +87,9 @@ pub struct Plan {
     pub monthly_quota: Option<u64>,
     /// Every request is decided on the shared counters, without leases.
     pub strict: bool,
+    /// What happens to requests while the counters that replicas share are away; `null`: as the server is set.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub on_redis_failure: Option<OnRedisFailure>,
     pub billing: Billing,
     /// How many keys are on the plan. A plan with keys cannot be deleted.
     pub key_count: u64,
@@ -153,6 +158,11 @@ pub struct CreatePlan {
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub strict: Option<bool>,
+    /// What happens to requests while the counters that replicas share are away. Default: as the server is set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[garde(skip)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub on_redis_failure: Option<OnRedisFailure>,
     /// Default: `free`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(skip)]
@@ -251,6 +261,15 @@ pub struct UpdatePlan {
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub strict: Option<bool>,
+    /// `null`: as the server is set.
+    #[serde(
+        default,
+        deserialize_with = "sent",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[garde(skip)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub on_redis_failure: Patch<OnRedisFailure>,
     #[serde(
         default,
         deserialize_with = "sent",
@@ -278,6 +297,7 @@ mod examples {
                 daily_quota: Some(50_000),
                 monthly_quota: Some(1_000_000),
                 strict: false,
+                on_redis_failure: None,
                 billing: Billing::Free,
                 key_count: 3,
                 created_at: example::at(),
@@ -295,6 +315,7 @@ mod examples {
                 daily_quota: Some(50_000),
                 monthly_quota: Some(1_000_000),
                 strict: None,
+                on_redis_failure: None,
                 billing: None,
             }
         }

@@ -92,6 +92,7 @@ fn plans_have_their_golden_json() {
             daily_quota: Some(50_000),
             monthly_quota: None,
             strict: false,
+            on_redis_failure: Some(plan::OnRedisFailure::Closed),
             billing: plan::Billing::Paid,
             key_count: 2,
             created_at: at(),
@@ -99,7 +100,8 @@ fn plans_have_their_golden_json() {
         },
         json!({
             "id": ID, "name": "Starter", "default_rpm": 600, "burst": 60, "daily_quota": 50_000,
-            "monthly_quota": null, "strict": false, "billing": "paid", "key_count": 2,
+            "monthly_quota": null, "strict": false, "on_redis_failure": "closed", "billing": "paid",
+            "key_count": 2,
             "created_at": "2026-08-03T06:26:00.000Z", "updated_at": "2026-08-03T06:26:00.000Z",
         })
     );
@@ -111,18 +113,23 @@ fn plans_have_their_golden_json() {
             daily_quota: Some(1),
             monthly_quota: None,
             strict: Some(true),
+            on_redis_failure: Some(plan::OnRedisFailure::Open),
             billing: Some(plan::Billing::Free),
         },
-        json!({"name": "Starter", "default_rpm": 600, "daily_quota": 1, "strict": true, "billing": "free"})
+        json!({
+            "name": "Starter", "default_rpm": 600, "daily_quota": 1, "strict": true,
+            "on_redis_failure": "open", "billing": "free",
+        })
     );
     golden!(plan::UpdatePlan::default(), json!({}));
     golden!(
         plan::UpdatePlan {
             burst: Some(5),
             daily_quota: Some(Some(9)),
+            on_redis_failure: Some(Some(plan::OnRedisFailure::Share)),
             ..Default::default()
         },
-        json!({"burst": 5, "daily_quota": 9})
+        json!({"burst": 5, "daily_quota": 9, "on_redis_failure": "share"})
     );
 }
 
@@ -132,6 +139,9 @@ fn a_patched_field_tells_null_from_absent() {
     let cleared: plan::UpdatePlan = serde_json::from_value(json!({"daily_quota": null})).unwrap();
     assert_eq!(cleared.daily_quota, Some(None));
     assert_eq!(cleared.monthly_quota, None);
+    let as_set: plan::UpdatePlan =
+        serde_json::from_value(json!({"on_redis_failure": null})).unwrap();
+    assert_eq!(as_set.on_redis_failure, Some(None));
     assert_eq!(
         serde_json::to_value(&cleared).unwrap(),
         json!({"daily_quota": null})

@@ -141,6 +141,7 @@ async fn insert(
         daily_quota: Some(10_000),
         monthly_quota: None,
         strict: false,
+        on_redis_failure: None,
         billing: "free",
     };
     let plan = plan::insert(&mut tx, &plan).await?;

@@ -68,6 +68,7 @@ diesel::table! {
         billing -> Text,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+        on_redis_failure -> Nullable<Text>,
     }
 }
 

@@ -7,7 +7,7 @@ use poem_openapi::{
 };
 use quota_common::{
     Page, PlanId, ProblemCode,
-    plan::{Billing, CreatePlan, Plan, UpdatePlan},
+    plan::{Billing, CreatePlan, OnRedisFailure, Plan, UpdatePlan},
 };
 use uuid::Uuid;
 
@@ -44,6 +44,10 @@ fn show(row: PlanRow, key_count: u64) -> Plan {
             .monthly_quota
             .and_then(|quota| u64::try_from(quota).ok()),
         strict: row.strict,
+        on_redis_failure: row
+            .on_redis_failure
+            .as_deref()
+            .and_then(OnRedisFailure::named),
         billing: if row.billing == "paid" {
             Billing::Paid
         } else {
@@ -138,6 +142,7 @@ impl PlanApi {
             daily_quota: body.daily_quota.map(quota),
             monthly_quota: body.monthly_quota.map(quota),
             strict: body.strict.unwrap_or(false),
+            on_redis_failure: body.on_redis_failure.map(OnRedisFailure::name),
             billing: billing_name(body.billing.unwrap_or_default()),
         };
         let row = plan::insert(&mut tx, &new)
@@ -211,6 +216,9 @@ impl PlanApi {
             daily_quota: body.daily_quota.map(|it| it.map(quota)),
             monthly_quota: body.monthly_quota.map(|it| it.map(quota)),
             strict: body.strict,
+            on_redis_failure: body
+                .on_redis_failure
+                .map(|it| it.map(|it| it.name().to_owned())),
             billing: body.billing.map(billing_name),
         };
         let row = plan::update(&mut tx, id, &set)

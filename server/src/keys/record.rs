@@ -10,7 +10,10 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use quota_common::{ApiKeyId, PlanId, ServiceTokenId, TenantId, plan::Billing};
+use quota_common::{
+    ApiKeyId, PlanId, ServiceTokenId, TenantId,
+    plan::{Billing, OnRedisFailure},
+};
 
 use crate::{
     cache::{Cached, Freshness, Unconfirmed},
@@ -250,6 +253,12 @@ fn record(facts: KeyFacts, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> 
             quota(facts.monthly_quota),
             zone,
             facts.strict,
+        )
+        .on_redis_failure(
+            facts
+                .on_redis_failure
+                .as_deref()
+                .and_then(OnRedisFailure::named),
         ),
         cell,
         fields: OnceLock::new(),

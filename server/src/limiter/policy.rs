@@ -8,6 +8,8 @@ use std::{
     num::{NonZeroU32, NonZeroU64},
 };
 
+use quota_common::plan::OnRedisFailure;
+
 use super::{calendar::Zone, gcra::Gcra};
 
 /// A policy by name.
@@ -95,6 +97,7 @@ pub struct Policies {
     monthly: Option<NonZeroU64>,
     zone: Zone,
     strict: bool,
+    on_failure: Option<OnRedisFailure>,
     gcra: Gcra,
     fingerprint: u64,
 }
@@ -117,10 +120,25 @@ impl Policies {
             monthly,
             zone,
             strict,
+            on_failure: None,
             gcra: Gcra::new(rate),
             // Zero is the fingerprint of a cell that has not seen any policies yet.
             fingerprint: hasher.finish().max(1),
         }
+    }
+
+    /// What to do while the shared store is away; `None`: as the server is set.
+    #[must_use]
+    pub fn on_redis_failure(mut self, on_failure: Option<OnRedisFailure>) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (self.fingerprint, on_failure).hash(&mut hasher);
+        self.fingerprint = hasher.finish().max(1);
+        self.on_failure = on_failure;
+        self
+    }
+
+    pub fn on_failure(&self) -> Option<OnRedisFailure> {
+        self.on_failure
     }
 
     pub fn rate(&self) -> RatePolicy {
@@ -189,6 +207,10 @@ mod tests {
             Policies::new(rate(60, 10), None, quota(5), Zone::utc(), false),
             Policies::new(rate(60, 10), quota(5), None, berlin(), false),
             Policies::new(rate(60, 10), None, None, Zone::utc(), true),
+            Policies::new(rate(60, 10), None, None, Zone::utc(), true)
+                .on_redis_failure(Some(OnRedisFailure::Share)),
+            Policies::new(rate(60, 10), None, None, Zone::utc(), true)
+                .on_redis_failure(Some(OnRedisFailure::Open)),
         ];
         for (i, a) in all.iter().enumerate() {
             assert_eq!(a.fingerprint(), a.clone().fingerprint());

@@ -81,6 +81,7 @@ pub struct KeyFacts {
     pub daily_quota: Option<i64>,
     pub monthly_quota: Option<i64>,
     pub strict: bool,
+    pub on_redis_failure: Option<String>,
     pub billing: String,
     pub time_zone: String,
 }
@@ -214,7 +215,16 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<KeyFacts>, D
             Option<i32>,
         ),
         (Vec<u8>, Option<DateTime<Utc>>),
-        (String, i32, i32, Option<i64>, Option<i64>, bool, String),
+        (
+            String,
+            i32,
+            i32,
+            Option<i64>,
+            Option<i64>,
+            bool,
+            Option<String>,
+            String,
+        ),
         String,
     );
     let row = api_keys::table
@@ -248,6 +258,7 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<KeyFacts>, D
                 plans::daily_quota,
                 plans::monthly_quota,
                 plans::strict,
+                plans::on_redis_failure,
                 plans::billing,
             ),
             tenants::time_zone,
@@ -279,7 +290,8 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<KeyFacts>, D
             daily_quota: plan.3,
             monthly_quota: plan.4,
             strict: plan.5,
-            billing: plan.6,
+            on_redis_failure: plan.6,
+            billing: plan.7,
             time_zone,
         }
     }))

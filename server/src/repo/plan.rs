@@ -23,6 +23,7 @@ pub struct PlanRow {
     pub daily_quota: Option<i64>,
     pub monthly_quota: Option<i64>,
     pub strict: bool,
+    pub on_redis_failure: Option<String>,
     pub billing: String,
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
@@ -39,6 +40,7 @@ pub struct NewPlan<'a> {
     pub daily_quota: Option<i64>,
     pub monthly_quota: Option<i64>,
     pub strict: bool,
+    pub on_redis_failure: Option<&'a str>,
     pub billing: &'a str,
 }
 
@@ -51,6 +53,7 @@ pub struct PlanChange<'a> {
     pub daily_quota: Option<Option<i64>>,
     pub monthly_quota: Option<Option<i64>>,
     pub strict: Option<bool>,
+    pub on_redis_failure: Option<Option<String>>,
     pub billing: Option<&'a str>,
 }
 

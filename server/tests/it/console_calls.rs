@@ -8,7 +8,7 @@ use quota_common::{
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
     auth::{ChangePassword, Login, Register, UpdateMe},
     call::{Call, KeyFilter, PageOf, Sent},
-    plan::{Billing, CreatePlan, UpdatePlan},
+    plan::{Billing, CreatePlan, OnRedisFailure, UpdatePlan},
     service_token::CreateServiceToken,
 };
 use serde_json::{Value, json};
@@ -90,6 +90,7 @@ fn samples() -> Vec<Call> {
             daily_quota: Some(1),
             monthly_quota: Some(1),
             strict: Some(true),
+            on_redis_failure: Some(OnRedisFailure::Closed),
             billing: Some(Billing::Paid),
         }),
         Call::UpdatePlan(
@@ -101,6 +102,7 @@ fn samples() -> Vec<Call> {
                 daily_quota: Some(None),
                 monthly_quota: Some(Some(1)),
                 strict: Some(false),
+                on_redis_failure: Some(None),
                 billing: Some(Billing::Free),
             },
         ),

@@ -83,6 +83,7 @@ impl Form {
             daily_quota,
             monthly_quota,
             strict: Some(self.strict.get_untracked()),
+            on_redis_failure: None,
             billing: Some(if self.paid.get_untracked() {
                 Billing::Paid
             } else {
@@ -287,6 +288,7 @@ fn EditForm(
             daily_quota: Some(typed.daily_quota),
             monthly_quota: Some(typed.monthly_quota),
             strict: typed.strict,
+            on_redis_failure: None,
             billing: typed.billing,
         };
         form.busy.set(true);

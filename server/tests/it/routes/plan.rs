@@ -363,7 +363,7 @@ async fn a_patch_of_a_plan_clears_what_is_null_and_leaves_what_is_absent() {
     let account = app.register().await;
     let body = json!({
         "name": "Starter", "default_rpm": 60, "burst": 5, "daily_quota": 10, "monthly_quota": 100,
-        "strict": true, "billing": "free",
+        "strict": true, "on_redis_failure": "closed", "billing": "free",
     });
     let made = app.act(&account, "POST", "/admin/plans", body).await;
     assert_eq!(made.status, 201, "{}", made.body);
@@ -389,6 +389,14 @@ async fn a_patch_of_a_plan_clears_what_is_null_and_leaves_what_is_absent() {
         (
             json!({"strict": false, "monthly_quota": 100, "daily_quota": 10}),
             json!({"strict": false}),
+        ),
+        (
+            json!({"on_redis_failure": "open"}),
+            json!({"strict": false, "on_redis_failure": "open"}),
+        ),
+        (
+            json!({"on_redis_failure": null}),
+            json!({"strict": false, "on_redis_failure": null}),
         ),
     ] {
         let changed = app.act(&account, "PATCH", &path, change.clone()).await;
