@@ -1,4 +1,5 @@
-//! `cargo xtask bench`: what a request costs, next to servers that do nothing. See `xtask/bench`.
+//! `cargo xtask bench`: what a request costs, next to servers that do nothing; `cargo xtask bench replicas`: what
+//! holds over several replicas. See `xtask/bench`.
 
 use std::{
     env,
@@ -9,10 +10,11 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, machine, root, say, succeed};
+use crate::{cargo, machine, postgres::Throwaway, root, say, succeed};
 
 pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
-    machine::install(&[machine::POSTGRES])?;
+    let replicas = arguments.first().is_some_and(|it| it == "replicas");
+    machine::install(&[machine::POSTGRES, machine::REDIS])?;
     say("building the server and the measurement for release (a first build takes some minutes)");
     succeed(cargo().args([
         "build",
@@ -29,8 +31,21 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     ]))?;
     let built = target().join("release");
     let mut command = Command::new(built.join("quota-bench"));
-    command.arg("run").arg(built.join("quota")).args(arguments);
+    let quota = built.join("quota");
+    let database = if replicas {
+        let database = Throwaway::start()?;
+        command
+            .arg("replicas")
+            .arg(quota)
+            .args(["--postgres", &database.url()])
+            .args(&arguments[1..]);
+        Some(database)
+    } else {
+        command.arg("run").arg(quota).args(arguments);
+        None
+    };
     let status = command.status().context("cannot run the measurement")?;
+    drop(database);
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }

@@ -49,9 +49,11 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Measure what a request costs, next to a bare poem and a bare hyper server; prints a table
+    /// Measure what a request costs, next to a bare poem and a bare hyper server; prints a table.
+    /// `bench replicas` measures what holds over several replicas on one Redis
     Bench {
-        /// Options for the measurement: `--rounds N`, `--millis N`
+        /// Options for the measurement: `--rounds N`, `--millis N`; after `replicas` its own, such as
+        /// `--only faults`; `--help` lists them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },

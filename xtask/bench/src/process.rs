@@ -95,7 +95,13 @@ impl Server {
     }
 
     /// `quota serve` as it comes: the embedded database in a directory of its own, the log into a file there.
-    pub(crate) fn quota(binary: &Path, directives: &str, cores: Option<Cores>) -> Result<Self> {
+    /// `settings` are more variables of its environment.
+    pub(crate) fn quota(
+        binary: &Path,
+        directives: &str,
+        cores: Option<Cores>,
+        settings: &[(&str, String)],
+    ) -> Result<Self> {
         let data = tempfile::Builder::new()
             .prefix("quota-bench-")
             .permissions(fs::Permissions::from_mode(0o711))
@@ -103,14 +109,7 @@ impl Server {
         let path = data.path().join("log");
         let log = File::options().create(true).append(true).open(&path)?;
         let mut command = Command::new(binary);
-        for (name, _) in std::env::vars_os() {
-            let ours = name.to_str().is_some_and(|name| {
-                name.starts_with("QUOTA_") || matches!(name, "DATABASE_URL" | "ALLOWED_ORIGINS")
-            });
-            if ours {
-                command.env_remove(name);
-            }
-        }
+        without_settings(&mut command);
         command
             .arg("serve")
             .env("QUOTA_LISTEN", "127.0.0.1:0")
@@ -119,6 +118,9 @@ impl Server {
             .env("RUST_LOG", directives)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?);
+        for (name, value) in settings {
+            command.env(name, value);
+        }
         let child = Cores::starting(cores, || {
             command
                 .spawn()
@@ -139,11 +141,7 @@ impl Server {
         let deadline = Instant::now() + STARTED_WITHIN;
         loop {
             let text = fs::read_to_string(log)?;
-            let ready = text
-                .lines()
-                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-                .find(|line| line["message"] == "ready");
-            if let Some(line) = ready {
+            if let Some(line) = ready_line(&text) {
                 let listen = line["listen"].as_str().context("no address in the log")?;
                 return Ok(listen.parse()?);
             }
@@ -170,6 +168,26 @@ impl Server {
         let pid = Pid::from_raw(i32::try_from(self.child.id())?);
         Ok(clock_getcpuclockid(pid)?.now()?.into())
     }
+}
+
+/// What is set for us is not meant for the servers that we measure.
+pub(crate) fn without_settings(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        let ours = name.to_str().is_some_and(|name| {
+            name.starts_with("QUOTA_")
+                || matches!(name, "DATABASE_URL" | "REDIS_URL" | "ALLOWED_ORIGINS")
+        });
+        if ours {
+            command.env_remove(name);
+        }
+    }
+}
+
+/// The line of a log that says where `quota` listens.
+pub(crate) fn ready_line(log: &str) -> Option<Value> {
+    log.lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find(|line| line["message"] == "ready")
 }
 
 impl Drop for Server {

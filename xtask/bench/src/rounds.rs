@@ -76,8 +76,8 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let cores = Cores::pick();
     let hyper = Server::bare("hyper", cores)?;
     let poem = Server::bare("poem", cores)?;
-    let logging = Server::quota(quota, "info", cores)?;
-    let silent = Server::quota(quota, "info,quota_server::access=off", cores)?;
+    let logging = Server::quota(quota, "info", cores, &[])?;
+    let silent = Server::quota(quota, "info,quota_server::access=off", cores, &[])?;
     let (ample, scant) = keys(&logging)?;
     let (silent_ample, silent_scant) = keys(&silent)?;
     let load = Load::new()?;
@@ -124,7 +124,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
 }
 
 /// A key whose limits are never reached, and one whose limits always are.
-fn keys(server: &Server) -> Result<(String, String)> {
+pub(crate) fn keys(server: &Server) -> Result<(String, String)> {
     let account = http1::json(
         server.addr,
         "POST",
@@ -180,7 +180,7 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     );
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+pub(crate) fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;

@@ -1,0 +1,293 @@
+//! What sharing costs: how often Redis is asked, and what a request costs next to one replica's own memory.
+
+use std::{thread, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use quota_testkit::redis::RedisServer;
+
+use super::{
+    Options,
+    envelope::Envelope,
+    keep_log,
+    schedule::{Spread, Steady, nanos},
+    stage::{Recount, Stage, context, lateness, per_thousand, scripts, share},
+    table::Table,
+    tenant::{Key, Plan},
+};
+use crate::{
+    load::{CONNECTIONS, Load, Statuses, echo},
+    process::{Cores, Server},
+    rounds::{keys, median},
+};
+
+const COLUMNS: &[&str] = &[
+    "what",
+    "requests/s",
+    "admitted",
+    "Redis calls per 1,000",
+    "CPU µs a request",
+    "CPU, memory = 1",
+    "requests/s, memory = 1",
+];
+const REPLICAS: usize = 3;
+
+pub(crate) async fn run(options: &Options) -> Result<Table> {
+    let mut table = Table::new("What sharing costs", COLUMNS);
+    let seconds = Duration::from_secs(if options.quick { 1 } else { 6 });
+    let stage = Stage::set(options, REPLICAS, &[]).await?;
+    for (rpm, aim) in [(60_000, 60.0), (600_000, 10.0)] {
+        steady(options, &stage, rpm, seconds, aim, &mut table).await?;
+    }
+    saturated(options, &stage, seconds, &mut table).await?;
+    stage.end().await?;
+    if !options.no_redis {
+        next_to_memory(options, &mut table).await?;
+    }
+    table.notes.push(format!(
+        "Redis calls are over {REPLICAS} replicas, all scripts counted by Redis itself. Next to memory: two \
+         servers on one core in turns, {CONNECTIONS} connections from the other, medians of short rounds; CPU is \
+         the server's alone."
+    ));
+    Ok(table)
+}
+
+/// At 0.9 of the limit.
+async fn steady(
+    options: &Options,
+    stage: &Stage,
+    rpm: u32,
+    time: Duration,
+    aim: f64,
+    table: &mut Table,
+) -> Result<()> {
+    let plan = Plan::new(format!("{rpm} a minute"), rpm, rpm);
+    let keys = stage.keys_on(std::slice::from_ref(&plan)).await?;
+    let load = Steady {
+        key: 0,
+        from: Duration::ZERO,
+        per_second: f64::from(rpm) / 60.0 * 0.9,
+        count: 0,
+        spread: Spread::Random(1),
+    };
+    let part = |time| load.lasting(time).arrivals(REPLICAS).collect::<Vec<_>>();
+    // Leases find their size first.
+    stage.drive(&keys, &part(time / 3)).await?;
+    let mut counters = stage.counters().await?;
+    let (calls, cpu) = (scripts(&mut counters).await?, stage.fleet.cpu()?);
+    let began = std::time::Instant::now();
+    let log = stage.drive(&keys, &part(time)).await?;
+    let took = began.elapsed();
+    let cpu = stage.fleet.cpu()?.saturating_sub(cpu);
+    let after = scripts(&mut counters).await?;
+    keep_log(options, &format!("cost-{rpm}"), &log)?;
+    let decisions = log.iter().filter(|it| it.status != 0).count() as u64;
+    let recount = Recount::of(0, &plan, options.lease_ttl(), &log);
+    let what = format!("{rpm} a minute, load 0.9");
+    if recount.is_over() {
+        table.faults.push(context(&what, &recount));
+    }
+    row(
+        table,
+        &what,
+        took,
+        cpu,
+        decisions,
+        recount.admitted as u64,
+        calls.zip(after),
+        aim,
+    );
+    table
+        .notes
+        .push(format!("At {rpm} a minute: {}", lateness(&log)));
+    Ok(())
+}
+
+/// As many requests as there can be on one key whose bucket is empty.
+async fn saturated(
+    options: &Options,
+    stage: &Stage,
+    time: Duration,
+    table: &mut Table,
+) -> Result<()> {
+    let plan = Plan::new("saturated", 60_000, 1000);
+    let keys = stage.keys_on(std::slice::from_ref(&plan)).await?;
+    hammer(stage, &keys, time / 3)?;
+    let mut counters = stage.counters().await?;
+    let (calls, cpu) = (scripts(&mut counters).await?, stage.fleet.cpu()?);
+    let began = std::time::Instant::now();
+    let statuses = hammer(stage, &keys, time)?;
+    let took = began.elapsed();
+    let cpu = stage.fleet.cpu()?.saturating_sub(cpu);
+    let after = scripts(&mut counters).await?;
+    let of = |status| statuses.get(&status).copied().unwrap_or(0);
+    ensure!(
+        of(200) + of(429) == statuses.values().sum::<u64>(),
+        "wrong answers: {statuses:?}"
+    );
+    let envelope = Envelope::new(plan.rpm, plan.burst, options.lease_ttl());
+    let allowed = envelope.allows(nanos(took));
+    if of(200) > allowed {
+        let admitted = of(200);
+        let fault = format!("saturated: {admitted} admitted where {allowed} were allowed");
+        table.faults.push(fault);
+    }
+    let decisions = of(200) + of(429);
+    row(
+        table,
+        "60,000 a minute, saturated",
+        took,
+        cpu,
+        decisions,
+        of(200),
+        calls.zip(after),
+        12.0,
+    );
+    Ok(())
+}
+
+/// A closed loop on every replica at once.
+fn hammer(stage: &Stage, keys: &[Key], time: Duration) -> Result<Statuses> {
+    let request = echo(keys[0].text.to_str()?);
+    thread::scope(|scope| {
+        let loads = stage.fleet.addrs().into_iter().map(|addr| {
+            let request = &request;
+            scope.spawn(move || Load::new()?.put(addr, time, request))
+        });
+        let mut all = Statuses::new();
+        // Started before any is waited for.
+        for load in loads.collect::<Vec<_>>() {
+            let statuses = load.join().ok().context("a load ended early")??;
+            for (status, count) in statuses {
+                *all.entry(status).or_default() += count;
+            }
+        }
+        Ok(all)
+    })
+}
+
+#[expect(clippy::too_many_arguments, reason = "the cells of a row")]
+fn row(
+    table: &mut Table,
+    what: &str,
+    took: Duration,
+    cpu: Duration,
+    decisions: u64,
+    admitted: u64,
+    calls: Option<(u64, u64)>,
+    aim: f64,
+) {
+    let (before, after) = calls.unzip();
+    if let Some((before, after)) = calls {
+        let calls = 1e3 * share(after.saturating_sub(before), decisions);
+        if calls > aim {
+            let note = format!("Above the aim of {aim} calls per 1,000: {what}, {calls:.1}.");
+            table.notes.push(note);
+        }
+    }
+    #[expect(clippy::cast_precision_loss, reason = "fewer than 2^52")]
+    let decided = decisions as f64;
+    table.row(vec![
+        what.to_owned(),
+        format!("{:.0}", decided / took.as_secs_f64()),
+        admitted.to_string(),
+        per_thousand(before, after, decisions),
+        format!("{:.1}", cpu.as_secs_f64() * 1e6 / decided),
+        "-".to_owned(),
+        "-".to_owned(),
+    ]);
+}
+
+struct Round {
+    micros: f64,
+    per_second: f64,
+}
+
+/// One hot key, all admitted and all denied, on a server with Redis and one without, in turns.
+async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
+    let redis = RedisServer::start().await;
+    let (rounds, time) = if options.quick { (3, 100) } else { (25, 300) };
+    let time = Duration::from_millis(time);
+    let cores = Cores::pick();
+    let directives = "info,quota_server::access=off";
+    let with_redis = [
+        ("REDIS_URL", redis.url()),
+        ("QUOTA_LEASE_TTL", format!("{}ms", options.lease_ttl)),
+    ];
+    // A runtime of its own inside this one is not allowed: a thread has it.
+    let apart = |task: &(dyn Fn() -> Result<Vec<[Round; 2]>> + Sync)| {
+        thread::scope(|scope| scope.spawn(task).join().ok().context("it panicked")?)
+    };
+    let memory = Server::quota(&options.quota, directives, cores, &[])?;
+    let shared = Server::quota(&options.quota, directives, cores, &with_redis)?;
+    let (memory_keys, shared_keys) = (keys(&memory)?, keys(&shared)?);
+    for (what, memory_key, shared_key) in [
+        ("hot key, admitted", &memory_keys.0, &shared_keys.0),
+        ("hot key, denied", &memory_keys.1, &shared_keys.1),
+    ] {
+        let cases = [(&memory, echo(memory_key)), (&shared, echo(shared_key))];
+        let measure = |rounds: usize| {
+            apart(&|| {
+                let load = Load::new()?;
+                let mut all = Vec::new();
+                for _ in 0..rounds {
+                    let one = |(server, request): &(&Server, Vec<u8>)| {
+                        let (cpu, began) = (server.cpu()?, std::time::Instant::now());
+                        let statuses = load.put(server.addr, time, request)?;
+                        let took = began.elapsed();
+                        let cpu = server.cpu()?.saturating_sub(cpu);
+                        let total = statuses.values().sum::<u64>();
+                        let right = statuses.keys().all(|it| matches!(it, 200 | 429));
+                        ensure!(right && total > 0, "wrong answers: {statuses:?}");
+                        #[expect(clippy::cast_precision_loss, reason = "fewer than 2^52")]
+                        let total = total as f64;
+                        Ok(Round {
+                            micros: cpu.as_secs_f64() * 1e6 / total,
+                            per_second: total / took.as_secs_f64(),
+                        })
+                    };
+                    all.push([one(&cases[0])?, one(&cases[1])?]);
+                }
+                Ok(all)
+            })
+        };
+        measure(2)?;
+        let mut all = Vec::new();
+        let mut counters = Some(super::counters::Counters::of(&redis.url()).await?);
+        let before = scripts(&mut counters).await?;
+        for _ in 0..rounds {
+            all.extend(measure(1)?);
+            // Where a signal to stop is heard.
+            tokio::task::yield_now().await;
+        }
+        let after = scripts(&mut counters).await?;
+        for (name, it) in [("memory", 0), ("Redis", 1)] {
+            let of = |value: fn(&Round) -> f64| median(all.iter().map(|round| value(&round[it])));
+            let ratio = |value: fn(&Round) -> f64| {
+                median(all.iter().map(|round| value(&round[it]) / value(&round[0])))
+            };
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "a count"
+            )]
+            let decisions = all
+                .iter()
+                .map(|round| round[it].per_second * time.as_secs_f64())
+                .sum::<f64>() as u64;
+            table.row(vec![
+                format!("{what}, {name}"),
+                format!("{:.0}", of(|it| it.per_second)),
+                "-".to_owned(),
+                if it == 0 {
+                    "-".to_owned()
+                } else {
+                    per_thousand(before, after, decisions)
+                },
+                format!("{:.2}", of(|it| it.micros)),
+                format!("{:.3}", ratio(|it| it.micros)),
+                format!("{:.3}", ratio(|it| it.per_second)),
+            ]);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,58 @@
+//! What Redis itself counted: how often it was asked.
+
+use anyhow::{Context as _, Result};
+use redis::aio::MultiplexedConnection;
+
+/// Asks one Redis, from a connection of our own.
+pub(crate) struct Counters {
+    connection: MultiplexedConnection,
+}
+
+impl Counters {
+    pub(crate) async fn of(url: &str) -> Result<Self> {
+        let client = redis::Client::open(url)?;
+        let connection = client.get_multiplexed_async_connection().await?;
+        Ok(Self { connection })
+    }
+
+    /// How many scripts were called since Redis started: what decisions and leases cost.
+    pub(crate) async fn scripts(&mut self) -> Result<u64> {
+        let text: String = redis::cmd("INFO")
+            .arg("commandstats")
+            .query_async(&mut self.connection)
+            .await
+            .context("cannot ask Redis for its counters")?;
+        Ok(scripts(&text))
+    }
+
+    /// Ends every subscription, as a network would: their owners see a closed connection.
+    pub(crate) async fn end_subscriptions(&mut self) -> Result<u64> {
+        Ok(redis::cmd("CLIENT")
+            .arg(&["KILL", "TYPE", "pubsub"])
+            .query_async(&mut self.connection)
+            .await?)
+    }
+}
+
+/// Lines such as `cmdstat_evalsha:calls=12,usec=340,…`.
+fn scripts(text: &str) -> u64 {
+    let calls = |line: &str| -> Option<u64> {
+        let (name, rest) = line.strip_prefix("cmdstat_")?.split_once(":calls=")?;
+        let count = rest.split(',').next()?.parse().ok()?;
+        matches!(name, "evalsha" | "eval" | "fcall").then_some(count)
+    };
+    text.lines().filter_map(calls).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::scripts;
+
+    #[test]
+    fn scripts_are_counted_and_nothing_else() {
+        let text = "# Commandstats\r\ncmdstat_evalsha:calls=12,usec=340,usec_per_call=28.33\r\n\
+                    cmdstat_eval:calls=1,usec=9\r\ncmdstat_hmget:calls=13,usec=9\r\n";
+        assert_eq!(scripts(text), 13);
+        assert_eq!(scripts(""), 0);
+    }
+}

@@ -1,0 +1,249 @@
+//! The load: requests that leave when their time has come, whether or not earlier ones are answered, and the
+//! log of what became of each.
+//!
+//! Arrivals are planned ahead, so a slow server does not slow the load (an open loop), and the load ends by
+//! itself. A request takes a resting connection of its replica, or opens one; beyond [`CONNECTIONS`] it waits for
+//! one, which its log entry shows as a late start. Connections are lost and opened anew as replicas come and go.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    net::SocketAddr,
+    rc::Rc,
+    time::Duration,
+};
+
+use anyhow::Result;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, header};
+use http_body_util::{BodyExt as _, Empty};
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    net::TcpStream,
+    sync::Notify,
+    task::{JoinSet, LocalSet},
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::envelope::Span;
+
+/// To one replica at once.
+const CONNECTIONS: usize = 256;
+/// How long an answer is waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A request to come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Arrival {
+    /// Nanoseconds since the load began.
+    pub(crate) at: u64,
+    /// Places in the lists of keys and of replicas.
+    pub(crate) key: usize,
+    pub(crate) replica: usize,
+}
+
+/// What became of it. Times are nanoseconds since the load began, by one monotonic clock.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Attempt {
+    pub(crate) key: usize,
+    pub(crate) replica: usize,
+    pub(crate) due: u64,
+    /// Just before its first byte left.
+    pub(crate) sent: u64,
+    /// Just after its answer's head was there, or was given up.
+    pub(crate) answered: u64,
+    /// 0: there was no answer.
+    pub(crate) status: u16,
+    pub(crate) retry_after: Option<u32>,
+    /// The answer says that it was decided without Redis.
+    pub(crate) degraded: bool,
+}
+
+impl Attempt {
+    pub(crate) fn admitted(&self) -> bool {
+        self.status == 200
+    }
+
+    pub(crate) fn span(&self) -> Span {
+        Span {
+            sent: self.sent,
+            answered: self.answered,
+        }
+    }
+
+    pub(crate) fn took(&self) -> Duration {
+        Duration::from_nanos(self.answered - self.sent)
+    }
+}
+
+/// Where requests go.
+pub(crate) struct Targets {
+    pub(crate) replicas: Vec<SocketAddr>,
+    pub(crate) keys: Vec<HeaderValue>,
+}
+
+/// Sends every request of `schedule`, which is in order of time, from `origin` on.
+pub(crate) async fn drive(
+    targets: &Targets,
+    schedule: &[Arrival],
+    origin: Instant,
+) -> Result<Vec<Attempt>> {
+    let local = LocalSet::new();
+    local.run_until(send(targets, schedule, origin)).await
+}
+
+async fn send(targets: &Targets, schedule: &[Arrival], origin: Instant) -> Result<Vec<Attempt>> {
+    let lines: Vec<Rc<Line>> = targets
+        .replicas
+        .iter()
+        .map(|addr| Rc::new(Line::to(*addr, origin)))
+        .collect();
+    let keys: Rc<[HeaderValue]> = targets.keys.as_slice().into();
+    let mut connections = JoinSet::new();
+    for arrival in schedule {
+        let due = origin + Duration::from_nanos(arrival.at);
+        if due > Instant::now() {
+            sleep_until(due).await;
+        }
+        let line = &lines[arrival.replica];
+        line.jobs.borrow_mut().push_back(*arrival);
+        if line.idle.get() > 0 {
+            line.idle.set(line.idle.get() - 1);
+            line.bell.notify_one();
+        } else if line.open.get() < CONNECTIONS {
+            line.open.set(line.open.get() + 1);
+            connections.spawn_local(Rc::clone(line).serve(Rc::clone(&keys)));
+        }
+    }
+    for line in &lines {
+        line.over.set(true);
+        line.bell.notify_waiters();
+    }
+    let mut attempts = Vec::with_capacity(schedule.len());
+    while let Some(log) = connections.join_next().await {
+        attempts.extend(log?);
+    }
+    attempts.sort_unstable_by_key(|attempt| attempt.sent);
+    Ok(attempts)
+}
+
+/// The connections to one replica, and the requests that wait for one.
+struct Line {
+    addr: SocketAddr,
+    origin: Instant,
+    jobs: RefCell<VecDeque<Arrival>>,
+    bell: Notify,
+    open: Cell<usize>,
+    /// Connections that wait for the bell.
+    idle: Cell<usize>,
+    /// No more jobs come.
+    over: Cell<bool>,
+}
+
+pub(crate) type Sender = SendRequest<Empty<Bytes>>;
+
+impl Line {
+    fn to(addr: SocketAddr, origin: Instant) -> Self {
+        Self {
+            addr,
+            origin,
+            jobs: RefCell::default(),
+            bell: Notify::new(),
+            open: Cell::new(0),
+            idle: Cell::new(0),
+            over: Cell::new(false),
+        }
+    }
+
+    /// One connection's life.
+    async fn serve(self: Rc<Self>, keys: Rc<[HeaderValue]>) -> Vec<Attempt> {
+        let mut log = Vec::new();
+        let mut sender = None;
+        loop {
+            let job = self.jobs.borrow_mut().pop_front();
+            let Some(job) = job else {
+                if self.over.get() {
+                    return log;
+                }
+                self.idle.set(self.idle.get() + 1);
+                self.bell.notified().await;
+                continue;
+            };
+            log.push(self.attempt(&mut sender, job, &keys[job.key]).await);
+        }
+    }
+
+    async fn attempt(
+        &self,
+        sender: &mut Option<Sender>,
+        job: Arrival,
+        key: &HeaderValue,
+    ) -> Attempt {
+        let mut attempt = Attempt {
+            key: job.key,
+            replica: job.replica,
+            due: job.at,
+            sent: self.now(),
+            answered: 0,
+            status: 0,
+            retry_after: None,
+            degraded: false,
+        };
+        // What the server ended while it rested is opened anew.
+        let kept = match sender.take() {
+            Some(mut kept) => kept.ready().await.is_ok().then_some(kept),
+            None => None,
+        };
+        let ready = match kept {
+            Some(kept) => Ok(kept),
+            None => connect(self.addr).await,
+        };
+        if let Ok(mut ready) = ready {
+            let request = Request::get("/v1/echo")
+                .header(header::HOST, HeaderValue::from_static("quota"))
+                .header("x-api-key", key.clone())
+                .body(Empty::new());
+            attempt.sent = self.now();
+            let answered = async {
+                let answer = ready.send_request(request?).await?;
+                attempt.answered = self.now();
+                attempt.status = answer.status().as_u16();
+                attempt.retry_after = number(answer.headers(), &header::RETRY_AFTER);
+                attempt.degraded = is_degraded(answer.headers());
+                answer.into_body().collect().await?;
+                anyhow::Ok(())
+            };
+            if let Ok(Ok(())) = timeout(PATIENCE, answered).await {
+                *sender = Some(ready);
+            }
+        }
+        if attempt.status == 0 {
+            attempt.answered = self.now();
+        }
+        attempt
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+pub(crate) async fn connect(addr: SocketAddr) -> Result<Sender> {
+    let stream = timeout(PATIENCE, TcpStream::connect(addr)).await??;
+    stream.set_nodelay(true)?;
+    let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+fn number(headers: &HeaderMap, name: &header::HeaderName) -> Option<u32> {
+    headers.get(name)?.to_str().ok()?.parse().ok()
+}
+
+/// Whatever the field's other words: a server that decides alone says so in a field of that name.
+fn is_degraded(headers: &HeaderMap) -> bool {
+    headers
+        .keys()
+        .any(|name| name.as_str().ends_with("degraded"))
+}

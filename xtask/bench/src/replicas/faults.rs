@@ -1,0 +1,371 @@
+//! Redis dies, freezes, fails over, falls silent, under load.
+//!
+//! Every mode of a plan is a key of its own, in the same processes at the same time: some beyond their limit,
+//! which try the promise at its edge, some below it and strict, which need Redis for each decision and so feel
+//! its loss in their latency.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
+use quota_testkit::{
+    proxy::{Fault, FaultProxy, Upstream},
+    redis::{RedisServer, SentinelGroup},
+};
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    Options,
+    drive::{Arrival, Attempt, drive},
+    keep_log,
+    schedule::{Spread, Steady, drained_then, nanos, together},
+    stage::{Recount, Stage, context, lateness, millis, quantile, slack},
+    table::Table,
+    tenant::{Plan, knows},
+};
+
+const COLUMNS: &[&str] = &[
+    "fault",
+    "plan",
+    "sent",
+    "admitted",
+    "excess, tokens",
+    "served",
+    "p99 before, ms",
+    "p99 first second, ms",
+    "p99 after it, ms",
+    "recovered after, ms",
+    "5xx",
+    "no answer",
+];
+const REPLICAS: usize = 3;
+/// When it happens.
+const FAULT_AT: Duration = Duration::from_secs(4);
+/// How much of what was written the replica lacks that takes over.
+const MISSED: Duration = Duration::from_millis(1500);
+/// What a loss may take to be noticed by all.
+const DISCOVERY: Duration = Duration::from_secs(1);
+const AFTERWARDS: Duration = Duration::from_secs(6);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kind {
+    /// Killed with -9; comes back empty after two seconds
+    Kill,
+    /// Stopped for ten seconds, with its state
+    Freeze,
+    /// A replica takes over that missed the last writes
+    Failover,
+    /// All ways to it swallow every byte for five seconds
+    BlackHole,
+    /// One replica's way does
+    Partial,
+}
+
+impl Kind {
+    const ALL: [Self; 5] = [
+        Self::Kill,
+        Self::Freeze,
+        Self::Failover,
+        Self::BlackHole,
+        Self::Partial,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Kill => "killed, back empty",
+            Self::Freeze => "frozen",
+            Self::Failover => "failed over, writes lost",
+            Self::BlackHole => "silent",
+            Self::Partial => "silent for one replica",
+        }
+    }
+
+    /// At most.
+    fn lasts(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Kill => 2,
+            Self::Freeze => 10,
+            Self::Failover => 8,
+            Self::BlackHole | Self::Partial => 5,
+        })
+    }
+}
+
+pub(crate) async fn run(options: &Options) -> Result<Table> {
+    let mut table = Table::new("Losing Redis under load", COLUMNS);
+    ensure!(!options.no_redis, "there is no Redis to lose");
+    let kinds = match &options.fault[..] {
+        [] if options.quick => &[Kind::Kill],
+        [] => &Kind::ALL[..],
+        chosen => chosen,
+    };
+    let mut late = Vec::new();
+    for kind in kinds {
+        late.extend(one(options, *kind, &mut table).await?);
+    }
+    table.notes.push(format!(
+        "{REPLICAS} replicas. Excess is as in the table of limits, over the whole run; `open` promises nothing \
+         while Redis is away, and `share` adds the share of a replica that alone lost it. Latency is what the \
+         client saw, from sending to the answer's head. Recovered is when the last degraded or 503 answer came, \
+         from when Redis was back. {}",
+        lateness(&late),
+    ));
+    Ok(table)
+}
+
+/// A key: its plan, and whether it asks for less than its limit.
+struct Role {
+    plan: Plan,
+    light: bool,
+}
+
+fn roles(modes: bool) -> Vec<Role> {
+    let role = |mode: &'static str, strict, light| {
+        let (rpm, burst) = if light { (60_000, 2000) } else { (6000, 200) };
+        let words = [
+            mode,
+            if strict { " strict" } else { "" },
+            if light { " below its limit" } else { "" },
+        ];
+        Role {
+            plan: Plan {
+                strict,
+                on_redis_failure: modes.then_some(mode),
+                ..Plan::new(words.concat(), rpm, burst)
+            },
+            light,
+        }
+    };
+    let mut roles = vec![
+        role("share", false, false),
+        role("share", true, false),
+        role("share", true, true),
+    ];
+    if modes {
+        roles.extend([
+            role("closed", false, false),
+            role("closed", true, true),
+            role("open", false, false),
+            role("open", true, true),
+        ]);
+    }
+    roles
+}
+
+fn load(roles: &[Role], time: Duration) -> Vec<Arrival> {
+    together(roles.iter().enumerate().map(|(key, role)| {
+        let rate = f64::from(role.plan.rpm) / 60.0;
+        let steady = Steady {
+            key,
+            from: Duration::ZERO,
+            per_second: if role.light { rate * 0.15 } else { rate * 2.0 },
+            count: 0,
+            spread: Spread::Random(key as u64),
+        };
+        if role.light {
+            steady.lasting(time).arrivals(REPLICAS).collect()
+        } else {
+            let limit = (role.plan.rpm, role.plan.burst);
+            drained_then(steady, REPLICAS, limit, 1000.0, time)
+        }
+    }))
+}
+
+/// Redis, and what stands before it.
+enum World {
+    Plain(RedisServer),
+    Proxied {
+        /// Held for as long as it is needed.
+        _redis: RedisServer,
+        proxies: Vec<FaultProxy>,
+    },
+    Watched(SentinelGroup),
+}
+
+impl World {
+    async fn make(kind: Kind) -> Self {
+        if kind == Kind::Failover {
+            return Self::Watched(SentinelGroup::start().await);
+        }
+        let redis = RedisServer::start().await;
+        match kind {
+            Kind::BlackHole | Kind::Partial => {
+                let mut proxies = Vec::new();
+                for _ in 0..REPLICAS {
+                    proxies.push(FaultProxy::start(Upstream::Tcp(redis.addr())).await);
+                }
+                Self::Proxied {
+                    _redis: redis,
+                    proxies,
+                }
+            }
+            _ => Self::Plain(redis),
+        }
+    }
+
+    /// For `REDIS_URL` of each replica.
+    fn urls(&self) -> Vec<String> {
+        match self {
+            Self::Plain(redis) => vec![redis.url(); REPLICAS],
+            Self::Proxied { proxies, .. } => {
+                let url = |proxy: &FaultProxy| format!("redis://{}/0", proxy.addr());
+                proxies.iter().map(url).collect()
+            }
+            Self::Watched(group) => vec![group.url(); REPLICAS],
+        }
+    }
+}
+
+async fn one(options: &Options, kind: Kind, table: &mut Table) -> Result<Vec<Attempt>> {
+    let mut world = World::make(kind).await;
+    let stage = Stage::around(options, REPLICAS, world.urls(), None, &[]).await?;
+    let modes = knows(stage.fleet.addrs()[0], "on_redis_failure").await?;
+    let roles = roles(modes);
+    let plans: Vec<Plan> = roles.iter().map(|role| role.plan.clone()).collect();
+    let keys = stage.keys_on(&plans).await?;
+    let load = load(&roles, FAULT_AT + kind.lasts() + AFTERWARDS);
+    let targets = stage.targets(&keys);
+    let origin = Instant::now();
+    let (log, back) = tokio::try_join!(
+        drive(&targets, &load, origin),
+        happen(kind, &mut world, origin)
+    )?;
+    keep_log(options, &format!("faults-{kind:?}"), &log)?;
+    for (key, role) in roles.iter().enumerate() {
+        tell(options, kind, key, role, back, &log, table);
+    }
+    stage.end().await?;
+    Ok(log)
+}
+
+/// Does it, undoes it, and says when Redis was there again.
+async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Duration> {
+    let (begin, over) = (origin + FAULT_AT, origin + FAULT_AT + kind.lasts());
+    match world {
+        World::Plain(redis) => {
+            sleep_until(begin).await;
+            if kind == Kind::Kill {
+                redis.kill().await;
+                sleep_until(over).await;
+                redis.restart().await;
+            } else {
+                redis.stop();
+                sleep_until(over).await;
+                redis.cont();
+            }
+        }
+        World::Proxied { proxies, .. } => {
+            let silent = if kind == Kind::Partial { 1 } else { REPLICAS };
+            sleep_until(begin).await;
+            for proxy in &proxies[..silent] {
+                proxy.set(Fault::BlackHole);
+            }
+            sleep_until(over).await;
+            for proxy in &proxies[..silent] {
+                // Bytes are missing from these streams, as they never are from a network's: they end.
+                proxy.cut();
+                proxy.set(Fault::Pass);
+            }
+        }
+        World::Watched(group) => {
+            let [first, second] = &mut group.servers;
+            sleep_until(begin.checked_sub(MISSED).context("it is later")?).await;
+            // The first has no password, and refuses who sends one: the second stays away, and misses what is
+            // written from now on.
+            second
+                .command("CONFIG SET masterauth no-such-password")
+                .await;
+            first.command("CLIENT KILL TYPE replica").await;
+            sleep_until(begin).await;
+            first.kill().await;
+            group.failed_over().await;
+            ensure!(Instant::now() < over, "the failover took too long");
+        }
+    }
+    Ok(origin.elapsed())
+}
+
+/// A replica that alone lost its way to Redis admits its share beside what the others admit together. Of a loss
+/// that meets all, the promise is the plan's.
+fn promised(kind: Kind, plan: &Plan) -> Plan {
+    let mut plan = plan.clone();
+    if kind == Kind::Partial && plan.on_redis_failure != Some("closed") {
+        let replicas = u32::try_from(REPLICAS).unwrap_or(u32::MAX);
+        plan.rpm += plan.rpm.div_ceil(replicas);
+        plan.burst += plan.burst.div_ceil(replicas);
+    }
+    plan
+}
+
+fn tell(
+    options: &Options,
+    kind: Kind,
+    key: usize,
+    role: &Role,
+    back: Duration,
+    log: &[Attempt],
+    table: &mut Table,
+) {
+    let plan = &role.plan;
+    let recount = Recount::of(
+        key,
+        &promised(kind, plan),
+        slack(plan, options.lease_ttl()),
+        log,
+    );
+    let own = || log.iter().filter(move |it| it.key == key);
+    let p99 = |from: Duration, to: Duration| {
+        let (from, to) = (nanos(from), nanos(to));
+        let inside = own().filter(|it| (from..to).contains(&it.sent));
+        quantile(inside.map(Attempt::took).collect(), 0.99)
+    };
+    let known = FAULT_AT + DISCOVERY;
+    let (discovering, afterwards) = (p99(FAULT_AT, known), p99(known, back.max(known)));
+    let returned = nanos(back);
+    let recovered = own()
+        .filter(|it| it.degraded || it.status == 503)
+        .map(|it| it.answered.saturating_sub(returned))
+        .max();
+    let what = format!("{}, {}", kind.name(), plan.name);
+    let promises = plan.on_redis_failure != Some("open");
+    if promises && recount.is_over() {
+        table.faults.push(context(&what, &recount));
+    }
+    if plan.on_redis_failure != Some("closed") && recount.failed > 0 {
+        let failed = recount.failed;
+        table
+            .faults
+            .push(format!("{what}: {failed} answers of 5xx"));
+    }
+    for (name, time, aim) in [
+        ("p99 of the first second", discovering, 60),
+        ("p99 after it", afterwards, 5),
+        (
+            "recovery",
+            Duration::from_nanos(recovered.unwrap_or_default()),
+            2000,
+        ),
+    ] {
+        if time > Duration::from_millis(aim) {
+            let note = format!(
+                "Above the aim of {aim} ms: {what}, {name}, {} ms.",
+                millis(time)
+            );
+            table.notes.push(note);
+        }
+    }
+    table.row(vec![
+        kind.name().to_owned(),
+        plan.name.clone(),
+        recount.sent.to_string(),
+        recount.admitted.to_string(),
+        format!("{:+.3}", recount.excess()),
+        format!("{:.1} %", recount.served * 100.0),
+        millis(p99(FAULT_AT / 2, FAULT_AT)),
+        millis(discovering),
+        millis(afterwards),
+        recovered.map_or("-".to_owned(), |it| millis(Duration::from_nanos(it))),
+        recount.failed.to_string(),
+        recount.silent.to_string(),
+    ]);
+}

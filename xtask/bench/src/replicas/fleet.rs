@@ -1,0 +1,222 @@
+//! Several replicas of `quota` on one database and one Redis, and the database itself. Started on free ports of
+//! loopback, asked over HTTP, ended by process id with the value that owns them.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{sys::signal::Signal, time::clock_getcpuclockid, unistd::Pid};
+use quota_testkit::Process;
+use tempfile::TempDir;
+use tokio_postgres::NoTls;
+
+use crate::process::{ready_line, without_settings};
+
+const STARTED_WITHIN: Duration = Duration::from_secs(60);
+/// What the contract with operators says of SIGTERM.
+const STOPPED_WITHIN: Duration = Duration::from_secs(30);
+
+/// A database of our own on the cluster we were given.
+pub(crate) struct Database {
+    cluster: String,
+    name: String,
+    pub(crate) url: String,
+}
+
+impl Database {
+    pub(crate) async fn create(cluster: &str) -> Result<Self> {
+        let (base, _) = cluster
+            .rsplit_once('/')
+            .context("--postgres: a URL ends in a database")?;
+        let name = format!(
+            "quota_bench_{}_{:08x}",
+            std::process::id(),
+            fastrand::u32(..)
+        );
+        let database = Self {
+            cluster: cluster.to_owned(),
+            url: format!("{base}/{name}"),
+            name,
+        };
+        database
+            .execute(&format!("CREATE DATABASE {}", database.name))
+            .await?;
+        Ok(database)
+    }
+
+    pub(crate) async fn remove(self) -> Result<()> {
+        self.execute(&format!("DROP DATABASE {} WITH (FORCE)", self.name))
+            .await
+    }
+
+    async fn execute(&self, sql: &str) -> Result<()> {
+        let (client, connection) = tokio_postgres::connect(&self.cluster, NoTls)
+            .await
+            .context("cannot connect to PostgreSQL")?;
+        let connection = tokio::spawn(connection);
+        let done = client.batch_execute(sql).await;
+        drop(client);
+        connection.await??;
+        Ok(done?)
+    }
+}
+
+/// How the replicas are set up.
+#[derive(Clone)]
+pub(crate) struct Setup {
+    pub(crate) binary: PathBuf,
+    pub(crate) database_url: String,
+    /// One for each replica; none for replicas that know of no Redis.
+    pub(crate) redis_urls: Vec<String>,
+    /// More variables of the environment.
+    pub(crate) settings: Vec<(&'static str, String)>,
+}
+
+pub(crate) struct Fleet {
+    setup: Setup,
+    replicas: Vec<Replica>,
+}
+
+struct Replica {
+    process: Process,
+    addr: SocketAddr,
+    log: PathBuf,
+    _data: TempDir,
+}
+
+impl Fleet {
+    /// Each is ready when this returns.
+    pub(crate) async fn start(setup: Setup, count: usize) -> Result<Self> {
+        let mut fleet = Self {
+            setup,
+            replicas: Vec::new(),
+        };
+        fleet.start_all(count).await?;
+        Ok(fleet)
+    }
+
+    async fn start_all(&mut self, count: usize) -> Result<()> {
+        for index in 0..count {
+            self.replicas.push(Replica::spawn(&self.setup, index)?);
+            // The first applies the migrations.
+            if index == 0 || index + 1 == count {
+                for replica in &mut self.replicas {
+                    replica.ready().await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn addrs(&self) -> Vec<SocketAddr> {
+        self.replicas.iter().map(|it| it.addr).collect()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.replicas.len()
+    }
+
+    /// User and system time of all of them so far.
+    pub(crate) fn cpu(&self) -> Result<Duration> {
+        self.replicas.iter().map(|it| cpu(it.process.pid())).sum()
+    }
+
+    /// Asks all to stop, as an operator does, and waits until they have.
+    pub(crate) async fn stop(&mut self) -> Result<()> {
+        for replica in &mut self.replicas {
+            replica.process.signal(Signal::SIGTERM)?;
+        }
+        for mut replica in self.replicas.drain(..) {
+            let status = replica.process.ends_within(STOPPED_WITHIN).await?;
+            let status = status.context("a replica did not stop in time")?;
+            ensure!(
+                status.success(),
+                "a replica ended with {status}:\n{}",
+                tail(&replica.log)
+            );
+        }
+        Ok(())
+    }
+
+    /// Stops all of them and starts as many anew.
+    pub(crate) async fn restart(&mut self) -> Result<()> {
+        let count = self.replicas.len();
+        self.stop().await?;
+        self.start_all(count).await
+    }
+}
+
+/// User and system time of a process so far, all threads together.
+pub(crate) fn cpu(pid: Pid) -> Result<Duration> {
+    Ok(clock_getcpuclockid(pid)?.now()?.into())
+}
+
+impl Replica {
+    fn spawn(setup: &Setup, index: usize) -> Result<Self> {
+        let data = tempfile::Builder::new()
+            .prefix("quota-bench-")
+            .permissions(fs::Permissions::from_mode(0o711))
+            .tempdir()?;
+        let log = data.path().join("log");
+        let mut command = Command::new(&setup.binary);
+        without_settings(&mut command);
+        command
+            .arg("serve")
+            .env("QUOTA_LISTEN", "127.0.0.1:0")
+            .env("QUOTA_METRICS_LISTEN", "127.0.0.1:0")
+            .env("QUOTA_DATA_DIR", data.path())
+            .env("DATABASE_URL", &setup.database_url)
+            .env("QUOTA_DATABASE_POOL", "8")
+            .env("QUOTA_ADMIN_RPM", "0")
+            .env("QUOTA_AUTH_RPM", "0")
+            .env("RUST_LOG", "info,quota_server::access=off");
+        if let Some(url) = setup.redis_urls.get(index) {
+            command.env("REDIS_URL", url);
+        }
+        for (name, value) in &setup.settings {
+            command.env(name, value);
+        }
+        let process = Process::start(&command, &log)
+            .with_context(|| format!("cannot run {}", setup.binary.display()))?;
+        Ok(Self {
+            process,
+            // Until it is ready.
+            addr: SocketAddr::from(([127, 0, 0, 1], 0)),
+            log,
+            _data: data,
+        })
+    }
+
+    async fn ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + STARTED_WITHIN;
+        loop {
+            // The guard makes the file, a little later.
+            let text = fs::read_to_string(&self.log).unwrap_or_default();
+            if let Some(line) = ready_line(&text) {
+                let listen = line["listen"].as_str().context("no address in the log")?;
+                self.addr = listen.parse()?;
+                return Ok(());
+            }
+            if let Some(status) = self.process.ended()? {
+                bail!("quota ended with {status} instead of starting:\n{text}");
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "quota was not ready within {STARTED_WITHIN:?}:\n{text}"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn tail(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}

@@ -1,0 +1,128 @@
+//! Replicas, loads and plans: nothing above the promise, in any window, and hardly anything below.
+//!
+//! The plans of one cell are three keys in the same processes at the same time. At 0.9 of the limit a key is
+//! rested and everything passes; at 1 and 2 times, a blow first takes the bucket to its bottom, so that the
+//! promise is tried at its edge from then on.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::{
+    Options,
+    drive::Attempt,
+    keep_log,
+    schedule::{Spread, Steady, drained_then, together},
+    stage::{Recount, Stage, context, lateness, per_thousand, scripts, share, slack},
+    table::Table,
+    tenant::Plan,
+};
+
+const COLUMNS: &[&str] = &[
+    "replicas",
+    "load",
+    "plan",
+    "sent",
+    "admitted",
+    "excess, tokens",
+    "served",
+    "failed",
+    "Redis calls per 1,000",
+    "CPU µs a request",
+];
+const LOADS: [f64; 3] = [0.9, 1.0, 2.0];
+/// Requests a second while a bucket is emptied: what this machine can send to processes that share its cores.
+const BLOW: f64 = 8000.0;
+
+pub(crate) async fn run(options: &Options) -> Result<Table> {
+    let mut table = Table::new("Limits over replicas", COLUMNS);
+    let (plans, loads, time): (&[u32], &[f64], _) = if options.quick {
+        (&[600, 1800], &[2.0], Duration::from_secs(1))
+    } else {
+        (&[60, 600, 60_000], &LOADS, Duration::from_secs(6))
+    };
+    let mut late = Vec::new();
+    for &replicas in &options.replicas {
+        let stage = Stage::set(options, replicas, &[]).await?;
+        for &load in loads {
+            let log = cell(options, &stage, load, plans, time, &mut table).await?;
+            late.extend(log);
+        }
+        stage.end().await?;
+    }
+    table.notes.push(format!(
+        "Each plan's burst is its limit of a minute. Excess is the worst of all windows above burst + rate·(T + \
+         {} ms), recounted from when requests were sent and answered; negative is below. Served is the part of \
+         what one exact bucket would have admitted of the same requests. Redis calls and CPU are those of a \
+         cell's keys together. {}",
+        options.lease_ttl,
+        lateness(&late),
+    ));
+    Ok(table)
+}
+
+async fn cell(
+    options: &Options,
+    stage: &Stage,
+    load: f64,
+    rates: &[u32],
+    time: Duration,
+    table: &mut Table,
+) -> Result<Vec<Attempt>> {
+    let replicas = stage.fleet.len();
+    let plans: Vec<Plan> = rates
+        .iter()
+        .map(|&rpm| Plan::new(format!("{rpm} a minute at {load}"), rpm, rpm))
+        .collect();
+    let keys = stage.keys_on(&plans).await?;
+    let seed = replicas as u64;
+    let schedule = together(plans.iter().enumerate().map(|(key, plan)| {
+        let steady = Steady {
+            key,
+            from: Duration::ZERO,
+            per_second: f64::from(plan.rpm) / 60.0 * load,
+            count: 0,
+            spread: Spread::Random(seed + key as u64),
+        };
+        if load < 1.0 {
+            steady.lasting(time).arrivals(replicas).collect()
+        } else {
+            let blow = BLOW.min(f64::from(plan.burst) * 4.0);
+            drained_then(steady, replicas, (plan.rpm, plan.burst), blow, time)
+        }
+    }));
+    let mut counters = stage.counters().await?;
+    let (calls, cpu) = (scripts(&mut counters).await?, stage.fleet.cpu()?);
+    let log = stage.drive(&keys, &schedule).await?;
+    let cpu = stage.fleet.cpu()?.saturating_sub(cpu);
+    let decisions = log.iter().filter(|it| it.status != 0).count() as u64;
+    let calls = per_thousand(calls, scripts(&mut counters).await?, decisions);
+    let micros = share(u64::try_from(cpu.as_micros())?, decisions);
+    keep_log(options, &format!("limits-{replicas}-{load}"), &log)?;
+
+    for (key, plan) in plans.iter().enumerate() {
+        let recount = Recount::of(key, plan, slack(plan, options.lease_ttl()), &log);
+        let what = format!("{replicas} replicas, load {load}, {} a minute", plan.rpm);
+        if recount.is_over() {
+            table.faults.push(context(&what, &recount));
+        }
+        if !options.quick && recount.served < 0.99 {
+            let served = recount.served * 100.0;
+            let note = format!("{what}: only {served:.2} % were served");
+            table.faults.push(note);
+        }
+        table.row(vec![
+            replicas.to_string(),
+            load.to_string(),
+            plan.rpm.to_string(),
+            recount.sent.to_string(),
+            recount.admitted.to_string(),
+            format!("{:+.3}", recount.excess()),
+            format!("{:.2} %", recount.served * 100.0),
+            (recount.failed + recount.silent).to_string(),
+            calls.clone(),
+            format!("{micros:.0}"),
+        ]);
+    }
+    Ok(log)
+}

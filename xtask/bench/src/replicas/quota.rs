@@ -1,0 +1,105 @@
+//! A daily quota over replicas: never over, and after a clean stop gave back what was in hand, exact to the last
+//! request.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Result, ensure};
+
+use super::{
+    Options,
+    drive::Attempt,
+    keep_log,
+    schedule::{Spread, Steady},
+    stage::Stage,
+    table::Table,
+    tenant::{Key, Plan},
+};
+
+const COLUMNS: &[&str] = &[
+    "replicas",
+    "quota",
+    "served before the stop",
+    "served in all",
+    "failed",
+];
+
+pub(crate) async fn run(options: &Options) -> Result<Table> {
+    let mut table = Table::new("A daily quota over replicas", COLUMNS);
+    for &replicas in options
+        .replicas
+        .iter()
+        .filter(|it| !options.quick || **it <= 3)
+    {
+        let day = today()?;
+        let quota: u64 = if options.quick { 1000 } else { 5000 };
+        let part = usize::try_from(quota * 7 / 10)?;
+        let plan = Plan {
+            daily: Some(quota),
+            ..Plan::new("daily", 6_000_000, 6_000_000)
+        };
+        let mut stage = Stage::set(options, replicas, &[]).await?;
+        let keys = stage.keys_on(std::slice::from_ref(&plan)).await?;
+        // In parts, so that blocks are in hand at several places when it stops.
+        let before = spend(&stage, &keys, part).await?;
+        keep_log(options, &format!("daily-{replicas}-before"), &before)?;
+        stage.fleet.restart().await?;
+        let after = spend(&stage, &keys, part).await?;
+        keep_log(options, &format!("daily-{replicas}-after"), &after)?;
+        stage.end().await?;
+        ensure!(
+            today()? == day,
+            "a day ended meanwhile, which says nothing: run it again"
+        );
+
+        let admitted = |log: &[Attempt]| log.iter().filter(|it| it.admitted()).count() as u64;
+        let failed = |log: &[Attempt]| {
+            let failed = log.iter().filter(|it| !matches!(it.status, 200 | 429));
+            failed.count()
+        };
+        let total = admitted(&before) + admitted(&after);
+        // One without an answer may have been counted.
+        let silent = [&before, &after]
+            .into_iter()
+            .flatten()
+            .filter(|it| it.status == 0)
+            .count() as u64;
+        if total > quota || total + silent < quota {
+            table.faults.push(format!(
+                "{replicas} replicas: {total} were served of {quota}"
+            ));
+        }
+        table.row(vec![
+            replicas.to_string(),
+            quota.to_string(),
+            admitted(&before).to_string(),
+            total.to_string(),
+            (failed(&before) + failed(&after)).to_string(),
+        ]);
+    }
+    table.notes.push(
+        "Requests for 70 % of it, a stop of all replicas by SIGTERM, a start, and as many requests again."
+            .to_owned(),
+    );
+    Ok(table)
+}
+
+async fn spend(stage: &Stage, keys: &[Key], count: usize) -> Result<Vec<Attempt>> {
+    let load = Steady {
+        key: 0,
+        from: Duration::ZERO,
+        per_second: 1500.0,
+        count,
+        spread: Spread::Random(7),
+    };
+    let load: Vec<_> = load.arrivals(stage.fleet.len()).collect();
+    stage.drive(keys, &load).await
+}
+
+/// The tenant counts its days in UTC.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a measurement has no `Clock`: it reads the time as it is"
+)]
+fn today() -> Result<u64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() / 86_400)
+}

@@ -1,0 +1,215 @@
+//! Plans of a load: when which key asks which replica. Pure; the same for the same arguments.
+
+use std::time::Duration;
+
+use super::drive::Arrival;
+
+/// How requests are spread over replicas.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Spread {
+    /// One after the other.
+    InTurn,
+    /// By chance, from this seed.
+    Random(u64),
+}
+
+/// Requests of one key at a constant rate.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Steady {
+    pub(crate) key: usize,
+    pub(crate) from: Duration,
+    pub(crate) per_second: f64,
+    pub(crate) count: usize,
+    pub(crate) spread: Spread,
+}
+
+impl Steady {
+    /// As many as fit into the time.
+    pub(crate) fn lasting(mut self, time: Duration) -> Self {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a load of seconds"
+        )]
+        let count = (self.per_second * time.as_secs_f64()) as usize;
+        self.count = count;
+        self
+    }
+
+    pub(crate) fn end(&self) -> Duration {
+        self.from + self.nth(self.count)
+    }
+
+    pub(crate) fn arrivals(self, replicas: usize) -> impl Iterator<Item = Arrival> {
+        let mut chance = match self.spread {
+            Spread::Random(seed) => fastrand::Rng::with_seed(seed),
+            Spread::InTurn => fastrand::Rng::with_seed(0),
+        };
+        (0..self.count).map(move |n| Arrival {
+            at: nanos(self.from + self.nth(n)),
+            key: self.key,
+            replica: match self.spread {
+                Spread::InTurn => n % replicas,
+                Spread::Random(_) => chance.usize(..replicas),
+            },
+        })
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "fewer than 2^52")]
+    fn nth(&self, n: usize) -> Duration {
+        Duration::from_secs_f64(n as f64 / self.per_second)
+    }
+}
+
+pub(crate) fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// All of them in order of time.
+pub(crate) fn together(parts: impl IntoIterator<Item = Vec<Arrival>>) -> Vec<Arrival> {
+    let mut all: Vec<Arrival> = parts.into_iter().flatten().collect();
+    all.sort_unstable();
+    all
+}
+
+/// First more than a full bucket at once, then a steady rate: what follows the blow meets an empty bucket. A
+/// small bucket is asked for twice over, which several that are not shared would give.
+pub(crate) fn drained_then(
+    steady: Steady,
+    replicas: usize,
+    limit: (u32, u32),
+    blow_per_second: f64,
+    time: Duration,
+) -> Vec<Arrival> {
+    let (rpm, burst) = limit;
+    let rate = f64::from(rpm) / 60.0;
+    // It refills meanwhile.
+    let over = if burst <= 10_000 { 2.0 } else { 1.1 };
+    let tokens = f64::from(burst) * over / (1.0 - rate / blow_per_second);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a burst of thousands"
+    )]
+    let blow = Steady {
+        per_second: blow_per_second,
+        count: tokens.ceil() as usize,
+        spread: Spread::InTurn,
+        ..steady
+    };
+    let after = Steady {
+        from: blow.end(),
+        ..steady
+    }
+    .lasting(time);
+    blow.arrivals(replicas)
+        .chain(after.arrivals(replicas))
+        .collect()
+}
+
+/// Bursts made to hurt leases. A cycle: a stream to one replica alone, so that it takes many tokens ahead; a
+/// rest of `phase`, in which they stay unspent; then a blow to all the others at once and, at its end, to the
+/// first. The next cycle begins with the next replica.
+pub(crate) fn on_off(
+    key: usize,
+    from: Duration,
+    replicas: usize,
+    limit: (u32, u32),
+    phase: Duration,
+    cycles: usize,
+) -> (Vec<Arrival>, Duration) {
+    let (rpm, burst) = limit;
+    let rate = f64::from(rpm) / 60.0;
+    let mut arrivals = Vec::new();
+    let mut now = from;
+    for cycle in 0..cycles {
+        let first = cycle % replicas;
+        let stream = Steady {
+            key,
+            from: now,
+            per_second: rate * 0.9,
+            count: 0,
+            spread: Spread::InTurn,
+        }
+        .lasting(Duration::from_millis(350));
+        arrivals.extend(stream.arrivals(1).map(|it| Arrival {
+            replica: first,
+            ..it
+        }));
+        now += Duration::from_millis(350) + phase;
+        let blow = Steady {
+            key,
+            from: now,
+            per_second: (f64::from(burst) * 12.0).max(400.0),
+            count: burst as usize + burst as usize / 4,
+            spread: Spread::InTurn,
+        };
+        let others = replicas - 1;
+        arrivals.extend(blow.arrivals(others.max(1)).map(|it| Arrival {
+            replica: (first + usize::from(others > 0) + it.replica) % replicas,
+            ..it
+        }));
+        let last = Steady {
+            from: now,
+            count: burst as usize / 5,
+            per_second: blow.per_second / 4.0,
+            ..blow
+        };
+        arrivals.extend(last.arrivals(1).map(|it| Arrival {
+            replica: first,
+            ..it
+        }));
+        now = blow.end() + Duration::from_millis(150);
+    }
+    arrivals.sort_unstable();
+    (arrivals, now)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn steady() -> Steady {
+        Steady {
+            key: 1,
+            from: SECOND,
+            per_second: 10.0,
+            count: 4,
+            spread: Spread::InTurn,
+        }
+    }
+
+    #[test]
+    fn a_steady_load_is_even_and_takes_turns() {
+        let arrivals: Vec<_> = steady().arrivals(3).collect();
+        let at: Vec<_> = arrivals.iter().map(|it| it.at / 1_000_000).collect();
+        assert_eq!(at, [1000, 1100, 1200, 1300]);
+        let replicas: Vec<_> = arrivals.iter().map(|it| it.replica).collect();
+        assert_eq!(replicas, [0, 1, 2, 0]);
+        assert_eq!(steady().lasting(SECOND * 2).count, 20);
+    }
+
+    #[test]
+    fn a_blow_asks_for_more_than_a_bucket_holds_with_what_it_refills() {
+        let rate = 5.0;
+        let load = drained_then(steady(), 2, (300, 20), 20.0, SECOND);
+        let blow = load.len() - 10;
+        let took = Duration::from_nanos(load[blow].at - nanos(SECOND));
+        #[expect(clippy::cast_precision_loss, reason = "small numbers")]
+        let asked = blow as f64;
+        assert!(asked >= 20.0 + rate * took.as_secs_f64() - 1e-9, "{asked}");
+        assert!(load.is_sorted());
+    }
+
+    #[test]
+    fn bursts_alternate_and_are_in_order() {
+        let (load, end) = on_off(0, SECOND, 3, (600, 10), Duration::ZERO, 3);
+        assert!(load.is_sorted());
+        assert!(load.iter().all(|it| it.replica < 3));
+        let first_of = |replica| load.iter().position(|it| it.replica == replica);
+        assert_eq!(first_of(0), Some(0));
+        assert!(nanos(end) > load.last().unwrap().at);
+    }
+}

@@ -1,0 +1,234 @@
+//! What every table begins with, database, Redis, replicas, tenant, keys, and what it makes of a log.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use quota_testkit::redis::RedisServer;
+use tokio::time::Instant;
+
+use super::{
+    Options,
+    counters::Counters,
+    drive::{Arrival, Attempt, Targets, drive},
+    envelope::{Envelope, Worst},
+    fleet::{Database, Fleet, Setup},
+    tenant::{Key, Plan, Tenant},
+};
+
+/// Redis tells its time in microseconds, and ours may differ by as much at either end of a window.
+const GRAIN: Duration = Duration::from_micros(2);
+
+pub(crate) struct Stage {
+    // In the order in which they end.
+    pub(crate) fleet: Fleet,
+    pub(crate) tenant: Tenant,
+    pub(crate) redis: Option<RedisServer>,
+    database: Database,
+}
+
+impl Stage {
+    /// Replicas on one database, and one Redis unless there is to be none.
+    pub(crate) async fn set(
+        options: &Options,
+        replicas: usize,
+        settings: &[(&'static str, String)],
+    ) -> Result<Self> {
+        let redis = if options.no_redis {
+            None
+        } else {
+            Some(RedisServer::start().await)
+        };
+        let urls = redis.iter().map(RedisServer::url);
+        let urls: Vec<String> = urls.cycle().take(replicas).collect();
+        Self::around(options, replicas, urls, redis, settings).await
+    }
+
+    /// The same, where the way to Redis is not the plain one.
+    pub(crate) async fn around(
+        options: &Options,
+        replicas: usize,
+        redis_urls: Vec<String>,
+        redis: Option<RedisServer>,
+        settings: &[(&'static str, String)],
+    ) -> Result<Self> {
+        let database = Database::create(&options.postgres).await?;
+        let mut all = settings.to_vec();
+        if !redis_urls.is_empty() {
+            all.push(("QUOTA_LEASE_TTL", format!("{}ms", options.lease_ttl)));
+        }
+        let setup = Setup {
+            binary: options.quota.clone(),
+            database_url: database.url.clone(),
+            redis_urls,
+            settings: all,
+        };
+        let fleet = Fleet::start(setup, replicas).await?;
+        let tenant = Tenant::register(fleet.addrs()[0]).await?;
+        Ok(Self {
+            fleet,
+            tenant,
+            redis,
+            database,
+        })
+    }
+
+    pub(crate) async fn keys_on(&self, plans: &[Plan]) -> Result<Vec<Key>> {
+        let server = self.fleet.addrs()[0];
+        let mut keys = Vec::new();
+        for plan in plans {
+            keys.push(self.tenant.key_on(server, plan).await?);
+        }
+        Ok(keys)
+    }
+
+    /// `None` without Redis.
+    pub(crate) async fn counters(&self) -> Result<Option<Counters>> {
+        Ok(match &self.redis {
+            Some(redis) => Some(Counters::of(&redis.url()).await?),
+            None => None,
+        })
+    }
+
+    pub(crate) fn targets(&self, keys: &[Key]) -> Targets {
+        Targets {
+            replicas: self.fleet.addrs(),
+            keys: keys.iter().map(|key| key.text.clone()).collect(),
+        }
+    }
+
+    pub(crate) async fn drive(&self, keys: &[Key], load: &[Arrival]) -> Result<Vec<Attempt>> {
+        drive(&self.targets(keys), load, Instant::now()).await
+    }
+
+    pub(crate) async fn end(mut self) -> Result<()> {
+        self.fleet.stop().await?;
+        self.database.remove().await
+    }
+}
+
+/// What one key's requests came to.
+pub(crate) struct Recount {
+    pub(crate) sent: usize,
+    pub(crate) admitted: usize,
+    /// 5xx.
+    pub(crate) failed: usize,
+    /// No answer at all.
+    pub(crate) silent: usize,
+    pub(crate) worst: Option<Worst>,
+    /// Of what one exact bucket would have admitted of the same requests.
+    pub(crate) served: f64,
+}
+
+impl Recount {
+    /// `slack` is what the promise adds for leases.
+    pub(crate) fn of(key: usize, plan: &Plan, slack: Duration, log: &[Attempt]) -> Self {
+        let own = || log.iter().filter(|it| it.key == key);
+        let count = |what: fn(&Attempt) -> bool| own().filter(|it| what(it)).count();
+        let spans: Vec<_> = own()
+            .filter(|it| it.admitted())
+            .map(Attempt::span)
+            .collect();
+        let exact = Envelope::new(plan.rpm, plan.burst, Duration::ZERO);
+        let ideal = exact.exact(own().map(|it| it.sent).collect());
+        Self {
+            sent: own().count(),
+            admitted: spans.len(),
+            failed: count(|it| it.status >= 500),
+            silent: count(|it| it.status == 0),
+            worst: Envelope::new(plan.rpm, plan.burst, slack + GRAIN).worst(&spans),
+            served: share(spans.len() as u64, ideal),
+        }
+    }
+
+    /// In tokens; negative when every window was below the promise.
+    pub(crate) fn excess(&self) -> f64 {
+        self.worst.map_or(f64::NEG_INFINITY, |worst| worst.excess)
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.excess() > 0.0
+    }
+
+    /// Where to look in the log.
+    pub(crate) fn window(&self) -> String {
+        let Some(worst) = self.worst else {
+            return "nothing was admitted".to_owned();
+        };
+        format!(
+            "{} admitted from {} to {} ns, {:+.3} tokens",
+            worst.admitted, worst.from, worst.to, worst.excess
+        )
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "fewer than 2^52")]
+pub(crate) fn share(part: u64, whole: u64) -> f64 {
+    if whole == 0 {
+        return 0.0;
+    }
+    part as f64 / whole as f64
+}
+
+/// A slack that a plan's promise has.
+pub(crate) fn slack(plan: &Plan, lease_ttl: Duration) -> Duration {
+    if plan.strict {
+        Duration::ZERO
+    } else {
+        lease_ttl
+    }
+}
+
+/// The value at this part of them, in order; 0 when there are none.
+pub(crate) fn quantile(mut values: Vec<Duration>, part: f64) -> Duration {
+    values.sort_unstable();
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "an index"
+    )]
+    let index = (values.len() as f64 * part).ceil() as usize;
+    let found = values.get(index.saturating_sub(1));
+    found.copied().unwrap_or_default()
+}
+
+pub(crate) fn millis(time: Duration) -> String {
+    format!("{:.1}", time.as_secs_f64() * 1e3)
+}
+
+/// How late requests left, of the load's own making: its 99th percentile.
+pub(crate) fn lateness(log: &[Attempt]) -> String {
+    let late = log
+        .iter()
+        .map(|it| Duration::from_nanos(it.sent.saturating_sub(it.due)));
+    format!(
+        "Requests left at most {} ms late at p99.",
+        millis(quantile(late.collect(), 0.99))
+    )
+}
+
+/// The log of the worst window, for who looks into it.
+pub(crate) fn context(what: &str, recount: &Recount) -> String {
+    format!("{what}: {}", recount.window())
+}
+
+/// A reading of Redis, when there is one.
+pub(crate) async fn scripts(counters: &mut Option<Counters>) -> Result<Option<u64>> {
+    match counters {
+        Some(counters) => Ok(Some(counters.scripts().await.context("Redis")?)),
+        None => Ok(None),
+    }
+}
+
+/// Calls for each thousand decisions.
+pub(crate) fn per_thousand(before: Option<u64>, after: Option<u64>, decisions: u64) -> String {
+    match (before, after) {
+        (Some(before), Some(after)) => {
+            format!(
+                "{:.1}",
+                1e3 * share(after.saturating_sub(before), decisions)
+            )
+        }
+        _ => "-".to_owned(),
+    }
+}

@@ -1,0 +1,160 @@
+//! A tenant with its plans and keys, made and changed over HTTP as a person would.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result, bail};
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, header};
+use http_body_util::{BodyExt as _, Full};
+use hyper::client::conn::http1::handshake;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+
+/// A signed-in owner. Any replica takes its orders.
+#[derive(Clone)]
+pub(crate) struct Tenant {
+    token: String,
+}
+
+/// A plan's numbers as the load needs them.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    pub(crate) name: String,
+    pub(crate) rpm: u32,
+    pub(crate) burst: u32,
+    pub(crate) strict: bool,
+    pub(crate) daily: Option<u64>,
+    /// What happens to its keys while Redis is away; `None`: as the server is set.
+    pub(crate) on_redis_failure: Option<&'static str>,
+}
+
+impl Plan {
+    pub(crate) fn new(name: impl Into<String>, rpm: u32, burst: u32) -> Self {
+        Self {
+            name: name.into(),
+            rpm,
+            burst,
+            strict: false,
+            daily: None,
+            on_redis_failure: None,
+        }
+    }
+
+    fn body(&self) -> Value {
+        let mut body = json!({
+            "name": self.name, "default_rpm": self.rpm, "burst": self.burst, "strict": self.strict,
+        });
+        if let Some(daily) = self.daily {
+            body["daily_quota"] = daily.into();
+        }
+        if let Some(mode) = self.on_redis_failure {
+            body["on_redis_failure"] = mode.into();
+        }
+        body
+    }
+}
+
+pub(crate) struct Key {
+    pub(crate) id: String,
+    pub(crate) text: HeaderValue,
+}
+
+impl Tenant {
+    pub(crate) async fn register(server: SocketAddr) -> Result<Self> {
+        let account = json!({
+            "email": format!("bench-{:08x}@example.com", fastrand::u32(..)),
+            "password": "correct horse battery staple 47",
+        });
+        let account = call(server, Method::POST, "/auth/register", None, Some(&account)).await?;
+        Ok(Self {
+            token: text(&account, "access_token")?,
+        })
+    }
+
+    /// The answer's JSON; an error unless it is a success.
+    pub(crate) async fn call(
+        &self,
+        server: SocketAddr,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Value> {
+        call(server, method, path, Some(&self.token), body).await
+    }
+
+    pub(crate) async fn plan(&self, server: SocketAddr, plan: &Plan) -> Result<String> {
+        let made = self
+            .call(server, Method::POST, "/admin/plans", Some(&plan.body()))
+            .await?;
+        text(&made, "id")
+    }
+
+    pub(crate) async fn key(&self, server: SocketAddr, plan_id: &str) -> Result<Key> {
+        let body = json!({"name": "bench", "plan_id": plan_id});
+        let made = self
+            .call(server, Method::POST, "/admin/api-keys", Some(&body))
+            .await?;
+        Ok(Key {
+            id: text(&made["api_key"], "id")?,
+            text: HeaderValue::from_str(&text(&made, "key")?)?,
+        })
+    }
+
+    /// A key on a plan of its own.
+    pub(crate) async fn key_on(&self, server: SocketAddr, plan: &Plan) -> Result<Key> {
+        let id = self.plan(server, plan).await?;
+        self.key(server, &id).await
+    }
+}
+
+fn text(value: &Value, name: &str) -> Result<String> {
+    let text = value[name].as_str();
+    Ok(text
+        .with_context(|| format!("no {name} in {value}"))?
+        .to_owned())
+}
+
+async fn call(
+    server: SocketAddr,
+    method: Method,
+    path: &str,
+    token: Option<&str>,
+    body: Option<&Value>,
+) -> Result<Value> {
+    let stream = TcpStream::connect(server).await?;
+    stream.set_nodelay(true)?;
+    let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
+    let connection = tokio::spawn(connection);
+    let mut request = Request::builder()
+        .method(method.clone())
+        .uri(path)
+        .header(header::HOST, server.to_string())
+        .header(header::CONTENT_TYPE, "application/json");
+    if let Some(token) = token {
+        request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+    }
+    let body = body.map(Value::to_string).unwrap_or_default();
+    let answer = sender
+        .send_request(request.body(Full::new(Bytes::from(body)))?)
+        .await?;
+    let status = answer.status();
+    let bytes = answer.into_body().collect().await?.to_bytes();
+    connection.abort();
+    if !status.is_success() {
+        bail!(
+            "{method} {path} answered {status}: {}",
+            String::from_utf8_lossy(&bytes)
+        );
+    }
+    if bytes.is_empty() {
+        return Ok(Value::Null);
+    }
+    Ok(serde_json::from_slice(&bytes)?)
+}
+
+/// Whether the server's document has a word, such as the name of a field that this version may not know.
+pub(crate) async fn knows(server: SocketAddr, word: &str) -> Result<bool> {
+    let document = call(server, Method::GET, "/openapi.json", None, None).await?;
+    Ok(document.to_string().contains(&format!("\"{word}\"")))
+}

@@ -1,0 +1,121 @@
+//! What is over is found out, and what is not is not.
+
+use std::{
+    path::PathBuf,
+    process::{Command, Output},
+};
+
+use quota_server::db::embedded::EmbeddedPostgres;
+use serde_json::Value;
+
+/// What a run found: the tables by name, and whether it was content.
+struct Found {
+    tables: Vec<Value>,
+    content: bool,
+}
+
+impl Found {
+    fn rows(&self) -> &[Value] {
+        self.tables[0]["rows"].as_array().expect("rows")
+    }
+
+    fn faults(&self) -> &[Value] {
+        self.tables[0]["faults"].as_array().expect("faults")
+    }
+}
+
+fn number(row: &Value, column: &str) -> f64 {
+    let cell = row[column].as_str().expect("a cell");
+    let digits = cell.trim_end_matches(" %").trim_start_matches('+');
+    digits.parse().expect("a number")
+}
+
+/// `quota-bench replicas --quick` with these arguments.
+async fn measured(arguments: &[&str]) -> Found {
+    let dir = tempfile::Builder::new()
+        .prefix("quota-bench-it-")
+        .tempdir_in("/tmp")
+        .expect("a directory");
+    #[expect(clippy::disallowed_methods, reason = "tests have no `Config`")]
+    let shared = std::env::var("QUOTA_TEST_POSTGRES");
+    let (url, own) = match shared {
+        Ok(url) => (url, None),
+        Err(_) => {
+            let postgres = EmbeddedPostgres::start(&dir.path().join("database"))
+                .await
+                .expect("PostgreSQL starts");
+            let url = postgres.database_url();
+            let (cluster, _) = url.rsplit_once('/').expect("a URL ends in a database");
+            (format!("{cluster}/postgres"), Some(postgres))
+        }
+    };
+    let bench = PathBuf::from(env!("CARGO_BIN_EXE_quota-bench"));
+    let quota = bench.with_file_name("quota");
+    assert!(
+        quota.exists(),
+        "the server is not built: `cargo build --package quota-server`, or run all tests"
+    );
+    let json = dir.path().join("tables.json");
+    let mut command = Command::new(bench);
+    command
+        .arg("replicas")
+        .arg(quota)
+        .args(["--postgres", &url, "--quick", "--json"])
+        .arg(&json)
+        .args(arguments);
+    // Where waiting is allowed: the database is kept alive by this runtime.
+    let (done, ran) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || done.send(command.output()));
+    let Output { status, stderr, .. } = ran
+        .await
+        .expect("it ran")
+        .expect("the measurement can be started");
+    let said = String::from_utf8_lossy(&stderr);
+    let tables = std::fs::read(&json).unwrap_or_else(|_| panic!("no tables: {said}"));
+    if let Some(postgres) = own {
+        postgres.stop().await;
+    }
+    Found {
+        tables: serde_json::from_slice(&tables).expect("JSON"),
+        content: status.success(),
+    }
+}
+
+#[tokio::test]
+async fn replicas_that_share_no_limits_are_found_out_and_one_alone_is_not() {
+    let found = measured(&["--only", "limits", "--no-redis", "--replicas", "1,2"]).await;
+    assert!(!found.content, "a broken promise is a failure");
+    let mut seen = 0;
+    for row in found.rows() {
+        let excess = number(row, "excess, tokens");
+        if row["replicas"] == "1" {
+            assert!(excess <= 0.0, "{row}");
+        } else {
+            // Two buckets, of which each holds the whole burst; the load asks for nearly that.
+            assert!(number(row, "served") > 150.0, "{row}");
+            assert!(excess > number(row, "plan") / 2.0, "{row}");
+            seen += 1;
+        }
+    }
+    assert_eq!(found.faults().len(), seen);
+    assert!(seen > 0, "both were measured");
+}
+
+#[tokio::test]
+async fn a_daily_quota_is_exact_over_replicas_that_share_nothing_else() {
+    let found = measured(&["--only", "daily", "--no-redis", "--replicas", "2"]).await;
+    assert!(found.content, "{:?}", found.faults());
+    let row = &found.rows()[0];
+    assert_eq!(row["served in all"], row["quota"]);
+    assert_eq!(row["failed"], "0");
+}
+
+#[tokio::test]
+async fn changes_are_seen_and_timed() {
+    let found = measured(&["--only", "changes", "--no-redis"]).await;
+    assert_eq!(found.rows().len(), 4);
+    for row in found.rows() {
+        assert!(number(row, "count") > 0.0, "{row}");
+        assert_eq!(row["fell back"], "0", "{row}");
+    }
+}
