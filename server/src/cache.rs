@@ -5,6 +5,8 @@
 //! again. When PostgreSQL is away an entry is still served for a grace after it was last known to be true,
 //! and then refused: what cannot be confirmed is denied, not admitted.
 //!
+//! A load may also answer what another replica has read: then it tells since when that is known to be true.
+//!
 //! Loading is single-flight: however many ask for the same thing at once, one query is sent. What does not
 //! exist is remembered too, apart and bounded, so that a flood of guesses neither reaches the database twice
 //! nor drives out what is in use.
@@ -31,7 +33,7 @@ use crate::{clock::Clock, telemetry::metrics::Metrics};
 
 /// How long a loaded entry is believed without the poll.
 const TTL: u64 = 1_000_000_000;
-/// How long after the last poll all entries are believed. Polls come every 250 ms.
+/// How long after the last poll all entries are believed. Polls come at least every 250 ms.
 const POLL_FRESH: u64 = 750_000_000;
 
 /// When the revocations were last polled. Shared by all caches.
@@ -67,6 +69,12 @@ impl Freshness {
         loaded_at.max(self.polled_at.load(Ordering::Acquire).saturating_sub(1))
     }
 
+    /// When the last poll began, if that is so lately that it has seen all that counts.
+    pub fn polled_lately(&self) -> Option<u64> {
+        let polled = self.polled_at.load(Ordering::Acquire).checked_sub(1)?;
+        (self.now().saturating_sub(polled) <= POLL_FRESH).then_some(polled)
+    }
+
     fn believes(&self, loaded_at: u64, now: u64) -> bool {
         let polled = self.polled_at.load(Ordering::Acquire);
         (polled > 0 && now.saturating_sub(polled - 1) <= POLL_FRESH)
@@ -78,6 +86,23 @@ impl Freshness {
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("cannot be confirmed: {0}")]
 pub struct Unconfirmed(pub Arc<str>);
+
+/// What a load has found.
+#[derive(Debug)]
+pub struct Loaded<T> {
+    pub value: Option<T>,
+    /// Monotonic time at which it is known to have been true; `None`: at the earliest when the load began.
+    pub true_at: Option<u64>,
+}
+
+impl<T> From<Option<T>> for Loaded<T> {
+    fn from(value: Option<T>) -> Self {
+        Self {
+            value,
+            true_at: None,
+        }
+    }
+}
 
 type Loading<T> = Shared<BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>>;
 
@@ -170,10 +195,11 @@ where
     }
 
     /// What is known, or else what `load` answers.
-    pub async fn get<F, Fut>(&self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
+    pub async fn get<F, Fut, L>(&self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Result<Option<T>, Unconfirmed>> + Send + 'static,
+        Fut: Future<Output = Result<L, Unconfirmed>> + Send + 'static,
+        L: Into<Loaded<T>> + Send + 'static,
     {
         if let Some(known) = self.peek(&key) {
             return Ok(known);
@@ -193,21 +219,26 @@ where
         loading.await
     }
 
-    async fn load<F, Fut>(self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
+    async fn load<F, Fut, L>(self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send,
-        Fut: Future<Output = Result<Option<T>, Unconfirmed>> + Send,
+        Fut: Future<Output = Result<L, Unconfirmed>> + Send,
+        L: Into<Loaded<T>>,
     {
         let inner = &*self.inner;
         let mut outcome = None;
         for _ in 0..3 {
             let generation = inner.freshness.generation.load(Ordering::Acquire);
             let began = inner.freshness.now();
-            inner.metrics.key_loads.inc();
-            let loaded = load().await.map(|value| value.map(Arc::new));
+            let loaded = load().await.map(Into::into);
+            let true_at = loaded.as_ref().ok().and_then(|it| it.true_at);
+            if true_at.is_none() {
+                inner.metrics.key_loads.inc();
+            }
+            let loaded = loaded.map(|it| it.value.map(Arc::new));
             let undisturbed = inner.freshness.generation.load(Ordering::Acquire) == generation;
             if let (Ok(value), true) = (&loaded, undisturbed) {
-                self.keep(key, value.clone(), began);
+                self.keep(key, value.clone(), true_at.unwrap_or(began));
             }
             outcome = Some(loaded);
             // Something was forgotten while this was on its way: it may have been this, so look once more.
@@ -402,6 +433,28 @@ mod tests {
             .unwrap();
         assert_eq!(got.unwrap().as_str(), "new");
         assert_eq!(it.loads(), 2);
+    }
+
+    #[tokio::test]
+    async fn what_another_has_read_is_believed_from_when_it_was_known_to_be_true() {
+        let it = fixture();
+        it.freshness.polled(it.freshness.now());
+        let polled = it.freshness.polled_lately();
+        it.clock.advance(Duration::from_millis(700));
+        assert_eq!(it.freshness.polled_lately(), polled);
+        let shared = move || async move {
+            Ok(Loaded {
+                value: Some("shared".to_owned()),
+                true_at: polled,
+            })
+        };
+        it.cache.get(1, shared).await.unwrap();
+        // A second after the poll, not after the look-up; and the poll is not fresh any more.
+        it.clock.advance(Duration::from_millis(300));
+        assert_eq!(it.freshness.polled_lately(), None);
+        assert!(it.cache.peek(&1).is_some());
+        it.clock.advance(Duration::from_millis(1));
+        assert!(it.cache.peek(&1).is_none());
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@ pub mod limiter;
 pub mod openapi;
 pub mod redis;
 pub mod repo;
+pub mod revocations;
 pub mod router;
 pub mod schema;
 pub mod secret_text;

@@ -1,5 +1,7 @@
 //! Mounting: which path leads where, and what stands in front of it.
 
+use std::sync::atomic::Ordering;
+
 use poem::{
     Endpoint, EndpointExt, IntoEndpoint, Response, Route,
     http::{HeaderName, Method},
@@ -14,7 +16,9 @@ use crate::{
         request_log::RequestLog, short_way::ShortWay,
     },
     openapi,
+    redis::Redis,
     state::{AppState, Parts},
+    telemetry::metrics::Metrics,
 };
 
 /// The whole public surface.
@@ -101,6 +105,25 @@ fn exposed() -> Vec<HeaderName> {
     names
 }
 
+/// Copies what the connections have counted themselves.
+fn show_redis(redis: &Redis, metrics: &Metrics) {
+    let (status, counts) = (redis.status(), redis.counts());
+    let open = i64::try_from(status.connected).unwrap_or(i64::MAX);
+    metrics.redis_connections.set(open);
+    let made = &metrics.redis_connections_made;
+    made.inner().store(status.made, Ordering::Relaxed);
+    for (counter, count) in [
+        (&metrics.redis_connects_failed, &counts.refused),
+        (&metrics.redis_calls, &counts.calls),
+        (&metrics.redis_calls_without_connection, &counts.away),
+        (&metrics.redis_calls_late, &counts.late),
+        (&metrics.redis_calls_failed, &counts.failed),
+    ] {
+        let count = count.load(Ordering::Relaxed);
+        counter.inner().store(count, Ordering::Relaxed);
+    }
+}
+
 /// `/metrics`, for its own listener.
 pub fn metrics(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     let state = state.clone();
@@ -114,6 +137,9 @@ pub fn metrics(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
             .metrics
             .database_connections_busy
             .set(i64::try_from(busy).unwrap_or(i64::MAX));
+        if let Some(redis) = &state.redis {
+            show_redis(redis, &state.metrics);
+        }
         Response::builder()
             .content_type("application/openmetrics-text; version=1.0.0; charset=utf-8")
             .body(state.metrics.text())

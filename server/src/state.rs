@@ -14,13 +14,13 @@ use crate::{
     clock::Clock,
     config::Config,
     db::{Db, DbError},
-    keys::{KeyStore, ledger::PostgresLedger, usage::LastUsed},
+    keys::{KeyStore, ledger::PostgresLedger, shared::SharedKeys, usage::LastUsed},
     limiter::{Guard, Limiter, MemorySettings, MemoryStore},
-    repo,
+    redis::Redis,
+    repo::{self, revocation::Revocation},
+    revocations::{Announcer, Recent},
     telemetry::{log::Log, metrics::Metrics},
 };
-use quota_common::TenantId;
-
 /// How many client addresses each guard remembers. One takes about 100 bytes.
 const GUARDED: usize = 200_000;
 
@@ -41,6 +41,10 @@ pub struct Parts {
     pub sessions: Sessions,
     pub accounts: Accounts,
     pub freshness: Arc<Freshness>,
+    /// `None`: one replica.
+    pub redis: Option<Redis>,
+    pub announcer: Announcer,
+    pub recent: Arc<Recent>,
     pub auth_guard: Guard,
     pub admin_guard: Guard,
     pub login_guard: Arc<Guard>,
@@ -65,6 +69,9 @@ impl AppState {
     ) -> Result<Self, AuthError> {
         let metrics = Arc::new(Metrics::default());
         let freshness = Arc::new(Freshness::new(clock.clone()));
+        let redis = config.redis.clone().map(Redis::connect_lazy);
+        let announcer = Announcer::new(redis.clone(), metrics.clone());
+        let recent = Arc::new(Recent::default());
 
         let master = match &config.secret {
             Some(secret) => Config::secret_bytes(secret).to_vec(),
@@ -85,9 +92,19 @@ impl AppState {
         };
         let store = MemoryStore::new(clock.clone(), ledger, settings);
         let limiter = Limiter::new(store, clock.clone());
+        let shared = redis.clone().map(|redis| {
+            SharedKeys::new(
+                redis,
+                &secrets.record_seal,
+                recent.clone(),
+                freshness.clone(),
+                metrics.clone(),
+            )
+        });
         let keys = KeyStore::new(
             db.clone(),
             limiter.clone(),
+            shared,
             config.key_cache,
             config.stale_grace,
             &freshness,
@@ -96,9 +113,9 @@ impl AppState {
         let sessions = Sessions::new(
             db.clone(),
             clock.clone(),
-            secrets,
-            signer,
+            (secrets, signer),
             (config.session_days, config.stale_grace),
+            announcer.clone(),
             &freshness,
             &metrics,
         );
@@ -125,15 +142,26 @@ impl AppState {
             sessions,
             accounts,
             freshness,
+            redis,
+            announcer,
+            recent,
             login_guard,
             draining: AtomicBool::new(false),
         })))
     }
 
-    /// Forgets what a change of `tenant`'s has made untrue, on this replica. Others learn of it by the poll.
-    pub fn revoke(&self, tenant: TenantId, target: Option<repo::revocation::Target>) {
-        self.keys.revoke(tenant, target);
-        self.sessions.revoke(tenant, target);
+    /// Forgets what changes have made untrue, on this replica.
+    pub fn forget(&self, revocations: &[Revocation]) {
+        let gone = revocations.iter().collect();
+        self.keys.revoke(&gone);
+        self.sessions.revoke(&gone);
+    }
+
+    /// The same for a change that was made here and committed, and tells the others.
+    pub fn revoked(&self, revocation: &Revocation) {
+        self.recent.note(revocation);
+        self.forget(std::slice::from_ref(revocation));
+        self.announcer.tell(revocation);
     }
 
     /// From now on the server says that it is not ready.

@@ -238,9 +238,9 @@ impl ApiKeyApi {
             after: is,
         };
         change::record(&mut tx, &caller, event).await?;
-        revocation::insert(&mut tx, Target::ApiKey(id)).await?;
+        let revoked = revocation::insert(&mut tx, Target::ApiKey(id)).await?;
         tx.commit().await?;
-        self.state.revoke(caller.tenant(), Some(Target::ApiKey(id)));
+        self.state.revoked(&revoked);
         Ok(Json(after))
     }
 
@@ -274,9 +274,9 @@ impl ApiKeyApi {
             after: None,
         };
         change::record(&mut tx, &caller, event).await?;
-        revocation::insert(&mut tx, Target::ApiKey(id)).await?;
+        let revoked = revocation::insert(&mut tx, Target::ApiKey(id)).await?;
         tx.commit().await?;
-        self.state.revoke(caller.tenant(), Some(Target::ApiKey(id)));
+        self.state.revoked(&revoked);
         Ok(NoContent)
     }
 
@@ -319,9 +319,9 @@ impl ApiKeyApi {
             after: is,
         };
         change::record(&mut tx, &caller, event).await?;
-        revocation::insert(&mut tx, Target::ApiKey(id)).await?;
+        let revoked = revocation::insert(&mut tx, Target::ApiKey(id)).await?;
         tx.commit().await?;
-        self.state.revoke(caller.tenant(), Some(Target::ApiKey(id)));
+        self.state.revoked(&revoked);
         self.state.keys.made(&text);
         Ok(Json(CreatedApiKey {
             key: Some(text.reveal()),

@@ -298,9 +298,9 @@ impl AuthApi {
             };
             change::record(&mut tx, &caller, event).await?;
             // Its keys' days begin elsewhere now.
-            revocation::insert(&mut tx, Target::Tenant).await?;
+            let revoked = revocation::insert(&mut tx, Target::Tenant).await?;
             tx.commit().await?;
-            self.state.revoke(caller.tenant(), Some(Target::Tenant));
+            self.state.revoked(&revoked);
         }
         Ok(Json(self.load_me(&caller).await?))
     }

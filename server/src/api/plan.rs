@@ -235,9 +235,9 @@ impl PlanApi {
             after: is,
         };
         change::record(&mut tx, &caller, event).await?;
-        revocation::insert(&mut tx, Target::Plan(id)).await?;
+        let revoked = revocation::insert(&mut tx, Target::Plan(id)).await?;
         tx.commit().await?;
-        self.state.revoke(caller.tenant(), Some(Target::Plan(id)));
+        self.state.revoked(&revoked);
         Ok(Json(after))
     }
 

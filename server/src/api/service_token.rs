@@ -167,10 +167,9 @@ impl ServiceTokenApi {
             after: None,
         };
         change::record(&mut tx, &caller, event).await?;
-        revocation::insert(&mut tx, Target::ServiceToken(id)).await?;
+        let revoked = revocation::insert(&mut tx, Target::ServiceToken(id)).await?;
         tx.commit().await?;
-        self.state
-            .revoke(caller.tenant(), Some(Target::ServiceToken(id)));
+        self.state.revoked(&revoked);
         Ok(NoContent)
     }
 }

@@ -151,10 +151,13 @@ impl Accounts {
             after: Some(json!({"sessions_ended": ended.len()})),
         };
         audit::insert_system(&mut tx, &event).await?;
+        let mut revocations = Vec::new();
         for id in ended {
-            revocation::insert_system(&mut tx, tenant, Target::Session(id)).await?;
+            let target = Target::Session(id);
+            revocations.push(revocation::insert_system(&mut tx, tenant, target).await?);
         }
         tx.commit().await?;
+        self.sessions.ended(&revocations);
         Ok(())
     }
 
@@ -262,13 +265,13 @@ impl Accounts {
             after: Some(json!({"sessions_ended": ended.len()})),
         };
         audit::insert_system(&mut tx, &event).await?;
-        for id in &ended {
-            revocation::insert_system(&mut tx, tenant.0, Target::Session(*id)).await?;
+        let mut revocations = Vec::new();
+        for id in ended {
+            let target = Target::Session(id);
+            revocations.push(revocation::insert_system(&mut tx, tenant.0, target).await?);
         }
         tx.commit().await?;
-        for id in ended {
-            self.sessions.forget(SessionId(id));
-        }
+        self.sessions.ended(&revocations);
         tracing::info!(action = "user.change_password", tenant = %tenant, user = %user, "changed a password");
         Ok(())
     }

@@ -25,6 +25,8 @@ fn derive(master: &[u8], purpose: &str) -> [u8; 32] {
 pub struct Secrets {
     /// The seed of the Ed25519 key that signs access tokens.
     pub signing_seed: [u8; 32],
+    /// What records that replicas share are sealed with.
+    pub record_seal: [u8; 32],
     refresh: hmac::Key,
     csrf: hmac::Key,
 }
@@ -39,6 +41,7 @@ impl Secrets {
     pub fn new(master: &[u8]) -> Self {
         Self {
             signing_seed: derive(master, "access token signature"),
+            record_seal: derive(master, "shared record seal"),
             refresh: hmac::Key::new(
                 hmac::HMAC_SHA256,
                 &derive(master, "refresh token successor"),

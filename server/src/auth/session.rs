@@ -15,9 +15,10 @@ use crate::{
     db::{self, Db, SystemTx},
     repo::{
         Rows, Slice, account, audit,
-        revocation::{self, Target},
+        revocation::{self, Revocation, Target},
         session::{self, NewSession, Rotation, SessionRow},
     },
+    revocations::{Announcer, Gone},
     secret_text::{Kind, SecretText},
     telemetry::metrics::Metrics,
 };
@@ -60,6 +61,7 @@ pub struct Sessions {
     secrets: Arc<Secrets>,
     signer: Arc<Signer>,
     live: Cached<SessionId, LiveSession>,
+    announcer: Announcer,
     days: u32,
 }
 
@@ -67,9 +69,9 @@ impl Sessions {
     pub fn new(
         db: Db,
         clock: Arc<dyn Clock>,
-        secrets: Arc<Secrets>,
-        signer: Arc<Signer>,
+        (secrets, signer): (Arc<Secrets>, Arc<Signer>),
         (days, grace): (u32, Duration),
+        announcer: Announcer,
         freshness: &Arc<Freshness>,
         metrics: &Arc<Metrics>,
     ) -> Self {
@@ -81,6 +83,7 @@ impl Sessions {
             secrets,
             signer,
             live,
+            announcer,
             days,
         }
     }
@@ -141,9 +144,11 @@ impl Sessions {
             Rotation::Reused(row) => {
                 session::end(&mut tx, row.user_id, row.id).await?;
                 audit_reuse(&mut tx, &row, origin).await?;
-                revocation::insert_system(&mut tx, row.tenant_id, Target::Session(row.id)).await?;
+                let ended =
+                    revocation::insert_system(&mut tx, row.tenant_id, Target::Session(row.id))
+                        .await?;
                 tx.commit().await?;
-                self.forget(SessionId(row.id));
+                self.ended(&[ended]);
                 tracing::warn!(session = %row.id, tenant = %row.tenant_id, "a refresh token was used twice: its session ended");
                 return Err(AuthError::Unauthorized);
             }
@@ -256,12 +261,15 @@ impl Sessions {
         row: &SessionRow,
         origin: &Origin,
     ) -> Result<(), AuthError> {
+        let mut ended = Vec::new();
         if session::end(&mut tx, row.user_id, row.id).await? {
             audit::insert_system(&mut tx, &event(row, "session.end", origin)).await?;
-            revocation::insert_system(&mut tx, row.tenant_id, Target::Session(row.id)).await?;
+            let target = Target::Session(row.id);
+            ended.push(revocation::insert_system(&mut tx, row.tenant_id, target).await?);
         }
         tx.commit().await?;
         self.forget(SessionId(row.id));
+        self.ended(&ended);
         Ok(())
     }
 
@@ -278,11 +286,19 @@ impl Sessions {
         self.live.forget(|key, _| *key == id);
     }
 
-    pub fn revoke(&self, tenant: TenantId, target: Option<Target>) {
-        match target {
-            Some(Target::Session(id)) => self.forget(SessionId(id)),
-            None | Some(Target::Tenant) => self.live.forget(|_, live| live.tenant == tenant),
-            Some(_) => {}
+    /// Forgets what changes have made untrue.
+    pub fn revoke(&self, gone: &Gone) {
+        if gone.any_session() {
+            self.live
+                .forget(|id, live| gone.session(live.tenant.0, id.0));
+        }
+    }
+
+    /// The same for what was ended here and committed, and tells the others.
+    pub fn ended(&self, revocations: &[Revocation]) {
+        self.revoke(&revocations.iter().collect());
+        for revocation in revocations {
+            self.announcer.tell(revocation);
         }
     }
 }

@@ -3,23 +3,18 @@
 //! Each is a loop that ends when told to, and that goes on after a failure: what could not be done this time
 //! is done the next. Knows no poem.
 
+mod revocations;
+
 use std::time::Duration;
 
-use quota_common::TenantId;
 use tokio::{
     sync::watch,
     task::JoinSet,
     time::{MissedTickBehavior, interval},
 };
 
-use crate::{
-    db::{self, DbError},
-    limiter, repo,
-    state::AppState,
-};
+use crate::{db, limiter, repo, state::AppState};
 
-/// How often the revocations are polled. Believed for three times as long.
-const POLL: Duration = Duration::from_millis(250);
 const LAST_USED: Duration = Duration::from_secs(2);
 const SWEEP: Duration = Duration::from_mins(10);
 
@@ -34,7 +29,8 @@ impl Jobs {
     pub fn start(state: &AppState) -> Self {
         let (stop, stopping) = watch::channel(false);
         let mut running = JoinSet::new();
-        running.spawn(poll_revocations(state.clone(), stopping.clone()));
+        running.spawn(revocations::poll(state.clone(), stopping.clone()));
+        running.spawn(revocations::listen(state.clone(), stopping.clone()));
         running.spawn(prune(state.clone(), stopping.clone()));
         running.spawn(write_last_used(state.clone(), stopping.clone()));
         running.spawn(sweep(state.clone(), stopping));
@@ -64,49 +60,6 @@ fn every(period: Duration) -> tokio::time::Interval {
     let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
-}
-
-/// Forgets from the caches what other replicas have changed. It is what makes the caches true for longer than
-/// a second, so a poll that fails is no more than a warning: without it entries are loaded again.
-async fn poll_revocations(state: AppState, mut stopping: watch::Receiver<bool>) {
-    let mut ticks = every(POLL);
-    let mut last = None;
-    let mut away = false;
-    while next(&mut ticks, &mut stopping).await {
-        let began = state.freshness.now();
-        state.metrics.revocation_polls.inc();
-        match poll(&state, &mut last).await {
-            Ok(()) => {
-                state.freshness.polled(began);
-                if std::mem::take(&mut away) {
-                    tracing::info!("revocations are polled again");
-                }
-            }
-            Err(error) => {
-                state.metrics.revocation_poll_errors.inc();
-                if !std::mem::replace(&mut away, true) {
-                    tracing::warn!(error = %db::chain(&error), "revocations cannot be polled");
-                }
-            }
-        }
-    }
-}
-
-async fn poll(state: &AppState, last: &mut Option<i64>) -> Result<(), DbError> {
-    let mut tx = state.db.system().await?;
-    let Some(seq) = *last else {
-        // Nothing was cached before the first poll began that it could have missed: entries loaded since are
-        // as new as what it reads.
-        *last = Some(repo::revocation::newest(&mut tx).await?);
-        return tx.commit().await;
-    };
-    let revocations = repo::revocation::since(&mut tx, seq).await?;
-    tx.commit().await?;
-    for revocation in revocations {
-        state.revoke(TenantId(revocation.tenant), revocation.target);
-        *last = Some(revocation.seq);
-    }
-    Ok(())
 }
 
 async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {

@@ -16,14 +16,17 @@ use quota_common::{
 };
 
 use crate::{
-    cache::{Cached, Freshness, Unconfirmed},
+    cache::{Cached, Freshness, Loaded, Unconfirmed},
     clock::UnixNanos,
     db::{self, Db, DbError},
     limiter::{KeyCell, Limiter, Policies, RatePolicy, Zone},
-    repo::{api_key, api_key::KeyFacts, revocation::Target, service_token},
+    repo::{api_key, api_key::KeyFacts, service_token},
+    revocations::Gone,
     secret_text::{Hash, SecretText},
     telemetry::metrics::Metrics,
 };
+
+use super::shared::SharedKeys;
 
 /// Nanoseconds between two notes of a key's use.
 const NOTE_EVERY: u64 = 1_000_000_000;
@@ -105,12 +108,15 @@ pub struct KeyStore {
     tokens: Cached<Hash, ServiceRecord>,
     db: Db,
     limiter: Limiter,
+    shared: Option<SharedKeys>,
 }
 
 impl KeyStore {
+    /// Without `shared`, what is not in memory is asked of PostgreSQL.
     pub fn new(
         db: Db,
         limiter: Limiter,
+        shared: Option<SharedKeys>,
         capacity: usize,
         grace: Duration,
         freshness: &Arc<Freshness>,
@@ -126,6 +132,7 @@ impl KeyStore {
             ),
             db,
             limiter,
+            shared,
         }
     }
 
@@ -140,22 +147,32 @@ impl KeyStore {
         if let Some(known) = self.keys.peek_at(&hash, now) {
             return Ok(known);
         }
-        let (db, limiter) = (self.db.clone(), self.limiter.clone());
+        let (db, limiter, shared) = (self.db.clone(), self.limiter.clone(), self.shared.clone());
         self.keys
             .get(hash, move || {
-                let (db, limiter) = (db.clone(), limiter.clone());
+                let (db, limiter, shared) = (db.clone(), limiter.clone(), shared.clone());
                 async move {
+                    if let Some(shared) = &shared
+                        && let Some(found) = shared.get(&hash).await
+                    {
+                        let record = found.facts.map(|facts| record(facts, &limiter));
+                        return Ok(Loaded {
+                            value: record.transpose()?,
+                            true_at: Some(found.true_at),
+                        });
+                    }
                     let facts = async {
                         let mut tx = db.system().await?;
                         let facts = api_key::facts(&mut tx, &hash).await?;
                         tx.commit().await?;
                         Ok(facts)
                     };
-                    facts
-                        .await
-                        .map_err(|error| unconfirmed(&error))?
-                        .map(|facts| record(facts, &limiter))
-                        .transpose()
+                    let facts = facts.await.map_err(|error| unconfirmed(&error))?;
+                    if let Some(shared) = &shared {
+                        shared.put(&hash, facts.as_ref().map(|(facts, as_of)| (facts, *as_of)));
+                    }
+                    let record = facts.map(|(facts, _)| record(facts, &limiter));
+                    Ok(record.transpose()?.into())
                 }
             })
             .await
@@ -190,17 +207,15 @@ impl KeyStore {
             .await
     }
 
-    /// Forgets what a change has made untrue.
-    pub fn revoke(&self, tenant: TenantId, target: Option<Target>) {
-        match target {
-            None | Some(Target::Tenant) => {
-                self.keys.forget(|_, key| key.tenant == tenant);
-                self.tokens.forget(|_, token| token.tenant == tenant);
-            }
-            Some(Target::Plan(id)) => self.keys.forget(|_, key| key.plan_id.0 == id),
-            Some(Target::ApiKey(id)) => self.keys.forget(|_, key| key.id.0 == id),
-            Some(Target::ServiceToken(id)) => self.tokens.forget(|_, token| token.id.0 == id),
-            Some(Target::Session(_)) => {}
+    /// Forgets what changes have made untrue.
+    pub fn revoke(&self, gone: &Gone) {
+        if gone.any_key() {
+            self.keys
+                .forget(|_, key| gone.key(key.tenant.0, key.plan_id.0, key.id.0));
+        }
+        if gone.any_token() {
+            self.tokens
+                .forget(|_, token| gone.token(token.tenant.0, token.id.0));
         }
     }
 

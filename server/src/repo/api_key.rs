@@ -2,12 +2,13 @@
 
 use chrono::{DateTime, Utc};
 use diesel::{
-    dsl::now,
+    dsl::{now, sql},
     pg::Pg,
     prelude::*,
-    sql_types::{Array, Bytea, Timestamptz, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Bytea, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{Rows, Slice, containing};
@@ -65,7 +66,8 @@ pub struct Filter<'a> {
 }
 
 /// All that a decision needs to know of a key.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct KeyFacts {
     pub tenant_id: Uuid,
     pub id: Uuid,
@@ -202,8 +204,9 @@ pub async fn rotate(
     Ok(row.optional()?)
 }
 
-/// The key that a text with this hash opens, active or not, over all tenants.
-pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<KeyFacts>, DbError> {
+/// The key that a text with this hash opens, active or not, over all tenants; with the number of the newest
+/// revocation that was there when it was read: what is answered is true but for those above it.
+pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(KeyFacts, i64)>, DbError> {
     type Row = (
         (
             Uuid,
@@ -226,7 +229,10 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<KeyFacts>, D
             String,
         ),
         String,
+        i64,
     );
+    // In the same statement, so that it is of the same snapshot.
+    let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let row = api_keys::table
         .inner_join(
             plans::table.on(plans::tenant_id
@@ -262,11 +268,12 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<KeyFacts>, D
                 plans::billing,
             ),
             tenants::time_zone,
+            as_of,
         ))
         .first::<Row>(&mut **tx)
         .await
         .optional()?;
-    Ok(row.map(|(key, (current, grace), plan, time_zone)| {
+    Ok(row.map(|(key, (current, grace), plan, time_zone, as_of)| {
         let own = key.5;
         let expires_at = if current == hash {
             own
@@ -276,7 +283,7 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<KeyFacts>, D
                 (own, grace) => own.or(grace),
             }
         };
-        KeyFacts {
+        let facts = KeyFacts {
             tenant_id: key.0,
             id: key.1,
             plan_id: key.2,
@@ -293,7 +300,8 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<KeyFacts>, D
             on_redis_failure: plan.6,
             billing: plan.7,
             time_zone,
-        }
+        };
+        (facts, as_of)
     }))
 }
 

@@ -1,7 +1,9 @@
 //! What replicas must forget from their caches, in the order of commits.
 
+use chrono::{DateTime, Utc};
 use diesel::{
-    dsl::{IntervalDsl, max, now},
+    dsl::{IntervalDsl, SqlTypeOf, max, now, sql},
+    expression::SqlLiteral,
     prelude::*,
     sql_types::Timestamptz,
 };
@@ -25,7 +27,8 @@ pub enum Target {
 }
 
 impl Target {
-    const fn name(self) -> &'static str {
+    /// The name in the database and on the wire.
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Tenant => "tenant",
             Self::Plan(_) => "plan",
@@ -35,14 +38,14 @@ impl Target {
         }
     }
 
-    const fn id(self, tenant: Uuid) -> Uuid {
+    pub const fn id(self, tenant: Uuid) -> Uuid {
         match self {
             Self::Tenant => tenant,
             Self::Plan(id) | Self::ApiKey(id) | Self::ServiceToken(id) | Self::Session(id) => id,
         }
     }
 
-    fn read(name: &str, id: Uuid) -> Option<Self> {
+    pub fn read(name: &str, id: Uuid) -> Option<Self> {
         Some(match name {
             "tenant" => Self::Tenant,
             "plan" => Self::Plan(id),
@@ -62,31 +65,51 @@ pub struct Revocation {
     pub tenant: Uuid,
     /// `None` for a kind that this version does not know: forget everything of the tenant.
     pub target: Option<Target>,
+    /// When it was written, shortly before the commit.
+    pub at: DateTime<Utc>,
 }
 
-/// To be the last thing in a transaction: it waits for the transactions that also revoke to end.
-pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<(), DbError> {
+/// To be the last thing in a transaction: it waits for the transactions that also revoke to end. What it answers
+/// is to be told after the commit, not before.
+pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Revocation, DbError> {
     let tenant = tx.tenant().0;
-    diesel::insert_into(revocations::table)
+    let (seq, at) = diesel::insert_into(revocations::table)
         .values(values(tenant, target))
-        .execute(&mut **tx)
+        .returning((revocations::seq, revocations::at))
+        .get_result(&mut **tx)
         .await?;
-    Ok(())
+    Ok(Revocation {
+        seq,
+        tenant,
+        target: Some(target),
+        at,
+    })
 }
 
 /// The same for what the server does by itself.
-pub async fn insert_system(tx: &mut SystemTx, tenant: Uuid, target: Target) -> Result<(), DbError> {
-    diesel::insert_into(revocations::table)
+pub async fn insert_system(
+    tx: &mut SystemTx,
+    tenant: Uuid,
+    target: Target,
+) -> Result<Revocation, DbError> {
+    let (seq, at) = diesel::insert_into(revocations::table)
         .values(values(tenant, target))
-        .execute(&mut **tx)
+        .returning((revocations::seq, revocations::at))
+        .get_result(&mut **tx)
         .await?;
-    Ok(())
+    Ok(Revocation {
+        seq,
+        tenant,
+        target: Some(target),
+        at,
+    })
 }
 
 type Values = (
     diesel::dsl::Eq<revocations::tenant_id, Uuid>,
     diesel::dsl::Eq<revocations::target_type, &'static str>,
     diesel::dsl::Eq<revocations::target_id, Uuid>,
+    diesel::dsl::Eq<revocations::at, SqlLiteral<SqlTypeOf<revocations::at>>>,
 );
 
 fn values(tenant: Uuid, target: Target) -> Values {
@@ -94,45 +117,71 @@ fn values(tenant: Uuid, target: Target) -> Values {
         revocations::tenant_id.eq(tenant),
         revocations::target_type.eq(target.name()),
         revocations::target_id.eq(target.id(tenant)),
+        // now() is when the transaction began.
+        revocations::at.eq(sql("clock_timestamp()")),
     )
 }
 
-/// The newest one's number; 0 when there is none.
-pub async fn newest(tx: &mut SystemTx) -> Result<i64, DbError> {
-    let newest = revocations::table
-        .select(max(revocations::seq))
-        .get_result::<Option<i64>>(&mut **tx)
-        .await?;
-    Ok(newest.unwrap_or(0))
+type Row = (i64, Uuid, String, Uuid, DateTime<Utc>);
+
+const COLUMNS: (
+    revocations::seq,
+    revocations::tenant_id,
+    revocations::target_type,
+    revocations::target_id,
+    revocations::at,
+) = (
+    revocations::seq,
+    revocations::tenant_id,
+    revocations::target_type,
+    revocations::target_id,
+    revocations::at,
+);
+
+fn revocation((seq, tenant, name, id, at): Row) -> Revocation {
+    Revocation {
+        seq,
+        tenant,
+        target: Target::read(&name, id),
+        at,
+    }
 }
 
-/// What came after number `seq`, in order.
+/// How many are read at once.
+pub const BATCH: u16 = 10_000;
+
+/// The newest ones, in order, and whether there are older ones.
+pub async fn newest(tx: &mut SystemTx) -> Result<(Vec<Revocation>, bool), DbError> {
+    let rows = revocations::table
+        .order(revocations::seq.desc())
+        .limit(i64::from(BATCH))
+        .select(COLUMNS)
+        .load::<Row>(&mut **tx)
+        .await?;
+    let older = rows.len() == usize::from(BATCH);
+    Ok((rows.into_iter().rev().map(revocation).collect(), older))
+}
+
+/// What came after number `seq`, in order: at most [`BATCH`].
 pub async fn since(tx: &mut SystemTx, seq: i64) -> Result<Vec<Revocation>, DbError> {
     let rows = revocations::table
         .filter(revocations::seq.gt(seq))
         .order(revocations::seq.asc())
-        .limit(10_000)
-        .select((
-            revocations::seq,
-            revocations::tenant_id,
-            revocations::target_type,
-            revocations::target_id,
-        ))
-        .load::<(i64, Uuid, String, Uuid)>(&mut **tx)
+        .limit(i64::from(BATCH))
+        .select(COLUMNS)
+        .load::<Row>(&mut **tx)
         .await?;
-    let revocation = |(seq, tenant, name, id): (i64, Uuid, String, Uuid)| Revocation {
-        seq,
-        tenant,
-        target: Target::read(&name, id),
-    };
     Ok(rows.into_iter().map(revocation).collect())
 }
 
-/// Forgets those that every replica has seen long ago.
+/// Forgets those that every replica has seen long ago, but for the newest: numbers are compared with it.
 pub async fn sweep(tx: &mut SystemTx) -> Result<usize, DbError> {
-    Ok(diesel::delete(
-        revocations::table.filter(revocations::at.lt(now.into_sql::<Timestamptz>() - 1.day())),
-    )
-    .execute(&mut **tx)
-    .await?)
+    let newest = revocations::table
+        .select(max(revocations::seq))
+        .get_result::<Option<i64>>(&mut **tx)
+        .await?;
+    let old = revocations::table
+        .filter(revocations::at.lt(now.into_sql::<Timestamptz>() - 1.day()))
+        .filter(revocations::seq.lt(newest.unwrap_or_default()));
+    Ok(diesel::delete(old).execute(&mut **tx).await?)
 }

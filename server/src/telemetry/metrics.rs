@@ -23,6 +23,12 @@ pub struct Metrics {
     pub keys_malformed: Counter,
     pub key_cache_hits: Counter,
     pub key_cache_negative_hits: Counter,
+    pub key_shared_hits: Counter,
+    pub key_shared_negative_hits: Counter,
+    pub key_shared_misses: Counter,
+    pub key_shared_outdated: Counter,
+    pub key_shared_unreadable: Counter,
+    pub key_shared_errors: Counter,
     pub key_loads: Counter,
     pub key_stale_served: Counter,
     pub ledger_takes: Counter,
@@ -34,9 +40,23 @@ pub struct Metrics {
     pub panics: Counter,
     pub revocation_polls: Counter,
     pub revocation_poll_errors: Counter,
+    pub revocations_published: Counter,
+    pub revocation_publish_errors: Counter,
+    pub revocations_received: Counter,
+    pub revocations_unreadable: Counter,
+    pub revocation_messages_lost: Counter,
+    /// From a change to when this replica acts on it.
+    pub revocation_lag_seconds: Latency,
     pub limiter_cells: Gauge,
     pub database_connections: Gauge,
     pub database_connections_busy: Gauge,
+    pub redis_connections: Gauge,
+    pub redis_connections_made: Counter,
+    pub redis_connects_failed: Counter,
+    pub redis_calls: Counter,
+    pub redis_calls_without_connection: Counter,
+    pub redis_calls_late: Counter,
+    pub redis_calls_failed: Counter,
     statuses: Box<[AtomicU64; 600]>,
 }
 
@@ -84,6 +104,12 @@ impl Default for Metrics {
             keys_malformed: Counter::default(),
             key_cache_hits: Counter::default(),
             key_cache_negative_hits: Counter::default(),
+            key_shared_hits: Counter::default(),
+            key_shared_negative_hits: Counter::default(),
+            key_shared_misses: Counter::default(),
+            key_shared_outdated: Counter::default(),
+            key_shared_unreadable: Counter::default(),
+            key_shared_errors: Counter::default(),
             key_loads: Counter::default(),
             key_stale_served: Counter::default(),
             ledger_takes: Counter::default(),
@@ -95,9 +121,22 @@ impl Default for Metrics {
             panics: Counter::default(),
             revocation_polls: Counter::default(),
             revocation_poll_errors: Counter::default(),
+            revocations_published: Counter::default(),
+            revocation_publish_errors: Counter::default(),
+            revocations_received: Counter::default(),
+            revocations_unreadable: Counter::default(),
+            revocation_messages_lost: Counter::default(),
+            revocation_lag_seconds: Latency::default(),
             limiter_cells: Gauge::default(),
             database_connections: Gauge::default(),
             database_connections_busy: Gauge::default(),
+            redis_connections: Gauge::default(),
+            redis_connections_made: Counter::default(),
+            redis_connects_failed: Counter::default(),
+            redis_calls: Counter::default(),
+            redis_calls_without_connection: Counter::default(),
+            redis_calls_late: Counter::default(),
+            redis_calls_failed: Counter::default(),
             statuses: Box::new([const { AtomicU64::new(0) }; 600]),
         }
     }
@@ -157,6 +196,36 @@ impl Metrics {
             self.key_cache_negative_hits.clone(),
         );
         r.register(
+            "key_shared_hits",
+            "Key look-ups answered from what replicas share in Redis",
+            self.key_shared_hits.clone(),
+        );
+        r.register(
+            "key_shared_negative_hits",
+            "Key look-ups answered from what replicas share in Redis: known not to exist",
+            self.key_shared_negative_hits.clone(),
+        );
+        r.register(
+            "key_shared_misses",
+            "Key look-ups that found nothing in Redis",
+            self.key_shared_misses.clone(),
+        );
+        r.register(
+            "key_shared_outdated",
+            "Key look-ups that found a record in Redis from before a change",
+            self.key_shared_outdated.clone(),
+        );
+        r.register(
+            "key_shared_unreadable",
+            "Key look-ups that found something in Redis that no replica with this secret wrote",
+            self.key_shared_unreadable.clone(),
+        );
+        r.register(
+            "key_shared_errors",
+            "Key look-ups and writes that Redis failed",
+            self.key_shared_errors.clone(),
+        );
+        r.register(
             "key_loads",
             "Key look-ups that asked PostgreSQL",
             self.key_loads.clone(),
@@ -208,6 +277,31 @@ impl Metrics {
             self.revocation_poll_errors.clone(),
         );
         r.register(
+            "revocations_published",
+            "Changes told to other replicas",
+            self.revocations_published.clone(),
+        );
+        r.register(
+            "revocation_publish_errors",
+            "Changes that could not be told; others learn of them by the poll",
+            self.revocation_publish_errors.clone(),
+        );
+        r.register(
+            "revocations_received",
+            "Changes that other replicas told, and our own",
+            self.revocations_received.clone(),
+        );
+        r.register(
+            "revocations_unreadable",
+            "Messages about changes that could not be read",
+            self.revocations_unreadable.clone(),
+        );
+        r.register(
+            "revocation_messages_lost",
+            "Times that messages about changes may have been lost",
+            self.revocation_messages_lost.clone(),
+        );
+        r.register(
             "limiter_cells",
             "Keys whose state is in memory",
             self.limiter_cells.clone(),
@@ -222,6 +316,37 @@ impl Metrics {
             "Connections to PostgreSQL in use",
             self.database_connections_busy.clone(),
         );
+        r.register(
+            "redis_connections",
+            "Open connections to Redis for decisions",
+            self.redis_connections.clone(),
+        );
+        r.register(
+            "redis_connections_made",
+            "Connections to Redis made so far",
+            self.redis_connections_made.clone(),
+        );
+        r.register(
+            "redis_connects_failed",
+            "Tries to connect to Redis that failed",
+            self.redis_connects_failed.clone(),
+        );
+        r.register("redis_calls", "Calls to Redis", self.redis_calls.clone());
+        r.register(
+            "redis_calls_without_connection",
+            "Calls to Redis for which there was no connection",
+            self.redis_calls_without_connection.clone(),
+        );
+        r.register(
+            "redis_calls_late",
+            "Calls to Redis without an answer in time",
+            self.redis_calls_late.clone(),
+        );
+        r.register(
+            "redis_calls_failed",
+            "Calls to Redis that failed otherwise",
+            self.redis_calls_failed.clone(),
+        );
         let mut text = String::with_capacity(8192);
         // The end mark is written last, below.
         if encode(&mut text, &registry).is_ok() {
@@ -231,6 +356,11 @@ impl Metrics {
             &mut text,
             "quota_decision_seconds",
             "Seconds from a key's text to the decision.",
+        );
+        self.revocation_lag_seconds.write(
+            &mut text,
+            "quota_revocation_lag_seconds",
+            "Seconds from a change, by PostgreSQL's clock, to when this replica acts on it.",
         );
         let _ = writeln!(
             text,

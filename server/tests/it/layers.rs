@@ -7,6 +7,7 @@ const RANKS: &[&[&str]] = &[
     &["clock", "config", "schema", "secret_text"],
     &["db", "redis", "telemetry"],
     &["cache", "limiter", "repo"],
+    &["revocations"],
     &["auth", "keys"],
     &["state"],
     &["api", "demo", "jobs"],

@@ -13,6 +13,8 @@ mod openapi;
 mod outage;
 mod redis;
 mod restarts;
+mod revocation;
 mod routes;
+mod shared_records;
 mod support;
 mod tenancy;

@@ -1,4 +1,5 @@
-//! The real `quota`, as an operator runs it: its own process, on the embedded default.
+//! The real `quota`, as an operator runs it: its own process, on the embedded default or as one of several
+//! replicas.
 
 use std::{
     fs,
@@ -45,6 +46,11 @@ pub(crate) struct Quota {
 impl Quota {
     /// Starts it, and waits until it says that it is ready.
     pub(crate) fn start(data_dir: &Path) -> Self {
+        Self::start_with(data_dir, &[])
+    }
+
+    /// With these settings besides.
+    pub(crate) fn start_with(data_dir: &Path, settings: &[(&str, &str)]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quota"));
         for (name, _) in std::env::vars_os() {
             if name.to_str().is_some_and(|it| it.starts_with("QUOTA_")) {
@@ -55,8 +61,10 @@ impl Quota {
             .arg("serve")
             .args(["--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0"])
             .env_remove("DATABASE_URL")
+            .env_remove("REDIS_URL")
             .env("QUOTA_DATA_DIR", data_dir)
             .env("RUST_LOG", "info,quota_server::access=off")
+            .envs(settings.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()

@@ -1,0 +1,123 @@
+//! Learning what other replicas have changed: by the poll, on which all relies, and by their messages, which are
+//! only faster.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::{every, next};
+use crate::{
+    db::{self, DbError},
+    redis::Event,
+    repo::revocation::{self, Revocation},
+    revocations,
+    state::AppState,
+};
+
+/// How long after one poll the next begins: less than the 250 ms within which a change is to be noticed, by what
+/// the poll itself takes. Believed for more than three times as long.
+const POLL: Duration = Duration::from_millis(200);
+
+/// Forgets from the caches what other replicas have changed. It is what makes the caches true for longer than
+/// a second, so a poll that fails is no more than a warning: without it entries are loaded again.
+pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(POLL);
+    let mut last = None;
+    let mut away = false;
+    while next(&mut ticks, &mut stopping).await {
+        let began = state.freshness.now();
+        state.metrics.revocation_polls.inc();
+        match poll_once(&state, &mut last).await {
+            Ok(()) => {
+                state.freshness.polled(began);
+                if std::mem::take(&mut away) {
+                    tracing::info!("revocations are polled again");
+                }
+            }
+            Err(error) => {
+                state.metrics.revocation_poll_errors.inc();
+                if !std::mem::replace(&mut away, true) {
+                    tracing::warn!(error = %db::chain(&error), "revocations cannot be polled");
+                }
+            }
+        }
+    }
+}
+
+async fn poll_once(state: &AppState, last: &mut Option<i64>) -> Result<(), DbError> {
+    let mut tx = state.db.system().await?;
+    let Some(mut seq) = *last else {
+        // Nothing was cached before the first poll began that it could have missed: entries loaded since are
+        // as new as what it reads. Those that others cached earlier are held against what is read here.
+        let (newest, older) = revocation::newest(&mut tx).await?;
+        tx.commit().await?;
+        for it in &newest {
+            state.recent.note(it);
+        }
+        let first = newest.first().map_or(0, |it| it.seq);
+        state
+            .recent
+            .complete_above(if older { first - 1 } else { 0 });
+        *last = Some(newest.last().map_or(0, |it| it.seq));
+        return Ok(());
+    };
+    loop {
+        let batch = revocation::since(&mut tx, seq).await?;
+        apply(state, &batch);
+        if let Some(newest) = batch.last() {
+            seq = newest.seq;
+            *last = Some(seq);
+        }
+        if batch.len() < usize::from(revocation::BATCH) {
+            return tx.commit().await;
+        }
+    }
+}
+
+/// Noted first, then forgotten: a load that begins in between knows what was changed.
+fn apply(state: &AppState, revocations: &[Revocation]) {
+    if revocations.is_empty() {
+        return;
+    }
+    let now = state.clock.now();
+    for it in revocations {
+        if state.recent.note(it) {
+            let at = it.at.timestamp_nanos_opt().unwrap_or_default();
+            let lag = now.0.saturating_sub(u64::try_from(at).unwrap_or_default());
+            state.metrics.revocation_lag_seconds.observe(lag);
+        }
+    }
+    state.forget(revocations);
+}
+
+/// Takes the others' messages as they come.
+pub(super) async fn listen(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let Some(mut messages) = state.announcer.listen() else {
+        return;
+    };
+    let stopped = async {
+        let _ = stopping.wait_for(|stop| *stop).await;
+    };
+    let mut stopped = std::pin::pin!(stopped);
+    loop {
+        let event = tokio::select! {
+            biased;
+            () = &mut stopped => return,
+            event = messages.next() => event,
+        };
+        match event {
+            Event::Subscribed => tracing::debug!("revocations are told"),
+            Event::Lost => {
+                state.metrics.revocation_messages_lost.inc();
+            }
+            Event::Message(message) => {
+                if let Some(revocation) = revocations::read(&message) {
+                    state.metrics.revocations_received.inc();
+                    apply(&state, &[revocation]);
+                } else {
+                    state.metrics.revocations_unreadable.inc();
+                }
+            }
+        }
+    }
+}

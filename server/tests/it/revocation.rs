@@ -1,0 +1,222 @@
+//! Three replicas as an operator runs them: what is changed on one is in force on all, with the messages between
+//! them, without them, and without Redis at all.
+//!
+//! How long it takes is printed, and held against a bound that a busy machine keeps: the contract's second is
+//! measured by the load runs.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::future::join_all;
+use quota_server::db;
+use quota_testkit::{
+    proxy::{Fault, FaultProxy, Upstream},
+    redis::RedisServer,
+};
+use reqwest::{Client, Method};
+use secrecy::SecretString;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::time::sleep;
+
+use crate::support::{
+    app::PASSWORD,
+    postgres::TestDatabase,
+    quota::{Quota, data_dir},
+};
+
+/// Nothing may take longer, however busy the machine is.
+const AT_MOST: Duration = Duration::from_secs(5);
+const CHANGES: usize = 120;
+/// How many changes are watched at once.
+const AT_ONCE: usize = 5;
+
+struct World {
+    redis: RedisServer,
+    proxy: FaultProxy,
+    replicas: Vec<Quota>,
+    http: Client,
+    token: String,
+    _database: Arc<TestDatabase>,
+    _dir: TempDir,
+}
+
+impl World {
+    async fn start() -> Self {
+        let migrate =
+            |url: String| async move { db::migrate(&SecretString::from(url)).await.map(drop) };
+        let database = Arc::new(TestDatabase::create(migrate).await);
+        let redis = RedisServer::start().await;
+        let proxy = FaultProxy::start(Upstream::Tcp(redis.addr())).await;
+        let dir = data_dir();
+        let url = format!("redis://{}", proxy.addr());
+        let settings = [
+            ("DATABASE_URL", database.url()),
+            ("REDIS_URL", &url),
+            ("QUOTA_ADMIN_RPM", "0"),
+            ("QUOTA_DATABASE_POOL", "6"),
+        ];
+        let replicas = (0..3)
+            .map(|_| Quota::start_with(dir.path(), &settings))
+            .collect::<Vec<_>>();
+        let mut world = Self {
+            redis,
+            proxy,
+            replicas,
+            http: Client::new(),
+            token: String::new(),
+            _database: database,
+            _dir: dir,
+        };
+        let account = json!({"email": "owner@example.com", "password": PASSWORD});
+        let account = world.act(Method::POST, "/auth/register", account).await;
+        let token = account["access_token"].as_str();
+        world.token = token.map(str::to_owned).expect("a token");
+        world
+    }
+
+    /// A call on the first replica.
+    async fn act(&self, method: Method, path: &str, body: Value) -> Value {
+        let url = format!("http://{}{path}", self.replicas[0].addr);
+        let answer = self
+            .http
+            .request(method, url)
+            .bearer_auth(&self.token)
+            .json(&body)
+            .send()
+            .await
+            .expect("it answers");
+        let status = answer.status();
+        let text = answer.text().await.expect("text");
+        assert!(status.is_success(), "{path}: {status} {text}");
+        serde_json::from_str(&text).unwrap_or(Value::Null)
+    }
+
+    /// The status of a use of the key, and its limit where it tells one.
+    async fn used(&self, replica: &Quota, key: &str) -> (u16, Option<String>) {
+        let url = format!("http://{}/v1/echo", replica.addr);
+        let answer = self.http.get(url).header("X-API-Key", key).send().await;
+        let answer = answer.expect("it answers");
+        let limit = answer.headers().get("x-ratelimit-limit");
+        let limit = limit.map(|it| it.to_str().expect("text").to_owned());
+        (answer.status().as_u16(), limit)
+    }
+
+    /// Makes a plan and a key, lets every replica remember them, changes something, and answers how long after
+    /// the answer each replica acted on it.
+    async fn change(&self, n: usize) -> Vec<Duration> {
+        let plan =
+            json!({"name": format!("Plan {n} {}", uuid::Uuid::now_v7()), "default_rpm": 600_000});
+        let plan = self.act(Method::POST, "/admin/plans", plan).await;
+        let plan_id = plan["id"].as_str().expect("an id");
+        let key = json!({"name": "it", "plan_id": plan_id});
+        let made = self.act(Method::POST, "/admin/api-keys", key).await;
+        let key = made["key"].as_str().expect("the text");
+        let path = format!(
+            "/admin/api-keys/{}",
+            made["api_key"]["id"].as_str().expect("an id")
+        );
+        for replica in &self.replicas {
+            assert_eq!(self.used(replica, key).await.0, 200);
+        }
+        let expected = match n % 4 {
+            0 => {
+                self.act(Method::PATCH, &path, json!({"is_active": false}))
+                    .await;
+                (401, None)
+            }
+            1 => {
+                let path = format!("/admin/plans/{plan_id}");
+                self.act(Method::PATCH, &path, json!({"default_rpm": 700_000}))
+                    .await;
+                (200, Some("700000".to_owned()))
+            }
+            2 => {
+                self.act(Method::DELETE, &path, json!({})).await;
+                (401, None)
+            }
+            _ => {
+                let path = format!("{path}/rotate");
+                self.act(Method::POST, &path, json!({"grace_seconds": 0}))
+                    .await;
+                (401, None)
+            }
+        };
+        let answered = Instant::now();
+        let watch = self.replicas.iter().map(async |replica| {
+            while self.used(replica, key).await != expected {
+                assert!(
+                    answered.elapsed() < AT_MOST,
+                    "change {n} is not in force on {}",
+                    replica.addr
+                );
+                sleep(Duration::from_millis(10)).await;
+            }
+            let lag = answered.elapsed();
+            // And stays so.
+            sleep(Duration::from_millis(300)).await;
+            assert_eq!(self.used(replica, key).await, expected, "change {n}");
+            lag
+        });
+        join_all(watch).await
+    }
+
+    /// Many changes; prints how long they took.
+    async fn many(&self, what: &str) {
+        let mut lags = Vec::new();
+        for group in (0..CHANGES).collect::<Vec<_>>().chunks(AT_ONCE) {
+            let changes = group.iter().map(|n| self.change(*n));
+            lags.extend(join_all(changes).await.into_iter().flatten());
+        }
+        lags.sort_unstable();
+        let at = |part: usize| lags[(lags.len() - 1) * part / 100];
+        println!(
+            "{what}: {} changes on 3 replicas: p50 {:?}, p99 {:?}, slowest {:?}",
+            lags.len() / 3,
+            at(50),
+            at(99),
+            at(100)
+        );
+    }
+
+    async fn counted(&self, name: &str) -> u64 {
+        let counts = self.replicas.iter().map(|it| it.counter(&self.http, name));
+        join_all(counts).await.into_iter().sum()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_change_is_in_force_on_every_replica() {
+    let world = World::start().await;
+    world.many("with messages").await;
+    let received = world.counted("quota_revocations_received_total").await;
+    assert!(received > 2 * CHANGES as u64, "{received} were received");
+    assert_eq!(world.counted("quota_revocation_poll_errors_total").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_change_is_in_force_though_no_message_gets_through() {
+    let world = World::start().await;
+    // Nobody may publish or listen; everything else in Redis goes on.
+    let done = world
+        .redis
+        .command("ACL SETUSER default resetchannels")
+        .await;
+    assert!(done.contains("OK"), "{done}");
+    let before = world.counted("quota_revocations_received_total").await;
+    world.many("without messages").await;
+    let received = world.counted("quota_revocations_received_total").await - before;
+    assert_eq!(received, 0, "the channel was not cut");
+    assert!(world.counted("quota_revocation_publish_errors_total").await > 0);
+    assert!(world.counted("quota_key_shared_misses_total").await > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_change_is_in_force_though_redis_is_away() {
+    let world = World::start().await;
+    world.proxy.set(Fault::Refuse);
+    world.proxy.cut();
+    world.many("without Redis").await;
+}
