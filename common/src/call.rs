@@ -8,6 +8,7 @@ use crate::{
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
     auth::{ChangePassword, Login, Refresh, Register, UpdateMe},
     id::{ApiKeyId, PlanId, ServiceTokenId, SessionId},
+    page::{ApiKeyOrder, PlanOrder},
     plan::{CreatePlan, UpdatePlan},
     service_token::CreateServiceToken,
 };
@@ -28,6 +29,7 @@ pub struct KeyFilter {
     pub is_active: Option<bool>,
     /// A part of the name, or the first characters of the text.
     pub search: Option<String>,
+    pub sort: Option<ApiKeyOrder>,
 }
 
 /// Within the desktop app a call goes from the page to the app as JSON; what it becomes is for the app to say.
@@ -44,7 +46,7 @@ pub enum Call {
     ChangePassword(ChangePassword),
     ListSessions(PageOf),
     EndSession(SessionId),
-    ListPlans(PageOf),
+    ListPlans(Option<PlanOrder>, PageOf),
     CreatePlan(CreatePlan),
     UpdatePlan(PlanId, UpdatePlan),
     DeletePlan(PlanId),
@@ -126,7 +128,7 @@ impl Call {
             Self::ChangePassword(body) => post("/auth/password").body(body),
             Self::ListSessions(page) => get("/auth/sessions").page(page),
             Self::EndSession(id) => Sent::new("DELETE", format!("/auth/sessions/{id}")),
-            Self::ListPlans(page) => get("/admin/plans").page(page),
+            Self::ListPlans(sort, page) => get("/admin/plans").with("sort", *sort).page(page),
             Self::CreatePlan(body) => post("/admin/plans").body(body),
             Self::UpdatePlan(id, body) => {
                 Sent::new("PATCH", format!("/admin/plans/{id}")).body(body)
@@ -136,6 +138,7 @@ impl Call {
                 .with("plan_id", filter.plan_id)
                 .with("is_active", filter.is_active)
                 .with("search", filter.search.as_ref())
+                .with("sort", filter.sort)
                 .page(page),
             Self::GetApiKey(id) => get(&format!("/admin/api-keys/{id}")),
             Self::CreateApiKey(body) => post("/admin/api-keys").body(body),

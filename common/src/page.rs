@@ -7,7 +7,7 @@ pub const DEFAULT_LIMIT: u32 = 20;
 /// The most items a page holds.
 pub const MAX_LIMIT: u32 = 100;
 
-/// One page of a list, newest first.
+/// One page of a list, newest first where no other order was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
 pub struct Page<
@@ -22,3 +22,59 @@ pub struct Page<
     /// How many items all pages hold together, with the filters that were sent.
     pub total: u64,
 }
+
+macro_rules! order {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+        #[cfg_attr(feature = "openapi", derive(poem_openapi::Enum))]
+        pub enum $name {
+            $($(#[$variant_doc])* #[serde(rename = $text)] #[cfg_attr(feature = "openapi", oai(rename = $text))] $variant,)+
+        }
+
+        impl $name {
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// As it stands in an address.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text),+ }
+            }
+
+            pub fn of(text: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|order| order.as_str() == text)
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+    };
+}
+
+order!(
+    /// In which order API keys are listed; `-` turns one around.
+    ApiKeyOrder {
+        #[default]
+        Newest = "-created_at",
+        Oldest = "created_at",
+        Name = "name",
+        NameReversed = "-name",
+        /// Those that were never used come last.
+        LastUsed = "-last_used_at",
+        /// Those that were never used come first.
+        LeastRecentlyUsed = "last_used_at",
+    }
+);
+
+order!(
+    /// In which order plans are listed; `-` turns one around.
+    PlanOrder {
+        #[default]
+        Newest = "-created_at",
+        Oldest = "created_at",
+        Name = "name",
+        NameReversed = "-name",
+    }
+);

@@ -9,6 +9,7 @@ use poem_openapi::{
 use quota_common::{
     ApiKeyId, Page, PlanId, Timestamp,
     api_key::{ApiKey, CreateApiKey, CreatedApiKey, GRACE_DEFAULT, RotateApiKey, UpdateApiKey},
+    page::ApiKeyOrder,
 };
 use uuid::Uuid;
 
@@ -23,6 +24,7 @@ use super::{
 };
 use crate::{
     repo::{
+        By, Mark, Order,
         api_key::{self, ApiKeyChange, ApiKeyRow, Filter, NewApiKey},
         revocation::{self, Target},
     },
@@ -48,6 +50,18 @@ fn show(row: ApiKeyRow) -> ApiKey {
         created_at: row.created_at.into(),
         updated_at: row.updated_at.into(),
     }
+}
+
+fn order(sort: ApiKeyOrder) -> Order {
+    let (by, descending) = match sort {
+        ApiKeyOrder::Newest => (By::Made, true),
+        ApiKeyOrder::Oldest => (By::Made, false),
+        ApiKeyOrder::Name => (By::Name, false),
+        ApiKeyOrder::NameReversed => (By::Name, true),
+        ApiKeyOrder::LastUsed => (By::LastUsed, true),
+        ApiKeyOrder::LeastRecentlyUsed => (By::LastUsed, false),
+    };
+    Order { by, descending }
 }
 
 /// A plan that is not the tenant's is one that does not exist.
@@ -80,8 +94,13 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Newest first. The text of a key is never shown.
+    /// Newest first, or as `sort` says. The text of a key is never shown. A cursor leads on in the order of its page
+    /// alone; a key that is used meanwhile may change its place in an order by use.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "an operation has as many arguments as it has parameters"
+    )]
     async fn list(
         &self,
         caller: AdmittedTenant,
@@ -92,13 +111,17 @@ impl ApiKeyApi {
         /// A part of the name, or the first characters of the text.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
+        /// In which order; `-` turns one around. Names are compared without regard to case; a key that was
+        /// never used counts as used before all others. Default: `-created_at`.
+        sort: Query<Option<ApiKeyOrder>>,
         /// How many at most, 1 to 100.
         #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
         limit: Query<Option<u32>>,
         /// The `next_cursor` of the page before.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<ApiKey>>, ApiError> {
-        let slice = page::slice(limit.0, cursor.0.as_deref())?;
+        let order = order(sort.0.unwrap_or_default());
+        let slice = page::sorted(order, limit.0, cursor.0.as_deref())?;
         let search = search.0.filter(|text| !text.is_empty());
         if search.as_ref().is_some_and(|text| text.contains('\0')) {
             return Err(ApiError::invalid("search", "must not contain NUL"));
@@ -109,9 +132,17 @@ impl ApiKeyApi {
             search: search.as_deref(),
         };
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let rows = api_key::list(&mut tx, &filter, slice).await?;
+        let rows = api_key::list(&mut tx, &filter, &slice).await?;
         tx.commit().await?;
-        Ok(Json(page::page(rows, |row| row.id, show)))
+        let at = |row: &ApiKeyRow, by| {
+            let mark = match by {
+                By::Made => Mark::Made,
+                By::Name => Mark::Name(row.name.clone()),
+                By::LastUsed => Mark::LastUsed(row.last_used_at),
+            };
+            (mark, row.id)
+        };
+        Ok(Json(page::sorted_page(rows, order, at, show)))
     }
 
     /// Make an API key

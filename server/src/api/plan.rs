@@ -7,6 +7,7 @@ use poem_openapi::{
 };
 use quota_common::{
     Page, PlanId, ProblemCode,
+    page::PlanOrder,
     plan::{Billing, CreatePlan, OnRedisFailure, Plan, UpdatePlan},
 };
 use uuid::Uuid;
@@ -23,6 +24,7 @@ use super::{
 use crate::{
     db::TenantTx,
     repo::{
+        By, Mark, Order,
         plan::{self, NewPlan, PlanChange, PlanRow},
         revocation::{self, Target},
     },
@@ -57,6 +59,16 @@ fn show(row: PlanRow, key_count: u64) -> Plan {
         created_at: row.created_at.into(),
         updated_at: row.updated_at.into(),
     }
+}
+
+fn order(sort: PlanOrder) -> Order {
+    let (by, descending) = match sort {
+        PlanOrder::Newest => (By::Made, true),
+        PlanOrder::Oldest => (By::Made, false),
+        PlanOrder::Name => (By::Name, false),
+        PlanOrder::NameReversed => (By::Name, true),
+    };
+    Order { by, descending }
 }
 
 const fn billing_name(billing: Billing) -> &'static str {
@@ -94,26 +106,35 @@ async fn key_count(tx: &mut TenantTx, id: Uuid) -> Result<u64, ApiError> {
 impl PlanApi {
     /// List plans
     ///
-    /// Newest first, with the number of keys on each.
+    /// Newest first or as `sort` says, with the number of keys on each. A cursor leads on in the order of its page
+    /// alone.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
         &self,
         caller: AdmittedTenant,
+        /// In which order; `-` turns one around. Names are compared without regard to case. Default:
+        /// `-created_at`.
+        sort: Query<Option<PlanOrder>>,
         /// How many at most, 1 to 100.
         #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
         limit: Query<Option<u32>>,
         /// The `next_cursor` of the page before.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<Plan>>, ApiError> {
-        let slice = page::slice(limit.0, cursor.0.as_deref())?;
+        let order = order(sort.0.unwrap_or_default());
+        let slice = page::sorted(order, limit.0, cursor.0.as_deref())?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let rows = plan::list(&mut tx, slice).await?;
+        let rows = plan::list(&mut tx, &slice).await?;
         tx.commit().await?;
-        Ok(Json(page::page(
-            rows,
-            |(row, _)| row.id,
-            |(row, count)| show(row, count),
-        )))
+        let at = |(row, _): &(PlanRow, u64), by| {
+            let mark = match by {
+                By::Name => Mark::Name(row.name.clone()),
+                By::Made | By::LastUsed => Mark::Made,
+            };
+            (mark, row.id)
+        };
+        let show = |(row, count)| show(row, count);
+        Ok(Json(page::sorted_page(rows, order, at, show)))
     }
 
     /// Make a plan

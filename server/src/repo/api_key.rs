@@ -11,7 +11,7 @@ use diesel_async::RunQueryDsl;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Rows, Slice, containing};
+use super::{By, Mark, Order, Rows, SortedSlice, beyond_name, by_name, containing};
 use crate::{
     db::{DbError, SystemTx, TenantTx},
     schema::{api_keys, plans, tenants},
@@ -98,7 +98,7 @@ pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow,
 pub async fn list(
     tx: &mut TenantTx,
     filter: &Filter<'_>,
-    slice: Slice,
+    slice: &SortedSlice,
 ) -> Result<Rows<ApiKeyRow>, DbError> {
     let tenant = tx.tenant().0;
     let filtered = || {
@@ -123,14 +123,51 @@ pub async fn list(
         query
     };
     let total = filtered().count().get_result(&mut **tx).await?;
-    let rows = filtered()
-        .filter(api_keys::id.lt(slice.before()))
-        .order(api_keys::id.desc())
-        .limit(slice.fetch())
+    let mut query = filtered()
         .select(ApiKeyRow::as_select())
-        .load(&mut **tx)
-        .await?;
-    Ok(Rows::new(rows, slice, total))
+        .limit(slice.fetch());
+    let Order { by, descending } = slice.order;
+    query = match (by, descending) {
+        (By::Made, true) => query.order(api_keys::id.desc()),
+        (By::Made, false) => query.order(api_keys::id.asc()),
+        (By::Name, true) => query.order((by_name(true), api_keys::id.desc())),
+        (By::Name, false) => query.order((by_name(false), api_keys::id.asc())),
+        (By::LastUsed, true) => query.order((
+            api_keys::last_used_at.desc().nulls_last(),
+            api_keys::id.desc(),
+        )),
+        (By::LastUsed, false) => query.order((
+            api_keys::last_used_at.asc().nulls_first(),
+            api_keys::id.asc(),
+        )),
+    };
+    if let Some((mark, id)) = &slice.after {
+        let (before, behind) = (api_keys::id.lt(*id), api_keys::id.gt(*id));
+        query = match (mark, descending) {
+            (Mark::Made, true) => query.filter(before),
+            (Mark::Made, false) => query.filter(behind),
+            (Mark::Name(name), _) => query.filter(beyond_name(descending, name, *id)),
+            (Mark::LastUsed(None), true) => {
+                query.filter(api_keys::last_used_at.is_null().and(before))
+            }
+            (Mark::LastUsed(None), false) => {
+                query.filter(api_keys::last_used_at.is_not_null().or(behind))
+            }
+            (Mark::LastUsed(Some(at)), true) => query.filter(
+                api_keys::last_used_at
+                    .lt(*at)
+                    .or(api_keys::last_used_at.eq(*at).and(before))
+                    .or(api_keys::last_used_at.is_null()),
+            ),
+            (Mark::LastUsed(Some(at)), false) => query.filter(
+                api_keys::last_used_at
+                    .gt(*at)
+                    .or(api_keys::last_used_at.eq(*at).and(behind)),
+            ),
+        };
+    }
+    let rows = query.load(&mut **tx).await?;
+    Ok(Rows::new(rows, slice.limit, total))
 }
 
 pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<ApiKeyRow>, DbError> {

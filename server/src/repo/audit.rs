@@ -78,5 +78,5 @@ pub async fn list(
         .select((AuditRow::as_select(), users::email.nullable()))
         .load(&mut **tx)
         .await?;
-    Ok(Rows::new(rows, slice, total))
+    Ok(Rows::new(rows, slice.limit, total))
 }

@@ -3,18 +3,18 @@
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
-use diesel::{dsl::count_star, prelude::*};
+use diesel::{dsl::count_star, pg::Pg, prelude::*};
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
-use super::{Rows, Slice};
+use super::{By, Mark, Order, Rows, SortedSlice, beyond_name, by_name};
 use crate::{
     db::{DbError, TenantTx},
     schema::{api_keys, plans},
 };
 
 #[derive(Debug, Clone, Queryable, Selectable)]
-#[diesel(table_name = plans, check_for_backend(diesel::pg::Pg))]
+#[diesel(table_name = plans, check_for_backend(Pg))]
 pub struct PlanRow {
     pub id: Uuid,
     pub name: String,
@@ -64,27 +64,40 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-pub async fn list(tx: &mut TenantTx, slice: Slice) -> Result<Rows<(PlanRow, u64)>, DbError> {
+/// Plans are made and named, and not used: ordered by use they come as they were made.
+pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<(PlanRow, u64)>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table
         .filter(plans::tenant_id.eq(tenant))
         .count()
         .get_result(&mut **tx)
         .await?;
-    let rows = plans::table
+    let mut query = plans::table
         .filter(plans::tenant_id.eq(tenant))
-        .filter(plans::id.lt(slice.before()))
-        .order(plans::id.desc())
-        .limit(slice.fetch())
         .select(PlanRow::as_select())
-        .load(&mut **tx)
-        .await?;
+        .limit(slice.fetch())
+        .into_boxed::<Pg>();
+    let Order { by, descending } = slice.order;
+    query = match (by, descending) {
+        (By::Name, true) => query.order((by_name(true), plans::id.desc())),
+        (By::Name, false) => query.order((by_name(false), plans::id.asc())),
+        (By::Made | By::LastUsed, true) => query.order(plans::id.desc()),
+        (By::Made | By::LastUsed, false) => query.order(plans::id.asc()),
+    };
+    if let Some((mark, id)) = &slice.after {
+        query = match (mark, descending) {
+            (Mark::Name(name), _) => query.filter(beyond_name(descending, name, *id)),
+            (_, true) => query.filter(plans::id.lt(*id)),
+            (_, false) => query.filter(plans::id.gt(*id)),
+        };
+    }
+    let rows: Vec<PlanRow> = query.load(&mut **tx).await?;
     let counts = key_counts(tx, &rows.iter().map(|row| row.id).collect::<Vec<_>>()).await?;
     let rows = rows.into_iter().map(|row| {
         let count = counts.get(&row.id).copied().unwrap_or(0);
         (row, count)
     });
-    Ok(Rows::new(rows.collect(), slice, total))
+    Ok(Rows::new(rows.collect(), slice.limit, total))
 }
 
 pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<PlanRow>, DbError> {

@@ -59,7 +59,7 @@ pub async fn list(tx: &mut TenantTx, slice: Slice) -> Result<Rows<ServiceTokenRo
         .select(ServiceTokenRow::as_select())
         .load(&mut **tx)
         .await?;
-    Ok(Rows::new(rows, slice, total))
+    Ok(Rows::new(rows, slice.limit, total))
 }
 
 pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<ServiceTokenRow>, DbError> {

@@ -188,7 +188,7 @@ pub async fn of_user(
         .select(SessionRow::as_select())
         .load(&mut **tx)
         .await?;
-    Ok(Rows::new(rows, slice, total))
+    Ok(Rows::new(rows, slice.limit, total))
 }
 
 /// Ends one session of a user; `false` when they have no such living one.

@@ -8,6 +8,7 @@ use quota_common::{
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
     auth::{ChangePassword, Login, Register, UpdateMe},
     call::{Call, KeyFilter, PageOf, Sent},
+    page::{ApiKeyOrder, PlanOrder},
     plan::{Billing, CreatePlan, OnRedisFailure, UpdatePlan},
     service_token::CreateServiceToken,
 };
@@ -28,7 +29,7 @@ const fn kinds(call: &Call) -> usize {
         | Call::ChangePassword(_)
         | Call::ListSessions(_)
         | Call::EndSession(_)
-        | Call::ListPlans(_)
+        | Call::ListPlans(..)
         | Call::CreatePlan(_)
         | Call::UpdatePlan(..)
         | Call::DeletePlan(_)
@@ -82,7 +83,7 @@ fn samples() -> Vec<Call> {
         }),
         Call::ListSessions(page()),
         Call::EndSession(id::<SessionId>()),
-        Call::ListPlans(page()),
+        Call::ListPlans(Some(PlanOrder::Name), page()),
         Call::CreatePlan(CreatePlan {
             name: "A".into(),
             default_rpm: 60,
@@ -112,6 +113,7 @@ fn samples() -> Vec<Call> {
                 plan_id: Some(plan),
                 is_active: Some(true),
                 search: Some("mobile & <web>".into()),
+                sort: Some(ApiKeyOrder::LastUsed),
             },
             page(),
         ),
@@ -226,7 +228,7 @@ const fn answer(call: &Call) -> Option<&'static str> {
         Call::Refresh => "Tokens",
         Call::Me | Call::UpdateMe(_) => "Me",
         Call::ListSessions(_) => "Page_Session",
-        Call::ListPlans(_) => "Page_Plan",
+        Call::ListPlans(..) => "Page_Plan",
         Call::CreatePlan(_) | Call::UpdatePlan(..) => "Plan",
         Call::ListApiKeys(..) => "Page_ApiKey",
         Call::GetApiKey(_) | Call::UpdateApiKey(..) => "ApiKey",

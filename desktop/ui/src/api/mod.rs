@@ -16,6 +16,7 @@ use quota_common::{
     audit::AuditEvent,
     auth::{ChangePassword, Login, Me, Register, Session, SignedIn, UpdateMe},
     call::{Call, KeyFilter, PageOf},
+    page::PlanOrder,
     plan::{CreatePlan, Plan, UpdatePlan},
     service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken},
 };
@@ -139,8 +140,8 @@ pub fn end_session(id: SessionId) -> Pending<()> {
     done(Call::EndSession(id))
 }
 
-pub fn list_plans(page: PageOf) -> Pending<Page<Plan>> {
-    read(Call::ListPlans(page))
+pub fn list_plans(sort: Option<PlanOrder>, page: PageOf) -> Pending<Page<Plan>> {
+    read(Call::ListPlans(sort, page))
 }
 
 pub fn create_plan(body: CreatePlan) -> Pending<Plan> {

@@ -23,7 +23,7 @@ use crate::{
 /// All plans that a list to choose from holds.
 pub fn load_plans() -> Loader<Page<Plan>> {
     load(|| {
-        api::list_plans(PageOf {
+        api::list_plans(None, PageOf {
             limit: Some(100),
             cursor: None,
         })
@@ -57,6 +57,7 @@ pub fn ApiKeys() -> impl IntoView {
             plan_id: part("plan_id").and_then(|id| id.parse().ok()),
             is_active: part("is_active").and_then(|it| it.parse().ok()),
             search: part("search"),
+            sort: None,
         };
         let page = PageOf {
             limit: None,

@@ -47,7 +47,7 @@ async fn overview() -> api::Answer<Overview> {
         ..KeyFilter::default()
     };
     Ok(Overview {
-        plans: api::list_plans(one.clone()).await?,
+        plans: api::list_plans(None, one.clone()).await?,
         keys: api::list_api_keys(KeyFilter::default(), many).await?,
         active: api::list_api_keys(active, one.clone()).await?.total,
         tokens: api::list_service_tokens(one).await?.total,

@@ -141,7 +141,7 @@ pub fn Plans() -> impl IntoView {
     let query = route().query;
     let toasts = expect_context::<Toasts>();
     let loader: Loader<PlanPage> = load(move || {
-        api::list_plans(PageOf {
+        api::list_plans(None, PageOf {
             limit: None,
             cursor: query.with(|query| query.get("cursor")),
         })

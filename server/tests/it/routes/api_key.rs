@@ -562,3 +562,125 @@ async fn a_key_that_is_made_many_times_at_once_is_made_once() {
         .await;
     assert_eq!(list.body["total"], json!(1));
 }
+
+/// The names of all pages of a list, two keys a page.
+async fn names_by(app: &TestApp, account: &Account, query: &str) -> Vec<String> {
+    let (mut names, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let path = format!("/admin/api-keys?limit=2&{query}{cursor}");
+        let page = send(app, account, "GET", &path, Value::Null).await;
+        assert_eq!(page.status, 200, "{}", page.text);
+        let items = page.body["items"].as_array().unwrap();
+        names.extend(
+            items
+                .iter()
+                .map(|it| it["name"].as_str().unwrap().to_owned()),
+        );
+        match page.body["next_cursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => return names,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_listed_in_every_order_without_losing_or_repeating_one() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let client = app.database.connect().await;
+    // Names that are equal but for case, times that are equal, and keys that were never used.
+    let keys = [
+        ("banana", Some(20)),
+        ("Apple", None),
+        ("apple", Some(20)),
+        ("Zebra", Some(10)),
+        ("émile", None),
+        ("banana", Some(30)),
+        ("100%", None),
+    ];
+    for (name, used) in keys {
+        let body = json!({"name": name, "plan_id": plan});
+        let made = send(&app, &account, "POST", "/admin/api-keys", body).await;
+        assert_eq!(made.status, 201, "{}", made.text);
+        if let Some(used) = used {
+            let set = format!(
+                "UPDATE api_keys SET last_used_at = to_timestamp(1800000000.123456 + {used}) WHERE id = '{}'",
+                made.body["api_key"]["id"].as_str().unwrap()
+            );
+            client.batch_execute(&set).await.unwrap();
+        }
+    }
+    let made = keys.map(|(name, _)| name).to_vec();
+    let by_name = [
+        "100%", "Apple", "apple", "banana", "banana", "Zebra", "émile",
+    ];
+    let least = [
+        "Apple", "émile", "100%", "Zebra", "banana", "apple", "banana",
+    ];
+    let turned = |names: &[&'static str]| names.iter().rev().copied().collect::<Vec<_>>();
+    for (sort, names) in [
+        ("created_at", made.clone()),
+        ("-created_at", turned(&made)),
+        ("name", by_name.to_vec()),
+        ("-name", turned(&by_name)),
+        ("last_used_at", least.to_vec()),
+        ("-last_used_at", turned(&least)),
+    ] {
+        let found = names_by(&app, &account, &format!("sort={sort}")).await;
+        assert_eq!(found, names, "{sort}");
+    }
+    assert_eq!(names_by(&app, &account, "").await, turned(&made));
+    let found = names_by(&app, &account, "sort=-name&search=ban").await;
+    assert_eq!(found, ["banana", "banana"], "with a filter");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_by_name_goes_on_where_the_last_one_ended_whatever_came_of_its_last_key() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let mut ids = Vec::new();
+    for name in ["a", "b", "c", "d"] {
+        let body = json!({"name": name, "plan_id": plan});
+        let made = send(&app, &account, "POST", "/admin/api-keys", body).await;
+        ids.push(made.body["api_key"]["id"].as_str().unwrap().to_owned());
+    }
+    let page = |cursor: &str| format!("/admin/api-keys?limit=2&sort=name{cursor}");
+    let first = send(&app, &account, "GET", &page(""), Value::Null).await;
+    let next = first.text("next_cursor");
+    // The key that the cursor stands at gets another name, one before it goes, one comes.
+    let b = format!("/admin/api-keys/{}", ids[1]);
+    send(&app, &account, "PATCH", &b, json!({"name": "z"})).await;
+    let a = format!("/admin/api-keys/{}", ids[0]);
+    send(&app, &account, "DELETE", &a, Value::Null).await;
+    let body = json!({"name": "bb", "plan_id": plan});
+    send(&app, &account, "POST", "/admin/api-keys", body).await;
+    let rest = send(
+        &app,
+        &account,
+        "GET",
+        &page(&format!("&cursor={next}")),
+        Value::Null,
+    )
+    .await;
+    let names = rest.body["items"].as_array().unwrap().iter();
+    let names: Vec<_> = names.map(|it| it["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["bb", "c"]);
+
+    for (query, status, field) in [
+        ("sort=price", 422, Some("sort")),
+        ("sort=", 422, Some("sort")),
+        ("sort=Name", 422, Some("sort")),
+        (&format!("sort=-name&cursor={next}"), 400, None),
+        (&format!("cursor={next}"), 400, None),
+        ("sort=name&cursor=AZ", 400, None),
+    ] {
+        let path = format!("/admin/api-keys?{query}");
+        let refused = send(&app, &account, "GET", &path, Value::Null).await;
+        assert_eq!(refused.status, status, "{query}: {}", refused.text);
+        if let Some(field) = field {
+            assert_eq!(refused.body["errors"][0]["field"], json!(field), "{query}");
+        }
+    }
+}

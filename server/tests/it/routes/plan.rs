@@ -558,3 +558,47 @@ async fn a_request_that_was_answered_is_never_told_to_be_in_progress() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plans_are_listed_in_every_order() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let made = ["beta", "Gold", "Alpha", "gold 2", "omega"];
+    for name in made {
+        let body = json!({"name": name, "default_rpm": 60});
+        let made = send(&app, &account, "POST", "/admin/plans", body).await;
+        assert_eq!(made.status, 201);
+    }
+    let by_name = ["Alpha", "beta", "Gold", "gold 2", "omega"];
+    let turned = |names: [&'static str; 5]| names.into_iter().rev().collect::<Vec<_>>();
+    for (sort, names) in [
+        ("created_at", made.to_vec()),
+        ("-created_at", turned(made)),
+        ("name", by_name.to_vec()),
+        ("-name", turned(by_name)),
+    ] {
+        let (mut found, mut cursor) = (Vec::new(), String::new());
+        loop {
+            let path = format!("/admin/plans?limit=2&sort={sort}{cursor}");
+            let page = send(&app, &account, "GET", &path, Value::Null).await;
+            for plan in page.body["items"].as_array().unwrap() {
+                found.push(plan["name"].as_str().unwrap().to_owned());
+            }
+            match page.body["next_cursor"].as_str() {
+                Some(next) => cursor = format!("&cursor={next}"),
+                None => break,
+            }
+        }
+        assert_eq!(found, names, "{sort}");
+    }
+    let refused = send(
+        &app,
+        &account,
+        "GET",
+        "/admin/plans?sort=last_used_at",
+        Value::Null,
+    )
+    .await;
+    assert_eq!(refused.status, 422);
+    assert_eq!(refused.body["errors"][0]["field"], json!("sort"));
+}
