@@ -3,16 +3,18 @@
 //! A visitor who is not signed in is sent to sign in, and back. While the server cannot be reached that is said,
 //! with a way to try again, and nobody is signed out for it.
 
-use std::collections::HashMap;
-
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{ApiKeyId, ProblemCode, auth::Me};
 
 use crate::{
     api::{self, Failure},
-    component::{Empty, Icon, Shape, Toasts, ToastsView},
+    component::{
+        Commands, CommandsView, Empty, Icon, PaletteButton, Shape, Toasts, ToastsView,
+        keep_clicks_from_held,
+    },
     model::address::{Place, Query},
     page,
+    preferences::Preferences,
     route::{Route, route},
     shell,
 };
@@ -32,7 +34,7 @@ pub enum Gate {
 pub struct Session {
     pub gate: RwSignal<Gate>,
     pub me: RwSignal<Option<Me>>,
-    pub known_keys: RwSignal<HashMap<ApiKeyId, String>>,
+    pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
 }
 
 impl Session {
@@ -40,9 +42,10 @@ impl Session {
         let session = Self {
             gate: RwSignal::new(Gate::Unknown),
             me: RwSignal::new(None),
-            known_keys: RwSignal::new(HashMap::new()),
+            known_keys: RwSignal::new(Vec::new()),
         };
         provide_context(session);
+        api::when_over(move || session.end());
         session
     }
 
@@ -59,18 +62,16 @@ impl Session {
         });
     }
 
-    /// Of a failed call: whether it says that nobody is signed in any more.
-    pub fn failed(self, failure: &Failure) {
-        if failure.is(ProblemCode::Unauthorized) {
-            self.end();
-        } else if self.gate.get_untracked() != Gate::In {
+    /// Of the question who is signed in; that nobody is, any call tells.
+    fn failed(self, failure: &Failure) {
+        if !failure.is(ProblemCode::Unauthorized) && self.gate.get_untracked() != Gate::In {
             self.gate.set(Gate::Unsaid(failure.clone()));
         }
     }
 
     pub fn end(self) {
         self.me.set(None);
-        self.known_keys.set(HashMap::new());
+        self.known_keys.set(Vec::new());
         self.gate.set(Gate::Out);
     }
 }
@@ -83,7 +84,9 @@ pub fn session() -> Session {
 pub fn App() -> impl IntoView {
     let toasts = Toasts::provide();
     let session = Session::provide();
+    Preferences::provide();
     let route = Route::provide();
+    keep_clicks_from_held();
     session.ask();
     let place = Memo::new(move |_| Place::of(&route.path.get()));
     // One frame around all the pages in it: only what is inside changes with the address.
@@ -132,7 +135,7 @@ fn Frame(place: Memo<Place>) -> impl IntoView {
         Gate::In => view! { <Inside place/> }.into_any(),
         Gate::Unsaid(failure) => view! {
             <main class="alone">
-                <Empty shape=Shape::Close title="The server does not answer" about=failure.text()>
+                <Empty alone=true shape=Shape::Close title="The server does not answer" about=failure.text()>
                     <button class="button first" on:click=move |_| session.ask()>"Try again"</button>
                     <shell::OtherServer/>
                 </Empty>
@@ -155,6 +158,15 @@ fn Inside(place: Memo<Place>) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let path = route().path;
     let open = RwSignal::new(false);
+    let sign_out = Callback::new(move |()| {
+        spawn_local(async move {
+            match api::logout().await {
+                Ok(()) => session.end(),
+                Err(failure) => toasts.say(failure.text()),
+            }
+        });
+    });
+    let commands = Commands::new(sign_out);
     let content = NodeRef::<leptos::html::Main>::new();
     Effect::new(move |before: Option<()>| {
         path.track();
@@ -175,6 +187,7 @@ fn Inside(place: Memo<Place>) -> impl IntoView {
             <header class="side" class:open=open>
                 <div class="brand-row">
                     <a class="brand" href="/console"><crate::component::Mark/>"Quota"</a>
+                    <PaletteButton commands/>
                     <button
                         class="button icon-only menu"
                         aria-expanded=move || open.get().to_string()
@@ -211,19 +224,7 @@ fn Inside(place: Memo<Place>) -> impl IntoView {
                         <span class="quiet" dir="auto">
                             {move || session.me.get().map(|me| me.user.email)}
                         </span>
-                        <button
-                            class="link"
-                            on:click=move |_| {
-                                spawn_local(async move {
-                                    match api::logout().await {
-                                        Ok(()) => session.end(),
-                                        Err(failure) => toasts.say(failure.text()),
-                                    }
-                                });
-                            }
-                        >
-                            "Sign out"
-                        </button>
+                        <button class="link" on:click=move |_| sign_out.run(())>"Sign out"</button>
                     </p>
                 </nav>
             </header>
@@ -242,5 +243,6 @@ fn Inside(place: Memo<Place>) -> impl IntoView {
                 }}
             </main>
         </div>
+        <CommandsView commands/>
     }
 }

@@ -8,7 +8,7 @@ mod way;
 #[path = "tauri.rs"]
 mod way;
 
-use std::pin::Pin;
+use std::{cell::RefCell, pin::Pin};
 
 use quota_common::{
     ApiKeyId, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId,
@@ -94,8 +94,26 @@ impl Tried {
 /// An answer to come. Boxed, so that pages do not each carry a call's whole way within them.
 pub type Pending<T> = Pin<Box<dyn Future<Output = Answer<T>>>>;
 
+thread_local! {
+    static OVER: RefCell<Option<Box<dyn Fn()>>> = const { RefCell::new(None) };
+}
+
+/// What is done when a call finds that the session is over: it was ended elsewhere, or has run out.
+pub fn when_over(then: impl Fn() + 'static) {
+    OVER.set(Some(Box::new(then)));
+}
+
 fn send(call: Call) -> Pending<String> {
-    Box::pin(async move { way::send(&call).await })
+    Box::pin(async move {
+        let answer = way::send(&call).await;
+        if let Err(failure) = &answer
+            && call.is_of_session()
+            && failure.is(ProblemCode::Unauthorized)
+        {
+            OVER.with_borrow(|then| then.as_ref().map(|then| then()));
+        }
+        answer
+    })
 }
 
 fn read<T: DeserializeOwned>(call: Call) -> Pending<T> {

@@ -2,6 +2,7 @@
 
 use leptos::{prelude::*, task::spawn_local};
 
+use super::focus::keep_focus;
 use crate::{
     api::{Answer, Failure},
     route::route,
@@ -64,6 +65,7 @@ where
         spawn_local(async move {
             let answer = answer.await;
             if turn.try_get_value() == Some(own) {
+                keep_focus();
                 let _ = state.try_set(match answer {
                     Ok(value) => Load::Ready(value),
                     Err(failure) => Load::Failed(failure),
@@ -107,6 +109,22 @@ where
             }}
         </div>
     }
+}
+
+/// Opens when the address asks for something new, which is then no longer part of it.
+pub fn open_when_asked(open: RwSignal<bool>) {
+    let route = route();
+    let own = route.path.get_untracked();
+    Effect::new(move |_| {
+        // The page that is being left sees the address of the next one as well.
+        if route.path.with_untracked(|path| *path == own)
+            && route.query.with(|query| query.get("new")).is_some()
+        {
+            open.set(true);
+            let query = route.query.get_untracked().with("new", "");
+            route.replace(&format!("{}{query}", route.path.get_untracked()));
+        }
+    });
 }
 
 /// Leads from one page of a list to the next, by address.

@@ -1,19 +1,27 @@
 //! The parts that pages are made of.
 
 mod field;
+mod focus;
+mod held;
 mod icon;
 mod list;
 mod modal;
+mod palette;
 mod secret;
+mod sort;
 mod toast;
 
 use leptos::prelude::*;
 
 pub use field::{Field, SelectField};
+pub use focus::focus_soon;
+pub use held::{held, keep_clicks_from_held};
 pub use icon::{Icon, Mark, Shape};
-pub use list::{Loader, Pager, Shown, load};
+pub use list::{Loader, Pager, Shown, load, open_when_asked};
 pub use modal::{Confirm, Modal};
+pub use palette::{Commands, CommandsView, PaletteButton};
 pub use secret::CodeBlock;
+pub use sort::{SortHead, SortSelect};
 pub use toast::{Toasts, ToastsView};
 
 /// The head of a page, which also names the window.
@@ -43,12 +51,20 @@ pub fn Empty(
     shape: Shape,
     #[prop(into)] title: String,
     #[prop(into)] about: String,
+    /// It is all that the page says.
+    #[prop(optional)]
+    alone: bool,
     #[prop(optional)] children: Option<Children>,
 ) -> impl IntoView {
+    let title = if alone {
+        view! { <h1>{title}</h1> }.into_any()
+    } else {
+        view! { <h2>{title}</h2> }.into_any()
+    };
     view! {
         <div class="empty">
             <Icon shape/>
-            <h2>{title}</h2>
+            {title}
             <p class="quiet">{about}</p>
             {children.map(|children| children())}
         </div>

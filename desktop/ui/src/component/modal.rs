@@ -1,6 +1,13 @@
 //! Dialogs, by the browser's own `<dialog>`: it keeps the focus inside and gives it back.
 
-use leptos::{html, prelude::*};
+use leptos::{
+    ev::{KeyboardEvent, SubmitEvent},
+    html,
+    prelude::*,
+};
+
+use super::{Field, focus::rescue_focus, held::held};
+use crate::model::bulk::is_phrase;
 
 #[component]
 pub fn Modal(
@@ -10,6 +17,9 @@ pub fn Modal(
     #[prop(optional)]
     firm: bool,
     #[prop(optional)] wide: bool,
+    /// Its title is heard and not seen.
+    #[prop(optional)]
+    bare: bool,
     children: ChildrenFn,
 ) -> impl IntoView {
     let dialog = NodeRef::<html::Dialog>::new();
@@ -20,6 +30,7 @@ pub fn Modal(
             let _ = dialog.show_modal();
         } else if !is_open && dialog.open() {
             dialog.close();
+            rescue_focus();
         }
     });
     view! {
@@ -27,10 +38,17 @@ pub fn Modal(
             node_ref=dialog
             class="modal"
             class:wide=wide
+            class:bare=bare
             aria-label=move || title.get()
             on:close=move |_| open.set(false)
             on:cancel=move |ev: web_sys::Event| {
                 if firm {
+                    ev.prevent_default();
+                }
+            }
+            // A browser may give up asking and close at the second Escape, so it never gets to see one.
+            on:keydown=move |ev: KeyboardEvent| {
+                if firm && ev.key() == "Escape" {
                     ev.prevent_default();
                 }
             }
@@ -52,20 +70,40 @@ pub fn Confirm(
     /// What the button says.
     #[prop(into)]
     action: Signal<String>,
+    /// What has to be typed first.
+    #[prop(optional, into)]
+    phrase: MaybeProp<String>,
     busy: RwSignal<bool>,
     #[prop(into)] failure: Signal<Option<String>>,
     run: Callback<()>,
 ) -> impl IntoView {
+    let typed = RwSignal::new(String::new());
+    Effect::new(move |_| {
+        if open.get() {
+            typed.set(String::new());
+        }
+    });
+    let missing = move || {
+        let phrase = phrase.get();
+        phrase.is_some_and(|phrase| typed.with(|typed| !is_phrase(typed, &phrase)))
+    };
+    let submit = move |ev: SubmitEvent| {
+        ev.prevent_default();
+        if !missing() {
+            run.run(());
+        }
+    };
     view! {
         <Modal open title>
-            <p>{breaks}</p>
-            <super::Alert text=failure/>
-            <div class="actions end">
-                <button class="button" autofocus on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button danger" disabled=busy on:click=move |_| run.run(())>
-                    {action}
-                </button>
-            </div>
+            <form on:submit=submit>
+                <p>{breaks}</p>
+                <super::Alert text=failure/>
+                {move || phrase.get().map(|phrase| view! { <Field id="phrase" label=format!("Type “{phrase}” to confirm") value=typed/> })}
+                <div class="actions end">
+                    <button type="button" class="button" autofocus on:click=move |_| open.set(false)>"Cancel"</button>
+                    <button class="button danger" disabled=missing aria-disabled=held(busy)>{action}</button>
+                </div>
+            </form>
         </Modal>
     }
 }

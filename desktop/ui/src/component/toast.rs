@@ -3,6 +3,8 @@
 use leptos::{prelude::*, task::spawn_local};
 
 const SHOWN_MS: u32 = 6000;
+/// How many are shown at once: the last ones.
+const MOST: usize = 3;
 
 #[derive(Clone, Copy)]
 pub struct Toasts {
@@ -23,7 +25,10 @@ impl Toasts {
     pub fn say(self, text: impl Into<String>) {
         let id = self.next.get_value();
         self.next.set_value(id.wrapping_add(1));
-        self.shown.update(|shown| shown.push((id, text.into())));
+        self.shown.update(|shown| {
+            shown.push((id, text.into()));
+            shown.drain(..shown.len().saturating_sub(MOST));
+        });
         spawn_local(async move {
             gloo_timers::future::TimeoutFuture::new(SHOWN_MS).await;
             self.shown.update(|shown| shown.retain(|(it, _)| *it != id));
@@ -35,9 +40,14 @@ impl Toasts {
 pub fn ToastsView(toasts: Toasts) -> impl IntoView {
     view! {
         <div class="toasts" role="status" aria-live="polite">
-            <For each=move || toasts.shown.get() key=|(id, _)| *id let((_id, text))>
-                <p class="toast" dir="auto">{text}</p>
-            </For>
+            {move || {
+                toasts
+                    .shown
+                    .get()
+                    .into_iter()
+                    .map(|(_, text)| view! { <p class="toast" dir="auto">{text}</p> })
+                    .collect_view()
+            }}
         </div>
     }
 }

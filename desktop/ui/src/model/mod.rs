@@ -2,5 +2,7 @@
 
 pub mod address;
 pub mod bucket;
+pub mod bulk;
+pub mod command;
 pub mod form;
 pub mod text;

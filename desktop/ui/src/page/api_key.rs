@@ -7,14 +7,15 @@ use quota_common::{
 };
 
 use super::{
-    api_keys::{State, TextOnce, load_plans},
+    api_keys::{State, load_plans},
+    new_api_key::{TextOnce, in_field, local_time},
     try_it::TryIt,
 };
 use crate::{
     api::{self, Failure},
     app::session,
     component::{
-        Alert, Confirm, Field, Head, Loader, Modal, SelectField, Shown, Toasts, When, load,
+        Alert, Confirm, Field, Head, Loader, Modal, SelectField, Shown, Toasts, When, held, load,
     },
     model::{form::optional_rate, text},
     route::route,
@@ -30,7 +31,12 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     });
     let known = session().known_keys;
     let typed = RwSignal::new(String::new());
-    let known_text = Memo::new(move |_| known.with(|known| known.get(&id).cloned()));
+    let known_text = Memo::new(move |_| {
+        known.with(|known| {
+            let own = known.iter().find(|(it, _)| *it == id);
+            own.map(|(_, text)| text.clone())
+        })
+    });
     let text = Signal::derive(move || known_text.get().unwrap_or_else(|| typed.get()));
     view! {
         <p class="up"><a href="/console/api-keys">"API keys"</a></p>
@@ -109,7 +115,7 @@ fn Facts(key: ApiKey, loader: Loader<ApiKey>) -> impl IntoView {
             <dl class="facts">
                 <div><dt>"State"</dt><dd><State key=key.clone()/></dd></div>
                 <div><dt>"Key"</dt><dd><code>{key.prefix.clone()}"…"</code></dd></div>
-                <div><dt>"Plan"</dt><dd dir="auto">{plan}</dd></div>
+                <div><dt>"Plan"</dt><dd dir="auto"><span class="clamp">{plan}</span></dd></div>
                 <div><dt>"Own rate"</dt><dd>{key.rpm_override.map_or_else(|| "the plan's".to_owned(), |rpm| format!("{} a minute", text::number(rpm.into())))}</dd></div>
                 <div><dt>"Last used"</dt><dd>{match key.last_used_at {
                     Some(at) => view! { <When at/> }.into_any(),
@@ -127,12 +133,12 @@ fn Facts(key: ApiKey, loader: Loader<ApiKey>) -> impl IntoView {
                     view! {
                         <div class="actions">
                             {if is_active {
-                                view! { <button class="button" disabled=busy on:click=move |_| switching.set(true)>"Deactivate"</button> }.into_any()
+                                view! { <button class="button" data-keep="switch" aria-disabled=held(busy) on:click=move |_| switching.set(true)>"Deactivate"</button> }.into_any()
                             } else {
-                                view! { <button class="button first" disabled=busy on:click=move |_| switch()>"Activate"</button> }.into_any()
+                                view! { <button class="button first" data-keep="switch" aria-disabled=held(busy) on:click=move |_| switch()>"Activate"</button> }.into_any()
                             }}
-                            <button class="button" on:click=move |_| editing.set(true)>"Edit"</button>
-                            <button class="button" on:click=move |_| rotating.set(true)>"Rotate"</button>
+                            <button class="button" data-keep="edit" on:click=move |_| editing.set(true)>"Edit"</button>
+                            <button class="button" data-keep="rotate" on:click=move |_| rotating.set(true)>"Rotate"</button>
                             <button class="button danger" on:click=move |_| deleting.set(true)>"Delete"</button>
                         </div>
                     }
@@ -249,7 +255,7 @@ fn RotateDialog(
                 <SelectField id="grace" label="The text before" value=grace options=options.clone()/>
                 <div class="actions end">
                     <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                    <button class="button first" disabled=busy>"Rotate key"</button>
+                    <button class="button first" aria-disabled=held(busy)>"Rotate key"</button>
                 </div>
             </form>
         </Modal>
@@ -271,6 +277,8 @@ fn EditDialog(
             .map(|it| it.to_string())
             .unwrap_or_default(),
     );
+    let was = StoredValue::new(key.expires_at.map(in_field).unwrap_or_default());
+    let expires = RwSignal::new(was.get_value());
     let busy = RwSignal::new(false);
     let failure = RwSignal::new(None::<Failure>);
     let rpm_wrong = RwSignal::new(None::<String>);
@@ -295,10 +303,13 @@ fn EditDialog(
             Ok(rpm) => rpm,
             Err(wrong) => return rpm_wrong.set(Some(wrong.to_owned())),
         };
+        let now = expires.get_untracked();
         let body = UpdateApiKey {
             name: Some(name.get_untracked()),
             plan_id: plan.get_untracked().parse().ok(),
             rpm_override: Some(rpm_override),
+            // The field is blunter than the time, which is not sent back as it was shown.
+            expires_at: (now != was.get_value()).then(|| local_time(&now)),
             ..UpdateApiKey::default()
         };
         busy.set(true);
@@ -320,10 +331,13 @@ fn EditDialog(
                 <Alert text=rest/>
                 <Field id="edit_name" label="Name" value=name required=true error=of("name")/>
                 <SelectField id="edit_plan" label="Plan" value=plan options error=of("plan_id")/>
-                <Field id="edit_rpm" label="Own rate (optional)" value=rpm numeric=true hint="Requests a minute, in place of the plan's." error=Signal::derive(move || rpm_wrong.get().or_else(|| of("rpm_override").get()))/>
+                <div class="pair">
+                    <Field id="edit_rpm" label="Own rate (optional)" value=rpm numeric=true hint="Requests a minute, in place of the plan's." error=Signal::derive(move || rpm_wrong.get().or_else(|| of("rpm_override").get()))/>
+                    <Field id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="From then on it is refused. Empty: never." error=of("expires_at")/>
+                </div>
                 <div class="actions end">
                     <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                    <button class="button first" disabled=busy>"Save"</button>
+                    <button class="button first" aria-disabled=held(busy)>"Save"</button>
                 </div>
             </form>
         </Modal>

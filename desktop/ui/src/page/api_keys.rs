@@ -1,32 +1,43 @@
-//! API keys: finding one, and making one.
+//! API keys: finding one, and what is done to many at once.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
     Page,
-    api_key::{ApiKey, CreateApiKey, CreatedApiKey},
+    api_key::ApiKey,
     call::{KeyFilter, PageOf},
+    page::{ApiKeyOrder, PlanOrder},
     plan::Plan,
 };
 
-use super::try_it::TryIt;
+use super::{bulk::Bulk, new_api_key::CreateDialog};
 use crate::{
-    api::{self, Failure},
+    api,
     app::session,
     component::{
-        Alert, CodeBlock, Empty, Field, Head, Loader, Modal, Pager, SelectField, Shape, Shown,
-        When, load, now,
+        Empty, Head, Loader, Pager, Shape, Shown, SortHead, SortSelect, When, load, now,
+        open_when_asked,
     },
-    model::{form::optional_rate, text},
     route::route,
 };
+
+/// In which orders keys are shown; the first is the server's own.
+const ORDERS: &[(&str, &str)] = &[
+    ("", "Newest first"),
+    ("created_at", "Oldest first"),
+    ("name", "Name"),
+    ("-name", "Name, Z to A"),
+    ("-last_used_at", "Last used first"),
+    ("last_used_at", "Unused first"),
+];
 
 /// All plans that a list to choose from holds.
 pub fn load_plans() -> Loader<Page<Plan>> {
     load(|| {
-        api::list_plans(None, PageOf {
+        let page = PageOf {
             limit: Some(100),
             cursor: None,
-        })
+        };
+        api::list_plans(Some(PlanOrder::Name), page)
     })
 }
 
@@ -57,7 +68,7 @@ pub fn ApiKeys() -> impl IntoView {
             plan_id: part("plan_id").and_then(|id| id.parse().ok()),
             is_active: part("is_active").and_then(|it| it.parse().ok()),
             search: part("search"),
-            sort: None,
+            sort: part("sort").and_then(|sort| ApiKeyOrder::of(&sort)),
         };
         let page = PageOf {
             limit: None,
@@ -77,7 +88,14 @@ pub fn ApiKeys() -> impl IntoView {
             .iter()
             .any(|name| part(name).is_some())
     };
-    let creating = RwSignal::new(query.with_untracked(|query| query.get("new")).is_some());
+    let creating = RwSignal::new(false);
+    open_when_asked(creating);
+    // Whatever is shown next, it is not what was chosen.
+    let chosen = RwSignal::new(Vec::<ApiKey>::new());
+    Effect::new(move |_| {
+        query.track();
+        chosen.set(Vec::new());
+    });
     let may = move || {
         session()
             .me
@@ -87,7 +105,7 @@ pub fn ApiKeys() -> impl IntoView {
 
     // A filter is part of the address, so that it can be kept and sent around.
     let set = move |name: &'static str, value: String| {
-        let query = query.get_untracked().with("cursor", "").with("new", "");
+        let query = query.get_untracked().with("cursor", "");
         route.replace(&format!("/console/api-keys{}", query.with(name, &value)));
     };
     let typed = StoredValue::new(0_u32);
@@ -146,6 +164,7 @@ pub fn ApiKeys() -> impl IntoView {
                     <option value="false" selected=move || part("is_active").as_deref() == Some("false")>"Inactive"</option>
                 </select>
             </div>
+            <SortSelect options=ORDERS/>
         </search>
         <Shown
             loader
@@ -168,16 +187,23 @@ pub fn ApiKeys() -> impl IntoView {
                     };
                 }
                 let shown = page.items.len();
+                let may = may();
                 view! {
+                    {may
+                        .then(|| {
+                            let changed = Callback::new(move |()| loader.reload());
+                            view! { <Bulk keys=page.items.clone() chosen changed/> }
+                        })}
                     <table class="table">
-                        <caption class="unseen">"API keys, newest first"</caption>
+                        <caption class="unseen">"API keys"</caption>
                         <thead>
                             <tr>
-                                <th scope="col">"Name"</th>
+                                {may.then(|| view! { <th scope="col"><span class="unseen">"Selected"</span></th> })}
+                                <SortHead name="Name" up="name" down="-name" up_first=true/>
                                 <th scope="col">"Key"</th>
                                 <th scope="col">"Plan"</th>
                                 <th scope="col">"State"</th>
-                                <th scope="col">"Last used"</th>
+                                <SortHead name="Last used" up="last_used_at" down="-last_used_at"/>
                                 <th scope="col">"Expires"</th>
                             </tr>
                         </thead>
@@ -189,9 +215,10 @@ pub fn ApiKeys() -> impl IntoView {
                                     let plan_id = key.plan_id;
                                     view! {
                                         <tr>
+                                            {may.then(|| view! { <td class="choose"><Choose key=key.clone() chosen/></td> })}
                                             <th scope="row" dir="auto"><a href=format!("/console/api-keys/{}", key.id)><span class="clamp">{key.name.clone()}</span></a></th>
                                             <td data-label="Key"><code>{key.prefix.clone()}"…"</code></td>
-                                            <td data-label="Plan" dir="auto">{move || plan_name(plan_id)}</td>
+                                            <td data-label="Plan" class="of" dir="auto"><span class="clamp">{move || plan_name(plan_id)}</span></td>
                                             <td data-label="State"><State key=key.clone()/></td>
                                             <td data-label="Last used">
                                                 {match key.last_used_at {
@@ -220,177 +247,24 @@ pub fn ApiKeys() -> impl IntoView {
     }
 }
 
+/// Chooses a key for what is done to many.
 #[component]
-fn CreateDialog(
-    open: RwSignal<bool>,
-    plans: Loader<Page<Plan>>,
-    changed: Callback<()>,
-) -> impl IntoView {
-    let made = RwSignal::new(None::<CreatedApiKey>);
-    let showing = RwSignal::new(false);
+fn Choose(key: ApiKey, chosen: RwSignal<Vec<ApiKey>>) -> impl IntoView {
+    let id = key.id;
+    let name = key.name.clone();
     view! {
-        <Modal open title="New API key">
-            <Shown
-                loader=plans
-                show=move |page| {
-                    if page.items.is_empty() {
-                        view! {
-                            <p>"A key belongs to a plan, and there is none yet."</p>
-                            <div class="actions end">
-                                <button class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                                <a class="button first" href="/console/plans?new=1">"Make a plan"</a>
-                            </div>
-                        }
-                            .into_any()
-                    } else {
-                        view! {
-                            <CreateForm plans=page.items open done=Callback::new(move |key: CreatedApiKey| {
-                                made.set(Some(key));
-                                showing.set(true);
-                                changed.run(());
-                            })/>
-                        }
-                            .into_any()
+        <input
+            type="checkbox"
+            aria-label=format!("Select {name}")
+            prop:checked=move || chosen.with(|chosen| chosen.iter().any(|it| it.id == id))
+            on:change=move |ev| {
+                chosen.update(|chosen| {
+                    chosen.retain(|it| it.id != id);
+                    if event_target_checked(&ev) {
+                        chosen.push(key.clone());
                     }
-                }
-            />
-        </Modal>
-        <TextOnce made open=showing/>
-    }
-}
-
-#[component]
-fn CreateForm(
-    plans: Vec<Plan>,
-    open: RwSignal<bool>,
-    done: Callback<CreatedApiKey>,
-) -> impl IntoView {
-    let name = RwSignal::new(String::new());
-    let plan = RwSignal::new(
-        plans
-            .first()
-            .map(|it| it.id.to_string())
-            .unwrap_or_default(),
-    );
-    let rpm = RwSignal::new(String::new());
-    let expires = RwSignal::new(String::new());
-    let busy = RwSignal::new(false);
-    let failure = RwSignal::new(None::<Failure>);
-    let rpm_wrong = RwSignal::new(None::<String>);
-    let of = move |field: &'static str| Signal::derive(move || failure.get()?.of_field(field));
-    let rest = Signal::derive(move || {
-        let failure = failure.get()?;
-        (!failure.names_fields()).then(|| failure.text())
-    });
-    let options = plans
-        .into_iter()
-        .map(|plan| {
-            let text = format!(
-                "{}, {} a minute",
-                plan.name,
-                text::number(plan.default_rpm.into())
-            );
-            (plan.id.to_string(), text)
-        })
-        .collect::<Vec<_>>();
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        failure.set(None);
-        rpm_wrong.set(None);
-        let rpm_override = match optional_rate(&rpm.get_untracked()) {
-            Ok(rpm) => rpm,
-            Err(wrong) => return rpm_wrong.set(Some(wrong.to_owned())),
-        };
-        let Ok(plan_id) = plan.get_untracked().parse() else {
-            return;
-        };
-        let body = CreateApiKey {
-            name: name.get_untracked(),
-            plan_id,
-            expires_at: local_time(&expires.get_untracked()),
-            rpm_override,
-        };
-        busy.set(true);
-        spawn_local(async move {
-            match api::create_api_key(body).await {
-                Ok(made) => {
-                    open.set(false);
-                    done.run(made);
-                }
-                Err(refused) => failure.set(Some(refused)),
+                });
             }
-            let _ = busy.try_set(false);
-        });
-    };
-    view! {
-        <form on:submit=submit>
-            <Alert text=rest/>
-            <Field id="key_name" label="Name" value=name required=true hint="Who holds it, such as the mobile app." error=of("name")/>
-            <SelectField id="key_plan" label="Plan" value=plan options error=of("plan_id")/>
-            <div class="pair">
-                <Field id="key_rpm" label="Own rate (optional)" value=rpm numeric=true hint="Requests a minute, in place of the plan's." error=Signal::derive(move || rpm_wrong.get().or_else(|| of("rpm_override").get()))/>
-                <Field id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="From then on it is refused." error=of("expires_at")/>
-            </div>
-            <div class="actions end">
-                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button first" disabled=busy>"Make key"</button>
-            </div>
-        </form>
-    }
-}
-
-/// What a field for a local time holds.
-fn local_time(text: &str) -> Option<quota_common::Timestamp> {
-    if text.is_empty() {
-        return None;
-    }
-    let iso = js_sys::Date::new(&text.into())
-        .to_iso_string()
-        .as_string()?;
-    iso.parse().ok()
-}
-
-/// A key's text, for the only time: it goes when its holder says that it is stored.
-#[component]
-pub fn TextOnce(made: RwSignal<Option<CreatedApiKey>>, open: RwSignal<bool>) -> impl IntoView {
-    let stored = RwSignal::new(false);
-    let session = session();
-    Effect::new(move |_| {
-        if let Some(made) = made.get()
-            && let Some(text) = made.key
-        {
-            stored.set(false);
-            session.known_keys.update(|known| {
-                known.insert(made.api_key.id, text);
-            });
-        }
-    });
-    let text = Signal::derive(move || made.get().and_then(|it| it.key).unwrap_or_default());
-    let name = move || made.get().map(|it| it.api_key.name).unwrap_or_default();
-    let curl = Signal::derive(move || text::curl(&api::origin(), &text.get()));
-    view! {
-        <Modal open firm=true wide=true title=Signal::derive(move || format!("The key of {}", text::named(&name())))>
-            <p>"This is the only time it is shown. It is stored nowhere; a key that is lost is rotated."</p>
-            <CodeBlock id="key-text" text what="the key"/>
-            <h3>"Try it"</h3>
-            <CodeBlock text=curl what="the curl line"/>
-            <TryIt text/>
-            <div class="actions end gate">
-                <label class="check">
-                    <input type="checkbox" name="stored" bind:checked=stored/>
-                    <span>"I stored it"</span>
-                </label>
-                <button
-                    class="button first"
-                    disabled=move || !stored.get()
-                    on:click=move |_| {
-                        open.set(false);
-                        made.set(None);
-                    }
-                >
-                    "Done"
-                </button>
-            </div>
-        </Modal>
+        />
     }
 }

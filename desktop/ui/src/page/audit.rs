@@ -79,7 +79,7 @@ pub fn Audit() -> impl IntoView {
                                     view! {
                                         <tr>
                                             <th scope="row">{action(&event.action)}</th>
-                                            <td data-label="Who" dir="auto">{event.user_email.clone().unwrap_or_else(|| "the server".to_owned())}</td>
+                                            <td class="who-did" data-label="Who" dir="auto">{event.user_email.clone().unwrap_or_else(|| "the server".to_owned())}</td>
                                             <td data-label="From"><code>{event.ip.clone().unwrap_or_else(|| "–".to_owned())}</code></td>
                                             <td data-label="When"><When at=event.at/></td>
                                             <td data-label="Details">

@@ -3,7 +3,9 @@
 mod api_key;
 mod api_keys;
 mod audit;
+mod bulk;
 mod home;
+mod new_api_key;
 mod plans;
 mod service_tokens;
 mod settings;

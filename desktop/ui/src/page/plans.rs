@@ -3,14 +3,16 @@
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 use quota_common::{
     call::PageOf,
-    plan::{Billing, CreatePlan, Plan, UpdatePlan},
+    page::PlanOrder,
+    plan::{Billing, CreatePlan, OnRedisFailure, Plan, UpdatePlan},
 };
 
 use crate::{
     api::{self, Failure},
     app::session,
     component::{
-        Alert, Confirm, Empty, Field, Head, Loader, Modal, Pager, Shape, Shown, Toasts, load,
+        Alert, Confirm, Empty, Field, Head, Loader, Modal, Pager, SelectField, Shape, Shown,
+        SortHead, SortSelect, Toasts, focus_soon, held, load, open_when_asked,
     },
     model::{
         form::{optional_number, optional_rate, rate},
@@ -31,6 +33,8 @@ struct Form {
     monthly: RwSignal<String>,
     strict: RwSignal<bool>,
     paid: RwSignal<bool>,
+    /// By its name; empty: as the server is set.
+    on_redis_failure: RwSignal<String>,
     busy: RwSignal<bool>,
     /// Of a field, by this page or by the server.
     wrong: RwSignal<Vec<(&'static str, String)>>,
@@ -50,6 +54,11 @@ impl Form {
             monthly: text(plan.and_then(|it| it.monthly_quota)),
             strict: RwSignal::new(plan.is_some_and(|it| it.strict)),
             paid: RwSignal::new(plan.is_some_and(|it| it.billing == Billing::Paid)),
+            on_redis_failure: RwSignal::new(
+                plan.and_then(|it| it.on_redis_failure)
+                    .map(|it| it.name().to_owned())
+                    .unwrap_or_default(),
+            ),
             busy: RwSignal::new(false),
             wrong: RwSignal::new(Vec::new()),
             failure: RwSignal::new(None),
@@ -83,7 +92,7 @@ impl Form {
             daily_quota,
             monthly_quota,
             strict: Some(self.strict.get_untracked()),
-            on_redis_failure: None,
+            on_redis_failure: OnRedisFailure::named(&self.on_redis_failure.get_untracked()),
             billing: Some(if self.paid.get_untracked() {
                 Billing::Paid
             } else {
@@ -112,6 +121,13 @@ impl Form {
     }
 }
 
+const ON_REDIS_FAILURE: [(&str, &str); 4] = [
+    ("", "As the server is set"),
+    ("share", "Each server admits its share"),
+    ("open", "Admit every request"),
+    ("closed", "Refuse every request with 503"),
+];
+
 #[component]
 fn PlanFields(form: Form) -> impl IntoView {
     view! {
@@ -125,6 +141,14 @@ fn PlanFields(form: Form) -> impl IntoView {
             <Field id="daily_quota" label="A day" value=form.daily numeric=true hint="Empty: no limit." error=form.of("daily_quota")/>
             <Field id="monthly_quota" label="A month" value=form.monthly numeric=true hint="Empty: no limit." error=form.of("monthly_quota")/>
         </div>
+        <SelectField
+            id="on_redis_failure"
+            label="While the shared counters are away"
+            value=form.on_redis_failure
+            options=ON_REDIS_FAILURE.map(|(value, text)| (value.to_owned(), text.to_owned())).to_vec()
+            hint="Of servers that share their limits by Redis."
+            error=form.of("on_redis_failure")
+        />
         <label class="check">
             <input type="checkbox" name="strict" bind:checked=form.strict/>
             <span>"Strict: decide every request centrally"</span>
@@ -141,12 +165,16 @@ pub fn Plans() -> impl IntoView {
     let query = route().query;
     let toasts = expect_context::<Toasts>();
     let loader: Loader<PlanPage> = load(move || {
-        api::list_plans(None, PageOf {
+        let part = |name: &str| query.with(|query| query.get(name));
+        let sort = part("sort").and_then(|sort| PlanOrder::of(&sort));
+        let page = PageOf {
             limit: None,
-            cursor: query.with(|query| query.get("cursor")),
-        })
+            cursor: part("cursor"),
+        };
+        api::list_plans(sort, page)
     });
-    let creating = RwSignal::new(query.with_untracked(|query| query.get("new")).is_some());
+    let creating = RwSignal::new(false);
+    open_when_asked(creating);
     let may = move || {
         session()
             .me
@@ -177,11 +205,19 @@ pub fn Plans() -> impl IntoView {
                     .map(|plan| view! { <PlanRow plan editing deleting may=may() loader/> })
                     .collect_view();
                 view! {
+                    {(page.total > 1)
+                        .then(|| {
+                            view! {
+                                <div class="filters narrow">
+                                    <SortSelect options=&[("", "Newest first"), ("created_at", "Oldest first"), ("name", "Name"), ("-name", "Name, Z to A")]/>
+                                </div>
+                            }
+                        })}
                     <table class="table">
-                        <caption class="unseen">"Plans, newest first"</caption>
+                        <caption class="unseen">"Plans"</caption>
                         <thead>
                             <tr>
-                                <th scope="col">"Name"</th>
+                                <SortHead name="Name" up="name" down="-name" up_first=true/>
                                 <th scope="col" class="num">"A minute"</th>
                                 <th scope="col" class="num">"Burst"</th>
                                 <th scope="col" class="num">"A day"</th>
@@ -251,7 +287,7 @@ fn PlanRow(
                     {may
                         .then(|| {
                             view! {
-                                <button class="button small" aria-label=format!("Edit {}", it.name) on:click=move |_| editing.set(Some(plan.get_value()))>"Edit"</button>
+                                <button class="button small" data-keep=format!("edit-{}", it.id) aria-label=format!("Edit {}", it.name) on:click=move |_| editing.set(Some(plan.get_value()))>"Edit"</button>
                                 <button class="button small" aria-label=format!("Delete {}", it.name) on:click=move |_| deleting.set(Some(plan.get_value()))>"Delete"</button>
                             }
                         })}
@@ -278,6 +314,11 @@ fn EditForm(
         ),
     };
     let id = plan.id;
+    focus_soon("#edit-plan input");
+    let close = move || {
+        editing.set(None);
+        focus_soon(format!("[data-keep=\"edit-{id}\"]"));
+    };
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
         let Some(typed) = form.read() else { return };
@@ -288,7 +329,7 @@ fn EditForm(
             daily_quota: Some(typed.daily_quota),
             monthly_quota: Some(typed.monthly_quota),
             strict: typed.strict,
-            on_redis_failure: None,
+            on_redis_failure: Some(typed.on_redis_failure),
             billing: typed.billing,
         };
         form.busy.set(true);
@@ -296,7 +337,7 @@ fn EditForm(
             match api::update_plan(id, body).await {
                 Ok(plan) => {
                     toasts.say(format!("The plan {} is changed.", text::named(&plan.name)));
-                    editing.set(None);
+                    close();
                     loader.reload();
                 }
                 Err(failure) => {
@@ -307,12 +348,12 @@ fn EditForm(
         });
     };
     view! {
-        <form class="inline-form" aria-label=format!("Edit {}", plan.name) on:submit=submit>
+        <form class="inline-form" id="edit-plan" aria-label=format!("Edit {}", plan.name) on:submit=submit>
             <PlanFields form/>
             <p class="quiet">{touched}</p>
             <div class="actions">
-                <button class="button first" disabled=form.busy>"Save"</button>
-                <button type="button" class="button" on:click=move |_| editing.set(None)>"Cancel"</button>
+                <button class="button first" aria-disabled=held(form.busy)>"Save"</button>
+                <button type="button" class="button" on:click=move |_| close()>"Cancel"</button>
             </div>
         </form>
     }
@@ -350,7 +391,7 @@ fn CreateForm(open: RwSignal<bool>, done: Callback<Plan>) -> impl IntoView {
             <PlanFields form/>
             <div class="actions end">
                 <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button first" disabled=form.busy>"Make plan"</button>
+                <button class="button first" aria-disabled=held(form.busy)>"Make plan"</button>
             </div>
         </form>
     }

@@ -11,7 +11,7 @@ use crate::{
     app::session,
     component::{
         Alert, CodeBlock, Confirm, Empty, Field, Head, Modal, Pager, Shape, Shown, Toasts, When,
-        load,
+        held, load, open_when_asked,
     },
     model::text::{Gateway, named},
     route::route,
@@ -28,6 +28,7 @@ pub fn ServiceTokens() -> impl IntoView {
         })
     });
     let creating = RwSignal::new(false);
+    open_when_asked(creating);
     let made = RwSignal::new(None::<CreatedServiceToken>);
     let showing = RwSignal::new(false);
     let deleting = RwSignal::new(None::<ServiceToken>);
@@ -227,7 +228,7 @@ fn CreateForm(open: RwSignal<bool>, done: Callback<CreatedServiceToken>) -> impl
             />
             <div class="actions end">
                 <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button first" disabled=busy>"Make token"</button>
+                <button class="button first" aria-disabled=held(busy)>"Make token"</button>
             </div>
         </form>
     }

@@ -10,7 +10,8 @@ use quota_common::{
 use crate::{
     api::{self, Failure},
     app::session,
-    component::{Alert, Confirm, Field, Head, Loader, Shown, Toasts, When, load},
+    component::{Alert, Confirm, Field, Head, Loader, Shown, Toasts, When, held, load},
+    preferences::preferences,
     shell,
 };
 
@@ -107,7 +108,7 @@ fn Profile() -> impl IntoView {
                             />
                         }
                     })}
-                <div class="actions"><button class="button first" disabled=it.busy>"Save"</button></div>
+                <div class="actions"><button class="button first" aria-disabled=held(it.busy)>"Save"</button></div>
             </form>
         </section>
     }
@@ -130,21 +131,7 @@ const THEMES: [(&str, &str); 3] = [
 
 #[component]
 fn Theme() -> impl IntoView {
-    let stored = window()
-        .local_storage()
-        .ok()
-        .flatten()
-        .and_then(|storage| storage.get_item("theme").ok().flatten());
-    let chosen = RwSignal::new(stored.unwrap_or_else(|| "system".to_owned()));
-    let choose = move |theme: &'static str| {
-        chosen.set(theme.to_owned());
-        if let Ok(Some(storage)) = window().local_storage() {
-            let _ = storage.set_item("theme", theme);
-        }
-        if let Some(root) = document().document_element() {
-            let _ = root.set_attribute("data-theme", theme);
-        }
-    };
+    let preferences = preferences();
     view! {
         <section class="card">
             <fieldset class="radios">
@@ -154,7 +141,7 @@ fn Theme() -> impl IntoView {
                     .map(|(value, name)| {
                         view! {
                             <label class="check">
-                                <input type="radio" name="theme" value=value checked=move || chosen.get() == value on:change=move |_| choose(value)/>
+                                <input type="radio" name="theme" value=value prop:checked=move || preferences.theme.get() == value on:change=move |_| preferences.choose_theme(value)/>
                                 <span>{name}</span>
                             </label>
                         }
@@ -208,7 +195,7 @@ fn Password() -> impl IntoView {
                         error=it.of("new_password")
                     />
                 </div>
-                <div class="actions"><button class="button first" disabled=it.busy>"Change password"</button></div>
+                <div class="actions"><button class="button first" aria-disabled=held(it.busy)>"Change password"</button></div>
             </form>
         </section>
     }

@@ -6,7 +6,7 @@ use quota_common::auth::{self, Login};
 use crate::{
     api::{self, Answer, Failure},
     app::{Gate, session},
-    component::{Alert, Field, Head, Mark},
+    component::{Alert, Field, Head, Mark, held},
     model::{address::Query, form::next_page},
     route::route,
     shell,
@@ -99,7 +99,7 @@ pub fn SignIn() -> impl IntoView {
                 <Alert text=entry.rest()/>
                 <Field id="email" label="Email" kind="email" autocomplete="username" value=email required=true error=entry.of("email")/>
                 <Field id="password" label="Password" kind="password" autocomplete="current-password" value=password required=true error=entry.of("password")/>
-                <button class="button first full" disabled=entry.busy>"Sign in"</button>
+                <button class="button first full" aria-disabled=held(entry.busy)>"Sign in"</button>
                 <p class="quiet center">"New here? " <a href=other("/console/register")>"Create an account"</a></p>
             </form>
             <shell::OtherServer/>
@@ -142,7 +142,7 @@ pub fn Register() -> impl IntoView {
                     error=entry.of("password")
                 />
                 <Field id="tenant_name" label="Organisation (optional)" value=tenant autocomplete="organization" error=entry.of("tenant_name")/>
-                <button class="button first full" disabled=entry.busy>"Create account"</button>
+                <button class="button first full" aria-disabled=held(entry.busy)>"Create account"</button>
                 <p class="quiet center">"Have an account? " <a href=other("/console/sign-in")>"Sign in"</a></p>
             </form>
             <shell::OtherServer/>

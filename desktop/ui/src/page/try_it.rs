@@ -4,7 +4,7 @@ use leptos::{prelude::*, task::spawn_local};
 
 use crate::{
     api::{self, Tried},
-    component::{Alert, now},
+    component::{Alert, held, now},
     model::{
         bucket::{Bucket, History},
         text::count,
@@ -108,13 +108,12 @@ pub fn TryIt(
         });
     };
     let missing = move || text.get().trim().is_empty();
-    let disabled = move || busy.get() || missing();
     view! {
         <section class="try" aria-label="Try the key">
             <div class="actions">
-                <button type="button" class="button small" disabled=disabled on:click=move |_| run(1, false)>"Send 1"</button>
-                <button type="button" class="button small" disabled=disabled on:click=move |_| run(10, false)>"Send 10"</button>
-                <button type="button" class="button small" disabled=disabled on:click=move |_| run(MOST, true)>"Send until 429"</button>
+                <button type="button" class="button small" disabled=missing aria-disabled=held(busy) on:click=move |_| run(1, false)>"Send 1"</button>
+                <button type="button" class="button small" disabled=missing aria-disabled=held(busy) on:click=move |_| run(10, false)>"Send 10"</button>
+                <button type="button" class="button small" disabled=missing aria-disabled=held(busy) on:click=move |_| run(MOST, true)>"Send until 429"</button>
                 <span class="quiet small-text">"GET /v1/echo"</span>
             </div>
             <Alert text=Signal::derive(move || tally.get().failure)/>

@@ -14,7 +14,7 @@ use quota_common::{
 use crate::{
     api::{self, Failure},
     app::{Gate, Session},
-    component::{Alert, Confirm, Field, When},
+    component::{Alert, Confirm, Field, When, held},
 };
 
 /// What the app told of itself. Without an owner: it is there before the first page and after the last.
@@ -260,7 +260,7 @@ fn Add() -> impl IntoView {
                 <Field id="server_address" label="Address" value=address required=true placeholder="https://quota.example.com" error=of("server_address")/>
                 <Field id="server_name" label="Name (optional)" value=name error=of("server_name")/>
             </div>
-            <div class="actions"><button class="button" disabled=busy>"Add server"</button></div>
+            <div class="actions"><button class="button" aria-disabled=held(busy)>"Add server"</button></div>
         </form>
     }
 }

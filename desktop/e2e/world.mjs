@@ -1,0 +1,130 @@
+// What every part of the journey stands on: a browser, pages that complain, and eyes that hold them against axe.
+
+import { mkdirSync, readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { join } from "node:path";
+import { chromium } from "playwright-core";
+
+const axeSource = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+export const forms = [
+  { theme: "light", width: 1280, height: 800 },
+  { theme: "dark", width: 1280, height: 800 },
+  { theme: "light", width: 390, height: 844 },
+  { theme: "dark", width: 390, height: 844 },
+];
+export const password = "violet-harbour-quilt-93";
+/** A name as sentences hold it, kept from reaching out of itself. */
+export const named = (name) => `\u2068${name}\u2069`;
+
+export class World {
+  violations = [];
+  complaints = [];
+  looked = 0;
+
+  static async start(executablePath, base, shots) {
+    const world = new World();
+    Object.assign(world, { base, shots });
+    if (shots) mkdirSync(shots, { recursive: true });
+    world.browser = await chromium.launch({
+      executablePath,
+      args: [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+      ],
+    });
+    return world;
+  }
+
+  /** Somebody who is new here: cookies and storage of their own. */
+  async visitor() {
+    const context = await this.browser.newContext({ viewport: { width: 1280, height: 800 } });
+    await context.grantPermissions(["clipboard-read", "clipboard-write"], { origin: this.base });
+    return new Visitor(this, context, await this.window(context));
+  }
+
+  /** A page that tells of what goes wrong in it. */
+  async window(context) {
+    const page = await context.newPage();
+    page.setDefaultTimeout(15_000);
+    page.on("pageerror", (error) => this.complaints.push(`error: ${error.message}`));
+    page.on("console", (message) => {
+      // Refusals are what the journey is about, and browsers log each; so they do of a server that is away.
+      const expected = /status of (401|422|429)|ERR_FAILED/;
+      const text = message.text();
+      if (message.type() === "error" && !expected.test(text) && !this.expected?.test(text)) this.complaints.push(text);
+    });
+    this.latest = page;
+    return page;
+  }
+}
+
+export class Visitor {
+  constructor(world, context, page) {
+    Object.assign(this, { world, context, page, base: world.base });
+    this.email = `e2e-${Date.now()}-${Math.random().toString(36).slice(2, 8)}@example.com`;
+  }
+
+  button = (name) => this.page.getByRole("button", { name, exact: true });
+  heading = (name) => this.page.getByRole("heading", { name, exact: true }).first();
+  place = (name) =>
+    this.page.getByRole("navigation", { name: "Console" }).getByRole("link", { name, exact: true });
+  field = (name) => this.page.getByLabel(name);
+  status = (code) => this.page.locator(`.status[data-status='${code}']`).waitFor();
+
+  /** Through the API, by the token that a client without cookies gets. */
+  async api(method, path, body) {
+    const headers = { "content-type": "application/json" };
+    if (this.token) headers.authorization = `Bearer ${this.token}`;
+    const answer = await fetch(`${this.base}${path}`, { method, headers, body: body && JSON.stringify(body) });
+    const text = await answer.text();
+    if (!answer.ok) throw new Error(`${method} ${path}: ${answer.status} ${text}`);
+    return text && JSON.parse(text);
+  }
+
+  /** Makes an account without a look at it, and signs the browser in. */
+  async registered(tenant_name) {
+    const account = await this.api("POST", "/auth/register", { email: this.email, password, tenant_name });
+    this.token = account.access_token;
+    await this.page.goto(`${this.base}/console/sign-in`);
+    await this.signIn();
+    await this.heading("Home").waitFor();
+  }
+
+  async signIn() {
+    await this.field("Email").fill(this.email);
+    await this.field("Password").fill(password);
+    await this.button("Sign in").click();
+  }
+
+  /** What is there, in its four forms; each is held against axe and against the window's width. */
+  async look(name) {
+    const { page, world } = this;
+    for (const { theme, width, height } of forms) {
+      await page.setViewportSize({ width, height });
+      await page.emulateMedia({ colorScheme: theme, reducedMotion: "reduce" });
+      await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+      const form = `${name} ${theme} ${width}`;
+      await page.evaluate(axeSource);
+      const found = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
+      for (const it of found.violations) {
+        const where = it.nodes.map((node) => `${node.html}\n      ${node.failureSummary}`).join("\n    ");
+        world.violations.push(`${form}: ${it.id}: ${it.help}\n    ${where}`);
+      }
+      const wide = await page.evaluate(() => {
+        const beyond = (element) => element.scrollWidth - element.clientWidth;
+        const dialog = document.querySelector("dialog[open]");
+        return Math.max(document.documentElement.scrollWidth - window.innerWidth, dialog ? beyond(dialog) : 0);
+      });
+      if (wide > 0) world.violations.push(`${form}: wider than its place by ${wide} px`);
+      if (world.shots) await page.screenshot({ path: join(world.shots, `${name}-${theme}-${width}.png`) });
+      world.looked += 1;
+    }
+    await page.setViewportSize({ width: 1280, height: 800 });
+  }
+}

@@ -1,0 +1,326 @@
+//! The command palette, the shortcuts, and the dialog that tells of them.
+
+use leptos::{
+    ev::{self, KeyboardEvent},
+    prelude::*,
+    task::spawn_local,
+};
+use quota_common::{
+    ApiKeyId,
+    call::{KeyFilter, PageOf},
+};
+use wasm_bindgen::JsCast;
+use web_sys::Element;
+
+use super::{Icon, Modal, Shape, focus::focus_soon, now};
+use crate::{
+    api,
+    model::{
+        address::Query,
+        command::{Action, COMMANDS, Keys, matching},
+        text::named,
+    },
+    preferences::{Preferences, preferences},
+    route::{Route, route},
+};
+
+/// How many API keys the palette finds, and how long it waits for typing to pause, in milliseconds.
+const FOUND: u32 = 5;
+const PAUSE_MS: u32 = 200;
+
+/// What is open of this.
+#[derive(Clone, Copy)]
+pub struct Commands {
+    palette: RwSignal<bool>,
+    help: RwSignal<bool>,
+    sign_out: Callback<()>,
+    route: Route,
+    preferences: Preferences,
+}
+
+fn is_mac() -> bool {
+    let platform = window().navigator().platform();
+    platform.is_ok_and(|platform| platform.starts_with("Mac") || platform.starts_with("iP"))
+}
+
+/// How the palette is opened, as people write it.
+fn chord() -> &'static str {
+    if is_mac() { "⌘ K" } else { "Ctrl K" }
+}
+
+impl Commands {
+    pub fn new(sign_out: Callback<()>) -> Self {
+        let commands = Self {
+            palette: RwSignal::new(false),
+            help: RwSignal::new(false),
+            sign_out,
+            route: route(),
+            preferences: preferences(),
+        };
+        let keys = StoredValue::new(Keys::default());
+        let listener = window_event_listener(ev::keydown, move |ev| commands.pressed(&ev, keys));
+        on_cleanup(move || listener.remove());
+        commands
+    }
+
+    fn pressed(self, ev: &KeyboardEvent, keys: StoredValue<Keys>) {
+        // Dialogs are done with first, and letters of an input method are not typed yet.
+        let dialog = document().query_selector("dialog[open]").ok().flatten();
+        if dialog.is_some() || ev.default_prevented() || ev.is_composing() {
+            return;
+        }
+        let chord = ev.ctrl_key() || ev.meta_key();
+        if chord && !ev.alt_key() && !ev.shift_key() && ev.key().eq_ignore_ascii_case("k") {
+            ev.prevent_default();
+            return self.palette.set(true);
+        }
+        if chord || ev.alt_key() || is_typed_into(ev) || !self.preferences.shortcuts.get_untracked()
+        {
+            return;
+        }
+        let action = keys.try_update_value(|keys| keys.press(&ev.key(), now()));
+        if let Some(action) = action.flatten() {
+            ev.prevent_default();
+            self.run(action);
+        }
+    }
+
+    fn run(self, action: Action) {
+        let route = self.route;
+        match action {
+            Action::Go(to) => route.go(to),
+            Action::Search => {
+                if route.path.get_untracked() != "/console/api-keys" {
+                    route.go("/console/api-keys");
+                }
+                focus_soon("#search");
+            }
+            Action::Theme(theme) => self.preferences.choose_theme(theme),
+            Action::Help => self.help.set(true),
+            Action::SignOut => self.sign_out.run(()),
+        }
+    }
+}
+
+/// Whether a key is typed into a field.
+fn is_typed_into(ev: &KeyboardEvent) -> bool {
+    const FIELDS: &str =
+        "input:not([type=checkbox]):not([type=radio]), textarea, select, [contenteditable]";
+    let target = ev.target().and_then(|it| it.dyn_into::<Element>().ok());
+    target.is_some_and(|it| it.closest(FIELDS).ok().flatten().is_some())
+}
+
+/// The button that opens the palette, for those who do not know the keys yet.
+#[component]
+pub fn PaletteButton(commands: Commands) -> impl IntoView {
+    view! {
+        <button class="button jump" aria-keyshortcuts="Control+K Meta+K" on:click=move |_| commands.palette.set(true)>
+            <Icon shape=Shape::Search/>
+            <span>"Search or jump to"</span>
+            <kbd aria-hidden="true">{chord()}</kbd>
+        </button>
+    }
+}
+
+/// What the palette offers.
+#[derive(Clone, PartialEq)]
+enum Choice {
+    Command(&'static str, &'static str, Action),
+    Key(ApiKeyId, String),
+    SearchFor(String),
+}
+
+impl Choice {
+    fn text(&self) -> String {
+        match self {
+            Self::Command(name, ..) => (*name).to_owned(),
+            Self::Key(_, name) => name.clone(),
+            Self::SearchFor(text) => format!("Search API keys for {}", named(text)),
+        }
+    }
+}
+
+#[component]
+pub fn CommandsView(commands: Commands) -> impl IntoView {
+    view! {
+        <Modal open=commands.palette title="Search or jump to" bare=true>
+            <Palette commands/>
+        </Modal>
+        <Modal open=commands.help title="Keyboard shortcuts">
+            <Help preferences=commands.preferences/>
+            <div class="actions end">
+                <button class="button" autofocus on:click=move |_| commands.help.set(false)>"Close"</button>
+            </div>
+        </Modal>
+    }
+}
+
+#[component]
+fn Palette(commands: Commands) -> impl IntoView {
+    let typed = RwSignal::new(String::new());
+    let found = RwSignal::new(Vec::<Choice>::new());
+    let chosen = RwSignal::new(0_usize);
+    let choices = Memo::new(move |_| {
+        let text = typed.get();
+        let text = text.trim();
+        let mut choices: Vec<Choice> = matching(text)
+            .map(|it| Choice::Command(it.name, it.keys, it.action))
+            .collect();
+        choices.extend(found.get());
+        if !text.is_empty() {
+            choices.push(Choice::SearchFor(text.to_owned()));
+        }
+        choices
+    });
+    let turn = StoredValue::new(0_u32);
+    Effect::new(move |_| {
+        let text = typed.get();
+        chosen.set(0);
+        turn.update_value(|turn| *turn = turn.wrapping_add(1));
+        let own = turn.get_value();
+        if text.trim().is_empty() {
+            return found.set(Vec::new());
+        }
+        spawn_local(async move {
+            gloo_timers::future::TimeoutFuture::new(PAUSE_MS).await;
+            if turn.try_get_value() != Some(own) {
+                return;
+            }
+            let filter = KeyFilter {
+                search: Some(text.trim().to_owned()),
+                ..KeyFilter::default()
+            };
+            let page = PageOf {
+                limit: Some(FOUND),
+                cursor: None,
+            };
+            // Without an answer the commands are there all the same.
+            let keys = api::list_api_keys(filter, page).await;
+            if turn.try_get_value() == Some(own) {
+                let keys = keys.map(|page| page.items).unwrap_or_default();
+                let keys = keys.into_iter().map(|key| Choice::Key(key.id, key.name));
+                let _ = found.try_set(keys.collect());
+            }
+        });
+    });
+    let run = move |choice: Choice| {
+        commands.palette.set(false);
+        let route = commands.route;
+        // Closing gives the focus back first; where one goes then takes it.
+        set_timeout(
+            move || match choice {
+                Choice::Command(.., action) => commands.run(action),
+                Choice::Key(id, _) => route.go(&format!("/console/api-keys/{id}")),
+                Choice::SearchFor(text) => {
+                    let query = Query::default().with("search", &text);
+                    route.go(&format!("/console/api-keys{query}"));
+                }
+            },
+            std::time::Duration::ZERO,
+        );
+    };
+    let pressed = move |ev: KeyboardEvent| {
+        let count = choices.with(Vec::len);
+        let at = chosen.get_untracked();
+        match &*ev.key() {
+            "ArrowDown" if count > 0 => chosen.set((at + 1) % count),
+            "ArrowUp" if count > 0 => chosen.set((at + count - 1) % count),
+            "Enter" if !ev.is_composing() => {
+                if let Some(choice) = choices.with(|choices| choices.get(at).cloned()) {
+                    run(choice);
+                }
+            }
+            _ => return,
+        }
+        ev.prevent_default();
+    };
+    focus_soon(".palette-input");
+    Effect::new(move |_| {
+        let choice = document().get_element_by_id(&format!("choice-{}", chosen.get()));
+        if let Some(choice) = choice {
+            choice.scroll_into_view_with_bool(false);
+        }
+    });
+    view! {
+        <input
+            class="palette-input"
+            type="text"
+            role="combobox"
+            dir="auto"
+            aria-label="Command, or the name of an API key"
+            aria-expanded="true"
+            aria-controls="palette"
+            aria-activedescendant=move || format!("choice-{}", chosen.get())
+            autocomplete="off"
+            maxlength="200"
+            placeholder="Command, or the name of an API key"
+            bind:value=typed
+            on:keydown=pressed
+        />
+        <ul class="palette" id="palette" role="listbox" aria-label="Commands">
+            {move || {
+                choices
+                    .get()
+                    .into_iter()
+                    .enumerate()
+                    .map(|(at, choice)| {
+                        let (text, keys) = (choice.text(), match &choice {
+                            Choice::Command(_, keys, _) => *keys,
+                            _ => "",
+                        });
+                        let is_key = matches!(choice, Choice::Key(..));
+                        view! {
+                            <li
+                                id=format!("choice-{at}")
+                                role="option"
+                                aria-selected=move || (chosen.get() == at).to_string()
+                                on:mousemove=move |_| chosen.set(at)
+                                on:click=move |_| run(choice.clone())
+                            >
+                                <span class="clamp" dir="auto">{text}</span>
+                                {is_key.then(|| view! { <span class="badge">"API key"</span> })}
+                                <Typed keys/>
+                            </li>
+                        }
+                    })
+                    .collect_view()
+            }}
+        </ul>
+    }
+}
+
+/// Keys, one after the other.
+#[component]
+fn Typed(keys: &'static str) -> impl IntoView {
+    view! {
+        <span class="typed">{keys.chars().map(|key| view! { <kbd>{key.to_string()}</kbd> }).collect_view()}</span>
+    }
+}
+
+#[component]
+fn Help(preferences: Preferences) -> impl IntoView {
+    view! {
+        <table class="keys">
+            <caption class="unseen">"Keyboard shortcuts"</caption>
+            <tbody>
+                <tr><th scope="row">"Search or jump to"</th><td><kbd>{chord()}</kbd></td></tr>
+                {COMMANDS
+                    .iter()
+                    .filter(|command| !command.keys.is_empty())
+                    .map(|command| view! { <tr><th scope="row">{command.name}</th><td><Typed keys=command.keys/></td></tr> })
+                    .collect_view()}
+                <tr><th scope="row">"Close a dialog"</th><td><kbd>"Esc"</kbd></td></tr>
+            </tbody>
+        </table>
+        <label class="check">
+            <input
+                type="checkbox"
+                name="shortcuts"
+                prop:checked=move || preferences.shortcuts.get()
+                on:change=move |ev| preferences.switch_shortcuts(event_target_checked(&ev))
+            />
+            <span>"Shortcuts of single characters"</span>
+        </label>
+        <p class="quiet small-text">"They never act while you type into a field."</p>
+    }
+}

@@ -1,0 +1,49 @@
+//! What one prefers in this browser: it stays here, and is no business of the server's.
+
+use leptos::prelude::*;
+
+#[derive(Clone, Copy)]
+pub struct Preferences {
+    /// `system`, `light` or `dark`.
+    pub theme: RwSignal<String>,
+    /// Whether single characters are shortcuts. Who dictates or holds a hand on the keys wants none (WCAG 2.1.4).
+    pub shortcuts: RwSignal<bool>,
+}
+
+pub fn preferences() -> Preferences {
+    expect_context()
+}
+
+fn stored(name: &str) -> Option<String> {
+    window().local_storage().ok()??.get_item(name).ok()?
+}
+
+fn store(name: &str, value: &str) {
+    if let Ok(Some(storage)) = window().local_storage() {
+        let _ = storage.set_item(name, value);
+    }
+}
+
+impl Preferences {
+    pub fn provide() -> Self {
+        let preferences = Self {
+            theme: RwSignal::new(stored("theme").unwrap_or_else(|| "system".to_owned())),
+            shortcuts: RwSignal::new(stored("shortcuts").as_deref() != Some("off")),
+        };
+        provide_context(preferences);
+        preferences
+    }
+
+    pub fn choose_theme(self, theme: &str) {
+        self.theme.set(theme.to_owned());
+        store("theme", theme);
+        if let Some(root) = document().document_element() {
+            let _ = root.set_attribute("data-theme", theme);
+        }
+    }
+
+    pub fn switch_shortcuts(self, on: bool) {
+        self.shortcuts.set(on);
+        store("shortcuts", if on { "on" } else { "off" });
+    }
+}
