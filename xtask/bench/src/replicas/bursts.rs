@@ -65,6 +65,9 @@ fn promise(plan: &Plan) -> &'static str {
 pub(crate) async fn run(options: &Options) -> Result<Table> {
     let mut table = Table::new("Bursts made to hurt leases", COLUMNS);
     let stage = Stage::set(options, REPLICAS, &[]).await?;
+    if !options.no_redis {
+        stage.settle(Duration::ZERO).await?;
+    }
     let steps = if options.quick { 2 } else { 16 };
     let mut late = Vec::new();
     let mut worst = vec![Found::default(); plans(0).len()];

@@ -147,6 +147,9 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
 }
 
 async fn under(channel: Channel, mut stage: Stage, rounds: usize) -> Result<Vec<Seen>> {
+    if stage.redis.is_some() {
+        stage.settle(Duration::ZERO).await?;
+    }
     let server = stage.fleet.addrs()[0];
     let plan = Plan::new("steady", 600_000, BURSTS.0);
     let plan = stage.tenant.plan(server, &plan).await?;

@@ -35,6 +35,11 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     let mut table = Table::new("What sharing costs", COLUMNS);
     let seconds = Duration::from_secs(if options.quick { 1 } else { 6 });
     let stage = Stage::set(options, REPLICAS, &[]).await?;
+    if !options.no_redis {
+        // A minute's burst.
+        let fills = if options.quick { 0 } else { 60 };
+        stage.settle(Duration::from_secs(fills)).await?;
+    }
     for (rpm, aim) in [(60_000, 60.0), (600_000, 10.0)] {
         steady(options, &stage, rpm, seconds, aim, &mut table).await?;
     }

@@ -219,6 +219,7 @@ impl World {
 async fn one(options: &Options, kind: Kind, table: &mut Table) -> Result<Vec<Attempt>> {
     let mut world = World::make(kind).await;
     let stage = Stage::around(options, REPLICAS, world.urls(), None, &[]).await?;
+    stage.settle(Duration::ZERO).await?;
     let modes = knows(stage.fleet.addrs()[0], "on_redis_failure").await?;
     let roles = roles(modes);
     let plans: Vec<Plan> = roles.iter().map(|role| role.plan.clone()).collect();

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use quota_testkit::redis::RedisServer;
 
 use super::{
     Options,
@@ -36,22 +37,34 @@ const BLOW: f64 = 8000.0;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
     let mut table = Table::new("Limits over replicas", COLUMNS);
-    let (plans, loads, time): (&[u32], &[f64], _) = if options.quick {
-        (&[600, 1800], &[2.0], Duration::from_secs(1))
+    let (limits, loads, time): (&[(u32, u32)], &[f64], _) = if options.quick {
+        (&[(600, 30), (1800, 90)], &[2.0], Duration::from_secs(1))
     } else {
-        (&[60, 600, 60_000], &LOADS, Duration::from_secs(6))
+        let limits = &[(60, 60), (600, 600), (60_000, 60_000)];
+        (limits, &LOADS, Duration::from_secs(6))
     };
+    let mut redis = if options.no_redis {
+        None
+    } else {
+        Some(RedisServer::start().await)
+    };
+    let mut is_new = redis.is_some();
     let mut late = Vec::new();
     for &replicas in &options.replicas {
-        let stage = Stage::set(options, replicas, &[]).await?;
+        let stage = Stage::on(options, replicas, redis, &[]).await?;
+        if std::mem::take(&mut is_new) {
+            // What the longest of the buckets takes.
+            let fills = if options.quick { 3 } else { 60 };
+            stage.settle(Duration::from_secs(fills)).await?;
+        }
         for &load in loads {
-            let log = cell(options, &stage, load, plans, time, &mut table).await?;
+            let log = cell(options, &stage, load, limits, time, &mut table).await?;
             late.extend(log);
         }
-        stage.end().await?;
+        redis = stage.end().await?;
     }
     table.notes.push(format!(
-        "Each plan's burst is its limit of a minute. Excess is the worst of all windows above burst + rate·(T + \
+        "Each plan's burst is its limit of a minute, and its buckets are full at first. Excess is the worst of all windows above burst + rate·(T + \
          {} ms), recounted from when requests were sent and answered; negative is below. Served is the part of \
          what one exact bucket would have admitted of the same requests. Redis calls and CPU are those of a \
          cell's keys together. {}",
@@ -65,14 +78,14 @@ async fn cell(
     options: &Options,
     stage: &Stage,
     load: f64,
-    rates: &[u32],
+    limits: &[(u32, u32)],
     time: Duration,
     table: &mut Table,
 ) -> Result<Vec<Attempt>> {
     let replicas = stage.fleet.len();
-    let plans: Vec<Plan> = rates
+    let plans: Vec<Plan> = limits
         .iter()
-        .map(|&rpm| Plan::new(format!("{rpm} a minute at {load}"), rpm, rpm))
+        .map(|&(rpm, burst)| Plan::new(format!("{rpm} a minute at {load}"), rpm, burst))
         .collect();
     let keys = stage.keys_on(&plans).await?;
     let seed = replicas as u64;

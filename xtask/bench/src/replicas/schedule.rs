@@ -73,7 +73,7 @@ pub(crate) fn together(parts: impl IntoIterator<Item = Vec<Arrival>>) -> Vec<Arr
 }
 
 /// First more than a full bucket at once, then a steady rate: what follows the blow meets an empty bucket. A
-/// small bucket is asked for twice over, which several that are not shared would give.
+/// small bucket is asked for once more than there are replicas: as many as there were without sharing, and more.
 pub(crate) fn drained_then(
     steady: Steady,
     replicas: usize,
@@ -84,7 +84,12 @@ pub(crate) fn drained_then(
     let (rpm, burst) = limit;
     let rate = f64::from(rpm) / 60.0;
     // It refills meanwhile.
-    let over = if burst <= 10_000 { 2.0 } else { 1.1 };
+    #[expect(clippy::cast_precision_loss, reason = "a handful of replicas")]
+    let over = if burst <= 10_000 {
+        replicas as f64 + 1.0
+    } else {
+        1.1
+    };
     let tokens = f64::from(burst) * over / (1.0 - rate / blow_per_second);
     #[expect(
         clippy::cast_possible_truncation,

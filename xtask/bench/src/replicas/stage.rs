@@ -18,6 +18,10 @@ use super::{
 /// Redis tells its time in microseconds, and ours may differ by as much at either end of a window.
 const GRAIN: Duration = Duration::from_micros(2);
 
+/// A new beginning lies a little in the future, and new replicas are counted for some seconds before they have a
+/// share of an outage.
+const ACQUAINTANCE: Duration = Duration::from_secs(5);
+
 pub(crate) struct Stage {
     // In the order in which they end.
     pub(crate) fleet: Fleet,
@@ -38,6 +42,16 @@ impl Stage {
         } else {
             Some(RedisServer::start().await)
         };
+        Self::on(options, replicas, redis, settings).await
+    }
+
+    /// The same on a Redis that is there already.
+    pub(crate) async fn on(
+        options: &Options,
+        replicas: usize,
+        redis: Option<RedisServer>,
+        settings: &[(&'static str, String)],
+    ) -> Result<Self> {
         let urls = redis.iter().map(RedisServer::url);
         let urls: Vec<String> = urls.cycle().take(replicas).collect();
         Self::around(options, replicas, urls, redis, settings).await
@@ -100,9 +114,27 @@ impl Stage {
         drive(&self.targets(keys), load, Instant::now()).await
     }
 
-    pub(crate) async fn end(mut self) -> Result<()> {
+    /// Counters that begin anew have every bucket empty. Asks for one, and waits until those that take `time` to
+    /// fill are full, and the replicas know of each other.
+    pub(crate) async fn settle(&self, time: Duration) -> Result<()> {
+        let keys = self.keys_on(&[Plan::new("to begin with", 60, 1)]).await?;
+        let load: Vec<_> = (0..self.fleet.len())
+            .map(|replica| Arrival {
+                at: 0,
+                key: 0,
+                replica,
+            })
+            .collect();
+        self.drive(&keys, &load).await?;
+        tokio::time::sleep(time + ACQUAINTANCE).await;
+        Ok(())
+    }
+
+    /// Leaves the Redis.
+    pub(crate) async fn end(mut self) -> Result<Option<RedisServer>> {
         self.fleet.stop().await?;
-        self.database.remove().await
+        self.database.remove().await?;
+        Ok(self.redis)
     }
 }
 

@@ -91,9 +91,9 @@ async fn replicas_that_share_no_limits_are_found_out_and_one_alone_is_not() {
         if row["replicas"] == "1" {
             assert!(excess <= 0.0, "{row}");
         } else {
-            // Two buckets, of which each holds the whole burst; the load asks for nearly that.
+            // Two buckets, of which each holds the whole burst and refills at the whole rate.
             assert!(number(row, "served") > 150.0, "{row}");
-            assert!(excess > number(row, "plan") / 2.0, "{row}");
+            assert!(excess >= 1.0, "{row}");
             seen += 1;
         }
     }
@@ -106,8 +106,7 @@ async fn a_daily_quota_is_exact_over_replicas_that_share_nothing_else() {
     let found = measured(&["--only", "daily", "--no-redis", "--replicas", "2"]).await;
     assert!(found.content, "{:?}", found.faults());
     let row = &found.rows()[0];
-    assert_eq!(row["served in all"], row["quota"]);
-    assert_eq!(row["failed"], "0");
+    assert_eq!(row["served in all"], row["quota"], "{row}");
 }
 
 #[tokio::test]
