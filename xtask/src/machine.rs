@@ -31,6 +31,19 @@ pub(crate) const REDIS: Need = Need {
     is_there: || on_path("redis-server").is_some(),
 };
 
+pub(crate) const CADDY: Need = Need {
+    name: "Caddy",
+    package: "caddy",
+    is_there: || on_path("caddy").is_some(),
+};
+
+pub(crate) const NGINX: Need = Need {
+    name: "nginx",
+    package: "nginx",
+    // Debian has it where only root looks.
+    is_there: || on_path("nginx").is_some() || Path::new("/usr/sbin/nginx").exists(),
+};
+
 pub(crate) const CHROMIUM: Need = Need {
     name: "Chromium, for the tests of the console",
     package: "chromium",
@@ -94,8 +107,10 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
         .concat())
     })();
     installed.with_context(|| by_hand.clone())?;
-    if packages.contains(&REDIS.package) {
-        no_system_redis()?;
+    for (need, service) in [(REDIS, "redis-server"), (CADDY, "caddy"), (NGINX, "nginx")] {
+        if packages.contains(&need.package) {
+            no_system_service(service)?;
+        }
     }
     match missing.iter().find(|need| !(need.is_there)()) {
         Some(need) => bail!(
@@ -129,13 +144,15 @@ fn no_system_cluster() -> Result<()> {
     ]))
 }
 
-/// Debian's package starts a Redis of its own on port 6379; tests start theirs.
-fn no_system_redis() -> Result<()> {
+/// Debian's packages start servers of their own, on the usual ports; tests start theirs.
+fn no_system_service(name: &str) -> Result<()> {
     if !Path::new("/run/systemd/system").exists() {
         return Ok(());
     }
-    say("stopping the Redis service that came with the package");
-    succeed(as_root("systemctl").args(["disable", "--now", "redis-server"]))
+    say(&format!(
+        "stopping the service {name} that came with its package"
+    ));
+    succeed(as_root("systemctl").args(["disable", "--now", name]))
 }
 
 fn apt(arguments: &[&str]) -> Result<()> {

@@ -14,7 +14,12 @@ use crate::{cargo, console, journey, machine, postgres::Throwaway, say};
 pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
     // Who picks tests waits for those alone.
     let with_journey = arguments.is_empty();
-    let mut needs = vec![machine::POSTGRES, machine::REDIS];
+    let mut needs = vec![
+        machine::POSTGRES,
+        machine::REDIS,
+        machine::CADDY,
+        machine::NGINX,
+    ];
     if with_journey {
         needs.extend(journey::NEEDS);
     }

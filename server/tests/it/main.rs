@@ -5,6 +5,7 @@ mod embedded;
 mod env_example;
 mod every_endpoint;
 mod flood;
+mod gateways;
 mod http;
 mod layers;
 mod limiter_contract;
