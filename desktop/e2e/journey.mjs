@@ -8,16 +8,17 @@ import { guard } from "./guard.mjs";
 import { keyboard } from "./keyboard.mjs";
 import { many } from "./many.mjs";
 import { names } from "./names.mjs";
+import { pictures } from "./pictures.mjs";
 import { tour } from "./tour.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...picked] = process.argv.slice(2);
-const parts = { tour, keyboard, many, names, guard };
+const parts = { tour, keyboard, many, names, guard, pictures };
 
 const world = await World.start(executablePath, base, shots);
 try {
   for (const [name, part] of Object.entries(parts)) {
-    if (picked.length && !picked.includes(name)) continue;
+    if (picked.length ? !picked.includes(name) : name === "pictures") continue;
     await part(world);
     assert.deepEqual([...world.violations, ...world.complaints], [], name);
     console.log(`${name}: went well`);

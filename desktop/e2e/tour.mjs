@@ -165,7 +165,7 @@ export async function tour(world) {
   await my.place("Home").click();
   await page.getByText("First steps").waitFor();
   await my.look("home");
-  await page.getByRole("button", { name: "Search or jump to" }).click();
+  await page.getByRole("button", { name: "Jump to" }).click();
   await my.field("Command, or the name of an API key").fill("plan");
   await page.getByRole("option", { name: "Search API keys for" }).waitFor();
   await my.look("palette");

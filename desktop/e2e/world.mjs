@@ -118,8 +118,8 @@ export class Visitor {
       }
       const wide = await page.evaluate(() => {
         const beyond = (element) => element.scrollWidth - element.clientWidth;
-        const dialog = document.querySelector("dialog[open]");
-        return Math.max(document.documentElement.scrollWidth - window.innerWidth, dialog ? beyond(dialog) : 0);
+        const parts = [...document.querySelectorAll("dialog[open], .side, .card, main")];
+        return Math.max(document.documentElement.scrollWidth - window.innerWidth, ...parts.map(beyond));
       });
       if (wide > 0) world.violations.push(`${form}: wider than its place by ${wide} px`);
       if (world.shots) await page.screenshot({ path: join(world.shots, `${name}-${theme}-${width}.png`) });

@@ -116,7 +116,7 @@ pub fn PaletteButton(commands: Commands) -> impl IntoView {
     view! {
         <button class="button jump" aria-keyshortcuts="Control+K Meta+K" on:click=move |_| commands.palette.set(true)>
             <Icon shape=Shape::Search/>
-            <span>"Search or jump to"</span>
+            <span>"Jump to"</span>
             <kbd aria-hidden="true">{chord()}</kbd>
         </button>
     }
@@ -143,7 +143,7 @@ impl Choice {
 #[component]
 pub fn CommandsView(commands: Commands) -> impl IntoView {
     view! {
-        <Modal open=commands.palette title="Search or jump to" bare=true>
+        <Modal open=commands.palette title="Jump to" bare=true>
             <Palette commands/>
         </Modal>
         <Modal open=commands.help title="Keyboard shortcuts">
@@ -303,7 +303,7 @@ fn Help(preferences: Preferences) -> impl IntoView {
         <table class="keys">
             <caption class="unseen">"Keyboard shortcuts"</caption>
             <tbody>
-                <tr><th scope="row">"Search or jump to"</th><td><kbd>{chord()}</kbd></td></tr>
+                <tr><th scope="row">"Jump to"</th><td><kbd>{chord()}</kbd></td></tr>
                 {COMMANDS
                     .iter()
                     .filter(|command| !command.keys.is_empty())
