@@ -72,6 +72,42 @@ pub struct Settings {
     )]
     pub database_pool: String,
 
+    /// How long a request waits for one of these when all are busy, before it is answered 503: 10ms to 10s.
+    #[arg(
+        long,
+        env = "QUOTA_DATABASE_WAIT",
+        default_value = "500ms",
+        value_name = "DURATION"
+    )]
+    pub database_wait: String,
+
+    /// How long it may take to connect to PostgreSQL: 100ms to 30s.
+    #[arg(
+        long,
+        env = "QUOTA_DATABASE_CONNECT_TIMEOUT",
+        default_value = "2s",
+        value_name = "DURATION"
+    )]
+    pub database_connect_timeout: String,
+
+    /// How long PostgreSQL works on one statement before it gives up (statement_timeout): 100ms to 60s.
+    #[arg(
+        long,
+        env = "QUOTA_DATABASE_STATEMENT_TIMEOUT",
+        default_value = "2s",
+        value_name = "DURATION"
+    )]
+    pub database_statement_timeout: String,
+
+    /// How long a statement waits for another's lock (lock_timeout): 100ms to 60s.
+    #[arg(
+        long,
+        env = "QUOTA_DATABASE_LOCK_TIMEOUT",
+        default_value = "1s",
+        value_name = "DURATION"
+    )]
+    pub database_lock_timeout: String,
+
     /// The Redis that replicas share their counters by: redis://user:password@host:port/db; by Sentinel
     /// redis+sentinel://user:password@host:port,host:port/group/db; of a cluster redis://host:port,host:port.
     /// rediss is TLS; valkey means the same as redis. Unset: counters are in this process, for one replica.
@@ -309,7 +345,7 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// `None`: the embedded default.
     pub database_url: Option<SecretString>,
-    pub database_pool: usize,
+    pub database: DatabaseSettings,
     /// `None`: one replica, with its counters in the process.
     pub redis: Option<RedisSettings>,
     pub lease_ttl: Duration,
@@ -347,7 +383,7 @@ impl std::fmt::Debug for Config {
             .field("public_url", &self.public_url)
             .field("data_dir", &self.data_dir)
             .field("embedded", &self.database_url.is_none())
-            .field("database_pool", &self.database_pool)
+            .field("database", &self.database)
             .field("redis", &self.redis)
             .field("trusted_proxies", &self.trusted_proxies)
             .finish_non_exhaustive()
@@ -358,6 +394,30 @@ impl std::fmt::Debug for Config {
 pub enum LogFormat {
     Json,
     Text,
+}
+
+/// Connections to PostgreSQL, and how long anything may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DatabaseSettings {
+    /// Connections of one replica at most.
+    pub pool: usize,
+    /// For one of these.
+    pub wait: Duration,
+    pub connect_timeout: Duration,
+    pub statement_timeout: Duration,
+    pub lock_timeout: Duration,
+}
+
+impl Default for DatabaseSettings {
+    fn default() -> Self {
+        Self {
+            pool: 16,
+            wait: Duration::from_millis(500),
+            connect_timeout: Duration::from_secs(2),
+            statement_timeout: Duration::from_secs(2),
+            lock_timeout: Duration::from_secs(1),
+        }
+    }
 }
 
 /// The cost of one password hash. The default is what OWASP ASVS lists for argon2id with one pass.
@@ -587,12 +647,38 @@ impl Config {
                     Some(SecretString::from(text))
                 }
             },
-            database_pool: usize::try_from(r.number(
-                "QUOTA_DATABASE_POOL",
-                &s.database_pool,
-                2..=1000,
-            ))
-            .unwrap_or(2),
+            database: {
+                let millis = Duration::from_millis;
+                let minute = Duration::from_secs(60);
+                DatabaseSettings {
+                    pool: usize::try_from(r.number(
+                        "QUOTA_DATABASE_POOL",
+                        &s.database_pool,
+                        2..=1000,
+                    ))
+                    .unwrap_or(2),
+                    wait: r.duration_within(
+                        "QUOTA_DATABASE_WAIT",
+                        &s.database_wait,
+                        millis(10)..=millis(10_000),
+                    ),
+                    connect_timeout: r.duration_within(
+                        "QUOTA_DATABASE_CONNECT_TIMEOUT",
+                        &s.database_connect_timeout,
+                        millis(100)..=millis(30_000),
+                    ),
+                    statement_timeout: r.duration_within(
+                        "QUOTA_DATABASE_STATEMENT_TIMEOUT",
+                        &s.database_statement_timeout,
+                        millis(100)..=minute,
+                    ),
+                    lock_timeout: r.duration_within(
+                        "QUOTA_DATABASE_LOCK_TIMEOUT",
+                        &s.database_lock_timeout,
+                        millis(100)..=minute,
+                    ),
+                }
+            },
             redis: {
                 // All are read, so that a fault in one is told also where the address is not set.
                 let prefix = r.read("QUOTA_REDIS_PREFIX", &s.redis_prefix, String::new(), prefix);
@@ -804,6 +890,7 @@ mod tests {
         assert!(config.database_url.is_none());
         assert_eq!((config.auth_rpm, config.admin_rpm), (60, 300));
         assert!(config.redis.is_none());
+        assert_eq!(config.database, DatabaseSettings::default());
         assert_eq!(config.lease_ttl, Duration::from_millis(100));
         assert_eq!(config.on_redis_failure, OnRedisFailure::Share);
     }

@@ -13,6 +13,7 @@ use quota_server::{
     config::{self, Config, LogFormat, Settings},
     db::{self, Db, embedded::EmbeddedPostgres},
     demo,
+    doctor::{self, Report},
     jobs::Jobs,
     openapi, router,
     serve::{Timeouts, serve},
@@ -245,9 +246,10 @@ async fn serve_on(
         apply_migrations(url).await?;
     }
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
-    let db = Db::new(url, config.database_pool);
+    let db = Db::new(url, &config.database);
     let state = AppState::new(config.clone(), db, clock, log.clone()).await?;
     let jobs = Jobs::start(&state);
+    doctor::warn_of_too_many_connections(config, url).await;
     if with_demo {
         let shown = demo::make_once(&state).await?;
         if config.log_format == LogFormat::Json {
@@ -324,55 +326,24 @@ async fn migrate(config: Config, _log: Log) -> anyhow::Result<()> {
 
 /// Says of each thing that the server depends on whether it is as it should be.
 async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
-    println!("settings: valid");
-    let mut faults = 0;
-    for (name, addr) in [
-        ("QUOTA_LISTEN", Some(config.listen)),
-        ("QUOTA_METRICS_LISTEN", config.metrics_listen),
-    ] {
-        let Some(addr) = addr else { continue };
-        match TcpListener::bind(addr).await {
-            Ok(_) => println!("{name}: {addr} is free"),
-            Err(error) => {
-                faults += 1;
-                println!("{name}: cannot listen on {addr}: {error}");
-            }
-        }
-    }
+    let mut report = Report::default();
+    report.fine("settings", "valid");
+    report.addresses(&config).await;
     match database(&config).await {
-        Err(error) => {
-            faults += 1;
-            println!("database: {error:#}");
-        }
+        Err(error) => report.fault("database", format!("{error:#}")),
         Ok((url, embedded)) => {
-            let found = db::inspect(&url).await;
-            match found {
-                Ok(found) => {
-                    println!("database: PostgreSQL {}", found.version);
-                    println!(
-                        "database: {} of {} migrations applied",
-                        found.applied, found.known
-                    );
-                    let fits = config.database_pool + 10 <= found.max_connections;
-                    println!(
-                        "database: {} connections a replica, of {}{}",
-                        config.database_pool,
-                        found.max_connections,
-                        if fits { "" } else { ": too many" }
-                    );
-                    faults += usize::from(!fits);
-                }
-                Err(error) => {
-                    faults += 1;
-                    println!("database: {}", db::chain(&error));
-                }
-            }
+            report.dependencies(&config, &url).await;
             if let Some(embedded) = embedded {
                 embedded.stop().await;
             }
         }
     }
-    anyhow::ensure!(faults == 0, "{faults} of these need mending");
+    print!("{}", report.text);
+    anyhow::ensure!(
+        report.faults == 0,
+        "{} of these need mending",
+        report.faults
+    );
     Ok(())
 }
 
@@ -380,7 +351,7 @@ async fn user(config: Config, log: Log, command: UserCommand) -> anyhow::Result<
     let (url, embedded) = database(&config).await?;
     let done = async {
         apply_migrations(&url).await?;
-        let db = Db::new(&url, config.database_pool);
+        let db = Db::new(&url, &config.database);
         let state = AppState::new(config.clone(), db, Arc::new(SystemClock::new()), log).await?;
         match command {
             UserCommand::Create { email, tenant, .. } => {

@@ -27,14 +27,22 @@ use futures_util::{FutureExt, future::BoxFuture};
 use quota_common::TenantId;
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::config::DatabaseSettings;
+
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("../migrations");
 
 /// Only one replica migrates at a time; the others wait for it.
 const MIGRATION_LOCK: i64 = 7_226_420;
 
-/// How long a caller waits for a connection when all are busy.
-const WAIT: Duration = Duration::from_secs(1);
-const CONNECT: Duration = Duration::from_secs(2);
+/// How long a transaction may rest between two statements.
+const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
+/// How long a connection may rest before it is asked whether it still stands, how long between two such questions,
+/// and how many may stay without an answer.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(30), Duration::from_secs(5), 3);
+/// A connection on which sent bytes are not acknowledged for this long is ended by the kernel.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(5);
+/// How long taking back a transaction may take.
+const ROLLBACK: Duration = Duration::from_secs(2);
 /// How long the first answer on a pooled connection may take. A PostgreSQL that hangs takes every byte and says
 /// nothing, which no timeout of TCP's or its own ends.
 const FIRST_ANSWER: Duration = Duration::from_secs(2);
@@ -102,16 +110,17 @@ impl std::fmt::Debug for Db {
 
 impl Db {
     /// Makes the pool; connects when first used.
-    pub fn new(url: &SecretString, size: usize) -> Self {
+    pub fn new(url: &SecretString, settings: &DatabaseSettings) -> Self {
         let mut manager = ManagerConfig::default();
-        manager.custom_setup = Box::new(|url| connect(url, SESSION));
+        let (session, limit) = (session(settings), settings.connect_timeout);
+        manager.custom_setup = Box::new(move |url| connect(url, session.clone(), limit));
         manager.recycling_method = RecyclingMethod::Fast;
         let manager = AsyncDieselConnectionManager::new_with_config(url.expose_secret(), manager);
         let pool = Pool::builder(manager)
-            .max_size(size)
-            .wait_timeout(Some(WAIT))
-            .create_timeout(Some(CONNECT))
-            .recycle_timeout(Some(CONNECT))
+            .max_size(settings.pool)
+            .wait_timeout(Some(settings.wait))
+            .create_timeout(Some(limit))
+            .recycle_timeout(Some(limit))
             .runtime(deadpool::Runtime::Tokio1)
             .build()
             .expect("a runtime is given, which is all that building can miss");
@@ -187,27 +196,36 @@ pub fn versions() -> Vec<String> {
 
 /// What every connection of the pool is set to. Timeouts of the server itself end a query there, where a
 /// future that is dropped would leave it running.
-const SESSION: &str = "SET timezone = 'UTC'; SET statement_timeout = '4s'; \
-    SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '10s'; \
-    SET application_name = 'quota'";
+fn session(settings: &DatabaseSettings) -> String {
+    format!(
+        "SET timezone = 'UTC'; SET statement_timeout = {}; SET lock_timeout = {}; \
+         SET idle_in_transaction_session_timeout = {}; SET application_name = 'quota'",
+        settings.statement_timeout.as_millis(),
+        settings.lock_timeout.as_millis(),
+        IDLE_IN_TRANSACTION.as_millis(),
+    )
+}
 
 /// A migration may take long, and must not queue behind a long query with everyone behind itself.
 const MIGRATION_SESSION: &str = "SET timezone = 'UTC'; SET client_min_messages = 'warning'; \
     SET application_name = 'quota migrate'";
 
-fn connect<'a>(
-    url: &'a str,
-    session: &'static str,
-) -> BoxFuture<'a, diesel::ConnectionResult<AsyncPgConnection>> {
+fn connect(
+    url: &str,
+    session: String,
+    limit: Duration,
+) -> BoxFuture<'_, diesel::ConnectionResult<AsyncPgConnection>> {
     async move {
         let bad =
             |error: &dyn std::error::Error| diesel::ConnectionError::BadConnection(chain(error));
         let mut config: tokio_postgres::Config =
             url.parse().map_err(|e: tokio_postgres::Error| bad(&e))?;
         config
-            .connect_timeout(CONNECT)
-            .keepalives_idle(Duration::from_secs(30))
-            .tcp_user_timeout(Duration::from_secs(5));
+            .connect_timeout(limit)
+            .keepalives_idle(KEEPALIVE.0)
+            .keepalives_interval(KEEPALIVE.1)
+            .keepalives_retries(KEEPALIVE.2)
+            .tcp_user_timeout(UNACKNOWLEDGED);
         let mut conn = if config.get_ssl_mode() == tokio_postgres::config::SslMode::Require {
             let (client, connection) = config.connect(tls()).await.map_err(|e| bad(&e))?;
             AsyncPgConnection::try_from_client_and_connection(client, connection).await?
@@ -218,7 +236,7 @@ fn connect<'a>(
                 .map_err(|e| bad(&e))?;
             AsyncPgConnection::try_from_client_and_connection(client, connection).await?
         };
-        conn.batch_execute(session)
+        conn.batch_execute(&session)
             .await
             .map_err(diesel::ConnectionError::CouldntSetupConfiguration)?;
         Ok(conn)
@@ -267,8 +285,22 @@ pub async fn migrate(url: &SecretString) -> Result<Vec<String>, MigrateError> {
 pub struct Found {
     pub version: String,
     pub max_connections: usize,
+    /// Kept for superusers, and from PostgreSQL 16 on for whom the operator reserves them.
+    pub reserved_connections: usize,
     pub applied: usize,
     pub known: usize,
+}
+
+/// How many connections other programs are left, whatever the replicas do: for an operator who looks, a backup, a
+/// migration.
+const LEFT_OVER: usize = 10;
+
+impl Found {
+    /// How many connections all replicas together may hold.
+    pub fn available(&self) -> usize {
+        let kept = LEFT_OVER.max(self.reserved_connections);
+        self.max_connections.saturating_sub(kept)
+    }
 }
 
 /// Looks at a database without changing anything.
@@ -284,7 +316,13 @@ pub async fn inspect(url: &SecretString) -> Result<Found, MigrateError> {
             .await
             .map_err(|error| MigrateError::Failed(Box::new(error)))
     }
-    let mut conn = connect(url.expose_secret(), SESSION).await?;
+    let settings = DatabaseSettings::default();
+    let mut conn = connect(
+        url.expose_secret(),
+        session(&settings),
+        settings.connect_timeout,
+    )
+    .await?;
     let one = |rows: Vec<Text>| {
         rows.into_iter()
             .next()
@@ -299,6 +337,12 @@ pub async fn inspect(url: &SecretString) -> Result<Found, MigrateError> {
     let max = one(ask(
         &mut conn,
         "SELECT current_setting('max_connections') AS text",
+    )
+    .await?);
+    let reserved = one(ask(
+        &mut conn,
+        "SELECT (current_setting('superuser_reserved_connections')::int \
+            + coalesce(current_setting('reserved_connections', true), '0')::int)::text AS text",
     )
     .await?);
     let is_there = "SELECT to_regclass('__diesel_schema_migrations')::text AS text \
@@ -319,6 +363,7 @@ pub async fn inspect(url: &SecretString) -> Result<Found, MigrateError> {
     Ok(Found {
         version,
         max_connections: max.parse().unwrap_or(0),
+        reserved_connections: reserved.parse().unwrap_or(0),
         applied,
         known: versions().len(),
     })
@@ -336,7 +381,8 @@ pub async fn revert_all(url: &SecretString) -> Result<(), MigrateError> {
 async fn migration_harness(
     url: &SecretString,
 ) -> Result<AsyncMigrationHarness<AsyncPgConnection>, MigrateError> {
-    let mut conn = connect(url.expose_secret(), MIGRATION_SESSION).await?;
+    let limit = DatabaseSettings::default().connect_timeout;
+    let mut conn = connect(url.expose_secret(), MIGRATION_SESSION.into(), limit).await?;
     // Held until the connection closes.
     conn.batch_execute(&format!(
         "SELECT pg_advisory_lock({MIGRATION_LOCK}); SET lock_timeout = '5s'"
@@ -405,7 +451,7 @@ impl Drop for Tx {
             return;
         };
         runtime.spawn(async move {
-            let rollback = tokio::time::timeout(CONNECT, conn.batch_execute("ROLLBACK")).await;
+            let rollback = tokio::time::timeout(ROLLBACK, conn.batch_execute("ROLLBACK")).await;
             if !matches!(rollback, Ok(Ok(()))) {
                 // Closing the connection rolls back as well.
                 let _ = Object::take(conn);

@@ -12,6 +12,7 @@
 //! have forgotten meanwhile shows in [`Link::generation`], which is another for every connection, and in
 //! [`Link::run_id`], which is another for every process of Redis.
 
+pub mod inspect;
 mod keeper;
 mod subscription;
 
@@ -182,8 +183,7 @@ impl Redis {
     /// Connects in the background, and goes on trying. To be called within tokio's runtime.
     pub fn connect_lazy(settings: RedisSettings) -> Self {
         if settings.servers.tls() {
-            // An error says that one is installed already.
-            let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+            install_tls();
         }
         let slots = (0..settings.connections.max(1)).map(|_| Slot::default());
         let shared = Arc::new(Shared {
@@ -290,6 +290,12 @@ impl Redis {
     pub fn subscribe(&self, channel: String) -> Subscription {
         Subscription::start(self.shared.settings.clone(), channel)
     }
+}
+
+/// The crate asks for a provider of the whole process.
+fn install_tls() {
+    // An error says that one is installed already.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
 }
 
 fn slot_of(key: &str, slots: usize) -> usize {

@@ -41,11 +41,15 @@ pub struct Announcer {
     metrics: Arc<Metrics>,
 }
 
+/// The channel on which every replica listens.
+pub fn channel(prefix: &str) -> String {
+    format!("{prefix}:revoked")
+}
+
 impl Announcer {
     pub fn new(redis: Option<Redis>, metrics: Arc<Metrics>) -> Self {
-        let prefix = redis.as_ref().map_or("", Redis::prefix);
         Self {
-            channel: format!("{prefix}:revoked").into(),
+            channel: channel(redis.as_ref().map_or("", Redis::prefix)).into(),
             redis,
             metrics,
         }

@@ -11,7 +11,7 @@ const RANKS: &[&[&str]] = &[
     &["auth", "keys"],
     &["state"],
     &["api", "demo", "jobs"],
-    &["openapi", "serve"],
+    &["doctor", "openapi", "serve"],
     &["router"],
     &["lib", "main"],
 ];

@@ -1,6 +1,7 @@
 //! The integration tests.
 
 mod console_calls;
+mod doctor;
 mod embedded;
 mod env_example;
 mod every_endpoint;

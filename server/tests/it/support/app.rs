@@ -128,7 +128,7 @@ impl Setup {
             ..Config::read(&settings).expect("the settings of a test are valid")
         };
         let url = SecretString::from(self.url.unwrap_or_else(|| database.url().to_owned()));
-        let db = Db::new(&url, config.database_pool);
+        let db = Db::new(&url, &config.database);
         let log = Log::start(config.log_format);
         let timeouts = Timeouts {
             header: config.header_timeout,
