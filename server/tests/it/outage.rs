@@ -30,7 +30,7 @@ struct World {
 }
 
 /// Where the test's PostgreSQL listens, and the URL by which it is reached through the proxy.
-async fn through_proxy(database: &TestDatabase) -> (FaultProxy, String) {
+pub(crate) async fn through_proxy(database: &TestDatabase) -> (FaultProxy, String) {
     let config: tokio_postgres::Config = database.url().parse().expect("a URL");
     let port = config.get_ports().first().copied().unwrap_or(5432);
     let upstream = match &config.get_hosts()[0] {

@@ -1,14 +1,26 @@
 //! What replicas share of keys in Redis: it saves look-ups, and is never believed when it is not true.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use quota_server::secret_text::{Kind, SecretText};
-use quota_testkit::redis::RedisServer;
+use quota_server::{
+    clock::{Clock as _, SystemClock, TestClock},
+    secret_text::{Kind, SecretText},
+};
+use quota_testkit::{
+    proxy::{Fault, FaultProxy, Upstream},
+    redis::RedisServer,
+};
 use redis::{AsyncCommands as _, aio::MultiplexedConnection};
 use serde_json::json;
 use tokio::time::sleep;
 
-use crate::support::app::{Account, Key, TestApp};
+use crate::{
+    outage::through_proxy,
+    support::app::{Account, Key, TestApp},
+};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -279,6 +291,80 @@ async fn a_redis_that_is_away_is_a_miss() {
     world.server.restart().await;
     let redis = world.first.state.redis.clone().expect("it has Redis");
     assert!(redis.connected(PATIENCE).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_falls_silent_delays_one_look_up_and_not_the_next() {
+    let world = World::start().await;
+    let proxy = FaultProxy::start(Upstream::Tcp(world.server.addr())).await;
+    // Time stands still, so that the pause after the first failure does not end.
+    let clock = TestClock::at(SystemClock::new().now());
+    let app = TestApp::setup()
+        .database(world.first.database.clone())
+        .clock(Arc::new(clock.clone()))
+        .flag(format!("--redis-url=redis://{}", proxy.addr()))
+        .flag("--redis-timeout=200ms")
+        .flag("--redis-connect-timeout=10s")
+        .start()
+        .await;
+    polled(&app).await;
+    let plan = world
+        .first
+        .plan(&world.account, json!({"default_rpm": 60}))
+        .await;
+    let mut keys = Vec::new();
+    for _ in 0..5 {
+        keys.push(world.first.key(&world.account, &plan).await);
+    }
+    proxy.set(Fault::BlackHole);
+    let look_up = async |key: &Key| {
+        let text = SecretText::parse(Kind::ApiKey, key.text.as_bytes()).expect("a text");
+        let found = app.state.keys.key(&text, app.state.freshness.now()).await;
+        assert!(found.expect("PostgreSQL answers").is_some());
+        app.state.metrics.key_shared_errors.get()
+    };
+    for key in &keys[..4] {
+        assert_eq!(look_up(key).await, 1, "Redis was asked once");
+    }
+    clock.advance(Duration::from_secs(2));
+    let began = Instant::now();
+    while app.state.freshness.polled_lately().is_none() {
+        assert!(began.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(look_up(&keys[4]).await, 2, "and is tried again");
+}
+
+/// It cannot tell what has been revoked since.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_is_cut_off_from_postgres_believes_no_shared_record() {
+    let world = World::start().await;
+    let (proxy, url) = through_proxy(&world.first.database).await;
+    let cut_off = TestApp::setup()
+        .database(world.first.database.clone())
+        .url(url)
+        .flag(redis_flag(&world.server))
+        .flag(slow())
+        .start()
+        .await;
+    polled(&cut_off).await;
+    assert_eq!(world.first.echo(&world.key.text).await.status, 200);
+    world.only_record().await;
+    proxy.set(Fault::Refuse);
+    proxy.cut();
+    let began = Instant::now();
+    while cut_off.state.freshness.polled_lately().is_some() {
+        assert!(began.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(20)).await;
+    }
+    let answer = cut_off.echo(&world.key.text).await;
+    assert_eq!(answer.status, 503, "{}", answer.text);
+    assert!(answer.number("retry-after") >= 1);
+
+    proxy.set(Fault::Pass);
+    polled(&cut_off).await;
+    assert_eq!(cut_off.echo(&world.key.text).await.status, 200);
+    assert!(cut_off.metric("quota_key_shared_hits_total").await >= 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
