@@ -40,7 +40,12 @@ pub fn Modal(
             class:wide=wide
             class:bare=bare
             aria-label=move || title.get()
-            on:close=move |_| open.set(false)
+            // Told a moment later, when it may have been opened again.
+            on:close=move |_| {
+                if dialog.get_untracked().is_none_or(|dialog| !dialog.open()) {
+                    open.set(false);
+                }
+            }
             on:cancel=move |ev: web_sys::Event| {
                 if firm {
                     ev.prevent_default();
