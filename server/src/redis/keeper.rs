@@ -22,6 +22,9 @@ use crate::config::{RedisServers, RedisSettings, redis::tcp_settings};
 
 /// How often a connection is probed while all is well.
 const PROBE: Duration = Duration::from_millis(500);
+/// How long the answer to a probe may take at least: a process that got no CPU for a while is not dead, and to drop
+/// its connection would only add to its work.
+const PROBE_ANSWER: Duration = Duration::from_millis(500);
 /// How long after a failed try the next one begins: doubled each time, from the first to the second.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(500));
 /// Calls under way on one connection. More wait, within their own time.
@@ -156,6 +159,11 @@ async fn told(connection: &mut MultiplexedConnection, section: &str) -> Result<S
     }
 }
 
+/// How long the answer to a probe may take.
+pub(super) fn probe_limit(settings: &RedisSettings) -> Duration {
+    settings.connect_timeout.max(PROBE_ANSWER)
+}
+
 /// One value of the answer to `INFO`.
 pub(super) fn line<'a>(info: &'a str, name: &str) -> Option<&'a str> {
     info.lines()
@@ -248,7 +256,7 @@ async fn lasts(shared: &Shared, at: usize) {
         };
         let ping = async move { redis::cmd("PING").query_async::<()>(&mut connection).await };
         if !matches!(
-            timeout(shared.settings.connect_timeout, ping).await,
+            timeout(probe_limit(&shared.settings), ping).await,
             Ok(Ok(()))
         ) {
             return;

@@ -12,7 +12,7 @@ use redis::{
 };
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 
-use super::keeper::{ConnectError, Pauses, Source, chain};
+use super::keeper::{ConnectError, Pauses, Source, chain, probe_limit};
 use crate::config::{RedisServers, RedisSettings};
 
 /// How many messages wait to be taken.
@@ -78,7 +78,7 @@ async fn keep(settings: RedisSettings, channel: String, events: mpsc::Sender<Eve
                 if events.send(Event::Subscribed).await.is_err() {
                     return;
                 }
-                pass_on(&mut sink, stream, &events, settings.connect_timeout).await;
+                pass_on(&mut sink, stream, &events, probe_limit(&settings)).await;
                 // With what waits before it, which was not lost.
                 if events.send(Event::Lost).await.is_err() {
                     return;
