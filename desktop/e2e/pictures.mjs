@@ -1,4 +1,4 @@
-// The pictures of the README, made anew: node journey.mjs CHROMIUM ADDRESS desktop/pictures pictures
+// The pictures of the README, made anew: node journey.mjs CHROMIUM ADDRESS ../pictures pictures
 
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";

@@ -116,15 +116,23 @@ export class Visitor {
         const where = it.nodes.map((node) => `${node.html}\n      ${node.failureSummary}`).join("\n    ");
         world.violations.push(`${form}: ${it.id}: ${it.help}\n    ${where}`);
       }
-      const wide = await page.evaluate(() => {
-        const beyond = (element) => element.scrollWidth - element.clientWidth;
-        const parts = [...document.querySelectorAll("dialog[open], .side, .card, main")];
-        return Math.max(document.documentElement.scrollWidth - window.innerWidth, ...parts.map(beyond));
-      });
-      if (wide > 0) world.violations.push(`${form}: wider than its place by ${wide} px`);
+      await this.fits(form);
       if (world.shots) await page.screenshot({ path: join(world.shots, `${name}-${theme}-${width}.png`) });
       world.looked += 1;
     }
+    // As narrow as it is made for.
+    await page.setViewportSize({ width: 360, height: 740 });
+    await this.fits(`${name} 360`);
     await page.setViewportSize({ width: 1280, height: 800 });
+  }
+
+  /** Nothing is wider than its place. */
+  async fits(form) {
+    const wide = await this.page.evaluate(() => {
+      const beyond = (element) => element.scrollWidth - element.clientWidth;
+      const parts = [...document.querySelectorAll("dialog[open], .side, .card, main")];
+      return Math.max(document.documentElement.scrollWidth - window.innerWidth, ...parts.map(beyond));
+    });
+    if (wide > 0) this.world.violations.push(`${form}: wider than its place by ${wide} px`);
   }
 }
