@@ -13,6 +13,13 @@ export async function tour(world) {
   await page.goto(`${base}/console/plans`);
   await my.heading("Sign in").waitFor();
   assert.match(page.url(), /\/console\/sign-in\?next=%2Fconsole%2Fplans$/);
+  // All that a first visit loads, as it travels, and when something can be done with it.
+  const first = await page.evaluate(() => {
+    const loaded = [...performance.getEntriesByType("navigation"), ...performance.getEntriesByType("resource")];
+    return { bytes: loaded.reduce((sum, it) => sum + it.transferSize, 0), files: loaded.length, ms: performance.now() };
+  });
+  console.log(`a first visit loads ${first.bytes} bytes in ${first.files} files and can be used after ${Math.round(first.ms)} ms`);
+  assert.ok(first.bytes > 100_000 && first.bytes <= 300_000, `${first.bytes} bytes`);
   await my.look("sign-in");
   await page.getByRole("link", { name: "Create an account" }).click();
   await my.heading("Create an account").waitFor();
