@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: what a request costs, next to servers that do nothing; `cargo xtask bench replicas`: what
-//! holds over several replicas. See `xtask/bench`.
+//! holds over several replicas. See `xtask/bench`. `cargo xtask bench desktop`: what the desktop app costs, next to an
+//! empty window. See `xtask/desktop`.
 
 use std::{
     env,
@@ -10,9 +11,15 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, machine, postgres::Throwaway, root, say, succeed};
+use crate::{cargo, desktop, journey, machine, postgres::Throwaway, root, say, succeed};
 
 pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "desktop"
+    {
+        machine::install(&[&[machine::POSTGRES], &desktop::JOURNEY_NEEDS[..]].concat())?;
+        return journey::on_server(|server| desktop::bench(server, rest));
+    }
     let replicas = arguments.first().is_some_and(|it| it == "replicas");
     machine::install(&[machine::POSTGRES, machine::REDIS])?;
     say("building the server and the measurement for release (a first build takes some minutes)");

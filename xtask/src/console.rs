@@ -1,6 +1,11 @@
-//! `cargo xtask console`: builds the console for the browser, where the next build of the server finds it.
+//! `cargo xtask console`: builds the console for the browser, where the next build of the server finds it; and the
+//! same for the desktop app.
 
-use std::{env, path::PathBuf, process::Command};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -9,28 +14,36 @@ use crate::{cargo, machine, read, root, say, succeed};
 pub(crate) const TARGET: &str = "wasm32-unknown-unknown";
 
 pub(crate) fn build() -> Result<()> {
-    add_target()?;
     say("building the console (a first build takes some minutes)");
-    succeed(cargo().args([
-        "build",
-        "--quiet",
-        "--package",
-        "quota-ui",
-        "--profile",
-        "console",
-        "--target",
-        TARGET,
-    ]))?;
+    compile(&[], &root().join("desktop/ui/dist"), &[])
+}
+
+/// The same for the desktop app, where its next build finds it.
+pub(crate) fn build_for_desktop() -> Result<()> {
+    say("building the console for the desktop app (a first build takes some minutes)");
+    let features = ["--features", "desktop"];
+    compile(&features, &root().join("desktop/shell/dist"), &["desktop"])
+}
+
+fn compile(features: &[&str], out: &Path, shape: &[&str]) -> Result<()> {
+    add_target()?;
+    let options = ["--profile", "console", "--target", TARGET];
+    succeed(
+        cargo()
+            .args(["build", "--quiet", "--package", "quota-ui"])
+            .args(options)
+            .args(features),
+    )?;
     let wasm = target_directory()?
         .join(TARGET)
         .join("console/quota-ui.wasm");
-    let source = root().join("desktop/ui");
     succeed(
         cargo()
             .args(["run", "--quiet", "--package", "xtask-console", "--"])
             .arg(wasm)
-            .arg(&source)
-            .arg(source.join("dist")),
+            .arg(root().join("desktop/ui"))
+            .arg(out)
+            .args(shape),
     )
 }
 

@@ -1,4 +1,5 @@
-//! The journey through the console, in a browser against the real server on its embedded default.
+//! The journeys through the console, in a browser and in the desktop app, against the real server on its embedded
+//! default.
 
 use std::{
     fs,
@@ -13,17 +14,20 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{cargo, console, machine, read, root, say, succeed};
+use crate::{cargo, console, desktop, machine, read, root, say, succeed};
 
 /// A first start makes a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What it needs of the machine, beside the server's own needs.
-pub(crate) const NEEDS: [machine::Need; 3] = [machine::CHROMIUM, machine::NODE, machine::NPM];
+pub(crate) fn needs() -> Vec<machine::Need> {
+    let browser = [machine::CHROMIUM, machine::NODE, machine::NPM];
+    [&browser[..], &desktop::JOURNEY_NEEDS].concat()
+}
 
 /// `cargo xtask journey`: the console and the server are built, and nothing else is tested.
 pub(crate) fn alone() -> Result<ExitCode> {
-    machine::install(&[&[machine::POSTGRES], &NEEDS[..]].concat())?;
+    machine::install(&[&[machine::POSTGRES], &needs()[..]].concat())?;
     console::build()?;
     Ok(if run()? {
         ExitCode::SUCCESS
@@ -59,7 +63,16 @@ pub(crate) fn run() -> Result<bool> {
         .args(std::env::var_os("QUOTA_SCREENSHOTS"))
         .status()
         .context("cannot run node")?;
-    Ok(status.success())
+    // Both, also when the first goes wrong.
+    let in_app = desktop::journey(&server.address)?;
+    Ok(status.success() && in_app)
+}
+
+/// Runs something on a server with nothing in it.
+pub(crate) fn on_server<T>(run: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+    succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
+    let server = Server::start()?;
+    run(&server.address)
 }
 
 /// A server with nothing in it, which goes with the value.

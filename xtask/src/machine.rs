@@ -62,6 +62,41 @@ pub(crate) const NPM: Need = Need {
     is_there: || on_path("npm").is_some(),
 };
 
+pub(crate) const WEBKIT: Need = Need {
+    name: "WebKitGTK (its development files, for the desktop app)",
+    package: "libwebkit2gtk-4.1-dev",
+    is_there: || {
+        Command::new("pkg-config")
+            .args(["--exists", "webkit2gtk-4.1"])
+            .status()
+            .is_ok_and(|status| status.success())
+    },
+};
+
+pub(crate) const WEBKIT_DRIVER: Need = Need {
+    name: "WebKit's driver (`WebKitWebDriver`), for the tests of the desktop app",
+    package: "webkit2gtk-driver",
+    is_there: || on_path("WebKitWebDriver").is_some(),
+};
+
+pub(crate) const XVFB: Need = Need {
+    name: "a display in memory (`Xvfb`)",
+    package: "xvfb",
+    is_there: || on_path("Xvfb").is_some(),
+};
+
+pub(crate) const DBUS: Need = Need {
+    name: "a session bus (`dbus-daemon`)",
+    package: "dbus",
+    is_there: || on_path("dbus-daemon").is_some(),
+};
+
+pub(crate) const KEYRING: Need = Need {
+    name: "a keychain (`gnome-keyring-daemon`)",
+    package: "gnome-keyring",
+    is_there: || on_path("gnome-keyring-daemon").is_some(),
+};
+
 /// Installs what is missing with Debian's packages, saying so; elsewhere fails, naming what to install.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
     let missing: Vec<Need> = needs

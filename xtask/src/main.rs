@@ -11,6 +11,7 @@ mod advisories;
 mod bench;
 mod check;
 mod console;
+mod desktop;
 mod journey;
 mod machine;
 mod postgres;
@@ -50,7 +51,8 @@ enum Chore {
         arguments: Vec<OsString>,
     },
     /// Measure what a request costs, next to a bare poem and a bare hyper server; prints a table.
-    /// `bench replicas` measures what holds over several replicas on one Redis
+    /// `bench replicas` measures what holds over several replicas on one Redis, `bench desktop`
+    /// the desktop app's memory and start next to an empty window
     Bench {
         /// Options for the measurement: `--rounds N`, `--millis N`; after `replicas` its own, such as
         /// `--only faults`; `--help` lists them
@@ -59,7 +61,15 @@ enum Chore {
     },
     /// Build the console for the browser; the next build of the server embeds it
     Console,
-    /// Build all and go through the console in Chromium; QUOTA_SCREENSHOTS=FOLDER keeps pictures of every page
+    /// Build the desktop app and start it on the running server
+    Desktop {
+        /// Arguments for the app, after `--`: `--server ADDRESS`
+        #[arg(last = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Build the desktop app and pack it as .deb and .rpm
+    Bundle,
+    /// Build all and go through the console in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER keeps pictures of every page
     Journey,
     /// Formatting, lints, and whether generated files are fresh
     Check,
@@ -73,6 +83,8 @@ fn main() -> ExitCode {
         Chore::Test { arguments } => test::test(&arguments),
         Chore::Bench { arguments } => bench::bench(&arguments),
         Chore::Console => console::build().map(|()| ExitCode::SUCCESS),
+        Chore::Desktop { arguments } => desktop::start(&arguments),
+        Chore::Bundle => desktop::bundle().map(|()| ExitCode::SUCCESS),
         Chore::Journey => journey::alone(),
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
         Chore::Schema => schema::write().map(|()| ExitCode::SUCCESS),

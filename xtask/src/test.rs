@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, console, journey, machine, postgres::Throwaway, say};
+use crate::{cargo, console, desktop, journey, machine, postgres::Throwaway, say};
 
 pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
     // Who picks tests waits for those alone.
@@ -21,7 +21,7 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         machine::NGINX,
     ];
     if with_journey {
-        needs.extend(journey::NEEDS);
+        needs.extend(journey::needs());
     }
     machine::install(&needs)?;
     console::build()?;
@@ -35,7 +35,8 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
     let mut command = cargo();
     command.env("QUOTA_TEST_POSTGRES", postgres.url());
     let (status, summary) = if has_nextest {
-        command.args(["nextest", "run", "--workspace"]);
+        command.args(["nextest", "run"]);
+        command.args(desktop::without("--workspace", ""));
         if env::var_os("CI").is_some_and(|ci| !ci.is_empty()) {
             command.args(["--profile", "ci"]);
         }
@@ -43,11 +44,14 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         with_nextest(command)?
     } else {
         say("cargo-nextest is not installed: using `cargo test`");
-        command.args(["test", "--workspace"]).args(arguments);
+        command.arg("test");
+        command
+            .args(desktop::without("--workspace", ""))
+            .args(arguments);
         with_cargo_test(command)?
     };
     drop(postgres);
-    let went_well = !with_journey || journey::run()?;
+    let went_well = !with_journey || (of_desktop(has_nextest)? & journey::run()?);
     if let Some(summary) = summary {
         println!("{summary}");
     }
@@ -56,6 +60,18 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
     }
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// The desktop app's own tests. Apart: what its libraries want of shared ones would have those compiled anew for the
+/// server.
+fn of_desktop(has_nextest: bool) -> Result<bool> {
+    let runner: &[&str] = if has_nextest {
+        &["nextest", "run"]
+    } else {
+        &["test"]
+    };
+    let status = cargo().args(runner).args(desktop::alone("")).status();
+    Ok(status.context("cannot run cargo")?.success())
 }
 
 /// nextest reports on standard error; its last summary line reads

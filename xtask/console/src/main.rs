@@ -1,8 +1,9 @@
-//! Turns the compiled console into the files that the server embeds.
+//! Turns the compiled console into the files that the server embeds, or the desktop app.
 //!
 //! Called by `cargo xtask console` with the compiled wasm, the folder of the console's sources and the folder
 //! to write to. Every file but `index.html` bears a hash of what is in it in its name, so that it can be kept
-//! by browsers for a year; each has a compressed twin.
+//! by browsers for a year; each has a compressed twin. The desktop app compresses for itself, and finds its files
+//! by their whole path: for it they are in `console`, and the page, which it shows for any path, is beside that.
 
 use std::{
     collections::BTreeMap,
@@ -19,8 +20,10 @@ const MOST: usize = 300_000;
 
 fn main() -> Result<()> {
     let arguments: Vec<PathBuf> = env::args_os().skip(1).map(PathBuf::from).collect();
-    let [wasm, source, out] = &arguments[..] else {
-        bail!("usage: xtask-console WASM SOURCE OUT");
+    let (wasm, source, out, for_desktop) = match &arguments[..] {
+        [wasm, source, out] => (wasm, source, out, false),
+        [wasm, source, out, last] if last.as_os_str() == "desktop" => (wasm, source, out, true),
+        _ => bail!("usage: xtask-console WASM SOURCE OUT [desktop]"),
     };
     let work = out.with_extension("work");
     let _ = fs::remove_dir_all(&work);
@@ -69,6 +72,13 @@ fn main() -> Result<()> {
     let index = filled(&source.join("index.html"), &names)?;
     files.insert("index.html".to_owned(), index.into_bytes());
     fs::remove_dir_all(&work).context("cannot clean up")?;
+    if for_desktop {
+        let place = |(name, bytes): (String, Vec<u8>)| match name.as_str() {
+            "index.html" => (name, bytes),
+            _ => (format!("console/{name}"), bytes),
+        };
+        return write(out, &files.into_iter().map(place).collect());
+    }
 
     let mut compressed = 0;
     let plain: Vec<String> = files.keys().cloned().collect();

@@ -39,7 +39,8 @@ fn standing() -> ArcRwSignal<Option<Standing>> {
 
 /// Shows the console once it is known how the app stands.
 pub fn begin(show: impl FnOnce() + 'static) {
-    spawn_local(async move {
+    // Leptos spawns nothing before something is mounted.
+    wasm_bindgen_futures::spawn_local(async move {
         if let Ok(standing) = api::standing().await {
             stands(standing);
         }
@@ -85,7 +86,7 @@ pub fn Banner() -> impl IntoView {
     let (loaded_at, again) = AROUND.with(|it| (it.loaded_at.clone(), it.again.clone()));
     let forgetful = move || standing().with(|it| it.as_ref().is_some_and(|it| !it.keeps_sessions));
     view! {
-        <div role="status">
+        <div class="banners" role="status">
             {move || {
                 let again = again.clone();
                 loaded_at
@@ -148,23 +149,25 @@ fn List() -> impl IntoView {
     let standing = standing();
     let failure = RwSignal::new(None::<String>);
     view! {
-        <Alert text=failure/>
-        <ul class="sessions">
-            {move || {
-                standing
-                    .get()
-                    .map(|it| {
-                        it.servers
-                            .into_iter()
-                            .map(|server| {
-                                let current = server.address == it.current;
-                                view! { <One server current failure/> }
-                            })
-                            .collect_view()
-                    })
-            }}
-        </ul>
-        <Add/>
+        <div class="servers">
+            <Alert text=failure/>
+            <ul class="sessions">
+                {move || {
+                    standing
+                        .get()
+                        .map(|it| {
+                            it.servers
+                                .into_iter()
+                                .map(|server| {
+                                    let current = server.address == it.current;
+                                    view! { <One server current failure/> }
+                                })
+                                .collect_view()
+                        })
+                }}
+            </ul>
+            <Add/>
+        </div>
     }
 }
 

@@ -1,0 +1,21 @@
+//! Embeds the page and says which commands it may call.
+
+fn main() {
+    // What `cargo xtask desktop` builds the page into.
+    println!("cargo:rerun-if-changed=dist");
+    let commands = tauri_build::AppManifest::new().commands(&[
+        "call",
+        "try_key",
+        "copy",
+        "standing",
+        "add_server",
+        "use_server",
+        "forget_server",
+        "ready",
+    ]);
+    let attributes = tauri_build::Attributes::new().app_manifest(commands);
+    if let Err(error) = tauri_build::try_build(attributes) {
+        println!("cargo:warning={error:#}");
+        std::process::exit(1);
+    }
+}

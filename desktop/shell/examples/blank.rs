@@ -1,0 +1,29 @@
+//! A window with nothing in it, to measure the app against: what WebKit and Tauri cost before the first line of ours.
+
+use tauri::{WebviewUrl, WebviewWindowBuilder, http::Response};
+
+/// Says it once it is painted, like the console's first page.
+const PAGE: &str = "<!doctype html><title>blank</title><script>
+requestAnimationFrame(() => requestAnimationFrame(() => { document.title = 'painted'; }));
+</script>";
+
+fn main() -> tauri::Result<()> {
+    tauri::Builder::default()
+        .register_uri_scheme_protocol("blank", |_, _| {
+            let page = Response::builder().header("content-type", "text/html");
+            page.body(PAGE.as_bytes()).unwrap_or_default()
+        })
+        .setup(|app| {
+            let page = WebviewUrl::CustomProtocol("blank://localhost/".parse()?);
+            WebviewWindowBuilder::new(app, "main", page)
+                .inner_size(1280.0, 840.0)
+                .on_document_title_changed(|_, title| {
+                    if title == "painted" {
+                        println!("the first page is painted");
+                    }
+                })
+                .build()?;
+            Ok(())
+        })
+        .run(tauri::generate_context!())
+}
