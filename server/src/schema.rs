@@ -93,6 +93,14 @@ diesel::table! {
 }
 
 diesel::table! {
+    replicas (id) {
+        id -> Uuid,
+        joined_at -> Timestamptz,
+        seen_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     revocations (seq) {
         seq -> Int8,
         tenant_id -> Uuid,
@@ -137,6 +145,13 @@ diesel::table! {
 }
 
 diesel::table! {
+    shared_counters (single) {
+        single -> Bool,
+        begun_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     tenants (id) {
         id -> Uuid,
         name -> Text,
@@ -175,10 +190,12 @@ diesel::allow_tables_to_appear_in_same_query!(
     plans,
     quota_usage,
     refresh_tokens,
+    replicas,
     revocations,
     server_secrets,
     service_tokens,
     sessions,
+    shared_counters,
     tenants,
     users,
 );

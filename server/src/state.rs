@@ -1,8 +1,11 @@
 //! Everything that a request or worker needs, built once. Cheap to clone.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use crate::{
@@ -15,12 +18,16 @@ use crate::{
     config::Config,
     db::{Db, DbError},
     keys::{KeyStore, ledger::PostgresLedger, shared::SharedKeys, usage::LastUsed},
-    limiter::{Guard, Limiter, MemorySettings, MemoryStore},
+    limiter::{
+        CellSettings, Guard, LimitStore, Limiter, MemoryStore, RedisCounters, Roster,
+        SharedSettings, SharedStore,
+    },
     redis::Redis,
     repo::{self, revocation::Revocation},
     revocations::{Announcer, Recent},
     telemetry::{log::Log, metrics::Metrics},
 };
+
 /// How many client addresses each guard remembers. One takes about 100 bytes.
 const GUARDED: usize = 200_000;
 
@@ -36,6 +43,8 @@ pub struct Parts {
     pub metrics: Arc<Metrics>,
     pub log: Log,
     pub limiter: Limiter,
+    /// How many replicas share its counters.
+    pub roster: Arc<Roster>,
     pub keys: KeyStore,
     pub last_used: LastUsed,
     pub sessions: Sessions,
@@ -86,11 +95,32 @@ impl AppState {
 
         let ledger = Arc::new(PostgresLedger::new(db.clone(), metrics.clone()));
         // Ten times the cache: a key that fell out of the cache keeps its bucket until that is full again.
-        let settings = MemorySettings {
+        let settings = CellSettings {
             max_cells: config.key_cache.saturating_mul(10),
-            ..MemorySettings::default()
+            ..CellSettings::default()
         };
-        let store = MemoryStore::new(clock.clone(), ledger, settings);
+        let roster = Arc::new(Roster::default());
+        let store: Arc<dyn LimitStore> = match &redis {
+            None => MemoryStore::new(clock.clone(), ledger, settings),
+            Some(redis) => {
+                let counters = RedisCounters::new(redis.clone());
+                begin_counters(&db, redis, &counters).await?;
+                let settings = SharedSettings {
+                    lease_ttl: config.lease_ttl,
+                    deadline: redis.settings().timeout,
+                    on_failure: config.on_redis_failure,
+                    cells: settings,
+                };
+                SharedStore::new(
+                    clock.clone(),
+                    ledger,
+                    Arc::new(counters),
+                    roster.clone(),
+                    metrics.clone(),
+                    settings,
+                )
+            }
+        };
         let limiter = Limiter::new(store, clock.clone());
         let shared = redis.clone().map(|redis| {
             SharedKeys::new(
@@ -137,6 +167,7 @@ impl AppState {
             metrics,
             log,
             limiter,
+            roster,
             keys,
             last_used: LastUsed::default(),
             sessions,
@@ -171,6 +202,26 @@ impl AppState {
 
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
+    }
+}
+
+/// How long a start waits for Redis to tell whether it is a new one.
+const REDIS_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Full buckets for a deployment that has never shared counters. If Redis is away they begin empty, as after a
+/// loss, and the next start tries again.
+async fn begin_counters(db: &Db, redis: &Redis, counters: &RedisCounters) -> Result<(), DbError> {
+    let mut tx = db.system().await?;
+    if !repo::replica::begin_counters(&mut tx).await? {
+        return tx.commit().await;
+    }
+    redis.connected(REDIS_PATIENCE).await;
+    match counters.begin().await {
+        Ok(()) => tx.commit().await,
+        Err(error) => {
+            tracing::warn!(error = %error, "Redis cannot be reached; its counters will begin empty");
+            Ok(())
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Each is a loop that ends when told to, and that goes on after a failure: what could not be done this time
 //! is done the next. Knows no poem.
 
+mod replicas;
 mod revocations;
 
 use std::time::Duration;
@@ -31,6 +32,9 @@ impl Jobs {
         let mut running = JoinSet::new();
         running.spawn(revocations::poll(state.clone(), stopping.clone()));
         running.spawn(revocations::listen(state.clone(), stopping.clone()));
+        if state.redis.is_some() {
+            running.spawn(replicas::count(state.clone(), stopping.clone()));
+        }
         running.spawn(prune(state.clone(), stopping.clone()));
         running.spawn(write_last_used(state.clone(), stopping.clone()));
         running.spawn(sweep(state.clone(), stopping));
@@ -100,6 +104,7 @@ async fn sweep(state: AppState, mut stopping: watch::Receiver<bool>) {
             repo::revocation::sweep(&mut tx).await?;
             repo::quota_usage::sweep(&mut tx).await?;
             repo::api_key::forget_previous(&mut tx).await?;
+            repo::replica::sweep(&mut tx).await?;
             tx.commit().await
         };
         if let Err(error) = swept.await {

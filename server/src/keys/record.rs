@@ -155,7 +155,8 @@ impl KeyStore {
                     if let Some(shared) = &shared
                         && let Some(found) = shared.get(&hash).await
                     {
-                        let record = found.facts.map(|facts| record(facts, &limiter));
+                        let as_of = found.as_of;
+                        let record = found.facts.map(|facts| record(facts, as_of, &limiter));
                         return Ok(Loaded {
                             value: record.transpose()?,
                             true_at: Some(found.true_at),
@@ -171,7 +172,7 @@ impl KeyStore {
                     if let Some(shared) = &shared {
                         shared.put(&hash, facts.as_ref().map(|(facts, as_of)| (facts, *as_of)));
                     }
-                    let record = facts.map(|(facts, _)| record(facts, &limiter));
+                    let record = facts.map(|(facts, as_of)| record(facts, as_of, &limiter));
                     Ok(record.transpose()?.into())
                 }
             })
@@ -234,7 +235,7 @@ fn unconfirmed(error: &DbError) -> Unconfirmed {
     Unconfirmed(db::chain(error).into())
 }
 
-fn record(facts: KeyFacts, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> {
+fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> {
     let (tenant, id) = (TenantId(facts.tenant_id), ApiKeyId(facts.id));
     let cell = limiter
         .cell(tenant, id)
@@ -274,7 +275,9 @@ fn record(facts: KeyFacts, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> 
                 .on_redis_failure
                 .as_deref()
                 .and_then(OnRedisFailure::named),
-        ),
+        )
+        // Grows with every change of anything.
+        .with_version(u64::try_from(as_of).unwrap_or(0)),
         cell,
         fields: OnceLock::new(),
         noted_at: AtomicU64::new(0),

@@ -77,6 +77,8 @@ struct Parts {
 #[derive(Debug)]
 pub struct Found {
     pub facts: Option<KeyFacts>,
+    /// The number that the facts were read with.
+    pub as_of: i64,
     pub true_at: u64,
 }
 
@@ -149,6 +151,7 @@ impl SharedKeys {
         }
         Some(Found {
             facts: entry.facts,
+            as_of: entry.as_of,
             true_at,
         })
     }

@@ -60,13 +60,14 @@ pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
     async fn give_back(&self, row: LedgerRow, n: u64) -> Result<(), LedgerError>;
 }
 
-/// The largest block of a quota.
-pub(super) const fn block_size(limit: u64) -> u64 {
-    let hundredth = limit / 100;
+/// The largest block of a quota in the hands of one of `sharers` replicas: all of theirs together are one
+/// hundredth of it, and 10,000, where that is at least one for each.
+pub(super) const fn block_size(limit: u64, sharers: u64) -> u64 {
+    let hundredth = limit / 100 / sharers;
     if hundredth < 1 {
         1
-    } else if hundredth > BLOCK_MAX {
-        BLOCK_MAX
+    } else if hundredth > BLOCK_MAX / sharers {
+        BLOCK_MAX / sharers
     } else {
         hundredth
     }
@@ -115,6 +116,8 @@ pub(super) enum Need {
 pub(super) struct Block {
     /// Zero: no quota.
     limit: u64,
+    /// How many replicas take blocks of it. At least 1.
+    sharers: u64,
     window: Window,
     /// The ledger has answered in this window.
     known: bool,
@@ -134,6 +137,7 @@ impl Block {
     pub(super) const fn new() -> Self {
         Self {
             limit: 0,
+            sharers: 1,
             window: Window::NONE,
             known: false,
             in_hand: 0,
@@ -145,6 +149,16 @@ impl Block {
             failures: 0,
             owed: Vec::new(),
         }
+    }
+
+    /// So many replicas take blocks of the same quota.
+    #[inline]
+    pub(super) fn share_among(&mut self, sharers: u64) {
+        self.sharers = sharers;
+    }
+
+    fn size(&self) -> u64 {
+        block_size(self.limit, self.sharers)
     }
 
     pub(super) fn window(&self) -> Window {
@@ -218,7 +232,7 @@ impl Block {
     pub(super) fn is_low(&self, now: UnixNanos) -> bool {
         self.known
             && self.used < self.limit
-            && self.in_hand <= block_size(self.limit) / 4
+            && self.in_hand <= self.size() / 4
             && !self.in_flight
             && ((self.failure.is_none() && self.patience == PATIENCE) || self.is_due(now))
     }
@@ -266,7 +280,7 @@ impl Block {
         if self.in_flight {
             return None;
         }
-        let size = block_size(self.limit);
+        let size = self.size();
         let left = self.limit.saturating_sub(self.used);
         let want = match need {
             _ if self.limit == 0 => 0,
@@ -332,7 +346,7 @@ impl Block {
     /// Gives up what is in hand beyond a block and beyond what requests wait for: the rest of what was
     /// fetched for a costly request that then was denied or went away.
     pub(super) fn tidy(&mut self, waited_for: u64) {
-        let size = block_size(self.limit).max(waited_for);
+        let size = self.size().max(waited_for);
         if self.in_hand > size {
             self.trim_to(size);
         }
@@ -364,7 +378,7 @@ impl Block {
     }
 
     fn trim(&mut self) {
-        self.trim_to(block_size(self.limit));
+        self.trim_to(self.size());
     }
 
     fn trim_to(&mut self, size: u64) {

@@ -6,17 +6,21 @@
 //! hand and then answered with an error, never admitted.
 //!
 //! ```text
-//! gate (remote stores only) -> store (all policies, or none) -> decision
+//! what is in hand -> gate (remote stores only) -> store (all policies, or none) -> decision
 //! ```
 
 mod blocks;
 mod calendar;
 mod callers;
+mod cell;
+mod cells;
 mod decision;
+mod flights;
 mod gcra;
 mod guard;
 mod memory;
 mod policy;
+mod shared;
 mod store;
 
 use std::{num::NonZeroU32, sync::Arc};
@@ -27,10 +31,15 @@ pub use self::{
     blocks::{LedgerError, LedgerRow, QuotaLedger, Taken},
     calendar::{UnknownZone, Window, Zone, window},
     callers::{Caller, Guard, Refused},
+    cells::CellSettings,
     decision::{Decision, Outcome, PolicyState},
     gcra::{Gcra, Verdict},
-    memory::{MemorySettings, MemoryStore},
+    memory::MemoryStore,
     policy::{Policies, Policy, PolicySet, RatePolicy},
+    shared::{
+        BucketName, BucketState, COUNTED_EVERY, CounterError, CounterMicros, FORGOTTEN, Place,
+        RedisCounters, Roster, SharedCounters, SharedSettings, SharedStore, TakeCall, TakeReply,
+    },
     store::{Drained, KeyCell, LimitStore, LimiterError},
 };
 use crate::clock::Clock;
@@ -74,10 +83,9 @@ impl Limiter {
         if self.is_local {
             return self.store.try_take(cell, policies, cost);
         }
-        if let Some(denied) = cell.gate.look(policies, cost, &self.clock) {
-            return Some(denied);
-        }
-        let decision = self.store.try_take(cell, policies, cost)?;
+        let Some(decision) = self.store.try_take(cell, policies, cost) else {
+            return cell.gate.look(policies, cost, &self.clock);
+        };
         cell.gate.learn(policies, cost, &self.clock, &decision);
         Some(decision)
     }

@@ -98,6 +98,7 @@ pub struct Policies {
     zone: Zone,
     strict: bool,
     on_failure: Option<OnRedisFailure>,
+    version: u64,
     gcra: Gcra,
     fingerprint: u64,
 }
@@ -121,6 +122,7 @@ impl Policies {
             zone,
             strict,
             on_failure: None,
+            version: 0,
             gcra: Gcra::new(rate),
             // Zero is the fingerprint of a cell that has not seen any policies yet.
             fingerprint: hasher.finish().max(1),
@@ -159,6 +161,19 @@ impl Policies {
 
     pub fn strict(&self) -> bool {
         self.strict
+    }
+
+    /// With a number that grows with each edit, by which counters that are asked by replicas of different
+    /// knowledge keep to the newest.
+    #[must_use]
+    pub fn with_version(mut self, version: u64) -> Self {
+        self.version = version;
+        self
+    }
+
+    /// Zero: not known.
+    pub fn version(&self) -> u64 {
+        self.version
     }
 
     pub(super) fn gcra(&self) -> Gcra {

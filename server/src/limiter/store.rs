@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use quota_common::id::{ApiKeyId, TenantId};
 use tokio::sync::Notify;
 
-use super::{decision::Decision, guard::Gate, memory::CellState, policy::Policies};
+use super::{cell::CellState, decision::Decision, guard::Gate, policy::Policies};
 
 /// Why no decision was reached. Whoever asked is told to come back, never admitted.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -21,6 +21,9 @@ pub enum LimiterError {
     /// More keys are in use at once than the store was set up to hold.
     #[error("the limiter holds as many keys as it may")]
     TooManyKeys,
+    /// The shared counters are away, and the plan's choice is to admit nothing then.
+    #[error("the shared counters are not available")]
+    CountersAway,
     /// The store was drained: it takes no more blocks.
     #[error("the limiter is shutting down")]
     Draining,
@@ -33,10 +36,12 @@ pub struct KeyCell {
     pub(super) key: ApiKeyId,
     /// What this replica knows by itself, in front of a store that is elsewhere.
     pub(super) gate: Gate,
-    /// The memory store's numbers.
+    /// The numbers of this replica.
     pub(super) state: Mutex<CellState>,
     /// Told whenever the ledger has answered for this key.
     pub(super) landed: Notify,
+    /// Told whenever the shared counters have.
+    pub(super) taken: Notify,
 }
 
 impl KeyCell {
@@ -47,6 +52,7 @@ impl KeyCell {
             gate: Gate::default(),
             state: Mutex::new(CellState::new()),
             landed: Notify::new(),
+            taken: Notify::new(),
         }
     }
 

@@ -12,6 +12,7 @@ pub mod audit;
 pub mod idempotency;
 pub mod plan;
 pub mod quota_usage;
+pub mod replica;
 pub mod revocation;
 pub mod secret;
 pub mod service_token;

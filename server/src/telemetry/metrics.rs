@@ -33,6 +33,14 @@ pub struct Metrics {
     pub key_stale_served: Counter,
     pub ledger_takes: Counter,
     pub ledger_errors: Counter,
+    pub counter_calls: Counter,
+    pub counter_errors: Counter,
+    pub counter_outages: Counter,
+    pub lease_tokens_taken: Counter,
+    pub lease_tokens_spent: Counter,
+    pub lease_tokens_returned: Counter,
+    pub admitted_degraded: Counter,
+    pub replicas: Gauge,
     pub guard_refusals: Counter,
     pub logins_failed: Counter,
     pub password_queue_full: Counter,
@@ -114,6 +122,14 @@ impl Default for Metrics {
             key_stale_served: Counter::default(),
             ledger_takes: Counter::default(),
             ledger_errors: Counter::default(),
+            counter_calls: Counter::default(),
+            counter_errors: Counter::default(),
+            counter_outages: Counter::default(),
+            lease_tokens_taken: Counter::default(),
+            lease_tokens_spent: Counter::default(),
+            lease_tokens_returned: Counter::default(),
+            admitted_degraded: Counter::default(),
+            replicas: Gauge::default(),
             guard_refusals: Counter::default(),
             logins_failed: Counter::default(),
             password_queue_full: Counter::default(),
@@ -244,6 +260,46 @@ impl Metrics {
             "ledger_errors",
             "Failed calls to the quota ledger",
             self.ledger_errors.clone(),
+        );
+        r.register(
+            "counter_calls",
+            "Calls to the shared counters",
+            self.counter_calls.clone(),
+        );
+        r.register(
+            "counter_errors",
+            "Calls to the shared counters that failed or came too late",
+            self.counter_errors.clone(),
+        );
+        r.register(
+            "counter_outages",
+            "Times that shared counters were given up",
+            self.counter_outages.clone(),
+        );
+        r.register(
+            "lease_tokens_taken",
+            "Tokens taken from the shared counters",
+            self.lease_tokens_taken.clone(),
+        );
+        r.register(
+            "lease_tokens_spent",
+            "Of these, tokens spent by requests",
+            self.lease_tokens_spent.clone(),
+        );
+        r.register(
+            "lease_tokens_returned",
+            "Of these, tokens given back unspent; what is missing was lost",
+            self.lease_tokens_returned.clone(),
+        );
+        r.register(
+            "admitted_degraded",
+            "Requests admitted without the shared counters",
+            self.admitted_degraded.clone(),
+        );
+        r.register(
+            "replicas",
+            "Running servers, as this one counts them; 0 without Redis",
+            self.replicas.clone(),
         );
         r.register(
             "guard_refusals",

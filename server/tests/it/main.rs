@@ -10,6 +10,7 @@ mod gateways;
 mod http;
 mod layers;
 mod limiter_contract;
+mod limiter_shared;
 mod migrations;
 mod openapi;
 mod outage;

@@ -37,6 +37,7 @@ impl World {
         let first = TestApp::setup()
             .flag(redis_flag(&server))
             .flag(slow())
+            .flag("--on-redis-failure=open")
             .start()
             .await;
         polled(&first).await;
@@ -57,6 +58,7 @@ impl World {
             .database(self.first.database.clone())
             .flag(redis_flag(&self.server))
             .flag(slow())
+            .flag("--on-redis-failure=open")
             .start()
             .await;
         polled(&app).await;
@@ -304,6 +306,7 @@ async fn a_redis_that_falls_silent_delays_one_look_up_and_not_the_next() {
         .clock(Arc::new(clock.clone()))
         .flag(format!("--redis-url=redis://{}", proxy.addr()))
         .flag("--redis-timeout=200ms")
+        .flag("--on-redis-failure=open")
         .flag("--redis-connect-timeout=10s")
         .start()
         .await;
@@ -345,6 +348,7 @@ async fn a_replica_that_is_cut_off_from_postgres_believes_no_shared_record() {
         .url(url)
         .flag(redis_flag(&world.server))
         .flag(slow())
+        .flag("--on-redis-failure=open")
         .start()
         .await;
     polled(&cut_off).await;

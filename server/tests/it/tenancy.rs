@@ -519,6 +519,9 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
     }
 }
 
+/// Tables that hold nothing of any tenant.
+const OF_NO_TENANT: [&str; 3] = ["replicas", "server_secrets", "shared_counters"];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_database_refuses_a_tenant_every_row_of_another_in_every_table() {
     let app = TestApp::setup().without_jobs().start().await;
@@ -531,7 +534,7 @@ async fn the_database_refuses_a_tenant_every_row_of_another_in_every_table() {
     for (table, rows) in &theirs {
         // A table without a row proves nothing: whoever adds one gives a tenant something in it.
         assert!(
-            !rows.is_empty() || table == "server_secrets",
+            !rows.is_empty() || OF_NO_TENANT.contains(&table.as_str()),
             "{table} has no row of A's"
         );
         let column: String = client

@@ -11,13 +11,21 @@ use std::{
 
 use quota_server::{
     clock::{Clock, SystemClock, TestClock},
-    limiter::{Limiter, Policy},
+    limiter::{Decision, Limiter, LimiterError, Policy},
 };
 
 use super::{
     ledger::TestLedger,
     world::{Far, Key, ONE, Plan, START, memory_store},
 };
+
+/// Asks on a runtime of the thread's own.
+fn asker<F: Future<Output = Result<Decision, LimiterError>>>() -> impl Fn(F) -> Decision {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    move |asked| runtime.block_on(asked).unwrap()
+}
 
 /// Threads that ask as fast as they can while the hands are moved: exactly the burst and the refill pass.
 #[test]
@@ -36,8 +44,9 @@ fn threads_get_the_burst_and_the_refill_and_not_one_more() {
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
+                    let ask = asker();
                     for _ in 0..20_000 {
-                        let decision = limiter.try_admit(&key.cell, &policies, ONE).unwrap();
+                        let decision = ask(limiter.admit(&key.cell, &policies, ONE));
                         admitted.fetch_add(u64::from(decision.is_allowed()), Ordering::Relaxed);
                     }
                 });
@@ -48,11 +57,8 @@ fn threads_get_the_burst_and_the_refill_and_not_one_more() {
             }
         });
         // What no thread came for in time.
-        while limiter
-            .try_admit(&key.cell, &policies, ONE)
-            .unwrap()
-            .is_allowed()
-        {
+        let ask = asker();
+        while ask(limiter.admit(&key.cell, &policies, ONE)).is_allowed() {
             admitted.fetch_add(1, Ordering::Relaxed);
         }
         let admitted = admitted.into_inner();
@@ -68,7 +74,7 @@ fn in_real_time_no_more_passes_than_was_sold() {
     let store = quota_server::limiter::MemoryStore::new(
         Arc::clone(&clock),
         TestLedger::new(),
-        quota_server::limiter::MemorySettings::default(),
+        quota_server::limiter::CellSettings::default(),
     );
     let limiter = Limiter::new(store, Arc::clone(&clock));
     let key = Key::of(&limiter);

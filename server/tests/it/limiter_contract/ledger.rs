@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use quota_server::limiter::{LedgerError, LedgerRow, QuotaLedger, Taken};
 
 #[derive(Debug, Default)]
-pub(super) struct TestLedger {
+pub(crate) struct TestLedger {
     used: Mutex<HashMap<LedgerRow, u64>>,
     down: AtomicBool,
     delay_ms: AtomicU64,
@@ -22,7 +22,7 @@ pub(super) struct TestLedger {
 }
 
 impl TestLedger {
-    pub(super) fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::default()
     }
 

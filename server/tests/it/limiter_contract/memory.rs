@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use quota_server::limiter::{LimitStore, Limiter, LimiterError, MemorySettings, MemoryStore};
+use quota_server::limiter::{CellSettings, LimitStore, Limiter, LimiterError, MemoryStore};
 
 use super::{
     ledger::TestLedger,
@@ -12,9 +12,9 @@ use super::{
 #[tokio::test]
 async fn no_more_cells_are_held_than_allowed_and_rested_ones_make_room() {
     let world = world::memory();
-    let settings = MemorySettings {
+    let settings = CellSettings {
         max_cells: 640,
-        ..MemorySettings::default()
+        ..CellSettings::default()
     };
     let store = MemoryStore::new(
         Arc::new(world.clock.clone()),
@@ -182,7 +182,7 @@ async fn a_ledger_that_panics_or_hangs_is_a_ledger_that_is_down() {
     let store = MemoryStore::new(
         Arc::new(world.clock.clone()),
         Arc::clone(&ledger) as _,
-        MemorySettings::default(),
+        CellSettings::default(),
     );
     let key = Key::of(&Limiter::new(store, Arc::new(world.clock.clone())));
     let plan = Plan::any_rate().daily(10);

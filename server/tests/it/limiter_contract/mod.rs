@@ -10,6 +10,8 @@ mod memory;
 mod model;
 mod world;
 
+pub(crate) use self::{ledger::TestLedger, world::START};
+
 /// A far store keeps a clock of its own, which a test cannot set back.
 #[tokio::test]
 async fn a_clock_set_back_locks_nobody_out() {
@@ -23,6 +25,14 @@ macro_rules! on_every_store {
             $(#[tokio::test]
             async fn $behaviour() {
                 super::behaviour::$behaviour(&super::world::memory()).await;
+            })*
+        }
+
+        mod redis_store {
+            $(#[tokio::test]
+            async fn $behaviour() {
+                let (world, _redis) = super::world::redis().await;
+                super::behaviour::$behaviour(&world).await;
             })*
         }
 

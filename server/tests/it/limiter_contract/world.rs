@@ -10,25 +10,31 @@ use std::{
 };
 
 use async_trait::async_trait;
-use quota_common::id::{ApiKeyId, TenantId};
+use quota_common::{
+    id::{ApiKeyId, TenantId},
+    plan::OnRedisFailure,
+};
 use quota_server::{
     clock::{Clock, TestClock, UnixNanos},
     limiter::{
-        Decision, Drained, KeyCell, LimitStore, Limiter, LimiterError, MemorySettings, MemoryStore,
-        Policies, RatePolicy, Zone,
+        CellSettings, Decision, Drained, KeyCell, LimitStore, Limiter, LimiterError, MemoryStore,
+        Policies, RatePolicy, SharedSettings, SharedStore, Zone,
     },
 };
 
+use quota_testkit::redis::RedisServer;
+
 use super::ledger::TestLedger;
+use crate::limiter_shared::{ClockedCounters, started};
 
 /// 2026-11-24T10:00:00Z, a Tuesday.
-pub(super) const START: UnixNanos = UnixNanos::from_secs(1_795_514_400);
+pub(crate) const START: UnixNanos = UnixNanos::from_secs(1_795_514_400);
 pub(super) const ONE: NonZeroU32 = NonZeroU32::MIN;
 
 /// How long a request waits for the ledger in these tests.
 pub(super) const DEADLINE: Duration = Duration::from_millis(200);
 
-type SetUp = fn(&TestClock, &Arc<TestLedger>) -> Arc<dyn LimitStore>;
+type SetUp = Box<dyn Fn(&TestClock, &Arc<TestLedger>) -> Arc<dyn LimitStore>>;
 
 pub(super) struct World {
     pub(super) clock: TestClock,
@@ -37,11 +43,11 @@ pub(super) struct World {
 }
 
 impl World {
-    fn new(set_up: SetUp) -> Self {
+    fn new(set_up: impl Fn(&TestClock, &Arc<TestLedger>) -> Arc<dyn LimitStore> + 'static) -> Self {
         Self {
             clock: TestClock::at(START),
             ledger: TestLedger::new(),
-            set_up,
+            set_up: Box::new(set_up),
         }
     }
 
@@ -68,13 +74,40 @@ pub(super) fn far() -> World {
     World::new(|clock, ledger| Far::new(memory_store(clock, ledger)))
 }
 
+/// Buckets in a Redis of the test's own, whose time is the test's, every request decided there.
+pub(super) async fn redis() -> (World, RedisServer) {
+    let (server, redis) = started().await;
+    ClockedCounters::new(&redis, &TestClock::at(START))
+        .begin()
+        .await;
+    let world = World::new(move |clock, ledger| {
+        SharedStore::new(
+            Arc::new(clock.clone()),
+            Arc::clone(ledger) as _,
+            ClockedCounters::new(&redis, clock),
+            Arc::default(),
+            Arc::default(),
+            SharedSettings {
+                lease_ttl: Duration::ZERO,
+                deadline: Duration::from_secs(5),
+                on_failure: OnRedisFailure::Closed,
+                cells: CellSettings {
+                    ledger_deadline: DEADLINE,
+                    ..CellSettings::default()
+                },
+            },
+        )
+    });
+    (world, server)
+}
+
 pub(super) fn memory_store(clock: &TestClock, ledger: &Arc<TestLedger>) -> Arc<MemoryStore> {
     MemoryStore::new(
         Arc::new(clock.clone()),
         Arc::clone(ledger) as _,
-        MemorySettings {
+        CellSettings {
             ledger_deadline: DEADLINE,
-            ..MemorySettings::default()
+            ..CellSettings::default()
         },
     )
 }
@@ -105,14 +138,9 @@ impl LimitStore for Far {
         self.store.cell(tenant, key)
     }
 
-    fn try_take(
-        &self,
-        cell: &Arc<KeyCell>,
-        policies: &Policies,
-        cost: NonZeroU32,
-    ) -> Option<Decision> {
-        self.asked.fetch_add(1, Ordering::SeqCst);
-        self.store.try_take(cell, policies, cost)
+    fn try_take(&self, _: &Arc<KeyCell>, _: &Policies, _: NonZeroU32) -> Option<Decision> {
+        // Nothing is in hand here.
+        None
     }
 
     async fn take(
@@ -121,6 +149,7 @@ impl LimitStore for Far {
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
         self.store.take(cell, policies, cost).await
     }
 

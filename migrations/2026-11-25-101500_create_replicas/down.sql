@@ -1,0 +1,2 @@
+DROP TABLE shared_counters;
+DROP TABLE replicas;

@@ -1,0 +1,33 @@
+-- Who serves: each replica of the server keeps a row young while it runs. Read when Redis, by which they share
+-- their counters, is away: then each sells its part.
+CREATE TABLE replicas (
+    id uuid NOT NULL,
+    joined_at timestamptz NOT NULL DEFAULT now(),
+    seen_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT replicas_pkey PRIMARY KEY (id)
+);
+COMMENT ON TABLE replicas IS 'Running servers; a row that is not kept young is of one that is gone';
+
+-- Whether counters have ever been kept in Redis. An empty Redis is a new one before, and one that lost its state
+-- after.
+CREATE TABLE shared_counters (
+    single boolean NOT NULL DEFAULT true,
+    begun_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT shared_counters_pkey PRIMARY KEY (single),
+    CONSTRAINT shared_counters_only CHECK (single)
+);
+COMMENT ON TABLE shared_counters IS 'One row once counters have been kept in Redis';
+
+GRANT SELECT, INSERT, UPDATE, DELETE ON replicas TO quota_system;
+GRANT SELECT, INSERT ON shared_counters TO quota_system;
+
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY ARRAY['replicas', 'shared_counters'] LOOP
+        EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
+        EXECUTE format('ALTER TABLE %I FORCE ROW LEVEL SECURITY', name);
+        EXECUTE format('CREATE POLICY %I ON %I TO quota_system USING (true)', name || '_system', name);
+    END LOOP;
+END $$;

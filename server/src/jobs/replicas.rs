@@ -1,0 +1,59 @@
+//! Counting the replicas, so that each knows its part when the shared counters are away.
+//!
+//! While PostgreSQL cannot be asked the last count is believed for a while, which the roster measures; then this
+//! replica has no part.
+
+use std::num::NonZeroU64;
+
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::{every, next};
+use crate::{
+    db::{self, DbError},
+    limiter::{self, Place},
+    repo,
+    state::AppState,
+};
+
+pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let id = Uuid::now_v7();
+    let mut ticks = every(limiter::COUNTED_EVERY);
+    let mut away = false;
+    while next(&mut ticks, &mut stopping).await {
+        // As old as the beginning of the count.
+        let began = state.clock.monotonic();
+        match seen(&state, id).await {
+            Ok((rank, count)) => {
+                if let Some(of) = NonZeroU64::new(count) {
+                    state.roster.confirm(Place { rank, of }, began);
+                }
+                state
+                    .metrics
+                    .replicas
+                    .set(i64::try_from(count).unwrap_or(i64::MAX));
+                away = false;
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut away, true) {
+                    tracing::warn!(error = %db::chain(&error), "replicas cannot be counted");
+                }
+            }
+        }
+    }
+    let left = async {
+        let mut tx = state.db.system().await?;
+        repo::replica::leave(&mut tx, id).await?;
+        tx.commit().await
+    };
+    if let Err(error) = left.await {
+        tracing::warn!(error = %db::chain(&error), "the others count this replica for a while yet");
+    }
+}
+
+async fn seen(state: &AppState, id: Uuid) -> Result<(u64, u64), DbError> {
+    let mut tx = state.db.system().await?;
+    let place = repo::replica::seen(&mut tx, id, limiter::FORGOTTEN).await?;
+    tx.commit().await?;
+    Ok(place)
+}

@@ -1,0 +1,317 @@
+//! The numbers of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
+//!
+//! Owns what a decision reads and changes under the key's lock, for every store alike; pure functions of the
+//! time that is brought. Starts no task and asks nobody: what is lacking is told to the store, which asks.
+
+use std::num::{NonZeroU32, NonZeroU64};
+
+use super::{
+    blocks::{Block, Need, Standing},
+    calendar,
+    decision::{Decision, Outcome, PolicyState},
+    gcra::{Gcra, Verdict},
+    policy::{Policies, Policy, PolicySet},
+    shared::Lease,
+};
+use crate::clock::UnixNanos;
+
+/// The numbers of one key.
+#[derive(Debug)]
+pub(super) struct CellState {
+    /// Of the policies that the numbers below follow; zero before the first.
+    fingerprint: u64,
+    gcra: Gcra,
+    /// The bucket, of a store that keeps it here.
+    pub(super) tat: u64,
+    /// Tokens taken ahead, of a store that keeps the bucket elsewhere.
+    pub(super) lease: Option<Box<Lease>>,
+    daily: Block,
+    monthly: Block,
+    /// The cost of all requests that wait for the ledger.
+    pub(super) waited_for: u64,
+}
+
+/// These policies' blocks are needed first.
+pub(super) type Lacking = PolicySet;
+
+/// What to do about policies that the ledger has not been asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unasked {
+    /// Ask first.
+    Wait,
+    /// It cannot be asked: deny if another policy denies anyhow.
+    PassOver,
+}
+
+/// What the calendar quotas say to a cost.
+pub(super) struct Quotas {
+    pub(super) denial: Denial,
+    /// Not asked for in this window.
+    pub(super) unknown: PolicySet,
+    /// Not in hand, but the ledger should have it.
+    pub(super) short: PolicySet,
+}
+
+impl Quotas {
+    /// What to fetch before a verdict is due, if anything. `denied` says that the rate denies already, as
+    /// far as is known: then only a quota that may make the wait longer is worth asking for.
+    pub(super) fn lacking(&self, denied: bool, unasked: Unasked) -> Option<Lacking> {
+        if denied || !self.denial.violated.is_empty() {
+            return (!self.unknown.is_empty() && unasked == Unasked::Wait).then_some(self.unknown);
+        }
+        let lacking: PolicySet = self.unknown.iter().chain(self.short.iter()).collect();
+        (!lacking.is_empty()).then_some(lacking)
+    }
+}
+
+impl CellState {
+    pub(super) fn new() -> Self {
+        Self {
+            fingerprint: 0,
+            gcra: Gcra::NONE,
+            tat: 0,
+            lease: None,
+            daily: Block::new(),
+            monthly: Block::new(),
+            waited_for: 0,
+        }
+    }
+
+    pub(super) fn block(&mut self, policy: Policy) -> Option<&mut Block> {
+        match policy {
+            Policy::Rpm => None,
+            Policy::Daily => Some(&mut self.daily),
+            Policy::Monthly => Some(&mut self.monthly),
+        }
+    }
+
+    /// Brings the numbers to these policies and this time. `replicas` share each quota.
+    pub(super) fn follow(&mut self, policies: &Policies, now: UnixNanos, replicas: u64) {
+        if self.fingerprint != policies.fingerprint() {
+            let gcra = policies.gcra();
+            if self.fingerprint != 0 {
+                self.tat = gcra.carry_over(self.gcra, self.tat, now);
+                if let Some(lease) = &mut self.lease {
+                    lease.edited();
+                }
+            }
+            self.gcra = gcra;
+            self.fingerprint = policies.fingerprint();
+            self.daily.adopt(policies.daily());
+            self.monthly.adopt(policies.monthly());
+            // The zone may be another: then today is, too.
+            for policy in [Policy::Daily, Policy::Monthly] {
+                self.enter(policy, policies, now);
+            }
+        }
+        self.daily.share_among(replicas);
+        self.monthly.share_among(replicas);
+        if self.daily.is_outdated(now) {
+            self.enter(Policy::Daily, policies, now);
+        }
+        if self.monthly.is_outdated(now) {
+            self.enter(Policy::Monthly, policies, now);
+        }
+        self.tat = self.gcra.settled(self.tat, now);
+    }
+
+    pub(super) fn lease(&mut self) -> &mut Lease {
+        self.lease.get_or_insert_default()
+    }
+
+    #[cold]
+    fn enter(&mut self, policy: Policy, policies: &Policies, now: UnixNanos) {
+        if let Some(block) = self.block(policy)
+            && block.limit().is_some()
+        {
+            block.enter(calendar::window(policy, policies.zone(), now));
+        }
+    }
+
+    /// Takes `cost` from every policy or from none, the rate from the bucket kept here. The numbers
+    /// [follow](Self::follow) `now` already.
+    pub(super) fn step(
+        &mut self,
+        policies: &Policies,
+        cost: NonZeroU32,
+        now: UnixNanos,
+        unasked: Unasked,
+    ) -> Result<Decision, Lacking> {
+        let tokens = u64::from(cost.get());
+        let rate = self.gcra.decide(self.tat, now, cost);
+        if let Verdict::Fits { tat } = rate
+            && self.spend_quotas(tokens)
+        {
+            self.tat = tat;
+            return Ok(self.decision(policies, now, Outcome::Allowed));
+        }
+        let Quotas { mut denial, .. } = {
+            let quotas = self.quotas(tokens, now);
+            let denied = !matches!(rate, Verdict::Fits { .. });
+            if let Some(lacking) = quotas.lacking(denied, unasked) {
+                return Err(lacking);
+            }
+            quotas
+        };
+        denial.add_rate(rate);
+        Ok(self.decision(policies, now, denial.outcome()))
+    }
+
+    /// Whether the calendar quotas have `tokens` in hand.
+    pub(super) fn quotas_fit(&self, tokens: u64) -> bool {
+        let fits =
+            |block: &Block| matches!(block.standing(tokens), Standing::Fits | Standing::Unlimited);
+        fits(&self.daily) && fits(&self.monthly)
+    }
+
+    /// Spends `tokens` of every calendar quota, or of none if one lacks them.
+    pub(super) fn spend_quotas(&mut self, tokens: u64) -> bool {
+        let fits = self.quotas_fit(tokens);
+        if fits {
+            self.daily.spend(tokens);
+            self.monthly.spend(tokens);
+        }
+        fits
+    }
+
+    pub(super) fn quotas(&self, tokens: u64, now: UnixNanos) -> Quotas {
+        let mut quotas = Quotas {
+            denial: Denial::default(),
+            unknown: PolicySet::EMPTY,
+            short: PolicySet::EMPTY,
+        };
+        for (policy, block) in [
+            (Policy::Daily, &self.daily),
+            (Policy::Monthly, &self.monthly),
+        ] {
+            match block.standing(tokens) {
+                Standing::Unlimited | Standing::Fits => {}
+                Standing::Short => quotas.short = quotas.short.with(policy),
+                Standing::Unknown => quotas.unknown = quotas.unknown.with(policy),
+                Standing::NeverFits => quotas.denial.add(policy, None),
+                Standing::Exhausted => {
+                    let wait = block.window().end.saturating_since(now).max(1);
+                    quotas.denial.add(policy, NonZeroU64::new(wait));
+                }
+            }
+        }
+        quotas
+    }
+
+    /// As the bucket kept here stands.
+    pub(super) fn decision(
+        &self,
+        policies: &Policies,
+        now: UnixNanos,
+        outcome: Outcome,
+    ) -> Decision {
+        let rate = PolicyState {
+            policy: Policy::Rpm,
+            limit: u64::from(policies.rate().burst.get()),
+            remaining: self.gcra.remaining(self.tat, now),
+            reset_at: UnixNanos(self.tat.max(now.0)),
+        };
+        self.decision_with(policies, now, outcome, rate)
+    }
+
+    pub(super) fn decision_with(
+        &self,
+        policies: &Policies,
+        now: UnixNanos,
+        outcome: Outcome,
+        rate: PolicyState,
+    ) -> Decision {
+        let quota = |policy, block: &Block| {
+            block.limit().map(|limit| PolicyState {
+                policy,
+                limit,
+                remaining: block.remaining(),
+                reset_at: block.window().end,
+            })
+        };
+        Decision {
+            at: now,
+            outcome,
+            rpm: policies.rate().rpm,
+            rate,
+            daily: quota(Policy::Daily, &self.daily),
+            monthly: quota(Policy::Monthly, &self.monthly),
+            degraded: false,
+        }
+    }
+
+    /// What to ask the ledger for although nobody waits.
+    pub(super) fn errands(&self, decision: &Decision, now: UnixNanos) -> Option<[Option<Need>; 2]> {
+        let violated = decision.violated();
+        let may_pass_later = decision.retry_after().is_some();
+        let need = |policy, block: &Block| {
+            if block.is_low(now) || block.has_debts() {
+                Some(Need::Ahead)
+            } else if violated.contains(policy)
+                && may_pass_later
+                && block.is_worth_asking_again(now)
+            {
+                Some(Need::Again)
+            } else {
+                None
+            }
+        };
+        let needs = [
+            need(Policy::Daily, &self.daily),
+            need(Policy::Monthly, &self.monthly),
+        ];
+        (needs != [None, None]).then_some(needs)
+    }
+
+    /// How often the ledger has failed for the daily and the monthly block.
+    pub(super) fn failures(&self) -> (u64, u64) {
+        (self.daily.failures(), self.monthly.failures())
+    }
+
+    pub(super) fn tidy(&mut self) {
+        self.daily.tidy(self.waited_for);
+        self.monthly.tidy(self.waited_for);
+    }
+
+    /// Nobody could tell this cell from a new one.
+    pub(super) fn is_forgettable(&self, now: UnixNanos, monotonic: u64) -> bool {
+        self.tat <= now.0
+            && self
+                .lease
+                .as_ref()
+                .is_none_or(|lease| lease.is_forgettable(monotonic))
+            && self.daily.is_forgettable()
+            && self.monthly.is_forgettable()
+    }
+}
+
+/// A denial in the making.
+#[derive(Default)]
+pub(super) struct Denial {
+    pub(super) violated: PolicySet,
+    wait: Option<NonZeroU64>,
+    never: bool,
+}
+
+impl Denial {
+    pub(super) fn add(&mut self, policy: Policy, wait: Option<NonZeroU64>) {
+        self.violated = self.violated.with(policy);
+        self.never |= wait.is_none();
+        self.wait = self.wait.max(wait);
+    }
+
+    pub(super) fn add_rate(&mut self, rate: Verdict) {
+        match rate {
+            Verdict::Fits { .. } => {}
+            Verdict::Wait { wait } => self.add(Policy::Rpm, Some(wait)),
+            Verdict::NeverFits => self.add(Policy::Rpm, None),
+        }
+    }
+
+    pub(super) fn outcome(self) -> Outcome {
+        Outcome::Denied {
+            violated: self.violated,
+            retry_after: if self.never { None } else { self.wait },
+        }
+    }
+}

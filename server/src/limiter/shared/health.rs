@@ -1,0 +1,220 @@
+//! Whether the counters of one partition answer: the breaker.
+//!
+//! Owns when a partition is given up and since when, and the counters' time that was last heard. Knows not
+//! how it is come back to; the store probes. Times are nanoseconds of the monotonic clock, but where they are
+//! called the counters'.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use super::counters::CounterMicros;
+
+/// So many failures in a row, and nothing else for so long, give a partition up. A process that was not
+/// scheduled for a moment has many failures at once, and its counters are well.
+const FAILURES: u32 = 5;
+const SILENCE: u64 = 200_000_000;
+
+/// So many calls of which half fail, within so long and over at least as long as above, do too.
+const CALLS: u32 = 20;
+const SPAN: u64 = 1_000_000_000;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Partition {
+    away: AtomicBool,
+    last_heard: AtomicU64,
+    used_at: AtomicU64,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    in_a_row: u32,
+    succeeded_at: u64,
+    span_start: u64,
+    calls: u32,
+    failed: u32,
+    /// When the last answer came, whose time is `last_heard`.
+    heard_at: u64,
+    outage: Outage,
+}
+
+/// A time without counters.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Outage {
+    /// Counts them; 0 is none.
+    pub(super) number: u64,
+    pub(super) since: u64,
+}
+
+impl Partition {
+    pub(super) fn new(now: u64) -> Self {
+        Self {
+            away: AtomicBool::new(false),
+            last_heard: AtomicU64::new(0),
+            used_at: AtomicU64::new(now),
+            inner: Mutex::new(Inner {
+                succeeded_at: now,
+                heard_at: now,
+                ..Inner::default()
+            }),
+        }
+    }
+
+    /// The outage that is on, if one is.
+    #[inline]
+    pub(super) fn outage(&self) -> Option<Outage> {
+        if !self.away.load(Ordering::Acquire) {
+            return None;
+        }
+        let inner = self.inner.lock();
+        self.away.load(Ordering::Acquire).then_some(inner.outage)
+    }
+
+    pub(super) fn is_away(&self) -> bool {
+        self.away.load(Ordering::Acquire)
+    }
+
+    pub(super) fn last_heard(&self) -> CounterMicros {
+        self.last_heard.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn used(&self, now: u64) {
+        self.used_at.store(now, Ordering::Relaxed);
+    }
+
+    pub(super) fn used_at(&self) -> u64 {
+        self.used_at.load(Ordering::Relaxed)
+    }
+
+    /// An answer of the counters' time `at` came in good time.
+    pub(super) fn succeeded(&self, at: CounterMicros, now: u64) {
+        let mut inner = self.inner.lock();
+        inner.count(now, false);
+        inner.in_a_row = 0;
+        inner.succeeded_at = now;
+        self.hear(&mut inner, at, now);
+    }
+
+    /// An answer came, in good time or not.
+    pub(super) fn heard(&self, at: CounterMicros, now: u64) {
+        self.hear(&mut self.inner.lock(), at, now);
+    }
+
+    fn hear(&self, inner: &mut Inner, at: CounterMicros, now: u64) {
+        inner.heard_at = now;
+        self.last_heard.store(at, Ordering::Relaxed);
+    }
+
+    /// A call failed or is late. `true`: with it the partition is given up, and somebody must see to its return.
+    pub(super) fn failed(&self, now: u64) -> bool {
+        let mut inner = self.inner.lock();
+        inner.count(now, true);
+        inner.in_a_row += 1;
+        let silent =
+            inner.in_a_row >= FAILURES && now.saturating_sub(inner.succeeded_at) >= SILENCE;
+        let poor = inner.calls >= CALLS
+            && inner.failed * 2 >= inner.calls
+            && now.saturating_sub(inner.span_start) >= SILENCE;
+        (silent || poor) && self.go(&mut inner, now)
+    }
+
+    /// The counters answered that they begin anew and grant nothing for a while. `true` as for
+    /// [`failed`](Self::failed).
+    pub(super) fn is_beginning(&self, now: u64) -> bool {
+        self.go(&mut self.inner.lock(), now)
+    }
+
+    fn go(&self, inner: &mut Inner, now: u64) -> bool {
+        if self.away.swap(true, Ordering::AcqRel) {
+            return false;
+        }
+        inner.outage = Outage {
+            number: inner.outage.number + 1,
+            since: now,
+        };
+        true
+    }
+
+    /// The counters are back.
+    pub(super) fn returned(&self, now: u64) {
+        let mut inner = self.inner.lock();
+        inner.in_a_row = 0;
+        inner.succeeded_at = now;
+        inner.span_start = now;
+        inner.calls = 0;
+        inner.failed = 0;
+        self.away.store(false, Ordering::Release);
+    }
+
+    /// When the outage began, by the counters' clock; 0 when none is on.
+    pub(super) fn away_since(&self) -> CounterMicros {
+        let inner = self.inner.lock();
+        if !self.away.load(Ordering::Acquire) {
+            return 0;
+        }
+        let silent = inner.outage.since.saturating_sub(inner.heard_at) / 1000;
+        (self.last_heard.load(Ordering::Relaxed) + silent).max(1)
+    }
+}
+
+impl Inner {
+    fn count(&mut self, now: u64, failed: bool) {
+        if now.saturating_sub(self.span_start) >= SPAN {
+            self.span_start = now;
+            self.calls = 0;
+            self.failed = 0;
+        }
+        self.calls += 1;
+        self.failed += u32::from(failed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    #[test]
+    fn many_failures_at_one_moment_are_a_pause_of_ours() {
+        let partition = Partition::new(0);
+        for _ in 0..FAILURES + 2 {
+            assert!(!partition.failed(100 * MS));
+        }
+        assert!(partition.outage().is_none());
+        assert!(partition.failed(300 * MS));
+        assert!(!partition.failed(301 * MS), "once");
+        let outage = partition.outage().unwrap();
+        assert_eq!((outage.number, outage.since), (1, 300 * MS));
+        partition.returned(400 * MS);
+        assert!(partition.outage().is_none());
+        assert!(!partition.failed(700 * MS));
+    }
+
+    #[test]
+    fn an_answer_now_and_then_does_not_help() {
+        let partition = Partition::new(0);
+        let mut opened = false;
+        for call in 0..CALLS {
+            if call % 2 == 0 {
+                partition.succeeded(1, u64::from(call) * 20 * MS);
+            } else {
+                opened |= partition.failed(u64::from(call) * 20 * MS);
+            }
+        }
+        assert!(opened);
+    }
+
+    #[test]
+    fn the_outage_is_told_by_the_counters_clock() {
+        let partition = Partition::new(0);
+        partition.succeeded(5_000_000, 100 * MS);
+        assert_eq!(partition.away_since(), 0);
+        for call in 0..u64::from(FAILURES) {
+            partition.failed(200 * MS + call * 50 * MS);
+        }
+        assert_eq!(partition.away_since(), 5_000_000 + 300_000);
+    }
+}

@@ -1,0 +1,67 @@
+//! The running servers, and whether they have ever shared counters.
+
+use std::time::Duration;
+
+use diesel::{prelude::*, sql_query, sql_types};
+use diesel_async::RunQueryDsl;
+use uuid::Uuid;
+
+use crate::{
+    db::{DbError, SystemTx},
+    schema::{replicas, shared_counters},
+};
+
+#[derive(QueryableByName)]
+struct Place {
+    #[diesel(sql_type = sql_types::BigInt)]
+    rank: i64,
+    #[diesel(sql_type = sql_types::BigInt)]
+    count: i64,
+}
+
+/// Keeps the replica's row young, and tells its rank, from zero, among those seen within `forgotten`, and how many
+/// they are. In the order of their ids, which is that of their starts.
+pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<(u64, u64), DbError> {
+    diesel::insert_into(replicas::table)
+        .values(replicas::id.eq(id))
+        .on_conflict(replicas::id)
+        .do_update()
+        .set(replicas::seen_at.eq(diesel::dsl::now))
+        .execute(&mut **tx)
+        .await?;
+    let place: Place = sql_query(
+        "SELECT count(*) FILTER (WHERE id < $1) AS rank, count(*) AS count FROM replicas \
+         WHERE id = $1 OR seen_at > now() - make_interval(secs => $2)",
+    )
+    .bind::<sql_types::Uuid, _>(id)
+    .bind::<sql_types::Double, _>(forgotten.as_secs_f64())
+    .get_result(&mut **tx)
+    .await?;
+    Ok((place.rank.unsigned_abs(), place.count.unsigned_abs().max(1)))
+}
+
+/// The replica ends.
+pub async fn leave(tx: &mut SystemTx, id: Uuid) -> Result<(), DbError> {
+    diesel::delete(replicas::table.find(id))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Deletes what was not seen for a day.
+pub async fn sweep(tx: &mut SystemTx) -> Result<(), DbError> {
+    sql_query("DELETE FROM replicas WHERE seen_at < now() - interval '1 day'")
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Notes that counters are shared from now on. `true`: for the first time.
+pub async fn begin_counters(tx: &mut SystemTx) -> Result<bool, DbError> {
+    let inserted = diesel::insert_into(shared_counters::table)
+        .values(shared_counters::single.eq(true))
+        .on_conflict_do_nothing()
+        .execute(&mut **tx)
+        .await?;
+    Ok(inserted == 1)
+}

@@ -1,0 +1,230 @@
+//! Three replicas on a real Redis that is killed, and one that is frozen, in real time: what is admitted is
+//! recounted.
+#![expect(
+    clippy::cast_precision_loss,
+    reason = "times of a run are far below 2^52 nanoseconds"
+)]
+
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use quota_common::{
+    id::{ApiKeyId, TenantId},
+    plan::OnRedisFailure,
+};
+use quota_server::{
+    clock::{Clock, SystemClock},
+    limiter::{
+        CellSettings, Limiter, Place, Policies, RatePolicy, RedisCounters, Roster, SharedSettings,
+        SharedStore, Zone,
+    },
+};
+use quota_testkit::redis::RedisServer;
+use tokio::time::{Instant, sleep};
+
+use super::script::connect;
+use crate::limiter_contract::TestLedger;
+
+const REPLICAS: u64 = 3;
+const TTL: Duration = Duration::from_millis(100);
+const DEADLINE: Duration = Duration::from_millis(30);
+const RPM: u32 = 6000;
+const BURST: u32 = 50;
+
+/// What happened to the requests of a run.
+#[derive(Debug, Default)]
+struct Log {
+    /// From the asking to the answer, in nanoseconds.
+    admitted: Mutex<Vec<(u64, u64)>>,
+    degraded: AtomicU64,
+    errors: AtomicU64,
+}
+
+struct Replicas {
+    stores: Vec<Arc<SharedStore>>,
+    limiters: Vec<Limiter>,
+    zero: Instant,
+}
+
+async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas {
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let zero = Instant::now();
+    let (mut stores, mut limiters) = (Vec::new(), Vec::new());
+    let mut rosters = Vec::new();
+    for _ in 0..REPLICAS {
+        let redis = connect(server, "30ms");
+        assert!(redis.connected(Duration::from_secs(10)).await);
+        let counters = RedisCounters::new(redis);
+        while counters.begin().await.is_err() {}
+        let roster = Arc::new(Roster::default());
+        let store = SharedStore::new(
+            Arc::clone(&clock),
+            TestLedger::new(),
+            Arc::new(counters),
+            Arc::clone(&roster),
+            Arc::default(),
+            SharedSettings {
+                lease_ttl: TTL,
+                deadline: DEADLINE,
+                on_failure,
+                cells: CellSettings::default(),
+            },
+        );
+        limiters.push(Limiter::new(Arc::clone(&store) as _, Arc::clone(&clock)));
+        stores.push(store);
+        rosters.push(roster);
+    }
+    tokio::spawn(async move {
+        loop {
+            for (rank, roster) in (0..).zip(&rosters) {
+                let of = NonZeroU64::new(REPLICAS).unwrap();
+                roster.confirm(Place { rank, of }, clock.monotonic());
+            }
+            sleep(Duration::from_millis(500)).await;
+        }
+    });
+    // Until they have counted each other.
+    sleep(Duration::from_millis(3500)).await;
+    Replicas {
+        stores,
+        limiters,
+        zero,
+    }
+}
+
+/// Twice the rate, in turns over the replicas, for so long.
+async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
+    let policies = Arc::new(Policies::new(
+        RatePolicy {
+            rpm: NonZeroU32::new(RPM).unwrap(),
+            burst: NonZeroU32::new(BURST).unwrap(),
+        },
+        None,
+        None,
+        Zone::utc(),
+        false,
+    ));
+    let (tenant, key) = (TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()));
+    let zero = replicas.zero;
+    let since = move || u64::try_from(zero.elapsed().as_nanos()).unwrap();
+    let (began, mut sent) = (Instant::now(), 0_u32);
+    while began.elapsed() < lasts {
+        while f64::from(sent) < began.elapsed().as_secs_f64() * f64::from(RPM) / 30.0 {
+            let limiter = replicas.limiters[sent as usize % replicas.limiters.len()].clone();
+            sent += 1;
+            let (log, policies) = (Arc::clone(log), Arc::clone(&policies));
+            tokio::spawn(async move {
+                let cell = limiter.cell(tenant, key).unwrap();
+                let asked = since();
+                match limiter.admit(&cell, &policies, NonZeroU32::MIN).await {
+                    Ok(decision) => {
+                        let degraded = u64::from(decision.degraded);
+                        log.degraded.fetch_add(degraded, Ordering::Relaxed);
+                        if decision.is_allowed() {
+                            log.admitted.lock().push((asked, since()));
+                        }
+                    }
+                    Err(_) => {
+                        log.errors.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+    sleep(Duration::from_millis(200)).await;
+}
+
+impl Log {
+    /// By how many tokens the worst window is certainly above the envelope: that is, of those asked and answered
+    /// within it.
+    fn excess(&self) -> f64 {
+        let admitted = self.admitted.lock();
+        let rate = f64::from(RPM) / 60e9;
+        let mut worst = f64::MIN;
+        let mut starts: Vec<u64> = admitted.iter().map(|(asked, _)| *asked).collect();
+        starts.sort_unstable();
+        starts.dedup();
+        // Every twentieth start is enough to find more than a handful.
+        for start in starts.iter().step_by(20) {
+            let mut ends: Vec<u64> = admitted
+                .iter()
+                .filter(|(asked, _)| asked >= start)
+                .map(|(_, answered)| *answered)
+                .collect();
+            ends.sort_unstable();
+            for (count, end) in (1_u32..).zip(ends) {
+                let allowed = (end - start + nanos(TTL)) as f64 * rate + f64::from(BURST);
+                worst = worst.max(f64::from(count) - allowed);
+            }
+        }
+        worst
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap()
+}
+
+async fn is_back(replicas: &Replicas) {
+    let back = async {
+        while replicas.stores.iter().any(|store| store.is_degraded()) {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), back)
+        .await
+        .expect("the counters are come back to");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_is_killed_sells_nothing_twice() {
+    let mut server = RedisServer::start().await;
+    let replicas = replicas(&server, OnRedisFailure::Share).await;
+    let log = Arc::new(Log::default());
+    let faults = async {
+        sleep(Duration::from_millis(1500)).await;
+        server.kill().await;
+        sleep(Duration::from_millis(2000)).await;
+        server.restart().await;
+    };
+    tokio::join!(load(&replicas, &log, Duration::from_secs(7)), faults);
+    is_back(&replicas).await;
+    assert!(log.excess() <= 0.0, "{} above the envelope", log.excess());
+    assert!(
+        log.degraded.load(Ordering::Relaxed) > 0,
+        "the outage was noticed"
+    );
+    assert_eq!(
+        log.errors.load(Ordering::Relaxed),
+        0,
+        "nobody is turned away with an error"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_is_frozen_closes_where_that_is_asked_for() {
+    let mut server = RedisServer::start().await;
+    let replicas = replicas(&server, OnRedisFailure::Closed).await;
+    let log = Arc::new(Log::default());
+    let faults = async {
+        sleep(Duration::from_millis(1000)).await;
+        server.stop();
+        sleep(Duration::from_millis(2000)).await;
+        server.cont();
+    };
+    tokio::join!(load(&replicas, &log, Duration::from_secs(6)), faults);
+    is_back(&replicas).await;
+    assert!(log.excess() <= 0.0, "{} above the envelope", log.excess());
+    assert!(log.errors.load(Ordering::Relaxed) > 0, "it closed");
+    let again = Arc::new(Log::default());
+    load(&replicas, &again, Duration::from_millis(500)).await;
+    assert!(!again.admitted.lock().is_empty(), "and opens again");
+}
