@@ -318,8 +318,10 @@ fn tell(
     let p99 = |from: Duration, to: Duration| {
         let (from, to) = (nanos(from), nanos(to));
         let inside = own().filter(|it| (from..to).contains(&it.sent));
-        quantile(inside.map(Attempt::took).collect(), 0.99)
+        let times: Vec<_> = inside.map(Attempt::took).collect();
+        (!times.is_empty()).then(|| quantile(times, 0.99))
     };
+    let cell = |time: Option<Duration>| time.map_or("-".to_owned(), millis);
     let known = FAULT_AT + DISCOVERY;
     let (discovering, afterwards) = (p99(FAULT_AT, known), p99(known, back.max(known)));
     let returned = nanos(back);
@@ -341,13 +343,9 @@ fn tell(
     for (name, time, aim) in [
         ("p99 of the first second", discovering, 60),
         ("p99 after it", afterwards, 5),
-        (
-            "recovery",
-            Duration::from_nanos(recovered.unwrap_or_default()),
-            2000,
-        ),
+        ("recovery", recovered.map(Duration::from_nanos), 2000),
     ] {
-        if time > Duration::from_millis(aim) {
+        if let Some(time) = time.filter(|time| *time > Duration::from_millis(aim)) {
             let note = format!(
                 "Above the aim of {aim} ms: {what}, {name}, {} ms.",
                 millis(time)
@@ -361,11 +359,11 @@ fn tell(
         recount.sent.to_string(),
         recount.admitted.to_string(),
         format!("{:+.3}", recount.excess()),
-        format!("{:.1} %", recount.served * 100.0),
-        millis(p99(FAULT_AT / 2, FAULT_AT)),
-        millis(discovering),
-        millis(afterwards),
-        recovered.map_or("-".to_owned(), |it| millis(Duration::from_nanos(it))),
+        format!("{:.1} %", recount.served() * 100.0),
+        cell(p99(FAULT_AT / 2, FAULT_AT)),
+        cell(discovering),
+        cell(afterwards),
+        cell(recovered.map(Duration::from_nanos)),
         recount.failed.to_string(),
         recount.silent.to_string(),
     ]);

@@ -119,10 +119,10 @@ async fn cell(
         if recount.is_over() {
             table.faults.push(context(&what, &recount));
         }
-        if !options.quick && recount.served < 0.99 {
-            let served = recount.served * 100.0;
-            let note = format!("{what}: only {served:.2} % were served");
-            table.faults.push(note);
+        if load > 1.0 && recount.is_short() {
+            let (served, ideal) = (recount.admitted, recount.ideal);
+            let fault = format!("{what}: only {served} of {ideal} were served");
+            table.faults.push(fault);
         }
         table.row(vec![
             replicas.to_string(),
@@ -131,7 +131,7 @@ async fn cell(
             recount.sent.to_string(),
             recount.admitted.to_string(),
             format!("{:+.3}", recount.excess()),
-            format!("{:.2} %", recount.served * 100.0),
+            format!("{:.2} %", recount.served() * 100.0),
             (recount.failed + recount.silent).to_string(),
             calls.clone(),
             format!("{micros:.0}"),

@@ -147,8 +147,8 @@ pub(crate) struct Recount {
     /// No answer at all.
     pub(crate) silent: usize,
     pub(crate) worst: Option<Worst>,
-    /// Of what one exact bucket would have admitted of the same requests.
-    pub(crate) served: f64,
+    /// What one exact bucket would have admitted of the same requests.
+    pub(crate) ideal: u64,
 }
 
 impl Recount {
@@ -168,13 +168,24 @@ impl Recount {
             failed: count(|it| it.status >= 500),
             silent: count(|it| it.status == 0),
             worst: Envelope::new(plan.rpm, plan.burst, slack + GRAIN).worst(&spans),
-            served: share(spans.len() as u64, ideal),
+            ideal,
         }
     }
 
     /// In tokens; negative when every window was below the promise.
     pub(crate) fn excess(&self) -> f64 {
         self.worst.map_or(f64::NEG_INFINITY, |worst| worst.excess)
+    }
+
+    /// Of what one exact bucket would have admitted.
+    pub(crate) fn served(&self) -> f64 {
+        share(self.admitted as u64, self.ideal)
+    }
+
+    /// More than a hundredth less was admitted than could be. One token is what a client cannot tell: whether it
+    /// was there already when a request came.
+    pub(crate) fn is_short(&self) -> bool {
+        self.served() < 0.99 && self.admitted as u64 + 1 < self.ideal
     }
 
     pub(crate) fn is_over(&self) -> bool {

@@ -102,6 +102,16 @@ async fn replicas_that_share_no_limits_are_found_out_and_one_alone_is_not() {
 }
 
 #[tokio::test]
+async fn replicas_that_share_a_redis_keep_the_promise() {
+    let found = measured(&["--only", "limits", "--replicas", "2"]).await;
+    for row in found.rows() {
+        assert!(number(row, "admitted") > 0.0, "{row}");
+        assert!(number(row, "excess, tokens") <= 0.0, "{row}");
+        assert!(number(row, "Redis calls per 1,000") > 0.0, "{row}");
+    }
+}
+
+#[tokio::test]
 async fn a_daily_quota_is_exact_over_replicas_that_share_nothing_else() {
     let found = measured(&["--only", "daily", "--no-redis", "--replicas", "2"]).await;
     assert!(found.content, "{:?}", found.faults());
