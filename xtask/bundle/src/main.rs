@@ -142,6 +142,14 @@ mod tests {
         let names: Vec<&str> = members.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["debian-binary", "control.tar.gz", "data.tar.gz"]);
         assert_eq!(members[0].1, b"2.0\n");
+        let mut control = tar::Archive::new(flate2::read::GzDecoder::new(&members[1].1[..]));
+        let mut text = String::new();
+        let mut entries = control.entries().expect("entries");
+        let entry = entries.next().expect("the fields").expect("an entry");
+        { entry }.read_to_string(&mut text).expect("text");
+        for line in text.lines() {
+            assert!(!line.trim_end().ends_with(':'), "a field is empty: {line}");
+        }
         let mut data = tar::Archive::new(flate2::read::GzDecoder::new(&members[2].1[..]));
         let mut inside = Vec::new();
         for entry in data.entries().expect("entries") {
