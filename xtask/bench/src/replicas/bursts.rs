@@ -8,7 +8,7 @@ use anyhow::Result;
 use super::{
     Options, keep_log,
     schedule::{on_off, together},
-    stage::{Recount, Stage, context, lateness, slack},
+    stage::{Recount, Stage, check_book, context, lateness, slack},
     table::Table,
     tenant::Plan,
 };
@@ -79,7 +79,11 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             let limit = (plan.rpm, plan.burst);
             on_off(key, Duration::ZERO, REPLICAS, limit, phase, CYCLES).0
         });
+        let granted = stage.granted().await?;
         let log = stage.drive(&keys, &together(loads)).await?;
+        let granted = (granted, stage.granted().await?);
+        let all = format!("a rest of {} ms, all plans", phase.as_millis());
+        check_book(&mut table, &all, granted, &log);
         keep_log(options, &format!("bursts-{step}"), &log)?;
         for (key, plan) in plans.iter().enumerate() {
             let recount = Recount::of(key, plan, slack(plan, options.lease_ttl()), &log);

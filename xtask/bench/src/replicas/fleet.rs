@@ -86,6 +86,7 @@ pub(crate) struct Fleet {
 struct Replica {
     process: Process,
     addr: SocketAddr,
+    metrics: SocketAddr,
     log: PathBuf,
     _data: TempDir,
 }
@@ -116,6 +117,10 @@ impl Fleet {
 
     pub(crate) fn addrs(&self) -> Vec<SocketAddr> {
         self.replicas.iter().map(|it| it.addr).collect()
+    }
+
+    pub(crate) fn metrics(&self) -> Vec<SocketAddr> {
+        self.replicas.iter().map(|it| it.metrics).collect()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -184,10 +189,12 @@ impl Replica {
         }
         let process = Process::start(&command, &log)
             .with_context(|| format!("cannot run {}", setup.binary.display()))?;
+        // Until it is ready.
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
         Ok(Self {
             process,
-            // Until it is ready.
-            addr: SocketAddr::from(([127, 0, 0, 1], 0)),
+            addr: nowhere,
+            metrics: nowhere,
             log,
             _data: data,
         })
@@ -199,8 +206,11 @@ impl Replica {
             // The guard makes the file, a little later.
             let text = fs::read_to_string(&self.log).unwrap_or_default();
             if let Some(line) = ready_line(&text) {
-                let listen = line["listen"].as_str().context("no address in the log")?;
-                self.addr = listen.parse()?;
+                let address = |name: &str| {
+                    let text = line[name].as_str().context("no address in the log")?;
+                    anyhow::Ok(text.parse()?)
+                };
+                (self.addr, self.metrics) = (address("listen")?, address("metrics_listen")?);
                 return Ok(());
             }
             if let Some(status) = self.process.ended()? {

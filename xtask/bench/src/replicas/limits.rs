@@ -14,7 +14,7 @@ use super::{
     drive::Attempt,
     keep_log,
     schedule::{Spread, Steady, drained_then, together},
-    stage::{Recount, Stage, context, lateness, per_thousand, scripts, share, slack},
+    stage::{Recount, Stage, check_book, context, lateness, per_thousand, scripts, share, slack},
     table::Table,
     tenant::Plan,
 };
@@ -67,7 +67,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         "Each plan's burst is its limit of a minute, and its buckets are full at first. Excess is the worst of all windows above burst + rate·(T + \
          {} ms), recounted from when requests were sent and answered; negative is below. Served is the part of \
          what one exact bucket would have admitted of the same requests. Redis calls and CPU are those of a \
-         cell's keys together. {}",
+         cell's keys together. What a cell admitted is also held against what its replicas say they were granted. {}",
         options.lease_ttl,
         lateness(&late),
     ));
@@ -106,7 +106,11 @@ async fn cell(
     }));
     let mut counters = stage.counters().await?;
     let (calls, cpu) = (scripts(&mut counters).await?, stage.fleet.cpu()?);
+    let granted = stage.granted().await?;
     let log = stage.drive(&keys, &schedule).await?;
+    let granted = (granted, stage.granted().await?);
+    let all = format!("{replicas} replicas, load {load}, all plans");
+    check_book(table, &all, granted, &log);
     let cpu = stage.fleet.cpu()?.saturating_sub(cpu);
     let decisions = log.iter().filter(|it| it.status != 0).count() as u64;
     let calls = per_thousand(calls, scripts(&mut counters).await?, decisions);

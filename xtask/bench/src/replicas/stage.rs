@@ -12,7 +12,8 @@ use super::{
     drive::{Arrival, Attempt, Targets, drive},
     envelope::{Envelope, Worst},
     fleet::{Database, Fleet, Setup},
-    tenant::{Key, Plan, Tenant},
+    table::Table,
+    tenant::{Key, Plan, Tenant, counted},
 };
 
 /// Redis tells its time in microseconds, and ours may differ by as much at either end of a window.
@@ -22,11 +23,15 @@ const GRAIN: Duration = Duration::from_micros(2);
 /// share of an outage.
 const ACQUAINTANCE: Duration = Duration::from_secs(5);
 
+/// For the return of what is unspent, once the leases are over.
+const RETURN: Duration = Duration::from_millis(400);
+
 pub(crate) struct Stage {
     // In the order in which they end.
     pub(crate) fleet: Fleet,
     pub(crate) tenant: Tenant,
     pub(crate) redis: Option<RedisServer>,
+    lease_ttl: Duration,
     database: Database,
 }
 
@@ -82,6 +87,7 @@ impl Stage {
             fleet,
             tenant,
             redis,
+            lease_ttl: options.lease_ttl(),
             database,
         })
     }
@@ -101,6 +107,24 @@ impl Stage {
             Some(redis) => Some(Counters::of(&redis.url()).await?),
             None => None,
         })
+    }
+
+    /// How many tokens the replicas say that they were granted so far, less what they gave back; with what they
+    /// admitted without Redis. `None` where there is none.
+    pub(crate) async fn granted(&self) -> Result<Option<u64>> {
+        if self.redis.is_none() {
+            return Ok(None);
+        }
+        // What was not spent of the last leases is given back first.
+        tokio::time::sleep(self.lease_ttl + RETURN).await;
+        let mut granted = 0;
+        for metrics in self.fleet.metrics() {
+            let returned = counted(metrics, "quota_lease_tokens_returned_total").await?;
+            granted += counted(metrics, "quota_lease_tokens_taken_total").await?;
+            granted += counted(metrics, "quota_admitted_degraded_total").await?;
+            granted -= returned;
+        }
+        Ok(Some(granted))
     }
 
     pub(crate) fn targets(&self, keys: &[Key]) -> Targets {
@@ -210,6 +234,24 @@ pub(crate) fn share(part: u64, whole: u64) -> f64 {
         return 0.0;
     }
     part as f64 / whole as f64
+}
+
+/// Every request that was admitted is one token that was granted: the replicas' own book against the client's.
+pub(crate) fn check_book(
+    table: &mut Table,
+    what: &str,
+    granted: (Option<u64>, Option<u64>),
+    log: &[Attempt],
+) {
+    let (Some(before), Some(after)) = granted else {
+        return;
+    };
+    let (granted, admitted) = (after.saturating_sub(before), log.iter());
+    let admitted = admitted.filter(|it| it.admitted()).count() as u64;
+    if admitted > granted {
+        let fault = format!("{what}: {admitted} admitted where {granted} were granted");
+        table.faults.push(fault);
+    }
 }
 
 /// A slack that a plan's promise has.

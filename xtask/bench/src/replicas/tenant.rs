@@ -158,3 +158,21 @@ pub(crate) async fn knows(server: SocketAddr, word: &str) -> Result<bool> {
     let document = call(server, Method::GET, "/openapi.json", None, None).await?;
     Ok(document.to_string().contains(&format!("\"{word}\"")))
 }
+
+/// A counter of a replica's own.
+pub(crate) async fn counted(metrics: SocketAddr, name: &str) -> Result<u64> {
+    let stream = TcpStream::connect(metrics).await?;
+    let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
+    let connection = tokio::spawn(connection);
+    let request = Request::get("/metrics").header(header::HOST, metrics.to_string());
+    let request = request.body(Full::new(Bytes::new()))?;
+    let answer = sender.send_request(request).await?;
+    let bytes = answer.into_body().collect().await?.to_bytes();
+    connection.abort();
+    let text = String::from_utf8(bytes.to_vec())?;
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    let value = value.with_context(|| format!("{name} is not among the metrics"))?;
+    Ok(value.parse()?)
+}
