@@ -237,6 +237,13 @@ fn limit_fields() -> Map<String, Value> {
                 "\"rpm\";r=412;t=23",
             ),
         ),
+        (
+            "X-Quota-Degraded".to_owned(),
+            text(
+                "Only while Redis is away and this replica decides by itself.",
+                "redis-away",
+            ),
+        ),
     ])
 }
 

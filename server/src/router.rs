@@ -94,6 +94,7 @@ fn cors(state: &AppState) -> Option<Cors> {
 
 fn exposed() -> Vec<HeaderName> {
     let mut names = vec![
+        limit_headers::DEGRADED,
         limit_headers::LIMIT,
         limit_headers::REMAINING,
         limit_headers::RESET,

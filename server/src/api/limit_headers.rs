@@ -17,6 +17,9 @@ pub const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining
 pub const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
 pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
+/// Present while the shared counters are away and this replica decides by itself.
+pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
+const REDIS_AWAY: &str = "redis-away";
 
 /// How many fields an answer has in all, so that its map is made once.
 pub const FIELDS: usize = 12;
@@ -34,6 +37,9 @@ pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     headers.insert(RESET, HeaderValue::from(rate.reset_at.secs_ceil()));
     headers.insert(POLICY, fixed.policy.clone());
     headers.insert(STATE, value(StateField::of(decision).as_bytes()));
+    if decision.degraded {
+        headers.insert(DEGRADED, HeaderValue::from_static(REDIS_AWAY));
+    }
     if !decision.is_allowed() {
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(secs) = decision.retry_after_secs() {
@@ -52,6 +58,9 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
         ("RateLimit-Policy", policy_field(&record.policies)),
         ("RateLimit", StateField::of(decision).as_str().to_owned()),
     ];
+    if decision.degraded {
+        pairs.push(("X-Quota-Degraded", REDIS_AWAY.to_owned()));
+    }
     if !decision.is_allowed() {
         pairs.push(("Cache-Control", "no-store".to_owned()));
         if let Some(secs) = decision.retry_after_secs() {

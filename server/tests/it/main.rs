@@ -15,6 +15,7 @@ mod migrations;
 mod openapi;
 mod outage;
 mod redis;
+mod redis_away;
 mod restarts;
 mod revocation;
 mod routes;

@@ -80,6 +80,11 @@ impl Partition {
         self.last_heard.load(Ordering::Relaxed)
     }
 
+    /// When the last answer came.
+    pub(super) fn heard_at(&self) -> u64 {
+        self.inner.lock().heard_at
+    }
+
     pub(super) fn used(&self, now: u64) {
         self.used_at.store(now, Ordering::Relaxed);
     }

@@ -90,6 +90,8 @@ pub(in crate::limiter) struct Lease {
     asked_at: u64,
     wanted: u64,
     flying: bool,
+    /// How many flights brought no answer.
+    failures: u64,
     /// Unspent tokens, to be given back, and when the earliest was taken.
     back: u64,
     back_taken_at: CounterMicros,
@@ -222,9 +224,15 @@ impl Lease {
         self.flying = true;
     }
 
-    /// The flight is over, whatever came of it.
-    pub(super) fn land(&mut self) {
+    /// How many flights brought no answer so far.
+    pub(super) fn failures(&self) -> u64 {
+        self.failures
+    }
+
+    /// The flight is over, with an answer or without.
+    pub(super) fn land(&mut self, answered: bool) {
         self.flying = false;
+        self.failures += u64::from(!answered);
     }
 
     /// What is to be given back with the next call.

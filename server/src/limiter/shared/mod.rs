@@ -383,12 +383,13 @@ impl Inner {
             let mut state = cell.state.lock();
             let monotonic = self.clock.monotonic();
             let lease = state.lease();
+            let failures = lease.failures();
             if !self.leases(policies) {
                 None
             } else if lease.is_flying() {
                 lease.count(tokens);
                 landed.as_mut().enable();
-                Some(landed)
+                Some((landed, failures))
             } else {
                 let size = lease.pace(monotonic, self.ttl, Lease::largest(policies.gcra()));
                 if size < 2 || tokens >= size {
@@ -397,14 +398,15 @@ impl Inner {
                 } else {
                     landed.as_mut().enable();
                     self.take_off(cell, &mut state, policies, (tokens, size));
-                    Some(landed)
+                    Some((landed, failures))
                 }
             }
         };
-        if let Some(landed) = landed {
+        if let Some((landed, failures)) = landed {
             return match time::timeout_at(deadline, landed).await {
-                Ok(()) => Asked::LookAgain,
-                Err(_) => Asked::Away,
+                // Not again at once what has just failed.
+                Ok(()) if cell.state.lock().lease().failures() == failures => Asked::LookAgain,
+                _ => Asked::Away,
             };
         }
         let Some((hand, reply)) = self
@@ -686,21 +688,28 @@ async fn give_back(inner: Arc<Inner>, call: TakeCall, back: Unspent) {
 }
 
 /// A flight on its way. However it ends, who waits hears of it.
-struct Flight(Arc<KeyCell>);
+struct Flight {
+    cell: Arc<KeyCell>,
+    answered: bool,
+}
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        self.0.state.lock().lease().land();
-        self.0.taken.notify_waiters();
+        self.cell.state.lock().lease().land(self.answered);
+        self.cell.taken.notify_waiters();
     }
 }
 
 /// Fetches a lease, and gives back in the end what is not spent of it.
 async fn fly(inner: Arc<Inner>, cell: Arc<KeyCell>, call: TakeCall) {
-    let flight = Flight(Arc::clone(&cell));
+    let mut flight = Flight {
+        cell: Arc::clone(&cell),
+        answered: false,
+    };
     let asked_at = inner.clock.monotonic();
     let expires = asked_at.saturating_add(inner.ttl);
     let reply = inner.ask(call).await;
+    flight.answered = reply.is_some();
     let mut stocked = false;
     if let Some(TakeReply { at, state }) = reply
         && let BucketState::Known { granted, debt } = state
@@ -734,8 +743,8 @@ async fn fly(inner: Arc<Inner>, cell: Arc<KeyCell>, call: TakeCall) {
         let mut state = cell.state.lock();
         let lease = state.lease();
         lease.expire(inner.clock.monotonic());
-        // A flight takes along what is to go back.
-        if lease.is_flying() {
+        // The next flight takes along what is to go back; one comes, if more is in hand.
+        if lease.is_flying() || lease.in_hand() > 0 {
             None
         } else {
             lease.unspent()
@@ -765,8 +774,8 @@ fn beat_call(partition: u16, of: &Partition) -> TakeCall {
     }
 }
 
-/// Asks the counters in use whether they are there, before requests find out, and so that others who return see
-/// that somebody was answered.
+/// Asks the counters in use whether they are there, where no request has found out lately; and so that others who
+/// return see that somebody was answered.
 async fn beat(inner: Weak<Inner>) {
     let mut ticks = time::interval(BEAT_EVERY);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -778,7 +787,8 @@ async fn beat(inner: Weak<Inner>) {
         let now = inner.clock.monotonic();
         for (number, partition) in (0..).zip(&inner.partitions) {
             let in_use = now.saturating_sub(partition.used_at()) < IN_USE;
-            if (in_use || inner.partitions.len() == 1) && !partition.is_away() {
+            let heard = now.saturating_sub(partition.heard_at()) < nanos(BEAT_EVERY);
+            if (in_use || inner.partitions.len() == 1) && !heard && !partition.is_away() {
                 let (inner, call) = (Arc::clone(&inner), beat_call(number, partition));
                 tokio::spawn(async move {
                     let used_at = inner.partitions[usize::from(number)].used_at();

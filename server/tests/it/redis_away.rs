@@ -1,0 +1,82 @@
+//! What consumers are answered while Redis is away, by what the plan says.
+
+use std::time::{Duration, Instant};
+
+use quota_testkit::redis::RedisServer;
+use serde_json::json;
+use tokio::time::sleep;
+
+use crate::support::app::TestApp;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_plan_is_served_as_it_says_and_every_answer_tells() {
+    let mut server = RedisServer::start().await;
+    let app = TestApp::setup()
+        .flag(format!("--redis-url={}", server.url()))
+        .start()
+        .await;
+    let account = app.register().await;
+    let mut keys = Vec::new();
+    for mode in ["share", "open", "closed"] {
+        let plan = json!({"default_rpm": 60_000, "daily_quota": 1000, "on_redis_failure": mode});
+        let plan = app.plan(&account, plan).await;
+        keys.push(app.key(&account, &plan).await.text);
+    }
+    // With Redis nobody sees a difference, and the block of the day is in hand.
+    for key in &keys {
+        let began = Instant::now();
+        loop {
+            let answer = app.echo(key).await;
+            if answer.status == 200 && answer.header("x-quota-degraded").is_none() {
+                break;
+            }
+            assert!(began.elapsed() < PATIENCE, "{}", answer.text);
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    server.kill().await;
+    let began = Instant::now();
+    // Until it is given up, a call that fails is a share just begun.
+    while app.metric("quota_counter_outages_total").await < 1.0 {
+        assert!(began.elapsed() < PATIENCE);
+        app.echo(&keys[2]).await;
+    }
+    let open = app.echo(&keys[1]).await;
+    assert_eq!(open.status, 200);
+    assert_eq!(open.header("x-quota-degraded"), Some("redis-away"));
+    let closed = app.echo(&keys[2]).await;
+    assert_eq!(
+        (closed.status, closed.problem()),
+        (503, "temporary-reduced-capacity")
+    );
+    assert_eq!(closed.header("retry-after"), Some("1"));
+    let began = Instant::now();
+    // The share fills from empty on, once the replicas are counted.
+    loop {
+        let share = app.echo(&keys[0]).await;
+        assert!(share.status == 200 || share.status == 429, "{}", share.text);
+        assert_eq!(share.header("x-quota-degraded"), Some("redis-away"));
+        if share.status == 200 {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(50)).await;
+    }
+    assert!(app.metric("quota_admitted_degraded_total").await >= 2.0);
+
+    server.restart().await;
+    let began = Instant::now();
+    for key in &keys {
+        loop {
+            let answer = app.echo(key).await;
+            if answer.status == 200 && answer.header("x-quota-degraded").is_none() {
+                break;
+            }
+            assert!(began.elapsed() < PATIENCE, "{}", answer.text);
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
