@@ -586,7 +586,7 @@ fn no_replica_fault_or_partition_sells_more_than_was_sold() {
     if let Some(seed) = number("QUOTA_SEED") {
         return simulate(seed);
     }
-    let seeds = number("QUOTA_SEEDS").unwrap_or(1000);
+    let seeds = number("QUOTA_SEEDS").unwrap_or(3000);
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, Into::into) {

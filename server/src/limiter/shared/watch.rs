@@ -1,0 +1,110 @@
+//! Counters that are watched without a request: those in use for a sign of life, those that are away for their
+//! return.
+
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use tokio::time;
+
+use super::{
+    Inner,
+    counters::{BucketName, BucketState, CounterMicros, TakeCall},
+    health::Partition,
+    nanos,
+};
+
+/// How often counters that are away are probed, and counters that are there are asked whether they are.
+pub(super) const PROBE_EVERY: Duration = Duration::from_millis(500);
+const BEAT_EVERY: Duration = Duration::from_millis(250);
+/// How long a probe may take: longer than a request waits, so that counters that are slow at first are found.
+const PROBE_DEADLINE: Duration = Duration::from_millis(250);
+/// Nanoseconds for which an unused partition is still asked.
+const IN_USE: u64 = 10_000_000_000;
+
+/// A call that takes nothing and concerns nobody.
+fn beat_call(partition: u16, of: &Partition) -> TakeCall {
+    TakeCall {
+        partition,
+        bucket: BucketName::Beat,
+        emission: 1,
+        tau: 1,
+        version: 0,
+        need: 0,
+        want: 0,
+        back: 0,
+        back_taken_at: 0,
+        lease: 0,
+        last_heard: of.last_heard(),
+        away_since: of.away_since(),
+        promised: 0,
+    }
+}
+
+/// Asks the counters in use whether they are there, where no request has found out lately; and so that others who
+/// return see that somebody was answered.
+pub(super) async fn beat(inner: Weak<Inner>) {
+    let mut ticks = time::interval(BEAT_EVERY);
+    ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(inner) = inner.upgrade() else {
+            return;
+        };
+        let now = inner.clock.monotonic();
+        for (number, partition) in (0..).zip(&inner.partitions) {
+            let in_use = now.saturating_sub(partition.used_at()) < IN_USE;
+            let heard = now.saturating_sub(partition.heard_at()) < nanos(BEAT_EVERY);
+            if (in_use || inner.partitions.len() == 1) && !heard && !partition.is_away() {
+                let (inner, call) = (Arc::clone(&inner), beat_call(number, partition));
+                tokio::spawn(async move {
+                    let used_at = inner.partitions[usize::from(number)].used_at();
+                    inner.ask(call).await;
+                    // A beat is no use.
+                    inner.partitions[usize::from(number)].used(used_at);
+                });
+            }
+        }
+    }
+}
+
+/// Probes counters that are away until they grant again.
+pub(super) async fn see_to_return(
+    inner: Weak<Inner>,
+    number: u16,
+    first: Duration,
+    promised: CounterMicros,
+) {
+    let (mut wait, mut promised) = (first, promised);
+    loop {
+        time::sleep(wait).await;
+        let Some(inner) = inner.upgrade() else {
+            return;
+        };
+        let partition = &inner.partitions[usize::from(number)];
+        inner.metrics.counter_calls.inc();
+        let call = TakeCall {
+            promised,
+            ..beat_call(number, partition)
+        };
+        let answer = time::timeout(PROBE_DEADLINE, inner.counters.take(call)).await;
+        let now = inner.clock.monotonic();
+        // Not all at once.
+        wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now % 50_000_000));
+        if let Ok(Ok(reply)) = answer {
+            partition.heard(reply.at, now);
+            match reply.state {
+                BucketState::Beginning { wait: left } => {
+                    wait = Duration::from_micros(left);
+                    promised = reply.at + left;
+                }
+                BucketState::Known { .. } => {
+                    partition.returned(now);
+                    tracing::info!(partition = number, "the shared counters are back");
+                    return;
+                }
+            }
+        }
+    }
+}
