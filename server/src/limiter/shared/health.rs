@@ -37,6 +37,7 @@ struct Inner {
     failed: u32,
     /// When the last answer came, whose time is `last_heard`.
     heard_at: u64,
+    beaten_at: u64,
     outage: Outage,
 }
 
@@ -80,9 +81,20 @@ impl Partition {
         self.last_heard.load(Ordering::Relaxed)
     }
 
-    /// When the last answer came.
-    pub(super) fn heard_at(&self) -> u64 {
-        self.inner.lock().heard_at
+    /// When the last answer came, or was last asked for to hear one.
+    pub(super) fn beaten_at(&self) -> u64 {
+        let inner = self.inner.lock();
+        inner.heard_at.max(inner.beaten_at)
+    }
+
+    /// An answer is asked for, to hear one.
+    pub(super) fn beaten(&self, now: u64) {
+        self.inner.lock().beaten_at = now;
+    }
+
+    /// The last call failed.
+    pub(super) fn is_doubted(&self) -> bool {
+        self.inner.lock().in_a_row > 0
     }
 
     pub(super) fn used(&self, now: u64) {

@@ -15,9 +15,12 @@ use super::{
     nanos,
 };
 
-/// How often counters that are away are probed, and counters that are there are asked whether they are.
+/// How often counters that are away are probed.
 pub(super) const PROBE_EVERY: Duration = Duration::from_millis(500);
+/// After how long without an answer counters are asked whether they are there; and how often when a call has failed,
+/// so that all replicas give them up within the same half second.
 const BEAT_EVERY: Duration = Duration::from_millis(250);
+const DOUBT_EVERY: Duration = Duration::from_millis(50);
 /// How long a probe may take: longer than a request waits, so that counters that are slow at first are found.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// Nanoseconds for which an unused partition is still asked.
@@ -45,7 +48,7 @@ fn beat_call(partition: u16, of: &Partition) -> TakeCall {
 /// Asks the counters in use whether they are there, where no request has found out lately; and so that others who
 /// return see that somebody was answered.
 pub(super) async fn beat(inner: Weak<Inner>) {
-    let mut ticks = time::interval(BEAT_EVERY);
+    let mut ticks = time::interval(DOUBT_EVERY);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
@@ -55,8 +58,10 @@ pub(super) async fn beat(inner: Weak<Inner>) {
         let now = inner.clock.monotonic();
         for (number, partition) in (0..).zip(&inner.partitions) {
             let in_use = now.saturating_sub(partition.used_at()) < IN_USE;
-            let heard = now.saturating_sub(partition.heard_at()) < nanos(BEAT_EVERY);
-            if (in_use || inner.partitions.len() == 1) && !heard && !partition.is_away() {
+            let due = partition.is_doubted()
+                || now.saturating_sub(partition.beaten_at()) >= nanos(BEAT_EVERY);
+            if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
+                partition.beaten(now);
                 let (inner, call) = (Arc::clone(&inner), beat_call(number, partition));
                 tokio::spawn(async move {
                     let used_at = inner.partitions[usize::from(number)].used_at();
