@@ -128,7 +128,7 @@ impl Inner {
         cell: &Arc<KeyCell>,
         policies: &Policies,
         cost: NonZeroU32,
-        deadline: time::Instant,
+        (began, deadline): (u64, time::Instant),
     ) -> Asked {
         if self.partition(cell).is_away() {
             return Asked::Away;
@@ -164,8 +164,11 @@ impl Inner {
         if let Some((landed, failures)) = landed {
             return match time::timeout_at(deadline, landed).await {
                 // Not again at once what has just failed.
-                Ok(()) if cell.state.lock().lease().failures() == failures => Asked::LookAgain,
-                _ => Asked::Away,
+                Ok(()) if cell.state.lock().lease().failures() != failures => Asked::Away,
+                Ok(()) => Asked::LookAgain,
+                // They do answer, but others were quicker.
+                Err(_) if self.partition(cell).heard_at() > began => Asked::Late,
+                Err(_) => Asked::Away,
             };
         }
         let Some((hand, reply)) = self
@@ -326,18 +329,26 @@ impl Inner {
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
-        let deadline = time::Instant::now() + self.settings.deadline;
+        // When the counters are first needed, and until when they are waited for.
+        let from_now = || {
+            let deadline = time::Instant::now() + self.settings.deadline;
+            (self.clock.monotonic(), deadline)
+        };
+        let mut times = from_now();
         let _claim = self.cells.claim(cell, cost);
         loop {
             let look = match self.look(cell, policies, cost) {
                 Ok(look) => look,
                 Err(_) => {
                     let again = || self.look(cell, policies, cost);
-                    match self.cells.fetch(cell, cost, again).await {
+                    let fetched = self.cells.fetch(cell, cost, again).await;
+                    // What the ledger took its time for is not the counters' delay.
+                    times = from_now();
+                    match fetched {
                         Ok(look) => look,
                         // Deny if the rate does so anyhow.
                         Err(error) => {
-                            self.refresh(cell, policies, deadline).await;
+                            self.refresh(cell, policies, times.1).await;
                             return self.denial(cell, policies, cost, None).ok_or(error);
                         }
                     }
@@ -346,12 +357,12 @@ impl Inner {
             match look {
                 Look::Done(decision) => return Ok(decision),
                 Look::Peek => {
-                    self.refresh(cell, policies, deadline).await;
+                    self.refresh(cell, policies, times.1).await;
                     if let Some(decision) = self.denial(cell, policies, cost, None) {
                         return Ok(decision);
                     }
                 }
-                Look::Take => match self.ask_rate(cell, policies, cost, deadline).await {
+                Look::Take => match self.ask_rate(cell, policies, cost, times).await {
                     Asked::LookAgain => {}
                     Asked::Granted(hand) => {
                         if let Some(decision) = self.spend(cell, policies, cost, hand) {

@@ -30,7 +30,7 @@ impl TestLedger {
         self.down.store(down, Ordering::SeqCst);
     }
 
-    pub(super) fn set_delay(&self, delay: Duration) {
+    pub(crate) fn set_delay(&self, delay: Duration) {
         let ms = u64::try_from(delay.as_millis()).unwrap();
         self.delay_ms.store(ms, Ordering::SeqCst);
     }

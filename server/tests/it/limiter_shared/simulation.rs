@@ -556,7 +556,7 @@ fn check(seed: u64, scene: &Scene, outcome: &Outcome) {
         assert_eq!(outcome.errors, 0, "{}", told());
     }
     if scene.fault == Fault::None {
-        assert_eq!(degraded, 0, "{}", told());
+        assert_eq!((degraded, outcome.errors), (0, 0), "{}", told());
         // Most of what was sold is served where enough was asked for.
         let sold = f64::from(scene.burst) + f64::from(scene.rpm) / 60.0 * LENGTH.as_secs_f64();
         if scene.load >= 200
@@ -604,5 +604,67 @@ fn no_replica_fault_or_partition_sells_more_than_was_sold() {
                 }
             });
         }
+    });
+}
+
+/// PostgreSQL is slower than Redis may be, and busy requests of a closed plan wait for it: neither is an outage.
+#[test]
+fn a_slow_ledger_leaves_the_counters_their_time() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let zero = Instant::now();
+        let state = State::fresh(1, 1);
+        let world = Arc::new(World {
+            zero,
+            rng: Mutex::new(Rng::with_seed(1)),
+            server: Mutex::new(Server {
+                copy: state.clone(),
+                state,
+                run: 1,
+                up: true,
+                frozen: false,
+                ahead: 0,
+            }),
+            links: Mutex::new(vec![Link::Up]),
+            granted: Mutex::default(),
+            slow: AtomicU64::new(0),
+        });
+        let clock: Arc<dyn Clock> = Arc::new(SkewedClock { zero, skew_ms: 0 });
+        let ledger = TestLedger::new();
+        ledger.set_delay(DEADLINE * 3);
+        let store = SharedStore::new(
+            Arc::clone(&clock),
+            ledger,
+            Arc::new(Linked { world, replica: 0 }),
+            Arc::default(),
+            Arc::default(),
+            SharedSettings {
+                lease_ttl: TTL,
+                deadline: DEADLINE,
+                on_failure: OnRedisFailure::Closed,
+                cells: CellSettings::default(),
+            },
+        );
+        let limiter = Limiter::new(store, clock);
+        let policies = Policies::new(
+            RatePolicy {
+                rpm: NonZeroU32::new(6000).unwrap(),
+                burst: NonZeroU32::new(6000).unwrap(),
+            },
+            NonZeroU64::new(10_000),
+            None,
+            Zone::utc(),
+            false,
+        );
+        let cell = limiter
+            .cell(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()))
+            .unwrap();
+        let decision = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+        let decision = decision.unwrap();
+        assert!(decision.is_allowed() && !decision.degraded, "{decision:?}");
     });
 }
