@@ -79,7 +79,8 @@ pub struct Drained {
 /// Every store keeps the same promise, for each key and all its policies together:
 ///
 /// - *Atomic.* The cost is taken from every policy, or from none. A denial consumes nothing.
-/// - *Rate.* In any span of `T` seconds of the store's clock, at most `burst + rpm/60 * T` is admitted, and
+/// - *Rate.* In any span of `T` seconds of the store's clock, at most `burst + rpm/60 * T` is admitted (with
+///   leases, as in so much longer a span as one lives), and
 ///   no less than the bucket holds is refused. A clock that stands still refills nothing; one that jumps
 ///   back locks nobody out for longer than the refill of what was asked.
 /// - *Quotas.* In any calendar window at most `daily` and `monthly` are admitted, over restarts and crashes.

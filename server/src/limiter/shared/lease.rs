@@ -36,7 +36,7 @@ struct View {
     seen: u64,
 }
 
-/// This replica's share of a bucket while there are no counters. See `outage`.
+/// This replica's share of a bucket while there are no counters.
 #[derive(Debug, Clone, Copy, Default)]
 pub(in crate::limiter) struct Share {
     since: u64,

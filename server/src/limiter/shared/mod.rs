@@ -26,9 +26,10 @@
 //! clock, a little in the future, with every bucket empty; until it everybody serves as in an outage. A
 //! replica that was alone in its outage just returns.
 //!
-//! **What is not promised.** While `k` of `n` replicas are cut off and the others are not, `Share` sells
-//! up to `k/n` of the rate beside the counters: at most `burst + rate * (1 + k/n) * (T + ttl)`. `Closed` sells
-//! nothing beside them.
+//! **What is not promised.** While some replicas are cut off and others are not, `Share` sells their part `p` of
+//! the bucket beside the counters (`k/n` of it for `k` of `n` replicas, but for fractions of a token): at most
+//! `(1 + p) * (burst + rate * (T + ttl))`. An outage so short that only some replicas notice it, which is under
+//! a second, is such a case. `Closed` sells nothing beside the counters.
 
 mod counters;
 mod decide;

@@ -1,11 +1,11 @@
 //! The shared counters in Redis.
 //!
-//! Owns the script ([`take.lua`](../../../../src/limiter/shared/take.lua) tells its arguments), the names of its keys, and what a new deployment begins with.
-//! Knows no key's cell. When Redis is away every call fails within its deadline; the store decides what then.
+//! Owns the script (`take.lua`, which tells its arguments), the names of its keys, and what a new deployment
+//! begins with. Knows no key's cell. When Redis is away every call fails within its deadline; the store decides what then.
 //!
 //! | key | what |
 //! |---|---|
-//! | `{prefix}:{q7}:k:<key id>` | a bucket of partition 7 |
+//! | `{prefix}:{q7}:k:<tenant id>:<key id>` | a bucket of partition 7 |
 //! | `{prefix}:{q7}:epoch` | since when the partition's buckets are to be believed |
 //!
 //! A partition is one hash slot, with an epoch of its own: in a cluster each may lose its state alone. One Redis,
@@ -109,7 +109,11 @@ impl SharedCounters for RedisCounters {
         let partition = call.partition;
         let prefix = self.redis.prefix();
         let bucket = match call.bucket {
-            BucketName::Key(_, key) => format!("{prefix}:{{q{partition}}}:k:{}", key.0.simple()),
+            BucketName::Key(tenant, key) => format!(
+                "{prefix}:{{q{partition}}}:k:{}:{}",
+                tenant.0.simple(),
+                key.0.simple()
+            ),
             BucketName::Beat => format!("{prefix}:{{q{partition}}}:beat"),
         };
         let answer = self
