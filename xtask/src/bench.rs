@@ -3,15 +3,13 @@
 //! empty window. See `xtask/desktop`.
 
 use std::{
-    env,
     ffi::OsString,
-    path::PathBuf,
     process::{Command, ExitCode},
 };
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, desktop, journey, machine, postgres::Throwaway, root, say, succeed};
+use crate::{cargo, desktop, journey, machine, postgres::Throwaway, say, succeed, target};
 
 pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     if let Some((first, rest)) = arguments.split_first()
@@ -55,9 +53,4 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     drop(database);
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
-}
-
-/// Where cargo builds.
-fn target() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |it| root().join(it))
 }

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{postgres, say, succeed};
+use crate::{postgres, say, succeed, target};
 
 /// A program that a chore needs.
 #[derive(Clone, Copy)]
@@ -97,8 +97,37 @@ pub(crate) const KEYRING: Need = Need {
     is_there: || on_path("gnome-keyring-daemon").is_some(),
 };
 
+/// What a build of everything writes, debug and release of each part, and what one does that finds most of it done.
+const BUILD: u64 = 7 << 30;
+const REBUILD: u64 = 2 << 30;
+
+/// Says when the disk is too full for a build: compilers say so late, and each in its own words.
+fn room() -> Result<()> {
+    let target = target();
+    let needed = if target.join("debug").exists() {
+        REBUILD
+    } else {
+        BUILD
+    };
+    let Some(there) = target.ancestors().find(|it| it.exists()) else {
+        return Ok(());
+    };
+    let disk = nix::sys::statvfs::statvfs(there).context("cannot see how full the disk is")?;
+    let free = disk.blocks_available() * disk.fragment_size();
+    if free < needed {
+        say(&format!(
+            "only {} MiB of disk are free where {} is; building may take {} GiB",
+            free >> 20,
+            target.display(),
+            needed >> 30,
+        ));
+    }
+    Ok(())
+}
+
 /// Installs what is missing with Debian's packages, saying so; elsewhere fails, naming what to install.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
+    room()?;
     let missing: Vec<Need> = needs
         .iter()
         .copied()

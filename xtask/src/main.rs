@@ -102,6 +102,11 @@ fn root() -> PathBuf {
     own.parent().map(Path::to_owned).unwrap_or(own)
 }
 
+/// Where cargo builds.
+fn target() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |it| root().join(it))
+}
+
 /// The cargo that started us, in the workspace's root.
 fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
