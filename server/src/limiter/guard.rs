@@ -293,6 +293,8 @@ impl Gate {
                     .0
                     .store(tat.saturating_add(price), Ordering::Release);
             }
+            // What was decided without the store says nothing of what the store would.
+            Outcome::Denied { .. } if decision.degraded => known.denied = None,
             Outcome::Denied { .. } => {
                 known.denied = Denied::new(known.gcra, cost, elapsed, decision);
             }
