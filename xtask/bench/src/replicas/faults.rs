@@ -4,7 +4,7 @@
 //! which try the promise at its edge, some below it and strict, which need Redis for each decision and so feel
 //! its loss in their latency.
 
-use std::time::Duration;
+use std::{mem::replace, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
@@ -35,6 +35,7 @@ const COLUMNS: &[&str] = &[
     "p99 first second, ms",
     "p99 after it, ms",
     "recovered after, ms",
+    "degraded later",
     "5xx",
     "no answer",
 ];
@@ -46,6 +47,8 @@ const MISSED: Duration = Duration::from_millis(1500);
 /// What a loss may take to be noticed by all.
 const DISCOVERY: Duration = Duration::from_secs(1);
 const AFTERWARDS: Duration = Duration::from_secs(6);
+/// So long without a degraded answer, and it is over.
+const WELL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Kind {
@@ -106,8 +109,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     table.notes.push(format!(
         "{REPLICAS} replicas. Excess is as in the table of limits, over the whole run; `open` promises nothing \
          while Redis is away, and `share` adds the share of a replica that alone lost it. Latency is what the \
-         client saw, from sending to the answer's head. Recovered is when the last degraded or 503 answer came, \
-         from when Redis was back. {}",
+         client saw, from sending to the answer's head. Recovered is when the last degraded or 503 answer came \
+         before a second without one, from when Redis was back; those after that second are degraded later. {}",
         lateness(&late),
     ));
     Ok(table)
@@ -298,6 +301,24 @@ fn promised(kind: Kind, plan: &Plan) -> Plan {
     plan
 }
 
+/// When the outage ended for a key, from `back` on, and what was degraded after it had.
+fn recovery<'a>(
+    own: impl Iterator<Item = &'a Attempt>,
+    back: u64,
+) -> (Option<Duration>, Vec<&'a Attempt>) {
+    let degraded = own.filter(|it| (it.degraded || it.status == 503) && it.answered >= back);
+    let mut degraded: Vec<_> = degraded.collect();
+    degraded.sort_unstable_by_key(|it| it.answered);
+    let mut last = back;
+    let during = degraded
+        .iter()
+        .take_while(|it| it.answered - replace(&mut last, it.answered) < nanos(WELL))
+        .count();
+    let later = degraded.split_off(during);
+    let ended = degraded.last().map(|it| it.answered - back);
+    (ended.map(Duration::from_nanos), later)
+}
+
 fn tell(
     options: &Options,
     kind: Kind,
@@ -324,12 +345,16 @@ fn tell(
     let cell = |time: Option<Duration>| time.map_or("-".to_owned(), millis);
     let known = FAULT_AT + DISCOVERY;
     let (discovering, afterwards) = (p99(FAULT_AT, known), p99(known, back.max(known)));
-    let returned = nanos(back);
-    let recovered = own()
-        .filter(|it| it.degraded || it.status == 503)
-        .map(|it| it.answered.saturating_sub(returned))
-        .max();
     let what = format!("{}, {}", kind.name(), plan.name);
+    let (recovered, later) = recovery(own(), nanos(back));
+    for it in &later {
+        table.notes.push(format!(
+            "Degraded later: {what}, {} after {} ms, {} ms after Redis was back.",
+            it.status,
+            millis(it.took()),
+            millis(Duration::from_nanos(it.answered - nanos(back))),
+        ));
+    }
     let promises = plan.on_redis_failure != Some("open");
     if promises && recount.is_over() {
         table.faults.push(context(&what, &recount));
@@ -343,7 +368,7 @@ fn tell(
     for (name, time, aim) in [
         ("p99 of the first second", discovering, 60),
         ("p99 after it", afterwards, 5),
-        ("recovery", recovered.map(Duration::from_nanos), 2000),
+        ("recovery", recovered, 2000),
     ] {
         if let Some(time) = time.filter(|time| *time > Duration::from_millis(aim)) {
             let note = format!(
@@ -363,8 +388,46 @@ fn tell(
         cell(p99(FAULT_AT / 2, FAULT_AT)),
         cell(discovering),
         cell(afterwards),
-        cell(recovered.map(Duration::from_nanos)),
+        cell(recovered),
+        later.len().to_string(),
         recount.failed.to_string(),
         recount.silent.to_string(),
     ]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    fn answered(ms: u64, degraded: bool) -> Attempt {
+        Attempt {
+            key: 0,
+            replica: 0,
+            due: 0,
+            sent: 0,
+            answered: ms * MS,
+            status: 429,
+            retry_after: None,
+            degraded,
+        }
+    }
+
+    #[test]
+    fn an_outage_ends_with_a_second_without_it() {
+        let log = [
+            answered(900, true),
+            answered(1500, true),
+            answered(1700, false),
+            answered(2400, true),
+            answered(3400, true),
+            answered(3500, true),
+        ];
+        let (ended, later) = recovery(log.iter(), 1000 * MS);
+        assert_eq!(ended, Some(Duration::from_millis(1400)));
+        let later: Vec<_> = later.iter().map(|it| it.answered / MS).collect();
+        assert_eq!(later, [3400, 3500]);
+        assert_eq!(recovery(log.iter(), 4000 * MS).0, None);
+    }
 }

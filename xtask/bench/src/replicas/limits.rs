@@ -65,7 +65,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     }
     table.notes.push(format!(
         "Each plan's burst is its limit of a minute, and its buckets are full at first. Excess is the worst of all windows above burst + rate·(T + \
-         {} ms), recounted from when requests were sent and answered; negative is below. Served is the part of \
+         {} ms + 2 µs for the grain of Redis' clock), recounted from when requests were sent and answered; negative is below. Served is the part of \
          what one exact bucket would have admitted of the same requests. Redis calls and CPU are those of a \
          cell's keys together. What a cell admitted is also held against what its replicas say they were granted. {}",
         options.lease_ttl,
