@@ -6,6 +6,7 @@ pub mod cache;
 pub mod clock;
 pub mod config;
 pub mod db;
+pub mod deadline;
 pub mod demo;
 pub mod doctor;
 pub mod jobs;

@@ -18,6 +18,7 @@ mod subscription;
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -34,7 +35,10 @@ use redis::{
 use tokio::{sync::Notify, task::JoinSet};
 
 pub use self::subscription::{Event, Subscription};
-use crate::config::{RedisServers, RedisSettings};
+use crate::{
+    config::{RedisServers, RedisSettings},
+    deadline::{self, Late},
+};
 
 /// Why a call came to nothing. Whether it was carried out is not known but for `Away`.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -266,9 +270,10 @@ impl Redis {
         script: &Script,
         keys: &[&str],
         args: &[impl ToRedisArgs],
+        patience: Option<Duration>,
     ) -> Result<Value, Failure> {
         let key = keys.first().copied().unwrap_or_default();
-        self.link(key)?.eval(script, keys, args).await
+        self.link(key)?.eval(script, keys, args, patience).await
     }
 
     /// [`Link::query`] on the connection for `key`, which is in `cmd` already.
@@ -316,12 +321,14 @@ impl Link {
         self.live.run_id.as_deref()
     }
 
-    /// Runs a script, by its hash or else whole, within the time of one call. The keys are of one hash tag.
+    /// Runs a script, by its hash or else whole, within the time of one call or in `patience`, which is longer. The
+    /// keys are of one hash tag.
     pub async fn eval(
         &self,
         script: &Script,
         keys: &[&str],
         args: &[impl ToRedisArgs],
+        patience: Option<Duration>,
     ) -> Result<Value, Failure> {
         let call = |name: &str, script: &str| {
             let mut cmd = Cmd::with_capacity(3 + keys.len() + args.len(), 256);
@@ -330,8 +337,9 @@ impl Link {
             cmd
         };
         let known = call("EVALSHA", &script.hash);
-        self.within(async |mut connection: Connection| {
-            match connection
+        self.within(
+            patience,
+            async |mut connection: Connection| match connection
                 .req_packed_command(&known)
                 .await
                 .and_then(Value::extract_error)
@@ -341,31 +349,39 @@ impl Link {
                     connection.req_packed_command(&whole).await
                 }
                 answer => answer,
-            }
-        })
+            },
+        )
         .await
     }
 
     /// One command, within the time of one call.
     pub async fn query(&self, cmd: &Cmd) -> Result<Value, Failure> {
-        self.within(async |mut connection: Connection| connection.req_packed_command(cmd).await)
-            .await
+        self.within(None, async |mut connection: Connection| {
+            connection.req_packed_command(cmd).await
+        })
+        .await
     }
 
     async fn within(
         &self,
+        patience: Option<Duration>,
         call: impl AsyncFnOnce(Connection) -> Result<Value, RedisError>,
     ) -> Result<Value, Failure> {
         let counts = &self.shared.counts;
         counts.calls.fetch_add(1, Ordering::Relaxed);
         let limit = self.shared.settings.timeout;
-        match tokio::time::timeout(limit, call(self.live.connection.clone())).await {
-            Err(_) => {
-                counts.late.fetch_add(1, Ordering::Relaxed);
-                // Slow or dead? The keeper finds out.
-                self.shared.slots[self.at].look.notify_one();
-                Err(Failure::Late(limit))
+        let mut call = pin!(call(self.live.connection.clone()));
+        let mut answer = deadline::within(limit, &mut call).await;
+        if answer.is_err() {
+            counts.late.fetch_add(1, Ordering::Relaxed);
+            // Slow or dead? The keeper finds out.
+            self.shared.slots[self.at].look.notify_one();
+            if let Some(more) = patience.and_then(|it| it.checked_sub(limit)) {
+                answer = deadline::within(more, call).await;
             }
+        }
+        match answer {
+            Err(Late) => Err(Failure::Late(patience.map_or(limit, |it| it.max(limit)))),
             Ok(answer) => answer.and_then(Value::extract_error).map_err(|error| {
                 counts.failed.fetch_add(1, Ordering::Relaxed);
                 if is_of_the_connection(&error) {

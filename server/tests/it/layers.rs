@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 /// Every module of the server, from the ground up. `main` and `lib` stand above all.
 const RANKS: &[&[&str]] = &[
-    &["clock", "config", "schema", "secret_text"],
+    &["clock", "config", "deadline", "schema", "secret_text"],
     &["db", "redis", "telemetry"],
     &["cache", "limiter", "repo"],
     &["revocations"],

@@ -1,6 +1,9 @@
 //! The connections to Redis: that they are made, break, come back, and never make a call wait.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use clap::Parser;
 use quota_server::{
@@ -40,7 +43,7 @@ fn connect(url: &str, flags: &[&str]) -> Redis {
 }
 
 async fn add(redis: &Redis, key: &str, n: i64) -> Result<i64, Failure> {
-    let value = redis.eval(&Script::new(ADD), &[key], &[n]).await?;
+    let value = redis.eval(&Script::new(ADD), &[key], &[n], None).await?;
     Ok(i64::from_redis_value(value).expect("a number"))
 }
 
@@ -120,6 +123,28 @@ async fn a_restart_is_another_generation_and_another_process() {
         sleep(Duration::from_millis(20)).await;
     }
     assert!(before.query(&set("k", "1")).await.is_err());
+}
+
+#[tokio::test]
+async fn who_has_patience_hears_the_answer_that_is_late() {
+    let mut server = RedisServer::start().await;
+    let redis = connect_with(&server.url(), &["--redis-timeout=50ms"]);
+    assert!(redis.connected(PATIENCE).await);
+    server.stop();
+    let patient = redis.clone();
+    let patient = tokio::spawn(async move {
+        let script = Script::new(ADD);
+        patient.eval(&script, &["k"], &[1], Some(PATIENCE)).await
+    });
+    let late = || redis.counts().late.load(Ordering::Relaxed);
+    while late() == 0 {
+        assert!(!patient.is_finished());
+        sleep(Duration::from_millis(5)).await;
+    }
+    server.cont();
+    let answer = patient.await.expect("it ends").expect("it is answered");
+    assert_eq!(i64::from_redis_value(answer), Ok(1));
+    assert_eq!(late(), 1);
 }
 
 #[tokio::test]

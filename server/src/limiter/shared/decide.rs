@@ -15,9 +15,11 @@ use super::{
     A_SECOND, Inner, Lease,
     counters::{BucketState, TakeReply},
     flight::{Hand, fly},
+    nanos,
 };
 use crate::{
     clock::UnixNanos,
+    deadline,
     limiter::{
         cell::{CellState, Denial, Lacking, Unasked},
         decision::{Decision, Outcome, PolicyState},
@@ -128,12 +130,12 @@ impl Inner {
         cell: &Arc<KeyCell>,
         policies: &Policies,
         cost: NonZeroU32,
-        (began, deadline): (u64, time::Instant),
+        (began, until): (u64, time::Instant),
     ) -> Asked {
         if self.partition(cell).is_away() {
             return Asked::Away;
         }
-        if time::Instant::now() >= deadline {
+        if time::Instant::now() >= until {
             return Asked::Late;
         }
         let tokens = u64::from(cost.get());
@@ -162,7 +164,7 @@ impl Inner {
             }
         };
         if let Some((landed, failures)) = landed {
-            return match time::timeout_at(deadline, landed).await {
+            return match deadline::by(until, landed).await {
                 // Not again at once what has just failed.
                 Ok(()) if cell.state.lock().lease().failures() != failures => Asked::Away,
                 Ok(()) => Asked::LookAgain,
@@ -171,9 +173,7 @@ impl Inner {
                 Err(_) => Asked::Away,
             };
         }
-        let Some((hand, reply)) = self
-            .ask_once(cell, policies, (tokens, tokens), deadline)
-            .await
+        let Some((hand, reply)) = self.ask_once(cell, policies, (tokens, tokens), until).await
         else {
             return Asked::Away;
         };
@@ -191,7 +191,7 @@ impl Inner {
         cell: &Arc<KeyCell>,
         policies: &Policies,
         (need, want): (u64, u64),
-        deadline: time::Instant,
+        until: time::Instant,
     ) -> Option<(Hand, TakeReply)> {
         let inner = self.me.upgrade()?;
         let back = cell.state.lock().lease().unspent();
@@ -217,7 +217,7 @@ impl Inner {
             };
             let _ = tell.send((hand, reply));
         });
-        time::timeout_at(deadline, told).await.ok()?.ok()
+        deadline::by(until, told).await.ok()?.ok()
     }
 
     /// Spends what was granted to this request, if the quotas still have it.
@@ -331,8 +331,8 @@ impl Inner {
     ) -> Result<Decision, LimiterError> {
         // When the counters are first needed, and until when they are waited for.
         let from_now = || {
-            let deadline = time::Instant::now() + self.settings.deadline;
-            (self.clock.monotonic(), deadline)
+            let until = time::Instant::now() + self.settings.deadline;
+            (self.clock.monotonic(), until)
         };
         let mut times = from_now();
         let _claim = self.cells.claim(cell, cost);
@@ -375,7 +375,9 @@ impl Inner {
                         }
                     }
                     Asked::Late => {
-                        let wait = NonZeroU64::new(policies.gcra().price(cost));
+                        // Nothing says that there are none: soon it may be tried again.
+                        let soon = policies.gcra().price(cost).min(self.deadline());
+                        let wait = NonZeroU64::new(soon);
                         if let Some(decision) = self.denial(cell, policies, cost, wait) {
                             return Ok(decision);
                         }
@@ -390,10 +392,15 @@ impl Inner {
         }
     }
 
+    /// In nanoseconds.
+    fn deadline(&self) -> u64 {
+        nanos(self.settings.deadline).max(1)
+    }
+
     /// Asks how full the bucket is, and takes nothing.
-    async fn refresh(&self, cell: &Arc<KeyCell>, policies: &Policies, deadline: time::Instant) {
+    async fn refresh(&self, cell: &Arc<KeyCell>, policies: &Policies, until: time::Instant) {
         if !self.partition(cell).is_away() {
-            self.ask_once(cell, policies, (0, 0), deadline).await;
+            self.ask_once(cell, policies, (0, 0), until).await;
         }
     }
 }

@@ -19,10 +19,13 @@ use super::{
     lease::Unspent,
     watch::see_to_return,
 };
-use crate::limiter::{policy::Policies, store::KeyCell};
+use crate::{
+    deadline,
+    limiter::{policy::Policies, store::KeyCell},
+};
 
 /// After how long a call is given up. Until then a late answer is still worth having.
-const CALL_DEADLINE: Duration = Duration::from_secs(1);
+pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 
 impl Inner {
     #[expect(
@@ -75,7 +78,7 @@ impl Inner {
         partition.used(self.clock.monotonic());
         self.metrics.counter_calls.inc();
         let mut answer = self.counters.take(call);
-        let (answer, late) = match time::timeout(self.settings.deadline, &mut answer).await {
+        let (answer, late) = match deadline::within(self.settings.deadline, &mut answer).await {
             Ok(answer) => (answer, false),
             Err(_) => {
                 self.failed(call.partition, &"no answer in time");

@@ -1,7 +1,8 @@
 //! The shared counters in Redis.
 //!
 //! Owns the script (`take.lua`, which tells its arguments), the names of its keys, and what a new deployment
-//! begins with. Knows no key's cell. When Redis is away every call fails within its deadline; the store decides what then.
+//! begins with. Knows no key's cell. When Redis is away every call fails at once, when it is silent after
+//! [`CALL_DEADLINE`]; the store decides what is done meanwhile.
 //!
 //! | key | what |
 //! |---|---|
@@ -15,8 +16,11 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::counters::{
-    BucketName, BucketState, CounterError, CounterMicros, SharedCounters, TakeCall, TakeReply,
+use super::{
+    counters::{
+        BucketName, BucketState, CounterError, CounterMicros, SharedCounters, TakeCall, TakeReply,
+    },
+    flight::CALL_DEADLINE,
 };
 use crate::redis::{Failure, Redis, Script};
 
@@ -83,7 +87,7 @@ impl RedisCounters {
         for partition in 0..self.partitions {
             let key = self.epoch(partition);
             self.redis
-                .eval(&first, &[&key], &[] as &[u64])
+                .eval(&first, &[&key], &[] as &[u64], None)
                 .await
                 .map_err(error)?;
         }
@@ -135,6 +139,7 @@ impl SharedCounters for RedisCounters {
                     EPOCH_DELAY,
                     call.lease,
                 ],
+                Some(CALL_DEADLINE),
             )
             .await
             .map_err(error)?;

@@ -25,6 +25,7 @@ use quota_server::{
         CellSettings, Limiter, Place, Policies, RatePolicy, RedisCounters, Roster, SharedSettings,
         SharedStore, Zone,
     },
+    telemetry::metrics::Metrics,
 };
 use quota_testkit::redis::RedisServer;
 use tokio::time::{Instant, sleep};
@@ -227,4 +228,64 @@ async fn a_redis_that_is_frozen_closes_where_that_is_asked_for() {
     let again = Arc::new(Log::default());
     load(&replicas, &again, Duration::from_millis(500)).await;
     assert!(!again.admitted.lock().is_empty(), "and opens again");
+}
+
+/// It was taken from the bucket before the answer came: unheard, it would be lost to everybody.
+#[tokio::test]
+async fn a_token_whose_grant_comes_too_late_goes_back() {
+    let mut server = RedisServer::start().await;
+    let redis = connect(&server, "300ms");
+    assert!(redis.connected(Duration::from_secs(10)).await);
+    let counters = RedisCounters::new(redis);
+    while counters.begin().await.is_err() {}
+    let (clock, metrics) = (SystemClock::new(), Arc::new(Metrics::default()));
+    let clock: Arc<dyn Clock> = Arc::new(clock);
+    let store = SharedStore::new(
+        Arc::clone(&clock),
+        TestLedger::new(),
+        Arc::new(counters),
+        Arc::new(Roster::default()),
+        Arc::clone(&metrics),
+        SharedSettings {
+            lease_ttl: Duration::ZERO,
+            deadline: Duration::from_millis(300),
+            on_failure: OnRedisFailure::Share,
+            cells: CellSettings::default(),
+        },
+    );
+    let limiter = Limiter::new(store as _, clock);
+    let policies = Policies::new(
+        RatePolicy {
+            rpm: NonZeroU32::MIN,
+            burst: NonZeroU32::new(5).unwrap(),
+        },
+        None,
+        None,
+        Zone::utc(),
+        false,
+    );
+    let (tenant, key) = (TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()));
+    let cell = limiter.cell(tenant, key).unwrap();
+    let admit = async || {
+        let one = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+        one.unwrap().is_allowed()
+    };
+    assert!(admit().await);
+    server.stop();
+    assert!(!admit().await, "in time there is no answer");
+    server.cont();
+    let returned = async {
+        while metrics.lease_tokens_returned.get() == 0 {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), returned)
+        .await
+        .expect("the token goes back");
+    for _ in 0..4 {
+        assert!(admit().await);
+    }
+    assert!(!admit().await);
+    assert_eq!(metrics.lease_tokens_taken.get(), 6);
+    assert_eq!(metrics.lease_tokens_returned.get(), 1);
 }

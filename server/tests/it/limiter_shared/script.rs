@@ -86,7 +86,7 @@ impl SharedCounters for ClockedCounters {
         );
         let time = [micros / 1_000_000, micros % 1_000_000];
         self.redis
-            .eval(&script, &["time"], &time)
+            .eval(&script, &["time"], &time, None)
             .await
             .map_err(|failure| Arc::new(failure) as CounterError)?;
         self.counters.take(call).await
