@@ -39,6 +39,7 @@ pub struct Metrics {
     pub lease_tokens_taken: Counter,
     pub lease_tokens_spent: Counter,
     pub lease_tokens_returned: Counter,
+    pub lease_tokens_lost: Counter,
     pub admitted_degraded: Counter,
     pub replicas: Gauge,
     pub guard_refusals: Counter,
@@ -128,6 +129,7 @@ impl Default for Metrics {
             lease_tokens_taken: Counter::default(),
             lease_tokens_spent: Counter::default(),
             lease_tokens_returned: Counter::default(),
+            lease_tokens_lost: Counter::default(),
             admitted_degraded: Counter::default(),
             replicas: Gauge::default(),
             guard_refusals: Counter::default(),
@@ -288,8 +290,13 @@ impl Metrics {
         );
         r.register(
             "lease_tokens_returned",
-            "Of these, tokens given back unspent; what is missing was lost",
+            "Of these, tokens given back unspent",
             self.lease_tokens_returned.clone(),
+        );
+        r.register(
+            "lease_tokens_lost",
+            "Of these, tokens given back unspent to counters that did not take them",
+            self.lease_tokens_lost.clone(),
         );
         r.register(
             "admitted_degraded",

@@ -74,6 +74,23 @@ impl Inner {
     /// Asks the counters, and keeps book of how they answer. An answer that comes too late for the request is
     /// still waited for: what it grants can be spent by the next, or given back.
     pub(super) async fn ask(&self, call: TakeCall) -> Option<TakeReply> {
+        let reply = self.answer(call).await;
+        match reply {
+            Some(TakeReply {
+                state: BucketState::Known { granted, .. },
+                ..
+            }) => {
+                self.metrics.lease_tokens_taken.inc_by(granted);
+                self.metrics.lease_tokens_returned.inc_by(call.back);
+            }
+            _ => {
+                self.metrics.lease_tokens_lost.inc_by(call.back);
+            }
+        }
+        reply
+    }
+
+    async fn answer(&self, call: TakeCall) -> Option<TakeReply> {
         let partition = &self.partitions[usize::from(call.partition)];
         partition.used(self.clock.monotonic());
         self.metrics.counter_calls.inc();
@@ -96,23 +113,17 @@ impl Inner {
                 } else {
                     partition.succeeded(reply.at, now);
                 }
-                match reply.state {
-                    BucketState::Beginning { wait } => {
-                        if partition.is_beginning(now) {
-                            tracing::warn!(
-                                partition = call.partition,
-                                wait_us = wait,
-                                "the shared counters begin anew"
-                            );
-                            let promised = reply.at + wait;
-                            let wait = Duration::from_micros(wait);
-                            self.see_to_return(call.partition, wait, promised);
-                        }
-                    }
-                    BucketState::Known { granted, .. } => {
-                        self.metrics.lease_tokens_taken.inc_by(granted);
-                        self.metrics.lease_tokens_returned.inc_by(call.back);
-                    }
+                if let BucketState::Beginning { wait } = reply.state
+                    && partition.is_beginning(now)
+                {
+                    tracing::warn!(
+                        partition = call.partition,
+                        wait_us = wait,
+                        "the shared counters begin anew"
+                    );
+                    let promised = reply.at + wait;
+                    let wait = Duration::from_micros(wait);
+                    self.see_to_return(call.partition, wait, promised);
                 }
                 Some(reply)
             }

@@ -267,6 +267,8 @@ impl Scene {
 struct Outcome {
     admissions: Vec<Admission>,
     granted: u64,
+    /// What of it was heard of, spent, and taken back or lost, as the store counts.
+    book: (u64, u64, u64),
     asked: u64,
     calls: u64,
     errors: u64,
@@ -410,6 +412,11 @@ async fn run(seed: u64, scene: &Scene) -> Outcome {
     Outcome {
         admissions: std::mem::take(&mut admissions.lock()),
         granted: granted.saturating_sub(returned),
+        book: (
+            metrics.lease_tokens_taken.get(),
+            metrics.lease_tokens_spent.get(),
+            returned + metrics.lease_tokens_lost.get(),
+        ),
         asked: asked.load(Ordering::Relaxed),
         calls: metrics.counter_calls.get(),
         errors: errors.load(Ordering::Relaxed),
@@ -540,6 +547,8 @@ fn check(seed: u64, scene: &Scene, outcome: &Outcome) {
         )
     };
     assert!(over < 1e-3, "{over} tokens above the envelope\n{}", told());
+    let (taken, spent, gone) = outcome.book;
+    assert_eq!(taken, spent + gone, "the book has a hole\n{}", told());
     assert!(
         admitted - degraded <= outcome.granted,
         "spent more than was granted\n{}",
