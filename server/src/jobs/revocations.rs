@@ -15,8 +15,8 @@ use crate::{
 };
 
 /// How long after one poll the next begins: less than the 250 ms within which a change is to be noticed, by what
-/// the poll itself takes. Believed for more than three times as long.
-const POLL: Duration = Duration::from_millis(200);
+/// the poll itself takes, on a busy machine too. Believed for five times as long.
+const POLL: Duration = Duration::from_millis(150);
 
 /// Forgets from the caches what other replicas have changed. It is what makes the caches true for longer than
 /// a second, so a poll that fails is no more than a warning: without it entries are loaded again.

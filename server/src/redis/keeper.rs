@@ -26,7 +26,7 @@ const PROBE: Duration = Duration::from_millis(500);
 /// its connection would only add to its work.
 const PROBE_ANSWER: Duration = Duration::from_millis(500);
 /// How long after a failed try the next one begins: doubled each time, from the first to the second.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(500));
+const PAUSES: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(250));
 /// Calls under way on one connection. More wait, within their own time.
 const CONCURRENT: usize = 1024;
 /// How often a cluster's connection is made anew at most.

@@ -16,7 +16,7 @@ use super::{
 };
 
 /// How often counters that are away are probed.
-pub(super) const PROBE_EVERY: Duration = Duration::from_millis(500);
+pub(super) const PROBE_EVERY: Duration = Duration::from_millis(250);
 /// After how long without an answer counters are asked whether they are there; and how often when a call has failed,
 /// so that all replicas give them up within the same half second.
 const BEAT_EVERY: Duration = Duration::from_millis(250);
