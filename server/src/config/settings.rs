@@ -1,0 +1,377 @@
+//! What can be set, as text, and the example of it.
+
+use clap::{Args, CommandFactory};
+
+/// Everything that can be set. Every field is one variable of the environment and one flag.
+#[derive(Args, Clone, Default)]
+#[command(next_help_heading = "Settings (each can also be an environment variable)")]
+pub struct Settings {
+    /// Where the API listens.
+    #[arg(
+        long,
+        env = "QUOTA_LISTEN",
+        default_value = "127.0.0.1:8080",
+        value_name = "ADDR"
+    )]
+    pub listen: String,
+
+    /// Where the metrics (Prometheus text at /metrics) listen; `off` for nowhere. Keep it away from the public.
+    #[arg(
+        long,
+        env = "QUOTA_METRICS_LISTEN",
+        default_value = "127.0.0.1:9090",
+        value_name = "ADDR"
+    )]
+    pub metrics_listen: String,
+
+    /// The address by which clients know the server. Problems lead to pages below it. Default: http:// and
+    /// QUOTA_LISTEN.
+    #[arg(long, env = "QUOTA_PUBLIC_URL", default_value = "", value_name = "URL")]
+    pub public_url: String,
+
+    /// Where the embedded database and its log are kept.
+    #[arg(
+        long,
+        env = "QUOTA_DATA_DIR",
+        default_value = "./.quota",
+        value_name = "DIR"
+    )]
+    pub data_dir: String,
+
+    /// The PostgreSQL to work on, as postgres://user:password@host/database. Unset: a private PostgreSQL is
+    /// started from the programs installed on the machine, in QUOTA_DATA_DIR.
+    #[arg(
+        long,
+        env = "DATABASE_URL",
+        default_value = "",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    pub database_url: String,
+
+    /// How many connections to PostgreSQL one replica holds at most: 2 to 1000.
+    #[arg(
+        long,
+        env = "QUOTA_DATABASE_POOL",
+        default_value = "16",
+        value_name = "N"
+    )]
+    pub database_pool: String,
+
+    /// How long a request waits for one of these when all are busy, before it is answered 503: 10ms to 10s.
+    #[arg(
+        long,
+        env = "QUOTA_DATABASE_WAIT",
+        default_value = "500ms",
+        value_name = "DURATION"
+    )]
+    pub database_wait: String,
+
+    /// How long it may take to connect to PostgreSQL: 100ms to 30s.
+    #[arg(
+        long,
+        env = "QUOTA_DATABASE_CONNECT_TIMEOUT",
+        default_value = "2s",
+        value_name = "DURATION"
+    )]
+    pub database_connect_timeout: String,
+
+    /// How long PostgreSQL works on one statement before it gives up (statement_timeout): 100ms to 60s.
+    #[arg(
+        long,
+        env = "QUOTA_DATABASE_STATEMENT_TIMEOUT",
+        default_value = "2s",
+        value_name = "DURATION"
+    )]
+    pub database_statement_timeout: String,
+
+    /// How long a statement waits for another's lock (lock_timeout): 100ms to 60s.
+    #[arg(
+        long,
+        env = "QUOTA_DATABASE_LOCK_TIMEOUT",
+        default_value = "1s",
+        value_name = "DURATION"
+    )]
+    pub database_lock_timeout: String,
+
+    /// The Redis that replicas share their counters by: redis://user:password@host:port/db; by Sentinel
+    /// redis+sentinel://user:password@host:port,host:port/group/db; of a cluster redis://host:port,host:port.
+    /// rediss is TLS; valkey means the same as redis. Unset: counters are in this process, for one replica.
+    #[arg(
+        long,
+        env = "REDIS_URL",
+        default_value = "",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    pub redis_url: String,
+
+    /// What every key and channel in Redis begins with: 1 to 64 letters, digits, `_`, `-`, `.` or `:`. The same on
+    /// every replica; another one for another Quota on the same Redis.
+    #[arg(
+        long,
+        env = "QUOTA_REDIS_PREFIX",
+        default_value = "quota",
+        value_name = "TEXT"
+    )]
+    pub redis_prefix: String,
+
+    /// How many connections to Redis one replica holds for decisions: 1 to 64. Each carries many calls at once.
+    #[arg(
+        long,
+        env = "QUOTA_REDIS_CONNECTIONS",
+        default_value = "2",
+        value_name = "N"
+    )]
+    pub redis_connections: String,
+
+    /// How long a decision waits for Redis before QUOTA_ON_REDIS_FAILURE applies: 1ms to 5s.
+    #[arg(
+        long,
+        env = "QUOTA_REDIS_TIMEOUT",
+        default_value = "30ms",
+        value_name = "DURATION"
+    )]
+    pub redis_timeout: String,
+
+    /// How long it may take to connect to Redis: 10ms to 10s.
+    #[arg(
+        long,
+        env = "QUOTA_REDIS_CONNECT_TIMEOUT",
+        default_value = "250ms",
+        value_name = "DURATION"
+    )]
+    pub redis_connect_timeout: String,
+
+    /// For how long a replica spends by itself what it has taken from Redis: 0ms to 1s. 0ms: every request is
+    /// decided in Redis, as those of strict plans always are.
+    #[arg(
+        long,
+        env = "QUOTA_LEASE_TTL",
+        default_value = "100ms",
+        value_name = "DURATION"
+    )]
+    pub lease_ttl: String,
+
+    /// What happens to requests while Redis is away, where their plan does not say otherwise: share (each replica
+    /// admits its share of the limit), open (all are admitted) or closed (all are answered 503).
+    #[arg(
+        long,
+        env = "QUOTA_ON_REDIS_FAILURE",
+        default_value = "share",
+        value_name = "MODE"
+    )]
+    pub on_redis_failure: String,
+
+    /// How many replicas the operator runs: 1 to 1000. `quota doctor` checks that their connections fit PostgreSQL's
+    /// limit.
+    #[arg(long, env = "QUOTA_REPLICAS", default_value = "1", value_name = "N")]
+    pub replicas: String,
+
+    /// Apply pending migrations at the start: true or false. One replica applies them, the others wait.
+    #[arg(
+        long,
+        env = "QUOTA_MIGRATE",
+        default_value = "true",
+        value_name = "BOOL"
+    )]
+    pub migrate: String,
+
+    /// What access tokens are signed with, at least 32 characters of chance, the same on every replica. Unset:
+    /// made once and kept in the database.
+    #[arg(
+        long,
+        env = "QUOTA_SECRET",
+        default_value = "",
+        value_name = "SECRET",
+        hide_env_values = true
+    )]
+    pub secret: String,
+
+    /// The QUOTA_SECRET from before the last change; access tokens signed with it are still believed.
+    #[arg(
+        long,
+        env = "QUOTA_SECRET_PREVIOUS",
+        default_value = "",
+        value_name = "SECRET",
+        hide_env_values = true
+    )]
+    pub secret_previous: String,
+
+    /// Origins of web pages that may call the API, separated by commas, such as https://app.example.com; `*`
+    /// for all. They may read the rate-limit fields; cookies are never sent along.
+    #[arg(
+        long,
+        env = "ALLOWED_ORIGINS",
+        default_value = "",
+        value_name = "ORIGINS"
+    )]
+    pub allowed_origins: String,
+
+    /// Networks of the proxies whose X-Forwarded-For is believed, separated by commas, such as 10.0.0.0/8.
+    #[arg(
+        long,
+        env = "QUOTA_TRUSTED_PROXIES",
+        default_value = "",
+        value_name = "CIDRS"
+    )]
+    pub trusted_proxies: String,
+
+    /// Requests a minute from one client address to /auth; 0 for no limit.
+    #[arg(long, env = "QUOTA_AUTH_RPM", default_value = "60", value_name = "N")]
+    pub auth_rpm: String,
+
+    /// Requests a minute from one client address to /admin; 0 for no limit.
+    #[arg(long, env = "QUOTA_ADMIN_RPM", default_value = "300", value_name = "N")]
+    pub admin_rpm: String,
+
+    /// Tries to sign in a minute to one account, from wherever; 0 for no limit.
+    #[arg(long, env = "QUOTA_LOGIN_RPM", default_value = "10", value_name = "N")]
+    pub login_rpm: String,
+
+    /// The largest body of a request, in bytes: 1024 to 16777216.
+    #[arg(
+        long,
+        env = "QUOTA_BODY_LIMIT",
+        default_value = "65536",
+        value_name = "BYTES"
+    )]
+    pub body_limit: String,
+
+    /// How long a request's header fields may take to arrive, and then its body, such as 5s.
+    #[arg(
+        long,
+        env = "QUOTA_HEADER_TIMEOUT",
+        default_value = "5s",
+        value_name = "DURATION"
+    )]
+    pub header_timeout: String,
+
+    /// How long a request may take from its last header field to its answer, such as 10s.
+    #[arg(
+        long,
+        env = "QUOTA_REQUEST_TIMEOUT",
+        default_value = "10s",
+        value_name = "DURATION"
+    )]
+    pub request_timeout: String,
+
+    /// How long a stopping server waits for requests in flight, such as 20s; at most 25s.
+    #[arg(
+        long,
+        env = "QUOTA_DRAIN_TIMEOUT",
+        default_value = "20s",
+        value_name = "DURATION"
+    )]
+    pub drain_timeout: String,
+
+    /// How long a stopping server still takes requests after it says that it is not ready, so that a load
+    /// balancer learns of it, such as 5s.
+    #[arg(
+        long,
+        env = "QUOTA_DRAIN_DELAY",
+        default_value = "0s",
+        value_name = "DURATION"
+    )]
+    pub drain_delay: String,
+
+    /// For how long a key is still served that cannot be confirmed because PostgreSQL is away, such as 60s.
+    #[arg(
+        long,
+        env = "QUOTA_STALE_GRACE",
+        default_value = "60s",
+        value_name = "DURATION"
+    )]
+    pub stale_grace: String,
+
+    /// How many API keys are remembered: 1000 to 10000000. One takes about 1 kB.
+    #[arg(
+        long,
+        env = "QUOTA_KEY_CACHE",
+        default_value = "100000",
+        value_name = "N"
+    )]
+    pub key_cache: String,
+
+    /// How long a sign-in lasts without use, in days: 1 to 365.
+    #[arg(
+        long,
+        env = "QUOTA_SESSION_DAYS",
+        default_value = "14",
+        value_name = "DAYS"
+    )]
+    pub session_days: String,
+
+    /// How logs are written: json or text.
+    #[arg(
+        long,
+        env = "QUOTA_LOG_FORMAT",
+        default_value = "json",
+        value_name = "FORMAT"
+    )]
+    pub log_format: String,
+
+    /// What is logged, as directives of the tracing crate, such as info,quota_server=debug.
+    #[arg(
+        long,
+        env = "RUST_LOG",
+        default_value = "info",
+        value_name = "DIRECTIVES"
+    )]
+    pub log: String,
+}
+
+/// `.env.example`: every variable, with its default and meaning.
+pub fn env_example() -> String {
+    #[derive(clap::Parser)]
+    struct Only {
+        #[command(flatten)]
+        _settings: Settings,
+    }
+
+    let mut text = String::from(
+        "# Every setting of Quota, with its default. Written by `quota env-example`; the server reads the\n\
+         # environment, not this file. Each variable is also a flag: QUOTA_LISTEN is --listen.\n",
+    );
+    for arg in Only::command().get_arguments() {
+        let Some(variable) = arg.get_env().and_then(|name| name.to_str()) else {
+            continue;
+        };
+        let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+        text.push('\n');
+        for line in wrap(&help, 98) {
+            text.push_str("# ");
+            text.push_str(&line);
+            text.push('\n');
+        }
+        let default = arg
+            .get_default_values()
+            .first()
+            .and_then(|value| value.to_str())
+            .unwrap_or_default();
+        if default.is_empty() {
+            text.push('#');
+        }
+        text.push_str(variable);
+        text.push('=');
+        text.push_str(default);
+        text.push('\n');
+    }
+    text
+}
+
+fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let line = lines.last_mut().expect("there is always a line");
+        if line.is_empty() {
+            line.push_str(word);
+        } else if line.len() + 1 + word.len() <= width {
+            line.push(' ');
+            line.push_str(word);
+        } else {
+            lines.push(word.to_owned());
+        }
+    }
+    lines
+}

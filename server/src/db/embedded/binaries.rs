@@ -1,0 +1,171 @@
+//! The PostgreSQL programs on this machine, and the making of a cluster with them.
+
+use std::{
+    cmp::Reverse,
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use tokio::process::{Child, Command};
+
+use super::{
+    EmbeddedError, NAME,
+    place::{Place, make_dir},
+};
+
+/// Programs of one PostgreSQL version.
+#[derive(Debug, Clone)]
+pub(super) struct Binaries {
+    pub(super) dir: PathBuf,
+    /// As in a cluster's `PG_VERSION`: `15`.
+    pub(super) version: String,
+}
+
+/// Every PostgreSQL server on this machine, the preferred one first.
+pub(super) async fn installed_binaries() -> Vec<Binaries> {
+    let mut places = Vec::new();
+    // What `pg_config` and the path name is what the machine's owner prefers; `pg_config` alone comes
+    // with the client library, too, so it may point at a directory without a server.
+    for question in [
+        "pg_config --bindir",
+        "dirname \"$(readlink -f \"$(command -v postgres)\")\"",
+    ] {
+        if let Some(answer) = output(Command::new("/bin/sh").args(["-c", question])).await {
+            places.push(PathBuf::from(answer));
+        }
+    }
+    let mut packaged: Vec<(u32, PathBuf)> = Vec::new();
+    for (parent, prefix) in [("/usr/lib/postgresql", ""), ("/usr", "pgsql-")] {
+        for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let version = name
+                .to_str()
+                .and_then(|name| name.strip_prefix(prefix)?.parse().ok());
+            if let Some(version) = version {
+                packaged.push((version, entry.path().join("bin")));
+            }
+        }
+    }
+    packaged.sort_by_key(|(version, _)| Reverse(*version));
+    places.extend(packaged.into_iter().map(|(_, dir)| dir));
+
+    let mut found: Vec<Binaries> = Vec::new();
+    for dir in places {
+        let known = found.iter().any(|binaries| binaries.dir == dir);
+        if known || !dir.is_absolute() || !dir.join("initdb").is_file() {
+            continue;
+        }
+        // postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)
+        let Some(text) = output(Command::new(dir.join("postgres")).arg("--version")).await else {
+            continue;
+        };
+        let number = text.split_whitespace().nth(2).unwrap_or_default();
+        let version: String = number.chars().take_while(char::is_ascii_digit).collect();
+        if !version.is_empty() {
+            found.push(Binaries { dir, version });
+        }
+    }
+    found
+}
+
+/// What a command prints, trimmed, or `None` when it fails or prints nothing.
+async fn output(command: &mut Command) -> Option<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .await
+        .ok()?;
+    let text = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (output.status.success() && !text.is_empty()).then_some(text)
+}
+
+pub(super) fn matching(
+    installed: &[Binaries],
+    version: &str,
+    cluster: &Path,
+) -> Result<PathBuf, EmbeddedError> {
+    if installed.is_empty() {
+        return Err(EmbeddedError::NotInstalled);
+    }
+    installed
+        .iter()
+        .find(|binaries| binaries.version == version)
+        .map(|binaries| binaries.dir.clone())
+        .ok_or_else(|| EmbeddedError::WrongVersion {
+            cluster: cluster.to_owned(),
+            wanted: version.to_owned(),
+            found: installed
+                .iter()
+                .map(|binaries| binaries.version.clone())
+                .collect(),
+        })
+}
+
+/// Makes the cluster beside its place and moves it there when it is whole, so that a crash in between
+/// leaves a leftover and no broken cluster.
+pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedError> {
+    const LEFTOVER: &str = "postgres.new-";
+    let home = place.cluster.parent().unwrap_or(Path::new("/"));
+    for entry in fs::read_dir(home).into_iter().flatten().flatten() {
+        if entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(LEFTOVER.as_bytes())
+        {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    let new = home.join(format!("{LEFTOVER}{}", std::process::id()));
+    make_dir(&new, 0o700)?;
+    place.give(&new)?;
+    tracing::info!(cluster = %place.cluster.display(), "making the database, once");
+    let program = bin.join("initdb");
+    let child = place
+        .guarded(&program)
+        .arg("-D")
+        .arg(&new)
+        .args([
+            &format!("--username={NAME}"),
+            // The socket's directory is what guards the way in.
+            "--auth-local=trust",
+            "--auth-host=reject",
+            "--encoding=UTF8",
+            // The order of bytes never changes; a locale's does, with the C library, under indexes.
+            "--no-locale",
+            "--data-checksums",
+        ])
+        .current_dir(&new)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|source| EmbeddedError::Run {
+            program: program.clone(),
+            source,
+        })?;
+    let output = wait_with_output(child)
+        .await
+        .map_err(|source| EmbeddedError::Run { program, source })?;
+    if !output.status.success() {
+        let _ = fs::remove_dir_all(&new);
+        return Err(EmbeddedError::Initdb {
+            status: output.status,
+            output: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        });
+    }
+    fs::rename(&new, &place.cluster).map_err(EmbeddedError::file("cannot make", &place.cluster))?;
+    // The rename has to outlive a loss of power as the files themselves do.
+    File::open(home)
+        .and_then(|dir| dir.sync_all())
+        .map_err(EmbeddedError::file("cannot write", home))
+}
+
+/// [`Child::wait_with_output`] closes standard input first, at which the guard would end its child.
+async fn wait_with_output(mut child: Child) -> io::Result<std::process::Output> {
+    let pipe = child.stdin.take();
+    let output = child.wait_with_output().await;
+    drop(pipe);
+    output
+}

@@ -1,0 +1,297 @@
+//! The server process: started under the guard, watched, started again, ended.
+
+use std::{
+    ffi::OsStr,
+    fs::{self, File, OpenOptions},
+    io::{Read as _, Seek as _, SeekFrom},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tokio::{
+    process::{Child, ChildStdin},
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{EmbeddedError, connect, place::Place, url};
+
+/// Recovery after a crash replays at most about a `max_wal_size` of log.
+pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
+/// A fast shutdown ends sessions and writes a checkpoint.
+const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
+const HARD_STOP_LIMIT: Duration = Duration::from_secs(5);
+
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// After this long alive, a death is news and not part of a series.
+const SETTLED: Duration = Duration::from_mins(1);
+
+/// The log is put aside at a start when it is longer than this.
+const LOG_LIMIT: u64 = 10 * 1024 * 1024;
+
+/// The guard and the end of its pipe. They are kept apart because waiting for a [`Child`] closes its
+/// standard input, which would end it.
+#[derive(Debug)]
+pub(super) struct Guarded {
+    pub(super) child: Child,
+    pub(super) pipe: Option<ChildStdin>,
+    /// Where in the log its own words begin.
+    pub(super) log_begin: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Cluster {
+    pub(super) program: PathBuf,
+    pub(super) arguments: Vec<String>,
+    pub(super) place: Place,
+    pub(super) socket_dir: PathBuf,
+    pub(super) log: PathBuf,
+    /// Held until PostgreSQL has ended, so that the next server does not meet it half gone.
+    pub(super) _lock: File,
+}
+
+impl Cluster {
+    /// Runs PostgreSQL, which then takes a while to be [`ready`](Self::ready).
+    pub(super) async fn launch(&self) -> Result<Guarded, EmbeddedError> {
+        self.clear_the_way().await?;
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&self.log)
+            .map_err(EmbeddedError::file("cannot open", &self.log))?;
+        let log_begin = log
+            .metadata()
+            .map_err(EmbeddedError::file("cannot look at", &self.log))?
+            .len();
+        let stdout = log
+            .try_clone()
+            .map_err(EmbeddedError::file("cannot open", &self.log))?;
+        let mut child = self
+            .place
+            .guarded(&self.program)
+            .args(&self.arguments)
+            .current_dir(&self.place.cluster)
+            .stdout(stdout)
+            .stderr(log)
+            .spawn()
+            .map_err(|source| EmbeddedError::Run {
+                program: self.program.clone(),
+                source,
+            })?;
+        Ok(Guarded {
+            pipe: child.stdin.take(),
+            child,
+            log_begin,
+        })
+    }
+
+    /// Waits until PostgreSQL takes connections.
+    pub(super) async fn ready(&self, postgres: &mut Guarded) -> Result<(), EmbeddedError> {
+        let url = url(&self.socket_dir, "postgres");
+        let deadline = Instant::now() + START_LIMIT;
+        loop {
+            let Err(refused) = connect(&url).await else {
+                return Ok(());
+            };
+            if let Ok(Some(status)) = postgres.child.try_wait() {
+                return Err(EmbeddedError::Ended {
+                    status,
+                    tail: tail(&self.log, postgres.log_begin),
+                    log: self.log.clone(),
+                });
+            }
+            if Instant::now() > deadline {
+                return Err(EmbeddedError::Slow {
+                    log: self.log.clone(),
+                    source: refused,
+                });
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Ends what an earlier server left running on this cluster, and waits for it.
+    ///
+    /// We hold the data directory's lock, so whoever runs here is an orphan. It is known by its working
+    /// directory, which PostgreSQL's processes set to their cluster; a process id in a file may by now be
+    /// anyone's. Where there is no `/proc`, PostgreSQL's own check of its pid file stands alone.
+    pub(super) async fn clear_the_way(&self) -> Result<(), EmbeddedError> {
+        let cluster = fs::canonicalize(&self.place.cluster)
+            .map_err(EmbeddedError::file("cannot look at", &self.place.cluster))?;
+        let pid_file = cluster.join("postmaster.pid");
+        if !running_in(&cluster).is_empty() {
+            tracing::info!(cluster = %cluster.display(), "ending what is left of an earlier PostgreSQL");
+        }
+        if !end_running(&cluster, Signal::SIGINT, FAST_STOP_LIMIT).await {
+            end_running(&cluster, Signal::SIGQUIT, HARD_STOP_LIMIT).await;
+        }
+        if let Some(&pid) = running_in(&cluster).first() {
+            return Err(EmbeddedError::Orphan { pid, cluster });
+        }
+        // PostgreSQL refuses to start when the number in its pid file is some live process of its user's.
+        // No process of this cluster is alive, so the file says nothing.
+        if Path::new("/proc/self/cwd").exists() && pid_file.exists() {
+            fs::remove_file(&pid_file).map_err(EmbeddedError::file("cannot remove", &pid_file))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps PostgreSQL running until told to stop, or until the other end of `stopped` is gone.
+    pub(super) async fn keep(self, mut postgres: Guarded, mut stopped: watch::Receiver<bool>) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let since = Instant::now();
+            let status = tokio::select! {
+                status = postgres.child.wait() => status,
+                _ = stopped.changed() => {
+                    self.stop(postgres).await;
+                    return;
+                }
+            };
+            if since.elapsed() > SETTLED {
+                pause = FIRST_PAUSE;
+            }
+            let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+            tracing::error!(
+                status,
+                log = %self.log.display(),
+                "the embedded PostgreSQL ended by itself; starting it again"
+            );
+            postgres = loop {
+                let paused = async {
+                    sleep(pause).await;
+                    self.launch().await
+                };
+                let launched = tokio::select! {
+                    launched = paused => launched,
+                    _ = stopped.changed() => return,
+                };
+                pause = (pause * 2).min(LONGEST_PAUSE);
+                let error = match launched {
+                    Ok(mut postgres) => {
+                        let ready = tokio::select! {
+                            ready = self.ready(&mut postgres) => ready,
+                            _ = stopped.changed() => {
+                                self.stop(postgres).await;
+                                return;
+                            }
+                        };
+                        match ready {
+                            Ok(()) => break postgres,
+                            Err(error) => {
+                                self.stop(postgres).await;
+                                error
+                            }
+                        }
+                    }
+                    Err(error) => error,
+                };
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the embedded PostgreSQL does not start; trying again"
+                );
+            };
+            tracing::info!("the embedded PostgreSQL runs again");
+        }
+    }
+
+    /// Fast shutdown, and an immediate one where that takes too long.
+    pub(super) async fn stop(
+        &self,
+        Guarded {
+            mut child, pipe, ..
+        }: Guarded,
+    ) {
+        drop(pipe);
+        if timeout(FAST_STOP_LIMIT, child.wait()).await.is_ok() {
+            return;
+        }
+        tracing::warn!("the embedded PostgreSQL takes long to stop; ending it at once");
+        if let Ok(cluster) = fs::canonicalize(&self.place.cluster) {
+            end_running(&cluster, Signal::SIGQUIT, HARD_STOP_LIMIT).await;
+        }
+        if timeout(HARD_STOP_LIMIT, child.wait()).await.is_err() {
+            tracing::error!("the embedded PostgreSQL did not stop");
+        }
+    }
+}
+
+/// Puts a long log aside, in place of the one put aside before.
+pub(super) fn put_aside(log: &Path) -> Result<(), EmbeddedError> {
+    if fs::metadata(log).is_ok_and(|metadata| metadata.len() > LOG_LIMIT) {
+        fs::rename(log, log.with_extension("log.1"))
+            .map_err(EmbeddedError::file("cannot rename", log))?;
+    }
+    Ok(())
+}
+
+/// The last lines of the log from `begin` on.
+fn tail(log: &Path, begin: u64) -> String {
+    const LINES: usize = 10;
+    let mut text = Vec::new();
+    let read = File::open(log).and_then(|mut file| {
+        file.seek(SeekFrom::Start(begin))?;
+        file.take(1024 * 1024).read_to_end(&mut text)
+    });
+    if let Err(error) = read {
+        return format!("(unreadable: {error})");
+    }
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(LINES)..].join("\n")
+}
+
+/// The processes whose working directory is `dir`, except ended ones that wait to be reaped. None where
+/// there is no `/proc`.
+fn running_in(dir: &Path) -> Vec<i32> {
+    let own = std::process::id().cast_signed();
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+            let cwd = fs::read_link(entry.path().join("cwd")).ok()?;
+            (pid != own && cwd == dir && is_postgres(&entry.path())).then_some(pid)
+        })
+        .collect()
+}
+
+/// Signals the postmaster of the cluster and waits until all its processes are gone; `false` when they
+/// are not. Sessions of a postmaster that died notice by themselves.
+async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    let mut signalled = None;
+    loop {
+        let running = running_in(cluster);
+        if running.is_empty() {
+            return true;
+        }
+        // A starting one has yet to write its file.
+        let postmaster = fs::read_to_string(cluster.join("postmaster.pid"))
+            .ok()
+            .and_then(|text| text.lines().next()?.trim().parse::<i32>().ok())
+            .filter(|pid| running.contains(pid));
+        if let Some(pid) = postmaster.filter(|_| postmaster != signalled) {
+            let _ = kill(Pid::from_raw(pid), signal);
+            signalled = postmaster;
+        }
+        if Instant::now() > deadline {
+            return false;
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// An operator's shell may stand in the directory, too.
+fn is_postgres(process: &Path) -> bool {
+    fs::read_link(process.join("exe"))
+        .is_ok_and(|exe| exe.file_name() == Some(OsStr::new("postgres")))
+}

@@ -1,0 +1,293 @@
+//! Where a cluster's files are, and as whom PostgreSQL runs on them.
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File, OpenOptions, TryLockError},
+    io,
+    os::unix::fs::{
+        DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+    },
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use aws_lc_rs::digest;
+use nix::unistd::{Gid, Uid, User, chown, geteuid};
+use tokio::process::Command;
+
+use super::{EmbeddedError, PORT};
+
+/// The longest path of a socket that every supported system takes (Linux: 107 bytes, macOS and BSD: 103).
+const SOCKET_PATH_LIMIT: usize = 103;
+
+/// Where a cluster lives that root may not keep in its data directory.
+const FALLBACK_HOME: &str = "/var/lib/quota";
+
+/// Runs "$@", ends it (fast shutdown) when standard input ends, and exits as it did. Background jobs of
+/// a shell have no standard input, hence descriptor 3, and ignore SIGINT until they set it themselves,
+/// hence more than one.
+const GUARD: &str = r#"
+exec 3<&0 </dev/null
+"$@" 3<&- &
+child=$!
+{ cd /; read -r _ <&3; while kill -INT "$child"; do sleep 1; done; } 2>/dev/null >/dev/null &
+reader=$!
+exec 3<&-
+wait "$child"
+code=$?
+{ kill "$reader"; wait "$reader"; } 2>/dev/null
+exit "$code"
+"#;
+
+/// The files of a cluster and the user that they belong to.
+#[derive(Debug)]
+pub(super) struct Place {
+    /// PostgreSQL's data directory.
+    pub(super) cluster: PathBuf,
+    pub(super) user: RunAs,
+}
+
+/// `None`: as whoever we are, because that is not root.
+pub(super) type RunAs = Option<User>;
+
+impl Place {
+    pub(super) async fn choose(data_dir: &Path) -> Result<Self, EmbeddedError> {
+        let here = data_dir.join("postgres");
+        if let Some(place) = Self::existing(&here)? {
+            place.check_reach(&place.cluster).await?;
+            return Ok(place);
+        }
+        if !geteuid().is_root() {
+            return Ok(Self {
+                cluster: here,
+                user: None,
+            });
+        }
+        let fallback_home = Path::new(FALLBACK_HOME).join(short_name(data_dir));
+        let fallback = fallback_home.join("postgres");
+        if let Some(place) = Self::existing(&fallback)? {
+            tracing::info!(cluster = %fallback.display(), "the database is kept outside the data directory");
+            return Ok(place);
+        }
+        let user = unprivileged_user()?;
+        let place = Self {
+            cluster: here,
+            user: Some(user),
+        };
+        if place.check_reach(data_dir).await.is_ok() {
+            return Ok(place);
+        }
+        // /root is 0700 on most machines; a checkout below it must work all the same.
+        make_dir(Path::new(FALLBACK_HOME), 0o755)?;
+        make_dir(&fallback_home, 0o711)?;
+        tracing::warn!(
+            data_dir = %data_dir.display(),
+            user = place.user_name(),
+            cluster = %fallback.display(),
+            "PostgreSQL's user may not enter the data directory: the database is kept outside it"
+        );
+        let place = Self {
+            cluster: fallback,
+            ..place
+        };
+        place.check_reach(&fallback_home).await?;
+        Ok(place)
+    }
+
+    /// The cluster at `path` with its owner, or `None` when nothing is there.
+    pub(super) fn existing(path: &Path) -> Result<Option<Self>, EmbeddedError> {
+        let metadata = match fs::metadata(path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(EmbeddedError::file("cannot look at", path)(error)),
+        };
+        let owner = Uid::from_raw(metadata.uid());
+        let me = geteuid();
+        let named = User::from_uid(owner).ok().flatten();
+        let user = if owner == me && !me.is_root() {
+            None
+        } else if me.is_root() && !owner.is_root() {
+            Some(named.unwrap_or_else(|| nameless(owner, Gid::from_raw(metadata.gid()))))
+        } else {
+            return Err(EmbeddedError::ForeignOwner {
+                cluster: path.to_owned(),
+                owner: named.map_or_else(|| owner.to_string(), |user| user.name),
+            });
+        };
+        Ok(Some(Self {
+            cluster: path.to_owned(),
+            user,
+        }))
+    }
+
+    pub(super) fn version(&self) -> Result<Option<String>, EmbeddedError> {
+        let path = self.cluster.join("PG_VERSION");
+        match fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text.trim().to_owned())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !self.cluster.exists() => {
+                Ok(None)
+            }
+            Err(error) => Err(EmbeddedError::file("cannot read", &path)(error)),
+        }
+    }
+
+    pub(super) fn user_name(&self) -> &str {
+        self.user.as_ref().map_or("", |user| user.name.as_str())
+    }
+
+    /// Lets the system say whether the database's user gets into `dir`, as mode bits alone do not tell.
+    pub(super) async fn check_reach(&self, dir: &Path) -> Result<(), EmbeddedError> {
+        let Some(user) = &self.user else {
+            return Ok(());
+        };
+        let sh = Path::new("/bin/sh");
+        let status = Command::new(sh)
+            .args(["-c", "cd \"$1\"", "sh"])
+            .arg(dir)
+            .current_dir("/")
+            .uid(user.uid.as_raw())
+            .gid(user.gid.as_raw())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .await
+            .map_err(|source| EmbeddedError::Run {
+                program: sh.to_owned(),
+                source,
+            })?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(EmbeddedError::Unreachable {
+            path: dir.to_owned(),
+            user: user.name.clone(),
+        })
+    }
+
+    /// Gives `path` to the database's user.
+    pub(super) fn give(&self, path: &Path) -> Result<(), EmbeddedError> {
+        let Some(user) = &self.user else {
+            return Ok(());
+        };
+        chown(path, Some(user.uid), Some(user.gid))
+            .map_err(|errno| EmbeddedError::file("cannot change the owner of", path)(errno.into()))
+    }
+
+    /// A command that runs under the guard, as the database's user.
+    pub(super) fn guarded(&self, program: &Path) -> Command {
+        let mut command = Command::new("/bin/sh");
+        command
+            .args(["-c", GUARD, "quota-postgres-guard"])
+            .arg(program)
+            // Secrets in our environment are none of its business, nor are our PG* variables meant for it.
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .env("LC_ALL", "C")
+            // The terminal's Ctrl-C is for us: we finish what is in flight, and only then end PostgreSQL.
+            .process_group(0)
+            .stdin(Stdio::piped());
+        if let Some(user) = &self.user {
+            command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
+        }
+        command
+    }
+}
+
+/// Makes the data directory and gives its real path.
+pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
+    // Root's PostgreSQL runs as another user, which has to pass through to its own directory.
+    let mode = if geteuid().is_root() { 0o711 } else { 0o700 };
+    make_dir(data_dir, mode)?;
+    fs::canonicalize(data_dir).map_err(EmbeddedError::file("cannot look at", data_dir))
+}
+
+pub(super) fn make_dir(path: &Path, mode: u32) -> Result<(), EmbeddedError> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .map_err(EmbeddedError::file("cannot make the directory", path))
+}
+
+pub(super) fn lock(data_dir: &Path) -> Result<File, EmbeddedError> {
+    let path = data_dir.join("lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(EmbeddedError::file("cannot open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(EmbeddedError::InUse(data_dir.to_owned())),
+        Err(TryLockError::Error(error)) => Err(EmbeddedError::file("cannot lock", &path)(error)),
+    }
+}
+
+fn unprivileged_user() -> Result<User, EmbeddedError> {
+    ["postgres", "nobody"]
+        .into_iter()
+        .find_map(|name| User::from_name(name).ok().flatten())
+        .ok_or(EmbeddedError::NoUser)
+}
+
+/// A user that owns files but is in no list of users, as happens with volumes of containers.
+fn nameless(uid: Uid, gid: Gid) -> User {
+    User {
+        name: uid.to_string(),
+        passwd: c"".to_owned(),
+        uid,
+        gid,
+        gecos: c"".to_owned(),
+        dir: PathBuf::from("/"),
+        shell: PathBuf::from("/bin/sh"),
+    }
+}
+
+/// A short name for a path that no other path has.
+fn short_name(path: &Path) -> String {
+    let hash = digest::digest(&digest::SHA256, path.as_os_str().as_encoded_bytes());
+    hash.as_ref()[..8]
+        .iter()
+        .fold(String::new(), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+}
+
+/// The directory of the socket: the cluster's own, or a short one where its path is too long for a socket.
+pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
+    let length = place.cluster.as_os_str().len() + "/.s.PGSQL.".len() + PORT.len();
+    if length <= SOCKET_PATH_LIMIT {
+        return Ok(place.cluster.clone());
+    }
+    let dir = Path::new("/tmp").join(format!("quota-{}", short_name(&place.cluster)));
+    match fs::DirBuilder::new().mode(0o700).create(&dir) {
+        Ok(()) => place.give(&dir)?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => {
+            return Err(EmbeddedError::file("cannot make the directory", &dir)(
+                error,
+            ));
+        }
+    }
+    // Anyone may make names in /tmp.
+    let metadata =
+        fs::symlink_metadata(&dir).map_err(EmbeddedError::file("cannot look at", &dir))?;
+    let owner = place.user.as_ref().map_or(geteuid(), |user| user.uid);
+    if !metadata.is_dir()
+        || metadata.uid() != owner.as_raw()
+        || metadata.permissions().mode() & 0o077 != 0
+    {
+        return Err(EmbeddedError::UnsafeSocketDirectory(dir));
+    }
+    tracing::info!(
+        socket_dir = %dir.display(),
+        "the data directory's path is too long for a socket: the socket is kept outside it"
+    );
+    Ok(dir)
+}
