@@ -44,6 +44,26 @@ export async function many(world) {
   await my.field("Sort").selectOption({ label: "Name" });
   await wait(["app, iOS", "Batch jobs", "Partner", "Web shop"]);
 
+  // What the filters show is what is in force, also when something else than they changed it.
+  const unused = await my.api("POST", "/admin/plans", { name: "Unused", default_rpm: 60 });
+  await page.reload();
+  await wait(["app, iOS", "Batch jobs", "Partner", "Web shop"]);
+  await my.field("Plan").selectOption({ label: "Unused" });
+  await my.heading("No key is like that").waitFor();
+  assert.match(page.url(), new RegExp(`plan_id=${unused.id}`));
+  await my.field("State").selectOption({ label: "Inactive" });
+  await page.getByRole("link", { name: "Show all keys" }).click();
+  await wait(["Partner", "Batch jobs", "app, iOS", "Web shop"]);
+  for (const name of ["Plan", "State", "Sort"]) assert.equal(await my.field(name).inputValue(), "", name);
+  await page.goBack();
+  await my.heading("No key is like that").waitFor();
+  assert.equal(await my.field("Plan").inputValue(), unused.id);
+  assert.equal(await my.field("State").inputValue(), "false");
+  assert.equal(await my.field("Sort").inputValue(), "name");
+  await page.getByRole("link", { name: "Show all keys" }).click();
+  await my.field("Sort").selectOption({ label: "Name" });
+  await wait(["app, iOS", "Batch jobs", "Partner", "Web shop"]);
+
   // What is done to many has to be typed, and says what it breaks.
   await my.field("Select Batch jobs").check();
   await my.field("Select Partner").check();

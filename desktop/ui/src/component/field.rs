@@ -73,7 +73,7 @@ pub fn SelectField(
                         .map(|(key, text)| {
                             let same = key.clone();
                             view! {
-                                <option value=key selected=move || value.get() == same>{text}</option>
+                                <option value=key prop:selected=move || value.get() == same>{text}</option>
                             }
                         })
                         .collect_view()

@@ -35,7 +35,7 @@ pub fn SortSelect(options: &'static [(&'static str, &'static str)]) -> impl Into
             >
                 {options
                     .iter()
-                    .map(|&(value, name)| view! { <option value=value selected=move || current() == value>{name}</option> })
+                    .map(|&(value, name)| view! { <option value=value prop:selected=move || current() == value>{name}</option> })
                     .collect_view()}
             </select>
         </div>

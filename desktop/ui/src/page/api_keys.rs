@@ -139,7 +139,7 @@ pub fn ApiKeys() -> impl IntoView {
             <div class="field">
                 <label for="plan_filter">"Plan"</label>
                 <select id="plan_filter" on:change=move |ev| set("plan_id", event_target_value(&ev))>
-                    <option value="">"All plans"</option>
+                    <option value="" prop:selected=move || part("plan_id").is_none()>"All plans"</option>
                     {move || {
                         plans
                             .ready()
@@ -149,7 +149,7 @@ pub fn ApiKeys() -> impl IntoView {
                                     .map(|plan| {
                                         let id = plan.id.to_string();
                                         let same = id.clone();
-                                        view! { <option value=id selected=move || part("plan_id").as_ref() == Some(&same)>{plan.name}</option> }
+                                        view! { <option value=id prop:selected=move || part("plan_id").as_ref() == Some(&same)>{plan.name}</option> }
                                     })
                                     .collect_view()
                             })
@@ -159,9 +159,9 @@ pub fn ApiKeys() -> impl IntoView {
             <div class="field">
                 <label for="state_filter">"State"</label>
                 <select id="state_filter" on:change=move |ev| set("is_active", event_target_value(&ev))>
-                    <option value="">"Any"</option>
-                    <option value="true" selected=move || part("is_active").as_deref() == Some("true")>"Active"</option>
-                    <option value="false" selected=move || part("is_active").as_deref() == Some("false")>"Inactive"</option>
+                    <option value="" prop:selected=move || part("is_active").is_none()>"Any"</option>
+                    <option value="true" prop:selected=move || part("is_active").as_deref() == Some("true")>"Active"</option>
+                    <option value="false" prop:selected=move || part("is_active").as_deref() == Some("false")>"Inactive"</option>
                 </select>
             </div>
             <SortSelect options=ORDERS/>
