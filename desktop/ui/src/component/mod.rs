@@ -20,7 +20,7 @@ pub use icon::{Icon, Mark, Shape};
 pub use list::{Loader, Pager, Shown, load, open_when_asked};
 pub use modal::{Confirm, Modal};
 pub use palette::{Commands, CommandsView, PaletteButton};
-pub use secret::CodeBlock;
+pub use secret::{CodeBlock, CopyButton};
 pub use sort::{SortHead, SortSelect};
 pub use toast::{Toasts, ToastsView};
 

@@ -2,7 +2,7 @@
 
 use leptos::{prelude::*, task::spawn_local};
 
-use super::{Icon, Shape, Toasts};
+use super::{Icon, Shape};
 use crate::api;
 
 #[component]
@@ -12,17 +12,18 @@ pub fn CopyButton(
     #[prop(into)]
     what: String,
 ) -> impl IntoView {
-    let toasts = expect_context::<Toasts>();
     let copied = RwSignal::new(false);
+    // Said here: behind an open dialog nothing is seen or heard.
+    let refused = RwSignal::new(false);
     let copy = move |_| {
         let text = text.get_untracked();
         spawn_local(async move {
-            if api::copy(&text).await {
+            let done = api::copy(&text).await;
+            let _ = refused.try_set(!done);
+            if done {
                 let _ = copied.try_set(true);
                 gloo_timers::future::TimeoutFuture::new(2000).await;
                 let _ = copied.try_set(false);
-            } else {
-                toasts.say("Copying was not allowed. Select the text instead.");
             }
         });
     };
@@ -37,7 +38,13 @@ pub fn CopyButton(
             }}
             <span class="unseen">" "{what}</span>
         </button>
-        <span class="unseen" role="status">{move || copied.get().then_some("Copied")}</span>
+        <span role="status" class="copied" class:unseen=move || !refused.get()>
+            {move || match (refused.get(), copied.get()) {
+                (true, _) => "Copying was not allowed. Select the text instead.",
+                (_, true) => "Copied",
+                _ => "",
+            }}
+        </span>
     }
 }
 
