@@ -8,12 +8,13 @@ import { guard } from "./guard.mjs";
 import { keyboard } from "./keyboard.mjs";
 import { many } from "./many.mjs";
 import { names } from "./names.mjs";
+import { once } from "./once.mjs";
 import { pictures } from "./pictures.mjs";
 import { tour } from "./tour.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...picked] = process.argv.slice(2);
-const parts = { tour, keyboard, many, names, guard, pictures };
+const parts = { tour, keyboard, once, many, names, guard, pictures };
 
 const world = await World.start(executablePath, base, shots);
 try {

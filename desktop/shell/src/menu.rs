@@ -105,7 +105,11 @@ fn chosen(app: &AppHandle, id: &str) {
         return window::show(app, path);
     }
     match id {
-        "reload" => window::run(app, "location.reload()"),
+        // What a dialog shows once is not lost to a slip of the hand.
+        "reload" => window::run(
+            app,
+            "if (!document.querySelector('dialog[open][data-firm]')) location.reload()",
+        ),
         "quit" => app.exit(0),
         "back" => window::run(app, "history.back()"),
         "forward" => window::run(app, "history.forward()"),

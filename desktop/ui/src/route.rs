@@ -24,7 +24,18 @@ impl Route {
             query: RwSignal::new(query),
         };
         provide_context(route);
-        let _ = window_event_listener(ev::popstate, move |_| route.arrived());
+        let _ = window_event_listener(ev::popstate, move |_| {
+            if is_held() {
+                route.stay();
+            } else {
+                route.arrived();
+            }
+        });
+        let _ = window_event_listener(ev::beforeunload, |ev| {
+            if is_held() {
+                ev.prevent_default();
+            }
+        });
         let _ = window_event_listener(ev::click, move |click| {
             if let Some(to) = own_link(&click) {
                 click.prevent_default();
@@ -34,11 +45,12 @@ impl Route {
         route
     }
 
-    /// To another page, from which one can go back.
+    /// To another page, from which one can go back; nowhere while a dialog holds this one.
     pub fn go(self, to: &str) {
-        if let Ok(history) = window().history() {
-            let _ = history.push_state_with_url(&JsValue::NULL, "", Some(to));
+        if is_held() {
+            return;
         }
+        push(to);
         window().scroll_to_with_x_and_y(0.0, 0.0);
         self.arrived();
     }
@@ -51,6 +63,14 @@ impl Route {
         self.arrived();
     }
 
+    /// Takes back where the history went.
+    fn stay(self) {
+        let at = (self.path.get_untracked(), self.query.get_untracked());
+        if at != here() {
+            push(&format!("{}{}", at.0, at.1));
+        }
+    }
+
     fn arrived(self) {
         let (path, query) = here();
         // Effects run after both, so that nothing is loaded for a page that is half the one before. What stays the
@@ -61,6 +81,18 @@ impl Route {
         if self.path.with_untracked(|it| *it != path) {
             self.path.set(path);
         }
+    }
+}
+
+/// Whether a dialog is open that stays until something in it is done.
+fn is_held() -> bool {
+    let firm = document().query_selector("dialog[open][data-firm]");
+    firm.is_ok_and(|it| it.is_some())
+}
+
+fn push(to: &str) {
+    if let Ok(history) = window().history() {
+        let _ = history.push_state_with_url(&JsValue::NULL, "", Some(to));
     }
 }
 

@@ -13,9 +13,10 @@ use crate::model::bulk::is_phrase;
 pub fn Modal(
     open: RwSignal<bool>,
     #[prop(into)] title: Signal<String>,
-    /// Stays open until something in it is done: Escape does not close it.
-    #[prop(optional)]
-    firm: bool,
+    /// Stays open until something in it is done: neither Escape nor another address closes it, because what would
+    /// go with it does not come back.
+    #[prop(optional, into)]
+    firm: Signal<bool>,
     #[prop(optional)] wide: bool,
     /// Its title is heard and not seen.
     #[prop(optional)]
@@ -40,6 +41,7 @@ pub fn Modal(
             class:wide=wide
             class:bare=bare
             aria-label=move || title.get()
+            data-firm=move || firm.get().then_some("")
             // Told a moment later, when it may have been opened again.
             on:close=move |_| {
                 if dialog.get_untracked().is_none_or(|dialog| !dialog.open()) {
@@ -47,13 +49,13 @@ pub fn Modal(
                 }
             }
             on:cancel=move |ev: web_sys::Event| {
-                if firm {
+                if firm.get_untracked() {
                     ev.prevent_default();
                 }
             }
             // A browser may give up asking and close at the second Escape, so it never gets to see one.
             on:keydown=move |ev: KeyboardEvent| {
-                if firm && ev.key() == "Escape" {
+                if firm.get_untracked() && ev.key() == "Escape" {
                     ev.prevent_default();
                 }
             }

@@ -15,7 +15,8 @@ use crate::{
     api::{self, Failure},
     app::session,
     component::{
-        Alert, Confirm, Field, Head, Loader, Modal, SelectField, Shown, Toasts, When, held, load,
+        Alert, Confirm, CopyButton, Field, Head, Loader, Modal, SelectField, Shown, Toasts, When,
+        held, load, now,
     },
     model::{form::optional_rate, text},
     route::route,
@@ -38,15 +39,34 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         })
     });
     let text = Signal::derive(move || known_text.get().unwrap_or_else(|| typed.get()));
+    // Not of the facts, which are drawn anew whenever they are loaded: a new text is shown once.
+    let rotating = RwSignal::new(false);
+    let made = RwSignal::new(None::<CreatedApiKey>);
+    let showing = RwSignal::new(false);
+    let done = Callback::new(move |key: CreatedApiKey| {
+        made.set(Some(key));
+        showing.set(true);
+    });
+    Effect::new(move |was: Option<bool>| {
+        let shown = showing.get();
+        if was == Some(true) && !shown {
+            loader.reload();
+        }
+        shown
+    });
     view! {
         <p class="up"><a href="/console/api-keys">"API keys"</a></p>
         <Head title/>
-        <Shown loader show=move |key| view! { <Facts key loader/> }/>
+        <Shown loader show=move |key| view! { <Facts key loader rotating/> }/>
         <section class="card" aria-labelledby="try-title">
             <h2 id="try-title">"Try it"</h2>
             {move || {
                 if known_text.get().is_some() {
-                    view! { <p class="quiet">"The text of this key is still in this window; it goes with it."</p> }.into_any()
+                    view! {
+                        <p class="quiet">"The text of this key is still in this window; it goes with it."</p>
+                        <p class="known"><CopyButton text what="the key"/></p>
+                    }
+                        .into_any()
                 } else {
                     view! {
                         <Field id="try_text" label="Key" kind="password" value=typed placeholder="qk_…" hint="Its text is not stored here. Paste it to send requests with it."/>
@@ -56,11 +76,13 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             }}
             <TryIt text/>
         </section>
+        <RotateDialog id loader open=rotating done/>
+        <TextOnce made open=showing/>
     }
 }
 
 #[component]
-fn Facts(key: ApiKey, loader: Loader<ApiKey>) -> impl IntoView {
+fn Facts(key: ApiKey, loader: Loader<ApiKey>, rotating: RwSignal<bool>) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let may = session()
         .me
@@ -74,11 +96,7 @@ fn Facts(key: ApiKey, loader: Loader<ApiKey>) -> impl IntoView {
             .and_then(|page| page.items.into_iter().find(|plan| plan.id == plan_id))
             .map_or_else(|| "…".to_owned(), |plan| plan.name)
     };
-    let (editing, rotating, deleting) = (
-        RwSignal::new(false),
-        RwSignal::new(false),
-        RwSignal::new(false),
-    );
+    let (editing, deleting) = (RwSignal::new(false), RwSignal::new(false));
     let switching = RwSignal::new(false);
     let busy = RwSignal::new(false);
     let id = key.id;
@@ -107,8 +125,6 @@ fn Facts(key: ApiKey, loader: Loader<ApiKey>) -> impl IntoView {
     };
     // What a switch comes to is said by a toast.
     let never = Signal::derive(|| None::<String>);
-    let made = RwSignal::new(None::<CreatedApiKey>);
-    let showing = RwSignal::new(false);
     let name = text::named(&key.name);
     view! {
         <section class="card">
@@ -154,23 +170,7 @@ fn Facts(key: ApiKey, loader: Loader<ApiKey>) -> impl IntoView {
             run=Callback::new(move |()| switch())
         />
         <EditDialog key=key.clone() plans open=editing loader/>
-        <RotateDialog id name=name.clone() open=rotating done=Callback::new(move |key: CreatedApiKey| {
-            made.set(Some(key));
-            showing.set(true);
-        })/>
-        <TextOnce made open=showing/>
         <DeleteDialog id name open=deleting/>
-        // The key's new facts come when its new text is put away: loading them redraws this.
-        {move || {
-            let was = StoredValue::new(false);
-            Effect::new(move |_| {
-                let shown = showing.get();
-                if was.get_value() && !shown {
-                    loader.reload();
-                }
-                was.set_value(shown);
-            });
-        }}
     }
 }
 
@@ -213,12 +213,28 @@ fn DeleteDialog(id: ApiKeyId, name: String, open: RwSignal<bool>) -> impl IntoVi
 #[component]
 fn RotateDialog(
     id: ApiKeyId,
-    name: String,
+    loader: Loader<ApiKey>,
     open: RwSignal<bool>,
     done: Callback<CreatedApiKey>,
 ) -> impl IntoView {
-    let grace = RwSignal::new("86400".to_owned());
     let busy = RwSignal::new(false);
+    let name = move || loader.ready().map(|key| key.name).unwrap_or_default();
+    view! {
+        <Modal open firm=busy title=Signal::derive(move || format!("Rotate {}", text::named(&name())))>
+            <RotateForm id loader open busy done/>
+        </Modal>
+    }
+}
+
+#[component]
+fn RotateForm(
+    id: ApiKeyId,
+    loader: Loader<ApiKey>,
+    open: RwSignal<bool>,
+    busy: RwSignal<bool>,
+    done: Callback<CreatedApiKey>,
+) -> impl IntoView {
+    let grace = RwSignal::new("86400".to_owned());
     let failure = RwSignal::new(None::<String>);
     let options = [
         ("0", "Ends at once"),
@@ -229,6 +245,11 @@ fn RotateDialog(
     ]
     .map(|(value, text)| (value.to_owned(), text.to_owned()))
     .to_vec();
+    // A key has one text beside its own.
+    let earlier = move || {
+        let until = loader.ready()?.previous_expires_at;
+        until.filter(|at| at.inner().timestamp_millis() > now())
+    };
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
         busy.set(true);
@@ -237,28 +258,33 @@ fn RotateDialog(
             grace_seconds: grace.get_untracked().parse().ok(),
         };
         spawn_local(async move {
-            match api::rotate_api_key(id, body).await {
+            let answer = api::rotate_api_key(id, body).await;
+            let _ = busy.try_set(false);
+            match answer {
                 Ok(made) => {
-                    open.set(false);
-                    done.run(made);
+                    let _ = open.try_set(false);
+                    let _ = done.try_run(made);
                 }
-                Err(refused) => failure.set(Some(refused.text())),
+                Err(refused) => {
+                    let _ = failure.try_set(Some(refused.text()));
+                }
             }
-            busy.set(false);
         });
     };
     view! {
-        <Modal open title=format!("Rotate {name}")>
-            <form on:submit=submit>
-                <p>"The key gets a new text. The one before works on for a while, so that its holder can change over."</p>
-                <Alert text=failure/>
-                <SelectField id="grace" label="The text before" value=grace options=options.clone()/>
-                <div class="actions end">
-                    <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                    <button class="button first" aria-disabled=held(busy)>"Rotate key"</button>
-                </div>
-            </form>
-        </Modal>
+        <form on:submit=submit>
+            <p>"The key gets a new text. The one before works on for a while, so that its holder can change over."</p>
+            {move || {
+                earlier()
+                    .map(|at| view! { <p class="alert warn">"It was rotated before: the text from before that, which would end " <When at/> ", ends now."</p> })
+            }}
+            <Alert text=failure/>
+            <SelectField id="grace" label="The text before" value=grace options/>
+            <div class="actions end">
+                <button type="button" class="button" aria-disabled=held(busy) on:click=move |_| open.set(false)>"Cancel"</button>
+                <button class="button first" aria-disabled=held(busy)>"Rotate key"</button>
+            </div>
+        </form>
     }
 }
 

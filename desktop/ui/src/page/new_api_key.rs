@@ -23,8 +23,15 @@ pub fn CreateDialog(
 ) -> impl IntoView {
     let made = RwSignal::new(None::<CreatedApiKey>);
     let showing = RwSignal::new(false);
+    let busy = RwSignal::new(false);
+    // Not of the form, which is drawn anew with the plans: the text in an answer under way comes once.
+    let done = Callback::new(move |key: CreatedApiKey| {
+        made.set(Some(key));
+        showing.set(true);
+        changed.run(());
+    });
     view! {
-        <Modal open title="New API key">
+        <Modal open title="New API key" firm=busy>
             <Shown
                 loader=plans
                 show=move |page| {
@@ -38,14 +45,7 @@ pub fn CreateDialog(
                         }
                             .into_any()
                     } else {
-                        view! {
-                            <CreateForm plans=page.items open done=Callback::new(move |key: CreatedApiKey| {
-                                made.set(Some(key));
-                                showing.set(true);
-                                changed.run(());
-                            })/>
-                        }
-                            .into_any()
+                        view! { <CreateForm plans=page.items open busy done/> }.into_any()
                     }
                 }
             />
@@ -58,6 +58,7 @@ pub fn CreateDialog(
 fn CreateForm(
     plans: Vec<Plan>,
     open: RwSignal<bool>,
+    busy: RwSignal<bool>,
     done: Callback<CreatedApiKey>,
 ) -> impl IntoView {
     // It may come only after the dialog has opened, when the plans are there.
@@ -71,7 +72,6 @@ fn CreateForm(
     );
     let rpm = RwSignal::new(String::new());
     let expires = RwSignal::new(String::new());
-    let busy = RwSignal::new(false);
     let failure = RwSignal::new(None::<Failure>);
     let rpm_wrong = RwSignal::new(None::<String>);
     let of = move |field: &'static str| Signal::derive(move || failure.get()?.of_field(field));
@@ -109,14 +109,17 @@ fn CreateForm(
         };
         busy.set(true);
         spawn_local(async move {
-            match api::create_api_key(body).await {
-                Ok(made) => {
-                    open.set(false);
-                    done.run(made);
-                }
-                Err(refused) => failure.set(Some(refused)),
-            }
+            let answer = api::create_api_key(body).await;
             let _ = busy.try_set(false);
+            match answer {
+                Ok(made) => {
+                    let _ = open.try_set(false);
+                    let _ = done.try_run(made);
+                }
+                Err(refused) => {
+                    let _ = failure.try_set(Some(refused));
+                }
+            }
         });
     };
     view! {
@@ -129,7 +132,7 @@ fn CreateForm(
                 <Field id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="From then on it is refused." error=of("expires_at")/>
             </div>
             <div class="actions end">
-                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
+                <button type="button" class="button" aria-disabled=held(busy) on:click=move |_| open.set(false)>"Cancel"</button>
                 <button class="button first" aria-disabled=held(busy)>"Make key"</button>
             </div>
         </form>

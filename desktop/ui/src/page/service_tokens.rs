@@ -31,6 +31,12 @@ pub fn ServiceTokens() -> impl IntoView {
     open_when_asked(creating);
     let made = RwSignal::new(None::<CreatedServiceToken>);
     let showing = RwSignal::new(false);
+    let making = RwSignal::new(false);
+    let done = Callback::new(move |token: CreatedServiceToken| {
+        made.set(Some(token));
+        showing.set(true);
+        loader.reload();
+    });
     let deleting = RwSignal::new(None::<ServiceToken>);
     let asking = RwSignal::new(false);
     let busy = RwSignal::new(false);
@@ -140,12 +146,8 @@ pub fn ServiceTokens() -> impl IntoView {
             <h2 id="gateways">"Configure a gateway"</h2>
             <Configuration token="qs_…"/>
         </section>
-        <Modal open=creating title="New service token">
-            <CreateForm open=creating done=Callback::new(move |token: CreatedServiceToken| {
-                made.set(Some(token));
-                showing.set(true);
-                loader.reload();
-            })/>
+        <Modal open=creating title="New service token" firm=making>
+            <CreateForm open=creating busy=making done/>
         </Modal>
         <TextOnce made open=showing/>
         <Confirm
@@ -189,9 +191,12 @@ fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
 }
 
 #[component]
-fn CreateForm(open: RwSignal<bool>, done: Callback<CreatedServiceToken>) -> impl IntoView {
+fn CreateForm(
+    open: RwSignal<bool>,
+    busy: RwSignal<bool>,
+    done: Callback<CreatedServiceToken>,
+) -> impl IntoView {
     let name = RwSignal::new(String::new());
-    let busy = RwSignal::new(false);
     let failure = RwSignal::new(None::<Failure>);
     let rest = Signal::derive(move || {
         let failure = failure.get()?;
@@ -205,14 +210,17 @@ fn CreateForm(open: RwSignal<bool>, done: Callback<CreatedServiceToken>) -> impl
             name: name.get_untracked(),
         };
         spawn_local(async move {
-            match api::create_service_token(body).await {
-                Ok(made) => {
-                    open.set(false);
-                    done.run(made);
-                }
-                Err(refused) => failure.set(Some(refused)),
-            }
+            let answer = api::create_service_token(body).await;
             let _ = busy.try_set(false);
+            match answer {
+                Ok(made) => {
+                    let _ = open.try_set(false);
+                    let _ = done.try_run(made);
+                }
+                Err(refused) => {
+                    let _ = failure.try_set(Some(refused));
+                }
+            }
         });
     };
     view! {
@@ -227,7 +235,7 @@ fn CreateForm(open: RwSignal<bool>, done: Callback<CreatedServiceToken>) -> impl
                 error=Signal::derive(move || failure.get()?.of_field("name"))
             />
             <div class="actions end">
-                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
+                <button type="button" class="button" aria-disabled=held(busy) on:click=move |_| open.set(false)>"Cancel"</button>
                 <button class="button first" aria-disabled=held(busy)>"Make token"</button>
             </div>
         </form>
