@@ -1,10 +1,11 @@
 //! What is loaded from the server: waiting for it, showing it, and asking again when that failed.
 
 use leptos::{prelude::*, task::spawn_local};
+use quota_common::{Page, call::PageOf};
 
 use super::focus::keep_focus;
 use crate::{
-    api::{Answer, Failure},
+    api::{Answer, Failure, Pending},
     route::route,
     shell,
 };
@@ -74,6 +75,33 @@ where
         });
     });
     Loader { state, version }
+}
+
+/// Loads the page of a list that the address asks for. Where nothing is left on it, as when the last of it was deleted,
+/// that is the first one.
+pub fn load_page<T>(fetch: impl Fn(PageOf) -> Pending<Page<T>> + 'static) -> Loader<Page<T>>
+where
+    T: Clone + Send + Sync + 'static,
+{
+    let route = route();
+    let loader = load(move || {
+        fetch(PageOf {
+            limit: None,
+            cursor: route.query.with(|query| query.get("cursor")),
+        })
+    });
+    Effect::new(move |_| {
+        let is_empty = loader
+            .state
+            .with(|state| matches!(state, Load::Ready(page) if page.items.is_empty()));
+        let query = route.query.get_untracked();
+        if is_empty && query.get("cursor").is_some() {
+            loader.state.set(Load::Loading);
+            let query = query.with("cursor", "");
+            route.replace(&format!("{}{query}", route.path.get_untracked()));
+        }
+    });
+    loader
 }
 
 /// Shows what is loaded, or lines where it will be, or what went wrong with a way to try again.

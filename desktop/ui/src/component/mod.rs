@@ -17,7 +17,7 @@ pub use field::{Field, SelectField};
 pub use focus::focus_soon;
 pub use held::{held, keep_clicks_from_held};
 pub use icon::{Icon, Mark, Shape};
-pub use list::{Loader, Pager, Shown, load, open_when_asked};
+pub use list::{Load, Loader, Pager, Shown, load, load_page, open_when_asked};
 pub use modal::{Confirm, Modal};
 pub use palette::{Commands, CommandsView, PaletteButton};
 pub use secret::{CodeBlock, CopyButton};

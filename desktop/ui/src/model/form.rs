@@ -1,5 +1,7 @@
 //! What is typed into fields, as values.
 
+use quota_common::plan::{CreatePlan, UpdatePlan};
+
 /// A whole number, or nothing. People write thousands apart.
 pub fn optional_number(text: &str) -> Result<Option<u64>, &'static str> {
     let digits: String = text
@@ -31,6 +33,27 @@ pub fn optional_rate(text: &str) -> Result<Option<u32>, &'static str> {
         .transpose()
 }
 
+/// What a field became, where it is not what it was: the rest is not sent, so that what others changed meanwhile
+/// stays.
+pub fn changed<T: PartialEq>(was: &T, now: T) -> Option<T> {
+    (*was != now).then_some(now)
+}
+
+/// What was changed of a plan.
+pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
+    UpdatePlan {
+        name: changed(&was.name, now.name),
+        default_rpm: changed(&was.default_rpm, now.default_rpm),
+        // A burst that is the rate goes on following it.
+        burst: changed(&was.burst, now.burst).map(|burst| burst.unwrap_or(now.default_rpm)),
+        daily_quota: changed(&was.daily_quota, now.daily_quota),
+        monthly_quota: changed(&was.monthly_quota, now.monthly_quota),
+        strict: changed(&was.strict, now.strict).flatten(),
+        on_redis_failure: changed(&was.on_redis_failure, now.on_redis_failure),
+        billing: None,
+    }
+}
+
 /// Where to go after signing in: a page of the console, whatever the address says.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
@@ -55,6 +78,37 @@ mod tests {
         assert!(number("").is_err() && number("-1").is_err() && number("1.5").is_err());
         assert!(rate("9999999999").is_err());
         assert_eq!(optional_rate(""), Ok(None));
+    }
+
+    #[test]
+    fn only_what_was_changed_is_sent() {
+        let was = CreatePlan {
+            name: "Starter".to_owned(),
+            default_rpm: 60,
+            burst: None,
+            daily_quota: Some(1000),
+            monthly_quota: None,
+            strict: Some(false),
+            on_redis_failure: None,
+            billing: None,
+        };
+        assert_eq!(plan_changes(&was, was.clone()), UpdatePlan::default());
+        let now = CreatePlan {
+            default_rpm: 120,
+            daily_quota: None,
+            ..was.clone()
+        };
+        let sent = UpdatePlan {
+            default_rpm: Some(120),
+            daily_quota: Some(None),
+            ..UpdatePlan::default()
+        };
+        assert_eq!(plan_changes(&was, now.clone()), sent);
+        let before = CreatePlan {
+            burst: Some(5),
+            ..was
+        };
+        assert_eq!(plan_changes(&before, now).burst, Some(120));
     }
 
     #[test]

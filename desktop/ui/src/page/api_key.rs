@@ -4,10 +4,11 @@ use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 use quota_common::{
     ApiKeyId,
     api_key::{ApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
+    plan::Plan,
 };
 
 use super::{
-    api_keys::{State, load_plans},
+    api_keys::{NoPlans, State, load_plans, plan_name},
     new_api_key::{TextOnce, in_field, local_time},
     try_it::TryIt,
 };
@@ -18,7 +19,10 @@ use crate::{
         Alert, Confirm, CopyButton, Field, Head, Loader, Modal, SelectField, Shown, Toasts, When,
         held, load, now,
     },
-    model::{form::optional_rate, text},
+    model::{
+        form::{changed, optional_rate},
+        text,
+    },
     route::route,
 };
 
@@ -90,12 +94,6 @@ fn Facts(key: ApiKey, loader: Loader<ApiKey>, rotating: RwSignal<bool>) -> impl 
         .is_some_and(|me| me.tenant.role.may_manage());
     let plans = load_plans();
     let plan_id = key.plan_id;
-    let plan = move || {
-        plans
-            .ready()
-            .and_then(|page| page.items.into_iter().find(|plan| plan.id == plan_id))
-            .map_or_else(|| "…".to_owned(), |plan| plan.name)
-    };
     let (editing, deleting) = (RwSignal::new(false), RwSignal::new(false));
     let switching = RwSignal::new(false);
     let busy = RwSignal::new(false);
@@ -127,11 +125,12 @@ fn Facts(key: ApiKey, loader: Loader<ApiKey>, rotating: RwSignal<bool>) -> impl 
     let never = Signal::derive(|| None::<String>);
     let name = text::named(&key.name);
     view! {
+        <NoPlans plans/>
         <section class="card">
             <dl class="facts">
                 <div><dt>"State"</dt><dd><State key=key.clone()/></dd></div>
                 <div><dt>"Key"</dt><dd><code>{key.prefix.clone()}"…"</code></dd></div>
-                <div><dt>"Plan"</dt><dd dir="auto"><span class="clamp">{plan}</span></dd></div>
+                <div><dt>"Plan"</dt><dd dir="auto"><span class="clamp">{move || plan_name(plans, plan_id)}</span></dd></div>
                 <div><dt>"Own rate"</dt><dd>{key.rpm_override.map_or_else(|| "the plan's".to_owned(), |rpm| format!("{} a minute", text::number(rpm.into())))}</dd></div>
                 <div><dt>"Last used"</dt><dd>{match key.last_used_at {
                     Some(at) => view! { <When at/> }.into_any(),
@@ -291,12 +290,26 @@ fn RotateForm(
 #[component]
 fn EditDialog(
     key: ApiKey,
-    plans: Loader<quota_common::Page<quota_common::plan::Plan>>,
+    plans: Loader<Vec<Plan>>,
+    open: RwSignal<bool>,
+    loader: Loader<ApiKey>,
+) -> impl IntoView {
+    view! {
+        <Modal open title="Edit the key">
+            <EditForm key=key.clone() plans open loader/>
+        </Modal>
+    }
+}
+
+#[component]
+fn EditForm(
+    key: ApiKey,
+    plans: Loader<Vec<Plan>>,
     open: RwSignal<bool>,
     loader: Loader<ApiKey>,
 ) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
-    let name = RwSignal::new(key.name);
+    let name = RwSignal::new(key.name.clone());
     let plan = RwSignal::new(key.plan_id.to_string());
     let rpm = RwSignal::new(
         key.rpm_override
@@ -308,11 +321,18 @@ fn EditDialog(
     let busy = RwSignal::new(false);
     let failure = RwSignal::new(None::<Failure>);
     let rpm_wrong = RwSignal::new(None::<String>);
+    let plan_id = key.plan_id;
     let options = Signal::derive(move || {
-        let plans = plans.ready().map(|page| page.items).unwrap_or_default();
-        plans
-            .into_iter()
-            .map(|plan| (plan.id.to_string(), plan.name))
+        let plans = plans.ready().unwrap_or_default();
+        // As long as the plans are not there, the key's own is.
+        let own = (!plans.iter().any(|plan| plan.id == plan_id))
+            .then(|| (plan_id.to_string(), "…".to_owned()));
+        own.into_iter()
+            .chain(
+                plans
+                    .into_iter()
+                    .map(|plan| (plan.id.to_string(), plan.name)),
+            )
             .collect::<Vec<_>>()
     });
     let of = move |field: &'static str| Signal::derive(move || failure.get()?.of_field(field));
@@ -320,7 +340,6 @@ fn EditDialog(
         let failure = failure.get()?;
         (!failure.names_fields()).then(|| failure.text())
     });
-    let id = key.id;
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
         failure.set(None);
@@ -331,41 +350,49 @@ fn EditDialog(
         };
         let now = expires.get_untracked();
         let body = UpdateApiKey {
-            name: Some(name.get_untracked()),
-            plan_id: plan.get_untracked().parse().ok(),
-            rpm_override: Some(rpm_override),
+            name: changed(&key.name, name.get_untracked()),
+            plan_id: plan
+                .get_untracked()
+                .parse()
+                .ok()
+                .and_then(|plan| changed(&plan_id, plan)),
+            rpm_override: changed(&key.rpm_override, rpm_override),
             // The field is blunter than the time, which is not sent back as it was shown.
             expires_at: (now != was.get_value()).then(|| local_time(&now)),
             ..UpdateApiKey::default()
         };
+        if body == UpdateApiKey::default() {
+            return open.set(false);
+        }
+        let id = key.id;
         busy.set(true);
         spawn_local(async move {
             match api::update_api_key(id, body).await {
                 Ok(_) => {
-                    open.set(false);
+                    let _ = open.try_set(false);
                     toasts.say("The key is changed.");
                     loader.reload();
                 }
-                Err(refused) => failure.set(Some(refused)),
+                Err(refused) => {
+                    let _ = failure.try_set(Some(refused));
+                }
             }
             let _ = busy.try_set(false);
         });
     };
     view! {
-        <Modal open title="Edit the key">
-            <form on:submit=submit>
-                <Alert text=rest/>
-                <Field id="edit_name" label="Name" value=name required=true error=of("name")/>
-                <SelectField id="edit_plan" label="Plan" value=plan options error=of("plan_id")/>
-                <div class="pair">
-                    <Field id="edit_rpm" label="Own rate (optional)" value=rpm numeric=true hint="Requests a minute, in place of the plan's." error=Signal::derive(move || rpm_wrong.get().or_else(|| of("rpm_override").get()))/>
-                    <Field id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="From then on it is refused. Empty: never." error=of("expires_at")/>
-                </div>
-                <div class="actions end">
-                    <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                    <button class="button first" aria-disabled=held(busy)>"Save"</button>
-                </div>
-            </form>
-        </Modal>
+        <form on:submit=submit>
+            <Alert text=rest/>
+            <Field id="edit_name" label="Name" value=name required=true error=of("name")/>
+            <SelectField id="edit_plan" label="Plan" value=plan options error=of("plan_id")/>
+            <div class="pair">
+                <Field id="edit_rpm" label="Own rate (optional)" value=rpm numeric=true hint="Requests a minute, in place of the plan's." error=Signal::derive(move || rpm_wrong.get().or_else(|| of("rpm_override").get()))/>
+                <Field id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="From then on it is refused. Empty: never." error=of("expires_at")/>
+            </div>
+            <div class="actions end">
+                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
+                <button class="button first" aria-disabled=held(busy)>"Save"</button>
+            </div>
+        </form>
     }
 }

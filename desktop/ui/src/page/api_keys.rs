@@ -2,10 +2,10 @@
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
-    Page,
+    PlanId,
     api_key::ApiKey,
     call::{KeyFilter, PageOf},
-    page::{ApiKeyOrder, PlanOrder},
+    page::{ApiKeyOrder, MAX_LIMIT, PlanOrder},
     plan::Plan,
 };
 
@@ -14,8 +14,8 @@ use crate::{
     api,
     app::session,
     component::{
-        Empty, Head, Loader, Pager, Shape, Shown, SortHead, SortSelect, When, load, now,
-        open_when_asked,
+        Empty, Head, Load, Loader, Pager, Shape, Shown, SortHead, SortSelect, When, load,
+        load_page, now, open_when_asked,
     },
     route::route,
 };
@@ -30,15 +30,49 @@ const ORDERS: &[(&str, &str)] = &[
     ("last_used_at", "Unused first"),
 ];
 
-/// All plans that a list to choose from holds.
-pub fn load_plans() -> Loader<Page<Plan>> {
-    load(|| {
-        let page = PageOf {
-            limit: Some(100),
-            cursor: None,
-        };
-        api::list_plans(Some(PlanOrder::Name), page)
+/// All plans, however many pages they are.
+pub fn load_plans() -> Loader<Vec<Plan>> {
+    load(|| async {
+        let mut plans = Vec::new();
+        let mut cursor = None;
+        loop {
+            let page = PageOf {
+                limit: Some(MAX_LIMIT),
+                cursor,
+            };
+            let page = api::list_plans(Some(PlanOrder::Name), page).await?;
+            plans.extend(page.items);
+            cursor = page.next_cursor;
+            if cursor.is_none() {
+                return Ok(plans);
+            }
+        }
     })
+}
+
+/// The name of a plan, as far as it is loaded.
+pub fn plan_name(plans: Loader<Vec<Plan>>, id: PlanId) -> String {
+    plans.state.with(|state| match state {
+        Load::Ready(plans) => plans
+            .iter()
+            .find(|plan| plan.id == id)
+            .map_or_else(|| "…".to_owned(), |plan| plan.name.clone()),
+        _ => "…".to_owned(),
+    })
+}
+
+/// Says that the plans were not loaded, whose names are missing then.
+#[component]
+pub fn NoPlans(plans: Loader<Vec<Plan>>) -> impl IntoView {
+    move || match plans.state.get() {
+        Load::Failed(failure) => Some(view! {
+            <div class="alert" role="alert">
+                <p>"The plans could not be loaded. " {failure.text()}</p>
+                <button class="button small" on:click=move |_| plans.reload()>"Load the plans again"</button>
+            </div>
+        }),
+        _ => None,
+    }
 }
 
 /// Whether a key opens something, and why not.
@@ -63,26 +97,16 @@ pub fn ApiKeys() -> impl IntoView {
     let route = route();
     let query = route.query;
     let part = move |name: &str| query.with(|query| query.get(name));
-    let loader = load(move || {
+    let loader = load_page(move |page| {
         let filter = KeyFilter {
             plan_id: part("plan_id").and_then(|id| id.parse().ok()),
             is_active: part("is_active").and_then(|it| it.parse().ok()),
             search: part("search"),
             sort: part("sort").and_then(|sort| ApiKeyOrder::of(&sort)),
         };
-        let page = PageOf {
-            limit: None,
-            cursor: part("cursor"),
-        };
         api::list_api_keys(filter, page)
     });
     let plans = load_plans();
-    let plan_name = move |id| {
-        plans
-            .ready()
-            .and_then(|page| page.items.into_iter().find(|plan| plan.id == id))
-            .map_or_else(|| "…".to_owned(), |plan| plan.name)
-    };
     let is_filtered = move || {
         ["plan_id", "is_active", "search"]
             .iter()
@@ -143,8 +167,8 @@ pub fn ApiKeys() -> impl IntoView {
                     {move || {
                         plans
                             .ready()
-                            .map(|page| {
-                                page.items
+                            .map(|plans| {
+                                plans
                                     .into_iter()
                                     .map(|plan| {
                                         let id = plan.id.to_string();
@@ -189,6 +213,7 @@ pub fn ApiKeys() -> impl IntoView {
                 let shown = page.items.len();
                 let may = may();
                 view! {
+                    <NoPlans plans/>
                     {may
                         .then(|| {
                             let changed = Callback::new(move |()| loader.reload());
@@ -218,7 +243,7 @@ pub fn ApiKeys() -> impl IntoView {
                                             {may.then(|| view! { <td class="choose"><Choose key=key.clone() chosen/></td> })}
                                             <th scope="row" dir="auto"><a href=format!("/console/api-keys/{}", key.id)><span class="clamp">{key.name.clone()}</span></a></th>
                                             <td data-label="Key"><code>{key.prefix.clone()}"…"</code></td>
-                                            <td data-label="Plan" class="of" dir="auto"><span class="clamp">{move || plan_name(plan_id)}</span></td>
+                                            <td data-label="Plan" class="of" dir="auto"><span class="clamp">{move || plan_name(plans, plan_id)}</span></td>
                                             <td data-label="State"><State key=key.clone()/></td>
                                             <td data-label="Last used">
                                                 {match key.last_used_at {

@@ -1,12 +1,11 @@
 //! Who changed what.
 
 use leptos::prelude::*;
-use quota_common::{audit::AuditEvent, call::PageOf};
+use quota_common::audit::AuditEvent;
 
 use crate::{
     api,
-    component::{Empty, Head, Pager, Shape, Shown, When, load},
-    route::route,
+    component::{Empty, Head, Pager, Shape, Shown, When, load_page},
 };
 
 /// `api_key.rotate` as people say it.
@@ -45,13 +44,7 @@ fn change(event: &AuditEvent) -> Vec<(String, String, String)> {
 
 #[component]
 pub fn Audit() -> impl IntoView {
-    let query = route().query;
-    let loader = load(move || {
-        api::list_audit(PageOf {
-            limit: None,
-            cursor: query.with(|query| query.get("cursor")),
-        })
-    });
+    let loader = load_page(api::list_audit);
     view! {
         <Head title="Audit" about="Every change: who made it, when, and from where."/>
         <Shown

@@ -2,7 +2,6 @@
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 use quota_common::{
-    Page,
     api_key::{CreateApiKey, CreatedApiKey},
     plan::Plan,
 };
@@ -18,7 +17,7 @@ use crate::{
 #[component]
 pub fn CreateDialog(
     open: RwSignal<bool>,
-    plans: Loader<Page<Plan>>,
+    plans: Loader<Vec<Plan>>,
     changed: Callback<()>,
 ) -> impl IntoView {
     let made = RwSignal::new(None::<CreatedApiKey>);
@@ -34,8 +33,8 @@ pub fn CreateDialog(
         <Modal open title="New API key" firm=busy>
             <Shown
                 loader=plans
-                show=move |page| {
-                    if page.items.is_empty() {
+                show=move |plans| {
+                    if plans.is_empty() {
                         view! {
                             <p>"A key belongs to a plan, and there is none yet."</p>
                             <div class="actions end">
@@ -45,7 +44,7 @@ pub fn CreateDialog(
                         }
                             .into_any()
                     } else {
-                        view! { <CreateForm plans=page.items open busy done/> }.into_any()
+                        view! { <CreateForm plans open busy done/> }.into_any()
                     }
                 }
             />

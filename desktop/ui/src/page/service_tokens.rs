@@ -1,32 +1,22 @@
 //! Service tokens: what a tenant's own gateways show, with their configuration ready to copy.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
-use quota_common::{
-    call::PageOf,
-    service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken},
-};
+use quota_common::service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken};
 
 use crate::{
     api::{self, Failure},
     app::session,
     component::{
         Alert, CodeBlock, Confirm, Empty, Field, Head, Modal, Pager, Shape, Shown, Toasts, When,
-        held, load, open_when_asked,
+        held, load_page, open_when_asked,
     },
     model::text::{Gateway, named},
-    route::route,
 };
 
 #[component]
 pub fn ServiceTokens() -> impl IntoView {
-    let query = route().query;
     let toasts = expect_context::<Toasts>();
-    let loader = load(move || {
-        api::list_service_tokens(PageOf {
-            limit: None,
-            cursor: query.with(|query| query.get("cursor")),
-        })
-    });
+    let loader = load_page(api::list_service_tokens);
     let creating = RwSignal::new(false);
     open_when_asked(creating);
     let made = RwSignal::new(None::<CreatedServiceToken>);
