@@ -60,12 +60,16 @@ export async function tour(world) {
   assert.equal(await page.locator("table b").count(), 0);
   await my.button("Edit Starter").click();
   await page.getByLabel("A day").fill("1 000");
-  await page.getByLabel("While the shared counters are away").selectOption("closed");
+  const uncounted = page.getByLabel("When requests cannot be counted");
+  assert.ok(!(await uncounted.isVisible()));
+  await page.getByText("Advanced").click();
+  await uncounted.selectOption("closed");
   await my.look("plans");
   await my.button("Save").click();
   await page.getByRole("cell", { name: /1.000/ }).waitFor();
   await my.button("Edit Starter").click();
-  assert.equal(await page.getByLabel("While the shared counters are away").inputValue(), "closed");
+  assert.ok(await uncounted.isVisible(), "what is not as usual is not hidden");
+  assert.equal(await uncounted.inputValue(), "closed");
   await my.button("Cancel").click();
 
   await my.place("API keys").click();

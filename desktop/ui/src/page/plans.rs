@@ -2,7 +2,6 @@
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 use quota_common::{
-    call::PageOf,
     page::PlanOrder,
     plan::{Billing, CreatePlan, OnRedisFailure, Plan, UpdatePlan},
 };
@@ -12,10 +11,10 @@ use crate::{
     app::session,
     component::{
         Alert, Confirm, Empty, Field, Head, Loader, Modal, Pager, SelectField, Shape, Shown,
-        SortHead, SortSelect, Toasts, focus_soon, held, load, open_when_asked,
+        SortHead, SortSelect, Toasts, focus_soon, held, load_page, open_when_asked,
     },
     model::{
-        form::{optional_number, optional_rate, rate},
+        form::{optional_number, optional_rate, plan_changes, rate},
         text::{self, count},
     },
     route::route,
@@ -32,7 +31,6 @@ struct Form {
     daily: RwSignal<String>,
     monthly: RwSignal<String>,
     strict: RwSignal<bool>,
-    paid: RwSignal<bool>,
     /// By its name; empty: as the server is set.
     on_redis_failure: RwSignal<String>,
     busy: RwSignal<bool>,
@@ -49,11 +47,14 @@ impl Form {
             rpm: RwSignal::new(
                 plan.map_or_else(|| "60".to_owned(), |it| it.default_rpm.to_string()),
             ),
-            burst: text(plan.map(|it| u64::from(it.burst))),
+            // One that is the rate follows it, as one that is not named.
+            burst: text(
+                plan.filter(|it| it.burst != it.default_rpm)
+                    .map(|it| it.burst.into()),
+            ),
             daily: text(plan.and_then(|it| it.daily_quota)),
             monthly: text(plan.and_then(|it| it.monthly_quota)),
             strict: RwSignal::new(plan.is_some_and(|it| it.strict)),
-            paid: RwSignal::new(plan.is_some_and(|it| it.billing == Billing::Paid)),
             on_redis_failure: RwSignal::new(
                 plan.and_then(|it| it.on_redis_failure)
                     .map(|it| it.name().to_owned())
@@ -93,11 +94,7 @@ impl Form {
             monthly_quota,
             strict: Some(self.strict.get_untracked()),
             on_redis_failure: OnRedisFailure::named(&self.on_redis_failure.get_untracked()),
-            billing: Some(if self.paid.get_untracked() {
-                Billing::Paid
-            } else {
-                Billing::Free
-            }),
+            billing: None,
         })
     }
 
@@ -122,41 +119,64 @@ impl Form {
 }
 
 const ON_REDIS_FAILURE: [(&str, &str); 4] = [
-    ("", "As the server is set"),
-    ("share", "Each server admits its share"),
-    ("open", "Admit every request"),
+    ("", "What the operator has set"),
+    ("share", "Limit on: each server admits its share"),
+    ("open", "Let every request through"),
     ("closed", "Refuse every request with 503"),
 ];
 
+/// What the fields of a form are known by in the page.
+type Ids = [&'static str; 6];
+
+const NEW: Ids = [
+    "name",
+    "default_rpm",
+    "burst",
+    "daily_quota",
+    "monthly_quota",
+    "on_redis_failure",
+];
+/// A new plan can be made while one is being edited.
+const EDITED: Ids = [
+    "edit_name",
+    "edit_default_rpm",
+    "edit_burst",
+    "edit_daily_quota",
+    "edit_monthly_quota",
+    "edit_on_redis_failure",
+];
+
 #[component]
-fn PlanFields(form: Form) -> impl IntoView {
+fn PlanFields(form: Form, ids: Ids) -> impl IntoView {
+    let [name, default_rpm, burst, daily, monthly, on_redis_failure] = ids;
+    let is_advanced =
+        form.strict.get_untracked() || !form.on_redis_failure.with_untracked(String::is_empty);
     view! {
         <Alert text=form.rest()/>
-        <Field id="name" label="Name" value=form.name required=true error=form.of("name")/>
+        <Field id=name label="Name" value=form.name required=true error=form.of("name")/>
         <div class="pair">
-            <Field id="default_rpm" label="Requests a minute" value=form.rpm required=true numeric=true error=form.of("default_rpm")/>
-            <Field id="burst" label="Burst" value=form.burst numeric=true hint="At once, after a rest. Empty: the rate." error=form.of("burst")/>
+            <Field id=default_rpm label="Requests a minute" value=form.rpm required=true numeric=true error=form.of("default_rpm")/>
+            <Field id=burst label="Burst" value=form.burst numeric=true hint="At once, after a rest. Empty: the rate." error=form.of("burst")/>
         </div>
         <div class="pair">
-            <Field id="daily_quota" label="A day" value=form.daily numeric=true hint="Empty: no limit." error=form.of("daily_quota")/>
-            <Field id="monthly_quota" label="A month" value=form.monthly numeric=true hint="Empty: no limit." error=form.of("monthly_quota")/>
+            <Field id=daily label="A day" value=form.daily numeric=true hint="Empty: no limit." error=form.of("daily_quota")/>
+            <Field id=monthly label="A month" value=form.monthly numeric=true hint="Empty: no limit." error=form.of("monthly_quota")/>
         </div>
-        <SelectField
-            id="on_redis_failure"
-            label="While the shared counters are away"
-            value=form.on_redis_failure
-            options=ON_REDIS_FAILURE.map(|(value, text)| (value.to_owned(), text.to_owned())).to_vec()
-            hint="Of servers that share their limits by Redis."
-            error=form.of("on_redis_failure")
-        />
-        <label class="check">
-            <input type="checkbox" name="strict" bind:checked=form.strict/>
-            <span>"Strict: decide every request centrally"</span>
-        </label>
-        <label class="check">
-            <input type="checkbox" name="paid" bind:checked=form.paid/>
-            <span>"Paid: needs a live subscription"</span>
-        </label>
+        <details class="advanced" open=is_advanced>
+            <summary>"Advanced"</summary>
+            <label class="check">
+                <input type="checkbox" name="strict" bind:checked=form.strict/>
+                <span>"Strict: never a request above the limit, and each takes a little longer"</span>
+            </label>
+            <SelectField
+                id=on_redis_failure
+                label="When requests cannot be counted"
+                value=form.on_redis_failure
+                options=ON_REDIS_FAILURE.map(|(value, text)| (value.to_owned(), text.to_owned())).to_vec()
+                hint="Only where several servers count together, while they cannot reach their counter."
+                error=form.of("on_redis_failure")
+            />
+        </details>
     }
 }
 
@@ -164,14 +184,9 @@ fn PlanFields(form: Form) -> impl IntoView {
 pub fn Plans() -> impl IntoView {
     let query = route().query;
     let toasts = expect_context::<Toasts>();
-    let loader: Loader<PlanPage> = load(move || {
-        let part = |name: &str| query.with(|query| query.get(name));
-        let sort = part("sort").and_then(|sort| PlanOrder::of(&sort));
-        let page = PageOf {
-            limit: None,
-            cursor: part("cursor"),
-        };
-        api::list_plans(sort, page)
+    let loader: Loader<PlanPage> = load_page(move |page| {
+        let sort = query.with(|query| query.get("sort"));
+        api::list_plans(sort.and_then(|sort| PlanOrder::of(&sort)), page)
     });
     let creating = RwSignal::new(false);
     open_when_asked(creating);
@@ -305,6 +320,7 @@ fn EditForm(
     loader: Loader<PlanPage>,
 ) -> impl IntoView {
     let form = Form::new(Some(&plan));
+    let was = form.read();
     let toasts = expect_context::<Toasts>();
     let touched = match plan.key_count {
         0 => "No key is on this plan.".to_owned(),
@@ -321,17 +337,13 @@ fn EditForm(
     };
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
-        let Some(typed) = form.read() else { return };
-        let body = UpdatePlan {
-            name: Some(typed.name),
-            default_rpm: Some(typed.default_rpm),
-            burst: Some(typed.burst.unwrap_or(typed.default_rpm)),
-            daily_quota: Some(typed.daily_quota),
-            monthly_quota: Some(typed.monthly_quota),
-            strict: typed.strict,
-            on_redis_failure: Some(typed.on_redis_failure),
-            billing: typed.billing,
+        let (Some(was), Some(typed)) = (&was, form.read()) else {
+            return;
         };
+        let body = plan_changes(was, typed);
+        if body == UpdatePlan::default() {
+            return close();
+        }
         form.busy.set(true);
         spawn_local(async move {
             match api::update_plan(id, body).await {
@@ -349,7 +361,7 @@ fn EditForm(
     };
     view! {
         <form class="inline-form" id="edit-plan" aria-label=format!("Edit {}", plan.name) on:submit=submit>
-            <PlanFields form/>
+            <PlanFields form ids=EDITED/>
             <p class="quiet">{touched}</p>
             <div class="actions">
                 <button class="button first" aria-disabled=held(form.busy)>"Save"</button>
@@ -388,7 +400,7 @@ fn CreateForm(open: RwSignal<bool>, done: Callback<Plan>) -> impl IntoView {
     };
     view! {
         <form on:submit=submit>
-            <PlanFields form/>
+            <PlanFields form ids=NEW/>
             <div class="actions end">
                 <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
                 <button class="button first" aria-disabled=held(form.busy)>"Make plan"</button>
