@@ -1,14 +1,24 @@
-//! Short messages that go by themselves.
+//! Short messages: those of what went well go by themselves, those of what did not when they were read.
 
 use leptos::{prelude::*, task::spawn_local};
+
+use super::focus::rescue_focus;
 
 const SHOWN_MS: u32 = 6000;
 /// How many are shown at once: the last ones.
 const MOST: usize = 3;
 
+#[derive(Clone)]
+struct Toast {
+    id: u32,
+    text: String,
+    /// Stays until it is put away.
+    stays: bool,
+}
+
 #[derive(Clone, Copy)]
 pub struct Toasts {
-    shown: RwSignal<Vec<(u32, String)>>,
+    shown: RwSignal<Vec<Toast>>,
     next: StoredValue<u32>,
 }
 
@@ -23,16 +33,30 @@ impl Toasts {
     }
 
     pub fn say(self, text: impl Into<String>) {
+        let id = self.add(text.into(), false);
+        spawn_local(async move {
+            gloo_timers::future::TimeoutFuture::new(SHOWN_MS).await;
+            self.drop(id);
+        });
+    }
+
+    /// Says what went wrong.
+    pub fn fail(self, text: impl Into<String>) {
+        self.add(text.into(), true);
+    }
+
+    fn add(self, text: String, stays: bool) -> u32 {
         let id = self.next.get_value();
         self.next.set_value(id.wrapping_add(1));
         self.shown.update(|shown| {
-            shown.push((id, text.into()));
+            shown.push(Toast { id, text, stays });
             shown.drain(..shown.len().saturating_sub(MOST));
         });
-        spawn_local(async move {
-            gloo_timers::future::TimeoutFuture::new(SHOWN_MS).await;
-            self.shown.update(|shown| shown.retain(|(it, _)| *it != id));
-        });
+        id
+    }
+
+    fn drop(self, id: u32) {
+        self.shown.update(|shown| shown.retain(|it| it.id != id));
     }
 }
 
@@ -45,7 +69,27 @@ pub fn ToastsView(toasts: Toasts) -> impl IntoView {
                     .shown
                     .get()
                     .into_iter()
-                    .map(|(_, text)| view! { <p class="toast" dir="auto">{text}</p> })
+                    .map(|Toast { id, text, stays }| {
+                        view! {
+                            <div class="toast">
+                                <p dir="auto">{text}</p>
+                                {stays
+                                    .then(|| {
+                                        view! {
+                                            <button
+                                                class="link"
+                                                on:click=move |_| {
+                                                    toasts.drop(id);
+                                                    rescue_focus();
+                                                }
+                                            >
+                                                "Dismiss"
+                                            </button>
+                                        }
+                                    })}
+                            </div>
+                        }
+                    })
                     .collect_view()
             }}
         </div>

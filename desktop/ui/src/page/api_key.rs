@@ -115,7 +115,7 @@ fn Facts(key: ApiKey, loader: Loader<ApiKey>, rotating: RwSignal<bool>) -> impl 
                     });
                     loader.reload();
                 }
-                Err(failure) => toasts.say(failure.text()),
+                Err(failure) => toasts.fail(failure.text()),
             }
             let _ = busy.try_set(false);
             let _ = switching.try_set(false);
