@@ -6,6 +6,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { guard } from "./guard.mjs";
 import { keyboard } from "./keyboard.mjs";
+import { lists } from "./lists.mjs";
 import { many } from "./many.mjs";
 import { names } from "./names.mjs";
 import { once } from "./once.mjs";
@@ -14,7 +15,7 @@ import { tour } from "./tour.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...picked] = process.argv.slice(2);
-const parts = { tour, keyboard, once, many, names, guard, pictures };
+const parts = { tour, keyboard, once, many, lists, names, guard, pictures };
 
 const world = await World.start(executablePath, base, shots);
 try {

@@ -99,7 +99,7 @@ async fn everything(page: &App, world: &World, server: &str, proxy: &FaultProxy)
     page.heading("Mobile app").await?;
     page.press("Deactivate").await?;
     page.press("Deactivate key").await?;
-    page.element(".badge.off").await?;
+    page.text("inactive").await?;
     sent(page, 401).await?;
     page.press("Activate").await?;
     sent(page, 200).await?;

@@ -1,5 +1,7 @@
 //! What is loaded from the server: waiting for it, showing it, and asking again when that failed.
 
+use std::cell::RefCell;
+
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{Page, call::PageOf};
 
@@ -155,15 +157,30 @@ pub fn open_when_asked(open: RwSignal<bool>) {
     });
 }
 
-/// Leads from one page of a list to the next, by address.
+thread_local! {
+    /// Addresses of pages, each with that of the page before: a cursor knows no way back.
+    static BEFORE: RefCell<Vec<(String, String)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Leads from one page of a list to the next, by address, and back to those that were shown in this window.
 #[component]
 pub fn Pager(total: u64, shown: usize, next: Option<String>) -> impl IntoView {
     let route = route();
     let (path, query) = (route.path.get_untracked(), route.query.get_untracked());
+    let here = format!("{path}{query}");
     let first = query
         .get("cursor")
         .map(|_| format!("{path}{}", query.clone().with("cursor", "")));
     let next = next.map(|cursor| format!("{path}{}", query.with("cursor", &cursor)));
+    let previous = BEFORE.with_borrow_mut(|before| {
+        let found = before.iter().find(|(page, _)| *page == here);
+        let previous = found.map(|(_, previous)| previous.clone());
+        if let Some(next) = &next {
+            before.retain(|(page, _)| page != next);
+            before.push((next.clone(), here));
+        }
+        previous
+    });
     view! {
         <nav class="pager" aria-label="Pages">
             <span class="quiet">
@@ -174,6 +191,7 @@ pub fn Pager(total: u64, shown: usize, next: Option<String>) -> impl IntoView {
                 )}
             </span>
             {first.map(|href| view! { <a class="button small" href=href>"First page"</a> })}
+            {previous.map(|href| view! { <a class="button small" href=href>"Previous page"</a> })}
             {next.map(|href| view! { <a class="button small" href=href>"Next page"</a> })}
         </nav>
     }

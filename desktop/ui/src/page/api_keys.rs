@@ -9,7 +9,10 @@ use quota_common::{
     plan::Plan,
 };
 
-use super::{bulk::Bulk, new_api_key::CreateDialog};
+use super::{
+    bulk::{Bulk, ChooseAll},
+    new_api_key::CreateDialog,
+};
 use crate::{
     api,
     app::session,
@@ -86,7 +89,7 @@ pub fn State(key: ApiKey) -> impl IntoView {
         .expires_at
         .is_some_and(|at| at.inner().timestamp_millis() <= now());
     match (key.is_active, expired) {
-        (false, _) => view! { <span class="badge off">"inactive"</span> },
+        (false, _) => view! { <span class="badge">"inactive"</span> },
         (true, true) => view! { <span class="badge off">"expired"</span> },
         (true, false) => view! { <span class="badge on">"active"</span> },
     }
@@ -217,13 +220,13 @@ pub fn ApiKeys() -> impl IntoView {
                     {may
                         .then(|| {
                             let changed = Callback::new(move |()| loader.reload());
-                            view! { <Bulk keys=page.items.clone() chosen changed/> }
+                            view! { <Bulk shown=page.items.iter().map(|key| key.id).collect() total=page.total chosen changed/> }
                         })}
                     <table class="table">
                         <caption class="unseen">"API keys"</caption>
                         <thead>
                             <tr>
-                                {may.then(|| view! { <th scope="col"><span class="unseen">"Selected"</span></th> })}
+                                {may.then(|| view! { <th scope="col" class="choose"><ChooseAll keys=page.items.clone() chosen/></th> })}
                                 <SortHead name="Name" up="name" down="-name" up_first=true/>
                                 <th scope="col">"Key"</th>
                                 <th scope="col">"Plan"</th>

@@ -1,12 +1,15 @@
 //! What is done to many API keys at once: chosen, confirmed, and done one after the other.
 
 use leptos::{prelude::*, task::spawn_local};
-use quota_common::api_key::{ApiKey, UpdateApiKey};
+use quota_common::{
+    ApiKeyId,
+    api_key::{ApiKey, UpdateApiKey},
+};
 
 use crate::{
     api,
     component::{Confirm, Toasts, focus_soon, now},
-    model::bulk::Deed,
+    model::{bulk::Deed, text},
 };
 
 const DAY_MS: i64 = 24 * 60 * 60 * 1000;
@@ -35,7 +38,9 @@ fn breaks(deed: Deed, keys: &[ApiKey]) -> String {
 #[component]
 pub fn Bulk(
     /// Those that are shown.
-    keys: Vec<ApiKey>,
+    shown: Vec<ApiKeyId>,
+    /// How many there are on all pages.
+    total: u64,
     chosen: RwSignal<Vec<ApiKey>>,
     changed: Callback<()>,
 ) -> impl IntoView {
@@ -44,9 +49,8 @@ pub fn Bulk(
     let asking = RwSignal::new(false);
     let busy = RwSignal::new(false);
     let count = Signal::derive(move || chosen.with(Vec::len));
-    let all = keys.len();
+    let all = shown.len();
     // What is not shown any more is not chosen.
-    let shown: Vec<_> = keys.iter().map(|key| key.id).collect();
     Effect::new(move |_| {
         if chosen.with_untracked(|it| it.iter().any(|key| !shown.contains(&key.id))) {
             chosen.update(|it| it.retain(|key| shown.contains(&key.id)));
@@ -64,7 +68,12 @@ pub fn Bulk(
                     failed.push(key.clone());
                 }
             }
-            toasts.say(deed.outcome(keys.len() - failed.len(), failed.len(), &why));
+            let outcome = deed.outcome(keys.len() - failed.len(), failed.len(), &why);
+            if failed.is_empty() {
+                toasts.say(outcome);
+            } else {
+                toasts.fail(outcome);
+            }
             let _ = busy.try_set(false);
             let _ = asking.try_set(false);
             // What could not be done stays chosen.
@@ -76,18 +85,12 @@ pub fn Bulk(
     });
     view! {
         <div class="bulk" role="group" aria-label="Many keys at once">
-            <label class="check">
-                <input
-                    type="checkbox"
-                    prop:checked=move || count.get() == all
-                    prop:indeterminate=move || (1..all).contains(&count.get())
-                    on:change=move |ev| chosen.set(if event_target_checked(&ev) { keys.clone() } else { Vec::new() })
-                />
-                <span>{move || match count.get() {
-                    0 => "Select all on this page".to_owned(),
+            <span role="status">
+                {move || match count.get() {
+                    0 => text::count(total, "key", "keys"),
                     n => format!("{n} of {all} selected"),
-                }}</span>
-            </label>
+                }}
+            </span>
             {move || {
                 (count.get() > 0)
                     .then(|| {
@@ -121,5 +124,24 @@ pub fn Bulk(
             failure=Signal::derive(|| None::<String>)
             run
         />
+    }
+}
+
+/// Chooses all that are shown, or none.
+#[component]
+pub fn ChooseAll(keys: Vec<ApiKey>, chosen: RwSignal<Vec<ApiKey>>) -> impl IntoView {
+    let all = keys.len();
+    let count = move || chosen.with(Vec::len);
+    view! {
+        <label class="check">
+            <input
+                type="checkbox"
+                data-keep="choose-all"
+                prop:checked=move || count() == all
+                prop:indeterminate=move || (1..all).contains(&count())
+                on:change=move |ev| chosen.set(if event_target_checked(&ev) { keys.clone() } else { Vec::new() })
+            />
+            <span>"Select all on this page"</span>
+        </label>
     }
 }

@@ -1,0 +1,115 @@
+// Lists at their ends, more plans than one page holds, and forms that send no more than what was changed in them.
+
+import assert from "node:assert/strict";
+
+export async function lists(world) {
+  const my = await world.visitor();
+  const { page, base } = my;
+  await my.registered("Lists");
+  const dialog = page.locator("dialog[open]");
+  const rows = (count) =>
+    page.waitForFunction((count) => document.querySelectorAll("tbody tr").length === count, count);
+  const search = () => new URL(page.url()).search;
+
+  const plans = [];
+  for (let at = 0; at <= 100; at += 1) {
+    const name = `Plan ${String(at).padStart(3, "0")}`;
+    plans.push(await my.api("POST", "/admin/plans", { name, default_rpm: 60 }));
+  }
+  const last = plans[100];
+  const keys = [];
+  for (let at = 0; at <= 40; at += 1) {
+    const name = `Key ${String(at).padStart(2, "0")}`;
+    keys.push((await my.api("POST", "/admin/api-keys", { name, plan_id: last.id })).api_key);
+  }
+
+  // Every plan is known, also those beyond a page of them.
+  await my.place("API keys").click();
+  await rows(20);
+  await page.getByRole("row", { name: /Key 40 .*Plan 100/ }).waitFor();
+  await my.field("Plan").selectOption({ label: "Plan 099" });
+  await my.heading("No key is like that").waitFor();
+  await page.getByRole("link", { name: "Show all keys" }).click();
+  await rows(20);
+
+  // Pages lead on and back.
+  await page.getByRole("link", { name: "Next page" }).click();
+  await page.getByRole("link", { name: "Key 20" }).waitFor();
+  const second = search();
+  await page.getByRole("link", { name: "Next page" }).click();
+  await page.getByRole("link", { name: "Key 00" }).waitFor();
+  await rows(1);
+  await page.getByRole("link", { name: "Previous page" }).click();
+  await page.getByRole("link", { name: "Key 20" }).waitFor();
+  assert.equal(search(), second);
+  await my.look("keys-between");
+  await page.getByRole("link", { name: "Previous page" }).click();
+  await page.getByRole("link", { name: "Key 40" }).waitFor();
+  assert.equal(search(), "");
+  assert.equal(await page.getByRole("link", { name: "Previous page" }).count(), 0);
+
+  // What goes with the last of a page is the page, and not the list.
+  await page.getByRole("link", { name: "Next page" }).click();
+  await page.getByRole("link", { name: "Key 20" }).waitFor();
+  await page.getByRole("link", { name: "Next page" }).click();
+  await rows(1);
+  await my.field("Select Key 00").check();
+  await my.button("Delete").click();
+  await my.field("Type “delete 1 key” to confirm").fill("delete 1 key");
+  await dialog.getByRole("button", { name: "Delete" }).click();
+  await page.getByRole("link", { name: "Key 40" }).waitFor();
+  await rows(20);
+  assert.equal(search(), "");
+
+  // That the plans are missing is said, and can be mended.
+  const away = "**/admin/plans?*";
+  await page.route(away, (route) => route.abort());
+  await page.reload();
+  await page.getByText("The plans could not be loaded.").waitFor();
+  await my.look("keys-without-plans");
+  await page.unroute(away);
+  await my.button("Load the plans again").click();
+  await page.getByRole("row", { name: /Key 40 .*Plan 100/ }).waitFor();
+  assert.equal(await page.getByText("The plans could not be loaded.").count(), 0);
+
+  // A form sends what was changed in it: what somebody else changed meanwhile stays.
+  await page.getByRole("link", { name: "Key 40" }).click();
+  await my.heading("Key 40").waitFor();
+  await page.locator("dd").getByText("Plan 100").waitFor();
+  await my.button("Edit").click();
+  assert.equal(await page.locator("#edit_plan").inputValue(), last.id);
+  await my.field("Name").fill("Typed and left");
+  await my.button("Cancel").click();
+  await my.button("Edit").click();
+  assert.equal(await my.field("Name").inputValue(), "Key 40", "what was left is not there the next time");
+  const key = `/admin/api-keys/${keys[40].id}`;
+  await my.api("PATCH", key, { name: "Renamed", rpm_override: 7 });
+  await page.locator("#edit_plan").selectOption({ label: "Plan 050" });
+  await my.button("Save").click();
+  await my.heading("Renamed").waitFor();
+  const { name, rpm_override, plan_id } = await my.api("GET", key);
+  assert.deepEqual([name, rpm_override, plan_id], ["Renamed", 7, plans[50].id]);
+
+  await page.goto(`${base}/console/plans?sort=-name`);
+  await my.button("Edit Plan 100").click();
+  assert.equal(await my.field("Burst").inputValue(), "", "a burst that is the rate follows it");
+  // Another can be made meanwhile.
+  await my.button("New plan").click();
+  await my.heading("New plan").waitFor();
+  const twice = await page.evaluate(() => {
+    const ids = [...document.querySelectorAll("[id]")].map((it) => it.id);
+    return ids.filter((id, at) => ids.indexOf(id) !== at);
+  });
+  assert.deepEqual(twice, [], "no two parts of a page have one name");
+  await dialog.getByLabel("Name").fill("Plan 101");
+  await dialog.getByRole("button", { name: "Cancel" }).click();
+  const plan = `/admin/plans/${last.id}`;
+  await my.api("PATCH", plan, { daily_quota: 500, billing: "paid" });
+  await my.field("Requests a minute").fill("90");
+  await my.button("Save").click();
+  await page.getByRole("row", { name: /Plan 100.*90.*90.*500/ }).waitFor();
+  await my.api("PATCH", plan, { default_rpm: 120 });
+  const now = await my.api("GET", plan);
+  assert.deepEqual([now.default_rpm, now.burst, now.daily_quota, now.billing], [120, 120, 500, "paid"]);
+  await my.context.close();
+}
