@@ -169,6 +169,7 @@ export async function keyboard(world) {
   await has("Search");
   await type("gp/?");
   await page.waitForFunction(() => location.search.includes("search=gp"));
+  await my.heading("No key is like that").waitFor();
   assert.equal(await page.getByRole("searchbox").inputValue(), "gp/?");
   assert.equal(await page.locator("dialog[open]").count(), 0);
   await press("Control+a");
