@@ -187,7 +187,10 @@ fn DeleteDialog(id: ApiKeyId, name: String, open: RwSignal<bool>) -> impl IntoVi
             match api::delete_api_key(id).await {
                 Ok(()) => {
                     toasts.say(gone);
-                    route.go("/console/api-keys");
+                    // Unless one went elsewhere meanwhile; back to what is deleted leads nothing.
+                    if busy.try_set(false).is_none() {
+                        route.replace("/console/api-keys");
+                    }
                 }
                 Err(refused) => {
                     failure.set(Some(refused.text()));

@@ -390,7 +390,8 @@ fn CreateForm(open: RwSignal<bool>, done: Callback<Plan>) -> impl IntoView {
         spawn_local(async move {
             match api::create_plan(body).await {
                 Ok(plan) => {
-                    done.run(plan);
+                    // The page may be another by now.
+                    let _ = done.try_run(plan);
                     open.set(false);
                 }
                 Err(failure) => form.failure.set(Some(failure)),
@@ -440,7 +441,7 @@ fn DeleteDialog(plan: RwSignal<Option<Plan>>, done: Callback<Plan>) -> impl Into
             match api::delete_plan(it.id).await {
                 Ok(()) => {
                     open.set(false);
-                    done.run(it);
+                    let _ = done.try_run(it);
                 }
                 Err(refused) => failure.set(Some(refused.text())),
             }
