@@ -32,6 +32,16 @@ export async function lists(world) {
   await page.getByRole("link", { name: "Show all keys" }).click();
   await rows(20);
 
+  // A filter for what is gone shows that it is in force.
+  await my.api("DELETE", `/admin/plans/${plans[0].id}`);
+  await page.goto(`${base}/console/api-keys?plan_id=${plans[0].id}`);
+  await my.heading("No key is like that").waitFor();
+  const chosen = page.locator("#plan_filter option:checked");
+  await chosen.getByText("A plan that is gone").waitFor({ state: "attached" });
+  await page.getByRole("link", { name: "Show all keys" }).click();
+  await rows(20);
+  assert.equal(await chosen.textContent(), "All plans");
+
   // Pages lead on and back.
   await page.getByRole("link", { name: "Next page" }).click();
   await page.getByRole("link", { name: "Key 20" }).waitFor();

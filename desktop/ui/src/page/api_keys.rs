@@ -171,12 +171,16 @@ pub fn ApiKeys() -> impl IntoView {
                         plans
                             .ready()
                             .map(|plans| {
+                                let mut plans: Vec<_> = plans.into_iter().map(|plan| (plan.id.to_string(), plan.name)).collect();
+                                // It is in force all the same.
+                                if let Some(gone) = part("plan_id").filter(|id| !plans.iter().any(|(it, _)| it == id)) {
+                                    plans.push((gone, "A plan that is gone".to_owned()));
+                                }
                                 plans
                                     .into_iter()
-                                    .map(|plan| {
-                                        let id = plan.id.to_string();
+                                    .map(|(id, name)| {
                                         let same = id.clone();
-                                        view! { <option value=id prop:selected=move || part("plan_id").as_ref() == Some(&same)>{plan.name}</option> }
+                                        view! { <option value=id prop:selected=move || part("plan_id").as_ref() == Some(&same)>{name}</option> }
                                     })
                                     .collect_view()
                             })
