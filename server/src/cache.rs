@@ -236,9 +236,16 @@ where
                 inner.metrics.key_loads.inc();
             }
             let loaded = loaded.map(|it| it.value.map(Arc::new));
-            let undisturbed = inner.freshness.generation.load(Ordering::Acquire) == generation;
+            let is_as_before = || inner.freshness.generation.load(Ordering::Acquire) == generation;
+            let mut undisturbed = is_as_before();
             if let (Ok(value), true) = (&loaded, undisturbed) {
                 self.keep(key, value.clone(), true_at.unwrap_or(began));
+                // Who forgets from here on finds it in its place; who did before this look may not have.
+                undisturbed = is_as_before();
+                if !undisturbed {
+                    inner.present.remove(&key);
+                    inner.absent.remove(&key);
+                }
             }
             outcome = Some(loaded);
             // Something was forgotten while this was on its way: it may have been this, so look once more.

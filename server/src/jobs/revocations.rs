@@ -47,8 +47,8 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
 async fn poll_once(state: &AppState, last: &mut Option<i64>) -> Result<(), DbError> {
     let mut tx = state.db.system().await?;
     let Some(mut seq) = *last else {
-        // Nothing was cached before the first poll began that it could have missed: entries loaded since are
-        // as new as what it reads. Those that others cached earlier are held against what is read here.
+        // What was loaded before this poll may be older than what it reads, if an earlier one failed; what others
+        // cached is held against what is noted here.
         let (newest, older) = revocation::newest(&mut tx).await?;
         tx.commit().await?;
         for it in &newest {
@@ -58,6 +58,7 @@ async fn poll_once(state: &AppState, last: &mut Option<i64>) -> Result<(), DbErr
         state
             .recent
             .complete_above(if older { first - 1 } else { 0 });
+        state.forget(&newest);
         *last = Some(newest.last().map_or(0, |it| it.seq));
         return Ok(());
     };
