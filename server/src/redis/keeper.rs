@@ -29,6 +29,8 @@ const PROBE_ANSWER: Duration = Duration::from_millis(500);
 const PAUSES: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(250));
 /// Calls under way on one connection. More wait, within their own time.
 const CONCURRENT: usize = 1024;
+/// How long a cluster's node may leave a call unanswered: longer than any caller waits.
+const UNANSWERED: Duration = Duration::from_secs(2);
 /// How often a cluster's connection is made anew at most.
 const CLUSTER_ANEW: Duration = Duration::from_secs(1);
 /// Steps that asking Sentinel takes: its answer, the look at the master it names.
@@ -78,12 +80,15 @@ impl Source {
             }
             RedisServers::Cluster(nodes) => Self::Cluster(Box::new(
                 ClusterClientBuilder::new(nodes.iter().cloned())
-                    // Followed redirections count as retries.
-                    .retries(3)
-                    .min_retry_wait(1)
-                    .max_retry_wait(5)
+                    // The crate would also send again what may have been carried out.
+                    .retries(0)
                     .connection_timeout(settings.connect_timeout)
-                    .response_timeout(settings.timeout.max(settings.connect_timeout))
+                    .response_timeout(
+                        settings
+                            .timeout
+                            .max(settings.connect_timeout)
+                            .max(UNANSWERED),
+                    )
                     .connection_concurrency_limit(CONCURRENT)
                     .tcp_settings(tcp_settings())
                     .build()?,
@@ -242,16 +247,19 @@ pub(super) async fn keep(shared: Arc<Shared>, at: usize) {
 /// Until the connection is to be made anew.
 async fn lasts(shared: &Shared, at: usize) {
     let slot = &shared.slots[at];
-    if shared.is_cluster() {
-        sleep(CLUSTER_ANEW).await;
-        slot.look.notified().await;
-        return;
-    }
     loop {
-        let _ = timeout(PROBE, slot.look.notified()).await;
+        if shared.is_cluster() {
+            sleep(CLUSTER_ANEW).await;
+            slot.look.notified().await;
+            if slot.broke.swap(false, Ordering::AcqRel) {
+                return;
+            }
+        } else {
+            let _ = timeout(PROBE, slot.look.notified()).await;
+        }
         // Let go by a call that saw it break.
         let live = slot.live.read().clone();
-        let Some(Connection::One(mut connection)) = live.map(|it| it.connection) else {
+        let Some(mut connection) = live.map(|it| it.connection) else {
             return;
         };
         let ping = async move { redis::cmd("PING").query_async::<()>(&mut connection).await };

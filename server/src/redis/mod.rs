@@ -8,7 +8,8 @@
 //! once with [`Failure::Away`]. A call is sent once. It is not sent again when it fails, since what it was to do
 //! may have been done, but for what only a cluster can know: that a key has moved to another node.
 //!
-//! When Redis is away, everything here fails within `QUOTA_REDIS_TIMEOUT`; nothing is kept for later. What it may
+//! When Redis is away, everything here fails within `QUOTA_REDIS_TIMEOUT`, or the longer patience of who wants to
+//! hear late answers; nothing is kept for later. What it may
 //! have forgotten meanwhile shows in [`Link::generation`], which is another for every connection, and in
 //! [`Link::run_id`], which is another for every process of Redis.
 
@@ -21,7 +22,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -53,6 +54,9 @@ pub enum Failure {
     #[error("Redis failed the call")]
     Failed(#[source] RedisError),
 }
+
+/// How long after a node of a cluster has said that a key is elsewhere it is asked for again.
+const MOVING: Duration = Duration::from_millis(3);
 
 /// A Lua script, by its hash. Sent whole only to a Redis that does not know it.
 #[derive(Debug, Clone)]
@@ -99,6 +103,8 @@ struct Slot {
     live: RwLock<Option<Live>>,
     /// Tells the keeper that the connection was let go, or that it may be dead.
     look: Notify,
+    /// Of a cluster: a call saw it break.
+    broke: AtomicBool,
 }
 
 /// A connection that has answered.
@@ -337,27 +343,21 @@ impl Link {
             cmd
         };
         let known = call("EVALSHA", &script.hash);
-        self.within(
-            patience,
-            async |mut connection: Connection| match connection
-                .req_packed_command(&known)
-                .await
-                .and_then(Value::extract_error)
-            {
+        self.within(patience, async |mut connection: Connection| {
+            match send(&mut connection, &known).await {
                 Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                    let whole = call("EVAL", script.code);
-                    connection.req_packed_command(&whole).await
+                    send(&mut connection, &call("EVAL", script.code)).await
                 }
                 answer => answer,
-            },
-        )
+            }
+        })
         .await
     }
 
     /// One command, within the time of one call.
     pub async fn query(&self, cmd: &Cmd) -> Result<Value, Failure> {
         self.within(None, async |mut connection: Connection| {
-            connection.req_packed_command(cmd).await
+            send(&mut connection, cmd).await
         })
         .await
     }
@@ -382,7 +382,7 @@ impl Link {
         }
         match answer {
             Err(Late) => Err(Failure::Late(patience.map_or(limit, |it| it.max(limit)))),
-            Ok(answer) => answer.and_then(Value::extract_error).map_err(|error| {
+            Ok(answer) => answer.map_err(|error| {
                 counts.failed.fetch_add(1, Ordering::Relaxed);
                 if is_of_the_connection(&error) {
                     self.let_go();
@@ -395,15 +395,41 @@ impl Link {
     /// No call is to use this connection any more; the keeper makes another.
     fn let_go(&self) {
         let slot = &self.shared.slots[self.at];
-        if matches!(self.live.connection, Connection::One(_)) {
-            let mut live = slot.live.write();
-            let same = |it: &Live| it.generation == self.live.generation;
-            if live.as_ref().is_some_and(same) {
-                *live = None;
+        let mut live = slot.live.write();
+        if live
+            .as_ref()
+            .is_some_and(|it| it.generation == self.live.generation)
+        {
+            match self.live.connection {
+                Connection::One(_) => *live = None,
+                Connection::Cluster(_) => slot.broke.store(true, Ordering::Release),
             }
         }
+        drop(live);
         slot.look.notify_one();
     }
+}
+
+/// Sends a command, to another node of a cluster too when the key is not where it was.
+async fn send(connection: &mut Connection, cmd: &Cmd) -> Result<Value, RedisError> {
+    loop {
+        let answer = connection.req_packed_command(cmd).await;
+        match answer.and_then(Value::extract_error) {
+            // Nothing was done. The connection finds out where the key is now.
+            Err(error) if is_elsewhere(&error) => tokio::time::sleep(MOVING).await,
+            answer => return answer,
+        }
+    }
+}
+
+/// Whether a node of a cluster says that the key is not with it now.
+fn is_elsewhere(error: &RedisError) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::Server(
+            ServerErrorKind::Moved | ServerErrorKind::Ask | ServerErrorKind::TryAgain
+        )
+    )
 }
 
 /// Whether another connection would do better: this one broke, or leads to a server that is no master.
