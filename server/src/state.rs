@@ -211,6 +211,12 @@ const REDIS_PATIENCE: Duration = Duration::from_secs(3);
 /// Full buckets for a deployment that has never shared counters. If Redis is away they begin empty, as after a
 /// loss, and the next start tries again.
 async fn begin_counters(db: &Db, redis: &Redis, counters: &RedisCounters) -> Result<(), DbError> {
+    let mut tx = db.system().await?;
+    let begun = repo::replica::counters_have_begun(&mut tx).await?;
+    tx.commit().await?;
+    if begun {
+        return Ok(());
+    }
     // Before the row is held, which others that start wait for.
     redis.connected(REDIS_PATIENCE).await;
     let mut tx = db.system().await?;

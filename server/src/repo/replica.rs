@@ -56,6 +56,16 @@ pub async fn sweep(tx: &mut SystemTx) -> Result<(), DbError> {
     Ok(())
 }
 
+/// Whether counters were ever shared.
+pub async fn counters_have_begun(tx: &mut SystemTx) -> Result<bool, DbError> {
+    let begun = diesel::select(diesel::dsl::exists(
+        shared_counters::table.select(shared_counters::single),
+    ))
+    .get_result(&mut **tx)
+    .await?;
+    Ok(begun)
+}
+
 /// Notes that counters are shared from now on. `true`: for the first time.
 pub async fn begin_counters(tx: &mut SystemTx) -> Result<bool, DbError> {
     let inserted = diesel::insert_into(shared_counters::table)
