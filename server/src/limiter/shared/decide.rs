@@ -12,7 +12,7 @@ use quota_common::plan::OnRedisFailure;
 use tokio::{runtime::Handle, sync::oneshot, time};
 
 use super::{
-    A_SECOND, Inner, Lease,
+    A_MOMENT, A_SECOND, Inner, Lease,
     counters::{BucketState, TakeReply},
     flight::{Hand, fly},
     nanos,
@@ -89,7 +89,11 @@ impl Inner {
             && !self.partition(cell).is_away()
         {
             let mut denial = Denial::default();
+            // Until the counters may be asked again, and until as many are there as this one needs.
             denial.add(Policy::Rpm, NonZeroU64::new(until - monotonic));
+            let gcra = policies.gcra();
+            let debt = lease.debt(gcra, monotonic);
+            denial.add_rate(gcra.decide(now.0.saturating_add(debt), now, cost));
             let outcome = denial.outcome();
             decision(&mut state, policies, (now, monotonic), outcome)
         } else {
@@ -155,6 +159,8 @@ impl Inner {
                 let size = lease.pace(monotonic, self.ttl, Lease::largest(policies.gcra()));
                 if size < 2 || tokens >= size {
                     lease.count(tokens);
+                    // What is in hand is too little for this one. It is of more use in the bucket that it asks.
+                    lease.surrender_all();
                     None
                 } else {
                     landed.as_mut().enable();
@@ -168,8 +174,8 @@ impl Inner {
                 // Not again at once what has just failed.
                 Ok(()) if cell.state.lock().lease().failures() != failures => Asked::Away,
                 Ok(()) => Asked::LookAgain,
-                // They do answer, but others were quicker.
-                Err(_) if self.partition(cell).heard_at() > began => Asked::Late,
+                // There were answers for this key, but others were quicker.
+                Err(_) if cell.state.lock().lease().seen_at() > began => Asked::Late,
                 Err(_) => Asked::Away,
             };
         }
@@ -370,7 +376,10 @@ impl Inner {
                         }
                     }
                     Asked::Denied => {
-                        if let Some(decision) = self.denial(cell, policies, cost, None) {
+                        let denial = self.denial(cell, policies, cost, None);
+                        // Tokens may have come meanwhile, or the counters know another version of the plan.
+                        let soon = || self.denial(cell, policies, cost, Some(A_MOMENT));
+                        if let Some(decision) = denial.or_else(soon) {
                             return Ok(decision);
                         }
                     }

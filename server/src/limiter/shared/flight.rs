@@ -224,23 +224,21 @@ pub(super) async fn fly(inner: Arc<Inner>, cell: Arc<KeyCell>, call: TakeCall) {
             lease.stock(granted, at, expires);
             stocked = true;
         }
-        if granted < call.want {
-            // Near the limit. The next are asked for when they are there; and not each one as it comes: they are
-            // left to gather for a while, in which no bucket fills up.
+        // Tokens are asked for when they are there; and not each one as it comes: they are left to gather for a
+        // while, in which no bucket fills up.
+        let gather = (inner.ttl / 2).min(call.tau / 10);
+        let left = call.tau.saturating_sub(debt);
+        if granted == 0 || (granted < call.want && left <= gather) {
             let n = if granted > 0 { 1 } else { call.need };
-            let missing = debt
-                .saturating_add(n.saturating_mul(call.emission))
-                .saturating_sub(call.tau);
-            let gather = (inner.ttl / 2).min(call.tau / 10);
+            let missing = n.saturating_mul(call.emission).saturating_sub(left);
             lease.hold(n, now + missing.max(gather).max(1));
         }
     }
     drop(flight);
-    if !stocked {
-        return;
+    if stocked {
+        let left = expires.saturating_sub(inner.clock.monotonic());
+        time::sleep(Duration::from_nanos(left + 1)).await;
     }
-    let left = expires.saturating_sub(inner.clock.monotonic());
-    time::sleep(Duration::from_nanos(left + 1)).await;
     let back = {
         let mut state = cell.state.lock();
         let lease = state.lease();

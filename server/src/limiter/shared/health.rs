@@ -81,11 +81,6 @@ impl Partition {
         self.last_heard.load(Ordering::Relaxed)
     }
 
-    /// When the last answer came.
-    pub(super) fn heard_at(&self) -> u64 {
-        self.inner.lock().heard_at
-    }
-
     /// When the last answer came, or was last asked for to hear one.
     pub(super) fn beaten_at(&self) -> u64 {
         let inner = self.inner.lock();

@@ -112,12 +112,17 @@ pub(super) struct Unspent {
 impl Lease {
     /// The plan was edited: what was taken under the old one goes back, what is known is forgotten.
     pub(in crate::limiter) fn edited(&mut self) {
-        for i in 0..self.slots.len() {
-            self.surrender(i);
-        }
+        self.surrender_all();
         self.view = None;
         self.held_until = 0;
         self.size = 1;
+    }
+
+    /// All that is in hand is to go back.
+    pub(super) fn surrender_all(&mut self) {
+        for i in 0..self.slots.len() {
+            self.surrender(i);
+        }
     }
 
     /// Nobody could tell it from a new one.
@@ -260,6 +265,11 @@ impl Lease {
     /// The bucket was so far from full at `seen`.
     pub(super) fn saw(&mut self, debt: u64, seen: u64) {
         self.view = Some(View { debt, seen });
+    }
+
+    /// When the counters last told of the bucket; 0 for never.
+    pub(super) fn seen_at(&self) -> u64 {
+        self.view.map_or(0, |view| view.seen)
     }
 
     /// Too few for `n` until then.

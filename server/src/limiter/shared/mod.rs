@@ -77,6 +77,9 @@ use crate::{clock::Clock, telemetry::metrics::Metrics};
 /// The wait that is told where none is known.
 const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 
+/// The wait that is told where it is known to be short.
+const A_MOMENT: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
+
 /// How a shared store is set up.
 #[derive(Debug, Clone)]
 pub struct SharedSettings {

@@ -27,9 +27,11 @@ use crate::redis::{Failure, Redis, Script};
 /// Enough that the keys of a cluster are spread evenly over some tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
-/// Microseconds from a loss to the new beginning: longer than the counters are unprobed, so that all replicas
-/// know of it before it comes.
+/// Microseconds from a loss to the new beginning, at least: longer than the counters are unprobed, so that all
+/// replicas know of it before it comes.
 const EPOCH_DELAY: CounterMicros = 600_000;
+/// Of these, what is not for the answer to a probe.
+const UNPROBED: CounterMicros = 350_000;
 
 const TAKE: &str = include_str!("take.lua");
 
@@ -48,6 +50,8 @@ pub struct RedisCounters {
     redis: Redis,
     take: Script,
     partitions: u16,
+    /// From a loss to the new beginning.
+    delay: CounterMicros,
 }
 
 /// Redis answered something else than the script does.
@@ -57,7 +61,12 @@ struct Unexpected(String);
 
 impl RedisCounters {
     pub fn new(redis: Redis) -> Self {
-        Self::with_script(redis, TAKE)
+        let timeout = redis.settings().timeout.as_micros();
+        let timeout = CounterMicros::try_from(timeout).unwrap_or(CounterMicros::MAX / 2);
+        Self {
+            delay: EPOCH_DELAY.max(UNPROBED + timeout),
+            ..Self::with_script(redis, TAKE)
+        }
     }
 
     /// For tests, which bring their own time.
@@ -70,6 +79,7 @@ impl RedisCounters {
                 1
             },
             take: Script::new(take),
+            delay: EPOCH_DELAY,
             redis,
         }
     }
@@ -136,7 +146,7 @@ impl SharedCounters for RedisCounters {
                     call.last_heard,
                     call.away_since,
                     call.promised,
-                    EPOCH_DELAY,
+                    self.delay,
                     call.lease,
                 ],
                 Some(CALL_DEADLINE),

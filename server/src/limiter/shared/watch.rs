@@ -21,7 +21,8 @@ pub(super) const PROBE_EVERY: Duration = Duration::from_millis(250);
 /// so that all replicas give them up within the same half second.
 const BEAT_EVERY: Duration = Duration::from_millis(250);
 const DOUBT_EVERY: Duration = Duration::from_millis(50);
-/// How long a probe may take: longer than a request waits, so that counters that are slow at first are found.
+/// How long the answer to a probe is waited for, at least. Only one as quick as a request needs it has the counters
+/// come back: with slow ones every request would wait in vain, and each return would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// Nanoseconds for which an unused partition is still asked.
 const IN_USE: u64 = 10_000_000_000;
@@ -93,8 +94,11 @@ pub(super) async fn see_to_return(
             promised,
             ..beat_call(number, partition)
         };
-        let answer = time::timeout(PROBE_DEADLINE, inner.counters.take(call)).await;
+        let asked_at = inner.clock.monotonic();
+        let patience = PROBE_DEADLINE.max(inner.settings.deadline);
+        let answer = time::timeout(patience, inner.counters.take(call)).await;
         let now = inner.clock.monotonic();
+        let in_time = now - asked_at <= nanos(inner.settings.deadline);
         // Not all at once.
         wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now % 50_000_000));
         if let Ok(Ok(reply)) = answer {
@@ -104,11 +108,12 @@ pub(super) async fn see_to_return(
                     wait = Duration::from_micros(left);
                     promised = reply.at + left;
                 }
-                BucketState::Known { .. } => {
+                BucketState::Known { .. } if in_time => {
                     partition.returned(now);
                     tracing::info!(partition = number, "the shared counters are back");
                     return;
                 }
+                BucketState::Known { .. } => {}
             }
         }
     }

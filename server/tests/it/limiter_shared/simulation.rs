@@ -32,7 +32,7 @@ use quota_common::{
 use quota_server::{
     clock::{Clock, UnixNanos},
     limiter::{
-        BucketState, CellSettings, CounterError, Limiter, LimiterError, Place, Policies,
+        BucketState, CellSettings, CounterError, KeyCell, Limiter, LimiterError, Place, Policies,
         RatePolicy, Roster, SharedCounters, SharedSettings, SharedStore, TakeCall, TakeReply, Zone,
     },
     telemetry::metrics::Metrics,
@@ -616,64 +616,125 @@ fn no_replica_fault_or_partition_sells_more_than_was_sold() {
     });
 }
 
-/// PostgreSQL is slower than Redis may be, and busy requests of a closed plan wait for it: neither is an outage.
-#[test]
-fn a_slow_ledger_leaves_the_counters_their_time() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+/// One replica on counters that are well, for a plan of `rpm` and `burst`.
+fn alone(
+    ledger: Arc<TestLedger>,
+    on_failure: OnRedisFailure,
+    (rpm, burst): (u32, u32),
+    daily: Option<NonZeroU64>,
+) -> (Limiter, Policies) {
+    let zero = Instant::now();
+    let state = State::fresh(1, 1);
+    let world = Arc::new(World {
+        zero,
+        rng: Mutex::new(Rng::with_seed(1)),
+        server: Mutex::new(Server {
+            copy: state.clone(),
+            state,
+            run: 1,
+            up: true,
+            frozen: false,
+            ahead: 0,
+        }),
+        links: Mutex::new(vec![Link::Up]),
+        granted: Mutex::default(),
+        slow: AtomicU64::new(0),
+    });
+    let clock: Arc<dyn Clock> = Arc::new(SkewedClock { zero, skew_ms: 0 });
+    let store = SharedStore::new(
+        Arc::clone(&clock),
+        ledger,
+        Arc::new(Linked { world, replica: 0 }),
+        Arc::default(),
+        Arc::default(),
+        SharedSettings {
+            lease_ttl: TTL,
+            deadline: DEADLINE,
+            on_failure,
+            cells: CellSettings::default(),
+        },
+    );
+    let policies = Policies::new(
+        RatePolicy {
+            rpm: NonZeroU32::new(rpm).unwrap(),
+            burst: NonZeroU32::new(burst).unwrap(),
+        },
+        daily,
+        None,
+        Zone::utc(),
+        false,
+    );
+    (Limiter::new(store, clock), policies)
+}
+
+fn paused<F: Future>(test: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
         .build()
-        .unwrap();
-    runtime.block_on(async {
-        let zero = Instant::now();
-        let state = State::fresh(1, 1);
-        let world = Arc::new(World {
-            zero,
-            rng: Mutex::new(Rng::with_seed(1)),
-            server: Mutex::new(Server {
-                copy: state.clone(),
-                state,
-                run: 1,
-                up: true,
-                frozen: false,
-                ahead: 0,
-            }),
-            links: Mutex::new(vec![Link::Up]),
-            granted: Mutex::default(),
-            slow: AtomicU64::new(0),
-        });
-        let clock: Arc<dyn Clock> = Arc::new(SkewedClock { zero, skew_ms: 0 });
+        .unwrap()
+        .block_on(test)
+}
+
+fn a_cell(limiter: &Limiter) -> Arc<KeyCell> {
+    limiter
+        .cell(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()))
+        .unwrap()
+}
+
+/// PostgreSQL is slower than Redis may be, and busy requests of a closed plan wait for it: neither is an outage.
+#[test]
+fn a_slow_ledger_leaves_the_counters_their_time() {
+    paused(async {
         let ledger = TestLedger::new();
         ledger.set_delay(DEADLINE * 3);
-        let store = SharedStore::new(
-            Arc::clone(&clock),
-            ledger,
-            Arc::new(Linked { world, replica: 0 }),
-            Arc::default(),
-            Arc::default(),
-            SharedSettings {
-                lease_ttl: TTL,
-                deadline: DEADLINE,
-                on_failure: OnRedisFailure::Closed,
-                cells: CellSettings::default(),
-            },
-        );
-        let limiter = Limiter::new(store, clock);
-        let policies = Policies::new(
-            RatePolicy {
-                rpm: NonZeroU32::new(6000).unwrap(),
-                burst: NonZeroU32::new(6000).unwrap(),
-            },
-            NonZeroU64::new(10_000),
-            None,
-            Zone::utc(),
-            false,
-        );
-        let cell = limiter
-            .cell(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()))
-            .unwrap();
+        let daily = NonZeroU64::new(10_000);
+        let (limiter, policies) = alone(ledger, OnRedisFailure::Closed, (6000, 6000), daily);
+        let cell = a_cell(&limiter);
         let decision = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
         let decision = decision.unwrap();
         assert!(decision.is_allowed() && !decision.degraded, "{decision:?}");
+    });
+}
+
+/// Leases grow with the pace and shrink near the bottom, and no token of a full bucket is refused on the way.
+#[test]
+fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
+    paused(async {
+        let rate = (600, 600);
+        let (limiter, policies) = alone(TestLedger::new(), OnRedisFailure::Share, rate, None);
+        let cell = a_cell(&limiter);
+        for n in 0..600 {
+            let decision = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+            let decision = decision.unwrap();
+            assert!(decision.is_allowed(), "request {n}: {decision:?}");
+            sleep(Duration::from_micros(500)).await;
+        }
+    });
+}
+
+/// Whoever asks for more than one token is told when so many are there, also while nobody asks the counters.
+#[test]
+fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
+    paused(async {
+        let rate = (6000, 100);
+        let (limiter, policies) = alone(TestLedger::new(), OnRedisFailure::Share, rate, None);
+        let cell = a_cell(&limiter);
+        let mut denied = 0;
+        for _ in 0..400 {
+            let one = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+            denied += u32::from(!one.unwrap().is_allowed());
+            sleep(Duration::from_micros(500)).await;
+        }
+        assert!(denied > 100);
+        let fifty = NonZeroU32::new(50).unwrap();
+        let decision = limiter.admit(&cell, &policies, fifty).await.unwrap();
+        // 10 ms a token, and a bucket that has no more than gathers in the life of half a lease.
+        let wait = decision.retry_after().expect("it is denied");
+        assert!(wait >= 400_000_000, "{decision:?}");
+        let never = NonZeroU32::new(101).unwrap();
+        let decision = limiter.admit(&cell, &policies, never).await.unwrap();
+        assert!(!decision.is_allowed());
+        assert_eq!(decision.retry_after(), None);
     });
 }
