@@ -154,7 +154,7 @@ pub struct Settings {
     pub lease_ttl: String,
 
     /// What happens to requests while Redis is away, where their plan does not say otherwise: share (each replica
-    /// admits its share of the limit), open (all are admitted) or closed (all are answered 503).
+    /// admits its share of the limit), open (each admits all of it) or closed (all are answered 503).
     #[arg(
         long,
         env = "QUOTA_ON_REDIS_FAILURE",
@@ -177,8 +177,8 @@ pub struct Settings {
     )]
     pub migrate: String,
 
-    /// What access tokens are signed with, at least 32 characters of chance, the same on every replica. Unset:
-    /// made once and kept in the database.
+    /// What access tokens are signed with, and key records in Redis sealed, at least 32 characters of chance, the
+    /// same on every replica. Unset: made once and kept in the database.
     #[arg(
         long,
         env = "QUOTA_SECRET",
