@@ -228,10 +228,12 @@ impl Block {
             .saturating_sub(self.used.saturating_sub(self.in_hand))
     }
 
-    /// Whether to ask for more before anybody has to wait.
+    /// Whether to ask for more before anybody has to wait. Not token by token where others share the quota: each
+    /// would hold one that it may never need, until it is used up before it is spent.
     pub(super) fn is_low(&self, now: UnixNanos) -> bool {
         self.known
             && self.used < self.limit
+            && (self.sharers == 1 || self.size() > 1)
             && self.in_hand <= self.size() / 4
             && !self.in_flight
             && ((self.failure.is_none() && self.patience == PATIENCE) || self.is_due(now))

@@ -619,6 +619,7 @@ fn no_replica_fault_or_partition_sells_more_than_was_sold() {
 /// One replica on counters that are well, for a plan of `rpm` and `burst`.
 fn alone(
     ledger: Arc<TestLedger>,
+    roster: Arc<Roster>,
     on_failure: OnRedisFailure,
     (rpm, burst): (u32, u32),
     daily: Option<NonZeroU64>,
@@ -645,7 +646,7 @@ fn alone(
         Arc::clone(&clock),
         ledger,
         Arc::new(Linked { world, replica: 0 }),
-        Arc::default(),
+        roster,
         Arc::default(),
         SharedSettings {
             lease_ttl: TTL,
@@ -689,7 +690,13 @@ fn a_slow_ledger_leaves_the_counters_their_time() {
         let ledger = TestLedger::new();
         ledger.set_delay(DEADLINE * 3);
         let daily = NonZeroU64::new(10_000);
-        let (limiter, policies) = alone(ledger, OnRedisFailure::Closed, (6000, 6000), daily);
+        let (limiter, policies) = alone(
+            ledger,
+            Arc::default(),
+            OnRedisFailure::Closed,
+            (6000, 6000),
+            daily,
+        );
         let cell = a_cell(&limiter);
         let decision = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
         let decision = decision.unwrap();
@@ -702,7 +709,13 @@ fn a_slow_ledger_leaves_the_counters_their_time() {
 fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
     paused(async {
         let rate = (600, 600);
-        let (limiter, policies) = alone(TestLedger::new(), OnRedisFailure::Share, rate, None);
+        let (limiter, policies) = alone(
+            TestLedger::new(),
+            Arc::default(),
+            OnRedisFailure::Share,
+            rate,
+            None,
+        );
         let cell = a_cell(&limiter);
         for n in 0..600 {
             let decision = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
@@ -718,7 +731,13 @@ fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
 fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
     paused(async {
         let rate = (6000, 100);
-        let (limiter, policies) = alone(TestLedger::new(), OnRedisFailure::Share, rate, None);
+        let (limiter, policies) = alone(
+            TestLedger::new(),
+            Arc::default(),
+            OnRedisFailure::Share,
+            rate,
+            None,
+        );
         let cell = a_cell(&limiter);
         let mut denied = 0;
         for _ in 0..400 {
@@ -736,5 +755,29 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
         let decision = limiter.admit(&cell, &policies, never).await.unwrap();
         assert!(!decision.is_allowed());
         assert_eq!(decision.retry_after(), None);
+    });
+}
+
+/// Each of many replicas takes of a small quota what it spends, and nothing for later.
+#[test]
+fn a_small_quota_is_had_whole_of_many_replicas() {
+    paused(async {
+        let of = NonZeroU64::new(9).unwrap();
+        let ledger = TestLedger::new();
+        let replicas: Vec<_> = (0..of.get())
+            .map(|rank| {
+                let roster = Arc::new(Roster::default());
+                roster.confirm(Place { rank, of }, 0);
+                let daily = NonZeroU64::new(10);
+                let on_failure = OnRedisFailure::Share;
+                alone(Arc::clone(&ledger), roster, on_failure, (6000, 100), daily)
+            })
+            .collect();
+        for (n, (limiter, policies)) in replicas.iter().cycle().take(18).enumerate() {
+            let cell = a_cell(limiter);
+            let decision = limiter.admit(&cell, policies, NonZeroU32::MIN).await;
+            assert_eq!(decision.unwrap().is_allowed(), n < 10, "request {n}");
+            sleep(Duration::from_millis(20)).await;
+        }
     });
 }
