@@ -130,7 +130,7 @@ impl Report {
         for node in nodes {
             match node {
                 Ok(node) => {
-                    self.node(settings, &node);
+                    self.node(config, settings, &node);
                     listening += node.listening;
                 }
                 // The others of a cluster may do.
@@ -144,8 +144,25 @@ impl Report {
         listening
     }
 
-    fn node(&mut self, settings: &RedisSettings, node: &Node) {
+    fn node(&mut self, config: &Config, settings: &RedisSettings, node: &Node) {
         let addr = &node.addr;
+        if let Some(error) = &node.refuses_scripts {
+            self.fault(
+                "redis",
+                format!(
+                    "{addr} does not run scripts with TIME and INFO, as the counters need: {error}"
+                ),
+            );
+        }
+        let wanted = config.replicas * (settings.connections + 1);
+        if let Some(most) = node.most_clients.filter(|most| wanted > *most) {
+            self.fault(
+                "redis",
+                format!(
+                    "{addr} takes {most} connections (maxclients), and the replicas need {wanted}"
+                ),
+            );
+        }
         self.fine(
             "redis",
             format!(

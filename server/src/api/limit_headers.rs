@@ -19,7 +19,7 @@ pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
 /// Present while the shared counters are away and this replica decides by itself.
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
-const REDIS_AWAY: &str = "redis-away";
+pub const REDIS_AWAY: &str = "redis-away";
 
 /// How many fields an answer has in all, so that its map is made once.
 pub const FIELDS: usize = 12;

@@ -91,6 +91,14 @@ impl ApiError {
         }
     }
 
+    /// The shared counters are away, and the plan admits nothing without them.
+    fn is_without_counters(&self) -> bool {
+        let source = self.source.as_deref();
+        source
+            .and_then(|source| source.downcast_ref::<LimiterError>())
+            .is_some_and(|error| matches!(error, LimiterError::CountersAway))
+    }
+
     pub fn too_many(retry_after: Duration) -> Self {
         Self {
             retry_after: Some(retry_after),
@@ -246,6 +254,10 @@ impl ApiError {
         if let Some(after) = self.retry_after {
             let secs = after.as_secs() + u64::from(after.subsec_nanos() > 0);
             headers.insert(header::RETRY_AFTER, HeaderValue::from(secs.max(1)));
+        }
+        if self.is_without_counters() {
+            let away = HeaderValue::from_static(limit_headers::REDIS_AWAY);
+            headers.insert(limit_headers::DEGRADED, away);
         }
         if status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, challenge(self.credential_sent));

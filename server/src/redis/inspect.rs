@@ -27,6 +27,10 @@ pub struct Node {
     pub persistence: String,
     /// `None` where it may not be asked.
     pub min_replicas_to_write: Option<u32>,
+    /// How many connections it takes; `None` where it does not tell.
+    pub most_clients: Option<usize>,
+    /// Why it would not run the counters' script.
+    pub refuses_scripts: Option<String>,
     /// How many listen to the channel.
     pub listening: usize,
     /// How long one answer took.
@@ -101,6 +105,11 @@ async fn node(
     };
     let minimum: Option<(String, u32)> =
         told(it, &["CONFIG", "GET", "min-replicas-to-write"]).await;
+    let script: Result<(), _> = redis::cmd("EVAL")
+        .arg("redis.call('TIME') redis.call('INFO', 'server') return redis.status_reply('OK')")
+        .arg(0)
+        .query_async(it)
+        .await;
     let listening: Option<(String, usize)> = told(it, &["PUBSUB", "NUMSUB", channel]).await;
     Ok(Node {
         addr: client.get_connection_info().addr().to_string(),
@@ -111,6 +120,8 @@ async fn node(
         eviction: value("maxmemory_policy"),
         persistence,
         min_replicas_to_write: minimum.map(|(_, n)| n),
+        most_clients: value("maxclients").parse().ok(),
+        refuses_scripts: script.err().map(|error| error.to_string()),
         listening: listening.map_or(0, |(_, n)| n),
         took,
     })

@@ -42,6 +42,7 @@ pub struct Metrics {
     pub lease_tokens_lost: Counter,
     pub admitted_degraded: Counter,
     pub replicas: Gauge,
+    pub counters_away: Gauge,
     pub guard_refusals: Counter,
     pub logins_failed: Counter,
     pub password_queue_full: Counter,
@@ -132,6 +133,7 @@ impl Default for Metrics {
             lease_tokens_lost: Counter::default(),
             admitted_degraded: Counter::default(),
             replicas: Gauge::default(),
+            counters_away: Gauge::default(),
             guard_refusals: Counter::default(),
             logins_failed: Counter::default(),
             password_queue_full: Counter::default(),
@@ -290,7 +292,7 @@ impl Metrics {
         );
         r.register(
             "lease_tokens_returned",
-            "Of these, tokens given back unspent",
+            "Of these, tokens given back unspent; what goes back late may not be credited",
             self.lease_tokens_returned.clone(),
         );
         r.register(
@@ -302,6 +304,11 @@ impl Metrics {
             "admitted_degraded",
             "Requests admitted without the shared counters",
             self.admitted_degraded.clone(),
+        );
+        r.register(
+            "counters_away",
+            "Partitions of the shared counters that are given up now; of a single Redis there is one",
+            self.counters_away.clone(),
         );
         r.register(
             "replicas",

@@ -120,6 +120,23 @@ async fn replicas_are_counted_and_so_are_their_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_would_not_do_needs_mending() {
+    let server = RedisServer::start().await;
+    let database = database().await;
+    let url = server.url();
+    let redis = ("REDIS_URL", url.as_str());
+    server.command("CONFIG SET maxclients 20").await;
+    let seen = doctor(&database, &[redis, ("QUOTA_REPLICAS", "9")]).await;
+    seen.says("takes 20 connections (maxclients), and the replicas need ")
+        .needs_mending();
+    server.command("ACL SETUSER default -eval").await;
+    let seen = doctor(&database, &[redis]).await;
+    seen.says("does not run scripts with TIME and INFO")
+        .says("NoPerm")
+        .needs_mending();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_is_away_or_not_ours_needs_mending_and_its_password_stays_unsaid() {
     let database = database().await;
     let locked = RedisServer::start_with(&["--requirepass", "hunter2"]).await;

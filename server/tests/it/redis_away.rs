@@ -53,6 +53,7 @@ async fn each_plan_is_served_as_it_says_and_every_answer_tells() {
         (503, "temporary-reduced-capacity")
     );
     assert_eq!(closed.header("retry-after"), Some("1"));
+    assert_eq!(closed.header("x-quota-degraded"), Some("redis-away"));
     let began = Instant::now();
     // The share fills from empty on, once the replicas are counted.
     loop {
@@ -66,6 +67,7 @@ async fn each_plan_is_served_as_it_says_and_every_answer_tells() {
         sleep(Duration::from_millis(50)).await;
     }
     assert!(app.metric("quota_admitted_degraded_total").await >= 2.0);
+    assert_eq!(app.metric("quota_counters_away").await.to_string(), "1");
 
     server.restart().await;
     let began = Instant::now();
@@ -79,4 +81,5 @@ async fn each_plan_is_served_as_it_says_and_every_answer_tells() {
             sleep(Duration::from_millis(50)).await;
         }
     }
+    assert_eq!(app.metric("quota_counters_away").await.to_string(), "0");
 }

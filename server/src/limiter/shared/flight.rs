@@ -145,7 +145,9 @@ impl Inner {
         }
     }
 
-    pub(super) fn see_to_return(&self, partition: u16, first: Duration, promised: CounterMicros) {
+    /// Of a partition that was given up just now.
+    fn see_to_return(&self, partition: u16, first: Duration, promised: CounterMicros) {
+        self.metrics.counters_away.inc();
         if let Ok(runtime) = Handle::try_current() {
             let me = Weak::clone(&self.me);
             runtime.spawn(see_to_return(me, partition, first, promised));

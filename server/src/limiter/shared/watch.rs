@@ -110,6 +110,7 @@ pub(super) async fn see_to_return(
                 }
                 BucketState::Known { .. } if in_time => {
                     partition.returned(now);
+                    inner.metrics.counters_away.dec();
                     tracing::info!(partition = number, "the shared counters are back");
                     return;
                 }
