@@ -74,9 +74,14 @@ impl RedisServer {
 
     /// What it answers to one line.
     pub async fn command(&self, line: &str) -> String {
-        command(self.addr(), self.password(), line)
+        self.answer(line)
             .await
             .unwrap_or_else(|| panic!("no answer to {line}"))
+    }
+
+    /// The same, if it answers.
+    async fn answer(&self, line: &str) -> Option<String> {
+        command(self.addr(), self.password(), line).await
     }
 
     pub fn pid(&self) -> Option<Pid> {
