@@ -1,5 +1,7 @@
 //! Answers to requests that carry an `Idempotency-Key`.
 
+use std::time::Duration;
+
 use diesel::{
     dsl::{IntervalDsl, now},
     prelude::*,
@@ -30,6 +32,11 @@ pub enum Known {
     },
 }
 
+/// How often the lock is tried for, and how long is waited in between: a request that was refused has its answer
+/// before its transaction is rolled back, and whoever repeats it at once is not to meet what is left of it.
+const ATTEMPTS: u32 = 6;
+const PAUSE: Duration = Duration::from_millis(40);
+
 #[derive(QueryableByName)]
 struct Got {
     #[diesel(sql_type = Bool)]
@@ -52,15 +59,20 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Know
         .first_chunk()
         .map_or(0, |bytes| i64::from_be_bytes(*bytes));
 
-    let lock = diesel::sql_query("SELECT pg_try_advisory_xact_lock($1) AS got")
-        .bind::<BigInt, _>(number)
-        .get_result::<Got>(&mut **tx)
-        .await?;
-    if !lock.got {
-        return Ok(Known::InProgress);
+    for attempt in 0..ATTEMPTS {
+        let lock = diesel::sql_query("SELECT pg_try_advisory_xact_lock($1) AS got")
+            .bind::<BigInt, _>(number)
+            .get_result::<Got>(&mut **tx)
+            .await?;
+        if lock.got {
+            // Again: whoever held the lock may have ended in between.
+            return find(tx, operation, key).await;
+        }
+        if attempt + 1 < ATTEMPTS {
+            tokio::time::sleep(PAUSE).await;
+        }
     }
-    // Again: whoever held the lock may have ended in between.
-    find(tx, operation, key).await
+    Ok(Known::InProgress)
 }
 
 async fn find(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Known, DbError> {
