@@ -100,11 +100,18 @@ impl ApiError {
     }
 
     pub fn too_many(retry_after: Duration) -> Self {
+        Self::wait("Too many requests from this address.", retry_after)
+    }
+
+    /// The wait is in the words too: a person reads them, where no header is shown.
+    fn wait(why: &str, retry_after: Duration) -> Self {
+        let secs = whole_secs(retry_after);
+        let unit = if secs == 1 { "second" } else { "seconds" };
         Self {
             retry_after: Some(retry_after),
             ..Self::new(
                 ProblemCode::TooManyRequests,
-                "Too many requests came from here. Wait as Retry-After tells.",
+                format!("{why} Try again in {secs} {unit}."),
             )
         }
     }
@@ -252,8 +259,7 @@ impl ApiError {
             limit_headers::write(headers, &denied.0, &denied.1);
         }
         if let Some(after) = self.retry_after {
-            let secs = after.as_secs() + u64::from(after.subsec_nanos() > 0);
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(secs.max(1)));
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_secs(after)));
         }
         if self.is_without_counters() {
             let away = HeaderValue::from_static(limit_headers::REDIS_AWAY);
@@ -270,6 +276,11 @@ impl ApiError {
         }
         response
     }
+}
+
+/// Rounded up: never too early.
+fn whole_secs(wait: Duration) -> u64 {
+    (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
 }
 
 /// RFC 6750 section 3.
@@ -418,13 +429,9 @@ impl From<AuthError> for ApiError {
                 )
             },
             AuthError::WeakPassword(message) => Self::invalid("password", message),
-            AuthError::TooManyTries(after) => Self {
-                retry_after: Some(after),
-                ..Self::new(
-                    ProblemCode::TooManyRequests,
-                    "Too many tries on this account. Wait as Retry-After tells.",
-                )
-            },
+            AuthError::TooManyTries(after) => {
+                Self::wait("Too many attempts for this account.", after)
+            }
             AuthError::Busy => Self::unavailable("too many passwords are being hashed"),
             AuthError::Db(error) => error.into(),
             AuthError::Random(error) => error.into(),

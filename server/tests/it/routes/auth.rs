@@ -430,6 +430,9 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
         (429, "too-many-requests")
     );
     assert!((1..=30).contains(&refused.number("retry-after")));
+    // A console shows a person the words alone.
+    let wait = format!("Try again in {} second", refused.number("retry-after"));
+    assert!(refused.text("detail").contains(&wait), "{}", refused.body);
     assert_eq!(
         from("203.0.113.1, 198.51.100.7", "/admin/plans")
             .await
