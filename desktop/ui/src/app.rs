@@ -94,6 +94,8 @@ pub fn App() -> impl IntoView {
         Some(place.get()).filter(|place| matches!(place, Place::SignIn | Place::Register))
     });
     shell::watch(session);
+    let session = Session::provide(route, toasts);
+    component::keep_time();
     view! {
         <shell::Banner/>
         {move || match is_entry.get() {

@@ -83,7 +83,12 @@ pub fn Alert(#[prop(into)] text: Signal<Option<String>>) -> impl IntoView {
 
 /// A time, told from now, with the exact one to point at.
 #[component]
-pub fn When(at: quota_common::Timestamp) -> impl IntoView {
+pub fn When(
+    at: quota_common::Timestamp,
+    /// The exact one is written too, in this computer's time zone.
+    #[prop(optional)]
+    spelled: bool,
+) -> impl IntoView {
     let millis = at.inner().timestamp_millis();
     #[expect(
         clippy::cast_precision_loss,
@@ -93,11 +98,33 @@ pub fn When(at: quota_common::Timestamp) -> impl IntoView {
         .to_locale_string("default", &wasm_bindgen::JsValue::UNDEFINED)
         .as_string()
         .unwrap_or_default();
+    let minute = use_context::<Minute>();
     view! {
-        <time datetime=at.to_string() title=exact>
-            {crate::model::text::relative(millis, now())}
+        <time datetime=at.to_string() title=exact.clone()>
+            {move || {
+                if let Some(minute) = minute {
+                    minute.0.track();
+                }
+                crate::model::text::relative(millis, now())
+            }}
         </time>
+        {spelled.then(|| view! { <span class="exact">{exact}</span> })}
     }
+}
+
+/// Changes while time passes, for what tells times from now.
+#[derive(Clone, Copy)]
+struct Minute(RwSignal<u32>);
+
+/// Once, for all pages.
+pub fn keep_time() {
+    let minute = Minute(RwSignal::new(0));
+    provide_context(minute);
+    // Half of what is told least: no time shown is wrong for longer.
+    set_interval(
+        move || minute.0.update(|it| *it = it.wrapping_add(1)),
+        std::time::Duration::from_secs(30),
+    );
 }
 
 /// Milliseconds since 1970.

@@ -33,8 +33,7 @@ pub fn named(name: &str) -> String {
 /// How long a time of seconds is, in its largest unit.
 fn span(secs: u64) -> String {
     match secs {
-        0..60 => count(secs, "second", "seconds"),
-        60..3600 => count(secs / 60, "minute", "minutes"),
+        0..3600 => count(secs / 60, "minute", "minutes"),
         3600..86_400 => count(secs / 3600, "hour", "hours"),
         _ => count(secs / 86_400, "day", "days"),
     }
@@ -44,9 +43,20 @@ fn span(secs: u64) -> String {
 pub fn relative(at: i64, now: i64) -> String {
     let secs = (at - now).unsigned_abs() / 1000;
     match (at > now, secs) {
-        (_, 0..5) => "just now".to_owned(),
+        (false, 0..60) => "just now".to_owned(),
+        (true, 0..60) => "in less than a minute".to_owned(),
         (true, _) => format!("in {}", span(secs)),
         (false, _) => format!("{} ago", span(secs)),
+    }
+}
+
+/// A time to wait, as a clock would count it down.
+pub fn wait(secs: u64) -> String {
+    match secs {
+        0..120 => format!("{secs} s"),
+        120..7200 => format!("{} min {} s", secs / 60, secs % 60),
+        7200..172_800 => format!("{} h {} min", secs / 3600, secs % 3600 / 60),
+        _ => format!("{} days {} h", secs / 86_400, secs % 86_400 / 3600),
     }
 }
 
@@ -120,10 +130,21 @@ mod tests {
     #[test]
     fn times_are_told_in_their_largest_unit() {
         let now = 1_785_738_360_000;
-        assert_eq!(relative(now - 2_000, now), "just now");
+        assert_eq!(relative(now, now), "just now");
+        assert_eq!(relative(now - 59_000, now), "just now");
+        assert_eq!(relative(now + 59_000, now), "in less than a minute");
         assert_eq!(relative(now - 61_000, now), "1 minute ago");
         assert_eq!(relative(now - 7_200_000, now), "2 hours ago");
         assert_eq!(relative(now + 86_400_000, now), "in 1 day");
+    }
+
+    #[test]
+    fn a_long_wait_is_not_told_in_seconds() {
+        assert_eq!(wait(0), "0 s");
+        assert_eq!(wait(119), "119 s");
+        assert_eq!(wait(120), "2 min 0 s");
+        assert_eq!(wait(40_000), "11 h 6 min");
+        assert_eq!(wait(2_000_000), "23 days 3 h");
     }
 
     #[test]
