@@ -4,8 +4,44 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     id::{AuditEventId, UserId},
+    page::in_address,
     time::Timestamp,
 };
+
+in_address!(
+    /// What was done.
+    AuditAction {
+        PlanCreate = "plan.create",
+        PlanUpdate = "plan.update",
+        PlanDelete = "plan.delete",
+        ApiKeyCreate = "api_key.create",
+        ApiKeyUpdate = "api_key.update",
+        ApiKeyRotate = "api_key.rotate",
+        ApiKeyDelete = "api_key.delete",
+        ServiceTokenCreate = "service_token.create",
+        ServiceTokenDelete = "service_token.delete",
+        UserRegister = "user.register",
+        UserUpdate = "user.update",
+        UserChangePassword = "user.change_password",
+        UserResetPassword = "user.reset_password",
+        SessionBegin = "session.begin",
+        SessionEnd = "session.end",
+        SessionReuseDetected = "session.reuse_detected",
+        TenantUpdate = "tenant.update",
+    }
+);
+
+in_address!(
+    /// What it was done to.
+    AuditTarget {
+        Plan = "plan",
+        ApiKey = "api_key",
+        ServiceToken = "service_token",
+        User = "user",
+        Session = "session",
+        Tenant = "tenant",
+    }
+);
 
 /// One change to something of the tenant's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -25,6 +61,9 @@ pub struct AuditEvent {
     pub target_type: String,
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub target_id: Option<String>,
+    /// What that was called once it was done, or last; `null` where it has no name.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub target_name: Option<String>,
     /// The client's address.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub ip: Option<String>,
@@ -53,6 +92,7 @@ mod examples {
                 action: "plan.update".into(),
                 target_type: "plan".into(),
                 target_id: Some(example::plan().to_string()),
+                target_name: Some("Starter".into()),
                 ip: Some("192.0.2.7".into()),
                 before: Some(serde_json::json!({"default_rpm": 600})),
                 after: Some(serde_json::json!({"default_rpm": 1200})),

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::{
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
+    audit::{AuditAction, AuditTarget},
     auth::{ChangePassword, Login, Refresh, Register, UpdateMe},
     id::{ApiKeyId, PlanId, ServiceTokenId, SessionId},
     page::{ApiKeyOrder, PlanOrder},
@@ -27,9 +28,17 @@ pub struct PageOf {
 pub struct KeyFilter {
     pub plan_id: Option<PlanId>,
     pub is_active: Option<bool>,
+    pub is_expired: Option<bool>,
     /// A part of the name, or the first characters of the text.
     pub search: Option<String>,
     pub sort: Option<ApiKeyOrder>,
+}
+
+/// Which audit events.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditFilter {
+    pub action: Option<AuditAction>,
+    pub target_type: Option<AuditTarget>,
 }
 
 /// Within the desktop app a call goes from the page to the app as JSON; what it becomes is for the app to say.
@@ -59,7 +68,7 @@ pub enum Call {
     ListServiceTokens(PageOf),
     CreateServiceToken(CreateServiceToken),
     DeleteServiceToken(ServiceTokenId),
-    ListAudit(PageOf),
+    ListAudit(AuditFilter, PageOf),
     /// Without the session's credential: with an API key as `X-API-Key`.
     Echo,
 }
@@ -137,6 +146,7 @@ impl Call {
             Self::ListApiKeys(filter, page) => get("/admin/api-keys")
                 .with("plan_id", filter.plan_id)
                 .with("is_active", filter.is_active)
+                .with("is_expired", filter.is_expired)
                 .with("search", filter.search.as_ref())
                 .with("sort", filter.sort)
                 .page(page),
@@ -154,7 +164,10 @@ impl Call {
             Self::DeleteServiceToken(id) => {
                 Sent::new("DELETE", format!("/admin/service-tokens/{id}"))
             }
-            Self::ListAudit(page) => get("/admin/audit").page(page),
+            Self::ListAudit(filter, page) => get("/admin/audit")
+                .with("action", filter.action)
+                .with("target_type", filter.target_type)
+                .page(page),
             Self::Echo => get("/v1/echo"),
         }
     }

@@ -23,10 +23,11 @@ pub struct Page<
     pub total: u64,
 }
 
-macro_rules! order {
+/// An enum whose values stand in an address.
+macro_rules! in_address {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+ }) => {
         $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
         #[cfg_attr(feature = "openapi", derive(poem_openapi::Enum))]
         pub enum $name {
             $($(#[$variant_doc])* #[serde(rename = $text)] #[cfg_attr(feature = "openapi", oai(rename = $text))] $variant,)+
@@ -41,7 +42,7 @@ macro_rules! order {
             }
 
             pub fn of(text: &str) -> Option<Self> {
-                Self::ALL.iter().copied().find(|order| order.as_str() == text)
+                Self::ALL.iter().copied().find(|it| it.as_str() == text)
             }
         }
 
@@ -52,9 +53,11 @@ macro_rules! order {
         }
     };
 }
+pub(crate) use in_address;
 
-order!(
+in_address!(
     /// In which order API keys are listed; `-` turns one around.
+    #[derive(Default)]
     ApiKeyOrder {
         #[default]
         Newest = "-created_at",
@@ -68,8 +71,9 @@ order!(
     }
 );
 
-order!(
+in_address!(
     /// In which order plans are listed; `-` turns one around.
+    #[derive(Default)]
     PlanOrder {
         #[default]
         Newest = "-created_at",

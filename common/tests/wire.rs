@@ -387,14 +387,15 @@ fn the_rest_has_its_golden_json() {
             action: "plan.create".into(),
             target_type: "plan".into(),
             target_id: Some(ID.into()),
+            target_name: Some("Starter".into()),
             ip: None,
             before: None,
             after: Some(json!({"name": "Starter"})),
         },
         json!({
             "id": ID, "at": "2026-08-03T06:26:00.000Z", "user_id": null, "user_email": null,
-            "action": "plan.create", "target_type": "plan", "target_id": ID, "ip": null, "before": null,
-            "after": {"name": "Starter"},
+            "action": "plan.create", "target_type": "plan", "target_id": ID, "target_name": "Starter", "ip": null,
+            "before": null, "after": {"name": "Starter"},
         })
     );
     golden!(

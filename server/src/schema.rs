@@ -31,6 +31,7 @@ diesel::table! {
         ip -> Nullable<Inet>,
         before -> Nullable<Jsonb>,
         after -> Nullable<Jsonb>,
+        target_name -> Nullable<Text>,
     }
 }
 

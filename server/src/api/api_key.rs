@@ -108,6 +108,8 @@ impl ApiKeyApi {
         plan_id: Query<Option<PlanId>>,
         /// Only the keys that are active, or only those that are not.
         is_active: Query<Option<bool>>,
+        /// Only the keys whose `expires_at` is past, or only those that have not ended by it.
+        is_expired: Query<Option<bool>>,
         /// A part of the name, or the first characters of the text.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
@@ -129,6 +131,7 @@ impl ApiKeyApi {
         let filter = Filter {
             plan_id: plan_id.0.map(Uuid::from),
             is_active: is_active.0,
+            is_expired: is_expired.0.map(|it| (it, self.now())),
             search: search.as_deref(),
         };
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
@@ -187,6 +190,7 @@ impl ApiKeyApi {
             action: "api_key.create",
             target_type: "api_key",
             target: &made.api_key.id,
+            name: &made.api_key.name,
             before: None,
             after: change::whole(&made.api_key),
         };
@@ -265,6 +269,7 @@ impl ApiKeyApi {
             action: "api_key.update",
             target_type: "api_key",
             target: &after.id,
+            name: &after.name,
             before: was,
             after: is,
         };
@@ -301,6 +306,7 @@ impl ApiKeyApi {
             action: "api_key.delete",
             target_type: "api_key",
             target: &before.id,
+            name: &before.name,
             before: change::whole(&before),
             after: None,
         };
@@ -346,6 +352,7 @@ impl ApiKeyApi {
             action: "api_key.rotate",
             target_type: "api_key",
             target: &after.id,
+            name: &after.name,
             before: was,
             after: is,
         };

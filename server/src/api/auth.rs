@@ -267,6 +267,7 @@ impl AuthApi {
                 action: "user.update",
                 target_type: "user",
                 target_id: Some(caller.user().to_string()),
+                target_name: None,
                 ip: caller.origin.network(),
                 before: Some(json!({"name": before.name})),
                 after: Some(json!({"name": name})),
@@ -293,6 +294,7 @@ impl AuthApi {
                 action: "tenant.update",
                 target_type: "tenant",
                 target: &after.id,
+                name: &after.name,
                 before: was,
                 after: is,
             };

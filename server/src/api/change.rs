@@ -16,6 +16,8 @@ pub struct Change<'a> {
     pub action: &'static str,
     pub target_type: &'static str,
     pub target: &'a (dyn std::fmt::Display + Sync),
+    /// What it is called since, or was last.
+    pub name: &'a str,
     pub before: Option<Value>,
     pub after: Option<Value>,
 }
@@ -34,6 +36,7 @@ pub async fn record(
         action: change.action,
         target_type: change.target_type,
         target_id: Some(target.clone()),
+        target_name: Some(change.name),
         ip: caller.origin.network(),
         before: change.before,
         after: change.after,

@@ -174,6 +174,7 @@ impl PlanApi {
             action: "plan.create",
             target_type: "plan",
             target: &made.id,
+            name: &made.name,
             before: None,
             after: change::whole(&made),
         };
@@ -252,6 +253,7 @@ impl PlanApi {
             action: "plan.update",
             target_type: "plan",
             target: &after.id,
+            name: &after.name,
             before: was,
             after: is,
         };
@@ -309,6 +311,7 @@ impl PlanApi {
             action: "plan.delete",
             target_type: "plan",
             target: &before.id,
+            name: &before.name,
             before: change::whole(&before),
             after: None,
         };

@@ -108,6 +108,7 @@ impl ServiceTokenApi {
             action: "service_token.create",
             target_type: "service_token",
             target: &made.service_token.id,
+            name: &made.service_token.name,
             before: None,
             after: change::whole(&made.service_token),
         };
@@ -163,6 +164,7 @@ impl ServiceTokenApi {
             action: "service_token.delete",
             target_type: "service_token",
             target: &before.id,
+            name: &before.name,
             before: change::whole(&before),
             after: None,
         };

@@ -346,6 +346,7 @@ fn event<'a>(row: &SessionRow, action: &'a str, origin: &Origin) -> audit::NewAu
         action,
         target_type: "session",
         target_id: Some(row.id.to_string()),
+        target_name: None,
         ip: origin.network(),
         before: None,
         after: None,

@@ -61,6 +61,8 @@ pub struct ApiKeyChange<'a> {
 pub struct Filter<'a> {
     pub plan_id: Option<Uuid>,
     pub is_active: Option<bool>,
+    /// Whether they have ended by this time.
+    pub is_expired: Option<(bool, DateTime<Utc>)>,
     /// A part of the name, or the beginning of the text.
     pub search: Option<&'a str>,
 }
@@ -110,6 +112,17 @@ pub async fn list(
         }
         if let Some(is_active) = filter.is_active {
             query = query.filter(api_keys::is_active.eq(is_active));
+        }
+        match filter.is_expired {
+            Some((true, at)) => query = query.filter(api_keys::expires_at.le(at)),
+            Some((false, at)) => {
+                query = query.filter(
+                    api_keys::expires_at
+                        .is_null()
+                        .or(api_keys::expires_at.gt(at)),
+                );
+            }
+            None => {}
         }
         if let Some(search) = filter.search {
             let pattern = containing(search);

@@ -1,7 +1,7 @@
 //! The audit log in PostgreSQL.
 
 use chrono::{DateTime, Utc};
-use diesel::prelude::*;
+use diesel::{pg::Pg, prelude::*};
 use diesel_async::RunQueryDsl;
 use ipnet::IpNet;
 use serde_json::Value;
@@ -25,6 +25,15 @@ pub struct AuditRow {
     pub ip: Option<IpNet>,
     pub before: Option<Value>,
     pub after: Option<Value>,
+    pub target_name: Option<String>,
+}
+
+/// Which events.
+#[derive(Debug, Default)]
+pub struct Filter<'a> {
+    pub action: Option<&'a str>,
+    pub target_type: Option<&'a str>,
+    pub target_id: Option<&'a str>,
 }
 
 #[derive(Debug, Insertable)]
@@ -36,6 +45,8 @@ pub struct NewAuditEvent<'a> {
     pub action: &'a str,
     pub target_type: &'a str,
     pub target_id: Option<String>,
+    /// What it is called, where it has a name.
+    pub target_name: Option<&'a str>,
     pub ip: Option<IpNet>,
     pub before: Option<Value>,
     pub after: Option<Value>,
@@ -61,17 +72,28 @@ pub async fn insert_system(tx: &mut SystemTx, event: &NewAuditEvent<'_>) -> Resu
 /// The events with the address that each user has now.
 pub async fn list(
     tx: &mut TenantTx,
+    filter: &Filter<'_>,
     slice: Slice,
 ) -> Result<Rows<(AuditRow, Option<String>)>, DbError> {
     let tenant = tx.tenant().0;
-    let total = audit_events::table
-        .filter(audit_events::tenant_id.eq(tenant))
-        .count()
-        .get_result(&mut **tx)
-        .await?;
-    let rows = audit_events::table
-        .left_join(users::table)
-        .filter(audit_events::tenant_id.eq(tenant))
+    let filtered = || {
+        let mut query = audit_events::table
+            .left_join(users::table)
+            .filter(audit_events::tenant_id.eq(tenant))
+            .into_boxed::<Pg>();
+        if let Some(action) = filter.action {
+            query = query.filter(audit_events::action.eq(action));
+        }
+        if let Some(target_type) = filter.target_type {
+            query = query.filter(audit_events::target_type.eq(target_type));
+        }
+        if let Some(target_id) = filter.target_id {
+            query = query.filter(audit_events::target_id.eq(target_id));
+        }
+        query
+    };
+    let total = filtered().count().get_result(&mut **tx).await?;
+    let rows = filtered()
         .filter(audit_events::id.lt(slice.before()))
         .order(audit_events::id.desc())
         .limit(slice.fetch())

@@ -6,8 +6,9 @@ use std::{collections::BTreeSet, mem::discriminant};
 use quota_common::{
     ApiKeyId, PlanId, ServiceTokenId, SessionId, Timestamp,
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
+    audit::{AuditAction, AuditTarget},
     auth::{ChangePassword, Login, Register, UpdateMe},
-    call::{Call, KeyFilter, PageOf, Sent},
+    call::{AuditFilter, Call, KeyFilter, PageOf, Sent},
     page::{ApiKeyOrder, PlanOrder},
     plan::{Billing, CreatePlan, OnRedisFailure, UpdatePlan},
     service_token::CreateServiceToken,
@@ -42,7 +43,7 @@ const fn kinds(call: &Call) -> usize {
         | Call::ListServiceTokens(_)
         | Call::CreateServiceToken(_)
         | Call::DeleteServiceToken(_)
-        | Call::ListAudit(_)
+        | Call::ListAudit(..)
         | Call::Echo => 24,
     }
 }
@@ -112,6 +113,7 @@ fn samples() -> Vec<Call> {
             KeyFilter {
                 plan_id: Some(plan),
                 is_active: Some(true),
+                is_expired: Some(false),
                 search: Some("mobile & <web>".into()),
                 sort: Some(ApiKeyOrder::LastUsed),
             },
@@ -144,7 +146,13 @@ fn samples() -> Vec<Call> {
         Call::ListServiceTokens(page()),
         Call::CreateServiceToken(CreateServiceToken { name: "A".into() }),
         Call::DeleteServiceToken(id::<ServiceTokenId>()),
-        Call::ListAudit(page()),
+        Call::ListAudit(
+            AuditFilter {
+                action: Some(AuditAction::PlanUpdate),
+                target_type: Some(AuditTarget::Plan),
+            },
+            page(),
+        ),
         Call::Echo,
     ]
 }
@@ -235,7 +243,7 @@ const fn answer(call: &Call) -> Option<&'static str> {
         Call::CreateApiKey(_) | Call::RotateApiKey(..) => "CreatedApiKey",
         Call::ListServiceTokens(_) => "Page_ServiceToken",
         Call::CreateServiceToken(_) => "CreatedServiceToken",
-        Call::ListAudit(_) => "Page_AuditEvent",
+        Call::ListAudit(..) => "Page_AuditEvent",
         Call::Echo => "Echo",
         Call::Logout
         | Call::ChangePassword(_)

@@ -15,7 +15,7 @@ use quota_common::{
     api_key::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
     audit::AuditEvent,
     auth::{ChangePassword, Login, Me, Register, Session, SignedIn, UpdateMe},
-    call::{Call, KeyFilter, PageOf},
+    call::{AuditFilter, Call, KeyFilter, PageOf},
     page::PlanOrder,
     plan::{CreatePlan, Plan, UpdatePlan},
     service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken},
@@ -210,6 +210,6 @@ pub fn delete_service_token(id: ServiceTokenId) -> Pending<()> {
     done(Call::DeleteServiceToken(id))
 }
 
-pub fn list_audit(page: PageOf) -> Pending<Page<AuditEvent>> {
-    read(Call::ListAudit(page))
+pub fn list_audit(filter: AuditFilter, page: PageOf) -> Pending<Page<AuditEvent>> {
+    read(Call::ListAudit(filter, page))
 }

@@ -104,6 +104,7 @@ pub fn ApiKeys() -> impl IntoView {
         let filter = KeyFilter {
             plan_id: part("plan_id").and_then(|id| id.parse().ok()),
             is_active: part("is_active").and_then(|it| it.parse().ok()),
+            is_expired: part("is_expired").and_then(|it| it.parse().ok()),
             search: part("search"),
             sort: part("sort").and_then(|sort| ApiKeyOrder::of(&sort)),
         };

@@ -2,9 +2,11 @@
 
 use std::{
     collections::BTreeSet,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use quota_server::clock::{Clock as _, SystemClock, TestClock};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -683,4 +685,37 @@ async fn a_page_by_name_goes_on_where_the_last_one_ended_whatever_came_of_its_la
             assert_eq!(refused.body["errors"][0]["field"], json!(field), "{query}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_have_ended_are_told_from_those_that_have_not() {
+    let clock = TestClock::at(SystemClock::new().now());
+    let app = TestApp::setup()
+        .clock(Arc::new(clock.clone()))
+        .start()
+        .await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let now = chrono::DateTime::from_timestamp_nanos(i64::try_from(clock.now().0).unwrap());
+    let end = now + chrono::TimeDelta::seconds(60);
+    for (name, expires_at) in [("Lasting", Value::Null), ("Short", json!(end.to_rfc3339()))] {
+        let body = json!({"name": name, "plan_id": plan, "expires_at": expires_at});
+        let made = send(&app, &account, "POST", "/admin/api-keys", body).await;
+        assert_eq!(made.status, 201, "{}", made.body);
+    }
+    let names = async |is_expired: bool| {
+        let path = format!("/admin/api-keys?is_active=true&is_expired={is_expired}");
+        let list = send(&app, &account, "GET", &path, Value::Null).await;
+        let items = list.body["items"].as_array().unwrap();
+        assert_eq!(list.body["total"], json!(items.len()));
+        let names = items
+            .iter()
+            .map(|it| it["name"].as_str().unwrap().to_owned());
+        names.collect::<Vec<_>>()
+    };
+    assert_eq!(names(false).await, ["Short", "Lasting"]);
+    assert!(names(true).await.is_empty());
+    clock.advance(Duration::from_secs(120));
+    assert_eq!(names(false).await, ["Lasting"]);
+    assert_eq!(names(true).await, ["Short"]);
 }

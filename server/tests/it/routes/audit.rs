@@ -323,3 +323,139 @@ async fn pages_show_every_event_once_while_new_ones_are_added() {
         assert_eq!(refused.status, status, "{query}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_names_what_was_changed_also_after_that_is_gone() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"name": "Starter"})).await;
+    let key = app.key(&account, &plan).await;
+    let (plan_path, key_path) = (
+        format!("/admin/plans/{plan}"),
+        format!("/admin/api-keys/{}", key.id),
+    );
+    for (method, path, body) in [
+        ("PATCH", &key_path, json!({"is_active": false})),
+        ("PATCH", &key_path, json!({"name": "Mobile app"})),
+        ("POST", &format!("{key_path}/rotate"), json!({})),
+        ("DELETE", &key_path, Value::Null),
+        ("PATCH", &plan_path, json!({"burst": 5})),
+        ("DELETE", &plan_path, Value::Null),
+    ] {
+        let answer = app.act(&account, method, path, body).await;
+        assert!(answer.status < 300, "{method} {path}: {}", answer.body);
+    }
+    let told = log(&app, &account).await;
+    let told = told.iter().map(|it| {
+        (
+            it["action"].as_str().unwrap(),
+            it["target_name"].as_str().unwrap_or("-"),
+        )
+    });
+    assert_eq!(
+        told.collect::<Vec<_>>(),
+        [
+            ("plan.delete", "Starter"),
+            ("plan.update", "Starter"),
+            ("api_key.delete", "Mobile app"),
+            ("api_key.rotate", "Mobile app"),
+            ("api_key.update", "Mobile app"),
+            ("api_key.update", "Key"),
+            ("api_key.create", "Key"),
+            ("plan.create", "Starter"),
+            ("user.register", "-"),
+        ]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_is_read_by_action_by_type_and_by_target() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let mut plans = Vec::new();
+    for _ in 0..3 {
+        plans.push(app.plan(&account, json!({})).await);
+    }
+    let key = app.key(&account, &plans[0]).await;
+    let path = format!("/admin/plans/{}", plans[0]);
+    let changed = app.act(&account, "PATCH", &path, json!({"burst": 5})).await;
+    assert_eq!(changed.status, 200);
+    let read = async |query: &str| {
+        let path = format!("/admin/audit?{query}");
+        app.act(&account, "GET", &path, Value::Null).await
+    };
+    let made = read("action=plan.create&limit=2").await.body;
+    assert_eq!(
+        (
+            made["total"].as_u64(),
+            made["items"][0]["target_id"].as_str()
+        ),
+        (Some(3), Some(plans[2].as_str()))
+    );
+    let cursor = made["next_cursor"].as_str().unwrap();
+    let rest = read(&format!("action=plan.create&limit=2&cursor={cursor}"))
+        .await
+        .body;
+    assert_eq!(rest["items"].as_array().unwrap().len(), 1);
+    assert_eq!(rest["items"][0]["target_id"], json!(plans[0]));
+    let of = async |query: &str| {
+        let page = read(query).await.body;
+        let events = page["items"].as_array().unwrap().clone();
+        assert_eq!(page["total"], json!(events.len()));
+        actions(&events)
+            .into_iter()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(of("target_type=api_key").await, ["api_key.create"]);
+    assert_eq!(
+        of(&format!("target_id={}", plans[0])).await,
+        ["plan.update", "plan.create"]
+    );
+    assert_eq!(
+        of(&format!("target_id={}&action=plan.update", plans[0])).await,
+        ["plan.update"]
+    );
+    assert!(
+        of(&format!("target_type=plan&target_id={}", key.id))
+            .await
+            .is_empty()
+    );
+    let stranger = app.register().await;
+    let theirs = format!("/admin/audit?target_id={}", plans[0]);
+    let theirs = app.act(&stranger, "GET", &theirs, Value::Null).await;
+    assert_eq!(theirs.body["total"], json!(0));
+    for (query, field) in [
+        ("action=plan.paint", "action"),
+        ("target_type=plans", "target_type"),
+        ("target_id=%00", "target_id"),
+    ] {
+        let refused = read(query).await;
+        assert_eq!(refused.status, 422, "{query}: {}", refused.body);
+        assert_eq!(refused.body["errors"][0]["field"], json!(field), "{query}");
+    }
+}
+
+/// The filter's actions are those that the server writes down.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_action_that_is_written_down_can_be_asked_for() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    app.key(&account, &plan).await;
+    app.service_token(&account).await;
+    let login = json!({"email": account.email, "password": PASSWORD});
+    assert_eq!(app.post("/auth/login", login).send().await.status, 200);
+    for event in log(&app, &account).await {
+        for name in ["action", "target_type"] {
+            let value = event[name].as_str().unwrap();
+            let path = format!("/admin/audit?{name}={value}");
+            let found = app.act(&account, "GET", &path, Value::Null).await;
+            assert_eq!(found.status, 200, "{path}: {}", found.body);
+            assert!(
+                found.body["items"].as_array().unwrap().contains(&event),
+                "{path}"
+            );
+        }
+    }
+}
