@@ -9,7 +9,7 @@ use quota_common::{ApiKeyId, ProblemCode, auth::Me};
 use crate::{
     api::{self, Failure},
     component::{
-        Commands, CommandsView, Empty, Icon, PaletteButton, Shape, Toasts, ToastsView,
+        self, Commands, CommandsView, Empty, Icon, PaletteButton, Shape, Toasts, ToastsView,
         keep_clicks_from_held,
     },
     model::address::{Place, Query},
@@ -38,14 +38,23 @@ pub struct Session {
 }
 
 impl Session {
-    fn provide() -> Self {
+    fn provide(route: Route, toasts: Toasts) -> Self {
         let session = Self {
             gate: RwSignal::new(Gate::Unknown),
             me: RwSignal::new(None),
             known_keys: RwSignal::new(Vec::new()),
         };
         provide_context(session);
-        api::when_over(move || session.end());
+        api::when_over(move |failure| {
+            session.end();
+            if *failure == Failure::Elsewhere {
+                // Theirs begins where it would for them.
+                session.gate.set(Gate::Unknown);
+                route.replace("/console");
+                toasts.say(failure.text());
+                session.ask();
+            }
+        });
         session
     }
 
@@ -83,9 +92,10 @@ pub fn session() -> Session {
 #[component]
 pub fn App() -> impl IntoView {
     let toasts = Toasts::provide();
-    let session = Session::provide();
     Preferences::provide();
     let route = Route::provide();
+    let session = Session::provide(route, toasts);
+    component::keep_time();
     keep_clicks_from_held();
     session.ask();
     let place = Memo::new(move |_| Place::of(&route.path.get()));
@@ -94,8 +104,6 @@ pub fn App() -> impl IntoView {
         Some(place.get()).filter(|place| matches!(place, Place::SignIn | Place::Register))
     });
     shell::watch(session);
-    let session = Session::provide(route, toasts);
-    component::keep_time();
     view! {
         <shell::Banner/>
         {move || match is_entry.get() {
@@ -154,6 +162,10 @@ fn Frame(place: Memo<Place>) -> impl IntoView {
     }
 }
 
+/// The desktop app has forgotten the session, and the server knows nothing of it.
+const SIGNED_OUT_HERE: &str = "You are signed out on this computer. On the server the session ends by itself, or under \
+    Settings, Sessions.";
+
 #[component]
 fn Inside(place: Memo<Place>) -> impl IntoView {
     let session = session();
@@ -164,6 +176,11 @@ fn Inside(place: Memo<Place>) -> impl IntoView {
         spawn_local(async move {
             match api::logout().await {
                 Ok(()) => session.end(),
+                Err(failure) if shell::SIGNS_OUT_ALONE => {
+                    session.end();
+                    toasts.say(format!("{} {}", SIGNED_OUT_HERE, failure.text()));
+                }
+                Err(Failure::Elsewhere) => {}
                 Err(failure) => toasts.say(failure.text()),
             }
         });

@@ -163,7 +163,12 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
         let token = from_bearer
             .or_else(|| browser::cookie(state, headers, Kept::Access))
             .ok_or_else(|| {
-                ApiError::unauthorized(false, "Send the access token as Authorization: Bearer.")
+                let detail = if browser::wants_cookies(headers) {
+                    "Nobody is signed in: the session's cookies did not come with the request."
+                } else {
+                    "Send the access token as Authorization: Bearer."
+                };
+                ApiError::unauthorized(false, detail)
             })?;
         let session = state
             .sessions

@@ -2,12 +2,16 @@
 //!
 //! An access token that has run out is renewed and the call sent again, without anyone noticing; however many
 //! calls find it so at once, one refresh is sent. When that is refused the session is over, which a 401 tells.
+//!
+//! Windows of a browser share its cookies: when somebody signs in as another in one of them, the others hold pages of
+//! the account before. They are known by what their session's readable cookie held, and send nothing from then on.
 
 use std::cell::RefCell;
 
 use futures_channel::oneshot;
 use quota_common::{
-    Problem,
+    Problem, TenantId, UserId,
+    auth::Me,
     call::{Call, LIMIT_FIELDS},
 };
 use wasm_bindgen::JsCast;
@@ -35,6 +39,26 @@ fn csrf() -> Option<String> {
     cookies.split(';').find_map(|pair| {
         let (name, value) = pair.trim().split_once('=')?;
         matches!(name, "__Host-quota_csrf" | "quota_csrf").then(|| value.to_owned())
+    })
+}
+
+/// Whose page this is.
+struct Own {
+    csrf: Option<String>,
+    account: (UserId, TenantId),
+}
+
+thread_local! {
+    static OWN: RefCell<Option<Own>> = const { RefCell::new(None) };
+}
+
+/// The account that the page is of, when the browser's session is another by now: of the same person, maybe. Where there
+/// is no session left, the server says so.
+fn stranger() -> Option<(UserId, TenantId)> {
+    let now = csrf()?;
+    OWN.with_borrow(|own| {
+        let own = own.as_ref()?;
+        (own.csrf.as_ref() != Some(&now)).then_some(own.account)
     })
 }
 
@@ -99,6 +123,32 @@ async fn read(response: Response) -> Answer<String> {
 
 /// The body of the answer.
 pub async fn send(call: &Call) -> Answer<String> {
+    let is_own = matches!(
+        call,
+        Call::Me | Call::Login(_) | Call::Register(_) | Call::Echo
+    );
+    let before = stranger().filter(|_| !is_own);
+    let mut turn = if before.is_some() { &Call::Me } else { call };
+    loop {
+        let csrf = csrf();
+        let body = send_as_is(turn).await?;
+        if matches!(turn, Call::Me) {
+            let me: Me = serde_json::from_str(&body).map_err(|_| Failure::Unreadable)?;
+            let account = (me.user.id, me.tenant.id);
+            // The page is theirs from now on.
+            OWN.set(Some(Own { csrf, account }));
+            if before.is_some_and(|before| before != account) {
+                return Err(Failure::Elsewhere);
+            }
+        }
+        if std::ptr::eq(turn, call) {
+            return Ok(body);
+        }
+        turn = call;
+    }
+}
+
+async fn send_as_is(call: &Call) -> Answer<String> {
     let response = fetch(call).await?;
     if response.status() == 401 && call.is_of_session() && refresh().await? {
         return read(fetch(call).await?).await;

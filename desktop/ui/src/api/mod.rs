@@ -35,6 +35,10 @@ pub enum Failure {
     Unreachable,
     /// It answered something else than what was asked for.
     Unreadable,
+    /// Another window signed in as somebody else: nothing was sent in their name.
+    Elsewhere,
+    /// It let one in, and the browser kept no cookie of it.
+    NotKept,
 }
 
 impl Failure {
@@ -51,6 +55,13 @@ impl Failure {
             }
             Self::Unreadable => {
                 "The server answered in a way that this page does not understand. Reload it."
+                    .to_owned()
+            }
+            Self::Elsewhere => {
+                "Another account has signed in in this browser. Nothing was changed.".to_owned()
+            }
+            Self::NotKept => {
+                "Your browser did not keep the session. Allow cookies for this site, then sign in again."
                     .to_owned()
             }
         }
@@ -94,12 +105,14 @@ impl Tried {
 /// An answer to come. Boxed, so that pages do not each carry a call's whole way within them.
 pub type Pending<T> = Pin<Box<dyn Future<Output = Answer<T>>>>;
 
+type Told = Box<dyn Fn(&Failure)>;
+
 thread_local! {
-    static OVER: RefCell<Option<Box<dyn Fn()>>> = const { RefCell::new(None) };
+    static OVER: RefCell<Option<Told>> = const { RefCell::new(None) };
 }
 
-/// What is done when a call finds that the session is over: it was ended elsewhere, or has run out.
-pub fn when_over(then: impl Fn() + 'static) {
+/// What is done when a call finds that the session is over: it was ended elsewhere, has run out, or is another's.
+pub fn when_over(then: impl Fn(&Failure) + 'static) {
     OVER.set(Some(Box::new(then)));
 }
 
@@ -107,10 +120,10 @@ fn send(call: Call) -> Pending<String> {
     Box::pin(async move {
         let answer = way::send(&call).await;
         if let Err(failure) = &answer
-            && call.is_of_session()
-            && failure.is(ProblemCode::Unauthorized)
+            && (*failure == Failure::Elsewhere
+                || (call.is_of_session() && failure.is(ProblemCode::Unauthorized)))
         {
-            OVER.with_borrow(|then| then.as_ref().map(|then| then()));
+            OVER.with_borrow(|then| then.as_ref().map(|then| then(failure)));
         }
         answer
     })

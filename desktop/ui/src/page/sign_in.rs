@@ -1,7 +1,10 @@
 //! Signing in and registering.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
-use quota_common::auth::{self, Login};
+use quota_common::{
+    ProblemCode,
+    auth::{self, Login},
+};
 
 use crate::{
     api::{self, Answer, Failure},
@@ -48,7 +51,11 @@ impl Entry {
                         session.me.set(Some(me));
                         session.gate.set(Gate::In);
                     }
-                    Err(failure) => self.failure.set(Some(failure)),
+                    Err(failure) => {
+                        let kept = !failure.is(ProblemCode::Unauthorized);
+                        self.failure
+                            .set(Some(if kept { failure } else { Failure::NotKept }));
+                    }
                 },
                 Err(failure) => self.failure.set(Some(failure)),
             }
@@ -64,8 +71,8 @@ impl Entry {
         Signal::derive(move || {
             if !api::is_reachable_securely() {
                 return Some(
-                    "This page was loaded without TLS. Browsers keep no session then: open it over https, or at \
-                     localhost."
+                    "This page was not loaded over https, so your browser will not keep you signed in. Open it over https, \
+                     or at localhost."
                         .to_owned(),
                 );
             }

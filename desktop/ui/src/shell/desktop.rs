@@ -76,6 +76,9 @@ pub fn watch(session: Session) {
     });
 }
 
+/// Whether signing out is done also when the server cannot be told: the app holds the tokens.
+pub const SIGNS_OUT_ALONE: bool = true;
+
 /// Read by what loads: it loads again when a person asks for that.
 pub fn again() {
     AROUND.with(|around| around.again.track());
