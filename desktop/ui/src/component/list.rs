@@ -3,9 +3,9 @@
 use std::cell::RefCell;
 
 use leptos::{prelude::*, task::spawn_local};
-use quota_common::{Page, call::PageOf};
+use quota_common::{Page, ProblemCode, call::PageOf};
 
-use super::focus::keep_focus;
+use super::{Toasts, focus::keep_focus};
 use crate::{
     api::{Answer, Failure, Pending},
     route::route,
@@ -47,7 +47,8 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
     }
 }
 
-/// Loads now, and again whenever something that `fetch` reads changes. An answer that was overtaken is dropped.
+/// Loads now, and again whenever something that `fetch` reads changes. An answer that was overtaken is dropped. When
+/// the same could not be loaded again, what was there stays, and a toast says so.
 pub fn load<T, F>(fetch: impl Fn() -> F + 'static) -> Loader<T>
 where
     T: Clone + Send + Sync + 'static,
@@ -56,25 +57,35 @@ where
     let state = RwSignal::new(Load::Loading);
     let version = RwSignal::new(0_u32);
     let turn = StoredValue::new(0_u32);
-    Effect::new(move |_| {
-        version.track();
+    let toasts = use_context::<Toasts>();
+    Effect::new(move |before: Option<u32>| {
+        let asked = version.get();
         shell::again();
+        let again = before.is_some_and(|before| before != asked);
         turn.update_value(|turn| *turn = turn.wrapping_add(1));
         let own = turn.get_value();
         let answer = fetch();
-        if matches!(state.get_untracked(), Load::Failed(_)) {
+        let (is_there, failed) = state.with_untracked(|state| {
+            (
+                matches!(state, Load::Ready(_)),
+                matches!(state, Load::Failed(_)),
+            )
+        });
+        if failed {
             state.set(Load::Loading);
         }
         spawn_local(async move {
             let answer = answer.await;
             if turn.try_get_value() == Some(own) {
                 keep_focus();
-                let _ = state.try_set(match answer {
-                    Ok(value) => Load::Ready(value),
-                    Err(failure) => Load::Failed(failure),
-                });
+                let _ = match answer {
+                    Ok(value) => state.try_set(Load::Ready(value)),
+                    Err(failure) if again && is_there && stays(toasts, &failure) => None,
+                    Err(failure) => state.try_set(Load::Failed(failure)),
+                };
             }
         });
+        asked
     });
     Loader { state, version }
 }
@@ -104,6 +115,15 @@ where
         }
     });
     loader
+}
+
+/// Whether what is shown stays when it cannot be loaded again; then that is said.
+fn stays(toasts: Option<Toasts>, failure: &Failure) -> bool {
+    let stays = !failure.is(ProblemCode::NotFound);
+    if let Some(toasts) = toasts.filter(|_| stays) {
+        toasts.say(failure.text());
+    }
+    stays
 }
 
 /// Shows what is loaded, or lines where it will be, or what went wrong with a way to try again.

@@ -1,10 +1,11 @@
 //! Home: how much there is, and what comes next.
 
-use leptos::prelude::*;
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
     Page,
     api_key::ApiKey,
     call::{KeyFilter, PageOf},
+    page::ApiKeyOrder,
     plan::Plan,
 };
 
@@ -17,40 +18,48 @@ use crate::{
 #[derive(Clone)]
 struct Overview {
     plans: Page<Plan>,
+    /// The one that was used last.
     keys: Page<ApiKey>,
     active: u64,
     tokens: u64,
 }
 
 impl Overview {
-    /// The latest use among the newest keys.
     fn last_used(&self) -> Option<quota_common::Timestamp> {
-        self.keys
-            .items
-            .iter()
-            .filter_map(|key| key.last_used_at)
-            .max()
+        last_used(&self.keys)
     }
 }
 
-async fn overview() -> api::Answer<Overview> {
-    let one = PageOf {
+fn last_used(keys: &Page<ApiKey>) -> Option<quota_common::Timestamp> {
+    keys.items.first()?.last_used_at
+}
+
+const fn one() -> PageOf {
+    PageOf {
         limit: Some(1),
         cursor: None,
+    }
+}
+
+fn used_last() -> api::Pending<Page<ApiKey>> {
+    let filter = KeyFilter {
+        sort: Some(ApiKeyOrder::LastUsed),
+        ..KeyFilter::default()
     };
-    let many = PageOf {
-        limit: Some(100),
-        cursor: None,
-    };
+    api::list_api_keys(filter, one())
+}
+
+async fn overview() -> api::Answer<Overview> {
     let active = KeyFilter {
         is_active: Some(true),
+        is_expired: Some(false),
         ..KeyFilter::default()
     };
     Ok(Overview {
-        plans: api::list_plans(None, one.clone()).await?,
-        keys: api::list_api_keys(KeyFilter::default(), many).await?,
-        active: api::list_api_keys(active, one.clone()).await?.total,
-        tokens: api::list_service_tokens(one).await?.total,
+        plans: api::list_plans(None, one()).await?,
+        keys: used_last().await?,
+        active: api::list_api_keys(active, one()).await?.total,
+        tokens: api::list_service_tokens(one()).await?.total,
     })
 }
 
@@ -102,7 +111,14 @@ pub fn Home() -> impl IntoView {
     let poll = set_interval_with_handle(
         move || {
             if untrack(waiting) && !document().hidden() {
-                loader.reload();
+                spawn_local(async move {
+                    if used_last()
+                        .await
+                        .is_ok_and(|keys| last_used(&keys).is_some())
+                    {
+                        loader.reload();
+                    }
+                });
             }
         },
         std::time::Duration::from_secs(5),
@@ -113,7 +129,7 @@ pub fn Home() -> impl IntoView {
         }
     });
     view! {
-        <Head title="Home" about="What your consumers hold, and what they may do."/>
+        <Head title="Home" about="Your plans, keys and tokens at a glance."/>
         <Shown
             loader
             show=move |it| {
@@ -127,13 +143,13 @@ pub fn Home() -> impl IntoView {
                 view! {
                     <div class="stats">
                         <Stat name="API keys" value=it.keys.total about=format!("{} active", number(it.active)) href="/console/api-keys"/>
-                        <Stat name="Plans" value=it.plans.total about="What keys are held to" href="/console/plans"/>
+                        <Stat name="Plans" value=it.plans.total about="Limits for your keys" href="/console/plans"/>
                         <Stat name="Service tokens" value=it.tokens about="For your own gateways" href="/console/service-tokens"/>
                     </div>
                     {if all_done {
                         view! {
                             <p class="quiet">
-                                "Last limited request: " {used.map(|at| view! { <When at/> })}
+                                "Last request: " {used.map(|at| view! { <When at/> })}
                             </p>
                         }
                             .into_any()
@@ -144,22 +160,22 @@ pub fn Home() -> impl IntoView {
                                 <ol class="steps">
                                     <Step
                                         done={it.plans.total > 0}
-                                        title="Make a plan"
-                                        about="How many requests a minute, a day and a month."
+                                        title="Create a plan"
+                                        about="Set how many requests are allowed per minute, day and month."
                                         href="/console/plans?new=1"
                                         action="New plan"
                                     />
                                     <Step
                                         done={it.keys.total > 0}
-                                        title="Make an API key"
-                                        about="It is shown once; your consumer sends it as X-API-Key."
+                                        title="Create an API key"
+                                        about="You see it once. Your consumer sends it as X-API-Key."
                                         href="/console/api-keys?new=1"
                                         action="New key"
                                     />
                                     <Step
                                         done=used.is_some()
-                                        title="Send the first limited request"
-                                        about="Try the key here, or send the curl line from anywhere. This ticks itself off."
+                                        title="Send the first request"
+                                        about="Try the key here, or run the curl command anywhere. This step checks itself off."
                                         href=key_page
                                         action="Try it"
                                     />
