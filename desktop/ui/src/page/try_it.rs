@@ -7,7 +7,7 @@ use crate::{
     component::{Alert, held, now},
     model::{
         bucket::{Bucket, History},
-        text::count,
+        text::{count, number, wait},
     },
 };
 
@@ -25,6 +25,19 @@ struct Tally {
     denied: u64,
     last: Option<Tried>,
     failure: Option<String>,
+    /// All of `MOST` were sent, and none was denied.
+    never_denied: bool,
+}
+
+/// The policy that an answer's `RateLimit` names, in words: of a denial, the one that denied it.
+fn policy(limit: &str) -> Option<&'static str> {
+    let name = limit.split('"').nth(1)?;
+    Some(match name {
+        "rpm" => "Limited by the rate per minute.",
+        "daily" => "Limited by the daily quota.",
+        "monthly" => "Limited by the monthly quota.",
+        _ => return None,
+    })
 }
 
 #[component]
@@ -37,6 +50,7 @@ pub fn TryIt(
     let history = RwSignal::new(History::default());
     let clock = RwSignal::new(now());
     let busy = RwSignal::new(false);
+    let stopped = RwSignal::new(false);
     // When the next request would be admitted, in milliseconds since 1970.
     let again_at = RwSignal::new(None::<i64>);
 
@@ -97,13 +111,19 @@ pub fn TryIt(
     // All of `most`, or as long as they are admitted.
     let run = move |most: u32, until_denied: bool| {
         busy.set(true);
+        stopped.set(false);
+        tally.update(|tally| tally.never_denied = false);
         spawn_local(async move {
+            let mut never_denied = until_denied;
             for _ in 0..most {
                 let admitted = send().await;
-                if busy.try_get_untracked().is_none() || (!admitted && until_denied) {
+                // Nobody waits any more, whether the page was left or they said so.
+                if stopped.try_get_untracked().unwrap_or(true) || (!admitted && until_denied) {
+                    never_denied = false;
                     break;
                 }
             }
+            let _ = tally.try_update(|tally| tally.never_denied = never_denied);
             let _ = busy.try_set(false);
         });
     };
@@ -114,8 +134,12 @@ pub fn TryIt(
                 <button type="button" class="button small" disabled=missing aria-disabled=held(busy) on:click=move |_| run(1, false)>"Send 1"</button>
                 <button type="button" class="button small" disabled=missing aria-disabled=held(busy) on:click=move |_| run(10, false)>"Send 10"</button>
                 <button type="button" class="button small" disabled=missing aria-disabled=held(busy) on:click=move |_| run(MOST, true)>"Send until 429"</button>
-                <span class="quiet small-text">"GET /v1/echo"</span>
+                {move || {
+                    busy.get()
+                        .then(|| view! { <button type="button" class="button small" on:click=move |_| stopped.set(true)>"Stop"</button> })
+                }}
             </div>
+            <p class="quiet small-text">"Sends real requests to GET /v1/echo. Each one counts against this key's limits and quotas."</p>
             <Alert text=Signal::derive(move || tally.get().failure)/>
             {move || {
                 tally
@@ -127,14 +151,19 @@ pub fn TryIt(
                             429 => ("badge limited", "limited"),
                             _ => ("badge off", "refused"),
                         };
+                        let by = (last.status == 429)
+                            .then(|| policy(last.header("RateLimit")?))
+                            .flatten();
                         let it = tally.get();
                         view! {
                             <p class="outcome" role="status">
                                 <strong class="status" data-status=last.status.to_string()>{last.status}</strong>
                                 <span class=class>{word}</span>
                                 <span class="quiet">
-                                    {format!("{} admitted, {} limited", count(it.admitted, "request", "requests"), it.denied)}
+                                    {format!("{} admitted, {} limited", count(it.admitted, "request", "requests"), number(it.denied))}
                                 </span>
+                                {by}
+                                {it.never_denied.then(|| format!("{MOST} requests sent, none was limited."))}
                             </p>
                         }
                     })
@@ -144,7 +173,7 @@ pub fn TryIt(
                     .get()
                     .map(|at| {
                         let secs = ((at - clock.get()).max(0) + 999) / 1000;
-                        view! { <p class="countdown">"The next request is admitted in " <strong>{format!("{secs} s")}</strong></p> }
+                        view! { <p class="countdown">"The next request is admitted in " <strong>{wait(secs.unsigned_abs())}</strong></p> }
                     })
             }}
             {move || {
@@ -154,18 +183,22 @@ pub fn TryIt(
                         let level = move || it.level(clock.get()) / 1000;
                         view! {
                             <figure class="plot">
+                                <span class="plot-most">{number(it.limit)}</span>
+                                <span class="plot-none">"0"</span>
+                                // A little more than the line's box, so that it is whole also where it is full or empty.
                                 <svg
-                                    viewBox="0 0 6000 1000"
+                                    viewBox="0 -60 6000 1120"
                                     preserveAspectRatio="none"
                                     role="img"
                                     aria-label="The bucket's level over the last 30 seconds"
                                 >
-                                    <path class="plot-grid" d="M0 8h6000M0 500h6000M0 992h6000"/>
+                                    <path class="plot-grid" d="M0 0h6000M0 500h6000M0 1000h6000"/>
                                     <polyline class="plot-line" points=move || history.with(|history| history.line(clock.get(), WIDTH))/>
                                 </svg>
+                                <p class="plot-time"><span>"30 s ago"</span><span>"now"</span></p>
                                 <figcaption>
-                                    <span>"Bucket: " <strong>{level}</strong> {format!(" of {}", it.limit)}</span>
-                                    <span class="quiet">{format!("refills {} a second", it.pace())}</span>
+                                    <span>"Bucket: " <strong>{move || number(level())}</strong> {format!(" of {}", number(it.limit))}</span>
+                                    <span class="quiet">{format!("refills {} per second", it.pace())}</span>
                                 </figcaption>
                             </figure>
                         }
@@ -179,9 +212,9 @@ pub fn TryIt(
                     .map(|last| {
                         view! {
                             <details>
-                                <summary>"Header fields of the last answer"</summary>
+                                <summary>"Headers of the last response"</summary>
                                 <table class="headers">
-                                    <caption class="unseen">"Header fields"</caption>
+                                    <caption class="unseen">"Response headers"</caption>
                                     <tbody>
                                         {last
                                             .headers
