@@ -10,12 +10,13 @@ import { lists } from "./lists.mjs";
 import { many } from "./many.mjs";
 import { names } from "./names.mjs";
 import { once } from "./once.mjs";
+import { pages } from "./pages.mjs";
 import { pictures } from "./pictures.mjs";
 import { tour } from "./tour.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...picked] = process.argv.slice(2);
-const parts = { tour, keyboard, once, many, lists, names, guard, pictures };
+const parts = { tour, keyboard, once, many, lists, names, guard, pages, pictures };
 
 const world = await World.start(executablePath, base, shots);
 try {

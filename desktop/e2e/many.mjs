@@ -145,7 +145,7 @@ export async function many(world) {
   assert.equal((await my.api("GET", path)).expires_at, null);
 
   await my.place("Home").click();
-  await page.getByText("Last limited request").waitFor();
+  await page.getByText("Last request").waitFor();
   await my.look("home-running");
   await my.place("Plans").click();
   await page.getByRole("row", { name: /Starter/ }).waitFor();

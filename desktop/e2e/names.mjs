@@ -94,7 +94,7 @@ export async function names(world) {
   for (const it of await page.locator("summary").all()) await it.click();
   await see("names-audit");
   await my.place("Settings").click();
-  await page.getByText("this one").waitFor();
+  await page.getByText("this device").waitFor();
   assert.equal(await my.field("Organisation").inputValue(), NAMES[0]);
   await see("names-settings");
   await my.context.close();

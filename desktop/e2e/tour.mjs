@@ -159,19 +159,19 @@ export async function tour(world) {
   await my.look("tokens");
 
   await my.place("Audit").click();
-  await page.getByRole("rowheader", { name: "api key rotate" }).waitFor();
+  await page.getByRole("rowheader", { name: "API key rotated" }).waitFor();
   await my.look("audit");
 
   await my.place("Settings").click();
   await my.heading("Where you are signed in").waitFor();
-  await page.getByText("this one").waitFor();
+  await page.getByText("this device").waitFor();
   await my.look("settings");
-  await page.getByLabel("Time zone of quotas").fill("Europe/Berlin");
+  await page.getByLabel("Time zone for quotas").fill("Europe/Berlin");
   await my.button("Save").click();
-  await page.getByText("The profile is saved.").waitFor();
+  await page.getByText("Profile saved.").waitFor();
   await page.getByLabel("Dark").check();
   assert.equal(await page.evaluate(() => document.documentElement.dataset.theme), "dark");
-  await page.getByLabel("Like the system").check();
+  await page.getByLabel("System", { exact: true }).check();
 
   await my.place("Home").click();
   await page.getByText("First steps").waitFor();

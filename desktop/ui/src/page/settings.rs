@@ -80,7 +80,7 @@ fn Profile() -> impl IntoView {
             match api::update_me(body).await {
                 Ok(me) => {
                     session.me.set(Some(me));
-                    toasts.say("The profile is saved.");
+                    toasts.say("Profile saved.");
                 }
                 Err(failure) => it.failure.set(Some(failure)),
             }
@@ -101,9 +101,9 @@ fn Profile() -> impl IntoView {
                         view! {
                             <Field
                                 id="time_zone"
-                                label="Time zone of quotas"
+                                label="Time zone for quotas"
                                 value=zone
-                                hint=format!("Where days and months begin, such as Europe/Berlin. This browser is in {here}.")
+                                hint=format!("Decides when a day or month starts. This browser is in {here}.")
                                 error=it.of("time_zone")
                             />
                         }
@@ -123,11 +123,7 @@ fn here() -> String {
         .unwrap_or_else(|| "UTC".to_owned())
 }
 
-const THEMES: [(&str, &str); 3] = [
-    ("system", "Like the system"),
-    ("light", "Light"),
-    ("dark", "Dark"),
-];
+const THEMES: [(&str, &str); 3] = [("system", "System"), ("light", "Light"), ("dark", "Dark")];
 
 #[component]
 fn Theme() -> impl IntoView {
@@ -170,7 +166,7 @@ fn Password() -> impl IntoView {
                 Ok(()) => {
                     current.set(String::new());
                     new.set(String::new());
-                    toasts.say("The password is changed. Every other session has ended.");
+                    toasts.say("Password changed. All other sessions have ended.");
                 }
                 Err(failure) => it.failure.set(Some(failure)),
             }
@@ -271,7 +267,7 @@ fn OneSession(it: Session, loader: Loader<Page<Session>>) -> impl IntoView {
         spawn_local(async move {
             match api::end_session(id).await {
                 Ok(()) => {
-                    toasts.say("The session has ended.");
+                    toasts.say("Session ended.");
                     asking.set(false);
                     loader.reload();
                 }
@@ -284,7 +280,7 @@ fn OneSession(it: Session, loader: Loader<Page<Session>>) -> impl IntoView {
         <li>
             <div>
                 <strong>{name.clone()}</strong>
-                {it.current.then(|| view! { <span class="badge on">"this one"</span> })}
+                {it.current.then(|| view! { <span class="badge on">"this device"</span> })}
                 <p class="quiet">
                     {it.ip.clone().map(|ip| format!("{ip}, "))} "used " <When at=it.last_used_at/>
                 </p>
@@ -294,7 +290,7 @@ fn OneSession(it: Session, loader: Loader<Page<Session>>) -> impl IntoView {
             <Confirm
                 open=asking
                 title=format!("End the session of {name}?")
-                breaks="It is signed out at once."
+                breaks="That device is signed out immediately."
                 action="End session"
                 busy
                 failure
