@@ -109,12 +109,9 @@ impl Session {
         self.client.try_key(key).await
     }
 
-    /// Signs out where the server can be reached, and in any case forgets the session.
+    /// Signs out, whether the server can be told or not.
     pub async fn forget(&self) {
-        if self.sign_out().await.is_err() {
-            let mut state = self.state.lock().await;
-            self.end(&mut state).await;
-        }
+        let _ = self.sign_out().await;
     }
 
     async fn sign_in(&self, call: &Call) -> Result<Answered, Refusal> {
@@ -131,21 +128,27 @@ impl Session {
         Ok(fresh(json(&signed_in)?))
     }
 
+    /// The session is forgotten here in any case. An error says that the server was not told.
     async fn sign_out(&self) -> Result<Answered, Refusal> {
         let mut state = self.state.lock().await;
-        if let Some(token) = self.refresh_token(&state).await {
-            match self
-                .client
-                .send(&Call::Logout, Credential::Refresh(&token))
-                .await
-            {
-                Err(refusal) if !says_unauthorized(&refusal) => return Err(refusal),
-                _ => {}
+        let told = match self.refresh_token(&state).await {
+            Some(token) => {
+                let credential = Credential::Refresh(&token);
+                self.client.send(&Call::Logout, credential).await
+            }
+            None => Ok(String::new()),
+        };
+        self.end(&mut state).await;
+        match told {
+            Err(refusal) if !says_unauthorized(&refusal) => {
+                tracing::warn!(server = %self.client.server(), "signed out here alone");
+                Err(refusal)
+            }
+            _ => {
+                tracing::info!(server = %self.client.server(), "signed out");
+                Ok(fresh(String::new()))
             }
         }
-        self.end(&mut state).await;
-        tracing::info!(server = %self.client.server(), "signed out");
-        Ok(fresh(String::new()))
     }
 
     async fn with_access(&self, call: &Call) -> Result<Answered, Refusal> {

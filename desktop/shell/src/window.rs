@@ -1,8 +1,8 @@
 //! The window, and where its page may go: nowhere.
 
 use tauri::{
-    AppHandle, Manager as _, Url, WebviewUrl, WebviewWindow, WebviewWindowBuilder,
-    webview::NewWindowResponse,
+    AppHandle, Manager as _, Theme, Url, WebviewUrl, WebviewWindow, WebviewWindowBuilder,
+    WindowEvent, webview::NewWindowResponse,
 };
 use tauri_plugin_opener::OpenerExt as _;
 
@@ -20,10 +20,30 @@ pub fn open(app: &AppHandle) -> tauri::Result<WebviewWindow> {
         .on_navigation(is_own)
         .on_new_window(|_, _| NewWindowResponse::Deny)
         .on_download(|_, _| false)
+        .on_page_load(|window, _| {
+            if let Ok(theme) = window.theme() {
+                tell_theme(&window, theme);
+            }
+        })
         .build()?;
-    // The system's choice, which WebKit alone does not always learn.
+    let told = window.clone();
+    window.on_window_event(move |event| {
+        if let WindowEvent::ThemeChanged(theme) = event {
+            tell_theme(&told, *theme);
+        }
+    });
     tracing::info!(theme = ?window.theme().ok(), "opened");
     Ok(window)
+}
+
+/// Tells the page that the system is dark, which WebKit alone does not always learn. Where the system does not say so,
+/// WebKit may know better.
+fn tell_theme(window: &WebviewWindow, theme: Theme) {
+    let dark = theme == Theme::Dark;
+    run_in(
+        window,
+        &format!("document.documentElement?.toggleAttribute('data-system-dark', {dark})"),
+    );
 }
 
 /// The page's own addresses: of the console, in the app.
@@ -50,9 +70,13 @@ pub fn show(app: &AppHandle, path: &'static str) {
 
 /// Runs a script of ours in the page.
 pub fn run(app: &AppHandle, script: &str) {
-    if let Some(window) = app.get_webview_window(LABEL)
-        && let Err(error) = window.eval(script)
-    {
+    if let Some(window) = app.get_webview_window(LABEL) {
+        run_in(&window, script);
+    }
+}
+
+fn run_in(window: &WebviewWindow, script: &str) {
+    if let Err(error) = window.eval(script) {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
             "the page takes no script"

@@ -163,8 +163,8 @@ fn Frame(place: Memo<Place>) -> impl IntoView {
 }
 
 /// The desktop app has forgotten the session, and the server knows nothing of it.
-const SIGNED_OUT_HERE: &str = "You are signed out on this computer. On the server the session ends by itself, or under \
-    Settings, Sessions.";
+const SIGNED_OUT_HERE: &str = "You are signed out on this computer, but the server could not be told. The session \
+    there ends by itself, or can be ended in Settings.";
 
 #[component]
 fn Inside(place: Memo<Place>) -> impl IntoView {
@@ -176,9 +176,9 @@ fn Inside(place: Memo<Place>) -> impl IntoView {
         spawn_local(async move {
             match api::logout().await {
                 Ok(()) => session.end(),
-                Err(failure) if shell::SIGNS_OUT_ALONE => {
+                Err(_) if shell::SIGNS_OUT_ALONE => {
                     session.end();
-                    toasts.say(format!("{} {}", SIGNED_OUT_HERE, failure.text()));
+                    toasts.say(SIGNED_OUT_HERE);
                 }
                 Err(Failure::Elsewhere) => {}
                 Err(failure) => toasts.say(failure.text()),

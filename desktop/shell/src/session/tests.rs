@@ -383,9 +383,10 @@ async fn what_was_loaded_stays_readable_while_the_server_is_away() {
     assert_eq!(session.call(&Call::Me).await, Err(Refusal::Unreachable));
     let change = Call::UpdateMe(UpdateMe::default());
     assert_eq!(session.call(&change).await, Err(Refusal::Unreachable));
-    // Still signed in, unless a person wants to be forgotten.
+    // Still signed in, unless a person signs out, which the server is not told.
     assert!(world.keychain.only().is_some());
-    session.forget().await;
+    let untold = session.call(&Call::Logout).await;
+    assert_eq!(untold, Err(Refusal::Unreachable));
     assert_eq!(world.keychain.only(), None);
     let refused = session
         .call(&list())
