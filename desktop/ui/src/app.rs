@@ -35,6 +35,8 @@ pub struct Session {
     pub gate: RwSignal<Gate>,
     pub me: RwSignal<Option<Me>>,
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
+    /// Changes while time passes.
+    pub minute: RwSignal<u32>,
 }
 
 impl Session {
@@ -43,6 +45,7 @@ impl Session {
             gate: RwSignal::new(Gate::Unknown),
             me: RwSignal::new(None),
             known_keys: RwSignal::new(Vec::new()),
+            minute: component::minute(),
         };
         provide_context(session);
         api::when_over(move |failure| {
@@ -95,7 +98,6 @@ pub fn App() -> impl IntoView {
     Preferences::provide();
     let route = Route::provide();
     let session = Session::provide(route, toasts);
-    component::keep_time();
     keep_clicks_from_held();
     session.ask();
     let place = Memo::new(move |_| Place::of(&route.path.get()));

@@ -98,13 +98,11 @@ pub fn When(
         .to_locale_string("default", &wasm_bindgen::JsValue::UNDEFINED)
         .as_string()
         .unwrap_or_default();
-    let minute = use_context::<Minute>();
+    let minute = crate::app::session().minute;
     view! {
         <time datetime=at.to_string() title=exact.clone()>
             {move || {
-                if let Some(minute) = minute {
-                    minute.0.track();
-                }
+                minute.track();
                 crate::model::text::relative(millis, now())
             }}
         </time>
@@ -112,19 +110,15 @@ pub fn When(
     }
 }
 
-/// Changes while time passes, for what tells times from now.
-#[derive(Clone, Copy)]
-struct Minute(RwSignal<u32>);
-
-/// Once, for all pages.
-pub fn keep_time() {
-    let minute = Minute(RwSignal::new(0));
-    provide_context(minute);
+/// Changes while time passes, for what tells times from now: one for all pages.
+pub fn minute() -> RwSignal<u32> {
+    let minute = RwSignal::new(0_u32);
     // Half of what is told least: no time shown is wrong for longer.
     set_interval(
-        move || minute.0.update(|it| *it = it.wrapping_add(1)),
+        move || minute.update(|it| *it = it.wrapping_add(1)),
         std::time::Duration::from_secs(30),
     );
+    minute
 }
 
 /// Milliseconds since 1970.
