@@ -72,6 +72,7 @@ impl Tenant {
         let ids = HashMap::from([
             ("plan_id", plan.clone()),
             ("key_id", key.id.clone()),
+            ("target_id", key.id.clone()),
             (
                 "token_id",
                 tokens.body["items"][0]["id"]
