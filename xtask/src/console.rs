@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{cargo, machine, read, root, say, succeed};
+use crate::{cargo, read, root, say, succeed, system};
 
 pub(crate) const TARGET: &str = "wasm32-unknown-unknown";
 
@@ -59,7 +59,7 @@ pub(crate) fn add_target() -> Result<()> {
     if PathBuf::from(library.trim()).is_dir() {
         return Ok(());
     }
-    if machine::on_path("rustup").is_none() {
+    if system::on_path("rustup").is_none() {
         bail!(
             "the console is compiled for {TARGET}, and this Rust has no library for it and came without rustup: \
              install that library with your system's packages (Debian: libstd-rust-dev-wasm32), or Rust from \

@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{cargo, console, desktop, machine, read, root, say, succeed};
+use crate::{cargo, console, desktop, machine, read, root, say, succeed, system};
 
 /// A first start makes a database.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -51,7 +51,7 @@ pub(crate) fn run() -> Result<bool> {
         ]))
         .context("the browser tests need two packages of npm's")?;
     }
-    let chromium = machine::on_path("chromium").context("there is no chromium")?;
+    let chromium = system::on_path("chromium").context("there is no chromium")?;
     succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
     let server = Server::start()?;
     say("the journey through the console, in Chromium");

@@ -2,13 +2,17 @@
 
 use std::{
     io::{IsTerminal as _, stdin},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{postgres, say, succeed, target};
+use crate::{
+    postgres, say, succeed,
+    system::{is_root, on_path},
+    target,
+};
 
 /// A program that a chore needs.
 #[derive(Clone, Copy)]
@@ -242,29 +246,4 @@ fn as_root(program: &str) -> Command {
     }
     command.arg(program);
     command
-}
-
-pub(crate) fn is_root() -> bool {
-    id(&["-u"]) == Some(0)
-}
-
-/// What `id` says: a user's or group's number.
-pub(crate) fn id(arguments: &[&str]) -> Option<u32> {
-    let output = Command::new("id")
-        .args(arguments)
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    String::from_utf8(output.stdout).ok()?.trim().parse().ok()
-}
-
-/// A program's place, by the shell's own search.
-pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
-    let output = Command::new("/bin/sh")
-        .args(["-c", "command -v -- \"$1\"", "sh", program])
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    let place = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
-    place.is_absolute().then_some(place)
 }

@@ -11,12 +11,16 @@ mod advisories;
 mod bench;
 mod check;
 mod console;
+mod dependencies;
 mod desktop;
+mod generate;
 mod journey;
+mod links;
 mod machine;
 mod postgres;
 mod run;
 mod schema;
+mod system;
 mod test;
 
 use std::{
@@ -71,10 +75,10 @@ enum Chore {
     Bundle,
     /// Build all and go through the console in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER keeps pictures of every page
     Journey,
-    /// Formatting, lints, and whether generated files are fresh
+    /// Check formatting, lints, documentation, unused dependencies, links and generated files
     Check,
-    /// Write server/src/schema.rs from the migrations
-    Schema,
+    /// Write all generated files: server/src/schema.rs, openapi.json, .env.example
+    Generate,
 }
 
 fn main() -> ExitCode {
@@ -87,7 +91,7 @@ fn main() -> ExitCode {
         Chore::Bundle => desktop::bundle().map(|()| ExitCode::SUCCESS),
         Chore::Journey => journey::alone(),
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
-        Chore::Schema => schema::write().map(|()| ExitCode::SUCCESS),
+        Chore::Generate => generate::write().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

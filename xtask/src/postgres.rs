@@ -20,7 +20,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{machine, read, succeed};
+use crate::{read, succeed, system};
 
 const START_LIMIT: Duration = Duration::from_mins(1);
 const USER: &str = "quota";
@@ -206,7 +206,7 @@ pub(crate) fn binaries() -> Option<PathBuf> {
     if let Ok(dir) = read(Command::new("/bin/sh").args(["-c", "pg_config --bindir"])) {
         places.push(PathBuf::from(dir.trim()));
     }
-    if let Some(program) = machine::on_path("postgres").and_then(|path| fs::canonicalize(path).ok())
+    if let Some(program) = system::on_path("postgres").and_then(|path| fs::canonicalize(path).ok())
     {
         places.extend(program.parent().map(Path::to_owned));
     }
@@ -240,12 +240,12 @@ pub(crate) fn binaries() -> Option<PathBuf> {
 
 /// PostgreSQL refuses to run as root: the user and group to run it as instead.
 fn unprivileged_user() -> Result<Option<(u32, u32)>> {
-    if !machine::is_root() {
+    if !system::is_root() {
         return Ok(None);
     }
     ["postgres", "nobody"]
         .into_iter()
-        .find_map(|name| Some((machine::id(&["-u", name])?, machine::id(&["-g", name])?)))
+        .find_map(|name| Some((system::id(&["-u", name])?, system::id(&["-g", name])?)))
         .map(Some)
         .context("PostgreSQL does not run as root, and there is no user postgres or nobody")
 }

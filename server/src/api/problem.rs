@@ -1,4 +1,4 @@
-//! Errors as callers see them. The only place where an error becomes a [`Problem`].
+//! Errors as callers see them. The only place where an error becomes a [`Problem`](quota_common::Problem).
 
 use std::{sync::Arc, time::Duration};
 

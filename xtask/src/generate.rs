@@ -1,0 +1,114 @@
+//! Committed files that a program writes: `cargo xtask generate` writes them all, and `check` compares them.
+
+use std::{fs, process::Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{cargo, machine, root, say, schema};
+
+struct Generated {
+    path: &'static str,
+    generate: fn() -> Result<String>,
+}
+
+/// In the order in which they must be written: the server is compiled with `schema.rs`.
+const GENERATED: &[Generated] = &[
+    Generated {
+        path: "server/src/schema.rs",
+        generate: schema::generate,
+    },
+    Generated {
+        path: "openapi.json",
+        generate: || printed_by_server("openapi"),
+    },
+    Generated {
+        path: ".env.example",
+        generate: || printed_by_server("env-example"),
+    },
+];
+
+/// Returns what a subcommand of the server prints.
+fn printed_by_server(command: &str) -> Result<String> {
+    let output = cargo()
+        .args(["run", "--quiet", "--package", "quota-server", "--", command])
+        .stderr(Stdio::inherit())
+        .output()?;
+    if !output.status.success() {
+        bail!("`quota {command}` failed: {}", output.status);
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Writes every generated file.
+pub(crate) fn write() -> Result<()> {
+    machine::install(&[machine::POSTGRES])?;
+    for file in GENERATED {
+        let content =
+            (file.generate)().with_context(|| format!("cannot generate {}", file.path))?;
+        let path = root().join(file.path);
+        if fs::read_to_string(&path).is_ok_and(|committed| committed == content) {
+            say(&format!("{} is up to date", file.path));
+            continue;
+        }
+        fs::write(path, content).with_context(|| format!("cannot write {}", file.path))?;
+        say(&format!("wrote {}", file.path));
+    }
+    Ok(())
+}
+
+/// # Errors
+///
+/// Fails on the first file that differs from what its program writes now.
+pub(crate) fn check() -> Result<()> {
+    for file in GENERATED {
+        say(&format!("is {} up to date?", file.path));
+        let expected =
+            (file.generate)().with_context(|| format!("cannot generate {}", file.path))?;
+        let committed = fs::read_to_string(root().join(file.path))
+            .with_context(|| format!("cannot read {}", file.path))?;
+        if let Some(difference) = first_difference(&committed, &expected) {
+            bail!(
+                "{} is out of date; run `cargo xtask generate`\n{difference}",
+                file.path
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Describes the first line in which two texts differ.
+fn first_difference(committed: &str, expected: &str) -> Option<String> {
+    if committed == expected {
+        return None;
+    }
+    let same = committed
+        .lines()
+        .zip(expected.lines())
+        .take_while(|(a, b)| a == b)
+        .count();
+    let line = |text: &str| text.lines().nth(same).unwrap_or("(end of file)").to_owned();
+    Some(format!(
+        "line {}\n  committed: {}\n  expected:  {}",
+        same + 1,
+        line(committed),
+        line(expected)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::first_difference;
+
+    #[test]
+    fn first_differing_line_is_shown() {
+        assert_eq!(first_difference("a\nb\n", "a\nb\n"), None);
+        let difference = first_difference("a\nb\n", "a\nc\n").expect("they differ");
+        assert!(difference.starts_with("line 2"), "{difference}");
+        let difference = first_difference("a\nb\n", "a\n").expect("they differ");
+        assert!(
+            difference.contains("expected:  (end of file)"),
+            "{difference}"
+        );
+        assert!(first_difference("a", "a\n").is_some());
+    }
+}
