@@ -5,6 +5,7 @@
 
 mod replicas;
 mod revocations;
+mod sweep;
 
 use std::time::Duration;
 
@@ -14,10 +15,9 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use crate::{db, limiter, repo, state::AppState};
+use crate::{db, limiter, state::AppState};
 
 const LAST_USED: Duration = Duration::from_secs(2);
-const SWEEP: Duration = Duration::from_mins(10);
 
 /// The running workers.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ impl Jobs {
         }
         running.spawn(prune(state.clone(), stopping.clone()));
         running.spawn(write_last_used(state.clone(), stopping.clone()));
-        running.spawn(sweep(state.clone(), stopping));
+        running.spawn(sweep::run(state.clone(), stopping));
         Self { stop, running }
     }
 
@@ -89,26 +89,6 @@ async fn write_last_used(state: AppState, mut stopping: watch::Receiver<bool>) {
         }
         if !on {
             return;
-        }
-    }
-}
-
-/// Deletes what has served its time.
-async fn sweep(state: AppState, mut stopping: watch::Receiver<bool>) {
-    let mut ticks = every(SWEEP);
-    while next(&mut ticks, &mut stopping).await {
-        let swept = async {
-            let mut tx = state.db.system().await?;
-            repo::session::sweep(&mut tx).await?;
-            repo::idempotency::sweep(&mut tx).await?;
-            repo::revocation::sweep(&mut tx).await?;
-            repo::quota_usage::sweep(&mut tx).await?;
-            repo::api_key::forget_previous(&mut tx).await?;
-            repo::replica::sweep(&mut tx).await?;
-            tx.commit().await
-        };
-        if let Err(error) = swept.await {
-            tracing::warn!(error = %db::chain(&error), "cannot delete what is over");
         }
     }
 }

@@ -5,7 +5,7 @@ use diesel::{
     dsl::{now, sql},
     pg::Pg,
     prelude::*,
-    sql_types::{Array, BigInt, Bytea, Timestamptz, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
 use serde::{Deserialize, Serialize};
@@ -368,18 +368,4 @@ pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<
     .execute(&mut **tx)
     .await?;
     Ok(())
-}
-
-/// Forgets the texts whose grace has ended; answers how many.
-pub async fn forget_previous(tx: &mut SystemTx) -> Result<usize, DbError> {
-    let ended = api_keys::table.filter(api_keys::previous_expires_at.le(now));
-    let forgotten = diesel::update(ended)
-        .set((
-            api_keys::previous_key_hash
-                .eq(None::<Vec<u8>>.into_sql::<diesel::sql_types::Nullable<Bytea>>()),
-            api_keys::previous_expires_at.eq(None::<DateTime<Utc>>),
-        ))
-        .execute(&mut **tx)
-        .await?;
-    Ok(forgotten)
 }

@@ -11,7 +11,7 @@ use diesel_async::RunQueryDsl;
 use serde_json::Value;
 
 use crate::{
-    db::{DbError, SystemTx, TenantTx},
+    db::{DbError, TenantTx},
     schema::idempotency_keys,
 };
 
@@ -129,11 +129,4 @@ pub async fn store(
         .execute(&mut **tx)
         .await?;
     Ok(())
-}
-
-pub async fn sweep(tx: &mut SystemTx) -> Result<usize, DbError> {
-    let old = idempotency_keys::table.filter(
-        idempotency_keys::created_at.lt(now.into_sql::<Timestamptz>() - KEPT_HOURS.hours()),
-    );
-    Ok(diesel::delete(old).execute(&mut **tx).await?)
 }

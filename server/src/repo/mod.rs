@@ -17,6 +17,7 @@ pub mod revocation;
 pub mod secret;
 pub mod service_token;
 pub mod session;
+pub mod sweep;
 
 use chrono::{DateTime, Utc};
 use diesel::{

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use diesel::{
-    dsl::{IntervalDsl, now},
+    dsl::now,
     prelude::*,
     sql_types::{BigInt, Text, Timestamptz, Uuid as SqlUuid},
 };
@@ -83,11 +83,4 @@ pub async fn give_back(tx: &mut SystemTx, row: Row<'_>, amount: i64) -> Result<(
         .execute(&mut **tx)
         .await?;
     Ok(())
-}
-
-/// Forgets windows that ended long ago: a month is over after 31 days, wherever it began.
-pub async fn sweep(tx: &mut SystemTx) -> Result<usize, DbError> {
-    let old = quota_usage::table
-        .filter(quota_usage::window_start.lt(now.into_sql::<Timestamptz>() - 40.days()));
-    Ok(diesel::delete(old).execute(&mut **tx).await?)
 }

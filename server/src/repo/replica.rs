@@ -48,14 +48,6 @@ pub async fn leave(tx: &mut SystemTx, id: Uuid) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Deletes what was not seen for a day.
-pub async fn sweep(tx: &mut SystemTx) -> Result<(), DbError> {
-    sql_query("DELETE FROM replicas WHERE seen_at < now() - interval '1 day'")
-        .execute(&mut **tx)
-        .await?;
-    Ok(())
-}
-
 /// Whether counters were ever shared.
 pub async fn counters_have_begun(tx: &mut SystemTx) -> Result<bool, DbError> {
     let begun = diesel::select(diesel::dsl::exists(

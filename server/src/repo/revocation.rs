@@ -2,10 +2,9 @@
 
 use chrono::{DateTime, Utc};
 use diesel::{
-    dsl::{IntervalDsl, SqlTypeOf, max, now, sql},
+    dsl::{SqlTypeOf, sql},
     expression::SqlLiteral,
     prelude::*,
-    sql_types::Timestamptz,
 };
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
@@ -172,16 +171,4 @@ pub async fn since(tx: &mut SystemTx, seq: i64) -> Result<Vec<Revocation>, DbErr
         .load::<Row>(&mut **tx)
         .await?;
     Ok(rows.into_iter().map(revocation).collect())
-}
-
-/// Forgets those that every replica has seen long ago, but for the newest: numbers are compared with it.
-pub async fn sweep(tx: &mut SystemTx) -> Result<usize, DbError> {
-    let newest = revocations::table
-        .select(max(revocations::seq))
-        .get_result::<Option<i64>>(&mut **tx)
-        .await?;
-    let old = revocations::table
-        .filter(revocations::at.lt(now.into_sql::<Timestamptz>() - 1.day()))
-        .filter(revocations::seq.lt(newest.unwrap_or_default()));
-    Ok(diesel::delete(old).execute(&mut **tx).await?)
 }

@@ -215,15 +215,3 @@ pub async fn end_others(tx: &mut SystemTx, user: Uuid, but: Uuid) -> Result<Vec<
         .returning(sessions::id);
     Ok(query.get_results(&mut **tx).await?)
 }
-
-/// Forgets sessions a day after they ended, and with them their tokens; answers how many.
-pub async fn sweep(tx: &mut SystemTx) -> Result<usize, DbError> {
-    let ended = sessions::table.filter(
-        sessions::expires_at
-            .lt(now.into_sql::<Timestamptz>() - 1.day())
-            .or(sessions::revoked_at
-                .lt((now.into_sql::<Timestamptz>() - 1.day()).nullable())
-                .assume_not_null()),
-    );
-    Ok(diesel::delete(ended).execute(&mut **tx).await?)
-}

@@ -1,10 +1,15 @@
 //! What is counted, and how it is named.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use prometheus_client::{
     encoding::text::encode,
     metrics::{counter::Counter, gauge::Gauge, info::Info},
@@ -67,7 +72,50 @@ pub struct Metrics {
     pub redis_calls_without_connection: Counter,
     pub redis_calls_late: Counter,
     pub redis_calls_failed: Counter,
+    pub public_connections: Arc<ConnectionMetrics>,
+    pub metrics_connections: Arc<ConnectionMetrics>,
+    /// Key and token look-ups that were answered 503 because too many were under way.
+    pub lookups_refused: Counter,
+    /// Times that PostgreSQL was suspected to be unreachable.
+    pub database_suspected: Counter,
+    pub readiness_checks: Counter,
+    pub sweep_errors: Counter,
+    /// By the name of what was swept.
+    swept: Mutex<BTreeMap<&'static str, u64>>,
     statuses: Box<[AtomicU64; 600]>,
+}
+
+/// Why a connection was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// Its address has as many as it may have.
+    Address,
+    /// There are as many as there may be, and none that could be closed for it.
+    Full,
+}
+
+/// What became of the connections to one listener.
+#[derive(Debug, Default)]
+pub struct ConnectionMetrics {
+    pub open: Gauge,
+    pub accepted: Counter,
+    refused_address: Counter,
+    refused_full: Counter,
+    /// Closed to make room for another.
+    pub dropped: Counter,
+    pub timed_out_head: Counter,
+    pub timed_out_write: Counter,
+    pub timed_out_idle: Counter,
+    pub accept_errors: Counter,
+}
+
+impl ConnectionMetrics {
+    pub const fn refused(&self, refusal: Refusal) -> &Counter {
+        match refusal {
+            Refusal::Address => &self.refused_address,
+            Refusal::Full => &self.refused_full,
+        }
+    }
 }
 
 /// A histogram without a lock: a bucket is an atomic. Buckets double from 1 µs to 8 s.
@@ -157,6 +205,13 @@ impl Default for Metrics {
             redis_calls_without_connection: Counter::default(),
             redis_calls_late: Counter::default(),
             redis_calls_failed: Counter::default(),
+            public_connections: Arc::default(),
+            metrics_connections: Arc::default(),
+            lookups_refused: Counter::default(),
+            database_suspected: Counter::default(),
+            readiness_checks: Counter::default(),
+            sweep_errors: Counter::default(),
+            swept: Mutex::default(),
             statuses: Box::new([const { AtomicU64::new(0) }; 600]),
         }
     }
@@ -167,6 +222,95 @@ impl Metrics {
     pub fn answered(&self, status: u16) {
         if let Some(count) = self.statuses.get(usize::from(status)) {
             count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts rows that were deleted or cleared because their time had passed.
+    pub fn swept(&self, kind: &'static str, rows: u64) {
+        *self.swept.lock().entry(kind).or_default() += rows;
+    }
+
+    /// Connections of both listeners, and swept rows: what has labels.
+    fn write_labeled(&self, text: &mut String) {
+        use std::fmt::Write;
+        type Read = fn(&ConnectionMetrics) -> String;
+        type Family<'a> = (&'a str, &'a str, &'a str, &'a [(&'a str, Read)]);
+        let listeners = [
+            ("public", &self.public_connections),
+            ("metrics", &self.metrics_connections),
+        ];
+        let families: [Family<'_>; 6] = [
+            (
+                "quota_connections_open",
+                "gauge",
+                "Open client connections",
+                &[("", |it| it.open.get().to_string())],
+            ),
+            (
+                "quota_connections_accepted",
+                "counter",
+                "Client connections accepted and kept",
+                &[("", |it| it.accepted.get().to_string())],
+            ),
+            (
+                "quota_connections_refused",
+                "counter",
+                "Client connections closed at once, by the limit that was reached",
+                &[
+                    (",limit=\"address\"", |it| {
+                        it.refused_address.get().to_string()
+                    }),
+                    (",limit=\"total\"", |it| it.refused_full.get().to_string()),
+                ],
+            ),
+            (
+                "quota_connections_dropped",
+                "counter",
+                "Client connections without a request in flight that were closed to make room for others",
+                &[("", |it| it.dropped.get().to_string())],
+            ),
+            (
+                "quota_connections_timed_out",
+                "counter",
+                "Client connections closed because the client took too long, by what was waited for",
+                &[
+                    (",waiting_for=\"request\"", |it| {
+                        it.timed_out_head.get().to_string()
+                    }),
+                    (",waiting_for=\"read\"", |it| {
+                        it.timed_out_write.get().to_string()
+                    }),
+                    (",waiting_for=\"next_request\"", |it| {
+                        it.timed_out_idle.get().to_string()
+                    }),
+                ],
+            ),
+            (
+                "quota_accept_errors",
+                "counter",
+                "Failures to accept a client connection",
+                &[("", |it| it.accept_errors.get().to_string())],
+            ),
+        ];
+        for (name, kind, help, series) in families {
+            let _ = writeln!(text, "# HELP {name} {help}.\n# TYPE {name} {kind}");
+            let total = if kind == "counter" { "_total" } else { "" };
+            for (listener, metrics) in listeners {
+                for (label, read) in series {
+                    let value = read(metrics);
+                    let _ = writeln!(
+                        text,
+                        "{name}{total}{{listener=\"{listener}\"{label}}} {value}"
+                    );
+                }
+            }
+        }
+        let _ = writeln!(
+            text,
+            "# HELP quota_rows_swept Expired rows deleted or cleared.\n# TYPE quota_rows_swept counter"
+        );
+        for (kind, rows) in self.swept.lock().iter() {
+            let _ = writeln!(text, "quota_rows_swept_total{{kind=\"{kind}\"}} {rows}");
         }
     }
 
@@ -417,6 +561,26 @@ impl Metrics {
             "Calls to Redis that failed otherwise",
             self.redis_calls_failed.clone(),
         );
+        r.register(
+            "lookups_refused",
+            "Look-ups of unknown keys and tokens answered 503 because too many were under way",
+            self.lookups_refused.clone(),
+        );
+        r.register(
+            "database_suspected",
+            "Times that PostgreSQL was suspected to be unreachable",
+            self.database_suspected.clone(),
+        );
+        r.register(
+            "readiness_checks",
+            "Times that PostgreSQL was asked whether the server is ready",
+            self.readiness_checks.clone(),
+        );
+        r.register(
+            "sweep_errors",
+            "Batches of expired rows that could not be deleted",
+            self.sweep_errors.clone(),
+        );
         let mut text = String::with_capacity(8192);
         // The end mark is written last, below.
         if encode(&mut text, &registry).is_ok() {
@@ -432,6 +596,7 @@ impl Metrics {
             "quota_revocation_lag_seconds",
             "Seconds from a change, by PostgreSQL's clock, to when this replica acts on it.",
         );
+        self.write_labeled(&mut text);
         let _ = writeln!(
             text,
             "# HELP quota_http_responses Answers by status.\n# TYPE quota_http_responses counter"

@@ -21,4 +21,5 @@ mod revocation;
 mod routes;
 mod shared_records;
 mod support;
+mod sweep;
 mod tenancy;

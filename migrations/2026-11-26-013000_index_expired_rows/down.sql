@@ -1,0 +1,2 @@
+DROP INDEX api_keys_previous_expires_at_idx;
+DROP INDEX sessions_revoked_at_idx;

@@ -1,0 +1,104 @@
+//! Deleting rows whose time has passed.
+//!
+//! Each batch is a short transaction of its own, sized by how long the last one took, down to a single row. The kinds
+//! take turns, so that one that is slow, locked or broken does not keep the others from being swept.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::{every, next};
+use crate::{
+    db::{self, DbError},
+    repo::sweep::{self, Expired},
+    state::AppState,
+};
+
+const EVERY: Duration = Duration::from_mins(10);
+/// Rows in one batch.
+const FIRST: i64 = 500;
+const LARGEST: i64 = 5000;
+/// Batches are kept near this time: well below the statement timeout, and short for whoever waits for a row.
+const SHORT: Duration = Duration::from_millis(100);
+const LONG: Duration = Duration::from_millis(400);
+/// How long a kind may work before it is the next one's turn.
+const TURN: Duration = Duration::from_secs(1);
+/// Between two batches, for others that use the database.
+const PAUSE: Duration = Duration::from_millis(5);
+/// A kind that fails so often in a row is left for the next time.
+const GIVE_UP: u32 = 8;
+
+struct Sweep {
+    kind: Expired,
+    batch: i64,
+    failures: u32,
+    is_done: bool,
+}
+
+pub(super) async fn run(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut sweeps = Expired::ALL.map(|kind| Sweep {
+        kind,
+        batch: FIRST,
+        failures: 0,
+        is_done: false,
+    });
+    let mut ticks = every(EVERY);
+    while next(&mut ticks, &mut stopping).await {
+        for it in &mut sweeps {
+            (it.failures, it.is_done) = (0, false);
+        }
+        while sweeps.iter().any(|it| !it.is_done) {
+            for it in sweeps.iter_mut().filter(|it| !it.is_done) {
+                it.take_turn(&state, &stopping).await;
+            }
+            if *stopping.borrow() {
+                return;
+            }
+        }
+    }
+}
+
+impl Sweep {
+    async fn take_turn(&mut self, state: &AppState, stopping: &watch::Receiver<bool>) {
+        let turn = Instant::now();
+        while !self.is_done && turn.elapsed() < TURN && !*stopping.borrow() {
+            let began = Instant::now();
+            match self.sweep_batch(state).await {
+                Ok(rows) => {
+                    let count = u64::try_from(rows).unwrap_or(u64::MAX);
+                    state.metrics.swept(self.kind.name(), count);
+                    self.failures = 0;
+                    self.is_done = i64::try_from(rows).unwrap_or(i64::MAX) < self.batch;
+                    if began.elapsed() < SHORT {
+                        self.batch = (self.batch * 2).min(LARGEST);
+                    } else if began.elapsed() > LONG {
+                        self.batch = (self.batch / 2).max(1);
+                    }
+                }
+                Err(error) => {
+                    state.metrics.sweep_errors.inc();
+                    self.failures += 1;
+                    self.batch = (self.batch / 4).max(1);
+                    if self.failures >= GIVE_UP {
+                        self.is_done = true;
+                        tracing::warn!(
+                            kind = self.kind.name(),
+                            error = %db::chain(&error),
+                            "cannot delete expired rows; tried again later"
+                        );
+                    }
+                    // The others first.
+                    return;
+                }
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    async fn sweep_batch(&self, state: &AppState) -> Result<usize, DbError> {
+        let mut tx = state.db.system().await?;
+        let rows = sweep::batch(&mut tx, self.kind, self.batch).await?;
+        tx.commit().await?;
+        Ok(rows)
+    }
+}

@@ -1,0 +1,174 @@
+//! Rows whose time has passed are deleted, however many there are and whatever becomes of one kind of them.
+
+use std::{sync::Arc, time::Duration};
+
+use serde_json::json;
+use tokio_postgres::Client;
+
+use crate::support::app::{Account, TestApp};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct World {
+    /// Without workers.
+    app: TestApp,
+    account: Account,
+    client: Client,
+}
+
+/// A database with `many` expired idempotency keys, a few expired rows of each other kind, and a fresh one of each.
+async fn world(many: i32) -> World {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let key = app.key(&account, &plan).await;
+    let fresh = app.key(&account, &plan).await;
+    let client = app.database.connect().await;
+    // Ids that the server made: they are safe inside of SQL.
+    let (tenant, user) = (&account.tenant_id, &account.user_id);
+    let (key, fresh) = (&key.id, &fresh.id);
+    let rows = format!(
+        "INSERT INTO idempotency_keys (tenant_id, operation, key, request_hash, created_at)
+             SELECT '{tenant}', 'old', n::text, '', now() - interval '2 days' FROM generate_series(1, {many}) n;
+         INSERT INTO idempotency_keys (tenant_id, operation, key, request_hash)
+             VALUES ('{tenant}', 'new', 'n', '');
+         INSERT INTO sessions (id, user_id, tenant_id, expires_at, revoked_at)
+             SELECT gen_random_uuid(), '{user}'::uuid, '{tenant}'::uuid, now() - interval '2 days', NULL::timestamptz
+             FROM generate_series(1, 20)
+             UNION ALL
+             SELECT gen_random_uuid(), '{user}', '{tenant}', now() + interval '9 days', now() - interval '2 days'
+             FROM generate_series(1, 20);
+         INSERT INTO revocations (tenant_id, target_type, target_id, at)
+             SELECT '{tenant}', 'api_key', gen_random_uuid(), now() - interval '2 days'
+             FROM generate_series(1, 20);
+         INSERT INTO revocations (tenant_id, target_type, target_id) VALUES ('{tenant}', 'api_key', '{key}');
+         INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used) VALUES
+             ('{tenant}', '{key}', 'monthly', now() - interval '60 days', 1),
+             ('{tenant}', '{key}', 'monthly', now(), 1);
+         UPDATE api_keys SET previous_key_hash = sha256(id::text::bytea),
+             previous_expires_at = now() + CASE WHEN id = '{key}' THEN interval '-1 hour' ELSE interval '1 hour' END
+             WHERE id IN ('{key}', '{fresh}')"
+    );
+    client.batch_execute(&rows).await.expect("the rows fit");
+    World {
+        app,
+        account,
+        client,
+    }
+}
+
+impl World {
+    /// Expired rows of each kind that are still there.
+    async fn left(&self) -> Vec<i64> {
+        let row = self
+            .client
+            .query_one(
+                "SELECT (SELECT count(*) FROM idempotency_keys WHERE operation = 'old'), \
+                 (SELECT count(*) FROM sessions WHERE expires_at < now()), \
+                 (SELECT count(*) FROM sessions WHERE revoked_at < now()), \
+                 (SELECT count(*) FROM revocations WHERE at < now() - interval '1 day'), \
+                 (SELECT count(*) FROM quota_usage WHERE window_start < now() - interval '40 days'), \
+                 (SELECT count(*) FROM api_keys WHERE previous_expires_at < now())",
+                &[],
+            )
+            .await
+            .expect("a superuser sees all");
+        (0..6).map(|i| row.get(i)).collect()
+    }
+
+    /// What must not be swept: one of each kind, and the account's own session.
+    async fn assert_fresh_rows_are_kept(&self) {
+        let row = self
+            .client
+            .query_one(
+                "SELECT (SELECT count(*) FROM idempotency_keys WHERE operation = 'new'), \
+                 (SELECT count(*) FROM sessions WHERE expires_at > now() AND revoked_at IS NULL), \
+                 (SELECT least(count(*), 1) FROM revocations), \
+                 (SELECT count(*) FROM quota_usage), \
+                 (SELECT count(*) FROM api_keys WHERE previous_expires_at > now())",
+                &[],
+            )
+            .await
+            .expect("a superuser sees all");
+        let kept = (0..5).map(|i| row.get::<_, i64>(i)).collect::<Vec<_>>();
+        assert_eq!(kept, [1, 1, 1, 1, 1]);
+    }
+
+    /// Starts the workers, on connections with a short timeout.
+    async fn start(&self) -> TestApp {
+        TestApp::setup()
+            .database(Arc::clone(&self.app.database))
+            .flag("--database-statement-timeout=500ms")
+            .start()
+            .await
+    }
+
+    async fn until(&self, expected: &[i64]) {
+        let swept = async {
+            while self.left().await != expected {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, swept).await.is_err() {
+            panic!("left over: {:?}, not {expected:?}", self.left().await);
+        }
+    }
+}
+
+/// So many that one statement could not delete them within the timeout.
+#[tokio::test(flavor = "multi_thread")]
+async fn more_rows_than_one_statement_can_delete_are_deleted_all_the_same() {
+    const MANY: i32 = 3000;
+    let world = world(MANY).await;
+    // A millisecond and more for each row: three seconds for all.
+    world
+        .client
+        .batch_execute(
+            "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \
+                 $$ BEGIN PERFORM pg_sleep(0.001); RETURN OLD; END $$; \
+             CREATE TRIGGER slow BEFORE DELETE ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION slow()",
+        )
+        .await
+        .expect("a trigger");
+    let app = world.start().await;
+    world.until(&[0; 6]).await;
+    world.assert_fresh_rows_are_kept().await;
+    let swept = app
+        .metric("quota_rows_swept_total{kind=\"idempotency_keys\"}")
+        .await;
+    assert!((swept - f64::from(MANY)).abs() < 0.5, "{swept}");
+    let plans = app
+        .get("/admin/plans")
+        .bearer(&world.account.access_token)
+        .send()
+        .await;
+    assert_eq!(plans.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kind_that_cannot_be_deleted_does_not_keep_the_others() {
+    let world = world(50).await;
+    world
+        .client
+        .batch_execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS \
+                 $$ BEGIN RAISE EXCEPTION 'not this one'; END $$; \
+             CREATE TRIGGER refuse BEFORE DELETE ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION refuse()",
+        )
+        .await
+        .expect("a trigger");
+    // Another transaction holds one of the expired sessions.
+    let mut other = world.app.database.connect().await;
+    let held = other.transaction().await.expect("a transaction");
+    held.execute(
+        "SELECT id FROM sessions WHERE expires_at < now() LIMIT 1 FOR UPDATE",
+        &[],
+    )
+    .await
+    .expect("a lock");
+    let app = world.start().await;
+    world.until(&[50, 1, 0, 0, 0, 0]).await;
+    world.assert_fresh_rows_are_kept().await;
+    assert!(app.metric("quota_sweep_errors_total").await >= 1.0);
+    held.rollback().await.expect("the end");
+}
