@@ -5,6 +5,10 @@
 //! again. When PostgreSQL is away an entry is still served for a grace after it was last known to be true,
 //! and then refused: what cannot be confirmed is denied, not admitted.
 //!
+//! Once a load or a poll has failed, PostgreSQL is suspected to be unreachable, for all caches at once: until it answers
+//! again, entries within their grace are served without waiting, and only a few are loaded again in the background.
+//! So an outage costs the first few requests a wait, not the first request of each key.
+//!
 //! A load may also answer what another replica has read: then it tells since when that is known to be true.
 //!
 //! Loading is single-flight: however many ask for the same thing at once, one query is sent. What does not
@@ -28,6 +32,7 @@ use futures_util::{
 };
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
+use tokio::sync::{Semaphore, watch};
 
 use crate::{clock::Clock, telemetry::metrics::Metrics};
 
@@ -36,7 +41,10 @@ const TTL: u64 = 1_000_000_000;
 /// How long after the last poll all entries are believed. Polls come at least every 250 ms.
 const POLL_FRESH: u64 = 750_000_000;
 
-/// When the revocations were last polled. Shared by all caches.
+/// Entries of one cache that are loaded in the background at once while PostgreSQL is suspected to be unreachable.
+const BACKGROUND_LOADS: usize = 4;
+
+/// When the revocations were last polled, and whether PostgreSQL answers. Shared by all caches.
 #[derive(Debug)]
 pub struct Freshness {
     clock: Arc<dyn Clock>,
@@ -44,6 +52,7 @@ pub struct Freshness {
     polled_at: AtomicU64,
     /// Counts what was forgotten, so that a load that was under way meanwhile is not kept.
     generation: AtomicU64,
+    suspected: watch::Sender<bool>,
 }
 
 impl Freshness {
@@ -52,7 +61,30 @@ impl Freshness {
             clock,
             polled_at: AtomicU64::new(0),
             generation: AtomicU64::new(0),
+            suspected: watch::Sender::new(false),
         }
+    }
+
+    /// PostgreSQL may be unreachable. Returns whether this is news.
+    pub fn suspect(&self) -> bool {
+        self.suspected
+            .send_if_modified(|suspected| !std::mem::replace(suspected, true))
+    }
+
+    /// PostgreSQL has answered.
+    fn reached(&self) {
+        self.suspected.send_if_modified(std::mem::take);
+    }
+
+    pub fn is_suspect(&self) -> bool {
+        *self.suspected.borrow()
+    }
+
+    /// Ends when PostgreSQL is suspected to be unreachable.
+    async fn suspected(&self) {
+        let mut suspected = self.suspected.subscribe();
+        // An error would mean that the sender is gone, and it is ours.
+        let _ = suspected.wait_for(|suspected| *suspected).await;
     }
 
     pub fn now(&self) -> u64 {
@@ -62,6 +94,7 @@ impl Freshness {
     /// A poll that began at `began` has seen, and forgotten, everything up to then.
     pub fn polled(&self, began: u64) {
         self.polled_at.fetch_max(began + 1, Ordering::AcqRel);
+        self.reached();
     }
 
     /// When an entry was last known to be true.
@@ -146,6 +179,7 @@ struct Inner<K, T> {
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
     grace: u64,
+    background: Arc<Semaphore>,
 }
 
 impl<K, T> Cached<K, T>
@@ -167,6 +201,7 @@ where
                 freshness,
                 metrics,
                 grace: u64::try_from(grace.as_nanos()).unwrap_or(u64::MAX),
+                background: Arc::new(Semaphore::new(BACKGROUND_LOADS)),
             }),
         }
     }
@@ -204,19 +239,68 @@ where
         if let Some(known) = self.peek(&key) {
             return Ok(known);
         }
-        let loading = {
-            let mut all = self.inner.loading.lock();
-            if let Some(loading) = all.get(&key) {
-                loading.clone()
-            } else {
-                let loading = self.clone().load(key, load).boxed().shared();
-                all.insert(key, loading.clone());
-                // On its own, so that it ends whoever of those who wait goes away.
-                tokio::spawn(loading.clone());
-                loading
+        let inner = &*self.inner;
+        if inner.freshness.is_suspect()
+            && let Some(value) = self.within_grace(&key)
+        {
+            if let Ok(permit) = inner.background.clone().try_acquire_owned() {
+                let loading = self.loading(key, load);
+                tokio::spawn(async move {
+                    let _ = loading.await;
+                    drop(permit);
+                });
             }
-        };
-        loading.await
+            return Ok(Some(value));
+        }
+        let loading = self.loading(key, load);
+        if !self.holds(&key) {
+            return loading.await;
+        }
+        tokio::select! {
+            biased;
+            loaded = loading.clone() => return loaded,
+            () = inner.freshness.suspected() => {}
+        }
+        // Not what was there before: it may have been forgotten meanwhile.
+        match self.within_grace(&key) {
+            Some(value) => Ok(Some(value)),
+            None => loading.await,
+        }
+    }
+
+    /// Joins the load of this key that is under way, or begins one.
+    fn loading<F, Fut, L>(&self, key: K, load: F) -> Loading<T>
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<L, Unconfirmed>> + Send + 'static,
+        L: Into<Loaded<T>> + Send + 'static,
+    {
+        let mut all = self.inner.loading.lock();
+        if let Some(loading) = all.get(&key) {
+            return loading.clone();
+        }
+        let loading = self.clone().load(key, load).boxed().shared();
+        all.insert(key, loading.clone());
+        // On its own, so that it ends whoever of those who wait goes away.
+        tokio::spawn(loading.clone());
+        loading
+    }
+
+    /// Whether something is known of this key, confirmed or not.
+    pub fn holds(&self, key: &K) -> bool {
+        self.inner.present.contains_key(key)
+    }
+
+    /// What was known last, if it may still be served without being confirmed.
+    fn within_grace(&self, key: &K) -> Option<Arc<T>> {
+        let inner = &*self.inner;
+        let entry = inner.present.get(key)?;
+        let confirmed_at = inner.freshness.confirmed_at(entry.loaded_at);
+        if inner.freshness.now().saturating_sub(confirmed_at) > inner.grace {
+            return None;
+        }
+        inner.metrics.key_stale_served.inc();
+        Some(entry.value)
     }
 
     async fn load<F, Fut, L>(self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
@@ -238,6 +322,9 @@ where
             let loaded = loaded.map(|it| it.value.map(Arc::new));
             let is_as_before = || inner.freshness.generation.load(Ordering::Acquire) == generation;
             let mut undisturbed = is_as_before();
+            if loaded.is_ok() && true_at.is_none() {
+                inner.freshness.reached();
+            }
             if let (Ok(value), true) = (&loaded, undisturbed) {
                 self.keep(key, value.clone(), true_at.unwrap_or(began));
                 // Who forgets from here on finds it in its place; who did before this look may not have.
@@ -255,19 +342,7 @@ where
         }
         inner.loading.lock().remove(&key);
         match outcome {
-            Some(Err(error)) => match inner.present.get(&key) {
-                Some(entry)
-                    if inner
-                        .freshness
-                        .now()
-                        .saturating_sub(inner.freshness.confirmed_at(entry.loaded_at))
-                        <= inner.grace =>
-                {
-                    inner.metrics.key_stale_served.inc();
-                    Ok(Some(entry.value))
-                }
-                _ => Err(error),
-            },
+            Some(Err(error)) => self.within_grace(&key).map(Some).ok_or(error),
             Some(loaded) => loaded,
             None => Ok(None),
         }
@@ -473,5 +548,74 @@ mod tests {
         it.clock.advance(Duration::from_secs(1));
         assert!(it.get(Err("away")).await.is_err());
         assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
+    }
+
+    /// A load that never ends, as when PostgreSQL takes every byte and answers nothing.
+    fn hangs() -> impl Fn() -> std::future::Pending<Result<Option<String>, Unconfirmed>> {
+        std::future::pending
+    }
+
+    #[tokio::test]
+    async fn once_postgres_is_suspected_entries_are_served_without_waiting() {
+        let it = fixture();
+        it.get(Ok(Some("a"))).await.unwrap();
+        it.clock.advance(Duration::from_secs(2));
+        assert!(it.freshness.suspect());
+        assert!(!it.freshness.suspect(), "that is no news");
+        // More than are loaded in the background at once.
+        for _ in 0..3 * BACKGROUND_LOADS {
+            let value = it.cache.get(1, hangs()).await.unwrap();
+            assert_eq!(value.unwrap().as_str(), "a");
+        }
+        it.clock.advance(Duration::from_mins(1));
+        let refused = tokio::time::timeout(Duration::from_millis(50), it.cache.get(1, hangs()));
+        assert!(refused.await.is_err(), "the grace is over");
+    }
+
+    #[tokio::test]
+    async fn who_already_waits_is_served_when_the_suspicion_arises() {
+        let it = fixture();
+        it.get(Ok(Some("a"))).await.unwrap();
+        it.clock.advance(Duration::from_secs(2));
+        let cache = it.cache.clone();
+        let waiting = tokio::spawn(async move { cache.get(1, hangs()).await });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        it.freshness.suspect();
+        assert_eq!(waiting.await.unwrap().unwrap().unwrap().as_str(), "a");
+    }
+
+    #[tokio::test]
+    async fn what_was_forgotten_is_not_served_under_suspicion() {
+        let it = fixture();
+        it.get(Ok(Some("a"))).await.unwrap();
+        it.clock.advance(Duration::from_secs(2));
+        it.freshness.suspect();
+        it.cache.forget(|_, _| true);
+        assert!(it.get(Err("away")).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn the_background_finds_what_has_changed_and_ends_the_suspicion() {
+        let it = fixture();
+        it.get(Ok(Some("old"))).await.unwrap();
+        it.clock.advance(Duration::from_secs(2));
+        it.freshness.suspect();
+        let served = it.get(Ok(Some("new"))).await.unwrap();
+        assert_eq!(served.as_deref(), Some("old"));
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!it.freshness.is_suspect());
+        let served = it.get(Ok(Some("newer"))).await.unwrap();
+        assert_eq!(served.as_deref(), Some("new"));
+    }
+
+    #[tokio::test]
+    async fn a_poll_ends_the_suspicion() {
+        let it = fixture();
+        it.freshness.suspect();
+        it.freshness.polled(it.freshness.now());
+        assert!(!it.freshness.is_suspect());
     }
 }
