@@ -50,6 +50,14 @@ pub struct Config {
     pub body_limit: usize,
     pub header_timeout: Duration,
     pub request_timeout: Duration,
+    pub idle_timeout: Duration,
+    pub write_timeout: Duration,
+    /// Open client connections at most.
+    pub connections: usize,
+    /// Of one address, or one IPv6 /64; 0: no limit.
+    pub connections_per_address: usize,
+    /// Look-ups under way at most, of keys and tokens that are not in memory.
+    pub key_lookups: usize,
     pub drain_timeout: Duration,
     pub drain_delay: Duration,
     pub stale_grace: Duration,
@@ -180,9 +188,9 @@ impl Config {
                     pool: usize::try_from(r.number(
                         "QUOTA_DATABASE_POOL",
                         &s.database_pool,
-                        2..=1000,
+                        5..=1000,
                     ))
-                    .unwrap_or(2),
+                    .unwrap_or(5),
                     wait: r.duration_within(
                         "QUOTA_DATABASE_WAIT",
                         &s.database_wait,
@@ -278,6 +286,15 @@ impl Config {
             .unwrap_or(65_536),
             header_timeout: r.duration("QUOTA_HEADER_TIMEOUT", &s.header_timeout, 1..=60),
             request_timeout: r.duration("QUOTA_REQUEST_TIMEOUT", &s.request_timeout, 1..=300),
+            idle_timeout: r.duration("QUOTA_IDLE_TIMEOUT", &s.idle_timeout, 1..=3600),
+            write_timeout: r.duration("QUOTA_WRITE_TIMEOUT", &s.write_timeout, 1..=600),
+            connections: r.count("QUOTA_CONNECTIONS", &s.connections, 16..=1_000_000),
+            connections_per_address: r.count(
+                "QUOTA_CONNECTIONS_PER_ADDRESS",
+                &s.connections_per_address,
+                0..=1_000_000,
+            ),
+            key_lookups: r.count("QUOTA_KEY_LOOKUPS", &s.key_lookups, 1..=100_000),
             drain_timeout: r.duration("QUOTA_DRAIN_TIMEOUT", &s.drain_timeout, 0..=25),
             drain_delay: r.duration("QUOTA_DRAIN_DELAY", &s.drain_delay, 0..=20),
             stale_grace: r.duration("QUOTA_STALE_GRACE", &s.stale_grace, 0..=3600),

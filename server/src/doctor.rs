@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     config::{Config, RedisServers, RedisSettings},
-    db::{self, Found},
+    db::{self, Found, Lanes},
     redis::inspect::{self, Node},
     revocations,
 };
@@ -87,6 +87,10 @@ impl Report {
             format!("{} of {} migrations applied", found.applied, found.known),
         );
         let it = &config.database;
+        self.fine(
+            "database",
+            format!("of {} connections, {}", it.pool, Lanes::divide(it.pool)),
+        );
         let line = connections(it.pool, replicas, found);
         if it.pool * replicas <= found.available() {
             self.fine("database", line);

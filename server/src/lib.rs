@@ -13,6 +13,7 @@ pub mod jobs;
 pub mod keys;
 pub mod limiter;
 pub mod openapi;
+pub mod readiness;
 pub mod redis;
 pub mod repo;
 pub mod revocations;

@@ -16,12 +16,15 @@ use crate::{
     cache::Freshness,
     clock::Clock,
     config::Config,
-    db::{Db, DbError},
-    keys::{KeyStore, ledger::PostgresLedger, shared::SharedKeys, usage::LastUsed},
+    db::{Db, DbError, Lane},
+    keys::{
+        KeyStore, ledger::PostgresLedger, lookups::Lookups, shared::SharedKeys, usage::LastUsed,
+    },
     limiter::{
         CellSettings, Guard, LimitStore, Limiter, MemoryStore, RedisCounters, Roster,
         SharedSettings, SharedStore,
     },
+    readiness::ReadinessProbe,
     redis::Redis,
     repo::{self, revocation::Revocation},
     revocations::{Announcer, Recent},
@@ -40,6 +43,7 @@ pub struct Parts {
     pub config: Config,
     pub clock: Arc<dyn Clock>,
     pub db: Db,
+    pub readiness: ReadinessProbe,
     pub metrics: Arc<Metrics>,
     pub log: Log,
     pub limiter: Limiter,
@@ -93,7 +97,7 @@ impl AppState {
             .map(|secret| Secrets::new(Config::secret_bytes(secret)));
         let signer = Arc::new(Signer::new(&secrets, previous.as_ref())?);
 
-        let ledger = Arc::new(PostgresLedger::new(db.clone(), metrics.clone()));
+        let ledger = Arc::new(PostgresLedger::new(db.on(Lane::Ledger), metrics.clone()));
         // Ten times the cache: a key that fell out of the cache keeps its bucket until that is full again.
         let settings = CellSettings {
             max_cells: config.key_cache.saturating_mul(10),
@@ -131,8 +135,9 @@ impl AppState {
                 metrics.clone(),
             )
         });
+        let lookups = Lookups::new(&db, &config, &freshness, &metrics);
         let keys = KeyStore::new(
-            db.clone(),
+            lookups,
             limiter.clone(),
             shared,
             config.key_cache,
@@ -163,6 +168,7 @@ impl AppState {
             admin_guard: Guard::new(config.admin_rpm, GUARDED, clock.clone()),
             config,
             clock,
+            readiness: ReadinessProbe::new(&db, metrics.clone()),
             db,
             metrics,
             log,

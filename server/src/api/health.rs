@@ -5,7 +5,7 @@ use poem_openapi::OpenApi;
 use quota_common::health::Health;
 
 use super::{Tag, json::Json, problem::ApiError};
-use crate::state::AppState;
+use crate::{readiness::Readiness, state::AppState};
 
 pub struct HealthApi {
     pub state: AppState,
@@ -36,10 +36,10 @@ impl HealthApi {
         if self.state.is_draining() {
             return Err(ApiError::unavailable("the server is stopping"));
         }
-        if self.state.db.ready().await? {
-            Ok(ok())
-        } else {
-            Err(ApiError::unavailable("migrations are pending"))
+        match self.state.readiness.check().await {
+            Readiness::Ready => Ok(ok()),
+            Readiness::MigrationsPending => Err(ApiError::unavailable("migrations are pending")),
+            Readiness::Unreachable(reason) => Err(ApiError::unavailable(&*reason)),
         }
     }
 }

@@ -46,6 +46,15 @@ impl Reader {
         })
     }
 
+    pub(super) fn count(
+        &mut self,
+        variable: &str,
+        text: &str,
+        range: RangeInclusive<u64>,
+    ) -> usize {
+        usize::try_from(self.number(variable, text, range)).unwrap_or(usize::MAX)
+    }
+
     pub(super) fn per_minute(&mut self, variable: &str, text: &str) -> u32 {
         u32::try_from(self.number(variable, text, 0..=1_000_000)).unwrap_or_default()
     }

@@ -49,7 +49,9 @@ pub struct Settings {
     )]
     pub database_url: String,
 
-    /// How many connections to PostgreSQL one replica holds at most: 2 to 1000.
+    /// The maximum number of PostgreSQL connections per replica: 5 to 1000. They are divided into four pools that
+    /// never wait for each other: invalidations and readiness, the quota ledger, key look-ups (a quarter), and
+    /// everything else.
     #[arg(
         long,
         env = "QUOTA_DATABASE_POOL",
@@ -238,7 +240,8 @@ pub struct Settings {
     )]
     pub body_limit: String,
 
-    /// How long a request's header fields may take to arrive, and then its body, such as 5s.
+    /// How long the header fields of a request may take to arrive, and then its body, such as 5s. For the first
+    /// request, measured from the moment the connection was accepted.
     #[arg(
         long,
         env = "QUOTA_HEADER_TIMEOUT",
@@ -255,6 +258,55 @@ pub struct Settings {
         value_name = "DURATION"
     )]
     pub request_timeout: String,
+
+    /// How long a client connection may be idle between two requests, such as 75s. Set it longer than proxies keep
+    /// idle connections to Quota.
+    #[arg(
+        long,
+        env = "QUOTA_IDLE_TIMEOUT",
+        default_value = "75s",
+        value_name = "DURATION"
+    )]
+    pub idle_timeout: String,
+
+    /// How long a client may go without reading any of a response that is being sent, such as 30s.
+    #[arg(
+        long,
+        env = "QUOTA_WRITE_TIMEOUT",
+        default_value = "30s",
+        value_name = "DURATION"
+    )]
+    pub write_timeout: String,
+
+    /// The maximum number of open client connections: 16 to 1000000. The limit of open files may allow fewer. When
+    /// it is reached, connections that have not sent a request are closed first, then idle ones.
+    #[arg(
+        long,
+        env = "QUOTA_CONNECTIONS",
+        default_value = "10000",
+        value_name = "N"
+    )]
+    pub connections: String,
+
+    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Does not
+    /// apply to QUOTA_TRUSTED_PROXIES.
+    #[arg(
+        long,
+        env = "QUOTA_CONNECTIONS_PER_ADDRESS",
+        default_value = "1000",
+        value_name = "N"
+    )]
+    pub connections_per_address: String,
+
+    /// The maximum number of concurrent look-ups of API keys and service tokens that are not in memory: 1 to 100000.
+    /// Further ones are answered 503; keys in memory are not affected.
+    #[arg(
+        long,
+        env = "QUOTA_KEY_LOOKUPS",
+        default_value = "1000",
+        value_name = "N"
+    )]
+    pub key_lookups: String,
 
     /// How long a stopping server waits for requests in flight, such as 20s; at most 25s.
     #[arg(

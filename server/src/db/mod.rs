@@ -1,4 +1,7 @@
-//! PostgreSQL: the pool, transactions with their role, migrations, names of constraints.
+//! PostgreSQL: the pools, transactions with their role, migrations, names of constraints.
+//!
+//! The connections of a replica are divided into lanes ([`Lane`]), each with a pool of its own, so that a flood of
+//! one kind of work never makes another wait for a connection.
 //!
 //! The server signs in with whatever role `DATABASE_URL` names and works as one of two others: `quota_app`,
 //! which row-level security binds to the one tenant of the transaction, and `quota_system`, for what no
@@ -11,6 +14,7 @@ pub mod embedded;
 
 use std::{
     ops::{Deref, DerefMut},
+    sync::Arc,
     time::Duration,
 };
 
@@ -96,35 +100,135 @@ impl<E: std::error::Error + Send + Sync + 'static> From<deadpool::managed::PoolE
     }
 }
 
-/// The pool. Cheap to clone.
+/// What a connection is used for. Each lane has a pool of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// Management, sign-in and background work that may wait.
+    Requests,
+    /// Look-ups of API keys and service tokens, which strangers can cause.
+    Lookups,
+    /// The quota ledger.
+    Ledger,
+    /// What the health of the whole depends on: the poll for invalidations, counting replicas, readiness.
+    Health,
+}
+
+/// How many connections each lane has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lanes {
+    pub requests: usize,
+    pub lookups: usize,
+    pub ledger: usize,
+    pub health: usize,
+}
+
+impl Lanes {
+    /// Divides `total` connections, of which there are at least five.
+    pub fn divide(total: usize) -> Self {
+        let health = if total < 8 { 1 } else { 2 };
+        let ledger = (total * 3 / 16).max(1);
+        let lookups = (total / 4).max(2);
+        Self {
+            requests: total.saturating_sub(health + ledger + lookups).max(1),
+            lookups,
+            ledger,
+            health,
+        }
+    }
+}
+
+impl std::fmt::Display for Lanes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} for requests, {} for key look-ups, {} for the quota ledger, {} for invalidations and readiness",
+            self.requests, self.lookups, self.ledger, self.health
+        )
+    }
+}
+
+type ConnectionPool = Pool<AsyncPgConnection>;
+
+struct Pools {
+    requests: ConnectionPool,
+    lookups: ConnectionPool,
+    ledger: ConnectionPool,
+    health: ConnectionPool,
+}
+
+impl Pools {
+    fn all(&self) -> [&ConnectionPool; 4] {
+        [&self.requests, &self.lookups, &self.ledger, &self.health]
+    }
+}
+
+/// The pools, and the one of them that this handle draws from. Cheap to clone.
 #[derive(Clone)]
 pub struct Db {
-    pool: Pool<AsyncPgConnection>,
+    pools: Arc<Pools>,
+    lane: Lane,
+    lanes: Lanes,
+    statement_timeout: Duration,
 }
 
 impl std::fmt::Debug for Db {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Db").finish_non_exhaustive()
+        f.debug_struct("Db")
+            .field("lane", &self.lane)
+            .finish_non_exhaustive()
     }
 }
 
 impl Db {
-    /// Makes the pool; connects when first used.
+    /// Creates the pools; connects when first used. Draws from [`Lane::Requests`].
     pub fn new(url: &SecretString, settings: &DatabaseSettings) -> Self {
-        let mut manager = ManagerConfig::default();
-        let (session, limit) = (session(settings), settings.connect_timeout);
-        manager.custom_setup = Box::new(move |url| connect(url, session.clone(), limit));
-        manager.recycling_method = RecyclingMethod::Fast;
-        let manager = AsyncDieselConnectionManager::new_with_config(url.expose_secret(), manager);
-        let pool = Pool::builder(manager)
-            .max_size(settings.pool)
-            .wait_timeout(Some(settings.wait))
-            .create_timeout(Some(limit))
-            .recycle_timeout(Some(limit))
-            .runtime(deadpool::Runtime::Tokio1)
-            .build()
-            .expect("a runtime is given, which is all that building can miss");
-        Self { pool }
+        let lanes = Lanes::divide(settings.pool);
+        let pool = |size| pool(url, settings, size);
+        Self {
+            pools: Arc::new(Pools {
+                requests: pool(lanes.requests),
+                lookups: pool(lanes.lookups),
+                ledger: pool(lanes.ledger),
+                health: pool(lanes.health),
+            }),
+            lane: Lane::Requests,
+            lanes,
+            statement_timeout: settings.statement_timeout,
+        }
+    }
+
+    /// The same database by the connections of another lane.
+    pub fn on(&self, lane: Lane) -> Self {
+        Self {
+            lane,
+            ..self.clone()
+        }
+    }
+
+    pub fn lanes(&self) -> Lanes {
+        self.lanes
+    }
+
+    /// Gives up work that takes longer than PostgreSQL itself lets a statement take. A connection that falls silent
+    /// in the middle of a transaction is noticed by nothing else for up to a minute. Requests have a limit of their
+    /// own; background work uses this one.
+    pub async fn within_limit<T>(
+        &self,
+        work: impl Future<Output = Result<T, DbError>>,
+    ) -> Result<T, DbError> {
+        let limit = self.statement_timeout + FIRST_ANSWER;
+        tokio::time::timeout(limit, work)
+            .await
+            .unwrap_or_else(|_| Err(DbError::Unavailable("PostgreSQL does not answer".into())))
+    }
+
+    fn pool(&self) -> &ConnectionPool {
+        match self.lane {
+            Lane::Requests => &self.pools.requests,
+            Lane::Lookups => &self.pools.lookups,
+            Lane::Ledger => &self.pools.ledger,
+            Lane::Health => &self.pools.health,
+        }
     }
 
     /// A transaction that sees and changes only what is `tenant`'s.
@@ -132,7 +236,7 @@ impl Db {
         // A UUID has no character that SQL would read as more than itself.
         let begin = format!("BEGIN; SET LOCAL ROLE quota_app; SET LOCAL quota.tenant = '{tenant}'");
         Ok(TenantTx {
-            tx: Tx::begin(&self.pool, &begin).await?,
+            tx: Tx::begin(self.pool(), &begin).await?,
             tenant,
         })
     }
@@ -140,7 +244,7 @@ impl Db {
     /// A transaction of the server itself, over all tenants.
     pub async fn system(&self) -> Result<SystemTx, DbError> {
         Ok(SystemTx {
-            tx: Tx::begin(&self.pool, "BEGIN; SET LOCAL ROLE quota_system").await?,
+            tx: Tx::begin(self.pool(), "BEGIN; SET LOCAL ROLE quota_system").await?,
         })
     }
 
@@ -151,7 +255,7 @@ impl Db {
             #[diesel(sql_type = diesel::sql_types::Text)]
             version: String,
         }
-        let mut conn = self.pool.get().await?;
+        let mut conn = self.pool().get().await?;
         let query = diesel::sql_query("SELECT version FROM __diesel_schema_migrations");
         let Ok(applied) =
             tokio::time::timeout(FIRST_ANSWER, query.load::<Applied>(&mut conn)).await
@@ -171,15 +275,36 @@ impl Db {
         }
     }
 
-    /// How many connections are open, and how many of them are busy.
+    /// How many connections are open, and how many of them are busy, in all lanes.
     pub fn connections(&self) -> (usize, usize) {
-        let status = self.pool.status();
-        (status.size, status.size.saturating_sub(status.available))
+        self.pools.all().iter().fold((0, 0), |(open, busy), pool| {
+            let status = pool.status();
+            let used = status.size.saturating_sub(status.available);
+            (open + status.size, busy + used)
+        })
     }
 
     pub fn close(&self) {
-        self.pool.close();
+        for pool in self.pools.all() {
+            pool.close();
+        }
     }
+}
+
+fn pool(url: &SecretString, settings: &DatabaseSettings, size: usize) -> ConnectionPool {
+    let mut manager = ManagerConfig::default();
+    let (session, limit) = (session(settings), settings.connect_timeout);
+    manager.custom_setup = Box::new(move |url| connect(url, session.clone(), limit));
+    manager.recycling_method = RecyclingMethod::Fast;
+    let manager = AsyncDieselConnectionManager::new_with_config(url.expose_secret(), manager);
+    Pool::builder(manager)
+        .max_size(size)
+        .wait_timeout(Some(settings.wait))
+        .create_timeout(Some(limit))
+        .recycle_timeout(Some(limit))
+        .runtime(deadpool::Runtime::Tokio1)
+        .build()
+        .expect("a runtime is given, which is all that building can miss")
 }
 
 /// The versions of all migrations in this binary, oldest first.
@@ -505,3 +630,21 @@ macro_rules! connection {
     )+};
 }
 connection!(TenantTx, SystemTx);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_share_out_exactly_what_there_is() {
+        for total in 5..=1000 {
+            let it = Lanes::divide(total);
+            assert_eq!(
+                it.requests + it.lookups + it.ledger + it.health,
+                total,
+                "{it:?}"
+            );
+            assert!(it.requests >= 1 && it.lookups >= 2 && it.ledger >= 1 && it.health >= 1);
+        }
+    }
+}

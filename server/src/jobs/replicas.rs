@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::{every, next};
 use crate::{
-    db::{self, DbError},
+    db::{self, Db, DbError, Lane},
     limiter::{self, Place},
     repo,
     state::AppState,
@@ -18,12 +18,13 @@ use crate::{
 
 pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) {
     let id = Uuid::now_v7();
+    let db = state.db.on(Lane::Health);
     let mut ticks = every(limiter::COUNTED_EVERY);
     let mut away = false;
     while next(&mut ticks, &mut stopping).await {
         // As old as the beginning of the count.
         let began = state.clock.monotonic();
-        match seen(&state, id).await {
+        match db.within_limit(seen(&db, id)).await {
             Ok((rank, count)) => {
                 if let Some(of) = NonZeroU64::new(count) {
                     state.roster.confirm(Place { rank, of }, began);
@@ -42,7 +43,7 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
         }
     }
     let left = async {
-        let mut tx = state.db.system().await?;
+        let mut tx = db.system().await?;
         repo::replica::leave(&mut tx, id).await?;
         tx.commit().await
     };
@@ -51,8 +52,8 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
     }
 }
 
-async fn seen(state: &AppState, id: Uuid) -> Result<(u64, u64), DbError> {
-    let mut tx = state.db.system().await?;
+async fn seen(db: &Db, id: Uuid) -> Result<(u64, u64), DbError> {
+    let mut tx = db.system().await?;
     let place = repo::replica::seen(&mut tx, id, limiter::FORGOTTEN).await?;
     tx.commit().await?;
     Ok(place)

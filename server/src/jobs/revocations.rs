@@ -1,13 +1,13 @@
 //! Learning what other replicas have changed: by the poll, on which all relies, and by their messages, which are
 //! only faster.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use super::{every, next};
 use crate::{
-    db::{self, DbError},
+    db::{self, Db, DbError, Lane},
     redis::Event,
     repo::revocation::{self, Revocation},
     revocations,
@@ -18,16 +18,31 @@ use crate::{
 /// the poll itself takes, on a busy machine too. Believed for five times as long.
 const POLL: Duration = Duration::from_millis(150);
 
+/// A poll without an answer for this long means that PostgreSQL may be unreachable. Polls take milliseconds; entries
+/// are believed for 750 ms after one.
+const SUSPECT_AFTER: Duration = Duration::from_millis(750);
+
 /// Forgets from the caches what other replicas have changed. It is what makes the caches true for longer than
 /// a second, so a poll that fails is no more than a warning: without it entries are loaded again.
 pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(POLL);
+    let db = state.db.on(Lane::Health);
     let mut last = None;
     let mut away = false;
     while next(&mut ticks, &mut stopping).await {
         let began = state.freshness.now();
         state.metrics.revocation_polls.inc();
-        match poll_once(&state, &mut last).await {
+        let polled = {
+            let mut polled = pin!(db.within_limit(poll_once(&state, &db, &mut last)));
+            match timeout(SUSPECT_AFTER, &mut polled).await {
+                Ok(polled) => polled,
+                Err(_) => {
+                    suspect(&state);
+                    polled.await
+                }
+            }
+        };
+        match polled {
             Ok(()) => {
                 state.freshness.polled(began);
                 if std::mem::take(&mut away) {
@@ -35,6 +50,7 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
                 }
             }
             Err(error) => {
+                suspect(&state);
                 state.metrics.revocation_poll_errors.inc();
                 if !std::mem::replace(&mut away, true) {
                     tracing::warn!(error = %db::chain(&error), "revocations cannot be polled");
@@ -44,8 +60,15 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     }
 }
 
-async fn poll_once(state: &AppState, last: &mut Option<i64>) -> Result<(), DbError> {
-    let mut tx = state.db.system().await?;
+/// Caches serve what they have from now on, without waiting for PostgreSQL.
+fn suspect(state: &AppState) {
+    if state.freshness.suspect() {
+        state.metrics.database_suspected.inc();
+    }
+}
+
+async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<(), DbError> {
+    let mut tx = db.system().await?;
     let Some(mut seq) = *last else {
         // What was loaded before this poll may be older than what it reads, if an earlier one failed; what others
         // cached is held against what is noted here.

@@ -63,7 +63,7 @@ impl Sweep {
         let turn = Instant::now();
         while !self.is_done && turn.elapsed() < TURN && !*stopping.borrow() {
             let began = Instant::now();
-            match self.sweep_batch(state).await {
+            match state.db.within_limit(self.sweep_batch(state)).await {
                 Ok(rows) => {
                     let count = u64::try_from(rows).unwrap_or(u64::MAX);
                     state.metrics.swept(self.kind.name(), count);

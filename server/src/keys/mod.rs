@@ -5,6 +5,7 @@
 //! confirmed. When Redis is away, PostgreSQL is asked instead.
 
 pub mod ledger;
+pub mod lookups;
 pub mod record;
 pub mod shared;
 pub mod usage;

@@ -18,7 +18,6 @@ use quota_common::{
 use crate::{
     cache::{Cached, Freshness, Loaded, Unconfirmed},
     clock::UnixNanos,
-    db::{self, Db, DbError},
     limiter::{KeyCell, Limiter, Policies, RatePolicy, Zone},
     repo::{api_key, api_key::KeyFacts, service_token},
     revocations::Gone,
@@ -26,7 +25,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-use super::shared::SharedKeys;
+use super::{lookups::Lookups, shared::SharedKeys};
 
 /// Nanoseconds between two notes of a key's use.
 const NOTE_EVERY: u64 = 1_000_000_000;
@@ -106,7 +105,7 @@ pub struct ServiceRecord {
 pub struct KeyStore {
     keys: Cached<Hash, KeyRecord>,
     tokens: Cached<Hash, ServiceRecord>,
-    db: Db,
+    lookups: Lookups,
     limiter: Limiter,
     shared: Option<SharedKeys>,
 }
@@ -114,7 +113,7 @@ pub struct KeyStore {
 impl KeyStore {
     /// Without `shared`, what is not in memory is asked of PostgreSQL.
     pub fn new(
-        db: Db,
+        lookups: Lookups,
         limiter: Limiter,
         shared: Option<SharedKeys>,
         capacity: usize,
@@ -130,7 +129,7 @@ impl KeyStore {
                 freshness.clone(),
                 metrics.clone(),
             ),
-            db,
+            lookups,
             limiter,
             shared,
         }
@@ -147,11 +146,15 @@ impl KeyStore {
         if let Some(known) = self.keys.peek_at(&hash, now) {
             return Ok(known);
         }
-        let (db, limiter, shared) = (self.db.clone(), self.limiter.clone(), self.shared.clone());
+        let is_known = self.keys.holds(&hash);
+        let lookups = self.lookups.clone();
+        let (limiter, shared) = (self.limiter.clone(), self.shared.clone());
         self.keys
             .get(hash, move || {
-                let (db, limiter, shared) = (db.clone(), limiter.clone(), shared.clone());
+                let lookups = lookups.clone();
+                let (limiter, shared) = (limiter.clone(), shared.clone());
                 async move {
+                    let lookup = lookups.begin(is_known)?;
                     if let Some(shared) = &shared
                         && let Some(found) = shared.get(&hash).await
                     {
@@ -162,13 +165,13 @@ impl KeyStore {
                             true_at: Some(found.true_at),
                         });
                     }
+                    let mut transaction = lookup.transaction().await?;
                     let facts = async {
-                        let mut tx = db.system().await?;
-                        let facts = api_key::facts(&mut tx, &hash).await?;
-                        tx.commit().await?;
+                        let facts = api_key::facts(&mut transaction.tx, &hash).await?;
+                        transaction.tx.commit().await?;
                         Ok(facts)
                     };
-                    let facts = facts.await.map_err(|error| unconfirmed(&error))?;
+                    let facts = lookups.within_limit(facts).await?;
                     if let Some(shared) = &shared {
                         shared.put(&hash, facts.as_ref().map(|(facts, as_of)| (facts, *as_of)));
                     }
@@ -187,18 +190,19 @@ impl KeyStore {
         if let Some(known) = self.tokens.peek(&hash) {
             return Ok(known);
         }
-        let db = self.db.clone();
+        let is_known = self.tokens.holds(&hash);
+        let lookups = self.lookups.clone();
         self.tokens
             .get(hash, move || {
-                let db = db.clone();
+                let lookups = lookups.clone();
                 async move {
+                    let mut transaction = lookups.begin(is_known)?.transaction().await?;
                     let owner = async {
-                        let mut tx = db.system().await?;
-                        let owner = service_token::owner(&mut tx, &hash).await?;
-                        tx.commit().await?;
+                        let owner = service_token::owner(&mut transaction.tx, &hash).await?;
+                        transaction.tx.commit().await?;
                         Ok(owner)
                     };
-                    let owner = owner.await.map_err(|error| unconfirmed(&error))?;
+                    let owner = lookups.within_limit(owner).await?;
                     Ok(owner.map(|(tenant, id)| ServiceRecord {
                         tenant: tenant.into(),
                         id: id.into(),
@@ -226,13 +230,6 @@ impl KeyStore {
         self.keys.forget_absent(&hash);
         self.tokens.forget_absent(&hash);
     }
-}
-
-fn unconfirmed(error: &DbError) -> Unconfirmed {
-    if let DbError::Query(_) = error {
-        tracing::error!(error = %db::chain(error), "a key cannot be looked up");
-    }
-    Unconfirmed(db::chain(error).into())
 }
 
 fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> {

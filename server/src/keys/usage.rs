@@ -50,7 +50,7 @@ impl LastUsed {
             }
             tx.commit().await
         };
-        let written = written.await;
+        let written = db.within_limit(written).await;
         if written.is_err() {
             for (id, at) in keys {
                 note(&self.keys, id, at);

@@ -111,7 +111,10 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_PUBLIC_URL" => "ftp://example.com",
         "QUOTA_DATA_DIR" => " ",
         "DATABASE_URL" => "mysql://root:hunter2@host/db",
-        "QUOTA_DATABASE_POOL" => "1",
+        "QUOTA_DATABASE_POOL" => "4",
+        "QUOTA_CONNECTIONS" => "15",
+        "QUOTA_CONNECTIONS_PER_ADDRESS" => "-1",
+        "QUOTA_KEY_LOOKUPS" => "0",
         "QUOTA_DATABASE_WAIT" => "9ms",
         "QUOTA_DATABASE_CONNECT_TIMEOUT" => "31s",
         "QUOTA_DATABASE_STATEMENT_TIMEOUT" => "2h",
@@ -131,7 +134,10 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_BODY_LIMIT" => "64k",
         "QUOTA_DRAIN_TIMEOUT" => "26s",
         "QUOTA_DRAIN_DELAY" => "21s",
-        "QUOTA_HEADER_TIMEOUT" | "QUOTA_REQUEST_TIMEOUT" => "0s",
+        "QUOTA_HEADER_TIMEOUT"
+        | "QUOTA_REQUEST_TIMEOUT"
+        | "QUOTA_IDLE_TIMEOUT"
+        | "QUOTA_WRITE_TIMEOUT" => "0s",
         "QUOTA_STALE_GRACE" => "1h",
         "QUOTA_KEY_CACHE" => "999",
         "QUOTA_LOG_FORMAT" => "xml",

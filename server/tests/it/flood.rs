@@ -1,15 +1,20 @@
-//! Keys that nobody ever made cost nothing but their answer.
+//! What strangers can send without an account: keys that nobody ever created, and connections that send nothing.
 
 use std::{
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use quota_server::secret_text::{Kind, SecretText};
+use quota_server::{
+    secret_text::{Kind, SecretText},
+};
 use reqwest::Client;
 
-use crate::support::quota::{Quota, data_dir};
+use crate::support::{
+    app::TestApp,
+    quota::{Quota, data_dir},
+};
 
 const KEYS: u32 = 100_000;
 /// Requests that one connection sends before it reads the first answer.
@@ -85,4 +90,34 @@ async fn a_flood_of_keys_with_wrong_checksums_looks_nothing_up() {
         assert_eq!(quota.counter(&http, name).await, before, "{name}");
     }
     quota.stop();
+}
+
+/// Anybody may ask whether the server is ready, and PostgreSQL is not asked each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_readiness_checks_asks_postgres_rarely() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let client = app.database.connect().await;
+    // What PostgreSQL itself counts, once it has written that down.
+    let scans = async || {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        let sql = "SELECT coalesce(sum(seq_scan + coalesce(idx_scan, 0)), 0)::bigint FROM pg_stat_user_tables \
+                   WHERE relname = '__diesel_schema_migrations'";
+        client
+            .query_one(sql, &[])
+            .await
+            .expect("statistics")
+            .get::<_, i64>(0)
+    };
+    assert_eq!(app.get("/health/ready").send().await.status, 200);
+    let before = scans().await;
+    let began = Instant::now();
+    for _ in 0..20 {
+        let all = (0..25).map(|_| async { app.get("/health/ready").send().await.status });
+        let all = futures_util::future::join_all(all).await;
+        assert!(all.iter().all(|status| *status == 200), "{all:?}");
+    }
+    let took = began.elapsed();
+    let asked = scans().await - before;
+    let at_most = i64::try_from(took.as_millis() / 250 + 2).expect("a short time");
+    assert!((1..=at_most).contains(&asked), "{asked} times in {took:?}");
 }

@@ -177,7 +177,7 @@ impl Replica {
             .env("QUOTA_METRICS_LISTEN", "127.0.0.1:0")
             .env("QUOTA_DATA_DIR", data.path())
             .env("DATABASE_URL", &setup.database_url)
-            .env("QUOTA_DATABASE_POOL", "8")
+            .env("QUOTA_DATABASE_POOL", "16")
             .env("QUOTA_ADMIN_RPM", "0")
             .env("QUOTA_AUTH_RPM", "0")
             .env("RUST_LOG", "info,quota_server::access=off");
