@@ -11,6 +11,7 @@ use tokio::net::TcpListener;
 use crate::{
     config::{Config, RedisServers, RedisSettings},
     db::{self, Found, Lanes},
+    file_limit,
     redis::inspect::{self, Node},
     revocations,
 };
@@ -49,6 +50,25 @@ impl Report {
                 Ok(_) => self.fine(name, format!("{addr} is free")),
                 Err(error) => self.fault(name, format!("cannot listen on {addr}: {error}")),
             }
+        }
+    }
+
+    /// Whether as many clients can connect as the settings say.
+    pub fn connections(&mut self, config: &Config) {
+        let limit = file_limit::raise();
+        let fit = file_limit::connections(config.connections, limit, config.database.pool);
+        let of_one = match config.connections_per_address {
+            0 => "any number".to_owned(),
+            limit => limit.to_string(),
+        };
+        let line = format!("{fit} client connections, {of_one} from one address");
+        if fit < config.connections {
+            self.warning(
+                "QUOTA_CONNECTIONS",
+                format!("{line}: the limit of open files (ulimit -n) allows no more"),
+            );
+        } else {
+            self.fine("QUOTA_CONNECTIONS", line);
         }
     }
 

@@ -9,6 +9,7 @@ pub mod db;
 pub mod deadline;
 pub mod demo;
 pub mod doctor;
+pub mod file_limit;
 pub mod jobs;
 pub mod keys;
 pub mod limiter;

@@ -14,9 +14,10 @@ use quota_server::{
     db::{self, Db, embedded::EmbeddedPostgres},
     demo,
     doctor::{self, Report},
+    file_limit,
     jobs::Jobs,
     openapi, router,
-    serve::{Timeouts, serve},
+    serve::{self, ServeSettings, serve},
     state::AppState,
     telemetry::log::Log,
 };
@@ -199,16 +200,15 @@ fn told_to_stop() -> impl Future<Output = ()> {
 }
 
 async fn serve_until_told(mut config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
+    let file_limit = file_limit::raise();
     // Listened for from the first moment on, so that a stop during a slow start is a clean one.
     let mut stop = std::pin::pin!(told_to_stop());
     // Before the database is touched: a port that is taken is the commonest mistake.
-    let listener = TcpListener::bind(config.listen)
-        .await
+    let listener = serve::listen(config.listen)
         .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?;
     let metrics_listener = match config.metrics_listen {
         Some(addr) => Some(
-            TcpListener::bind(addr)
-                .await
+            serve::listen(addr)
                 .with_context(|| format!("QUOTA_METRICS_LISTEN: cannot listen on {addr}"))?,
         ),
         None => None,
@@ -224,7 +224,7 @@ async fn serve_until_told(mut config: Config, log: Log, with_demo: bool) -> anyh
         log,
         with_demo,
         &url,
-        (listener, metrics_listener),
+        (listener, metrics_listener, file_limit),
         stop.as_mut(),
     )
     .await;
@@ -239,7 +239,7 @@ async fn serve_on(
     log: Log,
     with_demo: bool,
     url: &SecretString,
-    (listener, metrics_listener): (TcpListener, Option<TcpListener>),
+    (listener, metrics_listener, file_limit): (TcpListener, Option<TcpListener>, Option<usize>),
     stop: std::pin::Pin<&mut impl Future<Output = ()>>,
 ) -> anyhow::Result<()> {
     if config.migrate {
@@ -258,11 +258,7 @@ async fn serve_on(
         println!("{shown}");
     }
 
-    let timeouts = Timeouts {
-        header: config.header_timeout,
-        idle: quota_server::serve::IDLE,
-        drain: config.drain_timeout,
-    };
+    let public_settings = ServeSettings::public(&state, file_limit);
     let (stop_serving, stopping) = watch::channel(false);
     let until = |mut stopping: watch::Receiver<bool>| async move {
         let _ = stopping.wait_for(|stop| *stop).await;
@@ -270,18 +266,14 @@ async fn serve_on(
     let public = tokio::spawn(serve(
         listener,
         router::public(&state),
-        timeouts,
+        public_settings,
         until(stopping.clone()),
     ));
     let metrics = metrics_listener.map(|listener| {
-        let timeouts = Timeouts {
-            drain: Duration::ZERO,
-            ..timeouts
-        };
         tokio::spawn(serve(
             listener,
             router::metrics(&state),
-            timeouts,
+            ServeSettings::metrics(&state),
             until(stopping),
         ))
     });
@@ -329,6 +321,7 @@ async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
     let mut report = Report::default();
     report.fine("settings", "valid");
     report.addresses(&config).await;
+    report.connections(&config);
     match database(&config).await {
         Err(error) => report.fault("database", format!("{error:#}")),
         Ok((url, embedded)) => {

@@ -2,14 +2,16 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
 
 use quota_server::{
+    file_limit,
     secret_text::{Kind, SecretText},
 };
 use reqwest::Client;
+use tokio::net::TcpSocket;
 
 use crate::support::{
     app::TestApp,
@@ -90,6 +92,153 @@ async fn a_flood_of_keys_with_wrong_checksums_looks_nothing_up() {
         assert_eq!(quota.counter(&http, name).await, before, "{name}");
     }
     quota.stop();
+}
+
+/// Files of this process that are not silent sockets.
+const OWN_FILES: usize = 600;
+const SILENT: usize = 20_000;
+/// Silent connections from one address: fewer than an address may have, so that only the total limits them.
+const FROM_ONE_ADDRESS: usize = 500;
+/// No request takes longer, on a busy machine.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(5);
+
+async fn connect_from(
+    source: Ipv4Addr,
+    server: SocketAddr,
+) -> std::io::Result<tokio::net::TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((source, 0).into())?;
+    socket.connect(server).await
+}
+
+fn client_at(source: Ipv4Addr) -> Client {
+    let client = Client::builder().local_address(std::net::IpAddr::from(source));
+    let client = client.pool_max_idle_per_host(0).timeout(ANSWERED_WITHIN);
+    client.build().expect("a client")
+}
+
+/// As many as the limit of open files allows, up to 20,000.
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_connections_do_not_lock_anybody_out() {
+    let limit = file_limit::raise().unwrap_or(1024);
+    let silent = SILENT.min(limit.saturating_sub(OWN_FILES));
+    // Fewer than there are silent ones.
+    let places = (silent / 2).to_string();
+    let (data, http) = (data_dir(), Client::new());
+    let settings = [("QUOTA_CONNECTIONS", places.as_str())];
+    let quota = Quota::start_with(data.path(), &settings);
+    let before = quota.memory();
+
+    let (server, metrics) = (quota.addr, quota.metrics_addr);
+    let flood = tokio::spawn(async move {
+        let mut held = Vec::with_capacity(silent);
+        for n in 0..silent {
+            let last = u8::try_from(n / FROM_ONE_ADDRESS % 250).expect("below 250");
+            // One in a hundred goes to the metrics.
+            let to = if n % 100 == 0 { metrics } else { server };
+            match connect_from(Ipv4Addr::new(127, 0, 1, last + 1), to).await {
+                Ok(stream) => held.push(stream),
+                Err(error) => panic!("connection {n}: {error}"),
+            }
+        }
+        held
+    });
+    // A newcomer each time: from an address of its own, and from one that the flood comes from.
+    let clients = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 1, 1)].map(client_at);
+    let began = Instant::now();
+    let (mut answered, mut slowest) = (0, Duration::ZERO);
+    while !flood.is_finished() || began.elapsed() < Duration::from_secs(4) {
+        for (client, port) in [
+            (&clients[0], server),
+            (&clients[1], server),
+            (&clients[0], metrics),
+        ] {
+            let path = if port == metrics {
+                "metrics"
+            } else {
+                "health/live"
+            };
+            let asked = Instant::now();
+            let answer = client.get(format!("http://{port}/{path}")).send().await;
+            let status = answer.map(|answer| answer.status().as_u16());
+            assert_eq!(status.ok(), Some(200), "{path} after {:?}", began.elapsed());
+            slowest = slowest.max(asked.elapsed());
+            answered += 1;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let held = flood.await.expect("it connects");
+    let grown = quota.memory().saturating_sub(before) / (1 << 20);
+    println!(
+        "{} silent connections in {:?}: {answered} requests answered, the slowest in {slowest:?}, {grown} MiB more",
+        held.len(),
+        began.elapsed()
+    );
+    assert!(answered >= 60, "{answered}");
+    assert!(grown < 150, "{grown} MiB");
+
+    // They are closed in time, also without others that want their place.
+    let open = "quota_connections_open{listener=\"public\"}";
+    let ended = Instant::now();
+    while quota.counter(&http, open).await > 10 {
+        assert!(
+            ended.elapsed() < Duration::from_secs(30),
+            "they are held open"
+        );
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    let timed_out =
+        "quota_connections_timed_out_total{listener=\"public\",waiting_for=\"request\"}";
+    assert!(quota.counter(&http, timed_out).await > 0);
+    drop(held);
+    quota.stop();
+}
+
+/// Sends a request and keeps the connection; `None` if the server closed it instead of answering.
+async fn ask_on(stream: &mut tokio::net::TcpStream) -> Option<String> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let request = b"GET /health/live HTTP/1.1\r\nHost: q\r\n\r\n";
+    stream.write_all(request).await.ok()?;
+    let mut answer = vec![0; 4096];
+    let read = tokio::time::timeout(ANSWERED_WITHIN, stream.read(&mut answer)).await;
+    let length = read.expect("it answers or closes").ok()?;
+    (length > 0).then(|| String::from_utf8_lossy(&answer[..length]).into_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_has_its_share_of_connections_does_not_touch_the_others() {
+    let app = TestApp::setup()
+        .flag("--connections-per-address=5")
+        .flag("--trusted-proxies=127.0.2.9")
+        .start()
+        .await;
+    let at = async |last: u8| {
+        let mut stream = connect_from(Ipv4Addr::new(127, 0, 2, last), app.addr)
+            .await
+            .expect("it listens");
+        ask_on(&mut stream).await.map(|_| stream)
+    };
+    let mut held = Vec::new();
+    for _ in 0..5 {
+        held.push(at(1).await.expect("within its share"));
+    }
+    assert!(at(1).await.is_none(), "beyond its share");
+    held.push(at(2).await.expect("another address"));
+    for _ in 0..20 {
+        held.push(at(9).await.expect("a trusted proxy carries many clients"));
+    }
+    // Those it has go on working.
+    assert!(ask_on(&mut held[0]).await.is_some());
+    held.remove(0);
+    let again = async {
+        while at(1).await.is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let again = tokio::time::timeout(ANSWERED_WITHIN, again).await;
+    assert!(again.is_ok(), "a place came free");
+    let refused = "quota_connections_refused_total{listener=\"public\",limit=\"address\"}";
+    assert!(app.metric(refused).await >= 1.0);
 }
 
 /// Anybody may ask whether the server is ready, and PostgreSQL is not asked each time.

@@ -8,6 +8,7 @@ const RANKS: &[&[&str]] = &[
         "clock",
         "config",
         "deadline",
+        "file_limit",
         "schema",
         "secret_text",
     ],

@@ -18,7 +18,7 @@ use quota_server::{
     db::{self, Db},
     jobs::Jobs,
     openapi, router,
-    serve::{Timeouts, serve},
+    serve::{ServeSettings, Timeouts, serve},
     state::AppState,
     telemetry::log::Log,
 };
@@ -111,7 +111,7 @@ impl Setup {
             "--admin-rpm=0".into(),
             "--login-rpm=0".into(),
         ];
-        flags.push("--database-pool=6".into());
+        flags.push("--database-pool=12".into());
         // What the test sets itself takes the place of these.
         let name = |flag: &str| flag.split('=').next().unwrap_or_default().to_owned();
         flags.retain(|flag| !self.flags.iter().any(|it| name(it) == name(flag)));
@@ -130,11 +130,6 @@ impl Setup {
         let url = SecretString::from(self.url.unwrap_or_else(|| database.url().to_owned()));
         let db = Db::new(&url, &config.database);
         let log = Log::start(config.log_format);
-        let timeouts = Timeouts {
-            header: config.header_timeout,
-            idle: quota_server::serve::IDLE,
-            drain: Duration::from_secs(5),
-        };
         let state = AppState::new(config, db, self.clock, log)
             .await
             .expect("the state can be built");
@@ -154,17 +149,25 @@ impl Setup {
             listener.local_addr().expect("it is bound"),
             metrics_listener.local_addr().expect("it is bound"),
         );
+        let public = ServeSettings::public(&state, None);
+        let public = ServeSettings {
+            timeouts: Timeouts {
+                drain: Duration::from_secs(5),
+                ..public.timeouts
+            },
+            ..public
+        };
         let servers = vec![
             tokio::spawn(serve(
                 listener,
                 router::public(&state),
-                timeouts,
+                public,
                 until(stopping.clone()),
             )),
             tokio::spawn(serve(
                 metrics_listener,
                 router::metrics(&state),
-                timeouts,
+                ServeSettings::metrics(&state),
                 until(stopping),
             )),
         ];

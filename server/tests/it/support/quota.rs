@@ -149,6 +149,15 @@ impl Quota {
         body
     }
 
+    /// Resident memory in bytes.
+    pub(crate) fn memory(&self) -> u64 {
+        let status = format!("/proc/{}/status", self.child.id());
+        let status = fs::read_to_string(status).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.expect("Linux says so").trim().trim_end_matches(" kB");
+        kib.parse::<u64>().expect("a number") * 1024
+    }
+
     /// A counter of `/metrics`.
     pub(crate) async fn counter(&self, http: &Client, name: &str) -> u64 {
         let url = format!("http://{}/metrics", self.metrics_addr);

@@ -1,0 +1,42 @@
+//! The limit of open files (`RLIMIT_NOFILE`): raised at startup, and what it leaves for connections.
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// Files that are not clients' connections: logs, the runtime, Redis, the metrics listener, and sockets that are
+/// being closed.
+const OTHER_FILES: usize = 256;
+/// Fewer than this is no service; then `accept` fails now and then, which is survived.
+const LEAST: usize = 16;
+
+/// Raises the soft limit to the hard one and returns what then holds; `None` where it cannot be found out.
+pub fn raise() -> Option<usize> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+    let limit = if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() {
+        hard
+    } else {
+        soft
+    };
+    Some(usize::try_from(limit).unwrap_or(usize::MAX))
+}
+
+/// How many connections fit: `wanted`, or what the limit leaves beside `database` connections and other files.
+pub fn connections(wanted: usize, limit: Option<usize>, database: usize) -> usize {
+    let Some(limit) = limit else {
+        return wanted;
+    };
+    let left = limit.saturating_sub(OTHER_FILES + database);
+    wanted.min(left.max(LEAST))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_stay_below_the_limit_of_files() {
+        assert_eq!(connections(10_000, Some(20_000), 16), 10_000);
+        assert_eq!(connections(10_000, Some(1024), 16), 752);
+        assert_eq!(connections(10_000, Some(64), 16), LEAST);
+        assert_eq!(connections(500, None, 16), 500);
+    }
+}

@@ -1,0 +1,385 @@
+//! The open connections of one listener: how many there may be, of one address and in all, and which are closed
+//! to make room.
+//!
+//! A newcomer is preferred to a connection that has not sent a request yet, the oldest of these first, and to one
+//! that is idle between two requests. A connection with a request in flight is never closed for another. So
+//! sockets that send nothing cannot lock out clients that do, whatever their number.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use parking_lot::Mutex;
+use tokio::{sync::Notify, time::Instant};
+
+use super::connection::{Connection, Order};
+use crate::{
+    limiter::Caller,
+    telemetry::metrics::{ConnectionMetrics, Refusal},
+};
+
+/// How long a connection must have been idle to be closed for another.
+const IDLE_ENOUGH: Duration = Duration::from_secs(1);
+/// Time between two searches for idle connections, each of which looks at all of them.
+const SEARCH_EVERY: Duration = Duration::from_millis(100);
+/// At most this part of all connections is closed in one search.
+const SEARCH_PART: usize = 16;
+
+/// How many connections a listener holds.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    pub connections: usize,
+    /// Of one address, or one IPv6 /64; 0: no limit.
+    pub per_address: usize,
+    /// Exempt from `per_address`: many clients are behind each of these addresses.
+    pub trusted_proxies: Vec<IpNet>,
+}
+
+#[derive(Debug)]
+pub(super) struct Table {
+    limits: Limits,
+    metrics: Arc<ConnectionMetrics>,
+    open: Mutex<Open>,
+    /// Connections that were told to close and whose socket is still open.
+    closing: AtomicUsize,
+    emptied: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    next_id: u64,
+    all: HashMap<u64, Entry>,
+    addresses: HashMap<Caller, OfAddress>,
+    /// Those without a request so far, in the order of their accept.
+    waiting: BTreeSet<u64>,
+    searched_at: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    connection: Arc<Connection>,
+    /// `None`: a trusted proxy.
+    address: Option<Caller>,
+}
+
+#[derive(Debug, Default)]
+struct OfAddress {
+    open: usize,
+    waiting: BTreeSet<u64>,
+}
+
+impl Open {
+    fn remove(&mut self, id: u64) -> Option<Entry> {
+        let entry = self.all.remove(&id)?;
+        self.waiting.remove(&id);
+        if let Some(address) = entry.address
+            && let Some(of_address) = self.addresses.get_mut(&address)
+        {
+            of_address.open -= 1;
+            of_address.waiting.remove(&id);
+            if of_address.open == 0 {
+                self.addresses.remove(&address);
+            }
+        }
+        Some(entry)
+    }
+}
+
+impl Table {
+    pub(super) fn new(limits: Limits, metrics: Arc<ConnectionMetrics>) -> Arc<Self> {
+        Arc::new(Self {
+            limits,
+            metrics,
+            open: Mutex::default(),
+            closing: AtomicUsize::new(0),
+            emptied: Notify::new(),
+        })
+    }
+
+    /// Takes in a connection that was just accepted, or refuses it.
+    pub(super) fn admit(self: &Arc<Self>, peer: IpAddr) -> Result<Admitted, Refusal> {
+        let peer = peer.to_canonical();
+        let is_proxy = self
+            .limits
+            .trusted_proxies
+            .iter()
+            .any(|network| network.contains(&peer));
+        let address = (!is_proxy).then(|| Caller::address(peer));
+        let mut open = self.open.lock();
+        if let Some(address) = address
+            && self.limits.per_address > 0
+            && let Some(of_address) = open.addresses.get(&address)
+            && of_address.open >= self.limits.per_address
+        {
+            let Some(oldest) = of_address.waiting.first().copied() else {
+                return Err(self.refused(Refusal::Address));
+            };
+            self.close(&mut open, oldest);
+        }
+        if open.all.len() >= self.limits.connections && !self.make_room(&mut open) {
+            return Err(self.refused(Refusal::Full));
+        }
+        let connection = Arc::new(Connection::accepted_now());
+        let id = open.next_id;
+        open.next_id += 1;
+        open.all.insert(
+            id,
+            Entry {
+                connection: connection.clone(),
+                address,
+            },
+        );
+        open.waiting.insert(id);
+        if let Some(address) = address {
+            let of_address = open.addresses.entry(address).or_default();
+            of_address.open += 1;
+            of_address.waiting.insert(id);
+        }
+        self.metrics.accepted.inc();
+        self.metrics.open.inc();
+        Ok(Admitted {
+            connection,
+            place: Place {
+                table: self.clone(),
+                id,
+            },
+        })
+    }
+
+    fn refused(&self, refusal: Refusal) -> Refusal {
+        self.metrics.refused(refusal).inc();
+        refusal
+    }
+
+    /// The process has no file descriptor left: closes a connection if one can be spared.
+    pub(super) fn spare_one(&self) -> bool {
+        self.make_room(&mut self.open.lock())
+    }
+
+    fn make_room(&self, open: &mut Open) -> bool {
+        if let Some(oldest) = open.waiting.first().copied() {
+            self.close(open, oldest);
+            return true;
+        }
+        let now = Instant::now();
+        if open
+            .searched_at
+            .is_some_and(|at| now.saturating_duration_since(at) < SEARCH_EVERY)
+        {
+            return false;
+        }
+        open.searched_at = Some(now);
+        let mut idle = open
+            .all
+            .iter()
+            .filter(|(_, entry)| entry.address.is_some())
+            .filter_map(|(id, entry)| Some((entry.connection.idle_since()?, *id)))
+            .filter(|(since, _)| now.saturating_duration_since(*since) >= IDLE_ENOUGH)
+            .collect::<Vec<_>>();
+        idle.sort_unstable();
+        idle.truncate((self.limits.connections / SEARCH_PART).max(1));
+        for (_, id) in &idle {
+            self.close(open, *id);
+        }
+        !idle.is_empty()
+    }
+
+    fn close(&self, open: &mut Open, id: u64) {
+        if let Some(entry) = open.remove(id) {
+            self.closing.fetch_add(1, Ordering::AcqRel);
+            self.metrics.dropped.inc();
+            entry.connection.give(Order::Close);
+        }
+    }
+
+    /// How many sockets are still open beyond those that are counted.
+    pub(super) fn closing(&self) -> usize {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    /// Tells every connection to finish, and waits until all have.
+    pub(super) async fn finish(&self) {
+        for entry in self.open.lock().all.values() {
+            entry.connection.give(Order::Finish);
+        }
+        loop {
+            let emptied = self.emptied.notified();
+            if self.open.lock().all.is_empty() {
+                return;
+            }
+            emptied.await;
+        }
+    }
+}
+
+/// A connection that was taken in.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub(super) connection: Arc<Connection>,
+    pub(super) place: Place,
+}
+
+/// A place in the table. Given back on drop, after the socket was closed.
+#[derive(Debug)]
+pub(super) struct Place {
+    table: Arc<Table>,
+    id: u64,
+}
+
+impl Place {
+    /// The first request head is complete: the connection is no longer among the first to close.
+    pub(super) fn has_requested(&self) {
+        let mut open = self.table.open.lock();
+        open.waiting.remove(&self.id);
+        if let Some(address) = open.all.get(&self.id).and_then(|entry| entry.address)
+            && let Some(of_address) = open.addresses.get_mut(&address)
+        {
+            of_address.waiting.remove(&self.id);
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.table.metrics.open.dec();
+        let mut open = self.table.open.lock();
+        if open.remove(self.id).is_none() {
+            self.table.closing.fetch_sub(1, Ordering::AcqRel);
+        } else if open.all.is_empty() {
+            self.table.emptied.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(connections: usize, per_address: usize) -> Arc<Table> {
+        let limits = Limits {
+            connections,
+            per_address,
+            trusted_proxies: vec!["10.0.0.0/8".parse().unwrap()],
+        };
+        Table::new(limits, Arc::default())
+    }
+
+    fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, Refusal> {
+        table.admit(peer.parse().unwrap())
+    }
+
+    /// As its task does when told to.
+    fn is_told_to_close(it: &Admitted) -> bool {
+        it.connection.order() == Order::Close
+    }
+
+    fn request(it: &Admitted) -> super::super::connection::RequestInFlight {
+        let (request, is_first) = it.connection.begin_request(false);
+        assert!(is_first);
+        it.place.has_requested();
+        request
+    }
+
+    #[tokio::test]
+    async fn the_oldest_that_never_asked_makes_room_and_one_that_asks_stays() {
+        let table = table(3, 0);
+        let busy = admit(&table, "192.0.2.1").unwrap();
+        let _request = request(&busy);
+        let first = admit(&table, "192.0.2.2").unwrap();
+        let second = admit(&table, "192.0.2.3").unwrap();
+        let third = admit(&table, "192.0.2.4").unwrap();
+        assert!(is_told_to_close(&first));
+        assert!(!is_told_to_close(&busy) && !is_told_to_close(&second));
+        assert_eq!(table.closing(), 1);
+        drop(first);
+        assert_eq!(table.closing(), 0);
+        let _requests = (request(&second), request(&third));
+        assert_eq!(admit(&table, "192.0.2.5").unwrap_err(), Refusal::Full);
+        drop(third);
+        assert!(admit(&table, "192.0.2.5").is_ok(), "a place came free");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_connections_make_room_when_none_waits_for_a_first_request() {
+        let table = table(2, 0);
+        let idle = admit(&table, "192.0.2.1").unwrap();
+        drop(request(&idle));
+        let busy = admit(&table, "192.0.2.2").unwrap();
+        let _request = request(&busy);
+        assert_eq!(admit(&table, "192.0.2.3").unwrap_err(), Refusal::Full);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        let _new = admit(&table, "192.0.2.3").unwrap();
+        assert!(is_told_to_close(&idle) && !is_told_to_close(&busy));
+    }
+
+    #[tokio::test]
+    async fn an_address_has_its_own_limit_which_spares_the_others() {
+        let table = table(100, 2);
+        let all = ["198.51.100.1", "198.51.100.1"].map(|peer| admit(&table, peer).unwrap());
+        let _requests = all.iter().map(request).collect::<Vec<_>>();
+        assert_eq!(admit(&table, "198.51.100.1").unwrap_err(), Refusal::Address);
+        // The same address, written as IPv6.
+        assert_eq!(
+            admit(&table, "::ffff:198.51.100.1").unwrap_err(),
+            Refusal::Address
+        );
+        assert!(admit(&table, "198.51.100.2").is_ok());
+        drop(all);
+        assert!(admit(&table, "198.51.100.1").is_ok(), "places came free");
+    }
+
+    #[tokio::test]
+    async fn ipv6_counts_by_its_64() {
+        let table = table(100, 1);
+        let one = admit(&table, "2001:db8:0:1::1").unwrap();
+        let _request = request(&one);
+        assert_eq!(
+            admit(&table, "2001:db8:0:1:ffff::2").unwrap_err(),
+            Refusal::Address
+        );
+        assert!(admit(&table, "2001:db8:0:2::1").is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_trusted_proxy_counts_in_the_total_alone() {
+        let table = table(3, 1);
+        let all = (0..3)
+            .map(|_| admit(&table, "10.1.2.3").unwrap())
+            .collect::<Vec<_>>();
+        let _requests = all.iter().map(request).collect::<Vec<_>>();
+        assert_eq!(admit(&table, "10.1.2.3").unwrap_err(), Refusal::Full);
+    }
+
+    #[tokio::test]
+    async fn at_its_limit_an_address_loses_what_it_never_used_and_not_what_others_have() {
+        let table = table(100, 2);
+        let other = admit(&table, "203.0.113.9").unwrap();
+        let first = admit(&table, "203.0.113.1").unwrap();
+        let second = admit(&table, "203.0.113.1").unwrap();
+        let _third = admit(&table, "203.0.113.1").unwrap();
+        assert!(is_told_to_close(&first));
+        assert!(!is_told_to_close(&second) && !is_told_to_close(&other));
+    }
+
+    #[tokio::test]
+    async fn finish_waits_for_the_last() {
+        let table = table(10, 0);
+        let one = admit(&table, "192.0.2.1").unwrap();
+        let finishing = tokio::spawn({
+            let table = table.clone();
+            async move { table.finish().await }
+        });
+        tokio::task::yield_now().await;
+        assert_eq!(one.connection.order(), Order::Finish);
+        assert!(!finishing.is_finished());
+        drop(one);
+        finishing.await.unwrap();
+    }
+}
