@@ -117,8 +117,13 @@ impl Freshness {
 
 /// A load failed. Shared by all who waited for it.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("cannot be confirmed: {0}")]
-pub struct Unconfirmed(pub Arc<str>);
+pub enum Unconfirmed {
+    #[error("cannot be confirmed: {0}")]
+    Failed(Arc<str>),
+    /// Nothing is wrong except that too many loads are under way.
+    #[error("too many look-ups are under way")]
+    TooMany,
+}
 
 /// What a load has found.
 #[derive(Debug)]
@@ -422,7 +427,7 @@ mod tests {
                     tokio::task::yield_now().await;
                     found
                         .map(|it| it.map(str::to_owned))
-                        .map_err(|it| Unconfirmed(it.into()))
+                        .map_err(|it| Unconfirmed::Failed(it.into()))
                 }
             };
             Ok(self.cache.get(1, load).await?.map(|value| (*value).clone()))

@@ -212,9 +212,11 @@ impl ApiError {
         }
     }
 
-    /// The answer. Logged here, once, when it is the server's own fault.
+    /// The response. Logged here, once, when the server failed. Being busy is not a failure: it has no source, and
+    /// metrics count it.
     pub fn into_response(self, request_id: &str, base: &str) -> Response {
-        if self.code.status() >= 500 {
+        let is_busy = self.code == ProblemCode::Unavailable && self.source.is_none();
+        if self.code.status() >= 500 && !is_busy {
             let source = self
                 .source
                 .as_ref()
@@ -381,7 +383,15 @@ impl From<DbError> for ApiError {
 
 impl From<Unconfirmed> for ApiError {
     fn from(error: Unconfirmed) -> Self {
-        Self::unavailable(error)
+        let all = Self::unavailable(error.clone());
+        match error {
+            Unconfirmed::Failed(_) => all,
+            // Counted, not logged: strangers could fill the disk with it.
+            Unconfirmed::TooMany => Self {
+                source: None,
+                ..all
+            },
+        }
     }
 }
 

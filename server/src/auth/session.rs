@@ -211,7 +211,7 @@ impl Sessions {
                 async move {
                     load(&db, id)
                         .await
-                        .map_err(|error| Unconfirmed(db::chain(&error).into()))
+                        .map_err(|error| Unconfirmed::Failed(db::chain(&error).into()))
                 }
             })
             .await

@@ -80,7 +80,7 @@ impl Lookups {
 
     fn refused(&self) -> Unconfirmed {
         self.metrics.lookups_refused.inc();
-        Unconfirmed("too many look-ups are under way".into())
+        Unconfirmed::TooMany
     }
 
     /// Runs a query, and gives it up when PostgreSQL falls silent.
@@ -101,7 +101,7 @@ impl Lookups {
             }
             error => tracing::error!(error = %db::chain(error), "a key cannot be looked up"),
         }
-        Unconfirmed(db::chain(error).into())
+        Unconfirmed::Failed(db::chain(error).into())
     }
 }
 

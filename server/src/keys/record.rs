@@ -236,7 +236,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
     let (tenant, id) = (TenantId(facts.tenant_id), ApiKeyId(facts.id));
     let cell = limiter
         .cell(tenant, id)
-        .map_err(|error| Unconfirmed(error.to_string().into()))?;
+        .map_err(|error| Unconfirmed::Failed(error.to_string().into()))?;
     let (rpm, burst) = rate(facts.default_rpm, facts.burst, facts.rpm_override);
     let zone = Zone::named(&facts.time_zone).unwrap_or_else(|_| {
         tracing::error!(zone = facts.time_zone, tenant = %tenant, "an unknown time zone is read as UTC");

@@ -113,15 +113,16 @@ fn wrong(name: &str) -> &'static str {
         "DATABASE_URL" => "mysql://root:hunter2@host/db",
         "QUOTA_DATABASE_POOL" => "4",
         "QUOTA_CONNECTIONS" => "15",
-        "QUOTA_CONNECTIONS_PER_ADDRESS" => "-1",
-        "QUOTA_KEY_LOOKUPS" => "0",
         "QUOTA_DATABASE_WAIT" => "9ms",
         "QUOTA_DATABASE_CONNECT_TIMEOUT" => "31s",
         "QUOTA_DATABASE_STATEMENT_TIMEOUT" => "2h",
         "QUOTA_DATABASE_LOCK_TIMEOUT" => "-1s",
         "REDIS_URL" => "http://:hunter2@host",
         "QUOTA_REDIS_PREFIX" => "{quota}",
-        "QUOTA_REDIS_CONNECTIONS" | "QUOTA_REPLICAS" | "QUOTA_SESSION_DAYS" => "0",
+        "QUOTA_REDIS_CONNECTIONS"
+        | "QUOTA_REPLICAS"
+        | "QUOTA_SESSION_DAYS"
+        | "QUOTA_KEY_LOOKUPS" => "0",
         "QUOTA_REDIS_TIMEOUT" => "0ms",
         "QUOTA_REDIS_CONNECT_TIMEOUT" => "250",
         "QUOTA_LEASE_TTL" => "1001ms",
@@ -130,7 +131,10 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_SECRET" | "QUOTA_SECRET_PREVIOUS" => "hunter2",
         "ALLOWED_ORIGINS" => "example.com",
         "QUOTA_TRUSTED_PROXIES" => "10.0.0.0/33",
-        "QUOTA_AUTH_RPM" | "QUOTA_ADMIN_RPM" | "QUOTA_LOGIN_RPM" => "-1",
+        "QUOTA_AUTH_RPM"
+        | "QUOTA_ADMIN_RPM"
+        | "QUOTA_LOGIN_RPM"
+        | "QUOTA_CONNECTIONS_PER_ADDRESS" => "-1",
         "QUOTA_BODY_LIMIT" => "64k",
         "QUOTA_DRAIN_TIMEOUT" => "26s",
         "QUOTA_DRAIN_DELAY" => "21s",

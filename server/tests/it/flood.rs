@@ -174,7 +174,7 @@ async fn silent_connections_do_not_lock_anybody_out() {
         held.len(),
         began.elapsed()
     );
-    assert!(answered >= 60, "{answered}");
+    assert!(answered >= 30, "{answered}");
     assert!(grown < 150, "{grown} MiB");
 
     // They are closed in time, also without others that want their place.

@@ -109,9 +109,9 @@ impl World {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
-        if tokio::time::timeout(PATIENCE, swept).await.is_err() {
-            panic!("left over: {:?}, not {expected:?}", self.left().await);
-        }
+        let swept = tokio::time::timeout(PATIENCE, swept).await;
+        let left = self.left().await;
+        assert!(swept.is_ok(), "left over: {left:?}, not {expected:?}");
     }
 }
 
