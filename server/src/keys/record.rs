@@ -26,7 +26,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-use super::shared::SharedKeys;
+use super::{index::KeyIndex, shared::SharedKeys};
 
 /// Nanoseconds between two notes of a key's use.
 const NOTE_EVERY: u64 = 1_000_000_000;
@@ -109,6 +109,7 @@ pub struct KeyStore {
     db: Db,
     limiter: Limiter,
     shared: Option<SharedKeys>,
+    index: Arc<KeyIndex>,
 }
 
 impl KeyStore {
@@ -133,6 +134,7 @@ impl KeyStore {
             db,
             limiter,
             shared,
+            index: Arc::new(KeyIndex::new(capacity)),
         }
     }
 
@@ -148,15 +150,22 @@ impl KeyStore {
             return Ok(known);
         }
         let (db, limiter, shared) = (self.db.clone(), self.limiter.clone(), self.shared.clone());
+        let (index, cached) = (self.index.clone(), self.keys.clone());
+        let record = move |facts: KeyFacts, as_of| {
+            // Before it is cached.
+            let owners = [facts.tenant_id, facts.plan_id, facts.id];
+            index.add(hash, owners, |hash| cached.contains(hash));
+            record(facts, as_of, &limiter)
+        };
         self.keys
             .get(hash, move || {
-                let (db, limiter, shared) = (db.clone(), limiter.clone(), shared.clone());
+                let (db, record, shared) = (db.clone(), record.clone(), shared.clone());
                 async move {
                     if let Some(shared) = &shared
                         && let Some(found) = shared.get(&hash).await
                     {
                         let as_of = found.as_of;
-                        let record = found.facts.map(|facts| record(facts, as_of, &limiter));
+                        let record = found.facts.map(|facts| record(facts, as_of));
                         return Ok(Loaded {
                             value: record.transpose()?,
                             true_at: Some(found.true_at),
@@ -172,7 +181,7 @@ impl KeyStore {
                     if let Some(shared) = &shared {
                         shared.put(&hash, facts.as_ref().map(|(facts, as_of)| (facts, *as_of)));
                     }
-                    let record = facts.map(|(facts, as_of)| record(facts, as_of, &limiter));
+                    let record = facts.map(|(facts, as_of)| record(facts, as_of));
                     Ok(record.transpose()?.into())
                 }
             })
@@ -211,8 +220,8 @@ impl KeyStore {
     /// Forgets what changes have made untrue.
     pub fn revoke(&self, gone: &Gone) {
         if gone.any_key() {
-            self.keys
-                .forget(|_, key| gone.key(key.tenant.0, key.plan_id.0, key.id.0));
+            // Loads under way are begun again, also those that the index does not have yet.
+            self.keys.forget_these(&self.index.take(gone));
         }
         if gone.any_token() {
             self.tokens

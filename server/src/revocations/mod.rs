@@ -137,8 +137,9 @@ impl Gone {
         !(self.tenants.is_empty() && self.plans.is_empty() && self.keys.is_empty())
     }
 
-    pub fn key(&self, tenant: Uuid, plan: Uuid, key: Uuid) -> bool {
-        self.tenants.contains(&tenant) || self.plans.contains(&plan) || self.keys.contains(&key)
+    /// The ids of tenants, plans and keys: what a cached key belongs to.
+    pub fn owners_of_keys(&self) -> impl Iterator<Item = &Uuid> {
+        self.tenants.iter().chain(&self.plans).chain(&self.keys)
     }
 
     pub fn any_token(&self) -> bool {
