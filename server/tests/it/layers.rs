@@ -4,7 +4,14 @@ use std::{fs, path::Path};
 
 /// Every module of the server, from the ground up. `main` and `lib` stand above all.
 const RANKS: &[&[&str]] = &[
-    &["clock", "config", "deadline", "schema", "secret_text"],
+    &[
+        "clock",
+        "config",
+        "deadline",
+        "schema",
+        "seal",
+        "secret_text",
+    ],
     &["db", "redis", "telemetry"],
     &["cache", "limiter", "repo"],
     &["revocations"],
