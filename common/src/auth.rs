@@ -121,6 +121,19 @@ pub struct Login {
     #[garde(length(bytes, min = 1, max = 256))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
     pub password: String,
+    /// The `device_token` of an earlier sign-in, by which this device is recognized. Callers with cookies leave it
+    /// out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[garde(inner(length(bytes, min = 1, max = 512)))]
+    #[cfg_attr(
+        feature = "openapi",
+        oai(
+            nullable,
+            skip_serializing_if_is_none,
+            validator(min_length = 1, max_length = 512)
+        )
+    )]
+    pub device_token: Option<String>,
 }
 
 /// A refresh token, to be exchanged or ended.
@@ -175,6 +188,11 @@ pub struct SignedIn {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub refresh_token: Option<String>,
+    /// Keep it, and send it with the next sign-in on this device: failed sign-ins of others do not slow down a known
+    /// device. It is no credential. Absent when the caller asked for cookies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub device_token: Option<String>,
     /// Seconds until the access token ends.
     pub expires_in: u32,
     pub user: User,
@@ -305,6 +323,8 @@ mod examples {
     use crate::id::example;
 
     const ACCESS: &str = "eyJ0eXAiOiJhdCtqd3QiLCJhbGciOiJFZERTQSIsImtpZCI6IjAifQ.e30.c2lnbmF0dXJl";
+    const DEVICE: &str =
+        "AAAAAAAAAAAAAAAAAAAAAAAAAABqcCo4AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
     const REFRESH: &str = "qr_00000000000000000000000000000000EXAMPL";
 
     fn user() -> User {
@@ -340,6 +360,7 @@ mod examples {
             Self {
                 email: "ada@example.com".into(),
                 password: "violet-harbour-quilt-93".into(),
+                device_token: Some(DEVICE.into()),
             }
         }
     }
@@ -367,6 +388,7 @@ mod examples {
             Self {
                 access_token: Some(ACCESS.into()),
                 refresh_token: Some(REFRESH.into()),
+                device_token: Some(DEVICE.into()),
                 expires_in: 900,
                 user: user(),
                 tenant: tenant(),

@@ -97,6 +97,11 @@ problems! {
     SubscriptionNeeded = "subscription-needed", 402, "A subscription is needed";
     /// The caller is known and may not do this: the role in the tenant does not allow it.
     Forbidden = "forbidden", 403, "Not allowed";
+    /// The operator creates accounts on this server. Ask them for one.
+    RegistrationClosed = "registration-closed", 403, "Registration is closed";
+    /// The organization has as many of these as the operator allows; `detail` names the limit. Delete some, or ask the
+    /// operator for more.
+    LimitReached = "limit-reached", 403, "Limit reached";
     /// There is no such thing, or it is not the caller's. The two are not told apart.
     NotFound = "not-found", 404, "Not found";
     /// The path exists, the method on it does not. `Allow` lists those that do.

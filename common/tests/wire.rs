@@ -248,9 +248,10 @@ fn accounts_have_their_golden_json() {
     golden!(
         auth::Login {
             email: "a@b.c".into(),
-            password: "p".into()
+            password: "p".into(),
+            device_token: Some("d".into()),
         },
-        json!({"email": "a@b.c", "password": "p"})
+        json!({"email": "a@b.c", "password": "p", "device_token": "d"})
     );
     golden!(
         auth::Refresh {
@@ -270,12 +271,13 @@ fn accounts_have_their_golden_json() {
         auth::SignedIn {
             access_token: Some("a".into()),
             refresh_token: Some("r".into()),
+            device_token: Some("d".into()),
             expires_in: 900,
             user: user(),
             tenant: tenant(),
         },
         json!({
-            "access_token": "a", "refresh_token": "r", "expires_in": 900, "user": user_json,
+            "access_token": "a", "refresh_token": "r", "device_token": "d", "expires_in": 900, "user": user_json,
             "tenant": tenant_json,
         })
     );

@@ -374,6 +374,25 @@ where
             .retain(|key, entry| !gone(key, &entry.value));
     }
 
+    /// Forgets these, and everything that is being loaded now.
+    pub fn forget_these<'a>(&self, keys: impl IntoIterator<Item = &'a K>)
+    where
+        K: 'a,
+    {
+        self.inner
+            .freshness
+            .generation
+            .fetch_add(1, Ordering::AcqRel);
+        for key in keys {
+            self.inner.present.remove(key);
+        }
+    }
+
+    /// Whether it is remembered, believed or not.
+    pub fn contains(&self, key: &K) -> bool {
+        self.inner.present.contains_key(key)
+    }
+
     /// Forgets that something does not exist.
     pub fn forget_absent(&self, key: &K) {
         self.inner

@@ -4,6 +4,7 @@
 //! once. [`Settings`] is what can be said, as text; [`Config`] is what was meant, typed. Nothing else in the
 //! server reads the environment.
 
+mod environment;
 mod reader;
 pub mod redis;
 mod settings;
@@ -15,9 +16,10 @@ use quota_common::plan::OnRedisFailure;
 use secrecy::{ExposeSecret, SecretString};
 
 use self::reader::{
-    Reader, address, boolean, database_url, list, network, origin, prefix, public_url,
+    Reader, Sourced, address, boolean, database_url, list, network, origin, prefix, public_url,
 };
 pub use self::{
+    environment::unknown_variables,
     redis::{RedisServers, RedisSettings},
     settings::{Settings, env_example},
 };
@@ -42,6 +44,8 @@ pub struct Config {
     pub migrate: bool,
     pub secret: Option<SecretString>,
     pub secret_previous: Option<SecretString>,
+    pub registration: Registration,
+    pub allowances: Allowances,
     pub allowed_origins: Vec<String>,
     pub trusted_proxies: Vec<IpNet>,
     pub auth_rpm: u32,
@@ -89,6 +93,28 @@ impl std::fmt::Debug for Config {
 pub enum LogFormat {
     Json,
     Text,
+}
+
+/// Who may create an account.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Registration {
+    Open,
+    /// Only the operator.
+    Closed,
+}
+
+impl Registration {
+    pub const fn is_open(self) -> bool {
+        matches!(self, Self::Open)
+    }
+}
+
+/// How much one tenant may create.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allowances {
+    pub plans: u64,
+    pub api_keys: u64,
+    pub service_tokens: u64,
 }
 
 /// Connections to PostgreSQL, and how long anything may take.
@@ -172,14 +198,15 @@ impl Config {
                     Ok(PathBuf::from(text))
                 }
             }),
-            database_url: match s.database_url.as_str() {
-                "" => None,
-                text => {
-                    if let Err(message) = database_url(text) {
-                        r.0.push(format!("DATABASE_URL: {message}"));
-                    }
-                    Some(SecretString::from(text))
+            database_url: {
+                let Sourced { variable, value } =
+                    r.or_file("DATABASE_URL", &s.database_url, &s.database_url_file);
+                if let Some(url) = &value
+                    && let Err(message) = database_url(url.expose_secret())
+                {
+                    r.0.push(format!("{variable}: {message}"));
                 }
+                value
             },
             database: {
                 let millis = Duration::from_millis;
@@ -227,16 +254,15 @@ impl Config {
                     &s.redis_connect_timeout,
                     Duration::from_millis(10)..=Duration::from_secs(10),
                 );
-                let servers = match s.redis_url.trim() {
-                    "" => None,
-                    text => match redis::servers(text) {
-                        Ok(servers) => Some(servers),
-                        Err(message) => {
-                            r.0.push(format!("REDIS_URL: {message}"));
-                            None
-                        }
-                    },
-                };
+                let Sourced { variable, value } =
+                    r.or_file("REDIS_URL", &s.redis_url, &s.redis_url_file);
+                let servers = value.and_then(|url| match redis::servers(url.expose_secret()) {
+                    Ok(servers) => Some(servers),
+                    Err(message) => {
+                        r.0.push(format!("{variable}: {message}"));
+                        None
+                    }
+                });
                 servers.map(|servers| RedisSettings {
                     servers,
                     prefix,
@@ -264,8 +290,31 @@ impl Config {
             replicas: usize::try_from(r.number("QUOTA_REPLICAS", &s.replicas, 1..=1000))
                 .unwrap_or(1),
             migrate: r.read("QUOTA_MIGRATE", &s.migrate, true, boolean),
-            secret: r.secret("QUOTA_SECRET", &s.secret),
-            secret_previous: r.secret("QUOTA_SECRET_PREVIOUS", &s.secret_previous),
+            secret: r.secret("QUOTA_SECRET", &s.secret, &s.secret_file),
+            secret_previous: r.secret(
+                "QUOTA_SECRET_PREVIOUS",
+                &s.secret_previous,
+                &s.secret_previous_file,
+            ),
+            registration: r.read(
+                "QUOTA_REGISTRATION",
+                &s.registration,
+                Registration::Open,
+                |text| match text {
+                    "open" => Ok(Registration::Open),
+                    "closed" => Ok(Registration::Closed),
+                    _ => Err("must be open or closed".into()),
+                },
+            ),
+            allowances: Allowances {
+                plans: r.number("QUOTA_MAX_PLANS", &s.max_plans, 1..=1_000_000),
+                api_keys: r.number("QUOTA_MAX_API_KEYS", &s.max_api_keys, 1..=10_000_000),
+                service_tokens: r.number(
+                    "QUOTA_MAX_SERVICE_TOKENS",
+                    &s.max_service_tokens,
+                    1..=1_000_000,
+                ),
+            },
             allowed_origins: r.read("ALLOWED_ORIGINS", &s.allowed_origins, vec![], |text| {
                 list(text, origin)
             }),
@@ -329,7 +378,8 @@ impl Config {
                     .to_owned(),
             );
         }
-        if config.secret_previous.is_some() && config.secret.is_none() {
+        let no_secret = s.secret.is_empty() && s.secret_file.trim().is_empty();
+        if config.secret_previous.is_some() && no_secret {
             reader
                 .0
                 .push("QUOTA_SECRET_PREVIOUS: is set without QUOTA_SECRET".to_owned());

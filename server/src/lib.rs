@@ -20,6 +20,7 @@ pub mod repo;
 pub mod revocations;
 pub mod router;
 pub mod schema;
+pub mod seal;
 pub mod secret_text;
 pub mod serve;
 pub mod state;

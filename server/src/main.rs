@@ -70,7 +70,7 @@ enum Command {
 
 #[derive(Subcommand)]
 enum UserCommand {
-    /// Make a user with a tenant of their own; the password is read from standard input
+    /// Create a user with a tenant of their own; the password is read from standard input
     Create {
         #[command(flatten)]
         settings: Box<Settings>,
@@ -132,10 +132,18 @@ fn run<F>(settings: &Settings, command: impl FnOnce(Config, Log) -> F) -> anyhow
 where
     F: Future<Output = anyhow::Result<()>>,
 {
+    let variables = std::env::vars_os()
+        .filter_map(|(name, value)| {
+            let value = value.to_string_lossy().into_owned();
+            Some((name.into_string().ok()?, value))
+        })
+        .collect::<Vec<_>>();
+    let unknown = config::unknown_variables(variables);
     let config = match Config::read(settings) {
-        Ok(config) => config,
-        Err(faults) => {
-            for fault in &faults.0 {
+        Ok(config) if unknown.is_empty() => config,
+        read => {
+            let faults = read.err().map(|faults| faults.0).unwrap_or_default();
+            for fault in faults.iter().chain(&unknown) {
                 eprintln!("{fault}");
             }
             anyhow::bail!("the settings are not valid; nothing was started");

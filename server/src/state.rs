@@ -10,7 +10,13 @@ use std::{
 
 use crate::{
     auth::{
-        AuthError, account::Accounts, password::PasswordPool, secret::Secrets, session::Sessions,
+        AuthError,
+        account::Accounts,
+        attempts::Attempts,
+        device::Devices,
+        password::PasswordPool,
+        secret::{Seals, SecretPair},
+        session::Sessions,
         token::Signer,
     },
     cache::Freshness,
@@ -60,7 +66,7 @@ pub struct Parts {
     pub recent: Arc<Recent>,
     pub auth_guard: Guard,
     pub admin_guard: Guard,
-    pub login_guard: Arc<Guard>,
+    pub login_attempts: Arc<Attempts>,
     draining: AtomicBool,
 }
 
@@ -83,19 +89,23 @@ impl AppState {
         let metrics = Arc::new(Metrics::default());
         let freshness = Arc::new(Freshness::new(clock.clone()));
         let redis = config.redis.clone().map(Redis::connect_lazy);
-        let announcer = Announcer::new(redis.clone(), metrics.clone());
         let recent = Arc::new(Recent::default());
 
-        let master = match &config.secret {
+        // It also tells this installation from others that use the same QUOTA_SECRET.
+        let installation = stored_secret(&db).await?;
+        let current = match &config.secret {
             Some(secret) => Config::secret_bytes(secret).to_vec(),
-            None => stored_secret(&db).await?,
+            None => installation.clone(),
         };
-        let secrets = Arc::new(Secrets::new(&master));
-        let previous = config
-            .secret_previous
-            .as_ref()
-            .map(|secret| Secrets::new(Config::secret_bytes(secret)));
-        let signer = Arc::new(Signer::new(&secrets, previous.as_ref())?);
+        let previous = config.secret_previous.as_ref().map(Config::secret_bytes);
+        let secrets = Arc::new(SecretPair::new(&current, previous));
+        let signer = Arc::new(Signer::new(&secrets)?);
+        let Seals {
+            records,
+            invalidations,
+            attempts,
+        } = Seals::new(&current, previous, &installation);
+        let announcer = Announcer::new(redis.clone(), invalidations, metrics.clone());
 
         let ledger = Arc::new(PostgresLedger::new(db.on(Lane::Ledger), metrics.clone()));
         // Ten times the cache: a key that fell out of the cache keeps its bucket until that is full again.
@@ -129,7 +139,8 @@ impl AppState {
         let shared = redis.clone().map(|redis| {
             SharedKeys::new(
                 redis,
-                &secrets.record_seal,
+                records,
+                clock.clone(),
                 recent.clone(),
                 freshness.clone(),
                 metrics.clone(),
@@ -148,19 +159,27 @@ impl AppState {
         let sessions = Sessions::new(
             db.clone(),
             clock.clone(),
-            (secrets, signer),
+            (secrets.clone(), signer),
             (config.session_days, config.stale_grace),
             announcer.clone(),
             &freshness,
             &metrics,
         );
-        let login_guard = Arc::new(Guard::new(config.login_rpm, GUARDED, clock.clone()));
+        let login_attempts = Arc::new(Attempts::new(
+            config.login_rpm,
+            &attempts,
+            redis.clone(),
+            clock.clone(),
+            metrics.clone(),
+        ));
         let passwords = PasswordPool::start(config.password_cost)?;
         let accounts = Accounts::new(
             db.clone(),
             passwords,
             sessions.clone(),
-            login_guard.clone(),
+            login_attempts.clone(),
+            Devices::new(secrets),
+            clock.clone(),
             metrics.clone(),
         );
         Ok(Self(Arc::new(Parts {
@@ -182,7 +201,7 @@ impl AppState {
             redis,
             announcer,
             recent,
-            login_guard,
+            login_attempts,
             draining: AtomicBool::new(false),
         })))
     }
@@ -196,7 +215,7 @@ impl AppState {
 
     /// The same for a change that was made here and committed, and tells the others.
     pub fn revoked(&self, revocation: &Revocation) {
-        self.recent.note(revocation);
+        self.recent.announced(revocation);
         self.forget(std::slice::from_ref(revocation));
         self.announcer.tell(revocation);
     }

@@ -1,5 +1,5 @@
-//! Where refresh tokens are kept: the system's keychain, one entry for each server. There is no other place; where
-//! there is no keychain a session ends with the app.
+//! Where refresh tokens and device tokens are kept: the system's keychain, one entry of each for each server. There is
+//! no other place; without a keychain a session ends with the app, and the device is a new one at every sign-in.
 
 use std::time::Duration;
 

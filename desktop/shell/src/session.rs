@@ -21,7 +21,7 @@ use std::{
 use parking_lot::Mutex;
 use quota_common::{
     Problem, ProblemCode, Timestamp,
-    auth::{SignedIn, Tokens},
+    auth::{Login, SignedIn, Tokens},
     call::Call,
     shell::{Answered, Refusal, Tried},
 };
@@ -116,13 +116,26 @@ impl Session {
 
     async fn sign_in(&self, call: &Call) -> Result<Answered, Refusal> {
         let mut state = self.state.lock().await;
+        let device = self.device().await;
+        let known = match call {
+            Call::Login(login) => Some(Call::Login(Login {
+                device_token: device.map(|it| it.expose_secret().to_owned()),
+                ..login.clone()
+            })),
+            _ => None,
+        };
+        let call = known.as_ref().unwrap_or(call);
         let body = self.client.send(call, Credential::None).await?;
         let mut signed_in: SignedIn =
             serde_json::from_str(&body).map_err(|_| Refusal::Unreadable)?;
         let access = signed_in.access_token.take().ok_or(Refusal::Unreadable)?;
         let refresh = signed_in.refresh_token.take().ok_or(Refusal::Unreadable)?;
+        let device = signed_in.device_token.take();
         self.answers.lock().clear();
         self.keep(&mut state, refresh.into()).await;
+        if let Some(device) = device {
+            self.keep_device(device.into()).await;
+        }
         state.access = Some(Access::new(access, signed_in.expires_in));
         tracing::info!(server = %self.client.server(), "signed in");
         Ok(fresh(json(&signed_in)?))
@@ -265,6 +278,23 @@ impl Session {
             .is_ok();
         *self.keeps.lock() = kept;
         state.refresh = (!kept).then_some(token);
+    }
+
+    /// By which the server knows this device at a sign-in. It outlives sessions; without a keychain there is none.
+    async fn device(&self) -> Option<SecretString> {
+        let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
+        let stored = keychain::ask(move || keychain.get(&entry)).await;
+        stored.ok().flatten()
+    }
+
+    async fn keep_device(&self, token: SecretString) {
+        let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
+        // A device that is not remembered signs in like a new one.
+        let _ = keychain::ask(move || keychain.set(&entry, &token)).await;
+    }
+
+    fn device_entry(&self) -> String {
+        format!("{} (device)", self.name())
     }
 
     async fn end(&self, state: &mut State) {

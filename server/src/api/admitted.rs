@@ -161,7 +161,7 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
         let headers = request.headers();
         let from_bearer = bearer(headers)?;
         let token = from_bearer
-            .or_else(|| browser::cookie(state, headers, Kept::Access))
+            .or_else(|| browser::cookie(state, request, Kept::Access))
             .ok_or_else(|| {
                 let detail = if browser::wants_cookies(headers) {
                     "Nobody is signed in: the session's cookies did not come with the request."

@@ -16,6 +16,7 @@ use uuid::Uuid;
 use super::{
     Tag,
     admitted::AdmittedTenant,
+    allowance,
     change::{self, Change},
     idempotency::Once,
     json::{Created, Json, NoContent},
@@ -25,6 +26,7 @@ use super::{
 use crate::{
     repo::{
         By, Mark, Order,
+        allowance::Resource,
         api_key::{self, ApiKeyChange, ApiKeyRow, Filter, NewApiKey},
         revocation::{self, Target},
     },
@@ -168,6 +170,7 @@ impl ApiKeyApi {
             return Ok(Created(answer));
         }
         self.in_the_future(body.expires_at)?;
+        allowance::one_more(&self.state.config, &mut tx, Resource::ApiKeys).await?;
         let text = SecretText::generate(Kind::ApiKey)?;
         let new = NewApiKey {
             tenant_id: caller.tenant().0,

@@ -6,7 +6,7 @@ use poem_openapi::{
     param::{Path, Query},
 };
 use quota_common::{
-    Page, SessionId, TenantId, UserId,
+    Page, ProblemCode, SessionId, TenantId, UserId,
     auth::{
         ChangePassword, Login, Me, Refresh, Register, Role, Session, SignedIn, Tenant, Tokens,
         UpdateMe, User,
@@ -17,14 +17,19 @@ use serde_json::json;
 use super::{
     Tag,
     admitted::{AdmittedTenant, origin},
-    browser::{self, WithCookies},
+    browser::{self, Kept, WithCookies},
     change::{self, Change},
     json::{Created, Json, NoContent},
     page,
     problem::ApiError,
 };
 use crate::{
-    auth::{AuthError, account, session::role_named, token::LIFETIME},
+    auth::{
+        AuthError,
+        account::{self, Credentials},
+        session::role_named,
+        token::LIFETIME,
+    },
     db::DbError,
     limiter::Zone,
     repo::{
@@ -75,13 +80,16 @@ fn signed_in(
     it: account::SignedIn,
 ) -> (SignedIn, Vec<HeaderValue>) {
     let set = if cookies {
-        browser::keep(state, request.headers(), &it.tokens)
+        let mut set = browser::keep(state, request, &it.tokens);
+        set.extend(browser::keep_device(state, request, &it.device));
+        set
     } else {
         Vec::new()
     };
     let body = SignedIn {
         access_token: (!cookies).then_some(it.tokens.access),
         refresh_token: (!cookies).then_some(it.tokens.refresh),
+        device_token: (!cookies).then_some(it.device),
         expires_in: LIFETIME,
         user: user(it.user),
         tenant: tenant(it.tenant, role_named(&it.role).unwrap_or(Role::Viewer)),
@@ -91,6 +99,20 @@ fn signed_in(
 
 fn refresh_token_missing() -> ApiError {
     ApiError::invalid("refresh_token", "is missing")
+}
+
+/// What this device has kept from earlier sign-ins: in its cookie, or in the body.
+fn device<'a>(
+    state: &AppState,
+    request: &'a Request,
+    cookies: bool,
+    sent: Option<&'a str>,
+) -> Option<&'a str> {
+    if cookies {
+        browser::cookie(state, request, Kept::Device)
+    } else {
+        sent
+    }
 }
 
 /// A refused new password is told under the name that the field has in the request.
@@ -105,8 +127,9 @@ fn under(field: &'static str) -> impl Fn(AuthError) -> ApiError {
 impl AuthApi {
     /// Register
     ///
-    /// Makes a user, a tenant of their own, and a session. With `X-Quota-Session: cookie`, from a page of this
-    /// server, the tokens are in cookies and not in the body.
+    /// Creates a user, a tenant of their own, and a session. With `X-Quota-Session: cookie`, from a page of this
+    /// server, the tokens are in cookies and not in the body. Answers 403 while the operator keeps registration
+    /// closed.
     #[oai(path = "/register", method = "post", operation_id = "register")]
     async fn register(
         &self,
@@ -119,11 +142,21 @@ impl AuthApi {
             password,
             tenant_name,
         } = body.0;
+        if !self.state.config.registration.is_open() {
+            return Err(ApiError::new(
+                ProblemCode::RegistrationClosed,
+                "Registration is closed on this server. Ask its operator for an account.",
+            ));
+        }
         let origin = origin(request);
-        let account =
-            self.state
-                .accounts
-                .register(&email, &password, tenant_name.as_deref(), &origin);
+        let device = device(&self.state, request, in_cookies, None);
+        let account = self.state.accounts.register(
+            &email,
+            &password,
+            tenant_name.as_deref(),
+            device,
+            &origin,
+        );
         let account = account.await.map_err(under("password"))?;
         let (body, cookies) = signed_in(&self.state, request, in_cookies, account);
         Ok(WithCookies {
@@ -134,7 +167,9 @@ impl AuthApi {
 
     /// Sign in
     ///
-    /// With `X-Quota-Session: cookie`, from a page of this server, the tokens are in cookies and not in the body.
+    /// Failed sign-ins are limited by account and network. Send the `device_token` of an earlier sign-in to be
+    /// recognized: a known device has tries of its own, whatever others do. With `X-Quota-Session: cookie`, from a page
+    /// of this server, all tokens are in cookies and not in the body.
     #[oai(path = "/login", method = "post", operation_id = "login")]
     async fn login(
         &self,
@@ -143,10 +178,13 @@ impl AuthApi {
     ) -> Result<WithCookies<Json<SignedIn>>, ApiError> {
         let in_cookies = cookies_wanted(&self.state, request)?;
         let origin = origin(request);
-        let account = self
-            .state
-            .accounts
-            .login(&body.0.email, &body.0.password, &origin);
+        let sent = body.0.device_token.as_deref();
+        let credentials = Credentials {
+            email: &body.0.email,
+            password: &body.0.password,
+            device: device(&self.state, request, in_cookies, sent),
+        };
+        let account = self.state.accounts.login(credentials, &origin);
         let (body, cookies) = signed_in(&self.state, request, in_cookies, account.await?);
         Ok(WithCookies {
             answer: Json(body),
@@ -188,7 +226,7 @@ impl AuthApi {
         }
         let tokens = sessions.refresh(token, &origin).await?;
         Ok(WithCookies {
-            cookies: browser::keep(&self.state, request.headers(), &tokens),
+            cookies: browser::keep(&self.state, request, &tokens),
             answer: Json(Tokens {
                 access_token: None,
                 refresh_token: None,
@@ -216,7 +254,7 @@ impl AuthApi {
             {
                 sessions.end_by_refresh_token(token, &origin).await?;
             }
-            cookies = browser::forget(&self.state, request.headers());
+            cookies = browser::forget(&self.state, request);
         } else {
             let token = body.0.refresh_token.ok_or_else(refresh_token_missing)?;
             sessions.end_by_refresh_token(&token, &origin).await?;

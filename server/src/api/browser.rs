@@ -6,7 +6,7 @@
 //! a field that follows from the session, which only a page of this origin can read from its cookie.
 
 use poem::{
-    IntoResponse, Request, Response,
+    Addr, IntoResponse, Request, Response,
     http::{HeaderMap, HeaderValue, Method, header},
 };
 use poem_openapi::{
@@ -18,7 +18,7 @@ use url::Url;
 
 use super::problem::ApiError;
 use crate::{
-    auth::{session::Tokens, token::LIFETIME},
+    auth::{device, session::Tokens, token::LIFETIME},
     state::AppState,
 };
 
@@ -34,10 +34,13 @@ pub enum Kept {
     Refresh,
     /// The only one that scripts read: it is worth nothing without the others.
     Csrf,
+    /// Where this browser has signed in before. It outlives sessions, and is no credential.
+    Device,
 }
 
 impl Kept {
-    const ALL: [Self; 3] = [Self::Access, Self::Refresh, Self::Csrf];
+    /// Those that begin and end with a session.
+    const OF_SESSION: [Self; 3] = [Self::Access, Self::Refresh, Self::Csrf];
 
     const fn name(self, secure: bool) -> &'static str {
         match (self, secure) {
@@ -47,26 +50,61 @@ impl Kept {
             (Self::Refresh, false) => "quota_refresh",
             (Self::Csrf, true) => "__Host-quota_csrf",
             (Self::Csrf, false) => "quota_csrf",
+            (Self::Device, true) => "__Host-quota_device",
+            (Self::Device, false) => "quota_device",
         }
     }
 }
 
-/// Whether cookies are for TLS alone. All are, unless the browser speaks plain HTTP with its own machine, where
-/// it would refuse such cookies and nobody listens in between.
-fn is_secure(state: &AppState, headers: &HeaderMap) -> bool {
-    if state.config.public_url.starts_with("https:") {
-        return true;
-    }
+/// Fields that only proxies add. Their values do not matter here.
+const OF_PROXIES: [&str; 5] = [
+    "forwarded",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+];
+
+/// Whether cookies are set for TLS only. All are, unless the browser speaks plain HTTP to a server on its own machine:
+/// it would refuse such cookies, and nobody listens in between.
+///
+/// `Host` alone does not prove that: a proxy may send the name of its upstream, such as `localhost`. So the peer has to
+/// be on this machine, no field may come from a proxy, and the page, where the browser names it, has to be local too.
+fn is_secure(state: &AppState, request: &Request) -> bool {
+    let page_is_local = match request.headers().get(header::ORIGIN) {
+        None => true,
+        Some(origin) => origin
+            .to_str()
+            .ok()
+            .and_then(|origin| Url::parse(origin).ok())
+            .is_some_and(|origin| origin.scheme() == "http" && is_local(&origin)),
+    };
+    !(page_is_local && is_sent_locally(state, request))
+}
+
+fn is_sent_locally(state: &AppState, request: &Request) -> bool {
+    let headers = request.headers();
+    let peer_is_local = match &request.remote_addr().0 {
+        Addr::SocketAddr(addr) => addr.ip().to_canonical().is_loopback(),
+        _ => true,
+    };
+    let is_proxied = OF_PROXIES.iter().any(|name| headers.contains_key(*name));
     let host = headers.get(header::HOST).and_then(|it| it.to_str().ok());
-    let local = host
-        .and_then(|host| Url::parse(&format!("http://{host}")).ok())
-        .is_some_and(|url| match url.host() {
-            Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
-            Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
-            Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
-            None => false,
-        });
-    !local
+    let host = host.and_then(|host| Url::parse(&format!("http://{host}")).ok());
+    !state.config.public_url.starts_with("https:")
+        && peer_is_local
+        && !is_proxied
+        && host.is_some_and(|host| is_local(&host))
+}
+
+/// Whether the address is this machine's, as browsers decide it.
+fn is_local(url: &Url) -> bool {
+    match url.host() {
+        Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+        Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
+        Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
+        None => false,
+    }
 }
 
 /// The caller wants its tokens in cookies.
@@ -76,17 +114,26 @@ pub fn wants_cookies(headers: &HeaderMap) -> bool {
         .is_some_and(|field| field.as_bytes() == b"cookie")
 }
 
-/// What one of the session's cookies holds.
-pub fn cookie<'a>(state: &AppState, headers: &'a HeaderMap, kept: Kept) -> Option<&'a str> {
-    let name = kept.name(is_secure(state, headers));
-    headers
-        .get_all(header::COOKIE)
-        .iter()
-        .filter_map(|field| field.to_str().ok())
-        .flat_map(|field| field.split(';'))
-        .filter_map(|pair| pair.trim().split_once('='))
-        .find(|(it, _)| *it == name)
-        .map(|(_, value)| value)
+/// What one of the cookies holds. The names that only a secure origin can set are always read; the others only from
+/// this machine, whatever page sent them: whether that page may do something is decided elsewhere.
+pub fn cookie<'a>(state: &AppState, request: &'a Request, kept: Kept) -> Option<&'a str> {
+    let named = |secure| {
+        let name = kept.name(secure);
+        request
+            .headers()
+            .get_all(header::COOKIE)
+            .iter()
+            .filter_map(|field| field.to_str().ok())
+            .flat_map(|field| field.split(';'))
+            .filter_map(|pair| pair.trim().split_once('='))
+            .find(|(it, _)| *it == name)
+            .map(|(_, value)| value)
+    };
+    named(true).or_else(|| {
+        is_sent_locally(state, request)
+            .then(|| named(false))
+            .flatten()
+    })
 }
 
 /// The request comes from a page of this server, as far as browsers tell: by `Sec-Fetch-Site`, else by `Origin`.
@@ -147,7 +194,7 @@ pub fn refresh_token<'a>(
 ) -> Result<Option<(&'a str, SessionId)>, ApiError> {
     let headers = request.headers();
     same_origin(state, headers)?;
-    let Some(token) = cookie(state, headers, Kept::Refresh) else {
+    let Some(token) = cookie(state, request, Kept::Refresh) else {
         return Ok(None);
     };
     let session = csrf_of(state, headers).ok_or_else(|| {
@@ -160,38 +207,37 @@ pub fn refresh_token<'a>(
 }
 
 /// Fields that set the cookies of a session.
-pub fn keep(state: &AppState, headers: &HeaderMap, tokens: &Tokens) -> Vec<HeaderValue> {
+pub fn keep(state: &AppState, request: &Request, tokens: &Tokens) -> Vec<HeaderValue> {
     let days = u64::from(state.config.session_days) * 86_400;
     let csrf = state.sessions.csrf_token(tokens.session);
-    Kept::ALL
+    let secure = is_secure(state, request);
+    let cookies = [
+        (Kept::Access, &tokens.access, u64::from(LIFETIME)),
+        (Kept::Refresh, &tokens.refresh, days),
+        (Kept::Csrf, &csrf, days),
+    ];
+    cookies
         .iter()
-        .filter_map(|kept| {
-            let (value, age) = match kept {
-                Kept::Access => (&tokens.access, u64::from(LIFETIME)),
-                Kept::Refresh => (&tokens.refresh, days),
-                Kept::Csrf => (&csrf, days),
-            };
-            set_cookie(state, headers, *kept, value, age)
-        })
+        .filter_map(|(kept, value, age)| set_cookie(secure, *kept, value, *age))
         .collect()
 }
 
-/// Fields that remove them.
-pub fn forget(state: &AppState, headers: &HeaderMap) -> Vec<HeaderValue> {
-    Kept::ALL
+/// The field that sets the cookie by which the browser is known at its next sign-in.
+pub fn keep_device(state: &AppState, request: &Request, device: &str) -> Option<HeaderValue> {
+    let age = device::LIFETIME.as_secs();
+    set_cookie(is_secure(state, request), Kept::Device, device, age)
+}
+
+/// Fields that remove the cookies of a session.
+pub fn forget(state: &AppState, request: &Request) -> Vec<HeaderValue> {
+    let secure = is_secure(state, request);
+    Kept::OF_SESSION
         .iter()
-        .filter_map(|kept| set_cookie(state, headers, *kept, "", 0))
+        .filter_map(|kept| set_cookie(secure, *kept, "", 0))
         .collect()
 }
 
-fn set_cookie(
-    state: &AppState,
-    headers: &HeaderMap,
-    kept: Kept,
-    value: &str,
-    max_age: u64,
-) -> Option<HeaderValue> {
-    let secure = is_secure(state, headers);
+fn set_cookie(secure: bool, kept: Kept, value: &str, max_age: u64) -> Option<HeaderValue> {
     let mut text = format!(
         "{}={value}; Path=/; Max-Age={max_age}; SameSite=Lax",
         kept.name(secure)

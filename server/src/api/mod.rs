@@ -7,6 +7,7 @@
 
 pub mod admitted;
 pub mod allow;
+pub mod allowance;
 pub mod api_key;
 pub mod audit;
 pub mod auth;

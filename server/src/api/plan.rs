@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::{
     Tag,
     admitted::AdmittedTenant,
+    allowance,
     change::{self, Change},
     idempotency::Once,
     json::{Created, Json, NoContent},
@@ -25,6 +26,7 @@ use crate::{
     db::TenantTx,
     repo::{
         By, Mark, Order,
+        allowance::Resource,
         plan::{self, NewPlan, PlanChange, PlanRow},
         revocation::{self, Target},
     },
@@ -154,6 +156,7 @@ impl PlanApi {
         if let Some(answer) = once.replay(&mut tx).await? {
             return Ok(Created(answer));
         }
+        allowance::one_more(&self.state.config, &mut tx, Resource::Plans).await?;
         let new = NewPlan {
             tenant_id: caller.tenant().0,
             id: Uuid::now_v7(),

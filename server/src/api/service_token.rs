@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::{
     Tag,
     admitted::AdmittedTenant,
+    allowance,
     change::{self, Change},
     idempotency::Once,
     json::{Created, Json, NoContent},
@@ -22,6 +23,7 @@ use super::{
 };
 use crate::{
     repo::{
+        allowance::Resource,
         revocation::{self, Target},
         service_token::{self, NewServiceToken, ServiceTokenRow},
     },
@@ -91,6 +93,7 @@ impl ServiceTokenApi {
         if let Some(answer) = once.replay(&mut tx).await? {
             return Ok(Created(answer));
         }
+        allowance::one_more(&self.state.config, &mut tx, Resource::ServiceTokens).await?;
         let text = SecretText::generate(Kind::ServiceToken)?;
         let new = NewServiceToken {
             tenant_id: caller.tenant().0,

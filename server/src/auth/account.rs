@@ -1,6 +1,10 @@
 //! Accounts: registering, signing in, changing a password.
+//!
+//! A password is verified outside of any transaction, since hashing takes long and may wait. The transaction that then
+//! begins a session, or changes the password, makes sure under the user's row lock that the password is still the one
+//! that was verified: a password that changed meanwhile begins no session.
 
-use std::{hash::BuildHasher, sync::Arc};
+use std::sync::Arc;
 
 use quota_common::{SessionId, TenantId, UserId};
 use serde_json::json;
@@ -8,12 +12,14 @@ use uuid::Uuid;
 
 use super::{
     AuthError,
-    password::{Password, PasswordPool},
+    attempts::{Attempt, Attempts, Wait, network_number},
+    device::Devices,
+    password::{Lane, Password, PasswordPool, Place, Turn},
     session::{Origin, Sessions, Tokens},
 };
 use crate::{
+    clock::Clock,
     db::{Db, DbError},
-    limiter::{Caller, Guard},
     repo::{
         account::{self, TenantRow, UserRow},
         audit,
@@ -26,6 +32,8 @@ use crate::{
 /// An account with a session that was just begun.
 pub struct SignedIn {
     pub tokens: Tokens,
+    /// What the device keeps, to be known the next time.
+    pub device: String,
     pub user: UserRow,
     pub tenant: TenantRow,
     pub role: String,
@@ -37,10 +45,30 @@ pub struct Accounts {
     db: Db,
     passwords: PasswordPool,
     sessions: Sessions,
-    /// Tries to sign in to one account, from wherever.
-    tries: Arc<Guard>,
-    hasher: std::collections::hash_map::RandomState,
+    attempts: Arc<Attempts>,
+    devices: Devices,
+    clock: Arc<dyn Clock>,
     metrics: Arc<Metrics>,
+}
+
+/// What somebody signs in with.
+#[derive(Clone, Copy)]
+pub struct Credentials<'a> {
+    pub email: &'a str,
+    pub password: &'a str,
+    /// What the device has kept from earlier sign-ins.
+    pub device: Option<&'a str>,
+}
+
+fn refused(Wait(wait): Wait) -> AuthError {
+    AuthError::TooManyTries(wait)
+}
+
+fn signed_in_turn(origin: &Origin) -> Turn {
+    Turn {
+        lane: Lane::Known,
+        network: network_number(origin.ip),
+    }
 }
 
 impl Accounts {
@@ -48,15 +76,18 @@ impl Accounts {
         db: Db,
         passwords: PasswordPool,
         sessions: Sessions,
-        tries: Arc<Guard>,
+        attempts: Arc<Attempts>,
+        devices: Devices,
+        clock: Arc<dyn Clock>,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
             db,
             passwords,
             sessions,
-            tries,
-            hasher: std::collections::hash_map::RandomState::new(),
+            attempts,
+            devices,
+            clock,
             metrics,
         }
     }
@@ -66,12 +97,19 @@ impl Accounts {
         email: &str,
         password: &str,
         tenant_name: Option<&str>,
+        device: Option<&str>,
         origin: &Origin,
     ) -> Result<SignedIn, AuthError> {
         let email = email.trim().to_lowercase();
         let password = Password::new(password);
         password.judge(&email)?;
-        let hash = self.passwords.hash(password).await?;
+        let turn = Turn {
+            lane: Lane::Ordinary,
+            network: network_number(origin.ip),
+        };
+        let place = self.passwords.enter(turn).await?;
+        let hash = self.passwords.hash(password, &place).await?;
+        drop(place);
         let tenant_name =
             tenant_name.map_or_else(|| email.split('@').next().unwrap_or(&email), str::trim);
 
@@ -105,13 +143,14 @@ impl Accounts {
         tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "registered");
         Ok(SignedIn {
             tokens,
+            device: self.devices.remember(&email, device, self.clock.now())?,
             user,
             tenant,
             role: "owner".into(),
         })
     }
 
-    /// Makes a user and a tenant of their own, for the operator.
+    /// Creates a user and a tenant of their own, for the operator. Works while registration is closed.
     pub async fn create(
         &self,
         email: &str,
@@ -119,7 +158,7 @@ impl Accounts {
         tenant_name: Option<&str>,
     ) -> Result<(UserId, TenantId), AuthError> {
         let made = self
-            .register(email, password, tenant_name, &Origin::default())
+            .register(email, password, tenant_name, None, &Origin::default())
             .await?;
         Ok((UserId(made.user.id), TenantId(made.tenant.id)))
     }
@@ -135,8 +174,10 @@ impl Accounts {
         };
         let password = Password::new(password);
         password.judge(&email)?;
-        let hash = self.passwords.hash(password).await?;
+        let place = self.passwords.enter(signed_in_turn(&Origin::default()));
+        let hash = self.passwords.hash(password, &place.await?).await?;
         let mut tx = self.db.system().await?;
+        // First: it waits for the sign-ins that have seen the old password, and those end below.
         account::set_password(&mut tx, user.id, &hash).await?;
         // No session has the nil id: all end.
         let ended = session::end_others(&mut tx, user.id, Uuid::nil()).await?;
@@ -171,31 +212,54 @@ impl Accounts {
         Ok(all)
     }
 
+    /// Begins a session. Strangers cannot exhaust what this is limited by: see [`super::attempts`].
     pub async fn login(
         &self,
-        email: &str,
-        password: &str,
+        credentials: Credentials<'_>,
         origin: &Origin,
     ) -> Result<SignedIn, AuthError> {
+        let Credentials {
+            email,
+            password,
+            device,
+        } = credentials;
         let email = email.trim().to_lowercase();
-        let account = Caller::Account(self.hasher.hash_one(&email));
-        if let Err(refused) = self.tries.admit(account) {
-            self.metrics.guard_refusals.inc();
-            return Err(AuthError::TooManyTries(refused.retry_after));
-        }
+        let known = device.and_then(|value| self.devices.find(&email, value, self.clock.now()));
+        let attempt = match &known {
+            Some(device) => self.attempts.of_device(&email, device).await,
+            None => self.attempts.of_network(&email, origin.ip).await,
+        };
+        let attempt = attempt.map_err(refused)?;
+        let turn = Turn {
+            lane: match known {
+                Some(_) => Lane::Known,
+                None if attempt.is_suspect => Lane::Suspect,
+                None => Lane::Ordinary,
+            },
+            network: network_number(origin.ip),
+        };
+        let place = self.enter(&attempt, turn).await?;
         let mut tx = self.db.system().await?;
         let found = account::for_login(&mut tx, &email).await?;
         tx.commit().await?;
         let (user, hash, tenant) = match found {
-            Some((user, hash, tenant)) => (Some((user, tenant)), Some(hash), tenant),
+            Some((user, hash, tenant)) => (Some(user), Some(hash), tenant),
             None => (None, None, Uuid::nil()),
         };
-        let right = self.passwords.verify(Password::new(password), hash).await?;
-        let Some((user, _)) = user.filter(|_| right) else {
+        let verified = self
+            .passwords
+            .verify(Password::new(password), hash.clone(), &place)
+            .await?;
+        drop(place);
+        let (Some(user), Some(hash), true) = (user, hash, verified) else {
             self.metrics.logins_failed.inc();
             return Err(AuthError::WrongCredentials);
         };
         let mut tx = self.db.system().await?;
+        if !account::hold_password(&mut tx, user.id, &hash).await? {
+            self.metrics.logins_failed.inc();
+            return Err(AuthError::WrongCredentials);
+        }
         let member = account::member(&mut tx, user.id, tenant).await?;
         let (user, tenant, role) = member.ok_or(AuthError::WrongCredentials)?;
         let tokens = self
@@ -216,12 +280,23 @@ impl Accounts {
         };
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
+        self.attempts.succeeded(&attempt).await;
         Ok(SignedIn {
             tokens,
+            device: self.devices.remember(&email, device, self.clock.now())?,
             user,
             tenant,
             role,
         })
+    }
+
+    /// Waits for a password thread. A try for which there is none is not counted.
+    async fn enter(&self, attempt: &Attempt, turn: Turn) -> Result<Place, AuthError> {
+        let entered = self.passwords.enter(turn).await;
+        if entered.is_err() {
+            self.attempts.not_made(attempt).await;
+        }
+        entered
     }
 
     /// Changes the password and ends every other session of the user.
@@ -231,30 +306,38 @@ impl Accounts {
         (current, new): (&str, &str),
         origin: &Origin,
     ) -> Result<(), AuthError> {
-        // As many tries as at the door: a stolen session must not be a way to guess the password.
-        if let Err(refused) = self
-            .tries
-            .admit(Caller::Account(self.hasher.hash_one(user)))
-        {
-            self.metrics.guard_refusals.inc();
-            return Err(AuthError::TooManyTries(refused.retry_after));
-        }
+        let attempt = self.attempts.of_user(user.0.as_bytes()).await;
+        let attempt = attempt.map_err(refused)?;
+        let place = self.enter(&attempt, signed_in_turn(origin)).await?;
         let mut tx = self.db.system().await?;
-        let hash = account::password_hash(&mut tx, user.0).await?;
+        let old = account::password_hash(&mut tx, user.0).await?;
         let member = account::member(&mut tx, user.0, tenant.0).await?;
         tx.commit().await?;
-        let Some((row, _, _)) = member else {
+        let (Some((row, _, _)), Some(old)) = (member, old) else {
             return Err(AuthError::Unauthorized);
         };
-        if !self.passwords.verify(Password::new(current), hash).await? {
+        let verified = self
+            .passwords
+            .verify(Password::new(current), Some(old.clone()), &place)
+            .await?;
+        if !verified {
             return Err(AuthError::WrongCredentials);
         }
+        self.attempts.succeeded(&attempt).await;
         let new = Password::new(new);
         new.judge(&row.email)?;
-        let hash = self.passwords.hash(new).await?;
+        let hash = self.passwords.hash(new, &place).await?;
+        drop(place);
 
         let mut tx = self.db.system().await?;
-        account::set_password(&mut tx, user.0, &hash).await?;
+        // First: it waits for the sign-ins that have seen the old password, and those end below.
+        if !account::replace_password(&mut tx, user.0, &old, &hash).await? {
+            return Err(AuthError::WrongCredentials);
+        }
+        // A session that was ended meanwhile changes nothing any more.
+        if session::find_live(&mut tx, session.0).await?.is_none() {
+            return Err(AuthError::Unauthorized);
+        }
         let ended = session::end_others(&mut tx, user.0, session.0).await?;
         let event = audit::NewAuditEvent {
             tenant_id: tenant.0,

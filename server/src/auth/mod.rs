@@ -2,10 +2,12 @@
 //!
 //! Owns how people prove who they are and stay signed in. Knows no HTTP. Passwords are hashed on a small pool
 //! of threads of their own, so that a flood of sign-ins takes neither the memory nor the time of anything
-//! else. When PostgreSQL is away nobody signs in, and sessions that were in use stay in use for
-//! `QUOTA_STALE_GRACE`.
+//! else. While PostgreSQL is unreachable nobody signs in, and sessions that were in use stay in use for
+//! `QUOTA_STALE_GRACE`. While Redis is unreachable, each replica limits sign-ins by itself.
 
 pub mod account;
+pub mod attempts;
+pub mod device;
 pub mod password;
 pub mod secret;
 pub mod session;
@@ -18,7 +20,7 @@ use crate::db::DbError;
 /// Why an account or session could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthError {
-    #[error("the email or the password is wrong")]
+    #[error("incorrect email or password")]
     WrongCredentials,
     #[error("the token opens nothing")]
     Unauthorized,
@@ -27,7 +29,7 @@ pub enum AuthError {
     /// Why a password is refused.
     #[error("{0}")]
     WeakPassword(String),
-    #[error("too many tries on this account")]
+    #[error("too many failed sign-ins")]
     TooManyTries(Duration),
     /// Too many passwords are being hashed.
     #[error("too many passwords are being hashed")]

@@ -1,6 +1,12 @@
 //! Passwords: which are good enough, and their hashes (argon2id).
+//!
+//! Hashing takes two threads and 92 MiB at most, however many ask. Who waits for a thread waits in one of three
+//! lanes, so that a flood of sign-ins does not keep others out: known devices and people who are signed in; networks
+//! that have not failed lately; and the rest. Each lane is bounded, gets its share of the threads, and when it is full,
+//! the network that takes most of it gives way first.
 
 use std::{
+    collections::{HashMap, VecDeque},
     sync::{
         Arc,
         mpsc::{SyncSender, TrySendError, sync_channel},
@@ -21,11 +27,42 @@ use zxcvbn::Score;
 use super::AuthError;
 use crate::config::PasswordCost;
 
-/// One hash takes about 50 ms and 46 MiB. So many at once, and so many waiting: the last of them waits about a
-/// second.
+/// One hash takes about 50 ms and 46 MiB. So many at once.
 const THREADS: usize = 2;
-const QUEUE: usize = 32;
+/// How many wait in each lane: the last of all waits for somewhat more than a second.
+const WAITING: [usize; LANES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
+const LANES: usize = 3;
+/// Whose turn it is, again and again. A lane that is empty leaves its turn to the first that is not.
+const TURNS: [Lane; 8] = [
+    Lane::Known,
+    Lane::Ordinary,
+    Lane::Known,
+    Lane::Ordinary,
+    Lane::Known,
+    Lane::Ordinary,
+    Lane::Known,
+    Lane::Suspect,
+];
+
+/// Where a password waits to be hashed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// A known device, or somebody who is signed in.
+    Known,
+    /// A network without failures lately.
+    Ordinary,
+    /// A network with failures lately.
+    Suspect,
+}
+
+/// A place in the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Turn {
+    pub lane: Lane,
+    /// The network of the caller, as any number that is the same for the same network.
+    pub network: u64,
+}
 
 /// A password in its normal form (NFC): the same characters typed on another keyboard are the same bytes.
 #[derive(Clone)]
@@ -74,10 +111,86 @@ impl Password {
 
 type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
 
+/// Those who wait, by lane and in the order of their coming.
+struct Queue<T> {
+    lanes: [VecDeque<(u64, T)>; LANES],
+    turn: usize,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        Self {
+            lanes: std::array::from_fn(|_| VecDeque::new()),
+            turn: 0,
+        }
+    }
+}
+
+impl<T> Queue<T> {
+    /// Adds a waiter to its lane. If the lane is full, the network with the most waiters loses its newest; `false` if
+    /// that would be the caller's own.
+    fn push(&mut self, turn: Turn, waiter: T) -> bool {
+        let lane = &mut self.lanes[turn.lane as usize];
+        if lane.len() >= WAITING[turn.lane as usize] {
+            let mut counts = HashMap::<u64, usize>::new();
+            for (network, _) in &*lane {
+                *counts.entry(*network).or_default() += 1;
+            }
+            let own = counts.get(&turn.network).copied().unwrap_or(0);
+            let Some((network, most)) = counts.into_iter().max_by_key(|(_, count)| *count) else {
+                return false;
+            };
+            if most <= own + 1 {
+                return false;
+            }
+            let newest = lane.iter().rposition(|(it, _)| *it == network);
+            // Dropped, which its caller notices.
+            newest.and_then(|at| lane.remove(at));
+        }
+        lane.push_back((turn.network, waiter));
+        true
+    }
+
+    fn pop(&mut self) -> Option<T> {
+        let first = TURNS[self.turn % TURNS.len()] as usize;
+        let lane = std::iter::once(first)
+            .chain(0..LANES)
+            .find(|lane| !self.lanes[*lane].is_empty())?;
+        self.turn = self.turn.wrapping_add(1);
+        self.lanes[lane].pop_front().map(|(_, waiter)| waiter)
+    }
+}
+
+#[derive(Default)]
+struct Places {
+    taken: usize,
+    waiting: Queue<oneshot::Sender<Place>>,
+}
+
+/// One of as many places as there are threads. Whoever holds one may hash, and should do only what belongs to that:
+/// a look-up in the database waits here as well, so that a flood does not take all of its connections.
+pub struct Place(Arc<Mutex<Places>>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut places = self.0.lock();
+        let next = places.waiting.pop();
+        if next.is_none() {
+            places.taken -= 1;
+        }
+        drop(places);
+        if let Some(next) = next {
+            // A waiter that has gone returns it, which drops it again.
+            let _ = next.send(Self(self.0.clone()));
+        }
+    }
+}
+
 /// The threads that hash. Cheap to clone.
 #[derive(Clone)]
 pub struct PasswordPool {
     jobs: SyncSender<Job>,
+    places: Arc<Mutex<Places>>,
     /// The hash of a password that nobody has: unknown emails take as long as wrong passwords.
     nobody: Arc<str>,
 }
@@ -94,20 +207,21 @@ impl PasswordPool {
         let params =
             Params::new(cost.memory_kib, cost.passes, 1, Some(32)).map_err(|e| internal(&e))?;
         let argon = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
-        let mut chance = [0; 32];
-        getrandom::fill(&mut chance)?;
+        let mut random = [0; 32];
+        getrandom::fill(&mut random)?;
         let nobody = argon
-            .hash_password(&chance)
+            .hash_password(&random)
             .map_err(|e| internal(&e))?
             .to_string();
 
-        let (jobs, queue) = sync_channel::<Job>(QUEUE);
+        // A caller that goes away leaves its place while its hash is still computed.
+        let (jobs, queue) = sync_channel::<Job>(4 * THREADS);
         let queue = Arc::new(Mutex::new(queue));
         for _ in 0..THREADS {
             let (queue, argon) = (queue.clone(), argon.clone());
             let run = move || {
                 loop {
-                    // The lock is for waiting alone: it is let go before the work begins.
+                    // The lock is held while waiting only, and released before the work begins.
                     let next = queue.lock().recv();
                     match next {
                         Ok(job) => job(&argon),
@@ -122,8 +236,30 @@ impl PasswordPool {
         }
         Ok(Self {
             jobs,
+            places: Arc::default(),
             nobody: nobody.into(),
         })
+    }
+
+    /// Waits for a place.
+    pub async fn enter(&self, turn: Turn) -> Result<Place, AuthError> {
+        let granted = {
+            let mut places = self.places.lock();
+            if places.taken < THREADS {
+                places.taken += 1;
+                return Ok(Place(self.places.clone()));
+            }
+            let (grant, granted) = oneshot::channel();
+            if !places.waiting.push(turn, grant) {
+                return Err(AuthError::Busy);
+            }
+            granted
+        };
+        // A waiter that gave way to another network is dropped without a place.
+        match tokio::time::timeout(WAIT, granted).await {
+            Ok(Ok(place)) => Ok(place),
+            Ok(Err(_)) | Err(_) => Err(AuthError::Busy),
+        }
     }
 
     async fn run<T: Send + 'static>(
@@ -132,7 +268,7 @@ impl PasswordPool {
     ) -> Result<T, AuthError> {
         let (answer, answered) = oneshot::channel();
         let job: Job = Box::new(move |argon| {
-            // A caller that went away is not worked for.
+            // Nothing is done for a caller that has gone.
             if !answer.is_closed() {
                 let _ = answer.send(work(argon));
             }
@@ -152,7 +288,7 @@ impl PasswordPool {
     }
 
     /// The hash to store, as a PHC string with a salt of its own.
-    pub async fn hash(&self, password: Password) -> Result<String, AuthError> {
+    pub async fn hash(&self, password: Password, _place: &Place) -> Result<String, AuthError> {
         let hash = self.run(move |argon| {
             argon
                 .hash_password(password.0.as_bytes())
@@ -167,6 +303,7 @@ impl PasswordPool {
         &self,
         password: Password,
         hash: Option<String>,
+        _place: &Place,
     ) -> Result<bool, AuthError> {
         let exists = hash.is_some();
         let hash = hash.unwrap_or_else(|| self.nobody.as_ref().to_owned());
@@ -205,23 +342,26 @@ mod tests {
         assert!(!refused("correct horse battery staple"));
     }
 
+    fn turn(lane: Lane, network: u64) -> Turn {
+        Turn { lane, network }
+    }
+
     #[tokio::test]
     async fn a_password_is_verified_in_any_normal_form() {
         let pool = PasswordPool::start(CHEAP).unwrap();
-        let hash = pool.hash(Password::new("caf\u{e9} und Tee")).await.unwrap();
+        let place = &pool.enter(turn(Lane::Known, 0)).await.unwrap();
+        let hash = pool
+            .hash(Password::new("caf\u{e9} und Tee"), place)
+            .await
+            .unwrap();
         assert!(hash.starts_with("$argon2id$v=19$m=64,t=1,p=1$"), "{hash}");
-        assert!(
-            pool.verify(Password::new("cafe\u{301} und Tee"), Some(hash.clone()))
-                .await
-                .unwrap()
-        );
-        assert!(
-            !pool
-                .verify(Password::new("cafe und Tee"), Some(hash))
-                .await
-                .unwrap()
-        );
-        assert!(!pool.verify(Password::new("anything"), None).await.unwrap());
+        let verify = async |password: &str, hash: Option<&String>| {
+            let verified = pool.verify(Password::new(password), hash.cloned(), place);
+            verified.await.unwrap()
+        };
+        assert!(verify("cafe\u{301} und Tee", Some(&hash)).await);
+        assert!(!verify("cafe und Tee", Some(&hash)).await);
+        assert!(!verify("anything", None).await);
     }
 
     #[tokio::test]
@@ -231,7 +371,11 @@ mod tests {
             passes: 4,
         })
         .unwrap();
-        let all = (0..200).map(|_| pool.verify(Password::new("x"), None));
+        let ordinary = turn(Lane::Ordinary, 1);
+        let all = (0..200).map(async |_| {
+            let place = pool.enter(ordinary).await?;
+            pool.verify(Password::new("x"), None, &place).await
+        });
         let all = futures_util::future::join_all(all).await;
         let busy = all
             .iter()
@@ -239,7 +383,63 @@ mod tests {
             .count();
         let served = all.iter().filter(|it| matches!(it, Ok(false))).count();
         assert_eq!(busy + served, 200);
-        assert!(served >= QUEUE, "{served} served");
-        assert!(busy >= 200 - QUEUE - THREADS - 4, "{busy} turned away");
+        let room = WAITING[Lane::Ordinary as usize];
+        assert!(served >= room, "{served} served");
+        assert!(busy >= 200 - room - THREADS - 4, "{busy} turned away");
+    }
+
+    /// Who of those that come gets in, and in which order they are served.
+    fn order(turns: &[Turn]) -> (Vec<bool>, Vec<usize>) {
+        let mut queue = Queue::default();
+        let taken = turns.iter().enumerate();
+        let taken = taken.map(|(n, turn)| queue.push(*turn, n)).collect();
+        let served = std::iter::from_fn(|| queue.pop()).collect();
+        (taken, served)
+    }
+
+    #[tokio::test]
+    async fn a_waiter_that_goes_away_leaves_its_place_to_the_next() {
+        let pool = PasswordPool::start(CHEAP).unwrap();
+        let ordinary = turn(Lane::Ordinary, 1);
+        let first = pool.enter(ordinary).await.unwrap();
+        let second = pool.enter(ordinary).await.unwrap();
+        for _ in 0..20 {
+            let gone = tokio::time::timeout(Duration::from_millis(1), pool.enter(ordinary)).await;
+            assert!(gone.is_err());
+        }
+        let (next, ()) = tokio::join!(pool.enter(turn(Lane::Suspect, 2)), async { drop(first) });
+        drop((next.unwrap(), second));
+        assert_eq!(pool.places.lock().taken, 0);
+    }
+
+    #[test]
+    fn a_full_lane_makes_room_for_a_network_that_is_not_in_it() {
+        let room = WAITING[Lane::Ordinary as usize];
+        let mut turns = vec![turn(Lane::Ordinary, 1); room];
+        // One more of the same network is refused; another network gets in, and the flood loses its newest.
+        turns.extend([turn(Lane::Ordinary, 1), turn(Lane::Ordinary, 2)]);
+        let (taken, done) = order(&turns);
+        assert!(!taken[room] && taken[room + 1], "{taken:?}");
+        assert_eq!(done.len(), room);
+        assert!(done.contains(&(room + 1)) && !done.contains(&(room - 1)));
+        assert!(done.contains(&0), "who waited longest is served");
+    }
+
+    #[test]
+    fn no_lane_starves_and_known_devices_wait_for_at_most_one_other() {
+        let mut turns = Vec::new();
+        for network in 0..24 {
+            turns.push(turn(Lane::Ordinary, network));
+        }
+        turns.extend((0..8).map(|network| turn(Lane::Suspect, network)));
+        let known = turns.len();
+        turns.extend((0..4).map(|_| turn(Lane::Known, 99)));
+        let (taken, done) = order(&turns);
+        assert!(taken.iter().all(|taken| *taken));
+        assert_eq!(done.len(), turns.len());
+        let places = (known..known + 4).map(|n| done.iter().position(|it| *it == n).unwrap());
+        assert_eq!(places.collect::<Vec<_>>(), [0, 2, 4, 6]);
+        let first_suspect = done.iter().position(|n| (24..32).contains(n)).unwrap();
+        assert_eq!(first_suspect, 7);
     }
 }

@@ -1,10 +1,15 @@
-//! The keys that everything signed follows from: one secret of the operator's, or one that is kept in the
-//! database. Each use has a key of its own (HKDF-SHA-256), so that none tells of another.
+//! The keys that everything signed is derived from: one secret of the operator's, or one kept in the database. Each
+//! purpose has its own key (HKDF-SHA-256), so none reveals another.
+//!
+//! While the operator rotates `QUOTA_SECRET`, new signatures use the current secret, and those made with
+//! `QUOTA_SECRET_PREVIOUS` are still accepted: browser sessions, access tokens and known devices survive.
 
 use aws_lc_rs::{hkdf, hmac};
 
-/// Bytes for one use.
-fn derive(master: &[u8], purpose: &str) -> [u8; 32] {
+use crate::seal::Seal;
+
+/// Derives the key of one purpose.
+fn derive(master: &[u8], purpose: &[&[u8]]) -> [u8; 32] {
     struct Length;
     impl hkdf::KeyType for Length {
         fn len(&self) -> usize {
@@ -13,22 +18,24 @@ fn derive(master: &[u8], purpose: &str) -> [u8; 32] {
     }
     let mut key = [0; 32];
     let salt = hkdf::Salt::new(hkdf::HKDF_SHA256, b"quota");
-    let info = [purpose.as_bytes()];
     salt.extract(master)
-        .expand(&info, Length)
+        .expand(purpose, Length)
         .and_then(|okm| okm.fill(&mut key))
         .expect("HKDF gives up to 255 blocks, and this is one");
     key
 }
 
-/// See the module.
+fn hmac_key(master: &[u8], purpose: &str) -> hmac::Key {
+    hmac::Key::new(hmac::HMAC_SHA256, &derive(master, &[purpose.as_bytes()]))
+}
+
+/// The keys of one secret for what clients hold.
 pub struct Secrets {
     /// The seed of the Ed25519 key that signs access tokens.
     pub signing_seed: [u8; 32],
-    /// What records that replicas share are sealed with.
-    pub record_seal: [u8; 32],
     refresh: hmac::Key,
     csrf: hmac::Key,
+    device: hmac::Key,
 }
 
 impl std::fmt::Debug for Secrets {
@@ -40,18 +47,15 @@ impl std::fmt::Debug for Secrets {
 impl Secrets {
     pub fn new(master: &[u8]) -> Self {
         Self {
-            signing_seed: derive(master, "access token signature"),
-            record_seal: derive(master, "shared record seal"),
-            refresh: hmac::Key::new(
-                hmac::HMAC_SHA256,
-                &derive(master, "refresh token successor"),
-            ),
-            csrf: hmac::Key::new(hmac::HMAC_SHA256, &derive(master, "browser session csrf")),
+            signing_seed: derive(master, &[b"access token signature"]),
+            refresh: hmac_key(master, "refresh token successor"),
+            csrf: hmac_key(master, "browser session csrf"),
+            device: hmac_key(master, "known device"),
         }
     }
 
-    /// What a refresh token is followed by. It follows from the token, so that of two callers with the same one
-    /// both get the same, and from the secret, so that nobody else can tell it.
+    /// Returns the bytes of the token that follows a refresh token. They are derived from the token, so that two
+    /// requests with the same token get the same successor, and from the secret, so that nobody else can compute it.
     pub fn successor(&self, token: &[u8]) -> [u8; 32] {
         let tag = hmac::sign(&self.refresh, token);
         let mut bytes = [0; 32];
@@ -59,13 +63,93 @@ impl Secrets {
         bytes
     }
 
-    /// What a page has to show to change something with the cookies of this session.
+    /// Returns what a page sends to change something with the cookies of this session.
     pub fn csrf(&self, session: &[u8]) -> Vec<u8> {
         hmac::sign(&self.csrf, session).as_ref().to_vec()
     }
 
-    /// Compared in constant time.
+    /// Compares in constant time.
     pub fn is_csrf(&self, session: &[u8], tag: &[u8]) -> bool {
         hmac::verify(&self.csrf, session, tag).is_ok()
+    }
+
+    pub fn device(&self, content: &[u8]) -> Vec<u8> {
+        hmac::sign(&self.device, content).as_ref().to_vec()
+    }
+
+    /// Compares in constant time.
+    pub fn is_device(&self, content: &[u8], tag: &[u8]) -> bool {
+        hmac::verify(&self.device, content, tag).is_ok()
+    }
+}
+
+/// The current secret, and the previous one while it is still accepted.
+#[derive(Debug)]
+pub struct SecretPair {
+    pub current: Secrets,
+    pub previous: Option<Secrets>,
+}
+
+impl SecretPair {
+    pub fn new(current: &[u8], previous: Option<&[u8]>) -> Self {
+        Self {
+            current: Secrets::new(current),
+            previous: previous.map(Secrets::new),
+        }
+    }
+
+    /// The current secret first.
+    pub fn accepted(&self) -> impl Iterator<Item = &Secrets> {
+        std::iter::once(&self.current).chain(&self.previous)
+    }
+}
+
+/// The keys for what replicas exchange through Redis. They follow from the secret *and* the installation: two
+/// Quotas with the same secret and the same Redis prefix, but different databases, do not believe each other.
+#[derive(Debug)]
+pub struct Seals {
+    pub records: Seal,
+    pub invalidations: Seal,
+    /// Names the counters of failed sign-ins, so that Redis holds neither emails nor addresses.
+    pub attempts: [u8; 32],
+}
+
+impl Seals {
+    /// `installation` is a secret that only this database holds.
+    pub fn new(current: &[u8], previous: Option<&[u8]>, installation: &[u8]) -> Self {
+        // What is derived here is not the installation's own secret, which may sign access tokens.
+        let installation = derive(installation, &[b"installation"]);
+        let key = |master: &[u8], purpose: &str| {
+            derive(master, &[purpose.as_bytes(), b"\0", &installation])
+        };
+        let seal = |purpose: &str| {
+            let previous = previous.map(|master| key(master, purpose));
+            Seal::new(&key(current, purpose), previous.as_ref())
+        };
+        Self {
+            records: seal("key record seal"),
+            invalidations: seal("invalidation seal"),
+            attempts: key(current, "sign-in attempts"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replicas_of_one_installation_open_each_others_seals_and_no_others_do() {
+        let it = Seals::new(b"secret", None, b"database");
+        let closed = it.records.close(&[], b"x");
+        let opens = |seals: &Seals| seals.records.open(&[], &closed).is_some();
+        assert!(opens(&Seals::new(b"secret", None, b"database")));
+        assert!(opens(&Seals::new(b"next", Some(b"secret"), b"database")));
+        assert!(!opens(&Seals::new(b"secret", None, b"another database")));
+        assert!(!opens(&Seals::new(b"another", None, b"database")));
+        assert!(
+            it.invalidations.open(&[], &closed).is_none(),
+            "each purpose has its own key"
+        );
     }
 }

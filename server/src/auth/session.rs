@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use quota_common::{SessionId, TenantId, UserId, auth::Role};
 use uuid::Uuid;
 
-use super::{AuthError, secret::Secrets, token::Signer};
+use super::{AuthError, secret::SecretPair, token::Signer};
 use crate::{
     cache::{Cached, Freshness, Unconfirmed},
     clock::{Clock, UnixNanos},
@@ -58,7 +58,7 @@ pub struct LiveSession {
 pub struct Sessions {
     db: Db,
     clock: Arc<dyn Clock>,
-    secrets: Arc<Secrets>,
+    secrets: Arc<SecretPair>,
     signer: Arc<Signer>,
     live: Cached<SessionId, LiveSession>,
     announcer: Announcer,
@@ -69,7 +69,7 @@ impl Sessions {
     pub fn new(
         db: Db,
         clock: Arc<dyn Clock>,
-        (secrets, signer): (Arc<Secrets>, Arc<Signer>),
+        (secrets, signer): (Arc<SecretPair>, Arc<Signer>),
         (days, grace): (u32, Duration),
         announcer: Announcer,
         freshness: &Arc<Freshness>,
@@ -126,20 +126,18 @@ impl Sessions {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
         let hash = token.hash();
-        let next = SecretText::from_bytes(
-            Kind::Refresh,
-            &self.secrets.successor(token.reveal().as_bytes()),
-        );
+        // The current secret's successor first. A token that was used just before QUOTA_SECRET was rotated has the
+        // previous secret's.
+        let text = token.reveal();
+        let successors = self.secrets.accepted().map(|secrets| {
+            SecretText::from_bytes(Kind::Refresh, &secrets.successor(text.as_bytes()))
+        });
+        let successors = successors.collect::<Vec<_>>();
+        let hashes = successors.iter().map(SecretText::hash).collect::<Vec<_>>();
         let mut tx = self.db.system().await?;
-        let rotation = session::rotate(
-            &mut tx,
-            &hash,
-            &next.hash(),
-            self.idle_days(),
-            origin.network(),
-        )
-        .await?;
-        let row = match rotation {
+        let rotation =
+            session::rotate(&mut tx, &hash, &hashes, self.idle_days(), origin.network()).await?;
+        let (row, next) = match rotation {
             Rotation::Unknown => return Err(AuthError::Unauthorized),
             Rotation::Reused(row) => {
                 session::end(&mut tx, row.user_id, row.id).await?;
@@ -152,7 +150,8 @@ impl Sessions {
                 tracing::warn!(session = %row.id, tenant = %row.tenant_id, "a refresh token was used twice: its session ended");
                 return Err(AuthError::Unauthorized);
             }
-            Rotation::Rotated(row) | Rotation::Repeated(row) => row,
+            Rotation::Rotated(row) => (row, 0),
+            Rotation::Repeated(row, next) => (row, next),
         };
         tx.commit().await?;
         let id = SessionId(row.id);
@@ -166,14 +165,14 @@ impl Sessions {
         self.forget(id);
         Ok(Tokens {
             access,
-            refresh: next.reveal(),
+            refresh: successors[next].reveal(),
             session: id,
         })
     }
 
     /// What the pages of a session show to change something: its id, and that the server has written it.
     pub fn csrf_token(&self, session: SessionId) -> String {
-        let tag = self.secrets.csrf(session.0.as_bytes());
+        let tag = self.secrets.current.csrf(session.0.as_bytes());
         let bytes = [session.0.as_bytes(), &tag[..]].concat();
         URL_SAFE_NO_PAD.encode(bytes)
     }
@@ -184,7 +183,8 @@ impl Sessions {
         let (id, tag) = bytes.split_at_checked(16)?;
         let id = Uuid::from_slice(id).ok()?;
         self.secrets
-            .is_csrf(id.as_bytes(), tag)
+            .accepted()
+            .any(|secrets| secrets.is_csrf(id.as_bytes(), tag))
             .then_some(SessionId(id))
     }
 

@@ -14,7 +14,10 @@ use quota_common::{SessionId, TenantId, UserId};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{AuthError, secret::Secrets};
+use super::{
+    AuthError,
+    secret::{SecretPair, Secrets},
+};
 use crate::clock::UnixNanos;
 
 /// How long an access token is good for, in seconds.
@@ -79,11 +82,11 @@ fn pair(secrets: &Secrets) -> Result<Pair, AuthError> {
 }
 
 impl Signer {
-    /// Signs with the key of `current`; believes that of `previous` as well.
-    pub fn new(current: &Secrets, previous: Option<&Secrets>) -> Result<Self, AuthError> {
-        let current = pair(current)?;
+    /// Signs with the current key. Accepts tokens of the previous one as well.
+    pub fn new(secrets: &SecretPair) -> Result<Self, AuthError> {
+        let current = pair(&secrets.current)?;
         let mut known = HashMap::from([(current.kid.clone(), current.public)]);
-        if let Some(previous) = previous {
+        if let Some(previous) = &secrets.previous {
             let previous = pair(previous)?;
             known.insert(previous.kid, previous.public);
         }
@@ -165,6 +168,12 @@ mod tests {
         Secrets::new(&[n; 32])
     }
 
+    fn signer(current: u8, previous: Option<u8>) -> Signer {
+        let previous = previous.map(|n| [n; 32]);
+        let previous = previous.as_ref().map(<[u8; 32]>::as_slice);
+        Signer::new(&SecretPair::new(&[current; 32], previous)).unwrap()
+    }
+
     fn ids() -> (UserId, TenantId, SessionId) {
         let id = Uuid::from_u128;
         (UserId(id(1)), TenantId(id(2)), SessionId(id(3)))
@@ -176,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_token_is_good_for_fifteen_minutes() {
-        let signer = Signer::new(&secrets(1), None).unwrap();
+        let signer = signer(1, None);
         let (user, tenant, session) = ids();
         let token = signer.sign(user, tenant, session, NOW).unwrap();
         for secs in [0, 899] {
@@ -197,22 +206,9 @@ mod tests {
     #[test]
     fn the_key_before_the_last_change_is_still_believed() {
         let (user, tenant, session) = ids();
-        let token = Signer::new(&secrets(1), None)
-            .unwrap()
-            .sign(user, tenant, session, NOW)
-            .unwrap();
-        assert!(
-            Signer::new(&secrets(2), Some(&secrets(1)))
-                .unwrap()
-                .verify(&token, NOW)
-                .is_ok()
-        );
-        assert!(
-            Signer::new(&secrets(2), None)
-                .unwrap()
-                .verify(&token, NOW)
-                .is_err()
-        );
+        let token = signer(1, None).sign(user, tenant, session, NOW).unwrap();
+        assert!(signer(2, Some(1)).verify(&token, NOW).is_ok());
+        assert!(signer(2, None).verify(&token, NOW).is_err());
     }
 
     fn part(value: &Value) -> String {
@@ -229,7 +225,7 @@ mod tests {
 
     #[test]
     fn crafted_tokens_are_refused() {
-        let signer = Signer::new(&secrets(1), None).unwrap();
+        let signer = signer(1, None);
         let (user, tenant, session) = ids();
         let good_header = json!({"typ": TYPE, "alg": "EdDSA", "kid": signer.kid});
         let good = json!({

@@ -1,9 +1,16 @@
 //! How one setting is read, and what is said of it when it is wrong.
 
-use std::{net::SocketAddr, ops::RangeInclusive, time::Duration};
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::Path,
+    time::Duration,
+};
 
 use ipnet::IpNet;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret as _, SecretString};
 use url::Url;
 
 /// Collects faults while reading on, so that all are told at once.
@@ -89,19 +96,84 @@ impl Reader {
         })
     }
 
-    pub(super) fn secret(&mut self, variable: &str, text: &str) -> Option<SecretString> {
-        if text.is_empty() {
-            return None;
+    /// A value that may also be in a file. Returns the variable that it comes from, for what is said of it.
+    pub(super) fn or_file(&mut self, variable: &str, text: &str, path: &str) -> Sourced {
+        let value = |text: &str| (!text.is_empty()).then(|| SecretString::from(text));
+        let path = path.trim();
+        if path.is_empty() {
+            return Sourced {
+                variable: variable.to_owned(),
+                value: value(text.trim()),
+            };
         }
-        if text.len() < 32 {
+        let from_file = format!("{variable}_FILE");
+        if !text.trim().is_empty() {
+            self.0.push(format!(
+                "{from_file}: {variable} is set too; set one of the two"
+            ));
+            return Sourced {
+                variable: variable.to_owned(),
+                value: value(text.trim()),
+            };
+        }
+        let text = read_secret(Path::new(path)).unwrap_or_else(|message| {
+            self.0.push(format!("{from_file}: {message}"));
+            String::new()
+        });
+        Sourced {
+            variable: from_file,
+            value: value(&text),
+        }
+    }
+
+    pub(super) fn secret(
+        &mut self,
+        variable: &str,
+        text: &str,
+        path: &str,
+    ) -> Option<SecretString> {
+        let Sourced { variable, value } = self.or_file(variable, text, path);
+        let length = value.as_ref()?.expose_secret().len();
+        if length < 32 {
             // Its value is not shown: it may be most of the real one.
             self.0.push(format!(
-                "{variable}: must be at least 32 characters long, has {}",
-                text.len()
+                "{variable}: must be at least 32 characters long, has {length}"
             ));
         }
-        Some(SecretString::from(text))
+        value
     }
+}
+
+/// A value, and the variable that names it or its file.
+pub(super) struct Sourced {
+    pub(super) variable: String,
+    pub(super) value: Option<SecretString>,
+}
+
+/// Larger files hold something else.
+const SECRET_FILE_MAX: u64 = 64 * 1024;
+
+/// The content of a file, without white space around it, such as the line end that editors add. What is said of a
+/// fault repeats nothing of the content.
+fn read_secret(path: &Path) -> Result<String, String> {
+    let read = || {
+        let mut bytes = Vec::new();
+        File::open(path)?
+            .take(SECRET_FILE_MAX + 1)
+            .read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes =
+        read().map_err(|error: io::Error| format!("cannot read {}: {error}", path.display()))?;
+    if bytes.len() as u64 > SECRET_FILE_MAX {
+        return Err(format!("{} is larger than 64 KiB", path.display()));
+    }
+    let text = String::from_utf8(bytes).map_err(|_| format!("{} is not text", path.display()))?;
+    let text = text.trim();
+    if text.is_empty() {
+        return Err(format!("{} is empty", path.display()));
+    }
+    Ok(text.to_owned())
 }
 
 pub(super) fn duration(text: &str) -> Option<Duration> {

@@ -49,6 +49,15 @@ pub struct Settings {
     )]
     pub database_url: String,
 
+    /// A file that holds DATABASE_URL, such as a mounted secret, instead of the variable itself.
+    #[arg(
+        long,
+        env = "DATABASE_URL_FILE",
+        default_value = "",
+        value_name = "PATH"
+    )]
+    pub database_url_file: String,
+
     /// The maximum number of PostgreSQL connections per replica: 5 to 1000. They are divided into four pools that
     /// never wait for each other: invalidations and readiness, the quota ledger, key look-ups (a quarter), and
     /// everything else.
@@ -107,6 +116,10 @@ pub struct Settings {
         hide_env_values = true
     )]
     pub redis_url: String,
+
+    /// A file that holds REDIS_URL, instead of the variable itself.
+    #[arg(long, env = "REDIS_URL_FILE", default_value = "", value_name = "PATH")]
+    pub redis_url_file: String,
 
     /// What every key and channel in Redis begins with: 1 to 64 letters, digits, `_`, `-`, `.` or `:`. The same on
     /// every replica; another one for another Quota on the same Redis.
@@ -179,8 +192,10 @@ pub struct Settings {
     )]
     pub migrate: String,
 
-    /// What access tokens are signed with, and key records in Redis sealed, at least 32 characters of chance, the
-    /// same on every replica. Unset: made once and kept in the database.
+    /// Signs access tokens, browser sessions and known devices, and seals what replicas share in Redis: at least 32
+    /// random characters, the same on every replica. Unset: generated once and kept in the database. To rotate it
+    /// without signing anyone out: (1) set the new secret as QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two,
+    /// (3) remove QUOTA_SECRET_PREVIOUS after QUOTA_SESSION_DAYS.
     #[arg(
         long,
         env = "QUOTA_SECRET",
@@ -190,7 +205,17 @@ pub struct Settings {
     )]
     pub secret: String,
 
-    /// The QUOTA_SECRET from before the last change; access tokens signed with it are still believed.
+    /// A file that holds QUOTA_SECRET, instead of the variable itself.
+    #[arg(
+        long,
+        env = "QUOTA_SECRET_FILE",
+        default_value = "",
+        value_name = "PATH"
+    )]
+    pub secret_file: String,
+
+    /// A second secret, which is accepted but not used for anything new: the QUOTA_SECRET from before the last rotation,
+    /// or the one to come.
     #[arg(
         long,
         env = "QUOTA_SECRET_PREVIOUS",
@@ -199,6 +224,15 @@ pub struct Settings {
         hide_env_values = true
     )]
     pub secret_previous: String,
+
+    /// A file that holds QUOTA_SECRET_PREVIOUS, instead of the variable itself.
+    #[arg(
+        long,
+        env = "QUOTA_SECRET_PREVIOUS_FILE",
+        default_value = "",
+        value_name = "PATH"
+    )]
+    pub secret_previous_file: String,
 
     /// Origins of web pages that may call the API, separated by commas, such as https://app.example.com; `*`
     /// for all. They may read the rate-limit fields; cookies are never sent along.
@@ -219,6 +253,42 @@ pub struct Settings {
     )]
     pub trusted_proxies: String,
 
+    /// Who may create an account: open (anyone) or closed (only the operator, with `quota user create`).
+    #[arg(
+        long,
+        env = "QUOTA_REGISTRATION",
+        default_value = "open",
+        value_name = "MODE"
+    )]
+    pub registration: String,
+
+    /// How many plans one tenant may have: 1 to 1000000.
+    #[arg(
+        long,
+        env = "QUOTA_MAX_PLANS",
+        default_value = "1000",
+        value_name = "N"
+    )]
+    pub max_plans: String,
+
+    /// How many API keys one tenant may have: 1 to 10000000.
+    #[arg(
+        long,
+        env = "QUOTA_MAX_API_KEYS",
+        default_value = "100000",
+        value_name = "N"
+    )]
+    pub max_api_keys: String,
+
+    /// How many service tokens one tenant may have: 1 to 1000000.
+    #[arg(
+        long,
+        env = "QUOTA_MAX_SERVICE_TOKENS",
+        default_value = "1000",
+        value_name = "N"
+    )]
+    pub max_service_tokens: String,
+
     /// Requests a minute from one client address to /auth; 0 for no limit.
     #[arg(long, env = "QUOTA_AUTH_RPM", default_value = "60", value_name = "N")]
     pub auth_rpm: String,
@@ -227,7 +297,8 @@ pub struct Settings {
     #[arg(long, env = "QUOTA_ADMIN_RPM", default_value = "300", value_name = "N")]
     pub admin_rpm: String,
 
-    /// Tries to sign in a minute to one account, from wherever; 0 for no limit.
+    /// Failed sign-ins to one account from one network, after which each further try has to wait longer; wider
+    /// networks and networks that try many accounts have more. Known devices are counted separately. 0 for no limit.
     #[arg(long, env = "QUOTA_LOGIN_RPM", default_value = "10", value_name = "N")]
     pub login_rpm: String,
 
@@ -373,14 +444,23 @@ pub struct Settings {
     pub log: String,
 }
 
+#[derive(clap::Parser)]
+struct Only {
+    #[command(flatten)]
+    _settings: Settings,
+}
+
+/// The name of every variable.
+pub(super) fn variables() -> Vec<String> {
+    let command = Only::command();
+    let names = command
+        .get_arguments()
+        .filter_map(|arg| arg.get_env()?.to_str());
+    names.map(str::to_owned).collect()
+}
+
 /// `.env.example`: every variable, with its default and meaning.
 pub fn env_example() -> String {
-    #[derive(clap::Parser)]
-    struct Only {
-        #[command(flatten)]
-        _settings: Settings,
-    }
-
     let mut text = String::from(
         "# Every setting of Quota, with its default. Written by `quota env-example`; the server reads the\n\
          # environment, not this file. Each variable is also a flag: QUOTA_LISTEN is --listen.\n",

@@ -71,7 +71,7 @@ async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
     while next(&mut ticks, &mut stopping).await {
         state.auth_guard.prune();
         state.admin_guard.prune();
-        state.login_guard.prune();
+        state.login_attempts.prune();
         let cells = state.limiter.prune();
         state
             .metrics

@@ -10,7 +10,7 @@ use crate::{
     db::{self, Db, DbError, Lane},
     redis::Event,
     repo::revocation::{self, Revocation},
-    revocations,
+    revocations::Recent,
     state::AppState,
 };
 
@@ -72,22 +72,16 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<
     let Some(mut seq) = *last else {
         // What was loaded before this poll may be older than what it reads, if an earlier one failed; what others
         // cached is held against what is noted here.
-        let (newest, older) = revocation::newest(&mut tx).await?;
+        let newest = revocation::newest(&mut tx).await?;
         tx.commit().await?;
-        for it in &newest {
-            state.recent.note(it);
-        }
-        let first = newest.first().map_or(0, |it| it.seq);
-        state
-            .recent
-            .complete_above(if older { first - 1 } else { 0 });
+        state.recent.begin(&newest);
         state.forget(&newest);
         *last = Some(newest.last().map_or(0, |it| it.seq));
         return Ok(());
     };
     loop {
         let batch = revocation::since(&mut tx, seq).await?;
-        apply(state, &batch);
+        apply(state, &batch, Recent::polled);
         if let Some(newest) = batch.last() {
             seq = newest.seq;
             *last = Some(seq);
@@ -99,19 +93,26 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<
 }
 
 /// Noted first, then forgotten: a load that begins in between knows what was changed.
-fn apply(state: &AppState, revocations: &[Revocation]) {
+fn apply(state: &AppState, revocations: &[Revocation], note: fn(&Recent, &Revocation) -> bool) {
     if revocations.is_empty() {
         return;
     }
     let now = state.clock.now();
     for it in revocations {
-        if state.recent.note(it) {
+        if note(&state.recent, it) {
             let at = it.at.timestamp_nanos_opt().unwrap_or_default();
             let lag = now.0.saturating_sub(u64::try_from(at).unwrap_or_default());
             state.metrics.revocation_lag_seconds.observe(lag);
         }
     }
     state.forget(revocations);
+}
+
+/// A message that says nothing new does nothing: it may be one that somebody sends again and again.
+fn apply_announced(state: &AppState, revocation: &Revocation) {
+    if state.recent.announced(revocation) {
+        apply(state, std::slice::from_ref(revocation), |_, _| true);
+    }
 }
 
 /// Takes the others' messages as they come.
@@ -135,9 +136,9 @@ pub(super) async fn listen(state: AppState, mut stopping: watch::Receiver<bool>)
                 state.metrics.revocation_messages_lost.inc();
             }
             Event::Message(message) => {
-                if let Some(revocation) = revocations::read(&message) {
+                if let Some(revocation) = state.announcer.read(&message, state.clock.now()) {
                     state.metrics.revocations_received.inc();
-                    apply(&state, &[revocation]);
+                    apply_announced(&state, &revocation);
                 } else {
                     state.metrics.revocations_unreadable.inc();
                 }

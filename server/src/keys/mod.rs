@@ -4,6 +4,7 @@
 //! HTTP. When PostgreSQL is away, keys that were in use stay in use for `QUOTA_STALE_GRACE`, and others cannot be
 //! confirmed. When Redis is away, PostgreSQL is asked instead.
 
+mod index;
 pub mod ledger;
 pub mod lookups;
 pub mod record;

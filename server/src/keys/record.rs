@@ -25,7 +25,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-use super::{lookups::Lookups, shared::SharedKeys};
+use super::{index::KeyIndex, lookups::Lookups, shared::SharedKeys};
 
 /// Nanoseconds between two notes of a key's use.
 const NOTE_EVERY: u64 = 1_000_000_000;
@@ -108,6 +108,7 @@ pub struct KeyStore {
     lookups: Lookups,
     limiter: Limiter,
     shared: Option<SharedKeys>,
+    index: Arc<KeyIndex>,
 }
 
 impl KeyStore {
@@ -132,6 +133,7 @@ impl KeyStore {
             lookups,
             limiter,
             shared,
+            index: Arc::new(KeyIndex::new(capacity)),
         }
     }
 
@@ -147,19 +149,28 @@ impl KeyStore {
             return Ok(known);
         }
         let is_known = self.keys.holds(&hash);
-        let lookups = self.lookups.clone();
-        let (limiter, shared) = (self.limiter.clone(), self.shared.clone());
+        let (lookups, limiter, shared) = (
+            self.lookups.clone(),
+            self.limiter.clone(),
+            self.shared.clone(),
+        );
+        let (index, cached) = (self.index.clone(), self.keys.clone());
+        let record = move |facts: KeyFacts, as_of| {
+            // Before it is cached.
+            let owners = [facts.tenant_id, facts.plan_id, facts.id];
+            index.add(hash, owners, |hash| cached.contains(hash));
+            record(facts, as_of, &limiter)
+        };
         self.keys
             .get(hash, move || {
-                let lookups = lookups.clone();
-                let (limiter, shared) = (limiter.clone(), shared.clone());
+                let (lookups, record, shared) = (lookups.clone(), record.clone(), shared.clone());
                 async move {
                     let lookup = lookups.begin(is_known)?;
                     if let Some(shared) = &shared
                         && let Some(found) = shared.get(&hash).await
                     {
                         let as_of = found.as_of;
-                        let record = found.facts.map(|facts| record(facts, as_of, &limiter));
+                        let record = found.facts.map(|facts| record(facts, as_of));
                         return Ok(Loaded {
                             value: record.transpose()?,
                             true_at: Some(found.true_at),
@@ -175,7 +186,7 @@ impl KeyStore {
                     if let Some(shared) = &shared {
                         shared.put(&hash, facts.as_ref().map(|(facts, as_of)| (facts, *as_of)));
                     }
-                    let record = facts.map(|(facts, as_of)| record(facts, as_of, &limiter));
+                    let record = facts.map(|(facts, as_of)| record(facts, as_of));
                     Ok(record.transpose()?.into())
                 }
             })
@@ -215,8 +226,8 @@ impl KeyStore {
     /// Forgets what changes have made untrue.
     pub fn revoke(&self, gone: &Gone) {
         if gone.any_key() {
-            self.keys
-                .forget(|_, key| gone.key(key.tenant.0, key.plan_id.0, key.id.0));
+            // Loads under way are begun again, also those that the index does not have yet.
+            self.keys.forget_these(&self.index.take(gone));
         }
         if gone.any_token() {
             self.tokens

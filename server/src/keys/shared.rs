@@ -1,27 +1,28 @@
-//! Key records that replicas share by Redis, between each one's own memory and PostgreSQL: so that a replica that
-//! starts, or a plan with many keys that is changed, does not send every key's look-up to PostgreSQL.
+//! Key records that replicas share through Redis, between each one's own memory and PostgreSQL: when a replica
+//! starts, or a plan with many keys is changed, PostgreSQL does not have to answer a look-up for every key.
 //!
-//! **Whether an entry is true** does not depend on its being deleted, nor on who wrote it when. PostgreSQL numbers
-//! revocations in the order of their commits, and a record is read in one statement, so in one snapshot, with the
-//! highest number there is. An entry with number `n` is then true but for what was revoked above `n`. It is used
-//! only while the poll for revocations is fresh, and only if none above `n` touches its key, plan or tenant, by
-//! all that this replica has learnt, messages included ([`Recent`]); and it is believed from the time of that
-//! poll on, not from when it was found. So:
-//! - a load that began before a change and writes after it writes a number below the change's: readers who know
-//!   of the change refuse it, those who do not yet are told within a poll, as with any copy in memory;
-//! - an invalidation that is lost, or a Redis that was away while one was sent, changes nothing;
+//! **Whether an entry is true** does not depend on its having been deleted in time, nor on who wrote it when.
+//! PostgreSQL numbers revocations in the order of their commits, and a record is read in one statement, so in one
+//! snapshot, together with the highest number there is. An entry with number `n` is then true except for what was
+//! revoked above `n`. It is used only while the poll for revocations is fresh, and only if none above `n` concerns its
+//! key, plan or tenant, as far as this replica has learnt ([`Recent`]); and it is believed from the time of that poll
+//! on, not from when it was found. So:
+//! - a load that began before a change and writes after it writes a number below the change's: readers who know of
+//!   the change refuse it, and those who do not yet learn of it within a poll, as with any copy in memory;
+//! - an invalidation that is lost, or a Redis that was unreachable while one was sent, changes nothing;
 //! - a change makes the entries of all of a plan's keys untrue at once, without naming them.
 //!
-//! That a text opens nothing is remembered too, for a few seconds. It needs no number: texts are chance, so nobody
-//! asks for one before it is made.
+//! That a secret is invalid is remembered too, for a few seconds. This needs no number: secrets are random, so
+//! nobody looks one up before it is created.
 //!
-//! Entries are found by the hash of the text, which is nowhere else. They carry a seal made with the server's
-//! secret over that hash and the content: whoever can write to Redis can make an entry unreadable, but not let a
-//! key open what it does not. Unreadable ones are as good as none. There are at most as many as keys in use in the
-//! last minutes, and a limited number of those that open nothing.
+//! **Who may write entries.** Anyone who can write to Redis. Entries are found by the hash of the key's secret. They
+//! are sealed for that hash, under a key of this installation ([`Seal`]): whoever writes to Redis can make an entry
+//! unreadable, but cannot make a key do what it may not. An entry also holds the time at which it was written, and is
+//! refused once Redis should have forgotten it, so that a saved entry cannot be put back later. Entries that are
+//! unreadable, too old or from the future count as misses.
 //!
-//! When Redis is away everything is a miss, at once; when it is slow, one look-up waits for QUOTA_REDIS_TIMEOUT
-//! and those of the next second do not ask.
+//! While Redis is unreachable everything is a miss, immediately; while it is slow, one look-up waits for
+//! QUOTA_REDIS_TIMEOUT and those of the next second do not ask.
 
 use std::{
     sync::{
@@ -31,23 +32,25 @@ use std::{
     time::Duration,
 };
 
-use aws_lc_rs::hmac;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use redis::Value;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     cache::Freshness,
+    clock::Clock,
     redis::{Failure, Redis},
     repo::api_key::KeyFacts,
     revocations::Recent,
+    seal::Seal,
     secret_text::Hash,
     telemetry::metrics::Metrics,
 };
 
-/// To be raised with every change of [`KeyFacts`] or of what a field of it means.
-const VERSION: u8 = 1;
-const SEAL: usize = 32;
+/// Raise it with every change of [`KeyFacts`] or of what a field of it means.
+const VERSION: u8 = 2;
+/// How far the clocks of two replicas may differ, in seconds.
+const SKEW: u64 = 120;
 /// How long an entry is kept.
 const PRESENT: Duration = Duration::from_mins(5);
 const ABSENT: Duration = Duration::from_secs(10);
@@ -63,7 +66,8 @@ pub struct SharedKeys(Arc<Parts>);
 #[derive(Debug)]
 struct Parts {
     redis: Redis,
-    seal: hmac::Key,
+    seal: Seal,
+    clock: Arc<dyn Clock>,
     recent: Arc<Recent>,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
@@ -86,20 +90,24 @@ pub struct Found {
 #[serde(deny_unknown_fields)]
 struct Entry<F> {
     as_of: i64,
+    /// Seconds since 1970, by the clock of the replica that wrote it.
+    at: u64,
     facts: Option<F>,
 }
 
 impl SharedKeys {
     pub fn new(
         redis: Redis,
-        seal: &[u8],
+        seal: Seal,
+        clock: Arc<dyn Clock>,
         recent: Arc<Recent>,
         freshness: Arc<Freshness>,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self(Arc::new(Parts {
             redis,
-            seal: hmac::Key::new(hmac::HMAC_SHA256, seal),
+            seal,
+            clock,
             recent,
             freshness,
             metrics,
@@ -138,6 +146,10 @@ impl SharedKeys {
             it.metrics.key_shared_unreadable.inc();
             return None;
         };
+        if !entry.is_recent(it.clock.now().secs()) {
+            it.metrics.key_shared_outdated.inc();
+            return None;
+        }
         if let Some(facts) = &entry.facts {
             // After the answer, so that nothing that was learnt meanwhile is overlooked.
             let about = [facts.tenant_id, facts.plan_id, facts.id];
@@ -164,12 +176,13 @@ impl SharedKeys {
         }
         let entry = Entry {
             as_of: found.map_or(0, |(_, as_of)| as_of),
+            at: it.clock.now().secs(),
             facts: found.map(|(facts, _)| facts),
         };
         let Some(bytes) = close(&it.seal, hash, &entry) else {
             return;
         };
-        let keep = if found.is_some() { PRESENT } else { ABSENT };
+        let keep = lifetime(found.is_some());
         let name = self.name(hash);
         let mut set = redis::cmd("SET");
         set.arg(&name).arg(bytes).arg("EX").arg(keep.as_secs());
@@ -211,33 +224,30 @@ impl SharedKeys {
     }
 }
 
-fn close<F: Serialize>(seal: &hmac::Key, hash: &Hash, entry: &Entry<F>) -> Option<Vec<u8>> {
-    let content = serde_json::to_vec(entry).ok()?;
-    let mut bytes = Vec::with_capacity(SEAL + content.len());
-    bytes.extend_from_slice(tag(seal, hash, &content).as_ref());
-    bytes.extend_from_slice(&content);
-    Some(bytes)
+/// How long an entry is kept, with facts or without.
+const fn lifetime(has_facts: bool) -> Duration {
+    if has_facts { PRESENT } else { ABSENT }
 }
 
-fn open<F: for<'a> Deserialize<'a>>(
-    seal: &hmac::Key,
-    hash: &Hash,
-    bytes: &[u8],
-) -> Option<Entry<F>> {
-    let (found, content) = bytes.split_at_checked(SEAL)?;
-    // In constant time is not asked for: who can try texts here can write them too.
-    if tag(seal, hash, content).as_ref() != found {
-        return None;
+impl<F> Entry<F> {
+    /// Whether Redis may still have it: it was written within its lifetime, as far as clocks agree.
+    fn is_recent(&self, now: u64) -> bool {
+        let oldest = now.saturating_sub(lifetime(self.facts.is_some()).as_secs() + SKEW);
+        (oldest..=now + SKEW).contains(&self.at)
     }
-    serde_json::from_slice(content).ok()
 }
 
-fn tag(seal: &hmac::Key, hash: &Hash, content: &[u8]) -> hmac::Tag {
-    let mut context = hmac::Context::with_key(seal);
-    context.update(&[VERSION]);
-    context.update(hash);
-    context.update(content);
-    context.sign()
+fn context(hash: &Hash) -> [&[u8]; 3] {
+    [b"key record", &[VERSION], hash]
+}
+
+fn close<F: Serialize>(seal: &Seal, hash: &Hash, entry: &Entry<F>) -> Option<Vec<u8>> {
+    let content = serde_json::to_vec(entry).ok()?;
+    Some(seal.close(&context(hash), &content))
+}
+
+fn open<F: for<'a> Deserialize<'a>>(seal: &Seal, hash: &Hash, bytes: &[u8]) -> Option<Entry<F>> {
+    serde_json::from_slice(seal.open(&context(hash), bytes)?).ok()
 }
 
 #[cfg(test)]
@@ -268,22 +278,28 @@ mod tests {
         }
     }
 
-    fn key(byte: u8) -> hmac::Key {
-        hmac::Key::new(hmac::HMAC_SHA256, &[byte; 32])
+    const AT: u64 = 1_785_738_360;
+
+    fn key(byte: u8) -> Seal {
+        Seal::new(&[byte; 32], None)
+    }
+
+    fn entry() -> Entry<KeyFacts> {
+        Entry {
+            as_of: 9,
+            at: AT,
+            facts: Some(facts()),
+        }
     }
 
     /// An entry outlives the server that wrote it: a new one must not read it as something else.
     #[test]
     fn the_form_of_an_entry_changes_with_its_version_alone() {
-        let entry = Entry {
-            as_of: 9,
-            facts: Some(facts()),
-        };
         assert_eq!(
-            (VERSION, serde_json::to_value(&entry).unwrap()),
+            (VERSION, serde_json::to_value(entry()).unwrap()),
             (
-                1,
-                serde_json::json!({"as_of": 9, "facts": {
+                2,
+                serde_json::json!({"as_of": 9, "at": AT, "facts": {
                     "tenant_id": "00000000-0000-0000-0000-000000000001",
                     "id": "00000000-0000-0000-0000-000000000002",
                     "plan_id": "00000000-0000-0000-0000-000000000003",
@@ -299,11 +315,7 @@ mod tests {
 
     #[test]
     fn what_is_closed_can_be_opened_under_its_own_hash_and_key_alone() {
-        let entry = Entry {
-            as_of: 9,
-            facts: Some(facts()),
-        };
-        let bytes = close(&key(1), &[7; 32], &entry).unwrap();
+        let bytes = close(&key(1), &[7; 32], &entry()).unwrap();
         let opened = open::<KeyFacts>(&key(1), &[7; 32], &bytes).unwrap();
         assert_eq!((opened.as_of, opened.facts), (9, Some(facts())));
         assert!(open::<KeyFacts>(&key(2), &[7; 32], &bytes).is_none());
@@ -314,6 +326,7 @@ mod tests {
     fn a_damaged_entry_is_none() {
         let entry = Entry {
             as_of: 0,
+            at: AT,
             facts: None::<KeyFacts>,
         };
         let whole = close(&key(1), &[7; 32], &entry).unwrap();
@@ -324,5 +337,19 @@ mod tests {
             assert!(open::<KeyFacts>(&key(1), &[7; 32], &bytes).is_none());
             assert!(open::<KeyFacts>(&key(1), &[7; 32], &whole[..at]).is_none());
         }
+    }
+
+    /// A saved entry that is put back after Redis has forgotten it.
+    #[test]
+    fn an_entry_is_refused_once_it_should_be_gone_and_before_it_was_written() {
+        let recent = |now| entry().is_recent(now);
+        assert!(recent(AT) && recent(AT + 300) && recent(AT + 420) && recent(AT - 120));
+        assert!(!recent(AT + 421) && !recent(AT + 86_400) && !recent(AT - 121));
+        let absent = Entry {
+            as_of: 0,
+            at: AT,
+            facts: None::<KeyFacts>,
+        };
+        assert!(absent.is_recent(AT + 130) && !absent.is_recent(AT + 131));
     }
 }

@@ -1,7 +1,8 @@
-//! Guards by address and by account, in front of what costs more than a look-up: sign-in, management.
+//! Limits by client address, in front of what costs more than a look-up: accounts, management.
 //!
-//! These are `governor` limiters, one for each purpose, held by this replica alone: they protect the server,
-//! and nothing that is sold is counted by them. They work from memory and need nothing else to be up.
+//! These are `governor` limiters, one for each purpose, held by this replica alone: they protect the server, and do not
+//! enforce plan limits. They work from memory and need nothing else to be up. IPv6 is counted by /64, and with more
+//! room by /56 and /48, since a provider may give a customer any of these.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -20,22 +21,26 @@ use governor::{
 use super::guard::Monotonic;
 use crate::clock::Clock;
 
-/// Who is counted together.
+/// The wider networks of IPv6, and how many times as many requests each may send as a /64.
+const WIDER: [(u32, u32); 2] = [(56, 4), (48, 16)];
+
+/// Who is counted together: an address, or an IPv6 network by its first address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Caller {
-    /// An address; of IPv6 the /64, which is what one customer of a provider has.
-    Address(IpAddr),
-    /// A name, as a hash of it: the guard remembers no emails.
-    Account(u64),
-}
+pub struct Caller(IpAddr);
 
 impl Caller {
     pub fn address(ip: IpAddr) -> Self {
-        match ip.to_canonical() {
-            IpAddr::V4(ip) => Self::Address(IpAddr::V4(ip)),
+        let ip = ip.to_canonical();
+        Self(ip).network(64).unwrap_or(Self(ip))
+    }
+
+    /// The network of this length that an IPv6 address is in.
+    fn network(self, length: u32) -> Option<Self> {
+        match self.0 {
+            IpAddr::V4(_) => None,
             IpAddr::V6(ip) => {
-                let network = u128::from(ip) & !u128::from(u64::MAX);
-                Self::Address(IpAddr::V6(Ipv6Addr::from(network)))
+                let mask = u128::MAX << (128 - length);
+                Some(Self(IpAddr::V6(Ipv6Addr::from(u128::from(ip) & mask))))
             }
         }
     }
@@ -48,6 +53,8 @@ type Governor =
 #[derive(Debug)]
 pub struct Guard {
     governor: Option<Governor>,
+    /// One for each of [`WIDER`].
+    wider: Vec<Governor>,
     clock: Monotonic,
     capacity: usize,
     pruned_at: AtomicU64,
@@ -64,13 +71,21 @@ impl Guard {
     /// at once than that, those who rest are forgotten first, and then new ones are refused for a second.
     pub fn new(per_minute: u32, capacity: usize, clock: Arc<dyn Clock>) -> Self {
         let clock = Monotonic(clock);
-        let governor = NonZeroU32::new(per_minute).map(|per_minute| {
+        let governor = |per_minute| {
             let quota = governor::Quota::per_minute(per_minute);
             Governor::new(quota, DashMapStateStore::default(), clock.clone())
-        });
+        };
+        let per_minute = NonZeroU32::new(per_minute);
         Self {
-            governor,
-            clock,
+            governor: per_minute.map(governor),
+            wider: per_minute.map_or(Vec::new(), |per_minute| {
+                let room = |(_, room): (u32, u32)| {
+                    let room = NonZeroU32::new(room).unwrap_or(NonZeroU32::MIN);
+                    governor(per_minute.saturating_mul(room))
+                };
+                WIDER.map(room).into()
+            }),
+            clock: clock.clone(),
             capacity,
             pruned_at: AtomicU64::new(0),
         }
@@ -86,7 +101,9 @@ impl Guard {
             let last = self.pruned_at.load(Ordering::Relaxed);
             if now.saturating_sub(last) >= 1_000_000_000 {
                 self.pruned_at.store(now, Ordering::Relaxed);
-                governor.retain_recent();
+                for governor in self.wider.iter().chain(&self.governor) {
+                    governor.retain_recent();
+                }
             }
             if governor.len() >= self.capacity {
                 return Err(Refused {
@@ -94,6 +111,17 @@ impl Guard {
                 });
             }
         }
+        self.check(governor, caller)?;
+        // There are never more of these than of the /64 that they are of.
+        for (governor, (length, _)) in self.wider.iter().zip(WIDER) {
+            if let Some(network) = caller.network(length) {
+                self.check(governor, network)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, governor: &Governor, caller: Caller) -> Result<(), Refused> {
         match governor.check_key(&caller) {
             Ok(_) => Ok(()),
             Err(until) => Err(Refused {
@@ -104,7 +132,7 @@ impl Guard {
 
     /// Forgets the callers that are at rest. governor's own map only grows.
     pub fn prune(&self) {
-        if let Some(governor) = &self.governor {
+        for governor in self.wider.iter().chain(&self.governor) {
             governor.retain_recent();
             governor.shrink_to_fit();
         }
@@ -146,6 +174,27 @@ mod tests {
         assert_eq!(caller("2001:db8:1:2::1"), caller("2001:db8:1:2:ffff::"));
         assert_ne!(caller("2001:db8:1:2::1"), caller("2001:db8:1:3::1"));
         assert_eq!(caller("::ffff:192.0.2.1"), caller("192.0.2.1"));
+    }
+
+    #[test]
+    fn a_customer_with_many_networks_is_limited_too() {
+        let (guard, _) = guard(2, 10_000);
+        let admitted = |networks: Box<dyn Fn(u32) -> String>| {
+            let all = (0..1000).map(networks);
+            all.filter(|ip| guard.admit(caller(ip)).is_ok()).count()
+        };
+        assert_eq!(
+            admitted(Box::new(|n| format!("2001:db8:1:{:x}::1", n % 256))),
+            8
+        );
+        assert_eq!(
+            admitted(Box::new(|n| format!("2001:db8:2:{:x}00::1", n % 256))),
+            32
+        );
+        assert_eq!(
+            admitted(Box::new(|n| format!("2001:db8:3{n:03x}::1"))),
+            1000
+        );
     }
 
     #[test]

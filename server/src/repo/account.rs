@@ -115,6 +115,20 @@ pub async fn password_hash(tx: &mut SystemTx, user: Uuid) -> Result<Option<Strin
         .optional()?)
 }
 
+/// Returns whether `hash` is still the user's password hash, and keeps it so until the transaction ends: a
+/// transaction that changes it waits, and sees what this one did.
+pub async fn hold_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<bool, DbError> {
+    let current = users::table
+        .find(user)
+        .select(users::password_hash)
+        .for_share()
+        .first::<String>(&mut **tx)
+        .await
+        .optional()?;
+    Ok(current.as_deref() == Some(hash))
+}
+
+/// Sets a password without looking at the old one.
 pub async fn set_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<(), DbError> {
     diesel::update(users::table.find(user))
         .set((
@@ -124,6 +138,26 @@ pub async fn set_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<(
         .execute(&mut **tx)
         .await?;
     Ok(())
+}
+
+/// Replaces one password hash by another. Returns false if the user's hash is not `old` any more.
+pub async fn replace_password(
+    tx: &mut SystemTx,
+    user: Uuid,
+    old: &str,
+    new: &str,
+) -> Result<bool, DbError> {
+    let unchanged = users::table
+        .filter(users::id.eq(user))
+        .filter(users::password_hash.eq(old));
+    let changed = diesel::update(unchanged)
+        .set((
+            users::password_hash.eq(new),
+            users::updated_at.eq(diesel::dsl::now),
+        ))
+        .execute(&mut **tx)
+        .await?;
+    Ok(changed == 1)
 }
 
 pub async fn set_user_name(tx: &mut SystemTx, user: Uuid, name: &str) -> Result<(), DbError> {

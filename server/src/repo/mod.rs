@@ -7,6 +7,7 @@
 //! that order is by and the id.
 
 pub mod account;
+pub mod allowance;
 pub mod api_key;
 pub mod audit;
 pub mod idempotency;

@@ -149,16 +149,15 @@ fn revocation((seq, tenant, name, id, at): Row) -> Revocation {
 /// How many are read at once.
 pub const BATCH: u16 = 10_000;
 
-/// The newest ones, in order, and whether there are older ones.
-pub async fn newest(tx: &mut SystemTx) -> Result<(Vec<Revocation>, bool), DbError> {
+/// The newest ones, in order. Older ones may have been there: they are deleted after a day.
+pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Revocation>, DbError> {
     let rows = revocations::table
         .order(revocations::seq.desc())
         .limit(i64::from(BATCH))
         .select(COLUMNS)
         .load::<Row>(&mut **tx)
         .await?;
-    let older = rows.len() == usize::from(BATCH);
-    Ok((rows.into_iter().rev().map(revocation).collect(), older))
+    Ok(rows.into_iter().rev().map(revocation).collect())
 }
 
 /// What came after number `seq`, in order: at most [`BATCH`].

@@ -49,8 +49,8 @@ pub struct NewSession<'a> {
 pub enum Rotation {
     /// It was the current one; its successor is stored.
     Rotated(SessionRow),
-    /// It was the one before, a moment ago: the successor is the same.
-    Repeated(SessionRow),
+    /// It was the one before, a moment ago: the successor is the same, the one with this index.
+    Repeated(SessionRow, usize),
     /// It was used before that: somebody has a copy. The session is to be ended.
     Reused(SessionRow),
     /// It opens nothing, or no longer.
@@ -80,11 +80,12 @@ async fn add_token(tx: &mut SystemTx, session: Uuid, token_hash: &[u8]) -> Resul
     Ok(())
 }
 
-/// Uses a refresh token up, in one conditional update: of two callers at once one finds it used.
+/// Uses a refresh token up, in one conditional update: of two callers at once one finds it used. `successors` has the
+/// hash of the next token, followed by those that it may have instead if it was used a moment ago.
 pub async fn rotate(
     tx: &mut SystemTx,
     token_hash: &[u8],
-    next_hash: &[u8],
+    successors: &[[u8; 32]],
     idle_days: i32,
     ip: Option<IpNet>,
 ) -> Result<Rotation, DbError> {
@@ -103,9 +104,13 @@ pub async fn rotate(
     .get_result::<Uuid>(&mut **tx)
     .await
     .optional()?;
-    if let Some(session) = used {
-        add_token(tx, session, next_hash).await?;
-        let session = diesel::update(sessions::table.find(session))
+    if let (Some(session), Some(next)) = (used, successors.first()) {
+        add_token(tx, session, next).await?;
+        // Again, under the row's lock: a password that changed meanwhile has ended the session.
+        let live = sessions::table
+            .filter(sessions::id.eq(session))
+            .filter(sessions::revoked_at.is_null());
+        let session = diesel::update(live)
             .set((
                 sessions::last_used_at.eq(now),
                 sessions::expires_at.eq(now.into_sql::<Timestamptz>() + idle_days.days()),
@@ -113,8 +118,9 @@ pub async fn rotate(
             ))
             .returning(SessionRow::as_returning())
             .get_result(&mut **tx)
-            .await?;
-        return Ok(Rotation::Rotated(session));
+            .await
+            .optional()?;
+        return Ok(session.map_or(Rotation::Unknown, Rotation::Rotated));
     }
 
     let found = refresh_tokens::table
@@ -134,18 +140,22 @@ pub async fn rotate(
     let Some((session, recent)) = found else {
         return Ok(Rotation::Unknown);
     };
-    let successor_is_current = diesel::select(exists(
-        refresh_tokens::table
-            .filter(refresh_tokens::token_hash.eq(next_hash))
-            .filter(refresh_tokens::used_at.is_null()),
-    ))
-    .get_result::<bool>(&mut **tx)
-    .await?;
-    Ok(if recent && successor_is_current {
-        Rotation::Repeated(session)
-    } else {
-        Rotation::Reused(session)
-    })
+    if recent {
+        let current = refresh_tokens::table
+            .filter(refresh_tokens::token_hash.eq_any(successors.iter().map(<[u8; 32]>::as_slice)))
+            .filter(refresh_tokens::used_at.is_null())
+            .select(refresh_tokens::token_hash)
+            .first::<Vec<u8>>(&mut **tx)
+            .await
+            .optional()?;
+        let at = successors
+            .iter()
+            .position(|hash| current.as_deref() == Some(hash.as_slice()));
+        if let Some(at) = at {
+            return Ok(Rotation::Repeated(session, at));
+        }
+    }
+    Ok(Rotation::Reused(session))
 }
 
 /// The session that a refresh token, used or not, belongs to, while it lives.

@@ -1,15 +1,18 @@
-//! Telling other replicas what was changed, and remembering what they told.
+//! Tells other replicas what was changed, and remembers what they told.
 //!
-//! A change that others remember leaves a row in `revocations`, written in its own transaction. Each replica reads
-//! the new rows at least every 250 ms: that alone keeps the contract. After the commit the change is also published in
-//! Redis, so that most learn of it within milliseconds. A message can be lost, and is nothing to rely on; without
-//! Redis, or when it is away, none is sent.
+//! A change to something that replicas cache leaves a row in `revocations`, written in its own transaction. Each
+//! replica reads the new rows at least every 250 ms: that alone keeps the contract. After the commit the change is
+//! also published in Redis, so that most replicas learn of it within milliseconds. A message can be lost, and nothing
+//! relies on one; without Redis, or while it is unreachable, none is sent.
+//!
+//! Messages are sealed, since anyone who may publish in Redis can send one. A message that does not open, is older
+//! than a few minutes, or says what is known already, is counted and otherwise ignored.
 //!
 //! Knows what a row says, and nothing of who forgets what. [`Recent`] is what this replica has learnt lately.
 
 mod recent;
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use chrono::DateTime;
 use serde::{Deserialize, Serialize};
@@ -17,10 +20,18 @@ use uuid::Uuid;
 
 pub use self::recent::Recent;
 use crate::{
+    clock::UnixNanos,
     redis::{Redis, Subscription},
     repo::revocation::{Revocation, Target},
+    seal::Seal,
     telemetry::metrics::Metrics,
 };
+
+/// What a seal of a message is for. Change it when a field changes its meaning.
+const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
+/// How far a message's time may be from this replica's: the clocks of replicas and PostgreSQL may differ by two
+/// minutes, and a message takes no time to arrive. Older ones have long been polled.
+const MAX_AGE: Duration = Duration::from_mins(5);
 
 /// Read by servers of other versions: fields may be added, none changes its meaning.
 #[derive(Serialize, Deserialize)]
@@ -38,6 +49,7 @@ struct Message<'a> {
 pub struct Announcer {
     redis: Option<Redis>,
     channel: Arc<str>,
+    seal: Arc<Seal>,
     metrics: Arc<Metrics>,
 }
 
@@ -47,17 +59,19 @@ pub fn channel(prefix: &str) -> String {
 }
 
 impl Announcer {
-    pub fn new(redis: Option<Redis>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(redis: Option<Redis>, seal: Seal, metrics: Arc<Metrics>) -> Self {
         Self {
             channel: channel(redis.as_ref().map_or("", Redis::prefix)).into(),
             redis,
+            seal: Arc::new(seal),
             metrics,
         }
     }
 
-    /// Tells the others of what was committed. In the background: whoever made the change does not wait.
+    /// Publishes what was committed, in the background: the caller does not wait.
     pub fn tell(&self, revocation: &Revocation) {
-        let (Some(redis), Some(message)) = (self.redis.clone(), write(revocation)) else {
+        let (Some(redis), Some(message)) = (self.redis.clone(), write(&self.seal, revocation))
+        else {
             return;
         };
         let announcer = self.clone();
@@ -76,14 +90,19 @@ impl Announcer {
         });
     }
 
-    /// What the others tell. `None` without Redis.
+    /// Subscribes to what others publish. `None` without Redis.
     pub fn listen(&self) -> Option<Subscription> {
         let redis = self.redis.as_ref()?;
         Some(redis.subscribe(self.channel.to_string()))
     }
+
+    /// Returns what a message says. `None` if no replica of this installation sealed it, or not lately.
+    pub fn read(&self, message: &[u8], now: UnixNanos) -> Option<Revocation> {
+        read(&self.seal, message, now)
+    }
 }
 
-fn write(revocation: &Revocation) -> Option<Vec<u8>> {
+fn write(seal: &Seal, revocation: &Revocation) -> Option<Vec<u8>> {
     let target = revocation.target?;
     let message = Message {
         seq: revocation.seq,
@@ -92,12 +111,17 @@ fn write(revocation: &Revocation) -> Option<Vec<u8>> {
         id: target.id(revocation.tenant),
         at: revocation.at.timestamp_micros(),
     };
-    serde_json::to_vec(&message).ok()
+    let content = serde_json::to_vec(&message).ok()?;
+    Some(seal.close(CONTEXT, &content))
 }
 
-/// What a message says; `None` if that cannot be told.
-pub fn read(message: &[u8]) -> Option<Revocation> {
-    let message = serde_json::from_slice::<Message<'_>>(message).ok()?;
+fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Revocation> {
+    let content = seal.open(CONTEXT, message)?;
+    let message = serde_json::from_slice::<Message<'_>>(content).ok()?;
+    let now = i64::try_from(now.0 / 1000).ok()?;
+    if u128::from(now.abs_diff(message.at)) > MAX_AGE.as_micros() {
+        return None;
+    }
     Some(Revocation {
         seq: message.seq,
         tenant: message.tenant,
@@ -137,8 +161,9 @@ impl Gone {
         !(self.tenants.is_empty() && self.plans.is_empty() && self.keys.is_empty())
     }
 
-    pub fn key(&self, tenant: Uuid, plan: Uuid, key: Uuid) -> bool {
-        self.tenants.contains(&tenant) || self.plans.contains(&plan) || self.keys.contains(&key)
+    /// The ids of tenants, plans and keys: what a cached key belongs to.
+    pub fn owners_of_keys(&self) -> impl Iterator<Item = &Uuid> {
+        self.tenants.iter().chain(&self.plans).chain(&self.keys)
     }
 
     pub fn any_token(&self) -> bool {
@@ -162,6 +187,26 @@ impl Gone {
 mod tests {
     use super::*;
 
+    const AT: i64 = 1_785_738_360_123_456;
+    const NOW: UnixNanos = UnixNanos::from_secs(1_785_738_360);
+
+    fn seal(byte: u8) -> Seal {
+        Seal::new(&[byte; 32], None)
+    }
+
+    fn revocation(target: Target) -> Revocation {
+        Revocation {
+            seq: 7,
+            tenant: Uuid::from_u128(1),
+            target: Some(target),
+            at: DateTime::from_timestamp_micros(AT).unwrap(),
+        }
+    }
+
+    fn after(secs: u64) -> UnixNanos {
+        UnixNanos::from_secs(NOW.secs() + secs)
+    }
+
     #[test]
     fn what_is_written_is_read() {
         let id = Uuid::now_v7();
@@ -172,26 +217,42 @@ mod tests {
             Target::ServiceToken(id),
             Target::Session(id),
         ] {
-            let revocation = Revocation {
-                seq: 7,
-                tenant: Uuid::now_v7(),
-                target: Some(target),
-                at: DateTime::from_timestamp_micros(1_785_738_360_123_456).unwrap(),
-            };
-            assert_eq!(read(&write(&revocation).unwrap()), Some(revocation));
+            let revocation = revocation(target);
+            let message = write(&seal(1), &revocation).unwrap();
+            assert_eq!(read(&seal(1), &message, NOW), Some(revocation));
+            assert_eq!(read(&seal(2), &message, NOW), None, "another installation");
         }
+    }
+
+    #[test]
+    fn an_old_message_or_one_from_the_future_is_not_believed() {
+        let message = write(&seal(1), &revocation(Target::Tenant)).unwrap();
+        let believed = |now| read(&seal(1), &message, now).is_some();
+        assert!(believed(after(120)) && believed(UnixNanos::from_secs(NOW.secs() - 120)));
+        assert!(!believed(after(301)) && !believed(UnixNanos::from_secs(NOW.secs() - 301)));
+    }
+
+    #[test]
+    fn a_truncated_or_unsealed_message_is_not_believed() {
+        let message = write(&seal(1), &revocation(Target::Tenant)).unwrap();
+        for at in 0..message.len() {
+            assert_eq!(read(&seal(1), &message[..at], NOW), None, "{at}");
+        }
+        let (_, content) = message.split_at(crate::seal::TAG);
+        assert_eq!(read(&seal(1), content, NOW), None);
     }
 
     #[test]
     fn a_message_of_a_newer_version_is_for_the_whole_tenant_and_nonsense_for_nobody() {
         let tenant = Uuid::now_v7();
         let message = format!(
-            r#"{{"seq":1,"tenant":"{tenant}","target":"ring","id":"{tenant}","at":5,"x":1}}"#
+            r#"{{"seq":1,"tenant":"{tenant}","target":"ring","id":"{tenant}","at":{AT},"x":1}}"#
         );
-        let read_one = read(message.as_bytes()).unwrap();
+        let sealed = |content: &[u8]| seal(1).close(CONTEXT, content);
+        let read_one = read(&seal(1), &sealed(message.as_bytes()), NOW).unwrap();
         assert_eq!((read_one.tenant, read_one.target), (tenant, None));
         for nonsense in [&b""[..], b"{}", b"\xff", b"[1,2]"] {
-            assert_eq!(read(nonsense), None);
+            assert_eq!(read(&seal(1), &sealed(nonsense), NOW), None);
         }
     }
 }

@@ -1,9 +1,18 @@
-//! What was changed lately, as far as this replica knows: so that it can tell whether what another replica read
-//! from PostgreSQL a while ago is still true.
+//! What was changed lately, as far as this replica knows: decides whether what another replica read from PostgreSQL a
+//! while ago is still true.
 //!
-//! Revocations have numbers in the order of their commits, and a row is read together with the highest number
-//! that its reader saw. So a copy with number `n` is true but for revocations above `n`; all of those up to the
-//! last poll are here, back to a floor. Below the floor nothing is told to be true.
+//! Revocations are numbered in the order of their commits, and a row is read together with the highest number that
+//! its reader saw. So a copy with number `n` is true except for revocations above `n`.
+//!
+//! Two sources, which are not worth the same:
+//! - **The poll** reads PostgreSQL, in order and without gaps. It alone moves the floor and the number up to which
+//!   everything is known.
+//! - **Announcements** are messages of other replicas, and this replica's own commits. They only come sooner. An
+//!   announcement makes copies older than it untrue until the poll has caught up; it never hides a number from the
+//!   poll, never raises the floor, and takes no room from what was polled.
+//!
+//! Below the floor nothing is confirmed, since a revocation that was deleted from PostgreSQL may lie there. Nor is a
+//! copy with a number higher than PostgreSQL, or a replica that announced it, has shown: no such number was assigned.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -12,66 +21,142 @@ use uuid::Uuid;
 
 use crate::repo::revocation::{Revocation, Target};
 
-/// How many are remembered. One takes about 150 bytes.
-const KEPT: usize = 20_000;
+/// How many polled revocations are remembered. One takes about 150 bytes.
+const REMEMBERED: usize = 20_000;
+/// How many announcements are remembered until the poll reaches them, which takes it a moment. More are dropped: the
+/// poll reads them anyway.
+const ANNOUNCED: usize = 4096;
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Recent(Mutex<Known>);
+pub struct Recent(Mutex<State>);
 
 #[derive(Debug, Default)]
-struct Known {
-    /// `None` until PostgreSQL was asked for the first time: then nothing can be told.
-    floor: Option<i64>,
-    all: BTreeMap<i64, Uuid>,
-    /// The highest number of each that was changed. Ids are unique over all kinds.
+struct State {
+    /// `None` until PostgreSQL was polled for the first time: then nothing can be confirmed.
+    known: Option<Known>,
+    polled: BTreeMap<i64, Uuid>,
+    /// Numbers above `known.up_to`.
+    announced: BTreeMap<i64, Uuid>,
+    /// The highest number of each id in either map. Ids are unique over all kinds.
     newest: HashMap<Uuid, i64>,
 }
 
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    /// Every revocation above this, up to `up_to`, is in `polled`.
+    floor: i64,
+    up_to: i64,
+}
+
+/// What is changed or ended. For a kind that this version does not know, that is the whole tenant.
+fn subject(revocation: &Revocation) -> Uuid {
+    match revocation.target {
+        None | Some(Target::Tenant) => revocation.tenant,
+        Some(
+            Target::Plan(id) | Target::ApiKey(id) | Target::ServiceToken(id) | Target::Session(id),
+        ) => id,
+    }
+}
+
 impl Recent {
-    /// Every revocation above `floor` so far has been noted.
-    pub fn complete_above(&self, floor: i64) {
-        let mut known = self.0.lock();
-        known.floor = Some(known.floor.map_or(floor, |old| old.max(floor)));
+    /// The first poll: the newest revocations that PostgreSQL still has, in order. Older ones may have been deleted,
+    /// so everything below the first of them is unconfirmed.
+    pub fn begin(&self, newest: &[Revocation]) {
+        let mut state = self.0.lock();
+        let floor = newest.first().map_or(0, |first| first.seq - 1);
+        state.known.get_or_insert(Known {
+            floor,
+            up_to: floor,
+        });
+        drop(state);
+        for revocation in newest {
+            self.polled(revocation);
+        }
     }
 
-    /// Whether it is the first time that this is told.
-    pub fn note(&self, revocation: &Revocation) -> bool {
-        let about = match revocation.target {
-            None | Some(Target::Tenant) => revocation.tenant,
-            Some(
-                Target::Plan(id)
-                | Target::ApiKey(id)
-                | Target::ServiceToken(id)
-                | Target::Session(id),
-            ) => id,
+    /// The poll has read this one, and everything before it. Returns whether it is news.
+    pub fn polled(&self, revocation: &Revocation) -> bool {
+        let (seq, id) = (revocation.seq, subject(revocation));
+        let mut state = self.0.lock();
+        let state = &mut *state;
+        let Some(known) = &mut state.known else {
+            return true;
         };
-        let mut known = self.0.lock();
-        if known.floor.is_some_and(|floor| revocation.seq <= floor)
-            || known.all.insert(revocation.seq, about).is_some()
+        if seq <= known.up_to {
+            return false;
+        }
+        known.up_to = seq;
+        state.polled.insert(seq, id);
+        let newest = state.newest.entry(id).or_default();
+        *newest = seq.max(*newest);
+        while state.polled.len() > REMEMBERED
+            && let Some((seq, id)) = state.polled.pop_first()
+        {
+            known.floor = known.floor.max(seq);
+            if state.newest.get(&id) == Some(&seq) {
+                state.newest.remove(&id);
+            }
+        }
+        let later = state.announced.split_off(&(seq + 1));
+        let reached = std::mem::replace(&mut state.announced, later);
+        let mut is_news = true;
+        for (announced, id) in reached {
+            is_news &= announced != seq;
+            // An announcement that PostgreSQL does not have, such as one from before a restore, ends here.
+            if !state.polled.contains_key(&announced) && state.newest.get(&id) == Some(&announced) {
+                state.recount(id);
+            }
+        }
+        is_news
+    }
+
+    /// Another replica, or this one, has committed a revocation. Returns whether it is news: what was polled or
+    /// announced before is not, so a message that is sent again does nothing.
+    pub fn announced(&self, revocation: &Revocation) -> bool {
+        let (seq, id) = (revocation.seq, subject(revocation));
+        let mut state = self.0.lock();
+        let state = &mut *state;
+        if state.known.is_some_and(|known| seq <= known.up_to) || state.announced.contains_key(&seq)
         {
             return false;
         }
-        let newest = known.newest.entry(about).or_default();
-        *newest = revocation.seq.max(*newest);
-        while known.all.len() > KEPT
-            && let Some((seq, about)) = known.all.pop_first()
-        {
-            known.floor = known.floor.map(|floor| floor.max(seq));
-            if known.newest.get(&about) == Some(&seq) {
-                known.newest.remove(&about);
-            }
+        if state.announced.len() < ANNOUNCED {
+            state.announced.insert(seq, id);
+            let newest = state.newest.entry(id).or_default();
+            *newest = seq.max(*newest);
         }
         true
     }
 
     /// Whether none of these was changed after number `as_of`, as far as is known.
-    pub fn unchanged(&self, about: &[Uuid], as_of: i64) -> bool {
-        let known = self.0.lock();
-        known.floor.is_some_and(|floor| as_of >= floor)
-            && about
+    pub fn unchanged(&self, ids: &[Uuid], as_of: i64) -> bool {
+        let state = self.0.lock();
+        let Some(known) = state.known else {
+            return false;
+        };
+        let highest = state
+            .announced
+            .last_key_value()
+            .map_or(known.up_to, |(seq, _)| *seq);
+        (known.floor..=highest).contains(&as_of)
+            && ids
                 .iter()
-                .all(|id| known.newest.get(id).is_none_or(|seq| *seq <= as_of))
+                .all(|id| state.newest.get(id).is_none_or(|seq| *seq <= as_of))
+    }
+}
+
+impl State {
+    /// Looks for the highest number of an id again. Slow, and rare.
+    fn recount(&mut self, id: Uuid) {
+        let of = |all: &BTreeMap<i64, Uuid>| {
+            let mut numbers = all.iter().rev();
+            numbers.find(|(_, it)| **it == id).map(|(seq, _)| *seq)
+        };
+        match of(&self.announced).or_else(|| of(&self.polled)) {
+            Some(seq) => self.newest.insert(id, seq),
+            None => self.newest.remove(&id),
+        };
     }
 }
 
@@ -90,47 +175,103 @@ mod tests {
         }
     }
 
+    fn key(n: u128) -> Uuid {
+        Uuid::from_u128(1000 + n)
+    }
+
+    fn of_key(seq: i64, n: u128) -> Revocation {
+        revocation(seq, Target::ApiKey(key(n)))
+    }
+
     #[test]
     fn a_copy_is_true_until_something_of_it_is_changed() {
         let recent = Recent::default();
         let (tenant, plan, key) = (Uuid::from_u128(1), Uuid::from_u128(2), Uuid::from_u128(3));
         let all = [tenant, plan, key];
         assert!(!recent.unchanged(&all, 100), "nothing is known yet");
-        recent.complete_above(4);
+        recent.begin(&[of_key(4, 0)]);
         assert!(recent.unchanged(&all, 4));
-        assert!(!recent.unchanged(&all, 3), "older than what is known");
+        assert!(recent.unchanged(&all, 3));
+        assert!(!recent.unchanged(&all, 2), "older than what is known");
+        assert!(!recent.unchanged(&all, 5), "not assigned yet");
         for (seq, target) in [
             (5, Target::Tenant),
             (6, Target::Plan(plan)),
             (7, Target::ApiKey(key)),
         ] {
             assert!(recent.unchanged(&all, seq - 1));
-            assert!(recent.note(&revocation(seq, target)));
-            assert!(!recent.note(&revocation(seq, target)), "told twice");
+            assert!(recent.polled(&revocation(seq, target)));
+            assert!(!recent.polled(&revocation(seq, target)), "read twice");
             assert!(!recent.unchanged(&all, seq - 1));
             assert!(recent.unchanged(&all, seq));
         }
-        recent.note(&revocation(8, Target::ApiKey(Uuid::from_u128(9))));
+        recent.polled(&of_key(8, 9));
         assert!(recent.unchanged(&all, 7), "another's change");
-        // One that arrives after a newer one.
-        recent.note(&revocation(10, Target::Plan(plan)));
-        recent.note(&revocation(9, Target::Plan(plan)));
-        assert!(!recent.unchanged(&all, 9));
-        assert!(recent.unchanged(&all, 10));
+    }
+
+    #[test]
+    fn an_announcement_is_in_force_until_the_poll_confirms_it() {
+        let recent = Recent::default();
+        recent.begin(&[]);
+        assert!(recent.announced(&of_key(2, 1)));
+        assert!(!recent.announced(&of_key(2, 1)), "sent twice");
+        assert!(!recent.unchanged(&[key(1)], 1));
+        assert!(recent.unchanged(&[key(1)], 2), "read after the change");
+        assert!(recent.unchanged(&[key(2)], 1));
+        assert!(!recent.unchanged(&[key(2)], 3), "nobody has shown 3");
+        // One that arrives after a later one.
+        assert!(recent.announced(&of_key(1, 2)));
+        assert!(!recent.unchanged(&[key(2)], 0));
+        assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));
+        assert!(!recent.announced(&of_key(2, 1)), "polled already");
+        assert!(!recent.unchanged(&[key(1)], 1));
+        assert!(recent.unchanged(&[key(1)], 2));
+    }
+
+    /// Whoever could announce future numbers would hide the real revocations with those numbers.
+    #[test]
+    fn no_announcement_hides_a_number_from_the_poll_or_raises_the_floor() {
+        let recent = Recent::default();
+        recent.begin(&[of_key(1, 0)]);
+        for seq in 2..=i64::try_from(3 * ANNOUNCED).unwrap() {
+            recent.announced(&of_key(seq, 77));
+        }
+        assert!(recent.unchanged(&[key(1)], 1), "the floor is where it was");
+        recent.polled(&of_key(2, 1));
+        assert!(!recent.unchanged(&[key(1)], 1));
+        assert!(recent.unchanged(&[key(1)], 2));
+    }
+
+    #[test]
+    fn an_announcement_that_postgres_does_not_have_ends_with_the_poll() {
+        let recent = Recent::default();
+        recent.begin(&[of_key(1, 5)]);
+        recent.announced(&of_key(2, 5));
+        assert!(!recent.unchanged(&[key(5)], 1));
+        recent.polled(&of_key(3, 6));
+        assert!(
+            recent.unchanged(&[key(5)], 1),
+            "number 2 was never committed"
+        );
+        assert!(!recent.unchanged(&[key(5)], 0));
+        let state = recent.0.lock();
+        assert_eq!((state.announced.len(), state.newest[&key(5)]), (0, 1));
     }
 
     #[test]
     fn what_is_forgotten_raises_the_floor() {
         let recent = Recent::default();
-        recent.complete_above(0);
-        let id = |n: usize| Uuid::from_u128(n as u128);
-        for n in 1..=KEPT + 10 {
+        recent.begin(&[]);
+        for n in 1..=REMEMBERED + 10 {
             let seq = i64::try_from(n).unwrap();
-            recent.note(&revocation(seq, Target::ApiKey(id(n))));
+            recent.polled(&of_key(seq, n as u128));
         }
-        assert!(!recent.unchanged(&[id(1)], 9));
-        assert!(recent.unchanged(&[id(1)], 10));
-        let known = recent.0.lock();
-        assert_eq!((known.all.len(), known.newest.len()), (KEPT, KEPT));
+        assert!(!recent.unchanged(&[key(1)], 9));
+        assert!(recent.unchanged(&[key(1)], 10));
+        let state = recent.0.lock();
+        assert_eq!(
+            (state.polled.len(), state.newest.len()),
+            (REMEMBERED, REMEMBERED)
+        );
     }
 }

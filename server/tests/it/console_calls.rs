@@ -69,6 +69,7 @@ fn samples() -> Vec<Call> {
         Call::Login(Login {
             email: "a@b.c".into(),
             password: "p".into(),
+            device_token: Some("d".into()),
         }),
         Call::Refresh,
         Call::Logout,

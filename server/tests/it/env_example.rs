@@ -129,6 +129,12 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_ON_REDIS_FAILURE" => "fail",
         "QUOTA_MIGRATE" => "yes",
         "QUOTA_SECRET" | "QUOTA_SECRET_PREVIOUS" => "hunter2",
+        "DATABASE_URL_FILE"
+        | "REDIS_URL_FILE"
+        | "QUOTA_SECRET_FILE"
+        | "QUOTA_SECRET_PREVIOUS_FILE" => "/nonexistent/secret",
+        "QUOTA_REGISTRATION" => "maybe",
+        "QUOTA_MAX_PLANS" | "QUOTA_MAX_API_KEYS" | "QUOTA_MAX_SERVICE_TOKENS" => "0",
         "ALLOWED_ORIGINS" => "example.com",
         "QUOTA_TRUSTED_PROXIES" => "10.0.0.0/33",
         "QUOTA_AUTH_RPM"
@@ -204,4 +210,102 @@ fn what_needs_no_settings_ignores_wrong_ones() {
         let output = quota(&[command], &[("QUOTA_LISTEN", "nonsense")]);
         assert!(output.status.success(), "{command}");
     }
+}
+
+/// Starts the server with these variables; answers the lines that name one.
+fn refused(given: &[(&str, &str)]) -> Vec<String> {
+    let output = quota(&["serve"], given);
+    assert_eq!(output.status.code(), Some(1), "{given:?}");
+    assert_eq!(text(&output.stdout), "", "{given:?}");
+    faults(&output)
+}
+
+#[test]
+fn a_misspelled_setting_stops_the_start_and_a_kubernetes_link_does_not() {
+    let lines = refused(&[
+        ("QUOTA_DATABASE_URL", "postgres://root:hunter2@host/db"),
+        ("QUOTA_LISTEN_FILE", "/run/secrets/listen"),
+        ("QUOTA_LOG_FORMAT", "xml"),
+    ]);
+    assert_eq!(lines.len(), 3, "{lines:#?}");
+    let starting = |start: &str| lines.iter().any(|line| line.starts_with(start));
+    assert!(
+        starting("QUOTA_DATABASE_URL: unknown setting; did you mean DATABASE_URL?"),
+        "{lines:#?}"
+    );
+    assert!(starting("QUOTA_LISTEN_FILE: "), "{lines:#?}");
+    assert!(starting("QUOTA_LOG_FORMAT: "), "{lines:#?}");
+    assert!(!lines.join("").contains("hunter2"), "{lines:#?}");
+
+    // Links alone are no reason: the start goes on to the settings themselves.
+    let lines = refused(&[
+        ("QUOTA_SERVICE_HOST", "10.0.0.1"),
+        ("QUOTA_PORT", "tcp://10.0.0.1:8080"),
+        ("QUOTA_PORT_8080_TCP", "tcp://10.0.0.1:8080"),
+        ("QUOTA_LOG_FORMAT", "xml"),
+    ]);
+    assert_eq!(lines.len(), 1, "{lines:#?}");
+}
+
+/// Mounted secrets, as Docker and Kubernetes give them.
+#[test]
+fn a_secret_is_read_from_its_file_and_a_wrong_file_stops_the_start() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = |name: &str, content: &[u8]| {
+        let path = dir.path().join(name);
+        fs::write(&path, content).expect("it is written");
+        path.to_str().expect("it is text").to_owned()
+    };
+    // A name that is on no network: the start fails later, at the database that the file names.
+    let database = file(
+        "database",
+        b"postgres://quota:hunter2@database.invalid/quota\n",
+    );
+    let secret = file("secret", b"0123456789abcdef0123456789abcdef\n");
+    let output = quota(
+        &["doctor"],
+        &[
+            ("DATABASE_URL_FILE", &database),
+            ("QUOTA_SECRET_FILE", &secret),
+            ("QUOTA_LISTEN", "127.0.0.1:0"),
+            ("QUOTA_METRICS_LISTEN", "off"),
+        ],
+    );
+    let said = text(&output.stdout) + &text(&output.stderr);
+    assert!(said.contains("settings"), "{said}");
+    assert!(!said.contains("not valid"), "{said}");
+    assert!(!said.contains("hunter2"), "{said}");
+
+    let missing = dir.path().join("missing");
+    let missing = missing.to_str().expect("it is text");
+    let directory = dir.path().to_str().expect("it is text");
+    let empty = file("empty", b" \n");
+    let binary = file("binary", b"\xff\xfe");
+    let large = file("large", &[b'x'; 70_000]);
+    let short = file("short", b"hunter2");
+    for name in ["DATABASE_URL", "REDIS_URL", "QUOTA_SECRET"] {
+        let variable = format!("{name}_FILE");
+        for path in [missing, directory, &empty, &binary, &large] {
+            let lines = refused(&[(&variable, path)]);
+            assert_eq!(lines.len(), 1, "{variable}={path}: {lines:?}");
+            assert!(lines[0].starts_with(&format!("{variable}: ")), "{lines:?}");
+        }
+        let lines = refused(&[
+            (&variable, &secret),
+            (name, "0123456789abcdef0123456789abcdef"),
+        ]);
+        assert!(
+            lines
+                .iter()
+                .any(|line| line.starts_with(&format!("{variable}: {name} is set too"))),
+            "{lines:?}"
+        );
+    }
+    let lines = refused(&[("QUOTA_SECRET_FILE", &short)]);
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(
+        lines[0].starts_with("QUOTA_SECRET_FILE: must be at least 32"),
+        "{lines:?}"
+    );
+    assert!(!lines[0].contains("hunter2"), "{lines:?}");
 }

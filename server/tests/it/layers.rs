@@ -10,6 +10,7 @@ const RANKS: &[&[&str]] = &[
         "deadline",
         "file_limit",
         "schema",
+        "seal",
         "secret_text",
     ],
     &["db", "redis", "telemetry"],

@@ -7,6 +7,7 @@ use std::{
 
 use quota_server::{
     clock::{Clock as _, SystemClock, TestClock},
+    repo::sweep,
     secret_text::{Kind, SecretText},
 };
 use quota_testkit::{
@@ -413,4 +414,286 @@ async fn a_change_is_told_to_the_other_replicas() {
         .expect("it is sent");
     eventually(&second, "quota_revocations_unreadable_total", 1.0).await;
     assert_eq!(second.echo(&world.key.text).await.status, 200);
+}
+
+/// The highest number that PostgreSQL has assigned.
+async fn newest_revocation(app: &TestApp) -> i64 {
+    let client = app.database.connect().await;
+    let row = client
+        .query_one("SELECT coalesce(max(seq), 0) FROM revocations", &[])
+        .await;
+    row.expect("it is read").get(0)
+}
+
+/// A message as anyone can write it who has seen one, before they were sealed.
+fn unsealed(seq: i64, id: uuid::Uuid) -> String {
+    let at = chrono::Utc::now().timestamp_micros();
+    json!({"seq": seq, "tenant": id, "target": "tenant", "id": id, "at": at}).to_string()
+}
+
+/// Whoever may publish in Redis takes the numbers of revocations to come. The real ones must count nevertheless.
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_with_future_numbers_do_not_bring_a_deleted_key_back() {
+    let world = World::start().await;
+    let second = world.another().await;
+    for app in [&world.first, &second] {
+        assert_eq!(app.echo(&world.key.text).await.status, 200);
+    }
+    let (name, record) = world.only_record().await;
+    let newest = newest_revocation(&world.first).await;
+    let mut redis = world.redis().await;
+    for seq in newest + 1..newest + 200 {
+        let heard: u64 = redis
+            .publish("quota:revoked", unsealed(seq, uuid::Uuid::now_v7()))
+            .await
+            .expect("it is sent");
+        assert!(heard <= 2);
+    }
+    // Both have taken them, believed or not.
+    for app in [&world.first, &second] {
+        let began = Instant::now();
+        loop {
+            let taken = app.metric("quota_revocations_received_total").await
+                + app.metric("quota_revocations_unreadable_total").await;
+            if taken >= 199.0 {
+                break;
+            }
+            // Until it subscribes, it misses them.
+            redis
+                .publish::<_, _, ()>("quota:revoked", unsealed(newest + 1, uuid::Uuid::now_v7()))
+                .await
+                .expect("it is sent");
+            assert!(began.elapsed() < PATIENCE, "{taken} were taken");
+            sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    let path = format!("/admin/api-keys/{}", world.key.id);
+    let deleted = world
+        .first
+        .act(&world.account, "DELETE", &path, json!(null))
+        .await;
+    assert_eq!(deleted.status, 204, "{}", deleted.body);
+    for app in [&world.first, &second] {
+        let began = Instant::now();
+        while app.echo(&world.key.text).await.status != 401 {
+            assert!(began.elapsed() < PATIENCE, "a deleted key is accepted");
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+    // What is remembered of an invalid key is forgotten with any change of the cache; the saved record is there.
+    for app in [&world.first, &second] {
+        app.state
+            .keys
+            .made(&SecretText::parse(Kind::ApiKey, world.key.text.as_bytes()).expect("a key"));
+        redis
+            .set::<_, _, ()>(&name, &record)
+            .await
+            .expect("it is written");
+        let answer = app.echo(&world.key.text).await;
+        assert_eq!(
+            answer.status, 401,
+            "a deleted key came back: {}",
+            answer.text
+        );
+    }
+}
+
+/// Revocations are deleted from PostgreSQL after a day. A replica that starts then has never seen them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_starts_refuses_records_of_keys_deleted_long_ago() {
+    let world = World::start().await;
+    assert_eq!(world.first.echo(&world.key.text).await.status, 200);
+    let (name, record) = world.only_record().await;
+    let path = format!("/admin/api-keys/{}", world.key.id);
+    let deleted = world
+        .first
+        .act(&world.account, "DELETE", &path, json!(null))
+        .await;
+    assert_eq!(deleted.status, 204, "{}", deleted.body);
+    // Another account's change is newer, so that the deletion may be swept.
+    let other = world.first.register().await;
+    let plan = world.first.plan(&other, json!({"default_rpm": 60})).await;
+    let changed = world
+        .first
+        .act(
+            &other,
+            "PATCH",
+            &format!("/admin/plans/{plan}"),
+            json!({"default_rpm": 61}),
+        )
+        .await;
+    assert_eq!(changed.status, 200, "{}", changed.body);
+    let client = world.first.database.connect().await;
+    let aged = client
+        .execute(
+            "UPDATE revocations SET at = now() - interval '2 days' WHERE target_type = 'api_key'",
+            &[],
+        )
+        .await
+        .expect("it is changed");
+    assert!(aged >= 1);
+    let mut tx = world.first.state.db.system().await.expect("a connection");
+    let swept = sweep::batch(&mut tx, sweep::Expired::Revocations, 1000).await;
+    tx.commit().await.expect("it commits");
+    assert!(swept.expect("it sweeps") >= 1);
+
+    let mut redis = world.redis().await;
+    redis
+        .set::<_, _, ()>(&name, &record)
+        .await
+        .expect("it is written");
+    let fresh = world.another().await;
+    let answer = fresh.echo(&world.key.text).await;
+    assert_eq!(
+        answer.status, 401,
+        "a deleted key came back: {}",
+        answer.text
+    );
+    assert!(fresh.metric("quota_key_shared_outdated_total").await >= 1.0);
+}
+
+/// Two installations on one Redis with one prefix, and even one secret: neither believes the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_installations_with_one_prefix_do_not_believe_each_other() {
+    let server = RedisServer::start().await;
+    let start = async || {
+        let app = TestApp::setup()
+            .flag(redis_flag(&server))
+            .flag(slow())
+            .flag("--secret=0123456789abcdef0123456789abcdef")
+            .start()
+            .await;
+        polled(&app).await;
+        app
+    };
+    let (one, other) = (start().await, start().await);
+    let client = redis::Client::open(server.url()).expect("a URL");
+    let mut redis = client
+        .get_multiplexed_async_connection()
+        .await
+        .expect("it is there");
+    let account = one.register().await;
+    let plan = one.plan(&account, json!({})).await;
+    let key = one.key(&account, &plan).await;
+    assert_eq!(one.echo(&key.text).await.status, 200);
+    let began = Instant::now();
+    loop {
+        let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
+        if !names.is_empty() {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(
+        other.echo(&key.text).await.status,
+        401,
+        "another installation's record was believed"
+    );
+    let began = Instant::now();
+    while other.metric("quota_revocations_unreadable_total").await < 1.0 {
+        assert!(began.elapsed() < PATIENCE);
+        let changed = one
+            .act(
+                &account,
+                "PATCH",
+                &format!("/admin/plans/{plan}"),
+                json!({"default_rpm": 100}),
+            )
+            .await;
+        assert_eq!(changed.status, 200, "{}", changed.body);
+        sleep(Duration::from_millis(20)).await;
+    }
+    assert!(other.metric("quota_revocations_received_total").await < 0.5);
+    // A replica of the same installation does.
+    let replica = TestApp::setup()
+        .database(one.database.clone())
+        .flag(redis_flag(&server))
+        .flag(slow())
+        .flag("--secret=0123456789abcdef0123456789abcdef")
+        .start()
+        .await;
+    polled(&replica).await;
+    let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
+    redis.del::<_, ()>(names).await.expect("they are gone");
+    let key = one.key(&account, &plan).await;
+    assert_eq!(one.echo(&key.text).await.status, 200);
+    let began = Instant::now();
+    loop {
+        let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
+        if !names.is_empty() {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(replica.echo(&key.text).await.status, 200);
+    assert!(replica.metric("quota_key_shared_hits_total").await >= 1.0);
+}
+
+/// What a replica has sent can be captured and sent again, whole or in part.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_captured_message_that_is_sent_again_does_nothing() {
+    let world = World::start().await;
+    let client = redis::Client::open(world.server.url()).expect("a URL");
+    let mut pubsub = client.get_async_pubsub().await.expect("it is there");
+    pubsub.subscribe("quota:revoked").await.expect("it listens");
+    let mut messages = pubsub.on_message();
+    let path = format!("/admin/api-keys/{}", world.key.id);
+    let change = async |rpm: u32| {
+        let changed = world
+            .first
+            .act(&world.account, "PATCH", &path, json!({"rpm_override": rpm}))
+            .await;
+        assert_eq!(changed.status, 200, "{}", changed.body);
+    };
+    change(1000).await;
+    let message = tokio::time::timeout(PATIENCE, futures_util::StreamExt::next(&mut messages))
+        .await
+        .expect("it is published")
+        .expect("a message");
+    let message = message.get_payload_bytes().to_vec();
+
+    let second = world.another().await;
+    let before = newest_revocation(&world.first).await;
+    assert_eq!(second.echo(&world.key.text).await.status, 200);
+    let loads = second.metric("quota_key_loads_total").await
+        + second.metric("quota_key_shared_hits_total").await;
+    let mut redis = world.redis().await;
+    let mut received = 0.0;
+    let began = Instant::now();
+    while received < 20.0 {
+        redis
+            .publish::<_, _, ()>("quota:revoked", &message)
+            .await
+            .expect("it is sent");
+        sleep(Duration::from_millis(5)).await;
+        received = second.metric("quota_revocations_received_total").await;
+        assert!(began.elapsed() < PATIENCE, "an honest message is not read");
+    }
+    assert_eq!(second.echo(&world.key.text).await.status, 200);
+    let again = second.metric("quota_key_loads_total").await
+        + second.metric("quota_key_shared_hits_total").await;
+    assert!((again - loads).abs() < 0.5, "the key was looked up again");
+    for cut in [0, 1, 31, 32, 33, message.len() - 1] {
+        redis
+            .publish::<_, _, ()>("quota:revoked", &message[..cut])
+            .await
+            .expect("it is sent");
+    }
+    eventually(&second, "quota_revocations_unreadable_total", 6.0).await;
+    assert_eq!(newest_revocation(&world.first).await, before);
+    // And the next honest change is in force.
+    change(2000).await;
+    let began = Instant::now();
+    while second
+        .echo(&world.key.text)
+        .await
+        .number("x-ratelimit-limit")
+        != 2000
+    {
+        assert!(began.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(5)).await;
+    }
 }

@@ -40,8 +40,11 @@ struct InMemory {
 }
 
 impl InMemory {
+    /// The refresh token.
     fn only(&self) -> Option<String> {
-        self.entries.lock().values().next().cloned()
+        let entries = self.entries.lock();
+        let mut tokens = entries.values().filter(|it| it.starts_with("qr_"));
+        tokens.next().cloned()
     }
 
     fn there(&self) -> Result<(), NoKeychain> {
@@ -77,6 +80,8 @@ impl Keychain for InMemory {
 struct Rules {
     turn: AtomicU32,
     over: AtomicBool,
+    /// What the last sign-in brought.
+    device: Mutex<Value>,
     refreshes: AtomicU32,
     /// An access token came before the refresh token beside it was in the keychain.
     too_early: AtomicBool,
@@ -115,6 +120,8 @@ impl Rules {
                 self.turn.fetch_add(1, Ordering::SeqCst);
                 self.over.store(false, Ordering::SeqCst);
                 let mut answer = Self::pair(self.turn.load(Ordering::SeqCst));
+                *self.device.lock() = body["device_token"].clone();
+                answer["device_token"] = json!("known-device");
                 answer["user"] = json!({"id": ID, "email": "a@b.c", "name": "", "created_at": AT});
                 answer["tenant"] =
                     json!({"id": ID, "name": "A", "role": "owner", "time_zone": "UTC"});
@@ -245,6 +252,7 @@ fn login() -> Call {
     Call::Login(Login {
         email: "a@b.c".into(),
         password: "p".into(),
+        device_token: None,
     })
 }
 
@@ -254,6 +262,23 @@ fn list() -> Call {
 
 fn is_unauthorized(refusal: &Refusal) -> bool {
     matches!(refusal, Refusal::Problem { problem } if problem.status == 401)
+}
+
+#[tokio::test]
+async fn a_device_is_known_at_the_next_sign_in_and_the_page_is_not_told() {
+    let world = World::new().await;
+    let session = world.session();
+    let told = session.call(&login()).await.expect("signed in").body;
+    assert!(!told.contains("known-device"), "{told}");
+    assert_eq!(*world.rules.device.lock(), Value::Null);
+    session.call(&Call::Logout).await.expect("signed out");
+    // Also by another process, after the session has ended.
+    world.session().call(&login()).await.expect("signed in");
+    assert_eq!(*world.rules.device.lock(), json!("known-device"));
+    // Without a keychain it is a new device, which signs in nevertheless.
+    world.keychain.away.store(true, Ordering::SeqCst);
+    world.session().call(&login()).await.expect("signed in");
+    assert_eq!(*world.rules.device.lock(), Value::Null);
 }
 
 #[tokio::test]

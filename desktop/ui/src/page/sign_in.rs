@@ -96,7 +96,11 @@ pub fn SignIn() -> impl IntoView {
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
         let (email, password) = (email.get_untracked(), password.get_untracked());
-        entry.run(api::login(Login { email, password }));
+        entry.run(api::login(Login {
+            email,
+            password,
+            device_token: None,
+        }));
     };
     view! {
         <main class="entry">

@@ -933,3 +933,398 @@ async fn addresses_of_one_ipv6_network_are_counted_together() {
     assert_eq!(from("2001:db8:1:5::1, nonsense").await, 200);
     assert_eq!(from("2001:db8:1:6::1, nonsense").await, 429);
 }
+
+async fn login_from_network(app: &TestApp, ip: &str, email: &str, password: &str) -> Answer {
+    let body = json!({"email": email, "password": password});
+    app.post("/auth/login", body)
+        .header("X-Forwarded-For", ip)
+        .send()
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_cannot_lock_an_owner_out() {
+    let app = TestApp::setup()
+        .flag("--login-rpm=10")
+        .flag("--trusted-proxies=127.0.0.0/8")
+        .start()
+        .await;
+    let owner = app.register().await;
+    for _ in 0..10 {
+        let answer = login_from_network(&app, "198.51.100.7", &owner.email, "wrong").await;
+        assert_eq!(answer.status, 401);
+    }
+    let refused = login_from_network(&app, "198.51.100.7", &owner.email, PASSWORD).await;
+    assert_eq!(
+        (refused.status, refused.problem()),
+        (429, "too-many-requests")
+    );
+    assert!(refused.number("retry-after") >= 1);
+    // The owner, on a device that was never signed in, in another network.
+    let owner_signs_in = login_from_network(&app, "203.0.113.9", &owner.email, PASSWORD).await;
+    assert_eq!(owner_signs_in.status, 200, "{}", owner_signs_in.body);
+}
+
+/// Makes the two password threads busy for a while, by accounts whose hashes are costly to verify.
+async fn occupy_password_threads(app: &TestApp) -> Vec<tokio::task::JoinHandle<u16>> {
+    let costly = "$argon2id$v=19$m=65536,t=6,p=1$c29tZXNhbHRzb21lc2FsdA$\
+                  AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+    let mut busy = Vec::new();
+    for _ in 0..2 {
+        let account = app.register().await;
+        let client = app.database.connect().await;
+        let set = client
+            .execute(
+                "UPDATE users SET password_hash = $1 WHERE email = $2",
+                &[&costly, &account.email],
+            )
+            .await;
+        assert_eq!(set.expect("it is set"), 1);
+        let (http, url) = (app.http.clone(), app.url("/auth/login"));
+        let body = json!({"email": account.email, "password": "anything"});
+        busy.push(tokio::spawn(async move {
+            let answer = http.post(url).json(&body).send().await;
+            answer.expect("it answers").status().as_u16()
+        }));
+    }
+    // Long enough for both to be at work, and short of their end.
+    tokio::time::sleep(std::time::Duration::from_millis(150)).await;
+    busy
+}
+
+/// The old password is right when the sign-in looks it up, and wrong when the session would begin.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sign_in_that_waits_while_the_password_changes_begins_no_session() {
+    let app = TestApp::start().await;
+    let other = TestApp::setup()
+        .database(app.database.clone())
+        .start()
+        .await;
+    let owner = app.register().await;
+    let busy = occupy_password_threads(&app).await;
+    let (http, url) = (app.http.clone(), app.url("/auth/login"));
+    let body = json!({"email": owner.email, "password": PASSWORD});
+    let waiting = tokio::spawn(async move {
+        let answer = http.post(url).json(&body).send().await.expect("it answers");
+        let status = answer.status().as_u16();
+        let body: Value = answer.json().await.expect("JSON");
+        (status, body, std::time::Instant::now())
+    });
+    tokio::time::sleep(std::time::Duration::from_millis(150)).await;
+    let new = "seven orchards under frost";
+    let reset = other.state.accounts.reset_password(&owner.email, new).await;
+    reset.expect("it is reset");
+    let reset_at = std::time::Instant::now();
+    let (status, body, answered_at) = waiting.await.expect("it ends");
+    assert!(
+        answered_at > reset_at,
+        "the sign-in did not wait; make the hashes costlier"
+    );
+    for it in busy {
+        // 503 on a machine that is so busy that a hash takes too long.
+        assert!(matches!(it.await.expect("it ends"), 401 | 503));
+    }
+    let client = app.database.connect().await;
+    let living: i64 = client
+        .query_one(
+            "SELECT count(*) FROM sessions s JOIN users u ON u.id = s.user_id \
+             WHERE u.email = $1 AND s.revoked_at IS NULL",
+            &[&owner.email],
+        )
+        .await
+        .expect("it is counted")
+        .get(0);
+    assert!(matches!(status, 401 | 503), "{status} {body}");
+    assert_eq!(living, 0, "a session with the old password");
+    assert_eq!(login(&app, &owner.email, new).await.status, 200);
+    assert_eq!(login(&app, &owner.email, PASSWORD).await.status, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_changes_of_one_password_at_once_one_is_made() {
+    let app = TestApp::start().await;
+    let owner = app.register().await;
+    let sessions =
+        futures_util::future::join_all((0..6).map(|_| login(&app, &owner.email, PASSWORD))).await;
+    let new = |n: usize| format!("seven orchards under frost {n}");
+    let changes = sessions.iter().enumerate().map(|(n, session)| {
+        let body = json!({"current_password": PASSWORD, "new_password": new(n)});
+        let token = session.text("access_token");
+        let app = &app;
+        async move {
+            send(app, &token, "POST", "/auth/password", body)
+                .await
+                .status
+        }
+    });
+    let changed = futures_util::future::join_all(changes).await;
+    let made = changed.iter().filter(|status| **status == 204).count();
+    assert_eq!(made, 1, "{changed:?}");
+    let winner = changed
+        .iter()
+        .position(|status| *status == 204)
+        .expect("one");
+    assert!(
+        changed
+            .iter()
+            .all(|status| matches!(status, 204 | 401 | 422)),
+        "{changed:?}"
+    );
+    assert_eq!(login(&app, &owner.email, &new(winner)).await.status, 200);
+    for (n, session) in sessions.iter().enumerate() {
+        let expected = if n == winner { 200 } else { 401 };
+        assert_eq!(me(&app, &session.text("access_token")).await, expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_known_device_signs_in_during_an_attack_from_many_networks() {
+    let app = TestApp::setup()
+        .flag("--login-rpm=2")
+        .flag("--trusted-proxies=127.0.0.0/8")
+        .start()
+        .await;
+    let owner = app.register().await;
+    let first = login_from_network(&app, "203.0.113.9", &owner.email, PASSWORD).await;
+    assert_eq!(first.status, 200);
+    let device = first.text("device_token");
+    for network in 0..40 {
+        let ip = format!("198.51.{network}.7");
+        for _ in 0..2 {
+            let status = login_from_network(&app, &ip, &owner.email, "wrong")
+                .await
+                .status;
+            assert_eq!(status, 401);
+        }
+        let status = login_from_network(&app, &ip, &owner.email, "wrong")
+            .await
+            .status;
+        assert_eq!(status, 429, "{ip}");
+    }
+    let with_device = async |ip: &str, password: &str, device: &str| {
+        let body = json!({"email": owner.email, "password": password, "device_token": device});
+        let call = app.post("/auth/login", body).header("X-Forwarded-For", ip);
+        call.send().await
+    };
+    // Even from a network that was slowed down.
+    let known = with_device("198.51.1.7", PASSWORD, &device).await;
+    assert_eq!(known.status, 200, "{}", known.body);
+    let renewed = known.text("device_token");
+    assert_eq!(
+        with_device("198.51.1.7", PASSWORD, &renewed).await.status,
+        200
+    );
+    let new_device = login_from_network(&app, "203.0.113.77", &owner.email, PASSWORD).await;
+    assert_eq!(new_device.status, 200);
+    // What no server has issued is no device.
+    let mut forged = renewed.clone();
+    let last = if forged.ends_with('A') { 'B' } else { 'A' };
+    forged.replace_range(40..41, &last.to_string());
+    assert_eq!(
+        with_device("198.51.1.7", PASSWORD, &forged).await.status,
+        429
+    );
+    assert_eq!(
+        with_device("198.51.1.7", PASSWORD, &"x".repeat(513))
+            .await
+            .status,
+        422
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn networks_of_ipv6_are_counted_together_at_sign_in() {
+    let app = TestApp::setup()
+        .flag("--login-rpm=2")
+        .flag("--trusted-proxies=127.0.0.0/8")
+        .start()
+        .await;
+    let owner = app.register().await;
+    let mut tried = 0;
+    for n in 0..40 {
+        let ip = format!("2001:db8:7:{n:x}00::1");
+        let status = login_from_network(&app, &ip, &owner.email, "wrong")
+            .await
+            .status;
+        tried += usize::from(status == 401);
+    }
+    assert_eq!(tried, 8, "a /48 has four times the tries of a /64");
+    let elsewhere = login_from_network(&app, "2001:db8:8::1", &owner.email, PASSWORD).await;
+    assert_eq!(elsewhere.status, 200);
+}
+
+/// Four replicas are no four times as many tries.
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_share_what_they_count_and_are_stricter_alone() {
+    let mut redis = quota_testkit::redis::RedisServer::start().await;
+    let setup = || {
+        TestApp::setup()
+            .flag(format!("--redis-url={}", redis.url()))
+            .flag("--redis-timeout=2s")
+            .flag("--login-rpm=6")
+    };
+    let one = setup().start().await;
+    let other = setup().database(one.database.clone()).start().await;
+    for app in [&one, &other] {
+        let redis = app.state.redis.as_ref().expect("it has Redis");
+        assert!(redis.connected(std::time::Duration::from_secs(10)).await);
+    }
+    let owner = one.register().await;
+    let mut statuses = Vec::new();
+    for n in 0..8 {
+        let app = if n % 2 == 0 { &one } else { &other };
+        statuses.push(login(app, &owner.email, "wrong").await.status);
+    }
+    assert_eq!(statuses, [401, 401, 401, 401, 401, 401, 429, 429]);
+    let refused = login(&other, &owner.email, PASSWORD).await;
+    assert!((1..=10).contains(&refused.number("retry-after")));
+    let second = one.register().await;
+    assert_eq!(login(&one, &second.email, "wrong").await.status, 401);
+    assert_eq!(login(&other, &second.email, PASSWORD).await.status, 200);
+    // A right password is forgotten everywhere.
+    for _ in 0..6 {
+        assert_eq!(login(&one, &second.email, "wrong").await.status, 401);
+    }
+
+    // Without Redis each counts for itself, with half the tries.
+    let third = one.register().await;
+    redis.kill().await;
+    let mut statuses = Vec::new();
+    for _ in 0..5 {
+        statuses.push(login(&one, &third.email, "wrong").await.status);
+    }
+    assert_eq!(statuses, [401, 401, 401, 429, 429]);
+    let fourth = login(&other, &third.email, PASSWORD).await;
+    assert_eq!(fourth.status, 200, "{}", fourth.body);
+}
+
+/// Two threads hash passwords. Sign-ins from many networks do not keep a known device out.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_known_device_is_served_while_the_password_threads_are_flooded() {
+    let app = TestApp::setup()
+        .flag("--trusted-proxies=127.0.0.0/8")
+        .flag("--login-rpm=10")
+        .start()
+        .await;
+    let owner = app.register().await;
+    let device = login(&app, &owner.email, PASSWORD)
+        .await
+        .text("device_token");
+    let victim = app.register().await;
+    let costly = "$argon2id$v=19$m=16384,t=4,p=1$c29tZXNhbHRzb21lc2FsdA$\
+                  AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+    let client = app.database.connect().await;
+    client
+        .execute(
+            "UPDATE users SET password_hash = $1 WHERE email = $2",
+            &[&costly, &victim.email],
+        )
+        .await
+        .expect("it is set");
+    let flood = (0..60).map(|network| {
+        let (http, url) = (app.http.clone(), app.url("/auth/login"));
+        let body = json!({"email": victim.email, "password": "wrong"});
+        tokio::spawn(async move {
+            let mut statuses = Vec::new();
+            for _ in 0..4 {
+                let ip = format!("198.51.{network}.7");
+                let request = http.post(&url).header("X-Forwarded-For", ip).json(&body);
+                statuses.push(request.send().await.expect("it answers").status().as_u16());
+            }
+            statuses
+        })
+    });
+    let flood = flood.collect::<Vec<_>>();
+    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    for _ in 0..10 {
+        let body = json!({"email": owner.email, "password": PASSWORD, "device_token": device});
+        let known = app.post("/auth/login", body).send().await;
+        assert_eq!(known.status, 200, "{}", known.body);
+    }
+    let mut statuses = Vec::new();
+    for it in flood {
+        statuses.extend(it.await.expect("it ends"));
+    }
+    let of = |status: u16| statuses.iter().filter(|it| **it == status).count();
+    assert_eq!(of(401) + of(503), statuses.len(), "{statuses:?}");
+    assert!(of(503) > 0, "it was no flood");
+    assert!(of(401) > 0, "others are served as well");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn registration_can_be_closed() {
+    let app = TestApp::setup().flag("--registration=closed").start().await;
+    let email = "new@example.com";
+    let body = json!({"email": email, "password": PASSWORD});
+    let refused = app.post("/auth/register", body).send().await;
+    assert_eq!(
+        (refused.status, refused.problem()),
+        (403, "registration-closed")
+    );
+    assert!(
+        refused.text("detail").contains("operator"),
+        "{}",
+        refused.body
+    );
+    let kept = app.everything_kept().await;
+    assert!(!kept.contains(email));
+    // The operator creates accounts nevertheless, and they sign in.
+    let created = app.state.accounts.create(email, PASSWORD, None).await;
+    created.expect("it is created");
+    assert_eq!(login(&app, email, PASSWORD).await.status, 200);
+}
+
+/// Many at once: the last place is given once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_creates_as_much_as_the_operator_allows_and_no_more() {
+    let app = TestApp::setup()
+        .flag("--max-plans=3")
+        .flag("--max-api-keys=4")
+        .flag("--max-service-tokens=2")
+        .start()
+        .await;
+    let (owner, other) = (app.register().await, app.register().await);
+    let plan = app.plan(&owner, json!({})).await;
+    let cases = [
+        ("/admin/plans", 2, "3 plans"),
+        ("/admin/api-keys", 4, "4 API keys"),
+        ("/admin/service-tokens", 2, "2 service tokens"),
+    ];
+    for (path, room, named) in cases {
+        let create = |n: usize, account| {
+            let body = match path {
+                "/admin/plans" => json!({"name": format!("Plan {n}"), "default_rpm": 60}),
+                "/admin/api-keys" => json!({"name": "Key", "plan_id": plan}),
+                _ => json!({"name": "Gateway"}),
+            };
+            app.act(account, "POST", path, body)
+        };
+        let made = futures_util::future::join_all((0..6).map(|n| create(n, &owner))).await;
+        let created = made
+            .iter()
+            .filter(|it| it.status == 201)
+            .collect::<Vec<_>>();
+        assert_eq!(created.len(), room, "{path}");
+        for refused in made.iter().filter(|it| it.status != 201) {
+            assert_eq!((refused.status, refused.problem()), (403, "limit-reached"));
+            assert!(refused.text("detail").contains(named), "{}", refused.body);
+        }
+        // Another tenant is not concerned, except that the plan of a key is not theirs.
+        if path != "/admin/api-keys" {
+            assert_eq!(create(0, &other).await.status, 201, "{path}");
+        }
+        // What is deleted makes room.
+        let body = &created[0].body;
+        let id = ["api_key", "service_token"]
+            .iter()
+            .find_map(|it| body[it]["id"].as_str())
+            .or(body["id"].as_str())
+            .expect("an id");
+        let deleted = app
+            .act(&owner, "DELETE", &format!("{path}/{id}"), Value::Null)
+            .await;
+        assert_eq!(deleted.status, 204, "{}", deleted.body);
+        assert_eq!(create(9, &owner).await.status, 201, "{path}");
+        assert_eq!(create(10, &owner).await.status, 403, "{path}");
+    }
+}

@@ -107,7 +107,7 @@ async fn a_browser_gets_its_tokens_in_cookies_alone() {
     let made = browser.register().await;
     assert_eq!(made.status(), 201);
     let cookies = set_cookies(&made);
-    assert_eq!(cookies.len(), 3, "{cookies:?}");
+    assert_eq!(cookies.len(), 4, "{cookies:?}");
     for cookie in &cookies {
         assert!(
             cookie.contains("Path=/;") && cookie.contains("SameSite=Lax"),
@@ -328,7 +328,9 @@ async fn signing_out_ends_the_session_and_takes_its_cookies() {
             .await,
         204
     );
-    assert!(browser.cookies.is_empty());
+    // The browser stays a known device, for the next sign-in.
+    let left = browser.cookies.keys().map(String::as_str);
+    assert_eq!(left.collect::<Vec<_>>(), ["quota_device"]);
     browser.cookies = before;
     assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 401);
     assert_eq!(
@@ -429,4 +431,228 @@ async fn the_console_is_served_or_says_how_to_build_it() {
         );
     }
     assert!(files >= 4, "{index}");
+}
+
+const SECRETS: [&str; 2] = [
+    "0123456789abcdef0123456789abcdef",
+    "fedcba9876543210fedcba9876543210",
+];
+
+/// The same cookies, on another server of the same installation.
+impl Browser<'_> {
+    fn on<'b>(&self, server: &'b TestApp) -> Browser<'b> {
+        Browser {
+            server,
+            cookies: self.cookies.clone(),
+            site: self.site,
+            origin: self.origin.clone(),
+            csrf: true,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotated_secret_keeps_browser_sessions() {
+    let [old, new] = SECRETS;
+    let before = TestApp::setup()
+        .flag(format!("--secret={old}"))
+        .start()
+        .await;
+    let browser = Browser::registered(&before).await;
+    let desktop = before.register().await;
+    // Two tabs: one has refreshed just before, and its answer was lost.
+    let mut first_tab = browser.on(&before);
+    let refresh = Some(json!({}));
+    assert_eq!(
+        first_tab
+            .status(Method::POST, "/auth/refresh", refresh.clone())
+            .await,
+        200
+    );
+
+    let after = TestApp::setup()
+        .database(before.database.clone())
+        .flag(format!("--secret={new}"))
+        .flag(format!("--secret-previous={old}"))
+        .start()
+        .await;
+    let mut second_tab = browser.on(&after);
+    assert_eq!(second_tab.status(Method::GET, "/auth/me", None).await, 200);
+    assert_eq!(
+        second_tab
+            .status(Method::POST, "/admin/plans", Some(plan("One")))
+            .await,
+        201,
+        "the field of a session from before"
+    );
+    assert_eq!(
+        second_tab
+            .status(Method::POST, "/auth/refresh", refresh.clone())
+            .await,
+        200,
+        "a refresh just after another tab's, across the rotation"
+    );
+    let mut first_tab = first_tab.on(&after);
+    assert_eq!(
+        first_tab
+            .status(Method::POST, "/auth/refresh", refresh)
+            .await,
+        200,
+        "the session has not ended"
+    );
+    let renewed = after
+        .post(
+            "/auth/refresh",
+            json!({"refresh_token": desktop.refresh_token}),
+        )
+        .send()
+        .await;
+    assert_eq!(renewed.status, 200, "{}", renewed.body);
+
+    // What was signed by a secret that is not accepted any more is refused.
+    let forgotten = TestApp::setup()
+        .database(before.database.clone())
+        .flag("--secret=another-secret-of-32-characters!")
+        .start()
+        .await;
+    let mut third = browser.on(&forgotten);
+    assert_eq!(third.status(Method::GET, "/auth/me", None).await, 401);
+}
+
+/// nginx sends the name of its upstream as Host when it is not told otherwise.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_that_says_localhost_does_not_weaken_cookies() {
+    let server = TestApp::setup().start().await;
+    let register = async |fields: &[(&str, &str)]| {
+        let email = format!("{}@example.com", uuid::Uuid::now_v7().simple());
+        let body = json!({"email": email, "password": PASSWORD});
+        let mut request = server
+            .http
+            .post(server.url("/auth/register"))
+            .header("x-quota-session", "cookie")
+            .header("sec-fetch-site", "same-origin")
+            .json(&body);
+        for (name, value) in fields {
+            request = request.header(*name, *value);
+        }
+        let response = request.send().await.expect("an answer");
+        assert_eq!(response.status(), 201);
+        set_cookies(&response)
+    };
+    let proxied: [&[(&str, &str)]; 5] = [
+        &[
+            ("host", "localhost"),
+            ("origin", "https://quota.example.com"),
+        ],
+        &[("host", "localhost:8080"), ("x-forwarded-proto", "https")],
+        &[("host", "localhost"), ("x-forwarded-for", "198.51.100.7")],
+        &[("host", "127.0.0.1"), ("forwarded", "for=198.51.100.7")],
+        &[("host", "localhost"), ("via", "1.1 proxy")],
+    ];
+    for fields in proxied {
+        for cookie in register(fields).await {
+            assert!(
+                cookie.starts_with("__Host-quota_") && cookie.contains("; Secure"),
+                "{fields:?}: {cookie}"
+            );
+        }
+    }
+    // A browser on the same machine, without TLS, would refuse such cookies.
+    let local: [&[(&str, &str)]; 3] = [
+        &[
+            ("host", "localhost:8080"),
+            ("origin", "http://localhost:8080"),
+        ],
+        &[("host", "127.0.0.1:8080")],
+        &[("host", "quota.localhost")],
+    ];
+    for fields in local {
+        for cookie in register(fields).await {
+            assert!(
+                cookie.starts_with("quota_") && !cookie.contains("Secure"),
+                "{fields:?}: {cookie}"
+            );
+        }
+    }
+}
+
+/// Such a proxy sends no Origin with a GET: the cookies that were set are read nevertheless.
+#[tokio::test(flavor = "multi_thread")]
+async fn cookies_that_a_proxied_browser_was_given_are_read() {
+    let server = TestApp::setup().start().await;
+    let mut browser = Browser::new(&server);
+    browser.origin = Some("https://quota.example.com".into());
+    assert_eq!(browser.register().await.status(), 201);
+    assert!(
+        browser
+            .cookies
+            .keys()
+            .all(|name| name.starts_with("__Host-"))
+    );
+    browser.origin = None;
+    assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
+}
+
+/// A stranger in the same network, or many in many, does not keep a browser out that was signed in before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_known_browser_signs_in_while_its_network_is_slowed_down() {
+    let server = TestApp::setup().flag("--login-rpm=3").start().await;
+    let mut browser = Browser::new(&server);
+    let email = format!("{}@example.com", uuid::Uuid::now_v7().simple());
+    let credentials = json!({"email": email, "password": PASSWORD});
+    let made = browser
+        .status(Method::POST, "/auth/register", Some(credentials.clone()))
+        .await;
+    assert_eq!(made, 201);
+    let logout = Some(json!({}));
+    assert_eq!(
+        browser.status(Method::POST, "/auth/logout", logout).await,
+        204
+    );
+    let mut stranger = Browser::new(&server);
+    let wrong = Some(json!({"email": email, "password": "wrong"}));
+    let mut statuses = Vec::new();
+    for _ in 0..5 {
+        let status = stranger
+            .status(Method::POST, "/auth/login", wrong.clone())
+            .await;
+        statuses.push(status.as_u16());
+    }
+    assert_eq!(statuses, [401, 401, 401, 429, 429]);
+    let login = Some(credentials);
+    let status = stranger
+        .status(Method::POST, "/auth/login", login.clone())
+        .await;
+    assert_eq!(status, 429, "not even with the right password");
+    let status = browser
+        .status(Method::POST, "/auth/login", login.clone())
+        .await;
+    assert_eq!(status, 200);
+    assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
+
+    // Whoever steals the cookie has a few tries, too.
+    let mut thief = Browser::new(&server);
+    thief.cookies = browser.cookies.clone();
+    thief.cookies.retain(|name, _| name.ends_with("device"));
+    let mut statuses = Vec::new();
+    for _ in 0..5 {
+        let status = thief
+            .status(Method::POST, "/auth/login", wrong.clone())
+            .await;
+        statuses.push(status.as_u16());
+    }
+    assert_eq!(statuses, [401, 401, 401, 429, 429]);
+    // And it is of no use for another account.
+    let other = server.register().await;
+    let mut thief = Browser::new(&server);
+    thief.cookies = browser.cookies.clone();
+    let guess = Some(json!({"email": other.email, "password": "wrong"}));
+    let mut statuses = Vec::new();
+    for _ in 0..4 {
+        let status = thief
+            .status(Method::POST, "/auth/login", guess.clone())
+            .await;
+        statuses.push(status.as_u16());
+    }
+    assert_eq!(statuses, [401, 401, 401, 429]);
 }

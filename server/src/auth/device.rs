@@ -1,0 +1,196 @@
+//! Known devices: where an account has been signed in to before.
+//!
+//! A successful sign-in returns a device token, which the browser keeps in a cookie and the desktop app in the
+//! keychain. Shown with a later sign-in to the same account, it spares that sign-in the limits that strangers can
+//! exhaust. It is no credential: without the password it only buys a few tries of its own.
+//!
+//! A token holds a random id and the time it was issued, under a MAC that covers the account's email. Nothing is
+//! stored. A value may hold the tokens of several accounts, the newest first.
+
+use std::{sync::Arc, time::Duration};
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+
+use super::{AuthError, secret::SecretPair};
+use crate::clock::UnixNanos;
+
+/// How long after its last sign-in a device is known.
+pub const LIFETIME: Duration = Duration::from_hours(180 * 24);
+/// How many accounts one value holds.
+const ACCOUNTS: usize = 4;
+/// Characters of one token.
+const TOKEN: usize = 75;
+/// The longest value that is read.
+pub const LENGTH_MAX: usize = ACCOUNTS * (TOKEN + 1) - 1;
+const ID: usize = 16;
+const CONTENT: usize = ID + 8;
+const SEPARATOR: char = '.';
+
+/// What is counted as one device.
+pub type DeviceId = [u8; ID];
+
+/// Issues and recognizes device tokens. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Devices(Arc<SecretPair>);
+
+impl Devices {
+    pub fn new(secrets: Arc<SecretPair>) -> Self {
+        Self(secrets)
+    }
+
+    /// Returns the device that `value` names for this account, if it was issued here and not too long ago.
+    pub fn find(&self, email: &str, value: &str, now: UnixNanos) -> Option<DeviceId> {
+        self.parse(email, value, now).map(|(_, id)| id)
+    }
+
+    fn parse<'a>(
+        &self,
+        email: &str,
+        value: &'a str,
+        now: UnixNanos,
+    ) -> Option<(&'a str, DeviceId)> {
+        if value.len() > LENGTH_MAX {
+            return None;
+        }
+        value.split(SEPARATOR).find_map(|token| {
+            let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
+            let (content, tag) = bytes.split_at_checked(CONTENT)?;
+            let (id, at) = content.split_first_chunk::<ID>()?;
+            let at = u64::from_be_bytes(at.try_into().ok()?);
+            let expired = now.secs().saturating_sub(at) > LIFETIME.as_secs();
+            let message = message(content, email);
+            let genuine = self
+                .0
+                .accepted()
+                .any(|secrets| secrets.is_device(&message, tag));
+            (genuine && !expired).then_some((token, *id))
+        })
+    }
+
+    /// Returns the value to keep after a sign-in: `value` with a fresh token for this account in front. A known
+    /// device stays the same one.
+    pub fn remember(
+        &self,
+        email: &str,
+        value: Option<&str>,
+        now: UnixNanos,
+    ) -> Result<String, AuthError> {
+        let known = value.and_then(|value| self.parse(email, value, now));
+        let id = match known {
+            Some((_, id)) => id,
+            None => {
+                let mut id = [0; ID];
+                getrandom::fill(&mut id)?;
+                id
+            }
+        };
+        let content = [&id[..], &now.secs().to_be_bytes()].concat();
+        let tag = self.0.current.device(&message(&content, email));
+        let mut value_now = URL_SAFE_NO_PAD.encode([&content[..], &tag].concat());
+        let others = value
+            .filter(|value| value.len() <= LENGTH_MAX)
+            .into_iter()
+            .flat_map(|value| value.split(SEPARATOR))
+            .filter(|token| {
+                let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+                token.len() == TOKEN
+                    && token.chars().all(plain)
+                    && known.is_none_or(|(own, _)| own != *token)
+            });
+        for other in others.take(ACCOUNTS - 1) {
+            value_now.push(SEPARATOR);
+            value_now.push_str(other);
+        }
+        Ok(value_now)
+    }
+}
+
+fn message(content: &[u8], email: &str) -> Vec<u8> {
+    [content, email.as_bytes()].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: UnixNanos = UnixNanos::from_secs(1_785_738_360);
+
+    fn devices(current: u8, previous: Option<u8>) -> Devices {
+        let previous = previous.map(|byte| [byte; 32]);
+        let secrets = SecretPair::new(&[current; 32], previous.as_ref().map(<[u8; 32]>::as_slice));
+        Devices::new(Arc::new(secrets))
+    }
+
+    #[test]
+    fn a_device_is_known_to_its_own_account_only() {
+        let devices = devices(1, None);
+        let value = devices.remember("ada@example.com", None, NOW).unwrap();
+        let id = devices.find("ada@example.com", &value, NOW);
+        assert!(id.is_some());
+        assert_eq!(devices.find("eve@example.com", &value, NOW), None);
+        assert_eq!(devices.find("ada@example.co", &value, NOW), None);
+        // Another account signs in on the same device, and then the first one again.
+        let both = devices
+            .remember("eve@example.com", Some(&value), NOW)
+            .unwrap();
+        assert_eq!(devices.find("ada@example.com", &both, NOW), id);
+        assert!(devices.find("eve@example.com", &both, NOW).is_some());
+        let again = devices
+            .remember("ada@example.com", Some(&both), NOW)
+            .unwrap();
+        assert_eq!(again.split('.').count(), 2);
+        assert_eq!(devices.find("ada@example.com", &again, NOW), id);
+    }
+
+    #[test]
+    fn a_device_is_forgotten_when_it_was_not_used_for_long() {
+        let devices = devices(1, None);
+        let value = devices.remember("a@example.com", None, NOW).unwrap();
+        let known = |secs| {
+            let at = UnixNanos::from_secs(NOW.secs() + secs);
+            devices.find("a@example.com", &value, at).is_some()
+        };
+        assert!(known(LIFETIME.as_secs()) && !known(LIFETIME.as_secs() + 1));
+    }
+
+    #[test]
+    fn a_forged_or_damaged_token_names_no_device() {
+        let one = devices(1, None);
+        let value = one.remember("a@example.com", None, NOW).unwrap();
+        assert!(
+            devices(2, Some(1))
+                .find("a@example.com", &value, NOW)
+                .is_some()
+        );
+        assert!(
+            devices(2, None)
+                .find("a@example.com", &value, NOW)
+                .is_none()
+        );
+        for at in 0..value.len() {
+            assert!(one.find("a@example.com", &value[..at], NOW).is_none());
+        }
+        for nonsense in ["", ".", "....", "ä", &"A".repeat(75), &"A".repeat(10_000)] {
+            assert!(one.find("a@example.com", nonsense, NOW).is_none());
+            let kept = one.remember("a@example.com", Some(nonsense), NOW).unwrap();
+            assert!(kept.len() <= LENGTH_MAX && kept.is_ascii());
+            assert!(one.find("a@example.com", &kept, NOW).is_some());
+        }
+    }
+
+    #[test]
+    fn a_value_holds_the_newest_accounts() {
+        let devices = devices(1, None);
+        let mut value = None;
+        for n in 0..6 {
+            let email = format!("{n}@example.com");
+            value = Some(devices.remember(&email, value.as_deref(), NOW).unwrap());
+        }
+        let value = value.unwrap();
+        assert!(value.len() <= LENGTH_MAX);
+        for n in 0..6 {
+            let known = devices.find(&format!("{n}@example.com"), &value, NOW);
+            assert_eq!(known.is_some(), n >= 2, "{n}");
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! How much a tenant has created, for the limits that the operator sets.
+
+use diesel::{prelude::*, sql_query, sql_types};
+use diesel_async::RunQueryDsl;
+
+use crate::{
+    db::{DbError, TenantTx},
+    schema::{api_keys, plans, service_tokens},
+};
+
+/// What is limited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resource {
+    Plans,
+    ApiKeys,
+    ServiceTokens,
+}
+
+/// Returns how many a tenant has. Call before the insert, in its transaction: until that ends, no other transaction
+/// that calls this adds one.
+pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
+    let tenant = tx.tenant().0;
+    // A lock of its own: a lock on the tenant's row could deadlock with a change of the tenant.
+    sql_query("SELECT pg_advisory_xact_lock(hashtextextended($1::text, 7226422))")
+        .bind::<sql_types::Uuid, _>(tenant)
+        .execute(&mut **tx)
+        .await?;
+    let count: i64 = match what {
+        Resource::Plans => {
+            let all = plans::table.filter(plans::tenant_id.eq(tenant));
+            all.count().get_result(&mut **tx).await?
+        }
+        Resource::ApiKeys => {
+            let all = api_keys::table.filter(api_keys::tenant_id.eq(tenant));
+            all.count().get_result(&mut **tx).await?
+        }
+        Resource::ServiceTokens => {
+            let all = service_tokens::table.filter(service_tokens::tenant_id.eq(tenant));
+            all.count().get_result(&mut **tx).await?
+        }
+    };
+    Ok(u64::try_from(count).unwrap_or(0))
+}

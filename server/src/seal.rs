@@ -1,0 +1,105 @@
+//! Authenticates what replicas exchange through Redis.
+//!
+//! Redis is shared ground: another product may write to it, and so may another Quota with the same prefix. A
+//! [`Seal`] prepends an HMAC-SHA-256 tag to a message, under a key that follows from `QUOTA_SECRET` and the
+//! database ([`crate::auth::secret::Seals`]), so only replicas of the same installation produce messages that open.
+//! The tag also covers a context, such as a purpose and a key's hash: a message opens only in the place it was sealed
+//! for. A seal does not hide the content, and does not stop replays; both sides put a time or a number inside.
+
+use aws_lc_rs::hmac;
+
+/// The length of a tag, in bytes.
+pub const TAG: usize = 32;
+
+/// The keys of one purpose. While `QUOTA_SECRET` is being rotated, both the current and the previous key open.
+#[derive(Clone)]
+pub struct Seal {
+    current: hmac::Key,
+    previous: Option<hmac::Key>,
+}
+
+impl std::fmt::Debug for Seal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Seal")
+    }
+}
+
+impl Seal {
+    pub fn new(current: &[u8; 32], previous: Option<&[u8; 32]>) -> Self {
+        let key = |bytes: &[u8; 32]| hmac::Key::new(hmac::HMAC_SHA256, bytes);
+        Self {
+            current: key(current),
+            previous: previous.map(key),
+        }
+    }
+
+    /// Returns the tag, followed by the content.
+    pub fn close(&self, context: &[&[u8]], content: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(TAG + content.len());
+        bytes.extend_from_slice(sign(&self.current, context, content).as_ref());
+        bytes.extend_from_slice(content);
+        bytes
+    }
+
+    /// Returns the content if one of the keys sealed it for this context.
+    pub fn open<'a>(&self, context: &[&[u8]], bytes: &'a [u8]) -> Option<&'a [u8]> {
+        let (tag, content) = bytes.split_at_checked(TAG)?;
+        let sealed_by = |key: &hmac::Key| {
+            aws_lc_rs::constant_time::verify_slices_are_equal(
+                sign(key, context, content).as_ref(),
+                tag,
+            )
+            .is_ok()
+        };
+        (sealed_by(&self.current) || self.previous.as_ref().is_some_and(sealed_by))
+            .then_some(content)
+    }
+}
+
+/// Each part is preceded by its length, so that no two lists of parts are signed alike.
+fn sign(key: &hmac::Key, context: &[&[u8]], content: &[u8]) -> hmac::Tag {
+    let mut signing = hmac::Context::with_key(key);
+    for part in context {
+        signing.update(&(part.len() as u64).to_be_bytes());
+        signing.update(part);
+    }
+    signing.update(&u64::MAX.to_be_bytes());
+    signing.update(content);
+    signing.sign()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seal(current: u8, previous: Option<u8>) -> Seal {
+        Seal::new(&[current; 32], previous.map(|byte| [byte; 32]).as_ref())
+    }
+
+    #[test]
+    fn a_message_opens_only_with_its_key_and_in_its_context() {
+        let closed = seal(1, None).close(&[b"purpose", b"place"], b"content");
+        let open = |seal: &Seal, context: &[&[u8]]| seal.open(context, &closed).map(<[u8]>::to_vec);
+        let content = Some(b"content".to_vec());
+        assert_eq!(open(&seal(1, None), &[b"purpose", b"place"]), content);
+        assert_eq!(open(&seal(2, Some(1)), &[b"purpose", b"place"]), content);
+        assert_eq!(open(&seal(2, None), &[b"purpose", b"place"]), None);
+        assert_eq!(open(&seal(1, None), &[b"purpose", b"other"]), None);
+        assert_eq!(open(&seal(1, None), &[b"purposeplace"]), None);
+        assert_eq!(open(&seal(1, None), &[b"purpose", b"place", b""]), None);
+    }
+
+    #[test]
+    fn a_damaged_or_truncated_message_does_not_open() {
+        let seal = seal(1, None);
+        let whole = seal.close(&[b"purpose"], b"content");
+        for at in 0..whole.len() {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            assert_eq!(seal.open(&[b"purpose"], &damaged), None, "{at}");
+            assert_eq!(seal.open(&[b"purpose"], &whole[..at]), None, "{at}");
+        }
+        let longer = [&whole[..], b"x"].concat();
+        assert_eq!(seal.open(&[b"purpose"], &longer), None);
+    }
+}
