@@ -90,7 +90,7 @@ fn signed_in(
 }
 
 fn refresh_token_missing() -> ApiError {
-    ApiError::invalid("refresh_token", "is missing")
+    ApiError::unauthorized(false, "Send a refresh token, or the session's cookies.")
 }
 
 /// A refused new password is told under the name that the field has in the request.
