@@ -161,7 +161,7 @@ pub struct RotateApiKey {
         oai(
             nullable,
             skip_serializing_if_is_none,
-            validator(maximum(value = "2592000"))
+            validator(minimum(value = "0"), maximum(value = "2592000"))
         )
     )]
     pub grace_seconds: Option<u32>,

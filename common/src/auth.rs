@@ -115,10 +115,10 @@ pub struct Register {
 pub struct Login {
     // Only what cannot be stored is refused here: whether the address is well formed is nobody's business
     // before the password was right.
-    #[garde(length(bytes, min = 1, max = EMAIL_MAX), custom(crate::bounds::no_nul))]
+    #[garde(length(chars, min = 1, max = EMAIL_MAX), custom(crate::bounds::no_nul))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 254)))]
     pub email: String,
-    #[garde(length(bytes, min = 1, max = 256))]
+    #[garde(length(chars, min = 1, max = 256))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
     pub password: String,
     /// The `device_token` of an earlier sign-in, by which this device is recognized. Callers with cookies leave it
@@ -147,10 +147,11 @@ pub struct Login {
 pub struct Refresh {
     /// Left out by a caller whose tokens are in cookies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(length(bytes, min = 1, max = 256)))]
+    #[garde(inner(length(chars, min = 1, max = 256)))]
     #[cfg_attr(
         feature = "openapi",
         oai(
+            nullable,
             skip_serializing_if_is_none,
             validator(min_length = 1, max_length = 256)
         )
@@ -274,7 +275,7 @@ pub struct UpdateMe {
     oai(example, deny_unknown_fields)
 )]
 pub struct ChangePassword {
-    #[garde(length(bytes, min = 1, max = 256))]
+    #[garde(length(chars, min = 1, max = 256))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
     pub current_password: String,
     /// 12 to 256 bytes, any characters. Refused when it is easy to guess.

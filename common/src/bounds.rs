@@ -32,17 +32,17 @@ pub(crate) fn name(value: &str, _: &()) -> garde::Result {
     Ok(())
 }
 
-/// One `@`, something on both sides, no white space or control characters, at most 254 bytes. More than
-/// that only a mail that arrives can tell.
+/// One `@`, something on both sides, no white space or control characters, at most 254 characters. Anything else is
+/// shown only by a mail that arrives.
 pub(crate) fn email(value: &str, _: &()) -> garde::Result {
-    if value.len() > EMAIL_MAX {
+    if value.chars().count() > EMAIL_MAX {
         return Err(garde::Error::new(format!(
-            "must be at most {EMAIL_MAX} bytes"
+            "must be at most {EMAIL_MAX} characters"
         )));
     }
     let well_formed = value.rsplit_once('@').is_some_and(|(local, domain)| {
         !local.is_empty()
-            && local.len() <= 64
+            && local.chars().count() <= 64
             && !domain.is_empty()
             && !domain.starts_with('.')
             && !domain.ends_with('.')
@@ -78,11 +78,11 @@ pub(crate) fn no_nul(value: &str, _: &()) -> garde::Result {
     }
 }
 
-/// 1 to 128 bytes without control characters.
+/// 1 to 128 characters without control characters.
 pub(crate) fn endpoint(value: &str, _: &()) -> garde::Result {
-    if value.is_empty() || value.len() > ENDPOINT_MAX {
+    if value.is_empty() || value.chars().count() > ENDPOINT_MAX {
         return Err(garde::Error::new(format!(
-            "must be 1 to {ENDPOINT_MAX} bytes long"
+            "must be 1 to {ENDPOINT_MAX} characters long"
         )));
     }
     if value.chars().any(char::is_control) {

@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{id::ApiKeyId, time::Timestamp};
 
-/// The longest name of an endpoint, in bytes.
+/// The longest name of an endpoint, in characters.
 pub const ENDPOINT_MAX: usize = 128;
 /// The highest cost of one request.
 pub const COST_MAX: u32 = 1_000_000;
 
-/// A question: may this key do this now? Asking takes what it asks for.
+/// Whether a key may make a request now. An allowed check consumes its cost.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -21,8 +21,8 @@ pub const COST_MAX: u32 = 1_000_000;
     oai(example, deny_unknown_fields)
 )]
 pub struct Check {
-    /// The text of the consumer's API key.
-    #[garde(length(bytes, min = 1, max = 256))]
+    /// The consumer's API key.
+    #[garde(length(chars, min = 1, max = 256))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
     pub key: String,
     /// How many requests this one counts for, 1 to 1,000,000. Default: 1.
@@ -37,7 +37,7 @@ pub struct Check {
         )
     )]
     pub cost: Option<u32>,
-    /// What is asked for, such as `GET /orders`; at most 128 bytes.
+    /// The requested endpoint, such as `GET /orders`. At most 128 characters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(inner(custom(crate::bounds::endpoint)))]
     #[cfg_attr(
@@ -71,16 +71,16 @@ impl std::fmt::Debug for Check {
 pub enum CheckCode {
     /// Admitted, and taken from every policy.
     Allowed,
-    /// Denied by a rate or a quota; nothing was taken.
+    /// A rate limit or quota is exceeded. Nothing was consumed.
     QuotaExceeded,
+    /// The limits cannot be checked right now. Nothing was consumed.
+    ReducedCapacity,
     /// No key of the tenant has this text.
     UnknownKey,
     /// The key is switched off.
     InactiveKey,
     /// The key's time has passed.
     ExpiredKey,
-    /// The key's plan is paid and the tenant has no live subscription.
-    SubscriptionNeeded,
 }
 
 /// A policy that limits a key.

@@ -387,12 +387,6 @@ where
             self.inner.present.remove(key);
         }
     }
-
-    /// Whether it is remembered, believed or not.
-    pub fn contains(&self, key: &K) -> bool {
-        self.inner.present.contains_key(key)
-    }
-
     /// Forgets that something does not exist.
     pub fn forget_absent(&self, key: &K) {
         self.inner

@@ -104,9 +104,9 @@ const MORE: &[(&str, &[u16])] = &[
     ("update_me", &[403]),
     ("change_password", &[403]),
     ("end_session", &[403]),
-    ("echo", &[400, 402]),
+    ("echo", &[400]),
     ("check", &[]),
-    ("forward_auth", &[400, 402]),
+    ("forward_auth", &[]),
     ("ready", &[]),
 ];
 
@@ -118,10 +118,6 @@ const DESCRIPTIONS: &[(u16, &str)] = &[
     (
         401,
         "No credential was sent, or it opens nothing. Nothing was charged.",
-    ),
-    (
-        402,
-        "The key's plan is a paid one and the tenant has no live subscription.",
     ),
     (403, "The caller is known and may not do this."),
     (404, "There is no such thing, or it is not the caller's."),
@@ -247,6 +243,78 @@ fn limit_fields() -> Map<String, Value> {
     ])
 }
 
+/// Neither control characters nor nothing but white space: the rule of names.
+const NAME: &str = r"^[^\u0000-\u001F\u007F-\u009F]*[^\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000][^\u0000-\u001F\u007F-\u009F]*$";
+
+/// What lengths do not say about fields of request bodies. The server's own rules are in `quota_common::bounds`.
+const PATTERNS: &[(&str, &str, &str)] = &[
+    ("CreatePlan", "name", NAME),
+    ("UpdatePlan", "name", NAME),
+    ("CreateApiKey", "name", NAME),
+    ("UpdateApiKey", "name", NAME),
+    ("CreateServiceToken", "name", NAME),
+    ("UpdateMe", "name", NAME),
+    ("UpdateMe", "tenant_name", NAME),
+    ("Register", "tenant_name", NAME),
+    (
+        "Register",
+        "email",
+        r"^[^@\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000]{1,64}@[^@.\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000]+(\.[^@.\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000]+)*$",
+    ),
+    ("Login", "email", r"^[^\u0000]*$"),
+    ("Check", "endpoint", r"^[^\u0000-\u001F\u007F-\u009F]*$"),
+];
+
+/// Describes what the server accepts of a request beyond the lengths that poem-openapi knows.
+fn describe_requests(document: &mut Value) {
+    for (schema, field, pattern) in PATTERNS {
+        document["components"]["schemas"][*schema]["properties"][*field]["pattern"] =
+            json!(pattern);
+    }
+    let optional = |document: &Value, body: &Value| {
+        let reference = body["content"]["application/json"]["schema"]["$ref"].as_str();
+        let schema = reference.and_then(|it| document.pointer(it.strip_prefix('#')?));
+        schema.is_some_and(|it| it["required"].as_array().is_none_or(Vec::is_empty))
+    };
+    let mut paths = std::mem::take(&mut document["paths"]);
+    let operations = paths
+        .as_object_mut()
+        .into_iter()
+        .flat_map(Map::values_mut)
+        .filter_map(Value::as_object_mut)
+        .flat_map(Map::values_mut);
+    for operation in operations {
+        // A body that may be `{}` may be left out.
+        if operation.get("requestBody").is_some() && optional(document, &operation["requestBody"]) {
+            operation["requestBody"]["required"] = json!(false);
+        }
+        let parameters = operation
+            .get_mut("parameters")
+            .and_then(Value::as_array_mut);
+        for parameter in parameters.into_iter().flatten() {
+            if parameter["name"] == "Idempotency-Key" {
+                parameter["schema"] = json!({
+                    "type": "string",
+                    "minLength": 1,
+                    "maxLength": 255,
+                    "pattern": "^[ -~]+$",
+                });
+            }
+        }
+    }
+    document["paths"] = paths;
+}
+
+fn decision_field() -> Value {
+    json!({
+        "description": "Admit a request only on status 200 and `allowed`.",
+        "schema": {
+            "type": "string",
+            "enum": ["allowed", "limited", "unauthorized", "payment_required", "unavailable"],
+        },
+    })
+}
+
 fn complete(document: &mut Value) {
     // Every operation answers from where the document came from.
     document["servers"] = json!([{"url": "/"}]);
@@ -256,19 +324,12 @@ fn complete(document: &mut Value) {
             let Some(operations) = operations.as_object_mut() else {
                 continue;
             };
-            for (method, operation) in operations.iter_mut() {
-                // An operation with several methods can have no id in poem-openapi, where ids are unique.
-                if path == "/v1/forward-auth" {
-                    operation["operationId"] = json!(format!("forward_auth_{method}"));
-                }
+            for operation in operations.values_mut() {
                 let id = operation["operationId"]
                     .as_str()
                     .unwrap_or_default()
                     .to_owned();
-                let base = MORE
-                    .iter()
-                    .map(|(name, _)| *name)
-                    .find(|name| id == *name || (*name == "forward_auth" && id.starts_with(name)));
+                let base = MORE.iter().map(|(name, _)| *name).find(|name| id == *name);
                 let mut statuses = vec![500, 503];
                 if operation.get("security").is_some() {
                     statuses.extend([400, 401]);
@@ -323,6 +384,14 @@ fn complete(document: &mut Value) {
                 }
                 for (status, answer) in answers.iter_mut() {
                     let mut headers = answer["headers"].as_object().cloned().unwrap_or_default();
+                    if base == Some("forward_auth") {
+                        headers.insert("X-Quota-Decision".into(), decision_field());
+                        if let ("401" | "503", Some(answer)) =
+                            (status.as_str(), answer.as_object_mut())
+                        {
+                            answer.remove("content");
+                        }
+                    }
                     headers.extend(error_fields(status.parse().unwrap_or_default()));
                     headers.insert("X-Request-Id".into(), json!({
                         "description": "The id of the request: the incoming one where it is a valid id.",
@@ -338,6 +407,7 @@ fn complete(document: &mut Value) {
             }
         }
     }
+    describe_requests(document);
     let schemas = &mut document["components"]["schemas"];
     for (name, schema) in problem_schemas() {
         schemas[name] = schema;

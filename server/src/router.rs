@@ -1,9 +1,9 @@
 //! Mounting: which path leads where, and what stands in front of it.
 
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, atomic::Ordering};
 
 use poem::{
-    Endpoint, EndpointExt, IntoEndpoint, Response, Route,
+    Endpoint, EndpointExt, IntoEndpoint, IntoResponse, Request, Response, Result, Route,
     http::{HeaderName, Method},
     middleware::Cors,
 };
@@ -12,8 +12,13 @@ use quota_common::ProblemCode;
 
 use crate::{
     api::{
-        allow::Methods, console, document, ip_guard::IpGuard, limit_headers, problem::ApiError,
-        request_log::RequestLog, short_way::ShortWay,
+        allow::Methods,
+        console, document,
+        ip_guard::IpGuard,
+        limit_headers,
+        problem::ApiError,
+        request_log::RequestLog,
+        short_way::{FORWARD_AUTH, ShortWay},
     },
     openapi,
     redis::Redis,
@@ -28,7 +33,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     let viewer = service.swagger_ui_html();
     let methods = Methods::of(&serde_json::from_str(&document).unwrap_or_default());
     let pages = document::routes(&state.config.public_url, document, &viewer);
-    let service = std::sync::Arc::new(service.into_endpoint());
+    let service = Arc::new(service.into_endpoint());
     let guard = |guard: fn(&Parts) -> &_| IpGuard {
         state: state.clone(),
         guard,
@@ -49,15 +54,38 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
         .nest("/", pages);
     let edge = RequestLog {
         state: state.clone(),
-        methods: std::sync::Arc::new(methods),
+        methods: Arc::new(methods),
     };
-    // Boxed, so that the short way does not carry its whole future.
-    let ways = ShortWay(routes.boxed());
+    // Boxed, so that the fast path does not carry its whole future.
+    let all = Arc::new(ShortWay(routes.boxed()));
     let cors = cors(state);
     let is_open = cors.is_some();
-    ways.with_if(is_open, cors.unwrap_or_default())
-        .map_to_response()
-        .with(edge)
+    CrossOrigin {
+        others: all.clone().with_if(is_open, cors.unwrap_or_default()),
+        forward_auth: all,
+    }
+    .with(edge)
+}
+
+/// Applies the rules about origins to every path but forward-auth.
+///
+/// There the `Origin`, and a preflight's method, are those of the gateway's consumer: a response to a preflight would
+/// be taken for an admission, and a rejected origin for a denial.
+struct CrossOrigin<E, F> {
+    others: E,
+    forward_auth: F,
+}
+
+impl<E: Endpoint, F: Endpoint<Output = Response>> Endpoint for CrossOrigin<E, F> {
+    type Output = Response;
+
+    async fn call(&self, request: Request) -> Result<Response> {
+        if request.uri().path() == FORWARD_AUTH {
+            self.forward_auth.call(request).await
+        } else {
+            Ok(self.others.call(request).await?.into_response())
+        }
+    }
 }
 
 /// Pages of other origins may call, and read how far they may go. They send no cookies.

@@ -48,6 +48,13 @@ pub(crate) const NGINX: Need = Need {
     is_there: || on_path("nginx").is_some() || Path::new("/usr/sbin/nginx").exists(),
 };
 
+pub(crate) const HAPROXY: Need = Need {
+    name: "HAProxy",
+    package: "haproxy",
+    // Debian has it where only root looks.
+    is_there: || on_path("haproxy").is_some() || Path::new("/usr/sbin/haproxy").exists(),
+};
+
 pub(crate) const CHROMIUM: Need = Need {
     name: "Chromium, for the tests of the console",
     package: "chromium",
@@ -175,7 +182,12 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
         .concat())
     })();
     installed.with_context(|| by_hand.clone())?;
-    for (need, service) in [(REDIS, "redis-server"), (CADDY, "caddy"), (NGINX, "nginx")] {
+    for (need, service) in [
+        (REDIS, "redis-server"),
+        (CADDY, "caddy"),
+        (NGINX, "nginx"),
+        (HAPROXY, "haproxy"),
+    ] {
         if packages.contains(&need.package) {
             no_system_service(service)?;
         }

@@ -19,6 +19,7 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         machine::REDIS,
         machine::CADDY,
         machine::NGINX,
+        machine::HAPROXY,
     ];
     if with_journey {
         needs.extend(journey::needs());

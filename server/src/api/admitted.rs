@@ -1,14 +1,14 @@
 //! Callers. A handler that names one of these first cannot be reached without the right it stands for.
 //!
 //! [`AdmittedTenant`] has an access token, [`AdmittedKey`] an API key that the limiter has admitted,
-//! [`AdmittedService`] a service token. Each is a poem-openapi extractor that also puts its scheme into the
-//! document.
+//! [`AdmittedService`] and [`AdmittedGateway`] a service token. Each is a poem-openapi extractor that also adds its
+//! security scheme to the document.
 
 use std::{num::NonZeroU32, sync::Arc};
 
 use poem::{
     Request, RequestBody, Result,
-    http::{HeaderMap, header},
+    http::{HeaderMap, Method, header},
 };
 use poem_openapi::{
     ApiExtractor, ApiExtractorType, ExtractParamOptions,
@@ -18,6 +18,7 @@ use quota_common::{ProblemCode, SessionId, TenantId, UserId, auth::Role};
 
 use super::{
     browser::{self, Kept},
+    idempotency,
     problem::ApiError,
     request_log::Visit,
 };
@@ -72,13 +73,13 @@ pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
     if fields.next().is_some() {
         return Err(ApiError::new(
             ProblemCode::Malformed,
-            "Authorization was sent twice.",
+            "Send one Authorization header, not several.",
         ));
     }
     let unusable = || {
         ApiError::unauthorized(
             true,
-            "Authorization must be of the form: Bearer, a space, the credential.",
+            "Authorization must be `Bearer`, a space and the credential.",
         )
     };
     let field = field.to_str().map_err(|_| unusable())?;
@@ -178,6 +179,9 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
         if from_bearer.is_none() {
             browser::may_change(state, request, session.id)?;
         }
+        if request.method() == Method::POST {
+            idempotency::check_field(headers)?;
+        }
         visit.is_tenant(session.tenant);
         Ok(Self {
             session,
@@ -186,26 +190,43 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
     }
 }
 
-/// The API key of a request, as text: `X-API-Key: K` or `Authorization: Bearer K`.
+/// How often a header field was sent.
+enum Sent<'a> {
+    Never,
+    Once(&'a str),
+    Several,
+}
+
+impl<'a> Sent<'a> {
+    fn of(headers: &'a HeaderMap, name: &str) -> Self {
+        let mut fields = headers.get_all(name).iter();
+        match (fields.next(), fields.next()) {
+            (None, _) => Self::Never,
+            // What is not text is not a credential either, and is rejected as one.
+            (Some(field), None) => Self::Once(field.to_str().unwrap_or("?").trim()),
+            (Some(_), Some(_)) => Self::Several,
+        }
+    }
+}
+
+/// The API key of a request: `X-API-Key: K` or `Authorization: Bearer K`.
 fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
     let headers = request.headers();
-    let mut fields = headers.get_all("x-api-key").iter();
-    let from_field = match fields.next() {
-        None => None,
-        Some(_) if fields.next().is_some() => {
+    let from_field = match Sent::of(headers, "x-api-key") {
+        Sent::Never => None,
+        Sent::Once(key) => Some(key),
+        Sent::Several => {
             return Err(ApiError::new(
                 ProblemCode::Malformed,
-                "X-API-Key was sent twice.",
+                "Send one X-API-Key header, not several.",
             ));
         }
-        // What is no text is no key either; it is refused as one.
-        Some(field) => Some(field.to_str().unwrap_or("?").trim()),
     };
     let from_bearer = bearer(headers)?;
     match (from_field, from_bearer) {
         (Some(key), Some(other)) if key != other => Err(ApiError::new(
             ProblemCode::Malformed,
-            "X-API-Key and Authorization name different keys. Send one of them.",
+            "X-API-Key and Authorization contain different keys. Send only one of them.",
         )),
         (Some(key), _) | (None, Some(key)) => Ok(Some(key)),
         (None, None)
@@ -216,15 +237,14 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
         {
             Err(ApiError::new(
                 ProblemCode::Malformed,
-                "A key must not be in the address, which is logged on its way. Send it as X-API-Key, and rotate it.",
+                "Don't send API keys in the URL, which may be logged. Send the key in X-API-Key, and rotate it.",
             ))
         }
         (None, None) => Ok(None),
     }
 }
 
-/// Finds the key with this text and lets the limiter decide. Everything but an admission and a denial is
-/// refused without being charged.
+/// Looks up the key and asks the limiter. A key that is not valid is rejected without being charged.
 pub async fn decide(
     visit: &Visit,
     text: &str,
@@ -274,15 +294,15 @@ pub async fn decide(
     Ok(Ok((record, decision)))
 }
 
-/// A key that opens nothing.
+/// A key that is not valid.
 #[derive(Debug, Clone)]
 pub struct KeyRefused {
     pub refusal: Refusal,
-    /// The key, when there is one with this text.
+    /// The key, if it exists.
     pub record: Option<Arc<KeyRecord>>,
 }
 
-/// A consumer whose key the limiter has admitted, and charged.
+/// A consumer whose key the limiter has admitted and charged.
 #[derive(Debug)]
 pub struct AdmittedKey {
     pub record: Arc<KeyRecord>,
@@ -290,15 +310,18 @@ pub struct AdmittedKey {
 }
 
 impl AdmittedKey {
-    /// Takes one request from the limits of the key that came with it.
+    /// Consumes one request from the limits of the request's key.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let text = key_text(request)?
-            .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
+            .ok_or_else(|| ApiError::unauthorized(false, "Send an API key in X-API-Key."))?;
         match decide(Visit::of(request)?, text, NonZeroU32::MIN, None).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
-            // The same words whatever the reason: nothing is told to somebody who guesses.
-            Err(_) => Err(ApiError::unauthorized(true, "This API key opens nothing.")),
+            // The same detail for every reason, which helps nobody to guess keys.
+            Err(_) => Err(ApiError::unauthorized(
+                true,
+                "This API key is invalid, disabled or expired.",
+            )),
         }
     }
 }
@@ -311,7 +334,7 @@ impl<'a> ApiExtractor<'a> for AdmittedKey {
     fn register(registry: &mut Registry) {
         let mut it = blank(
             "apiKey",
-            "An API key, `qk_…`. `Authorization: Bearer` works as well.",
+            "An API key, `qk_…`. `Authorization: Bearer` also works.",
         );
         it.name = Some("X-API-Key");
         it.key_in = Some("header");
@@ -331,30 +354,91 @@ impl<'a> ApiExtractor<'a> for AdmittedKey {
     }
 }
 
-/// A gateway of a tenant's.
+/// Looks up a service token.
+async fn service_token(request: &Request, token: &str) -> Result<Arc<ServiceRecord>, ApiError> {
+    let visit = Visit::of(request)?;
+    let state = &visit.state;
+    let refused = || ApiError::unauthorized(true, "This service token is invalid or was deleted.");
+    let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
+    let token = state.keys.service_token(&text).await?.ok_or_else(refused)?;
+    visit.is_tenant(token.tenant);
+    state.last_used.service_token(token.id, state.clock.now());
+    Ok(token)
+}
+
+fn several_service_tokens() -> ApiError {
+    ApiError::unauthorized(true, "Send one X-Service-Token header, not several.")
+}
+
+/// A service of the tenant's own, which chooses all of its request's header fields.
 #[derive(Debug, Clone)]
 pub struct AdmittedService {
     pub token: Arc<ServiceRecord>,
 }
 
 impl AdmittedService {
-    /// Finds the service token that came with a request.
+    /// Takes the service token from `X-Service-Token`, or else from `Authorization: Bearer`.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
-        let visit = Visit::of(request)?;
-        let state = &visit.state;
-        let token = match request.headers().get("x-service-token") {
-            Some(field) => Some(field.to_str().unwrap_or("?").trim()),
-            None => bearer(request.headers())?,
+        let token = match Sent::of(request.headers(), "x-service-token") {
+            Sent::Once(token) => Some(token),
+            Sent::Never => bearer(request.headers())?,
+            Sent::Several => return Err(several_service_tokens()),
         };
         let token = token.ok_or_else(|| {
-            ApiError::unauthorized(false, "Send a service token as Authorization: Bearer.")
+            ApiError::unauthorized(false, "Send a service token in Authorization: Bearer.")
         })?;
-        let refused = || ApiError::unauthorized(true, "This service token opens nothing.");
-        let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
-        let token = state.keys.service_token(&text).await?.ok_or_else(refused)?;
-        visit.is_tenant(token.tenant);
-        state.last_used.service_token(token.id, state.clock.now());
+        let token = service_token(request, token).await?;
         Ok(Self { token })
+    }
+}
+
+/// A gateway, which passes on header fields that its consumer chose.
+///
+/// Its token is accepted in `X-Service-Token` only, which gateways overwrite: the consumer controls
+/// `Authorization`. Two tokens mean that one of them may be the consumer's, so neither counts.
+#[derive(Debug, Clone)]
+pub struct AdmittedGateway {
+    pub token: Arc<ServiceRecord>,
+}
+
+impl AdmittedGateway {
+    pub async fn admit(request: &Request) -> Result<Self, ApiError> {
+        let token = match Sent::of(request.headers(), "x-service-token") {
+            Sent::Once(token) => service_token(request, token).await?,
+            Sent::Never => {
+                return Err(ApiError::unauthorized(
+                    false,
+                    "Send a service token in X-Service-Token.",
+                ));
+            }
+            Sent::Several => return Err(several_service_tokens()),
+        };
+        Ok(Self { token })
+    }
+}
+
+impl<'a> ApiExtractor<'a> for AdmittedGateway {
+    const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::SecurityScheme];
+    type ParamType = ();
+    type ParamRawType = ();
+
+    fn register(registry: &mut Registry) {
+        let mut it = blank("apiKey", "A service token, `qs_…`, of the gateway.");
+        it.name = Some("X-Service-Token");
+        it.key_in = Some("header");
+        scheme("GatewayToken", registry, it);
+    }
+
+    fn security_schemes() -> Vec<&'static str> {
+        vec!["GatewayToken"]
+    }
+
+    async fn from_request(
+        request: &'a Request,
+        _: &mut RequestBody,
+        _: ExtractParamOptions<()>,
+    ) -> Result<Self> {
+        Ok(Self::admit(request).await?)
     }
 }
 
@@ -366,7 +450,7 @@ impl<'a> ApiExtractor<'a> for AdmittedService {
     fn register(registry: &mut Registry) {
         let mut it = blank(
             "http",
-            "A service token, `qs_…`. `X-Service-Token` works as well.",
+            "A service token, `qs_…`. `X-Service-Token` also works.",
         );
         it.scheme = Some("bearer");
         scheme("ServiceToken", registry, it);
@@ -385,16 +469,21 @@ impl<'a> ApiExtractor<'a> for AdmittedService {
     }
 }
 
-/// The consumer's key that a gateway hands on. Its own token may be in `Authorization`, so that a bearer
-/// there counts only when it is a key. `None` also for two different keys: what stands behind the gateway may
-/// go by the one that was not asked about.
+/// The consumer's key in a request that a gateway passes on: `X-API-Key`, or `Authorization: Bearer qk_…`.
+///
+/// `Authorization` may instead hold a credential of the API behind the gateway, which is ignored. `None` also if there
+/// are several keys, or several of either header: the API may read another one than was checked.
 pub fn consumer_key(request: &Request) -> Option<&str> {
     let headers = request.headers();
-    let mut fields = headers.get_all("x-api-key").iter();
-    let from_field = fields
-        .next()
-        .map(|field| field.to_str().unwrap_or("?").trim());
-    if fields.next().is_some() {
+    let from_field = match Sent::of(headers, "x-api-key") {
+        Sent::Never => None,
+        Sent::Once(key) => Some(key),
+        Sent::Several => return None,
+    };
+    if matches!(
+        Sent::of(headers, header::AUTHORIZATION.as_str()),
+        Sent::Several
+    ) {
         return None;
     }
     let from_bearer = bearer(headers)

@@ -98,7 +98,7 @@ fn signed_in(
 }
 
 fn refresh_token_missing() -> ApiError {
-    ApiError::invalid("refresh_token", "is missing")
+    ApiError::unauthorized(false, "Send a refresh token, or the session's cookies.")
 }
 
 /// What this device has kept from earlier sign-ins: in its cookie, or in the body.

@@ -1,5 +1,6 @@
 //! `Idempotency-Key`: the same request sent twice is done once, and answered twice.
 
+use poem::http::HeaderMap;
 use quota_common::ProblemCode;
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -16,6 +17,19 @@ pub struct Once {
     operation: &'static str,
     key: Option<String>,
     request_hash: Vec<u8>,
+}
+
+/// Rejects a key that is not text, which poem leaves out as if it had not been sent, and several keys.
+pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
+    let mut fields = headers.get_all("idempotency-key").iter();
+    match (fields.next(), fields.next()) {
+        (Some(key), None) if key.to_str().is_err() => Err(ApiError::invalid(
+            "Idempotency-Key",
+            format!("must be 1 to {LENGTH_MAX} printable ASCII characters"),
+        )),
+        (Some(_), Some(_)) => Err(ApiError::invalid("Idempotency-Key", "must be sent once")),
+        _ => Ok(()),
+    }
 }
 
 impl Once {

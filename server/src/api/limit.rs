@@ -1,13 +1,13 @@
-//! `/v1`: the ways in to a decision. One core, [`decide`](super::admitted::decide), behind all of them.
+//! `/v1`: the endpoints that decide. All of them share one core, [`decide`](super::admitted::decide).
 
-use std::{num::NonZeroU32, sync::Arc};
+use std::num::NonZeroU32;
 
 use poem::{
     IntoResponse, Request, Response, Result,
     http::{HeaderValue, StatusCode, header},
 };
 use poem_openapi::{
-    ApiResponse, OpenApi,
+    ApiResponse, Enum, OpenApi,
     param::Query,
     registry::{MetaMediaType, MetaResponse, MetaResponses, Registry},
     types::Type,
@@ -19,9 +19,9 @@ use quota_common::{
 
 use super::{
     Tag,
-    admitted::{AdmittedKey, AdmittedService, consumer_key, decide},
+    admitted::{AdmittedGateway, AdmittedKey, AdmittedService, consumer_key, decide},
     json::Json,
-    limit_headers,
+    limit_headers::{self, GatewayDecision},
     problem::{ApiError, challenge, wire_name},
     request_log::Visit,
 };
@@ -33,7 +33,7 @@ use crate::{
 
 pub struct LimitApi;
 
-/// An answer with the fields of the decision that let it through.
+/// A response with the header fields of the decision that admitted its request.
 pub struct Limited<T> {
     admitted: AdmittedKey,
     body: Json<T>,
@@ -59,7 +59,7 @@ impl<T: Type + serde::Serialize + Send> ApiResponse for Limited<T> {
         }];
         MetaResponses {
             responses: vec![MetaResponse {
-                description: "Admitted",
+                description: "Allowed",
                 status: Some(200),
                 status_range: None,
                 content,
@@ -73,25 +73,40 @@ impl<T: Type + serde::Serialize + Send> ApiResponse for Limited<T> {
     }
 }
 
-/// A decision as a bare status: the body is empty, so that nginx keeps its connection.
-pub struct Bare {
-    status: StatusCode,
-    decided: Option<(Arc<KeyRecord>, Decision)>,
-    credential_sent: bool,
+/// A decision as status and header fields. The body is empty, so that nginx can reuse its connection.
+pub struct Bare(Response);
+
+impl Bare {
+    fn new(status: StatusCode, decision: GatewayDecision) -> Self {
+        let mut response = status.into_response();
+        let headers = response.headers_mut();
+        headers.reserve(limit_headers::FIELDS);
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+        headers.insert(limit_headers::DECISION, decision.value());
+        Self(response)
+    }
+
+    fn decided(record: &KeyRecord, decision: &Decision, denied: StatusCode) -> Self {
+        let mut bare = if decision.is_allowed() {
+            Self::new(StatusCode::OK, GatewayDecision::Allowed)
+        } else {
+            Self::new(denied, GatewayDecision::Limited)
+        };
+        limit_headers::write(bare.0.headers_mut(), record, decision);
+        bare
+    }
+
+    fn unauthorized(credential_sent: bool) -> Self {
+        let mut bare = Self::new(StatusCode::UNAUTHORIZED, GatewayDecision::Unauthorized);
+        let headers = bare.0.headers_mut();
+        headers.insert(header::WWW_AUTHENTICATE, challenge(credential_sent));
+        bare
+    }
 }
 
 impl IntoResponse for Bare {
     fn into_response(self) -> Response {
-        let mut response = self.status.into_response();
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
-        if let Some((record, decision)) = &self.decided {
-            limit_headers::write(headers, record, decision);
-        }
-        if self.status == StatusCode::UNAUTHORIZED {
-            headers.insert(header::WWW_AUTHENTICATE, challenge(self.credential_sent));
-        }
-        response
+        self.0
     }
 }
 
@@ -106,17 +121,23 @@ impl ApiResponse for Bare {
         };
         MetaResponses {
             responses: vec![
-                bare(200, "Admitted. The body is empty."),
-                bare(
-                    403,
-                    "Denied, where `deny=403` was asked for. The body is empty.",
-                ),
+                bare(200, "Allowed. The body is empty."),
+                bare(403, "Denied, with `deny=403`. The body is empty."),
                 bare(429, "Denied. The body is empty."),
             ],
         }
     }
 
     fn register(_registry: &mut Registry) {}
+}
+
+/// The status of a denial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Enum)]
+pub enum Deny {
+    #[oai(rename = "403")]
+    Forbidden,
+    #[oai(rename = "429")]
+    TooManyRequests,
 }
 
 fn time(at: UnixNanos) -> Timestamp {
@@ -137,9 +158,9 @@ fn limits(decision: &Decision) -> Vec<LimitState> {
 
 #[OpenApi(prefix_path = "/v1", tag = "Tag::Decisions")]
 impl LimitApi {
-    /// Try an API key
+    /// Echo (test an API key)
     ///
-    /// A limited endpoint of Quota's own: what your consumers see of their limits, it shows.
+    /// Consumes one request from the key's limits and returns what consumers of your API see of them.
     #[oai(path = "/echo", method = "get", operation_id = "echo")]
     pub async fn echo(&self, caller: AdmittedKey) -> Result<Limited<Echo>, ApiError> {
         let now = caller.decision.at;
@@ -156,10 +177,10 @@ impl LimitApi {
         })
     }
 
-    /// Ask for a decision
+    /// Check a request
     ///
-    /// For a gateway or a service of the tenant's own. The answer is 200 also when the request is denied: the
-    /// question was answered. Asking takes what it asks for; a denial takes nothing.
+    /// For your own services. Returns 200 whether the request is allowed or not; see `allowed`. An allowed check
+    /// consumes `cost` from every limit of the key. A denied one consumes nothing.
     #[oai(path = "/check", method = "post", operation_id = "check")]
     pub async fn check(
         &self,
@@ -179,6 +200,8 @@ impl LimitApi {
                 allowed: decision.is_allowed(),
                 code: if decision.is_allowed() {
                     CheckCode::Allowed
+                } else if decision.violated().is_empty() {
+                    CheckCode::ReducedCapacity
                 } else {
                     CheckCode::QuotaExceeded
                 },
@@ -211,57 +234,32 @@ impl LimitApi {
         }))
     }
 
-    /// Ask for a decision as a bare status
+    /// Check a request (status only, for gateways)
     ///
-    /// For `forward_auth` of Caddy, `auth_request` of nginx and ForwardAuth of Traefik, which hand on the
-    /// consumer's request: its key is read from `X-API-Key`, or from `Authorization: Bearer`. The gateway's
-    /// own token is `X-Service-Token`, or `Authorization: Bearer` where the consumer's key is not there.
-    #[oai(
-        path = "/forward-auth",
-        method = "get",
-        method = "post",
-        method = "put",
-        method = "patch",
-        method = "delete",
-        method = "head",
-        method = "options"
-    )]
+    /// For gateways that ask before they pass a request on, such as Caddy, nginx, HAProxy and Traefik. Takes any method.
+    /// The gateway sends its own token in `X-Service-Token`, exactly once, and passes on the consumer's `X-API-Key` or
+    /// `Authorization: Bearer`. Every response has `X-Quota-Decision`: `allowed`, `limited`, `unauthorized`,
+    /// `payment_required` or `unavailable`. Admit a request only on status 200 and `allowed`.
+    #[oai(path = "/forward-auth", method = "get", operation_id = "forward_auth")]
     pub async fn forward_auth(
         &self,
-        caller: AdmittedService,
+        caller: AdmittedGateway,
         request: &Request,
-        /// `403`: the status of a denial, for nginx, which hands on no 429.
-        deny: Query<Option<u16>>,
+        /// Status of a denial. Defaults to 429. nginx needs 403.
+        deny: Query<Option<Deny>>,
     ) -> Result<Bare, ApiError> {
         let denied = match deny.0 {
-            None | Some(429) => StatusCode::TOO_MANY_REQUESTS,
-            Some(403) => StatusCode::FORBIDDEN,
-            Some(_) => return Err(ApiError::invalid("deny", "must be 403 or 429")),
+            None | Some(Deny::TooManyRequests) => StatusCode::TOO_MANY_REQUESTS,
+            Some(Deny::Forbidden) => StatusCode::FORBIDDEN,
         };
         let Some(key) = consumer_key(request) else {
-            return Ok(Bare {
-                status: StatusCode::UNAUTHORIZED,
-                decided: None,
-                credential_sent: false,
-            });
+            return Ok(Bare::unauthorized(false));
         };
         let tenant = Some(caller.token.tenant);
         Ok(
             match decide(Visit::of(request)?, key, NonZeroU32::MIN, tenant).await? {
-                Ok((record, decision)) => Bare {
-                    status: if decision.is_allowed() {
-                        StatusCode::OK
-                    } else {
-                        denied
-                    },
-                    decided: Some((record, decision)),
-                    credential_sent: true,
-                },
-                Err(_) => Bare {
-                    status: StatusCode::UNAUTHORIZED,
-                    decided: None,
-                    credential_sent: true,
-                },
+                Ok((record, decision)) => Bare::decided(&record, &decision, denied),
+                Err(_) => Bare::unauthorized(true),
             },
         )
     }

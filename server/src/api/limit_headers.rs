@@ -1,11 +1,11 @@
-//! The header fields that tell a consumer where its limits stand. The one place that writes them.
+//! The header fields that report a decision. The only module that writes them.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11, as structured fields of
-//! RFC 9651; the `X-RateLimit-*` are what clients have read for longer.
+//! RFC 9651; `X-RateLimit-*` are the older convention. `X-Quota-Decision` is for gateways.
 
 use std::fmt::Write;
 
-use poem::http::{HeaderMap, HeaderName, HeaderValue, header};
+use poem::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use crate::{
     keys::{KeyRecord, LimitFields},
@@ -17,14 +17,49 @@ pub const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining
 pub const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
 pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
-/// Present while the shared counters are away and this replica decides by itself.
+/// What forward-auth decided. Gateways admit a request only on status 200 and `allowed`.
+pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
+/// Present while Redis is unreachable and this replica decides without it.
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
-/// How many fields an answer has in all, so that its map is made once.
-pub const FIELDS: usize = 12;
+/// The number of fields in a response, so that its map is allocated once.
+pub const FIELDS: usize = 14;
 
-/// Writes all that belong to a decision, `Retry-After` included.
+/// The values of [`DECISION`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GatewayDecision {
+    Allowed,
+    Limited,
+    Unauthorized,
+    PaymentRequired,
+    /// No decision was made: a dependency is unavailable, or the gateway's request is not valid.
+    Unavailable,
+}
+
+impl GatewayDecision {
+    /// The decision that an error response states; never [`Allowed`](Self::Allowed).
+    pub const fn of_error(status: StatusCode) -> Self {
+        match status {
+            StatusCode::UNAUTHORIZED => Self::Unauthorized,
+            StatusCode::PAYMENT_REQUIRED => Self::PaymentRequired,
+            StatusCode::TOO_MANY_REQUESTS => Self::Limited,
+            _ => Self::Unavailable,
+        }
+    }
+
+    pub const fn value(self) -> HeaderValue {
+        HeaderValue::from_static(match self {
+            Self::Allowed => "allowed",
+            Self::Limited => "limited",
+            Self::Unauthorized => "unauthorized",
+            Self::PaymentRequired => "payment_required",
+            Self::Unavailable => "unavailable",
+        })
+    }
+}
+
+/// Writes every field of a decision, including `Retry-After`.
 pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
     let fixed = record.fields.get_or_init(|| LimitFields {
@@ -37,7 +72,7 @@ pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     headers.insert(RESET, HeaderValue::from(rate.reset_at.secs_ceil()));
     headers.insert(POLICY, fixed.policy.clone());
     headers.insert(STATE, value(StateField::of(decision).as_bytes()));
-    if decision.degraded {
+    if is_degraded(decision) {
         headers.insert(DEGRADED, HeaderValue::from_static(REDIS_AWAY));
     }
     if !decision.is_allowed() {
@@ -48,7 +83,7 @@ pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     }
 }
 
-/// The same as pairs of text, for a gateway to hand on.
+/// The same as pairs of strings, for a service to pass on.
 pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, String)> {
     let rate = decision.rate;
     let mut pairs = vec![
@@ -58,7 +93,7 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
         ("RateLimit-Policy", policy_field(&record.policies)),
         ("RateLimit", StateField::of(decision).as_str().to_owned()),
     ];
-    if decision.degraded {
+    if is_degraded(decision) {
         pairs.push(("X-Quota-Degraded", REDIS_AWAY.to_owned()));
     }
     if !decision.is_allowed() {
@@ -68,6 +103,11 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
         }
     }
     pairs
+}
+
+/// Decided without Redis. A denial that names no policy can have no other reason.
+fn is_degraded(decision: &Decision) -> bool {
+    decision.degraded || (!decision.is_allowed() && decision.violated().is_empty())
 }
 
 /// A list of strings with parameters: `q` requests in `w` seconds. A month has no fixed number of seconds.

@@ -139,6 +139,17 @@ impl ApiError {
 
     pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
         let secs = decision.retry_after_secs();
+        if decision.violated().is_empty() {
+            // Nothing shows that a limit was reached: the shared counters could not be asked.
+            return Self {
+                retry_after: Some(Duration::from_secs(secs.unwrap_or(1))),
+                denied: Some(Box::new((record, decision))),
+                ..Self::new(
+                    ProblemCode::ReducedCapacity,
+                    "Rate limits can't be checked right now. Retry after `Retry-After` seconds.",
+                )
+            };
+        }
         let mut detail = String::with_capacity(96);
         detail.push_str(match secs {
             Some(_) => "The ",
@@ -212,11 +223,19 @@ impl ApiError {
         }
     }
 
+    /// A denial is 429, whatever its problem type.
+    const fn http_status(&self) -> u16 {
+        match self.denied {
+            Some(_) => 429,
+            None => self.code.status(),
+        }
+    }
+
     /// The response. Logged here, once, when the server failed. Being busy is not a failure: it has no source, and
     /// metrics count it.
     pub fn into_response(self, request_id: &str, base: &str) -> Response {
         let is_busy = self.code == ProblemCode::Unavailable && self.source.is_none();
-        if self.code.status() >= 500 && !is_busy {
+        if self.http_status() >= 500 && !is_busy {
             let source = self
                 .source
                 .as_ref()
@@ -232,7 +251,7 @@ impl ApiError {
         let problem = Written {
             kind: &self.code.type_uri(base),
             title: self.code.title(),
-            status: self.code.status(),
+            status: self.http_status(),
             detail: &self.detail,
             request_id,
             errors: &self.errors,
@@ -350,7 +369,7 @@ fn sentence(reason: &str) -> String {
 
 impl ResponseError for ApiError {
     fn status(&self) -> StatusCode {
-        StatusCode::from_u16(self.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+        StatusCode::from_u16(self.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
     }
 }
 

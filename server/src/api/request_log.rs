@@ -9,12 +9,18 @@ use futures_util::FutureExt;
 use parking_lot::Mutex;
 use poem::{
     Endpoint, IntoResponse, Middleware, Request, Response, Result,
-    http::{HeaderName, HeaderValue, Method, Uri, header},
+    http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header},
 };
 use quota_common::{ProblemCode, TenantId};
 use tokio::time::timeout;
 
-use super::{allow::Methods, client_ip::client_ip, problem::ApiError};
+use super::{
+    allow::Methods,
+    client_ip::client_ip,
+    limit_headers::{DECISION, GatewayDecision},
+    problem::ApiError,
+    short_way::FORWARD_AUTH,
+};
 use crate::{
     clock::UnixNanos,
     keys::KeyRecord,
@@ -174,6 +180,9 @@ impl<E: Endpoint> Endpoint for Edge<E> {
             }
         };
 
+        if uri.path() == FORWARD_AUTH && !response.headers().contains_key(DECISION) {
+            response = for_gateway(response);
+        }
         let status = response.status().as_u16();
         let nanos = state.clock.monotonic() - began;
         state.metrics.answered(status);
@@ -205,6 +214,21 @@ impl<E: Endpoint> Endpoint for Edge<E> {
         }
         Ok(response)
     }
+}
+
+/// States the decision in an error response of forward-auth. One that a gateway passes on has no body, so that nginx can
+/// reuse its connection; a request that is itself invalid keeps its explanation.
+fn for_gateway(mut response: Response) -> Response {
+    let status = response.status();
+    let decision = GatewayDecision::of_error(status);
+    if decision != GatewayDecision::Unavailable || status == StatusCode::SERVICE_UNAVAILABLE {
+        response.set_body(());
+        let headers = response.headers_mut();
+        headers.remove(header::CONTENT_TYPE);
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+    }
+    response.headers_mut().insert(DECISION, decision.value());
+    response
 }
 
 struct InFlight<'a>(&'a AppState);

@@ -1,29 +1,32 @@
-//! The short way to a decision.
+//! The fast path to a decision.
 //!
-//! Most requests ask for a decision, at one of three fixed paths. They are told by their path alone, in front
-//! of the router and of poem-openapi, whose way through nested routes, parsed queries and boxed errors costs
-//! more than all the rest of such a request. What answers them is the same code, called in the same order;
-//! whatever is not plainly one of the three goes the long way.
+//! Most requests ask for a decision, at one of three fixed paths. They are recognized by path, in front of the
+//! router and of poem-openapi, whose nested routes, parsed queries and boxed errors cost more than the rest of
+//! such a request. The same code answers them, called in the same order; a request with any other query takes
+//! the normal route.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
 use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};
 use quota_common::limit::Check;
 
 use super::{
-    admitted::{AdmittedKey, AdmittedService},
+    admitted::{AdmittedGateway, AdmittedKey, AdmittedService},
     json::Json,
-    limit::LimitApi,
+    limit::{Deny, LimitApi},
     problem::ApiError,
     request_log::Visit,
 };
 
-/// In front of the endpoint that has all paths.
+/// The path of forward-auth, which takes every method.
+pub const FORWARD_AUTH: &str = "/v1/forward-auth";
+
+/// Wraps the endpoint of all paths.
 pub struct ShortWay<E>(pub E);
 
 enum Asks {
     Echo,
     Check,
-    ForwardAuth { deny: Option<u16> },
+    ForwardAuth { deny: Option<Deny> },
 }
 
 impl Asks {
@@ -32,11 +35,11 @@ impl Asks {
         match (uri.path(), uri.query()) {
             ("/v1/echo", None) if method == Method::GET => Some(Self::Echo),
             ("/v1/check", None) if method == Method::POST => Some(Self::Check),
-            ("/v1/forward-auth", query) if method == Method::GET => {
+            (FORWARD_AUTH, query) => {
                 let deny = match query {
                     None => None,
-                    Some("deny=403") => Some(403),
-                    Some("deny=429") => Some(429),
+                    Some("deny=403") => Some(Deny::Forbidden),
+                    Some("deny=429") => Some(Deny::TooManyRequests),
                     Some(_) => return None,
                 };
                 Some(Self::ForwardAuth { deny })
@@ -49,16 +52,22 @@ impl Asks {
 impl<E: Endpoint<Output = Response>> Endpoint for ShortWay<E> {
     type Output = Response;
 
-    async fn call(&self, request: Request) -> Result<Response> {
+    async fn call(&self, mut request: Request) -> Result<Response> {
         let answer = match Asks::of(&request) {
-            None => return self.0.call(request).await,
+            None => {
+                // Gateways may pass on the consumer's method, which says nothing about the question.
+                if request.uri().path() == FORWARD_AUTH {
+                    request.set_method(Method::GET);
+                }
+                return self.0.call(request).await;
+            }
             Some(Asks::Echo) => echo(&request).await,
             Some(Asks::ForwardAuth { deny }) => forward_auth(&request, deny).await,
             Some(Asks::Check) => return Ok(check(request).await?.into_response()),
         };
         match answer {
             Ok(response) => Ok(response),
-            // Here rather than at the edge: an error is boxed on its way there, and denials are many.
+            // Here rather than at the edge, where errors arrive boxed: denials are frequent.
             Err(error) => {
                 let visit = Visit::of(&request)?;
                 Ok(error.into_response(visit.id(), &visit.state.config.public_url))
@@ -72,8 +81,8 @@ async fn echo(request: &Request) -> Result<Response, ApiError> {
     Ok(LimitApi.echo(caller).await?.into_response())
 }
 
-async fn forward_auth(request: &Request, deny: Option<u16>) -> Result<Response, ApiError> {
-    let caller = AdmittedService::admit(request).await?;
+async fn forward_auth(request: &Request, deny: Option<Deny>) -> Result<Response, ApiError> {
+    let caller = AdmittedGateway::admit(request).await?;
     let answer = LimitApi.forward_auth(caller, request, Query(deny)).await?;
     Ok(answer.into_response())
 }

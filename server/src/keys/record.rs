@@ -158,7 +158,7 @@ impl KeyStore {
         let record = move |facts: KeyFacts, as_of| {
             // Before it is cached.
             let owners = [facts.tenant_id, facts.plan_id, facts.id];
-            index.add(hash, owners, |hash| cached.contains(hash));
+            index.add(hash, owners, |hash| cached.holds(hash));
             record(facts, as_of, &limiter)
         };
         self.keys

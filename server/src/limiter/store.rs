@@ -1,7 +1,9 @@
-//! What a limiter's store promises, whichever holds the numbers.
+//! What a store of limits promises, wherever it keeps the numbers.
 //!
-//! Owns the promise and the cell that a store hands out for a key. Knows no store in particular. A store that
-//! cannot ask what it depends on says so as a [`LimiterError`], and never by admitting.
+//! Owns the contract and the cell that a store creates for a key. Knows no store in particular. Without the ledger of
+//! calendar quotas, a store returns a [`LimiterError`] once the blocks it holds are spent. Without the shared
+//! counters, the plan decides: `closed` is a [`LimiterError`], `share` and `open` still admit, and mark their
+//! decisions as degraded.
 
 use std::{error::Error, num::NonZeroU32, sync::Arc};
 
@@ -12,7 +14,7 @@ use tokio::sync::Notify;
 
 use super::{cell::CellState, decision::Decision, guard::Gate, policy::Policies};
 
-/// Why no decision was reached. Whoever asked is told to come back, never admitted.
+/// Why no decision was reached. The request is not admitted, and its caller may retry.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LimiterError {
     /// The durable ledger of calendar quotas failed or was too slow, and no tokens were in hand.

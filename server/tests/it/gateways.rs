@@ -1,33 +1,23 @@
-//! The configurations in `deploy/gateways`, as they are there, within the gateways that they are for: real ones, of
-//! Debian's packages.
+//! The configurations in `deploy/gateways`, unchanged, in the real gateways, with Quota behind verified TLS.
 
-use std::{
-    fs,
-    net::{SocketAddr, TcpListener},
-    path::Path,
-    process::Command,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::{Duration, Instant},
-};
+mod programs;
+mod upstreams;
 
-use quota_testkit::Process;
-use reqwest::{Client, Response};
+use std::fs;
+
+use quota_testkit::redis::free_port;
+use reqwest::{Client, RequestBuilder, Response};
 use serde_json::json;
 use tempfile::TempDir;
-use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
-    net::TcpStream,
-};
 
+use self::{
+    programs::{Filled, Gateway, Program, folder},
+    upstreams::{Api, Authority, Behind, Head, TlsHop},
+};
 use crate::support::app::TestApp;
 
-/// The busy machine of a test.
-const STARTED_WITHIN: Duration = Duration::from_secs(30);
-/// What is told of limits with each answer.
-const FIELDS: [&str; 5] = [
+/// A gateway's response reports these of Quota's.
+const LIMITS: [&str; 5] = [
     "x-ratelimit-limit",
     "x-ratelimit-remaining",
     "x-ratelimit-reset",
@@ -35,263 +25,412 @@ const FIELDS: [&str; 5] = [
     "ratelimit",
 ];
 
-/// The API behind a gateway: it answers with the body that it got, and `/forbidden` with 403.
-struct Backend {
-    addr: SocketAddr,
-    requests: Arc<AtomicUsize>,
+/// A gateway between a consumer and an API.
+struct Setting {
+    program: Program,
+    gateway: Gateway,
+    hop: TlsHop,
+    api: Api,
+    http: Client,
+    token: String,
+    /// Holds the authority's certificate, which Caddy reads with its first connection.
+    _dir: Option<TempDir>,
 }
 
-impl Backend {
-    async fn start() -> Self {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addr = listener.local_addr().unwrap();
-        let requests = Arc::new(AtomicUsize::new(0));
-        let counted = Arc::clone(&requests);
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                counted.fetch_add(1, Ordering::SeqCst);
-                tokio::spawn(answer(stream));
-            }
-        });
-        Self { addr, requests }
-    }
-
-    fn requests(&self) -> usize {
-        self.requests.load(Ordering::SeqCst)
-    }
-}
-
-async fn answer(stream: TcpStream) -> std::io::Result<()> {
-    let mut stream = BufReader::new(stream);
-    let (mut first, mut length) = (String::new(), 0);
-    stream.read_line(&mut first).await?;
-    loop {
-        let mut line = String::new();
-        stream.read_line(&mut line).await?;
-        let line = line.trim().to_ascii_lowercase();
-        if line.is_empty() {
-            break;
-        }
-        assert!(!line.contains("qs_"), "the token went on to the API");
-        if let Some(value) = line.strip_prefix("content-length:") {
-            length = value.trim().parse().expect("a length");
+impl Setting {
+    async fn new(program: Program, token: &str, behind: Behind) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let authority = Authority::new(dir.path(), "authority");
+        let hop = TlsHop::start(&authority, behind).await;
+        let setting = Self::with(program, token, hop, &authority).await;
+        Self {
+            _dir: Some(dir),
+            ..setting
         }
     }
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).await?;
-    let status = if first.contains("/forbidden") {
-        "403 Forbidden"
-    } else {
-        "200 OK"
-    };
-    let head =
-        format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n");
-    stream.write_all(head.as_bytes()).await?;
-    stream.write_all(&body).await
-}
 
-/// A configuration with what its user fills in.
-fn filled(name: &str, app: &TestApp, token: &str, backend: &Backend) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../deploy/gateways")
-        .join(name);
-    let quota = app.url("");
-    let host = quota.rsplit('/').next().unwrap();
-    let text = fs::read_to_string(path).expect("the file is there");
-    text.replace("https://quota.example.com", &quota)
-        .replace("quota.example.com", host)
-        .replace("qs_YOUR_SERVICE_TOKEN", token)
-        .replace("127.0.0.1:3000", &backend.addr.to_string())
-}
-
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-    listener.local_addr().expect("it is bound").port()
-}
-
-/// Starts a gateway whose configuration is made for a port, and waits until it listens.
-async fn started(dir: &TempDir, make: impl Fn(u16) -> Command) -> (Process, String) {
-    let output = dir.path().join("output");
-    // Another process may take the port between our look and the gateway's own.
-    for _ in 0..5 {
-        let port = free_port();
-        let mut process = Process::start(&make(port), &output).expect("it is installed");
-        let began = Instant::now();
-        while process.ended().unwrap().is_none() {
-            if TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
-                return (process, format!("http://127.0.0.1:{port}"));
-            }
-            assert!(began.elapsed() < STARTED_WITHIN, "it does not listen");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+    async fn with(program: Program, token: &str, hop: TlsHop, trusted: &Authority) -> Self {
+        let api = Api::start().await;
+        let filled = Filled {
+            quota_port: hop.port,
+            root: &trusted.root,
+            token,
+            api: api.addr.to_string(),
+        };
+        Self {
+            gateway: program.start(&filled).await,
+            program,
+            hop,
+            api,
+            http: Client::new(),
+            token: token.to_owned(),
+            _dir: None,
         }
     }
-    panic!("{}", fs::read_to_string(output).unwrap_or_default());
-}
 
-fn caddy(dir: &TempDir, site: &str) -> impl Fn(u16) -> Command {
-    let (dir, site) = (dir.path().to_owned(), site.to_owned());
-    move |port| {
-        let file = dir.join("Caddyfile");
-        let site = site.replace("api.example.com", &format!("http://127.0.0.1:{port}"));
-        fs::write(
-            &file,
-            format!("{{\n\tadmin off\n\tauto_https off\n}}\n{site}"),
-        )
-        .unwrap();
-        let mut command = Command::new("caddy");
-        command
-            .args(["run", "--adapter", "caddyfile", "--config"])
-            .arg(file)
-            .env("HOME", &dir)
-            .env("XDG_DATA_HOME", &dir)
-            .env("XDG_CONFIG_HOME", &dir);
-        command
+    fn get(&self, path: &str) -> RequestBuilder {
+        self.http.get(format!("{}{path}", self.gateway.url))
+    }
+
+    async fn send(&self, request: RequestBuilder) -> Response {
+        let response = request.send().await.expect("the gateway responds");
+        for request in self.api.requests() {
+            let text = format!("{request:?}");
+            assert!(
+                !text.contains(&self.token),
+                "the API sees the token: {text}"
+            );
+        }
+        response
+    }
+
+    /// Sends a request with what a consumer might hope to be admitted by.
+    async fn forged(&self, key: &str) -> Response {
+        self.send(with_forgeries(self.get("/orders").header("x-api-key", key)))
+            .await
     }
 }
 
-fn nginx(dir: &TempDir, server: &str) -> impl Fn(u16) -> Command {
-    let (dir, server) = (dir.path().to_owned(), server.to_owned());
-    move |port| {
-        let server = server
-            .replace("listen 80;", &format!("listen 127.0.0.1:{port};"))
-            .replace("api.example.com", "127.0.0.1");
-        let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-            .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))
-            .concat();
-        let pid = dir.join("pid");
-        // One process, so that its end is the end of it.
-        let text = format!(
-            "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\naccess_log off;\n\
-             {temporary}{server}}}\n",
-            pid.display()
-        );
-        let file = dir.join("nginx.conf");
-        fs::write(&file, text).unwrap();
-        // Debian has it where only root looks.
-        let own = Path::new("/usr/sbin/nginx");
-        let mut command = Command::new(if own.exists() {
-            own
-        } else {
-            Path::new("nginx")
-        });
-        command.arg("-p").arg(&dir).arg("-c").arg(file);
-        command
+fn with_forgeries(request: RequestBuilder) -> RequestBuilder {
+    let mut request = request;
+    for (name, value) in [
+        ("x-quota-decision", "allowed"),
+        ("x-quota-degraded", "forged"),
+        ("x-service-token", "forged"),
+        ("x-ratelimit-limit", "forged"),
+        ("x-ratelimit-remaining", "forged"),
+        ("ratelimit-policy", "forged"),
+        ("ratelimit", "forged"),
+    ] {
+        request = request.header(name, value);
     }
+    request
 }
 
-fn field<'a>(answer: &'a Response, name: &str) -> Option<&'a str> {
-    answer.headers().get(name).map(|it| it.to_str().unwrap())
+fn field<'a>(response: &'a Response, name: &str) -> Option<&'a str> {
+    let mut values = response.headers().get_all(name).iter();
+    let value = values.next()?;
+    assert!(values.next().is_none(), "{name} twice: {response:?}");
+    Some(value.to_str().expect("fields are text"))
 }
 
-/// What a gateway with such a configuration does.
-async fn lets_through_what_quota_admits(
-    file: &str,
-    gateway: impl AsyncFnOnce(&TempDir, String) -> (Process, String),
-) {
-    let app = TestApp::start().await;
+#[track_caller]
+fn has_limits(response: &Response, remaining: &str) {
+    for name in LIMITS {
+        let value = field(response, name).unwrap_or_else(|| panic!("no {name}: {response:?}"));
+        assert!(value != "forged" && value != "api", "{name}: {response:?}");
+    }
+    assert_eq!(field(response, "x-ratelimit-remaining"), Some(remaining));
+}
+
+/// Admissions, denials, and everything that a consumer may send to change them.
+async fn enforces_decisions(program: Program) {
+    // A page's `Origin` is not among the allowed ones, and is none of the gateway's business.
+    let app = TestApp::setup()
+        .flag("--allowed-origins=https://app.example.com")
+        .start()
+        .await;
     let account = app.register().await;
     let plan = app
         .plan(&account, json!({"default_rpm": 1, "burst": 3}))
         .await;
     let key = app.key(&account, &plan).await.text;
-    let token = app.service_token(&account).await;
-    let backend = Backend::start().await;
-    let dir = tempfile::tempdir().unwrap();
-    let (_gateway, url) = gateway(&dir, filled(file, &app, &token, &backend)).await;
-    let http = Client::new();
+    let (stranger, token) = (app.register().await, app.service_token(&account).await);
+    let other_token = app.service_token(&stranger).await;
+    let setting = Setting::new(program, &token, Behind::Quota(app.addr)).await;
 
-    let none = http.get(&url).send().await.unwrap();
-    assert_eq!(none.status(), 401);
+    let missing = setting.send(with_forgeries(setting.get("/orders"))).await;
+    assert_eq!(missing.status(), 401);
     assert_eq!(
-        field(&none, "www-authenticate"),
+        field(&missing, "www-authenticate"),
         Some("Bearer realm=\"quota\"")
     );
-    let wrong = http
-        .get(&url)
-        .header("x-api-key", "qk_wrong")
-        .send()
-        .await
-        .unwrap();
-    assert_eq!(wrong.status(), 401);
-    let told = field(&wrong, "www-authenticate").unwrap();
-    assert!(told.contains("error=\"invalid_token\""), "{told}");
-    assert_eq!(backend.requests(), 0);
+    let unknown = setting.forged("qk_unknown").await;
+    assert_eq!(unknown.status(), 401);
+    assert_eq!(
+        field(&unknown, "www-authenticate"),
+        Some("Bearer realm=\"quota\", error=\"invalid_token\"")
+    );
+    // Another tenant's service token in the consumer's own fields.
+    let bearer = setting.get("/orders").bearer_auth(&other_token);
+    assert_eq!(setting.send(bearer).await.status(), 401);
+    assert_eq!(setting.api.requests().len(), 0);
 
-    for left in ["2", "1", "0"] {
-        // What a consumer sends as the gateway's token is not the gateway's.
-        let call = http
-            .post(format!("{url}/orders?a=b"))
-            .header("x-service-token", "forged");
-        let admitted = call
-            .header("x-api-key", &key)
-            .body("an order")
-            .send()
-            .await
-            .unwrap();
-        assert_eq!(admitted.status(), 200);
-        assert_eq!(field(&admitted, "x-ratelimit-remaining"), Some(left));
-        for name in FIELDS {
-            assert_eq!(admitted.headers().get_all(name).iter().count(), 1, "{name}");
-        }
-        assert_eq!(admitted.text().await.unwrap(), "an order");
+    // The consumer's method, path, query, body and origin reach the API, and change no decision.
+    let order = setting
+        .http
+        .post(format!("{}/orders?deny=x&a=b", setting.gateway.url))
+        .header("x-api-key", &key)
+        .header("origin", "https://elsewhere.example")
+        .body("an order");
+    let admitted = setting.send(with_forgeries(order)).await;
+    assert_eq!(admitted.status(), 200);
+    has_limits(&admitted, "2");
+    assert_eq!(field(&admitted, "x-quota-degraded"), None);
+    assert_eq!(field(&admitted, "x-own"), Some("kept"));
+    assert_eq!(admitted.text().await.expect("a body"), "an order");
+    let seen = setting.api.requests().pop().expect("it arrived");
+    assert_eq!(seen.line, "POST /orders?deny=x&a=b HTTP/1.1");
+    assert_eq!(seen.values("origin"), ["https://elsewhere.example"]);
+    assert_eq!(seen.values("x-api-key"), [&key]);
+    for name in ["x-service-token", "x-quota-decision", "x-quota-degraded"] {
+        assert!(seen.values(name).is_empty(), "{seen:?}");
     }
-    assert_eq!(backend.requests(), 3);
+    for name in LIMITS {
+        assert!(seen.values(name).is_empty(), "{seen:?}");
+    }
 
-    let denied = http.get(&url).bearer_auth(&key).send().await.unwrap();
+    // What the API itself refuses or breaks stays as it says.
+    for status in ["403", "500"] {
+        let path = format!("/status/{status}");
+        let own = setting.get(&path).bearer_auth(&key);
+        assert_eq!(setting.send(own).await.status().as_str(), status);
+    }
+
+    let before = setting.api.requests().len();
+    let denied = setting.forged(&key).await;
     assert_eq!(denied.status(), 429);
-    for name in FIELDS {
-        assert_eq!(denied.headers().get_all(name).iter().count(), 1, "{name}");
-    }
-    assert_eq!(field(&denied, "x-ratelimit-remaining"), Some("0"));
+    has_limits(&denied, "0");
     assert_eq!(field(&denied, "cache-control"), Some("no-store"));
     let wait: u64 = field(&denied, "retry-after").unwrap().parse().unwrap();
     assert!((1..=60).contains(&wait), "{wait}");
-    assert_eq!(
-        backend.requests(),
-        3,
-        "what is denied does not get to the API"
-    );
+    assert_eq!(setting.api.requests().len(), before, "the API saw a denial");
+    // Another status of denials is nothing that a consumer can ask for.
+    let query = setting.get("/?deny=403").header("x-api-key", &key);
+    assert_eq!(setting.send(query).await.status(), 429);
 
-    // What the API itself refuses stays as the API says it.
+    // The API sees at most the one key that Quota has checked.
     let other = app.key(&account, &plan).await.text;
-    let call = http
-        .get(format!("{url}/forbidden"))
-        .header("x-api-key", other);
-    assert_eq!(call.send().await.unwrap().status(), 403);
+    let both = setting
+        .get("/two")
+        .header("x-api-key", &other)
+        .header("x-api-key", &key);
+    let both = setting.send(both).await.status();
+    let seen = setting.api.requests().pop().expect("earlier ones arrived");
+    assert!(
+        (both == 401 && seen.line != "GET /two HTTP/1.1")
+            || (both == 200 && seen.values("x-api-key") == [&other]),
+        "{both} {seen:?}"
+    );
+    // Fields named in `Connection` are removed by proxies: the gateway's own token must not be.
+    let hop = setting
+        .get("/connection")
+        .header("x-api-key", &other)
+        .header("connection", "X-Service-Token");
+    assert_eq!(setting.send(hop).await.status(), 200);
+    let hop = setting.get("/").header("connection", "X-Service-Token");
+    assert_eq!(setting.send(hop).await.status(), 401);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn caddy_lets_through_what_quota_admits() {
-    lets_through_what_quota_admits("Caddyfile", async |dir, site| {
-        started(dir, caddy(dir, &site)).await
-    })
-    .await;
+/// Every kind of response, over a connection that stays open.
+async fn keeps_connections(program: Program) {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app
+        .plan(&account, json!({"default_rpm": 1, "burst": 10}))
+        .await;
+    let key = app.key(&account, &plan).await.text;
+    let token = app.service_token(&account).await;
+    let setting = Setting::new(program, &token, Behind::Quota(app.addr)).await;
+    let mut statuses = Vec::new();
+    for _ in 0..20 {
+        statuses.push(setting.forged(&key).await.status().as_u16());
+        let unknown = setting.forged("qk_unknown").await.status();
+        assert_eq!(unknown, 401);
+    }
+    statuses.dedup();
+    assert_eq!(statuses, [200, 429]);
+    assert!(
+        setting.hop.connections() <= 2,
+        "{} connections for 40 requests",
+        setting.hop.connections()
+    );
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn nginx_lets_through_what_quota_admits() {
-    lets_through_what_quota_admits("nginx.conf", async |dir, server| {
-        started(dir, nginx(dir, &server)).await
-    })
-    .await;
+/// Without Redis: a plan that goes on says so, and one that does not is 503.
+async fn reports_degraded_decisions(program: Program) {
+    let app = TestApp::setup()
+        .flag(format!("--redis-url=redis://127.0.0.1:{}", free_port()))
+        .start()
+        .await;
+    let account = app.register().await;
+    let token = app.service_token(&account).await;
+    let setting = Setting::new(program, &token, Behind::Quota(app.addr)).await;
+    for (mode, status) in [("open", 200), ("closed", 503)] {
+        let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
+        let plan = app.plan(&account, plan).await;
+        let key = app.key(&account, &plan).await.text;
+        // The first calls are late rather than lost: Redis is given up after them.
+        let mut response = setting.forged(&key).await;
+        for _ in 0..50 {
+            if response.status() == status {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            response = setting.forged(&key).await;
+        }
+        assert_eq!(response.status(), status, "{mode}: {response:?}");
+        assert_eq!(
+            field(&response, "x-quota-degraded"),
+            Some("redis-away"),
+            "{mode}: {response:?}"
+        );
+        if status == 503 {
+            assert_eq!(field(&response, "retry-after"), Some("1"));
+        }
+    }
+}
+
+fn empty_200(_: &Head) -> &'static str {
+    "200 OK\r\ncontent-length: 0"
+}
+
+fn echoed_200(head: &Head) -> &'static str {
+    // A proxy that reflects what it was sent.
+    if head.values("x-quota-decision").contains(&"allowed") {
+        "200 OK\r\nx-quota-decision: allowed\r\ncontent-length: 0"
+    } else {
+        "200 OK\r\ncontent-length: 0"
+    }
+}
+
+fn limited_200(_: &Head) -> &'static str {
+    "200 OK\r\nx-quota-decision: limited\r\ncontent-length: 0"
+}
+
+fn allowed_204(_: &Head) -> &'static str {
+    "204 No Content\r\nx-quota-decision: allowed"
+}
+
+fn allowed_500(_: &Head) -> &'static str {
+    "500 Internal Server Error\r\nx-quota-decision: allowed\r\ncontent-length: 0"
+}
+
+fn unmarked_401(_: &Head) -> &'static str {
+    "401 Unauthorized\r\ncontent-length: 0"
+}
+
+fn allowed_200(_: &Head) -> &'static str {
+    "200 OK\r\nx-quota-decision: allowed\r\ncontent-length: 0"
+}
+
+/// As Quota will deny a key whose plan has to be paid for.
+fn payment_required(head: &Head) -> &'static str {
+    if head.line.contains("deny=403") {
+        "403 Forbidden\r\nx-quota-decision: payment_required\r\ncontent-length: 0"
+    } else {
+        "402 Payment Required\r\nx-quota-decision: payment_required\r\ncontent-length: 0"
+    }
+}
+
+/// A response that is not an admission by Quota, whatever the consumer sends.
+async fn admits_only_what_quota_admits(program: Program) {
+    type Answer = fn(&Head) -> &'static str;
+    // nginx goes by the decision where it does not admit.
+    let limited = if program == Program::Nginx { 429 } else { 503 };
+    let answers: [(&str, Answer, u16); 7] = [
+        ("empty 200", empty_200, 503),
+        ("echoed 200", echoed_200, 503),
+        ("limited 200", limited_200, limited),
+        ("allowed 204", allowed_204, 503),
+        ("allowed 500", allowed_500, 503),
+        ("unmarked 401", unmarked_401, 503),
+        ("payment required", payment_required, 402),
+    ];
+    for (name, answer, status) in answers {
+        let setting = Setting::new(program, "qs_gateway", Behind::Other(answer)).await;
+        let response = setting.forged("qk_any").await;
+        assert!(setting.hop.connections() > 0, "{name}: it was not asked");
+        assert_eq!(setting.api.requests().len(), 0, "{name} was admitted");
+        assert_eq!(response.status(), status, "{name}: {response:?}");
+    }
+    // The same arrangement admits what carries the marker.
+    let setting = Setting::new(program, "qs_gateway", Behind::Other(allowed_200)).await;
+    assert_eq!(setting.forged("qk_any").await.status(), 200);
+    assert_eq!(setting.api.requests().len(), 1);
+}
+
+/// A certificate that nobody vouches for, and a Quota that is not there.
+async fn fails_closed_without_quota(program: Program) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (right, wrong) = (
+        Authority::new(dir.path(), "right"),
+        Authority::new(dir.path(), "wrong"),
+    );
+    let hop = TlsHop::start(&right, Behind::Other(allowed_200)).await;
+    let setting = Setting::with(program, "qs_gateway", hop, &wrong).await;
+    let response = setting.forged("qk_any").await;
+    assert_eq!(
+        response.status(),
+        503,
+        "{:?}: {response:?}",
+        setting.program
+    );
+    assert_eq!(setting.api.requests().len(), 0);
+
+    let mut hop = TlsHop::start(&right, Behind::Other(allowed_200)).await;
+    hop.port = free_port();
+    let setting = Setting::with(program, "qs_gateway", hop, &right).await;
+    let response = setting.forged("qk_any").await;
+    assert_eq!(
+        response.status(),
+        503,
+        "{:?}: {response:?}",
+        setting.program
+    );
+    assert_eq!(setting.api.requests().len(), 0);
+}
+
+macro_rules! for_each_gateway {
+    ($($promise:ident)+) => {
+        mod caddy {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $promise() {
+                super::$promise(super::Program::Caddy).await;
+            })+
+        }
+        mod nginx {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $promise() {
+                super::$promise(super::Program::Nginx).await;
+            })+
+        }
+        mod haproxy {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $promise() {
+                super::$promise(super::Program::HaProxy).await;
+            })+
+        }
+    };
+}
+
+for_each_gateway! {
+    enforces_decisions
+    keeps_connections
+    reports_degraded_decisions
+    admits_only_what_quota_admits
+    fails_closed_without_quota
 }
 
 #[test]
-fn every_configuration_says_what_is_to_be_filled_in() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/gateways");
-    let mut seen = 0;
-    for entry in fs::read_dir(folder).unwrap() {
-        let text = fs::read_to_string(entry.unwrap().path()).unwrap();
+fn every_configuration_names_what_to_fill_in() {
+    for file in ["Caddyfile", "nginx.conf", "haproxy.cfg", "traefik.yml"] {
+        let text = fs::read_to_string(folder().join(file)).expect("the file is there");
         for part in [
             "api.example.com",
             "127.0.0.1:3000",
-            "https://quota.example.com",
+            "quota.example.com",
             "qs_YOUR_SERVICE_TOKEN",
-            "/v1/forward-auth",
+            "X-Quota-Decision",
         ] {
-            assert!(text.contains(part), "{part} is not in\n{text}");
+            assert!(text.contains(part), "{file} does not name {part}");
         }
-        seen += 1;
     }
-    assert_eq!(seen, 3);
+    let traefik = fs::read_to_string(folder().join("traefik.yml")).expect("it is there");
+    assert!(
+        traefik.contains("No test runs this file"),
+        "Traefik is untested, and its page has to say so"
+    );
+    let files = fs::read_dir(folder()).expect("the folder is there").count();
+    assert_eq!(files, 5, "a gateway is missing here");
 }

@@ -475,7 +475,8 @@ async fn another_tenants_key_is_unknown_to_a_gateway_and_is_not_charged() {
 
         let forward = async |key: &str| {
             let call = app.get("/v1/forward-auth").header("X-API-Key", key);
-            bare(&call.bearer(&b.service_token).send().await)
+            let call = call.header("X-Service-Token", &b.service_token);
+            bare(&call.send().await)
         };
         let theirs = forward(&a.key.text).await;
         assert_eq!(theirs.0, 401);

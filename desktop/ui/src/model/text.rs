@@ -70,42 +70,79 @@ pub fn curl(origin: &str, key: &str) -> String {
 pub enum Gateway {
     Caddy,
     Nginx,
+    HaProxy,
     Traefik,
     Curl,
 }
 
 impl Gateway {
-    pub const ALL: [Self; 4] = [Self::Caddy, Self::Nginx, Self::Traefik, Self::Curl];
+    pub const ALL: [Self; 5] = [
+        Self::Caddy,
+        Self::Nginx,
+        Self::HaProxy,
+        Self::Traefik,
+        Self::Curl,
+    ];
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Caddy => "Caddy",
             Self::Nginx => "nginx",
+            Self::HaProxy => "HAProxy",
             Self::Traefik => "Traefik",
             Self::Curl => "curl",
         }
     }
 
-    /// `origin`: the server's, such as `https://quota.example.com`.
+    /// The configuration for a server at `origin`, such as `https://quota.example.com`.
     pub fn configuration(self, origin: &str, token: &str) -> String {
-        let host = origin.rsplit("://").next().unwrap_or(origin);
-        // The files that the server's tests hold with real gateways, without what they say to readers of files.
+        // The files that the server's tests run in real gateways, without their introductions.
         let text = match self {
-            Self::Caddy => include_str!("../../../../deploy/gateways/Caddyfile"),
-            Self::Nginx => include_str!("../../../../deploy/gateways/nginx.conf"),
-            Self::Traefik => include_str!("../../../../deploy/gateways/traefik.yml"),
+            Self::Caddy => body(include_str!("../../../../deploy/gateways/Caddyfile")).to_owned(),
+            Self::Nginx => body(include_str!("../../../../deploy/gateways/nginx.conf")).to_owned(),
+            Self::HaProxy => format!(
+                "{}\n\n# /etc/haproxy/quota.lua:\n\n{}",
+                body(include_str!("../../../../deploy/gateways/haproxy.cfg")),
+                include_str!("../../../../deploy/gateways/quota.lua").trim_end(),
+            ),
+            Self::Traefik => body(include_str!("../../../../deploy/gateways/traefik.yml")).to_owned(),
             Self::Curl => {
                 "curl https://quota.example.com/v1/check \\\n  -H \"Authorization: Bearer qs_YOUR_SERVICE_TOKEN\" \\\n  \
                  -H \"Content-Type: application/json\" \\\n  -d '{\"key\": \"qk_…\", \"endpoint\": \"GET /orders\"}'"
+                    .to_owned()
             }
         };
-        let text = match text.split_once("\n\n") {
-            Some((_, configuration)) if text.starts_with('#') => configuration.trim_end(),
-            _ => text,
+        let (scheme, authority) = origin.split_once("://").unwrap_or(("https", origin));
+        let default = if scheme == "http" { 80 } else { 443 };
+        let (host, address) = match authority.rsplit_once(':') {
+            Some((host, port)) if port.bytes().all(|it| it.is_ascii_digit()) => {
+                (host, authority.to_owned())
+            }
+            _ => (authority, format!("{authority}:{default}")),
         };
-        text.replace("https://quota.example.com", origin)
+        // nginx and HAProxy name scheme, address and certificate apart.
+        let text = if scheme == "http" {
+            text.replace("https://quota/", "http://quota/")
+                .lines()
+                .map(|line| line.split(" ssl verify required").next().unwrap_or(line))
+                .filter(|line| !line.trim_start().starts_with("proxy_ssl_"))
+                .collect::<Vec<_>>()
+                .join("\n")
+        } else {
+            text
+        };
+        text.replace("quota.example.com:443", &address)
+            .replace("https://quota.example.com", origin)
             .replace("quota.example.com", host)
             .replace("qs_YOUR_SERVICE_TOKEN", token)
+    }
+}
+
+/// A file without the comment at its start.
+fn body(text: &str) -> &str {
+    match text.split_once("\n\n") {
+        Some((_, body)) if text.starts_with('#') => body.trim_end(),
+        _ => text,
     }
 }
 
@@ -153,13 +190,38 @@ mod tests {
             let text = gateway.configuration("http://localhost:8080", "qs_secret");
             assert!(text.contains("qs_secret"), "{text}");
             assert!(
-                text.contains("http://localhost:8080") && text.contains("/v1/"),
+                text.contains("localhost:8080") && text.contains("/v1/"),
                 "{text}"
             );
             assert!(
                 !text.contains("quota.example.com") && !text.starts_with('#'),
                 "{text}"
             );
+            assert!(!text.contains("https://"), "{text}");
         }
+    }
+
+    #[test]
+    fn a_gateway_verifies_the_certificate_of_a_server_with_tls() {
+        let nginx = Gateway::Nginx.configuration("https://quota.corp.example", "qs_secret");
+        for line in [
+            "server quota.corp.example:443;",
+            "proxy_pass https://quota/v1/forward-auth?deny=403;",
+            "proxy_ssl_name quota.corp.example;",
+            "proxy_ssl_verify on;",
+        ] {
+            assert!(nginx.contains(line), "{line} is not in\n{nginx}");
+        }
+        let haproxy =
+            Gateway::HaProxy.configuration("https://quota.corp.example:8443", "qs_secret");
+        assert!(
+            haproxy.contains("server quota quota.corp.example:8443 ssl verify required")
+                && haproxy.contains("verifyhost quota.corp.example\n"),
+            "{haproxy}"
+        );
+        let plain = Gateway::HaProxy.configuration("http://127.0.0.1:8080", "qs_secret");
+        assert!(plain.contains("server quota 127.0.0.1:8080\n"), "{plain}");
+        let plain = Gateway::Nginx.configuration("http://127.0.0.1:8080", "qs_secret");
+        assert!(!plain.contains("ssl"), "{plain}");
     }
 }

@@ -66,7 +66,7 @@ pub fn ServiceTokens() -> impl IntoView {
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
-                        <Empty shape=Shape::Token title="No service tokens yet" about="Make one for each gateway: it comes with the configuration of Caddy, nginx or Traefik.">
+                        <Empty shape=Shape::Token title="No service tokens yet" about="Make one for each gateway: it comes with the configuration of Caddy, nginx, HAProxy or Traefik.">
                             <button class="button first" on:click=move |_| creating.set(true)>"Make the first token"</button>
                         </Empty>
                     }

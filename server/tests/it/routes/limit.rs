@@ -1,11 +1,24 @@
 //! Decisions, by every way in.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    sync::Arc,
+    time::Duration,
+};
 
-use quota_server::clock::{Clock as _, SystemClock, TestClock};
+use quota_server::{
+    api::problem::ApiError,
+    clock::{Clock as _, SystemClock, TestClock},
+    limiter::{Decision, Outcome, Policy, PolicySet},
+    secret_text::{Kind, SecretText},
+};
+use quota_testkit::proxy::Fault;
 use serde_json::{Value, json};
 
-use crate::support::app::{Account, Answer, Key, TestApp};
+use crate::{
+    outage::through_proxy,
+    support::app::{Account, Answer, Key, TestApp},
+};
 
 /// A server whose clock moves only when told to, with an account.
 async fn still() -> (TestApp, TestClock, Account) {
@@ -409,7 +422,9 @@ async fn a_gateway_hands_on_any_method_and_a_bearer_key() {
     let account = app.register().await;
     let token = app.service_token(&account).await;
     let key = key(&app, &account, json!({})).await;
-    for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"] {
+    for method in [
+        "GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "PROPFIND",
+    ] {
         let call = app.request(method.parse().unwrap(), "/v1/forward-auth");
         let answer = call
             .header("X-Service-Token", &token)
@@ -418,7 +433,11 @@ async fn a_gateway_hands_on_any_method_and_a_bearer_key() {
             .await;
         assert_eq!((answer.status, answer.text.as_str()), (200, ""), "{method}");
     }
-    let none = app.get("/v1/forward-auth").bearer(&token).send().await;
+    let none = app
+        .get("/v1/forward-auth")
+        .header("X-Service-Token", &token)
+        .send()
+        .await;
     assert_eq!(
         (none.status, none.header("www-authenticate")),
         (401, Some("Bearer realm=\"quota\""))
@@ -610,7 +629,7 @@ async fn a_gateway_reads_the_same_fields_and_an_empty_body_by_every_method() {
             let call = app.request(method.parse().unwrap(), &path);
             let answer = call
                 .header("X-API-Key", &key.text)
-                .bearer(&token)
+                .header("X-Service-Token", &token)
                 .send()
                 .await;
             assert_eq!(
@@ -660,7 +679,7 @@ async fn a_question_that_is_not_allowed_names_its_fields_and_takes_nothing() {
         (json!({"key": ""}), vec!["key"]),
         (json!({"key": "x".repeat(257)}), vec!["key"]),
         (json!({"endpoint": ""}), vec!["endpoint"]),
-        (json!({"endpoint": "é".repeat(65)}), vec!["endpoint"]),
+        (json!({"endpoint": "é".repeat(129)}), vec!["endpoint"]),
         (json!({"endpoint": "GET /\n"}), vec!["endpoint"]),
         (json!({"tenant": account.tenant_id}), vec!["tenant"]),
         (json!({"cost": 0, "endpoint": ""}), vec!["cost", "endpoint"]),
@@ -679,7 +698,7 @@ async fn a_question_that_is_not_allowed_names_its_fields_and_takes_nothing() {
         );
         assert!(!refused.text.contains(&key.text));
     }
-    let body = json!({"key": key.text, "cost": 2, "endpoint": "é".repeat(64)});
+    let body = json!({"key": key.text, "cost": 2, "endpoint": "é".repeat(128)});
     let allowed = check(&app, &token, body).await;
     assert_eq!(allowed.body["allowed"], json!(true));
     assert_eq!(
@@ -1037,4 +1056,295 @@ async fn the_short_way_and_the_router_answer_alike() {
     for (short, long) in short.into_iter().zip(long) {
         assert_eq!(short, long);
     }
+}
+
+/// The header that a gateway admits by.
+fn decision(answer: &Answer) -> &str {
+    answer.header("x-quota-decision").unwrap_or("none")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn forward_auth_takes_exactly_one_service_token_from_its_own_field() {
+    let (app, _clock, account) = still().await;
+    let key = key(&app, &account, json!({"default_rpm": 60})).await;
+    let token = app.service_token(&account).await;
+    let stranger = app.register().await;
+    let other = app.service_token(&stranger).await;
+    let ask = |tokens: Vec<&str>, bearer: Option<&str>| {
+        let mut call = app.get("/v1/forward-auth").header("X-API-Key", &key.text);
+        for token in tokens {
+            call = call.header("X-Service-Token", token);
+        }
+        if let Some(bearer) = bearer {
+            call = call.bearer(bearer);
+        }
+        call.send()
+    };
+    for (tokens, bearer) in [
+        (vec![], None),
+        (vec![], Some(token.as_str())),
+        (vec![], Some(other.as_str())),
+        (vec![""], Some(token.as_str())),
+        (vec![token.as_str(), token.as_str()], None),
+        (vec![token.as_str(), "forged"], None),
+        (vec!["forged", token.as_str()], None),
+        (vec![other.as_str(), token.as_str()], None),
+        (vec!["forged"], Some(token.as_str())),
+    ] {
+        let shown = format!("{} tokens, bearer: {}", tokens.len(), bearer.is_some());
+        let answer = ask(tokens, bearer).await;
+        assert_eq!(
+            (answer.status, decision(&answer)),
+            (401, "unauthorized"),
+            "{shown}"
+        );
+    }
+    let list = format!("{token}, {token}");
+    assert_eq!(ask(vec![&list], None).await.status, 401);
+    let admitted = ask(vec![&token], None).await;
+    assert_eq!((admitted.status, decision(&admitted)), (200, "allowed"));
+    assert_eq!(
+        admitted.number("x-ratelimit-remaining"),
+        59,
+        "nothing was charged before"
+    );
+    // A service's own credential does not hinder a decision about the consumer's key.
+    let both = ask(vec![&token], Some(&other)).await;
+    assert_eq!((both.status, decision(&both)), (200, "allowed"));
+}
+
+/// `POST /v1/check` is called by a service that chooses its own header fields: two tokens are still none.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_with_two_service_tokens_is_401() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let key = key(&app, &account, json!({})).await;
+    let token = app.service_token(&account).await;
+    let body = json!({"key": key.text});
+    let two = app
+        .post("/v1/check", body.clone())
+        .header("X-Service-Token", &token)
+        .header("X-Service-Token", &token);
+    assert_eq!(two.send().await.status, 401);
+    for one in [
+        app.post("/v1/check", body.clone())
+            .header("X-Service-Token", &token),
+        app.post("/v1/check", body).bearer(&token),
+    ] {
+        assert_eq!(one.send().await.body["allowed"], json!(true));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_response_of_forward_auth_states_the_decision() {
+    let first = TestApp::start().await;
+    let (proxy, url) = through_proxy(&first.database).await;
+    let app = TestApp::setup()
+        .database(first.database.clone())
+        .url(url)
+        .start()
+        .await;
+    let account = app.register().await;
+    let token = app.service_token(&account).await;
+    let key = key(&app, &account, json!({"default_rpm": 1, "burst": 1})).await;
+    let states = async |answer: Answer, expected: (u16, &str)| {
+        assert_eq!((answer.status, decision(&answer)), expected, "{answer:?}");
+    };
+    states(forward(&app, &token, &key.text, "").await, (200, "allowed")).await;
+    states(forward(&app, &token, &key.text, "").await, (429, "limited")).await;
+    let nginx = forward(&app, &token, &key.text, "?deny=403").await;
+    states(nginx, (403, "limited")).await;
+    states(forward(&app, &token, "x", "").await, (401, "unauthorized")).await;
+    let nginx = forward(&app, &token, "x", "?deny=403").await;
+    states(nginx, (401, "unauthorized")).await;
+    states(
+        forward(&app, "qs_x", &key.text, "").await,
+        (401, "unauthorized"),
+    )
+    .await;
+    states(
+        app.get("/v1/forward-auth").send().await,
+        (401, "unauthorized"),
+    )
+    .await;
+    for deny in ["200", "500", "x", ""] {
+        let query = format!("?deny={deny}");
+        states(
+            forward(&app, &token, &key.text, &query).await,
+            (422, "unavailable"),
+        )
+        .await;
+    }
+    // Another key, which only the database knows.
+    let cold = app
+        .key(&account, &app.plan(&account, json!({})).await)
+        .await
+        .text;
+    proxy.set(Fault::Refuse);
+    proxy.cut();
+    let away = forward(&app, &token, &cold, "?deny=403").await;
+    assert_eq!(
+        (away.text.as_str(), away.header("content-length")),
+        ("", Some("0"))
+    );
+    assert_eq!(away.header("retry-after"), Some("1"));
+    states(away, (503, "unavailable")).await;
+    // No other path has it.
+    assert_eq!(decision(&app.echo(&key.text).await), "none");
+}
+
+/// Without the shared counters a denial may be no reason to say that a limit was reached.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denial_that_names_no_policy_is_429_and_reduced_capacity() {
+    let (app, _clock, account) = still().await;
+    let key = key(&app, &account, json!({"default_rpm": 60})).await;
+    let now = app.state.clock.monotonic();
+    let text = SecretText::parse(Kind::ApiKey, key.text.as_bytes()).unwrap();
+    let record = app.state.keys.key(&text, now).await.unwrap().unwrap();
+    let admitted = app
+        .state
+        .limiter
+        .admit(&record.cell, &record.policies, NonZeroU32::MIN)
+        .await
+        .unwrap();
+    for (violated, kind, degraded) in [
+        (PolicySet::EMPTY, "temporary-reduced-capacity", true),
+        (PolicySet::EMPTY.with(Policy::Rpm), "quota-exceeded", false),
+    ] {
+        let denied = Decision {
+            outcome: Outcome::Denied {
+                violated,
+                retry_after: NonZeroU64::new(1_500_000_000),
+            },
+            ..admitted
+        };
+        let response = ApiError::denied(record.clone(), denied)
+            .into_response("r-1", "https://quota.example.com");
+        assert_eq!(response.status(), 429);
+        let field = |name: &str| response.headers().get(name).map(|it| it.to_str().unwrap());
+        assert_eq!(field("retry-after"), Some("2"));
+        assert_eq!(field("x-quota-degraded"), degraded.then_some("redis-away"));
+        assert_eq!(field("x-ratelimit-limit"), Some("60"));
+        let body: Value = response.into_body().into_json().await.unwrap();
+        assert_eq!(
+            body["type"],
+            format!("https://iana.org/assignments/http-problem-types#{kind}")
+        );
+        assert_eq!(body["status"], 429);
+        assert_eq!(body.get("violated-policies").is_none(), degraded, "{body}");
+    }
+}
+
+/// What a browser adds to a consumer's request reaches Quota through gateways that pass on every field.
+#[tokio::test(flavor = "multi_thread")]
+async fn cross_origin_rules_do_not_apply_to_forward_auth() {
+    let app = TestApp::setup()
+        .flag("--allowed-origins=https://app.example.com")
+        .start()
+        .await;
+    let account = app.register().await;
+    let token = app.service_token(&account).await;
+    let key = key(&app, &account, json!({"default_rpm": 60})).await;
+    for origin in [
+        "https://app.example.com",
+        "https://elsewhere.example",
+        "null",
+    ] {
+        let asked = forward_from(&app, &token, &key.text, origin).await;
+        assert_eq!(
+            (asked.status, decision(&asked)),
+            (200, "allowed"),
+            "{origin}"
+        );
+        assert!(asked.header("access-control-allow-origin").is_none());
+        // A preflight is a request like any other: without a key it is not admitted.
+        let preflight = app
+            .request(reqwest::Method::OPTIONS, "/v1/forward-auth")
+            .header("Origin", origin)
+            .header("Access-Control-Request-Method", "GET")
+            .header("X-Service-Token", &token)
+            .send()
+            .await;
+        assert_eq!(
+            (preflight.status, decision(&preflight)),
+            (401, "unauthorized"),
+            "{origin}"
+        );
+    }
+    // They do apply to everything else.
+    let elsewhere = app
+        .http
+        .get(app.url("/v1/echo"))
+        .header("X-API-Key", &key.text)
+        .header("Origin", "https://elsewhere.example")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(elsewhere.status(), 403);
+    let allowed = app
+        .get("/v1/echo")
+        .header("X-API-Key", &key.text)
+        .header("Origin", "https://app.example.com")
+        .send()
+        .await;
+    assert_eq!(
+        (
+            allowed.status,
+            allowed.header("access-control-allow-origin")
+        ),
+        (200, Some("https://app.example.com"))
+    );
+}
+
+async fn forward_from(app: &TestApp, token: &str, key: &str, origin: &str) -> Answer {
+    app.get("/v1/forward-auth?n=1")
+        .header("X-Service-Token", token)
+        .header("X-API-Key", key)
+        .header("Origin", origin)
+        .send()
+        .await
+}
+
+/// What stands behind the gateway may read another of them than the one that was checked.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_credentials_of_a_consumer_are_none() {
+    let (app, _clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let one = key(&app, &account, json!({})).await;
+    let bearer = format!("Bearer {}", one.text);
+    for fields in [
+        vec![("X-API-Key", &one.text), ("X-API-Key", &one.text)],
+        vec![("Authorization", &bearer), ("Authorization", &bearer)],
+        vec![
+            ("X-API-Key", &one.text),
+            ("Authorization", &bearer),
+            ("Authorization", &bearer),
+        ],
+    ] {
+        let mut direct = app.get("/v1/echo");
+        let mut asked = app
+            .get("/v1/forward-auth")
+            .header("X-Service-Token", &token);
+        for (name, value) in &fields {
+            direct = direct.header(name, value);
+            asked = asked.header(name, value);
+        }
+        let direct = direct.send().await;
+        assert_eq!((direct.status, direct.problem()), (400, "malformed"));
+        let asked = asked.send().await;
+        assert_eq!((asked.status, decision(&asked)), (401, "unauthorized"));
+    }
+    // An API's own credential beside the key is the API's affair.
+    let own = app
+        .get("/v1/forward-auth")
+        .header("X-Service-Token", &token)
+        .header("X-API-Key", &one.text)
+        .header("Authorization", "Basic dTpw");
+    let own = own.send().await;
+    assert_eq!(own.status, 200);
+    assert_eq!(
+        own.number("x-ratelimit-remaining"),
+        59,
+        "nothing was charged"
+    );
 }

@@ -1,0 +1,172 @@
+//! The gateways themselves, as Debian packages them, each with its configuration from `deploy/gateways`.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use quota_testkit::Process;
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+
+/// A test's machine may be busy.
+const STARTED_WITHIN: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Program {
+    Caddy,
+    Nginx,
+    HaProxy,
+}
+
+/// What its user fills in.
+pub(super) struct Filled<'a> {
+    pub(super) quota_port: u16,
+    pub(super) root: &'a Path,
+    pub(super) token: &'a str,
+    pub(super) api: String,
+}
+
+/// A running gateway.
+pub(super) struct Gateway {
+    pub(super) url: String,
+    _process: Process,
+    _dir: TempDir,
+}
+
+pub(super) fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/gateways")
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    listener.local_addr().expect("it is bound").port()
+}
+
+/// Debian installs servers where only root looks.
+fn command(name: &str) -> Command {
+    let system = Path::new("/usr/sbin").join(name);
+    Command::new(if system.exists() {
+        system
+    } else {
+        PathBuf::from(name)
+    })
+}
+
+/// Replaces text that must be there.
+fn put(text: &str, from: &str, to: &str) -> String {
+    assert!(text.contains(from), "{from:?} is not in\n{text}");
+    text.replace(from, to)
+}
+
+impl Filled<'_> {
+    fn read(&self, file: &str) -> String {
+        let text = fs::read_to_string(folder().join(file)).expect("the file is there");
+        let text = put(&text, "qs_YOUR_SERVICE_TOKEN", self.token);
+        let text = put(&text, "127.0.0.1:3000", &self.api);
+        let address = format!("localhost:{}", self.quota_port);
+        text.replace("quota.example.com:443", &address)
+            .replace("https://quota.example.com", &format!("https://{address}"))
+            .replace("quota.example.com", "localhost")
+            .replace(
+                "/etc/ssl/certs/ca-certificates.crt",
+                &self.root.display().to_string(),
+            )
+    }
+}
+
+impl Program {
+    /// Starts it, and waits until it listens.
+    pub(super) async fn start(self, filled: &Filled<'_>) -> Gateway {
+        let dir = tempfile::tempdir().expect("a directory");
+        let output = dir.path().join("output");
+        // Another process may take a port between our look and the gateway's own.
+        for _ in 0..5 {
+            let port = free_port();
+            let command = self.command(dir.path(), filled, port);
+            let mut process = Process::start(&command, &output).expect("it is installed");
+            let began = Instant::now();
+            while process.ended().expect("it is ours").is_none() {
+                if TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
+                    return Gateway {
+                        url: format!("http://127.0.0.1:{port}"),
+                        _process: process,
+                        _dir: dir,
+                    };
+                }
+                assert!(began.elapsed() < STARTED_WITHIN, "it does not listen");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        panic!("{}", fs::read_to_string(output).unwrap_or_default());
+    }
+
+    fn command(self, dir: &Path, filled: &Filled<'_>, port: u16) -> Command {
+        match self {
+            Self::Caddy => {
+                let site = put(
+                    &filled.read("Caddyfile"),
+                    "api.example.com",
+                    &format!("http://127.0.0.1:{port}"),
+                );
+                let file = dir.join("Caddyfile");
+                fs::write(
+                    &file,
+                    format!("{{\n\tadmin off\n\tauto_https off\n}}\n{site}"),
+                )
+                .expect("it is written");
+                let mut caddy = Command::new("caddy");
+                caddy
+                    .args(["run", "--adapter", "caddyfile", "--config"])
+                    .arg(file)
+                    // The roots of the machine that it verifies Quota's certificate with.
+                    .env("SSL_CERT_FILE", filled.root)
+                    .env("HOME", dir)
+                    .env("XDG_DATA_HOME", dir)
+                    .env("XDG_CONFIG_HOME", dir);
+                caddy
+            }
+            Self::Nginx => {
+                let server = put(
+                    &filled.read("nginx.conf"),
+                    "listen 80;",
+                    &format!("listen 127.0.0.1:{port};"),
+                );
+                let server = put(&server, "api.example.com", "127.0.0.1");
+                let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+                    .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))
+                    .concat();
+                // One process, so that its end is the end of it.
+                let text = format!(
+                    "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n\
+                     access_log off;\n{temporary}{server}}}\n",
+                    dir.join("pid").display()
+                );
+                let file = dir.join("nginx.conf");
+                fs::write(&file, text).expect("it is written");
+                let mut nginx = command("nginx");
+                nginx.arg("-p").arg(dir).arg("-c").arg(file);
+                nginx
+            }
+            Self::HaProxy => {
+                let inner = format!("127.0.0.1:{}", free_port());
+                let script = fs::read_to_string(folder().join("quota.lua")).expect("it is there");
+                let lua = dir.join("quota.lua");
+                fs::write(&lua, put(&script, "127.0.0.1:8404", &inner)).expect("it is written");
+                let text = filled.read("haproxy.cfg");
+                let text = put(&text, "127.0.0.1:8404", &inner);
+                let text = put(&text, "/etc/haproxy/quota.lua", &lua.display().to_string());
+                let text = put(&text, "bind :80", &format!("bind 127.0.0.1:{port}"));
+                let text = put(&text, "api.example.com", "127.0.0.1");
+                let file = dir.join("haproxy.cfg");
+                fs::write(&file, text).expect("it is written");
+                let mut haproxy = command("haproxy");
+                haproxy.arg("-db").arg("-f").arg(file);
+                haproxy
+            }
+        }
+    }
+}

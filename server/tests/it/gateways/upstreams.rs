@@ -1,0 +1,224 @@
+//! What stands behind a gateway: the API it protects, and Quota, or something in its place, behind TLS.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use parking_lot::Mutex;
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use tokio::{
+    io::{
+        AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _,
+        BufReader, copy_bidirectional,
+    },
+    net::{TcpListener, TcpStream},
+};
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{
+        ServerConfig,
+        pki_types::{PrivateKeyDer, pem::PemObject as _},
+    },
+};
+
+/// The API behind a gateway. It returns the body it received. A path can ask for another status: `/status/403`.
+pub(super) struct Api {
+    pub(super) addr: SocketAddr,
+    requests: Arc<Mutex<Vec<Head>>>,
+}
+
+/// The first line of a request, and its header fields with lowercase names.
+#[derive(Debug, Clone)]
+pub(super) struct Head {
+    pub(super) line: String,
+    pub(super) fields: Vec<(String, String)>,
+}
+
+impl Head {
+    pub(super) fn values(&self, name: &str) -> Vec<&str> {
+        self.fields
+            .iter()
+            .filter(|(it, _)| it == name)
+            .map(|(_, value)| value.as_str())
+            .collect()
+    }
+}
+
+impl Api {
+    pub(super) async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let addr = listener.local_addr().expect("it is bound");
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let received = Arc::clone(&requests);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let received = Arc::clone(&received);
+                tokio::spawn(async move {
+                    let mut stream = BufReader::new(stream);
+                    while let Some((head, body)) = read_request(&mut stream).await {
+                        let status = head
+                            .line
+                            .split("/status/")
+                            .nth(1)
+                            .and_then(|rest| rest.get(..3))
+                            .unwrap_or("200")
+                            .to_owned();
+                        received.lock().push(head);
+                        // Fields that only Quota's own may take the place of.
+                        let answer = format!(
+                            "HTTP/1.1 {status} Status\r\ncontent-length: {}\r\nx-ratelimit-limit: api\r\n\
+                             ratelimit: api\r\nx-quota-degraded: api\r\nx-own: kept\r\n\r\n",
+                            body.len()
+                        );
+                        if stream.write_all(answer.as_bytes()).await.is_err()
+                            || stream.write_all(&body).await.is_err()
+                        {
+                            break;
+                        }
+                    }
+                });
+            }
+        });
+        Self { addr, requests }
+    }
+
+    pub(super) fn requests(&self) -> Vec<Head> {
+        self.requests.lock().clone()
+    }
+}
+
+/// The next request of a connection; `None` at its end.
+async fn read_request(
+    stream: &mut (impl AsyncBufRead + AsyncWrite + Unpin),
+) -> Option<(Head, Vec<u8>)> {
+    let mut line = String::new();
+    if stream.read_line(&mut line).await.ok()? == 0 {
+        return None;
+    }
+    let mut head = Head {
+        line: line.trim().to_owned(),
+        fields: Vec::new(),
+    };
+    loop {
+        let mut line = String::new();
+        stream.read_line(&mut line).await.ok()?;
+        let line = line.trim();
+        if line.is_empty() {
+            break;
+        }
+        let (name, value) = line.split_once(':')?;
+        let field = (name.to_ascii_lowercase(), value.trim().to_owned());
+        head.fields.push(field);
+    }
+    let length = head
+        .values("content-length")
+        .first()
+        .map_or(0, |length| length.parse().expect("a length"));
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await.ok()?;
+    Some((head, body))
+}
+
+/// A certificate authority, and a certificate of it for `localhost`.
+pub(super) struct Authority {
+    /// The authority's own certificate, in a file.
+    pub(super) root: PathBuf,
+    config: Arc<ServerConfig>,
+}
+
+impl Authority {
+    pub(super) fn new(dir: &Path, name: &str) -> Self {
+        let mut authority = CertificateParams::new(Vec::new()).expect("no names");
+        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        authority.distinguished_name.push(DnType::CommonName, name);
+        let authority_key = KeyPair::generate().expect("a key");
+        let certificate = authority.self_signed(&authority_key).expect("it signs");
+        let issuer = Issuer::new(authority, authority_key);
+        let key = KeyPair::generate().expect("a key");
+        let mut leaf = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
+        leaf.distinguished_name
+            .push(DnType::CommonName, "localhost");
+        let leaf = leaf.signed_by(&key, &issuer).expect("it signs");
+        let root = dir.join(format!("{name}.pem"));
+        fs::write(&root, certificate.pem()).expect("it is written");
+        let provider = Arc::new(tokio_rustls::rustls::crypto::aws_lc_rs::default_provider());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions of TLS")
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![leaf.der().clone()],
+                PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).expect("a key"),
+            )
+            .expect("the key is the certificate's");
+        Self {
+            root,
+            config: Arc::new(config),
+        }
+    }
+}
+
+/// What a gateway finds at Quota's address.
+#[derive(Clone, Copy)]
+pub(super) enum Behind {
+    Quota(SocketAddr),
+    /// Something else, which answers each request with this status line and these header fields.
+    Other(fn(&Head) -> &'static str),
+}
+
+/// TLS in front of Quota, as operators run it.
+pub(super) struct TlsHop {
+    pub(super) port: u16,
+    connections: Arc<AtomicUsize>,
+}
+
+impl TlsHop {
+    pub(super) async fn start(authority: &Authority, behind: Behind) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let port = listener.local_addr().expect("it is bound").port();
+        let acceptor = TlsAcceptor::from(Arc::clone(&authority.config));
+        let connections = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&connections);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (acceptor, counted) = (acceptor.clone(), Arc::clone(&counted));
+                tokio::spawn(async move {
+                    // A gateway that does not trust the certificate ends it here.
+                    let Ok(mut stream) = acceptor.accept(stream).await else {
+                        return;
+                    };
+                    counted.fetch_add(1, Ordering::SeqCst);
+                    match behind {
+                        Behind::Quota(addr) => {
+                            let mut quota = TcpStream::connect(addr).await.expect("it listens");
+                            let _ = copy_bidirectional(&mut stream, &mut quota).await;
+                        }
+                        Behind::Other(answer) => {
+                            let mut stream = BufReader::new(stream);
+                            while let Some((head, _)) = read_request(&mut stream).await {
+                                let answer = format!("HTTP/1.1 {}\r\n\r\n", answer(&head));
+                                if stream.write_all(answer.as_bytes()).await.is_err()
+                                    || stream.flush().await.is_err()
+                                {
+                                    break;
+                                }
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        Self { port, connections }
+    }
+
+    /// How many connections were made to it.
+    pub(super) fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
+    }
+}
