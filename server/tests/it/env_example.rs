@@ -122,7 +122,10 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_REDIS_CONNECTIONS"
         | "QUOTA_REPLICAS"
         | "QUOTA_SESSION_DAYS"
-        | "QUOTA_KEY_LOOKUPS" => "0",
+        | "QUOTA_KEY_LOOKUPS"
+        | "QUOTA_MAX_PLANS"
+        | "QUOTA_MAX_API_KEYS"
+        | "QUOTA_MAX_SERVICE_TOKENS" => "0",
         "QUOTA_REDIS_TIMEOUT" => "0ms",
         "QUOTA_REDIS_CONNECT_TIMEOUT" => "250",
         "QUOTA_LEASE_TTL" => "1001ms",
@@ -134,7 +137,6 @@ fn wrong(name: &str) -> &'static str {
         | "QUOTA_SECRET_FILE"
         | "QUOTA_SECRET_PREVIOUS_FILE" => "/nonexistent/secret",
         "QUOTA_REGISTRATION" => "maybe",
-        "QUOTA_MAX_PLANS" | "QUOTA_MAX_API_KEYS" | "QUOTA_MAX_SERVICE_TOKENS" => "0",
         "ALLOWED_ORIGINS" => "example.com",
         "QUOTA_TRUSTED_PROXIES" => "10.0.0.0/33",
         "QUOTA_AUTH_RPM"
@@ -281,7 +283,7 @@ fn a_secret_is_read_from_its_file_and_a_wrong_file_stops_the_start() {
     let directory = dir.path().to_str().expect("it is text");
     let empty = file("empty", b" \n");
     let binary = file("binary", b"\xff\xfe");
-    let large = file("large", &[b'x'; 70_000]);
+    let large = file("large", &vec![b'x'; 70_000]);
     let short = file("short", b"hunter2");
     for name in ["DATABASE_URL", "REDIS_URL", "QUOTA_SECRET"] {
         let variable = format!("{name}_FILE");

@@ -427,7 +427,7 @@ async fn newest_revocation(app: &TestApp) -> i64 {
 
 /// A message as anyone can write it who has seen one, before they were sealed.
 fn unsealed(seq: i64, id: uuid::Uuid) -> String {
-    let at = chrono::Utc::now().timestamp_micros();
+    let at = SystemClock::new().now().0 / 1000;
     json!({"seq": seq, "tenant": id, "target": "tenant", "id": id, "at": at}).to_string()
 }
 
