@@ -73,6 +73,8 @@ pub enum CheckCode {
     Allowed,
     /// Denied by a rate or a quota; nothing was taken.
     QuotaExceeded,
+    /// Denied because limits cannot be checked at the moment. They may not be reached; nothing was taken.
+    ReducedCapacity,
     /// No key of the tenant has this text.
     UnknownKey,
     /// The key is switched off.

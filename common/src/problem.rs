@@ -132,8 +132,9 @@ problems! {
     /// Something that the server depends on does not answer, or it is starting or stopping. Nothing was lost;
     /// try again after the time that `Retry-After` tells.
     Unavailable = "unavailable", 503, "Temporarily unavailable";
-    /// The server is degraded and decides only part of what it usually does. Try again after the time that
-    /// `Retry-After` tells.
+    /// The server is degraded: it cannot check limits as usual, and admits only part of what it usually does. The
+    /// limits of the API key may not be reached. The status is 429 when the server has used up its part, and 503 when it
+    /// admits nothing. Try again after the time in `Retry-After`.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
 }
 

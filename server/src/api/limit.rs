@@ -179,6 +179,8 @@ impl LimitApi {
                 allowed: decision.is_allowed(),
                 code: if decision.is_allowed() {
                     CheckCode::Allowed
+                } else if decision.violated().is_empty() {
+                    CheckCode::ReducedCapacity
                 } else {
                     CheckCode::QuotaExceeded
                 },

@@ -137,8 +137,28 @@ impl ApiError {
         }
     }
 
+    /// The status of the answer. A denial is 429 whatever its reason.
+    fn status(&self) -> u16 {
+        if self.denied.is_some() {
+            429
+        } else {
+            self.code.status()
+        }
+    }
+
     pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
         let secs = decision.retry_after_secs();
+        if decision.violated().is_empty() {
+            let secs = secs.unwrap_or(1);
+            let detail = format!(
+                "The limits of this key cannot be checked at the moment, and this server has no requests left to \
+                 admit for it. Try again in {secs} s."
+            );
+            return Self {
+                denied: Some(Box::new((record, decision))),
+                ..Self::new(ProblemCode::ReducedCapacity, detail)
+            };
+        }
         let mut detail = String::with_capacity(96);
         detail.push_str(match secs {
             Some(_) => "The ",
@@ -214,7 +234,7 @@ impl ApiError {
 
     /// The answer. Logged here, once, when it is the server's own fault.
     pub fn into_response(self, request_id: &str, base: &str) -> Response {
-        if self.code.status() >= 500 {
+        if self.status() >= 500 {
             let source = self
                 .source
                 .as_ref()
@@ -230,7 +250,7 @@ impl ApiError {
         let problem = Written {
             kind: &self.code.type_uri(base),
             title: self.code.title(),
-            status: self.code.status(),
+            status: self.status(),
             detail: &self.detail,
             request_id,
             errors: &self.errors,
