@@ -22,12 +22,13 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
     let mut ticks = every(limiter::COUNTED_EVERY);
     let mut away = false;
     while next(&mut ticks, &mut stopping).await {
-        // As old as the beginning of the count.
         let began = state.clock.monotonic();
         match db.within_limit(seen(&db, id)).await {
             Ok((rank, count)) => {
                 if let Some(of) = NonZeroU64::new(count) {
-                    state.roster.confirm(Place { rank, of }, began);
+                    let ended = state.clock.monotonic();
+                    let place = Place { rank, of };
+                    state.roster.confirm_count(place, began, ended);
                 }
                 state
                     .metrics

@@ -144,6 +144,12 @@ impl Cells {
         })
     }
 
+    /// All cells held now, in parts.
+    pub(super) fn by_shard(&self) -> impl Iterator<Item = Vec<Arc<KeyCell>>> {
+        let cells = |shard: &Mutex<Shard>| shard.lock().cells.values().map(Arc::clone).collect();
+        self.shards.iter().map(cells)
+    }
+
     fn prune_shard(&self, shard: &mut Shard, now: UnixNanos) {
         shard.cells.retain(|_, cell| {
             // The map's own reference is the last: with the shard locked nobody can get another.

@@ -14,7 +14,8 @@ pub enum Outcome {
     /// The cost was taken from every policy.
     Allowed,
     Denied {
-        /// Every policy that stood in the way; never empty.
+        /// Every policy that stood in the way. Empty only if the decision is degraded: then this replica has no
+        /// tokens left to give, and nobody knows whether a limit was reached.
         violated: PolicySet,
         /// Nanoseconds after which the same request is admitted if nobody else takes anything: the longest
         /// wait of the violated policies. `None` when no wait helps, because the cost is above a limit.

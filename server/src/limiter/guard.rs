@@ -116,11 +116,19 @@ struct Denied {
 }
 
 impl Denied {
-    fn new(gcra: Gcra, cost: NonZeroU32, elapsed: UnixNanos, decision: &Decision) -> Option<Self> {
+    fn new(
+        gcra: Gcra,
+        cost: NonZeroU32,
+        elapsed: UnixNanos,
+        decision: &Decision,
+        rate_memory: Option<u64>,
+    ) -> Option<Self> {
         let retry_after = decision.retry_after()?;
         // Until the first of its facts changes.
         let mut believed = retry_after;
         if decision.violated().contains(Policy::Rpm) {
+            // Another replica may return tokens.
+            believed = believed.min(rate_memory.unwrap_or(u64::MAX));
             let missing = decision.rate.reset_at.saturating_since(decision.at);
             if let Verdict::Wait { wait } = gcra.decide(missing, UnixNanos(0), cost) {
                 believed = believed.min(wait.get());
@@ -271,13 +279,14 @@ impl Gate {
             .or_else(|| known.over_rate(policies, cost, elapsed, now))
     }
 
-    /// Takes note of what the store decided.
+    /// Records what the store decided. A denial by the rate is remembered for `rate_memory` nanoseconds at most.
     pub(super) fn learn(
         &self,
         policies: &Policies,
         cost: NonZeroU32,
         clock: &Arc<dyn Clock>,
         decision: &Decision,
+        rate_memory: impl FnOnce() -> Option<u64>,
     ) {
         let mut known = self.0.lock();
         let known = current(&mut known, policies, clock);
@@ -296,7 +305,7 @@ impl Gate {
             // What was decided without the store says nothing of what the store would.
             Outcome::Denied { .. } if decision.degraded => known.denied = None,
             Outcome::Denied { .. } => {
-                known.denied = Denied::new(known.gcra, cost, elapsed, decision);
+                known.denied = Denied::new(known.gcra, cost, elapsed, decision, rate_memory());
             }
         }
     }

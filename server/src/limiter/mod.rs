@@ -86,7 +86,7 @@ impl Limiter {
         let Some(decision) = self.store.try_take(cell, policies, cost) else {
             return cell.gate.look(policies, cost, &self.clock);
         };
-        cell.gate.learn(policies, cost, &self.clock, &decision);
+        self.learn(cell, policies, cost, &decision);
         Some(decision)
     }
 
@@ -103,9 +103,15 @@ impl Limiter {
         }
         let decision = self.store.take(cell, policies, cost).await?;
         if !self.is_local {
-            cell.gate.learn(policies, cost, &self.clock, &decision);
+            self.learn(cell, policies, cost, &decision);
         }
         Ok(decision)
+    }
+
+    fn learn(&self, cell: &KeyCell, policies: &Policies, cost: NonZeroU32, decision: &Decision) {
+        let remembered = || self.store.denial_memory(policies);
+        cell.gate
+            .learn(policies, cost, &self.clock, decision, remembered);
     }
 
     /// Where the key stands, by what is known here. Takes nothing, asks nobody, and reads as

@@ -42,8 +42,6 @@ pub struct KeyCell {
     pub(super) state: Mutex<CellState>,
     /// Told whenever the ledger has answered for this key.
     pub(super) landed: Notify,
-    /// Told whenever the shared counters have.
-    pub(super) taken: Notify,
 }
 
 impl KeyCell {
@@ -54,7 +52,6 @@ impl KeyCell {
             gate: Gate::default(),
             state: Mutex::new(CellState::new()),
             landed: Notify::new(),
-            taken: Notify::new(),
         }
     }
 
@@ -116,6 +113,12 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Whether a decision is as cheap as a look at this replica's own memory. If so nothing is kept in front
     /// of the store.
     fn is_local(&self) -> bool;
+
+    /// For how many nanoseconds a denial by the rate may be remembered in front of the store; `None`: until the
+    /// moment that it names. Shorter where other replicas may return tokens.
+    fn denial_memory(&self, _policies: &Policies) -> Option<u64> {
+        None
+    }
 
     /// Forgets cells that nobody holds and whose absence nobody could notice, and gives the blocks of
     /// others back so that they can be forgotten next time. Answers how many cells are left.

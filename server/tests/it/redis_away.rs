@@ -63,6 +63,10 @@ async fn each_plan_is_served_as_it_says_and_every_answer_tells() {
         if share.status == 200 {
             break;
         }
+        // Whether the limit is reached is not known, and is not claimed.
+        assert_eq!(share.problem(), "temporary-reduced-capacity");
+        assert!(!share.text.contains("violated-policies"), "{}", share.text);
+        assert!(share.header("retry-after").is_some());
         assert!(began.elapsed() < PATIENCE);
         sleep(Duration::from_millis(50)).await;
     }

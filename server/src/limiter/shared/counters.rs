@@ -1,7 +1,6 @@
-//! What the shared counters are asked and answer, whoever keeps them.
+//! The protocol of the shared counters: one call and its answer.
 //!
-//! Owns the words of one call, which the Redis script and the model in the simulation both speak. Knows no
-//! connection and no key's cell.
+//! Both the Redis script and the model in the tests implement it. Does not know connections or the state of keys.
 
 use std::{error::Error, sync::Arc};
 
@@ -15,38 +14,43 @@ pub type CounterMicros = u64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BucketName {
     Key(TenantId, ApiKeyId),
-    /// Nobody's: asked for to see whether the counters answer.
+    /// No key's bucket. Used to find out whether the counters answer.
     Beat,
 }
 
-/// One call: take `want` tokens of a bucket, or as many as there are but no fewer than `need`, or none; and
-/// give others back before.
+/// One call: credit `back` unspent tokens to a bucket, then take up to `want` tokens from it, but none if it holds
+/// fewer than `need`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakeCall {
     /// Buckets of one partition are kept together and lose their state together.
     pub partition: u16,
     pub bucket: BucketName,
-    /// Nanoseconds a token takes to come back.
+    /// Nanoseconds of refill per token.
     pub emission: u64,
     /// Nanoseconds from empty to full.
     pub tau: u64,
-    /// Of the plan; the counters keep to the newest that they have seen.
+    /// Version of the plan. The counters follow the newest version in use.
     pub version: u64,
     pub need: u64,
-    /// Zero: only look.
+    /// Tokens that requests wait for now. Granted as far as the bucket goes.
+    pub waiting: u64,
+    /// At least `waiting`; the rest is held for later, and is at most half of what the bucket holds. Zero: only
+    /// look.
     pub want: u64,
     /// Tokens taken before and not spent.
     pub back: u64,
-    /// When the earliest of them was taken.
+    /// When the oldest of them was taken.
     pub back_taken_at: CounterMicros,
-    /// For how many microseconds tokens may be spent; they come back soon after.
+    /// The bucket's generation when they were taken. They are worth nothing in a later one.
+    pub back_generation: u64,
+    /// For how many microseconds granted tokens may be spent. What is not spent comes back soon after.
     pub lease: CounterMicros,
-    /// The counters' time in the last answer that the caller had of this partition.
+    /// The counters' time in the caller's latest answer from this partition.
     pub last_heard: CounterMicros,
-    /// Since when the caller has served without the counters; zero when it has not. Tokens may have been
-    /// sold since that the counters know nothing of.
+    /// Since when the caller has served without the counters; zero if it has not. It may have admitted requests
+    /// since then that the counters do not know of.
     pub away_since: CounterMicros,
-    /// The new beginning that the caller was told of since then; zero when it was not.
+    /// Start of the new epoch that the caller was promised since then; zero if none.
     pub promised: CounterMicros,
 }
 
@@ -59,27 +63,28 @@ pub struct TakeReply {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BucketState {
-    /// The counters have lost what they knew; they begin anew, with every bucket empty, in so many
-    /// microseconds. Until then nothing is granted.
+    /// The counters have lost their state. A new epoch starts in `wait` microseconds with every bucket empty. Until
+    /// then nothing is granted.
     Beginning { wait: u64 },
     Known {
-        /// How many tokens were taken.
         granted: u64,
         /// Nanoseconds until the bucket is full, after the call.
         debt: u64,
+        /// Changes when tokens granted before can no longer be credited.
+        generation: u64,
     },
 }
 
-/// Why there was no answer. Tokens may have been taken all the same: they are lost to the bucket.
+/// Why there was no answer. Tokens may have been taken anyway; they are lost until the bucket refills.
 pub type CounterError = Arc<dyn Error + Send + Sync>;
 
 /// Buckets that all replicas share.
 ///
-/// A call is atomic, and its time is the counters' own. Where [`TakeReply::at`] says `t`, the tokens granted
-/// were in the bucket at `t`. What is given back makes the bucket no fuller than if it had never been taken.
+/// A call is atomic and uses the counters' own clock: tokens granted by a reply were in the bucket at
+/// [`TakeReply::at`]. Returned tokens make the bucket no fuller than if they had never been taken.
 #[async_trait]
 pub trait SharedCounters: std::fmt::Debug + Send + Sync + 'static {
-    /// In how many parts the buckets are kept, each with a state to lose of its own.
+    /// The number of parts that the buckets are split into. Each can lose its state separately.
     fn partitions(&self) -> u16;
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError>;

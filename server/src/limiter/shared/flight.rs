@@ -1,31 +1,86 @@
-//! Calls to the counters, and what becomes of the tokens they bring.
+//! Calls to the counters, and what becomes of the tokens they grant.
 //!
-//! Owns the tasks that make them: so that a request may go away while it waits, that an answer that comes too late
-//! is heard all the same, and that no token is left behind. A call that fails is counted against its partition, and
-//! who waits for it hears of it.
+//! Owns the tasks that make the calls: so a request may be dropped while it waits, a late answer is still used, and no
+//! token is left behind. All requests of a key that wait at the same time share one call, which asks for the sum of
+//! what they need. A call has a deadline; requests that arrive while one is under way go with the next, so a decision
+//! waits for at most two.
+//!
+//! When a call fails or is late, the requests that it was made for are told so. A late answer's tokens are
+//! held like any lease where that is allowed, and returned otherwise.
 
 use std::{
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, stream};
 use quota_common::id::ApiKeyId;
-use tokio::{runtime::Handle, time};
+use tokio::{runtime::Handle, sync::oneshot, time};
 
 use super::{
     Inner,
     counters::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
     health::Partition,
-    lease::Unspent,
+    lease::{Demand, Lease, Terms, Unspent},
+    nanos,
     watch::see_to_return,
 };
 use crate::{
     deadline,
-    limiter::{policy::Policies, store::KeyCell},
+    limiter::{cell::CellState, store::KeyCell},
 };
 
-/// After how long a call is given up. Until then a late answer is still worth having.
+/// After how long a call is given up. Until then a late answer is still used.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long a denial by the counters may be believed where tokens are leased, in lives of a lease.
+pub(super) const DENIED_FOR_LEASES: u64 = 2;
+
+/// How many leases are returned at the same time when the process ends, and how many of these calls may fail.
+const RETURNS_AT_ONCE: usize = 256;
+const RETURNS_FAILED: u32 = 8;
+/// How long returning them may take.
+const RETURNED_WITHIN: Duration = Duration::from_secs(4);
+
+/// What became of a request that waited for the counters.
+#[derive(Debug)]
+pub(super) enum FetchOutcome {
+    /// The tokens it needs.
+    Granted(GrantGuard),
+    /// The counters answered, and had too few tokens for it.
+    TooFew,
+    /// There was no answer, or none in time.
+    Unanswered,
+}
+
+/// A request that waits for the counters.
+#[derive(Debug)]
+pub(super) struct Waiter {
+    pub(super) tokens: u64,
+    outcome: oneshot::Sender<FetchOutcome>,
+}
+
+impl Waiter {
+    pub(super) fn new(tokens: u64) -> (Self, oneshot::Receiver<FetchOutcome>) {
+        let (outcome, receiver) = oneshot::channel();
+        (Self { tokens, outcome }, receiver)
+    }
+
+    /// The request was dropped.
+    pub(super) fn is_gone(&self) -> bool {
+        self.outcome.is_closed()
+    }
+}
+
+/// The answer to a call.
+enum Answer {
+    InTime(TakeReply),
+    Late(TakeReply),
+    Failed,
+}
 
 impl Inner {
     #[expect(
@@ -40,30 +95,22 @@ impl Inner {
         &self.partitions[usize::from(self.partition_of(cell.key))]
     }
 
-    pub(super) fn leases(&self, policies: &Policies) -> bool {
-        self.ttl > 0 && !policies.strict()
-    }
-
-    /// A call for a key, with what it has to give back.
-    pub(super) fn call(
-        &self,
-        cell: &KeyCell,
-        policies: &Policies,
-        (need, want): (u64, u64),
-        back: Option<Unspent>,
-    ) -> TakeCall {
-        let gcra = policies.gcra();
+    /// A call for a key that takes nothing and returns `back`.
+    fn call(&self, cell: &KeyCell, terms: Terms, back: Option<Unspent>) -> TakeCall {
         let partition = self.partition_of(cell.key);
+        let back = back.unwrap_or_default();
         TakeCall {
             partition,
             bucket: BucketName::Key(cell.tenant, cell.key),
-            emission: gcra.emission(),
-            tau: gcra.tau(),
-            version: policies.version(),
-            need,
-            want,
-            back: back.map_or(0, |back| back.tokens),
-            back_taken_at: back.map_or(0, |back| back.taken_at),
+            emission: terms.gcra.emission(),
+            tau: terms.gcra.tau(),
+            version: terms.version,
+            need: 0,
+            waiting: 0,
+            want: 0,
+            back: back.tokens,
+            back_taken_at: back.taken_at,
+            back_generation: back.generation,
             lease: self.ttl / 1000,
             last_heard: self.partitions[usize::from(partition)].last_heard(),
             away_since: 0,
@@ -71,12 +118,57 @@ impl Inner {
         }
     }
 
-    /// Asks the counters, and keeps book of how they answer. An answer that comes too late for the request is
-    /// still waited for: what it grants can be spent by the next, or given back.
-    pub(super) async fn ask(&self, call: TakeCall) -> Option<TakeReply> {
-        let reply = self.answer(call).await;
-        match reply {
-            Some(TakeReply {
+    /// Starts a call for the requests that wait, unless one is under way; with `ahead`, also when none waits.
+    pub(super) fn begin_fetch(&self, cell: &Arc<KeyCell>, state: &mut CellState, ahead: bool) {
+        let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
+            // Whoever waits hears that there is no answer.
+            state.lease().waiting().clear();
+            return;
+        };
+        if self.partition(cell).is_away() {
+            state.lease().waiting().clear();
+            return;
+        }
+        let asked_at = self.clock.monotonic();
+        let patience = nanos(self.settings.deadline);
+        let lease = state.lease();
+        lease.expire(asked_at);
+        let times = (asked_at, self.ttl, patience);
+        let Some((terms, demand)) = lease.begin_fetch(times, ahead && !self.is_draining()) else {
+            return;
+        };
+        let Demand {
+            need,
+            waiting,
+            want,
+            requests,
+        } = demand;
+        let call = TakeCall {
+            need,
+            waiting,
+            want,
+            ..self.call(cell, terms, lease.unspent())
+        };
+        runtime.spawn(fetch(
+            inner,
+            Arc::clone(cell),
+            call,
+            terms,
+            asked_at,
+            requests,
+        ));
+    }
+
+    /// Makes a call and records its outcome. Runs `on_late` when the deadline passes, and then waits on: what a late
+    /// answer grants can be spent by other requests, or returned.
+    async fn ask_until(&self, call: TakeCall, on_late: impl FnOnce()) -> Answer {
+        let answer = self.answer(call, on_late).await;
+        match answer {
+            Answer::InTime(TakeReply {
+                state: BucketState::Known { granted, .. },
+                ..
+            })
+            | Answer::Late(TakeReply {
                 state: BucketState::Known { granted, .. },
                 ..
             }) => {
@@ -87,10 +179,15 @@ impl Inner {
                 self.metrics.lease_tokens_lost.inc_by(call.back);
             }
         }
-        reply
+        answer
     }
 
-    async fn answer(&self, call: TakeCall) -> Option<TakeReply> {
+    /// The same where nobody waits.
+    pub(super) async fn ask(&self, call: TakeCall) {
+        self.ask_until(call, || ()).await;
+    }
+
+    async fn answer(&self, call: TakeCall, on_late: impl FnOnce()) -> Answer {
         let partition = &self.partitions[usize::from(call.partition)];
         partition.used(self.clock.monotonic());
         self.metrics.counter_calls.inc();
@@ -99,9 +196,10 @@ impl Inner {
             Ok(answer) => (answer, false),
             Err(_) => {
                 self.failed(call.partition, &"no answer in time");
+                on_late();
                 match time::timeout(CALL_DEADLINE, answer).await {
                     Ok(answer) => (answer, true),
-                    Err(_) => return None,
+                    Err(_) => return Answer::Failed,
                 }
             }
         };
@@ -119,19 +217,23 @@ impl Inner {
                     tracing::warn!(
                         partition = call.partition,
                         wait_us = wait,
-                        "the shared counters begin anew"
+                        "the shared counters have lost their state; a new epoch begins"
                     );
                     let promised = reply.at + wait;
                     let wait = Duration::from_micros(wait);
                     self.see_to_return(call.partition, wait, promised);
                 }
-                Some(reply)
+                if late {
+                    Answer::Late(reply)
+                } else {
+                    Answer::InTime(reply)
+                }
             }
             Err(error) => {
                 if !late {
                     self.failed(call.partition, &error);
                 }
-                None
+                Answer::Failed
             }
         }
     }
@@ -139,13 +241,13 @@ impl Inner {
     fn failed(&self, partition: u16, error: &dyn std::fmt::Display) {
         self.metrics.counter_errors.inc();
         if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
-            tracing::warn!(partition, error = %error, "the shared counters are given up for now");
+            tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
             self.see_to_return(partition, super::watch::PROBE_EVERY, 0);
         }
     }
 
-    /// Of a partition that was given up just now.
+    /// Starts probing a partition that has just been given up.
     fn see_to_return(&self, partition: u16, first: Duration, promised: CounterMicros) {
         self.metrics.counters_away.inc();
         if let Ok(runtime) = Handle::try_current() {
@@ -153,106 +255,288 @@ impl Inner {
             runtime.spawn(see_to_return(me, partition, first, promised));
         }
     }
-}
 
-/// Tokens granted to one request. What is not spent goes back.
-#[derive(Debug)]
-pub(super) struct Hand {
-    pub(super) inner: Arc<Inner>,
-    pub(super) call: TakeCall,
-    pub(super) granted: u64,
-    pub(super) taken_at: CounterMicros,
-}
-
-impl Drop for Hand {
-    fn drop(&mut self) {
-        if self.granted == 0 {
-            return;
+    /// `unspent` for a request; nothing where it only waited for the answer.
+    fn guard(&self, cell: &Arc<KeyCell>, unspent: Unspent) -> FetchOutcome {
+        match self.me.upgrade() {
+            Some(inner) if unspent.tokens > 0 => FetchOutcome::Granted(GrantGuard {
+                inner,
+                cell: Arc::clone(cell),
+                unspent,
+            }),
+            _ => FetchOutcome::TooFew,
         }
-        let back = Unspent {
-            tokens: self.granted,
-            taken_at: self.taken_at,
+    }
+
+    pub(super) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// Returns every token that is held for later, before the process ends. Gives up on counters that do not
+    /// answer; what is not returned comes back as buckets refill.
+    pub(super) async fn return_leases(&self) {
+        self.draining.store(true, Ordering::Release);
+        let deadline = time::Instant::now() + RETURNED_WITHIN;
+        let failures = AtomicU32::new(0);
+        let mut busy = Vec::new();
+        for cells in self.cells.by_shard() {
+            let mut calls = Vec::new();
+            for cell in cells {
+                let mut state = cell.state.lock();
+                let Some(lease) = &mut state.lease else {
+                    continue;
+                };
+                lease.surrender_all();
+                if let (Some(terms), Some(back)) = (lease.terms(), lease.unspent()) {
+                    calls.push(self.call(&cell, terms, Some(back)));
+                }
+                if lease.is_busy() {
+                    drop(state);
+                    busy.push(cell);
+                }
+            }
+            // Not counted against the counters' health: so many calls at a time may well be late.
+            stream::iter(calls)
+                .for_each_concurrent(RETURNS_AT_ONCE, async |call| {
+                    let gave_up = failures.load(Ordering::Relaxed) >= RETURNS_FAILED;
+                    let returned = !gave_up && {
+                        self.metrics.counter_calls.inc();
+                        let answer = time::timeout(CALL_DEADLINE, self.counters.take(call)).await;
+                        matches!(answer, Ok(Ok(_)))
+                    };
+                    if returned {
+                        self.metrics.lease_tokens_returned.inc_by(call.back);
+                    } else {
+                        failures.fetch_add(1, Ordering::Relaxed);
+                        self.metrics.lease_tokens_lost.inc_by(call.back);
+                    }
+                })
+                .await;
+            if time::Instant::now() > deadline {
+                failures.store(RETURNS_FAILED, Ordering::Relaxed);
+            }
+        }
+        // Calls that were under way return what they were granted by themselves.
+        let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
+        let is_busy = |cell: &Arc<KeyCell>| {
+            let mut state = cell.state.lock();
+            state.lease().is_busy()
         };
-        if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(give_back(Arc::clone(&self.inner), self.call, back));
+        while busy.iter().any(is_busy) && time::Instant::now() < patience {
+            time::sleep(Duration::from_millis(5)).await;
         }
     }
 }
 
-async fn give_back(inner: Arc<Inner>, call: TakeCall, back: Unspent) {
-    inner
-        .ask(TakeCall {
-            need: 0,
-            want: 0,
-            back: back.tokens,
-            back_taken_at: back.taken_at,
-            ..call
-        })
-        .await;
-}
-
-/// A flight on its way. However it ends, who waits hears of it.
-struct Flight {
+/// Tokens granted to one request. They are returned unless they are [spent](Self::spend).
+#[derive(Debug)]
+pub(super) struct GrantGuard {
+    inner: Arc<Inner>,
     cell: Arc<KeyCell>,
-    answered: bool,
+    unspent: Unspent,
 }
 
-impl Drop for Flight {
+impl GrantGuard {
+    pub(super) fn spend(mut self) {
+        self.unspent.tokens = 0;
+    }
+}
+
+impl Drop for GrantGuard {
     fn drop(&mut self) {
-        self.cell.state.lock().lease().land(self.answered);
-        self.cell.taken.notify_waiters();
+        if self.unspent.tokens > 0 {
+            self.cell.state.lock().lease().owe(self.unspent);
+            begin_return(&self.inner, &self.cell);
+        }
     }
 }
 
-/// Fetches a lease, and gives back in the end what is not spent of it.
-pub(super) async fn fly(inner: Arc<Inner>, cell: Arc<KeyCell>, call: TakeCall) {
-    let mut flight = Flight {
-        cell: Arc::clone(&cell),
-        answered: false,
-    };
-    let asked_at = inner.clock.monotonic();
-    let expires = asked_at.saturating_add(inner.ttl);
-    let reply = inner.ask(call).await;
-    flight.answered = reply.is_some();
-    let mut stocked = false;
-    if let Some(TakeReply { at, state }) = reply
-        && let BucketState::Known { granted, debt } = state
+/// Starts returning unspent tokens, unless something that is under way will. Many that become free at the same time
+/// go back together.
+fn begin_return(inner: &Arc<Inner>, cell: &Arc<KeyCell>) {
+    if let Ok(runtime) = Handle::try_current()
+        && cell.state.lock().lease().begin_return()
     {
-        let now = inner.clock.monotonic();
-        let mut state = cell.state.lock();
-        let lease = state.lease();
-        lease.saw(debt, now);
-        if granted > 0 {
-            lease.stock(granted, at, expires);
-            stocked = true;
-        }
-        // Tokens are asked for when they are there; and not each one as it comes: they are left to gather for a
-        // while, in which no bucket fills up.
-        let gather = (inner.ttl / 2).min(call.tau / 10);
-        let left = call.tau.saturating_sub(debt);
-        if granted == 0 || (granted < call.want && left <= gather) {
-            let n = if granted > 0 { 1 } else { call.need };
-            let missing = n.saturating_mul(call.emission).saturating_sub(left);
-            lease.hold(n, now + missing.max(gather).max(1));
+        runtime.spawn(return_unspent(Arc::clone(inner), Arc::clone(cell)));
+    }
+}
+
+async fn return_unspent(inner: Arc<Inner>, cell: Arc<KeyCell>) {
+    loop {
+        let call = {
+            let mut state = cell.state.lock();
+            let lease = state.lease();
+            match (lease.terms(), lease.unspent()) {
+                (Some(terms), Some(back)) => inner.call(&cell, terms, Some(back)),
+                _ => {
+                    lease.end_return();
+                    return;
+                }
+            }
+        };
+        inner.ask(call).await;
+    }
+}
+
+/// A call for tokens. However it ends, the requests that it is made for hear of it, and the next call may begin.
+struct LeaseFetch {
+    inner: Arc<Inner>,
+    cell: Arc<KeyCell>,
+    call: TakeCall,
+    terms: Terms,
+    asked_at: u64,
+    requests: Vec<Waiter>,
+    /// Not late yet: no other call for this key begins.
+    active: bool,
+}
+
+impl Drop for LeaseFetch {
+    fn drop(&mut self) {
+        self.give_up();
+        self.cell.state.lock().lease().end_call();
+    }
+}
+
+impl LeaseFetch {
+    /// The call has failed or is late: its requests go on without an answer, and the next call may begin.
+    fn give_up(&mut self) {
+        self.requests.clear();
+        if std::mem::take(&mut self.active) {
+            let mut state = self.cell.state.lock();
+            state.lease().end_fetch();
+            self.inner.begin_fetch(&self.cell, &mut state, false);
         }
     }
-    drop(flight);
-    if stocked {
+
+    /// Distributes what was granted: to the requests that the call was made for, to those that have come since, and
+    /// what is left to later ones, where they may have it. Returns whether some is left.
+    fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
+        let BucketState::Known {
+            granted,
+            debt,
+            generation,
+        } = bucket
+        else {
+            return false;
+        };
+        let grant = Unspent {
+            tokens: granted,
+            taken_at: at,
+            generation,
+        };
+        let mut outcomes = Vec::with_capacity(self.requests.len());
+        let mut state = self.cell.state.lock();
+        let now = self.inner.clock.monotonic();
+        let lease = state.lease();
+        lease.expire(now);
+        // While a call is late, newer ones may have been answered.
+        if self.active || lease.seen_at() <= self.asked_at {
+            lease.saw(debt, now);
+        }
+        if self.active || lease.in_hand() == 0 {
+            let expires = self.asked_at.saturating_add(self.inner.ttl);
+            lease.stock(grant, expires);
+        } else {
+            lease.owe(grant);
+        }
+        let mut refused = None::<u64>;
+        for waiter in self.requests.drain(..) {
+            if waiter.is_gone() {
+                continue;
+            }
+            let outcome = match lease.set_apart(waiter.tokens) {
+                Some(unspent) => self.inner.guard(&self.cell, unspent),
+                None => {
+                    refused = Some(refused.unwrap_or(u64::MAX).min(waiter.tokens));
+                    FetchOutcome::TooFew
+                }
+            };
+            outcomes.push((waiter, outcome));
+        }
+        // Tokens of an older plan are for the requests that they were taken for, and no others.
+        let keeps = self.terms.leased && lease.terms().is_some_and(|now| now.is_like(self.terms));
+        lease.expire(now);
+        if !keeps || self.inner.is_draining() {
+            lease.surrender_all();
+        } else {
+            if self.active {
+                self.hold(lease, (granted, debt), refused, now);
+            }
+            for waiter in std::mem::take(lease.waiting()) {
+                if waiter.tokens == 0 {
+                    lease.waiting().push(waiter);
+                } else if let Some(unspent) = lease.set_apart(waiter.tokens) {
+                    outcomes.push((waiter, self.inner.guard(&self.cell, unspent)));
+                } else if lease.held(waiter.tokens, now).is_some() {
+                    outcomes.push((waiter, FetchOutcome::TooFew));
+                } else {
+                    lease.waiting().push(waiter);
+                }
+            }
+            lease.trim();
+        }
+        let left = lease.in_hand() > 0;
+        if std::mem::take(&mut self.active) {
+            lease.end_fetch();
+            self.inner.begin_fetch(&self.cell, &mut state, false);
+        }
+        // Tokens of a request that is gone are returned, which needs the lock.
+        drop(state);
+        for (waiter, outcome) in outcomes {
+            let _ = waiter.outcome.send(outcome);
+        }
+        left
+    }
+
+    /// When the bucket is short, requests are denied here for a while: until there are enough tokens for them, but not
+    /// for long, since other replicas may return some. An empty bucket is left to gather tokens for part of a lease's
+    /// life, in which it does not fill up, so that they are not fetched one by one.
+    fn hold(&self, lease: &mut Lease, (granted, debt): (u64, u64), refused: Option<u64>, now: u64) {
+        let call = &self.call;
+        let left = call.tau.saturating_sub(debt);
+        let gather = (self.inner.ttl / 2).min(call.tau / 10);
+        let n = match refused {
+            _ if 0 < granted && granted < call.want && left <= gather => 1,
+            Some(refused) => refused,
+            None if granted == 0 && call.want > 0 => call.need,
+            None => return,
+        };
+        let missing = n.saturating_mul(call.emission).saturating_sub(left);
+        let longest = self.inner.ttl.saturating_mul(DENIED_FOR_LEASES);
+        lease.hold(n, now + missing.max(gather).max(1).min(longest));
+    }
+}
+
+/// Asks for tokens, and returns in the end what is not spent of them.
+async fn fetch(
+    inner: Arc<Inner>,
+    cell: Arc<KeyCell>,
+    call: TakeCall,
+    terms: Terms,
+    asked_at: u64,
+    requests: Vec<Waiter>,
+) {
+    let mut fetch = LeaseFetch {
+        inner: Arc::clone(&inner),
+        cell: Arc::clone(&cell),
+        call,
+        terms,
+        asked_at,
+        requests,
+        active: true,
+    };
+    let answer = inner.ask_until(call, || fetch.give_up()).await;
+    let left = match answer {
+        Answer::InTime(reply) | Answer::Late(reply) => fetch.distribute(reply.at, reply.state),
+        Answer::Failed => false,
+    };
+    drop(fetch);
+    if left {
+        let expires = asked_at.saturating_add(inner.ttl);
         let left = expires.saturating_sub(inner.clock.monotonic());
         time::sleep(Duration::from_nanos(left + 1)).await;
+        let now = inner.clock.monotonic();
+        cell.state.lock().lease().expire(now);
     }
-    let back = {
-        let mut state = cell.state.lock();
-        let lease = state.lease();
-        lease.expire(inner.clock.monotonic());
-        // The next flight takes along what is to go back; one comes, if more is in hand.
-        if lease.is_flying() || lease.in_hand() > 0 {
-            None
-        } else {
-            lease.unspent()
-        }
-    };
-    if let Some(back) = back {
-        give_back(inner, call, back).await;
-    }
+    begin_return(&inner, &cell);
 }

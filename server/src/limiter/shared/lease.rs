@@ -1,34 +1,37 @@
-//! Tokens taken ahead: one key's lease on one replica.
+//! Tokens that one replica has taken from a key's bucket ahead of need: its lease.
 //!
-//! Owns how many tokens to take at a time, until when they may be spent, and what goes back. Pure: the time
-//! is brought, and the store does the asking. Times are nanoseconds of the monotonic clock, but for those of
-//! the counters, which are microseconds of theirs.
+//! Owns how many tokens to take at a time, how long they may be spent, what goes back, and which requests wait for
+//! more. Does no I/O. Times are nanoseconds of the monotonic clock, except [`CounterMicros`], which are microseconds of
+//! the counters' clock.
 //!
-//! **The guarantee.** A token is spent only after the counters granted it, at most `ttl` later: the life of a
-//! lease is counted from when it was *asked for*, which is before it was granted. So what is spent in a window of
-//! `T` seconds was granted in the `T + ttl` seconds that end with it, and of those the counters grant at most
-//! `burst + rate * (T + ttl)`, to all replicas together. What is given back is credited no further than to
-//! where the bucket would stand had it never been taken, so the bound holds for what is spent.
+//! **The guarantee.** A token is spent only after the counters granted it, and at most `ttl` after it was *requested*,
+//! which is before it was granted. So what is spent in a window of `T` seconds was granted in the `T + ttl` seconds
+//! that end with the window, and in those the counters grant at most `burst + rate * (T + ttl)` to all replicas
+//! together. Returned tokens are credited no further than to where the bucket would be had they never been taken, so
+//! the bound holds for what is spent.
+//!
+//! **How much.** What requests wait for right now is requested in full. What is held for later follows the key's pace
+//! on this replica, up to a tenth of the burst.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
-use super::{A_SECOND, counters::CounterMicros, roster::Place};
-use crate::limiter::gcra::Gcra;
+use super::{A_SECOND, counters::CounterMicros, flight::Waiter, roster::Place};
+use crate::limiter::{gcra::Gcra, policy::Policies};
 
-/// Tokens that would expire within so many nanoseconds do not count as stock: the next lease is asked for
-/// while they are spent.
+/// Nanoseconds. Tokens that expire sooner do not count as stock: the next lease is requested while they are spent.
 const LAST_MOMENT: u64 = 10_000_000;
 
 /// Tokens of one grant.
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
     tokens: u64,
-    /// Not spent from then on.
+    /// They must not be spent from then on.
     expires: u64,
     taken_at: CounterMicros,
+    generation: u64,
 }
 
-/// The bucket as the counters last told it.
+/// The bucket as the counters last described it.
 #[derive(Debug, Clone, Copy, Default)]
 struct View {
     /// Nanoseconds until full, at `seen`.
@@ -36,17 +39,18 @@ struct View {
     seen: u64,
 }
 
-/// This replica's share of a bucket while there are no counters.
+/// This replica's share of a bucket while the counters are unavailable.
 #[derive(Debug, Clone, Copy, Default)]
 pub(in crate::limiter) struct Share {
     since: u64,
-    /// The bucket's TAT, by the monotonic clock.
+    /// The share's TAT, on the monotonic clock.
     pub(super) tat: u64,
 }
 
 impl Share {
-    /// Takes `cost` from this replica's share of the bucket, empty at `since`. All shares together are one
-    /// bucket: of `burst` tokens each replica holds as many, and gets as much of the rate, as its place gives it.
+    /// Takes `cost` from this replica's share of the bucket, which was empty at `since`. All shares together are one
+    /// bucket: each replica holds as many of the `burst` tokens, and gets as much of the rate, as its place entitles
+    /// it to.
     pub(super) fn take(
         &mut self,
         gcra: Gcra,
@@ -79,6 +83,35 @@ impl Share {
     }
 }
 
+/// What a call to the counters says about the plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Terms {
+    pub(super) gcra: Gcra,
+    pub(super) version: u64,
+    /// Whether tokens may be held for later. If not, every request is decided by the counters.
+    pub(super) leased: bool,
+}
+
+impl Terms {
+    pub(super) fn new(policies: &Policies, ttl: u64) -> Self {
+        Self {
+            gcra: policies.gcra(),
+            version: policies.version(),
+            leased: ttl > 0 && !policies.strict(),
+        }
+    }
+
+    /// Whether tokens taken on the other terms may be spent on these.
+    pub(super) fn is_like(self, other: Self) -> bool {
+        (self.gcra, self.leased) == (other.gcra, other.leased)
+    }
+
+    /// The most tokens to hold for later: a tenth of the burst.
+    fn largest_lease(self) -> u64 {
+        (self.gcra.tau() / self.gcra.emission() / 10).max(1)
+    }
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(in crate::limiter) struct Lease {
@@ -86,31 +119,79 @@ pub(in crate::limiter) struct Lease {
     slots: [Slot; 2],
     /// How many tokens the next grant should have.
     size: u64,
-    /// When the last were asked for, and how many were wanted since.
+    /// When tokens were last requested, 0 for never; and how many requests have wanted since.
     asked_at: u64,
     wanted: u64,
-    flying: bool,
-    /// How many flights brought no answer.
-    failures: u64,
-    /// Unspent tokens, to be given back, and when the earliest was taken.
-    back: u64,
-    back_taken_at: CounterMicros,
+    /// A call for tokens is under way, and not late yet.
+    fetching: bool,
+    /// Calls for tokens under way, late ones included.
+    calls: u32,
+    /// Requests that the next call is to ask for.
+    waiting: Vec<Waiter>,
+    /// Of the last request that needed a call.
+    terms: Option<Terms>,
+    /// Unspent tokens to return.
+    back: Unspent,
+    /// A task is returning them.
+    returning: bool,
     view: Option<View>,
-    /// The counters had less than `held_for` tokens; they are not asked again before then.
+    /// The counters had fewer than `held_for` tokens. They are not asked for that many again until `held_until`.
     held_until: u64,
     held_for: u64,
     pub(super) share: Share,
 }
 
 /// Tokens that were not spent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Unspent {
     pub(super) tokens: u64,
+    /// When the oldest was taken.
     pub(super) taken_at: CounterMicros,
+    /// The bucket's generation when they were taken; 0, which none has, if they were taken in several.
+    pub(super) generation: u64,
+}
+
+impl Unspent {
+    /// Both together. What was taken in several generations is worth nothing, which is never too much.
+    fn and(self, more: Self) -> Self {
+        match (self.tokens, more.tokens) {
+            (0, _) => more,
+            (_, 0) => self,
+            _ => Self {
+                tokens: self.tokens + more.tokens,
+                taken_at: self.taken_at.min(more.taken_at),
+                generation: if self.generation == more.generation {
+                    self.generation
+                } else {
+                    0
+                },
+            },
+        }
+    }
+}
+
+impl Slot {
+    fn take(&mut self, n: u64) -> Unspent {
+        self.tokens -= n;
+        Unspent {
+            tokens: n,
+            taken_at: self.taken_at,
+            generation: self.generation,
+        }
+    }
+}
+
+/// What to ask the counters for.
+#[derive(Debug)]
+pub(super) struct Demand {
+    pub(super) need: u64,
+    pub(super) waiting: u64,
+    pub(super) want: u64,
+    pub(super) requests: Vec<Waiter>,
 }
 
 impl Lease {
-    /// The plan was edited: what was taken under the old one goes back, what is known is forgotten.
+    /// The plan was edited: tokens taken under the old one are returned, and what is known of the bucket is forgotten.
     pub(in crate::limiter) fn edited(&mut self) {
         self.surrender_all();
         self.view = None;
@@ -118,40 +199,33 @@ impl Lease {
         self.size = 1;
     }
 
-    /// All that is in hand is to go back.
+    /// Marks all tokens held here to be returned.
     pub(super) fn surrender_all(&mut self) {
         for i in 0..self.slots.len() {
             self.surrender(i);
         }
     }
 
-    /// Nobody could tell it from a new one.
+    /// Whether a new lease would behave the same.
     pub(in crate::limiter) fn is_forgettable(&self, now: u64) -> bool {
         self.share.tat <= now
-            && !self.flying
-            && self.back == 0
+            && !self.fetching
+            && !self.returning
+            && self.back.tokens == 0
             && self.slots.iter().all(|slot| slot.tokens == 0)
     }
 
     fn surrender(&mut self, slot: usize) {
-        let slot = std::mem::take(&mut self.slots[slot]);
-        self.owe(slot.tokens, slot.taken_at);
+        let mut slot = std::mem::take(&mut self.slots[slot]);
+        self.owe(slot.take(slot.tokens));
     }
 
-    /// Tokens that nobody will spend.
-    pub(super) fn owe(&mut self, tokens: u64, taken_at: CounterMicros) {
-        if tokens == 0 {
-            return;
-        }
-        self.back_taken_at = if self.back == 0 {
-            taken_at
-        } else {
-            self.back_taken_at.min(taken_at)
-        };
-        self.back += tokens;
+    /// Marks tokens to be returned.
+    pub(super) fn owe(&mut self, unspent: Unspent) {
+        self.back = self.back.and(unspent);
     }
 
-    /// Takes out of the lease what has expired.
+    /// Marks expired tokens to be returned.
     pub(super) fn expire(&mut self, now: u64) {
         for i in 0..self.slots.len() {
             if self.slots[i].tokens > 0 && self.slots[i].expires <= now {
@@ -160,7 +234,7 @@ impl Lease {
         }
     }
 
-    /// Spends `n` tokens, or none. The lease holds none that [expired](Self::expire).
+    /// Spends `n` tokens, or none. Call [`expire`](Self::expire) first.
     pub(super) fn spend(&mut self, n: u64) -> bool {
         let [older, newer] = &mut self.slots;
         if older.tokens + newer.tokens < n {
@@ -173,22 +247,42 @@ impl Lease {
         true
     }
 
-    /// The tokens in hand.
+    /// Sets `n` tokens apart for a request, if so many are here.
+    pub(super) fn set_apart(&mut self, n: u64) -> Option<Unspent> {
+        let [older, newer] = &mut self.slots;
+        if older.tokens + newer.tokens < n {
+            return None;
+        }
+        let first = n.min(older.tokens);
+        Some(older.take(first).and(newer.take(n - first)))
+    }
+
+    /// Marks tokens beyond the size of a lease to be returned: what was granted to requests that are gone.
+    pub(super) fn trim(&mut self) {
+        let most = if self.size < 2 { 0 } else { self.size };
+        if let Some(excess) = self.in_hand().checked_sub(most)
+            && let Some(unspent) = self.set_apart(excess)
+        {
+            self.owe(unspent);
+        }
+    }
+
+    /// The tokens available here.
     pub(super) fn in_hand(&self) -> u64 {
         self.slots.iter().map(|slot| slot.tokens).sum()
     }
 
-    /// How many tokens to have at a time, most: a tenth of the burst.
-    pub(super) fn largest(gcra: Gcra) -> u64 {
-        (gcra.tau() / gcra.emission() / 10).max(1)
+    /// The tokens that are still available after `time`.
+    fn lasting(&self, time: u64) -> u64 {
+        let lasting = self.slots.iter().filter(|slot| slot.expires > time);
+        lasting.map(|slot| slot.tokens).sum()
     }
 
-    /// Notes that a request of `n` tokens found too few, and tells how many to take at a time: as many as are
-    /// spent in the life of a lease at the pace since the last time, at most twice as many as then, at least
-    /// half. One means that each request is decided by the counters.
-    pub(super) fn pace(&mut self, now: u64, ttl: u64, largest: u64) -> u64 {
+    /// How many tokens to hold: as many as are spent in the life of a lease at the pace since the last call, at most
+    /// twice and at least half as many as then. One means that each request is decided by the counters.
+    fn pace(&mut self, now: u64, ttl: u64, largest: u64) -> u64 {
         let elapsed = now.saturating_sub(self.asked_at).max(1);
-        if elapsed >= 4 * ttl {
+        if self.asked_at == 0 || elapsed >= 4 * ttl {
             self.size = 1;
         } else {
             let pace = u128::from(self.wanted) * u128::from(ttl) / u128::from(elapsed);
@@ -197,93 +291,160 @@ impl Lease {
             self.size = pace.clamp(size / 2, size * 2);
         }
         self.size = self.size.clamp(1, largest);
-        self.asked_at = now;
+        self.asked_at = now.max(1);
         self.wanted = 0;
         self.size
     }
 
-    /// A request of `n` tokens found none here, and waits for the counters.
-    pub(super) fn count(&mut self, n: u64) {
-        self.wanted += n;
+    /// A request that found too few tokens here waits for the counters. A cost of zero waits for their answer only.
+    pub(super) fn wait(&mut self, waiter: Waiter) {
+        self.wanted += waiter.tokens;
+        self.waiting.push(waiter);
     }
 
-    /// Whether to ask for the next lease although this one is not spent yet.
+    /// Calls are made on these terms from now on.
+    pub(super) fn adopt(&mut self, terms: Terms) {
+        self.terms = Some(terms);
+    }
+
+    pub(super) fn terms(&self) -> Option<Terms> {
+        self.terms
+    }
+
+    /// Requests that wait for a call that has not begun.
+    pub(super) fn waiting(&mut self) -> &mut Vec<Waiter> {
+        &mut self.waiting
+    }
+
+    /// Whether to request the next lease although this one is not spent yet.
     pub(super) fn is_low(&self, now: u64) -> bool {
-        if self.size < 2 || self.flying || now < self.held_until {
+        if self.size < 2 || self.fetching || now < self.held_until {
             return false;
         }
-        let lasting: u64 = self
-            .slots
+        self.lasting(now + LAST_MOMENT) <= (self.size / 8).max(1)
+    }
+
+    /// Begins a call for everything that waits, and to have tokens for later if `ahead`. `None` if there is nothing to
+    /// ask for, or a call is under way. Tokens here count towards a request only if they last until the `patience` for
+    /// the answer is over.
+    pub(super) fn begin_fetch(
+        &mut self,
+        (now, ttl, patience): (u64, u64, u64),
+        ahead: bool,
+    ) -> Option<(Terms, Demand)> {
+        if self.fetching {
+            return None;
+        }
+        let terms = self.terms?;
+        self.waiting.retain(|waiter| !waiter.is_gone());
+        if self.waiting.is_empty() && !ahead {
+            return None;
+        }
+        let size = if terms.leased {
+            self.pace(now, ttl, terms.largest_lease())
+        } else {
+            1
+        };
+        let requests = std::mem::take(&mut self.waiting);
+        let asked: u64 = requests.iter().map(|waiter| waiter.tokens).sum();
+        let smallest = requests
             .iter()
-            .filter(|slot| slot.expires > now + LAST_MOMENT)
-            .map(|slot| slot.tokens)
-            .sum();
-        lasting <= (self.size / 8).max(1)
+            .map(|waiter| waiter.tokens)
+            .filter(|n| *n > 0)
+            .min();
+        let (need, waiting) = match smallest {
+            Some(n) => (n.saturating_sub(self.lasting(now + patience)).max(1), asked),
+            None => (u64::from(ahead), u64::from(ahead)),
+        };
+        let for_later = if waiting > 0 && size >= 2 {
+            size.saturating_sub(self.in_hand())
+        } else {
+            0
+        };
+        self.fetching = true;
+        self.calls += 1;
+        Some((
+            terms,
+            Demand {
+                need,
+                waiting,
+                want: waiting.max(for_later),
+                requests,
+            },
+        ))
     }
 
-    pub(super) fn is_flying(&self) -> bool {
-        self.flying
+    /// The call has been answered, has failed, or is late: another one may begin.
+    pub(super) fn end_fetch(&mut self) {
+        self.fetching = false;
     }
 
-    pub(super) fn take_off(&mut self) {
-        self.flying = true;
+    /// The call is over.
+    pub(super) fn end_call(&mut self) {
+        self.calls = self.calls.saturating_sub(1);
     }
 
-    /// How many flights brought no answer so far.
-    pub(super) fn failures(&self) -> u64 {
-        self.failures
+    /// Whether a call is under way that may bring tokens or returns some.
+    pub(super) fn is_busy(&self) -> bool {
+        self.calls > 0 || self.returning
     }
 
-    /// The flight is over, with an answer or without.
-    pub(super) fn land(&mut self, answered: bool) {
-        self.flying = false;
-        self.failures += u64::from(!answered);
-    }
-
-    /// What is to be given back with the next call.
+    /// Takes what is to be returned.
     pub(super) fn unspent(&mut self) -> Option<Unspent> {
-        let tokens = std::mem::take(&mut self.back);
-        (tokens > 0).then_some(Unspent {
-            tokens,
-            taken_at: self.back_taken_at,
-        })
+        let back = std::mem::take(&mut self.back);
+        (back.tokens > 0).then_some(back)
     }
 
-    /// `tokens` were granted at `taken_at`, to be spent before `expires`.
-    pub(super) fn stock(&mut self, tokens: u64, taken_at: CounterMicros, expires: u64) {
+    /// Whether a task is to be started that returns tokens: there are some, and nothing that is under way will.
+    pub(super) fn begin_return(&mut self) -> bool {
+        let begins = self.back.tokens > 0
+            && !self.returning
+            && !self.fetching
+            && self.slots.iter().all(|slot| slot.tokens == 0);
+        self.returning |= begins;
+        begins
+    }
+
+    pub(super) fn end_return(&mut self) {
+        self.returning = false;
+    }
+
+    /// Stocks `granted`, to be spent before `expires`.
+    pub(super) fn stock(&mut self, granted: Unspent, expires: u64) {
         if self.slots[1].tokens > 0 {
             self.surrender(0);
             self.slots.swap(0, 1);
         }
         self.slots[1] = Slot {
-            tokens,
+            tokens: granted.tokens,
             expires,
-            taken_at,
+            taken_at: granted.taken_at,
+            generation: granted.generation,
         };
     }
 
-    /// The bucket was so far from full at `seen`.
+    /// The bucket was `debt` nanoseconds from full at `seen`.
     pub(super) fn saw(&mut self, debt: u64, seen: u64) {
         self.view = Some(View { debt, seen });
     }
 
-    /// When the counters last told of the bucket; 0 for never.
+    /// When the counters last described the bucket; 0 for never.
     pub(super) fn seen_at(&self) -> u64 {
         self.view.map_or(0, |view| view.seen)
     }
 
-    /// Too few for `n` until then.
+    /// There are too few tokens for a request of `n` until then.
     pub(super) fn hold(&mut self, n: u64, until: u64) {
         self.held_until = until;
         self.held_for = n;
     }
 
-    /// Until when requests of `n` are refused without asking.
+    /// Until when requests of `n` are denied without a call.
     pub(super) fn held(&self, n: u64, now: u64) -> Option<u64> {
         (now < self.held_until && n >= self.held_for).then_some(self.held_until)
     }
 
-    /// Nanoseconds until the bucket is full, as far as is known here. Tokens in hand count as in the bucket.
+    /// Nanoseconds until the bucket is full, as far as is known here. Tokens held here count as in the bucket.
     pub(super) fn debt(&self, gcra: Gcra, now: u64) -> u64 {
         let view = self.view.unwrap_or_default();
         let debt = view.debt.saturating_sub(now.saturating_sub(view.seen));

@@ -1,35 +1,41 @@
-//! The store of many replicas: buckets that all share, tokens taken from them ahead of need, and what is done
-//! without them.
+//! The distributed store: buckets that all replicas share, tokens taken from them ahead of need, and decisions without
+//! them.
 //!
-//! Owns when the shared counters are asked and when not. Calendar quotas are blocks from the ledger, as in
-//! the memory store, cut so that all replicas together hold one block. Knows no Redis: the counters are a
-//! trait ([`SharedCounters`]), which a script in Redis keeps, and in the simulation a model of it.
+//! Owns when the shared counters are called. Calendar quotas are blocks from the ledger, as in the memory store, sized
+//! so that all replicas together hold one block. Does not know Redis: the counters are a trait ([`SharedCounters`]),
+//! implemented by a script in Redis and, in the simulation, by a model of it.
 //!
 //! ```text
-//! lease in hand ─ spend, no I/O
-//! none          ─ key is busy: one flight for all that wait, sized by the key's pace, ahead of need
-//!               ─ key is slow, strict, or leases are off: one call a request
-//! counters away ─ share | open | closed
+//! tokens held here      ─ spend, no I/O
+//! none                  ─ one call for all requests of the key that wait: what they need, in full, and for a busy
+//!                         key a lease for later, which is renewed ahead of need
+//! counters unavailable  ─ share | open | closed
 //! ```
 //!
-//! **What is promised.** In any window of `T` seconds, at most `burst + rate * (T + ttl)` over all replicas,
-//! and `burst + rate * T` where every request is decided by the counters ([`lease`] has the reason).
-//! Calendar quotas exactly: a token of theirs is counted in the ledger before it is spent.
+//! **Guarantees.** In any window of `T` seconds, at most `burst + rate * (T + ttl)` over all replicas, and `burst + rate
+//! * T` where every request is decided by the counters ([`lease`] has the argument). Calendar quotas are exact:
+//! the ledger counts a token before it is spent. A rested bucket's whole burst, sent at once to one replica, is
+//! admitted in at most two round trips.
 //!
-//! **When the counters are away** ([`health`] tells when), a replica serves by the plan's choice. `Share`: a
+//! **Deadlines.** A call that is not answered in time counts as failed, and the request that waits for it is decided
+//! without the counters. A decision waits for at most two calls: the one that is under way when it arrives, and the
+//! next.
+//!
+//! **While the counters are unavailable** ([`health`] decides when), a replica follows the plan's choice. `Share`: a
 //! bucket of its own of `burst / replicas` and `rate / replicas`, which starts *empty* when the outage does. All
-//! shares together are one bucket that starts empty, so that with what was taken before it they stay within
-//! the envelope. `Open`: all of the rate here, whatever the others do. `Closed`: nothing.
+//! shares together are one bucket that starts empty, so that with what was taken before they stay within the
+//! envelope. `Open`: the whole rate here, whatever other replicas do. `Closed`: nothing. A denial then names no violated
+//! policy, since whether the limit was reached is not known.
 //!
-//! **When they come back**, what was sold without them is not in them, and they may have lost what was. So
-//! after a loss, or after an outage in which nobody was answered, they *begin anew*: at one instant by their own
-//! clock, a little in the future, with every bucket empty; until it everybody serves as in an outage. A
+//! **When they are back**, they do not know what was admitted without them, and may have lost what was before. So
+//! after a loss, or after an outage in which no replica was answered, they start a *new epoch*: at one instant of their
+//! own clock, a little in the future, with every bucket empty. Until then all replicas decide as in an outage. A
 //! replica that was alone in its outage just returns.
 //!
-//! **What is not promised.** While some replicas are cut off and others are not, `Share` sells their part `p` of
-//! the bucket beside the counters (`k/n` of it for `k` of `n` replicas, but for fractions of a token): at most
-//! `(1 + p) * (burst + rate * (T + ttl))`. An outage so short that only some replicas notice it, which is under
-//! a second, is such a case. `Closed` sells nothing beside the counters.
+//! **Not guaranteed.** While some replicas are cut off and others are not, `Share` admits their part `p` of the bucket
+//! in addition to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most
+//! `(1 + p) * (burst + rate * (T + ttl))`. An outage so short that only some replicas notice it, under a
+//! second, is such a case. `Closed` admits nothing in addition.
 
 mod counters;
 mod decide;
@@ -42,7 +48,7 @@ mod watch;
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
-    sync::{Arc, Weak},
+    sync::{Arc, Weak, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -62,7 +68,7 @@ pub use self::{
     script::RedisCounters,
 };
 use self::{
-    decide::{Look, decision},
+    decide::{LocalOutcome, decision},
     health::Partition,
 };
 use super::{
@@ -74,20 +80,20 @@ use super::{
 };
 use crate::{clock::Clock, telemetry::metrics::Metrics};
 
-/// The wait that is told where none is known.
+/// The wait to announce when none is known.
 const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 
-/// The wait that is told where it is known to be short.
+/// The wait to announce when it is known to be short.
 const A_MOMENT: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
 
-/// How a shared store is set up.
+/// Settings of the distributed store.
 #[derive(Debug, Clone)]
 pub struct SharedSettings {
-    /// How long tokens that were taken ahead may be spent. Zero: none are.
+    /// For how long tokens taken ahead of need may be spent. Zero: every request is decided by the counters.
     pub lease_ttl: Duration,
-    /// How long a request waits for the counters.
+    /// How long a request waits for one call to the counters.
     pub deadline: Duration,
-    /// What is done without them, where a plan says nothing else.
+    /// What to do without them, unless a plan says otherwise.
     pub on_failure: OnRedisFailure,
     pub cells: CellSettings,
 }
@@ -106,6 +112,8 @@ struct Inner {
     settings: SharedSettings,
     ttl: u64,
     partitions: Box<[Partition]>,
+    /// Nothing is held for later any more.
+    draining: AtomicBool,
     me: Weak<Inner>,
 }
 
@@ -130,6 +138,7 @@ impl SharedStore {
             partitions: (0..counters.partitions().max(1))
                 .map(|_| Partition::new(now))
                 .collect(),
+            draining: AtomicBool::new(false),
             counters,
             clock,
             roster,
@@ -168,10 +177,10 @@ impl LimitStore for SharedStore {
         cost: NonZeroU32,
     ) -> Option<Decision> {
         match self.0.look(cell, policies, cost) {
-            Ok(Look::Done(decision)) => Some(decision),
-            Ok(Look::Take) if self.0.partition(cell).is_away() => {
+            Ok(LocalOutcome::Done(decision)) => Some(decision),
+            Ok(LocalOutcome::Fetch) if self.0.partition(cell).is_away() => {
                 let on_failure = policies.on_failure().unwrap_or(self.0.settings.on_failure);
-                // The gate stands between the others and what they admit.
+                // The other choices are subject to the local limiter first.
                 if on_failure != OnRedisFailure::Share {
                     return None;
                 }
@@ -204,7 +213,13 @@ impl LimitStore for SharedStore {
         self.0.cells.prune()
     }
 
+    fn denial_memory(&self, policies: &Policies) -> Option<u64> {
+        let leased = self.0.ttl > 0 && !policies.strict();
+        leased.then(|| self.0.ttl.saturating_mul(flight::DENIED_FOR_LEASES))
+    }
+
     async fn drain(&self) -> Drained {
-        self.0.cells.drain().await
+        let (drained, ()) = tokio::join!(self.0.cells.drain(), self.0.return_leases());
+        drained
     }
 }

@@ -1,8 +1,13 @@
-//! How many replicas there are, and which of them this one is.
+//! The number of replicas, and this replica's place among them.
 //!
-//! Owns the last count that was confirmed and how long it may be believed. Knows not who counts: a job does,
-//! in PostgreSQL, so that the count outlives the counters that it is needed without. When the count cannot be
-//! confirmed, this replica has no share after [`BELIEVED`], which is before the others stop counting it.
+//! Owns the last count and for how long it may be believed. Does not count: a job does, in PostgreSQL, so that the
+//! count is available when the counters are not.
+//!
+//! **The shares of all replicas never exceed the whole**, although each follows a count of its own that may be old. A
+//! replica acts only on a count that began within [`BELIEVED`], and not before it has been counted itself for
+//! [`SETTLED`], which is longer. So every count that any replica acts on includes every replica that acts: its divisor
+//! is no smaller than their number, and its rank no lower than its place among them. The others stop counting a replica
+//! only after [`FORGOTTEN`], when it has long stopped acting.
 
 use std::{
     num::NonZeroU64,
@@ -14,17 +19,22 @@ use parking_lot::Mutex;
 
 /// How long a count is believed.
 pub const BELIEVED: Duration = Duration::from_secs(7);
-/// After how long without a sign the others count a replica no more. Longer than it believes itself counted.
+/// After how long without a sign of life a replica is no longer counted. Longer than it believes itself counted.
 pub const FORGOTTEN: Duration = Duration::from_secs(10);
-/// How long a replica is counted before it takes a share: until all others must have counted it.
-pub const SETTLED: Duration = Duration::from_secs(3);
+/// How long a replica has been counted before it takes a share: until no count without it is believed any more.
+pub const SETTLED: Duration = Duration::from_secs(8);
 /// How often replicas are counted.
 pub const COUNTED_EVERY: Duration = Duration::from_secs(1);
 
-/// The most replicas a quota's blocks are cut for.
+const _: () = assert!(
+    BELIEVED.as_millis() < SETTLED.as_millis() && BELIEVED.as_millis() < FORGOTTEN.as_millis(),
+    "a replica that is not counted by all others must not take a share"
+);
+
+/// The most replicas that blocks of a quota are sized for.
 const SHARERS_MAX: u64 = 1000;
 
-/// This replica's place among all.
+/// A replica's place among all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     /// From zero.
@@ -35,8 +45,8 @@ pub struct Place {
 #[derive(Debug, Clone, Copy)]
 struct Counted {
     place: Place,
-    /// By the monotonic clock: when it was first counted, when this place became its own, when it was last
-    /// confirmed.
+    /// On the monotonic clock: when the first count that included this replica was complete, when the first count with
+    /// this place was, and when the latest count began.
     joined: u64,
     since: u64,
     confirmed: u64,
@@ -59,39 +69,47 @@ impl Default for Roster {
 }
 
 impl Roster {
-    /// A count that began at `now` found this replica at `place`.
+    /// A count at `now` found this replica at `place`.
     pub fn confirm(&self, place: Place, now: u64) {
+        self.confirm_count(place, now, now);
+    }
+
+    /// A count that `began` and `ended` at these times found this replica at `place`.
+    ///
+    /// It is as old as its beginning. Its result is in force from its end on: until then this replica acted on the one
+    /// before, and the others may have counted without this one.
+    pub fn confirm_count(&self, place: Place, began: u64, ended: u64) {
         let mut counted = self.counted.lock();
         *counted = Some(match *counted {
-            // Not counted for longer than that, it was forgotten meanwhile, and joins anew.
-            Some(before) if now.saturating_sub(before.confirmed) < nanos(BELIEVED) => Counted {
+            Some(before) if ended.saturating_sub(before.confirmed) < nanos(BELIEVED) => Counted {
                 since: if before.place == place {
                     before.since
                 } else {
-                    now
+                    ended
                 },
                 place,
-                confirmed: now,
+                confirmed: began,
                 ..before
             },
+            // The first count, or the first after so long that the others may have forgotten this replica.
             _ => Counted {
                 place,
-                joined: now,
-                since: now,
-                confirmed: now,
+                joined: ended,
+                since: ended,
+                confirmed: began,
             },
         });
         self.sharers
             .store(place.of.get().min(SHARERS_MAX), Ordering::Relaxed);
     }
 
-    /// How many replicas were counted last. At least 1.
+    /// Returns the number of replicas last counted. At least 1.
     #[inline]
     pub fn sharers(&self) -> u64 {
         self.sharers.load(Ordering::Relaxed)
     }
 
-    /// This replica's place and since when it has it; `None` while it may not act on one.
+    /// This replica's place and since when it has it. `None` while it must not act on one.
     pub(super) fn place(&self, now: u64) -> Option<(Place, u64)> {
         let counted = (*self.counted.lock())?;
         let settled = now.saturating_sub(counted.joined) >= nanos(SETTLED);
@@ -122,32 +140,116 @@ mod tests {
         let roster = Roster::default();
         assert_eq!(roster.sharers(), 1);
         assert_eq!(roster.place(0), None);
-        roster.confirm(place(1, 2), SECOND);
-        assert_eq!(roster.sharers(), 2);
-        assert_eq!(
-            roster.place(2 * SECOND),
-            None,
-            "the others may not know yet"
-        );
-        for second in 2..6 {
+        for second in 1..9 {
             roster.confirm(place(1, 2), second * SECOND);
+            assert_eq!(
+                roster.place(second * SECOND),
+                None,
+                "others may not know yet"
+            );
         }
-        assert_eq!(roster.place(5 * SECOND), Some((place(1, 2), SECOND)));
-        assert!(roster.place(11 * SECOND).is_some());
-        assert_eq!(roster.place(12 * SECOND), None, "nobody confirms it");
-        // Back after so long, it settles anew.
-        roster.confirm(place(1, 2), 13 * SECOND);
-        assert_eq!(roster.place(14 * SECOND), None);
-        assert!(roster.place(16 * SECOND).is_some());
+        assert_eq!(roster.sharers(), 2);
+        roster.confirm(place(1, 2), 9 * SECOND);
+        assert_eq!(roster.place(9 * SECOND), Some((place(1, 2), SECOND)));
+        assert!(roster.place(15 * SECOND).is_some());
+        assert_eq!(roster.place(16 * SECOND), None, "it is not confirmed");
+        // Back after so long, it must settle again.
+        for second in 17..25 {
+            roster.confirm(place(1, 2), second * SECOND);
+            assert_eq!(roster.place(second * SECOND), None);
+        }
+        roster.confirm(place(1, 2), 25 * SECOND);
+        assert!(roster.place(25 * SECOND).is_some());
     }
 
     #[test]
-    fn another_place_is_held_since_it_was_given() {
+    fn another_place_is_held_from_the_end_of_the_count_that_gave_it() {
         let roster = Roster::default();
         for second in 0..10 {
             roster.confirm(place(1, 3), second * SECOND);
         }
-        roster.confirm(place(0, 2), 10 * SECOND);
-        assert_eq!(roster.place(10 * SECOND), Some((place(0, 2), 10 * SECOND)));
+        roster.confirm_count(place(0, 2), 10 * SECOND, 11 * SECOND);
+        assert_eq!(roster.place(11 * SECOND), Some((place(0, 2), 11 * SECOND)));
+        assert!(roster.place(17 * SECOND - 1).is_some());
+        assert_eq!(roster.place(17 * SECOND), None, "as old as its beginning");
+    }
+
+    /// Replicas come, go, lose PostgreSQL and get slow answers. The replicas count as the database would have them;
+    /// what each then takes of a burst is summed up all the time.
+    #[test]
+    fn the_shares_of_all_replicas_never_exceed_the_whole() {
+        const TICK: u64 = SECOND / 10;
+        struct Replica {
+            id: u32,
+            roster: Roster,
+            seen: Option<u64>,
+            next_count: u64,
+            /// A count under way: its beginning, its end, what it found.
+            counting: Option<(u64, u64, Place)>,
+            cut_until: u64,
+            stops: u64,
+        }
+        let (mut acted, mut together) = (0, 0);
+        for seed in 0..300 {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let burst = rng.u64(1..20);
+            let mut replicas: Vec<Replica> = Vec::new();
+            let mut ids: Vec<u32> = (0..200).collect();
+            rng.shuffle(&mut ids);
+            for now in (0..60 * SECOND).step_by(usize::try_from(TICK).unwrap()) {
+                if replicas.is_empty() || (replicas.len() < 5 && rng.u8(..100) < 2) {
+                    replicas.push(Replica {
+                        id: ids.pop().unwrap(),
+                        roster: Roster::default(),
+                        seen: None,
+                        next_count: now,
+                        counting: None,
+                        cut_until: 0,
+                        stops: now + rng.u64(5..60) * SECOND,
+                    });
+                }
+                for i in 0..replicas.len() {
+                    if rng.u16(..1000) < 4 {
+                        replicas[i].cut_until = now + rng.u64(1..20) * SECOND;
+                    }
+                    if let Some((began, ended, place)) = replicas[i].counting
+                        && ended <= now
+                    {
+                        replicas[i].roster.confirm_count(place, began, now);
+                        replicas[i].counting = None;
+                        replicas[i].next_count = began + SECOND;
+                    }
+                    let it = &replicas[i];
+                    if it.counting.is_none() && it.next_count <= now && it.cut_until <= now {
+                        let id = it.id;
+                        replicas[i].seen = Some(now);
+                        let is_counted = |it: &&Replica| {
+                            it.seen.is_some_and(|seen| now - seen < nanos(FORGOTTEN))
+                        };
+                        let counted: Vec<_> = replicas.iter().filter(is_counted).collect();
+                        let place = place(
+                            counted.iter().filter(|it| it.id < id).count() as u64,
+                            counted.len() as u64,
+                        );
+                        let takes = rng.u64(..3) * rng.u64(..8) * TICK;
+                        replicas[i].counting = Some((now, now + takes, place));
+                    }
+                }
+                // What is left of a count ends with its replica, which leaves no row behind or is forgotten.
+                replicas.retain(|it| it.stops > now);
+                let acting: Vec<Place> = replicas
+                    .iter()
+                    .filter_map(|it| it.roster.place(now).map(|(place, _)| place))
+                    .collect();
+                let share = |place: &Place| {
+                    burst / place.of.get() + u64::from(place.rank < burst % place.of.get())
+                };
+                let sum: u64 = acting.iter().map(share).sum();
+                assert!(sum <= burst, "seed {seed}: {acting:?} of {burst}");
+                acted += u64::from(!acting.is_empty());
+                together += u64::from(acting.len() > 1 && sum == burst);
+            }
+        }
+        assert!(acted > 10_000 && together > 10_000, "{acted}, {together}");
     }
 }

@@ -148,6 +148,8 @@ impl SharedCounters for RedisCounters {
                     call.promised,
                     self.delay,
                     call.lease,
+                    call.back_generation,
+                    call.waiting,
                 ],
                 Some(CALL_DEADLINE),
             )
@@ -158,7 +160,14 @@ impl SharedCounters for RedisCounters {
             Err(error) => return Err(Arc::new(Unexpected(error.to_string()))),
         };
         let (at, state) = match numbers[..] {
-            [0, at, granted, debt] => (at, BucketState::Known { granted, debt }),
+            [0, at, granted, debt, generation] => (
+                at,
+                BucketState::Known {
+                    granted,
+                    debt,
+                    generation,
+                },
+            ),
             [1, at, wait] => (at, BucketState::Beginning { wait }),
             _ => return Err(Arc::new(Unexpected(format!("{numbers:?}")))),
         };

@@ -1,24 +1,47 @@
--- Takes tokens of one bucket, or none; gives back unspent ones first.
+-- Takes tokens from one bucket, all-or-nothing below `need`, after crediting tokens that come back unspent.
+-- One call is one atomic step on Redis's own clock.
 --
 -- KEYS[1]  the bucket, a hash:
---            at   when `debt` was right, in microseconds of TIME
---            debt nanoseconds until the bucket is full, at `at`
---            e, t nanoseconds a token takes to come back, nanoseconds from empty to full
---            v    the version of the plan that `e` and `t` are of
---            s    the start of the epoch that the bucket was last used in
---            m, n the least `debt` before a call since `mt`; the same since `nt`, which is earlier
+--            at      when `debt` was computed, in microseconds of TIME
+--            debt    nanoseconds of refill until the bucket is full
+--            e, t    nanoseconds per token; nanoseconds from empty to full
+--            v, vt   version of the plan that `e` and `t` come from; when a caller of that version last called
+--            s       start of the epoch in which the bucket was last used
+--            g       generation: a new number whenever grants made before lose their value
+--            m, mt   the least `debt` since `mt`
+--            n, nt   the least `debt` since `nt`, which is before `mt`
 -- KEYS[2]  the partition's epoch, a hash in the same slot:
---            run  the run id of the server that it began on
---            s    its start, in microseconds of TIME
---            ok   the latest of its answers that anybody has told to have heard
--- ARGV     1 e   2 t   3 v   4 need   5 want   6 back   7 when `back` was taken
---          8 the last answer heard   9 since when the caller is away, or 0
---          10 the start of the epoch that it was told of since, or 0   11 microseconds to a new epoch
---          12 for how many microseconds tokens may be spent
--- Answers  {0, now, granted, debt}, or {1, now, microseconds to the start of the epoch}
+--            run     run id of the Redis process that the epoch began on
+--            s       its start, in microseconds of TIME
+--            ok      the latest answer that any caller has confirmed receiving
+-- ARGV     1 e   2 t   3 v   4 need   5 want   6 back   7 when the oldest of `back` was taken
+--          8 latest answer the caller received   9 since when the caller has had none, or 0
+--         10 start of the epoch the caller was promised meanwhile, or 0   11 microseconds to a new epoch
+--         12 microseconds for which granted tokens may be spent   13 generation in which `back` was taken
+--         14 tokens that requests are waiting for now; the rest of `want` is held for later
+-- Returns  {0, now, granted, debt, g}, or {1, now, microseconds until the epoch starts}
 --
--- Numbers are whole and below 2^53, where doubles are exact; a bucket that takes longer than 104 days to fill
--- is kept to two nanoseconds. Two windows after its last use a bucket is full, and expires.
+-- **Granting.** What requests wait for is granted as far as the bucket goes. What is only held for later gets at
+-- most half of what is there, so that callers near the limit leave something for each other.
+--
+-- **Crediting.** Tokens that come back must never make the bucket fuller than if they had not been taken. Had they
+-- not been, the debt would have been lower by `back * e`, until it reached zero; from then on refill would have been
+-- wasted that in fact was not. So the difference shrinks by at most the time since, and it never shrinks below the
+-- least debt since the tokens were taken:
+--
+--   credit = min(debt, back * e, max(back * e - (now - taken), least debt since a mark no later than `taken`))
+--
+-- Afterwards every remembered minimum is lowered by the credit: the next return is judged on a history in which
+-- these tokens were never taken. Nothing is credited across a change of `e` or `t`, a new epoch, or a clock that
+-- went back; each starts a new generation.
+--
+-- **Plans.** Callers may know different versions of a plan. The newest wins, unless no caller has used it for
+-- `OUTDATED`: then versions have started over, as they do when a database is restored from a backup.
+--
+-- Numbers are whole and below 2^53, where doubles are exact; a bucket that takes longer than 104 days to fill is
+-- exact to two nanoseconds. A bucket that is not used for twice the time it takes to fill is full, and expires.
+local OUTDATED = 10000000
+
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local e, t, v = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -26,13 +49,15 @@ local need, want = tonumber(ARGV[4]), tonumber(ARGV[5])
 local back, taken_at = tonumber(ARGV[6]), tonumber(ARGV[7])
 local heard, away = tonumber(ARGV[8]), tonumber(ARGV[9])
 local promised, delay, lease = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
+local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
 
 local function whole(number)
   return string.format('%.0f', number)
 end
 
--- Is this the server, and the state, that the epoch began on? For a caller that was away a new one begins too,
--- unless it was told of this one and has waited for it, or others are being answered.
+-- A new epoch begins when this is another process than the one the epoch began on, or when its state is older than
+-- that. It also begins when the caller has served without the counters, unless it was promised this epoch and has
+-- waited for it, or other callers were being answered meanwhile.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
@@ -54,68 +79,77 @@ if heard > ok + 100000 and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
 
-local b = redis.call('HMGET', KEYS[1], 'at', 'debt', 'e', 't', 'v', 's', 'm', 'mt', 'n', 'nt')
+local b = redis.call('HMGET', KEYS[1], 'at', 'debt', 'e', 't', 'v', 's', 'm', 'mt', 'n', 'nt', 'g', 'vt')
 local at, debt = tonumber(b[1]), tonumber(b[2])
 local m, mt, n, nt = tonumber(b[7]), tonumber(b[8]), tonumber(b[9]), tonumber(b[10])
-local changed = false
+local g, vt = tonumber(b[11]), now
+local changed, new_generation = false, not g
 if at then
   local e0, t0, v0 = tonumber(b[3]), tonumber(b[4]), tonumber(b[5])
+  local vt0 = tonumber(b[12]) or at
   if now < at then
-    -- The clock was set back: from here it refills anew.
+    -- The clock went back. Refill continues from here.
     at = now
-    changed = true
+    vt0 = math.min(vt0, now)
+    changed, new_generation = true, true
   end
   debt = math.max(0, debt - (now - at) * 1000)
-  if v < v0 then
-    e, t = e0, t0
-    v = v0
-  elseif e0 ~= e or t0 ~= t then
-    -- As many tokens are missing as before: debt * e / e0, rounded up, in exact steps of 12 bits.
-    local whole_tokens = math.floor(debt / e0)
-    local rest = debt - whole_tokens * e0
-    local q, r = 0, 0
-    for shift = 36, 0, -12 do
-      local limb = math.floor(e / 2 ^ shift) % 4096
-      local x = r * 4096 + rest * limb
-      local d = math.floor(x / e0)
-      q = q * 4096 + d
-      r = x - d * e0
+  if v < v0 and now - vt0 < OUTDATED then
+    e, t, v, vt = e0, t0, v0, vt0
+  else
+    if now - vt0 >= OUTDATED / 2 then
+      changed = true
     end
-    if r > 0 then
-      q = q + 1
+    if e0 ~= e or t0 ~= t then
+      -- As many tokens are missing as before: debt * e / e0, rounded up, in exact steps of 12 bits.
+      local whole_tokens = math.floor(debt / e0)
+      local rest = debt - whole_tokens * e0
+      local q, r = 0, 0
+      for shift = 36, 0, -12 do
+        local limb = math.floor(e / 2 ^ shift) % 4096
+        local x = r * 4096 + rest * limb
+        local d = math.floor(x / e0)
+        q = q * 4096 + d
+        r = x - d * e0
+      end
+      if r > 0 then
+        q = q + 1
+      end
+      debt = math.min(t, whole_tokens * e + q)
+      changed, new_generation = true, true
     end
-    debt = math.min(t, whole_tokens * e + q)
-    -- What went before is counted in other tokens.
-    m, mt, n, nt = nil, nil, nil, nil
-    changed = true
   end
 else
   debt = 0
 end
 if tonumber(b[6]) ~= start then
-  -- Not used in this epoch: it was empty when that began.
+  -- First use in this epoch, in which every bucket started empty.
   debt = math.max(debt, t - (now - start) * 1000)
-  m, mt, n, nt = nil, nil, nil, nil
-  changed = at ~= nil
+  new_generation = true
+  changed = changed or at ~= nil
 end
 debt = math.min(debt, t)
+if new_generation then
+  g = math.max(now, (g or 0) + 1)
+  m, mt, n, nt = debt, now, debt, now
+end
 
--- The least debt since some time before a lease was taken bounds what its return may credit: had the tokens
--- never been taken, the bucket would have been full then, and refilled nothing.
-m = m and math.min(m, debt) or debt
-n = n and math.min(n, debt) or debt
-mt = mt or now
-nt = nt or now
+m = math.min(m, debt)
+n = math.min(n, debt)
 if back > 0 then
-  local bound = 0
-  if taken_at >= mt then
-    bound = m
-  elseif taken_at >= nt then
-    bound = n
+  local credit = 0
+  if back_generation == g and taken_at <= now then
+    local least = 0
+    if taken_at >= mt then
+      least = m
+    elseif taken_at >= nt then
+      least = n
+    end
+    credit = math.min(debt, back * e, math.max(back * e - (now - taken_at) * 1000, least))
   end
-  debt = debt - math.min(back * e, bound, debt)
-  m = math.min(m, debt)
-  n = math.min(n, debt)
+  debt = debt - credit
+  m = math.max(0, m - credit)
+  n = math.max(0, n - credit)
   changed = true
 end
 
@@ -123,12 +157,13 @@ local granted = 0
 if want > 0 then
   local there = math.floor((t - debt) / e)
   if there >= need then
-    -- Near the limit the rest is left for others.
-    granted = math.min(want, math.max(need, math.floor(there / 2)))
+    granted = math.min(want, math.max(math.min(waiting, there), math.floor(there / 2)))
+  end
+  if granted > 0 then
     debt = debt + granted * e
     changed = true
-    -- A new mark from time to time, and where the one there is would credit nothing of this grant.
-    if now - mt > 2 * lease or now < mt or m < granted * e then
+    -- A new mark from time to time, and when the present one could not credit this grant in full.
+    if now - mt > 2 * lease or m < granted * e then
       n, nt = m, mt
       m, mt = debt, now
     end
@@ -136,7 +171,8 @@ if want > 0 then
 end
 if changed then
   redis.call('HSET', KEYS[1], 'at', whole(now), 'debt', whole(debt), 'e', whole(e), 't', whole(t),
-    'v', whole(v), 's', whole(start), 'm', whole(m), 'mt', whole(mt), 'n', whole(n), 'nt', whole(nt))
+    'v', whole(v), 's', whole(start), 'm', whole(m), 'mt', whole(mt), 'n', whole(n), 'nt', whole(nt),
+    'g', whole(g), 'vt', whole(vt))
   redis.call('PEXPIRE', KEYS[1], whole(math.ceil(2 * t / 1000000) + 60000))
 end
-return {0, now, granted, debt}
+return {0, now, granted, debt, g}

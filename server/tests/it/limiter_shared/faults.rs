@@ -92,7 +92,7 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
         }
     });
     // Until they have counted each other.
-    sleep(Duration::from_millis(3500)).await;
+    sleep(Duration::from_millis(8500)).await;
     Replicas {
         stores,
         limiters,

@@ -1,6 +1,8 @@
-//! Limits that many replicas share: the store in a simulated world, its script in a real Redis, and both of
-//! them together while that is killed and frozen.
+//! Limits that many replicas share: the store in a simulated world, its script in a real Redis, and both together
+//! while that is slow, killed and frozen.
 
+mod bursts;
+mod credits;
 mod faults;
 mod model;
 mod script;

@@ -1,11 +1,11 @@
-//! The shared counters in the plainest way: what the Redis script does, in whole numbers of any size, with a
-//! log of what was granted and returned.
+//! What the Redis script does, in whole numbers of any size: a fast stand-in for Redis, which the script is compared
+//! with. It repeats the script's rules, so it says nothing about whether these are right; `credits` does.
 
 use std::collections::HashMap;
 
 use quota_server::limiter::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply};
 
-/// Microseconds from a loss to the new beginning.
+/// Microseconds from a loss to the new epoch.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
 
 #[derive(Debug, Clone)]
@@ -15,8 +15,11 @@ struct Bucket {
     emission: u128,
     tau: u128,
     version: u64,
+    /// When a caller of this version last called.
+    version_at: u64,
     epoch: u64,
-    /// The least debt before a call since the time beside it; for two spans, one after the other.
+    generation: u64,
+    /// The least debt since the time beside it, for two times, the newer first.
     least: [(u128, u64); 2],
 }
 
@@ -27,7 +30,10 @@ struct Epoch {
     ok: u64,
 }
 
-/// Tokens granted, less those that came back: by when and to whom.
+/// Microseconds after which a plan's version that nobody uses is forgotten.
+const OUTDATED: u64 = 10_000_000;
+
+/// Tokens granted at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Grant {
     pub(super) at: CounterMicros,
@@ -42,7 +48,7 @@ pub(super) struct State {
 }
 
 impl State {
-    /// A new deployment, whose buckets are full.
+    /// A new deployment, with full buckets.
     pub(super) fn fresh(run: u64, partitions: u16) -> Self {
         let epoch = Epoch {
             run,
@@ -88,41 +94,57 @@ impl State {
         let known = self.buckets.get(&call.bucket).cloned();
         let was_there = known.is_some();
         let (mut emission, mut tau) = (u128::from(call.emission), u128::from(call.tau));
-        let mut version = call.version;
-        let mut changed = false;
-        let mut least = None;
+        let (mut version, mut version_at) = (call.version, now);
+        let (mut changed, mut new_generation) = (false, !was_there);
+        let (mut least, mut generation) = ([(0, 0); 2], 0);
         let mut in_epoch = None;
         let mut debt = 0;
         if let Some(bucket) = known {
             let since = bucket.at.min(now);
             changed |= now < bucket.at;
+            new_generation |= now < bucket.at;
             debt = bucket.debt.saturating_sub(u128::from(now - since) * 1000);
-            least = Some(bucket.least);
+            (least, generation) = (bucket.least, bucket.generation);
             in_epoch = Some(bucket.epoch);
-            if version < bucket.version {
+            let unused = now.saturating_sub(bucket.version_at);
+            if version < bucket.version && unused < OUTDATED {
                 (emission, tau, version) = (bucket.emission, bucket.tau, bucket.version);
-            } else if bucket.emission != emission || bucket.tau != tau {
-                debt = (debt * emission).div_ceil(bucket.emission).min(tau);
-                least = None;
-                changed = true;
+                version_at = bucket.version_at.min(now);
+            } else {
+                changed |= unused >= OUTDATED / 2;
+                if bucket.emission != emission || bucket.tau != tau {
+                    debt = (debt * emission).div_ceil(bucket.emission).min(tau);
+                    (changed, new_generation) = (true, true);
+                }
             }
         }
         if in_epoch != Some(start) {
             debt = debt.max(tau.saturating_sub(u128::from(now - start) * 1000));
-            least = None;
-            changed = was_there;
+            new_generation = true;
+            changed |= was_there;
         }
         debt = debt.min(tau);
-        let [(m, mt), (n, nt)] = least.unwrap_or([(debt, now), (debt, now)]);
-        let mut least = [(m.min(debt), mt), (n.min(debt), nt)];
+        if new_generation {
+            generation = now.max(generation + 1);
+            least = [(debt, now); 2];
+        }
+        for (least, _) in &mut least {
+            *least = (*least).min(debt);
+        }
         if call.back > 0 {
-            let bound = least
-                .iter()
-                .find(|(_, since)| call.back_taken_at >= *since)
-                .map_or(0, |(least, _)| *least);
-            debt -= (u128::from(call.back) * emission).min(bound).min(debt);
+            let mut credit = 0;
+            if call.back_generation == generation && call.back_taken_at <= now {
+                let least = least
+                    .iter()
+                    .find(|(_, since)| call.back_taken_at >= *since)
+                    .map_or(0, |(least, _)| *least);
+                let price = u128::from(call.back) * emission;
+                let gone = u128::from(now - call.back_taken_at) * 1000;
+                credit = debt.min(price).min(price.saturating_sub(gone).max(least));
+            }
+            debt -= credit;
             for (least, _) in &mut least {
-                *least = (*least).min(debt);
+                *least = least.saturating_sub(credit);
             }
             changed = true;
         }
@@ -130,12 +152,14 @@ impl State {
         if call.want > 0 {
             let there = u64::try_from((tau - debt) / emission).unwrap();
             if there >= call.need {
-                granted = call.want.min(call.need.max(there / 2));
+                granted = call.want.min(call.waiting.min(there).max(there / 2));
+            }
+            if granted > 0 {
                 let price = u128::from(granted) * emission;
                 debt += price;
                 changed = true;
                 let (m, mt) = least[0];
-                if now < mt || now - mt > 2 * call.lease || m < price {
+                if now - mt > 2 * call.lease || m < price {
                     least = [(debt, now), (m, mt)];
                 }
             }
@@ -147,7 +171,9 @@ impl State {
                 emission,
                 tau,
                 version,
+                version_at,
                 epoch: start,
+                generation,
                 least,
             };
             self.buckets.insert(call.bucket, bucket);
@@ -157,6 +183,7 @@ impl State {
             state: BucketState::Known {
                 granted,
                 debt: u64::try_from(debt).unwrap(),
+                generation,
             },
         }
     }

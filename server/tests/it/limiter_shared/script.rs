@@ -1,4 +1,4 @@
-//! The script in a real Redis, on a time that the test brings, against the model.
+//! The script in a real Redis, at times that the test sets, compared with the model.
 
 use std::{sync::Arc, time::Duration};
 
@@ -33,9 +33,13 @@ pub(crate) async fn started() -> (RedisServer, Redis) {
 }
 
 pub(super) fn connect(server: &RedisServer, patience: &str) -> Redis {
+    connect_to(&server.url(), patience)
+}
+
+pub(super) fn connect_to(url: &str, patience: &str) -> Redis {
     let flags = [
         "test".to_owned(),
-        format!("--redis-url={}", server.url()),
+        format!("--redis-url={url}"),
         format!("--redis-timeout={patience}"),
         "--redis-connect-timeout=2s".to_owned(),
     ];
@@ -44,7 +48,7 @@ pub(super) fn connect(server: &RedisServer, patience: &str) -> Redis {
     Redis::connect_lazy(config.redis.expect("it is set"))
 }
 
-/// The counters of the script, but that its time is the test's.
+/// The script's counters at the test's time.
 #[derive(Debug)]
 pub(crate) struct ClockedCounters {
     counters: RedisCounters,
@@ -58,10 +62,15 @@ const TEST_TIME: &str = "redis.call('LRANGE', 'time', 0, 1)";
 
 impl ClockedCounters {
     pub(crate) fn new(redis: &Redis, clock: &TestClock) -> Arc<Self> {
-        assert!(RedisCounters::script().contains(TIME));
-        let script = RedisCounters::script().replace(TIME, TEST_TIME);
+        Self::with_script(redis, clock, RedisCounters::script())
+    }
+
+    /// The same with another script.
+    pub(super) fn with_script(redis: &Redis, clock: &TestClock, script: &str) -> Arc<Self> {
+        let timed = script.replace(TIME, TEST_TIME);
+        assert_ne!(timed, script);
         Arc::new(Self {
-            counters: RedisCounters::with_script(redis.clone(), script.leak()),
+            counters: RedisCounters::with_script(redis.clone(), timed.leak()),
             redis: redis.clone(),
             clock: clock.clone(),
         })
@@ -93,11 +102,12 @@ impl SharedCounters for ClockedCounters {
     }
 }
 
-fn call(rng: &mut Rng, now: u64, told: u64) -> TakeCall {
+fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
     let emission = [1, 7, 1000, 1_000_003, 100_000_000, 60_000_000_000][rng.usize(..6)];
     let burst = [1, 2, 10, 1000][rng.usize(..4)];
     let some = |rng: &mut Rng, most: u64| if rng.bool() { 0 } else { rng.u64(..=most) };
     let need = some(rng, 5);
+    let waiting = need + some(rng, 5);
     TakeCall {
         partition: 0,
         bucket: BucketName::Key(
@@ -108,9 +118,15 @@ fn call(rng: &mut Rng, now: u64, told: u64) -> TakeCall {
         tau: emission * burst,
         version: rng.u64(..4),
         need,
-        want: if need == 0 { 0 } else { need + some(rng, 20) },
+        waiting,
+        want: if need == 0 {
+            0
+        } else {
+            waiting + some(rng, 20)
+        },
         back: some(rng, 5),
         back_taken_at: now - rng.u64(..2_000_000),
+        back_generation: if rng.u8(..4) == 0 { 0 } else { generation },
         lease: [0, 100_000, 1_000_000][rng.usize(..3)],
         last_heard: now - rng.u64(..3_000_000),
         away_since: if rng.u8(..10) == 0 {
@@ -133,6 +149,7 @@ async fn the_script_answers_as_the_model_does() {
     let seed = fastrand::u64(..);
     let mut rng = Rng::with_seed(seed);
     let (mut told, mut granted, mut begun) = (0, 0, 0);
+    let mut generations = std::collections::HashMap::new();
     for step in 0..6000 {
         match rng.u8(..200) {
             0 => {
@@ -150,7 +167,10 @@ async fn the_script_answers_as_the_model_does() {
             }
         }
         let now = clock.now().0 / 1000;
-        let call = call(&mut rng, now, told);
+        let mut call = call(&mut rng, now, told, 1);
+        if call.back_generation == 1 {
+            call.back_generation = generations.get(&call.bucket).copied().unwrap_or(0);
+        }
         let reply = counters.take(call).await.expect("Redis answers");
         assert_eq!(
             reply,
@@ -162,7 +182,14 @@ async fn the_script_answers_as_the_model_does() {
                 told = now + wait;
                 begun += 1;
             }
-            BucketState::Known { granted: n, .. } => granted += n,
+            BucketState::Known {
+                granted: n,
+                generation,
+                ..
+            } => {
+                granted += n;
+                generations.insert(call.bucket, generation);
+            }
         }
     }
     assert!(
@@ -178,12 +205,13 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
     let counters = RedisCounters::new(redis.clone());
     let call = TakeCall {
         need: 1,
+        waiting: 1,
         want: 10,
         back: 0,
         away_since: 0,
         emission: 1_000_000_000,
         tau: 10_000_000_000,
-        ..call(&mut Rng::with_seed(1), 10_000_000, 0)
+        ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let state = async |counters: &RedisCounters| counters.take(call).await.unwrap().state;
     counters.begin().await.unwrap();
@@ -214,9 +242,57 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
         panic!("{reply:?}");
     };
     tokio::time::sleep(Duration::from_micros(wait)).await;
-    let BucketState::Known { granted, debt } = state(&counters).await else {
+    let BucketState::Known { granted, debt, .. } = state(&counters).await else {
         panic!("it has begun");
     };
     assert_eq!(granted, 0);
     assert!(debt > 9_000_000_000, "nearly empty: {debt}");
+}
+
+/// The versions of a plan start over when PostgreSQL is restored from a backup. A replica that has not heard of an edit
+/// looks the same, but not for long.
+#[tokio::test]
+async fn versions_that_start_over_are_followed() {
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    let counters = ClockedCounters::new(&redis, &clock);
+    counters.begin().await;
+    // A small plan of a high version, edited after the restore to a larger one of a low version.
+    let bucket = BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()));
+    let plan = |version: u64, burst: u64| TakeCall {
+        bucket,
+        emission: 1_000_000_000,
+        tau: burst * 1_000_000_000,
+        version,
+        need: 1,
+        waiting: 100,
+        want: 100,
+        back: 0,
+        away_since: 0,
+        ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
+    };
+    let granted = async |call| match counters.take(call).await.unwrap().state {
+        BucketState::Known { granted, .. } => granted,
+        state @ BucketState::Beginning { .. } => panic!("{state:?}"),
+    };
+    assert_eq!(granted(plan(900, 3)).await, 3);
+    // While the newer version is in use, the older one is not followed, however busy.
+    for _ in 0..30 {
+        clock.advance(Duration::from_secs(1));
+        assert!(granted(plan(7, 50)).await <= 1);
+        assert!(granted(plan(900, 3)).await <= 1);
+    }
+    // The other replicas are restarted, and nobody knows the higher version any more.
+    let mut followed = None;
+    for second in 0..30 {
+        clock.advance(Duration::from_secs(1));
+        if granted(plan(8, 50)).await > 3 {
+            followed = followed.or(Some(second));
+        }
+    }
+    let followed = followed.expect("the edit is in force");
+    assert!((5..=12).contains(&followed), "after {followed} s");
+    // From then on the edits count by their new versions.
+    clock.advance(Duration::from_secs(60));
+    assert_eq!(granted(plan(9, 2)).await, 2);
 }

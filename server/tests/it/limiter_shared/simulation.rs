@@ -45,7 +45,7 @@ use crate::limiter_contract::{START, TestLedger};
 const TTL: Duration = Duration::from_millis(100);
 const DEADLINE: Duration = Duration::from_millis(30);
 /// Replicas have counted each other by then.
-const WARM_UP: Duration = Duration::from_millis(3200);
+const WARM_UP: Duration = Duration::from_millis(8200);
 const LENGTH: Duration = Duration::from_secs(5);
 
 /// A replica's own clock: the true time, and how far it is off.

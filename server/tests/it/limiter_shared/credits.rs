@@ -1,0 +1,548 @@
+//! Returned tokens never make a bucket fuller than if they had never been taken.
+//!
+//! The oracle is that sentence: after every call it replays the bucket's whole history from a full bucket, without the
+//! tokens that have been returned by then, and compares the two. It keeps no minima and knows no rule for a credit.
+//! Schedules are random: several returns for several grants, late and early, plan edits, callers with an old plan,
+//! lost and stale state, a clock that goes back. Scripts with planted errors show that the oracle sees them.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "seeds are settings of this test alone"
+)]
+
+use std::{sync::Arc, time::Duration};
+
+use fastrand::Rng;
+use quota_common::id::{ApiKeyId, TenantId};
+use quota_server::{
+    clock::{Clock as _, TestClock, UnixNanos},
+    limiter::{BucketName, BucketState, RedisCounters, SharedCounters as _, TakeCall},
+    redis::Redis,
+};
+
+use super::{
+    model::State,
+    script::{ClockedCounters, started},
+};
+use crate::limiter_contract::START;
+
+const BUCKET: BucketName = BucketName::Key(
+    TenantId(uuid::Uuid::nil()),
+    ApiKeyId(uuid::Uuid::from_u128(1)),
+);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Plan {
+    emission: u64,
+    tau: u64,
+    version: u64,
+}
+
+impl Plan {
+    fn random(rng: &mut Rng, version: u64) -> Self {
+        let emission = [1_000, 1_000_000, 7_000_001, 100_000_000, 1_000_000_000][rng.usize(..5)];
+        let burst = [1, 3, 10, 200][rng.usize(..4)];
+        Self {
+            emission,
+            tau: emission * burst,
+            version,
+        }
+    }
+}
+
+/// Tokens granted by one call.
+#[derive(Debug, Clone, Copy)]
+struct Granted {
+    at: u64,
+    generation: u64,
+    tokens: u64,
+    returned: u64,
+    /// Their return got lost.
+    lost: u64,
+}
+
+/// What happened to the bucket, in its order.
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    /// A call at this time found the bucket in this epoch, under this plan; or found none.
+    Call {
+        at: u64,
+        plan: Plan,
+        epoch: u64,
+        remembered: bool,
+    },
+    Took(usize),
+}
+
+/// Nanoseconds until the bucket is full, had the returned tokens never been taken.
+fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
+    let (mut debt, mut last, mut epoch) = (0_u128, 0, 0);
+    let mut plan = None::<Plan>;
+    for event in history {
+        match *event {
+            Event::Call {
+                at,
+                plan: new,
+                epoch: start,
+                remembered,
+            } => {
+                debt = debt.saturating_sub(u128::from(at.saturating_sub(last)) * 1000);
+                last = at;
+                if let Some(old) = plan
+                    && (old.emission, old.tau) != (new.emission, new.tau)
+                {
+                    // As many tokens are missing as before.
+                    debt = (debt * u128::from(new.emission))
+                        .div_ceil(u128::from(old.emission))
+                        .min(u128::from(new.tau));
+                }
+                plan = Some(new);
+                if start != epoch || !remembered {
+                    // It was empty when the epoch began.
+                    let since = u128::from(at.saturating_sub(start)) * 1000;
+                    debt = u128::from(new.tau).saturating_sub(since);
+                    epoch = start;
+                }
+            }
+            Event::Took(grant) => {
+                let kept = grants[grant].tokens - grants[grant].returned;
+                let emission = plan.expect("there was a call").emission;
+                debt += u128::from(kept) * u128::from(emission);
+            }
+        }
+    }
+    debt
+}
+
+/// The counters under test.
+enum Counters {
+    Model { state: Box<State>, run: u64 },
+    Redis(Arc<ClockedCounters>, Redis),
+}
+
+impl Counters {
+    fn model() -> Self {
+        Self::Model {
+            state: Box::new(State::fresh(1, 1)),
+            run: 1,
+        }
+    }
+
+    /// As in a new deployment.
+    async fn reset(&mut self) {
+        match self {
+            Self::Model { .. } => *self = Self::model(),
+            Self::Redis(counters, redis) => {
+                redis.query("", &redis::cmd("FLUSHALL")).await.unwrap();
+                counters.begin().await;
+            }
+        }
+    }
+
+    async fn take(&mut self, clock: &TestClock, call: TakeCall) -> BucketState {
+        match self {
+            Self::Model { state, run } => state.take(*run, clock.now().0 / 1000, call).state,
+            Self::Redis(counters, _) => counters.take(call).await.unwrap().state,
+        }
+    }
+
+    /// Another process takes over, with the buckets or without.
+    async fn fail_over(&mut self, keeps: bool) {
+        match self {
+            Self::Model { state, run } => {
+                *run += 1;
+                if !keeps {
+                    **state = State::default();
+                }
+            }
+            Self::Redis(_, redis) => {
+                let lost = if keeps {
+                    let mut other = redis::cmd("HSET");
+                    other.arg(format!("{}:{{q0}}:epoch", redis.prefix()));
+                    other.arg("run").arg("another");
+                    other
+                } else {
+                    redis::cmd("FLUSHALL")
+                };
+                redis.query("", &lost).await.unwrap();
+            }
+        }
+    }
+}
+
+/// What a schedule came to.
+#[derive(Debug, Default)]
+struct Sum {
+    returned: u64,
+    /// In buckets: what was credited, and what the oracle would have allowed.
+    credited: f64,
+    allowed: f64,
+    exceptions: u64,
+    /// The first call after which the bucket was fuller than the oracle's.
+    fuller: Option<String>,
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
+#[expect(clippy::too_many_lines, reason = "one schedule, in its order")]
+async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &mut Sum) {
+    let mut rng = Rng::with_seed(seed);
+    clock.set_now(START);
+    counters.reset().await;
+    let mut plan = Plan::random(&mut rng, 1);
+    let mut old_plan = plan;
+    let mut newest_used = clock.now().0 / 1000;
+    let (mut history, mut grants) = (Vec::new(), Vec::<Granted>::new());
+    let (mut epoch, mut promised) = (0, 0);
+    // Whether the counters remember the bucket, the newest plan that it has seen, and its debt after the last call.
+    let (mut exists, mut known) = (false, plan);
+    let mut last = (START.0 / 1000, 0_u128);
+    // Half of the schedules are without exceptions.
+    let calm = rng.bool();
+    let step = [1, plan.emission / 1000, plan.tau / 4000, 200_000][rng.usize(..4)].max(1);
+    for _ in 0..rng.u64(4..40) {
+        if rng.u8(..4) > 0 {
+            clock.advance(Duration::from_micros(rng.u64(..=step.min(3_000_000))));
+        }
+        if !calm && rng.u8(..12) == 0 {
+            sum.exceptions += 1;
+            match rng.u8(..4) {
+                0 => {
+                    old_plan = plan;
+                    plan = Plan::random(&mut rng, plan.version + 1);
+                }
+                1 => {
+                    old_plan = plan;
+                    plan.tau = plan.emission * rng.u64(1..200);
+                    plan.version += 1;
+                }
+                2 => {
+                    let keeps = rng.bool();
+                    counters.fail_over(keeps).await;
+                    exists &= keeps;
+                }
+                _ => {
+                    let back = rng.u64(1..2_000_000) * 1000;
+                    clock.set_now(UnixNanos(clock.now().0 - back));
+                }
+            }
+        }
+        let now = clock.now().0 / 1000;
+        // Returns go with a call of their own, or with one that takes. Several grants go back together.
+        let (mut back, mut back_taken_at, mut back_generation) = (0, u64::MAX, u64::MAX);
+        let mut parts = Vec::new();
+        if rng.u8(..3) > 0 {
+            for _ in 0..rng.u8(1..4) {
+                if grants.is_empty() {
+                    break;
+                }
+                let i = rng.usize(..grants.len());
+                let left = grants[i].tokens - grants[i].returned - grants[i].lost;
+                if left == 0 {
+                    continue;
+                }
+                let n = if rng.bool() { left } else { rng.u64(1..=left) };
+                grants[i].returned += n;
+                back += n;
+                back_taken_at = back_taken_at.min(grants[i].at);
+                // Of several generations: none of them.
+                back_generation = match back_generation {
+                    u64::MAX => grants[i].generation,
+                    same if same == grants[i].generation => same,
+                    _ => 0,
+                };
+                parts.push((i, n));
+            }
+        }
+        let takes = back == 0 || rng.bool();
+        let burst = plan.tau / plan.emission;
+        let waiting = if takes { rng.u64(1..=burst) } else { 0 };
+        let stale = now.abs_diff(newest_used) < 4_000_000 && rng.u8(..6) == 0;
+        let used = if stale { old_plan } else { plan };
+        if !stale {
+            newest_used = now;
+        }
+        let call = TakeCall {
+            partition: 0,
+            bucket: BUCKET,
+            emission: used.emission,
+            tau: used.tau,
+            version: used.version,
+            need: if takes { rng.u64(1..=waiting) } else { 0 },
+            waiting,
+            want: waiting + if takes { rng.u64(..=burst) } else { 0 },
+            back,
+            back_taken_at: if back > 0 { back_taken_at } else { 0 },
+            back_generation: if back > 0 { back_generation } else { 0 },
+            lease: [0, 100, 100_000][rng.usize(..3)],
+            last_heard: 0,
+            away_since: 0,
+            promised,
+        };
+        match counters.take(clock, call).await {
+            BucketState::Beginning { wait } => {
+                for (i, n) in parts {
+                    grants[i].returned -= n;
+                    grants[i].lost += n;
+                }
+                promised = now + wait;
+                epoch = promised;
+                clock.advance(Duration::from_micros(wait));
+            }
+            BucketState::Known {
+                granted,
+                debt,
+                generation,
+            } => {
+                if !exists || used.version >= known.version {
+                    known = used;
+                }
+                history.push(Event::Call {
+                    at: now,
+                    plan: known,
+                    epoch,
+                    remembered: exists,
+                });
+                exists |= granted > 0 || back > 0;
+                let allowed = debt_without_returned(&history, &grants);
+                let price = u128::from(granted) * u128::from(known.emission);
+                let real = u128::from(debt) - price;
+                if real < allowed && sum.fuller.is_none() {
+                    sum.fuller = Some(format!(
+                        "seed {seed}, at {now}: {real} ns from full, {allowed} had the tokens never been taken; \
+                         {call:?} {parts:?} {grants:?} {history:?}"
+                    ));
+                    return;
+                }
+                sum.returned += back;
+                if back > 0 && calm {
+                    let before = last.1.saturating_sub(u128::from(now - last.0) * 1000);
+                    sum.credited += (before - real) as f64 / known.tau as f64;
+                    sum.allowed += (before - allowed) as f64 / known.tau as f64;
+                }
+                last = (now, u128::from(debt));
+                if granted > 0 {
+                    history.push(Event::Took(grants.len()));
+                    grants.push(Granted {
+                        at: now,
+                        generation,
+                        tokens: granted,
+                        returned: 0,
+                        lost: 0,
+                    });
+                }
+            }
+        }
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// Runs so many schedules, or the one of `QUOTA_SEED`.
+async fn run(counters: &mut Counters, clock: &TestClock, schedules: u64) -> Sum {
+    let seeds = number("QUOTA_SEED").map_or(0..schedules, |seed| seed..seed + 1);
+    let mut sum = Sum::default();
+    for seed in seeds {
+        schedule(seed, counters, clock, &mut sum).await;
+        if sum.fuller.is_some() {
+            break;
+        }
+    }
+    sum
+}
+
+fn check(sum: &Sum) {
+    assert_eq!(sum.fuller, None);
+    eprintln!("{sum:?}");
+    if number("QUOTA_SEED").is_none() {
+        assert!(sum.returned > 1000 && sum.exceptions > 100, "{sum:?}");
+        // A script that credits nothing is never too full either.
+        assert!(sum.credited > 0.5 * sum.allowed, "{sum:?}");
+    }
+}
+
+/// Tens of thousands of schedules, on the model that the script is compared with.
+#[tokio::test]
+async fn a_return_never_fills_a_bucket_beyond_what_was_never_taken() {
+    let clock = TestClock::at(START);
+    let schedules = number("QUOTA_SEEDS").unwrap_or(40_000);
+    check(&run(&mut Counters::model(), &clock, schedules).await);
+}
+
+/// Some thousands of them on the script in a real Redis.
+#[tokio::test]
+async fn the_script_never_fills_a_bucket_beyond_what_was_never_taken() {
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    let counters = ClockedCounters::new(&redis, &clock);
+    let schedules = number("QUOTA_SEEDS").unwrap_or(2000);
+    check(&run(&mut Counters::Redis(counters, redis), &clock, schedules).await);
+}
+
+/// Scripts that credit too much, each in its own way, are found out.
+#[tokio::test]
+async fn planted_errors_in_the_credit_are_found() {
+    let lowered = "m = math.max(0, m - credit)\n  n = math.max(0, n - credit)";
+    let planted = [
+        // The same minimum is spent again for every return.
+        (lowered, "m = math.min(m, debt)\n  n = math.min(n, debt)"),
+        // Credits cross edits, epochs and a clock that goes back.
+        ("back_generation == g and taken_at <= now", "true"),
+        // A token is always worth what it was.
+        (
+            "math.min(debt, back * e, math.max(",
+            "math.min(debt, back * e, math.max(back * e, ",
+        ),
+        // A minimum counts for grants from before it was taken.
+        ("taken_at >= nt", "true"),
+    ];
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    for (right, wrong) in planted {
+        let script = RedisCounters::script();
+        assert!(script.contains(right), "{right}");
+        let script = script.replace(right, wrong);
+        let counters = ClockedCounters::with_script(&redis, &clock, &script);
+        let sum = run(&mut Counters::Redis(counters, redis.clone()), &clock, 3000).await;
+        assert!(sum.fuller.is_some(), "{wrong} goes unnoticed: {sum:?}");
+    }
+}
+
+/// A request that is dropped while it waits costs nothing, and neither does a lease that goes back from a busy
+/// bucket, however late.
+#[tokio::test]
+async fn a_simple_return_is_credited_whole() {
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    let counters = ClockedCounters::new(&redis, &clock);
+    counters.begin().await;
+    let call = TakeCall {
+        partition: 0,
+        bucket: BUCKET,
+        emission: 1_000_000,
+        tau: 200_000_000,
+        version: 1,
+        need: 0,
+        waiting: 0,
+        want: 0,
+        back: 0,
+        back_taken_at: 0,
+        back_generation: 0,
+        lease: 100_000,
+        last_heard: 0,
+        away_since: 0,
+        promised: 0,
+    };
+    let take = async |call: TakeCall| {
+        let reply = counters.take(call).await.unwrap();
+        match reply.state {
+            BucketState::Known {
+                granted,
+                debt,
+                generation,
+            } => (reply.at, granted, debt, generation),
+            state @ BucketState::Beginning { .. } => panic!("{state:?}"),
+        }
+    };
+    let wanting = |n| TakeCall {
+        need: 1,
+        waiting: n,
+        want: n,
+        ..call
+    };
+    let returning = |n, at, generation| TakeCall {
+        back: n,
+        back_taken_at: at,
+        back_generation: generation,
+        ..call
+    };
+    // At once, to a bucket that was full: all but the refill of the time between.
+    let (at, granted, _, generation) = take(wanting(50)).await;
+    assert_eq!(granted, 50);
+    clock.advance(Duration::from_millis(2));
+    let (_, _, debt, _) = take(returning(50, at, generation)).await;
+    assert_eq!(debt, 0);
+    // Late, to a bucket that is never full meanwhile.
+    assert_eq!(take(wanting(150)).await.1, 150);
+    let (at, granted, debt, generation) = take(wanting(40)).await;
+    assert_eq!((granted, debt), (40, 190_000_000));
+    clock.advance(Duration::from_millis(100));
+    let (_, _, debt, _) = take(returning(40, at, generation)).await;
+    assert_eq!(debt, 50_000_000);
+    // In an older generation, nothing.
+    let (at, granted, debt, generation) = take(wanting(40)).await;
+    assert_eq!(granted, 40);
+    let (_, _, same, _) = take(returning(40, at, generation - 1)).await;
+    assert_eq!(debt, same);
+}
+
+/// 150 requests at once on a replica whose answers come late are all refused, and each of their tokens goes back by
+/// itself, between two waves of 250 on other replicas.
+#[tokio::test]
+async fn late_returns_one_by_one_sell_nothing_twice() {
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    let counters = ClockedCounters::new(&redis, &clock);
+    counters.begin().await;
+    let one = TakeCall {
+        partition: 0,
+        bucket: BUCKET,
+        emission: 1_000_000,
+        tau: 200_000_000,
+        version: 1,
+        need: 1,
+        waiting: 1,
+        want: 1,
+        back: 0,
+        back_taken_at: 0,
+        back_generation: 0,
+        lease: 100_000,
+        last_heard: 0,
+        away_since: 0,
+        promised: 0,
+    };
+    let mut late = Vec::new();
+    for _ in 0..150 {
+        let reply = counters.take(one).await.unwrap();
+        late.push(reply);
+        clock.advance(Duration::from_micros(10));
+    }
+    let wave = async || {
+        let mut served = 0;
+        for _ in 0..250 {
+            let reply = counters.take(one).await.unwrap();
+            if let BucketState::Known { granted, .. } = reply.state {
+                served += granted;
+            }
+        }
+        served
+    };
+    clock.advance(Duration::from_millis(110));
+    let first = wave().await;
+    clock.advance(Duration::from_millis(10));
+    for reply in late {
+        let BucketState::Known {
+            granted: 1,
+            generation,
+            ..
+        } = reply.state
+        else {
+            panic!("{reply:?}");
+        };
+        let back = TakeCall {
+            need: 0,
+            waiting: 0,
+            want: 0,
+            back: 1,
+            back_taken_at: reply.at,
+            back_generation: generation,
+            ..one
+        };
+        counters.take(back).await.unwrap();
+    }
+    clock.advance(Duration::from_millis(15));
+    let served = first + wave().await;
+    // 25 ms between the waves, and what came back in the time of the first calls.
+    assert!(served <= 200 + 25 + 1, "{served}, {first} at first");
+    assert!(served >= 185, "{served}, {first} at first");
+}
