@@ -1,7 +1,7 @@
-//! What a limiter's store promises, whichever holds the numbers.
+//! What a limiter's store promises, wherever it keeps its numbers.
 //!
-//! Owns the promise and the cell that a store hands out for a key. Knows no store in particular. A store that
-//! cannot ask what it depends on says so as a [`LimiterError`], and never by admitting.
+//! Owns the promise and the cell that a store provides for a key. Knows no store in particular. A store that
+//! cannot reach what it depends on returns a [`LimiterError`] and never admits.
 
 use std::{error::Error, num::NonZeroU32, sync::Arc};
 
@@ -12,10 +12,10 @@ use tokio::sync::Notify;
 
 use super::{cell::CellState, decision::Decision, guard::Gate, policy::Policies};
 
-/// Why no decision was reached. Whoever asked is told to come back, never admitted.
+/// Why no decision was reached. The request is not admitted and may be retried.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LimiterError {
-    /// The durable ledger of calendar quotas failed or was too slow, and no tokens were in hand.
+    /// The durable ledger of calendar quotas failed or was too slow, and no tokens were held here.
     #[error("the quota ledger is not available")]
     LedgerUnavailable(#[source] Arc<dyn Error + Send + Sync>),
     /// More keys are in use at once than the store was set up to hold.
@@ -38,7 +38,7 @@ pub struct KeyCell {
     pub(super) gate: Gate,
     /// The numbers of this replica.
     pub(super) state: Mutex<CellState>,
-    /// Told whenever the ledger has answered for this key.
+    /// Notified when a call of the ledger for this key has ended.
     pub(super) landed: Notify,
     /// Told whenever the shared counters have.
     pub(super) taken: Notify,
@@ -65,12 +65,12 @@ impl KeyCell {
     }
 }
 
-/// What a drain did with the tokens in hand.
+/// What a drain did with the unused tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Drained {
     /// Tokens of calendar quotas that the ledger counts as unused again.
     pub given_back: u64,
-    /// Tokens that could not be given back: they stay unserved until their window ends.
+    /// Tokens whose return the ledger has not confirmed. They stay unserved until their window ends.
     pub lost: u64,
 }
 
@@ -84,7 +84,9 @@ pub struct Drained {
 ///   no less than the bucket holds is refused. A clock that stands still refills nothing; one that jumps
 ///   back locks nobody out for longer than the refill of what was asked.
 /// - *Quotas.* In any calendar window at most `daily` and `monthly` are admitted, over restarts and crashes.
-///   At most one block (a hundredth, and 10,000) of a quota is unserved after a crash, none after a drain.
+///   At most one block (a hundredth, and 10,000) of a quota is unserved after a crash, none after a drain. A
+///   change of time zone takes effect when the window ends (at once if nothing of it was used). The next window
+///   ends with the first day or month of the new zone, with a quota in proportion; windows never overlap.
 /// - *Edits.* A change of policies carries what was consumed over: nobody gets a fresh bucket by it.
 /// - *Failure.* What cannot be decided is a [`LimiterError`], never an admission.
 #[async_trait]
@@ -115,10 +117,11 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// of the store.
     fn is_local(&self) -> bool;
 
-    /// Forgets cells that nobody holds and whose absence nobody could notice, and gives the blocks of
-    /// others back so that they can be forgotten next time. Answers how many cells are left.
+    /// Drops unreferenced cells that cannot be told from new ones, and returns the blocks of other
+    /// unreferenced cells so that those can be dropped next time. Fetches the first block of the next day or
+    /// month for keys in use. Returns how many cells are left.
     fn prune(&self) -> usize;
 
-    /// Gives back all that is in hand and takes nothing more. For the end of the process.
+    /// Returns all unused tokens and takes nothing more. For the end of the process.
     async fn drain(&self) -> Drained;
 }
