@@ -28,6 +28,11 @@ use tokio::{
     sync::watch,
 };
 
+/// From SIGTERM to when unused quota tokens must have been returned; the rest of 30 s is for the end itself.
+const DRAINED_WITHIN: Duration = Duration::from_secs(25);
+/// The time for that where requests in flight took all of it.
+const DRAIN_MIN: Duration = Duration::from_millis(1500);
+
 #[derive(Parser)]
 #[command(
     name = "quota",
@@ -290,6 +295,7 @@ async fn serve_on(
 
     stop.await;
     tracing::info!("stopping");
+    let stopping_at = Instant::now();
     state.drain();
     tokio::time::sleep(config.drain_delay).await;
     let _ = stop_serving.send(true);
@@ -297,17 +303,19 @@ async fn serve_on(
     if let Some(metrics) = metrics {
         metrics.await?;
     }
-    // What is in hand of quotas goes back, so that the next server can hand it out.
-    let drained = tokio::time::timeout(Duration::from_secs(5), state.limiter.drain()).await;
-    match drained {
+    // Unused tokens go back, so that other servers can hand them out.
+    let left = DRAINED_WITHIN
+        .saturating_sub(stopping_at.elapsed())
+        .max(DRAIN_MIN);
+    match tokio::time::timeout(left, state.limiter.drain()).await {
         Ok(drained) if drained.lost == 0 => {
-            tracing::debug!(given_back = drained.given_back, "gave back quotas in hand");
+            tracing::info!(tokens = drained.given_back, "returned unused quota tokens");
         }
         Ok(drained) => tracing::warn!(
-            lost = drained.lost,
-            "some of the quotas in hand could not be given back"
+            tokens = drained.lost,
+            "some unused quota tokens could not be returned"
         ),
-        Err(_) => tracing::warn!("the quotas in hand could not be given back in time"),
+        Err(_) => tracing::warn!("unused quota tokens could not be returned in time"),
     }
     jobs.stop().await;
     state.db.close();

@@ -74,6 +74,13 @@ diesel::table! {
 }
 
 diesel::table! {
+    quota_returns (id) {
+        id -> Uuid,
+        applied_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     quota_usage (tenant_id, key_id, policy, window_start) {
         tenant_id -> Uuid,
         key_id -> Uuid,
@@ -81,6 +88,8 @@ diesel::table! {
         window_start -> Timestamptz,
         used -> Int8,
         updated_at -> Timestamptz,
+        window_end -> Nullable<Timestamptz>,
+        period_seconds -> Nullable<Int8>,
     }
 }
 
@@ -189,6 +198,7 @@ diesel::allow_tables_to_appear_in_same_query!(
     idempotency_keys,
     memberships,
     plans,
+    quota_returns,
     quota_usage,
     refresh_tokens,
     replicas,

@@ -9,7 +9,7 @@ use poem::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use crate::{
     keys::{KeyRecord, LimitFields},
-    limiter::{Decision, Policies},
+    limiter::{Decision, Policies, Policy},
 };
 
 pub const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
@@ -64,13 +64,20 @@ pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
     let fixed = record.fields.get_or_init(|| LimitFields {
         limit: HeaderValue::from(rate.limit),
-        policy: value(policy_field(&record.policies).as_bytes()),
+        policy: value(policy_field(&record.policies, None).as_bytes()),
     });
     headers.reserve(FIELDS - headers.len().min(FIELDS));
     headers.insert(LIMIT, fixed.limit.clone());
     headers.insert(REMAINING, HeaderValue::from(rate.remaining));
     headers.insert(RESET, HeaderValue::from(rate.reset_at.secs_ceil()));
-    headers.insert(POLICY, fixed.policy.clone());
+    headers.insert(
+        POLICY,
+        if is_usual(decision) {
+            fixed.policy.clone()
+        } else {
+            value(policy_field(&record.policies, Some(decision)).as_bytes())
+        },
+    );
     headers.insert(STATE, value(StateField::of(decision).as_bytes()));
     if is_degraded(decision) {
         headers.insert(DEGRADED, HeaderValue::from_static(REDIS_AWAY));
@@ -90,7 +97,10 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
         ("X-RateLimit-Limit", rate.limit.to_string()),
         ("X-RateLimit-Remaining", rate.remaining.to_string()),
         ("X-RateLimit-Reset", rate.reset_at.secs_ceil().to_string()),
-        ("RateLimit-Policy", policy_field(&record.policies)),
+        (
+            "RateLimit-Policy",
+            policy_field(&record.policies, Some(decision)),
+        ),
         ("RateLimit", StateField::of(decision).as_str().to_owned()),
     ];
     if is_degraded(decision) {
@@ -110,14 +120,32 @@ fn is_degraded(decision: &Decision) -> bool {
     decision.degraded || (!decision.is_allowed() && decision.violated().is_empty())
 }
 
-/// A list of strings with parameters: `q` requests in `w` seconds. A month has no fixed number of seconds.
-fn policy_field(policies: &Policies) -> String {
+/// Whether every quota is that of a whole day or month.
+fn is_usual(decision: &Decision) -> bool {
+    decision.states().all(|state| state.shortened_to.is_none())
+}
+
+/// A list of strings with parameters: `q` requests in `w` seconds. A month has no fixed number of seconds. A
+/// window that a change of time zone shortened has a length and a quota of its own.
+fn policy_field(policies: &Policies, decision: Option<&Decision>) -> String {
     let mut field = format!("\"rpm\";q={};w=60", policies.rate().rpm);
-    if let Some(daily) = policies.daily() {
-        let _ = write!(field, ", \"daily\";q={daily};w=86400");
-    }
-    if let Some(monthly) = policies.monthly() {
-        let _ = write!(field, ", \"monthly\";q={monthly}");
+    let quotas = [
+        (
+            policies.daily(),
+            decision.and_then(|it| it.daily),
+            ";w=86400",
+        ),
+        (policies.monthly(), decision.and_then(|it| it.monthly), ""),
+    ];
+    for ((quota, state, usual), policy) in quotas.into_iter().zip([Policy::Daily, Policy::Monthly])
+    {
+        let Some(quota) = quota else { continue };
+        let name = policy.name();
+        let shortened = state.and_then(|state| Some((state.limit, state.shortened_to?)));
+        let _ = match shortened {
+            None => write!(field, ", \"{name}\";q={quota}{usual}"),
+            Some((quota, seconds)) => write!(field, ", \"{name}\";q={quota};w={seconds}"),
+        };
     }
     field
 }
@@ -179,7 +207,7 @@ mod tests {
     use super::*;
     use crate::{
         clock::UnixNanos,
-        limiter::{Outcome, Policy, PolicySet, PolicyState, RatePolicy, Zone},
+        limiter::{Outcome, PolicySet, PolicyState, RatePolicy, Zone},
     };
 
     const NOW: UnixNanos = UnixNanos(1_785_738_337_200_000_000);
@@ -203,6 +231,7 @@ mod tests {
             limit,
             remaining,
             reset_at: UnixNanos(NOW.0 + secs * 1_000_000_000 - 1),
+            shortened_to: None,
         };
         Decision {
             at: NOW,
@@ -243,7 +272,8 @@ mod tests {
 
     #[test]
     fn the_policy_field_is_what_the_draft_says() {
-        let field = policy_field(&policies());
+        let field = policy_field(&policies(), Some(&decision()));
+        assert_eq!(field, policy_field(&policies(), None));
         assert_eq!(
             field,
             "\"rpm\";q=600;w=60, \"daily\";q=50000;w=86400, \"monthly\";q=999999999999999"
@@ -257,6 +287,23 @@ mod tests {
                 ("daily".to_owned(), vec![p("q", 50_000), p("w", 86_400)]),
                 ("monthly".to_owned(), vec![p("q", 999_999_999_999_999)]),
             ]
+        );
+    }
+
+    #[test]
+    fn a_shortened_window_states_its_own_quota_and_length() {
+        let mut decision = decision();
+        assert!(is_usual(&decision));
+        let daily = decision.daily.as_mut().unwrap();
+        daily.limit = 31_250;
+        daily.shortened_to = NonZeroU32::new(54_000);
+        assert!(!is_usual(&decision));
+        let monthly = decision.monthly.as_mut().unwrap();
+        monthly.limit = 7;
+        monthly.shortened_to = NonZeroU32::new(2_592_000);
+        assert_eq!(
+            policy_field(&policies(), Some(&decision)),
+            "\"rpm\";q=600;w=60, \"daily\";q=31250;w=54000, \"monthly\";q=7;w=2592000"
         );
     }
 

@@ -3,20 +3,33 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use chrono::DateTime;
+use chrono::{DateTime, Datelike, Days, Months, NaiveTime, TimeDelta, Utc};
 
 use crate::{
-    db::{self, Db, DbError},
-    limiter::{LedgerError, LedgerRow, QuotaLedger, Taken},
-    repo::quota_usage::{self, Row},
+    clock::UnixNanos,
+    db::{self, Db, DbError, SystemTx},
+    limiter::{
+        LedgerError, LedgerRow, Policy, QuotaLedger, QuotaWindow, ReturnBatch, TakeRequest, Taken,
+        Window, window_at,
+    },
+    repo::quota_usage::{self, Ask, Row, StatedWindow},
     telemetry::metrics::Metrics,
 };
+
+/// Takes in one transaction. A transaction locks the windows that it opens, and PostgreSQL has space for 64
+/// such locks for each connection.
+const TAKES: usize = 50;
 
 #[derive(Debug, Clone)]
 pub struct PostgresLedger {
     db: Db,
     metrics: Arc<Metrics>,
 }
+
+/// The key was deleted.
+#[derive(Debug, thiserror::Error)]
+#[error("the key does not exist")]
+struct NoSuchKey;
 
 impl PostgresLedger {
     pub fn new(db: Db, metrics: Arc<Metrics>) -> Self {
@@ -25,19 +38,158 @@ impl PostgresLedger {
 
     fn failed(&self, error: DbError) -> LedgerError {
         self.metrics.ledger_errors.inc();
-        tracing::warn!(error = %db::chain(&error), "the quota ledger cannot be asked");
-        Box::new(error)
+        tracing::warn!(error = %db::chain(&error), "a call of the quota ledger failed");
+        Arc::new(error)
+    }
+
+    /// Takes in one transaction, sorted.
+    async fn take_together(&self, requests: &[TakeRequest]) -> Result<Vec<Option<Taken>>, DbError> {
+        let mut tx = self.db.system().await?;
+        let taken = take(&mut tx, requests).await?;
+        // Spent only after this: what is not committed was not taken.
+        tx.commit().await?;
+        Ok(taken)
+    }
+
+    async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
+        let gone = || Arc::new(NoSuchKey) as LedgerError;
+        match self.take_together(requests).await {
+            Ok(taken) => taken.into_iter().map(|it| it.ok_or_else(gone)).collect(),
+            // One that cannot be served must not stop the others.
+            Err(error @ (DbError::Query(_) | DbError::Constraint(_))) if requests.len() > 1 => {
+                tracing::debug!(error = %db::chain(&error), "taking one by one");
+                let mut results = Vec::with_capacity(requests.len());
+                for request in requests {
+                    let taken = self.take_together(std::slice::from_ref(request)).await;
+                    results.push(match taken {
+                        Ok(taken) => taken.into_iter().next().flatten().ok_or_else(gone),
+                        Err(error) => Err(self.failed(error)),
+                    });
+                }
+                results
+            }
+            Err(error) => {
+                let error = self.failed(error);
+                vec![Err(error); requests.len()]
+            }
+        }
     }
 }
 
-fn row(row: &LedgerRow) -> Row<'_> {
-    let nanos = i64::try_from(row.window_start.0).unwrap_or(i64::MAX);
-    Row {
+async fn take(tx: &mut SystemTx, requests: &[TakeRequest]) -> Result<Vec<Option<Taken>>, DbError> {
+    let asks: Vec<Ask> = requests.iter().map(ask).collect();
+    let mut taken = quota_usage::take(tx, &asks, None).await?;
+    let fresh: Vec<usize> = (0..asks.len()).filter(|i| taken[*i].is_none()).collect();
+    if !fresh.is_empty() {
+        let asks: Vec<Ask> = fresh.iter().map(|i| asks[*i]).collect();
+        let since: Vec<_> = fresh
+            .iter()
+            .map(|i| time(requests[*i].calendar.start))
+            .collect();
+        // From here on no other replica opens a window of these keys, so what is read stays true: a window
+        // that is used can become unused, but not the other way round.
+        quota_usage::lock(tx, &asks).await?;
+        let used = quota_usage::used_windows(tx, &asks, &since).await?;
+        let windows: Vec<_> = fresh
+            .iter()
+            .zip(used)
+            .map(|(i, used)| {
+                let request = &requests[*i];
+                let used: Vec<_> = used.iter().map(|row| stated(row, request)).collect();
+                let window = window_at(request.at, request.calendar, &used);
+                let seconds = i64::try_from(window.period / 1_000_000_000).unwrap_or(i64::MAX);
+                (time(window.span.start), time(window.span.end), seconds)
+            })
+            .collect();
+        quota_usage::open(tx, &asks, &windows).await?;
+        let starts: Vec<_> = windows.iter().map(|window| window.0).collect();
+        let opened = quota_usage::take(tx, &asks, Some(&starts)).await?;
+        for (i, opened) in fresh.into_iter().zip(opened) {
+            taken[i] = opened;
+        }
+    }
+    Ok(taken.into_iter().map(|it| it.map(granted)).collect())
+}
+
+fn ask(request: &TakeRequest) -> Ask {
+    Ask {
+        tenant: request.tenant.0,
+        key: request.key.0,
+        policy: request.policy.name(),
+        at: time(request.at),
+        limit: amount(request.limit),
+        want: amount(request.want),
+    }
+}
+
+fn granted(taken: quota_usage::Taken) -> Taken {
+    Taken {
+        window: QuotaWindow {
+            span: Window {
+                start: nanos(taken.start),
+                end: nanos(taken.end),
+            },
+            period: u64::try_from(taken.period_seconds)
+                .unwrap_or(0)
+                .saturating_mul(1_000_000_000),
+        },
+        granted: u64::try_from(taken.granted).unwrap_or(0),
+        used: u64::try_from(taken.used).unwrap_or(u64::MAX),
+    }
+}
+
+/// The window that a row states. Earlier versions stated no end: theirs is the calendar's.
+fn stated(row: &StatedWindow, request: &TakeRequest) -> QuotaWindow {
+    let start = nanos(row.start);
+    match row.end {
+        Some((end, seconds)) => QuotaWindow {
+            span: Window {
+                start,
+                end: nanos(end),
+            },
+            period: u64::try_from(seconds)
+                .unwrap_or(0)
+                .saturating_mul(1_000_000_000),
+        },
+        None if start == request.calendar.start => QuotaWindow::whole(request.calendar),
+        None => QuotaWindow::whole(Window {
+            start,
+            end: nanos(usual_end(row.start, request.policy)),
+        }),
+    }
+}
+
+/// The end of a whole day or month in another time zone, which is not known; but for changes of its clocks.
+fn usual_end(start: DateTime<Utc>, policy: Policy) -> DateTime<Utc> {
+    if policy != Policy::Monthly {
+        return start + Days::new(1);
+    }
+    // A month begins in no zone earlier than 14 hours before it does in UTC, nor half a day after.
+    let first = (start + TimeDelta::hours(14))
+        .date_naive()
+        .with_day(1)
+        .unwrap_or_else(|| start.date_naive());
+    let offset = start - first.and_time(NaiveTime::MIN).and_utc();
+    (first + Months::new(1)).and_time(NaiveTime::MIN).and_utc() + offset
+}
+
+fn row((row, n): &(LedgerRow, u64)) -> (Row, i64) {
+    let row = Row {
         tenant: row.tenant.0,
         key: row.key.0,
         policy: row.policy.name(),
-        window_start: DateTime::from_timestamp_nanos(nanos),
-    }
+        window_start: time(row.window_start),
+    };
+    (row, amount(*n))
+}
+
+fn time(at: UnixNanos) -> DateTime<Utc> {
+    DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
+}
+
+fn nanos(at: DateTime<Utc>) -> UnixNanos {
+    let nanos = at.timestamp_nanos_opt().unwrap_or(i64::MAX);
+    UnixNanos(u64::try_from(nanos).unwrap_or(0))
 }
 
 fn amount(n: u64) -> i64 {
@@ -46,30 +198,56 @@ fn amount(n: u64) -> i64 {
 
 #[async_trait]
 impl QuotaLedger for PostgresLedger {
-    async fn take(&self, of: LedgerRow, limit: u64, want: u64) -> Result<Taken, LedgerError> {
-        self.metrics.ledger_takes.inc();
-        let taken = async {
-            let mut tx = self.db.system().await?;
-            let taken = quota_usage::take(&mut tx, row(&of), amount(limit), amount(want)).await?;
-            // Spent only after this: what is not committed was not taken.
-            tx.commit().await?;
-            Ok(taken)
-        };
-        match taken.await {
-            Ok((granted, used)) => Ok(Taken {
-                granted: u64::try_from(granted).unwrap_or(0),
-                used: u64::try_from(used).unwrap_or(u64::MAX),
-            }),
-            Err(error) => Err(self.failed(error)),
+    async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
+        self.metrics.ledger_takes.inc_by(requests.len() as u64);
+        // Every transaction locks rows in the same order.
+        let mut order: Vec<usize> = (0..requests.len()).collect();
+        order.sort_unstable_by_key(|i| {
+            let request = &requests[*i];
+            (request.tenant, request.key, request.policy)
+        });
+        let mut results: Vec<Option<Result<Taken, LedgerError>>> = vec![None; requests.len()];
+        for part in order.chunks(TAKES) {
+            let sorted: Vec<_> = part.iter().map(|i| requests[*i]).collect();
+            for (i, taken) in part.iter().zip(self.take_sorted(&sorted).await) {
+                results[*i] = Some(taken);
+            }
         }
+        results
+            .into_iter()
+            .map(|it| it.unwrap_or_else(|| Err(Arc::new(NoSuchKey))))
+            .collect()
     }
 
-    async fn give_back(&self, of: LedgerRow, n: u64) -> Result<(), LedgerError> {
+    async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError> {
+        let rows: Vec<_> = batch.rows.iter().map(row).collect();
         let given = async {
             let mut tx = self.db.system().await?;
-            quota_usage::give_back(&mut tx, row(&of), amount(n)).await?;
+            quota_usage::give_back(&mut tx, batch.id, &rows).await?;
             tx.commit().await
         };
         given.await.map_err(|error| self.failed(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_month_of_an_unknown_zone_ends_where_the_next_begins() {
+        for (start, end) in [
+            ("2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z"),
+            // Tokyo
+            ("2026-10-31T15:00:00Z", "2026-11-30T15:00:00Z"),
+            ("2026-02-28T15:00:00Z", "2026-03-31T15:00:00Z"),
+            // Kiritimati and Pago Pago
+            ("2026-01-31T10:00:00Z", "2026-02-28T10:00:00Z"),
+            ("2026-02-01T11:00:00Z", "2026-03-01T11:00:00Z"),
+        ] {
+            let start: DateTime<Utc> = start.parse().unwrap();
+            let end: DateTime<Utc> = end.parse().unwrap();
+            assert_eq!(usual_end(start, Policy::Monthly), end);
+        }
     }
 }

@@ -1,33 +1,45 @@
-//! Calendar quotas that outlive the process: the ledger holds the truth and hands it out in blocks.
+//! Calendar quotas that outlive the process: a ledger holds the truth and hands it out in blocks.
 //!
-//! A block is tokens that the ledger has already counted as used, so spending them needs nobody's leave, and
-//! a crash can strand them but never spend them twice. Owns the rules of one key's block of one policy: how
-//! large it may be, when to ask for more, what is over when a plan changes. Knows no SQL and starts no task;
-//! the store does the asking. When the ledger is down, what is in hand is spent and then nothing more is
-//! admitted.
+//! A block is tokens that the ledger already counts as used, so spending them needs no further call. A crash
+//! can strand a block but never spend it twice. This module owns the rules for one key's block of one policy:
+//! how large it is, when to fetch more, which window it belongs to, and what goes back when the plan or the
+//! time zone changes. It knows no SQL and starts no task. When the ledger is down, the block is spent and then
+//! nothing more is admitted.
+//!
+//! The ledger decides which window counts. What a block computes from the calendar is provisional until the
+//! ledger has answered.
 
 use std::{error::Error, num::NonZeroU64, sync::Arc};
 
 use async_trait::async_trait;
 use quota_common::id::{ApiKeyId, TenantId};
+use uuid::Uuid;
 
-use super::{calendar::Window, policy::Policy};
+use super::{
+    calendar::{QuotaWindow, Window, window_at},
+    policy::Policy,
+};
 use crate::clock::UnixNanos;
 
 /// A block is at most this many tokens, and at most one hundredth of its quota.
 const BLOCK_MAX: u64 = 10_000;
 
-/// Nanoseconds until a ledger that had nothing left is asked again, at first. Somebody else may have given
-/// tokens back. Doubles with each answer of nothing, up to [`PATIENCE_MAX`].
+/// Nanoseconds until an exhausted ledger is queried again, at first: other replicas may have returned tokens.
+/// Doubles with each empty answer, up to [`PATIENCE_MAX`].
 const PATIENCE: u64 = 1_000_000_000;
 const PATIENCE_MAX: u64 = 64 * PATIENCE;
 
-/// Nanoseconds until a ledger that failed is asked again. Within them requests are answered at once that it
-/// is not available, so that a ledger in trouble is not asked once per request.
+/// Nanoseconds until a failed ledger is queried again. Until then requests fail at once, so that a ledger in
+/// trouble does not get one call per request.
 const COOLING: u64 = 100_000_000;
 
-/// The row of a ledger: what one key has used of one policy in one window.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// The first block of the next window is fetched this many nanoseconds before the current one ends: at least
+/// [`AHEAD_MIN`], and up to [`AHEAD_JITTER`] more, which differs by key.
+const AHEAD_MIN: u64 = 120_000_000_000;
+const AHEAD_JITTER: u64 = 480_000_000_000;
+
+/// A row of the ledger: what one key has used of one policy in one window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LedgerRow {
     pub tenant: TenantId,
     pub key: ApiKeyId,
@@ -36,53 +48,85 @@ pub struct LedgerRow {
     pub window_start: UnixNanos,
 }
 
+/// A request for tokens of the window that contains `at`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TakeRequest {
+    pub tenant: TenantId,
+    pub key: ApiKeyId,
+    /// [`Policy::Daily`] or [`Policy::Monthly`].
+    pub policy: Policy,
+    pub at: UnixNanos,
+    /// The calendar day or month that contains `at`, in the time zone that the caller knows.
+    pub calendar: Window,
+    /// The quota of a whole day or month.
+    pub limit: u64,
+    /// At least 1.
+    pub want: u64,
+}
+
 /// What a ledger handed out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Taken {
+    /// The window that the tokens belong to. It contains the `at` of the request.
+    pub window: QuotaWindow,
     pub granted: u64,
-    /// All that is used of the row, after this grant and with it.
+    /// All that is used of the window, this grant included.
     pub used: u64,
 }
 
-/// Why a ledger could not answer. The caller is told no more than that it could not.
-pub type LedgerError = Box<dyn Error + Send + Sync>;
+/// Unused tokens of several rows, to be credited together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReturnBatch {
+    /// Identifies the batch when it is sent again.
+    pub id: Uuid,
+    /// Each row at most once, in ascending order.
+    pub rows: Vec<(LedgerRow, u64)>,
+}
+
+/// Why a ledger could not answer. Consumers only see that it is unavailable.
+pub type LedgerError = Arc<dyn Error + Send + Sync>;
 
 /// The durable truth about calendar quotas.
 #[async_trait]
 pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
-    /// Counts up to `want` more tokens as used and grants them: `min(want, limit - used)`, in one atomic
-    /// step. `limit` is the policy's limit of now, which may be below what is used already; then nothing is
-    /// granted. An error may leave them counted: they are lost to the window, never spent twice.
-    async fn take(&self, row: LedgerRow, limit: u64, want: u64) -> Result<Taken, LedgerError>;
+    /// Grants up to `want` tokens for each request and counts them as used, atomically for each:
+    /// `min(want, quota - used)`, where `quota` is the share of `limit` that the window has. Returns one
+    /// result for each request, in order. A batch has at most one request for a key and policy.
+    ///
+    /// If a window of which something is used contains `at`, it is that window. Otherwise it is the calendar
+    /// window of the request, cut so that it overlaps no window of which something is used, and its quota is
+    /// in proportion to its length. An error may leave tokens counted: they are lost to the window, and never
+    /// spent twice.
+    async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>>;
 
-    /// Counts `n` tokens as unused again. Called at most once for a token: a second try after an unclear
-    /// failure could credit it twice.
-    async fn give_back(&self, row: LedgerRow, n: u64) -> Result<(), LedgerError>;
+    /// Counts tokens as unused again: all of the batch or, on an error, possibly all or none. A batch that
+    /// was applied before is not applied again, so a caller may retry until it succeeds.
+    async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError>;
 }
 
-/// The largest block of a quota in the hands of one of `sharers` replicas: all of theirs together are one
-/// hundredth of it, and 10,000, where that is at least one for each.
-pub(super) const fn block_size(limit: u64, sharers: u64) -> u64 {
-    let hundredth = limit / 100 / sharers;
+/// Returns the largest block of a quota for one of `replicas` replicas. All their blocks together are at most
+/// one hundredth of the quota, and 10,000, where that is at least one token each.
+pub(super) const fn block_size(limit: u64, replicas: u64) -> u64 {
+    let hundredth = limit / 100 / replicas;
     if hundredth < 1 {
         1
-    } else if hundredth > BLOCK_MAX / sharers {
-        BLOCK_MAX / sharers
+    } else if hundredth > BLOCK_MAX / replicas {
+        BLOCK_MAX / replicas
     } else {
         hundredth
     }
 }
 
-/// How a block stands to a cost.
+/// How a block relates to a cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Standing {
     /// The policy does not limit this key.
     Unlimited,
-    /// In hand.
+    /// The block has enough tokens.
     Fits,
-    /// Not in hand, but the ledger should have it.
+    /// The block has too few, but the ledger should have them.
     Short,
-    /// The ledger has not been asked in this window.
+    /// The ledger has not answered in this window.
     Unknown,
     /// Not in this window any more.
     Exhausted,
@@ -90,109 +134,160 @@ pub(super) enum Standing {
     NeverFits,
 }
 
-/// What to ask of the ledger, in this order: give back, then take.
+/// A call of the ledger for one block: first return, then take.
 #[derive(Debug)]
 pub(super) struct Order {
     pub(super) give_back: Vec<(UnixNanos, u64)>,
-    pub(super) window_start: UnixNanos,
+    /// The quota of a whole day or month.
     pub(super) limit: u64,
-    /// Zero: only give back.
+    /// Zero: only return.
     pub(super) want: u64,
 }
 
-/// Why tokens are asked for.
+/// Why tokens are fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Need {
-    /// A request of this cost waits.
+    /// A request of this cost is waiting.
     Cost(u64),
-    /// None yet, but soon.
+    /// No request is waiting, but one may be soon.
     Ahead,
-    /// The ledger had nothing left; perhaps it has now.
+    /// The ledger was exhausted; other replicas may have returned tokens.
     Again,
 }
 
-/// The tokens in hand of one policy, and what is known of the rest.
+/// Tokens of the window after the current one.
+#[derive(Debug)]
+struct NextBlock {
+    window: QuotaWindow,
+    held: u64,
+    used: u64,
+}
+
+/// The block of the next window.
+#[derive(Debug)]
+enum Next {
+    None,
+    Fetching,
+    /// Being fetched, for a calendar that has changed since.
+    Outdated,
+    Held(Box<NextBlock>),
+}
+
+/// The tokens held of one policy, and what is known of the rest.
 #[derive(Debug)]
 pub(super) struct Block {
-    /// Zero: no quota.
+    /// Of a whole day or month. Zero: no quota.
     limit: u64,
+    /// What the window has of it.
+    quota: u64,
     /// How many replicas take blocks of it. At least 1.
-    sharers: u64,
-    window: Window,
+    replicas: u64,
+    window: QuotaWindow,
     /// The ledger has answered in this window.
     known: bool,
-    in_hand: u64,
-    /// As the ledger counts it: with what is in hand, without what is owed.
+    held: u64,
+    /// As the ledger counts it: with `held`, without what is owed.
     used: u64,
     asked_at: UnixNanos,
     patience: u64,
-    in_flight: bool,
-    failure: Option<Arc<dyn Error + Send + Sync>>,
+    fetching: bool,
+    failure: Option<LedgerError>,
     failures: u64,
-    /// Tokens of windows to give back with the next flight.
-    owed: Vec<(UnixNanos, u64)>,
+    /// Tokens to return, by window.
+    owed: Vec<(Window, u64)>,
+    next: Next,
 }
 
 impl Block {
     pub(super) const fn new() -> Self {
         Self {
             limit: 0,
-            sharers: 1,
-            window: Window::NONE,
+            quota: 0,
+            replicas: 1,
+            window: QuotaWindow::NONE,
             known: false,
-            in_hand: 0,
+            held: 0,
             used: 0,
             asked_at: UnixNanos(0),
             patience: PATIENCE,
-            in_flight: false,
+            fetching: false,
             failure: None,
             failures: 0,
             owed: Vec::new(),
+            next: Next::None,
         }
     }
 
-    /// So many replicas take blocks of the same quota.
+    /// Sets how many replicas take blocks of the same quota.
     #[inline]
-    pub(super) fn share_among(&mut self, sharers: u64) {
-        self.sharers = sharers;
+    pub(super) fn share_among(&mut self, replicas: u64) {
+        self.replicas = replicas;
     }
 
     fn size(&self) -> u64 {
-        block_size(self.limit, self.sharers)
+        block_size(self.quota, self.replicas)
     }
 
-    pub(super) fn window(&self) -> Window {
+    pub(super) fn window(&self) -> QuotaWindow {
         self.window
     }
 
     /// Whether [`enter`](Self::enter) is due: the policy limits, and `now` is in another window.
     pub(super) fn is_outdated(&self, now: UnixNanos) -> bool {
-        self.limit != 0 && !self.window.contains(now)
+        self.limit != 0 && !self.window.span.contains(now)
     }
 
-    /// The policy's limit is now `limit`. What was consumed stays consumed; what is in hand beyond the new
-    /// limit, or beyond the new size of a block, goes back unspent.
+    fn set_window(&mut self, window: QuotaWindow) {
+        self.window = window;
+        self.quota = window.quota(self.limit);
+    }
+
+    /// Sets the policy's limit. What was consumed stays consumed. Tokens beyond the new limit, or beyond the
+    /// new size of a block, are owed to the ledger.
     pub(super) fn adopt(&mut self, limit: Option<NonZeroU64>) {
         let limit = limit.map_or(0, NonZeroU64::get);
         if limit != self.limit {
             self.limit = limit;
+            self.quota = self.window.quota(limit);
             self.patience = PATIENCE;
-            self.trim();
+            self.drop_next();
+            self.trim_to(self.size());
         }
     }
 
-    /// The clock is in `window` now. What is in hand of another goes back: that one may not have ended (the
-    /// clock went back, the zone was edited), and if it has, its row tells what was really used.
-    pub(super) fn enter(&mut self, window: Window) {
-        if window == self.window {
+    /// The time zone has changed. A window that was used keeps its end. One that nobody has used, as far as is
+    /// known here, is given up, and the ledger decides.
+    pub(super) fn rezone(&mut self) {
+        self.drop_next();
+        if !self.known || self.used <= self.held {
+            self.surrender();
+            self.known = false;
+            self.used = 0;
+            self.set_window(QuotaWindow::NONE);
+        }
+    }
+
+    /// Moves to the window of `now`, which is not the current one. `calendar` is the day or month of `now`.
+    /// Tokens of the old window are owed: it may not have ended (the clock was set back), and if it has, its
+    /// row says what was really used.
+    pub(super) fn enter(&mut self, calendar: Window, now: UnixNanos) {
+        let before = (self.known && self.used > self.held).then_some(self.window);
+        self.surrender();
+        self.patience = PATIENCE;
+        if let Next::Held(next) = &self.next
+            && next.window.span.contains(now)
+        {
+            let (window, held, used) = (next.window, next.held, next.used);
+            self.next = Next::None;
+            self.set_window(window);
+            (self.known, self.held, self.used) = (true, held, used);
             return;
         }
-        self.surrender();
-        self.window = window;
-        self.known = false;
-        self.in_hand = 0;
-        self.used = 0;
-        self.patience = PATIENCE;
+        if matches!(self.next, Next::Held(_)) {
+            self.drop_next();
+        }
+        self.set_window(window_at(now, calendar, before.as_slice()));
+        (self.known, self.used) = (false, 0);
     }
 
     pub(super) fn standing(&self, cost: u64) -> Standing {
@@ -202,7 +297,7 @@ impl Block {
             Standing::Unknown
         } else if cost > self.limit {
             Standing::NeverFits
-        } else if self.in_hand >= cost {
+        } else if self.held >= cost {
             Standing::Fits
         } else if self.remaining() >= cost {
             Standing::Short
@@ -214,55 +309,57 @@ impl Block {
     /// Spends `cost`, which [fits](Standing::Fits).
     pub(super) fn spend(&mut self, cost: u64) {
         if self.limit != 0 {
-            self.in_hand -= cost;
+            self.held -= cost;
         }
     }
 
-    pub(super) fn limit(&self) -> Option<u64> {
-        (self.limit != 0).then_some(self.limit)
+    /// Returns the quota of the current window, if the policy limits this key.
+    pub(super) fn quota(&self) -> Option<u64> {
+        (self.limit != 0).then_some(self.quota)
     }
 
-    /// What is left of the quota: all of it while the ledger has not been asked.
+    /// Returns what is left of the quota: all of it until the ledger has answered.
     pub(super) fn remaining(&self) -> u64 {
-        self.limit
-            .saturating_sub(self.used.saturating_sub(self.in_hand))
+        self.quota
+            .saturating_sub(self.used.saturating_sub(self.held))
     }
 
-    /// Whether to ask for more before anybody has to wait. Not token by token where others share the quota: each
-    /// would hold one that it may never need, until it is used up before it is spent.
+    /// Whether to fetch more before a request has to wait. Not token by token where other replicas share the
+    /// quota: each would hold one that it may never need, until all are used up before they are spent.
     pub(super) fn is_low(&self, now: UnixNanos) -> bool {
         self.known
-            && self.used < self.limit
-            && (self.sharers == 1 || self.size() > 1)
-            && self.in_hand <= self.size() / 4
-            && !self.in_flight
+            && self.used < self.quota
+            && (self.replicas == 1 || self.size() > 1)
+            && self.held <= self.size() / 4
+            && !self.fetching
             && ((self.failure.is_none() && self.patience == PATIENCE) || self.is_due(now))
     }
 
-    /// Whether there is something to give back and nobody does.
-    pub(super) fn has_debts(&self) -> bool {
-        !self.owed.is_empty() && !self.in_flight
+    /// Whether tokens of a window that has not ended are owed and no call is under way. Those of an ended
+    /// window can wait for [`take_owed`](Self::take_owed).
+    pub(super) fn has_debts(&self, now: UnixNanos) -> bool {
+        !self.fetching && self.owed.iter().any(|(window, _)| now < window.end)
     }
 
-    /// Whether to ask a ledger again that had nothing left.
+    /// Whether to query a ledger again that was exhausted.
     pub(super) fn is_worth_asking_again(&self, now: UnixNanos) -> bool {
-        !self.in_flight && self.is_due(now)
+        !self.fetching && self.is_due(now)
     }
 
-    /// The error by which the ledger failed just now, while it is not to be asked again.
-    pub(super) fn cooling(&self, now: UnixNanos) -> Option<Arc<dyn Error + Send + Sync>> {
+    /// Returns the last error of the ledger while it is too early to try again.
+    pub(super) fn cooling(&self, now: UnixNanos) -> Option<LedgerError> {
         self.failure
             .as_ref()
             .filter(|_| !self.is_due(now))
             .map(Arc::clone)
     }
 
-    /// How often the ledger has failed, and how it did last.
+    /// Returns how often the ledger has failed.
     pub(super) fn failures(&self) -> u64 {
         self.failures
     }
 
-    pub(super) fn failure(&self) -> Option<Arc<dyn Error + Send + Sync>> {
+    pub(super) fn failure(&self) -> Option<LedgerError> {
         self.failure.clone()
     }
 
@@ -272,69 +369,68 @@ impl Block {
         } else {
             self.patience
         };
-        // Either way round: a clock that went back must not silence a key for hours.
+        // In both directions: a clock that went back must not silence a key for hours.
         now.0.abs_diff(self.asked_at.0) >= patience
     }
 
-    /// Begins a flight, unless one is on its way or there is nothing to ask. Every order is followed by
-    /// [`land`](Self::land) or [`fail`](Self::fail).
-    pub(super) fn order(&mut self, need: Need) -> Option<Order> {
-        if self.in_flight {
+    /// Begins a fetch at `now`, unless one is under way or there is nothing to do. Every order is followed by
+    /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
+    pub(super) fn begin_fetch(&mut self, need: Need, now: UnixNanos) -> Option<Order> {
+        if self.fetching {
             return None;
         }
         let size = self.size();
-        let left = self.limit.saturating_sub(self.used);
+        let left = self.quota.saturating_sub(self.used);
         let want = match need {
             _ if self.limit == 0 => 0,
-            // A request that costs more than a block takes what it needs, to spend it at once; but only
-            // where it is known to be there.
-            Need::Cost(cost) if self.known => size.max(cost).saturating_sub(self.in_hand).min(left),
-            Need::Cost(_) | Need::Ahead => size.saturating_sub(self.in_hand).min(left),
-            Need::Again => size.saturating_sub(self.in_hand).max(1),
+            // A request that costs more than a block takes what it needs and spends it at once, but only
+            // where the tokens are known to exist.
+            Need::Cost(cost) if self.known => size.max(cost).saturating_sub(self.held).min(left),
+            Need::Cost(_) | Need::Ahead => size.saturating_sub(self.held).min(left),
+            Need::Again => size.saturating_sub(self.held).max(1),
         };
-        self.fly(want)
-    }
-
-    /// As [`order`](Self::order), for what is owed and nothing else.
-    pub(super) fn order_return(&mut self) -> Option<Order> {
-        if self.in_flight { None } else { self.fly(0) }
-    }
-
-    fn fly(&mut self, want: u64) -> Option<Order> {
-        if want == 0 && self.owed.is_empty() {
+        // Before the take, so that `used` does not count them, and so that a window that nobody has used can
+        // give way to one in another time zone.
+        let give_back: Vec<_> = self
+            .owed
+            .extract_if(.., |(window, _)| now < window.end)
+            .map(|(window, tokens)| (window.start, tokens))
+            .collect();
+        if want == 0 && give_back.is_empty() {
             return None;
         }
-        self.in_flight = true;
-        // Somebody may wait for what is taken: what is owed to other windows goes back after it.
-        let current = self.window.start;
-        let give_back = self
-            .owed
-            .extract_if(.., |(window, _)| want == 0 || *window == current)
-            .collect();
+        self.fetching = true;
         Some(Order {
             give_back,
-            window_start: self.window.start,
             limit: self.limit,
             want,
         })
     }
 
-    /// The ledger answered an order for tokens of the window that started at `window_start`.
-    pub(super) fn land(&mut self, window_start: UnixNanos, taken: Taken, now: UnixNanos) {
-        self.in_flight = false;
+    /// The ledger answered a fetch.
+    pub(super) fn finish_fetch(&mut self, taken: Taken, now: UnixNanos) {
+        self.fetching = false;
         self.failure = None;
-        if self.limit == 0 || window_start != self.window.start {
-            self.owe(window_start, taken.granted);
+        self.receive(taken, now);
+    }
+
+    fn receive(&mut self, taken: Taken, now: UnixNanos) {
+        if self.limit == 0 || !taken.window.span.contains(now) {
+            self.owe(taken.window.span, taken.granted);
             return;
+        }
+        if taken.window != self.window {
+            self.surrender();
+            self.set_window(taken.window);
         }
         let owed: u64 = self
             .owed
             .iter()
-            .filter(|(window, _)| *window == window_start)
+            .filter(|(window, _)| window.start == taken.window.span.start)
             .map(|(_, n)| n)
             .sum();
         self.known = true;
-        self.in_hand += taken.granted;
+        self.held += taken.granted;
         self.used = taken.used.saturating_sub(owed);
         self.asked_at = now;
         self.patience = if taken.granted > 0 {
@@ -345,72 +441,140 @@ impl Block {
         self.trim_to(u64::MAX);
     }
 
-    /// Gives up what is in hand beyond a block and beyond what requests wait for: the rest of what was
-    /// fetched for a costly request that then was denied or went away.
-    pub(super) fn tidy(&mut self, waited_for: u64) {
-        let size = self.size().max(waited_for);
-        if self.in_hand > size {
-            self.trim_to(size);
-        }
-    }
-
-    /// A flight that only gave back is over.
-    pub(super) fn land_empty(&mut self) {
-        self.in_flight = false;
+    /// A call that only returned tokens has ended.
+    pub(super) fn finish_return(&mut self) {
+        self.fetching = false;
     }
 
     /// The ledger did not answer.
-    pub(super) fn fail(&mut self, error: Arc<dyn Error + Send + Sync>, now: UnixNanos) {
-        self.in_flight = false;
+    pub(super) fn fail(&mut self, error: LedgerError, now: UnixNanos) {
+        self.fetching = false;
         self.failure = Some(error);
         self.failures += 1;
         self.asked_at = now;
     }
 
-    /// Owes all that is in hand.
-    pub(super) fn surrender(&mut self) {
-        let n = std::mem::take(&mut self.in_hand);
-        self.used = self.used.saturating_sub(n);
-        self.owe(self.window.start, n);
+    /// Begins to fetch the first block of the next window, if it is time for `key_hash` and the key was used
+    /// in this one. Returns when the next window starts. Followed by [`finish_next`](Self::finish_next).
+    pub(super) fn begin_next(&mut self, now: UnixNanos, key_hash: u64) -> Option<UnixNanos> {
+        let end = self.window.span.end;
+        let is_time = now.0.saturating_add(AHEAD_MIN + key_hash % AHEAD_JITTER) >= end.0;
+        let is_wanted = self.limit != 0
+            && self.known
+            && self.used > self.held
+            && (self.replicas == 1 || self.size() > 1)
+            && matches!(self.next, Next::None);
+        if !is_wanted || !is_time || !self.window.span.contains(now) {
+            return None;
+        }
+        self.next = Next::Fetching;
+        Some(end)
     }
 
-    /// Nothing in hand, nothing owed, nobody under way: the block can be forgotten.
-    pub(super) fn is_forgettable(&self) -> bool {
-        self.in_hand == 0 && self.owed.is_empty() && !self.in_flight
-    }
-
-    fn trim(&mut self) {
-        self.trim_to(self.size());
-    }
-
-    fn trim_to(&mut self, size: u64) {
-        let consumed = self.used.saturating_sub(self.in_hand);
-        let keep = self
-            .in_hand
-            .min(self.limit.saturating_sub(consumed))
-            .min(size);
-        let over = self.in_hand - keep;
-        self.in_hand = keep;
-        self.used = self.used.saturating_sub(over);
-        self.owe(self.window.start, over);
-        if self.limit == 0 {
-            self.known = false;
-            self.used = 0;
-            self.window = Window::NONE;
+    /// Returns the limit and the number of tokens to take of a window in which `calendar` is the day or month.
+    pub(super) fn next_order(&self, calendar: Window) -> Order {
+        let window = window_at(self.window.span.end, calendar, &[self.window]);
+        Order {
+            give_back: Vec::new(),
+            limit: self.limit,
+            want: block_size(window.quota(self.limit), self.replicas),
         }
     }
 
-    fn owe(&mut self, window_start: UnixNanos, n: u64) {
+    /// The fetch of the next block ended; `None` if it failed.
+    pub(super) fn finish_next(&mut self, taken: Option<Taken>, now: UnixNanos) {
+        let is_outdated = matches!(self.next, Next::Outdated);
+        self.next = Next::None;
+        let Some(taken) = taken else {
+            return;
+        };
+        if is_outdated || self.limit == 0 || taken.granted == 0 {
+            self.owe(taken.window.span, taken.granted);
+        } else if taken.window.span.start >= self.window.span.end && now < taken.window.span.start {
+            self.next = Next::Held(Box::new(NextBlock {
+                window: taken.window,
+                held: taken.granted,
+                used: taken.used,
+            }));
+        } else {
+            // The window has begun meanwhile.
+            self.receive(taken, now);
+        }
+    }
+
+    fn drop_next(&mut self) {
+        match std::mem::replace(&mut self.next, Next::None) {
+            Next::None => {}
+            Next::Fetching | Next::Outdated => self.next = Next::Outdated,
+            Next::Held(next) => self.owe(next.window.span, next.held),
+        }
+    }
+
+    /// Owes what is held beyond a block and beyond what waiting requests need: the rest of what was fetched
+    /// for a costly request that then was denied or canceled.
+    pub(super) fn tidy(&mut self, waited_for: u64) {
+        let size = self.size().max(waited_for);
+        if self.held > size {
+            self.trim_to(size);
+        }
+    }
+
+    /// Owes everything that is held.
+    fn surrender(&mut self) {
+        let n = std::mem::take(&mut self.held);
+        self.used = self.used.saturating_sub(n);
+        self.owe(self.window.span, n);
+    }
+
+    /// Gives up everything that is held, and takes all that is owed out of the block.
+    pub(super) fn release(&mut self) -> impl Iterator<Item = (UnixNanos, u64)> {
+        self.surrender();
+        self.drop_next();
+        self.take_owed(UnixNanos(u64::MAX))
+    }
+
+    /// Takes what is owed to windows that ended before `now` out of the block.
+    pub(super) fn take_owed(
+        &mut self,
+        now: UnixNanos,
+    ) -> impl Iterator<Item = (UnixNanos, u64)> + use<> {
+        let owed: Vec<_> = self
+            .owed
+            .extract_if(.., |(window, _)| window.end <= now)
+            .collect();
+        owed.into_iter().map(|(window, n)| (window.start, n))
+    }
+
+    /// Whether the block can be dropped: no tokens held, none owed, no call under way.
+    pub(super) fn is_forgettable(&self) -> bool {
+        self.held == 0 && self.owed.is_empty() && !self.fetching && matches!(self.next, Next::None)
+    }
+
+    fn trim_to(&mut self, size: u64) {
+        let consumed = self.used.saturating_sub(self.held);
+        let keep = self.held.min(self.quota.saturating_sub(consumed)).min(size);
+        let over = self.held - keep;
+        self.held = keep;
+        self.used = self.used.saturating_sub(over);
+        self.owe(self.window.span, over);
+        if self.limit == 0 {
+            self.known = false;
+            self.used = 0;
+            self.set_window(QuotaWindow::NONE);
+        }
+    }
+
+    fn owe(&mut self, window: Window, n: u64) {
         if n == 0 {
             return;
         }
         match self
             .owed
             .iter_mut()
-            .find(|(window, _)| *window == window_start)
+            .find(|(owed, _)| owed.start == window.start)
         {
             Some((_, owed)) => *owed += n,
-            None => self.owed.push((window_start, n)),
+            None => self.owed.push((window, n)),
         }
     }
 }

@@ -1,11 +1,14 @@
-//! Calendar days and months in a time zone, as spans of nanoseconds.
+//! Calendar days and months in a time zone, and the windows of quotas that follow from them.
 //!
-//! Owns where a day and a month begin. A day is 23 or 25 hours long where clocks change, begins at 00:30 or
-//! 01:00 where midnight was skipped, and is no day at all where a country crossed the date line. Asking costs
-//! a microsecond or so: callers keep the window until it ends. The zones are compiled in, so nothing here
-//! can be down or differ between machines.
+//! Owns where a day and a month begin, and what becomes of a quota's window when the time zone changes. A day is
+//! 23 or 25 hours long where clocks change, begins at 00:30 or 01:00 where midnight was skipped, and does not
+//! exist where a country crossed the date line. A call takes about a microsecond: callers keep the window until
+//! it ends. The zones are compiled in, so nothing here can be down or differ between machines.
 
-use std::hash::{Hash, Hasher};
+use std::{
+    hash::{Hash, Hasher},
+    num::NonZeroU32,
+};
 
 use jiff::{
     Timestamp,
@@ -80,6 +83,84 @@ impl Window {
 
     pub fn contains(self, at: UnixNanos) -> bool {
         self.start <= at && at < self.end
+    }
+
+    /// In nanoseconds.
+    pub const fn length(self) -> u64 {
+        self.end.saturating_since(self.start)
+    }
+}
+
+/// A window of a calendar quota, and the day or month that it belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QuotaWindow {
+    pub span: Window,
+    /// Nanoseconds of the whole day or month. A window that a change of time zone shortened is shorter.
+    pub period: u64,
+}
+
+impl QuotaWindow {
+    /// Holds no time.
+    pub const NONE: Self = Self {
+        span: Window::NONE,
+        period: 0,
+    };
+
+    /// A whole day or month.
+    pub const fn whole(span: Window) -> Self {
+        Self {
+            span,
+            period: span.length(),
+        }
+    }
+
+    pub const fn is_shortened(self) -> bool {
+        self.span.length() < self.period
+    }
+
+    /// Returns the whole seconds of a window that was shortened.
+    pub fn shortened_to(self) -> Option<NonZeroU32> {
+        if !self.is_shortened() {
+            return None;
+        }
+        let seconds = self.span.length() / 1_000_000_000;
+        NonZeroU32::new(u32::try_from(seconds).unwrap_or(u32::MAX))
+    }
+
+    /// Returns the quota of this window, where a whole day or month has `limit`: in proportion to its length,
+    /// rounded up.
+    pub fn quota(self, limit: u64) -> u64 {
+        if !self.is_shortened() {
+            return limit;
+        }
+        let part = u128::from(limit) * u128::from(self.span.length());
+        u64::try_from(part.div_ceil(u128::from(self.period))).unwrap_or(limit)
+    }
+}
+
+/// Returns the quota window that contains `at`.
+///
+/// `calendar` is the day or month of `at` in the current time zone, and `used` are the windows of which
+/// something was used. A change of time zone takes effect when the current window ends, so a used window that
+/// contains `at` is the answer. Otherwise it is the calendar's, from where the last used window ended: windows
+/// never overlap.
+pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> QuotaWindow {
+    // Two can contain it where a version that kept no ends has counted in both.
+    let current = used.iter().filter(|window| window.span.contains(at));
+    if let Some(current) = current.max_by_key(|window| window.span.start) {
+        return *current;
+    }
+    let mut span = calendar;
+    for Window { start, end } in used.iter().map(|window| window.span) {
+        if end <= at {
+            span.start = span.start.max(end);
+        } else if at < start {
+            span.end = span.end.min(start);
+        }
+    }
+    QuotaWindow {
+        span,
+        period: calendar.length(),
     }
 }
 

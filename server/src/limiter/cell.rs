@@ -1,13 +1,13 @@
 //! The numbers of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
 //!
-//! Owns what a decision reads and changes under the key's lock, for every store alike; pure functions of the
-//! time that is brought. Starts no task and asks nobody: what is lacking is told to the store, which asks.
+//! Owns what a decision reads and changes under the key's lock, for every store. Pure functions of the time
+//! they are given. Starts no task and makes no call: it reports missing blocks to the store, which fetches them.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
 use super::{
     blocks::{Block, Need, Standing},
-    calendar,
+    calendar::{self, Zone},
     decision::{Decision, Outcome, PolicyState},
     gcra::{Gcra, Verdict},
     policy::{Policies, Policy, PolicySet},
@@ -20,6 +20,8 @@ use crate::clock::UnixNanos;
 pub(super) struct CellState {
     /// Of the policies that the numbers below follow; zero before the first.
     fingerprint: u64,
+    /// The time zone in which the days and months of quotas begin.
+    zone: Zone,
     gcra: Gcra,
     /// The bucket, of a store that keeps it here.
     pub(super) tat: u64,
@@ -46,9 +48,9 @@ pub(super) enum Unasked {
 /// What the calendar quotas say to a cost.
 pub(super) struct Quotas {
     pub(super) denial: Denial,
-    /// Not asked for in this window.
+    /// The ledger has not answered in this window.
     pub(super) unknown: PolicySet,
-    /// Not in hand, but the ledger should have it.
+    /// The block has too few tokens, but the ledger should have them.
     pub(super) short: PolicySet,
 }
 
@@ -68,6 +70,7 @@ impl CellState {
     pub(super) fn new() -> Self {
         Self {
             fingerprint: 0,
+            zone: Zone::utc(),
             gcra: Gcra::NONE,
             tat: 0,
             lease: None,
@@ -97,20 +100,23 @@ impl CellState {
             }
             self.gcra = gcra;
             self.fingerprint = policies.fingerprint();
+            if self.zone != *policies.zone() {
+                self.zone = policies.zone().clone();
+                self.daily.rezone();
+                self.monthly.rezone();
+            }
             self.daily.adopt(policies.daily());
             self.monthly.adopt(policies.monthly());
-            // The zone may be another: then today is, too.
-            for policy in [Policy::Daily, Policy::Monthly] {
-                self.enter(policy, policies, now);
-            }
         }
         self.daily.share_among(replicas);
         self.monthly.share_among(replicas);
         if self.daily.is_outdated(now) {
-            self.enter(Policy::Daily, policies, now);
+            let today = calendar::window(Policy::Daily, &self.zone, now);
+            self.daily.enter(today, now);
         }
         if self.monthly.is_outdated(now) {
-            self.enter(Policy::Monthly, policies, now);
+            let month = calendar::window(Policy::Monthly, &self.zone, now);
+            self.monthly.enter(month, now);
         }
         self.tat = self.gcra.settled(self.tat, now);
     }
@@ -119,13 +125,8 @@ impl CellState {
         self.lease.get_or_insert_default()
     }
 
-    #[cold]
-    fn enter(&mut self, policy: Policy, policies: &Policies, now: UnixNanos) {
-        if let Some(block) = self.block(policy)
-            && block.limit().is_some()
-        {
-            block.enter(calendar::window(policy, policies.zone(), now));
-        }
+    pub(super) fn zone(&self) -> &Zone {
+        &self.zone
     }
 
     /// Takes `cost` from every policy or from none, the rate from the bucket kept here. The numbers
@@ -157,7 +158,7 @@ impl CellState {
         Ok(self.decision(policies, now, denial.outcome()))
     }
 
-    /// Whether the calendar quotas have `tokens` in hand.
+    /// Whether the blocks of all calendar quotas hold `tokens`.
     pub(super) fn quotas_fit(&self, tokens: u64) -> bool {
         let fits =
             |block: &Block| matches!(block.standing(tokens), Standing::Fits | Standing::Unlimited);
@@ -190,7 +191,7 @@ impl CellState {
                 Standing::Unknown => quotas.unknown = quotas.unknown.with(policy),
                 Standing::NeverFits => quotas.denial.add(policy, None),
                 Standing::Exhausted => {
-                    let wait = block.window().end.saturating_since(now).max(1);
+                    let wait = block.window().span.end.saturating_since(now).max(1);
                     quotas.denial.add(policy, NonZeroU64::new(wait));
                 }
             }
@@ -210,6 +211,7 @@ impl CellState {
             limit: u64::from(policies.rate().burst.get()),
             remaining: self.gcra.remaining(self.tat, now),
             reset_at: UnixNanos(self.tat.max(now.0)),
+            shortened_to: None,
         };
         self.decision_with(policies, now, outcome, rate)
     }
@@ -222,11 +224,12 @@ impl CellState {
         rate: PolicyState,
     ) -> Decision {
         let quota = |policy, block: &Block| {
-            block.limit().map(|limit| PolicyState {
+            block.quota().map(|quota| PolicyState {
                 policy,
-                limit,
+                limit: quota,
                 remaining: block.remaining(),
-                reset_at: block.window().end,
+                reset_at: block.window().span.end,
+                shortened_to: block.window().shortened_to(),
             })
         };
         Decision {
@@ -240,12 +243,12 @@ impl CellState {
         }
     }
 
-    /// What to ask the ledger for although nobody waits.
+    /// What to fetch although no request is waiting.
     pub(super) fn errands(&self, decision: &Decision, now: UnixNanos) -> Option<[Option<Need>; 2]> {
         let violated = decision.violated();
         let may_pass_later = decision.retry_after().is_some();
         let need = |policy, block: &Block| {
-            if block.is_low(now) || block.has_debts() {
+            if block.is_low(now) || block.has_debts(now) {
                 Some(Need::Ahead)
             } else if violated.contains(policy)
                 && may_pass_later

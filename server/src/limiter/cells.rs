@@ -1,15 +1,15 @@
 //! Every key's cell on this replica, and the calendar quotas in them.
 //!
-//! Owns the cells, their bound and their pruning, and the wait for blocks of quotas, for whichever store. Knows no SQL: the
-//! ledger is a trait. When the ledger is down or slow, keys without calendar quotas do not notice, keys with
-//! some spend what is in hand and are then refused as [`LimiterError::LedgerUnavailable`].
+//! Owns the cells, their number and their pruning, and the wait for blocks of quotas, for every store. Knows no
+//! SQL: the ledger is a trait. When the ledger is down or slow, keys without calendar quotas are not affected.
+//! Keys with quotas spend the blocks held here and are then refused with [`LimiterError::LedgerUnavailable`].
 //!
 //! A cell is a short lock around plain numbers, rather than one atomic per number: all policies are decided
 //! together, and with several atomics a request could be denied by tokens that another, itself denied, was
 //! just putting back.
 //!
-//! Calls to the ledger run in tasks of their own, one at a time per key and policy. A request waits for one
-//! only when nothing is in hand, and may be dropped while it waits without losing what was granted.
+//! Calls of the ledger run in workers, one at a time per key and policy. A request waits for one only when no
+//! tokens are held, and may be dropped while it waits without losing what was granted.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -28,7 +28,7 @@ use super::{
     blocks::{Need, QuotaLedger},
     cell::{CellState, Lacking, Unasked},
     decision::Decision,
-    flights::{Claim, Flights, TooSlow},
+    ledger_calls::{DemandGuard, LedgerCalls, TooSlow},
     policy::{Policies, Policy},
     shared::Roster,
     store::{Drained, KeyCell, LimiterError},
@@ -41,17 +41,19 @@ const SHARDS: usize = 64;
 /// Nanoseconds between two walks through a full shard in search of cells to forget.
 const CROWDED_PRUNE: u64 = 1_000_000_000;
 
-/// How much is kept, and how long is waited for the ledger.
+/// How many cells are kept, and how long the ledger may take.
 #[derive(Debug, Clone)]
 pub struct CellSettings {
-    /// The most cells held at once; about 500 bytes each. A key beyond them is answered
-    /// [`LimiterError::TooManyKeys`], since forgetting another's bucket would fill it again.
+    /// The most cells at once; about 600 bytes each. A key beyond them gets [`LimiterError::TooManyKeys`],
+    /// since dropping another key's bucket would fill it again.
     pub max_cells: usize,
     /// How long a request waits for the ledger.
     pub ledger_deadline: Duration,
-    /// After how long a call of the ledger is given up. Later than requests do, since what a late answer
-    /// grants can still be spent and what is given up is lost.
+    /// After how long a call of the ledger is given up. Later than requests give up, since what a late answer
+    /// grants can still be spent, and what is given up is lost.
     pub flight_deadline: Duration,
+    /// How long a drain goes on trying to return blocks to a ledger that does not answer.
+    pub drain_deadline: Duration,
 }
 
 impl Default for CellSettings {
@@ -60,6 +62,7 @@ impl Default for CellSettings {
             max_cells: 1_000_000,
             ledger_deadline: Duration::from_secs(1),
             flight_deadline: Duration::from_secs(10),
+            drain_deadline: Duration::from_secs(20),
         }
     }
 }
@@ -80,7 +83,7 @@ pub(super) struct Cells {
     roster: Arc<Roster>,
     hasher: RandomState,
     shards: Box<[Mutex<Shard>]>,
-    flights: Arc<Flights>,
+    calls: Arc<LedgerCalls>,
 }
 
 impl Cells {
@@ -91,7 +94,7 @@ impl Cells {
         roster: Arc<Roster>,
     ) -> Self {
         Self {
-            flights: Flights::new(Arc::clone(&clock), ledger, settings.flight_deadline),
+            calls: LedgerCalls::new(Arc::clone(&clock), ledger, settings.flight_deadline),
             clock,
             settings,
             roster,
@@ -152,17 +155,24 @@ impl Cells {
 
     fn prune_shard(&self, shard: &mut Shard, now: UnixNanos) {
         shard.cells.retain(|_, cell| {
-            // The map's own reference is the last: with the shard locked nobody can get another.
-            if Arc::strong_count(cell) > 1 {
-                return true;
-            }
             let mut state = cell.state.lock();
-            if state.tat <= now.0 {
+            // If the map's own reference is the last, no other can appear while the shard is locked.
+            let is_shared = Arc::strong_count(cell) > 1;
+            if is_shared || state.tat > now.0 {
                 for policy in [Policy::Daily, Policy::Monthly] {
-                    self.flights.surrender(cell, &mut state, policy);
+                    self.calls.return_ended(cell, &mut state, policy, now);
+                    self.calls.start_next(cell, &mut state, policy, now);
+                }
+            } else {
+                // Dropped the next time, when the ledger counts them as unused: the next request of the key
+                // would find less than there is.
+                let released = [Policy::Daily, Policy::Monthly]
+                    .map(|policy| self.calls.release(cell, &mut state, policy));
+                if released.contains(&true) {
+                    return true;
                 }
             }
-            !state.is_forgettable(now, self.clock.monotonic())
+            is_shared || !state.is_forgettable(now, self.clock.monotonic())
         });
     }
 
@@ -181,8 +191,8 @@ impl Cells {
         (state, now)
     }
 
-    /// What is to be seen to after a decision, or a look that led to none: too much in hand goes back, too
-    /// little is fetched.
+    /// Follow-up work after a decision, or an attempt that led to none: returns what is too much, fetches what
+    /// is too little.
     #[inline]
     pub(super) fn after(
         &self,
@@ -196,14 +206,14 @@ impl Cells {
         {
             for (policy, need) in [Policy::Daily, Policy::Monthly].into_iter().zip(needs) {
                 if let Some(need) = need {
-                    self.flights.start(cell, state, policy, need);
+                    self.calls.start(cell, state, policy, need);
                 }
             }
         }
     }
 
     pub(super) fn is_draining(&self) -> bool {
-        self.flights.is_draining()
+        self.calls.is_draining()
     }
 
     /// Repeats `attempt` until it lacks no block, fetching those that it lacks. When they cannot be had, it
@@ -224,9 +234,9 @@ impl Cells {
         }
     }
 
-    /// While it lives, blocks fetched for a request of this cost stay in hand.
-    pub(super) fn claim<'a>(&'a self, cell: &'a Arc<KeyCell>, cost: NonZeroU32) -> Claim<'a> {
-        Claim::new(&self.flights, cell, cost)
+    /// Until the guard is dropped, what is fetched for a request of this cost stays held.
+    pub(super) fn claim<'a>(&'a self, cell: &'a Arc<KeyCell>, cost: NonZeroU32) -> DemandGuard<'a> {
+        DemandGuard::new(&self.calls, cell, cost)
     }
 
     /// Fetches the blocks that `attempt` lacks until it lacks none.
@@ -271,7 +281,7 @@ impl Cells {
                         return Err(LimiterError::LedgerUnavailable(error));
                     }
                     let need = Need::Cost(u64::from(cost.get()));
-                    self.flights.start(cell, &mut state, policy, need);
+                    self.calls.start(cell, &mut state, policy, need);
                 }
             }
             if time::timeout_at(deadline, landed).await.is_err() {
@@ -295,17 +305,17 @@ impl Cells {
 
     /// See [`LimitStore::drain`](super::LimitStore::drain).
     pub(super) async fn drain(&self) -> Drained {
-        // Seen by every flight that lands later, and by every request that would start one.
-        self.flights.begin_draining();
+        // Seen by every call that ends later, and by every request that would start one.
+        self.calls.begin_draining();
         for shard in &self.shards {
             let cells: Vec<_> = shard.lock().cells.values().map(Arc::clone).collect();
             for cell in cells {
                 let mut state = cell.state.lock();
                 for policy in [Policy::Daily, Policy::Monthly] {
-                    self.flights.surrender(&cell, &mut state, policy);
+                    self.calls.release(&cell, &mut state, policy);
                 }
             }
         }
-        self.flights.drained().await
+        self.calls.drained(self.settings.drain_deadline).await
     }
 }

@@ -27,12 +27,14 @@ pub enum Outcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PolicyState {
     pub policy: Policy,
-    /// The burst of [`Policy::Rpm`], the quota of the others.
+    /// The burst of [`Policy::Rpm`], the quota of the current window of the others.
     pub limit: u64,
     /// How many requests of cost 1 are left now.
     pub remaining: u64,
     /// When all of `limit` is there again: the bucket full, the next day or month begun.
     pub reset_at: UnixNanos,
+    /// Whole seconds of the window, if a change of time zone made it shorter than its day or month.
+    pub shortened_to: Option<NonZeroU32>,
 }
 
 impl PolicyState {
@@ -126,6 +128,7 @@ mod tests {
             limit,
             remaining,
             reset_at: UnixNanos(reset),
+            shortened_to: None,
         }
     }
 

@@ -188,6 +188,7 @@ impl Known {
             limit: u64::from(policies.rate().burst.get()),
             remaining: self.gcra.remaining(tat, elapsed),
             reset_at: now.saturating_add(tat.saturating_sub(elapsed.0)),
+            shortened_to: None,
         }
     }
 

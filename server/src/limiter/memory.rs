@@ -1,7 +1,6 @@
-//! The store of a single replica: every number in this process, calendar quotas by blocks from a ledger.
+//! The store of a single replica: buckets in this process, calendar quotas in blocks from a ledger.
 //!
-//! Owns nothing but the choice: the bucket is the one in the key's cell. What the cells do when the ledger is
-//! down is told there.
+//! Uses the bucket in the key's cell. The cells handle a ledger that is down.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -35,7 +34,7 @@ impl MemoryStore {
         })
     }
 
-    /// How many cells are held.
+    /// Returns how many cells there are.
     pub fn len(&self) -> usize {
         self.cells.len()
     }
@@ -44,7 +43,7 @@ impl MemoryStore {
         self.len() == 0
     }
 
-    /// One look at the numbers, and what to do next.
+    /// Decides with what is held, and starts the follow-up work.
     #[inline]
     fn attempt(
         &self,

@@ -15,9 +15,9 @@ mod callers;
 mod cell;
 mod cells;
 mod decision;
-mod flights;
 mod gcra;
 mod guard;
+mod ledger_calls;
 mod memory;
 mod policy;
 mod shared;
@@ -28,8 +28,8 @@ use std::{num::NonZeroU32, sync::Arc};
 use quota_common::id::{ApiKeyId, TenantId};
 
 pub use self::{
-    blocks::{LedgerError, LedgerRow, QuotaLedger, Taken},
-    calendar::{UnknownZone, Window, Zone, window},
+    blocks::{LedgerError, LedgerRow, QuotaLedger, ReturnBatch, TakeRequest, Taken},
+    calendar::{QuotaWindow, UnknownZone, Window, Zone, window, window_at},
     callers::{Caller, Guard, Refused},
     cells::CellSettings,
     decision::{Decision, Outcome, PolicyState},
@@ -120,8 +120,8 @@ impl Limiter {
         self.store.peek(cell, policies)
     }
 
-    /// Forgets what nobody could notice. To be called every ten seconds or so. Answers how many cells are
-    /// left.
+    /// Call every ten seconds or so. Drops cells that cannot be told from new ones, and fetches quotas for
+    /// the next day or month ahead of need. Returns how many cells are left.
     pub fn prune(&self) -> usize {
         self.store.prune()
     }

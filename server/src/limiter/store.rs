@@ -17,7 +17,7 @@ use super::{cell::CellState, decision::Decision, guard::Gate, policy::Policies};
 /// Why no decision was reached. The request is not admitted, and its caller may retry.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LimiterError {
-    /// The durable ledger of calendar quotas failed or was too slow, and no tokens were in hand.
+    /// The durable ledger of calendar quotas failed or was too slow, and no tokens were held here.
     #[error("the quota ledger is not available")]
     LedgerUnavailable(#[source] Arc<dyn Error + Send + Sync>),
     /// More keys are in use at once than the store was set up to hold.
@@ -40,7 +40,7 @@ pub struct KeyCell {
     pub(super) gate: Gate,
     /// The numbers of this replica.
     pub(super) state: Mutex<CellState>,
-    /// Told whenever the ledger has answered for this key.
+    /// Notified when a call of the ledger for this key has ended.
     pub(super) landed: Notify,
 }
 
@@ -64,12 +64,12 @@ impl KeyCell {
     }
 }
 
-/// What a drain did with the tokens in hand.
+/// What a drain did with the unused tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Drained {
     /// Tokens of calendar quotas that the ledger counts as unused again.
     pub given_back: u64,
-    /// Tokens that could not be given back: they stay unserved until their window ends.
+    /// Tokens whose return the ledger has not confirmed. They stay unserved until their window ends.
     pub lost: u64,
 }
 
@@ -83,7 +83,9 @@ pub struct Drained {
 ///   no less than the bucket holds is refused. A clock that stands still refills nothing; one that jumps
 ///   back locks nobody out for longer than the refill of what was asked.
 /// - *Quotas.* In any calendar window at most `daily` and `monthly` are admitted, over restarts and crashes.
-///   At most one block (a hundredth, and 10,000) of a quota is unserved after a crash, none after a drain.
+///   At most one block (a hundredth, and 10,000) of a quota is unserved after a crash, none after a drain. A
+///   change of time zone takes effect when the window ends (at once if nothing of it was used). The next window
+///   ends with the first day or month of the new zone, with a quota in proportion; windows never overlap.
 /// - *Edits.* A change of policies carries what was consumed over: nobody gets a fresh bucket by it.
 /// - *Failure.* What cannot be decided is a [`LimiterError`], never an admission.
 #[async_trait]
@@ -120,10 +122,11 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         None
     }
 
-    /// Forgets cells that nobody holds and whose absence nobody could notice, and gives the blocks of
-    /// others back so that they can be forgotten next time. Answers how many cells are left.
+    /// Drops unreferenced cells that cannot be told from new ones, and returns the blocks of other
+    /// unreferenced cells so that those can be dropped next time. Fetches the first block of the next day or
+    /// month for keys in use. Returns how many cells are left.
     fn prune(&self) -> usize;
 
-    /// Gives back all that is in hand and takes nothing more. For the end of the process.
+    /// Returns all unused tokens and takes nothing more. For the end of the process.
     async fn drain(&self) -> Drained;
 }

@@ -1,86 +1,298 @@
 //! The durable count of calendar quotas.
+//!
+//! A row is a window of one key and policy. Rows of which something is used never overlap: one is opened only
+//! under [`lock`], after a look at [`used_windows`]. Rows of which nothing is used do not count.
 
 use chrono::{DateTime, Utc};
 use diesel::{
-    dsl::now,
     prelude::*,
-    sql_types::{BigInt, Text, Timestamptz, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Bool, Integer, Nullable, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
-use crate::{
-    db::{DbError, SystemTx},
-    schema::quota_usage,
-};
+use crate::db::{DbError, SystemTx};
 
-/// One row of the count.
-#[derive(Debug, Clone, Copy)]
-pub struct Row<'a> {
+/// The first of the two numbers of the advisory locks of this module.
+const WINDOWS_LOCK: i32 = 7_226_422;
+
+/// A key and policy, and what to take of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ask {
     pub tenant: Uuid,
     pub key: Uuid,
-    pub policy: &'a str,
+    pub policy: &'static str,
+    /// Of the window that contains it.
+    pub at: DateTime<Utc>,
+    /// The quota of a whole day or month.
+    pub limit: i64,
+    pub want: i64,
+}
+
+/// A window that a row states.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StatedWindow {
+    pub start: DateTime<Utc>,
+    /// Its end and the seconds of the whole day or month. `None` in rows of earlier versions.
+    pub end: Option<(DateTime<Utc>, i64)>,
+}
+
+/// What was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taken {
+    pub start: DateTime<Utc>,
+    pub end: DateTime<Utc>,
+    pub period_seconds: i64,
+    pub granted: i64,
+    /// Of the window, `granted` included.
+    pub used: i64,
+}
+
+/// One row of the count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    pub tenant: Uuid,
+    pub key: Uuid,
+    pub policy: &'static str,
     pub window_start: DateTime<Utc>,
 }
 
-/// Hands out as much of `want` as is left below `limit`, in one statement; answers `(granted, used)`.
+type Columns = (Vec<Uuid>, Vec<Uuid>, Vec<&'static str>);
+
+fn columns<T>(items: &[T], id: impl Fn(&T) -> (Uuid, Uuid, &'static str)) -> Columns {
+    let mut columns = Columns::default();
+    for (tenant, key, policy) in items.iter().map(id) {
+        columns.0.push(tenant);
+        columns.1.push(key);
+        columns.2.push(policy);
+    }
+    columns
+}
+
+impl Ask {
+    fn id(&self) -> (Uuid, Uuid, &'static str) {
+        (self.tenant, self.key, self.policy)
+    }
+
+    /// The second number of its lock. Two keys with the same one wait for each other and no more.
+    fn lock(&self) -> i32 {
+        let (high, low) = self.key.as_u64_pair();
+        let mixed = (high ^ low ^ self.policy.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        // 31 bits.
+        i32::try_from(mixed >> 33).unwrap_or(0)
+    }
+}
+
+/// Grants each of `asks` as much as it wants and its window has left. Returns `None` where no row of which
+/// something is used contains `at`. With `opened`, takes from the rows that start then instead, used or not.
 ///
-/// The row's lock makes it atomic: `used` is read and raised under it. A key that was deleted meanwhile fails
-/// with `quota_usage_key_fkey`.
+/// `asks` are in ascending order, so that two transactions lock rows in the same order. A row's lock makes it
+/// atomic: `used` is read and raised under it.
 pub async fn take(
     tx: &mut SystemTx,
-    row: Row<'_>,
-    limit: i64,
-    want: i64,
-) -> Result<(i64, i64), DbError> {
+    asks: &[Ask],
+    opened: Option<&[DateTime<Utc>]>,
+) -> Result<Vec<Option<Taken>>, DbError> {
     #[derive(QueryableByName)]
-    struct Taken {
+    struct Row {
+        #[diesel(sql_type = BigInt)]
+        n: i64,
+        #[diesel(sql_type = Timestamptz)]
+        window_start: DateTime<Utc>,
+        #[diesel(sql_type = Timestamptz)]
+        window_end: DateTime<Utc>,
+        #[diesel(sql_type = BigInt)]
+        period_seconds: i64,
         #[diesel(sql_type = BigInt)]
         granted: i64,
         #[diesel(sql_type = BigInt)]
         used: i64,
     }
-    // Made first, so that there always is a row to lock; then locked, read and raised.
-    diesel::sql_query(
-        "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used) VALUES ($1, $2, $3, $4, 0) \
-         ON CONFLICT ON CONSTRAINT quota_usage_pkey DO NOTHING",
-    )
-    .bind::<SqlUuid, _>(row.tenant)
-    .bind::<SqlUuid, _>(row.key)
-    .bind::<Text, _>(row.policy)
-    .bind::<Timestamptz, _>(row.window_start)
-    .execute(&mut **tx)
-    .await?;
-    let taken = diesel::sql_query(
+    let (tenants, keys, policies) = columns(asks, Ask::id);
+    let starts: Vec<_> = match opened {
+        None => vec![None; asks.len()],
+        Some(starts) => starts.iter().copied().map(Some).collect(),
+    };
+    // The quota of a window is in proportion to its length, rounded up. The quotient has at least 16 digits
+    // after the point, far more than rounding it up could get wrong.
+    let rows = diesel::sql_query(
         "WITH held AS ( \
-             SELECT used FROM quota_usage \
-             WHERE tenant_id = $1 AND key_id = $2 AND policy = $3 AND window_start = $4 FOR UPDATE \
+             SELECT a.n, q.tenant_id, q.key_id, q.policy, q.window_start, greatest(0, least(a.want, ceil( \
+                 a.quota * extract(epoch FROM q.window_end - q.window_start) / q.period_seconds \
+             )::bigint - q.used)) AS granted \
+             FROM unnest($1, $2, $3, $4, $5, $6, $7) WITH ORDINALITY \
+                 AS a (tenant_id, key_id, policy, at, opened, quota, want, n) \
+             CROSS JOIN LATERAL ( \
+                 SELECT * FROM quota_usage w \
+                 WHERE w.tenant_id = a.tenant_id AND w.key_id = a.key_id AND w.policy = a.policy \
+                     AND w.window_end IS NOT NULL AND ( \
+                         w.window_start = a.opened \
+                         OR (a.opened IS NULL AND w.used > 0 AND w.window_start <= a.at AND a.at < w.window_end) \
+                     ) \
+                 ORDER BY w.window_start DESC LIMIT 1 FOR UPDATE \
+             ) q \
          ) \
-         UPDATE quota_usage q \
-         SET used = q.used + greatest(0, least($6, $5 - held.used)), updated_at = now() \
+         UPDATE quota_usage q SET used = q.used + held.granted, updated_at = now() \
          FROM held \
-         WHERE q.tenant_id = $1 AND q.key_id = $2 AND q.policy = $3 AND q.window_start = $4 \
-         RETURNING greatest(0, least($6, $5 - held.used)) AS granted, q.used AS used",
+         WHERE q.tenant_id = held.tenant_id AND q.key_id = held.key_id AND q.policy = held.policy \
+             AND q.window_start = held.window_start \
+         RETURNING held.n, q.window_start, q.window_end, q.period_seconds, held.granted, q.used",
     )
-    .bind::<SqlUuid, _>(row.tenant)
-    .bind::<SqlUuid, _>(row.key)
-    .bind::<Text, _>(row.policy)
-    .bind::<Timestamptz, _>(row.window_start)
-    .bind::<BigInt, _>(limit)
-    .bind::<BigInt, _>(want)
-    .get_result::<Taken>(&mut **tx)
+    .bind::<Array<SqlUuid>, _>(tenants)
+    .bind::<Array<SqlUuid>, _>(keys)
+    .bind::<Array<Text>, _>(policies)
+    .bind::<Array<Timestamptz>, _>(asks.iter().map(|ask| ask.at).collect::<Vec<_>>())
+    .bind::<Array<Nullable<Timestamptz>>, _>(starts)
+    .bind::<Array<BigInt>, _>(asks.iter().map(|ask| ask.limit).collect::<Vec<_>>())
+    .bind::<Array<BigInt>, _>(asks.iter().map(|ask| ask.want).collect::<Vec<_>>())
+    .load::<Row>(&mut **tx)
     .await?;
-    Ok((taken.granted, taken.used))
+    let mut taken = vec![None; asks.len()];
+    for row in rows {
+        let index = usize::try_from(row.n - 1).unwrap_or(usize::MAX);
+        if let Some(taken) = taken.get_mut(index) {
+            *taken = Some(Taken {
+                start: row.window_start,
+                end: row.window_end,
+                period_seconds: row.period_seconds,
+                granted: row.granted,
+                used: row.used,
+            });
+        }
+    }
+    Ok(taken)
 }
 
-/// Takes back what was handed out and not spent.
-pub async fn give_back(tx: &mut SystemTx, row: Row<'_>, amount: i64) -> Result<(), DbError> {
-    diesel::update(quota_usage::table.find((row.tenant, row.key, row.policy, row.window_start)))
-        .set((
-            quota_usage::used.eq(quota_usage::used - amount),
-            quota_usage::updated_at.eq(now),
-        ))
+/// Waits until no other transaction opens windows of these keys and policies; held until the end of this one.
+/// `asks` are few enough for the space that PostgreSQL has for a transaction's locks (64 by default).
+pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
+    let mut locks: Vec<i32> = asks.iter().map(Ask::lock).collect();
+    // In the same order everywhere.
+    locks.sort_unstable();
+    locks.dedup();
+    diesel::sql_query("SELECT count(pg_advisory_xact_lock($1, n)) FROM unnest($2) AS n")
+        .bind::<Integer, _>(WINDOWS_LOCK)
+        .bind::<Array<Integer>, _>(locks)
         .execute(&mut **tx)
         .await?;
     Ok(())
+}
+
+/// Returns, for each of `asks`, the windows that end after `since` of which something is used.
+pub async fn used_windows(
+    tx: &mut SystemTx,
+    asks: &[Ask],
+    since: &[DateTime<Utc>],
+) -> Result<Vec<Vec<StatedWindow>>, DbError> {
+    #[derive(QueryableByName)]
+    struct Row {
+        #[diesel(sql_type = BigInt)]
+        n: i64,
+        #[diesel(sql_type = Timestamptz)]
+        window_start: DateTime<Utc>,
+        #[diesel(sql_type = Nullable<Timestamptz>)]
+        window_end: Option<DateTime<Utc>>,
+        #[diesel(sql_type = Nullable<BigInt>)]
+        period_seconds: Option<i64>,
+    }
+    let (tenants, keys, policies) = columns(asks, Ask::id);
+    let rows = diesel::sql_query(
+        "SELECT a.n, q.window_start, q.window_end, q.period_seconds \
+         FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS a (tenant_id, key_id, policy, since, n) \
+         JOIN quota_usage q USING (tenant_id, key_id, policy) \
+         WHERE q.used > 0 AND (q.window_end > a.since OR q.window_end IS NULL)",
+    )
+    .bind::<Array<SqlUuid>, _>(tenants)
+    .bind::<Array<SqlUuid>, _>(keys)
+    .bind::<Array<Text>, _>(policies)
+    .bind::<Array<Timestamptz>, _>(since)
+    .load::<Row>(&mut **tx)
+    .await?;
+    let mut windows = vec![Vec::new(); asks.len()];
+    for row in rows {
+        let index = usize::try_from(row.n - 1).unwrap_or(usize::MAX);
+        if let Some(windows) = windows.get_mut(index) {
+            windows.push(StatedWindow {
+                start: row.window_start,
+                end: row.window_end.zip(row.period_seconds),
+            });
+        }
+    }
+    Ok(windows)
+}
+
+/// Opens windows: makes a row for each, or states the end of the row that starts then, if nothing of it is
+/// used or it has none yet. Leaves out keys that do not exist; those that do cannot be deleted before the
+/// transaction ends.
+pub async fn open(
+    tx: &mut SystemTx,
+    asks: &[Ask],
+    windows: &[(DateTime<Utc>, DateTime<Utc>, i64)],
+) -> Result<(), DbError> {
+    let (tenants, keys, policies) = columns(asks, Ask::id);
+    diesel::sql_query(
+        "WITH opened AS ( \
+             SELECT a.* FROM unnest($1, $2, $3, $4, $5, $6) \
+                 AS a (tenant_id, key_id, policy, window_start, window_end, period_seconds) \
+             JOIN api_keys k ON k.tenant_id = a.tenant_id AND k.id = a.key_id \
+             FOR KEY SHARE OF k \
+         ) \
+         INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used, window_end, period_seconds) \
+         SELECT tenant_id, key_id, policy, window_start, 0, window_end, period_seconds FROM opened \
+         ON CONFLICT ON CONSTRAINT quota_usage_pkey DO UPDATE \
+         SET window_end = excluded.window_end, period_seconds = excluded.period_seconds \
+         WHERE quota_usage.used = 0 OR quota_usage.window_end IS NULL",
+    )
+    .bind::<Array<SqlUuid>, _>(tenants)
+    .bind::<Array<SqlUuid>, _>(keys)
+    .bind::<Array<Text>, _>(policies)
+    .bind::<Array<Timestamptz>, _>(windows.iter().map(|it| it.0).collect::<Vec<_>>())
+    .bind::<Array<Timestamptz>, _>(windows.iter().map(|it| it.1).collect::<Vec<_>>())
+    .bind::<Array<BigInt>, _>(windows.iter().map(|it| it.2).collect::<Vec<_>>())
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+/// Counts tokens as unused again, unless the batch `id` was applied before. Returns whether it was applied
+/// now. `rows` are in ascending order and differ.
+pub async fn give_back(tx: &mut SystemTx, id: Uuid, rows: &[(Row, i64)]) -> Result<bool, DbError> {
+    #[derive(QueryableByName)]
+    struct Applied {
+        #[diesel(sql_type = Bool)]
+        applied: bool,
+    }
+    let (tenants, keys, policies) = columns(rows, |(row, _)| (row.tenant, row.key, row.policy));
+    let applied = diesel::sql_query(
+        "WITH applied AS ( \
+             INSERT INTO quota_returns (id) VALUES ($1) \
+             ON CONFLICT ON CONSTRAINT quota_returns_pkey DO NOTHING RETURNING id \
+         ), held AS ( \
+             SELECT a.n, q.tenant_id, q.key_id, q.policy, q.window_start, a.amount \
+             FROM unnest($2, $3, $4, $5, $6) WITH ORDINALITY \
+                 AS a (tenant_id, key_id, policy, window_start, amount, n) \
+             CROSS JOIN LATERAL ( \
+                 SELECT * FROM quota_usage w \
+                 WHERE w.tenant_id = a.tenant_id AND w.key_id = a.key_id AND w.policy = a.policy \
+                     AND w.window_start = a.window_start \
+                 FOR UPDATE \
+             ) q \
+             WHERE EXISTS (SELECT FROM applied) \
+         ), returned AS ( \
+             UPDATE quota_usage q SET used = greatest(0, q.used - held.amount), updated_at = now() \
+             FROM held \
+             WHERE q.tenant_id = held.tenant_id AND q.key_id = held.key_id AND q.policy = held.policy \
+                 AND q.window_start = held.window_start \
+         ) \
+         SELECT EXISTS (SELECT FROM applied) AS applied",
+    )
+    .bind::<SqlUuid, _>(id)
+    .bind::<Array<SqlUuid>, _>(tenants)
+    .bind::<Array<SqlUuid>, _>(keys)
+    .bind::<Array<Text>, _>(policies)
+    .bind::<Array<Timestamptz>, _>(rows.iter().map(|it| it.0.window_start).collect::<Vec<_>>())
+    .bind::<Array<BigInt>, _>(rows.iter().map(|it| it.1).collect::<Vec<_>>())
+    .get_result::<Applied>(&mut **tx)
+    .await?;
+    Ok(applied.applied)
 }

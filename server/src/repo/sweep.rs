@@ -20,18 +20,21 @@ pub enum Expired {
     Revocations,
     /// Windows that ended long ago: a month is over after 31 days, wherever it began.
     QuotaUsage,
+    /// Those of windows that are swept: until then a batch may be sent again.
+    QuotaReturns,
     /// Previous secrets of rotated keys whose grace has ended. The keys stay.
     PreviousKeys,
     Replicas,
 }
 
 impl Expired {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Sessions,
         Self::RevokedSessions,
         Self::IdempotencyKeys,
         Self::Revocations,
         Self::QuotaUsage,
+        Self::QuotaReturns,
         Self::PreviousKeys,
         Self::Replicas,
     ];
@@ -44,6 +47,7 @@ impl Expired {
             Self::IdempotencyKeys => "idempotency_keys",
             Self::Revocations => "revocations",
             Self::QuotaUsage => "quota_usage",
+            Self::QuotaReturns => "quota_returns",
             Self::PreviousKeys => "previous_keys",
             Self::Replicas => "replicas",
         }
@@ -76,6 +80,11 @@ impl Expired {
                 "DELETE FROM quota_usage WHERE ctid = ANY(ARRAY( \
                      SELECT ctid FROM quota_usage WHERE window_start < now() - interval '40 days' \
                      ORDER BY window_start LIMIT $1 FOR UPDATE SKIP LOCKED))"
+            }
+            Self::QuotaReturns => {
+                "DELETE FROM quota_returns WHERE id = ANY(ARRAY( \
+                     SELECT id FROM quota_returns WHERE applied_at < now() - interval '40 days' \
+                     ORDER BY applied_at LIMIT $1 FOR UPDATE SKIP LOCKED))"
             }
             Self::PreviousKeys => {
                 "UPDATE api_keys SET previous_key_hash = NULL, previous_expires_at = NULL \

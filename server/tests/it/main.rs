@@ -14,6 +14,7 @@ mod limiter_shared;
 mod migrations;
 mod openapi;
 mod outage;
+mod quota_ledger;
 mod redis;
 mod redis_away;
 mod restarts;

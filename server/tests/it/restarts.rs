@@ -1,10 +1,22 @@
 //! What was spent stays spent, however the server ends.
 
-use quota_server::clock::{Clock as _, SystemClock};
-use reqwest::Client;
-use serde_json::{Value, json};
+use std::time::Instant;
 
-use crate::support::quota::{Quota, data_dir};
+use futures_util::{StreamExt as _, stream};
+use quota_server::{
+    clock::{Clock as _, SystemClock},
+    db,
+    secret_text::{Kind, SecretText},
+};
+use reqwest::Client;
+use secrecy::SecretString;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::support::{
+    postgres::TestDatabase,
+    quota::{Quota, data_dir},
+};
 
 const QUOTA: u64 = 1000;
 /// Of what one run spends. The last run spends all that is left.
@@ -71,4 +83,105 @@ async fn a_daily_quota_is_neither_forgotten_nor_doubled_by_restarts_and_a_kill()
             return;
         }
     }
+}
+
+/// Adds `count` keys to the plan of the only key that the database has, and returns their secrets.
+async fn add_keys(database: &TestDatabase, count: usize) -> Vec<String> {
+    let secrets: Vec<_> = (0..count)
+        .map(|_| SecretText::generate(Kind::ApiKey).expect("random bytes"))
+        .collect();
+    let ids: Vec<String> = secrets.iter().map(|_| Uuid::now_v7().to_string()).collect();
+    let hashes: Vec<Vec<u8>> = secrets.iter().map(|it| it.hash().to_vec()).collect();
+    let added = database
+        .connect()
+        .await
+        .execute(
+            "INSERT INTO api_keys (tenant_id, id, plan_id, name, prefix, key_hash) \
+             SELECT k.tenant_id, n.id, k.plan_id, 'many', 'qk_', n.hash \
+             FROM (SELECT tenant_id, plan_id FROM api_keys LIMIT 1) k, unnest($1::text[]::uuid[], $2::bytea[]) AS n (id, hash)",
+            &[&ids, &hashes],
+        )
+        .await
+        .expect("the keys are added");
+    assert_eq!(added, count as u64);
+    secrets.iter().map(SecretText::reveal).collect()
+}
+
+/// How many keys hold blocks when the server stops. `DRAIN_KEYS=100000` measures a large deployment.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a measurement is no setting of the server"
+)]
+pub(crate) fn drain_keys() -> usize {
+    std::env::var("DRAIN_KEYS").map_or(4000, |keys| keys.parse().expect("a number of keys"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_stop_returns_every_block() {
+    let count = drain_keys();
+    let database =
+        TestDatabase::create(
+            |url| async move { db::migrate(&SecretString::from(url)).await.map(drop) },
+        )
+        .await;
+    let (data, http) = (data_dir(), Client::new());
+    let cache = (2 * count).to_string();
+    let settings = [
+        ("DATABASE_URL", database.url()),
+        ("QUOTA_KEY_CACHE", &cache),
+    ];
+    let quota = Quota::start_with(data.path(), &settings);
+    let plan = json!({
+        "name": "both", "default_rpm": 600, "daily_quota": 5000, "monthly_quota": 50_000,
+    });
+    quota.key_on(&http, plan).await;
+    let secrets = add_keys(&database, count).await;
+
+    let url = format!("http://{}/v1/echo", quota.addr);
+    let served = stream::iter(secrets)
+        .map(|secret| {
+            let request = http.get(&url).header("X-API-Key", secret).send();
+            async move { u64::from(request.await.expect("it answers").status() == 200) }
+        })
+        .buffer_unordered(16)
+        .fold(0, async |served, one| served + one)
+        .await;
+    assert_eq!(served, count as u64);
+
+    let client = database.connect().await;
+    let held: i64 = client
+        .query_one("SELECT sum(used)::bigint FROM quota_usage", &[])
+        .await
+        .expect("a sum")
+        .get(0);
+    assert!(
+        held > 10 * i64::try_from(count).expect("a count"),
+        "no blocks were held: {held}"
+    );
+    let stopping = Instant::now();
+    quota.stop();
+    println!(
+        "{count} keys with two blocks each: stopped in {:?}",
+        stopping.elapsed()
+    );
+    // Of each policy, over both days where midnight passed meanwhile.
+    let rows = client
+        .query(
+            "SELECT policy, sum(used)::bigint, max(used) FROM quota_usage GROUP BY policy ORDER BY policy",
+            &[],
+        )
+        .await
+        .expect("sums");
+    let used: Vec<(String, i64, i64)> = rows
+        .iter()
+        .map(|row| (row.get(0), row.get(1), row.get(2)))
+        .collect();
+    let exact = i64::try_from(count).expect("a count");
+    assert_eq!(
+        used,
+        [
+            ("daily".to_owned(), exact, 1),
+            ("monthly".to_owned(), exact, 1)
+        ]
+    );
 }

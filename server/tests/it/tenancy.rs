@@ -522,7 +522,12 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
 }
 
 /// Tables that hold nothing of any tenant.
-const OF_NO_TENANT: [&str; 3] = ["replicas", "server_secrets", "shared_counters"];
+const OF_NO_TENANT: [&str; 4] = [
+    "quota_returns",
+    "replicas",
+    "server_secrets",
+    "shared_counters",
+];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_database_refuses_a_tenant_every_row_of_another_in_every_table() {

@@ -303,5 +303,6 @@ fn rate(policies: &Policies, now: UnixNanos, debt: u64) -> PolicyState {
         limit: u64::from(policies.rate().burst.get()),
         remaining: gcra.tau().saturating_sub(debt) / gcra.emission(),
         reset_at: now.saturating_add(debt),
+        shortened_to: None,
     }
 }

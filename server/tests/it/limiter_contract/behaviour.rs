@@ -162,6 +162,19 @@ pub(super) async fn a_quota_begins_anew_with_the_month(world: &World) {
     assert_eq!(key.admitted(&plan, 150).await, 100);
 }
 
+pub(super) async fn a_change_of_time_zone_gives_no_fresh_quota(world: &World) {
+    let key = Key::of(&world.start());
+    let mut admitted = 0;
+    for zone in ["UTC", "Asia/Tokyo", "Pacific/Honolulu", "UTC"] {
+        let plan = Plan::any_rate().daily(50).zone(zone);
+        admitted += key.admitted(&plan, 60).await;
+        let denied = key.ask(&plan, 1).await;
+        // The day that began in UTC also ends there.
+        assert_eq!(denied.retry_after(), Some(14 * 3600 * SECOND), "{zone}");
+    }
+    assert_eq!(admitted, 50);
+}
+
 pub(super) async fn a_clock_that_stands_still_refills_nothing(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(60_000_000, 10);

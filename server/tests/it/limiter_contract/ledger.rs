@@ -1,7 +1,7 @@
 //! A ledger in memory that obeys its trait, keeps a log, and fails or dawdles when told to.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -10,16 +10,42 @@ use std::{
 };
 
 use async_trait::async_trait;
-use quota_server::limiter::{LedgerError, LedgerRow, QuotaLedger, Taken};
+use quota_common::id::{ApiKeyId, TenantId};
+use quota_server::{
+    clock::UnixNanos,
+    limiter::{
+        LedgerError, Policy, QuotaLedger, QuotaWindow, ReturnBatch, TakeRequest, Taken, Window,
+    },
+};
+use uuid::Uuid;
+
+type Owner = (TenantId, ApiKeyId, Policy);
+
+/// A window, and what is used of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kept {
+    pub(crate) window: QuotaWindow,
+    pub(crate) used: u64,
+}
 
 #[derive(Debug, Default)]
 pub(crate) struct TestLedger {
-    used: Mutex<HashMap<LedgerRow, u64>>,
+    rows: Mutex<HashMap<Owner, Vec<Kept>>>,
+    applied: Mutex<HashSet<Uuid>>,
     down: AtomicBool,
     delay_ms: AtomicU64,
+    /// Of so many returns to come, the answer is lost after they were applied.
+    lose_answers: AtomicU64,
     takes: AtomicU64,
+    calls: AtomicU64,
+    under_way: AtomicU64,
+    most_under_way: AtomicU64,
     largest: AtomicU64,
 }
+
+#[derive(Debug, thiserror::Error)]
+#[error("connection refused")]
+struct Down;
 
 impl TestLedger {
     pub(crate) fn new() -> Arc<Self> {
@@ -35,9 +61,19 @@ impl TestLedger {
         self.delay_ms.store(ms, Ordering::SeqCst);
     }
 
+    pub(super) fn lose_answers(&self, n: u64) {
+        self.lose_answers.store(n, Ordering::SeqCst);
+    }
+
     /// How often tokens were asked for.
     pub(super) fn takes(&self) -> u64 {
         self.takes.load(Ordering::SeqCst)
+    }
+
+    /// How many calls there were, and how many at once at most.
+    pub(super) fn calls(&self) -> (u64, u64) {
+        let calls = self.calls.load(Ordering::SeqCst);
+        (calls, self.most_under_way.load(Ordering::SeqCst))
     }
 
     /// The largest grant.
@@ -47,17 +83,32 @@ impl TestLedger {
 
     /// All that is used, over all rows.
     pub(super) fn used(&self) -> u64 {
-        self.used.lock().unwrap().values().sum()
+        let rows = self.rows.lock().unwrap();
+        rows.values().flatten().map(|row| row.used).sum()
+    }
+
+    /// Every window of which something is used, by start.
+    pub(super) fn used_windows(&self) -> Vec<Vec<Kept>> {
+        let rows = self.rows.lock().unwrap();
+        let used = rows.values().map(|rows| {
+            let mut used: Vec<_> = rows.iter().copied().filter(|row| row.used > 0).collect();
+            used.sort_by_key(|row| row.window.span.start);
+            used
+        });
+        used.collect()
     }
 
     /// Somebody else takes or gives back tokens of every row.
     pub(super) fn adjust(&self, change: impl Fn(u64) -> u64) {
-        for used in self.used.lock().unwrap().values_mut() {
-            *used = change(*used);
+        for row in self.rows.lock().unwrap().values_mut().flatten() {
+            row.used = change(row.used);
         }
     }
 
     async fn answer(&self) -> Result<(), LedgerError> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        let under_way = self.under_way.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most_under_way.fetch_max(under_way, Ordering::SeqCst);
         let delay = self.delay_ms.load(Ordering::SeqCst);
         if delay > 0 {
             tokio::time::sleep(Duration::from_millis(delay)).await;
@@ -65,38 +116,107 @@ impl TestLedger {
             // Even the fastest database answers later.
             tokio::task::yield_now().await;
         }
+        self.under_way.fetch_sub(1, Ordering::SeqCst);
         if self.down.load(Ordering::SeqCst) {
-            return Err("connection refused".into());
+            return Err(Arc::new(Down));
         }
         Ok(())
+    }
+
+    fn take_one(&self, request: &TakeRequest) -> Taken {
+        assert!(request.want > 0, "asked for nothing");
+        assert!(
+            request.calendar.contains(request.at),
+            "another day than that of the request"
+        );
+        self.takes.fetch_add(1, Ordering::SeqCst);
+        let owner = (request.tenant, request.key, request.policy);
+        let mut rows = self.rows.lock().unwrap();
+        let rows = rows.entry(owner).or_default();
+        // What nobody has used is as if it had never been.
+        rows.retain(|row| row.used > 0);
+        let known = rows
+            .iter()
+            .position(|row| row.window.span.contains(request.at));
+        let index = known.unwrap_or_else(|| {
+            rows.push(Kept {
+                window: opened(request, rows),
+                used: 0,
+            });
+            rows.len() - 1
+        });
+        let row = &mut rows[index];
+        let quota = row.window.quota(request.limit);
+        let granted = request.want.min(quota.saturating_sub(row.used));
+        row.used += granted;
+        self.largest.fetch_max(granted, Ordering::SeqCst);
+        Taken {
+            window: row.window,
+            granted,
+            used: row.used,
+        }
+    }
+}
+
+/// The part of the day or month that touches no other window.
+fn opened(request: &TakeRequest, rows: &[Kept]) -> QuotaWindow {
+    let Window { mut start, mut end } = request.calendar;
+    let before = rows.iter().map(|row| row.window.span.end);
+    if let Some(before) = before.filter(|before| *before <= request.at).max() {
+        start = UnixNanos(start.0.max(before.0));
+    }
+    let after = rows.iter().map(|row| row.window.span.start);
+    if let Some(after) = after.filter(|after| *after > request.at).min() {
+        end = UnixNanos(end.0.min(after.0));
+    }
+    QuotaWindow {
+        span: Window { start, end },
+        period: request.calendar.end.0 - request.calendar.start.0,
     }
 }
 
 #[async_trait]
 impl QuotaLedger for TestLedger {
-    async fn take(&self, row: LedgerRow, limit: u64, want: u64) -> Result<Taken, LedgerError> {
-        assert!(want > 0, "asked for nothing");
-        self.takes.fetch_add(1, Ordering::SeqCst);
-        self.answer().await?;
-        let mut rows = self.used.lock().unwrap();
-        let used = rows.entry(row).or_default();
-        let granted = want.min(limit.saturating_sub(*used));
-        *used += granted;
-        self.largest.fetch_max(granted, Ordering::SeqCst);
-        Ok(Taken {
-            granted,
-            used: *used,
-        })
+    async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
+        let owners: HashSet<_> = requests
+            .iter()
+            .map(|it| (it.tenant, it.key, it.policy))
+            .collect();
+        assert_eq!(owners.len(), requests.len(), "two requests for one block");
+        if let Err(error) = self.answer().await {
+            return vec![Err(error); requests.len()];
+        }
+        requests.iter().map(|it| Ok(self.take_one(it))).collect()
     }
 
-    async fn give_back(&self, row: LedgerRow, n: u64) -> Result<(), LedgerError> {
-        assert!(n > 0, "gave nothing back");
+    async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError> {
+        assert!(!batch.rows.is_empty(), "gave nothing back");
+        assert!(batch.rows.is_sorted_by(|a, b| a.0 < b.0), "not in order");
         self.answer().await?;
-        let mut rows = self.used.lock().unwrap();
-        let used = rows.get_mut(&row).expect("only what was taken comes back");
-        *used = used
-            .checked_sub(n)
-            .expect("no more comes back than was taken");
+        if self.applied.lock().unwrap().insert(batch.id) {
+            let mut rows = self.rows.lock().unwrap();
+            for (of, n) in &batch.rows {
+                assert!(*n > 0, "gave nothing back");
+                let rows = rows.get_mut(&(of.tenant, of.key, of.policy));
+                let row = rows
+                    .into_iter()
+                    .flatten()
+                    .find(|row| row.window.span.start == of.window_start)
+                    .expect("only what was taken comes back");
+                row.used = row
+                    .used
+                    .checked_sub(*n)
+                    .expect("no more comes back than was taken");
+            }
+        }
+        let lose = |left: u64| left.checked_sub(1);
+        if self
+            .lose_answers
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, lose)
+            .is_ok()
+        {
+            return Err(Arc::new(Down));
+        }
         Ok(())
     }
 }

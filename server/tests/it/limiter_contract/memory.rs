@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use quota_server::limiter::{CellSettings, LimitStore, Limiter, LimiterError, MemoryStore};
+use quota_server::limiter::{
+    CellSettings, LedgerError, LimitStore, Limiter, LimiterError, MemoryStore, QuotaWindow,
+    ReturnBatch, TakeRequest, Taken,
+};
 
 use super::{
     ledger::TestLedger,
@@ -152,27 +155,22 @@ async fn a_ledger_that_panics_or_hangs_is_a_ledger_that_is_down() {
 
     #[async_trait::async_trait]
     impl quota_server::limiter::QuotaLedger for Broken {
-        async fn take(
-            &self,
-            _: quota_server::limiter::LedgerRow,
-            _: u64,
-            want: u64,
-        ) -> Result<quota_server::limiter::Taken, quota_server::limiter::LedgerError> {
+        async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
             assert!(
                 self.0.load(std::sync::atomic::Ordering::SeqCst),
                 "a ledger that panics"
             );
-            Ok(quota_server::limiter::Taken {
-                granted: want,
-                used: want,
-            })
+            let take = |request: &TakeRequest| {
+                Ok(Taken {
+                    window: QuotaWindow::whole(request.calendar),
+                    granted: request.want,
+                    used: request.want,
+                })
+            };
+            requests.iter().map(take).collect()
         }
 
-        async fn give_back(
-            &self,
-            _: quota_server::limiter::LedgerRow,
-            _: u64,
-        ) -> Result<(), quota_server::limiter::LedgerError> {
+        async fn give_back(&self, _: &ReturnBatch) -> Result<(), LedgerError> {
             Ok(())
         }
     }

@@ -7,8 +7,10 @@ mod behaviour;
 mod concurrency;
 mod ledger;
 mod memory;
+mod midnight;
 mod model;
 mod world;
+mod zones;
 
 pub(crate) use self::{ledger::TestLedger, world::START};
 
@@ -56,6 +58,7 @@ on_every_store! {
     a_cost_is_taken_whole,
     a_quota_begins_anew_with_the_local_day,
     a_quota_begins_anew_with_the_month,
+    a_change_of_time_zone_gives_no_fresh_quota,
     a_clock_that_stands_still_refills_nothing,
     a_larger_burst_is_there_at_once_less_what_was_used,
     a_smaller_burst_is_no_fresh_one,

@@ -31,6 +31,9 @@ use crate::limiter_shared::{ClockedCounters, started};
 pub(crate) const START: UnixNanos = UnixNanos::from_secs(1_795_514_400);
 pub(super) const ONE: NonZeroU32 = NonZeroU32::MIN;
 
+/// How long a drain waits for it.
+pub(super) const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
+
 /// How long a request waits for the ledger in these tests.
 pub(super) const DEADLINE: Duration = Duration::from_millis(200);
 
@@ -91,10 +94,7 @@ pub(super) async fn redis() -> (World, RedisServer) {
                 lease_ttl: Duration::ZERO,
                 deadline: Duration::from_secs(5),
                 on_failure: OnRedisFailure::Closed,
-                cells: CellSettings {
-                    ledger_deadline: DEADLINE,
-                    ..CellSettings::default()
-                },
+                cells: cell_settings(),
             },
         )
     });
@@ -105,11 +105,16 @@ pub(super) fn memory_store(clock: &TestClock, ledger: &Arc<TestLedger>) -> Arc<M
     MemoryStore::new(
         Arc::new(clock.clone()),
         Arc::clone(ledger) as _,
-        CellSettings {
-            ledger_deadline: DEADLINE,
-            ..CellSettings::default()
-        },
+        cell_settings(),
     )
+}
+
+fn cell_settings() -> CellSettings {
+    CellSettings {
+        ledger_deadline: DEADLINE,
+        drain_deadline: DRAIN_DEADLINE,
+        ..CellSettings::default()
+    }
 }
 
 /// A store that says it is elsewhere, and counts how often it is asked.

@@ -838,6 +838,47 @@ async fn the_day_of_a_quota_is_that_of_the_tenants_time_zone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_time_zone_takes_effect_when_the_day_ends_and_the_headers_say_so() {
+    let now = SystemClock::new().now().secs();
+    let evening = now - now % 86_400 + 20 * 3600;
+    let clock = TestClock::at(quota_server::clock::UnixNanos::from_secs(evening));
+    let app = TestApp::setup()
+        .clock(Arc::new(clock.clone()))
+        .start()
+        .await;
+    let account = app.register().await;
+    let plan = json!({"default_rpm": 6000, "daily_quota": 48});
+    let plan = app.plan(&account, plan).await;
+    let key = app.key(&account, &plan).await;
+    let policy = async |quota: &str| {
+        let answer = app.echo(&key.text).await;
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        let field = answer.headers["ratelimit-policy"].to_str().expect("ASCII");
+        assert!(field.ends_with(quota), "{field}");
+    };
+    policy("\"daily\";q=48;w=86400").await;
+    for zone in ["Pacific/Honolulu", "Asia/Tokyo"] {
+        let set = app
+            .act(&account, "PATCH", "/auth/me", json!({"time_zone": zone}))
+            .await;
+        assert_eq!(set.status, 200, "{}", set.body);
+        policy("\"daily\";q=48;w=86400").await;
+    }
+    // From midnight in UTC to midnight in Tokyo.
+    clock.advance(Duration::from_hours(4));
+    for _ in 0..30 {
+        policy("\"daily\";q=30;w=54000").await;
+    }
+    let denied = app.echo(&key.text).await;
+    assert_eq!(
+        (denied.status, denied.number("retry-after")),
+        (429, 15 * 3600)
+    );
+    clock.advance(Duration::from_hours(15));
+    policy("\"daily\";q=48;w=86400").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn another_replica_learns_of_a_changed_plan_and_a_rotated_key_within_a_second() {
     let one = TestApp::start().await;
     let other = TestApp::setup()

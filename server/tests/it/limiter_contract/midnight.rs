@@ -1,0 +1,237 @@
+//! Many keys at once: midnight, and the end of the process.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use quota_server::limiter::Limiter;
+
+use super::world::{self, Key, ONE, Plan, World, memory_store};
+
+/// Calls of the ledger that may be under way at once: well below the size of a pool.
+const AT_ONCE: u64 = 6;
+const KEYS: u64 = 3000;
+
+/// Lets what runs in the background get done, for thousands of keys.
+async fn settle_all() {
+    for _ in 0..2000 {
+        tokio::task::yield_now().await;
+    }
+}
+
+fn keys(limiter: &Limiter) -> Vec<Key> {
+    (0..KEYS)
+        .map(|n| Key::number(limiter, u128::from(n)))
+        .collect()
+}
+
+fn both() -> Plan {
+    Plan::any_rate().daily(1000).monthly(30_000)
+}
+
+/// From 10:00 to 23:49:00, with one request of every key.
+async fn spend_the_day(world: &World, keys: &[Key]) {
+    for key in keys {
+        assert!(key.ask(&both(), 1).await.is_allowed());
+    }
+    settle_all().await;
+    world.advance(Duration::from_mins(13 * 60 + 49));
+}
+
+/// To just before midnight, with the usual pruning. Returns the most blocks taken in ten seconds.
+async fn approach_midnight(world: &World, limiter: &Limiter) -> u64 {
+    let mut most = 0;
+    for _ in 0..65 {
+        world.advance(Duration::from_secs(10));
+        let before = world.ledger.takes();
+        limiter.prune();
+        settle_all().await;
+        most = most.max(world.ledger.takes() - before);
+    }
+    world.advance(Duration::from_nanos(9_999_999_999));
+    most
+}
+
+#[tokio::test]
+async fn at_midnight_no_request_waits_and_all_of_the_next_day_is_served() {
+    let world = world::memory();
+    let limiter = world.start();
+    let keys = keys(&limiter);
+    spend_the_day(&world, &keys).await;
+    let (calls, _) = world.ledger.calls();
+    let most = approach_midnight(&world, &limiter).await;
+    let ahead = world.ledger.calls().0 - calls;
+    assert!(
+        ahead >= 60,
+        "{ahead} calls fetched the next day for {KEYS} keys"
+    );
+    assert!(most < KEYS / 10, "{most} of {KEYS} in ten seconds");
+    let (_, at_once) = world.ledger.calls();
+    assert!(at_once <= AT_ONCE, "{at_once} calls at once");
+
+    world.advance(Duration::from_nanos(1));
+    let policies = both().policies();
+    for key in &keys {
+        let decision = limiter.try_admit(&key.cell, &policies, ONE);
+        let decision = decision.expect("the first block of the day is here");
+        assert!(decision.is_allowed());
+        assert_eq!(decision.daily.unwrap().remaining, 999);
+    }
+    settle_all().await;
+    let (_, at_once) = world.ledger.calls();
+    assert!(at_once <= AT_ONCE, "{at_once} calls at once");
+    // Neither more nor less than the quota of the new day.
+    for key in keys.iter().step_by(500) {
+        assert_eq!(key.admitted(&both(), 1100).await, 999);
+    }
+    let (spent_keys, all) = (keys.iter().step_by(500).count() as u64, KEYS);
+    assert_eq!(limiter.drain().await.lost, 0);
+    let admitted = 2 * all + 999 * spent_keys;
+    assert_eq!(world.ledger.used(), 2 * admitted);
+}
+
+#[tokio::test]
+async fn a_stop_just_before_midnight_returns_the_blocks_of_both_days() {
+    let world = world::memory();
+    let limiter = world.start();
+    let keys = keys(&limiter);
+    spend_the_day(&world, &keys).await;
+    approach_midnight(&world, &limiter).await;
+    let (all, block) = (KEYS, 10);
+    assert!(
+        world.ledger.used() >= all * (300 + 2 * block),
+        "no second block is held"
+    );
+    assert_eq!(limiter.drain().await.lost, 0);
+    assert_eq!(world.ledger.used(), 2 * all);
+}
+
+/// Keys that send nothing in the minutes before midnight, and all of them at once then; no pruning either.
+#[tokio::test(start_paused = true)]
+async fn a_midnight_that_nothing_was_fetched_for_is_served_by_few_calls() {
+    let world = world::memory();
+    let limiter = world.start();
+    let keys = keys(&limiter);
+    spend_the_day(&world, &keys).await;
+    world.advance(Duration::from_mins(11));
+    world.ledger.set_delay(Duration::from_millis(5));
+    let (calls, _) = world.ledger.calls();
+    let plan = both();
+    let decisions = join_all(keys.iter().map(|key| key.try_ask(&plan, 1))).await;
+    for decision in decisions {
+        assert!(decision.expect("no 503").is_allowed());
+    }
+    let (after, at_once) = world.ledger.calls();
+    assert!(at_once <= AT_ONCE, "{at_once} calls at once");
+    assert!(after - calls < 100, "{} calls", after - calls);
+}
+
+#[tokio::test]
+async fn a_stop_returns_every_block_by_few_calls() {
+    let world = world::memory();
+    let limiter = world.start();
+    for key in &keys(&limiter) {
+        assert!(key.ask(&both(), 1).await.is_allowed());
+    }
+    let (calls, _) = world.ledger.calls();
+    let drained = limiter.drain().await;
+    assert_eq!(drained.lost, 0);
+    assert_eq!(world.ledger.used(), 2 * KEYS);
+    let (after, _) = world.ledger.calls();
+    assert!(after - calls <= 12, "{} calls", after - calls);
+}
+
+/// An answer that is lost leaves open whether the tokens were credited. The same batch is sent again.
+#[tokio::test(start_paused = true)]
+async fn a_stop_whose_answers_are_lost_credits_every_token_once() {
+    let world = world::memory();
+    let limiter = world.start();
+    for key in &keys(&limiter) {
+        assert!(key.ask(&both(), 1).await.is_allowed());
+    }
+    world.ledger.lose_answers(4);
+    let drained = limiter.drain().await;
+    assert_eq!(drained.lost, 0);
+    // A key holds 9 tokens of the day and 299 of the month.
+    assert_eq!(drained.given_back, KEYS * (9 + 299));
+    assert_eq!(world.ledger.used(), 2 * KEYS);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_waits_out_a_short_outage() {
+    let world = world::memory();
+    let limiter = world.start();
+    for key in &keys(&limiter) {
+        assert!(key.ask(&both(), 1).await.is_allowed());
+    }
+    world.ledger.set_down(true);
+    let ledger = Arc::clone(&world.ledger);
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        ledger.set_down(false);
+    });
+    assert_eq!(limiter.drain().await.lost, 0);
+    assert_eq!(world.ledger.used(), 2 * KEYS);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_stop_under_load_leaves_exactly_what_was_admitted() {
+    for round in 0..10 {
+        let world = world::memory();
+        let store = memory_store(&world.clock, &world.ledger);
+        let limiter = Limiter::new(store, Arc::new(world.clock.clone()));
+        world.ledger.set_delay(Duration::from_millis(round % 4));
+        let admitted = Arc::new(AtomicU64::new(0));
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut tasks = Vec::new();
+        for n in 0..24_u128 {
+            let key = Key::number(&limiter, n % 8);
+            let (admitted, stop) = (Arc::clone(&admitted), Arc::clone(&stop));
+            tasks.push(tokio::spawn(async move {
+                let plan = both();
+                while !stop.load(Ordering::SeqCst) {
+                    if let Ok(decision) = key.try_ask(&plan, 1).await {
+                        admitted.fetch_add(u64::from(decision.is_allowed()), Ordering::SeqCst);
+                    }
+                    tokio::task::yield_now().await;
+                }
+            }));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!(limiter.drain().await.lost, 0);
+        let used = world.ledger.used();
+        stop.store(true, Ordering::SeqCst);
+        for task in tasks {
+            task.await.unwrap();
+        }
+        let admitted = admitted.load(Ordering::SeqCst);
+        assert!(admitted > 0);
+        assert_eq!(used, 2 * admitted, "round {round}");
+        assert_eq!(
+            world.ledger.used(),
+            used,
+            "something was taken after the drain"
+        );
+    }
+}
+
+/// A key that nobody uses any more gives its blocks back although the process goes on.
+#[tokio::test]
+async fn blocks_of_keys_that_left_the_cache_go_back() {
+    let world = world::memory();
+    let limiter = world.start();
+    for key in keys(&limiter) {
+        assert!(key.ask(&both(), 1).await.is_allowed());
+    }
+    // Their buckets are full again, and no record holds their cells.
+    world.advance(Duration::from_secs(1));
+    limiter.prune();
+    settle_all().await;
+    assert_eq!(world.ledger.used(), 2 * KEYS);
+    assert_eq!(limiter.prune(), 0);
+}
