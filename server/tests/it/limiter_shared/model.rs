@@ -1,9 +1,8 @@
-//! The shared counters in the plainest way: what the Redis script does, in whole numbers of any size, with a
-//! log of what was granted and returned.
+//! The shared counters in the plainest way: what the Redis script does, in whole numbers of any size.
 
 use std::collections::HashMap;
 
-use quota_server::limiter::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply};
+use quota_server::limiter::{BucketName, BucketState, TakeCall, TakeReply};
 
 /// Microseconds from a loss to the new beginning.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
@@ -25,13 +24,6 @@ struct Epoch {
     run: u64,
     start: Option<u64>,
     ok: u64,
-}
-
-/// Tokens granted, less those that came back: by when and to whom.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Grant {
-    pub(super) at: CounterMicros,
-    pub(super) tokens: u64,
 }
 
 /// What a server remembers.
