@@ -1,9 +1,10 @@
-//! What tests and measurements put around the server: processes that end with their owner, a Redis that may be
-//! killed and frozen, a proxy that fails on demand.
+//! Test equipment around the server: processes that end with their owner, a Redis that can be killed and frozen, a
+//! proxy that fails on demand, and a checker of token bucket promises.
 //!
-//! Knows nothing of Quota. What it starts it ends, by process id. Where something cannot be started it panics
-//! and says what: whoever uses it has no way on without.
+//! Knows nothing of Quota. Ends what it starts, by process id. Panics with the reason if something cannot be
+//! started.
 
+pub mod envelope;
 mod process;
 pub mod proxy;
 pub mod redis;

@@ -1,6 +1,6 @@
-//! A proxy between the server and what it depends on, that can be made to fail: delay, cut, cut after so
-//! many bytes, go silent, refuse. On a port of its own on loopback, in front of a TCP address or a Unix
-//! socket.
+//! A proxy between the server and one of its dependencies that can be made to fail: delay traffic in both
+//! directions or answers alone, cut, cut after a number of bytes, go silent, refuse. Listens on its own port on
+//! loopback, in front of a TCP address or a Unix socket.
 
 use std::{
     io,
@@ -16,8 +16,9 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpStream, UnixStream},
-    sync::watch,
+    sync::{mpsc, oneshot, watch},
     task::JoinHandle,
+    time::{Instant, sleep_until},
 };
 
 /// Where the proxy leads to.
@@ -27,13 +28,15 @@ pub enum Upstream {
     Unix(PathBuf),
 }
 
-/// What befalls the traffic, of connections that are open and of new ones.
+/// What happens to the traffic of open and new connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// None: bytes pass.
     Pass,
-    /// Each piece of data waits this long, in both directions.
+    /// Data takes this much longer in both directions. The bandwidth stays the same.
     Delay(Duration),
+    /// Data takes this much longer towards the client: requests arrive in time, answers late.
+    Late(Duration),
     /// Bytes are swallowed and nothing comes back; connections stay open, new ones too.
     BlackHole,
     /// New connections are reset at once; open ones go on.
@@ -46,7 +49,14 @@ pub enum Fault {
 pub struct FaultProxy {
     addr: SocketAddr,
     control: Arc<Control>,
-    accepting: JoinHandle<()>,
+    running: Running,
+}
+
+#[derive(Debug)]
+enum Running {
+    Here(JoinHandle<()>),
+    /// Ends when this is dropped.
+    Apart(#[expect(dead_code, reason = "held for its drop")] oneshot::Sender<()>),
 }
 
 #[derive(Debug)]
@@ -57,22 +67,58 @@ struct Control {
     accepted: AtomicU64,
 }
 
+impl Default for Control {
+    fn default() -> Self {
+        Self {
+            fault: watch::Sender::new(Fault::Pass),
+            cuts: watch::Sender::new(0),
+            accepted: AtomicU64::new(0),
+        }
+    }
+}
+
 impl FaultProxy {
+    /// Runs in tasks of the caller's runtime.
     pub async fn start(upstream: Upstream) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
             .expect("a free port");
         let addr = listener.local_addr().expect("it is bound");
-        let control = Arc::new(Control {
-            fault: watch::Sender::new(Fault::Pass),
-            cuts: watch::Sender::new(0),
-            accepted: AtomicU64::new(0),
-        });
+        let control = Arc::new(Control::default());
         let accepting = tokio::spawn(accept(listener, upstream, Arc::clone(&control)));
         Self {
             addr,
             control,
-            accepting,
+            running: Running::Here(accepting),
+        }
+    }
+
+    /// Runs on a thread of its own, so that a caller that is busy does not delay the traffic.
+    pub async fn start_apart(upstream: Upstream) -> Self {
+        let control = Arc::new(Control::default());
+        let (tell, addr) = oneshot::channel();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let theirs = Arc::clone(&control);
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .expect("a runtime");
+            runtime.block_on(async {
+                let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+                    .await
+                    .expect("a free port");
+                let _ = tell.send(listener.local_addr().expect("it is bound"));
+                tokio::select! {
+                    () = accept(listener, upstream, theirs) => {}
+                    _ = stopped => {}
+                }
+            });
+        });
+        Self {
+            addr: addr.await.expect("the thread has started"),
+            control,
+            running: Running::Apart(stop),
         }
     }
 
@@ -98,7 +144,9 @@ impl FaultProxy {
 
 impl Drop for FaultProxy {
     fn drop(&mut self) {
-        self.accepting.abort();
+        if let Running::Here(accepting) = &self.running {
+            accepting.abort();
+        }
         self.cut();
     }
 }
@@ -162,47 +210,89 @@ enum Direction {
     Down,
 }
 
+/// Data on its way, and when it arrives. Empty at the end of the stream.
+struct Piece {
+    due: Instant,
+    data: Vec<u8>,
+    /// The connection is reset after it.
+    last: bool,
+}
+
+/// So much may be on its way at once, in one direction, before the sender is slowed down.
+const PIECES: usize = 1024;
+
 async fn pass(
+    from: impl AsyncRead + Unpin,
+    to: impl AsyncWrite + Unpin,
+    fault: watch::Receiver<Fault>,
+    direction: Direction,
+) -> io::Result<()> {
+    let (send, receive) = mpsc::channel(PIECES);
+    tokio::try_join!(take(from, send, fault, direction), deliver(to, receive))?;
+    Ok(())
+}
+
+async fn take(
     mut from: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
+    to: mpsc::Sender<Piece>,
     mut fault: watch::Receiver<Fault>,
     direction: Direction,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 16 * 1024];
-    let mut carried = 0;
+    let (mut carried, mut due) = (0, Instant::now());
     loop {
         let length = from.read(&mut buffer).await?;
         if fault.has_changed().unwrap_or(false) {
             carried = 0;
         }
         let mut data = &buffer[..length];
+        let mut last = false;
         let now = *fault.borrow_and_update();
-        match now {
-            Fault::Pass | Fault::Refuse | Fault::CutAfter(_) if length == 0 => {
-                return to.shutdown().await;
-            }
-            Fault::Delay(delay) => {
-                tokio::time::sleep(delay).await;
-                if length == 0 {
-                    return to.shutdown().await;
-                }
-            }
+        let delay = match now {
             // Not even the end gets through.
             Fault::BlackHole if length == 0 => std::future::pending().await,
             Fault::BlackHole => continue,
-            Fault::CutAfter(limit) if direction == Direction::Down => {
+            Fault::Delay(delay) => delay,
+            Fault::Late(delay) if direction == Direction::Down => delay,
+            Fault::CutAfter(limit) if direction == Direction::Down && length > 0 => {
                 let left = usize::try_from(limit - carried).unwrap_or(usize::MAX);
                 data = &data[..length.min(left)];
                 carried += data.len() as u64;
-                if carried == limit {
-                    to.write_all(data).await?;
-                    return Err(io::ErrorKind::ConnectionReset.into());
-                }
+                last = carried == limit;
+                Duration::ZERO
             }
-            Fault::Pass | Fault::Refuse | Fault::CutAfter(_) => {}
+            Fault::Pass | Fault::Late(_) | Fault::Refuse | Fault::CutAfter(_) => Duration::ZERO,
+        };
+        // Nothing overtakes what was sent before it.
+        due = due.max(Instant::now() + delay);
+        let piece = Piece {
+            due,
+            data: data.to_vec(),
+            last,
+        };
+        if to.send(piece).await.is_err() || length == 0 || last {
+            return Ok(());
         }
-        to.write_all(data).await?;
     }
+}
+
+async fn deliver(
+    mut to: impl AsyncWrite + Unpin,
+    mut pieces: mpsc::Receiver<Piece>,
+) -> io::Result<()> {
+    while let Some(piece) = pieces.recv().await {
+        if piece.due > Instant::now() {
+            sleep_until(piece.due).await;
+        }
+        if piece.data.is_empty() && !piece.last {
+            return to.shutdown().await;
+        }
+        to.write_all(&piece.data).await?;
+        if piece.last {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -257,6 +347,15 @@ mod tests {
         );
         assert!(before.elapsed() >= 2 * SHORT, "once there, once back");
 
+        proxy.set(Fault::Late(SHORT));
+        let before = std::time::Instant::now();
+        let two = tokio::join!(ping(&mut stream, LONG), async {
+            let mut other = TcpStream::connect(proxy.addr()).await.expect("it listens");
+            ping(&mut other, LONG).await
+        });
+        assert!(two.0.is_some_and(|it| it.is_ok()) && two.1.is_some_and(|it| it.is_ok()));
+        assert!(before.elapsed() >= SHORT, "the answer is late");
+
         proxy.set(Fault::BlackHole);
         assert!(ping(&mut stream, SHORT).await.is_none(), "silence");
 
@@ -292,7 +391,35 @@ mod tests {
             error.expect_err("a reset").kind(),
             io::ErrorKind::ConnectionReset
         );
-        assert_eq!(proxy.accepted(), 3);
+        assert_eq!(proxy.accepted(), 4);
+    }
+
+    /// What is delayed does not hold up what is sent after it.
+    #[tokio::test]
+    async fn a_delay_is_a_latency_and_no_lower_bandwidth() {
+        let proxy = FaultProxy::start_apart(Upstream::Tcp(echo().await)).await;
+        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        proxy.set(Fault::Late(SHORT));
+        let before = std::time::Instant::now();
+        let (mut from, mut to) = stream.split();
+        let send = async {
+            for _ in 0..20 {
+                to.write_all(b"ping").await.expect("sent");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let receive = async {
+            let mut all = [0; 80];
+            from.read_exact(&mut all).await.expect("all of it");
+        };
+        tokio::time::timeout(LONG, async { tokio::join!(send, receive) })
+            .await
+            .expect("in time");
+        assert!(before.elapsed() >= SHORT);
+        assert!(
+            before.elapsed() < 10 * SHORT,
+            "one after the other they take 20"
+        );
     }
 
     #[tokio::test]

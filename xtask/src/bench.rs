@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: what a request costs, next to servers that do nothing; `cargo xtask bench replicas`: what
-//! holds over several replicas. See `xtask/bench`. `cargo xtask bench desktop`: what the desktop app costs, next to an
-//! empty window. See `xtask/desktop`.
+//! holds over several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the promises of the limiter in
+//! simulated time, over many seeds. `cargo xtask bench desktop`: what the desktop app costs, next to an empty window.
+//! See `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -11,6 +12,31 @@ use anyhow::{Context as _, Result};
 
 use crate::{cargo, desktop, journey, machine, postgres::Throwaway, say, succeed, target};
 
+/// Seeds of the simulation where none are given.
+const SEEDS: &str = "20000";
+/// The test that runs them.
+const SIMULATION: &str = "limiter_shared::simulation::every_promise_holds_in_every_seed";
+
+/// Runs so many seeds, from the first on.
+fn simulation(arguments: &[OsString]) -> Result<ExitCode> {
+    let seeds = arguments
+        .first()
+        .map_or_else(|| OsString::from(SEEDS), OsString::clone);
+    let mut test = cargo();
+    test.args(["test", "--quiet", "--package", "quota-server"])
+        .args(["--test", "it", "--", "--exact", SIMULATION, "--nocapture"])
+        .env("QUOTA_SEEDS", seeds);
+    if let Some(first) = arguments.get(1) {
+        test.env("QUOTA_FIRST_SEED", first);
+    }
+    let status = test.status().context("cannot run the simulation")?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
 pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     if let Some((first, rest)) = arguments.split_first()
         && first == "desktop"
@@ -18,22 +44,22 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
         machine::install(&[&[machine::POSTGRES], &desktop::JOURNEY_NEEDS[..]].concat())?;
         return journey::on_server(|server| desktop::bench(server, rest));
     }
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "simulation"
+    {
+        return simulation(rest);
+    }
     let replicas = arguments.first().is_some_and(|it| it == "replicas");
     machine::install(&[machine::POSTGRES, machine::REDIS])?;
     say("building the server and the measurement for release (a first build takes some minutes)");
-    succeed(cargo().args([
-        "build",
-        "--release",
-        "--quiet",
-        "--package",
-        "quota-server",
-        "--bin",
-        "quota",
-        "--package",
-        "quota-bench",
-        "--bin",
-        "quota-bench",
-    ]))?;
+    let mut build = cargo();
+    build.args(["build", "--release", "--quiet"]);
+    build.args(["--package", "quota-bench", "--bin", "quota-bench"]);
+    // Measured instead of this version's.
+    if !arguments.iter().any(|it| it == "--server") {
+        build.args(["--package", "quota-server", "--bin", "quota"]);
+    }
+    succeed(&mut build)?;
     let built = target().join("release");
     let mut command = Command::new(built.join("quota-bench"));
     let quota = built.join("quota");

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use quota_server::limiter::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply};
+use quota_server::limiter::{BucketName, BucketState, TakeCall, TakeReply};
 
 /// Microseconds from a loss to the new epoch.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
@@ -32,13 +32,6 @@ struct Epoch {
 
 /// Microseconds after which a plan's version that nobody uses is forgotten.
 const OUTDATED: u64 = 10_000_000;
-
-/// Tokens granted at a time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Grant {
-    pub(super) at: CounterMicros,
-    pub(super) tokens: u64,
-}
 
 /// What a server remembers.
 #[derive(Debug, Clone, Default)]

@@ -8,7 +8,7 @@ use anyhow::Result;
 use super::{
     Options, keep_log,
     schedule::{on_off, together},
-    stage::{Recount, Stage, check_book, context, lateness, slack},
+    stage::{Recount, Stage, check_book, context, lateness, percent, share, slack},
     table::Table,
     tenant::Plan,
 };
@@ -21,6 +21,7 @@ const COLUMNS: &[&str] = &[
     "sent",
     "admitted",
     "excess, tokens",
+    "served",
     "at a rest of, ms",
 ];
 const REPLICAS: usize = 3;
@@ -31,6 +32,7 @@ const CYCLES: usize = 3;
 struct Found {
     sent: usize,
     admitted: usize,
+    ideal: u64,
     excess: f64,
     at: Duration,
 }
@@ -40,6 +42,7 @@ impl Default for Found {
         Self {
             sent: 0,
             admitted: 0,
+            ideal: 0,
             excess: f64::NEG_INFINITY,
             at: Duration::ZERO,
         }
@@ -100,6 +103,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             let found = &mut worst[key];
             found.sent += recount.sent;
             found.admitted += recount.admitted;
+            found.ideal += recount.ideal;
             if recount.excess() > found.excess {
                 (found.excess, found.at) = (recount.excess(), phase);
             }
@@ -116,6 +120,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             found.sent.to_string(),
             found.admitted.to_string(),
             format!("{:+.3}", found.excess),
+            percent(share(found.admitted as u64, found.ideal)),
             format!("{:.1}", found.at.as_secs_f64() * 1e3),
         ]);
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, header};
-use http_body_util::{BodyExt as _, Empty};
+use http_body_util::{BodyExt as _, Full};
 use serde_json::json;
 use tokio::{
     task::JoinSet,
@@ -230,7 +230,7 @@ impl Watcher {
         let request = Request::get("/v1/echo")
             .header(header::HOST, HeaderValue::from_static("quota"))
             .header("x-api-key", key.clone())
-            .body(Empty::<Bytes>::new())?;
+            .body(Full::<Bytes>::default())?;
         let answer = sender.send_request(request).await?;
         let (status, limit) = (
             answer.status().as_u16(),

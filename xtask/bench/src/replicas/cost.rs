@@ -3,12 +3,10 @@
 use std::{thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use quota_testkit::redis::RedisServer;
+use quota_testkit::{envelope::Envelope, redis::RedisServer};
 
 use super::{
-    Options,
-    envelope::Envelope,
-    keep_log,
+    Options, keep_log,
     schedule::{Spread, Steady, nanos},
     stage::{Recount, Stage, context, lateness, per_thousand, scripts, share},
     table::Table,

@@ -16,9 +16,10 @@ use std::{
 use anyhow::Result;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, header};
-use http_body_util::{BodyExt as _, Empty};
+use http_body_util::{BodyExt as _, Full};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
+use quota_testkit::envelope::Span;
 use tokio::{
     net::TcpStream,
     sync::Notify,
@@ -26,10 +27,8 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::envelope::Span;
-
-/// To one replica at once.
-const CONNECTIONS: usize = 256;
+/// Connections to one replica at once.
+const CONNECTIONS: usize = 700;
 /// How long an answer is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -41,6 +40,8 @@ pub(crate) struct Arrival {
     /// Places in the lists of keys and of replicas.
     pub(crate) key: usize,
     pub(crate) replica: usize,
+    /// In tokens.
+    pub(crate) cost: u32,
 }
 
 /// What became of it. Times are nanoseconds since the load began, by one monotonic clock.
@@ -48,6 +49,7 @@ pub(crate) struct Arrival {
 pub(crate) struct Attempt {
     pub(crate) key: usize,
     pub(crate) replica: usize,
+    pub(crate) cost: u32,
     pub(crate) due: u64,
     /// Just before its first byte left.
     pub(crate) sent: u64,
@@ -69,6 +71,7 @@ impl Attempt {
         Span {
             sent: self.sent,
             answered: self.answered,
+            cost: self.cost,
         }
     }
 
@@ -81,6 +84,10 @@ impl Attempt {
 pub(crate) struct Targets {
     pub(crate) replicas: Vec<SocketAddr>,
     pub(crate) keys: Vec<HeaderValue>,
+    /// With a service token, requests go to the check API, which takes a cost; without, to the echo endpoint.
+    pub(crate) service: Option<HeaderValue>,
+    /// Connections to each replica that are opened when the load begins, before they are needed.
+    pub(crate) ready: usize,
 }
 
 /// Sends every request of `schedule`, which is in order of time, from `origin` on.
@@ -99,8 +106,26 @@ async fn send(targets: &Targets, schedule: &[Arrival], origin: Instant) -> Resul
         .iter()
         .map(|addr| Rc::new(Line::to(*addr, origin)))
         .collect();
-    let keys: Rc<[HeaderValue]> = targets.keys.as_slice().into();
+    let service = &targets.service;
+    let keys: Rc<[Consumer]> = targets
+        .keys
+        .iter()
+        .map(|key| Consumer {
+            key: key.clone(),
+            service: service.clone(),
+        })
+        .collect();
     let mut connections = JoinSet::new();
+    for line in lines.iter().filter(|_| targets.ready > 0) {
+        for _ in 0..targets.ready {
+            line.open.set(line.open.get() + 1);
+            let (line, keys) = (Rc::clone(line), Rc::clone(&keys));
+            connections.spawn_local(async move {
+                let sender = connect(line.addr).await.ok();
+                line.serve(keys, sender).await
+            });
+        }
+    }
     for arrival in schedule {
         let due = origin + Duration::from_nanos(arrival.at);
         if due > Instant::now() {
@@ -113,7 +138,7 @@ async fn send(targets: &Targets, schedule: &[Arrival], origin: Instant) -> Resul
             line.bell.notify_one();
         } else if line.open.get() < CONNECTIONS {
             line.open.set(line.open.get() + 1);
-            connections.spawn_local(Rc::clone(line).serve(Rc::clone(&keys)));
+            connections.spawn_local(Rc::clone(line).serve(Rc::clone(&keys), None));
         }
     }
     for line in &lines {
@@ -126,6 +151,40 @@ async fn send(targets: &Targets, schedule: &[Arrival], origin: Instant) -> Resul
     }
     attempts.sort_unstable_by_key(|attempt| attempt.sent);
     Ok(attempts)
+}
+
+/// Whose requests they are, and how they are made.
+struct Consumer {
+    key: HeaderValue,
+    service: Option<HeaderValue>,
+}
+
+impl Consumer {
+    fn request(&self, cost: u32) -> http::Result<Request<Full<Bytes>>> {
+        let host = HeaderValue::from_static("quota");
+        let Some(token) = &self.service else {
+            return Request::get("/v1/echo")
+                .header(header::HOST, host)
+                .header("x-api-key", self.key.clone())
+                .body(Full::default());
+        };
+        let key = self.key.to_str().unwrap_or_default();
+        let body = format!(r#"{{"key":"{key}","cost":{cost},"endpoint":"GET /bench"}}"#);
+        Request::post("/v1/check")
+            .header(header::HOST, host)
+            .header(header::CONTENT_TYPE, "application/json")
+            .header("x-service-token", token.clone())
+            .body(Full::from(body))
+    }
+}
+
+/// The status that the check API's decision stands for.
+fn decided(body: &[u8]) -> u16 {
+    match serde_json::from_slice::<serde_json::Value>(body) {
+        Ok(decision) if decision["allowed"] == true => 200,
+        Ok(decision) if decision["allowed"] == false => 429,
+        _ => 500,
+    }
 }
 
 /// The connections to one replica, and the requests that wait for one.
@@ -141,7 +200,7 @@ struct Line {
     over: Cell<bool>,
 }
 
-pub(crate) type Sender = SendRequest<Empty<Bytes>>;
+pub(crate) type Sender = SendRequest<Full<Bytes>>;
 
 impl Line {
     fn to(addr: SocketAddr, origin: Instant) -> Self {
@@ -157,9 +216,12 @@ impl Line {
     }
 
     /// One connection's life.
-    async fn serve(self: Rc<Self>, keys: Rc<[HeaderValue]>) -> Vec<Attempt> {
+    async fn serve(
+        self: Rc<Self>,
+        keys: Rc<[Consumer]>,
+        mut sender: Option<Sender>,
+    ) -> Vec<Attempt> {
         let mut log = Vec::new();
-        let mut sender = None;
         loop {
             let job = self.jobs.borrow_mut().pop_front();
             let Some(job) = job else {
@@ -178,11 +240,12 @@ impl Line {
         &self,
         sender: &mut Option<Sender>,
         job: Arrival,
-        key: &HeaderValue,
+        consumer: &Consumer,
     ) -> Attempt {
         let mut attempt = Attempt {
             key: job.key,
             replica: job.replica,
+            cost: job.cost,
             due: job.at,
             sent: self.now(),
             answered: 0,
@@ -200,10 +263,7 @@ impl Line {
             None => connect(self.addr).await,
         };
         if let Ok(mut ready) = ready {
-            let request = Request::get("/v1/echo")
-                .header(header::HOST, HeaderValue::from_static("quota"))
-                .header("x-api-key", key.clone())
-                .body(Empty::new());
+            let request = consumer.request(job.cost);
             attempt.sent = self.now();
             let answered = async {
                 let answer = ready.send_request(request?).await?;
@@ -211,7 +271,10 @@ impl Line {
                 attempt.status = answer.status().as_u16();
                 attempt.retry_after = number(answer.headers(), &header::RETRY_AFTER);
                 attempt.degraded = is_degraded(answer.headers());
-                answer.into_body().collect().await?;
+                let body = answer.into_body().collect().await?.to_bytes();
+                if consumer.service.is_some() && attempt.status == 200 {
+                    attempt.status = decided(&body);
+                }
                 anyhow::Ok(())
             };
             if let Ok(Ok(())) = timeout(PATIENCE, answered).await {

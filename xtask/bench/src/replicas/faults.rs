@@ -289,12 +289,20 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
     Ok(origin.elapsed())
 }
 
-/// A replica that alone lost its way to Redis admits its share beside what the others admit together. Of a loss
-/// that meets all, the promise is the plan's.
+/// When all lose Redis, the promise is the plan's.
 fn promised(kind: Kind, plan: &Plan) -> Plan {
+    match kind {
+        Kind::Partial => with_share_of_one(plan, REPLICAS),
+        _ => plan.clone(),
+    }
+}
+
+/// What a plan promises while one of several replicas has lost Redis and the others have not: the one admits its share
+/// beside what the others admit together.
+pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     let mut plan = plan.clone();
-    if kind == Kind::Partial && plan.on_redis_failure != Some("closed") {
-        let replicas = u32::try_from(REPLICAS).unwrap_or(u32::MAX);
+    if plan.on_redis_failure != Some("closed") {
+        let replicas = u32::try_from(replicas).unwrap_or(u32::MAX);
         plan.rpm += plan.rpm.div_ceil(replicas);
         plan.burst += plan.burst.div_ceil(replicas);
     }
@@ -405,6 +413,7 @@ mod tests {
         Attempt {
             key: 0,
             replica: 0,
+            cost: 1,
             due: 0,
             sent: 0,
             answered: ms * MS,

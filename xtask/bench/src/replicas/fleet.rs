@@ -134,11 +134,16 @@ impl Fleet {
 
     /// Asks all to stop, as an operator does, and waits until they have.
     pub(crate) async fn stop(&mut self) -> Result<()> {
+        self.stop_within(STOPPED_WITHIN).await
+    }
+
+    /// The same, with this much time.
+    pub(crate) async fn stop_within(&mut self, time: Duration) -> Result<()> {
         for replica in &mut self.replicas {
             replica.process.signal(Signal::SIGTERM)?;
         }
         for mut replica in self.replicas.drain(..) {
-            let status = replica.process.ends_within(STOPPED_WITHIN).await?;
+            let status = replica.process.ends_within(time).await?;
             let status = status.context("a replica did not stop in time")?;
             ensure!(
                 status.success(),

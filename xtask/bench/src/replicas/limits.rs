@@ -124,7 +124,7 @@ async fn cell(
             table.faults.push(context(&what, &recount));
         }
         if load > 1.0 && recount.is_short() {
-            let (served, ideal) = (recount.admitted, recount.ideal);
+            let (served, ideal) = (recount.tokens, recount.ideal);
             let fault = format!("{what}: only {served} of {ideal} were served");
             table.faults.push(fault);
         }

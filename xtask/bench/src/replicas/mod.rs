@@ -7,18 +7,22 @@
 
 mod bursts;
 mod changes;
+mod cold;
 mod cost;
 mod counters;
+mod drain;
 mod drive;
-mod envelope;
 mod faults;
 mod fleet;
+mod late;
 mod limits;
 mod quota;
 mod schedule;
 mod stage;
+mod stalls;
 mod table;
 mod tenant;
+mod weighted;
 
 use std::{fmt::Write as _, fs, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -31,6 +35,9 @@ use table::Table;
 pub(crate) struct Options {
     /// The `quota` binary, built for release
     quota: PathBuf,
+    /// Another binary to measure in its place, such as an earlier version's
+    #[arg(long)]
+    server: Option<PathBuf>,
     /// A PostgreSQL to make databases on, as a role that may: postgres://user@host/postgres
     #[arg(long)]
     postgres: String,
@@ -52,6 +59,12 @@ pub(crate) struct Options {
     /// How long a lease may be held, in milliseconds
     #[arg(long, default_value_t = 100)]
     lease_ttl: u64,
+    /// How many keys are in use at the clean stop
+    #[arg(long, default_value_t = 100_000)]
+    keys: usize,
+    /// How many of them are first used in a second
+    #[arg(long, default_value_t = 400.0)]
+    drain_rate: f64,
     /// Also write the tables to this file, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
@@ -68,8 +81,18 @@ enum Only {
     Daily,
     /// Bursts made to hurt leases
     Bursts,
+    /// Requests that cost 1 to 5
+    Weighted,
+    /// The whole burst of a rested key at once, by the time to Redis and back
+    Cold,
+    /// Answers of Redis that come late for one replica
+    Late,
+    /// Redis stands still for less than a second
+    Stalls,
     /// Redis killed, frozen, failed over, cut off
     Faults,
+    /// A clean stop with many keys in use
+    Drain,
     /// How long a change takes to be in force everywhere
     Changes,
     /// Round trips, and the cost next to one replica's memory
@@ -77,11 +100,16 @@ enum Only {
 }
 
 impl Only {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 11] = [
         Self::Limits,
         Self::Daily,
         Self::Bursts,
+        Self::Weighted,
+        Self::Cold,
+        Self::Late,
+        Self::Stalls,
         Self::Faults,
+        Self::Drain,
         Self::Changes,
         Self::Cost,
     ];
@@ -95,6 +123,11 @@ impl std::fmt::Display for Only {
 }
 
 impl Options {
+    /// The binary to measure.
+    fn binary(&self) -> PathBuf {
+        self.server.as_ref().unwrap_or(&self.quota).clone()
+    }
+
     fn lease_ttl(&self) -> Duration {
         Duration::from_millis(self.lease_ttl)
     }
@@ -130,7 +163,12 @@ async fn all(options: &Options) -> Result<ExitCode> {
             Only::Limits => limits::run(options).await,
             Only::Daily => quota::run(options).await,
             Only::Bursts => bursts::run(options).await,
+            Only::Weighted => weighted::run(options).await,
+            Only::Cold => cold::run(options).await,
+            Only::Late => late::run(options).await,
+            Only::Stalls => stalls::run(options).await,
             Only::Faults => faults::run(options).await,
+            Only::Drain => drain::run(options).await,
             Only::Changes => changes::run(options).await,
             Only::Cost => cost::run(options).await,
         }
@@ -168,13 +206,13 @@ fn keep_log(options: &Options, name: &str, attempts: &[drive::Attempt]) -> Resul
         return Ok(());
     };
     let mut text =
-        String::from("key,replica,due_ns,sent_ns,answered_ns,status,retry_after,degraded\n");
+        String::from("key,replica,cost,due_ns,sent_ns,answered_ns,status,retry_after,degraded\n");
     for it in attempts {
         let retry_after = it.retry_after.map(|it| it.to_string()).unwrap_or_default();
         let _ = writeln!(
             text,
-            "{},{},{},{},{},{},{retry_after},{}",
-            it.key, it.replica, it.due, it.sent, it.answered, it.status, it.degraded
+            "{},{},{},{},{},{},{},{retry_after},{}",
+            it.key, it.replica, it.cost, it.due, it.sent, it.answered, it.status, it.degraded
         );
     }
     let path = dir.join(format!("{name}.csv"));

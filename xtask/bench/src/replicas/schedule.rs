@@ -48,6 +48,7 @@ impl Steady {
         (0..self.count).map(move |n| Arrival {
             at: nanos(self.from + self.nth(n)),
             key: self.key,
+            cost: 1,
             replica: match self.spread {
                 Spread::InTurn => n % replicas,
                 Spread::Random(_) => chance.usize(..replicas),
@@ -63,6 +64,29 @@ impl Steady {
 
 pub(crate) fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// So many requests at the same moment, at one replica.
+pub(crate) fn at_once(key: usize, at: Duration, replica: usize, count: u32) -> Vec<Arrival> {
+    let one = Arrival {
+        at: nanos(at),
+        key,
+        replica,
+        cost: 1,
+    };
+    vec![one; count as usize]
+}
+
+/// Gives each request a cost of 1 to 5, at random from this seed.
+pub(crate) fn with_costs(arrivals: impl IntoIterator<Item = Arrival>, seed: u64) -> Vec<Arrival> {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let arrivals = arrivals.into_iter();
+    arrivals
+        .map(|it| Arrival {
+            cost: rng.u32(1..=5),
+            ..it
+        })
+        .collect()
 }
 
 /// All of them in order of time.

@@ -25,6 +25,7 @@ pub(crate) struct Plan {
     pub(crate) burst: u32,
     pub(crate) strict: bool,
     pub(crate) daily: Option<u64>,
+    pub(crate) monthly: Option<u64>,
     /// What happens to its keys while Redis is away; `None`: as the server is set.
     pub(crate) on_redis_failure: Option<&'static str>,
 }
@@ -37,6 +38,7 @@ impl Plan {
             burst,
             strict: false,
             daily: None,
+            monthly: None,
             on_redis_failure: None,
         }
     }
@@ -47,6 +49,9 @@ impl Plan {
         });
         if let Some(daily) = self.daily {
             body["daily_quota"] = daily.into();
+        }
+        if let Some(monthly) = self.monthly {
+            body["monthly_quota"] = monthly.into();
         }
         if let Some(mode) = self.on_redis_failure {
             body["on_redis_failure"] = mode.into();
@@ -99,6 +104,15 @@ impl Tenant {
             id: text(&made["api_key"], "id")?,
             text: HeaderValue::from_str(&text(&made, "key")?)?,
         })
+    }
+
+    /// A token for the check API.
+    pub(crate) async fn service_token(&self, server: SocketAddr) -> Result<HeaderValue> {
+        let body = json!({"name": "bench"});
+        let made = self
+            .call(server, Method::POST, "/admin/service-tokens", Some(&body))
+            .await?;
+        Ok(HeaderValue::from_str(&text(&made, "token")?)?)
     }
 
     /// A key on a plan of its own.

@@ -120,6 +120,26 @@ async fn a_daily_quota_is_exact_over_replicas_that_share_nothing_else() {
 }
 
 #[tokio::test]
+async fn requests_that_cost_several_tokens_keep_the_promise() {
+    let found = measured(&["--only", "weighted"]).await;
+    for row in found.rows() {
+        let (admitted, tokens) = (number(row, "admitted"), number(row, "tokens admitted"));
+        assert!(admitted > 0.0 && tokens >= admitted, "{row}");
+        assert!(number(row, "excess, tokens") <= 0.0, "{row}");
+    }
+}
+
+#[tokio::test]
+async fn a_clean_stop_leaves_exactly_what_was_used() {
+    let found = measured(&["--only", "drain", "--no-redis"]).await;
+    assert!(found.content, "{:?}", found.faults());
+    for row in found.rows() {
+        assert!(number(row, "admitted") > 0.0, "{row}");
+        assert_eq!(row["never served"], "0", "{row}");
+    }
+}
+
+#[tokio::test]
 async fn changes_are_seen_and_timed() {
     let found = measured(&["--only", "changes", "--no-redis"]).await;
     assert_eq!(found.rows().len(), 4);

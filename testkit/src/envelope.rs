@@ -1,42 +1,44 @@
-//! The judge: what a client saw admitted, held against the promise, in every window there is.
+//! The sliding checker: compares what a client saw admitted with the promise, in every window.
 //!
-//! The promise is a token bucket's: in any window of `T` at most `burst + rate·(T + slack)`. A client does not
-//! know when a request was admitted, only that it was after it sent the request and before it had the answer.
-//! So a window counts those requests alone that lie in it whole; any other could have been admitted outside.
-//! What is found above the promise was therefore above it, whatever happened in between. Owns this arithmetic,
-//! in whole nanoseconds, and knows nothing of how the times came about.
+//! The promise is a token bucket's: at most `burst + rate·(T + slack)` tokens in any window of `T`. A client does
+//! not know when a request was admitted, only that it was between sending it and receiving the answer. So a window
+//! counts only requests that lie entirely inside it, and any excess found is real. Works in whole nanoseconds and
+//! does not know where the times come from.
 
 /// One token bucket's promise.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Envelope {
-    /// Nanoseconds a token takes to come back, rounded up as the server does.
+pub struct Envelope {
+    /// Nanoseconds a token takes to refill, rounded up as the server does.
     emission: i64,
-    /// The nanoseconds' worth of tokens that a window of no length may hold: the burst and the slack.
+    /// Nanoseconds of refill that a window of no length may hold: the burst and the slack.
     at_once: i64,
 }
 
 /// From just before a request was sent until just after it was answered, in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Span {
-    pub(crate) sent: u64,
-    pub(crate) answered: u64,
+pub struct Span {
+    pub sent: u64,
+    pub answered: u64,
+    /// In tokens.
+    pub cost: u32,
 }
 
-/// The window in which most was admitted above the promise, or least below it.
+/// The window that is furthest above the promise, or closest to it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Worst {
-    pub(crate) from: u64,
-    pub(crate) to: u64,
-    pub(crate) admitted: u64,
-    /// In tokens above the promise; negative below it.
-    pub(crate) excess: f64,
+pub struct Worst {
+    pub from: u64,
+    pub to: u64,
+    /// In tokens.
+    pub admitted: u64,
+    /// Tokens above the promise; negative below it.
+    pub excess: f64,
 }
 
 const MINUTE: u64 = 60_000_000_000;
 
 impl Envelope {
-    /// `slack` is what leases may add, in nanoseconds of refill.
-    pub(crate) fn new(rpm: u32, burst: u32, slack: std::time::Duration) -> Self {
+    /// `slack` is what leases may add, as a time of refill.
+    pub fn new(rpm: u32, burst: u32, slack: std::time::Duration) -> Self {
         let emission = signed(MINUTE.div_ceil(u64::from(rpm)));
         Self {
             emission,
@@ -44,28 +46,39 @@ impl Envelope {
         }
     }
 
-    /// How many requests it allows in `nanos` that begin with a full bucket.
-    pub(crate) fn allows(self, nanos: u64) -> u64 {
+    /// The promise with both numbers given: nanoseconds for each token, and nanoseconds of refill that a window of
+    /// no length may hold. Times may be of any clock that the promise runs on.
+    pub fn from_nanos(emission: u64, at_once: u64) -> Self {
+        Self {
+            emission: signed(emission),
+            at_once: signed(at_once),
+        }
+    }
+
+    /// Returns how many tokens it allows within `nanos`, starting with a full bucket.
+    pub fn allows(self, nanos: u64) -> u64 {
         u64::try_from((self.at_once + signed(nanos)) / self.emission).unwrap_or(0)
     }
 
-    /// How many a single exact bucket, full at first, would have admitted of requests at these times.
-    pub(crate) fn exact(self, mut times: Vec<u64>) -> u64 {
-        times.sort_unstable();
+    /// Returns how many tokens a single exact bucket, full at first, would have admitted of requests at these times
+    /// and of these costs.
+    pub fn exact(self, mut requests: Vec<(u64, u32)>) -> u64 {
+        requests.sort_unstable();
         let (mut full_at, mut admitted) = (i64::MIN, 0);
-        for time in times.into_iter().map(signed) {
-            let next = full_at.max(time) + self.emission;
+        for (time, cost) in requests {
+            let time = signed(time);
+            let next = full_at.max(time) + self.emission * i64::from(cost);
             if next - time <= self.at_once {
                 full_at = next;
-                admitted += 1;
+                admitted += u64::from(cost);
             }
         }
         admitted
     }
 
-    /// The worst window; `None` when nothing was admitted. In n log n: windows end where answers are; for all
-    /// their beginnings at once, a tree keeps what each window has above the promise so far.
-    pub(crate) fn worst(self, admitted: &[Span]) -> Option<Worst> {
+    /// Returns the worst window, or `None` if nothing was admitted. Takes n log n steps: every window ends at an
+    /// answer, and a tree holds the excess so far for all starts at once.
+    pub fn worst(self, admitted: &[Span]) -> Option<Worst> {
         let mut begins: Vec<u64> = admitted.iter().map(|span| span.sent).collect();
         begins.sort_unstable();
         begins.dedup();
@@ -83,7 +96,7 @@ impl Envelope {
             let Ok(place) = begins.binary_search(&span.sent) else {
                 continue;
             };
-            tree.add(place, self.emission);
+            tree.add(place, self.emission * i64::from(span.cost));
             if ends.peek().is_some_and(|it| it.answered == span.answered) {
                 continue;
             }
@@ -103,7 +116,11 @@ impl Envelope {
         Some(Worst {
             from,
             to,
-            admitted: admitted.iter().filter(inside).count() as u64,
+            admitted: admitted
+                .iter()
+                .filter(inside)
+                .map(|it| u64::from(it.cost))
+                .sum(),
             excess: above as f64 / self.emission as f64,
         })
     }
@@ -112,11 +129,11 @@ impl Envelope {
 fn signed(nanos: impl TryInto<i64>) -> i64 {
     nanos
         .try_into()
-        .unwrap_or_else(|_| panic!("a measurement lasts no 292 years"))
+        .unwrap_or_else(|_| panic!("a measurement is shorter than 292 years"))
 }
 
-/// For each beginning of a window, its time and the worth of what was admitted since: kept as sums of suffixes,
-/// so that one admission is one change of one leaf.
+/// For each start of a window, its time plus the worth of what was admitted since then: suffix sums, so that one
+/// admission changes one leaf.
 struct Tree {
     leaves: usize,
     nodes: Vec<Node>,
@@ -125,12 +142,12 @@ struct Tree {
 #[derive(Clone, Copy)]
 struct Node {
     sum: i64,
-    /// The best suffix that begins here, and where.
+    /// The best suffix that begins within this node, and where.
     best: i64,
     begin: usize,
 }
 
-/// Lower than any value that is reached, and far from the end of the numbers.
+/// Below any value that occurs, and far from an overflow.
 const CLOSED: i64 = i64::MIN / 4;
 
 impl Tree {
@@ -147,22 +164,22 @@ impl Tree {
         }
     }
 
-    /// From now on windows may begin at this place.
+    /// Lets windows begin at this place from now on.
     fn open(&mut self, place: usize, time: i64) {
         let leaf = &mut self.nodes[self.leaves + place];
         (leaf.best, leaf.begin) = (time + leaf.sum, place);
-        self.mend(place);
+        self.update(place);
     }
 
-    /// Something of this worth was admitted that began there.
+    /// Adds an admission of this worth that was sent there.
     fn add(&mut self, place: usize, worth: i64) {
         let leaf = &mut self.nodes[self.leaves + place];
         leaf.sum += worth;
         leaf.best += worth;
-        self.mend(place);
+        self.update(place);
     }
 
-    fn mend(&mut self, place: usize) {
+    fn update(&mut self, place: usize) {
         let mut at = (self.leaves + place) >> 1;
         while at > 0 {
             let (left, right) = (self.nodes[2 * at], self.nodes[2 * at + 1]);
@@ -203,7 +220,8 @@ mod tests {
                 let inside = spans
                     .iter()
                     .filter(|it| from <= it.sent && it.answered <= to);
-                let worth = envelope.emission * signed(inside.count());
+                let cost: u32 = inside.map(|it| it.cost).sum();
+                let worth = envelope.emission * i64::from(cost);
                 let above = worth - signed(to - from) - envelope.at_once;
                 most = most.max(Some(above));
             }
@@ -211,24 +229,29 @@ mod tests {
         most
     }
 
-    fn exact_limiter(envelope: Envelope, mut times: Vec<u64>) -> Vec<u64> {
-        times.sort_unstable();
-        let mut full_at = 0;
-        times.retain(|time| {
-            let next = i64::max(full_at, signed(*time)) + envelope.emission;
-            let fits = next - signed(*time) <= envelope.at_once;
+    /// A bucket of tokens that is refilled step by step, unlike the one above.
+    fn exact_limiter(envelope: Envelope, mut requests: Vec<(u64, u32)>) -> Vec<(u64, u32)> {
+        requests.sort_unstable();
+        let (mut level, mut last) = (envelope.at_once, 0);
+        requests.retain(|(time, cost)| {
+            let time = signed(*time);
+            level = (level + time - last).min(envelope.at_once);
+            last = time;
+            let price = envelope.emission * i64::from(*cost);
+            let fits = price <= level;
             if fits {
-                full_at = next;
+                level -= price;
             }
             fits
         });
-        times
+        requests
     }
 
     fn spans() -> impl Strategy<Value = Vec<Span>> {
-        let span = (0..200u64, 0..60u64).prop_map(|(sent, took)| Span {
+        let span = (0..200u64, 0..60u64, 1..6u32).prop_map(|(sent, took, cost)| Span {
             sent,
             answered: sent + took,
+            cost,
         });
         prop::collection::vec(span, 0..40)
     }
@@ -242,7 +265,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_fast_way_finds_what_looking_at_every_window_does(
+        fn the_tree_finds_the_worst_of_all_windows(
             spans in spans(),
             emission in 1..30i64,
             burst in 1..5i64,
@@ -262,37 +285,38 @@ mod tests {
             }
         }
 
-        /// Whenever within its span each admission took place.
+        /// Whenever each admission happened within its span.
         #[test]
-        fn an_exact_bucket_is_never_found_guilty(
-            times in prop::collection::vec((0..2_000u64, 0..50u64, 0..50u64), 1..200),
+        fn an_exact_bucket_has_no_excess(
+            requests in prop::collection::vec((0..2_000u64, 1..6u32, 0..50u64, 0..50u64), 1..200),
             emission in 1..30i64,
             burst in 1..20i64,
         ) {
             let envelope = envelope(emission, burst);
-            let admitted = exact_limiter(envelope, times.iter().map(|it| it.0).collect());
-            let spans: Vec<_> = admitted.iter().zip(&times).map(|(time, (_, before, after))| Span {
+            let plain: Vec<_> = requests.iter().map(|it| (it.0, it.1)).collect();
+            let admitted = exact_limiter(envelope, plain.clone());
+            let around = admitted.iter().zip(&requests);
+            let spans: Vec<_> = around.map(|((time, cost), (_, _, before, after))| Span {
                 sent: time.saturating_sub(*before),
                 answered: time + after,
+                cost: *cost,
             }).collect();
             prop_assert!(envelope.worst(&spans).is_none_or(|worst| worst.excess <= 0.0));
-            prop_assert_eq!(
-                envelope.exact(times.iter().map(|it| it.0).collect()),
-                admitted.len() as u64
-            );
+            let cost: u64 = admitted.iter().map(|it| u64::from(it.1)).sum();
+            prop_assert_eq!(envelope.exact(plain), cost);
         }
 
         #[test]
-        fn two_buckets_in_the_place_of_one_are_found_out(
+        fn two_buckets_instead_of_one_are_detected(
             emission in 5..30i64,
             burst in 1..20i64,
         ) {
             let envelope = envelope(emission, burst);
-            let times: Vec<u64> = (0..200).collect();
-            let once = exact_limiter(envelope, times);
-            let twice: Vec<_> = once.iter().chain(&once).map(|time| Span {
+            let once = exact_limiter(envelope, (0..200).map(|time| (time, 1)).collect());
+            let twice: Vec<_> = once.iter().chain(&once).map(|(time, cost)| Span {
                 sent: *time,
                 answered: time + 1,
+                cost: *cost,
             }).collect();
             let worst = envelope.worst(&twice).unwrap();
             #[expect(clippy::cast_precision_loss, reason = "small numbers")]
@@ -302,10 +326,14 @@ mod tests {
     }
 
     #[test]
-    fn a_window_holds_what_lies_in_it_whole() {
+    fn a_window_counts_only_what_lies_inside() {
         // One token a second, three at once.
         let envelope = Envelope::new(60, 3, Duration::ZERO);
-        let span = |sent, answered| Span { sent, answered };
+        let span = |sent, answered| Span {
+            sent,
+            answered,
+            cost: 1,
+        };
         assert_eq!(envelope.worst(&[]), None);
         let at_once = vec![span(10, 20); 4];
         let worst = envelope.worst(&at_once).unwrap();

@@ -1,0 +1,508 @@
+//! What was promised, recounted from the log of requests alone.
+//!
+//! Derived from the promises in the contract with the customer, and unaware of how the limiter keeps them. A
+//! replica's or Redis's own numbers are used for two things only: a denial is a lie if Redis had never granted
+//! enough to empty the bucket, and the books must add up.
+//!
+//! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, and `burst + rate·T` for a strict
+//! plan, over all replicas and whatever happens. In the second after an edit replicas may follow either plan, so a
+//! window that touches it has the larger burst and at each moment the larger rate of the plans that may be in force.
+//! A plan that is edited to a smaller burst and later to a larger one again has forgotten by how much more than the
+//! smaller burst the bucket was empty. `share` has one exception, and `closed` none: while some replicas lose Redis
+//! (or have all their answers late) and others do not, the former sell their share `p` of the bucket beside the
+//! latter, together at most `(1 + p)` times as much. `open` promises nothing for what is admitted without Redis.
+//! What is admitted by Redis keeps the plain bound in every mode.
+//!
+//! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, at least 99 % of what
+//! an exact bucket would serve of the same requests, to a token or two. The bucket starts as full as the admissions
+//! before leave it. Of a leased key two kinds of tokens are not counted as there: those that another replica may hold
+//! (at most a tenth of the burst and twice what was asked for there just before, for no longer than [`HELD`]), and,
+//! once the bucket has run dry, those of the last [`GATHER`], which are taken together and not one by one.
+#![expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "times of a run and counts of requests are far below 2^52"
+)]
+
+use quota_common::plan::OnRedisFailure;
+use quota_testkit::envelope::{Envelope, Span};
+
+use super::{
+    run::{Answer, DEADLINE, EDIT_KNOWN, Entry, Log, TTL},
+    scene::{Change, FaultKind, Key, Plan, Scene},
+};
+
+const MS: u64 = 1_000_000;
+const FOREVER: u64 = u64::MAX / 4;
+
+/// After a fault: probes find Redis, and buckets that were lost start empty.
+const RECOVERED: u64 = 2000 * MS;
+/// The lower bound holds in every window as long as this.
+const WINDOW: u64 = 2000 * MS;
+/// Windows start so often.
+const STEP: u64 = 250 * MS;
+/// The life of a lease, its return, and as long again twice for denials that other replicas remember.
+const HELD: u64 = 350 * MS;
+/// So long tokens of a dry bucket may gather before they are taken: half the life of a lease, and the way to Redis and
+/// back.
+const GATHER: u64 = 60 * MS;
+/// A decision waits for Redis at most twice.
+const PATIENCE: u64 = 2 * DEADLINE.as_nanos() as u64 + 5 * MS;
+
+/// Which promise was broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Promise {
+    Upper,
+    Lower,
+    /// A 429 although the bucket certainly had the tokens.
+    Honest,
+    /// An answer took longer than two deadlines.
+    Prompt,
+    /// Failure modes as the plan chose them, books that add up, and a return to Redis.
+    Mode,
+}
+
+#[derive(Debug)]
+pub(super) struct Violation {
+    pub(super) promise: Promise,
+    pub(super) text: String,
+}
+
+pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
+    let mut found = Vec::new();
+    for (number, key) in scene.keys.iter().enumerate() {
+        let entries: Vec<Entry> = log
+            .entries
+            .iter()
+            .filter(|it| it.key == number)
+            .copied()
+            .collect();
+        let mut broken = |promise, text: String| {
+            let text = format!("key {number} ({}): {text}", key.load);
+            found.push(Violation { promise, text });
+        };
+        if let Some(text) = over(scene, key, &entries) {
+            broken(Promise::Upper, text);
+        }
+        if let Some(text) = under(scene, key, &entries) {
+            broken(Promise::Lower, text);
+        }
+        if let Some(text) = dishonest(key, &entries) {
+            broken(Promise::Honest, text);
+        }
+        if let Some(late) = entries.iter().find(|it| it.answered - it.asked > PATIENCE) {
+            broken(Promise::Prompt, format!("{late:?}"));
+        }
+        for it in &entries {
+            let wrong = match key.on_failure {
+                OnRedisFailure::Closed => it.answer == Answer::Admitted && it.degraded,
+                _ => it.answer == Answer::Unavailable,
+            };
+            if wrong {
+                broken(Promise::Mode, format!("{it:?}"));
+                break;
+            }
+        }
+        let (granted, returned) = log.granted[number];
+        let by_redis = |it: &&Entry| it.answer == Answer::Admitted && !it.degraded;
+        let spent: u64 = entries
+            .iter()
+            .filter(by_redis)
+            .map(|it| u64::from(it.cost))
+            .sum();
+        if spent + returned > granted {
+            let text = format!("{granted} granted, {returned} returned, {spent} spent");
+            broken(Promise::Mode, text);
+        }
+    }
+    for (taken, spent, gone) in &log.books {
+        if *taken != spent + gone {
+            found.push(Violation {
+                promise: Promise::Mode,
+                text: format!("{taken} tokens taken, {spent} spent, {gone} returned or lost"),
+            });
+        }
+    }
+    if !log.degraded.is_empty() {
+        found.push(Violation {
+            promise: Promise::Mode,
+            text: format!("replicas {:?} do not come back to Redis", log.degraded),
+        });
+    }
+    found
+}
+
+/// A plan with the time in which some replica may follow it, nanoseconds since the load began.
+struct InForce {
+    plan: Plan,
+    from: u64,
+    until: u64,
+}
+
+fn in_force(key: &Key) -> Vec<InForce> {
+    let known = EDIT_KNOWN.as_nanos() as u64 + TTL.as_nanos() as u64;
+    let plans = key.plans.iter().enumerate();
+    plans
+        .map(|(n, plan)| InForce {
+            plan: *plan,
+            from: plan.from * MS,
+            until: key
+                .plans
+                .get(n + 1)
+                .map_or(FOREVER, |next| next.from * MS + known),
+        })
+        .collect()
+}
+
+/// Tokens that refill from the start until then, at the highest rate of the plans that may be in force.
+fn refilled(plans: &[InForce], until: u64) -> f64 {
+    let mut edges: Vec<u64> = plans.iter().flat_map(|it| [it.from, it.until]).collect();
+    edges.push(0);
+    edges.push(until);
+    edges.retain(|edge| *edge <= until);
+    edges.sort_unstable();
+    let pieces = edges.windows(2).map(|edge| {
+        let rates = plans
+            .iter()
+            .filter(|it| it.from <= edge[0] && edge[1] <= it.until);
+        rates.map(|it| it.plan.rate()).fold(0.0, f64::max) * (edge[1] - edge[0]) as f64
+    });
+    pieces.sum()
+}
+
+/// The part of a bucket that replicas sell beside Redis while they alone have lost it.
+fn beside(scene: &Scene, key: &Key) -> f64 {
+    if key.on_failure != OnRedisFailure::Share {
+        return 0.0;
+    }
+    let (least, all) = scene.replica_bounds();
+    let alone = scene.faults.iter().map(|fault| match fault.kind {
+        FaultKind::CutSome { replicas, .. }
+        | FaultKind::Late {
+            replicas,
+            percent: 100,
+            ..
+        }
+        | FaultKind::Lost {
+            replicas,
+            percent: 100,
+        } => (0..all).filter(|it| replicas.contains(*it)).count(),
+        _ => 0,
+    });
+    let alone = alone.max().unwrap_or(0);
+    if alone == 0 || alone == all {
+        return 0.0;
+    }
+    let part = |plan: &Plan| f64::from(plan.burst.div_ceil(least as u32)) / f64::from(plan.burst);
+    key.plans.iter().map(part).fold(0.0, f64::max) * alone as f64
+}
+
+fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+    let admitted = || entries.iter().filter(|it| it.answer == Answer::Admitted);
+    let by_redis: Vec<&Entry> = admitted().filter(|it| !it.degraded).collect();
+    let all: Vec<&Entry> = admitted().collect();
+    let found = worst(key, &by_redis, 0.0).map(|text| format!("by Redis alone, {text}"));
+    if found.is_some() || key.on_failure == OnRedisFailure::Open {
+        return found;
+    }
+    worst(key, &all, beside(scene, key))
+}
+
+/// The window that is most above the promise, if any is. `beside` is the part of it that is allowed in addition.
+fn worst(key: &Key, admitted: &[&Entry], beside: f64) -> Option<String> {
+    /// A token, in the time that the checker runs on: one in which tokens refill evenly.
+    const TOKEN: f64 = 1e9;
+    let plans = in_force(key);
+    for first in 0..plans.len() {
+        for last in first..plans.len() {
+            // Windows that touch no other plan.
+            let from = if first == 0 {
+                0
+            } else {
+                plans[first - 1].until
+            };
+            let to = plans.get(last + 1).map_or(FOREVER, |next| next.from);
+            if from >= to {
+                continue;
+            }
+            let these = &plans[first..=last];
+            let most =
+                |of: fn(&Plan) -> f64| these.iter().map(|it| of(&it.plan)).fold(0.0, f64::max);
+            let burst = most(|plan| f64::from(plan.burst));
+            let rate = most(Plan::rate);
+            let leased = these.iter().any(|it| !it.plan.strict);
+            let slack = if leased {
+                TTL.as_nanos() as f64 * rate
+            } else {
+                0.0
+            };
+            let forgotten: f64 = these
+                .windows(2)
+                .take(these.len().saturating_sub(2))
+                .map(|it| f64::from(it[0].plan.burst.saturating_sub(it[1].plan.burst)))
+                .sum();
+            // Redis tells microseconds.
+            let grain = 0.002 + rate * 2000.0;
+            let allowed = (burst + forgotten + slack) * (1.0 + beside) + grain;
+            let clock = |at: u64| (refilled(&plans, at) * (1.0 + beside) * TOKEN) as u64;
+            let inside = admitted
+                .iter()
+                .filter(|it| from <= it.asked && it.answered < to);
+            let spans: Vec<Span> = inside
+                .map(|it| Span {
+                    sent: clock(it.asked),
+                    answered: clock(it.answered),
+                    cost: it.cost,
+                })
+                .collect();
+            let envelope = Envelope::from_nanos(TOKEN as u64, (allowed * TOKEN) as u64);
+            if let Some(worst) = envelope.worst(&spans)
+                && worst.excess > 0.0
+            {
+                let near = |at: u64| {
+                    let it = admitted.iter().min_by_key(|it| {
+                        clock(it.asked)
+                            .abs_diff(at)
+                            .min(clock(it.answered).abs_diff(at))
+                    });
+                    it.map_or(0, |it| it.asked / MS)
+                };
+                return Some(format!(
+                    "{:.2} tokens above the envelope: {} admitted from about {} to {} ms",
+                    worst.excess,
+                    worst.admitted,
+                    near(worst.from),
+                    near(worst.to)
+                ));
+            }
+        }
+    }
+    None
+}
+
+/// The least that a key's plans promise from a time on.
+#[derive(Debug, Clone, Copy)]
+struct Least {
+    from: u64,
+    rate: f64,
+    burst: f64,
+    /// The largest burst of them: more than that cannot be missing.
+    most: f64,
+    leased: bool,
+    /// Tokens that may be lost then: leases of a plan that was edited.
+    lost: f64,
+}
+
+fn least(key: &Key, replicas: usize) -> Vec<Least> {
+    let plans = in_force(key);
+    let mut pieces = Vec::new();
+    let mut edges: Vec<u64> = plans.iter().flat_map(|it| [it.from, it.until]).collect();
+    edges.sort_unstable();
+    for edge in edges.into_iter().filter(|edge| *edge < FOREVER) {
+        let now = || {
+            plans
+                .iter()
+                .filter(move |it| it.from <= edge && edge < it.until)
+        };
+        let before = plans.iter().rev().find(|it| it.from < edge);
+        let edited = plans.iter().any(|it| it.from == edge);
+        pieces.push(Least {
+            from: edge,
+            rate: now().map(|it| it.plan.rate()).fold(f64::MAX, f64::min),
+            burst: now()
+                .map(|it| f64::from(it.plan.burst))
+                .fold(f64::MAX, f64::min),
+            most: now().map(|it| f64::from(it.plan.burst)).fold(0.0, f64::max),
+            leased: now().any(|it| !it.plan.strict),
+            lost: match before {
+                Some(before) if edited && !before.plan.strict => {
+                    f64::from(before.plan.burst / 10) * replicas as f64
+                }
+                _ => 0.0,
+            },
+        });
+    }
+    pieces
+}
+
+/// An exact bucket, in tokens.
+#[derive(Debug, Clone)]
+struct Bucket<'a> {
+    pieces: &'a [Least],
+    piece: usize,
+    at: u64,
+    missing: f64,
+    /// Tokens that refilled since it was emptied. A larger burst that comes later is not there before.
+    refilled: f64,
+}
+
+impl Bucket<'_> {
+    fn now(&self) -> Least {
+        self.pieces[self.piece]
+    }
+
+    fn advance(&mut self, to: u64) {
+        while let Some(next) = self.pieces.get(self.piece + 1).filter(|it| it.from <= to) {
+            let until = next.from;
+            self.refill(until);
+            self.piece += 1;
+            self.missing = (self.missing + self.now().lost).min(self.now().most);
+        }
+        self.refill(to);
+    }
+
+    fn refill(&mut self, to: u64) {
+        let time = to.saturating_sub(self.at) as f64;
+        let tokens = time * self.now().rate;
+        self.missing = (self.missing - tokens).max(0.0);
+        self.refilled += tokens;
+        self.at = self.at.max(to);
+    }
+
+    fn take(&mut self, cost: f64) {
+        self.missing = (self.missing + cost).min(self.now().most);
+    }
+
+    fn empty(&mut self) {
+        self.missing = self.now().most;
+        self.refilled = 0.0;
+    }
+
+    fn level(&self) -> f64 {
+        (self.now().burst - self.missing).min(self.refilled)
+    }
+}
+
+/// Tokens that other replicas may hold when this request comes.
+fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
+    let most = (least.burst / 10.0).floor();
+    if !least.leased || most < 2.0 {
+        return 0.0;
+    }
+    let it = entries[place];
+    let mut asked = [0.0; 16];
+    for other in entries[..place].iter().rev() {
+        if it.asked - other.asked > HELD {
+            break;
+        }
+        if other.replica != it.replica {
+            asked[other.replica % 16] += 2.0 * f64::from(other.cost);
+        }
+    }
+    asked.iter().map(|asked| asked.min(most)).sum()
+}
+
+fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+    let pieces = least(key, scene.replica_bounds().1);
+    // Not to be counted: faults and what follows them.
+    let faults: Vec<(u64, u64)> = scene
+        .faults
+        .iter()
+        .map(|fault| {
+            (
+                (fault.at * MS).saturating_sub(PATIENCE),
+                fault.end() * MS + RECOVERED,
+            )
+        })
+        .collect();
+    // A bucket may be empty then.
+    let mut emptied: Vec<u64> = faults.iter().map(|(_, end)| *end).collect();
+    let crash = |(at, change): &(u64, Change)| matches!(change, Change::Crash(_)).then(|| at * MS);
+    emptied.extend(scene.changes.iter().filter_map(crash));
+    emptied.sort_unstable();
+
+    let dearest = entries.iter().map(|it| it.cost).max()?;
+    let grain = f64::from(dearest) + 1.0;
+    let mut bucket = Bucket {
+        pieces: &pieces,
+        piece: 0,
+        at: 0,
+        missing: 0.0,
+        refilled: f64::INFINITY,
+    };
+    let mut next = 0;
+    let mut empties = emptied.iter().copied().peekable();
+    let mut start = 0;
+    while start + WINDOW <= scene.length * MS {
+        // What was really admitted until then.
+        while next < entries.len() && entries[next].asked < start {
+            let it = entries[next];
+            while let Some(at) = empties.next_if(|at| *at <= it.asked) {
+                bucket.advance(at);
+                bucket.empty();
+            }
+            bucket.advance(it.asked);
+            if it.answer == Answer::Admitted {
+                bucket.take(f64::from(it.cost));
+            }
+            next += 1;
+        }
+        while let Some(at) = empties.next_if(|at| *at <= start) {
+            bucket.advance(at);
+            bucket.empty();
+        }
+        bucket.advance(start);
+        let end = start + WINDOW;
+        if !faults
+            .iter()
+            .any(|(from, until)| *from < end && start < *until)
+        {
+            let (mut exact, mut due, mut served) = (bucket.clone(), 0.0, 0.0);
+            let mut dry = false;
+            let mut empties = empties.clone();
+            for (place, it) in entries.iter().enumerate().skip(next) {
+                if it.asked >= end {
+                    break;
+                }
+                while let Some(at) = empties.next_if(|at| *at <= it.asked) {
+                    exact.advance(at);
+                    exact.empty();
+                }
+                exact.advance(it.asked);
+                let cost = f64::from(it.cost);
+                match it.answer {
+                    Answer::None => continue,
+                    Answer::Admitted => served += cost,
+                    Answer::Denied | Answer::Unavailable => {}
+                }
+                let least = exact.now();
+                let mut level = exact.level() - held(entries, place, least);
+                if dry && least.leased {
+                    let time = (GATHER + scene.round_trip * MS) as f64;
+                    level -= (least.rate * time).min(least.burst / 10.0);
+                }
+                if cost > level {
+                    dry |= cost <= least.burst;
+                } else {
+                    exact.take(cost);
+                    due += cost;
+                }
+            }
+            if served + grain < 0.99 * due {
+                return Some(format!(
+                    "{served} of {due} tokens served from {} to {} ms",
+                    start / MS,
+                    end / MS
+                ));
+            }
+        }
+        start += STEP;
+    }
+    None
+}
+
+/// A denial by the rate, although all that Redis ever granted leaves enough in the bucket.
+fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
+    let least = key.plans.iter().map(|plan| u64::from(plan.burst)).min()?;
+    let lie = entries.iter().find(|it| {
+        let enough = it
+            .granted
+            .is_some_and(|granted| granted + u64::from(it.cost) <= least);
+        it.answer == Answer::Denied && !it.degraded && enough
+    })?;
+    Some(format!(
+        "denied with at most {:?} of {least} tokens gone: {lie:?}",
+        lie.granted
+    ))
+}

@@ -1,0 +1,226 @@
+//! Replicas, counters, and what can happen between them, in simulated time and from a seed.
+//!
+//! The store is the real one, on a paused clock of tokio's; the counters are the [model](super::model) behind links
+//! that delay, lose and cut, in a process that stalls, is killed, or is replaced by one that lags behind. Keys have
+//! plans that are edited while they are in use, replicas join, stop and crash, and requests cost 1 to 5. What was
+//! admitted is recounted from the answers, in both directions: [`judge`] has the promises.
+//!
+//! `cargo xtask bench simulation 20000` runs so many seeds, on all cores. The same with the environment:
+//! `QUOTA_SEEDS=n` is how many to run, `QUOTA_FIRST_SEED=n` the first of them, and `QUOTA_SEED=n` runs one alone and
+//! prints its requests.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "seeds are settings of this test alone"
+)]
+
+mod judge;
+mod plants;
+mod run;
+mod scene;
+mod single;
+mod world;
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
+
+use parking_lot::Mutex;
+
+use self::{
+    judge::{Promise, Violation, judge},
+    plants::Plant,
+    run::{Log, play},
+    scene::Scene,
+};
+
+/// In an ordinary run of the tests.
+const SEEDS: u64 = 300;
+/// How many failing seeds are described in full, and how many are listed.
+const SHOWN: usize = 5;
+const LISTED: usize = 200;
+
+fn paused<F: Future>(test: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap()
+        .block_on(test)
+}
+
+fn simulate(seed: u64, plant: Plant) -> (Scene, Log, Vec<Violation>) {
+    let scene = Scene::of(seed);
+    let log = paused(play(&scene, plant));
+    let violations = judge(&scene, &log);
+    (scene, log, violations)
+}
+
+fn described(scene: &Scene, log: &Log, violations: &[Violation]) -> String {
+    let mut text = format!("seed {}: {scene:?}\n", scene.seed);
+    let admitted = log
+        .entries
+        .iter()
+        .filter(|it| it.answer == run::Answer::Admitted);
+    let _ = writeln!(
+        text,
+        "{} of {} admitted",
+        admitted.count(),
+        log.entries.len()
+    );
+    for violation in violations {
+        let _ = writeln!(text, "{:?}: {}", violation.promise, violation.text);
+    }
+    let _ = writeln!(text, "alone: QUOTA_SEED={}", scene.seed);
+    text
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Calls `each` with every seed, on all cores, until it returns `false`.
+fn each_seed(seeds: std::ops::Range<u64>, each: impl Fn(u64) -> bool + Sync) {
+    let (next, over) = (AtomicU64::new(seeds.start), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, Into::into) {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= seeds.end {
+                        return;
+                    }
+                    if !each(seed) {
+                        over.store(true, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn every_promise_holds_in_every_seed() {
+    if let Some(seed) = number("QUOTA_SEED") {
+        let (scene, log, violations) = simulate(seed, Plant::Nothing);
+        for it in &log.entries {
+            eprintln!(
+                "{:>6} to {:>6} ms key {} replica {} cost {} {:?}{}",
+                it.asked / 1_000_000,
+                it.answered / 1_000_000,
+                it.key,
+                it.replica,
+                it.cost,
+                it.answer,
+                if it.degraded { " without Redis" } else { "" },
+            );
+        }
+        assert!(
+            violations.is_empty(),
+            "{}",
+            described(&scene, &log, &violations)
+        );
+        return;
+    }
+    let first = number("QUOTA_FIRST_SEED").unwrap_or(0);
+    let seeds = number("QUOTA_SEEDS").unwrap_or(SEEDS);
+    let failed = Mutex::new(BTreeMap::new());
+    let (admitted, asked) = (AtomicU64::new(0), AtomicU64::new(0));
+    each_seed(first..first + seeds, |seed| {
+        let (scene, log, violations) = simulate(seed, Plant::Nothing);
+        let served = log
+            .entries
+            .iter()
+            .filter(|it| it.answer == run::Answer::Admitted);
+        admitted.fetch_add(served.count() as u64, Ordering::Relaxed);
+        asked.fetch_add(log.entries.len() as u64, Ordering::Relaxed);
+        if !violations.is_empty() {
+            let text = described(&scene, &log, &violations);
+            failed.lock().insert(seed, (violations, text));
+        }
+        true
+    });
+    let failed = failed.into_inner();
+    let (admitted, asked) = (admitted.into_inner(), asked.into_inner());
+    println!(
+        "{seeds} seeds, {asked} requests, {admitted} admitted, {} seeds failed",
+        failed.len()
+    );
+    let mut by_promise = BTreeMap::<String, Vec<u64>>::new();
+    for (seed, (violations, _)) in &failed {
+        for violation in violations {
+            let seeds = by_promise
+                .entry(format!("{:?}", violation.promise))
+                .or_default();
+            if seeds.last() != Some(seed) {
+                seeds.push(*seed);
+            }
+        }
+    }
+    for (promise, seeds) in &by_promise {
+        println!("{promise}: {} seeds", seeds.len());
+    }
+    for (seed, (violations, _)) in failed.iter().take(LISTED) {
+        for violation in violations {
+            println!("seed {seed}: {:?}: {}", violation.promise, violation.text);
+        }
+    }
+    let texts: Vec<_> = failed
+        .values()
+        .take(SHOWN)
+        .map(|(_, text)| text.as_str())
+        .collect();
+    assert!(failed.is_empty(), "{}", texts.join("\n"));
+    assert!(
+        admitted > seeds * 10,
+        "only {admitted} of {asked} were admitted"
+    );
+}
+
+#[test]
+fn each_planted_defect_is_found() {
+    for (plant, promise, seeds) in Plant::ALL {
+        let found = AtomicBool::new(false);
+        each_seed(0..*seeds, |seed| {
+            let (_, _, violations) = simulate(seed, *plant);
+            if violations.iter().any(|it| it.promise == *promise) {
+                found.store(true, Ordering::Relaxed);
+            }
+            !found.load(Ordering::Relaxed)
+        });
+        assert!(
+            found.into_inner(),
+            "{plant:?} breaks {promise:?} in none of {seeds} seeds"
+        );
+    }
+}
+
+/// The judge condemns nobody who is without fault: one exact bucket breaks no promise, whatever is asked of it.
+#[test]
+fn one_exact_bucket_breaks_no_promise() {
+    each_seed(0..200, |seed| {
+        let mut scene = Scene::of(seed);
+        // Replicas that know of an edit and others that do not yet would edit the one bucket to and fro.
+        for key in &mut scene.keys {
+            key.plans.truncate(1);
+        }
+        let log = paused(play(&scene, Plant::OneBucket));
+        let broken = judge(&scene, &log);
+        // There is no Redis whose grants could be compared.
+        let counted = [Promise::Upper, Promise::Lower, Promise::Prompt];
+        let broken_by_requests = broken.iter().filter(|it| counted.contains(&it.promise));
+        let text = || described(&scene, &log, &broken);
+        assert_eq!(broken_by_requests.count(), 0, "{}", text());
+        true
+    });
+}
+
+/// A seed that fails must fail again when it is run alone.
+#[test]
+fn a_seed_plays_the_same_every_time() {
+    for seed in 0..20 {
+        let entries = || format!("{:?}", simulate(seed, Plant::Nothing).1.entries);
+        assert_eq!(entries(), entries(), "seed {seed}");
+    }
+}

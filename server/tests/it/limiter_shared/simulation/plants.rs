@@ -1,0 +1,203 @@
+//! Worlds that are wrong on purpose. The simulation must find each of them, or its silence means nothing.
+
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use quota_common::id::{ApiKeyId, TenantId};
+use quota_server::limiter::{
+    BucketName, Decision, Drained, KeyCell, LimitStore, LimiterError, Outcome, Policies, Policy,
+    PolicySet, SharedStore, TakeCall,
+};
+use tokio::time::Instant;
+
+use super::judge::Promise;
+
+/// What is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Plant {
+    Nothing,
+    /// Nothing either: all replicas share one exact bucket, at no distance.
+    OneBucket,
+    AdmitsAll,
+    DeniesAll,
+    /// Of the requests that wait for Redis at once, only so many are served; the others are told that the limit is
+    /// reached.
+    RefusesCrowds,
+    /// A denial is repeated for so many seconds, whatever Redis would say.
+    RemembersDenials(u64),
+    /// Tokens are given out again when nobody has asked for a while: a lease that is spent twice.
+    SpendsTwice,
+    /// Each replica has counters of its own.
+    SharesNothing,
+    /// What is given back is credited in full, however much the bucket refilled meanwhile.
+    ReturnsInFull,
+    ReturnsTwice,
+    /// What is given back is lost.
+    ReturnsNothing,
+    /// An edited plan has a fresh bucket.
+    FreshAfterEdit,
+    /// After a loss of state, buckets are full.
+    FullAfterLoss,
+}
+
+impl Plant {
+    /// Those that must be found, with what they break and within how many seeds.
+    pub(super) const ALL: &[(Self, Promise, u64)] = &[
+        (Self::AdmitsAll, Promise::Upper, 20),
+        (Self::DeniesAll, Promise::Lower, 20),
+        (Self::RefusesCrowds, Promise::Lower, 100),
+        (Self::RemembersDenials(60), Promise::Lower, 100),
+        (Self::SpendsTwice, Promise::Upper, 100),
+        (Self::SharesNothing, Promise::Upper, 50),
+        (Self::ReturnsInFull, Promise::Upper, 1000),
+        (Self::ReturnsTwice, Promise::Upper, 1000),
+        (Self::ReturnsNothing, Promise::Lower, 400),
+        (Self::FreshAfterEdit, Promise::Upper, 400),
+        (Self::FullAfterLoss, Promise::Upper, 400),
+    ];
+
+    /// What Redis gets to see.
+    pub(super) fn call(self, call: TakeCall, now: u64) -> TakeCall {
+        match (self, call.bucket) {
+            (Self::ReturnsInFull, _) if call.back > 0 => TakeCall {
+                back_taken_at: now,
+                ..call
+            },
+            (Self::ReturnsNothing, _) => TakeCall { back: 0, ..call },
+            (Self::FreshAfterEdit, BucketName::Key(tenant, key)) => {
+                let edited = key.0.as_u128() + (u128::from(call.version) << 32);
+                TakeCall {
+                    bucket: BucketName::Key(tenant, ApiKeyId(uuid::Uuid::from_u128(edited))),
+                    ..call
+                }
+            }
+            _ => call,
+        }
+    }
+
+    pub(super) fn store(self, store: Arc<SharedStore>) -> Arc<dyn LimitStore> {
+        match self {
+            Self::AdmitsAll
+            | Self::DeniesAll
+            | Self::RefusesCrowds
+            | Self::RemembersDenials(_)
+            | Self::SpendsTwice => Arc::new(Planted {
+                plant: self,
+                store,
+                waiting: AtomicU64::new(0),
+                denied: Mutex::new(None),
+                admitted: AtomicU64::new(0),
+            }),
+            _ => store,
+        }
+    }
+}
+
+/// The store with something wrong in front of it.
+#[derive(Debug)]
+struct Planted {
+    plant: Plant,
+    store: Arc<SharedStore>,
+    waiting: AtomicU64,
+    denied: Mutex<Option<Instant>>,
+    admitted: AtomicU64,
+}
+
+impl Planted {
+    fn allowed(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+        Decision {
+            outcome: Outcome::Allowed,
+            degraded: false,
+            ..self.store.peek(cell, policies)
+        }
+    }
+
+    fn denied(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+        Decision {
+            outcome: Outcome::Denied {
+                violated: PolicySet::EMPTY.with(Policy::Rpm),
+                retry_after: NonZeroU64::new(1_000_000_000),
+            },
+            degraded: false,
+            ..self.store.peek(cell, policies)
+        }
+    }
+}
+
+#[async_trait]
+impl LimitStore for Planted {
+    fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError> {
+        self.store.cell(tenant, key)
+    }
+
+    fn try_take(
+        &self,
+        cell: &Arc<KeyCell>,
+        policies: &Policies,
+        cost: NonZeroU32,
+    ) -> Option<Decision> {
+        match self.plant {
+            Plant::AdmitsAll => return Some(self.allowed(cell, policies)),
+            Plant::DeniesAll => return Some(self.denied(cell, policies)),
+            Plant::RemembersDenials(seconds) => {
+                let denied = *self.denied.lock();
+                if denied.is_some_and(|at| at.elapsed().as_secs() < seconds) {
+                    return Some(self.denied(cell, policies));
+                }
+            }
+            // Every tenth admission is worth two.
+            Plant::SpendsTwice if self.admitted.load(Ordering::Relaxed) >= 10 => {
+                self.admitted.store(0, Ordering::Relaxed);
+                return Some(self.allowed(cell, policies));
+            }
+            _ => {}
+        }
+        self.store.try_take(cell, policies, cost)
+    }
+
+    async fn take(
+        &self,
+        cell: &Arc<KeyCell>,
+        policies: &Policies,
+        cost: NonZeroU32,
+    ) -> Result<Decision, LimiterError> {
+        if self.plant == Plant::RefusesCrowds && self.waiting.load(Ordering::Relaxed) >= 20 {
+            return Ok(self.denied(cell, policies));
+        }
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let decision = self.store.take(cell, policies, cost).await;
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        match &decision {
+            Ok(decision) if decision.is_allowed() => {
+                self.admitted.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(_) => *self.denied.lock() = Some(Instant::now()),
+            Err(_) => {}
+        }
+        decision
+    }
+
+    fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+        self.store.peek(cell, policies)
+    }
+
+    /// So that nothing stands in front of what is wrong.
+    fn is_local(&self) -> bool {
+        true
+    }
+
+    fn prune(&self) -> usize {
+        self.store.prune()
+    }
+
+    async fn drain(&self) -> Drained {
+        self.store.drain().await
+    }
+}

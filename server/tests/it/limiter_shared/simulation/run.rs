@@ -1,0 +1,477 @@
+//! Plays a scene: the real store on every replica, in virtual time, and a log of every request.
+
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use fastrand::Rng;
+use parking_lot::Mutex;
+use quota_common::{
+    id::{ApiKeyId, TenantId},
+    plan::OnRedisFailure,
+};
+use quota_server::{
+    clock::Clock,
+    limiter::{
+        COUNTED_EVERY, CellSettings, FORGOTTEN, KeyCell, Limiter, LimiterError, MemoryStore, Place,
+        Policies, RatePolicy, Roster, SharedCounters, SharedSettings, SharedStore, Zone,
+    },
+    telemetry::metrics::Metrics,
+};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::{
+    plants::Plant,
+    scene::{Change, Fault, FaultKind, Scene},
+    world::{Linked, Reach, SkewedClock, World},
+};
+use crate::{limiter_contract::TestLedger, limiter_shared::model::State};
+
+pub(super) const TTL: Duration = Duration::from_millis(100);
+pub(super) const DEADLINE: Duration = Duration::from_millis(30);
+/// Replicas have counted each other by then, however long they wait for it.
+const WARM_UP: Duration = Duration::from_secs(11);
+/// An edit of a plan is in force on every replica.
+pub(super) const EDIT_KNOWN: Duration = Duration::from_secs(1);
+/// From the last answer of a load balancer's that leads to a replica until it is stopped.
+const LAST_REQUESTS: Duration = Duration::from_millis(70);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    Admitted,
+    Denied,
+    /// 503.
+    Unavailable,
+    /// Its replica crashed.
+    None,
+}
+
+/// One request. Times are nanoseconds since the load began.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry {
+    pub(super) key: usize,
+    pub(super) replica: usize,
+    pub(super) cost: u32,
+    pub(super) asked: u64,
+    pub(super) answered: u64,
+    pub(super) answer: Answer,
+    /// Decided without Redis.
+    pub(super) degraded: bool,
+    /// Tokens of the key that Redis had granted so far when the answer came; `None` once Redis had lost its state.
+    pub(super) granted: Option<u64>,
+}
+
+#[derive(Debug)]
+pub(super) struct Log {
+    pub(super) entries: Vec<Entry>,
+    /// What Redis granted and what was returned, by key.
+    pub(super) granted: Vec<(u64, u64)>,
+    /// What the replicas that are left in the end say: tokens taken; spent; returned or lost.
+    pub(super) books: Vec<(u64, u64, u64)>,
+    /// Replicas that are left in the end and still think that Redis is away.
+    pub(super) degraded: Vec<usize>,
+}
+
+struct Replica {
+    limiter: Limiter,
+    store: Arc<SharedStore>,
+    metrics: Arc<Metrics>,
+    cells: Vec<Arc<KeyCell>>,
+    /// When it knows of which edit, by key.
+    knows: Vec<Vec<u64>>,
+    /// Takes new requests.
+    open: AtomicBool,
+    counting: AtomicBool,
+    crashed: AtomicBool,
+}
+
+/// The table of replicas in PostgreSQL: who was seen when.
+#[derive(Debug, Default)]
+struct Registry(Mutex<Vec<(usize, u64)>>);
+
+impl Registry {
+    fn seen(&self, replica: usize, now: u64) -> Option<Place> {
+        let forgotten = u64::try_from(FORGOTTEN.as_nanos()).unwrap();
+        let mut rows = self.0.lock();
+        rows.retain(|(other, at)| *other != replica && now - at < forgotten);
+        rows.push((replica, now));
+        let rank = rows.iter().filter(|(other, _)| *other < replica).count();
+        Some(Place {
+            rank: rank as u64,
+            of: NonZeroU64::new(rows.len() as u64)?,
+        })
+    }
+
+    fn leave(&self, replica: usize) {
+        self.0.lock().retain(|(other, _)| *other != replica);
+    }
+}
+
+pub(super) fn key_id(key: usize) -> ApiKeyId {
+    ApiKeyId(uuid::Uuid::from_u128(key as u128 + 1))
+}
+
+struct Stage {
+    scene: Scene,
+    world: Arc<World>,
+    plant: Plant,
+    registry: Registry,
+    replicas: Mutex<Vec<Arc<Replica>>>,
+    /// By key and edit.
+    policies: Vec<Vec<Policies>>,
+    entries: Mutex<Vec<Entry>>,
+    /// Of all replicas, in place of theirs.
+    one_bucket: Option<Arc<MemoryStore>>,
+    /// When the load begins.
+    begin: Instant,
+}
+
+impl Stage {
+    fn join(self: &Arc<Self>, rng: &mut Rng) {
+        let world = &self.world;
+        let index = {
+            let mut links = world.links.lock();
+            links.push(super::world::Link::default());
+            links.len() - 1
+        };
+        let clock: Arc<dyn Clock> = Arc::new(SkewedClock {
+            zero: world.zero,
+            skew_ms: rng.i64(-120_000..=120_000),
+        });
+        let metrics = Arc::new(Metrics::default());
+        let membership = Arc::new(Roster::default());
+        let counters: Arc<dyn SharedCounters> = Arc::new(Linked {
+            world: Arc::clone(world),
+            replica: index,
+        });
+        let store = store(
+            &clock,
+            TestLedger::new(),
+            counters,
+            &membership,
+            &metrics,
+            OnRedisFailure::Share,
+        );
+        let limiter = match &self.one_bucket {
+            Some(bucket) => Limiter::new(Arc::clone(bucket) as _, clock),
+            None => Limiter::new(self.plant.store(Arc::clone(&store)), clock),
+        };
+        let cells = (0..self.scene.keys.len())
+            .map(|key| limiter.cell(TenantId(uuid::Uuid::from_u128(1)), key_id(key)))
+            .collect::<Result<_, _>>()
+            .unwrap();
+        let late = u64::try_from(EDIT_KNOWN.as_millis()).unwrap();
+        let knows = self.scene.keys.iter().map(|key| {
+            let mut edits: Vec<u64> = key.plans.iter().map(|it| it.from).collect();
+            for at in &mut edits[1..] {
+                *at += rng.u64(..late);
+            }
+            edits
+        });
+        let replica = Arc::new(Replica {
+            knows: knows.collect(),
+            limiter,
+            store,
+            metrics,
+            cells,
+            open: AtomicBool::new(true),
+            counting: AtomicBool::new(true),
+            crashed: AtomicBool::new(false),
+        });
+        self.replicas.lock().push(Arc::clone(&replica));
+        tokio::spawn(Arc::clone(self).count(index, replica, membership));
+    }
+
+    async fn count(self: Arc<Self>, index: usize, replica: Arc<Replica>, membership: Arc<Roster>) {
+        while replica.counting.load(Ordering::Relaxed) {
+            let now = self.world.now();
+            if let Some(place) = self.registry.seen(index, now) {
+                membership.confirm(place, now);
+            }
+            sleep(COUNTED_EVERY).await;
+        }
+    }
+
+    async fn change(self: Arc<Self>, at: u64, change: Change, mut rng: Rng) {
+        sleep_until(self.begin + Duration::from_millis(at)).await;
+        let replica = |index: usize| Arc::clone(&self.replicas.lock()[index]);
+        match change {
+            Change::Join => self.join(&mut rng),
+            Change::StopCounting(index) => {
+                replica(index).counting.store(false, Ordering::Relaxed);
+            }
+            Change::Crash(index) => {
+                let it = replica(index);
+                it.crashed.store(true, Ordering::Relaxed);
+                it.open.store(false, Ordering::Relaxed);
+                it.counting.store(false, Ordering::Relaxed);
+                self.world.links.lock()[index].dead = true;
+            }
+            Change::Leave(index) => {
+                let it = replica(index);
+                it.open.store(false, Ordering::Relaxed);
+                sleep(LAST_REQUESTS).await;
+                it.counting.store(false, Ordering::Relaxed);
+                self.registry.leave(index);
+                if self.one_bucket.is_none() {
+                    it.limiter.drain().await;
+                }
+                self.world.links.lock()[index].dead = true;
+                it.crashed.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    async fn ask(self: Arc<Self>, index: usize, key: usize, cost: u32) {
+        let replica = Arc::clone(&self.replicas.lock()[index]);
+        let now = || u64::try_from(self.begin.elapsed().as_nanos()).unwrap();
+        let asked = now();
+        let known = replica.knows[key].iter();
+        let edit = known.filter(|at| **at * 1_000_000 <= asked).count() - 1;
+        let policies = &self.policies[key][edit];
+        let limiter = &replica.limiter;
+        let cost = NonZeroU32::new(cost).unwrap();
+        let decision = limiter.admit(&replica.cells[key], policies, cost).await;
+        let initialized_again = self.world.initialized_again.load(Ordering::Relaxed);
+        let (answer, degraded) = match decision {
+            _ if replica.crashed.load(Ordering::Relaxed) => (Answer::None, false),
+            Ok(decision) if decision.is_allowed() => (Answer::Admitted, decision.degraded),
+            Ok(decision) => (Answer::Denied, decision.degraded),
+            Err(LimiterError::CountersAway) => (Answer::Unavailable, true),
+            Err(error) => panic!("{error}"),
+        };
+        self.entries.lock().push(Entry {
+            key,
+            replica: index,
+            cost: cost.get(),
+            asked,
+            answered: now(),
+            answer,
+            degraded,
+            granted: (!initialized_again).then(|| self.world.granted(key_id(key)).0),
+        });
+    }
+
+    fn open(&self) -> Vec<usize> {
+        let replicas = self.replicas.lock();
+        (0..replicas.len())
+            .filter(|index| replicas[*index].open.load(Ordering::Relaxed))
+            .collect()
+    }
+}
+
+/// A store as a server sets it up.
+pub(super) fn store(
+    clock: &Arc<dyn Clock>,
+    ledger: Arc<TestLedger>,
+    counters: Arc<dyn SharedCounters>,
+    membership: &Arc<Roster>,
+    metrics: &Arc<Metrics>,
+    on_failure: OnRedisFailure,
+) -> Arc<SharedStore> {
+    SharedStore::new(
+        Arc::clone(clock),
+        ledger,
+        counters,
+        Arc::clone(membership),
+        Arc::clone(metrics),
+        SharedSettings {
+            lease_ttl: TTL,
+            deadline: DEADLINE,
+            on_failure,
+            cells: CellSettings::default(),
+        },
+    )
+}
+
+pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
+    let mut rng = Rng::with_seed(!scene.seed);
+    let world = World::new(scene.seed, scene.round_trip, plant);
+    let policies = scene.keys.iter().map(|key| {
+        let plans = (1..).zip(&key.plans);
+        plans
+            .map(|(version, plan)| {
+                let rate = RatePolicy {
+                    rpm: NonZeroU32::new(plan.rpm).unwrap(),
+                    burst: NonZeroU32::new(plan.burst).unwrap(),
+                };
+                Policies::new(rate, None, None, Zone::utc(), plan.strict)
+                    .on_redis_failure(Some(key.on_failure))
+                    .with_version(version)
+            })
+            .collect()
+    });
+    let stage = Arc::new(Stage {
+        scene: scene.clone(),
+        policies: policies.collect(),
+        plant,
+        registry: Registry::default(),
+        replicas: Mutex::default(),
+        entries: Mutex::default(),
+        one_bucket: (plant == Plant::OneBucket).then(|| {
+            let clock = SkewedClock {
+                zero: world.zero,
+                skew_ms: 0,
+            };
+            let ledger = TestLedger::new();
+            MemoryStore::new(Arc::new(clock), ledger, CellSettings::default())
+        }),
+        begin: world.zero + WARM_UP,
+        world,
+    });
+    for _ in 0..scene.replicas {
+        stage.join(&mut rng);
+        // They do not count in step.
+        sleep(Duration::from_millis(rng.u64(..300))).await;
+    }
+    sleep_until(stage.begin).await;
+
+    let mut happening = Vec::new();
+    for (at, change) in &scene.changes {
+        happening.push(tokio::spawn(Arc::clone(&stage).change(
+            *at,
+            *change,
+            rng.fork(),
+        )));
+    }
+    for fault in &scene.faults {
+        let fault = misbehave(Arc::clone(&stage), *fault, rng.fork());
+        happening.push(tokio::spawn(fault));
+    }
+    let mut requests = Vec::new();
+    for request in &scene.load.0 {
+        sleep_until(stage.begin + Duration::from_millis(request.at)).await;
+        let open = stage.open();
+        let replica = open[request.pick % open.len()];
+        requests.push(tokio::spawn(Arc::clone(&stage).ask(
+            replica,
+            request.key,
+            request.cost,
+        )));
+    }
+    for task in happening.into_iter().chain(requests) {
+        task.await.unwrap();
+    }
+    // What is held expires and goes back, and Redis is come back to.
+    sleep(Duration::from_millis(3000)).await;
+
+    let replicas = stage.replicas.lock();
+    let left = || {
+        let all = replicas.iter().enumerate();
+        all.filter(|(_, replica)| !replica.crashed.load(Ordering::Relaxed))
+    };
+    let mut entries = std::mem::take(&mut *stage.entries.lock());
+    entries.sort_by_key(|entry| entry.asked);
+    Log {
+        entries,
+        granted: (0..scene.keys.len())
+            .map(|key| stage.world.granted(key_id(key)))
+            .collect(),
+        books: left()
+            .map(|(_, replica)| {
+                let metrics = &replica.metrics;
+                (
+                    metrics.lease_tokens_taken.get(),
+                    metrics.lease_tokens_spent.get(),
+                    metrics.lease_tokens_returned.get() + metrics.lease_tokens_lost.get(),
+                )
+            })
+            .collect(),
+        degraded: left()
+            .filter(|(_, replica)| replica.store.is_degraded())
+            .map(|(index, _)| index)
+            .collect(),
+    }
+}
+
+async fn misbehave(stage: Arc<Stage>, fault: Fault, mut rng: Rng) {
+    let world = &stage.world;
+    let at = stage.begin + Duration::from_millis(fault.at);
+    // The copy lags behind by up to a second.
+    let lag = Duration::from_millis(rng.u64(..1000).min(fault.at));
+    sleep_until(at - lag).await;
+    {
+        let mut process = world.process.lock();
+        process.copy = process.state.clone();
+    }
+    sleep_until(at).await;
+    let over = || sleep(Duration::from_millis(fault.lasts));
+    let each_link = |set: &dyn Fn(usize, &mut super::world::Link)| {
+        for (index, link) in world.links.lock().iter_mut().enumerate() {
+            set(index, link);
+        }
+    };
+    match fault.kind {
+        FaultKind::Stall => {
+            world.stalled.send_replace(true);
+            over().await;
+            world.stalled.send_replace(false);
+        }
+        FaultKind::Slow(up_to) => {
+            world.slow.store(up_to, Ordering::Relaxed);
+            over().await;
+            world.slow.store(0, Ordering::Relaxed);
+        }
+        FaultKind::Restart | FaultKind::FailOver => {
+            world.process.lock().up = false;
+            over().await;
+            let mut process = world.process.lock();
+            process.run += 1;
+            process.state = match fault.kind {
+                FaultKind::FailOver => process.copy.clone(),
+                _ if stage.plant == Plant::FullAfterLoss => State::fresh(process.run, 1),
+                _ => State::default(),
+            };
+            if fault.kind == FaultKind::FailOver {
+                process.ahead += rng.u64(..5_000_000);
+            }
+            process.up = true;
+        }
+        FaultKind::Cut | FaultKind::Deaf => {
+            *world.reach.lock() = if fault.kind == FaultKind::Cut {
+                Reach::Cut
+            } else {
+                Reach::Deaf
+            };
+            over().await;
+            *world.reach.lock() = Reach::Up;
+        }
+        FaultKind::CutSome { replicas, refused } => {
+            let reach = if refused { Reach::Refused } else { Reach::Cut };
+            each_link(&|index, link| {
+                if replicas.contains(index) {
+                    link.reach = reach;
+                }
+            });
+            over().await;
+            each_link(&|_, link| link.reach = Reach::Up);
+        }
+        FaultKind::Late {
+            replicas,
+            by,
+            percent,
+        } => {
+            each_link(&|index, link| {
+                if replicas.contains(index) {
+                    link.late = (percent, by);
+                }
+            });
+            over().await;
+            each_link(&|_, link| link.late = (0, 0));
+        }
+        FaultKind::Lost { replicas, percent } => {
+            each_link(&|index, link| {
+                if replicas.contains(index) {
+                    link.lost = percent;
+                }
+            });
+            over().await;
+            each_link(&|_, link| link.lost = 0);
+        }
+    }
+}

@@ -1,0 +1,440 @@
+//! What one seed holds: keys with their plans and edits, the load, replicas that join and go, and faults.
+//!
+//! A pure function of the seed. Times are milliseconds since the load began.
+
+use fastrand::Rng;
+use quota_common::plan::OnRedisFailure;
+
+/// No key sends more, so that a seed takes milliseconds.
+const REQUESTS_MAX: usize = 700;
+
+#[derive(Debug, Clone)]
+pub(super) struct Scene {
+    pub(super) seed: u64,
+    /// Replicas at the start. Those that join later get the next indices.
+    pub(super) replicas: usize,
+    /// The usual time from a replica to Redis and back.
+    pub(super) round_trip: u64,
+    pub(super) keys: Vec<Key>,
+    pub(super) changes: Vec<(u64, Change)>,
+    pub(super) faults: Vec<Fault>,
+    pub(super) length: u64,
+    /// In order of time.
+    pub(super) load: Load,
+}
+
+#[derive(Clone)]
+pub(super) struct Load(pub(super) Vec<Request>);
+
+impl std::fmt::Debug for Load {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} requests", self.0.len())
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Key {
+    pub(super) on_failure: OnRedisFailure,
+    /// The plan and its edits, in order of time; the first is in force from the start.
+    pub(super) plans: Vec<Plan>,
+    pub(super) load: &'static str,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Plan {
+    pub(super) from: u64,
+    pub(super) rpm: u32,
+    pub(super) burst: u32,
+    pub(super) strict: bool,
+}
+
+impl Plan {
+    /// Tokens per nanosecond.
+    pub(super) fn rate(&self) -> f64 {
+        f64::from(self.rpm) / 60e9
+    }
+}
+
+/// What happens to the set of replicas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Change {
+    Join,
+    /// A clean stop: no new requests, then a drain.
+    Leave(usize),
+    Crash(usize),
+    /// It cannot reach PostgreSQL any more, so its count of replicas ages.
+    StopCounting(usize),
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fault {
+    pub(super) at: u64,
+    pub(super) lasts: u64,
+    pub(super) kind: FaultKind,
+}
+
+impl Fault {
+    pub(super) fn end(&self) -> u64 {
+        self.at + self.lasts
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FaultKind {
+    /// Redis stands still, keeps its state, and runs what has arrived when it goes on.
+    Stall,
+    /// Some calls take up to so many milliseconds more, each way.
+    Slow(u64),
+    /// The script has run, and its answer comes so much later. One call in a hundred, or all, of these replicas.
+    Late {
+        replicas: Replicas,
+        by: u64,
+        percent: u8,
+    },
+    /// The script has run, and its answer never comes.
+    Lost { replicas: Replicas, percent: u8 },
+    /// Redis is killed and comes back empty.
+    Restart,
+    /// A replica of Redis that lags behind takes over; its clock is ahead.
+    FailOver,
+    /// Nothing arrives at Redis, from anybody.
+    Cut,
+    /// Everything arrives, and nothing comes back.
+    Deaf,
+    /// These replicas do not reach Redis: silence, or connections refused.
+    CutSome { replicas: Replicas, refused: bool },
+}
+
+/// Some of the replicas of the start, as bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Replicas(pub(super) u32);
+
+impl Replicas {
+    pub(super) fn contains(self, replica: usize) -> bool {
+        replica < 32 && self.0 & (1 << replica) != 0
+    }
+
+    fn some(rng: &mut Rng, of: usize) -> Self {
+        let all = (1 << of) - 1;
+        Self((rng.u32(..) & all).max(1))
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Request {
+    pub(super) at: u64,
+    pub(super) key: usize,
+    pub(super) cost: u32,
+    /// Which of the replicas that are up then.
+    pub(super) pick: usize,
+}
+
+impl Scene {
+    pub(super) fn of(seed: u64) -> Self {
+        let mut rng = Rng::with_seed(seed);
+        let replicas = rng.usize(1..=4);
+        let mut scene = Self {
+            seed,
+            replicas,
+            round_trip: [0, 2, 5, 10, 20][rng.usize(..5)],
+            keys: Vec::new(),
+            changes: Vec::new(),
+            faults: Vec::new(),
+            length: 8000,
+            load: Load(Vec::new()),
+        };
+        let special = rng.u8(..24);
+        if special == 0 {
+            scene.miscounted_outage(&mut rng);
+        } else if special < 3 {
+            scene.late_returns(&mut rng);
+            scene.load.0.sort_by_key(|request| request.at);
+            return scene;
+        } else {
+            if rng.u8(..5) < 2 {
+                scene.membership(&mut rng);
+            }
+            if rng.u8(..3) < 2 {
+                scene.misfortunes(&mut rng);
+            }
+        }
+        for key in 0..rng.usize(1..=4) {
+            let on_failure = match rng.u8(..8) {
+                0..=1 => OnRedisFailure::Closed,
+                2 => OnRedisFailure::Open,
+                _ => OnRedisFailure::Share,
+            };
+            let mut plans = vec![plan(&mut rng, 0)];
+            if rng.u8(..3) == 0 {
+                for edit in 0..rng.u64(1..=2) {
+                    let at = 1500 + edit * 3000 + rng.u64(..1500);
+                    plans.push(plan(&mut rng, at));
+                }
+            }
+            let load = load(&mut rng, key, plans[0], scene.length, &mut scene.load.0);
+            scene.keys.push(Key {
+                on_failure,
+                plans,
+                load,
+            });
+        }
+        scene.load.0.sort_by_key(|request| request.at);
+        scene
+    }
+
+    /// Replicas that come and go at any time.
+    fn membership(&mut self, rng: &mut Rng) {
+        let mut gone = 0;
+        for _ in 0..rng.usize(1..=3) {
+            let at = rng.u64(..self.length);
+            let leaver = self.replicas - 1 - gone.min(self.replicas - 1);
+            let change = match rng.u8(..3) {
+                0 if leaver > 0 => Change::Leave(leaver),
+                1 if leaver > 0 => Change::Crash(leaver),
+                _ => Change::Join,
+            };
+            gone += usize::from(change != Change::Join);
+            self.changes.push((at, change));
+        }
+        self.changes.sort_by_key(|(at, _)| *at);
+    }
+
+    fn misfortunes(&mut self, rng: &mut Rng) {
+        let mut at = rng.u64(..2500);
+        for _ in 0..rng.usize(1..=2) {
+            let fault = fault(rng, at, self.replicas);
+            at = fault.end() + rng.u64(..3000);
+            self.faults.push(fault);
+        }
+    }
+
+    /// One replica loses PostgreSQL, another joins that it cannot know of, and then Redis goes away.
+    fn miscounted_outage(&mut self, rng: &mut Rng) {
+        let at = rng.u64(..500);
+        self.length = 10_000;
+        self.changes = vec![
+            (at, Change::StopCounting(0)),
+            (at + rng.u64(1..=1200), Change::Join),
+        ];
+        self.faults.push(Fault {
+            at: at + rng.u64(2500..7000),
+            lasts: rng.u64(1000..2500),
+            kind: FaultKind::Cut,
+        });
+    }
+
+    /// Requests at one replica whose answers come too late, so that what they are granted goes back, and then at all
+    /// the others: what goes back must not be there twice.
+    fn late_returns(&mut self, rng: &mut Rng) {
+        self.replicas = rng.usize(2..=4);
+        let plan = Plan {
+            from: 0,
+            rpm: [6000, 20_000, 60_000][rng.usize(..3)],
+            burst: rng.u32(20..=300),
+            strict: rng.bool(),
+        };
+        self.keys.push(Key {
+            on_failure: OnRedisFailure::Closed,
+            plans: vec![plan],
+            load: "late returns",
+        });
+        let mut at = rng.u64(50..300);
+        for _ in 0..3 {
+            let by = rng.u64(31..400);
+            self.faults.push(Fault {
+                at,
+                lasts: by,
+                kind: FaultKind::Late {
+                    replicas: Replicas(1),
+                    by,
+                    percent: 100,
+                },
+            });
+            let mut send = |at, count, replica| {
+                for _ in 0..count {
+                    self.load.0.push(Request {
+                        at,
+                        key: 0,
+                        cost: 1,
+                        pick: replica,
+                    });
+                }
+            };
+            // A part of it refills before the others ask.
+            send(at, plan.burst * rng.u32(20..=100) / 100, 0);
+            for part in 0..rng.u32(2..=8) {
+                let others = rng.usize(1..self.replicas);
+                let later = at + by + rng.u64(..150);
+                send(later, plan.burst / (1 + part), others);
+            }
+            at += by + rng.u64(600..2500);
+        }
+    }
+
+    /// How many replicas there are at least at any time, and how many in all.
+    pub(super) fn replica_bounds(&self) -> (usize, usize) {
+        let (mut now, mut least, mut all) = (self.replicas, self.replicas, self.replicas);
+        for (_, change) in &self.changes {
+            match change {
+                Change::Join => {
+                    now += 1;
+                    all += 1;
+                }
+                Change::Leave(_) | Change::Crash(_) => now -= 1,
+                Change::StopCounting(_) => {}
+            }
+            least = least.min(now);
+        }
+        (least.max(1), all)
+    }
+}
+
+fn plan(rng: &mut Rng, from: u64) -> Plan {
+    let rpm = [1, 12, 60, 600, 2000, 6000, 60_000][rng.usize(..7)];
+    let burst = match rng.u8(..6) {
+        0 => 1,
+        1 => 3,
+        2 => rpm / 60,
+        3 => rpm / 10,
+        4 => 100,
+        _ => rng.u32(5..=600),
+    };
+    Plan {
+        from,
+        rpm,
+        burst: burst.clamp(1, 600),
+        strict: rng.u8(..3) == 0,
+    }
+}
+
+fn fault(rng: &mut Rng, at: u64, replicas: usize) -> Fault {
+    let some = Replicas::some(rng, replicas);
+    let percent = [5, 20, 100][rng.usize(..3)];
+    let (kind, lasts) = match rng.u8(..12) {
+        0..=2 => (FaultKind::Stall, rng.u64(50..=950)),
+        3 => (FaultKind::Slow(rng.u64(5..120)), rng.u64(50..2500)),
+        4 | 5 => {
+            let late = FaultKind::Late {
+                replicas: some,
+                by: rng.u64(35..400),
+                percent,
+            };
+            (late, rng.u64(200..3000))
+        }
+        6 => {
+            let lost = FaultKind::Lost {
+                replicas: some,
+                percent,
+            };
+            (lost, rng.u64(50..2500))
+        }
+        7 => (FaultKind::Restart, rng.u64(50..2500)),
+        8 => (FaultKind::FailOver, rng.u64(50..2500)),
+        9 => (FaultKind::Cut, rng.u64(50..2500)),
+        10 => (FaultKind::Deaf, rng.u64(50..2500)),
+        _ => {
+            let cut = FaultKind::CutSome {
+                replicas: some,
+                refused: rng.bool(),
+            };
+            (cut, rng.u64(50..2500))
+        }
+    };
+    Fault { at, lasts, kind }
+}
+
+/// Adds one key's requests.
+fn load(
+    rng: &mut Rng,
+    key: usize,
+    plan: Plan,
+    length: u64,
+    requests: &mut Vec<Request>,
+) -> &'static str {
+    let dear = rng.bool();
+    let mut own = Vec::new();
+    let mut at_once = |rng: &mut Rng, at: u64, count: u32, pick: Option<usize>| {
+        for _ in 0..count {
+            own.push(Request {
+                at,
+                key,
+                cost: if dear { rng.u32(1..=5) } else { 1 },
+                pick: pick.unwrap_or_else(|| rng.usize(..1000)),
+            });
+        }
+    };
+    let mean = if dear { 3 } else { 1 };
+    // A full bucket's requests.
+    let whole = (plan.burst / mean).max(1);
+    let name = match rng.u8(..5) {
+        0 | 1 => {
+            let percent = [50, 90, 110, 200, 400][rng.usize(..5)];
+            let per_second = (plan.rpm * percent / 6000 / mean).max(3);
+            let mut at = rng.u64(..length / 2);
+            let pick = (rng.u8(..4) == 0).then(|| rng.usize(..1000));
+            if rng.bool() {
+                at_once(rng, at, whole, pick);
+            }
+            // Several in one millisecond where they are many.
+            let (count, pause) = if per_second > 250 {
+                (per_second / 250, 4)
+            } else {
+                (1, 1000 / u64::from(per_second))
+            };
+            let mut left = REQUESTS_MAX / count as usize;
+            while at < length && left > 0 {
+                at_once(rng, at, count, pick);
+                at += rng.u64(0..=2 * pause);
+                left -= 1;
+            }
+            "steady"
+        }
+        2 => {
+            // The whole burst of a rested key, at one replica or spread.
+            let mut at = rng.u64(..length / 2);
+            let pick = rng.bool().then(|| rng.usize(..1000));
+            let pause = rng.u64(200..3000);
+            let mut left = REQUESTS_MAX / whole as usize + 1;
+            while at < length && left > 0 {
+                let more = whole * rng.u32(..2) / 4;
+                at_once(rng, at, whole + more, pick);
+                at += pause;
+                left -= 1;
+            }
+            "spikes"
+        }
+        3 => {
+            // One replica takes tokens ahead, then rests, and the others are asked for everything.
+            let mut at = rng.u64(..500);
+            let mut left = REQUESTS_MAX / (whole as usize * 2) + 1;
+            while at < length && left > 0 {
+                let first = rng.usize(..1000);
+                let stream = (plan.rpm * 35 / 6000 * 9 / 10 / mean).clamp(3, 80);
+                for n in 0..u64::from(stream) {
+                    at_once(rng, at + n * 350 / u64::from(stream), 1, Some(first));
+                }
+                at += 350 + rng.u64(..250);
+                for part in 0..10 {
+                    at_once(rng, at + part * 8, (whole / 10).max(1), Some(first + 1));
+                }
+                at += 80 + rng.u64(..1500);
+                left -= 1;
+            }
+            "hurting"
+        }
+        _ => {
+            let mut at = rng.u64(..1000);
+            let mut left = REQUESTS_MAX;
+            while at < length && left > 0 {
+                let count = if rng.u8(..8) == 0 { whole.min(200) } else { 1 };
+                at_once(rng, at, count, None);
+                at += rng.u64(1..=400);
+                left = left.saturating_sub(count as usize);
+            }
+            "mixed"
+        }
+    };
+    own.retain(|request| request.at < length);
+    requests.append(&mut own);
+    name
+}

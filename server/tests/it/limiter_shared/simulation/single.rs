@@ -1,0 +1,289 @@
+//! One replica, or several, on Redis without faults: behaviors that hold request by request.
+
+use std::{
+    fmt::Write as _,
+    num::{NonZeroU32, NonZeroU64},
+    sync::Arc,
+    time::Duration,
+};
+
+use quota_common::{
+    id::{ApiKeyId, TenantId},
+    plan::OnRedisFailure,
+};
+use quota_server::{
+    clock::Clock,
+    limiter::{Decision, KeyCell, Limiter, Place, Policies, RatePolicy, Roster, Zone},
+};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep},
+};
+
+use super::{
+    paused,
+    plants::Plant,
+    run::{DEADLINE, store},
+    world::{Link, Linked, SkewedClock, World},
+};
+use crate::limiter_contract::TestLedger;
+
+/// One replica on a Redis that is well, for a plan of `rpm` and `burst`.
+fn alone(
+    ledger: Arc<TestLedger>,
+    roster: &Arc<Roster>,
+    on_failure: OnRedisFailure,
+    (rpm, burst): (u32, u32),
+    daily: Option<NonZeroU64>,
+) -> (Limiter, Policies) {
+    let world = World::new(1, 2, Plant::Nothing);
+    world.links.lock().push(Link::default());
+    let clock: Arc<dyn Clock> = Arc::new(SkewedClock {
+        zero: world.zero,
+        skew_ms: 0,
+    });
+    let counters = Arc::new(Linked { world, replica: 0 });
+    let store = store(
+        &clock,
+        ledger,
+        counters,
+        roster,
+        &Arc::default(),
+        on_failure,
+    );
+    let policies = Policies::new(
+        RatePolicy {
+            rpm: NonZeroU32::new(rpm).unwrap(),
+            burst: NonZeroU32::new(burst).unwrap(),
+        },
+        daily,
+        None,
+        Zone::utc(),
+        false,
+    );
+    (Limiter::new(store, clock), policies)
+}
+
+/// Several replicas at this round trip from one Redis, for a plan that is closed without it.
+fn several(
+    replicas: usize,
+    round_trip: u64,
+    (rpm, burst): (u32, u32),
+    strict: bool,
+) -> (Arc<World>, Vec<Limiter>, Policies) {
+    let world = World::new(1, round_trip, Plant::Nothing);
+    let limiters = (0..replicas)
+        .map(|replica| {
+            world.links.lock().push(Link::default());
+            let clock: Arc<dyn Clock> = Arc::new(SkewedClock {
+                zero: world.zero,
+                skew_ms: 0,
+            });
+            let counters = Arc::new(Linked {
+                world: Arc::clone(&world),
+                replica,
+            });
+            let store = store(
+                &clock,
+                TestLedger::new(),
+                counters,
+                &Arc::default(),
+                &Arc::default(),
+                OnRedisFailure::Closed,
+            );
+            Limiter::new(store, clock)
+        })
+        .collect();
+    let rate = RatePolicy {
+        rpm: NonZeroU32::new(rpm).unwrap(),
+        burst: NonZeroU32::new(burst).unwrap(),
+    };
+    let policies = Policies::new(rate, None, None, Zone::utc(), strict);
+    (world, limiters, policies)
+}
+
+/// How many of so many requests at once are admitted.
+async fn crowd(limiter: &Limiter, policies: &Policies, count: u32) -> u32 {
+    let cell = a_cell(limiter);
+    let mut crowd = JoinSet::new();
+    for _ in 0..count {
+        let (limiter, cell, policies) = (limiter.clone(), Arc::clone(&cell), policies.clone());
+        crowd.spawn(async move { limiter.admit(&cell, &policies, NonZeroU32::MIN).await });
+    }
+    let answers = crowd.join_all().await.into_iter();
+    let admitted = answers.filter(|it| it.as_ref().is_ok_and(Decision::is_allowed));
+    u32::try_from(admitted.count()).unwrap()
+}
+
+/// All that was sold, in one or two round trips, however far Redis is within the deadline.
+#[test]
+fn a_rested_keys_whole_burst_is_admitted_at_once() {
+    let mut short = String::new();
+    for limit in [(600, 600), (60, 60)] {
+        for strict in [false, true] {
+            for round_trip in [0, 1, 5, 10, 20] {
+                let (_, burst) = limit;
+                let admitted = paused(async {
+                    let (_, limiters, policies) = several(1, round_trip, limit, strict);
+                    crowd(&limiters[0], &policies, burst + burst / 10).await
+                });
+                assert!(admitted <= burst, "{admitted} of {burst}");
+                if admitted < burst {
+                    let _ = writeln!(
+                        short,
+                        "{admitted} of {burst}, strict: {strict}, {round_trip} ms to Redis and back"
+                    );
+                }
+            }
+        }
+    }
+    assert!(short.is_empty(), "{short}");
+}
+
+/// Tokens that are granted too late to be spent go back, and so do those of the others: each is credited only as far
+/// as the bucket has not refilled meanwhile.
+#[test]
+fn returns_after_late_answers_credit_no_token_twice() {
+    let (rpm, burst) = (60_000, 200);
+    let mut over = String::new();
+    for strict in [true, false] {
+        for late in [60, 120, 300] {
+            let (admitted, took) = paused(async {
+                let (world, limiters, policies) = several(3, 2, (rpm, burst), strict);
+                world.links.lock()[0].late = (100, late);
+                let begin = Instant::now();
+                let first = crowd(&limiters[0], &policies, 150);
+                let others = async {
+                    sleep(Duration::from_millis(late + 50)).await;
+                    let second = crowd(&limiters[1], &policies, 250);
+                    let third = async {
+                        sleep(Duration::from_millis(25)).await;
+                        crowd(&limiters[2], &policies, 250).await
+                    };
+                    let (second, third) = tokio::join!(second, third);
+                    second + third
+                };
+                let begun = Duration::from_millis(late + 50);
+                let (first, others) = tokio::join!(first, others);
+                assert_eq!(first, 0, "all answers are late");
+                (others, begin.elapsed().saturating_sub(begun))
+            });
+            // A token a millisecond.
+            let slack = if strict { 0 } else { 100 };
+            let allowed = u128::from(burst) + took.as_millis() + slack + 1;
+            assert!(admitted * 2 > burst, "{admitted} admitted");
+            if u128::from(admitted) > allowed {
+                let _ = writeln!(
+                    over,
+                    "{admitted} admitted within {took:?}, {allowed} promised; strict: {strict}, {late} ms late"
+                );
+            }
+        }
+    }
+    assert!(over.is_empty(), "{over}");
+}
+
+fn a_cell(limiter: &Limiter) -> Arc<KeyCell> {
+    limiter
+        .cell(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()))
+        .unwrap()
+}
+
+/// PostgreSQL is slower than Redis may be, and busy requests of a closed plan wait for it: neither is an outage.
+#[test]
+fn a_slow_ledger_leaves_the_counters_their_time() {
+    paused(async {
+        let ledger = TestLedger::new();
+        ledger.set_delay(DEADLINE * 3);
+        let daily = NonZeroU64::new(10_000);
+        let (limiter, policies) = alone(
+            ledger,
+            &Arc::default(),
+            OnRedisFailure::Closed,
+            (6000, 6000),
+            daily,
+        );
+        let cell = a_cell(&limiter);
+        let decision = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+        let decision = decision.unwrap();
+        assert!(decision.is_allowed() && !decision.degraded, "{decision:?}");
+    });
+}
+
+/// Leases grow with the pace and shrink near the bottom, and no token of a full bucket is refused on the way.
+#[test]
+fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
+    paused(async {
+        let rate = (600, 600);
+        let (limiter, policies) = alone(
+            TestLedger::new(),
+            &Arc::default(),
+            OnRedisFailure::Share,
+            rate,
+            None,
+        );
+        let cell = a_cell(&limiter);
+        for n in 0..600 {
+            let decision = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+            let decision = decision.unwrap();
+            assert!(decision.is_allowed(), "request {n}: {decision:?}");
+            sleep(Duration::from_micros(500)).await;
+        }
+    });
+}
+
+/// Whoever asks for more than one token is told when so many are there, also while nobody asks the counters.
+#[test]
+fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
+    paused(async {
+        let rate = (6000, 100);
+        let (limiter, policies) = alone(
+            TestLedger::new(),
+            &Arc::default(),
+            OnRedisFailure::Share,
+            rate,
+            None,
+        );
+        let cell = a_cell(&limiter);
+        let mut denied = 0;
+        for _ in 0..400 {
+            let one = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+            denied += u32::from(!one.unwrap().is_allowed());
+            sleep(Duration::from_micros(500)).await;
+        }
+        assert!(denied > 100);
+        let fifty = NonZeroU32::new(50).unwrap();
+        let decision = limiter.admit(&cell, &policies, fifty).await.unwrap();
+        // 10 ms a token, and a bucket that has no more than gathers in the life of half a lease.
+        let wait = decision.retry_after().expect("it is denied");
+        assert!(wait >= 400_000_000, "{decision:?}");
+        let never = NonZeroU32::new(101).unwrap();
+        let decision = limiter.admit(&cell, &policies, never).await.unwrap();
+        assert!(!decision.is_allowed());
+        assert_eq!(decision.retry_after(), None);
+    });
+}
+
+/// Each of many replicas takes of a small quota what it spends, and nothing for later.
+#[test]
+fn a_small_quota_is_had_whole_of_many_replicas() {
+    paused(async {
+        let of = NonZeroU64::new(9).unwrap();
+        let ledger = TestLedger::new();
+        let replicas: Vec<_> = (0..of.get())
+            .map(|rank| {
+                let roster = Arc::new(Roster::default());
+                roster.confirm(Place { rank, of }, 0);
+                let daily = NonZeroU64::new(10);
+                let on_failure = OnRedisFailure::Share;
+                alone(Arc::clone(&ledger), &roster, on_failure, (6000, 100), daily)
+            })
+            .collect();
+        for (n, (limiter, policies)) in replicas.iter().cycle().take(18).enumerate() {
+            let cell = a_cell(limiter);
+            let decision = limiter.admit(&cell, policies, NonZeroU32::MIN).await;
+            assert_eq!(decision.unwrap().is_allowed(), n < 10, "request {n}");
+            sleep(Duration::from_millis(20)).await;
+        }
+    });
+}

@@ -1,0 +1,281 @@
+//! Redis and the network to it, in virtual time.
+//!
+//! The process behind the links runs the [model](crate::limiter_shared::model) of the script. It stalls, loses its
+//! state and fails over to a stale copy; links delay, lose and cut. What was sent arrives whether or not the caller
+//! still waits.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use fastrand::Rng;
+use parking_lot::Mutex;
+use quota_common::id::ApiKeyId;
+use quota_server::{
+    clock::{Clock, UnixNanos},
+    limiter::{BucketName, BucketState, CounterError, SharedCounters, TakeCall, TakeReply},
+};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
+
+use super::plants::Plant;
+use crate::{limiter_contract::START, limiter_shared::model::State};
+
+/// A replica's own clock: the true time, and how far off it is.
+#[derive(Debug, Clone)]
+pub(super) struct SkewedClock {
+    pub(super) zero: Instant,
+    pub(super) skew_ms: i64,
+}
+
+impl Clock for SkewedClock {
+    fn now(&self) -> UnixNanos {
+        let at = START.0.saturating_add(self.monotonic());
+        UnixNanos(at.saturating_add_signed(self.skew_ms * 1_000_000))
+    }
+
+    fn monotonic(&self) -> u64 {
+        u64::try_from(self.zero.elapsed().as_nanos()).unwrap()
+    }
+}
+
+/// The process that keeps the counters.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub(super) state: State,
+    /// What a replica of it has, that lags behind.
+    pub(super) copy: State,
+    pub(super) run: u64,
+    pub(super) up: bool,
+    /// Microseconds that its clock is ahead.
+    pub(super) ahead: u64,
+    /// Where every replica has counters of its own, theirs.
+    alone: HashMap<usize, State>,
+}
+
+/// How calls get to Redis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Reach {
+    #[default]
+    Up,
+    /// Nothing arrives, nothing fails.
+    Cut,
+    /// Calls arrive, answers do not.
+    Deaf,
+    Refused,
+}
+
+/// One replica's link.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Link {
+    pub(super) reach: Reach,
+    /// Of a hundred answers, how many come so many milliseconds later.
+    pub(super) late: (u8, u64),
+    /// Of a hundred answers, how many never come.
+    pub(super) lost: u8,
+    /// Its replica is no more: nothing that it still does arrives.
+    pub(super) dead: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct World {
+    pub(super) zero: Instant,
+    pub(super) process: Mutex<Process>,
+    pub(super) links: Mutex<Vec<Link>>,
+    /// For all links.
+    pub(super) reach: Mutex<Reach>,
+    pub(super) stalled: watch::Sender<bool>,
+    pub(super) slow: AtomicU64,
+    /// Whether an answer said that the state was lost.
+    pub(super) initialized_again: AtomicBool,
+    round_trip: u64,
+    seed: u64,
+    plant: Plant,
+    /// Tokens granted so far and tokens returned so far, by key.
+    granted: Mutex<HashMap<ApiKeyId, (u64, u64)>>,
+    /// The chance of each link's calls of each bucket, so that none depends on the order of the others.
+    chances: Mutex<HashMap<(usize, BucketName), Rng>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("refused")]
+struct Refused;
+
+fn refused() -> CounterError {
+    Arc::new(Refused)
+}
+
+impl World {
+    pub(super) fn new(seed: u64, round_trip: u64, plant: Plant) -> Arc<Self> {
+        let state = State::fresh(1, 1);
+        Arc::new(Self {
+            zero: Instant::now(),
+            process: Mutex::new(Process {
+                copy: state.clone(),
+                state,
+                run: 1,
+                up: true,
+                ahead: 0,
+                alone: HashMap::new(),
+            }),
+            links: Mutex::default(),
+            reach: Mutex::default(),
+            stalled: watch::Sender::new(false),
+            slow: AtomicU64::new(0),
+            initialized_again: AtomicBool::new(false),
+            round_trip,
+            seed,
+            plant,
+            granted: Mutex::default(),
+            chances: Mutex::default(),
+        })
+    }
+
+    pub(super) fn now(&self) -> u64 {
+        u64::try_from(self.zero.elapsed().as_nanos()).unwrap()
+    }
+
+    /// Tokens of a key that Redis granted so far, and that were returned.
+    pub(super) fn granted(&self, key: ApiKeyId) -> (u64, u64) {
+        self.granted.lock().get(&key).copied().unwrap_or_default()
+    }
+
+    fn chance(&self, link: usize, bucket: BucketName, of: impl FnOnce(&mut Rng) -> u64) -> u64 {
+        let mut chances = self.chances.lock();
+        let rng = chances.entry((link, bucket)).or_insert_with(|| {
+            let key = match bucket {
+                BucketName::Key(_, key) => u64::try_from(key.0.as_u128() & 0xffff).unwrap(),
+                BucketName::Beat => 0xffff,
+            };
+            Rng::with_seed(self.seed ^ (key << 20) ^ ((link as u64 + 1) << 40))
+        });
+        of(rng)
+    }
+
+    /// One way.
+    async fn travel(&self, link: usize, bucket: BucketName, back: bool) {
+        let slow = self.slow.load(Ordering::Relaxed);
+        let one_way = if back {
+            self.round_trip / 2
+        } else {
+            self.round_trip - self.round_trip / 2
+        };
+        let ms = self.chance(link, bucket, |rng| {
+            if slow > 0 && rng.u64(..100) < 5 {
+                one_way + rng.u64(..slow)
+            } else {
+                one_way
+            }
+        });
+        if ms > 0 {
+            sleep(Duration::from_millis(ms)).await;
+        }
+    }
+
+    fn serve(&self, replica: usize, call: TakeCall) -> Result<TakeReply, CounterError> {
+        let mut process = self.process.lock();
+        if !process.up {
+            return Err(refused());
+        }
+        let micros = START.0 / 1000 + self.now() / 1000 + process.ahead;
+        let run = process.run;
+        let call = self.plant.call(call, micros);
+        let state = if self.plant == Plant::SharesNothing {
+            process
+                .alone
+                .entry(replica)
+                .or_insert_with(|| State::fresh(run, 1))
+        } else {
+            &mut process.state
+        };
+        if self.plant == Plant::ReturnsTwice && call.back > 0 {
+            let again = TakeCall {
+                need: 0,
+                want: 0,
+                ..call
+            };
+            state.take(run, micros, again);
+        }
+        let reply = state.take(run, micros, call);
+        drop(process);
+        match (reply.state, call.bucket) {
+            (BucketState::Known { granted, .. }, BucketName::Key(_, key)) => {
+                let mut all = self.granted.lock();
+                let (taken, returned) = all.entry(key).or_default();
+                *taken += granted;
+                *returned += call.back;
+            }
+            (BucketState::Known { .. }, BucketName::Beat) => {}
+            (BucketState::Beginning { .. }, _) => {
+                self.initialized_again.store(true, Ordering::Relaxed);
+            }
+        }
+        Ok(reply)
+    }
+
+    fn link(&self, replica: usize) -> (Link, Reach) {
+        let link = self.links.lock()[replica];
+        let all = *self.reach.lock();
+        let reach = if link.dead {
+            Reach::Cut
+        } else if link.reach == Reach::Up {
+            all
+        } else {
+            link.reach
+        };
+        (link, reach)
+    }
+
+    async fn call(&self, replica: usize, call: TakeCall) -> Result<TakeReply, CounterError> {
+        match self.link(replica).1 {
+            Reach::Refused => return Err(refused()),
+            Reach::Cut => std::future::pending().await,
+            Reach::Up | Reach::Deaf => {}
+        }
+        self.travel(replica, call.bucket, false).await;
+        let mut stalled = self.stalled.subscribe();
+        let _ = stalled.wait_for(|stalled| !stalled).await;
+        let reply = self.serve(replica, call);
+        let (link, _) = self.link(replica);
+        let percent = self.chance(replica, call.bucket, |rng| rng.u64(..100));
+        if percent < u64::from(link.lost) {
+            std::future::pending::<()>().await;
+        }
+        if percent < u64::from(link.late.0) {
+            sleep(Duration::from_millis(link.late.1)).await;
+        }
+        self.travel(replica, call.bucket, true).await;
+        if self.link(replica).1 != Reach::Up {
+            std::future::pending::<()>().await;
+        }
+        reply
+    }
+}
+
+/// The counters as one replica sees them.
+#[derive(Debug)]
+pub(super) struct Linked {
+    pub(super) world: Arc<World>,
+    pub(super) replica: usize,
+}
+
+#[async_trait]
+impl SharedCounters for Linked {
+    fn partitions(&self) -> u16 {
+        1
+    }
+
+    async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError> {
+        let (world, replica) = (Arc::clone(&self.world), self.replica);
+        let served = tokio::spawn(async move { world.call(replica, call).await });
+        served.await.unwrap_or_else(|_| Err(refused()))
+    }
+}

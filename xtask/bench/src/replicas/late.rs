@@ -1,0 +1,203 @@
+//! Answers of Redis that come late for one replica alone.
+//!
+//! The script has run and its tokens are taken, but the answer arrives after the request has given up: the tokens go
+//! back. Meanwhile the bucket has refilled, and the other replicas are asked for everything. What goes back must not
+//! be there twice.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use quota_testkit::{
+    proxy::{Fault, FaultProxy, Upstream},
+    redis::RedisServer,
+};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::{
+    Options,
+    drive::{Targets, drive},
+    faults::with_share_of_one,
+    keep_log,
+    schedule::{at_once, together},
+    stage::{Recount, Stage, context, lateness, percent, slack},
+    table::Table,
+    tenant::Plan,
+};
+
+const COLUMNS: &[&str] = &[
+    "answers late by, ms",
+    "plan",
+    "rounds",
+    "sent",
+    "admitted",
+    "excess, tokens",
+    "served",
+    "5xx",
+];
+const REPLICAS: usize = 3;
+const LIMIT: (u32, u32) = (60_000, 200);
+/// From the answers' delay until the first requests.
+const BEFORE: Duration = Duration::from_millis(30);
+/// Until all connections are open.
+const CONNECTED: Duration = Duration::from_millis(1000);
+
+fn plans(round: u32, delay: Duration) -> Vec<Plan> {
+    let modes = ["closed", "share"].into_iter();
+    modes
+        .flat_map(|mode| [true, false].map(|strict| (mode, strict)))
+        .map(|(mode, strict)| Plan {
+            strict,
+            on_redis_failure: Some(mode),
+            ..Plan::new(
+                format!("{} {mode} {} {round}", kind(strict), delay.as_millis()),
+                LIMIT.0,
+                LIMIT.1,
+            )
+        })
+        .collect()
+}
+
+fn kind(strict: bool) -> &'static str {
+    if strict { "strict" } else { "leases" }
+}
+
+pub(crate) async fn run(options: &Options) -> Result<Table> {
+    let mut table = Table::new("Late answers for one of three replicas", COLUMNS);
+    ensure!(!options.no_redis, "there is no Redis to be late");
+    let (delays, rounds): (&[u64], _) = if options.quick {
+        (&[120], 1)
+    } else {
+        (&[60, 120, 300], 4)
+    };
+    let redis = RedisServer::start().await;
+    let mut proxies = Vec::new();
+    for _ in 0..REPLICAS {
+        proxies.push(FaultProxy::start_apart(Upstream::Tcp(redis.addr())).await);
+    }
+    let url = |proxy: &FaultProxy| format!("redis://{}/0", proxy.addr());
+    let urls = proxies.iter().map(url).collect();
+    let stage = Stage::around(options, REPLICAS, urls, None, &[]).await?;
+    stage.settle(Duration::ZERO).await?;
+    let mut all = Vec::new();
+    for delay in delays.iter().copied().map(Duration::from_millis) {
+        let mut found = vec![Found::default(); plans(0, delay).len()];
+        for round in 0..rounds {
+            let plans = plans(round, delay);
+            let keys = stage.keys_on(&plans).await?;
+            let targets = Targets {
+                ready: LIMIT.1 as usize + 50,
+                ..stage.targets(&keys)
+            };
+            for (key, plan) in plans.iter().enumerate() {
+                let first = CONNECTED + BEFORE;
+                let load = together([
+                    at_once(key, first, 0, 150),
+                    // When the answers have come, and the first returns with them.
+                    at_once(
+                        key,
+                        BEFORE + delay + Duration::from_millis(50),
+                        1,
+                        LIMIT.1 + 50,
+                    ),
+                    at_once(
+                        key,
+                        BEFORE + delay + Duration::from_millis(75),
+                        2,
+                        LIMIT.1 + 50,
+                    ),
+                ]);
+                let origin = Instant::now();
+                let late = async {
+                    sleep_until(origin + CONNECTED).await;
+                    proxies[0].set(Fault::Late(delay));
+                    sleep_until(origin + first + delay * 2).await;
+                    proxies[0].set(Fault::Pass);
+                    anyhow::Ok(())
+                };
+                let (log, ()) = tokio::try_join!(drive(&targets, &load, origin), late)?;
+                keep_log(
+                    options,
+                    &format!("late-{}-{round}-{key}", delay.as_millis()),
+                    &log,
+                )?;
+                // A replica that alone has lost Redis sells its share beside the others.
+                let promised = with_share_of_one(plan, REPLICAS);
+                let slack = slack(plan, options.lease_ttl());
+                let recount = Recount::of(key, &promised, slack, &log);
+                if recount.is_over() {
+                    table.faults.push(context(&plan.name, &recount));
+                }
+                found[key].add(&recount);
+                all.extend(log);
+                // Until the replica has come back to Redis.
+                sleep(Duration::from_millis(1500)).await;
+            }
+        }
+        for (found, plan) in found.iter().zip(plans(0, delay)) {
+            table.row(vec![
+                delay.as_millis().to_string(),
+                format!(
+                    "{} {}",
+                    kind(plan.strict),
+                    plan.on_redis_failure.unwrap_or("share")
+                ),
+                rounds.to_string(),
+                found.sent.to_string(),
+                found.admitted.to_string(),
+                format!("{:+.3}", found.excess),
+                percent(found.served()),
+                found.failed.to_string(),
+            ]);
+        }
+    }
+    stage.end().await?;
+    table.notes.push(format!(
+        "{} a minute, burst {}. 150 requests at once at the replica whose answers are late, then {} at each of the two \
+         others, 50 and 75 ms after the answers came. Served is of what an exact bucket would admit of all of them, \
+         those at the late replica included. {}",
+        LIMIT.0,
+        LIMIT.1,
+        LIMIT.1 + 50,
+        lateness(&all),
+    ));
+    Ok(table)
+}
+
+/// What several rounds came to.
+#[derive(Clone)]
+pub(crate) struct Found {
+    pub(crate) sent: usize,
+    pub(crate) admitted: usize,
+    pub(crate) failed: usize,
+    pub(crate) excess: f64,
+    tokens: u64,
+    ideal: u64,
+}
+
+impl Default for Found {
+    fn default() -> Self {
+        Self {
+            sent: 0,
+            admitted: 0,
+            failed: 0,
+            excess: f64::NEG_INFINITY,
+            tokens: 0,
+            ideal: 0,
+        }
+    }
+}
+
+impl Found {
+    pub(crate) fn add(&mut self, recount: &Recount) {
+        self.sent += recount.sent;
+        self.admitted += recount.admitted;
+        self.failed += recount.failed + recount.silent;
+        self.excess = self.excess.max(recount.excess());
+        self.tokens += recount.tokens;
+        self.ideal += recount.ideal;
+    }
+
+    pub(crate) fn served(&self) -> f64 {
+        super::stage::share(self.tokens, self.ideal)
+    }
+}
