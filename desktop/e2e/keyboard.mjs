@@ -184,7 +184,7 @@ export async function keyboard(world) {
   await hasFocus("Delete");
   await press("Enter");
   await hasFocus("Cancel");
-  await press("Tab");
+  await to("Delete key");
   await press("Enter");
   await my.heading("No keys yet").waitFor();
   await isNotLost();

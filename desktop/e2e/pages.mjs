@@ -37,7 +37,7 @@ async function windows(world) {
   await second.getByText("Another account signed in in this browser.").waitFor();
   await second.getByRole("heading", { name: "Home", exact: true }).waitFor();
   assert.equal(new URL(second.url()).pathname, "/console");
-  await second.locator(".who").getByText(grace.email).waitFor();
+  await second.locator(".account").getByText(grace.email).waitFor();
   assert.equal(await nameOf(grace), before, "the new account was not changed");
 
   // Signing in to the same account again continues in every window.
@@ -61,7 +61,7 @@ async function windows(world) {
   await ada.heading("Home").waitFor();
   world.latest = second;
   await second.getByRole("button", { name: "Sign out", exact: true }).click();
-  await second.locator(".who").getByText(email).waitFor();
+  await second.locator(".account").getByText(email).waitFor();
   world.latest = page;
   await ada.navigate("Settings").click();
   await ada.heading("Active sessions").waitFor();

@@ -146,10 +146,18 @@ fn compact_css(css: &str) -> String {
         .map(str::trim)
         .filter(|line| !line.starts_with("/*"))
         .map(|line| {
-            line.replace(" { ", "{")
+            let line = line
+                .replace(" { ", "{")
                 .replace("; ", ";")
                 .replace(";}", "}")
                 .replace(" {", "{")
+                .replace(", ", ",");
+            // A colon in a string keeps its space.
+            if line.contains('"') {
+                line
+            } else {
+                line.replace(": ", ":")
+            }
         })
         .collect::<Vec<_>>()
         .join("\n")

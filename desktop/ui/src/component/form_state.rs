@@ -141,13 +141,14 @@ impl FormState {
 
     /// Checks a field when it is left. An empty field is checked only on submission.
     pub fn check(self, name: &str) {
-        let error = self.fields.with_value(|fields| {
+        // A field also loses the focus when its form is removed.
+        let error = self.fields.try_with_value(|fields| {
             let field = fields.iter().find(|it| it.name == name)?;
-            let text = field.value.get_untracked();
+            let text = field.value.try_get_untracked()?;
             let error = (field.check)(&text).err()?;
             (!text.trim().is_empty()).then_some(error)
         });
-        if let Some(error) = error {
+        if let Some(error) = error.flatten() {
             self.clear(name);
             self.errors
                 .update(|errors| errors.push((name.to_owned(), error.to_owned())));
