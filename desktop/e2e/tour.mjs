@@ -16,7 +16,9 @@ export async function tour(world) {
   // Measures the compressed size of the console's files, which the build limits as well, and when the page is usable.
   const first = await page.evaluate(() => {
     const loaded = [...performance.getEntriesByType("navigation"), ...performance.getEntriesByType("resource")];
-    const files = loaded.filter((it) => new URL(it.name).pathname.startsWith("/console"));
+    const named = loaded.filter((it) => new URL(it.name).pathname.startsWith("/console")).map((it) => [it.name, it]);
+    // The icon may be requested twice.
+    const files = [...new Map(named).values()];
     return { bytes: files.reduce((sum, it) => sum + it.encodedBodySize, 0), files: files.length, ms: performance.now() };
   });
   console.log(`first visit: ${first.bytes} bytes in ${first.files} files, usable after ${Math.round(first.ms)} ms`);
