@@ -11,12 +11,12 @@ pub mod auth;
 pub mod call;
 pub mod health;
 pub mod id;
+pub mod ipc;
 pub mod limit;
 pub mod page;
 pub mod plan;
 pub mod problem;
 pub mod service_token;
-pub mod shell;
 pub mod time;
 
 mod bounds;

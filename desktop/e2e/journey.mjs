@@ -1,9 +1,10 @@
-// The console in Chromium, against the real server on its embedded default.
+// Tests the console in Chromium against a real server with its default, embedded database.
 //
 // node journey.mjs CHROMIUM ADDRESS [FOLDER-FOR-SCREENSHOTS [PART…]]
 
 import assert from "node:assert/strict";
 import { join } from "node:path";
+import { errors } from "./errors.mjs";
 import { guard } from "./guard.mjs";
 import { keyboard } from "./keyboard.mjs";
 import { lists } from "./lists.mjs";
@@ -13,24 +14,25 @@ import { once } from "./once.mjs";
 import { pages } from "./pages.mjs";
 import { pictures } from "./pictures.mjs";
 import { tour } from "./tour.mjs";
+import { widths } from "./widths.mjs";
 import { World } from "./world.mjs";
 
-const [executablePath, base, shots, ...picked] = process.argv.slice(2);
-const parts = { tour, keyboard, once, many, lists, names, guard, pages, pictures };
+const [executablePath, base, shots, ...selected] = process.argv.slice(2);
+const parts = { tour, keyboard, once, many, lists, names, guard, pages, errors, widths, pictures };
 
 const world = await World.start(executablePath, base, shots);
 try {
   for (const [name, part] of Object.entries(parts)) {
-    if (picked.length ? !picked.includes(name) : name === "pictures") continue;
+    if (selected.length ? !selected.includes(name) : name === "pictures") continue;
     await part(world);
-    assert.deepEqual([...world.violations, ...world.complaints], [], name);
-    console.log(`${name}: went well`);
+    assert.deepEqual([...world.violations, ...world.pageErrors], [], name);
+    console.log(`${name}: passed`);
   }
-  console.log(`the journey went well; ${world.looked} views held against axe, with no violation`);
+  console.log(`all parts passed; ${world.inspected} views without axe violations`);
 } catch (error) {
   const page = world.latest;
   if (world.shots) await page?.screenshot({ path: join(world.shots, "failed.png") }).catch(() => {});
-  for (const it of [...world.violations, ...world.complaints]) console.error(it);
+  for (const it of [...world.violations, ...world.pageErrors]) console.error(it);
   console.error(await page?.locator("body").innerText().catch(() => ""));
   throw error;
 } finally {

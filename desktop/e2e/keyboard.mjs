@@ -1,8 +1,7 @@
-// The whole journey by keyboard alone: nothing here points at anything. Wherever the focus comes to rest, it is
-// seen; after each dialog it is back where it was, or at least not lost.
+// The main journey using only the keyboard. The focus must always be visible, and must return after each dialog.
 
 import assert from "node:assert/strict";
-import { named, password } from "./world.mjs";
+import { password, quoted } from "./world.mjs";
 
 export async function keyboard(world) {
   const my = await world.visitor();
@@ -13,35 +12,35 @@ export async function keyboard(world) {
     for (const key of text) await press(key);
   };
 
-  /** What has the focus, as tests and people know it, and whether it is seen to have it. */
+  /** The focused element: its accessible name, and whether its focus is visible. */
   const focus = () =>
     page.evaluate(() => {
       const it = document.activeElement;
       const style = getComputedStyle(it);
       const outline = style.outlineStyle !== "none" && Number.parseFloat(style.outlineWidth) >= 2;
       const label = it.getAttribute("aria-label") ?? it.labels?.[0]?.textContent ?? it.textContent;
-      // The content of a page takes the focus with the page: all of it is where one is.
-      return { tag: it.tagName, id: it.id, name: label.trim(), seen: outline || it.id === "content" || it.tagName === "DIALOG" };
+      // After navigating, the page's content has the focus, which needs no outline.
+      return { tag: it.tagName, id: it.id, name: label.trim(), visible: outline || it.id === "content" || it.tagName === "DIALOG" };
     });
-  /** Presses Tab until something of this name has the focus; `Shift+Tab` goes back. */
+  /** Presses Tab, or another key, until an element with this name has the focus. */
   const to = async (name, key = "Tab") => {
     const passed = [];
     for (let presses = 0; presses < 60; presses += 1) {
       const it = await focus();
-      if (passed.length && it.tag !== "BODY") assert.ok(it.seen, `the focus is not seen: ${JSON.stringify(it)}`);
+      if (passed.length && it.tag !== "BODY") assert.ok(it.visible, `the focus is not visible: ${JSON.stringify(it)}`);
       if (it.name === name) return;
       passed.push(it.name.slice(0, 40));
       await press(key);
     }
-    assert.fail(`no way to ${name} by ${key}: ${passed.join(" · ")}`);
+    assert.fail(`cannot reach ${name} with ${key}: ${passed.join(" · ")}`);
   };
-  const has = async (name) => {
+  const hasFocus = async (name) => {
     await page.waitForFunction((name) => {
       const it = document.activeElement;
       return (it.getAttribute("aria-label") ?? it.labels?.[0]?.textContent ?? it.textContent).trim() === name;
     }, name);
   };
-  const isSomewhere = async () => assert.notEqual((await focus()).tag, "BODY", "the focus is lost");
+  const isNotLost = async () => assert.notEqual((await focus()).tag, "BODY", "the focus is lost");
   const path = () => new URL(page.url()).pathname;
 
   await page.goto(`${base}/console`);
@@ -57,7 +56,7 @@ export async function keyboard(world) {
   await press("Enter");
   await my.heading("Home").waitFor();
 
-  // The first stop leads past the navigation.
+  // The first tab stop skips the navigation.
   await page.reload();
   await my.heading("Home").waitFor();
   await to("Skip to content");
@@ -65,15 +64,15 @@ export async function keyboard(world) {
   await to("New plan");
   assert.equal(await page.evaluate(() => document.activeElement.closest("main")?.id), "content");
 
-  // Shortcuts are told of, and can be switched off.
+  // Shortcuts are listed, and can be turned off.
   await press("?");
   await my.heading("Keyboard shortcuts").waitFor();
   await keys("gp");
-  assert.equal(path(), "/console", "no shortcut acts within a dialog");
-  await to("Shortcuts of single characters", "Shift+Tab");
+  assert.equal(path(), "/console", "shortcuts are off in dialogs");
+  await to("Single-key shortcuts", "Shift+Tab");
   await press("Space");
   await press("Escape");
-  await has("New plan");
+  await hasFocus("New plan");
   await keys("gp?");
   await page.waitForTimeout(300);
   assert.equal(path(), "/console");
@@ -82,17 +81,17 @@ export async function keyboard(world) {
   await type("shortcuts");
   await press("Enter");
   await my.heading("Keyboard shortcuts").waitFor();
-  await to("Shortcuts of single characters", "Shift+Tab");
+  await to("Single-key shortcuts", "Shift+Tab");
   await press("Space");
   await press("Escape");
 
   await keys("gp");
   await my.heading("No plans yet").waitFor();
-  await isSomewhere();
+  await isNotLost();
   await keys("np");
   await my.heading("New plan").waitFor();
-  await has("Name");
-  // What is typed is text, and no shortcut.
+  await hasFocus("Name");
+  // Shortcuts are off while typing in a field.
   await type("gk n? Keyboard");
   await press("Tab");
   await press("Control+a");
@@ -102,37 +101,37 @@ export async function keyboard(world) {
   await press("Enter");
   await page.getByRole("row", { name: /gk n\? Keyboard/ }).waitFor();
   assert.equal(path(), "/console/plans");
-  await isSomewhere();
+  await isNotLost();
   await to("Edit gk n? Keyboard");
   await press("Enter");
-  await has("Name");
+  await hasFocus("Name");
   await press("Control+a");
   await type("By hand");
   await press("Enter");
-  await has("Edit By hand");
+  await hasFocus("Edit By hand");
 
   await press("Control+k");
-  await has("Command, or the name of an API key");
-  await type("api key make");
+  await hasFocus("Type a command or the name of an API key");
+  await type("api key create");
   await press("Enter");
   await my.heading("New API key").waitFor();
-  await has("Name");
+  await hasFocus("Name");
   await type("Keyboard key");
-  await to("Make key");
+  await to("Create key");
   await press("Enter");
-  await my.heading(`The key of ${named("Keyboard key")}`).waitFor();
+  await my.heading(`Save your key for ${quoted("Keyboard key")}`).waitFor();
   await to("Send until 429");
   await press("Enter");
   await my.status(429);
-  await to("I stored it");
+  await to("I've saved this key");
   await press("Space");
   await press("Tab");
-  await has("Done");
+  await hasFocus("Done");
   await press("Enter");
   await page.getByRole("link", { name: "Keyboard key" }).waitFor();
-  await isSomewhere();
+  await isNotLost();
 
-  // The palette finds it by its name, and arrows choose.
+  // The palette finds the key by name; arrow keys select.
   await press("Control+k");
   await type("keyboard");
   await page.getByRole("option", { name: "Keyboard key" }).waitFor();
@@ -143,33 +142,33 @@ export async function keyboard(world) {
 
   await to("Deactivate");
   await press("Enter");
-  await has("Cancel");
+  await hasFocus("Cancel");
   await press("Enter");
-  await has("Deactivate");
+  await hasFocus("Deactivate");
   await press("Enter");
-  await has("Cancel");
+  await hasFocus("Cancel");
   await press("Tab");
   await press("Enter");
-  await has("Activate");
+  await hasFocus("Activate");
   await page.waitForTimeout(1000);
   await to("Send 1");
   await press("Enter");
   await my.status(401);
-  await has("Send 1");
+  await hasFocus("Send 1");
   await to("Activate", "Shift+Tab");
   await press("Enter");
-  await has("Deactivate");
+  await hasFocus("Deactivate");
   await page.waitForTimeout(3000);
   await to("Send 1");
   await press("Enter");
   await my.status(200);
 
-  // Typed into a field, what would be a shortcut is text.
+  // Shortcut characters typed in the search field are text.
   await press("/");
-  await has("Search");
+  await hasFocus("Search");
   await type("gp/?");
   await page.waitForFunction(() => location.search.includes("search=gp"));
-  await my.heading("No key is like that").waitFor();
+  await my.heading("No matching keys").waitFor();
   assert.equal(await page.getByRole("searchbox").inputValue(), "gp/?");
   assert.equal(await page.locator("dialog[open]").count(), 0);
   await press("Control+a");
@@ -180,15 +179,15 @@ export async function keyboard(world) {
   await my.heading("Keyboard key").waitFor();
   await to("Delete");
   await press("Enter");
-  await has("Cancel");
+  await hasFocus("Cancel");
   await press("Escape");
-  await has("Delete");
+  await hasFocus("Delete");
   await press("Enter");
-  await has("Cancel");
-  await press("Tab");
+  await hasFocus("Cancel");
+  await to("Delete key");
   await press("Enter");
   await my.heading("No keys yet").waitFor();
-  await isSomewhere();
+  await isNotLost();
 
   await press("Control+k");
   await type("sign out");

@@ -1,4 +1,4 @@
-// Lists at their ends, more plans than one page holds, and forms that send no more than what was changed in them.
+// Paging, more plans than fit on a page, and edit forms that send only changed fields.
 
 import assert from "node:assert/strict";
 
@@ -23,26 +23,26 @@ export async function lists(world) {
     keys.push((await my.api("POST", "/admin/api-keys", { name, plan_id: last.id })).api_key);
   }
 
-  // Every plan is known, also those beyond a page of them.
-  await my.place("API keys").click();
+  // All plans are listed, from more than one page.
+  await my.navigate("API keys").click();
   await rows(20);
   await page.getByRole("row", { name: /Key 40 .*Plan 100/ }).waitFor();
   await my.field("Plan").selectOption({ label: "Plan 099" });
-  await my.heading("No key is like that").waitFor();
-  await page.getByRole("link", { name: "Show all keys" }).click();
+  await my.heading("No matching keys").waitFor();
+  await page.getByRole("link", { name: "Clear filters" }).click();
   await rows(20);
 
-  // A filter for what is gone shows that it is in force.
+  // A filter by a deleted plan is shown as such.
   await my.api("DELETE", `/admin/plans/${plans[0].id}`);
   await page.goto(`${base}/console/api-keys?plan_id=${plans[0].id}`);
-  await my.heading("No key is like that").waitFor();
-  const chosen = page.locator("#plan_filter option:checked");
-  await chosen.getByText("A plan that is gone").waitFor({ state: "attached" });
-  await page.getByRole("link", { name: "Show all keys" }).click();
+  await my.heading("No matching keys").waitFor();
+  const selected = page.locator("#plan_filter option:checked");
+  await selected.getByText("Deleted plan").waitFor({ state: "attached" });
+  await page.getByRole("link", { name: "Clear filters" }).click();
   await rows(20);
-  assert.equal(await chosen.textContent(), "All plans");
+  assert.equal(await selected.textContent(), "All plans");
 
-  // Pages lead on and back.
+  // Paging works in both directions.
   await page.getByRole("link", { name: "Next page" }).click();
   await page.getByRole("link", { name: "Key 20" }).waitFor();
   const second = search();
@@ -52,81 +52,81 @@ export async function lists(world) {
   await page.getByRole("link", { name: "Previous page" }).click();
   await page.getByRole("link", { name: "Key 20" }).waitFor();
   assert.equal(search(), second);
-  await my.look("keys-between");
+  await my.inspect("keys-between");
   await page.getByRole("link", { name: "Previous page" }).click();
   await page.getByRole("link", { name: "Key 40" }).waitFor();
   assert.equal(search(), "");
   assert.equal(await page.getByRole("link", { name: "Previous page" }).count(), 0);
 
-  // What goes with the last of a page is the page, and not the list.
+  // Deleting the last item of a page leads to the first page.
   await page.getByRole("link", { name: "Next page" }).click();
   await page.getByRole("link", { name: "Key 20" }).waitFor();
   await page.getByRole("link", { name: "Next page" }).click();
   await rows(1);
   await my.field("Select Key 00").check();
   await my.button("Delete").click();
-  await my.field("Type “delete 1 key” to confirm").fill("delete 1 key");
+  await my.field('Type "delete 1 key" to confirm').fill("delete 1 key");
   await dialog.getByRole("button", { name: "Delete" }).click();
   await page.getByRole("link", { name: "Key 40" }).waitFor();
   await rows(20);
   assert.equal(search(), "");
 
-  // That the plans are missing is said, and can be mended.
-  const away = "**/admin/plans?*";
-  await page.route(away, (route) => route.abort());
+  // A failure to load plans is shown, and can be retried.
+  const plansCall = "**/admin/plans?*";
+  await page.route(plansCall, (route) => route.abort());
   await page.reload();
-  await page.getByText("The plans could not be loaded.").waitFor();
-  await my.look("keys-without-plans");
-  await page.unroute(away);
-  await my.button("Load the plans again").click();
+  await page.getByText("Couldn't load plans.").waitFor();
+  await my.inspect("keys-without-plans");
+  await page.unroute(plansCall);
+  await my.button("Reload plans").click();
   await page.getByRole("row", { name: /Key 40 .*Plan 100/ }).waitFor();
-  assert.equal(await page.getByText("The plans could not be loaded.").count(), 0);
+  assert.equal(await page.getByText("Couldn't load plans.").count(), 0);
 
-  // A form sends what was changed in it: what somebody else changed meanwhile stays.
+  // A form sends only changed fields, so that concurrent changes by others are kept.
   await page.getByRole("link", { name: "Key 40" }).click();
   await my.heading("Key 40").waitFor();
   await page.locator("dd").getByText("Plan 100").waitFor();
   await my.button("Edit").click();
   assert.equal(await page.locator("#edit_plan").inputValue(), last.id);
-  await my.field("Name").fill("Typed and left");
+  await my.field("Name").fill("Discarded");
   await my.button("Cancel").click();
   await my.button("Edit").click();
-  assert.equal(await my.field("Name").inputValue(), "Key 40", "what was left is not there the next time");
+  assert.equal(await my.field("Name").inputValue(), "Key 40", "cancelled changes are discarded");
   const key = `/admin/api-keys/${keys[40].id}`;
   await my.api("PATCH", key, { name: "Renamed", rpm_override: 7 });
   await page.locator("#edit_plan").selectOption({ label: "Plan 050" });
-  await my.button("Save").click();
+  await my.button("Save changes").click();
   await my.heading("Renamed").waitFor();
   const { name, rpm_override, plan_id } = await my.api("GET", key);
   assert.deepEqual([name, rpm_override, plan_id], ["Renamed", 7, plans[50].id]);
 
   await page.goto(`${base}/console/plans?sort=-name`);
   await my.button("Edit Plan 100").click();
-  assert.equal(await my.field("Burst").inputValue(), "", "a burst that is the rate follows it");
-  // Another can be made meanwhile.
+  assert.equal(await my.field("Burst").inputValue(), "", "a burst that equals the rate is shown as blank");
+  // A new plan can be created at the same time.
   await my.button("New plan").click();
   await my.heading("New plan").waitFor();
-  const twice = await page.evaluate(() => {
+  const duplicates = await page.evaluate(() => {
     const ids = [...document.querySelectorAll("[id]")].map((it) => it.id);
     return ids.filter((id, at) => ids.indexOf(id) !== at);
   });
-  assert.deepEqual(twice, [], "no two parts of a page have one name");
+  assert.deepEqual(duplicates, [], "element IDs are unique");
   await dialog.getByLabel("Name").fill("Plan 101");
   await dialog.getByRole("button", { name: "Cancel" }).click();
   const plan = `/admin/plans/${last.id}`;
   await my.api("PATCH", plan, { daily_quota: 500, billing: "paid" });
-  await my.field("Requests a minute").fill("90");
-  await my.button("Save").click();
+  await my.field("Requests per minute").fill("90");
+  await my.button("Save changes").click();
   await page.getByRole("row", { name: /Plan 100.*90.*90.*500/ }).waitFor();
   await my.api("PATCH", plan, { default_rpm: 120 });
   const now = await my.api("GET", plan);
   assert.deepEqual([now.default_rpm, now.burst, now.daily_quota, now.billing], [120, 120, 500, "paid"]);
 
-  // Whoever closes a form and goes elsewhere before the answer comes finds the console whole.
-  const later = async (method, address, act, go) => {
+  // Closing a dialog and leaving the page before the response arrives does no harm.
+  const leaveBeforeResponse = async (method, address, act, go) => {
     let release;
-    const released = new Promise((done) => {
-      release = done;
+    const released = new Promise((resolve) => {
+      release = resolve;
     });
     await page.route(address, async (route) => {
       if (route.request().method() === method) await released;
@@ -136,10 +136,10 @@ export async function lists(world) {
     await page.keyboard.press("Escape");
     await dialog.waitFor({ state: "detached" });
     await go.click();
-    await my.heading("Audit").waitFor();
-    const answered = page.waitForResponse((it) => it.request().method() === method);
+    await my.heading("Audit log").waitFor();
+    const response = page.waitForResponse((it) => it.request().method() === method);
     release();
-    await answered;
+    await response;
     await page.unroute(address);
     await page.getByRole("row").nth(1).waitFor();
   };
@@ -150,15 +150,15 @@ export async function lists(world) {
   };
   await my.button("New plan").click();
   await my.field("Name").fill("Plan 102");
-  await later("POST", "**/admin/plans", () => send("POST", () => my.button("Make plan").click()), my.place("Audit"));
-  await my.place("Plans").click();
+  await leaveBeforeResponse("POST", "**/admin/plans", () => send("POST", () => my.button("Create plan").click()), my.navigate("Audit log"));
+  await my.navigate("Plans").click();
   await my.button("Delete Plan 102").click();
-  await later("DELETE", "**/admin/plans/*", () => send("DELETE", () => my.button("Delete plan").click()), my.place("Audit"));
-  await my.place("API keys").click();
+  await leaveBeforeResponse("DELETE", "**/admin/plans/*", () => send("DELETE", () => my.button("Delete plan").click()), my.navigate("Audit log"));
+  await my.navigate("API keys").click();
   await page.getByRole("link", { name: "Key 39" }).click();
   await my.button("Delete").click();
-  await later("DELETE", "**/admin/api-keys/*", () => send("DELETE", () => my.button("Delete key").click()), my.place("Audit"));
-  await page.getByText("is deleted.").waitFor();
+  await leaveBeforeResponse("DELETE", "**/admin/api-keys/*", () => send("DELETE", () => my.button("Delete key").click()), my.navigate("Audit log"));
+  await page.getByText(/^Key .* deleted$/).waitFor();
   assert.equal(new URL(page.url()).pathname, "/console/audit");
   await my.context.close();
 }

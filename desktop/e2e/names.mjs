@@ -1,4 +1,4 @@
-// Names are whatever people type. They are shown as they are, run nothing, and break no page.
+// Names can contain anything. They are displayed verbatim, never executed, and do not break the layout.
 
 import assert from "node:assert/strict";
 
@@ -23,16 +23,16 @@ export async function names(world) {
     keys.push(key.api_key);
     await my.api("POST", "/admin/service-tokens", { name });
   }
-  const inert = async (where) => {
+  const assertInert = async (where) => {
     const found = await page.evaluate(() => ({
       ran: window.ran,
-      strange: [...document.body.querySelectorAll("img, script, main svg[onload], b")].map((it) => it.outerHTML),
+      unexpected: [...document.body.querySelectorAll("img, script, main svg[onload], b")].map((it) => it.outerHTML),
     }));
-    assert.deepEqual(found, { ran: undefined, strange: [] }, where);
+    assert.deepEqual(found, { ran: undefined, unexpected: [] }, where);
   };
-  const see = async (name) => {
-    await my.look(name);
-    await inert(name);
+  const inspect = async (name) => {
+    await my.inspect(name);
+    await assertInert(name);
   };
   const rows = () => page.locator("tbody th .clamp").evaluateAll((them) => them.map((it) => it.textContent));
 
@@ -40,14 +40,14 @@ export async function names(world) {
     await page.goto(`${base}/console/${path}`);
     await page.getByRole("row").nth(NAMES.length).waitFor();
     await my.heading(title).waitFor();
-    assert.deepEqual((await rows()).sort(), [...NAMES].sort(), "to the letter");
-    await see(`names-${path}`);
-    // Text from right to left begins at the right, and takes nothing along with it.
+    assert.deepEqual((await rows()).sort(), [...NAMES].sort(), "displayed verbatim");
+    await inspect(`names-${path}`);
+    // Right-to-left names do not affect the text around them.
     const direction = await page
       .locator("tbody th")
       .evaluateAll((them) => them.map((it) => [/שלום/.test(it.textContent), getComputedStyle(it).direction]));
-    assert.deepEqual(direction.filter(([rtl, way]) => rtl !== (way === "rtl")), []);
-    // No row is higher than a few lines.
+    assert.deepEqual(direction.filter(([isRtl, actual]) => isRtl !== (actual === "rtl")), []);
+    // Long names are clamped to a few lines.
     const highest = await page.locator("tbody tr").evaluateAll((them) => Math.max(...them.map((it) => it.clientHeight)));
     assert.ok(highest < 140, `a row of ${path} is ${highest} px high`);
   }
@@ -56,46 +56,46 @@ export async function names(world) {
     await page.goto(`${base}/console/api-keys/${key.id}`);
     await page.locator("h1").getByText(NAMES[at].slice(0, 20)).waitFor();
     assert.equal(await page.locator("h1").textContent(), NAMES[at]);
-    await inert(`the page of ${NAMES[at]}`);
+    await assertInert(`the page of ${NAMES[at]}`);
     await my.button("Edit").click();
     assert.equal(await my.field("Name").inputValue(), NAMES[at]);
     await page.keyboard.press("Escape");
     await my.button("Delete").click();
     await my.button("Delete key").waitFor();
-    await inert(`deleting ${NAMES[at]}`);
+    await assertInert(`deleting ${NAMES[at]}`);
     const beyond = await page.evaluate(() => {
       const dialog = document.querySelector("dialog[open]");
       return [dialog.scrollWidth - dialog.clientWidth, document.documentElement.scrollWidth - window.innerWidth];
     });
     assert.ok(beyond.every((px) => px <= 0), `${NAMES[at]}: wider by ${beyond}`);
-    if (at === 2 || at === 4) await see(`names-key-${at}`);
+    if (at === 2 || at === 4) await inspect(`names-key-${at}`);
     await page.keyboard.press("Escape");
     await page.locator("dialog[open]").waitFor({ state: "detached" }).catch(() => {});
   }
 
-  await my.place("Plans").click();
+  await my.navigate("Plans").click();
   await page.getByRole("row").nth(NAMES.length).waitFor();
   await page.locator("tbody tr").first().getByRole("button", { name: /^Edit/ }).click();
-  await see("names-plan-edit");
-  await my.place("API keys").click();
+  await inspect("names-plan-edit");
+  await my.navigate("API keys").click();
   await page.getByRole("row").nth(NAMES.length).waitFor();
   await my.field("Select all on this page").check();
   await my.button("Delete").click();
-  await my.field("Type “delete 6 keys” to confirm").waitFor();
-  await see("names-bulk");
+  await my.field('Type "delete 6 keys" to confirm').waitFor();
+  await inspect("names-bulk");
   await page.keyboard.press("Escape");
   await page.keyboard.press("Control+k");
-  await my.field("Command, or the name of an API key").fill("ww");
+  await my.field("Type a command or the name of an API key").fill("ww");
   await page.getByRole("listbox").getByRole("option", { name: "WWW" }).waitFor();
-  await see("names-palette");
+  await inspect("names-palette");
   await page.keyboard.press("Escape");
-  await my.place("Audit").click();
+  await my.navigate("Audit log").click();
   await page.getByRole("row").nth(NAMES.length).waitFor();
   for (const it of await page.locator("summary").all()) await it.click();
-  await see("names-audit");
-  await my.place("Settings").click();
-  await page.getByText("this device").waitFor();
-  assert.equal(await my.field("Organisation").inputValue(), NAMES[0]);
-  await see("names-settings");
+  await inspect("names-audit");
+  await my.navigate("Settings").click();
+  await page.getByText("This device").waitFor();
+  assert.equal(await my.field("Organization").inputValue(), NAMES[0]);
+  await inspect("names-settings");
   await my.context.close();
 }

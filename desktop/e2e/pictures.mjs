@@ -1,4 +1,4 @@
-// The pictures of the README, made anew: node journey.mjs CHROMIUM ADDRESS ../pictures pictures
+// Takes the pictures of the README: node journey.mjs CHROMIUM ADDRESS ../pictures pictures
 
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -42,15 +42,15 @@ export async function pictures(world) {
     writeFileSync(join(world.shots, `${name}.webp`), Buffer.from(data, "base64"));
   };
   await page.setViewportSize({ width: 1180, height: 660 });
-  await my.place("API keys").click();
+  await my.navigate("API keys").click();
   await page.getByRole("row").nth(7).waitFor();
   await take("keys", "light");
 
   await page.setViewportSize({ width: 1180, height: 730 });
   await my.button("New key").click();
   await my.field("Name").fill("Route planner");
-  await page.locator("#key_plan").selectOption({ label: "Free, 60 a minute" });
-  await my.button("Make key").click();
+  await page.locator("#key_plan").selectOption({ label: "Free (60/min)" });
+  await my.button("Create key").click();
   await my.button("Send until 429").waitFor();
   await my.button("Send until 429").click();
   await my.status(429);

@@ -1,4 +1,4 @@
-// What every part of the journey stands on: a browser, pages that complain, and eyes that hold them against axe.
+// Shared by all parts of the journey: a browser, error collection, and accessibility checks.
 
 import { mkdirSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -13,13 +13,13 @@ export const forms = [
   { theme: "dark", width: 390, height: 844 },
 ];
 export const password = "violet-harbour-quilt-93";
-/** A name as sentences hold it, kept from reaching out of itself. */
-export const named = (name) => `\u2068${name}\u2069`;
+/** A name as it appears in a sentence: quoted, and isolated from the text direction around it. */
+export const quoted = (name) => `"\u2068${name}\u2069"`;
 
 export class World {
   violations = [];
-  complaints = [];
-  looked = 0;
+  pageErrors = [];
+  inspected = 0;
 
   static async start(executablePath, base, shots) {
     const world = new World();
@@ -41,23 +41,23 @@ export class World {
     return world;
   }
 
-  /** Somebody who is new here: cookies and storage of their own. */
+  /** A new visitor, with separate cookies and storage. */
   async visitor() {
     const context = await this.browser.newContext({ viewport: { width: 1280, height: 800 } });
     await context.grantPermissions(["clipboard-read", "clipboard-write"], { origin: this.base });
     return new Visitor(this, context, await this.window(context));
   }
 
-  /** A page that tells of what goes wrong in it. */
+  /** A page whose errors are collected. */
   async window(context) {
     const page = await context.newPage();
     page.setDefaultTimeout(15_000);
-    page.on("pageerror", (error) => this.complaints.push(`error: ${error.message}`));
+    page.on("pageerror", (error) => this.pageErrors.push(`error: ${error.message}`));
     page.on("console", (message) => {
-      // Refusals are what the journey is about, and browsers log each; so they do of a server that is away.
+      // Browsers log every rejected request and every failed connection, which the journey provokes.
       const expected = /status of (401|422|429)|ERR_FAILED/;
       const text = message.text();
-      if (message.type() === "error" && !expected.test(text) && !this.expected?.test(text)) this.complaints.push(text);
+      if (message.type() === "error" && !expected.test(text) && !this.expected?.test(text)) this.pageErrors.push(text);
     });
     this.latest = page;
     return page;
@@ -72,22 +72,22 @@ export class Visitor {
 
   button = (name) => this.page.getByRole("button", { name, exact: true });
   heading = (name) => this.page.getByRole("heading", { name, exact: true }).first();
-  place = (name) =>
+  navigate = (name) =>
     this.page.getByRole("navigation", { name: "Console" }).getByRole("link", { name, exact: true });
   field = (name) => this.page.getByLabel(name);
   status = (code) => this.page.locator(`.status[data-status='${code}']`).waitFor();
 
-  /** Through the API, by the token that a client without cookies gets. */
+  /** Calls the API directly, with a bearer token instead of cookies. */
   async api(method, path, body) {
     const headers = { "content-type": "application/json" };
     if (this.token) headers.authorization = `Bearer ${this.token}`;
-    const answer = await fetch(`${this.base}${path}`, { method, headers, body: body && JSON.stringify(body) });
-    const text = await answer.text();
-    if (!answer.ok) throw new Error(`${method} ${path}: ${answer.status} ${text}`);
+    const response = await fetch(`${this.base}${path}`, { method, headers, body: body && JSON.stringify(body) });
+    const text = await response.text();
+    if (!response.ok) throw new Error(`${method} ${path}: ${response.status} ${text}`);
     return text && JSON.parse(text);
   }
 
-  /** Makes an account without a look at it, and signs the browser in. */
+  /** Registers through the API and signs in in the browser. */
   async registered(tenant_name) {
     const account = await this.api("POST", "/auth/register", { email: this.email, password, tenant_name });
     this.token = account.access_token;
@@ -102,13 +102,13 @@ export class Visitor {
     await this.button("Sign in").click();
   }
 
-  /** What is there, in its four forms; each is held against axe and against the window's width. */
-  async look(name) {
+  /** Checks the page with axe and for sideways scrolling, light and dark, wide and narrow, and takes screenshots. */
+  async inspect(name) {
     const { page, world } = this;
     for (const { theme, width, height } of forms) {
       await page.setViewportSize({ width, height });
       await page.emulateMedia({ colorScheme: theme, reducedMotion: "reduce" });
-      await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+      await page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve))));
       const form = `${name} ${theme} ${width}`;
       await page.evaluate(axeSource);
       const found = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
@@ -118,21 +118,20 @@ export class Visitor {
       }
       await this.fits(form);
       if (world.shots) await page.screenshot({ path: join(world.shots, `${name}-${theme}-${width}.png`) });
-      world.looked += 1;
+      world.inspected += 1;
     }
-    // As narrow as it is made for.
-    await page.setViewportSize({ width: 360, height: 740 });
-    await this.fits(`${name} 360`);
+    await page.setViewportSize({ width: 320, height: 740 });
+    await this.fits(`${name} 320`);
     await page.setViewportSize({ width: 1280, height: 800 });
   }
 
-  /** Nothing is wider than its place. */
+  /** Reports elements whose content is wider than they are. */
   async fits(form) {
-    const wide = await this.page.evaluate(() => {
+    const excess = await this.page.evaluate(() => {
       const beyond = (element) => element.scrollWidth - element.clientWidth;
       const parts = [...document.querySelectorAll("dialog[open], .side, .card, main")];
       return Math.max(document.documentElement.scrollWidth - window.innerWidth, ...parts.map(beyond));
     });
-    if (wide > 0) this.world.violations.push(`${form}: wider than its place by ${wide} px`);
+    if (excess > 0) this.world.violations.push(`${form}: ${excess} px too wide`);
   }
 }

@@ -1,13 +1,13 @@
-//! Embeds the page and says which commands it may call.
+//! Embeds the console and declares the commands it may call.
 
 fn main() {
-    // What `cargo xtask desktop` builds the page into.
+    // `cargo xtask desktop` builds the console into this folder.
     println!("cargo:rerun-if-changed=dist");
     let commands = tauri_build::AppManifest::new().commands(&[
         "call",
         "try_key",
         "copy",
-        "standing",
+        "host_status",
         "add_server",
         "use_server",
         "forget_server",

@@ -1,21 +1,21 @@
-// Apart from the page, whose policy lets no script stand in it. What it needs is imported here, so that a failure to get
-// it is seen: while a new version is rolled out, a server can lack the files that another one's page names.
+// A separate file, because the page's policy forbids inline scripts. Loads the console here, so that a failure can be
+// shown: during a rollout, one server's page can name files that another server does not have.
 try {
   const { default: init } = await import("/console/{{glue}}");
   await init({ module_or_path: "/console/{{wasm}}" });
 } catch (error) {
   console.error(error);
   const main = document.createElement("main");
-  main.className = "alone";
+  main.className = "standalone";
   const box = document.createElement("div");
   box.className = "empty";
   box.setAttribute("role", "alert");
   const title = document.createElement("h1");
-  title.textContent = "The console could not be started";
+  title.textContent = "Couldn't load the console";
   const text = document.createElement("p");
-  text.textContent = "A new version may be on its way. Reload the page to try again.";
+  text.textContent = "A new version may be rolling out. Reload the page to try again.";
   const button = document.createElement("button");
-  button.className = "button first";
+  button.className = "button primary";
   button.textContent = "Reload";
   button.addEventListener("click", () => location.reload());
   box.append(title, text, button);

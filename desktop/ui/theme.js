@@ -1,6 +1,6 @@
-// Before the first paint, so that nothing flashes.
+// Runs before the first paint, so that the page does not flash in the wrong theme.
 try {
   document.documentElement.dataset.theme = localStorage.getItem("theme") ?? "system";
 } catch {
-  // Without storage the system's theme is the one.
+  // Without storage, follow the system's theme.
 }

@@ -1,8 +1,8 @@
-//! A window with nothing in it, to measure the app against: what WebKit and Tauri cost before the first line of ours.
+//! An empty window as a baseline for measurements: the cost of WebKit and Tauri without the app.
 
 use tauri::{WebviewUrl, WebviewWindowBuilder, http::Response};
 
-/// Says it once it is painted, like the console's first page.
+/// Reports when it is painted, like the console's first page.
 const PAGE: &str = "<!doctype html><title>blank</title><script>
 requestAnimationFrame(() => requestAnimationFrame(() => { document.title = 'painted'; }));
 </script>";
@@ -19,7 +19,7 @@ fn main() -> tauri::Result<()> {
                 .inner_size(1280.0, 840.0)
                 .on_document_title_changed(|_, title| {
                     if title == "painted" {
-                        println!("the first page is painted");
+                        println!("first page painted");
                     }
                 })
                 .build()?;

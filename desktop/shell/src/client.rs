@@ -1,30 +1,30 @@
-//! Requests: a [`Call`] goes to one server and its answer comes back as text. Knows neither the keychain nor Tauri.
+//! HTTP: sends a [`Call`] to one server and returns the body of the response. Does not know the keychain or Tauri.
 //!
-//! Only what [`Call::sent`] makes of a call is ever sent, and only to the server's own origin: redirects are not
-//! followed, so no credential goes anywhere else.
+//! Sends nothing but what [`Call::sent`] returns, and only to the server's own origin. Redirects are not followed, so
+//! that credentials cannot reach another host.
 
 use std::time::{Duration, Instant};
 
 use quota_common::{
     Problem,
     call::{Call, LIMIT_FIELDS, Sent},
-    shell::{Refusal, Tried},
+    ipc::{CallError, TestResponse},
 };
 use reqwest::{Method, RequestBuilder, Response, redirect};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::server::Server;
 
-const CONNECT: Duration = Duration::from_secs(5);
-const ANSWER: Duration = Duration::from_secs(20);
-/// No answer of ours comes near it.
-const LONGEST_BODY: usize = 8 * 1024 * 1024;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Far above the size of any response of the API.
+const MAX_BODY: usize = 8 * 1024 * 1024;
 
-/// What opens the server for a call.
+/// How a call is authenticated.
 pub enum Credential<'a> {
     None,
     Access(&'a SecretString),
-    /// Goes into the body.
+    /// Sent in the body.
     Refresh(&'a SecretString),
 }
 
@@ -43,8 +43,8 @@ impl Client {
                 " (Linux)"
             ))
             .redirect(redirect::Policy::none())
-            .connect_timeout(CONNECT)
-            .timeout(ANSWER);
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(RESPONSE_TIMEOUT);
         builder = if server.is_loopback() {
             builder.no_proxy()
         } else {
@@ -60,8 +60,8 @@ impl Client {
         &self.server
     }
 
-    /// The body of a good answer.
-    pub async fn send(&self, call: &Call, credential: Credential<'_>) -> Result<String, Refusal> {
+    /// Returns the body of a successful response.
+    pub async fn send(&self, call: &Call, credential: Credential<'_>) -> Result<String, CallError> {
         let mut sent = call.sent();
         let mut bearer = None;
         match credential {
@@ -75,52 +75,53 @@ impl Client {
         if let Some(token) = bearer {
             request = request.bearer_auth(token.expose_secret());
         }
-        let response = self.answer(&sent, request).await?;
+        let response = self.execute(&sent, request).await?;
         let status = response.status();
-        let body = text(response).await?;
+        let body = read_body(response).await?;
         if status.is_success() {
             return Ok(body);
         }
         match serde_json::from_str::<Problem>(&body) {
-            Ok(problem) => Err(Refusal::Problem {
+            Ok(problem) => Err(CallError::Problem {
                 problem: Box::new(problem),
             }),
-            // A proxy in between answers for a server that is away.
-            Err(_) if status.is_server_error() => Err(Refusal::Unreachable),
-            Err(_) => Err(Refusal::Unreadable),
+            // A proxy answered in place of an unreachable server.
+            Err(_) if status.is_server_error() => Err(CallError::Unreachable),
+            Err(_) => Err(CallError::Unreadable),
         }
     }
 
-    /// Sends a request as a consumer would: with the key and nothing of the session.
-    pub async fn try_key(&self, key: &SecretString) -> Result<Tried, Refusal> {
+    /// Sends a request as an API client would: with the key and without the session.
+    pub async fn try_key(&self, key: &SecretString) -> Result<TestResponse, CallError> {
         let sent = Call::Echo.sent();
         let request = self
             .request(&sent)?
             .header("x-api-key", key.expose_secret());
-        let response = self.answer(&sent, request).await?;
+        let response = self.execute(&sent, request).await?;
         let field = |name: &str| {
             let value = response.headers().get(name)?.to_str().ok()?;
             Some((name.to_owned(), value.to_owned()))
         };
-        Ok(Tried {
+        Ok(TestResponse {
             status: response.status().as_u16(),
             headers: LIMIT_FIELDS.iter().filter_map(|name| field(name)).collect(),
         })
     }
 
-    /// Whether a Quota server answers there.
-    pub async fn is_there(&self) -> bool {
+    /// Returns whether there is a Quota server at this address.
+    pub async fn is_quota_server(&self) -> bool {
         let request = self.http.get(self.server.at("/health/live"));
         let Ok(response) = request.send().await else {
             return false;
         };
-        let good = response.status().is_success();
-        let body = text(response).await.unwrap_or_default();
-        good && serde_json::from_str::<quota_common::health::Health>(&body).is_ok()
+        let is_success = response.status().is_success();
+        let body = read_body(response).await.unwrap_or_default();
+        is_success && serde_json::from_str::<quota_common::health::Health>(&body).is_ok()
     }
 
-    fn request(&self, sent: &Sent) -> Result<RequestBuilder, Refusal> {
-        let method = Method::from_bytes(sent.method.as_bytes()).map_err(|_| Refusal::Unreadable)?;
+    fn request(&self, sent: &Sent) -> Result<RequestBuilder, CallError> {
+        let method =
+            Method::from_bytes(sent.method.as_bytes()).map_err(|_| CallError::Unreadable)?;
         let mut url = self.server.at(&sent.path);
         if !sent.query.is_empty() {
             url.query_pairs_mut().extend_pairs(&sent.query);
@@ -132,19 +133,19 @@ impl Client {
         })
     }
 
-    async fn answer(&self, sent: &Sent, request: RequestBuilder) -> Result<Response, Refusal> {
-        let began = Instant::now();
-        let answer = request.send().await;
-        let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    async fn execute(&self, sent: &Sent, request: RequestBuilder) -> Result<Response, CallError> {
+        let started = Instant::now();
+        let result = request.send().await;
+        let ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (method, path) = (sent.method, sent.path.as_str());
-        match answer {
+        match result {
             Ok(response) => {
                 tracing::info!(
                     method,
                     path,
                     status = response.status().as_u16(),
                     ms,
-                    "asked"
+                    "request sent"
                 );
                 Ok(response)
             }
@@ -155,21 +156,21 @@ impl Client {
                     path,
                     ms,
                     error = &error as &dyn std::error::Error,
-                    "not reached"
+                    "server unreachable"
                 );
-                Err(Refusal::Unreachable)
+                Err(CallError::Unreachable)
             }
         }
     }
 }
 
-async fn text(mut response: Response) -> Result<String, Refusal> {
+async fn read_body(mut response: Response) -> Result<String, CallError> {
     let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(|_| Refusal::Unreachable)? {
-        if body.len() + chunk.len() > LONGEST_BODY {
-            return Err(Refusal::Unreadable);
+    while let Some(chunk) = response.chunk().await.map_err(|_| CallError::Unreachable)? {
+        if body.len() + chunk.len() > MAX_BODY {
+            return Err(CallError::Unreadable);
         }
         body.extend_from_slice(&chunk);
     }
-    String::from_utf8(body).map_err(|_| Refusal::Unreadable)
+    String::from_utf8(body).map_err(|_| CallError::Unreadable)
 }

@@ -1,21 +1,21 @@
-//! Where refresh tokens and device tokens are kept: the system's keychain, one entry of each for each server. There is
-//! no other place; without a keychain a session ends with the app, and the device is a new one at every sign-in.
+//! Stores refresh tokens and device tokens in the system's keychain, one entry of each per server. They are never
+//! stored elsewhere: without a keychain, a session ends when the app closes, and every sign-in is from a new device.
 
 use std::time::Duration;
 
 use secrecy::{ExposeSecret as _, SecretString};
 
-/// The keychain's name for us.
+/// The app's name in the keychain.
 pub const SERVICE: &str = "rs.quota.desktop";
 
-/// A keychain may ask its owner for a password first.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Long enough for the user to unlock the keychain.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the keychain does not answer")]
+#[error("no keychain is available")]
 pub struct NoKeychain;
 
-/// Blocks while the system asks its owner.
+/// Blocks while the system asks the user to unlock the keychain.
 pub trait Keychain: Send + Sync + 'static {
     fn get(&self, server: &str) -> Result<Option<SecretString>, NoKeychain>;
     fn set(&self, server: &str, token: &SecretString) -> Result<(), NoKeychain>;
@@ -24,20 +24,23 @@ pub trait Keychain: Send + Sync + 'static {
 
 /// Secret Service, Keychain Services or Credential Manager.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct OfSystem;
+pub struct SystemKeychain;
 
-impl OfSystem {
+impl SystemKeychain {
     fn entry(server: &str) -> Result<keyring::Entry, NoKeychain> {
         keyring::Entry::new(SERVICE, server).map_err(|error| unavailable(&error))
     }
 }
 
 fn unavailable(error: &keyring::Error) -> NoKeychain {
-    tracing::warn!(error = error as &dyn std::error::Error, "keychain");
+    tracing::warn!(
+        error = error as &dyn std::error::Error,
+        "keychain unavailable"
+    );
     NoKeychain
 }
 
-impl Keychain for OfSystem {
+impl Keychain for SystemKeychain {
     fn get(&self, server: &str) -> Result<Option<SecretString>, NoKeychain> {
         match Self::entry(server)?.get_password() {
             Ok(token) => Ok(Some(token.into())),
@@ -60,16 +63,16 @@ impl Keychain for OfSystem {
     }
 }
 
-/// Asks the keychain without holding up others, and not for ever.
+/// Calls the keychain on another thread, with a timeout.
 #[expect(
     clippy::disallowed_methods,
-    reason = "one person's keychain is asked one question at a time"
+    reason = "calls to a user's keychain are rare and sequential"
 )]
-pub async fn ask<T: Send + 'static>(
-    question: impl FnOnce() -> Result<T, NoKeychain> + Send + 'static,
+pub async fn call<T: Send + 'static>(
+    operation: impl FnOnce() -> Result<T, NoKeychain> + Send + 'static,
 ) -> Result<T, NoKeychain> {
-    match tokio::time::timeout(PATIENCE, tokio::task::spawn_blocking(question)).await {
-        Ok(Ok(answer)) => answer,
+    match tokio::time::timeout(TIMEOUT, tokio::task::spawn_blocking(operation)).await {
+        Ok(Ok(result)) => result,
         _ => Err(NoKeychain),
     }
 }

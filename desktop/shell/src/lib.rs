@@ -1,8 +1,8 @@
 //! Quota's console as a desktop app.
 //!
-//! The page in the window is the console's own, embedded here. It hands its calls to [`commands`]; the requests are
-//! made here, by [`client`] and [`session`], which know nothing of Tauri. The page never holds a token, goes nowhere
-//! else, opens no window, and may ask for nothing but what `capabilities/main.json` names.
+//! The window shows the console, which is embedded in the app. It passes its calls to [`commands`]; [`client`] and
+//! [`session`], which do not know Tauri, make the requests. The page never sees a token, cannot navigate elsewhere or
+//! open windows, and can call only the commands listed in `capabilities/main.json`.
 
 pub mod client;
 mod commands;
@@ -20,30 +20,34 @@ use std::{process::ExitCode, sync::OnceLock, time::Instant};
 use clap::Parser;
 use tauri::Manager as _;
 
-/// When the process began, as near as we can tell.
-static BEGAN: OnceLock<Instant> = OnceLock::new();
+/// When the process started, approximately.
+static STARTED: OnceLock<Instant> = OnceLock::new();
 
 #[derive(Debug, Parser)]
-#[command(name = "quota-desktop", version, about = "Quota's console")]
+#[command(
+    name = "quota-desktop",
+    version,
+    about = "The Quota console as a desktop app"
+)]
 struct Arguments {
-    /// Add this server to the list and use it, such as https://quota.example.com
+    /// Add this server and use it, for example https://quota.example.com
     #[arg(long, value_name = "ADDRESS", value_parser = server::Server::parse)]
     server: Option<server::Server>,
 }
 
 pub fn run() -> ExitCode {
-    BEGAN.get_or_init(Instant::now);
+    STARTED.get_or_init(Instant::now);
     let Arguments { server } = Arguments::parse();
     let app = tauri::Builder::default()
-        // First, so that a second start does nothing before it finds the first.
+        // First, so that a second instance does nothing before it detects the first.
         .plugin(tauri_plugin_single_instance::init(|app, arguments, _| {
-            window::started_again(app, &arguments);
+            window::on_second_instance(app, &arguments);
         }))
         .plugin(tauri_plugin_window_state::Builder::new().build())
         .invoke_handler(tauri::generate_handler![
             commands::server::call,
             commands::server::try_key,
-            commands::profile::standing,
+            commands::profile::host_status,
             commands::profile::add_server,
             commands::profile::use_server,
             commands::profile::forget_server,
@@ -52,10 +56,10 @@ pub fn run() -> ExitCode {
         ])
         .setup(move |app| {
             let paths = app.path();
-            log::begin(&paths.app_log_dir()?);
+            log::start(&paths.app_log_dir()?);
             let state = state::App::new(&paths.app_config_dir()?, &paths.app_data_dir()?)?;
             if let Some(server) = &server {
-                state.profiles.lock().add_and_choose(server);
+                state.profiles.lock().add_and_select(server);
             }
             app.manage(state);
             menu::set(app.handle())?;

@@ -1,6 +1,7 @@
-//! The log file: a line for each request and for what goes wrong, panics included.
+//! The log file: a line per request, and errors including panics.
 //!
-//! Lines hold no secret by how they are made; what looks like one all the same is taken out on the way to the file.
+//! Nothing secret is logged. As a second line of defense, anything that looks like a secret is redacted before it is
+//! written.
 
 use std::{
     borrow::Cow,
@@ -16,56 +17,56 @@ use regex::Regex;
 use tracing_appender::rolling::{RollingFileAppender, Rotation};
 use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
-const KEPT_DAYS: usize = 7;
+const MAX_FILES: usize = 7;
 
-/// Keys and tokens of ours, JWTs, what follows `Bearer`, and addresses of people.
+/// API keys, tokens, JWTs, `Bearer` credentials and email addresses.
 static SECRET: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(
         r"(?x) \bq[ksr]_[0-9A-Za-z]+ | \beyJ[0-9A-Za-z_.=-]+ | (?i:\bbearer)\s+[^\s\x22',]+
           | [^\s\x22'<>=(]+@[^\s\x22'<>)]+\.[A-Za-z]{2,}",
     )
-    .expect("a pattern of ours")
+    .expect("a valid pattern")
 });
 
 pub fn redacted(text: &str) -> Cow<'_, str> {
     SECRET.replace_all(text, "[redacted]")
 }
 
-/// Begins to log into `folder`. Where that cannot be written there is no log, and that is said on standard error.
-pub fn begin(folder: &Path) {
-    // Else the appender complains before it makes it.
+/// Starts logging into `folder`, one file per day. If that fails, reports it on standard error and does not log.
+pub fn start(folder: &Path) {
+    // The appender reports a missing folder before it creates it.
     let _ = fs::create_dir_all(folder);
     let file = RollingFileAppender::builder()
         .rotation(Rotation::DAILY)
         .filename_prefix("quota")
         .filename_suffix("log")
-        .max_log_files(KEPT_DAYS)
+        .max_log_files(MAX_FILES)
         .build(folder);
     match file {
         Ok(file) => {
-            let begun = tracing_subscriber::fmt()
+            let started = tracing_subscriber::fmt()
                 .with_env_filter(EnvFilter::new("info"))
                 .with_ansi(false)
                 .with_writer(Redacting(Mutex::new(file)))
                 .try_init();
-            if let Err(error) = begun {
-                eprintln!("no log is written: {error}");
+            if let Err(error) = started {
+                eprintln!("cannot write the log: {error}");
             }
         }
-        Err(error) => eprintln!("no log is written: {error}"),
+        Err(error) => eprintln!("cannot write the log: {error}"),
     }
-    let before = panic::take_hook();
+    let default_hook = panic::take_hook();
     panic::set_hook(Box::new(move |it| {
-        let place = it.location().map(ToString::to_string).unwrap_or_default();
-        let text = it.payload_as_str().unwrap_or("(no text)");
-        tracing::error!(place, "panicked: {text}");
-        before(it);
+        let location = it.location().map(ToString::to_string).unwrap_or_default();
+        let text = it.payload_as_str().unwrap_or("(no message)");
+        tracing::error!(location, "panic: {text}");
+        default_hook(it);
     }));
 }
 
 struct Redacting<W>(Mutex<W>);
 
-/// One line, which the subscriber writes at once.
+/// One line. The subscriber writes each line with a single call.
 struct Line<'a, W>(&'a Mutex<W>);
 
 impl<'a, W: Write + 'a> MakeWriter<'a> for Redacting<W> {
@@ -93,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_looks_like_a_secret_does_not_reach_the_file() {
+    fn anything_like_a_secret_is_redacted() {
         let secrets = [
             "qk_0123456789abcdefghijABCDEFGHIJ01234567",
             "qr_0123456789abcdefghijABCDEFGHIJ01234567",
@@ -102,22 +103,22 @@ mod tests {
             "Bearer abc.def",
             "ada@example.com",
         ];
-        let shown = std::sync::Arc::new(Mutex::new(Vec::new()));
-        let writer = Redacting(Mutex::new(Shared(shown.clone())));
+        let written = std::sync::Arc::new(Mutex::new(Vec::new()));
+        let writer = Redacting(Mutex::new(Shared(written.clone())));
         let subscriber = tracing_subscriber::fmt()
             .with_ansi(false)
             .with_writer(writer)
             .finish();
         tracing::subscriber::with_default(subscriber, || {
             for secret in secrets {
-                tracing::info!(field = secret, "in a text: {secret}, \"{secret}\"");
+                tracing::info!(field = secret, "in a sentence: {secret}, \"{secret}\"");
             }
             tracing::info!(
                 path = "/admin/api-keys/019ab4e1-7c00-7000-8000-0000000000b1",
-                "asked"
+                "request sent"
             );
         });
-        let text = String::from_utf8(shown.lock().clone()).expect("text");
+        let text = String::from_utf8(written.lock().clone()).expect("text");
         for secret in secrets {
             let core = secret.trim_start_matches("Bearer ");
             assert!(!text.contains(core), "{core} is in {text}");

@@ -1,4 +1,4 @@
-//! The desktop app.
+//! The Quota desktop app.
 
 #![cfg_attr(not(debug_assertions), windows_subsystem = "windows")]
 

@@ -1,4 +1,4 @@
-//! The menu: each of its entries has a key.
+//! The menu. Every entry has a keyboard shortcut.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -10,34 +10,34 @@ use tauri_plugin_opener::OpenerExt as _;
 
 use crate::window;
 
-/// Pages of the console, and the key that shows each.
+/// Pages of the console: path, name, shortcut.
 const PAGES: [(&str, &str, &str); 6] = [
     ("/console", "Home", "CmdOrCtrl+1"),
     ("/console/plans", "Plans", "CmdOrCtrl+2"),
     ("/console/api-keys", "API keys", "CmdOrCtrl+3"),
     ("/console/service-tokens", "Service tokens", "CmdOrCtrl+4"),
-    ("/console/audit", "Audit", "CmdOrCtrl+5"),
+    ("/console/audit", "Audit log", "CmdOrCtrl+5"),
     ("/console/settings", "Settings", "CmdOrCtrl+,"),
 ];
 
-/// What else there is: its id, its name, its key.
+/// Other entries: ID, name, shortcut.
 const RELOAD: (&str, &str, &str) = ("reload", "Reload", "CmdOrCtrl+R");
 const QUIT: (&str, &str, &str) = ("quit", "Quit", "CmdOrCtrl+Q");
 const BACK: (&str, &str, &str) = ("back", "Back", "Alt+Left");
 const FORWARD: (&str, &str, &str) = ("forward", "Forward", "Alt+Right");
-const LARGER: (&str, &str, &str) = ("larger", "Larger", "CmdOrCtrl+=");
-const SMALLER: (&str, &str, &str) = ("smaller", "Smaller", "CmdOrCtrl+-");
-const ACTUAL: (&str, &str, &str) = ("actual", "Actual size", "CmdOrCtrl+0");
-const FULL: (&str, &str, &str) = ("full", "Full screen", "F11");
-const DOCS: (&str, &str, &str) = ("docs", "The server's API", "F1");
+const ZOOM_IN: (&str, &str, &str) = ("zoom-in", "Zoom in", "CmdOrCtrl+=");
+const ZOOM_OUT: (&str, &str, &str) = ("zoom-out", "Zoom out", "CmdOrCtrl+-");
+const ACTUAL_SIZE: (&str, &str, &str) = ("actual-size", "Actual size", "CmdOrCtrl+0");
+const FULL_SCREEN: (&str, &str, &str) = ("full-screen", "Full screen", "F11");
+const DOCS: (&str, &str, &str) = ("docs", "API docs", "F1");
 const LOGS: (&str, &str, &str) = ("logs", "Show log files", "CmdOrCtrl+Shift+L");
 
-/// In percent.
+/// The zoom level in percent.
 static ZOOM: AtomicU32 = AtomicU32::new(100);
 
 pub fn set(app: &AppHandle) -> tauri::Result<()> {
     app.set_menu(build(app)?)?;
-    app.on_menu_event(|app, event| chosen(app, event.id().as_ref()));
+    app.on_menu_event(|app, event| on_selected(app, event.id().as_ref()));
     Ok(())
 }
 
@@ -50,9 +50,7 @@ fn build(app: &AppHandle) -> tauri::Result<Menu<tauri::Wry>> {
     let about = AboutMetadataBuilder::new()
         .name(Some("Quota"))
         .version(Some(env!("CARGO_PKG_VERSION")))
-        .comments(Some(
-            "API keys, plans, rate limits and quotas on your own machines",
-        ))
+        .comments(Some("Self-hosted API keys, plans, rate limits and quotas"))
         .license(Some(env!("CARGO_PKG_LICENSE")))
         .icon(app.default_window_icon().cloned())
         .build();
@@ -71,11 +69,11 @@ fn build(app: &AppHandle) -> tauri::Result<Menu<tauri::Wry>> {
         .item(&item(FORWARD)?)
         .build()?;
     let view = SubmenuBuilder::new(app, "View")
-        .item(&item(LARGER)?)
-        .item(&item(SMALLER)?)
-        .item(&item(ACTUAL)?)
+        .item(&item(ZOOM_IN)?)
+        .item(&item(ZOOM_OUT)?)
+        .item(&item(ACTUAL_SIZE)?)
         .separator()
-        .item(&item(FULL)?)
+        .item(&item(FULL_SCREEN)?)
         .build()?;
     let help = SubmenuBuilder::new(app, "Help")
         .item(&item(DOCS)?)
@@ -84,7 +82,7 @@ fn build(app: &AppHandle) -> tauri::Result<Menu<tauri::Wry>> {
         .about(Some(about))
         .build()?;
     let mut menu = MenuBuilder::new(app).item(&quota);
-    // There the keys for copying come from the menu; elsewhere the page has them.
+    // On macOS the shortcuts for copy and paste come from the menu; elsewhere the page has them.
     let edit = SubmenuBuilder::new(app, "Edit")
         .undo()
         .redo()
@@ -100,25 +98,25 @@ fn build(app: &AppHandle) -> tauri::Result<Menu<tauri::Wry>> {
     menu.items(&[&go, &view, &help]).build()
 }
 
-fn chosen(app: &AppHandle, id: &str) {
+fn on_selected(app: &AppHandle, id: &str) {
     if let Some((path, ..)) = PAGES.into_iter().find(|(path, ..)| *path == id) {
         return window::show(app, path);
     }
     match id {
-        // What a dialog shows once is not lost to a slip of the hand.
+        // Reloading would lose the new secret that a locked dialog shows.
         "reload" => window::run(
             app,
-            "if (!document.querySelector('dialog[open][data-firm]')) location.reload()",
+            "if (!document.querySelector('dialog[open][data-locked]')) location.reload()",
         ),
         "quit" => app.exit(0),
         "back" => window::run(app, "history.back()"),
         "forward" => window::run(app, "history.forward()"),
-        "larger" => zoom(app, |percent| percent + 10),
-        "smaller" => zoom(app, |percent| percent - 10),
-        "actual" => zoom(app, |_| 100),
-        "full" => full_screen(app),
+        "zoom-in" => zoom(app, |percent| percent + 10),
+        "zoom-out" => zoom(app, |percent| percent - 10),
+        "actual-size" => zoom(app, |_| 100),
+        "full-screen" => toggle_full_screen(app),
         "docs" => window::open_on_server(app, "/docs"),
-        "logs" => logs(app),
+        "logs" => open_logs(app),
         _ => {}
     }
 }
@@ -131,14 +129,14 @@ fn zoom(app: &AppHandle, change: impl Fn(u32) -> u32) {
     }
 }
 
-fn full_screen(app: &AppHandle) {
+fn toggle_full_screen(app: &AppHandle) {
     if let Some(window) = app.get_webview_window(window::LABEL) {
         let is_full = window.is_fullscreen().unwrap_or_default();
         let _ = window.set_fullscreen(!is_full);
     }
 }
 
-fn logs(app: &AppHandle) {
+fn open_logs(app: &AppHandle) {
     let Ok(folder) = app.path().app_log_dir() else {
         return;
     };
@@ -148,7 +146,7 @@ fn logs(app: &AppHandle) {
     if let Err(error) = opened {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
-            "the folder was not opened"
+            "cannot open the log folder"
         );
     }
 }

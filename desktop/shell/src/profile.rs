@@ -1,25 +1,25 @@
-//! The servers that a person has added, and which one is in use: addresses and names in a file, never a secret.
+//! The list of servers and the one in use. Stored in a file with addresses and names, without secrets.
 //!
-//! A file that cannot be read is set aside and the list begins anew; one that cannot be written is said in the log,
-//! and the list lives as long as the app.
+//! An unreadable file is renamed and the list starts over. If the file cannot be written, the log says so and changes
+//! last until the app closes.
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 
-use quota_common::shell::Profile;
+use quota_common::ipc::Profile;
 use serde::{Deserialize, Serialize};
 
 use crate::server::Server;
 
-/// Where a server listens that was started with its defaults.
+/// The address of a server with default settings.
 pub const DEFAULT: &str = "http://localhost:8080";
-const MOST: usize = 50;
-const LONGEST_NAME: usize = 100;
+const MAX_SERVERS: usize = 50;
+const MAX_NAME: usize = 100;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Kept {
+struct ProfileFile {
     current: String,
     servers: Vec<Profile>,
 }
@@ -27,98 +27,98 @@ struct Kept {
 #[derive(Debug)]
 pub struct Profiles {
     file: PathBuf,
-    kept: Kept,
+    content: ProfileFile,
 }
 
 impl Profiles {
     pub fn read(file: PathBuf) -> Self {
-        let kept = match fs::read_to_string(&file) {
-            Ok(text) => serde_json::from_str(&text).ok().and_then(sound),
+        let content = match fs::read_to_string(&file) {
+            Ok(text) => serde_json::from_str(&text).ok().and_then(sanitize),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
-                    "the list of servers"
+                    "cannot read the list of servers"
                 );
                 None
             }
         };
-        if kept.is_none() && file.exists() {
-            tracing::warn!("the list of servers cannot be read and is set aside");
-            let _ = fs::rename(&file, file.with_extension("unread"));
+        if content.is_none() && file.exists() {
+            tracing::warn!("the list of servers is unreadable; starting a new one");
+            let _ = fs::rename(&file, file.with_extension("invalid"));
         }
-        let kept = kept.unwrap_or_else(|| Kept {
+        let content = content.unwrap_or_else(|| ProfileFile {
             current: DEFAULT.to_owned(),
             servers: vec![Profile {
                 address: DEFAULT.to_owned(),
                 name: String::new(),
             }],
         });
-        Self { file, kept }
+        Self { file, content }
     }
 
     pub fn current(&self) -> &str {
-        &self.kept.current
+        &self.content.current
     }
 
     pub fn all(&self) -> &[Profile] {
-        &self.kept.servers
+        &self.content.servers
     }
 
     pub fn has(&self, address: &str) -> bool {
-        self.kept.servers.iter().any(|it| it.address == address)
+        self.content.servers.iter().any(|it| it.address == address)
     }
 
     pub fn is_full(&self) -> bool {
-        self.kept.servers.len() >= MOST
+        self.content.servers.len() >= MAX_SERVERS
     }
 
-    /// Adds it, or gives it another name.
+    /// Adds a server, or renames it if it is in the list.
     pub fn add(&mut self, server: &Server, name: &str) {
         let address = server.to_string();
-        let name: String = name.trim().chars().take(LONGEST_NAME).collect();
+        let name: String = name.trim().chars().take(MAX_NAME).collect();
         match self
-            .kept
+            .content
             .servers
             .iter_mut()
             .find(|it| it.address == address)
         {
             Some(it) => it.name = name,
-            None => self.kept.servers.push(Profile { address, name }),
+            None => self.content.servers.push(Profile { address, name }),
         }
         self.write();
     }
 
-    /// Whether there is one of that address.
-    pub fn choose(&mut self, address: &str) -> bool {
+    /// Selects the server to use. Returns `false` if it is not in the list.
+    pub fn select(&mut self, address: &str) -> bool {
         let known = self.has(address);
-        if known && self.kept.current != address {
-            address.clone_into(&mut self.kept.current);
+        if known && self.content.current != address {
+            address.clone_into(&mut self.content.current);
             self.write();
         }
         known
     }
 
-    /// For one who names a server on starting the app.
-    pub fn add_and_choose(&mut self, server: &Server) {
+    /// Selects the server named on the command line, and adds it if needed.
+    pub fn add_and_select(&mut self, server: &Server) {
         let address = server.to_string();
         if !self.has(&address) {
             self.add(server, "");
         }
-        self.choose(&address);
+        self.select(&address);
     }
 
-    /// Without the last one there is the default again.
+    /// Removes a server. An empty list gets the default server.
     pub fn remove(&mut self, address: &str) {
-        self.kept.servers.retain(|it| it.address != address);
-        if self.kept.servers.is_empty() {
-            self.kept.servers.push(Profile {
+        self.content.servers.retain(|it| it.address != address);
+        if self.content.servers.is_empty() {
+            self.content.servers.push(Profile {
                 address: DEFAULT.to_owned(),
                 name: String::new(),
             });
         }
-        if self.kept.current == address {
-            self.kept.current = self.kept.servers[0].address.clone();
+        if self.content.current == address {
+            self.content.current = self.content.servers[0].address.clone();
         }
         self.write();
     }
@@ -127,33 +127,37 @@ impl Profiles {
         if let Err(error) = self.try_write() {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
-                "the list of servers cannot be written"
+                "cannot write the list of servers"
             );
         }
     }
 
-    /// Whole or not at all.
+    /// Replaces the file atomically.
     fn try_write(&self) -> io::Result<()> {
         if let Some(folder) = self.file.parent() {
             fs::create_dir_all(folder)?;
         }
         let next: &Path = &self.file.with_extension("next");
-        fs::write(next, serde_json::to_vec_pretty(&self.kept)?)?;
+        fs::write(next, serde_json::to_vec_pretty(&self.content)?)?;
         fs::rename(next, &self.file)
     }
 }
 
-/// Whoever wrote the file: only addresses that may be asked, and one of them in use.
-fn sound(mut kept: Kept) -> Option<Kept> {
-    kept.servers.retain(|it| {
+/// Drops invalid addresses, wherever they came from, and makes sure that the server in use is in the list.
+fn sanitize(mut content: ProfileFile) -> Option<ProfileFile> {
+    content.servers.retain(|it| {
         Server::parse(&it.address).is_ok_and(|server| server.to_string() == it.address)
     });
-    kept.servers.truncate(MOST);
-    let first = kept.servers.first()?.address.clone();
-    if !kept.servers.iter().any(|it| it.address == kept.current) {
-        kept.current = first;
+    content.servers.truncate(MAX_SERVERS);
+    let first = content.servers.first()?.address.clone();
+    if !content
+        .servers
+        .iter()
+        .any(|it| it.address == content.current)
+    {
+        content.current = first;
     }
-    Some(kept)
+    Some(content)
 }
 
 #[cfg(test)]
@@ -165,14 +169,14 @@ mod tests {
     }
 
     #[test]
-    fn what_was_added_is_there_after_a_restart() {
+    fn servers_survive_a_restart() {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("below/servers.json");
         let mut profiles = Profiles::read(file.clone());
         assert_eq!(profiles.current(), DEFAULT);
         profiles.add(&server("https://quota.example.com"), " Production ");
-        assert!(profiles.choose("https://quota.example.com"));
-        assert!(!profiles.choose("https://other.example.com"));
+        assert!(profiles.select("https://quota.example.com"));
+        assert!(!profiles.select("https://other.example.com"));
         let again = Profiles::read(file.clone());
         assert_eq!(again.current(), "https://quota.example.com");
         assert_eq!(again.all()[1].name, "Production");
@@ -184,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_others_wrote_does_not_lead_astray() {
+    fn tampered_file_cannot_add_invalid_servers() {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("servers.json");
         let text = r#"{"current": "http://evil.example", "servers": [
@@ -195,6 +199,6 @@ mod tests {
         assert!(!profiles.has("http://evil.example"));
         fs::write(&file, "{").expect("written");
         assert_eq!(Profiles::read(file.clone()).current(), DEFAULT);
-        assert!(file.with_extension("unread").exists());
+        assert!(file.with_extension("invalid").exists());
     }
 }

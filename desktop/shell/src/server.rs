@@ -1,32 +1,32 @@
-//! Addresses of servers: which may be asked at all.
+//! Server addresses, and which ones are allowed.
 
 use std::fmt;
 
 use url::{Host, Url};
 
-/// A server's origin: over TLS, or on this machine.
+/// A server's origin: HTTPS, or HTTP on this computer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Server(Url);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidAddress {
-    #[error("must be an address such as https://quota.example.com")]
+    #[error("Enter an address such as https://quota.example.com")]
     Malformed,
-    #[error("must begin with https://; http:// is for this computer alone")]
+    #[error("Use https://. http:// works only for this computer")]
     Insecure,
-    #[error("must be the server's address alone, without a path or a name in it")]
+    #[error("Enter only the server's address, without a path or user name")]
     NotAnOrigin,
 }
 
 impl Server {
-    /// Without a scheme, what a person types is taken to be over TLS, or plain on this machine.
+    /// Parses an address as typed. Without a scheme, HTTPS is assumed, or HTTP on this computer.
     pub fn parse(text: &str) -> Result<Self, InvalidAddress> {
         let text = text.trim();
         let url = if text.contains("://") {
             Url::parse(text)
         } else {
-            let guess = Url::parse(&format!("http://{text}"));
-            match guess {
+            let plain = Url::parse(&format!("http://{text}"));
+            match plain {
                 Ok(url) if is_loopback(&url) => Ok(url),
                 _ => Url::parse(&format!("https://{text}")),
             }
@@ -38,12 +38,12 @@ impl Server {
             "http" => return Err(InvalidAddress::Insecure),
             _ => return Err(InvalidAddress::Malformed),
         }
-        let bare = url.username().is_empty()
+        let is_origin = url.username().is_empty()
             && url.password().is_none()
             && matches!(url.path(), "" | "/")
             && url.query().is_none()
             && url.fragment().is_none();
-        if bare {
+        if is_origin {
             Ok(Self(url))
         } else {
             Err(InvalidAddress::NotAnOrigin)
@@ -54,7 +54,7 @@ impl Server {
         is_loopback(&self.0)
     }
 
-    /// An address on this server. `path` is one of ours and begins with a slash.
+    /// Returns the URL of a path on this server. `path` begins with a slash.
     pub fn at(&self, path: &str) -> Url {
         let mut url = self.0.clone();
         url.set_path(path);
@@ -86,26 +86,26 @@ mod tests {
     }
 
     #[test]
-    fn plain_http_is_for_this_machine_alone() {
-        for ours in [
+    fn plain_http_is_allowed_only_on_this_computer() {
+        for local in [
             "http://localhost:8080",
             "http://127.0.0.1:8080",
             "http://[::1]:8080",
         ] {
-            assert_eq!(parsed(ours).as_deref(), Ok(ours));
+            assert_eq!(parsed(local).as_deref(), Ok(local));
         }
-        for theirs in [
+        for remote in [
             "http://quota.example.com",
             "http://10.0.0.1:8080",
             "http://localhost.example.com",
             "http://127.0.0.1.example.com",
         ] {
-            assert_eq!(parsed(theirs), Err(InvalidAddress::Insecure), "{theirs}");
+            assert_eq!(parsed(remote), Err(InvalidAddress::Insecure), "{remote}");
         }
     }
 
     #[test]
-    fn a_scheme_may_be_left_out() {
+    fn scheme_is_optional() {
         assert_eq!(
             parsed(" quota.example.com/ ").as_deref(),
             Ok("https://quota.example.com")
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_an_origin_and_no_more() {
+    fn address_must_be_an_origin() {
         for text in [
             "https://user@quota.example.com",
             "https://a:b@quota.example.com",
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_stays_on_the_server() {
+    fn path_cannot_change_the_host() {
         let server = Server::parse("https://quota.example.com").expect("an address");
         assert_eq!(
             server.at("/docs").as_str(),

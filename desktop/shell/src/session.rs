@@ -1,11 +1,11 @@
-//! A session with one server: its tokens, and calls made with them. Knows neither Tauri nor who asks.
+//! A session with one server: its tokens, and the calls made with them. Does not know Tauri.
 //!
-//! The access token is in memory alone, the refresh token in the keychain; without a keychain it is in memory too.
-//! Whoever finds the access token used up renews it while the others wait. The next refresh token is stored before
-//! the access token that came with it is used: should the app end in between, the session does not end with it.
+//! The access token is kept in memory, the refresh token in the keychain or, without one, in memory as well. The first
+//! call that finds the access token expired refreshes it while the others wait. The new refresh token is stored before
+//! the new access token is used, so that the session survives if the app exits in between.
 //!
-//! Two processes of one person share the keychain's entry: a lock on a file makes one of them renew at a time, and
-//! the other then finds the new token. While a server is away, what it had answered is answered again, with when.
+//! Two processes of one user share the keychain entry. A file lock makes them refresh one after the other, and the
+//! second finds the new token. While the server is unreachable, `GET` calls return their last response, with its time.
 
 #[cfg(test)]
 mod tests;
@@ -23,7 +23,7 @@ use quota_common::{
     Problem, ProblemCode, Timestamp,
     auth::{Login, SignedIn, Tokens},
     call::Call,
-    shell::{Answered, Refusal, Tried},
+    ipc::{CallError, CallResponse, TestResponse},
 };
 use secrecy::{ExposeSecret as _, SecretString};
 
@@ -32,35 +32,35 @@ use crate::{
     keychain::{self, Keychain},
 };
 
-/// An access token is renewed so long before it ends.
-const AHEAD: Duration = Duration::from_secs(30);
-/// Longer than a renewal by another process can take.
-const LOCK_PATIENCE: Duration = Duration::from_secs(30);
-const LOCK_PAUSE: Duration = Duration::from_millis(50);
-/// So many answers are kept for when the server is away.
-const KEPT_ANSWERS: usize = 200;
+/// How long before its expiry an access token is refreshed.
+const REFRESH_AHEAD: Duration = Duration::from_secs(30);
+/// Longer than a refresh by another process can take.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
+const LOCK_POLL: Duration = Duration::from_millis(50);
+/// How many responses are kept for when the server is unreachable.
+const MAX_CACHED: usize = 200;
 
 struct Access {
     token: SecretString,
-    until: Instant,
+    expires_at: Instant,
 }
 
 #[derive(Default)]
 struct State {
     access: Option<Access>,
-    /// Only what the keychain did not take.
+    /// Set only if the keychain did not store it.
     refresh: Option<SecretString>,
 }
 
 pub struct Session {
     client: Client,
     keychain: Arc<dyn Keychain>,
-    /// Locked by who renews. Holds nothing.
+    /// An empty file, locked during a refresh.
     lock: PathBuf,
-    /// Held while a session begins, is renewed or ends.
+    /// Locked while the session begins, is refreshed or ends.
     state: tokio::sync::Mutex<State>,
-    keeps: Mutex<bool>,
-    answers: Mutex<HashMap<String, Answered>>,
+    has_keychain: Mutex<bool>,
+    responses: Mutex<HashMap<String, CallResponse>>,
 }
 
 impl Session {
@@ -70,34 +70,34 @@ impl Session {
             keychain,
             lock,
             state: tokio::sync::Mutex::default(),
-            keeps: Mutex::new(true),
-            answers: Mutex::default(),
+            has_keychain: Mutex::new(true),
+            responses: Mutex::default(),
         }
     }
 
-    /// Whether the keychain took what it was last given. Asked before anything was: whether there is one.
-    pub fn keeps(&self) -> bool {
-        *self.keeps.lock()
+    /// Returns whether the last access to the keychain succeeded.
+    pub fn has_keychain(&self) -> bool {
+        *self.has_keychain.lock()
     }
 
-    /// Finds out whether there is a keychain.
-    pub async fn look(&self) {
-        let _ = self.stored().await;
+    /// Checks whether there is a keychain.
+    pub async fn probe_keychain(&self) {
+        let _ = self.stored_token().await;
     }
 
-    pub async fn call(&self, call: &Call) -> Result<Answered, Refusal> {
+    pub async fn call(&self, call: &Call) -> Result<CallResponse, CallError> {
         match call {
             Call::Register(_) | Call::Login(_) => self.sign_in(call).await,
             Call::Refresh => {
                 let mut state = self.state.lock().await;
-                let expires_in = self.renew(&mut state).await?;
-                // The page is told of no token.
-                let told = Tokens {
+                let expires_in = self.refresh(&mut state).await?;
+                // The page never sees a token.
+                let without_tokens = Tokens {
                     access_token: None,
                     refresh_token: None,
                     expires_in,
                 };
-                Ok(fresh(json(&told)?))
+                Ok(fresh(json(&without_tokens)?))
             }
             Call::Logout => self.sign_out().await,
             Call::Echo => self.client.send(call, Credential::None).await.map(fresh),
@@ -105,16 +105,16 @@ impl Session {
         }
     }
 
-    pub async fn try_key(&self, key: &SecretString) -> Result<Tried, Refusal> {
+    pub async fn try_key(&self, key: &SecretString) -> Result<TestResponse, CallError> {
         self.client.try_key(key).await
     }
 
-    /// Signs out, whether the server can be told or not.
+    /// Signs out, even if the server is unreachable.
     pub async fn forget(&self) {
         let _ = self.sign_out().await;
     }
 
-    async fn sign_in(&self, call: &Call) -> Result<Answered, Refusal> {
+    async fn sign_in(&self, call: &Call) -> Result<CallResponse, CallError> {
         let mut state = self.state.lock().await;
         let device = self.device().await;
         let known = match call {
@@ -127,24 +127,27 @@ impl Session {
         let call = known.as_ref().unwrap_or(call);
         let body = self.client.send(call, Credential::None).await?;
         let mut signed_in: SignedIn =
-            serde_json::from_str(&body).map_err(|_| Refusal::Unreadable)?;
-        let access = signed_in.access_token.take().ok_or(Refusal::Unreadable)?;
-        let refresh = signed_in.refresh_token.take().ok_or(Refusal::Unreadable)?;
+            serde_json::from_str(&body).map_err(|_| CallError::Unreadable)?;
+        let access = signed_in.access_token.take().ok_or(CallError::Unreadable)?;
+        let refresh = signed_in
+            .refresh_token
+            .take()
+            .ok_or(CallError::Unreadable)?;
         let device = signed_in.device_token.take();
-        self.answers.lock().clear();
-        self.keep(&mut state, refresh.into()).await;
+        self.responses.lock().clear();
+        self.store(&mut state, refresh.into()).await;
         if let Some(device) = device {
-            self.keep_device(device.into()).await;
+            self.store_device(device.into()).await;
         }
         state.access = Some(Access::new(access, signed_in.expires_in));
         tracing::info!(server = %self.client.server(), "signed in");
         Ok(fresh(json(&signed_in)?))
     }
 
-    /// The session is forgotten here in any case. An error says that the server was not told.
-    async fn sign_out(&self) -> Result<Answered, Refusal> {
+    /// Drops the tokens in any case. Returns an error if the server did not confirm.
+    async fn sign_out(&self) -> Result<CallResponse, CallError> {
         let mut state = self.state.lock().await;
-        let told = match self.refresh_token(&state).await {
+        let result = match self.refresh_token(&state).await {
             Some(token) => {
                 let credential = Credential::Refresh(&token);
                 self.client.send(&Call::Logout, credential).await
@@ -152,10 +155,10 @@ impl Session {
             None => Ok(String::new()),
         };
         self.end(&mut state).await;
-        match told {
-            Err(refusal) if !says_unauthorized(&refusal) => {
-                tracing::warn!(server = %self.client.server(), "signed out here alone");
-                Err(refusal)
+        match result {
+            Err(error) if !is_unauthorized(&error) => {
+                tracing::warn!(server = %self.client.server(), "signed out on this computer only");
+                Err(error)
             }
             _ => {
                 tracing::info!(server = %self.client.server(), "signed out");
@@ -164,67 +167,68 @@ impl Session {
         }
     }
 
-    async fn with_access(&self, call: &Call) -> Result<Answered, Refusal> {
-        let answer = self.send(call).await;
+    async fn with_access(&self, call: &Call) -> Result<CallResponse, CallError> {
+        let result = self.send(call).await;
         let sent = call.sent();
         if sent.method != "GET" {
-            return answer.map(fresh);
+            return result.map(fresh);
         }
-        let name = format!("{} {:?}", sent.path, sent.query);
-        match answer {
+        let key = format!("{} {:?}", sent.path, sent.query);
+        match result {
             Ok(body) => {
-                let mut answers = self.answers.lock();
-                if answers.len() >= KEPT_ANSWERS && !answers.contains_key(&name) {
-                    answers.clear();
+                let mut responses = self.responses.lock();
+                if responses.len() >= MAX_CACHED && !responses.contains_key(&key) {
+                    responses.clear();
                 }
-                let kept = Answered {
+                let cached = CallResponse {
                     body: body.clone(),
                     loaded_at: Some(now()),
                 };
-                answers.insert(name, kept);
+                responses.insert(key, cached);
                 Ok(fresh(body))
             }
-            Err(Refusal::Unreachable) => {
-                let kept = self.answers.lock().get(&name).cloned();
-                kept.ok_or(Refusal::Unreachable)
+            Err(CallError::Unreachable) => {
+                let cached = self.responses.lock().get(&key).cloned();
+                cached.ok_or(CallError::Unreachable)
             }
-            Err(refusal) => Err(refusal),
+            Err(error) => Err(error),
         }
     }
 
-    async fn send(&self, call: &Call) -> Result<String, Refusal> {
+    async fn send(&self, call: &Call) -> Result<String, CallError> {
         let token = self.access(None).await?;
         match self.client.send(call, Credential::Access(&token)).await {
-            // It ran out on its way, or the server no longer knows it.
-            Err(refusal) if says_unauthorized(&refusal) => {
+            // It expired in transit, or the server revoked it.
+            Err(error) if is_unauthorized(&error) => {
                 let token = self.access(Some(&token)).await?;
                 self.client.send(call, Credential::Access(&token)).await
             }
-            answer => answer,
+            result => result,
         }
     }
 
-    /// An access token that is not `refused`.
-    async fn access(&self, refused: Option<&SecretString>) -> Result<SecretString, Refusal> {
+    /// Returns an access token other than `rejected`.
+    async fn access(&self, rejected: Option<&SecretString>) -> Result<SecretString, CallError> {
         let mut state = self.state.lock().await;
         let usable = state.access.as_ref().filter(|access| {
-            let same = refused.is_some_and(|it| it.expose_secret() == access.token.expose_secret());
-            !same && Instant::now() < access.until
+            let same =
+                rejected.is_some_and(|it| it.expose_secret() == access.token.expose_secret());
+            !same && Instant::now() < access.expires_at
         });
         if let Some(access) = usable {
             return Ok(access.token.clone());
         }
-        self.renew(&mut state).await?;
-        let access = state.access.as_ref().ok_or(Refusal::Unreadable)?;
+        self.refresh(&mut state).await?;
+        let access = state.access.as_ref().ok_or(CallError::Unreadable)?;
         Ok(access.token.clone())
     }
 
-    /// Gets the next pair of tokens; tells for how many seconds it is good.
-    async fn renew(&self, state: &mut State) -> Result<u32, Refusal> {
-        let _turn = self.turn().await;
+    /// Gets the next pair of tokens. Returns the lifetime of the access token in seconds.
+    async fn refresh(&self, state: &mut State) -> Result<u32, CallError> {
+        let _lock = self.lock_refresh().await;
         let Some(token) = self.refresh_token(state).await else {
             state.access = None;
-            return Err(self.nobody());
+            return Err(self.not_signed_in());
         };
         let body = match self
             .client
@@ -232,24 +236,24 @@ impl Session {
             .await
         {
             Ok(body) => body,
-            Err(refusal) => {
-                if says_unauthorized(&refusal) {
-                    tracing::info!(server = %self.client.server(), "the session is over");
-                    // Another process may have begun a new one meanwhile.
-                    let stored = self.stored().await;
+            Err(error) => {
+                if is_unauthorized(&error) {
+                    tracing::info!(server = %self.client.server(), "session ended");
+                    // Another process may have started a new session in the meantime.
+                    let stored = self.stored_token().await;
                     if stored.is_none_or(|it| it.expose_secret() == token.expose_secret()) {
                         self.end(state).await;
                     } else {
                         *state = State::default();
                     }
                 }
-                return Err(refusal);
+                return Err(error);
             }
         };
-        let tokens: Tokens = serde_json::from_str(&body).map_err(|_| Refusal::Unreadable)?;
-        let access = tokens.access_token.ok_or(Refusal::Unreadable)?;
-        let refresh = tokens.refresh_token.ok_or(Refusal::Unreadable)?;
-        self.keep(state, refresh.into()).await;
+        let tokens: Tokens = serde_json::from_str(&body).map_err(|_| CallError::Unreadable)?;
+        let access = tokens.access_token.ok_or(CallError::Unreadable)?;
+        let refresh = tokens.refresh_token.ok_or(CallError::Unreadable)?;
+        self.store(state, refresh.into()).await;
         state.access = Some(Access::new(access, tokens.expires_in));
         Ok(tokens.expires_in)
     }
@@ -257,87 +261,92 @@ impl Session {
     async fn refresh_token(&self, state: &State) -> Option<SecretString> {
         match &state.refresh {
             Some(token) => Some(token.clone()),
-            None => self.stored().await,
+            None => self.stored_token().await,
         }
     }
 
-    async fn stored(&self) -> Option<SecretString> {
-        let (keychain, server) = (Arc::clone(&self.keychain), self.name());
-        let stored = keychain::ask(move || keychain.get(&server)).await;
+    async fn stored_token(&self) -> Option<SecretString> {
+        let (keychain, server) = (Arc::clone(&self.keychain), self.server_name());
+        let stored = keychain::call(move || keychain.get(&server)).await;
         if stored.is_err() {
-            *self.keeps.lock() = false;
+            *self.has_keychain.lock() = false;
         }
         stored.ok().flatten()
     }
 
-    /// Into the keychain; where that does not take it, into memory.
-    async fn keep(&self, state: &mut State, token: SecretString) {
-        let (keychain, server, stored) = (Arc::clone(&self.keychain), self.name(), token.clone());
-        let kept = keychain::ask(move || keychain.set(&server, &stored))
+    /// Stores a refresh token in the keychain or, if that fails, in memory.
+    async fn store(&self, state: &mut State, token: SecretString) {
+        let (keychain, server, stored) = (
+            Arc::clone(&self.keychain),
+            self.server_name(),
+            token.clone(),
+        );
+        let is_stored = keychain::call(move || keychain.set(&server, &stored))
             .await
             .is_ok();
-        *self.keeps.lock() = kept;
-        state.refresh = (!kept).then_some(token);
+        *self.has_keychain.lock() = is_stored;
+        state.refresh = (!is_stored).then_some(token);
     }
 
-    /// By which the server knows this device at a sign-in. It outlives sessions; without a keychain there is none.
+    /// The token by which the server recognizes this device at a sign-in. It outlives sessions. Without a keychain
+    /// there is none.
     async fn device(&self) -> Option<SecretString> {
         let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
-        let stored = keychain::ask(move || keychain.get(&entry)).await;
+        let stored = keychain::call(move || keychain.get(&entry)).await;
         stored.ok().flatten()
     }
 
-    async fn keep_device(&self, token: SecretString) {
+    async fn store_device(&self, token: SecretString) {
         let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
-        // A device that is not remembered signs in like a new one.
-        let _ = keychain::ask(move || keychain.set(&entry, &token)).await;
+        // A device that could not be stored signs in as a new one.
+        let _ = keychain::call(move || keychain.set(&entry, &token)).await;
     }
 
     fn device_entry(&self) -> String {
-        format!("{} (device)", self.name())
+        format!("{} (device)", self.server_name())
     }
 
     async fn end(&self, state: &mut State) {
         *state = State::default();
-        self.answers.lock().clear();
-        let (keychain, server) = (Arc::clone(&self.keychain), self.name());
-        if keychain::ask(move || keychain.delete(&server))
+        self.responses.lock().clear();
+        let (keychain, server) = (Arc::clone(&self.keychain), self.server_name());
+        if keychain::call(move || keychain.delete(&server))
             .await
             .is_err()
         {
-            *self.keeps.lock() = false;
+            *self.has_keychain.lock() = false;
         }
     }
 
-    fn name(&self) -> String {
+    fn server_name(&self) -> String {
         self.client.server().to_string()
     }
 
-    /// This process's turn to renew. Where files cannot be locked all go at once, which the server allows for some
-    /// seconds.
-    async fn turn(&self) -> Option<File> {
+    /// Waits for this process's turn to refresh. If files cannot be locked, processes refresh concurrently, which the
+    /// server tolerates for a few seconds.
+    async fn lock_refresh(&self) -> Option<File> {
         let file = File::create(&self.lock).ok()?;
-        let until = Instant::now() + LOCK_PATIENCE;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
             match file.try_lock() {
                 Ok(()) => return Some(file),
-                Err(TryLockError::WouldBlock) if Instant::now() < until => {
-                    tokio::time::sleep(LOCK_PAUSE).await;
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    tokio::time::sleep(LOCK_POLL).await;
                 }
                 Err(_) => return None,
             }
         }
     }
 
-    /// What the server would say to who is not signed in.
-    fn nobody(&self) -> Refusal {
+    /// The error a server returns without a session.
+    fn not_signed_in(&self) -> CallError {
         let code = ProblemCode::Unauthorized;
-        Refusal::Problem {
+        CallError::Problem {
             problem: Box::new(Problem {
-                kind: code.type_uri(&self.name()).into_owned(),
+                kind: code.type_uri(&self.server_name()).into_owned(),
                 title: code.title().to_owned(),
                 status: code.status(),
-                detail: "Nobody is signed in.".to_owned(),
+                detail: "You are not signed in.".to_owned(),
                 request_id: String::new(),
                 errors: Vec::new(),
                 violated_policies: Vec::new(),
@@ -351,30 +360,27 @@ impl Access {
         let lifetime = Duration::from_secs(expires_in.into());
         Self {
             token: token.into(),
-            until: Instant::now() + lifetime.saturating_sub(AHEAD),
+            expires_at: Instant::now() + lifetime.saturating_sub(REFRESH_AHEAD),
         }
     }
 }
 
-fn says_unauthorized(refusal: &Refusal) -> bool {
-    matches!(refusal, Refusal::Problem { problem } if problem.status == 401)
+fn is_unauthorized(error: &CallError) -> bool {
+    matches!(error, CallError::Problem { problem } if problem.status == 401)
 }
 
-const fn fresh(body: String) -> Answered {
-    Answered {
+const fn fresh(body: String) -> CallResponse {
+    CallResponse {
         body,
         loaded_at: None,
     }
 }
 
-fn json(value: &impl serde::Serialize) -> Result<String, Refusal> {
-    serde_json::to_string(value).map_err(|_| Refusal::Unreadable)
+fn json(value: &impl serde::Serialize) -> Result<String, CallError> {
+    serde_json::to_string(value).map_err(|_| CallError::Unreadable)
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "told to a person, and nothing follows from it"
-)]
+#[expect(clippy::disallowed_methods, reason = "only displayed")]
 fn now() -> Timestamp {
     Timestamp::new(chrono::Utc::now())
 }

@@ -1,4 +1,4 @@
-//! What the app knows while it runs: its servers, and a session for each that was used.
+//! The app's state: its servers, and a session for each one used.
 
 use std::{
     collections::HashMap,
@@ -8,11 +8,11 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use quota_common::shell::{Refusal, Standing};
+use quota_common::ipc::{CallError, HostStatus};
 
 use crate::{
     client::Client,
-    keychain::{Keychain, OfSystem},
+    keychain::{Keychain, SystemKeychain},
     profile::Profiles,
     server::Server,
     session::Session,
@@ -22,7 +22,7 @@ pub struct App {
     pub profiles: Mutex<Profiles>,
     sessions: Mutex<HashMap<String, Arc<Session>>>,
     keychain: Arc<dyn Keychain>,
-    /// For files that are locked and hold nothing.
+    /// Contains the lock files.
     folder: PathBuf,
 }
 
@@ -32,30 +32,33 @@ impl App {
         Ok(Self {
             profiles: Mutex::new(Profiles::read(config.join("servers.json"))),
             sessions: Mutex::default(),
-            keychain: Arc::new(OfSystem),
+            keychain: Arc::new(SystemKeychain),
             folder: data.to_owned(),
         })
     }
 
-    /// The server in use.
-    pub fn server(&self) -> Result<Server, Refusal> {
-        // What is in the list was parsed before it got there.
-        Server::parse(self.profiles.lock().current()).map_err(|_| Refusal::Unreadable)
+    /// Returns the server in use.
+    pub fn server(&self) -> Result<Server, CallError> {
+        // Addresses in the list are valid.
+        Server::parse(self.profiles.lock().current()).map_err(|_| CallError::Unreadable)
     }
 
-    /// The session with the server in use.
-    pub fn session(&self) -> Result<Arc<Session>, Refusal> {
+    /// Returns the session with the server in use.
+    pub fn session(&self) -> Result<Arc<Session>, CallError> {
         self.session_with(&self.server()?)
     }
 
-    pub fn session_with(&self, server: &Server) -> Result<Arc<Session>, Refusal> {
+    pub fn session_with(&self, server: &Server) -> Result<Arc<Session>, CallError> {
         let mut sessions = self.sessions.lock();
         if let Some(session) = sessions.get(&server.to_string()) {
             return Ok(Arc::clone(session));
         }
         let client = Client::new(server.clone()).map_err(|error| {
-            tracing::error!(error = &error as &dyn std::error::Error, "no client");
-            Refusal::Unreachable
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "cannot create the HTTP client"
+            );
+            CallError::Unreachable
         })?;
         let lock = self.folder.join(lock_name(server));
         let session = Arc::new(Session::new(client, Arc::clone(&self.keychain), lock));
@@ -63,21 +66,21 @@ impl App {
         Ok(session)
     }
 
-    /// Ends the session with a server, if there is one.
-    pub async fn forget(&self, server: &Server) -> Result<(), Refusal> {
+    /// Signs out of a server.
+    pub async fn forget(&self, server: &Server) -> Result<(), CallError> {
         self.session_with(server)?.forget().await;
         self.sessions.lock().remove(&server.to_string());
         Ok(())
     }
 
-    pub async fn standing(&self) -> Result<Standing, Refusal> {
+    pub async fn host_status(&self) -> Result<HostStatus, CallError> {
         let session = self.session()?;
-        session.look().await;
+        session.probe_keychain().await;
         let profiles = self.profiles.lock();
-        Ok(Standing {
+        Ok(HostStatus {
             current: profiles.current().to_owned(),
             servers: profiles.all().to_vec(),
-            keeps_sessions: session.keeps(),
+            keeps_sessions: session.has_keychain(),
         })
     }
 }

@@ -1,4 +1,4 @@
-//! The window, and where its page may go: nowhere.
+//! The window. Its page cannot leave the console.
 
 use tauri::{
     AppHandle, Manager as _, Theme, Url, WebviewUrl, WebviewWindow, WebviewWindowBuilder,
@@ -9,36 +9,36 @@ use tauri_plugin_opener::OpenerExt as _;
 use crate::{server::Server, state::App};
 
 pub const LABEL: &str = "main";
-/// The console's first page.
-const FIRST: &str = "console";
+/// The path of the console's first page.
+const FIRST_PAGE: &str = "console";
 
 pub fn open(app: &AppHandle) -> tauri::Result<WebviewWindow> {
-    let window = WebviewWindowBuilder::new(app, LABEL, WebviewUrl::App(FIRST.into()))
+    let window = WebviewWindowBuilder::new(app, LABEL, WebviewUrl::App(FIRST_PAGE.into()))
         .title("Quota")
         .inner_size(1280.0, 840.0)
         .min_inner_size(360.0, 480.0)
-        .on_navigation(is_own)
+        .on_navigation(is_console)
         .on_new_window(|_, _| NewWindowResponse::Deny)
         .on_download(|_, _| false)
         .on_page_load(|window, _| {
             if let Ok(theme) = window.theme() {
-                tell_theme(&window, theme);
+                report_theme(&window, theme);
             }
         })
         .build()?;
-    let told = window.clone();
+    let target = window.clone();
     window.on_window_event(move |event| {
         if let WindowEvent::ThemeChanged(theme) = event {
-            tell_theme(&told, *theme);
+            report_theme(&target, *theme);
         }
     });
-    tracing::info!(theme = ?window.theme().ok(), "opened");
+    tracing::info!(theme = ?window.theme().ok(), "window opened");
     Ok(window)
 }
 
-/// Tells the page that the system is dark, which WebKit alone does not always learn. Where the system does not say so,
-/// WebKit may know better.
-fn tell_theme(window: &WebviewWindow, theme: Theme) {
+/// Tells the page that the system is dark, which WebKit does not always detect. If Tauri reports a light system, the
+/// page relies on WebKit.
+fn report_theme(window: &WebviewWindow, theme: Theme) {
     let dark = theme == Theme::Dark;
     run_in(
         window,
@@ -46,19 +46,19 @@ fn tell_theme(window: &WebviewWindow, theme: Theme) {
     );
 }
 
-/// The page's own addresses: of the console, in the app.
-fn is_own(url: &Url) -> bool {
-    let embedded = match url.scheme() {
+/// Returns whether a URL is a page of the embedded console.
+fn is_console(url: &Url) -> bool {
+    let is_embedded = match url.scheme() {
         "tauri" => url.host_str() == Some("localhost"),
         // On Windows and Android.
         "http" | "https" => url.host_str() == Some("tauri.localhost"),
         _ => false,
     };
     let path = url.path();
-    embedded && (path == "/console" || path.starts_with("/console/"))
+    is_embedded && (path == "/console" || path.starts_with("/console/"))
 }
 
-/// Shows the console's page of that path, as a link in it would.
+/// Opens a page of the console, like a link in the page.
 pub fn show(app: &AppHandle, path: &'static str) {
     run(
         app,
@@ -68,7 +68,7 @@ pub fn show(app: &AppHandle, path: &'static str) {
     );
 }
 
-/// Runs a script of ours in the page.
+/// Runs one of the app's scripts in the page.
 pub fn run(app: &AppHandle, script: &str) {
     if let Some(window) = app.get_webview_window(LABEL) {
         run_in(&window, script);
@@ -79,30 +79,30 @@ fn run_in(window: &WebviewWindow, script: &str) {
     if let Err(error) = window.eval(script) {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
-            "the page takes no script"
+            "cannot run a script in the page"
         );
     }
 }
 
-/// The app was started a second time: its window comes to the front, with the server that was asked for.
-pub fn started_again(app: &AppHandle, arguments: &[String]) {
+/// Handles a second start of the app: focuses the window and selects the server named on the command line.
+pub fn on_second_instance(app: &AppHandle, arguments: &[String]) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;
     };
     let _ = window.unminimize();
     let _ = window.set_focus();
-    let asked = arguments
+    let requested = arguments
         .iter()
         .position(|it| it == "--server")
         .and_then(|at| arguments.get(at + 1))
         .and_then(|text| Server::parse(text).ok());
-    if let (Some(server), Some(state)) = (asked, app.try_state::<App>()) {
-        state.profiles.lock().add_and_choose(&server);
+    if let (Some(server), Some(state)) = (requested, app.try_state::<App>()) {
+        state.profiles.lock().add_and_select(&server);
         run(app, "location.replace('/console')");
     }
 }
 
-/// Opens a page of the server in use in the system's browser: no other address ever.
+/// Opens a page of the server in use in the system's browser. Never opens another address.
 pub fn open_on_server(app: &AppHandle, path: &'static str) {
     let Some(server) = app.try_state::<App>().and_then(|it| it.server().ok()) else {
         return;
@@ -110,7 +110,7 @@ pub fn open_on_server(app: &AppHandle, path: &'static str) {
     if let Err(error) = app.opener().open_url(server.at(path), None::<&str>) {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
-            "no browser was opened"
+            "cannot open the browser"
         );
     }
 }
@@ -120,11 +120,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_page_goes_nowhere_but_to_the_console() {
-        let own = |text: &str| is_own(&text.parse().expect("an address"));
-        assert!(own("tauri://localhost/console"));
-        assert!(own("tauri://localhost/console/api-keys?search=a"));
-        for away in [
+    fn page_cannot_navigate_away_from_the_console() {
+        let allowed = |text: &str| is_console(&text.parse().expect("an address"));
+        assert!(allowed("tauri://localhost/console"));
+        assert!(allowed("tauri://localhost/console/api-keys?search=a"));
+        for other in [
             "tauri://localhost/",
             "tauri://localhost/consoles",
             "tauri://evil.example/console",
@@ -136,7 +136,7 @@ mod tests {
             "about:blank",
             "javascript:alert(1)",
         ] {
-            assert!(!own(away), "{away}");
+            assert!(!allowed(other), "{other}");
         }
     }
 }

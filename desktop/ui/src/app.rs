@@ -1,137 +1,69 @@
-//! The frame of the console: which page is shown, and to whom.
+//! The frame around all pages: navigation, account, and which page is shown.
 //!
-//! A visitor who is not signed in is sent to sign in, and back. While the server cannot be reached that is said,
-//! with a way to try again, and nobody is signed out for it.
+//! Visitors who are not signed in are sent to sign in, and back afterwards. While the server is unreachable nobody is
+//! signed out; the frame says so and offers to try again.
 
 use leptos::{prelude::*, task::spawn_local};
-use quota_common::{ApiKeyId, ProblemCode, auth::Me};
 
 use crate::{
-    api::{self, Failure},
+    api::{self, CallError},
+    clock,
     component::{
-        self, Commands, CommandsView, Empty, Icon, PaletteButton, Shape, Toasts, ToastsView,
-        keep_clicks_from_held,
+        Commands, CommandsView, EmptyState, Icon, Logo, PaletteButton, Shape, Toasts, ToastsView,
+        ignore_clicks_on_busy_buttons,
     },
-    model::address::{Place, Query},
+    host,
+    model::address::{ConsolePage, Query},
     page,
     preferences::Preferences,
     route::{Route, route},
-    shell,
+    servers,
+    session::{AuthState, Session, session},
 };
-
-/// Who is signed in, as far as is known.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Gate {
-    Unknown,
-    In,
-    Out,
-    /// The server did not say.
-    Unsaid(Failure),
-}
-
-/// What pages share. Key texts are here as long as the page lives, for the keys made in it.
-#[derive(Clone, Copy)]
-pub struct Session {
-    pub gate: RwSignal<Gate>,
-    pub me: RwSignal<Option<Me>>,
-    pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
-    /// Changes while time passes.
-    pub minute: RwSignal<u32>,
-}
-
-impl Session {
-    fn provide(route: Route, toasts: Toasts) -> Self {
-        let session = Self {
-            gate: RwSignal::new(Gate::Unknown),
-            me: RwSignal::new(None),
-            known_keys: RwSignal::new(Vec::new()),
-            minute: component::minute(),
-        };
-        provide_context(session);
-        api::when_over(move |failure| {
-            session.end();
-            if *failure == Failure::Elsewhere {
-                // Theirs begins where it would for them.
-                session.gate.set(Gate::Unknown);
-                route.replace("/console");
-                toasts.say(failure.text());
-                session.ask();
-            }
-        });
-        session
-    }
-
-    /// Asks the server who is signed in.
-    pub fn ask(self) {
-        spawn_local(async move {
-            match api::me().await {
-                Ok(me) => {
-                    self.me.set(Some(me));
-                    self.gate.set(Gate::In);
-                }
-                Err(failure) => self.failed(&failure),
-            }
-        });
-    }
-
-    /// Of the question who is signed in; that nobody is, any call tells.
-    fn failed(self, failure: &Failure) {
-        if !failure.is(ProblemCode::Unauthorized) && self.gate.get_untracked() != Gate::In {
-            self.gate.set(Gate::Unsaid(failure.clone()));
-        }
-    }
-
-    pub fn end(self) {
-        self.me.set(None);
-        self.known_keys.set(Vec::new());
-        self.gate.set(Gate::Out);
-    }
-}
-
-pub fn session() -> Session {
-    expect_context()
-}
 
 #[component]
 pub fn App() -> impl IntoView {
+    clock::provide_ticks();
     let toasts = Toasts::provide();
     Preferences::provide();
     let route = Route::provide();
     let session = Session::provide(route, toasts);
-    keep_clicks_from_held();
-    session.ask();
-    let place = Memo::new(move |_| Place::of(&route.path.get()));
-    // One frame around all the pages in it: only what is inside changes with the address.
-    let is_entry = Memo::new(move |_| {
-        Some(place.get()).filter(|place| matches!(place, Place::SignIn | Place::Register))
+    ignore_clicks_on_busy_buttons();
+    session.load();
+    let current = Memo::new(move |_| ConsolePage::of(&route.path.get()));
+    // All pages inside the frame map to `None`, so that moving between them does not render the frame again.
+    let outside_frame = Memo::new(move |_| {
+        Some(current.get())
+            .filter(|page| matches!(page, ConsolePage::SignIn | ConsolePage::Register))
     });
-    shell::watch(session);
+    servers::report_first_paint(session);
     view! {
-        <shell::Banner/>
-        {move || match is_entry.get() {
-            Some(Place::SignIn) => view! { <page::SignIn/> }.into_any(),
+        <servers::Banners/>
+        {move || match outside_frame.get() {
+            Some(ConsolePage::SignIn) => view! { <page::SignIn/> }.into_any(),
             Some(_) => view! { <page::Register/> }.into_any(),
-            None => view! { <Frame place/> }.into_any(),
+            None => view! { <AuthGate current/> }.into_any(),
         }}
         <ToastsView toasts/>
     }
 }
 
-const PLACES: [(&str, &str, Shape); 6] = [
+const NAVIGATION: [(&str, &str, Shape); 6] = [
     ("/console", "Home", Shape::Home),
     ("/console/plans", "Plans", Shape::Plans),
     ("/console/api-keys", "API keys", Shape::Key),
     ("/console/service-tokens", "Service tokens", Shape::Token),
-    ("/console/audit", "Audit", Shape::Audit),
+    ("/console/audit", "Audit log", Shape::Audit),
     ("/console/settings", "Settings", Shape::Settings),
 ];
 
+/// Shows the frame to those who are signed in.
 #[component]
-fn Frame(place: Memo<Place>) -> impl IntoView {
+fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
     let session = session();
     let route = route();
     Effect::new(move |_| {
-        if session.gate.get() == Gate::Out {
+        if session.auth.get() == AuthState::SignedOut {
             let here = format!(
                 "{}{}",
                 route.path.get_untracked(),
@@ -141,22 +73,22 @@ fn Frame(place: Memo<Place>) -> impl IntoView {
             route.replace(&format!("/console/sign-in{query}"));
         }
     });
-    let gate = Memo::new(move |_| session.gate.get());
+    let auth = Memo::new(move |_| session.auth.get());
     move || {
-        match gate.get() {
-        Gate::In => view! { <Inside place/> }.into_any(),
-        Gate::Unsaid(failure) => view! {
-            <main class="alone">
-                <Empty alone=true shape=Shape::Close title="The server does not answer" about=failure.text()>
-                    <button class="button first" on:click=move |_| session.ask()>"Try again"</button>
-                    <shell::OtherServer/>
-                </Empty>
+        match auth.get() {
+        AuthState::SignedIn => view! { <Frame current/> }.into_any(),
+        AuthState::Failed(error) => view! {
+            <main class="standalone">
+                <EmptyState standalone=true shape=Shape::Close title="Can't reach the server" about=error.message()>
+                    <button class="button primary" on:click=move |_| session.load()>"Try again"</button>
+                    <servers::ServerPicker/>
+                </EmptyState>
             </main>
         }
             .into_any(),
-        Gate::Unknown | Gate::Out => view! {
-            <main class="alone" aria-busy="true">
-                <p class="unseen" role="status">"Loading"</p>
+        AuthState::Unknown | AuthState::SignedOut => view! {
+            <main class="standalone" aria-busy="true">
+                <p class="visually-hidden" role="status">"Loading"</p>
             </main>
         }
             .into_any(),
@@ -164,71 +96,71 @@ fn Frame(place: Memo<Place>) -> impl IntoView {
     }
 }
 
-/// The desktop app has forgotten the session, and the server knows nothing of it.
-const SIGNED_OUT_HERE: &str = "You are signed out on this computer, but the server could not be told. The session \
-    there ends by itself, or can be ended in Settings.";
+/// The desktop app has dropped its tokens, but the session still exists on the server.
+const SIGNED_OUT_LOCALLY: &str = "Signed out on this computer. The server couldn't be reached, so the session there \
+    stays active until it expires. You can revoke it in Settings.";
 
 #[component]
-fn Inside(place: Memo<Place>) -> impl IntoView {
+fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
     let session = session();
     let toasts = expect_context::<Toasts>();
     let path = route().path;
-    let open = RwSignal::new(false);
+    let is_menu_open = RwSignal::new(false);
     let sign_out = Callback::new(move |()| {
         spawn_local(async move {
             match api::logout().await {
                 Ok(()) => session.end(),
-                Err(_) if shell::SIGNS_OUT_ALONE => {
+                Err(_) if host::SIGNS_OUT_LOCALLY => {
                     session.end();
-                    toasts.say(SIGNED_OUT_HERE);
+                    toasts.fail_with(SIGNED_OUT_LOCALLY);
                 }
-                Err(Failure::Elsewhere) => {}
-                Err(failure) => toasts.say(failure.text()),
+                Err(CallError::AccountChanged) => {}
+                Err(error) => toasts.fail(&error),
             }
         });
     });
     let commands = Commands::new(sign_out);
     let content = NodeRef::<leptos::html::Main>::new();
-    Effect::new(move |before: Option<()>| {
+    Effect::new(move |previous: Option<()>| {
         path.track();
-        open.set(false);
-        // Who moves by keyboard or ear goes on where the new page begins.
-        if let (Some(()), Some(content)) = (before, content.get_untracked()) {
+        is_menu_open.set(false);
+        // Keyboard and screen-reader users continue at the start of the new page.
+        if let (Some(()), Some(content)) = (previous, content.get_untracked()) {
             let _ = content.focus();
         }
     });
-    let is_here = move |place: &str| {
+    let is_current = move |href: &str| {
         let path = path.get();
         let path = path.trim_end_matches('/');
-        path == place || (place != "/console" && path.starts_with(&format!("{place}/")))
+        path == href || (href != "/console" && path.starts_with(&format!("{href}/")))
     };
     view! {
         <a class="skip" href="#content">"Skip to content"</a>
         <div class="frame">
-            <header class="side" class:open=open>
+            <header class="side" class:open=is_menu_open>
                 <div class="brand-row">
-                    <a class="brand" href="/console"><crate::component::Mark/>"Quota"</a>
+                    <a class="brand" href="/console"><Logo/>"Quota"</a>
                     <PaletteButton commands/>
                     <button
                         class="button icon-only menu"
-                        aria-expanded=move || open.get().to_string()
-                        aria-controls="places"
+                        aria-expanded=move || is_menu_open.get().to_string()
+                        aria-controls="navigation"
                         aria-label="Menu"
-                        on:click=move |_| open.update(|open| *open = !*open)
+                        on:click=move |_| is_menu_open.update(|open| *open = !*open)
                     >
                         <Icon shape=Shape::Menu/>
                     </button>
                 </div>
-                <nav id="places" aria-label="Console">
+                <nav id="navigation" aria-label="Console">
                     <ul>
-                        {PLACES
+                        {NAVIGATION
                             .into_iter()
                             .map(|(href, name, shape)| {
                                 view! {
                                     <li>
                                         <a
                                             href=href
-                                            aria-current=move || is_here(href).then_some("page")
+                                            aria-current=move || is_current(href).then_some("page")
                                         >
                                             <Icon shape/>
                                             {name}
@@ -238,11 +170,11 @@ fn Inside(place: Memo<Place>) -> impl IntoView {
                             })
                             .collect_view()}
                     </ul>
-                    <p class="who">
-                        <span class="tenant" dir="auto">
+                    <p class="account">
+                        <span class="organization" dir="auto">
                             {move || session.me.get().map(|me| me.tenant.name)}
                         </span>
-                        <span class="quiet" dir="auto">
+                        <span class="muted" dir="auto">
                             {move || session.me.get().map(|me| me.user.email)}
                         </span>
                         <button class="link" on:click=move |_| sign_out.run(())>"Sign out"</button>
@@ -250,15 +182,15 @@ fn Inside(place: Memo<Place>) -> impl IntoView {
                 </nav>
             </header>
             <main id="content" tabindex="-1" node_ref=content>
-                {move || match place.get() {
-                    Place::Home => view! { <page::Home/> }.into_any(),
-                    Place::Plans => view! { <page::Plans/> }.into_any(),
-                    Place::ApiKeys => view! { <page::ApiKeys/> }.into_any(),
-                    Place::ApiKey(id) => view! { <page::ApiKeyPage id/> }.into_any(),
-                    Place::ServiceTokens => view! { <page::ServiceTokens/> }.into_any(),
-                    Place::Audit => view! { <page::Audit/> }.into_any(),
-                    Place::Settings => view! { <page::Settings/> }.into_any(),
-                    Place::SignIn | Place::Register | Place::Nowhere => {
+                {move || match current.get() {
+                    ConsolePage::Home => view! { <page::Home/> }.into_any(),
+                    ConsolePage::Plans => view! { <page::Plans/> }.into_any(),
+                    ConsolePage::ApiKeys => view! { <page::ApiKeys/> }.into_any(),
+                    ConsolePage::ApiKey(id) => view! { <page::ApiKeyPage id/> }.into_any(),
+                    ConsolePage::ServiceTokens => view! { <page::ServiceTokens/> }.into_any(),
+                    ConsolePage::Audit => view! { <page::AuditLog/> }.into_any(),
+                    ConsolePage::Settings => view! { <page::Settings/> }.into_any(),
+                    ConsolePage::SignIn | ConsolePage::Register | ConsolePage::NotFound => {
                         view! { <page::NotFound/> }.into_any()
                     }
                 }}

@@ -1,12 +1,26 @@
 //! Quota's console.
 //!
-//! One UI for two shells: it speaks the calls of [`quota_common::call`] through [`api`] and knows neither tokens
-//! nor addresses. Everything but [`model`] needs a browser and is built for one alone.
+//! One UI for two hosts, the browser and the desktop app. It makes the calls of [`quota_common::call`] through
+//! [`api`] and never handles tokens or server addresses. Every module except [`model`] needs a browser and is
+//! compiled only for WebAssembly.
+//!
+//! Modules import only from the lines above their own, which `tests/source.rs` checks:
+//!
+//! ```text
+//! model                       values and texts, without a browser
+//! clock host preferences      state that belongs to no page
+//! api route                   calls to the server; the address bar
+//! component                   building blocks of pages
+//! session                     the signed-in account
+//! servers                     the desktop app's list of servers and its banners
+//! page                        one file per page or dialog
+//! app                         the frame around all pages
+//! ```
 
-// Without a browser the models are used by their tests alone.
+// On the host only the tests use the models.
 #![cfg_attr(
     not(target_arch = "wasm32"),
-    expect(dead_code, reason = "what uses it is built for browsers alone")
+    expect(dead_code, reason = "used only when compiled for WebAssembly")
 )]
 
 #[cfg(target_arch = "wasm32")]
@@ -14,7 +28,11 @@ mod api;
 #[cfg(target_arch = "wasm32")]
 mod app;
 #[cfg(target_arch = "wasm32")]
+mod clock;
+#[cfg(target_arch = "wasm32")]
 mod component;
+#[cfg(target_arch = "wasm32")]
+mod host;
 mod model;
 #[cfg(target_arch = "wasm32")]
 mod page;
@@ -23,15 +41,17 @@ mod preferences;
 #[cfg(target_arch = "wasm32")]
 mod route;
 #[cfg(target_arch = "wasm32")]
-mod shell;
+mod servers;
+#[cfg(target_arch = "wasm32")]
+mod session;
 
 #[cfg(target_arch = "wasm32")]
 fn main() {
     console_error_panic_hook::set_once();
-    shell::begin(|| leptos::mount::mount_to_body(app::App));
+    servers::start(|| leptos::mount::mount_to_body(app::App));
 }
 
 #[cfg(not(target_arch = "wasm32"))]
 fn main() {
-    eprintln!("The console runs in a browser: `cargo xtask run` serves it at /console.");
+    eprintln!("The console runs in a browser. Start it with `cargo xtask run` and open /console.");
 }

@@ -1,4 +1,4 @@
-//! What one prefers in this browser: it stays here, and is no business of the server's.
+//! Preferences of this browser. They are stored locally and never sent to the server.
 
 use leptos::prelude::*;
 
@@ -6,7 +6,7 @@ use leptos::prelude::*;
 pub struct Preferences {
     /// `system`, `light` or `dark`.
     pub theme: RwSignal<String>,
-    /// Whether single characters are shortcuts. Who dictates or holds a hand on the keys wants none (WCAG 2.1.4).
+    /// Whether single-key shortcuts are on. People who use speech input need to turn them off (WCAG 2.1.4).
     pub shortcuts: RwSignal<bool>,
 }
 
@@ -34,7 +34,7 @@ impl Preferences {
         preferences
     }
 
-    pub fn choose_theme(self, theme: &str) {
+    pub fn set_theme(self, theme: &str) {
         self.theme.set(theme.to_owned());
         store("theme", theme);
         if let Some(root) = document().document_element() {
@@ -42,7 +42,7 @@ impl Preferences {
         }
     }
 
-    pub fn switch_shortcuts(self, on: bool) {
+    pub fn set_shortcuts(self, on: bool) {
         self.shortcuts.set(on);
         store("shortcuts", if on { "on" } else { "off" });
     }

@@ -1,4 +1,4 @@
-//! Where the window is: links within the console change the page, not the document.
+//! The address bar: links within the console change the page without loading a document.
 
 use leptos::{ev, prelude::*};
 use wasm_bindgen::{JsCast, JsValue};
@@ -25,19 +25,19 @@ impl Route {
         };
         provide_context(route);
         let _ = window_event_listener(ev::popstate, move |_| {
-            if is_held() {
-                route.stay();
+            if is_locked() {
+                route.restore();
             } else {
-                route.arrived();
+                route.update();
             }
         });
         let _ = window_event_listener(ev::beforeunload, |ev| {
-            if is_held() {
+            if is_locked() {
                 ev.prevent_default();
             }
         });
         let _ = window_event_listener(ev::click, move |click| {
-            if let Some(to) = own_link(&click) {
+            if let Some(to) = internal_link(&click) {
                 click.prevent_default();
                 route.go(&to);
             }
@@ -45,36 +45,37 @@ impl Route {
         route
     }
 
-    /// To another page, from which one can go back; nowhere while a dialog holds this one.
+    /// Goes to another page and adds it to the history. Does nothing while a locked dialog is open.
     pub fn go(self, to: &str) {
-        if is_held() {
+        if is_locked() {
             return;
         }
         push(to);
         window().scroll_to_with_x_and_y(0.0, 0.0);
-        self.arrived();
+        self.update();
     }
 
-    /// The same, in place of this page.
+    /// Goes to another page in place of this one.
     pub fn replace(self, to: &str) {
         if let Ok(history) = window().history() {
             let _ = history.replace_state_with_url(&JsValue::NULL, "", Some(to));
         }
-        self.arrived();
+        self.update();
     }
 
-    /// Takes back where the history went.
-    fn stay(self) {
+    /// Undoes a step through the history.
+    fn restore(self) {
         let at = (self.path.get_untracked(), self.query.get_untracked());
         if at != here() {
             push(&format!("{}{}", at.0, at.1));
         }
     }
 
-    fn arrived(self) {
+    /// Reads the address into the signals.
+    fn update(self) {
         let (path, query) = here();
-        // Effects run after both, so that nothing is loaded for a page that is half the one before. What stays the
-        // same is not told: a page is not loaded twice.
+        // Effects run after both are set, so nothing loads for a mix of two pages. Unchanged values do not notify, so
+        // no page loads twice.
         if self.query.with_untracked(|it| *it != query) {
             self.query.set(query);
         }
@@ -84,10 +85,10 @@ impl Route {
     }
 }
 
-/// Whether a dialog is open that stays until something in it is done.
-fn is_held() -> bool {
-    let firm = document().query_selector("dialog[open][data-firm]");
-    firm.is_ok_and(|it| it.is_some())
+/// Whether a dialog is open that must not be left by navigating.
+fn is_locked() -> bool {
+    let locked = document().query_selector("dialog[open][data-locked]");
+    locked.is_ok_and(|it| it.is_some())
 }
 
 fn push(to: &str) {
@@ -104,8 +105,8 @@ fn here() -> (String, Query) {
     )
 }
 
-/// The address of a link within the console that is plainly clicked.
-fn own_link(click: &MouseEvent) -> Option<String> {
+/// The target of a plain click on a link within the console.
+fn internal_link(click: &MouseEvent) -> Option<String> {
     let plain = click.button() == 0
         && !(click.default_prevented()
             || click.meta_key()
@@ -119,6 +120,6 @@ fn own_link(click: &MouseEvent) -> Option<String> {
         .closest("a[href]")
         .ok()??;
     let to = link.get_attribute("href")?;
-    let ours = to == "/console" || to.starts_with("/console/") || to.starts_with("/console?");
-    (plain && ours && !link.has_attribute("target")).then_some(to)
+    let internal = to == "/console" || to.starts_with("/console/") || to.starts_with("/console?");
+    (plain && internal && !link.has_attribute("target")).then_some(to)
 }

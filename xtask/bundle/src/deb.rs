@@ -1,4 +1,4 @@
-//! `.deb`: an `ar` archive of two tar archives (deb(5)).
+//! The `.deb` format: an `ar` archive of two tar archives (deb(5)).
 
 use std::{
     collections::BTreeSet,
@@ -24,7 +24,7 @@ pub fn pack(files: &[File], libc: &str, out: &Path) -> Result<PathBuf> {
         size.div_ceil(1024)
     );
     let control = [File {
-        place: "control".to_owned(),
+        path: "control".to_owned(),
         bytes: control.into_bytes(),
         mode: 0o644,
     }];
@@ -42,12 +42,12 @@ pub fn pack(files: &[File], libc: &str, out: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Owned by root and of no time, so that the same program makes the same package.
+/// A tar archive with fixed owners and times, so that builds are reproducible.
 fn compressed(files: &[File]) -> Result<Vec<u8>> {
     let mut archive = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::best()));
     let folders: BTreeSet<&Path> = files
         .iter()
-        .flat_map(|it| Path::new(&it.place).ancestors().skip(1))
+        .flat_map(|it| Path::new(&it.path).ancestors().skip(1))
         .filter(|it| !it.as_os_str().is_empty())
         .collect();
     for folder in folders {
@@ -61,7 +61,7 @@ fn compressed(files: &[File]) -> Result<Vec<u8>> {
         let mut header = tar::Header::new_gnu();
         header.set_mode(file.mode);
         header.set_size(file.bytes.len() as u64);
-        archive.append_data(&mut header, &file.place, &file.bytes[..])?;
+        archive.append_data(&mut header, &file.path, &file.bytes[..])?;
     }
     Ok(archive.into_inner()?.finish()?)
 }

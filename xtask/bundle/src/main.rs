@@ -1,7 +1,7 @@
-//! Packs the compiled desktop app as `.deb` and as `.rpm`, without Debian's tools or RPM's and without the network.
+//! Packages the compiled desktop app as `.deb` and `.rpm`, without the tools of Debian or RPM and without the network.
 //!
 //! Called by `cargo xtask bundle` with the compiled program, the folder of the desktop app's sources, the version of
-//! the C library that the program was linked with, and the folder to write to.
+//! the C library that the program is linked with, and the output folder.
 
 mod deb;
 mod rpm;
@@ -14,9 +14,9 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 const NAME: &str = "quota-desktop";
-const SUMMARY: &str = "Quota's console as a desktop app";
-const DESCRIPTION: &str = "Plans, API keys, rate limits and quotas of a Quota server: made, changed and tried out. The session is \
-kept in the keychain, and the page in the window holds no token.";
+const SUMMARY: &str = "Quota console as a desktop app";
+const DESCRIPTION: &str = "Manage the plans, API keys, rate limits and quotas of a Quota server. Sessions are stored in the system's \
+keychain.";
 const HOMEPAGE: &str = env!("CARGO_PKG_REPOSITORY");
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const LICENSE: &str = env!("CARGO_PKG_LICENSE");
@@ -32,10 +32,10 @@ Categories=Development;Network;
 StartupWMClass=quota-desktop
 ";
 
-/// A file that the package puts onto the system.
+/// A file in the package.
 struct File {
-    /// Where, from the root, without the first slash.
-    place: String,
+    /// Its path on the system, without the leading slash.
+    path: String,
     bytes: Vec<u8>,
     mode: u32,
 }
@@ -60,8 +60,8 @@ fn main() -> Result<()> {
 fn files(program: &Path, source: &Path) -> Result<Vec<File>> {
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    let file = |place: String, bytes: Vec<u8>| File {
-        place,
+    let file = |path: String, bytes: Vec<u8>| File {
+        path,
         bytes,
         mode: 0o644,
     };
@@ -88,13 +88,13 @@ fn files(program: &Path, source: &Path) -> Result<Vec<File>> {
     ];
     for (size, icon) in icons {
         let extension = icon.rsplit('.').next().unwrap_or_default();
-        let place = format!("usr/share/icons/hicolor/{size}/apps/{NAME}.{extension}");
-        files.push(file(place, read(&source.join(icon))?));
+        let path = format!("usr/share/icons/hicolor/{size}/apps/{NAME}.{extension}");
+        files.push(file(path, read(&source.join(icon))?));
     }
     Ok(files)
 }
 
-/// Both licenses, whole: they ask to go with every copy.
+/// Both licenses in full, as they require.
 fn copyright(source: &Path, read: impl Fn(&Path) -> Result<Vec<u8>>) -> Result<Vec<u8>> {
     let root = source.join("../..");
     let mut text = format!("{HOMEPAGE}\n\nLicense: {LICENSE}\n\n").into_bytes();
@@ -105,12 +105,12 @@ fn copyright(source: &Path, read: impl Fn(&Path) -> Result<Vec<u8>>) -> Result<V
     Ok(text)
 }
 
-/// The machine's architecture by the names of Debian and of RPM.
+/// The machine's architecture, as Debian and RPM call it.
 fn architecture() -> Result<(&'static str, &'static str)> {
     Ok(match env::consts::ARCH {
         "x86_64" => ("amd64", "x86_64"),
         "aarch64" => ("arm64", "aarch64"),
-        other => bail!("no package is made for {other}"),
+        other => bail!("unsupported architecture: {other}"),
     })
 }
 
@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_packages_hold_every_file() {
+    fn both_packages_contain_every_file() {
         let folder = tempfile::tempdir().expect("a folder");
         let program = folder.path().join("program");
         fs::write(&program, b"#!/bin/sh\n").expect("written");
@@ -129,7 +129,7 @@ mod tests {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../desktop/shell");
         let files = files(&program, &source).expect("files");
 
-        let deb = deb::pack(&files, "2.36", folder.path()).expect("packed");
+        let deb = deb::pack(&files, "2.36", folder.path()).expect("a package");
         let mut archive = ar::Archive::new(fs::File::open(deb).expect("a package"));
         let mut members = Vec::new();
         while let Some(entry) = archive.next_entry() {
@@ -159,9 +159,9 @@ mod tests {
         }
         for file in &files {
             assert!(
-                inside.contains(&(file.place.clone(), file.mode)),
+                inside.contains(&(file.path.clone(), file.mode)),
                 "{}",
-                file.place
+                file.path
             );
         }
         assert!(
@@ -169,7 +169,7 @@ mod tests {
             "{inside:?}"
         );
 
-        let package = rpm::pack(&files, "2.36", folder.path()).expect("packed");
+        let package = rpm::pack(&files, "2.36", folder.path()).expect("a package");
         let package = ::rpm::Package::open(package).expect("a package");
         assert_eq!(package.metadata.get_name().expect("a name"), NAME);
         let inside: Vec<String> = package
@@ -180,11 +180,7 @@ mod tests {
             .map(|it| it.to_string_lossy().into_owned())
             .collect();
         for file in &files {
-            assert!(
-                inside.contains(&format!("/{}", file.place)),
-                "{}",
-                file.place
-            );
+            assert!(inside.contains(&format!("/{}", file.path)), "{}", file.path);
         }
     }
 }

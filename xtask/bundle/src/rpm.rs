@@ -1,4 +1,4 @@
-//! `.rpm`.
+//! The `.rpm` format.
 
 use std::path::{Path, PathBuf};
 
@@ -24,7 +24,7 @@ pub fn pack(files: &[File], libc: &str, out: &Path) -> Result<PathBuf> {
         .recommends(Dependency::any("gnome-keyring"));
     for file in files {
         let options =
-            FileOptions::new(format!("/{}", file.place)).permissions(u16::try_from(file.mode)?);
+            FileOptions::new(format!("/{}", file.path)).permissions(u16::try_from(file.mode)?);
         builder.with_file_contents(file.bytes.clone(), options)?;
     }
     let path = out.join(format!("{NAME}-{VERSION}-{RELEASE}.{architecture}.rpm"));

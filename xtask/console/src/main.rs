@@ -1,9 +1,9 @@
-//! Turns the compiled console into the files that the server embeds, or the desktop app.
+//! Packages the compiled console into the files that the server or the desktop app embeds.
 //!
-//! Called by `cargo xtask console` with the compiled wasm, the folder of the console's sources and the folder
-//! to write to. Every file but `index.html` bears a hash of what is in it in its name, so that it can be kept
-//! by browsers for a year; each has a compressed twin. The desktop app compresses for itself, and finds its files
-//! by their whole path: for it they are in `console`, and the page, which it shows for any path, is beside that.
+//! Called by `cargo xtask console` with the compiled wasm, the folder of the console's sources and the output folder.
+//! Every file except `index.html` has a hash of its content in its name, so that browsers can cache it for a year, and a
+//! compressed copy. The desktop app compresses files itself and looks them up by their full path. For it, they are in
+//! `console/`, next to `index.html`, which it serves for any path.
 
 use std::{
     collections::BTreeMap,
@@ -15,8 +15,8 @@ use anyhow::{Context as _, Result, bail};
 use sha2::{Digest as _, Sha256};
 use wasm_bindgen_cli_support::Bindgen;
 
-/// All files of the console together, compressed: what a first visit loads.
-const MOST: usize = 300_000;
+/// The limit for all files together, compressed: what a first visit transfers.
+const MAX_SIZE: usize = 300_000;
 
 fn main() -> Result<()> {
     let arguments: Vec<PathBuf> = env::args_os().skip(1).map(PathBuf::from).collect();
@@ -39,39 +39,39 @@ fn main() -> Result<()> {
         .context("wasm-bindgen")?;
 
     let mut files = BTreeMap::new();
-    let wasm = keep(
+    let wasm = add_hashed(
         &mut files,
         "quota-ui",
         "wasm",
         &without_streams(&work.join("quota-ui_bg.wasm"))?,
     );
-    let glue = keep(
+    let glue = add_hashed(
         &mut files,
         "quota-ui",
         "js",
-        &read(&work.join("quota-ui.js"))?,
+        without_comments(&read_text(&work.join("quota-ui.js"))?)?.as_bytes(),
     );
-    snippets(&mut files, &work, &work.join("snippets"))?;
-    let style = keep(
+    add_snippets(&mut files, &work, &work.join("snippets"))?;
+    let style = add_hashed(
         &mut files,
         "console",
         "css",
-        &read(&source.join("style/console.css"))?,
+        compact_css(&read_text(&source.join("style/console.css"))?).as_bytes(),
     );
-    let icon = keep(&mut files, "icon", "svg", &read(&source.join("icon.svg"))?);
+    let icon = add_hashed(&mut files, "icon", "svg", &read(&source.join("icon.svg"))?);
     let names = [
         ("{{wasm}}", &wasm),
         ("{{glue}}", &glue),
         ("{{style}}", &style),
         ("{{icon}}", &icon),
     ];
-    let theme = keep(&mut files, "theme", "js", &read(&source.join("theme.js"))?);
-    let boot = filled(&source.join("boot.js"), &names)?;
-    let boot = keep(&mut files, "boot", "js", boot.as_bytes());
+    let theme = add_hashed(&mut files, "theme", "js", &read(&source.join("theme.js"))?);
+    let boot = fill_template(&source.join("boot.js"), &names)?;
+    let boot = add_hashed(&mut files, "boot", "js", boot.as_bytes());
     let names = [&names[..], &[("{{boot}}", &boot), ("{{theme}}", &theme)]].concat();
-    let index = filled(&source.join("index.html"), &names)?;
+    let index = fill_template(&source.join("index.html"), &names)?;
     files.insert("index.html".to_owned(), index.into_bytes());
-    fs::remove_dir_all(&work).context("cannot clean up")?;
+    fs::remove_dir_all(&work).context("cannot remove the working folder")?;
     if for_desktop {
         let place = |(name, bytes): (String, Vec<u8>)| match name.as_str() {
             "index.html" => (name, bytes),
@@ -83,7 +83,7 @@ fn main() -> Result<()> {
     let mut compressed = 0;
     let plain: Vec<String> = files.keys().cloned().collect();
     for name in plain {
-        // As small as the format allows: compressed once, sent often.
+        // Slow but small: compressed once, sent often.
         let mut gzip = Vec::new();
         zopfli::compress(
             zopfli::Options::default(),
@@ -94,21 +94,16 @@ fn main() -> Result<()> {
         compressed += gzip.len();
         files.insert(format!("{name}.gz"), gzip);
     }
-    if compressed > MOST {
-        bail!(
-            "the console is {compressed} bytes, compressed, and {MOST} are the most that a browser should load"
-        );
+    if compressed > MAX_SIZE {
+        bail!("the console is {compressed} bytes compressed, above the limit of {MAX_SIZE}");
     }
     write(out, &files)?;
-    println!(
-        "the console is {} kB, compressed",
-        compressed.div_ceil(1000)
-    );
+    println!("the console is {} kB compressed", compressed.div_ceil(1000));
     Ok(())
 }
 
-/// The crate of streams that comes with Leptos hands out classes which nothing here makes an object of. As exports
-/// they keep all that they could need: without them it goes.
+/// Removes exported classes of the streams crate, a dependency of Leptos. The console never constructs them, but as
+/// exports they keep their code in the module.
 fn without_streams(path: &Path) -> Result<Vec<u8>> {
     let mut module = walrus::Module::from_file(path)?;
     let unused: Vec<_> = module
@@ -124,12 +119,60 @@ fn without_streams(path: &Path) -> Result<Vec<u8>> {
     Ok(module.emit_wasm())
 }
 
+/// Removes comments, indentation, and the classes whose exports [`without_streams`] removes.
+fn without_comments(script: &str) -> Result<String> {
+    let mut out = String::new();
+    let mut unused_class = false;
+    for line in script.lines() {
+        if line.matches('`').count() % 2 != 0 {
+            bail!("the glue script has a template literal over several lines");
+        }
+        unused_class |= line.starts_with("export class IntoUnderlying");
+        let text = line.trim();
+        let is_comment = ["/**", "*", "//"].iter().any(|it| text.starts_with(it));
+        let is_unused = unused_class || text.starts_with("if (Symbol.dispose) IntoUnderlying");
+        if !(text.is_empty() || is_comment || is_unused) {
+            out.push_str(text);
+            out.push('\n');
+        }
+        unused_class &= line != "}";
+    }
+    Ok(out)
+}
+
+/// Removes comments and most white space. The style sheet has one rule per line and comments on lines of their own.
+fn compact_css(css: &str) -> String {
+    css.lines()
+        .map(str::trim)
+        .filter(|line| !line.starts_with("/*"))
+        .map(|line| {
+            let line = line
+                .replace(" { ", "{")
+                .replace("; ", ";")
+                .replace(";}", "}")
+                .replace(" {", "{")
+                .replace(", ", ",");
+            // A colon in a string keeps its space.
+            if line.contains('"') {
+                line
+            } else {
+                line.replace(": ", ":")
+            }
+        })
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Adds a file under a name that holds a hash of it, and returns that name.
-fn keep(
+/// Adds a file under a name that contains a hash of its content. Returns the name.
+fn add_hashed(
     files: &mut BTreeMap<String, Vec<u8>>,
     stem: &str,
     extension: &str,
@@ -143,15 +186,15 @@ fn keep(
     name
 }
 
-/// Scripts that libraries bring; wasm-bindgen puts a hash into their folder's name.
-fn snippets(files: &mut BTreeMap<String, Vec<u8>>, work: &Path, folder: &Path) -> Result<()> {
+/// Adds the scripts of dependencies. wasm-bindgen puts a hash in the name of their folder.
+fn add_snippets(files: &mut BTreeMap<String, Vec<u8>>, work: &Path, folder: &Path) -> Result<()> {
     if !folder.is_dir() {
         return Ok(());
     }
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         if path.is_dir() {
-            snippets(files, work, &path)?;
+            add_snippets(files, work, &path)?;
         } else {
             let name = path.strip_prefix(work)?.to_string_lossy().into_owned();
             files.insert(name, read(&path)?);
@@ -160,19 +203,19 @@ fn snippets(files: &mut BTreeMap<String, Vec<u8>>, work: &Path, folder: &Path) -
     Ok(())
 }
 
-fn filled(path: &Path, names: &[(&str, &String)]) -> Result<String> {
+fn fill_template(path: &Path, names: &[(&str, &String)]) -> Result<String> {
     let text =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let text = names
-        .iter()
-        .fold(text, |text, (place, name)| text.replace(place, name));
+    let text = names.iter().fold(text, |text, (placeholder, name)| {
+        text.replace(placeholder, name)
+    });
     if text.contains("{{") {
-        bail!("{} has a place that nothing fills", path.display());
+        bail!("{} has an unknown placeholder", path.display());
     }
     Ok(text)
 }
 
-/// Writes what has changed and removes what is no longer there: the server is built anew only when it must be.
+/// Writes changed files and removes stale ones. Unchanged files are not touched, so that the server is not rebuilt.
 fn write(out: &Path, files: &BTreeMap<String, Vec<u8>>) -> Result<()> {
     remove_stale(out, out, files)?;
     for (name, bytes) in files {

@@ -1,4 +1,4 @@
-//! The app under WebKit's own driver, and its page as a person finds their way in it: by what is written there.
+//! Drives the app through WebKit's driver, finding elements by their visible text.
 
 use std::{
     fs,
@@ -18,7 +18,7 @@ use crate::{
     world::{World, until},
 };
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 pub struct App {
     page: Client,
@@ -44,17 +44,17 @@ impl App {
         let capabilities =
             json!({"webkitgtk:browserOptions": {"binary": app, "args": ["--server", server]}});
         let Value::Object(capabilities) = capabilities else {
-            bail!("an object is one");
+            bail!("the capabilities are not an object");
         };
         let mut builder = ClientBuilder::new(HttpConnector::new());
         builder.capabilities(capabilities);
         let address = format!("http://127.0.0.1:{port}");
-        let connect = until("the app", PATIENCE, async || {
+        let connect = until("the app", TIMEOUT, async || {
             Ok(Some(builder.connect(&address).await?))
         });
-        // The driver waits for ever for an app that ends at once.
-        let page = tokio::time::timeout(2 * PATIENCE, connect).await;
-        let page = page.context("the app did not begin")??;
+        // The driver never returns if the app exits immediately.
+        let page = tokio::time::timeout(2 * TIMEOUT, connect).await;
+        let page = page.context("the app did not start")??;
         if let Some(shots) = shots {
             fs::create_dir_all(shots)?;
         }
@@ -65,23 +65,23 @@ impl App {
         })
     }
 
-    /// Closes the window and waits for the app's end: one that is started before that would only call the first.
+    /// Closes the window and waits until the app has exited: another instance would only notify the running one.
     pub async fn close(self) -> Result<()> {
         self.page.close().await?;
         let driver = self.driver.pid().as_raw();
-        until("the app's end", PATIENCE, async || {
-            Ok((scan::family(driver).len() == 1).then_some(()))
+        until("the app exits", TIMEOUT, async || {
+            Ok((scan::process_tree(driver).len() == 1).then_some(()))
         })
         .await
     }
 
-    async fn shown(&self, what: &str) -> Result<Element> {
-        until(what, PATIENCE, async || {
+    async fn visible(&self, what: &str) -> Result<Element> {
+        until(what, TIMEOUT, async || {
             for element in self.page.find_all(Locator::XPath(what)).await? {
-                // The driver's own word for it says no of all there is.
-                let is_shown = "return arguments[0].getClientRects().length > 0";
+                // The driver's own visibility check reports everything as hidden.
+                let is_visible = "return arguments[0].getClientRects().length > 0";
                 let arguments = vec![serde_json::to_value(&element)?];
-                if self.page.execute(is_shown, arguments).await? == json!(true) {
+                if self.page.execute(is_visible, arguments).await? == json!(true) {
                     return Ok(Some(element));
                 }
             }
@@ -91,29 +91,29 @@ impl App {
     }
 
     pub async fn heading(&self, text: &str) -> Result<()> {
-        self.shown(&format!("//*[self::h1 or self::h2][{}]", is(text)))
+        self.visible(&format!("//*[self::h1 or self::h2][{}]", has_text(text)))
             .await?;
         Ok(())
     }
 
     pub async fn text(&self, text: &str) -> Result<()> {
-        self.shown(&format!("//*[text()[contains(., '{text}')]]"))
+        self.visible(&format!("//*[text()[contains(., \"{text}\")]]"))
             .await?;
         Ok(())
     }
 
-    /// What an element holds that a selector finds.
+    /// Returns the text content of the element that a selector matches.
     pub async fn content(&self, selector: &str) -> Result<String> {
-        until(selector, PATIENCE, async || {
+        until(selector, TIMEOUT, async || {
             let element = self.page.find(Locator::Css(selector)).await?;
             Ok(element.prop("textContent").await?)
         })
         .await
     }
 
-    /// Waits for an element that a selector finds.
+    /// Waits for an element that a selector matches.
     pub async fn element(&self, selector: &str) -> Result<()> {
-        until(selector, PATIENCE, async || {
+        until(selector, TIMEOUT, async || {
             self.page.find(Locator::Css(selector)).await?;
             Ok(Some(()))
         })
@@ -122,22 +122,22 @@ impl App {
 
     pub async fn press(&self, button: &str) -> Result<()> {
         let what = format!(
-            "//button[({}) or @aria-label='{button}'][not(@disabled)]",
-            is(button)
+            "//button[({}) or @aria-label=\"{button}\"][not(@disabled)]",
+            has_text(button)
         );
         self.click(&what).await
     }
 
     pub async fn follow(&self, link: &str) -> Result<()> {
-        self.click(&format!("//a[{}]", is(link))).await
+        self.click(&format!("//a[{}]", has_text(link))).await
     }
 
     async fn click(&self, what: &str) -> Result<()> {
-        until(what, PATIENCE, async || {
-            let element = self.shown(what).await?;
+        until(what, TIMEOUT, async || {
+            let element = self.visible(what).await?;
             let arguments = vec![serde_json::to_value(&element)?];
             if element.click().await.is_err() {
-                // The driver does not find the middle of a link in a table.
+                // The driver cannot locate the center of a link in a table.
                 self.page.execute("arguments[0].click()", arguments).await?;
             }
             Ok(Some(()))
@@ -145,10 +145,10 @@ impl App {
         .await
     }
 
-    /// The field, box or list of that label.
+    /// Returns the input, checkbox or select with a label.
     async fn labelled(&self, label: &str) -> Result<Element> {
-        let label = is(label);
-        self.shown(&format!(
+        let label = has_text(label);
+        self.visible(&format!(
             "//*[@id=//label[{label}]/@for] | //label[{label}]//input"
         ))
         .await
@@ -168,24 +168,24 @@ impl App {
 
     pub async fn choose(&self, selector: &str, option: &str) -> Result<()> {
         let list = self.page.find(Locator::Css(selector)).await?;
-        until(option, PATIENCE, async || {
+        until(option, TIMEOUT, async || {
             list.select_by_label(option).await?;
             Ok(Some(()))
         })
         .await
     }
 
-    /// What a script in the page returns.
+    /// Runs a script in the page and returns its result.
     pub async fn run(&self, script: &str) -> Result<Value> {
         Ok(self.page.execute(script, Vec::new()).await?)
     }
 
-    /// What a script in the page hands to `arguments[0]`.
+    /// Runs a script in the page and returns what it passes to `arguments[0]`.
     pub async fn run_async(&self, script: &str) -> Result<Value> {
         Ok(self.page.execute_async(script, Vec::new()).await?)
     }
 
-    pub async fn show(&self, name: &str) -> Result<()> {
+    pub async fn screenshot(&self, name: &str) -> Result<()> {
         let Some(shots) = &self.shots else {
             return Ok(());
         };
@@ -196,7 +196,7 @@ impl App {
         fs::write(&path, picture).with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// What is written on the page, for when something went wrong.
+    /// Returns the text of the page, for diagnostics.
     pub async fn all_text(&self) -> String {
         let text = self
             .run("return location.href + '\\n' + document.body.innerText")
@@ -207,7 +207,7 @@ impl App {
     }
 }
 
-/// An element whose text that is, whatever is around words.
-fn is(text: &str) -> String {
-    format!("normalize-space(.)='{text}'")
+/// An XPath condition for an element's text, ignoring white space around words.
+fn has_text(text: &str) -> String {
+    format!("normalize-space(.)=\"{text}\"")
 }

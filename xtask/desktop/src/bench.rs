@@ -1,7 +1,7 @@
-//! What the app costs next to a window with nothing in it: memory, and the time until a person can begin.
+//! Measures the app's memory and time to first paint, compared with an empty window.
 //!
-//! Both are started in turn, so that whatever else the machine does meets both. Memory is the proportional share
-//! (PSS) of all processes of each, some seconds after; shared libraries are counted once among those who share them.
+//! Starts both alternately, so that other load affects both. Memory is the proportional set size (PSS) of all their
+//! processes after a pause, which counts shared libraries only once.
 
 use std::{
     fs,
@@ -13,8 +13,8 @@ use anyhow::{Result, bail};
 
 use crate::{scan, world::World};
 
-const PATIENCE: Duration = Duration::from_secs(60);
-const REST: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_secs(2);
 
 struct Cost {
     ms: f64,
@@ -24,7 +24,7 @@ struct Cost {
 pub async fn run(app: &Path, blank: &Path, server: &str, rounds: u32) -> Result<()> {
     let world = World::new(true)?;
     let (mut apps, mut blanks) = (Vec::new(), Vec::new());
-    // The first start of each fills caches.
+    // The first round warms caches and is not counted.
     for round in 0..=rounds {
         let of_blank = cost(&world, blank, &[], round).await?;
         let of_app = cost(&world, app, &["--server", server], round).await?;
@@ -48,29 +48,30 @@ pub async fn run(app: &Path, blank: &Path, server: &str, rounds: u32) -> Result<
 async fn cost(world: &World, program: &Path, arguments: &[&str], round: u32) -> Result<Cost> {
     let name = format!("bench-{round}-{}.log", arguments.len());
     let output = world.folder.path().join(&name);
-    // The app says it in its log, the empty window on standard output.
-    let said = |text: &str| text.matches("the first page is painted").count();
-    let before = said(&world.log());
+    // The app reports it in its log, the empty window on standard output.
+    let count_reports = |text: &str| text.matches("first page painted").count();
+    let before = count_reports(&world.log());
     let mut command = world.command(program);
     command.args(arguments);
-    let began = Instant::now();
+    let started = Instant::now();
     let process = world.start(&command, &name)?;
     let painted = || {
-        said(&world.log()) > before || said(&fs::read_to_string(&output).unwrap_or_default()) > 0
+        count_reports(&world.log()) > before
+            || count_reports(&fs::read_to_string(&output).unwrap_or_default()) > 0
     };
     while !painted() {
-        if began.elapsed() > PATIENCE {
+        if started.elapsed() > TIMEOUT {
             bail!(
-                "{} showed nothing: {}",
+                "{} did not paint: {}",
                 program.display(),
                 fs::read_to_string(&output)?
             );
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let ms = began.elapsed().as_secs_f64() * 1000.0;
-    tokio::time::sleep(REST).await;
-    let mib = scan::family(process.pid().as_raw())
+    let ms = started.elapsed().as_secs_f64() * 1000.0;
+    tokio::time::sleep(SETTLE).await;
+    let mib = scan::process_tree(process.pid().as_raw())
         .into_iter()
         .map(pss)
         .sum::<f64>()
@@ -78,7 +79,7 @@ async fn cost(world: &World, program: &Path, arguments: &[&str], round: u32) -> 
     Ok(Cost { ms, mib })
 }
 
-/// In KiB.
+/// Returns the proportional set size of a process in KiB.
 fn pss(pid: i32) -> f64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     text.lines()

@@ -1,4 +1,4 @@
-//! The keychain as the app uses it, in a process of its own: which keychain that is, the environment decides.
+//! Accesses the keychain like the app, in a separate process whose environment selects the keychain.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -6,25 +6,27 @@ use anyhow::{Context as _, Result, bail};
 use quota_common::call::Call;
 use quota_desktop::{
     client::Client,
-    keychain::{Keychain as _, OfSystem},
+    keychain::{Keychain as _, SystemKeychain},
     server::Server,
     session::Session,
 };
 use secrecy::ExposeSecret as _;
 
 pub fn print(server: &str) -> Result<()> {
-    let token = OfSystem.get(server)?.context("there is no entry")?;
+    let token = SystemKeychain
+        .get(server)?
+        .context("the keychain has no entry")?;
     println!("{}", token.expose_secret());
     Ok(())
 }
 
-pub async fn renew(server: &str, lock: PathBuf, times: u32) -> Result<()> {
+pub async fn refresh(server: &str, lock: PathBuf, times: u32) -> Result<()> {
     let client = Client::new(Server::parse(server)?)?;
-    let session = Session::new(client, Arc::new(OfSystem), lock);
-    for turn in 1..=times {
+    let session = Session::new(client, Arc::new(SystemKeychain), lock);
+    for round in 1..=times {
         for call in [Call::Refresh, Call::Me] {
-            if let Err(refusal) = session.call(&call).await {
-                bail!("turn {turn}: {refusal:?}");
+            if let Err(error) = session.call(&call).await {
+                bail!("round {round}: {error:?}");
             }
         }
     }

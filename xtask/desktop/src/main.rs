@@ -1,7 +1,7 @@
-//! The desktop app from the outside: a journey through it, and what it costs.
+//! Tests and measures the desktop app from outside.
 //!
-//! Called by `cargo xtask` with the compiled app and the address of a server. Everything around the app is real and
-//! private: a display of its own, a session bus, a keychain, a home. All of it ends with us.
+//! Called by `cargo xtask` with the compiled app and the address of a server. The app runs in a real but private
+//! environment: its own display, session bus, keychain and home directory, which are removed at the end.
 
 mod app;
 mod bench;
@@ -23,14 +23,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Sign up, make a plan and a key, run it dry, delete all; look for tokens where none may be
+    /// Register, create a plan and a key, use up its limit, delete everything; search for leaked tokens
     Journey {
         app: PathBuf,
         server: String,
-        /// Keeps a picture of each page
+        /// Save a screenshot of each page in this folder
         screenshots: Option<PathBuf>,
     },
-    /// Memory and the time to the first page, next to a window with nothing in it
+    /// Measure memory and time to first paint, compared with an empty window
     Bench {
         app: PathBuf,
         blank: PathBuf,
@@ -38,10 +38,10 @@ enum Task {
         #[arg(long, default_value_t = 5)]
         rounds: u32,
     },
-    /// Print the refresh token that the keychain has for a server
+    /// Print the refresh token stored in the keychain for a server
     Token { server: String },
-    /// Renew the session with a server so many times, as another process of the app would
-    Renew {
+    /// Refresh the session with a server this many times, like another process of the app
+    Refresh {
         server: String,
         lock: PathBuf,
         times: u32,
@@ -73,10 +73,10 @@ async fn run(task: Task) -> Result<()> {
             rounds,
         } => bench::run(&app, &blank, &server, rounds).await,
         Task::Token { server } => keychain::print(&server),
-        Task::Renew {
+        Task::Refresh {
             server,
             lock,
             times,
-        } => keychain::renew(&server, lock, times).await,
+        } => keychain::refresh(&server, lock, times).await,
     }
 }

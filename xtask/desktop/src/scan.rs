@@ -1,4 +1,4 @@
-//! Looks for tokens where none may be: in files, in what a page keeps and can reach, in a process's memory.
+//! Searches for leaked tokens: in files, in everything a page stores or can reach, and in the memory of processes.
 
 use std::{
     fs,
@@ -9,8 +9,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-/// A refresh token, or an access token, which begins like every JWT; in UTF-8 or UTF-16. By hand, since the tests'
-/// build of a pattern library takes minutes for a process's memory.
+/// Returns whether the bytes contain a refresh token or a JWT, in UTF-8 or UTF-16. A regular expression in a debug build
+/// would take minutes for the memory of a process.
 pub fn has_token(bytes: &[u8]) -> bool {
     bytes.iter().enumerate().any(|(at, first)| match first {
         b'q' => is_refresh(&bytes[at..], 1) || is_refresh(&bytes[at..], 2),
@@ -19,7 +19,7 @@ pub fn has_token(bytes: &[u8]) -> bool {
     })
 }
 
-/// The characters of a text that has so many bytes for each.
+/// The ASCII characters of a text with `width` bytes per character.
 fn characters(bytes: &[u8], width: usize) -> impl Iterator<Item = u8> {
     let narrow = move |it: &&[u8]| it[1..].iter().all(|byte| *byte == 0);
     bytes.chunks_exact(width).take_while(narrow).map(|it| it[0])
@@ -45,7 +45,7 @@ fn is_access(bytes: &[u8], width: usize) -> bool {
     }
 }
 
-/// Every file below a folder that holds a token; and how many files there are.
+/// Returns the files below a folder that contain a token, and the number of files searched.
 pub fn files(folder: &Path) -> Result<(Vec<String>, u32)> {
     let (mut found, mut count) = (Vec::new(), 0);
     for entry in
@@ -67,8 +67,8 @@ pub fn files(folder: &Path) -> Result<(Vec<String>, u32)> {
     Ok((found, count))
 }
 
-/// The processes below one, itself first.
-pub fn family(root: i32) -> Vec<i32> {
+/// Returns a process and its descendants.
+pub fn process_tree(root: i32) -> Vec<i32> {
     let mut found = vec![root];
     let mut at = 0;
     while let Some(pid) = found.get(at).copied() {
@@ -90,10 +90,10 @@ pub fn name(pid: i32) -> String {
 }
 
 const PAGE: u64 = 4096;
-/// So many pages are looked up or read at once.
-const PIECE: u64 = 4096;
+/// How many pages are read at a time.
+const BATCH: u64 = 4096;
 
-/// Whether a process's memory holds a token in any page that it has written to.
+/// Returns whether a process has a token in its writable memory.
 pub fn memory(pid: i32) -> Result<bool> {
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let mut memory = fs::File::open(format!("/proc/{pid}/mem"))?;
@@ -103,12 +103,12 @@ pub fn memory(pid: i32) -> Result<bool> {
         if let Some(own) = writable(line) {
             range = own;
         } else if line.starts_with("Rss:") && !line.ends_with(" 0 kB") {
-            // Of what is reserved most was never used: gigabytes of nothing.
+            // Most reserved memory was never touched: skip gigabytes of absent pages.
             for run in present(&mut pages, &range)? {
                 let mut bytes = Vec::new();
                 memory.seek(SeekFrom::Start(run.start * PAGE))?;
                 let length = (run.end - run.start) * PAGE;
-                // A page may be gone since.
+                // A page may have been unmapped in the meantime.
                 let _ = (&mut memory).take(length).read_to_end(&mut bytes);
                 read += bytes.len();
                 if has_token(&bytes) {
@@ -121,7 +121,7 @@ pub fn memory(pid: i32) -> Result<bool> {
     Ok(false)
 }
 
-/// Of a line that begins a range of memory: its pages, or none where it cannot be written to.
+/// Returns the pages of the memory range that a line describes; an empty range if it is not writable.
 fn writable(line: &str) -> Option<Range<u64>> {
     let mut words = line.split_whitespace();
     let (from, to) = words.next()?.split_once('-')?;
@@ -133,12 +133,12 @@ fn writable(line: &str) -> Option<Range<u64>> {
     Some(if can_be { from / PAGE..to / PAGE } else { 0..0 })
 }
 
-/// The pages of a range that are there, in runs.
+/// Returns the runs of pages of a range that are in memory.
 fn present(pages: &mut fs::File, range: &Range<u64>) -> Result<Vec<Range<u64>>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     let mut at = range.start;
     while at < range.end {
-        let count = PIECE.min(range.end - at);
+        let count = BATCH.min(range.end - at);
         let mut entries = Vec::new();
         pages.seek(SeekFrom::Start(at * 8))?;
         pages.take(count * 8).read_to_end(&mut entries)?;
@@ -155,7 +155,7 @@ fn present(pages: &mut fs::File, range: &Range<u64>) -> Result<Vec<Range<u64>>> 
     Ok(runs)
 }
 
-/// For the page: all texts that can be reached from what is global, what it stores, and its cookies.
+/// A script that searches everything a page can reach from its globals, its storage and its cookies.
 pub const GLOBALS: &str = r#"
 const done = arguments[0];
 const isToken = (text) => /qr_[0-9A-Za-z]{38}|eyJ[\w-]{10,}\.eyJ/.test(text ?? "");
@@ -180,7 +180,7 @@ while (queue.length && seen.size < 200000) {
   try { names = Reflect.ownKeys(it); } catch { continue; }
   for (const name of names) {
     look(String(name), `a name in ${place}`);
-    try { add(it[name], `${place}.${String(name)}`); } catch { /* some may not be asked */ }
+    try { add(it[name], `${place}.${String(name)}`); } catch { /* inaccessible */ }
   }
 }
 look(document.cookie, "cookies");

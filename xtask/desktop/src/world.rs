@@ -1,4 +1,4 @@
-//! What is around a desktop app: a display, a session bus, a keychain that is unlocked, a home.
+//! A private environment for the desktop app: display, session bus, unlocked keychain and home directory.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use tempfile::TempDir;
 pub const WIDTH: u32 = 1280;
 pub const HEIGHT: u32 = 900;
 
-/// Ends with the value.
+/// A process that is killed on drop.
 struct Running(Child);
 
 impl Drop for Running {
@@ -30,7 +30,7 @@ pub struct World {
     pub folder: TempDir,
     display: String,
     bus: String,
-    /// Ended in this order.
+    /// Dropped in this order.
     running: Vec<Running>,
 }
 
@@ -55,7 +55,7 @@ impl World {
             "0",
             &screen,
         ]);
-        let (display, number) = telling(&mut command).context("Xvfb")?;
+        let (display, number) = start_with_address(&mut command).context("Xvfb")?;
         let mut command = Command::new("dbus-daemon");
         command.args(["--session", "--nofork", "--nopidfile", "--print-address=1"]);
         let address = format!(
@@ -63,8 +63,8 @@ impl World {
             folder.path().join("runtime/bus").display()
         );
         command.arg(address);
-        surroundings(&mut command, folder.path());
-        let (bus, bus_address) = telling(&mut command).context("dbus-daemon")?;
+        set_environment(&mut command, folder.path());
+        let (bus, bus_address) = start_with_address(&mut command).context("dbus-daemon")?;
         let mut world = Self {
             folder,
             display: format!(":{number}"),
@@ -81,17 +81,17 @@ impl World {
                 .spawn()
                 .context("gnome-keyring-daemon")?;
             let mut password = child.stdin.take().context("no pipe")?;
-            password.write_all(b"a password\n")?;
+            password.write_all(b"password\n")?;
             drop(password);
             world.running.insert(0, Running(child));
         }
         Ok(world)
     }
 
-    /// A program in this world.
+    /// Returns a command that runs a program in this environment.
     pub fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
-        surroundings(&mut command, self.folder.path());
+        set_environment(&mut command, self.folder.path());
         command
             .env("DISPLAY", &self.display)
             .env("DBUS_SESSION_BUS_ADDRESS", &self.bus)
@@ -100,8 +100,8 @@ impl World {
         command
     }
 
-    /// What another process of ours prints, in this world.
-    pub fn ours(&self, arguments: &[&str]) -> Result<String> {
+    /// Runs this program again in this environment and returns its output.
+    pub fn run_self(&self, arguments: &[&str]) -> Result<String> {
         let output = self
             .command(&std::env::current_exe()?)
             .args(arguments)
@@ -113,21 +113,21 @@ impl World {
         Ok(String::from_utf8(output.stdout)?.trim().to_owned())
     }
 
-    /// The token in the keychain; none is an error.
+    /// Returns the refresh token in the keychain, or an error if there is none.
     pub fn token(&self, server: &str) -> Result<String> {
-        self.ours(&["token", server])
+        self.run_self(&["token", server])
     }
 
     pub fn start(&self, command: &Command, log: &str) -> Result<Process> {
         Ok(Process::start(command, &self.folder.path().join(log))?)
     }
 
-    /// Where the app keeps what is its own.
+    /// Returns the app's data directory.
     pub fn data(&self) -> PathBuf {
         self.folder.path().join("data/rs.quota.desktop")
     }
 
-    /// All lines of the app's log files.
+    /// Returns the content of the app's log files.
     pub fn log(&self) -> String {
         let files = fs::read_dir(self.data().join("logs")).into_iter().flatten();
         files
@@ -137,7 +137,7 @@ impl World {
     }
 }
 
-fn surroundings(command: &mut Command, folder: &Path) {
+fn set_environment(command: &mut Command, folder: &Path) {
     command
         .env_clear()
         .envs(
@@ -152,44 +152,44 @@ fn surroundings(command: &mut Command, folder: &Path) {
         .env("XDG_RUNTIME_DIR", folder.join("runtime"));
 }
 
-#[expect(clippy::disallowed_methods, reason = "handed on as it is")]
+#[expect(clippy::disallowed_methods, reason = "passed through unchanged")]
 fn variable(name: &'static str) -> Option<(&'static str, std::ffi::OsString)> {
     Some((name, std::env::var_os(name)?))
 }
 
-/// A process whose first line tells where it is.
-fn telling(command: &mut Command) -> Result<(Running, String)> {
+/// Starts a process whose first line of output is its address.
+fn start_with_address(command: &mut Command) -> Result<(Running, String)> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
-    let told = child.stdout.take().context("no pipe")?;
+    let output = child.stdout.take().context("no pipe")?;
     let running = Running(child);
     let mut line = String::new();
-    BufReader::new(told).read_line(&mut line)?;
+    BufReader::new(output).read_line(&mut line)?;
     if line.trim().is_empty() {
-        bail!("it ended before it told where it is");
+        bail!("it exited before it printed its address");
     }
     Ok((running, line.trim().to_owned()))
 }
 
-/// Asks until there is an answer.
+/// Polls until there is a value.
 pub async fn until<T>(
     what: &str,
-    patience: Duration,
-    mut ask: impl AsyncFnMut() -> Result<Option<T>>,
+    timeout: Duration,
+    mut poll: impl AsyncFnMut() -> Result<Option<T>>,
 ) -> Result<T> {
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     let mut last = None;
     loop {
-        match ask().await {
+        match poll().await {
             Ok(Some(found)) => return Ok(found),
             Ok(None) => {}
             Err(error) => last = Some(error),
         }
         if Instant::now() > deadline {
-            return Err(last.unwrap_or_else(|| anyhow::anyhow!("it did not come in time")))
+            return Err(last.unwrap_or_else(|| anyhow::anyhow!("timed out")))
                 .context(what.to_owned());
         }
         tokio::time::sleep(Duration::from_millis(50)).await;

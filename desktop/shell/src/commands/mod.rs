@@ -1,4 +1,4 @@
-//! What the page may ask for. Each is named in `capabilities/main.json`; `build.rs` has the list.
+//! The commands that the page may call. `build.rs` declares them and `capabilities/main.json` grants them.
 
 pub mod profile;
 pub mod server;
@@ -10,8 +10,8 @@ mod tests {
 
     use serde_json::Value;
 
-    /// A word in quotes after a mark in a source of ours.
-    fn commands_of_build_script() -> BTreeSet<String> {
+    /// The permissions for the commands that `build.rs` declares.
+    fn declared_permissions() -> BTreeSet<String> {
         let script = include_str!("../../build.rs");
         let (_, list) = script.split_once(".commands(&[").expect("the list");
         let (list, _) = list.split_once(']').expect("its end");
@@ -23,7 +23,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_may_ask_for_our_commands_and_nothing_else() {
+    fn page_may_call_only_declared_commands() {
         let capability: Value =
             serde_json::from_str(include_str!("../../capabilities/main.json")).expect("JSON");
         let granted: BTreeSet<String> = capability["permissions"]
@@ -32,13 +32,13 @@ mod tests {
             .iter()
             .map(|it| it.as_str().expect("a name").to_owned())
             .collect();
-        assert_eq!(granted, commands_of_build_script());
+        assert_eq!(granted, declared_permissions());
         assert_eq!(capability["windows"], serde_json::json!(["main"]));
         assert!(capability.get("remote").is_none());
     }
 
     #[test]
-    fn the_page_is_held_by_a_strict_policy() {
+    fn page_has_a_strict_content_security_policy() {
         let config: Value =
             serde_json::from_str(include_str!("../../tauri.conf.json")).expect("JSON");
         let security = &config["app"]["security"];

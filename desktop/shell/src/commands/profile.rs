@@ -2,15 +2,15 @@
 
 use quota_common::{
     FieldError, Problem, ProblemCode,
-    shell::{Refusal, Standing},
+    ipc::{CallError, HostStatus},
 };
 use tauri::State;
 
 use crate::{client::Client, server::Server, state::App};
 
 #[tauri::command]
-pub async fn standing(app: State<'_, App>) -> Result<Standing, Refusal> {
-    app.standing().await
+pub async fn host_status(app: State<'_, App>) -> Result<HostStatus, CallError> {
+    app.host_status().await
 }
 
 #[tauri::command]
@@ -18,41 +18,41 @@ pub async fn add_server(
     app: State<'_, App>,
     address: String,
     name: String,
-) -> Result<Standing, Refusal> {
-    let server = Server::parse(&address).map_err(|error| wrong(error.to_string()))?;
+) -> Result<HostStatus, CallError> {
+    let server = Server::parse(&address).map_err(|error| invalid(error.to_string()))?;
     if app.profiles.lock().is_full() {
-        return Err(wrong("there is no room for another: remove one first"));
+        return Err(invalid("The list is full. Remove a server first."));
     }
-    let client = Client::new(server.clone()).map_err(|_| Refusal::Unreachable)?;
-    if !client.is_there().await {
-        return Err(wrong(format!("no Quota server answers at {server}")));
+    let client = Client::new(server.clone()).map_err(|_| CallError::Unreachable)?;
+    if !client.is_quota_server().await {
+        return Err(invalid(format!("No Quota server found at {server}")));
     }
     app.profiles.lock().add(&server, &name);
-    app.standing().await
+    app.host_status().await
 }
 
 #[tauri::command]
-pub async fn use_server(app: State<'_, App>, address: String) -> Result<Standing, Refusal> {
-    if !app.profiles.lock().choose(&address) {
-        return Err(wrong("is not in the list"));
+pub async fn use_server(app: State<'_, App>, address: String) -> Result<HostStatus, CallError> {
+    if !app.profiles.lock().select(&address) {
+        return Err(invalid("This server is not in the list"));
     }
-    app.standing().await
+    app.host_status().await
 }
 
 #[tauri::command]
-pub async fn forget_server(app: State<'_, App>, address: String) -> Result<Standing, Refusal> {
+pub async fn forget_server(app: State<'_, App>, address: String) -> Result<HostStatus, CallError> {
     if app.profiles.lock().has(&address) {
-        let server = Server::parse(&address).map_err(|error| wrong(error.to_string()))?;
+        let server = Server::parse(&address).map_err(|error| invalid(error.to_string()))?;
         app.forget(&server).await?;
         app.profiles.lock().remove(&address);
     }
-    app.standing().await
+    app.host_status().await
 }
 
-/// Told like the server tells of a field that it refuses.
-fn wrong(message: impl Into<String>) -> Refusal {
+/// A validation error for the address field, like the server's.
+fn invalid(message: impl Into<String>) -> CallError {
     let (code, message) = (ProblemCode::Invalid, message.into());
-    Refusal::Problem {
+    CallError::Problem {
         problem: Box::new(Problem {
             kind: code.type_uri("").into_owned(),
             title: code.title().to_owned(),

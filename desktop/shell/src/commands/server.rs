@@ -2,7 +2,7 @@
 
 use quota_common::{
     call::Call,
-    shell::{Answered, Refusal, Tried},
+    ipc::{CallError, CallResponse, TestResponse},
 };
 use secrecy::SecretString;
 use tauri::State;
@@ -10,11 +10,11 @@ use tauri::State;
 use crate::state::App;
 
 #[tauri::command]
-pub async fn call(app: State<'_, App>, call: Call) -> Result<Answered, Refusal> {
+pub async fn call(app: State<'_, App>, call: Call) -> Result<CallResponse, CallError> {
     app.session()?.call(&call).await
 }
 
 #[tauri::command]
-pub async fn try_key(app: State<'_, App>, key: SecretString) -> Result<Tried, Refusal> {
+pub async fn try_key(app: State<'_, App>, key: SecretString) -> Result<TestResponse, CallError> {
     app.session()?.try_key(&key).await
 }

@@ -1,20 +1,20 @@
-//! What the page wants of the computer.
+//! System commands: the clipboard, and startup timing.
 
 use parking_lot::Mutex;
-use quota_common::shell::Refusal;
+use quota_common::ipc::CallError;
 
-use crate::BEGAN;
+use crate::STARTED;
 
-/// Kept as long as the app: on X11 and Wayland what was copied is there while its owner is.
+/// Kept until the app closes: on X11 and Wayland, copied text is available only while its owner runs.
 static CLIPBOARD: Mutex<Option<arboard::Clipboard>> = Mutex::new(None);
 
-/// Longer text is none of ours.
-const LONGEST_COPY: usize = 64 * 1024;
+/// Longer than anything the console copies.
+const MAX_COPY: usize = 64 * 1024;
 
 #[tauri::command]
-pub async fn copy(text: String) -> Result<(), Refusal> {
-    if text.len() > LONGEST_COPY {
-        return Err(Refusal::Unreadable);
+pub async fn copy(text: String) -> Result<(), CallError> {
+    if text.len() > MAX_COPY {
+        return Err(CallError::Unreadable);
     }
     let mut clipboard = CLIPBOARD.lock();
     let copied = match &mut *clipboard {
@@ -22,20 +22,19 @@ pub async fn copy(text: String) -> Result<(), Refusal> {
         None => arboard::Clipboard::new().and_then(|it| clipboard.insert(it).set_text(text)),
     };
     copied.map_err(|error| {
-        tracing::warn!(
-            error = &error as &dyn std::error::Error,
-            "nothing was copied"
-        );
-        Refusal::Unreadable
+        tracing::warn!(error = &error as &dyn std::error::Error, "cannot copy");
+        CallError::Unreadable
     })
 }
 
-/// The page says that a person can begin.
+/// The page reports that it is usable.
 #[tauri::command]
 pub async fn ready() {
-    let ms = BEGAN.get().map_or(0, |began| began.elapsed().as_millis());
+    let ms = STARTED
+        .get()
+        .map_or(0, |started| started.elapsed().as_millis());
     tracing::info!(
         ms = u64::try_from(ms).unwrap_or(u64::MAX),
-        "the first page is painted"
+        "first page painted"
     );
 }

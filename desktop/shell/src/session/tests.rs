@@ -1,4 +1,4 @@
-//! Against a server that knows nothing but sessions, by the real server's rules, and a keychain in memory.
+//! Tests against a server that implements only sessions, by the real server's fake, and a keychain in memory.
 
 use std::{
     collections::HashMap,
@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use quota_common::{
     auth::{Login, UpdateMe},
     call::{Call, PageOf},
-    shell::Refusal,
+    ipc::CallError,
 };
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
@@ -32,11 +32,11 @@ use crate::{
     server::Server,
 };
 
-/// A keychain that can be away.
+/// A keychain that can become unavailable.
 #[derive(Default)]
 struct InMemory {
     entries: Mutex<HashMap<String, String>>,
-    away: AtomicBool,
+    unavailable: AtomicBool,
 }
 
 impl InMemory {
@@ -47,8 +47,8 @@ impl InMemory {
         tokens.next().cloned()
     }
 
-    fn there(&self) -> Result<(), NoKeychain> {
-        if self.away.load(Ordering::SeqCst) {
+    fn check(&self) -> Result<(), NoKeychain> {
+        if self.unavailable.load(Ordering::SeqCst) {
             return Err(NoKeychain);
         }
         Ok(())
@@ -57,69 +57,69 @@ impl InMemory {
 
 impl Keychain for InMemory {
     fn get(&self, server: &str) -> Result<Option<SecretString>, NoKeychain> {
-        self.there()?;
+        self.check()?;
         Ok(self.entries.lock().get(server).map(|it| it.clone().into()))
     }
 
     fn set(&self, server: &str, token: &SecretString) -> Result<(), NoKeychain> {
-        self.there()?;
+        self.check()?;
         let token = token.expose_secret().to_owned();
         self.entries.lock().insert(server.to_owned(), token);
         Ok(())
     }
 
     fn delete(&self, server: &str) -> Result<(), NoKeychain> {
-        self.there()?;
+        self.check()?;
         self.entries.lock().remove(server);
         Ok(())
     }
 }
 
-/// One session: which pair of tokens is good.
+/// One session and its current pair of tokens.
 #[derive(Default)]
-struct Rules {
-    turn: AtomicU32,
-    over: AtomicBool,
-    /// What the last sign-in brought.
+struct FakeServer {
+    generation: AtomicU32,
+    ended: AtomicBool,
+    /// The device token of the last sign-in.
     device: Mutex<Value>,
     refreshes: AtomicU32,
-    /// An access token came before the refresh token beside it was in the keychain.
-    too_early: AtomicBool,
+    /// Whether an access token was used before its refresh token was in the keychain.
+    used_too_early: AtomicBool,
     keychain: Arc<InMemory>,
 }
 
-impl Rules {
-    fn pair(turn: u32) -> Value {
-        json!({"access_token": format!("eyJ{turn}"), "refresh_token": format!("qr_{turn}"), "expires_in": 900})
+impl FakeServer {
+    fn pair(generation: u32) -> Value {
+        json!({"access_token": format!("eyJ{generation}"), "refresh_token": format!("qr_{generation}"), "expires_in": 900})
     }
 
     fn refresh(&self, token: &str) -> (u16, Value) {
         self.refreshes.fetch_add(1, Ordering::SeqCst);
-        let turn = self.turn.load(Ordering::SeqCst);
+        let generation = self.generation.load(Ordering::SeqCst);
         let sent: Option<u32> = token.strip_prefix("qr_").and_then(|it| it.parse().ok());
-        if self.over.load(Ordering::SeqCst) {
+        if self.ended.load(Ordering::SeqCst) {
             return unauthorized();
         }
         match sent {
-            Some(sent) if sent == turn => {
-                self.turn.store(turn + 1, Ordering::SeqCst);
-                (200, Self::pair(turn + 1))
+            Some(sent) if sent == generation => {
+                self.generation.store(generation + 1, Ordering::SeqCst);
+                (200, Self::pair(generation + 1))
             }
-            // The one before: the same successor again.
-            Some(sent) if sent + 1 == turn => (200, Self::pair(turn)),
+            // The previous token gets the same successor again.
+            Some(sent) if sent + 1 == generation => (200, Self::pair(generation)),
             _ => {
-                self.over.store(true, Ordering::SeqCst);
+                self.ended.store(true, Ordering::SeqCst);
                 unauthorized()
             }
         }
     }
 
-    fn answer(&self, path: &str, bearer: &str, body: &Value) -> (u16, Value) {
+    fn respond(&self, path: &str, bearer: &str, body: &Value) -> (u16, Value) {
         match path {
             "/auth/login" => {
-                self.turn.fetch_add(1, Ordering::SeqCst);
-                self.over.store(false, Ordering::SeqCst);
-                let mut answer = Self::pair(self.turn.load(Ordering::SeqCst));
+                self.generation.fetch_add(1, Ordering::SeqCst);
+                self.ended.store(false, Ordering::SeqCst);
+                let mut answer = Self::pair(self.generation.load(Ordering::SeqCst));
                 *self.device.lock() = body["device_token"].clone();
                 answer["device_token"] = json!("known-device");
                 answer["user"] = json!({"id": ID, "email": "a@b.c", "name": "", "created_at": AT});
@@ -129,22 +129,23 @@ impl Rules {
             }
             "/auth/refresh" => self.refresh(body["refresh_token"].as_str().unwrap_or_default()),
             "/auth/logout" => {
-                self.over.store(true, Ordering::SeqCst);
+                self.ended.store(true, Ordering::SeqCst);
                 (204, Value::Null)
             }
             _ => {
-                let turn = self.turn.load(Ordering::SeqCst);
-                if bearer != format!("Bearer eyJ{turn}") || self.over.load(Ordering::SeqCst) {
+                let generation = self.generation.load(Ordering::SeqCst);
+                if bearer != format!("Bearer eyJ{generation}") || self.ended.load(Ordering::SeqCst)
+                {
                     return unauthorized();
                 }
-                let beside = format!("qr_{turn}");
+                let expected = format!("qr_{generation}");
                 let stored = self.keychain.only();
-                if !self.keychain.away.load(Ordering::SeqCst) && stored != Some(beside) {
-                    self.too_early.store(true, Ordering::SeqCst);
+                if !self.keychain.unavailable.load(Ordering::SeqCst) && stored != Some(expected) {
+                    self.used_too_early.store(true, Ordering::SeqCst);
                 }
                 (
                     200,
-                    json!({"items": [], "next_cursor": null, "total": turn}),
+                    json!({"items": [], "next_cursor": null, "total": generation}),
                 )
             }
         }
@@ -161,26 +162,26 @@ fn unauthorized() -> (u16, Value) {
     )
 }
 
-struct World {
-    rules: Arc<Rules>,
+struct Fixture {
+    fake: Arc<FakeServer>,
     keychain: Arc<InMemory>,
     server: Server,
     folder: tempfile::TempDir,
     serving: JoinHandle<()>,
 }
 
-impl World {
+impl Fixture {
     async fn new() -> Self {
         let keychain = Arc::new(InMemory::default());
-        let rules = Arc::new(Rules {
+        let fake = Arc::new(FakeServer {
             keychain: Arc::clone(&keychain),
-            ..Rules::default()
+            ..FakeServer::default()
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        let serving = tokio::spawn(serve(listener, Arc::clone(&rules)));
+        let serving = tokio::spawn(serve(listener, Arc::clone(&fake)));
         Self {
-            rules,
+            fake,
             keychain,
             server: Server::parse(&format!("http://{address}")).expect("an address"),
             folder: tempfile::tempdir().expect("a folder"),
@@ -188,7 +189,7 @@ impl World {
         }
     }
 
-    /// As another process of the same person would have it.
+    /// A session in another process of the same user.
     fn session(&self) -> Arc<Session> {
         let client = Client::new(self.server.clone()).expect("a client");
         let keychain: Arc<dyn Keychain> = Arc::clone(&self.keychain) as _;
@@ -200,19 +201,19 @@ impl World {
     }
 
     fn refreshes(&self) -> u32 {
-        self.rules.refreshes.load(Ordering::SeqCst)
+        self.fake.refreshes.load(Ordering::SeqCst)
     }
 }
 
-async fn serve(listener: TcpListener, rules: Arc<Rules>) {
+async fn serve(listener: TcpListener, fake: Arc<FakeServer>) {
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             return;
         };
-        let rules = Arc::clone(&rules);
-        let answer = service_fn(move |request| respond(Arc::clone(&rules), request));
+        let fake = Arc::clone(&fake);
+        let answer = service_fn(move |request| respond(Arc::clone(&fake), request));
         tokio::spawn(async move {
-            // One request a connection: aborting the listener is then the server going away.
+            // One request per connection, so that aborting the listener makes the server unreachable.
             let mut builder = http1::Builder::new();
             let _ = builder
                 .keep_alive(false)
@@ -223,7 +224,7 @@ async fn serve(listener: TcpListener, rules: Arc<Rules>) {
 }
 
 async fn respond(
-    rules: Arc<Rules>,
+    fake: Arc<FakeServer>,
     request: Request<Incoming>,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
     let path = request.uri().path().to_owned();
@@ -238,7 +239,7 @@ async fn respond(
         .await
         .map(http_body_util::Collected::to_bytes);
     let body = serde_json::from_slice(&body.unwrap_or_default()).unwrap_or_default();
-    let (status, answer) = rules.answer(&path, &bearer, &body);
+    let (status, answer) = fake.respond(&path, &bearer, &body);
     let response = Response::builder().status(status);
     let body = if answer.is_null() {
         String::new()
@@ -260,44 +261,44 @@ fn list() -> Call {
     Call::ListServiceTokens(PageOf::default())
 }
 
-fn is_unauthorized(refusal: &Refusal) -> bool {
-    matches!(refusal, Refusal::Problem { problem } if problem.status == 401)
+fn is_unauthorized(error: &CallError) -> bool {
+    matches!(error, CallError::Problem { problem } if problem.status == 401)
 }
 
 #[tokio::test]
-async fn a_device_is_known_at_the_next_sign_in_and_the_page_is_not_told() {
-    let world = World::new().await;
-    let session = world.session();
-    let told = session.call(&login()).await.expect("signed in").body;
-    assert!(!told.contains("known-device"), "{told}");
-    assert_eq!(*world.rules.device.lock(), Value::Null);
+async fn device_is_recognized_at_the_next_sign_in_and_hidden_from_the_page() {
+    let fixture = Fixture::new().await;
+    let session = fixture.session();
+    let body = session.call(&login()).await.expect("signed in").body;
+    assert!(!body.contains("known-device"), "{body}");
+    assert_eq!(*fixture.fake.device.lock(), Value::Null);
     session.call(&Call::Logout).await.expect("signed out");
-    // Also by another process, after the session has ended.
-    world.session().call(&login()).await.expect("signed in");
-    assert_eq!(*world.rules.device.lock(), json!("known-device"));
-    // Without a keychain it is a new device, which signs in nevertheless.
-    world.keychain.away.store(true, Ordering::SeqCst);
-    world.session().call(&login()).await.expect("signed in");
-    assert_eq!(*world.rules.device.lock(), Value::Null);
+    // Also in another process, after the session has ended.
+    fixture.session().call(&login()).await.expect("signed in");
+    assert_eq!(*fixture.fake.device.lock(), json!("known-device"));
+    // Without a keychain the device is new, and can sign in nevertheless.
+    fixture.keychain.unavailable.store(true, Ordering::SeqCst);
+    fixture.session().call(&login()).await.expect("signed in");
+    assert_eq!(*fixture.fake.device.lock(), Value::Null);
 }
 
 #[tokio::test]
-async fn the_page_is_told_of_no_token() {
-    let world = World::new().await;
-    let session = world.session();
+async fn page_never_sees_a_token() {
+    let fixture = Fixture::new().await;
+    let session = fixture.session();
     for call in [login(), Call::Refresh, Call::Me, list()] {
-        let body = session.call(&call).await.expect("an answer").body;
+        let body = session.call(&call).await.expect("a response").body;
         assert!(!body.contains("eyJ") && !body.contains("qr_"), "{body}");
     }
-    assert_eq!(world.keychain.only().as_deref(), Some("qr_2"));
+    assert_eq!(fixture.keychain.only().as_deref(), Some("qr_2"));
 }
 
 #[tokio::test]
-async fn many_calls_that_find_the_token_used_up_send_one_refresh() {
-    let world = World::new().await;
-    world.session().call(&login()).await.expect("signed in");
-    // As after a restart: nothing in memory.
-    let session = world.session();
+async fn concurrent_calls_share_one_refresh() {
+    let fixture = Fixture::new().await;
+    fixture.session().call(&login()).await.expect("signed in");
+    // After a restart, with nothing in memory.
+    let session = fixture.session();
     let calls: Vec<_> = (0..20)
         .map(|_| {
             let session = Arc::clone(&session);
@@ -305,11 +306,11 @@ async fn many_calls_that_find_the_token_used_up_send_one_refresh() {
         })
         .collect();
     for call in calls {
-        call.await.expect("no panic").expect("an answer");
+        call.await.expect("no panic").expect("a response");
     }
-    assert_eq!(world.refreshes(), 1);
-    // And so it is when the server says first that the token is used up.
-    world.rules.refresh("qr_2");
+    assert_eq!(fixture.refreshes(), 1);
+    // Also when the server rejects the access token.
+    fixture.fake.refresh("qr_2");
     let calls: Vec<_> = (0..20)
         .map(|_| {
             let session = Arc::clone(&session);
@@ -317,22 +318,22 @@ async fn many_calls_that_find_the_token_used_up_send_one_refresh() {
         })
         .collect();
     for call in calls {
-        call.await.expect("no panic").expect("an answer");
+        call.await.expect("no panic").expect("a response");
     }
-    assert_eq!(world.refreshes(), 3);
-    assert!(!world.rules.too_early.load(Ordering::SeqCst));
+    assert_eq!(fixture.refreshes(), 3);
+    assert!(!fixture.fake.used_too_early.load(Ordering::SeqCst));
 }
 
 #[tokio::test]
-async fn two_processes_that_refresh_at_once_both_stay_signed_in() {
-    let world = World::new().await;
-    world.session().call(&login()).await.expect("signed in");
+async fn two_processes_can_refresh_concurrently() {
+    let fixture = Fixture::new().await;
+    fixture.session().call(&login()).await.expect("signed in");
     let processes: Vec<_> = (0..2)
         .map(|_| {
-            let session = world.session();
+            let session = fixture.session();
             tokio::spawn(async move {
                 for _ in 0..25 {
-                    session.call(&Call::Refresh).await.expect("renewed");
+                    session.call(&Call::Refresh).await.expect("refreshed");
                 }
                 session.call(&list()).await.expect("signed in");
             })
@@ -341,96 +342,96 @@ async fn two_processes_that_refresh_at_once_both_stay_signed_in() {
     for process in processes {
         process.await.expect("signed in to the end");
     }
-    assert!(!world.rules.over.load(Ordering::SeqCst));
-    let turn = world.rules.turn.load(Ordering::SeqCst);
-    assert_eq!(world.keychain.only(), Some(format!("qr_{turn}")));
+    assert!(!fixture.fake.ended.load(Ordering::SeqCst));
+    let generation = fixture.fake.generation.load(Ordering::SeqCst);
+    assert_eq!(fixture.keychain.only(), Some(format!("qr_{generation}")));
 }
 
 #[tokio::test]
-async fn a_refresh_token_is_stored_before_the_access_token_beside_it_is_used() {
-    let world = World::new().await;
-    let session = world.session();
+async fn refresh_token_is_stored_before_its_access_token_is_used() {
+    let fixture = Fixture::new().await;
+    let session = fixture.session();
     session.call(&login()).await.expect("signed in");
     for _ in 0..10 {
-        let turn = world.rules.turn.load(Ordering::SeqCst);
-        // Another device does not share this session: here the server forgets the access token.
-        world.rules.refresh(&format!("qr_{turn}"));
-        session.call(&list()).await.expect("renewed");
+        let generation = fixture.fake.generation.load(Ordering::SeqCst);
+        // Invalidates the access token on the server.
+        fixture.fake.refresh(&format!("qr_{generation}"));
+        session.call(&list()).await.expect("refreshed");
     }
-    assert!(!world.rules.too_early.load(Ordering::SeqCst));
+    assert!(!fixture.fake.used_too_early.load(Ordering::SeqCst));
 }
 
 #[tokio::test]
-async fn without_a_keychain_a_session_lives_in_memory_alone() {
-    let world = World::new().await;
-    world.keychain.away.store(true, Ordering::SeqCst);
-    let session = world.session();
-    session.look().await;
-    assert!(!session.keeps());
+async fn session_is_in_memory_without_a_keychain() {
+    let fixture = Fixture::new().await;
+    fixture.keychain.unavailable.store(true, Ordering::SeqCst);
+    let session = fixture.session();
+    session.probe_keychain().await;
+    assert!(!session.has_keychain());
     session.call(&login()).await.expect("signed in");
-    session.call(&Call::Refresh).await.expect("renewed");
-    session.call(&list()).await.expect("an answer");
-    assert!(!session.keeps());
-    // The lock is the only file, and there is nothing in it.
-    let files: Vec<_> = fs::read_dir(world.folder.path())
+    session.call(&Call::Refresh).await.expect("refreshed");
+    session.call(&list()).await.expect("a response");
+    assert!(!session.has_keychain());
+    // The only file is the lock, which is empty.
+    let files: Vec<_> = fs::read_dir(fixture.folder.path())
         .expect("a folder")
         .collect();
     assert_eq!(files.len(), 1);
     assert_eq!(
-        fs::read(world.folder.path().join("lock")).expect("a file"),
+        fs::read(fixture.folder.path().join("lock")).expect("a file"),
         b""
     );
-    let refused = world
+    let rejection = world
         .session()
         .call(&list())
         .await
-        .expect_err("nobody is signed in");
-    assert!(is_unauthorized(&refused));
-    // It comes back: the next token goes there, and the session is kept from then on.
-    world.keychain.away.store(false, Ordering::SeqCst);
-    session.call(&Call::Refresh).await.expect("renewed");
-    assert!(session.keeps());
-    world.session().call(&list()).await.expect("kept");
+        .expect_err("not signed in");
+    assert!(is_unauthorized(&rejection));
+    // Once the keychain is available, the next token is stored there.
+    fixture.keychain.unavailable.store(false, Ordering::SeqCst);
+    session.call(&Call::Refresh).await.expect("refreshed");
+    assert!(session.has_keychain());
+    fixture.session().call(&list()).await.expect("stored");
 }
 
 #[tokio::test]
-async fn what_was_loaded_stays_readable_while_the_server_is_away() {
-    let world = World::new().await;
-    let session = world.session();
+async fn loaded_data_is_readable_while_the_server_is_unreachable() {
+    let fixture = Fixture::new().await;
+    let session = fixture.session();
     session.call(&login()).await.expect("signed in");
-    let loaded = session.call(&list()).await.expect("an answer");
+    let loaded = session.call(&list()).await.expect("a response");
     assert_eq!(loaded.loaded_at, None);
-    world.serving.abort();
-    let _ = world.serving.await;
-    let again = session.call(&list()).await.expect("what was loaded");
+    fixture.serving.abort();
+    let _ = fixture.serving.await;
+    let again = session.call(&list()).await.expect("cached data");
     assert_eq!(again.body, loaded.body);
     assert!(again.loaded_at.is_some());
-    assert_eq!(session.call(&Call::Me).await, Err(Refusal::Unreachable));
+    assert_eq!(session.call(&Call::Me).await, Err(CallError::Unreachable));
     let change = Call::UpdateMe(UpdateMe::default());
-    assert_eq!(session.call(&change).await, Err(Refusal::Unreachable));
-    // Still signed in, unless a person signs out, which the server is not told.
-    assert!(world.keychain.only().is_some());
-    let untold = session.call(&Call::Logout).await;
-    assert_eq!(untold, Err(Refusal::Unreachable));
-    assert_eq!(world.keychain.only(), None);
-    let refused = session
-        .call(&list())
-        .await
-        .expect_err("nobody is signed in");
-    assert!(is_unauthorized(&refused));
+    assert_eq!(session.call(&change).await, Err(CallError::Unreachable));
+    // Still signed in until the user signs out, which the server does not learn.
+    assert!(fixture.keychain.only().is_some());
+    let result = session.call(&Call::Logout).await;
+    assert_eq!(result, Err(CallError::Unreachable));
+    assert_eq!(fixture.keychain.only(), None);
+    let rejection = session.call(&list()).await.expect_err("not signed in");
+    assert!(is_unauthorized(&rejection));
 }
 
 #[tokio::test]
-async fn a_session_that_is_over_leaves_nothing_behind() {
-    let world = World::new().await;
-    let session = world.session();
+async fn ended_session_leaves_nothing_behind() {
+    let fixture = Fixture::new().await;
+    let session = fixture.session();
     session.call(&login()).await.expect("signed in");
-    world.rules.over.store(true, Ordering::SeqCst);
-    let refused = session.call(&list()).await.expect_err("it is over");
-    assert!(is_unauthorized(&refused));
-    assert_eq!(world.keychain.only(), None);
+    fixture.fake.ended.store(true, Ordering::SeqCst);
+    let rejection = session
+        .call(&list())
+        .await
+        .expect_err("the session has ended");
+    assert!(is_unauthorized(&rejection));
+    assert_eq!(fixture.keychain.only(), None);
     session.call(&login()).await.expect("signed in");
     session.call(&Call::Logout).await.expect("signed out");
-    assert_eq!(world.keychain.only(), None);
-    assert!(world.rules.over.load(Ordering::SeqCst));
+    assert_eq!(fixture.keychain.only(), None);
+    assert!(fixture.fake.ended.load(Ordering::SeqCst));
 }

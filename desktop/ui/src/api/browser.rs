@@ -1,10 +1,10 @@
-//! Calls from a browser: to the server that the page is from, with the session in cookies that no script reads.
+//! Calls from a browser, to the server that served the page. The session is in cookies that scripts cannot read.
 //!
-//! An access token that has run out is renewed and the call sent again, without anyone noticing; however many
-//! calls find it so at once, one refresh is sent. When that is refused the session is over, which a 401 tells.
+//! When the access token has expired, it is refreshed and the call sent again. Concurrent calls share one refresh. If
+//! the refresh is rejected, the session has ended and the call returns the server's 401.
 //!
-//! Windows of a browser share its cookies: when somebody signs in as another in one of them, the others hold pages of
-//! the account before. They are known by what their session's readable cookie held, and send nothing from then on.
+//! Windows of a browser share its cookies. When one of them signs in to another account, pages in the others still
+//! show the previous account. They notice by the session's readable CSRF cookie and stop sending calls.
 
 use std::cell::RefCell;
 
@@ -18,11 +18,11 @@ use wasm_bindgen::JsCast;
 use wasm_bindgen_futures::JsFuture;
 use web_sys::{HtmlDocument, RequestCredentials, RequestInit, Response, window};
 
-use super::{Answer, Failure, Tried};
+use super::error::{CallError, CallResult, TestResponse};
 use crate::model::address::Query;
 
-/// Cookies reach the server only over TLS, or on this machine.
-pub fn is_reachable_securely() -> bool {
+/// Whether the session's cookies reach the server: over TLS, or on this computer.
+pub fn is_secure() -> bool {
     window().is_some_and(|window| window.is_secure_context())
 }
 
@@ -33,7 +33,7 @@ pub fn origin() -> String {
         .unwrap_or_default()
 }
 
-fn csrf() -> Option<String> {
+fn csrf_token() -> Option<String> {
     let document = window()?.document()?.dyn_into::<HtmlDocument>().ok()?;
     let cookies = document.cookie().ok()?;
     cookies.split(';').find_map(|pair| {
@@ -42,32 +42,32 @@ fn csrf() -> Option<String> {
     })
 }
 
-/// Whose page this is.
-struct Own {
-    csrf: Option<String>,
+/// The account that this page shows.
+struct PageOwner {
+    csrf_token: Option<String>,
     account: (UserId, TenantId),
 }
 
 thread_local! {
-    static OWN: RefCell<Option<Own>> = const { RefCell::new(None) };
+    static PAGE_OWNER: RefCell<Option<PageOwner>> = const { RefCell::new(None) };
 }
 
-/// The account that the page is of, when the browser's session is another by now: of the same person, maybe. Where there
-/// is no session left, the server says so.
-fn stranger() -> Option<(UserId, TenantId)> {
-    let now = csrf()?;
-    OWN.with_borrow(|own| {
-        let own = own.as_ref()?;
-        (own.csrf.as_ref() != Some(&now)).then_some(own.account)
+/// Returns the page's account if the browser's session has been replaced since, possibly by one of the same account.
+/// `None` if the browser has no session at all: the server then answers 401.
+fn account_before_replacement() -> Option<(UserId, TenantId)> {
+    let now = csrf_token()?;
+    PAGE_OWNER.with_borrow(|owner| {
+        let owner = owner.as_ref()?;
+        (owner.csrf_token.as_ref() != Some(&now)).then_some(owner.account)
     })
 }
 
-/// Sends a call with these header fields. By hand, since a crate for it would be a fiftieth of what a browser loads.
-async fn exchange(
+/// Sends a call with these headers. Uses `fetch` directly: an HTTP crate would add a fiftieth to the download.
+async fn request(
     call: &Call,
     credentials: RequestCredentials,
     fields: &[(&str, &str)],
-) -> Answer<Response> {
+) -> CallResult<Response> {
     let sent = call.sent();
     let query = sent
         .query
@@ -75,95 +75,97 @@ async fn exchange(
         .fold(Query::default(), |query, (name, value)| {
             query.with(name, value)
         });
-    let request = RequestInit::new();
-    request.set_method(sent.method);
-    request.set_credentials(credentials);
-    let headers = web_sys::Headers::new().map_err(|_| Failure::Unreadable)?;
-    let set = |name: &str, value: &str| headers.set(name, value).map_err(|_| Failure::Unreadable);
+    let init = RequestInit::new();
+    init.set_method(sent.method);
+    init.set_credentials(credentials);
+    let headers = web_sys::Headers::new().map_err(|_| CallError::Unreadable)?;
+    let set = |name: &str, value: &str| headers.set(name, value).map_err(|_| CallError::Unreadable);
     for (name, value) in fields {
         set(name, value)?;
     }
     if let Some(body) = sent.body {
         set("content-type", "application/json")?;
-        let body = serde_json::to_string(&body).map_err(|_| Failure::Unreadable)?;
-        request.set_body(&body.into());
+        let body = serde_json::to_string(&body).map_err(|_| CallError::Unreadable)?;
+        init.set_body(&body.into());
     }
-    request.set_headers(&headers);
-    let window = window().ok_or(Failure::Unreachable)?;
+    init.set_headers(&headers);
+    let window = window().ok_or(CallError::Unreachable)?;
     let path = format!("{}{query}", sent.path);
-    JsFuture::from(window.fetch_with_str_and_init(&path, &request))
+    JsFuture::from(window.fetch_with_str_and_init(&path, &init))
         .await
         .and_then(JsCast::dyn_into)
-        .map_err(|_| Failure::Unreachable)
+        .map_err(|_| CallError::Unreachable)
 }
 
-async fn fetch(call: &Call) -> Answer<Response> {
-    let csrf = csrf();
+async fn request_with_session(call: &Call) -> CallResult<Response> {
+    let csrf_token = csrf_token();
     let mut fields = vec![("x-quota-session", "cookie")];
-    fields.extend(csrf.as_deref().map(|csrf| ("x-quota-csrf", csrf)));
-    exchange(call, RequestCredentials::SameOrigin, &fields).await
+    fields.extend(csrf_token.as_deref().map(|token| ("x-quota-csrf", token)));
+    request(call, RequestCredentials::SameOrigin, &fields).await
 }
 
-async fn read(response: Response) -> Answer<String> {
-    let text = response.text().map_err(|_| Failure::Unreachable)?;
+async fn read_body(response: Response) -> CallResult<String> {
+    let text = response.text().map_err(|_| CallError::Unreachable)?;
     let text = JsFuture::from(text)
         .await
-        .map_err(|_| Failure::Unreachable)?;
+        .map_err(|_| CallError::Unreachable)?;
     let body = text.as_string().unwrap_or_default();
     if response.ok() {
         return Ok(body);
     }
     match serde_json::from_str::<Problem>(&body) {
-        Ok(problem) => Err(Failure::Problem(Box::new(problem))),
-        // A proxy in between answers for a server that is away.
-        Err(_) if response.status() >= 500 => Err(Failure::Unreachable),
-        Err(_) => Err(Failure::Unreadable),
+        Ok(problem) => Err(CallError::Problem(Box::new(problem))),
+        // A proxy answered in place of an unreachable server.
+        Err(_) if response.status() >= 500 => Err(CallError::Unreachable),
+        Err(_) => Err(CallError::Unreadable),
     }
 }
 
-/// The body of the answer.
-pub async fn send(call: &Call) -> Answer<String> {
-    let is_own = matches!(
+/// Returns the body of the response.
+pub async fn send(call: &Call) -> CallResult<String> {
+    let needs_no_owner = matches!(
         call,
         Call::Me | Call::Login(_) | Call::Register(_) | Call::Echo
     );
-    let before = stranger().filter(|_| !is_own);
-    let mut turn = if before.is_some() { &Call::Me } else { call };
+    let before = account_before_replacement().filter(|_| !needs_no_owner);
+    let mut next = if before.is_some() { &Call::Me } else { call };
     loop {
-        let csrf = csrf();
-        let body = send_as_is(turn).await?;
-        if matches!(turn, Call::Me) {
-            let me: Me = serde_json::from_str(&body).map_err(|_| Failure::Unreadable)?;
+        let csrf_token = csrf_token();
+        let body = send_once(next).await?;
+        if matches!(next, Call::Me) {
+            let me: Me = serde_json::from_str(&body).map_err(|_| CallError::Unreadable)?;
             let account = (me.user.id, me.tenant.id);
-            // The page is theirs from now on.
-            OWN.set(Some(Own { csrf, account }));
+            PAGE_OWNER.set(Some(PageOwner {
+                csrf_token,
+                account,
+            }));
             if before.is_some_and(|before| before != account) {
-                return Err(Failure::Elsewhere);
+                return Err(CallError::AccountChanged);
             }
         }
-        if std::ptr::eq(turn, call) {
+        if std::ptr::eq(next, call) {
             return Ok(body);
         }
-        turn = call;
+        next = call;
     }
 }
 
-async fn send_as_is(call: &Call) -> Answer<String> {
-    let response = fetch(call).await?;
+async fn send_once(call: &Call) -> CallResult<String> {
+    let response = request_with_session(call).await?;
     if response.status() == 401 && call.is_of_session() && refresh().await? {
-        return read(fetch(call).await?).await;
+        return read_body(request_with_session(call).await?).await;
     }
-    read(response).await
+    read_body(response).await
 }
 
 thread_local! {
-    /// Those who wait for the refresh that is under way.
-    static WAITING: RefCell<Option<Vec<oneshot::Sender<Answer<bool>>>>> = const { RefCell::new(None) };
+    /// Calls waiting for the refresh in progress.
+    static WAITING: RefCell<Option<Vec<oneshot::Sender<CallResult<bool>>>>> = const { RefCell::new(None) };
 }
 
-/// Renews the session; `false` when it is over.
-async fn refresh() -> Answer<bool> {
-    let turn = WAITING.with_borrow_mut(|waiting| match waiting {
+/// Refreshes the session. Returns `false` if it has ended.
+async fn refresh() -> CallResult<bool> {
+    let receiver = WAITING.with_borrow_mut(|waiting| match waiting {
         Some(others) => {
             let (sender, receiver) = oneshot::channel();
             others.push(sender);
@@ -174,28 +176,28 @@ async fn refresh() -> Answer<bool> {
             None
         }
     });
-    if let Some(receiver) = turn {
-        return receiver.await.unwrap_or(Err(Failure::Unreachable));
+    if let Some(receiver) = receiver {
+        return receiver.await.unwrap_or(Err(CallError::Unreachable));
     }
-    let renewed = match fetch(&Call::Refresh).await {
+    let refreshed = match request_with_session(&Call::Refresh).await {
         Ok(response) if response.ok() => Ok(true),
-        // Without its cookies, or with those of another session, there is nothing to renew.
+        // Without its cookies, or with another session's, there is nothing to refresh.
         Ok(response) if matches!(response.status(), 401 | 403) => Ok(false),
-        Ok(response) => read(response).await.map(|_| true),
-        Err(failure) => Err(failure),
+        Ok(response) => read_body(response).await.map(|_| true),
+        Err(error) => Err(error),
     };
     for waiting in WAITING.take().into_iter().flatten() {
-        let _ = waiting.send(renewed.clone());
+        let _ = waiting.send(refreshed.clone());
     }
-    renewed
+    refreshed
 }
 
-/// Sends a request as a consumer would: with the key and nothing of the session.
-pub async fn try_key(key: &str) -> Answer<Tried> {
+/// Sends a request as an API client would: with the key and without the session.
+pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     let fields = [("x-api-key", key)];
-    let response = exchange(&Call::Echo, RequestCredentials::Omit, &fields).await?;
+    let response = request(&Call::Echo, RequestCredentials::Omit, &fields).await?;
     let headers = response.headers();
-    Ok(Tried {
+    Ok(TestResponse {
         status: response.status(),
         headers: LIMIT_FIELDS
             .iter()
@@ -204,7 +206,7 @@ pub async fn try_key(key: &str) -> Answer<Tried> {
     })
 }
 
-/// Puts text on the clipboard; whether the browser let us.
+/// Copies text to the clipboard. Returns whether the browser allowed it.
 pub async fn copy(text: &str) -> bool {
     let Some(window) = window() else { return false };
     JsFuture::from(window.navigator().clipboard().write_text(text))

@@ -1,29 +1,38 @@
-//! Fields of forms: a label, what is typed, a hint, and what is wrong with it.
+//! Form fields: a label, an input, and a hint or an error below it.
 
 use leptos::prelude::*;
 
+use super::form_state::{Check, FormState};
+
+/// The check of a field that has none.
+const fn accept(_: &str) -> Result<(), &'static str> {
+    Ok(())
+}
+
 #[component]
 pub fn Field(
-    /// Also what the field is called in the form.
-    id: &'static str,
+    form: FormState,
+    /// The field's name in the API.
+    name: &'static str,
+    /// The element's ID, if it differs from `name`.
+    #[prop(optional)]
+    id: Option<&'static str>,
     #[prop(into)] label: String,
     value: RwSignal<String>,
     #[prop(default = "text")] kind: &'static str,
     #[prop(optional, into)] hint: String,
     #[prop(optional, into)] placeholder: String,
-    #[prop(optional)] autocomplete: &'static str,
-    #[prop(optional, into)] error: MaybeProp<String>,
+    #[prop(default = "off")] autocomplete: &'static str,
     #[prop(optional)] required: bool,
     #[prop(optional)] numeric: bool,
+    #[prop(default = accept)] check: Check,
 ) -> impl IntoView {
+    form.register(name, value, required, check);
+    let id = id.unwrap_or(name);
     let note = format!("{id}-note");
-    let autocomplete = if autocomplete.is_empty() {
-        "off"
-    } else {
-        autocomplete
-    };
+    let is_invalid = move || form.error(name).is_some();
     view! {
-        <div class="field" class:invalid=move || error.get().is_some()>
+        <div class="field" class:invalid=is_invalid>
             <label for=id>{label}</label>
             <input
                 id=id
@@ -35,11 +44,13 @@ pub fn Field(
                 autocomplete=autocomplete
                 required=required
                 aria-describedby=note.clone()
-                aria-invalid=move || error.get().is_some().then_some("true")
+                aria-invalid=move || is_invalid().then_some("true")
                 bind:value=value
+                on:input=move |_| form.clear(name)
+                on:blur=move |_| form.check(name)
             />
             <p class="note" id=note aria-live="polite">
-                {move || error.get().unwrap_or_else(|| hint.clone())}
+                {move || form.error(name).unwrap_or_else(|| hint.clone())}
             </p>
         </div>
     }
@@ -47,24 +58,34 @@ pub fn Field(
 
 #[component]
 pub fn SelectField(
+    form: FormState,
+    /// The field's name in the API.
+    name: &'static str,
     id: &'static str,
     #[prop(into)] label: String,
     value: RwSignal<String>,
-    /// Values and what is shown for them.
+    /// Values and their labels.
     #[prop(into)]
     options: Signal<Vec<(String, String)>>,
     #[prop(optional, into)] hint: String,
-    #[prop(optional, into)] error: MaybeProp<String>,
+    #[prop(optional)] required: bool,
 ) -> impl IntoView {
+    form.register(name, value, required, accept);
     let note = format!("{id}-note");
+    let is_invalid = move || form.error(name).is_some();
     view! {
-        <div class="field" class:invalid=move || error.get().is_some()>
+        <div class="field" class:invalid=is_invalid>
             <label for=id>{label}</label>
             <select
                 id=id
                 name=id
+                required=required
                 aria-describedby=note.clone()
-                on:change=move |ev| value.set(event_target_value(&ev))
+                aria-invalid=move || is_invalid().then_some("true")
+                on:change=move |ev| {
+                    value.set(event_target_value(&ev));
+                    form.clear(name);
+                }
             >
                 {move || {
                     options
@@ -80,7 +101,7 @@ pub fn SelectField(
                 }}
             </select>
             <p class="note" id=note aria-live="polite">
-                {move || error.get().unwrap_or_else(|| hint.clone())}
+                {move || form.error(name).unwrap_or_else(|| hint.clone())}
             </p>
         </div>
     }

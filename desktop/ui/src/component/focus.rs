@@ -1,4 +1,4 @@
-//! Where the focus goes when what had it is gone: never to nowhere, from where a keyboard begins all over.
+//! Keyboard focus: it moves to a sensible element when the focused one disappears.
 
 use std::time::Duration;
 
@@ -6,10 +6,10 @@ use leptos::prelude::*;
 use wasm_bindgen::JsCast;
 use web_sys::{Element, HtmlElement};
 
-/// Elements that are drawn anew bear the same value of this before and after.
-const KEEP: &str = "data-keep";
+/// An attribute whose value identifies an element before and after it is rendered again.
+const KEY: &str = "data-focus-key";
 
-/// The element that has the focus, but for the whole page.
+/// The focused element, unless that is the document itself.
 fn focused() -> Option<Element> {
     document()
         .active_element()
@@ -24,37 +24,37 @@ fn focus(selector: &str) -> bool {
     element.focus().is_ok()
 }
 
-/// After what is being drawn is there.
-fn soon(then: impl FnOnce() + 'static) {
+/// Runs after the current rendering.
+fn after_render(then: impl FnOnce() + 'static) {
     set_timeout(then, Duration::ZERO);
 }
 
-/// Gives the focus to the first element that is like this.
+/// Focuses the first element that matches, after the current rendering.
 pub fn focus_soon(selector: impl Into<String>) {
     let selector = selector.into();
-    soon(move || {
+    after_render(move || {
         focus(&selector);
     });
 }
 
-/// Called before something is drawn anew: what had the focus has it afterwards as well, or the page's content.
+/// Call before rendering again: afterwards the same element has the focus, or else the page's content.
 pub fn keep_focus() {
     let Some(before) = focused() else { return };
-    let keep = before.get_attribute(KEEP);
-    soon(move || {
+    let key = before.get_attribute(KEY);
+    after_render(move || {
         if focused().is_some() {
             return;
         }
-        let again = keep.is_some_and(|keep| focus(&format!("[{KEEP}=\"{keep}\"]")));
-        if !again {
+        let restored = key.is_some_and(|key| focus(&format!("[{KEY}=\"{key}\"]")));
+        if !restored {
             focus("#content");
         }
     });
 }
 
-/// Gives the focus to the page's content, where nothing has it.
+/// Focuses the page's content if nothing has the focus.
 pub fn rescue_focus() {
-    soon(|| {
+    after_render(|| {
         if focused().is_none() {
             focus("#content");
         }

@@ -1,4 +1,4 @@
-//! Icons, drawn here: lines in a box of 24.
+//! Icons: line drawings in a 24 by 24 box.
 
 use leptos::prelude::*;
 
@@ -46,14 +46,14 @@ pub fn Icon(shape: Shape) -> impl IntoView {
     }
 }
 
-/// Quota's mark: a bucket, three quarters full.
+/// Quota's logo: a bucket, three quarters full.
 #[component]
-pub fn Mark() -> impl IntoView {
+pub fn Logo() -> impl IntoView {
     view! {
-        <svg class="mark" viewBox="0 0 32 32" aria-hidden="true">
-            <rect class="mark-ground" width="32" height="32" rx="8"/>
-            <path class="mark-line" d="M8 8.5l2.2 14.2a2 2 0 0 0 2 1.8h7.6a2 2 0 0 0 2-1.8L24 8.5"/>
-            <path class="mark-fill" d="M9.6 13h12.8l-1.4 9a1.2 1.2 0 0 1-1.2 1h-7.6a1.2 1.2 0 0 1-1.2-1z"/>
+        <svg class="logo" viewBox="0 0 32 32" aria-hidden="true">
+            <rect class="logo-background" width="32" height="32" rx="8"/>
+            <path class="logo-line" d="M8 8.5l2.2 14.2a2 2 0 0 0 2 1.8h7.6a2 2 0 0 0 2-1.8L24 8.5"/>
+            <path class="logo-fill" d="M9.6 13h12.8l-1.4 9a1.2 1.2 0 0 1-1.2 1h-7.6a1.2 1.2 0 0 1-1.2-1z"/>
         </svg>
     }
 }

@@ -1,4 +1,4 @@
-//! Dialogs, by the browser's own `<dialog>`: it keeps the focus inside and gives it back.
+//! Dialogs, built on the browser's `<dialog>`, which traps the focus and restores it on closing.
 
 use leptos::{
     ev::{KeyboardEvent, SubmitEvent},
@@ -6,19 +6,23 @@ use leptos::{
     prelude::*,
 };
 
-use super::{Field, focus::rescue_focus, held::held};
-use crate::model::bulk::is_phrase;
+use super::{
+    alert::Alert, busy::busy_attr, field::Field, focus::rescue_focus, form_state::FormState,
+};
+use crate::{api::CallError, model::bulk::is_phrase};
 
 #[component]
 pub fn Modal(
     open: RwSignal<bool>,
     #[prop(into)] title: Signal<String>,
-    /// Stays open until something in it is done: neither Escape nor another address closes it, because what would
-    /// go with it does not come back.
+    /// While set, neither Escape nor navigating closes the dialog, because its content could not be recovered.
     #[prop(optional, into)]
-    firm: Signal<bool>,
+    locked: Signal<bool>,
+    /// Called when Escape is pressed while the dialog is locked.
+    #[prop(optional)]
+    on_escape: Option<Callback<()>>,
     #[prop(optional)] wide: bool,
-    /// Its title is heard and not seen.
+    /// Without padding, and with a title only for screen readers.
     #[prop(optional)]
     bare: bool,
     children: ChildrenFn,
@@ -41,22 +45,25 @@ pub fn Modal(
             class:wide=wide
             class:bare=bare
             aria-label=move || title.get()
-            data-firm=move || firm.get().then_some("")
-            // Told a moment later, when it may have been opened again.
+            data-locked=move || locked.get().then_some("")
+            // Fires asynchronously, when the dialog may be open again.
             on:close=move |_| {
                 if dialog.get_untracked().is_none_or(|dialog| !dialog.open()) {
                     open.set(false);
                 }
             }
             on:cancel=move |ev: web_sys::Event| {
-                if firm.get_untracked() {
+                if locked.get_untracked() {
                     ev.prevent_default();
                 }
             }
-            // A browser may give up asking and close at the second Escape, so it never gets to see one.
+            // Browsers ignore a prevented `cancel` when Escape is pressed twice, so the key must not reach them.
             on:keydown=move |ev: KeyboardEvent| {
-                if firm.get_untracked() && ev.key() == "Escape" {
+                if locked.get_untracked() && ev.key() == "Escape" {
                     ev.prevent_default();
+                    if let Some(on_escape) = on_escape {
+                        on_escape.run(());
+                    }
                 }
             }
         >
@@ -68,47 +75,63 @@ pub fn Modal(
     }
 }
 
-/// Asks before something is done that cannot be undone, and says what it will break.
+/// Asks for confirmation before an action, and states its consequences.
 #[component]
 pub fn Confirm(
     open: RwSignal<bool>,
     #[prop(into)] title: Signal<String>,
-    #[prop(into)] breaks: Signal<String>,
-    /// What the button says.
+    #[prop(into)] message: Signal<String>,
+    /// The label of the button.
     #[prop(into)]
     action: Signal<String>,
-    /// What has to be typed first.
+    /// Text to type before the button becomes available.
     #[prop(optional, into)]
     phrase: MaybeProp<String>,
+    /// A milder action to offer instead, with its label.
+    #[prop(optional)]
+    alternative: Option<(&'static str, Callback<()>)>,
+    /// Whether the alternative applies.
+    #[prop(optional, into)]
+    has_alternative: Signal<bool>,
     busy: RwSignal<bool>,
-    #[prop(into)] failure: Signal<Option<String>>,
+    #[prop(into)] failure: Signal<Option<CallError>>,
     run: Callback<()>,
 ) -> impl IntoView {
     let typed = RwSignal::new(String::new());
-    Effect::new(move |_| {
-        if open.get() {
-            typed.set(String::new());
-        }
-    });
-    let missing = move || {
+    let is_unconfirmed = move || {
         let phrase = phrase.get();
         phrase.is_some_and(|phrase| typed.with(|typed| !is_phrase(typed, &phrase)))
     };
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
-        if !missing() {
+        if !is_unconfirmed() {
             run.run(());
         }
     };
     view! {
         <Modal open title>
-            <form on:submit=submit>
-                <p>{breaks}</p>
-                <super::Alert text=failure/>
-                {move || phrase.get().map(|phrase| view! { <Field id="phrase" label=format!("Type “{phrase}” to confirm") value=typed/> })}
+            <form novalidate on:submit=submit>
+                <p>{message}</p>
+                <Alert error=failure/>
+                {move || {
+                    phrase
+                        .get()
+                        .map(|phrase| {
+                            // Rendered whenever the dialog opens.
+                            typed.set(String::new());
+                            view! { <Field form=FormState::new() name="phrase" label=format!("Type \"{phrase}\" to confirm") value=typed/> }
+                        })
+                }}
                 <div class="actions end">
                     <button type="button" class="button" autofocus on:click=move |_| open.set(false)>"Cancel"</button>
-                    <button class="button danger" disabled=missing aria-disabled=held(busy)>{action}</button>
+                    {move || {
+                        alternative
+                            .filter(|_| has_alternative.get())
+                            .map(|(label, run)| {
+                                view! { <button type="button" class="button" aria-disabled=busy_attr(busy) on:click=move |_| run.run(())>{label}</button> }
+                            })
+                    }}
+                    <button class="button danger" disabled=is_unconfirmed aria-disabled=busy_attr(busy)>{action}</button>
                 </div>
             </form>
         </Modal>

@@ -1,4 +1,4 @@
-//! The command palette, the shortcuts, and the dialog that tells of them.
+//! The command palette, the keyboard shortcuts, and the dialog that lists them.
 
 use leptos::{
     ev::{self, KeyboardEvent},
@@ -12,23 +12,29 @@ use quota_common::{
 use wasm_bindgen::JsCast;
 use web_sys::Element;
 
-use super::{Icon, Modal, Shape, focus::focus_soon, now};
+use super::{
+    focus::focus_soon,
+    icon::{Icon, Shape},
+    modal::Modal,
+};
 use crate::{
     api,
+    clock::now,
     model::{
         address::Query,
         command::{Action, COMMANDS, Keys, matching},
-        text::named,
+        text::quoted,
     },
     preferences::{Preferences, preferences},
     route::{Route, route},
 };
 
-/// How many API keys the palette finds, and how long it waits for typing to pause, in milliseconds.
-const FOUND: u32 = 5;
-const PAUSE_MS: u32 = 200;
+/// How many API keys the palette lists.
+const MAX_KEYS: u32 = 5;
+/// How long typing must pause before the palette searches.
+const DEBOUNCE_MS: u32 = 200;
 
-/// What is open of this.
+/// The palette and the help dialog.
 #[derive(Clone, Copy)]
 pub struct Commands {
     palette: RwSignal<bool>,
@@ -43,8 +49,8 @@ fn is_mac() -> bool {
     platform.is_ok_and(|platform| platform.starts_with("Mac") || platform.starts_with("iP"))
 }
 
-/// How the palette is opened, as people write it.
-fn chord() -> &'static str {
+/// The shortcut that opens the palette.
+fn palette_shortcut() -> &'static str {
     if is_mac() { "⌘ K" } else { "Ctrl K" }
 }
 
@@ -58,23 +64,26 @@ impl Commands {
             preferences: preferences(),
         };
         let keys = StoredValue::new(Keys::default());
-        let listener = window_event_listener(ev::keydown, move |ev| commands.pressed(&ev, keys));
+        let listener = window_event_listener(ev::keydown, move |ev| commands.on_keydown(&ev, keys));
         on_cleanup(move || listener.remove());
         commands
     }
 
-    fn pressed(self, ev: &KeyboardEvent, keys: StoredValue<Keys>) {
-        // Dialogs are done with first, and letters of an input method are not typed yet.
+    fn on_keydown(self, ev: &KeyboardEvent, keys: StoredValue<Keys>) {
+        // Dialogs come first, and an input method has not committed its text yet.
         let dialog = document().query_selector("dialog[open]").ok().flatten();
         if dialog.is_some() || ev.default_prevented() || ev.is_composing() {
             return;
         }
-        let chord = ev.ctrl_key() || ev.meta_key();
-        if chord && !ev.alt_key() && !ev.shift_key() && ev.key().eq_ignore_ascii_case("k") {
+        let has_modifier = ev.ctrl_key() || ev.meta_key();
+        if has_modifier && !ev.alt_key() && !ev.shift_key() && ev.key().eq_ignore_ascii_case("k") {
             ev.prevent_default();
             return self.palette.set(true);
         }
-        if chord || ev.alt_key() || is_typed_into(ev) || !self.preferences.shortcuts.get_untracked()
+        if has_modifier
+            || ev.alt_key()
+            || is_in_field(ev)
+            || !self.preferences.shortcuts.get_untracked()
         {
             return;
         }
@@ -95,34 +104,34 @@ impl Commands {
                 }
                 focus_soon("#search");
             }
-            Action::Theme(theme) => self.preferences.choose_theme(theme),
+            Action::Theme(theme) => self.preferences.set_theme(theme),
             Action::Help => self.help.set(true),
             Action::SignOut => self.sign_out.run(()),
         }
     }
 }
 
-/// Whether a key is typed into a field.
-fn is_typed_into(ev: &KeyboardEvent) -> bool {
+/// Whether a key was pressed in a text field.
+fn is_in_field(ev: &KeyboardEvent) -> bool {
     const FIELDS: &str =
         "input:not([type=checkbox]):not([type=radio]), textarea, select, [contenteditable]";
     let target = ev.target().and_then(|it| it.dyn_into::<Element>().ok());
     target.is_some_and(|it| it.closest(FIELDS).ok().flatten().is_some())
 }
 
-/// The button that opens the palette, for those who do not know the keys yet.
+/// The button that opens the palette.
 #[component]
 pub fn PaletteButton(commands: Commands) -> impl IntoView {
     view! {
-        <button class="button jump" aria-keyshortcuts="Control+K Meta+K" on:click=move |_| commands.palette.set(true)>
+        <button class="button palette-button" aria-keyshortcuts="Control+K Meta+K" on:click=move |_| commands.palette.set(true)>
             <Icon shape=Shape::Search/>
-            <span>"Jump to"</span>
-            <kbd aria-hidden="true">{chord()}</kbd>
+            <span>"Search or jump to…"</span>
+            <kbd aria-hidden="true">{palette_shortcut()}</kbd>
         </button>
     }
 }
 
-/// What the palette offers.
+/// An entry of the palette.
 #[derive(Clone, PartialEq)]
 enum Choice {
     Command(&'static str, &'static str, Action),
@@ -135,7 +144,7 @@ impl Choice {
         match self {
             Self::Command(name, ..) => (*name).to_owned(),
             Self::Key(_, name) => name.clone(),
-            Self::SearchFor(text) => format!("Search API keys for {}", named(text)),
+            Self::SearchFor(text) => format!("Search API keys for {}", quoted(text)),
         }
     }
 }
@@ -143,7 +152,7 @@ impl Choice {
 #[component]
 pub fn CommandsView(commands: Commands) -> impl IntoView {
     view! {
-        <Modal open=commands.palette title="Jump to" bare=true>
+        <Modal open=commands.palette title="Search or jump to…" bare=true>
             <Palette commands/>
         </Modal>
         <Modal open=commands.help title="Keyboard shortcuts">
@@ -158,32 +167,32 @@ pub fn CommandsView(commands: Commands) -> impl IntoView {
 #[component]
 fn Palette(commands: Commands) -> impl IntoView {
     let typed = RwSignal::new(String::new());
-    let found = RwSignal::new(Vec::<Choice>::new());
-    let chosen = RwSignal::new(0_usize);
+    let keys = RwSignal::new(Vec::<Choice>::new());
+    let selected = RwSignal::new(0_usize);
     let choices = Memo::new(move |_| {
         let text = typed.get();
         let text = text.trim();
         let mut choices: Vec<Choice> = matching(text)
             .map(|it| Choice::Command(it.name, it.keys, it.action))
             .collect();
-        choices.extend(found.get());
+        choices.extend(keys.get());
         if !text.is_empty() {
             choices.push(Choice::SearchFor(text.to_owned()));
         }
         choices
     });
-    let turn = StoredValue::new(0_u32);
+    let latest = StoredValue::new(0_u32);
     Effect::new(move |_| {
         let text = typed.get();
-        chosen.set(0);
-        turn.update_value(|turn| *turn = turn.wrapping_add(1));
-        let own = turn.get_value();
+        selected.set(0);
+        latest.update_value(|latest| *latest = latest.wrapping_add(1));
+        let own = latest.get_value();
         if text.trim().is_empty() {
-            return found.set(Vec::new());
+            return keys.set(Vec::new());
         }
         spawn_local(async move {
-            gloo_timers::future::TimeoutFuture::new(PAUSE_MS).await;
-            if turn.try_get_value() != Some(own) {
+            gloo_timers::future::TimeoutFuture::new(DEBOUNCE_MS).await;
+            if latest.try_get_value() != Some(own) {
                 return;
             }
             let filter = KeyFilter {
@@ -191,22 +200,22 @@ fn Palette(commands: Commands) -> impl IntoView {
                 ..KeyFilter::default()
             };
             let page = PageOf {
-                limit: Some(FOUND),
+                limit: Some(MAX_KEYS),
                 cursor: None,
             };
-            // Without an answer the commands are there all the same.
-            let keys = api::list_api_keys(filter, page).await;
-            if turn.try_get_value() == Some(own) {
-                let keys = keys.map(|page| page.items).unwrap_or_default();
-                let keys = keys.into_iter().map(|key| Choice::Key(key.id, key.name));
-                let _ = found.try_set(keys.collect());
+            // If this fails, the commands are still listed.
+            let found = api::list_api_keys(filter, page).await;
+            if latest.try_get_value() == Some(own) {
+                let found = found.map(|page| page.items).unwrap_or_default();
+                let found = found.into_iter().map(|key| Choice::Key(key.id, key.name));
+                let _ = keys.try_set(found.collect());
             }
         });
     });
     let run = move |choice: Choice| {
         commands.palette.set(false);
         let route = commands.route;
-        // Closing gives the focus back first; where one goes then takes it.
+        // Closing restores the focus first; the destination then takes it.
         set_timeout(
             move || match choice {
                 Choice::Command(.., action) => commands.run(action),
@@ -219,12 +228,12 @@ fn Palette(commands: Commands) -> impl IntoView {
             std::time::Duration::ZERO,
         );
     };
-    let pressed = move |ev: KeyboardEvent| {
+    let on_keydown = move |ev: KeyboardEvent| {
         let count = choices.with(Vec::len);
-        let at = chosen.get_untracked();
+        let at = selected.get_untracked();
         match &*ev.key() {
-            "ArrowDown" if count > 0 => chosen.set((at + 1) % count),
-            "ArrowUp" if count > 0 => chosen.set((at + count - 1) % count),
+            "ArrowDown" if count > 0 => selected.set((at + 1) % count),
+            "ArrowUp" if count > 0 => selected.set((at + count - 1) % count),
             "Enter" if !ev.is_composing() => {
                 if let Some(choice) = choices.with(|choices| choices.get(at).cloned()) {
                     run(choice);
@@ -236,7 +245,7 @@ fn Palette(commands: Commands) -> impl IntoView {
     };
     focus_soon(".palette-input");
     Effect::new(move |_| {
-        let choice = document().get_element_by_id(&format!("choice-{}", chosen.get()));
+        let choice = document().get_element_by_id(&format!("choice-{}", selected.get()));
         if let Some(choice) = choice {
             choice.scroll_into_view_with_bool(false);
         }
@@ -247,15 +256,15 @@ fn Palette(commands: Commands) -> impl IntoView {
             type="text"
             role="combobox"
             dir="auto"
-            aria-label="Command, or the name of an API key"
+            aria-label="Type a command or the name of an API key"
             aria-expanded="true"
             aria-controls="palette"
-            aria-activedescendant=move || format!("choice-{}", chosen.get())
+            aria-activedescendant=move || format!("choice-{}", selected.get())
             autocomplete="off"
             maxlength="200"
-            placeholder="Command, or the name of an API key"
+            placeholder="Type a command or the name of an API key"
             bind:value=typed
-            on:keydown=pressed
+            on:keydown=on_keydown
         />
         <ul class="palette" id="palette" role="listbox" aria-label="Commands">
             {move || {
@@ -273,13 +282,13 @@ fn Palette(commands: Commands) -> impl IntoView {
                             <li
                                 id=format!("choice-{at}")
                                 role="option"
-                                aria-selected=move || (chosen.get() == at).to_string()
-                                on:mousemove=move |_| chosen.set(at)
+                                aria-selected=move || (selected.get() == at).to_string()
+                                on:mousemove=move |_| selected.set(at)
                                 on:click=move |_| run(choice.clone())
                             >
                                 <span class="clamp" dir="auto">{text}</span>
                                 {is_key.then(|| view! { <span class="badge">"API key"</span> })}
-                                <Typed keys/>
+                                <Keycaps keys/>
                             </li>
                         }
                     })
@@ -289,25 +298,25 @@ fn Palette(commands: Commands) -> impl IntoView {
     }
 }
 
-/// Keys, one after the other.
+/// Keys to press one after the other.
 #[component]
-fn Typed(keys: &'static str) -> impl IntoView {
+fn Keycaps(keys: &'static str) -> impl IntoView {
     view! {
-        <span class="typed">{keys.chars().map(|key| view! { <kbd>{key.to_string()}</kbd> }).collect_view()}</span>
+        <span class="keycaps">{keys.chars().map(|key| view! { <kbd>{key.to_string()}</kbd> }).collect_view()}</span>
     }
 }
 
 #[component]
 fn Help(preferences: Preferences) -> impl IntoView {
     view! {
-        <table class="keys">
-            <caption class="unseen">"Keyboard shortcuts"</caption>
+        <table class="shortcuts">
+            <caption class="visually-hidden">"Keyboard shortcuts"</caption>
             <tbody>
-                <tr><th scope="row">"Jump to"</th><td><kbd>{chord()}</kbd></td></tr>
+                <tr><th scope="row">"Search or jump to…"</th><td><kbd>{palette_shortcut()}</kbd></td></tr>
                 {COMMANDS
                     .iter()
                     .filter(|command| !command.keys.is_empty())
-                    .map(|command| view! { <tr><th scope="row">{command.name}</th><td><Typed keys=command.keys/></td></tr> })
+                    .map(|command| view! { <tr><th scope="row">{command.name}</th><td><Keycaps keys=command.keys/></td></tr> })
                     .collect_view()}
                 <tr><th scope="row">"Close a dialog"</th><td><kbd>"Esc"</kbd></td></tr>
             </tbody>
@@ -317,10 +326,10 @@ fn Help(preferences: Preferences) -> impl IntoView {
                 type="checkbox"
                 name="shortcuts"
                 prop:checked=move || preferences.shortcuts.get()
-                on:change=move |ev| preferences.switch_shortcuts(event_target_checked(&ev))
+                on:change=move |ev| preferences.set_shortcuts(event_target_checked(&ev))
             />
-            <span>"Shortcuts of single characters"</span>
+            <span>"Single-key shortcuts"</span>
         </label>
-        <p class="quiet small-text">"They never act while you type into a field."</p>
+        <p class="muted small-text">"Shortcuts are off while you type in a field."</p>
     }
 }

@@ -1,11 +1,11 @@
-//! The order of a list, which is part of the address.
+//! The sort order of a list, which is part of the address.
 
 use leptos::prelude::*;
 
 use crate::route::route;
 
-/// With another order, from the first page on.
-fn ordered(sort: &str) -> String {
+/// The address of the list in another order, from its first page.
+fn sorted_address(sort: &str) -> String {
     let route = route();
     let query = route.query.get().with("cursor", "").with("sort", sort);
     format!("{}{query}", route.path.get_untracked())
@@ -18,7 +18,7 @@ fn current() -> String {
         .unwrap_or_default()
 }
 
-/// Chooses among all orders; the first is what stands for none.
+/// Selects a sort order. The first option is the default.
 #[component]
 pub fn SortSelect(options: &'static [(&'static str, &'static str)]) -> impl IntoView {
     let route = route();
@@ -42,32 +42,32 @@ pub fn SortSelect(options: &'static [(&'static str, &'static str)]) -> impl Into
     }
 }
 
-/// The head of a column that its list can be ordered by: first this way, then the other.
+/// The header of a sortable column. Clicking it again reverses the order.
 #[component]
 pub fn SortHead(
     name: &'static str,
-    /// Upwards.
-    up: &'static str,
-    /// Downwards.
-    down: &'static str,
-    /// Whether upwards comes first.
+    /// The ascending order.
+    ascending: &'static str,
+    /// The descending order.
+    descending: &'static str,
+    /// Whether the first click sorts ascending.
     #[prop(optional)]
-    up_first: bool,
+    ascending_first: bool,
 ) -> impl IntoView {
     let direction = move || match current() {
-        it if it == up => Some("ascending"),
-        it if it == down => Some("descending"),
+        it if it == ascending => Some("ascending"),
+        it if it == descending => Some("descending"),
         _ => None,
     };
     let next = move || match direction() {
-        Some("ascending") => down,
-        Some(_) => up,
-        None if up_first => up,
-        None => down,
+        Some("ascending") => descending,
+        Some(_) => ascending,
+        None if ascending_first => ascending,
+        None => descending,
     };
     view! {
         <th scope="col" aria-sort=direction>
-            <a class="sort" data-keep=format!("sort-{up}") href=move || ordered(next())>
+            <a class="sort" data-focus-key=format!("sort-{ascending}") href=move || sorted_address(next())>
                 {name}
                 <span class="arrow" aria-hidden="true">
                     {move || match direction() {

@@ -1,11 +1,11 @@
-//! Addresses of the console: which page they name, and what stands behind their `?`.
+//! Addresses of the console: pages and query strings.
 
 use std::fmt::{self, Write as _};
 
 use quota_common::ApiKeyId;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum ConsolePage {
     SignIn,
     Register,
     Home,
@@ -15,10 +15,10 @@ pub enum Place {
     ServiceTokens,
     Audit,
     Settings,
-    Nowhere,
+    NotFound,
 }
 
-impl Place {
+impl ConsolePage {
     pub fn of(path: &str) -> Self {
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
         match parts[..] {
@@ -27,16 +27,16 @@ impl Place {
             ["console", "register"] => Self::Register,
             ["console", "plans"] => Self::Plans,
             ["console", "api-keys"] => Self::ApiKeys,
-            ["console", "api-keys", id] => id.parse().map_or(Self::Nowhere, Self::ApiKey),
+            ["console", "api-keys", id] => id.parse().map_or(Self::NotFound, Self::ApiKey),
             ["console", "service-tokens"] => Self::ServiceTokens,
             ["console", "audit"] => Self::Audit,
             ["console", "settings"] => Self::Settings,
-            _ => Self::Nowhere,
+            _ => Self::NotFound,
         }
     }
 }
 
-/// What stands behind the `?`, decoded; shown with it, encoded.
+/// A query string, decoded. `Display` encodes it, with the leading `?`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Query(Vec<(String, String)>);
 
@@ -54,7 +54,7 @@ impl Query {
         )
     }
 
-    /// Nothing where it is empty.
+    /// Returns `None` for an empty value.
     pub fn get(&self, name: &str) -> Option<String> {
         self.0
             .iter()
@@ -63,7 +63,7 @@ impl Query {
             .filter(|value| !value.is_empty())
     }
 
-    /// With another value; an empty one takes it out.
+    /// Sets a value; an empty one removes the parameter.
     pub fn with(mut self, name: &str, value: &str) -> Self {
         self.0.retain(|(it, _)| it != name);
         if !value.is_empty() {
@@ -76,14 +76,14 @@ impl Query {
 impl fmt::Display for Query {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (at, (name, value)) in self.0.iter().enumerate() {
-            let mark = if at == 0 { '?' } else { '&' };
-            write!(f, "{mark}{}={}", encoded(name), encoded(value))?;
+            let separator = if at == 0 { '?' } else { '&' };
+            write!(f, "{separator}{}={}", encoded(name), encoded(value))?;
         }
         Ok(())
     }
 }
 
-/// RFC 3986 2.1: all but the unreserved as `%` and two digits.
+/// Percent-encodes everything except unreserved characters (RFC 3986 2.1).
 pub fn encoded(text: &str) -> String {
     let mut out = String::new();
     for byte in text.bytes() {
@@ -127,20 +127,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_name_their_pages() {
-        assert_eq!(Place::of("/console"), Place::Home);
-        assert_eq!(Place::of("/console/"), Place::Home);
-        assert_eq!(Place::of("/console/plans"), Place::Plans);
+    fn address_maps_to_its_page() {
+        assert_eq!(ConsolePage::of("/console"), ConsolePage::Home);
+        assert_eq!(ConsolePage::of("/console/"), ConsolePage::Home);
+        assert_eq!(ConsolePage::of("/console/plans"), ConsolePage::Plans);
         let id = "019ab4e1-7c00-7000-8000-0000000000b1";
-        let page = Place::of(&format!("/console/api-keys/{id}"));
-        assert_eq!(page, Place::ApiKey(id.parse().expect("an id")));
-        assert_eq!(Place::of("/console/api-keys/x"), Place::Nowhere);
-        assert_eq!(Place::of("/console/plans/x"), Place::Nowhere);
-        assert_eq!(Place::of("/"), Place::Nowhere);
+        let page = ConsolePage::of(&format!("/console/api-keys/{id}"));
+        assert_eq!(page, ConsolePage::ApiKey(id.parse().expect("valid ID")));
+        assert_eq!(
+            ConsolePage::of("/console/api-keys/x"),
+            ConsolePage::NotFound
+        );
+        assert_eq!(ConsolePage::of("/console/plans/x"), ConsolePage::NotFound);
+        assert_eq!(ConsolePage::of("/"), ConsolePage::NotFound);
     }
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn query_survives_a_round_trip() {
         let all = Query::default()
             .with("search", "a & b = ü + %41")
             .with("plan_id", "7");
@@ -151,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_wrote_is_read_as_far_as_it_goes() {
+    fn malformed_query_is_read_leniently() {
         let query = Query::read("?a=1+2&b&c=%zz%F0&a=3&=&%");
         assert_eq!(query.get("a").as_deref(), Some("1 2"));
         assert_eq!(query.get("b"), None);

@@ -1,23 +1,23 @@
-//! A key's bucket between two answers: what the server said last, and what has refilled since.
+//! A key's token bucket between two responses: the last reported level plus what has refilled since.
 
 use std::fmt::Write as _;
 
-/// What an answer's fields say of a bucket. In whole numbers: reading and writing others would be a twentieth of
-/// what a browser loads.
+/// A bucket as response headers describe it. Uses integers only: floating-point formatting would add a twentieth to
+/// the download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bucket {
     pub limit: u64,
-    /// What was left at `at`.
+    /// Requests remaining at `at`.
     pub remaining: u64,
     /// Milliseconds since 1970.
     pub at: i64,
-    /// `refill` requests come back in `window` seconds.
+    /// `refill` requests are added every `window` seconds.
     pub refill: u64,
     pub window: u64,
 }
 
 impl Bucket {
-    /// From `X-RateLimit-Limit`, `X-RateLimit-Remaining` and `RateLimit-Policy`.
+    /// Reads the values of `X-RateLimit-Limit`, `X-RateLimit-Remaining` and `RateLimit-Policy`.
     pub fn read(limit: &str, remaining: &str, policy: &str, at: i64) -> Option<Self> {
         let rpm = policy
             .split(',')
@@ -37,7 +37,7 @@ impl Bucket {
         })
     }
 
-    /// In thousandths of a request.
+    /// Returns the level at `now`, in thousandths of a request.
     pub fn level(&self, now: i64) -> u64 {
         let elapsed = u64::try_from(now - self.at).unwrap_or(0);
         let refilled = elapsed.saturating_mul(self.refill) / self.window;
@@ -48,32 +48,32 @@ impl Bucket {
             .min(most)
     }
 
-    /// How full it is, in thousandths.
+    /// Returns how full the bucket is at `now`, in thousandths.
     pub fn share(&self, now: i64) -> u64 {
         self.level(now) / self.limit
     }
 
-    /// What comes back in a second, to a tenth.
+    /// Returns the refill rate per second, to one decimal place.
     pub fn pace(&self) -> String {
         let tenths = (self.refill.saturating_mul(10) + self.window / 2) / self.window;
         format!("{}.{}", tenths / 10, tenths % 10)
     }
 }
 
-/// The last while of a bucket, as a line to draw.
+/// The recent levels of a bucket, for a chart.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct History {
     points: Vec<(i64, u64)>,
 }
 
 impl History {
-    /// What is shown, in milliseconds.
+    /// The time span of the chart, in milliseconds.
     pub const SPAN: i64 = 30_000;
 
     /// `share` is in thousandths.
     pub fn add(&mut self, now: i64, share: u64) {
         self.points.push((now, share.min(1000)));
-        // One point from before what is shown stays, for the line to begin at the edge.
+        // Keep one older point, so that the line begins at the edge.
         let old = self
             .points
             .iter()
@@ -82,7 +82,7 @@ impl History {
         self.points.drain(..old.saturating_sub(1));
     }
 
-    /// Points of an SVG `polyline`, in a box that is this wide and 1000 high.
+    /// Returns the points of an SVG `polyline` in a box of this width and a height of 1000.
     pub fn line(&self, now: i64, width: i64) -> String {
         let mut line = String::new();
         for (at, share) in &self.points {
@@ -100,11 +100,11 @@ mod tests {
 
     fn bucket() -> Bucket {
         let policy = "\"rpm\";q=90;w=60, \"daily\";q=500;w=86400";
-        Bucket::read("10", "4", policy, 1000).expect("the fields are whole")
+        Bucket::read("10", "4", policy, 1000).expect("valid headers")
     }
 
     #[test]
-    fn it_fills_as_the_policy_says_and_no_further() {
+    fn bucket_refills_at_the_policy_rate_up_to_its_limit() {
         assert_eq!(bucket().level(1000), 4000);
         assert_eq!(bucket().level(3000), 7000);
         assert_eq!(bucket().level(60_000), 10_000);
@@ -114,14 +114,14 @@ mod tests {
     }
 
     #[test]
-    fn a_key_without_a_rate_has_no_bucket() {
+    fn headers_without_a_rate_policy_have_no_bucket() {
         assert_eq!(Bucket::read("10", "4", "\"daily\";q=500;w=86400", 0), None);
         assert_eq!(Bucket::read("", "4", "\"rpm\";q=60;w=60", 0), None);
         assert_eq!(Bucket::read("10", "4", "\"rpm\";q=60;w=0", 0), None);
     }
 
     #[test]
-    fn the_line_ends_now_and_forgets_what_is_past() {
+    fn line_ends_now_and_drops_old_points() {
         let mut history = History::default();
         for second in 0..100 {
             history.add(second * 1000, 500);

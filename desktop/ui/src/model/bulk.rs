@@ -1,18 +1,18 @@
-//! What is done to many API keys at once, in words.
+//! Actions on several API keys at once, in words.
 
-use super::text::{count, named};
+use super::text::{count, quoted};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Deed {
+pub enum BulkAction {
     Activate,
     Deactivate,
     Delete,
 }
 
-impl Deed {
+impl BulkAction {
     pub const ALL: [Self; 3] = [Self::Activate, Self::Deactivate, Self::Delete];
 
-    pub const fn name(self) -> &'static str {
+    pub const fn label(self) -> &'static str {
         match self {
             Self::Activate => "Activate",
             Self::Deactivate => "Deactivate",
@@ -20,7 +20,7 @@ impl Deed {
         }
     }
 
-    const fn done(self) -> &'static str {
+    const fn past_participle(self) -> &'static str {
         match self {
             Self::Activate => "activated",
             Self::Deactivate => "deactivated",
@@ -28,20 +28,24 @@ impl Deed {
         }
     }
 
+    /// The label of the button that confirms it.
+    pub fn button(self, keys: usize) -> String {
+        format!("{} {}", self.label(), count_keys(keys))
+    }
+
     pub fn title(self, keys: usize) -> String {
-        format!("{} {}?", self.name(), count_of(keys))
+        format!("{}?", self.button(keys))
     }
 
-    /// What is typed to confirm it; nothing for what breaks nothing.
+    /// The text to type as confirmation; `None` for an action that breaks nothing.
     pub fn phrase(self, keys: usize) -> Option<String> {
-        let phrase = format!("{} {}", self.name(), count_of(keys)).to_ascii_lowercase();
-        (self != Self::Activate).then_some(phrase)
+        (self != Self::Activate).then(|| self.button(keys).to_ascii_lowercase())
     }
 
-    /// What it comes to for those who hold the keys, of which some were used in the last day.
-    pub fn breaks(self, names: &[&str], in_use: usize) -> String {
+    /// What happens to the clients that use these keys, `recently_used` of which had requests in the last day.
+    pub fn consequences(self, names: &[&str], recently_used: usize) -> String {
         let shown = names.len().min(4);
-        let mut list: Vec<String> = names[..shown].iter().map(|name| named(name)).collect();
+        let mut list: Vec<String> = names[..shown].iter().map(|name| quoted(name)).collect();
         if names.len() > shown {
             list.push(format!("{} more", names.len() - shown));
         }
@@ -50,48 +54,41 @@ impl Deed {
             [one] => one.clone(),
             [most @ .., last] => format!("{} and {last}", most.join(", ")),
         };
-        let used = match in_use {
-            0 => "None of them was used in the last day.".to_owned(),
-            n => format!("{n} of them had requests in the last day."),
+        let usage = match recently_used {
+            0 => "None were used in the last 24 hours.".to_owned(),
+            1 => "1 was used in the last 24 hours.".to_owned(),
+            n => format!("{n} were used in the last 24 hours."),
         };
         match self {
-            Self::Activate => {
-                format!(
-                    "{list}: within a second their requests are let in again, as their plans say."
-                )
-            }
+            Self::Activate => format!("{list}: requests will be accepted again within a second."),
             Self::Deactivate => format!(
-                "{list}: within a second every request with them is refused with 401. They can be switched on again. {used}"
+                "{list}: requests will be rejected with 401 within a second. You can activate the keys again later. {usage}"
             ),
             Self::Delete => format!(
-                "{list}: within a second every request with them is refused with 401. Keys that are deleted do not come back. {used}"
+                "{list}: requests will be rejected with 401 within a second. This can't be undone. {usage}"
             ),
         }
     }
 
-    /// What has come of it, and why some could not be done.
-    pub fn outcome(self, done: usize, failed: usize, why: &str) -> String {
-        let told = format!(
-            "{} {} {}.",
-            count_of(done),
-            if done == 1 { "is" } else { "are" },
-            self.done()
-        );
+    /// The result, with the last error if some keys failed.
+    pub fn outcome(self, done: usize, failed: usize, error: &str) -> String {
+        let done = format!("{} {}", count_keys(done), self.past_participle());
         match failed {
-            0 => told,
-            n => format!("{told} {n} could not be: {why}"),
+            0 => done,
+            n => format!("{done}, {n} failed: {error}"),
         }
     }
 }
 
-fn count_of(keys: usize) -> String {
+fn count_keys(keys: usize) -> String {
     count(keys as u64, "key", "keys")
 }
 
-/// Whether what was typed is what had to be, but for case and space around it.
+/// Compares typed text with the expected phrase, ignoring case, thousands separators and surrounding spaces.
 pub fn is_phrase(typed: &str, phrase: &str) -> bool {
     let words = |text: &str| {
-        text.to_ascii_lowercase()
+        text.replace(',', "")
+            .to_ascii_lowercase()
             .split_whitespace()
             .map(str::to_owned)
             .collect::<Vec<_>>()
@@ -104,37 +101,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_breaks_something_has_to_be_typed() {
-        assert_eq!(Deed::Activate.phrase(3), None);
-        assert_eq!(Deed::Delete.phrase(3).as_deref(), Some("delete 3 keys"));
-        let one = Deed::Deactivate.phrase(1);
+    fn disruptive_actions_need_a_typed_phrase() {
+        assert_eq!(BulkAction::Activate.phrase(3), None);
+        let phrase = BulkAction::Delete.phrase(3);
+        assert_eq!(phrase.as_deref(), Some("delete 3 keys"));
+        let one = BulkAction::Deactivate.phrase(1);
         assert_eq!(one.as_deref(), Some("deactivate 1 key"));
         assert!(is_phrase(" Delete  3 keys ", "delete 3 keys"));
         assert!(!is_phrase("delete 2 keys", "delete 3 keys"));
         assert!(!is_phrase("", "delete 3 keys"));
-        // A thousand is written with a narrow space, which nobody types.
-        let many = Deed::Delete.phrase(1000).expect("a phrase");
-        assert!(is_phrase("delete 1 000 keys", &many));
+        let many = BulkAction::Delete.phrase(1000).expect("a phrase");
+        assert_eq!(many, "delete 1,000 keys");
+        assert!(is_phrase("delete 1000 keys", &many));
     }
 
     #[test]
-    fn what_will_break_names_keys_and_their_use() {
-        let text = Deed::Delete.breaks(&["a", "b", "c", "d", "e", "f"], 2);
+    fn consequences_name_the_keys_and_their_recent_use() {
+        let text = BulkAction::Delete.consequences(&["a", "b", "c", "d", "e", "f"], 2);
         assert!(
-            text.starts_with("\u{2068}a\u{2069}, ") && text.contains(" and 2 more: "),
+            text.starts_with(&quoted("a")) && text.contains(" and 2 more: "),
             "{text}"
         );
-        assert!(text.ends_with("2 of them had requests in the last day."));
-        let text = Deed::Deactivate.breaks(&["a"], 0);
-        assert!(text.starts_with("\u{2068}a\u{2069}: "), "{text}");
+        assert!(text.ends_with("2 were used in the last 24 hours."));
+        let text = BulkAction::Deactivate.consequences(&["a"], 0);
+        assert!(
+            text.starts_with(&format!("{}: ", quoted("a"))) && text.ends_with("last 24 hours."),
+            "{text}"
+        );
     }
 
     #[test]
-    fn what_failed_is_told() {
-        assert_eq!(Deed::Activate.outcome(1, 0, ""), "1 key is activated.");
+    fn outcome_reports_failures() {
+        assert_eq!(BulkAction::Activate.outcome(1, 0, ""), "1 key activated");
         assert_eq!(
-            Deed::Delete.outcome(2, 1, "Not found."),
-            "2 keys are deleted. 1 could not be: Not found."
+            BulkAction::Delete.outcome(2, 1, "Not found."),
+            "2 keys deleted, 1 failed: Not found."
         );
     }
 }

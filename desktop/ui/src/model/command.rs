@@ -1,14 +1,14 @@
-//! What can be done from anywhere: found in the palette, and most of it by keys alone.
+//! Commands available on every page, through the palette or a keyboard shortcut.
 
-/// What a command does.
+/// The effect of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// To this address of the console.
+    /// Opens this address of the console.
     Go(&'static str),
-    /// To where API keys are searched.
+    /// Focuses the search for API keys.
     Search,
     Theme(&'static str),
-    /// Shows the keys.
+    /// Lists the keyboard shortcuts.
     Help,
     SignOut,
 }
@@ -16,7 +16,7 @@ pub enum Action {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Command {
     pub name: &'static str,
-    /// Characters to type one after the other; none: by the palette alone.
+    /// Keys to press one after the other. Empty if the command has no shortcut.
     pub keys: &'static str,
     pub action: Action,
 }
@@ -26,37 +26,37 @@ const fn command(name: &'static str, keys: &'static str, action: Action) -> Comm
 }
 
 pub const COMMANDS: &[Command] = &[
-    command("Go to home", "gh", Action::Go("/console")),
-    command("Go to plans", "gp", Action::Go("/console/plans")),
+    command("Go to Home", "gh", Action::Go("/console")),
+    command("Go to Plans", "gp", Action::Go("/console/plans")),
     command("Go to API keys", "gk", Action::Go("/console/api-keys")),
     command(
-        "Go to service tokens",
+        "Go to Service tokens",
         "gt",
         Action::Go("/console/service-tokens"),
     ),
-    command("Go to audit", "ga", Action::Go("/console/audit")),
-    command("Go to settings", "gs", Action::Go("/console/settings")),
-    command("Make a plan", "np", Action::Go("/console/plans?new=1")),
+    command("Go to Audit log", "ga", Action::Go("/console/audit")),
+    command("Go to Settings", "gs", Action::Go("/console/settings")),
+    command("Create plan", "np", Action::Go("/console/plans?new=1")),
     command(
-        "Make an API key",
+        "Create API key",
         "nk",
         Action::Go("/console/api-keys?new=1"),
     ),
     command(
-        "Make a service token",
+        "Create service token",
         "nt",
         Action::Go("/console/service-tokens?new=1"),
     ),
     command("Search API keys", "/", Action::Search),
     command("Show keyboard shortcuts", "?", Action::Help),
-    command("Use the light theme", "", Action::Theme("light")),
-    command("Use the dark theme", "", Action::Theme("dark")),
-    command("Use the system's theme", "", Action::Theme("system")),
+    command("Use light theme", "", Action::Theme("light")),
+    command("Use dark theme", "", Action::Theme("dark")),
+    command("Use system theme", "", Action::Theme("system")),
     command("Sign out", "", Action::SignOut),
 ];
 
-/// The commands whose names hold every word that is typed. They are plain English: the case of other letters would
-/// be tables to load.
+/// Returns the commands whose names contain every typed word, ignoring ASCII case. Unicode case tables would add to the
+/// download.
 pub fn matching(typed: &str) -> impl Iterator<Item = &'static Command> {
     let typed = typed.to_ascii_lowercase();
     COMMANDS.iter().filter(move |command| {
@@ -65,27 +65,27 @@ pub fn matching(typed: &str) -> impl Iterator<Item = &'static Command> {
     })
 }
 
-/// What has been typed of a shortcut so far.
+/// The part of a shortcut that has been pressed so far.
 #[derive(Debug, Default)]
 pub struct Keys {
     first: Option<(char, i64)>,
 }
 
 impl Keys {
-    /// A second key counts with the first within this time, in milliseconds.
-    pub const PATIENCE: i64 = 1500;
+    /// The longest pause between two keys of a shortcut, in milliseconds.
+    pub const MAX_PAUSE: i64 = 1500;
 
-    /// Takes a key by its name, such as `g` or `Shift`, and tells what is done.
+    /// Handles a key by its name, such as `g` or `Shift`. Returns the action it completes.
     pub fn press(&mut self, key: &str, now: i64) -> Option<Action> {
         let mut chars = key.chars();
-        // Keys with longer names are no characters; Shift comes before some that are.
+        // Ignore keys without a character, such as the Shift that precedes `?`.
         let (Some(typed), None) = (chars.next(), chars.next()) else {
             return None;
         };
         let first = self
             .first
             .take()
-            .filter(|(_, at)| now - at <= Self::PATIENCE)
+            .filter(|(_, at)| now - at <= Self::MAX_PAUSE)
             .map(|(first, _)| first);
         let is =
             |keys: &str, first: Option<char>| keys.chars().eq(first.into_iter().chain([typed]));
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_shortcut_begins_another() {
+    fn no_shortcut_is_a_prefix_of_another() {
         for (at, one) in COMMANDS.iter().enumerate() {
             for other in &COMMANDS[at + 1..] {
                 let both = !one.keys.is_empty() && !other.keys.is_empty();
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn two_keys_in_time_are_a_shortcut() {
+    fn two_keys_in_quick_succession_are_a_shortcut() {
         let mut keys = Keys::default();
         assert_eq!(keys.press("g", 0), None);
         assert_eq!(
@@ -125,14 +125,18 @@ mod tests {
             Some(Action::Go("/console/plans")),
             "in time"
         );
-        assert_eq!(keys.press("p", 1000), None, "the first is used up");
+        assert_eq!(
+            keys.press("p", 1000),
+            None,
+            "the first key was already used"
+        );
         assert_eq!(keys.press("g", 2000), None);
         assert_eq!(keys.press("p", 4000), None, "too late");
         assert_eq!(keys.press("?", 4100), Some(Action::Help));
     }
 
     #[test]
-    fn keys_that_are_no_characters_change_nothing() {
+    fn keys_without_a_character_are_ignored() {
         let mut keys = Keys::default();
         assert_eq!(keys.press("n", 0), None);
         assert_eq!(keys.press("Shift", 10), None);
@@ -143,10 +147,10 @@ mod tests {
     }
 
     #[test]
-    fn commands_are_found_by_words_in_any_order() {
+    fn commands_match_words_in_any_order() {
         let found = |typed| matching(typed).map(|it| it.name).collect::<Vec<_>>();
-        assert_eq!(found("KEY make"), ["Make an API key"]);
-        assert_eq!(found(" theme  dark "), ["Use the dark theme"]);
+        assert_eq!(found("KEY create"), ["Create API key"]);
+        assert_eq!(found(" theme  dark "), ["Use dark theme"]);
         assert_eq!(found("").len(), COMMANDS.len());
         assert!(found("xyz").is_empty());
     }

@@ -1,8 +1,8 @@
-//! What is typed into fields, as values.
+//! The values of form fields.
 
-use quota_common::plan::{CreatePlan, UpdatePlan};
+use quota_common::plan::{CreatePlan, RPM_MAX, UpdatePlan};
 
-/// A whole number, or nothing. People write thousands apart.
+/// Reads a whole number, which may have thousands separators. An empty field is `None`.
 pub fn optional_number(text: &str) -> Result<Option<u64>, &'static str> {
     let digits: String = text
         .chars()
@@ -11,40 +11,46 @@ pub fn optional_number(text: &str) -> Result<Option<u64>, &'static str> {
     if digits.is_empty() {
         return Ok(None);
     }
-    digits
-        .parse()
-        .map(Some)
-        .map_err(|_| "must be a whole number")
+    digits.parse().map(Some).map_err(|_| "Enter a whole number")
 }
 
-/// A whole number that must be there.
-pub fn number(text: &str) -> Result<u64, &'static str> {
-    optional_number(text)?.ok_or("is missing")
-}
-
-/// The same, for a rate.
-pub fn rate(text: &str) -> Result<u32, &'static str> {
-    number(text)?.try_into().map_err(|_| "is too high")
-}
-
+/// Reads a rate or burst. An empty field is `None`.
 pub fn optional_rate(text: &str) -> Result<Option<u32>, &'static str> {
     optional_number(text)?
-        .map(|n| n.try_into().map_err(|_| "is too high"))
+        .map(|n| match u32::try_from(n) {
+            Ok(0) => Err("Must be at least 1"),
+            Ok(rate) if rate <= RPM_MAX => Ok(rate),
+            _ => Err("Must be at most 60,000,000"),
+        })
         .transpose()
 }
 
-/// What a field became, where it is not what it was: the rest is not sent, so that what others changed meanwhile
-/// stays.
+pub fn check_number(text: &str) -> Result<(), &'static str> {
+    optional_number(text).map(drop)
+}
+
+pub fn check_rate(text: &str) -> Result<(), &'static str> {
+    optional_rate(text).map(drop)
+}
+
+pub fn check_email(text: &str) -> Result<(), &'static str> {
+    match text.trim().split_once('@') {
+        Some((local, domain)) if !local.is_empty() && !domain.is_empty() => Ok(()),
+        _ => Err("Enter an email address"),
+    }
+}
+
+/// Returns the new value if it differs. Unchanged fields are not sent, so that concurrent changes by others are kept.
 pub fn changed<T: PartialEq>(was: &T, now: T) -> Option<T> {
     (*was != now).then_some(now)
 }
 
-/// What was changed of a plan.
+/// The changed fields of a plan.
 pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     UpdatePlan {
         name: changed(&was.name, now.name),
         default_rpm: changed(&was.default_rpm, now.default_rpm),
-        // A burst that is the rate goes on following it.
+        // A burst that equals the rate follows rate changes.
         burst: changed(&was.burst, now.burst).map(|burst| burst.unwrap_or(now.default_rpm)),
         daily_quota: changed(&was.daily_quota, now.daily_quota),
         monthly_quota: changed(&was.monthly_quota, now.monthly_quota),
@@ -54,7 +60,7 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     }
 }
 
-/// Where to go after signing in: a page of the console, whatever the address says.
+/// The page to open after signing in. Always within the console, whatever the address asks for.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)
@@ -71,17 +77,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_read_as_people_write_them() {
+    fn numbers_may_have_separators() {
         assert_eq!(optional_number(" "), Ok(None));
-        assert_eq!(number("50 000"), Ok(50_000));
-        assert_eq!(number("50,000"), Ok(50_000));
-        assert!(number("").is_err() && number("-1").is_err() && number("1.5").is_err());
-        assert!(rate("9999999999").is_err());
+        assert_eq!(optional_number("50 000"), Ok(Some(50_000)));
+        assert_eq!(optional_number("50,000"), Ok(Some(50_000)));
+        assert!(check_number("-1").is_err() && check_number("1.5").is_err());
         assert_eq!(optional_rate(""), Ok(None));
+        assert_eq!(optional_rate("60,000,000"), Ok(Some(RPM_MAX)));
+        assert_eq!(check_rate("60,000,001"), Err("Must be at most 60,000,000"));
+        assert_eq!(check_rate("9999999999"), Err("Must be at most 60,000,000"));
+        assert_eq!(check_rate("0"), Err("Must be at least 1"));
     }
 
     #[test]
-    fn only_what_was_changed_is_sent() {
+    fn email_needs_two_parts() {
+        assert_eq!(check_email(" ada@example.com "), Ok(()));
+        for text in ["", "ada", "ada@", "@example.com"] {
+            assert!(check_email(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn only_changed_fields_are_sent() {
         let was = CreatePlan {
             name: "Starter".to_owned(),
             default_rpm: 60,
@@ -112,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn signing_in_leads_nowhere_else() {
+    fn next_page_never_leaves_the_console() {
         assert_eq!(
             next_page(Some("/console/plans?cursor=x")),
             "/console/plans?cursor=x"

@@ -1,8 +1,9 @@
-//! What is shown, before it is shown: without a browser, so that it is tested on the host.
+//! Values and texts that need no browser, so that they are tested on the host.
 
 pub mod address;
 pub mod bucket;
 pub mod bulk;
 pub mod command;
 pub mod form;
+pub mod limits;
 pub mod text;

@@ -1,37 +1,45 @@
-//! Numbers and times for people.
+//! Numbers, times and names as the console shows them.
 
-/// With a narrow space between thousands.
+/// Formats a number with thousands separators.
 pub fn number(n: u64) -> String {
     let digits = n.to_string();
     let mut text = String::new();
     for (at, digit) in digits.chars().enumerate() {
         if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push('\u{202f}');
+            text.push(',');
         }
         text.push(digit);
     }
     text
 }
 
-/// A number of things.
+/// Formats a count with its noun.
 pub fn count(n: u64, one: &str, many: &str) -> String {
     format!("{} {}", number(n), if n == 1 { one } else { many })
 }
 
-/// A name within a sentence: whatever is in it stays in it, and much of it is left out.
-pub fn named(name: &str) -> String {
-    const MOST: usize = 60;
-    let mut short: String = name.chars().take(MOST).collect();
-    if name.chars().nth(MOST).is_some() {
-        short.push('…');
-    }
-    // Overrides of the text's direction would reach beyond an isolate that they close.
-    short.retain(|c| !matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'));
-    format!("\u{2068}{short}\u{2069}")
+/// Capitalizes the first letter of a message.
+pub fn capitalized(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| {
+        format!("{}{}", first.to_ascii_uppercase(), chars.as_str())
+    })
 }
 
-/// How long a time of seconds is, in its largest unit.
-fn span(secs: u64) -> String {
+/// Quotes a name within a sentence: shortened, and isolated from the text direction around it.
+pub fn quoted(name: &str) -> String {
+    const MAX_CHARS: usize = 60;
+    let mut short: String = name.chars().take(MAX_CHARS).collect();
+    if name.chars().nth(MAX_CHARS).is_some() {
+        short.push('…');
+    }
+    // Bidirectional controls could close the isolate and affect the rest of the sentence.
+    short.retain(|c| !matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'));
+    format!("\"\u{2068}{short}\u{2069}\"")
+}
+
+/// Formats a duration in its largest unit.
+fn duration(secs: u64) -> String {
     match secs {
         0..3600 => count(secs / 60, "minute", "minutes"),
         3600..86_400 => count(secs / 3600, "hour", "hours"),
@@ -39,19 +47,47 @@ fn span(secs: u64) -> String {
     }
 }
 
-/// A time, seen from now; both in milliseconds since 1970.
+/// Formats a time relative to now; both in milliseconds since 1970.
 pub fn relative(at: i64, now: i64) -> String {
     let secs = (at - now).unsigned_abs() / 1000;
     match (at > now, secs) {
         (false, 0..60) => "just now".to_owned(),
         (true, 0..60) => "in less than a minute".to_owned(),
-        (true, _) => format!("in {}", span(secs)),
-        (false, _) => format!("{} ago", span(secs)),
+        (true, _) => format!("in {}", duration(secs)),
+        (false, _) => format!("{} ago", duration(secs)),
     }
 }
 
-/// A time to wait, as a clock would count it down.
-pub fn wait(secs: u64) -> String {
+/// Formats a time in UTC, such as `25 Nov 2026, 23:12 UTC`; in milliseconds since 1970.
+pub fn date_time(millis: i64) -> String {
+    const MONTHS: [&str; 12] = [
+        "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
+    ];
+    let minutes = millis.div_euclid(60_000);
+    let (days, minute) = (minutes.div_euclid(1440), minutes.rem_euclid(1440));
+    // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms": years begin in March, so that leap days come last.
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let year = era * 400 + year_of_era + i64::from(month_from_march >= 10);
+    let month = usize::try_from((month_from_march + 2) % 12)
+        .ok()
+        .and_then(|at| MONTHS.get(at))
+        .copied()
+        .unwrap_or_default();
+    format!(
+        "{day} {month} {year}, {:02}:{:02} UTC",
+        minute / 60,
+        minute % 60
+    )
+}
+
+/// Formats a time to wait for a countdown.
+pub fn countdown(secs: u64) -> String {
     match secs {
         0..120 => format!("{secs} s"),
         120..7200 => format!("{} min {} s", secs / 60, secs % 60),
@@ -60,12 +96,12 @@ pub fn wait(secs: u64) -> String {
     }
 }
 
-/// The line to try a key with.
+/// The command to try a key with.
 pub fn curl(origin: &str, key: &str) -> String {
     format!("curl -i {origin}/v1/echo -H \"X-API-Key: {key}\"")
 }
 
-/// A gateway's configuration, ready to copy.
+/// A gateway with a configuration to copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gateway {
     Caddy,
@@ -94,9 +130,9 @@ impl Gateway {
         }
     }
 
-    /// The configuration for a server at `origin`, such as `https://quota.example.com`.
+    /// Returns the configuration for the server at `origin`, such as `https://quota.example.com`.
     pub fn configuration(self, origin: &str, token: &str) -> String {
-        // The files that the server's tests run in real gateways, without their introductions.
+        // The server's tests run these files with real gateways. Their opening comments are left out.
         let text = match self {
             Self::Caddy => body(include_str!("../../../../deploy/gateways/Caddyfile")).to_owned(),
             Self::Nginx => body(include_str!("../../../../deploy/gateways/nginx.conf")).to_owned(),
@@ -151,21 +187,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn thousands_are_set_apart() {
+    fn thousands_are_separated() {
         assert_eq!(number(0), "0");
         assert_eq!(number(999), "999");
-        assert_eq!(number(1_234_567), "1\u{202f}234\u{202f}567");
+        assert_eq!(number(1_234_567), "1,234,567");
     }
 
     #[test]
-    fn a_name_stays_within_its_sentence() {
-        assert_eq!(named("Ada"), "\u{2068}Ada\u{2069}");
-        assert_eq!(named("a\u{202e}b\u{2069}"), "\u{2068}ab\u{2069}");
-        assert_eq!(named(&"x".repeat(200)).chars().count(), 63);
+    fn quoted_name_cannot_affect_its_sentence() {
+        assert_eq!(quoted("Ada"), "\"\u{2068}Ada\u{2069}\"");
+        assert_eq!(quoted("a\u{202e}b\u{2069}"), "\"\u{2068}ab\u{2069}\"");
+        assert_eq!(quoted(&"x".repeat(200)).chars().count(), 65);
     }
 
     #[test]
-    fn times_are_told_in_their_largest_unit() {
+    fn relative_times_use_their_largest_unit() {
         let now = 1_785_738_360_000;
         assert_eq!(relative(now, now), "just now");
         assert_eq!(relative(now - 59_000, now), "just now");
@@ -176,16 +212,32 @@ mod tests {
     }
 
     #[test]
-    fn a_long_wait_is_not_told_in_seconds() {
-        assert_eq!(wait(0), "0 s");
-        assert_eq!(wait(119), "119 s");
-        assert_eq!(wait(120), "2 min 0 s");
-        assert_eq!(wait(40_000), "11 h 6 min");
-        assert_eq!(wait(2_000_000), "23 days 3 h");
+    fn dates_are_in_utc() {
+        assert_eq!(date_time(0), "1 Jan 1970, 00:00 UTC");
+        assert_eq!(date_time(951_782_399_999), "28 Feb 2000, 23:59 UTC");
+        assert_eq!(date_time(951_782_400_000), "29 Feb 2000, 00:00 UTC");
+        assert_eq!(date_time(1_785_738_360_000), "3 Aug 2026, 06:26 UTC");
+        assert_eq!(date_time(1_798_761_540_000), "31 Dec 2026, 23:59 UTC");
+        assert_eq!(date_time(-60_000), "31 Dec 1969, 23:59 UTC");
     }
 
     #[test]
-    fn every_gateway_gets_the_token_and_the_address() {
+    fn messages_begin_with_a_capital() {
+        assert_eq!(capitalized("must be at least 1"), "Must be at least 1");
+        assert_eq!(capitalized(""), "");
+    }
+
+    #[test]
+    fn long_countdowns_use_larger_units() {
+        assert_eq!(countdown(0), "0 s");
+        assert_eq!(countdown(119), "119 s");
+        assert_eq!(countdown(120), "2 min 0 s");
+        assert_eq!(countdown(40_000), "11 h 6 min");
+        assert_eq!(countdown(2_000_000), "23 days 3 h");
+    }
+
+    #[test]
+    fn every_configuration_contains_the_token_and_the_address() {
         for gateway in Gateway::ALL {
             let text = gateway.configuration("http://localhost:8080", "qs_secret");
             assert!(text.contains("qs_secret"), "{text}");

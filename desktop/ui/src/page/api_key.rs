@@ -1,401 +1,312 @@
-//! One API key: what it is, what can be done with it, and a place to try it.
+//! The page of one API key: its limits and use, actions, and a place to try it.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
     ApiKeyId,
-    api_key::{ApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
+    api_key::{ApiKey, UpdateApiKey},
     plan::Plan,
 };
 
 use super::{
-    api_keys::{NoPlans, State, load_plans, plan_name},
-    new_api_key::{TextOnce, in_field, local_time},
+    create_api_key::NewKeyDialog,
+    edit_api_key::EditDialog,
+    key_status::{key_status, time_or},
+    plan_list::{PlansError, find_plan, load_plans, plan_name},
+    rotate_api_key::RotateDialog,
     try_it::TryIt,
 };
 use crate::{
-    api::{self, Failure},
-    app::session,
+    api::{self, CallError},
+    clock::now,
     component::{
-        Alert, Confirm, CopyButton, Field, Head, Loader, Modal, SelectField, Shown, Toasts, When,
-        held, load, now,
+        Async, Confirm, CopyButton, Field, FormState, Loader, NewSecret, PageHeader, RelativeTime,
+        Toasts, busy_attr, load,
     },
-    model::{
-        form::{changed, optional_rate},
-        text,
-    },
+    model::{limits::EffectiveLimits, text},
     route::route,
+    session::session,
 };
 
-#[component]
-pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
-    let loader = load(move || api::get_api_key(id));
-    let title = Signal::derive(move || {
-        loader
-            .ready()
-            .map_or_else(|| "API key".to_owned(), |key| key.name)
-    });
-    let known = session().known_keys;
-    let typed = RwSignal::new(String::new());
-    let known_text = Memo::new(move |_| {
-        known.with(|known| {
-            let own = known.iter().find(|(it, _)| *it == id);
-            own.map(|(_, text)| text.clone())
-        })
-    });
-    let text = Signal::derive(move || known_text.get().unwrap_or_else(|| typed.get()));
-    // Not of the facts, which are drawn anew whenever they are loaded: a new text is shown once.
-    let rotating = RwSignal::new(false);
-    let made = RwSignal::new(None::<CreatedApiKey>);
-    let showing = RwSignal::new(false);
-    let done = Callback::new(move |key: CreatedApiKey| {
-        made.set(Some(key));
-        showing.set(true);
-    });
-    Effect::new(move |was: Option<bool>| {
-        let shown = showing.get();
-        if was == Some(true) && !shown {
-            loader.reload();
-        }
-        shown
-    });
-    view! {
-        <p class="up"><a href="/console/api-keys">"API keys"</a></p>
-        <Head title/>
-        <Shown loader show=move |key| view! { <Facts key loader rotating/> }/>
-        <section class="card" aria-labelledby="try-title">
-            <h2 id="try-title">"Try it"</h2>
-            {move || {
-                if known_text.get().is_some() {
-                    view! {
-                        <p class="quiet">"The text of this key is still in this window; it goes with it."</p>
-                        <p class="known"><CopyButton text what="the key"/></p>
-                    }
-                        .into_any()
-                } else {
-                    view! {
-                        <Field id="try_text" label="Key" kind="password" value=typed placeholder="qk_…" hint="Its text is not stored here. Paste it to send requests with it."/>
-                    }
-                        .into_any()
-                }
-            }}
-            <TryIt text/>
-        </section>
-        <RotateDialog id loader open=rotating done/>
-        <TextOnce made open=showing/>
-    }
+/// The dialogs of the page. They are not part of the details, which are rendered again after each load: a dialog with
+/// typed text or a new key must survive that.
+#[derive(Clone, Copy)]
+struct Dialogs {
+    editing: RwSignal<bool>,
+    rotating: RwSignal<bool>,
+    deactivating: RwSignal<bool>,
+    deleting: RwSignal<bool>,
+    /// Whether a change of the key's status is in progress.
+    busy: RwSignal<bool>,
 }
 
 #[component]
-fn Facts(key: ApiKey, loader: Loader<ApiKey>, rotating: RwSignal<bool>) -> impl IntoView {
+pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
-    let may = session()
-        .me
-        .get_untracked()
-        .is_some_and(|me| me.tenant.role.may_manage());
+    let loader = load(move || api::get_api_key(id));
     let plans = load_plans();
-    let plan_id = key.plan_id;
-    let (editing, deleting) = (RwSignal::new(false), RwSignal::new(false));
-    let switching = RwSignal::new(false);
-    let busy = RwSignal::new(false);
-    let id = key.id;
-    let is_active = key.is_active;
-    let switch = move || {
-        busy.set(true);
+    let name = Signal::derive(move || loader.ready().map(|key| key.name).unwrap_or_default());
+    let title = Signal::derive(move || {
+        Some(name.get())
+            .filter(|name| !name.is_empty())
+            .unwrap_or_else(|| "API key".to_owned())
+    });
+    let dialogs = Dialogs {
+        editing: RwSignal::new(false),
+        rotating: RwSignal::new(false),
+        deactivating: RwSignal::new(false),
+        deleting: RwSignal::new(false),
+        busy: RwSignal::new(false),
+    };
+    let set_active = Callback::new(move |active: bool| {
+        dialogs.busy.set(true);
         spawn_local(async move {
             let body = UpdateApiKey {
-                is_active: Some(!is_active),
+                is_active: Some(active),
                 ..UpdateApiKey::default()
             };
             match api::update_api_key(id, body).await {
                 Ok(_) => {
-                    toasts.say(if is_active {
-                        "The key is switched off."
+                    toasts.succeed(if active {
+                        "Key activated"
                     } else {
-                        "The key is switched on."
+                        "Key deactivated"
                     });
                     loader.reload();
                 }
-                Err(failure) => toasts.fail(failure.text()),
+                Err(error) => toasts.fail(&error),
             }
-            let _ = busy.try_set(false);
-            let _ = switching.try_set(false);
+            let _ = dialogs.busy.try_set(false);
+            let _ = dialogs.deactivating.try_set(false);
+            let _ = dialogs.deleting.try_set(false);
         });
-    };
-    // What a switch comes to is said by a toast.
-    let never = Signal::derive(|| None::<String>);
-    let name = text::named(&key.name);
+    });
+    let rotated = NewSecret::new();
     view! {
-        <NoPlans plans/>
+        <p class="breadcrumb"><a href="/console/api-keys">"API keys"</a></p>
+        <PageHeader title/>
+        <PlansError plans/>
+        <Async loader show=move |key| view! { <KeyDetails key plans dialogs set_active/> }/>
+        <TrySection id on_sent=Callback::new(move |()| loader.reload_after_requests())/>
+        <EditDialog loader plans open=dialogs.editing/>
+        <RotateDialog id loader open=dialogs.rotating rotated/>
+        <Confirm
+            open=dialogs.deactivating
+            title=Signal::derive(move || format!("Deactivate {}?", text::quoted(&name.get())))
+            message="Requests with this key will be rejected with 401 within a second. You can activate it again later."
+            action="Deactivate key"
+            busy=dialogs.busy
+            // Errors appear as toasts.
+            failure=Signal::derive(|| None::<CallError>)
+            run=Callback::new(move |()| set_active.run(false))
+        />
+        <DeleteDialog id loader dialogs set_active/>
+        <NewKeyDialog new=rotated on_close=Callback::new(move |()| loader.reload_after_requests())/>
+    }
+}
+
+#[component]
+fn TrySection(id: ApiKeyId, on_sent: Callback<()>) -> impl IntoView {
+    let known_keys = session().known_keys;
+    let pasted = RwSignal::new(String::new());
+    let known = Memo::new(move |_| {
+        known_keys.with(|keys| {
+            let own = keys.iter().find(|(it, _)| *it == id);
+            own.map(|(_, secret)| secret.clone())
+        })
+    });
+    let secret = Signal::derive(move || known.get().unwrap_or_else(|| pasted.get()));
+    view! {
+        <section class="card" aria-labelledby="try-title">
+            <h2 id="try-title">"Try it"</h2>
+            {move || {
+                if known.get().is_some() {
+                    view! {
+                        <p class="muted">"The full key is available until you close this tab."</p>
+                        <p class="known-key"><CopyButton text=secret what="key"/></p>
+                    }
+                        .into_any()
+                } else {
+                    view! {
+                        <Field form=FormState::new() name="pasted_key" label="Key" kind="password" value=pasted placeholder="qk_…" hint="Keys aren't stored. Paste yours to test."/>
+                    }
+                        .into_any()
+                }
+            }}
+            <TryIt secret on_sent/>
+        </section>
+    }
+}
+
+#[component]
+fn KeyDetails(
+    key: ApiKey,
+    plans: Loader<Vec<Plan>>,
+    dialogs: Dialogs,
+    set_active: Callback<bool>,
+) -> impl IntoView {
+    let can_manage = session().can_manage();
+    let plan_id = key.plan_id;
+    let (is_active, busy) = (key.is_active, dialogs.busy);
+    let previous = key
+        .previous_expires_at
+        .filter(|at| at.inner().timestamp_millis() > now());
+    view! {
         <section class="card">
-            <dl class="facts">
-                <div><dt>"State"</dt><dd><State key=key.clone()/></dd></div>
+            <dl class="details">
+                <div><dt>"Status"</dt><dd>{key_status(&key)}</dd></div>
                 <div><dt>"Key"</dt><dd><code>{key.prefix.clone()}"…"</code></dd></div>
                 <div><dt>"Plan"</dt><dd dir="auto"><span class="clamp">{move || plan_name(plans, plan_id)}</span></dd></div>
-                <div><dt>"Own rate"</dt><dd>{key.rpm_override.map_or_else(|| "the plan's".to_owned(), |rpm| format!("{} a minute", text::number(rpm.into())))}</dd></div>
-                <div><dt>"Last used"</dt><dd>{match key.last_used_at {
-                    Some(at) => view! { <When at/> }.into_any(),
-                    None => view! { <span class="quiet">"unused"</span> }.into_any(),
-                }}</dd></div>
-                <div><dt>"Expires"</dt><dd>{match key.expires_at {
-                    Some(at) => view! { <When at/> }.into_any(),
-                    None => view! { <span class="quiet">"never"</span> }.into_any(),
-                }}</dd></div>
-                {key.previous_expires_at.map(|at| view! { <div><dt>"Text before the rotation"</dt><dd>"works, ends " <When at/></dd></div> })}
-                <div><dt>"Made"</dt><dd><When at=key.created_at/></dd></div>
+                <div><dt>"Created"</dt><dd><RelativeTime at=key.created_at/></dd></div>
+                <div><dt>"Last used"</dt><dd>{time_or(key.last_used_at, "Never used")}</dd></div>
+                <div><dt>"Expires"</dt><dd>{time_or(key.expires_at, "Never")}</dd></div>
+                {previous.map(|at| view! { <div><dt>"Previous key"</dt><dd>"Expires " <RelativeTime at/></dd></div> })}
             </dl>
-            {may
+            <LimitDetails key=key.clone() plans/>
+            {can_manage
                 .then(|| {
                     view! {
                         <div class="actions">
                             {if is_active {
-                                view! { <button class="button" data-keep="switch" aria-disabled=held(busy) on:click=move |_| switching.set(true)>"Deactivate"</button> }.into_any()
+                                view! { <button class="button" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| dialogs.deactivating.set(true)>"Deactivate"</button> }.into_any()
                             } else {
-                                view! { <button class="button first" data-keep="switch" aria-disabled=held(busy) on:click=move |_| switch()>"Activate"</button> }.into_any()
+                                view! { <button class="button primary" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| set_active.run(true)>"Activate"</button> }.into_any()
                             }}
-                            <button class="button" data-keep="edit" on:click=move |_| editing.set(true)>"Edit"</button>
-                            <button class="button" data-keep="rotate" on:click=move |_| rotating.set(true)>"Rotate"</button>
-                            <button class="button danger" on:click=move |_| deleting.set(true)>"Delete"</button>
+                            <button class="button" data-focus-key="edit" on:click=move |_| dialogs.editing.set(true)>"Edit"</button>
+                            <button class="button" data-focus-key="rotate" on:click=move |_| dialogs.rotating.set(true)>"Rotate"</button>
+                            <button class="button danger" data-focus-key="delete" on:click=move |_| dialogs.deleting.set(true)>"Delete"</button>
                         </div>
                     }
                 })}
         </section>
-        <Confirm
-            open=switching
-            title=format!("Deactivate {name}?")
-            breaks="Within a second every request with this key is refused with 401. It can be switched on again."
-            action="Deactivate key"
-            busy
-            failure=never
-            run=Callback::new(move |()| switch())
-        />
-        <EditDialog key=key.clone() plans open=editing loader/>
-        <DeleteDialog id name open=deleting/>
+    }
+}
+
+/// The limits that apply to the key, once its plan has been loaded.
+#[component]
+fn LimitDetails(key: ApiKey, plans: Loader<Vec<Plan>>) -> impl IntoView {
+    let time_zone = session().time_zone();
+    move || {
+        let plan = find_plan(plans, key.plan_id)?;
+        let limits = EffectiveLimits::new(&plan, &key);
+        let rate_source = if key.rpm_override.is_some() {
+            format!(
+                "Override (plan: {}/min)",
+                text::number(plan.default_rpm.into())
+            )
+        } else {
+            "From the plan".to_owned()
+        };
+        let quota = |quota: Option<u64>, reset: String| match quota {
+            Some(quota) => (text::number(quota), reset),
+            None => ("Unlimited".to_owned(), String::new()),
+        };
+        let daily = quota(
+            limits.daily_quota,
+            format!("Resets at midnight, {time_zone}"),
+        );
+        let monthly = quota(
+            limits.monthly_quota,
+            format!("Resets on the 1st, {time_zone}"),
+        );
+        let rows = [
+            (
+                "Rate limit",
+                (
+                    format!("{}/min", text::number(limits.rate.into())),
+                    rate_source,
+                ),
+            ),
+            (
+                "Burst",
+                (
+                    text::number(limits.burst.into()),
+                    "Requests at once".to_owned(),
+                ),
+            ),
+            ("Daily quota", daily),
+            ("Monthly quota", monthly),
+        ];
+        Some(view! {
+            <dl class="details limits">
+                {rows
+                    .map(|(name, (value, note))| {
+                        view! {
+                            <div>
+                                <dt>{name}</dt>
+                                <dd><strong>{value}</strong> <span class="muted small-text">{note}</span></dd>
+                            </div>
+                        }
+                    })
+                    .into_iter()
+                    .collect_view()}
+            </dl>
+        })
     }
 }
 
 #[component]
-fn DeleteDialog(id: ApiKeyId, name: String, open: RwSignal<bool>) -> impl IntoView {
+fn DeleteDialog(
+    id: ApiKeyId,
+    loader: Loader<ApiKey>,
+    dialogs: Dialogs,
+    set_active: Callback<bool>,
+) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let route = route();
-    let busy = RwSignal::new(false);
-    let failure = RwSignal::new(None::<String>);
-    let gone = format!("The key {name} is deleted.");
+    let busy = dialogs.busy;
+    let failure = RwSignal::new(None::<CallError>);
     let run = Callback::new(move |()| {
-        let gone = gone.clone();
+        let name = untrack(move || loader.ready()).map(|key| key.name);
         busy.set(true);
         spawn_local(async move {
             match api::delete_api_key(id).await {
                 Ok(()) => {
-                    toasts.say(gone);
-                    // Unless one went elsewhere meanwhile; back to what is deleted leads nothing.
+                    let name = name.unwrap_or_default();
+                    toasts.succeed(format!("Key {} deleted", text::quoted(&name)));
+                    // Leave the deleted key's page, unless the user has already left it.
                     if busy.try_set(false).is_none() {
                         route.replace("/console/api-keys");
                     }
                 }
-                Err(refused) => {
-                    failure.set(Some(refused.text()));
-                    busy.set(false);
+                Err(error) => {
+                    let _ = failure.try_set(Some(error));
+                    let _ = busy.try_set(false);
                 }
             }
         });
     });
+    let message = move || {
+        let last_used = loader.ready().and_then(|key| key.last_used_at);
+        let usage = last_used.map_or_else(
+            || "Never used.".to_owned(),
+            |at| {
+                let at = at.inner().timestamp_millis();
+                format!("Last used {}.", text::relative(at, now()))
+            },
+        );
+        format!(
+            "{usage} Requests with this key will be rejected with 401 within a second. This can't be undone."
+        )
+    };
+    let alternative = (
+        "Deactivate instead",
+        Callback::new(move |()| set_active.run(false)),
+    );
+    let is_active = Signal::derive(move || loader.ready().is_some_and(|key| key.is_active));
     view! {
         <Confirm
-            open
-            title=format!("Delete {name}?")
-            breaks="Within a second every request with this key is refused with 401. A key that is deleted does not come back."
+            open=dialogs.deleting
+            title=Signal::derive(move || {
+                let name = loader.ready().map(|key| key.name).unwrap_or_default();
+                format!("Delete {}?", text::quoted(&name))
+            })
+            message=Signal::derive(message)
             action="Delete key"
+            alternative
+            has_alternative=is_active
             busy
             failure
             run
         />
-    }
-}
-
-#[component]
-fn RotateDialog(
-    id: ApiKeyId,
-    loader: Loader<ApiKey>,
-    open: RwSignal<bool>,
-    done: Callback<CreatedApiKey>,
-) -> impl IntoView {
-    let busy = RwSignal::new(false);
-    let name = move || loader.ready().map(|key| key.name).unwrap_or_default();
-    view! {
-        <Modal open firm=busy title=Signal::derive(move || format!("Rotate {}", text::named(&name())))>
-            <RotateForm id loader open busy done/>
-        </Modal>
-    }
-}
-
-#[component]
-fn RotateForm(
-    id: ApiKeyId,
-    loader: Loader<ApiKey>,
-    open: RwSignal<bool>,
-    busy: RwSignal<bool>,
-    done: Callback<CreatedApiKey>,
-) -> impl IntoView {
-    let grace = RwSignal::new("86400".to_owned());
-    let failure = RwSignal::new(None::<String>);
-    let options = [
-        ("0", "Ends at once"),
-        ("3600", "Works for an hour"),
-        ("86400", "Works for a day"),
-        ("604800", "Works for a week"),
-        ("2592000", "Works for 30 days"),
-    ]
-    .map(|(value, text)| (value.to_owned(), text.to_owned()))
-    .to_vec();
-    // A key has one text beside its own.
-    let earlier = move || {
-        let until = loader.ready()?.previous_expires_at;
-        until.filter(|at| at.inner().timestamp_millis() > now())
-    };
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        busy.set(true);
-        failure.set(None);
-        let body = RotateApiKey {
-            grace_seconds: grace.get_untracked().parse().ok(),
-        };
-        spawn_local(async move {
-            let answer = api::rotate_api_key(id, body).await;
-            let _ = busy.try_set(false);
-            match answer {
-                Ok(made) => {
-                    let _ = open.try_set(false);
-                    let _ = done.try_run(made);
-                }
-                Err(refused) => {
-                    let _ = failure.try_set(Some(refused.text()));
-                }
-            }
-        });
-    };
-    view! {
-        <form on:submit=submit>
-            <p>"The key gets a new text. The one before works on for a while, so that its holder can change over."</p>
-            {move || {
-                earlier()
-                    .map(|at| view! { <p class="alert warn">"It was rotated before: the text from before that, which would end " <When at/> ", ends now."</p> })
-            }}
-            <Alert text=failure/>
-            <SelectField id="grace" label="The text before" value=grace options/>
-            <div class="actions end">
-                <button type="button" class="button" aria-disabled=held(busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button first" aria-disabled=held(busy)>"Rotate key"</button>
-            </div>
-        </form>
-    }
-}
-
-#[component]
-fn EditDialog(
-    key: ApiKey,
-    plans: Loader<Vec<Plan>>,
-    open: RwSignal<bool>,
-    loader: Loader<ApiKey>,
-) -> impl IntoView {
-    view! {
-        <Modal open title="Edit the key">
-            <EditForm key=key.clone() plans open loader/>
-        </Modal>
-    }
-}
-
-#[component]
-fn EditForm(
-    key: ApiKey,
-    plans: Loader<Vec<Plan>>,
-    open: RwSignal<bool>,
-    loader: Loader<ApiKey>,
-) -> impl IntoView {
-    let toasts = expect_context::<Toasts>();
-    let name = RwSignal::new(key.name.clone());
-    let plan = RwSignal::new(key.plan_id.to_string());
-    let rpm = RwSignal::new(
-        key.rpm_override
-            .map(|it| it.to_string())
-            .unwrap_or_default(),
-    );
-    let was = StoredValue::new(key.expires_at.map(in_field).unwrap_or_default());
-    let expires = RwSignal::new(was.get_value());
-    let busy = RwSignal::new(false);
-    let failure = RwSignal::new(None::<Failure>);
-    let rpm_wrong = RwSignal::new(None::<String>);
-    let plan_id = key.plan_id;
-    let options = Signal::derive(move || {
-        let plans = plans.ready().unwrap_or_default();
-        // As long as the plans are not there, the key's own is.
-        let own = (!plans.iter().any(|plan| plan.id == plan_id))
-            .then(|| (plan_id.to_string(), "…".to_owned()));
-        own.into_iter()
-            .chain(
-                plans
-                    .into_iter()
-                    .map(|plan| (plan.id.to_string(), plan.name)),
-            )
-            .collect::<Vec<_>>()
-    });
-    let of = move |field: &'static str| Signal::derive(move || failure.get()?.of_field(field));
-    let rest = Signal::derive(move || {
-        let failure = failure.get()?;
-        (!failure.names_fields()).then(|| failure.text())
-    });
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        failure.set(None);
-        rpm_wrong.set(None);
-        let rpm_override = match optional_rate(&rpm.get_untracked()) {
-            Ok(rpm) => rpm,
-            Err(wrong) => return rpm_wrong.set(Some(wrong.to_owned())),
-        };
-        let now = expires.get_untracked();
-        let body = UpdateApiKey {
-            name: changed(&key.name, name.get_untracked()),
-            plan_id: plan
-                .get_untracked()
-                .parse()
-                .ok()
-                .and_then(|plan| changed(&plan_id, plan)),
-            rpm_override: changed(&key.rpm_override, rpm_override),
-            // The field is blunter than the time, which is not sent back as it was shown.
-            expires_at: (now != was.get_value()).then(|| local_time(&now)),
-            ..UpdateApiKey::default()
-        };
-        if body == UpdateApiKey::default() {
-            return open.set(false);
-        }
-        let id = key.id;
-        busy.set(true);
-        spawn_local(async move {
-            match api::update_api_key(id, body).await {
-                Ok(_) => {
-                    let _ = open.try_set(false);
-                    toasts.say("The key is changed.");
-                    loader.reload();
-                }
-                Err(refused) => {
-                    let _ = failure.try_set(Some(refused));
-                }
-            }
-            let _ = busy.try_set(false);
-        });
-    };
-    view! {
-        <form on:submit=submit>
-            <Alert text=rest/>
-            <Field id="edit_name" label="Name" value=name required=true error=of("name")/>
-            <SelectField id="edit_plan" label="Plan" value=plan options error=of("plan_id")/>
-            <div class="pair">
-                <Field id="edit_rpm" label="Own rate (optional)" value=rpm numeric=true hint="Requests a minute, in place of the plan's." error=Signal::derive(move || rpm_wrong.get().or_else(|| of("rpm_override").get()))/>
-                <Field id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="From then on it is refused. Empty: never." error=of("expires_at")/>
-            </div>
-            <div class="actions end">
-                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button first" aria-disabled=held(busy)>"Save"</button>
-            </div>
-        </form>
     }
 }

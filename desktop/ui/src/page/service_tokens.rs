@@ -1,149 +1,163 @@
-//! Service tokens: what a tenant's own gateways show, with their configuration ready to copy.
+//! The list of service tokens, with gateway configurations to copy.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
-use quota_common::service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken};
+use quota_common::{
+    Page,
+    service_token::{CreateServiceToken, ServiceToken},
+};
 
+use super::key_status::time_or;
 use crate::{
-    api::{self, Failure},
-    app::session,
+    api::{self, CallError},
     component::{
-        Alert, CodeBlock, Confirm, Empty, Field, Head, Modal, Pager, Shape, Shown, Toasts, When,
-        held, load_page, open_when_asked,
+        Alert, Async, CodeBlock, Confirm, EmptyState, Field, FormState, Loader, Modal, NewSecret,
+        PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, busy_attr, load_page,
+        open_from_query,
     },
-    model::text::{Gateway, named},
+    model::text::{Gateway, quoted},
+    session::session,
 };
 
 #[component]
 pub fn ServiceTokens() -> impl IntoView {
-    let toasts = expect_context::<Toasts>();
     let loader = load_page(api::list_service_tokens);
     let creating = RwSignal::new(false);
-    open_when_asked(creating);
-    let made = RwSignal::new(None::<CreatedServiceToken>);
-    let showing = RwSignal::new(false);
-    let making = RwSignal::new(false);
-    let done = Callback::new(move |token: CreatedServiceToken| {
-        made.set(Some(token));
-        showing.set(true);
-        loader.reload();
-    });
-    let deleting = RwSignal::new(None::<ServiceToken>);
-    let asking = RwSignal::new(false);
-    let busy = RwSignal::new(false);
-    let failure = RwSignal::new(None::<String>);
-    let may = move || {
-        session()
-            .me
-            .get()
-            .is_some_and(|me| me.tenant.role.may_manage())
-    };
-    let run = Callback::new(move |()| {
-        let Some(token) = deleting.get_untracked() else {
-            return;
-        };
-        busy.set(true);
-        spawn_local(async move {
-            match api::delete_service_token(token.id).await {
-                Ok(()) => {
-                    asking.set(false);
-                    toasts.say(format!(
-                        "The service token {} is deleted.",
-                        named(&token.name)
-                    ));
-                    loader.reload();
-                }
-                Err(refused) => failure.set(Some(refused.text())),
-            }
-            busy.set(false);
-        });
-    });
+    open_from_query(creating);
+    let new = NewSecret::new();
+    let form = FormState::new();
+    let deletion = Deletion::new();
+    let session = session();
     view! {
-        <Head title="Service tokens" about="What your own gateways show to ask whether a request may pass.">
-            {move || may().then(|| view! { <button class="button first" on:click=move |_| creating.set(true)>"New token"</button> })}
-        </Head>
-        <Shown
+        <PageHeader title="Service tokens" about="Let your gateways check requests.">
+            {move || session.can_manage().then(|| view! { <button class="button primary" on:click=move |_| creating.set(true)>"New token"</button> })}
+        </PageHeader>
+        <Async
             loader
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
-                        <Empty shape=Shape::Token title="No service tokens yet" about="Make one for each gateway: it comes with the configuration of Caddy, nginx, HAProxy or Traefik.">
-                            <button class="button first" on:click=move |_| creating.set(true)>"Make the first token"</button>
-                        </Empty>
+                        <EmptyState shape=Shape::Token title="No service tokens yet" about="Create one for each gateway. Configurations for Caddy, nginx, HAProxy and Traefik are included.">
+                            {session.can_manage().then(|| view! { <button class="button primary" on:click=move |_| creating.set(true)>"Create your first token"</button> })}
+                        </EmptyState>
                     }
                         .into_any();
                 }
-                let shown = page.items.len();
-                view! {
-                    <table class="table">
-                        <caption class="unseen">"Service tokens, newest first"</caption>
-                        <thead>
-                            <tr>
-                                <th scope="col">"Name"</th>
-                                <th scope="col">"Token"</th>
-                                <th scope="col">"Last used"</th>
-                                <th scope="col">"Made"</th>
-                                <th scope="col"><span class="unseen">"Actions"</span></th>
-                            </tr>
-                        </thead>
-                        <tbody>
-                            {page
-                                .items
-                                .into_iter()
-                                .map(|token| {
-                                    let label = format!("Delete {}", token.name);
-                                    let it = token.clone();
-                                    view! {
-                                        <tr>
-                                            <th scope="row" dir="auto"><span class="clamp">{token.name.clone()}</span></th>
-                                            <td data-label="Token"><code>{token.prefix.clone()}"…"</code></td>
-                                            <td data-label="Last used">
-                                                {match token.last_used_at {
-                                                    Some(at) => view! { <When at/> }.into_any(),
-                                                    None => view! { <span class="quiet">"unused"</span> }.into_any(),
-                                                }}
-                                            </td>
-                                            <td data-label="Made"><When at=token.created_at/></td>
-                                            <td class="row-actions">
-                                                {may()
-                                                    .then(|| {
-                                                        view! {
-                                                            <button
-                                                                class="button small"
-                                                                aria-label=label
-                                                                on:click=move |_| {
-                                                                    failure.set(None);
-                                                                    deleting.set(Some(it.clone()));
-                                                                    asking.set(true);
-                                                                }
-                                                            >
-                                                                "Delete"
-                                                            </button>
-                                                        }
-                                                    })}
-                                            </td>
-                                        </tr>
-                                    }
-                                })
-                                .collect_view()}
-                        </tbody>
-                    </table>
-                    <Pager total=page.total shown next=page.next_cursor/>
-                }
-                    .into_any()
+                view! { <TokenTable page deletion/> }.into_any()
             }
         />
         <section class="card" aria-labelledby="gateways">
-            <h2 id="gateways">"Configure a gateway"</h2>
+            <h2 id="gateways">"Gateway configuration"</h2>
             <Configuration token="qs_…"/>
         </section>
-        <Modal open=creating title="New service token" firm=making>
-            <CreateForm open=creating busy=making done/>
+        <Modal open=creating title="New service token" locked=form.busy>
+            <CreateForm open=creating form new loader/>
         </Modal>
-        <TextOnce made open=showing/>
+        <NewTokenDialog new/>
+        <DeleteDialog deletion loader/>
+    }
+}
+
+#[component]
+fn TokenTable(page: Page<ServiceToken>, deletion: Deletion) -> impl IntoView {
+    let shown = page.items.len();
+    let can_manage = session().can_manage();
+    let rows = page
+        .items
+        .into_iter()
+        .map(|token| {
+            let label = format!("Delete {}", token.name);
+            let it = token.clone();
+            view! {
+                <tr>
+                    <th scope="row" dir="auto"><span class="clamp">{token.name.clone()}</span></th>
+                    <td data-label="Token"><code>{token.prefix.clone()}"…"</code></td>
+                    <td data-label="Last used">{time_or(token.last_used_at, "Never used")}</td>
+                    <td data-label="Created"><RelativeTime at=token.created_at/></td>
+                    <td class="row-actions">
+                        {can_manage
+                            .then(|| {
+                                view! { <button class="button small" aria-label=label on:click=move |_| deletion.ask(it.clone())>"Delete"</button> }
+                            })}
+                    </td>
+                </tr>
+            }
+        })
+        .collect_view();
+    view! {
+        <table class="table">
+            <caption class="visually-hidden">"Service tokens, newest first"</caption>
+            <thead>
+                <tr>
+                    <th scope="col">"Name"</th>
+                    <th scope="col">"Token"</th>
+                    <th scope="col">"Last used"</th>
+                    <th scope="col">"Created"</th>
+                    <th scope="col"><span class="visually-hidden">"Actions"</span></th>
+                </tr>
+            </thead>
+            <tbody>{rows}</tbody>
+        </table>
+        <Pager total=page.total shown next=page.next_cursor/>
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Deletion {
+    token: RwSignal<Option<ServiceToken>>,
+    open: RwSignal<bool>,
+    failure: RwSignal<Option<CallError>>,
+}
+
+impl Deletion {
+    fn new() -> Self {
+        Self {
+            token: RwSignal::new(None),
+            open: RwSignal::new(false),
+            failure: RwSignal::new(None),
+        }
+    }
+
+    fn ask(self, token: ServiceToken) {
+        self.failure.set(None);
+        self.token.set(Some(token));
+        self.open.set(true);
+    }
+}
+
+#[component]
+fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let Deletion {
+        token,
+        open,
+        failure,
+    } = deletion;
+    let busy = RwSignal::new(false);
+    let run = Callback::new(move |()| {
+        let Some(it) = token.get_untracked() else {
+            return;
+        };
+        busy.set(true);
+        spawn_local(async move {
+            match api::delete_service_token(it.id).await {
+                Ok(()) => {
+                    let _ = open.try_set(false);
+                    toasts.succeed(format!("Token {} deleted", quoted(&it.name)));
+                    loader.reload();
+                }
+                Err(error) => {
+                    let _ = failure.try_set(Some(error));
+                }
+            }
+            let _ = busy.try_set(false);
+        });
+    });
+    let name = move || token.get().map(|it| it.name).unwrap_or_default();
+    view! {
         <Confirm
-            open=asking
-            title=Signal::derive(move || format!("Delete {}?", deleting.get().map(|it| named(&it.name)).unwrap_or_default()))
-            breaks="Within a second the gateway that shows it is answered with 401, and lets nobody through."
+            open
+            title=Signal::derive(move || format!("Delete token {}?", quoted(&name())))
+            message="Within a second, gateways that use this token can no longer check requests and will reject them all. This can't be undone."
             action="Delete token"
             busy
             failure
@@ -152,14 +166,14 @@ pub fn ServiceTokens() -> impl IntoView {
     }
 }
 
-/// The configuration of each gateway, one at a time.
+/// The configuration of one gateway at a time.
 #[component]
 fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
-    let chosen = RwSignal::new(Gateway::Caddy);
-    let text = Signal::derive(move || chosen.get().configuration(&api::origin(), &token.get()));
+    let selected = RwSignal::new(Gateway::Caddy);
+    let text = Signal::derive(move || selected.get().configuration(&api::origin(), &token.get()));
     view! {
         <fieldset class="choice">
-            <legend class="unseen">"Gateway"</legend>
+            <legend class="visually-hidden">"Gateway"</legend>
             {Gateway::ALL
                 .into_iter()
                 .map(|gateway| {
@@ -167,8 +181,8 @@ fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
                         <button
                             type="button"
                             class="button small"
-                            aria-pressed=move || (chosen.get() == gateway).to_string()
-                            on:click=move |_| chosen.set(gateway)
+                            aria-pressed=move || (selected.get() == gateway).to_string()
+                            on:click=move |_| selected.set(gateway)
                         >
                             {gateway.name()}
                         </button>
@@ -176,99 +190,59 @@ fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
                 })
                 .collect_view()}
         </fieldset>
-        <CodeBlock text what="the configuration"/>
+        <CodeBlock text what="configuration"/>
     }
 }
 
 #[component]
 fn CreateForm(
     open: RwSignal<bool>,
-    busy: RwSignal<bool>,
-    done: Callback<CreatedServiceToken>,
+    form: FormState,
+    new: NewSecret,
+    loader: Loader<Page<ServiceToken>>,
 ) -> impl IntoView {
+    form.reset();
     let name = RwSignal::new(String::new());
-    let failure = RwSignal::new(None::<Failure>);
-    let rest = Signal::derive(move || {
-        let failure = failure.get()?;
-        (!failure.names_fields()).then(|| failure.text())
-    });
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
-        busy.set(true);
-        failure.set(None);
+        if !form.begin() {
+            return;
+        }
         let body = CreateServiceToken {
             name: name.get_untracked(),
         };
         spawn_local(async move {
-            let answer = api::create_service_token(body).await;
-            let _ = busy.try_set(false);
-            match answer {
-                Ok(made) => {
-                    let _ = open.try_set(false);
-                    let _ = done.try_run(made);
-                }
-                Err(refused) => {
-                    let _ = failure.try_set(Some(refused));
-                }
+            let result = api::create_service_token(body).await;
+            if let Some(token) = form.finish(result) {
+                let _ = open.try_set(false);
+                new.show(token.service_token.name, token.token);
+                loader.reload();
             }
         });
     };
     view! {
-        <form on:submit=submit>
-            <Alert text=rest/>
-            <Field
-                id="token_name"
-                label="Name"
-                value=name
-                required=true
-                hint="The gateway that will hold it."
-                error=Signal::derive(move || failure.get()?.of_field("name"))
-            />
+        <form novalidate on:submit=submit>
+            <Alert error=form.failure()/>
+            <Field form name="name" id="token_name" label="Name" value=name required=true hint="Which gateway uses it?"/>
             <div class="actions end">
-                <button type="button" class="button" aria-disabled=held(busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button first" aria-disabled=held(busy)>"Make token"</button>
+                <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy)>"Create token"</button>
             </div>
         </form>
     }
 }
 
-/// A token's text, for the only time.
 #[component]
-fn TextOnce(made: RwSignal<Option<CreatedServiceToken>>, open: RwSignal<bool>) -> impl IntoView {
-    let stored = RwSignal::new(false);
-    Effect::new(move |_| {
-        if open.get() {
-            stored.set(false);
-        }
-    });
-    let text = Signal::derive(move || made.get().and_then(|it| it.token).unwrap_or_default());
-    let name = move || {
-        made.get()
-            .map(|it| it.service_token.name)
-            .unwrap_or_default()
-    };
+fn NewTokenDialog(new: NewSecret) -> impl IntoView {
     view! {
-        <Modal open firm=true wide=true title=Signal::derive(move || format!("The token of {}", named(&name())))>
-            <p>"This is the only time it is shown. It is stored nowhere."</p>
-            <CodeBlock id="token-text" text what="the token"/>
-            <h3>"Configure a gateway"</h3>
-            <Configuration token=text/>
-            <div class="actions end gate">
-                <label class="check">
-                    <input type="checkbox" name="stored" bind:checked=stored/>
-                    <span>"I stored it"</span>
-                </label>
-                <button
-                    class="button first"
-                    disabled=move || !stored.get()
-                    on:click=move |_| {
-                        open.set(false);
-                        made.set(None);
-                    }
-                >
-                    "Done"
-                </button>
-            </div>
-        </Modal>
+        <SecretDialog
+            new
+            title=Signal::derive(move || format!("Save your token for {}", quoted(&new.name.get())))
+            noun="token"
+            recovery="If you lose it, create a new one."
+        >
+            <h3>"Gateway configuration"</h3>
+            <Configuration token=new.secret/>
+        </SecretDialog>
     }
 }

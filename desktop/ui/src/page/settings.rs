@@ -1,4 +1,4 @@
-//! Settings: how the console looks, who one is, and where one is signed in.
+//! Settings: profile, theme, password and active sessions.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 use quota_common::{
@@ -8,49 +8,25 @@ use quota_common::{
 };
 
 use crate::{
-    api::{self, Failure},
-    app::session,
-    component::{Alert, Confirm, Field, Head, Loader, Shown, Toasts, When, held, load},
+    api::{self, CallError},
+    component::{
+        Alert, Async, Confirm, Field, FormState, Loader, PageHeader, RelativeTime, Toasts,
+        busy_attr, load,
+    },
     preferences::preferences,
-    shell,
+    servers,
+    session::session,
 };
 
 #[component]
 pub fn Settings() -> impl IntoView {
     view! {
-        <Head title="Settings"/>
-        <shell::Servers/>
+        <PageHeader title="Settings"/>
+        <servers::ServerSettings/>
         <Profile/>
         <Theme/>
         <Password/>
         <Sessions/>
-    }
-}
-
-/// What one form has come to.
-#[derive(Clone, Copy)]
-struct Outcome {
-    busy: RwSignal<bool>,
-    failure: RwSignal<Option<Failure>>,
-}
-
-impl Outcome {
-    fn new() -> Self {
-        Self {
-            busy: RwSignal::new(false),
-            failure: RwSignal::new(None),
-        }
-    }
-
-    fn of(self, field: &'static str) -> Signal<Option<String>> {
-        Signal::derive(move || self.failure.get()?.of_field(field))
-    }
-
-    fn rest(self) -> Signal<Option<String>> {
-        Signal::derive(move || {
-            let failure = self.failure.get()?;
-            (!failure.names_fields()).then(|| failure.text())
-        })
     }
 }
 
@@ -63,59 +39,57 @@ fn Profile() -> impl IntoView {
     let name = text(me.as_ref().map(|me| me.user.name.clone()));
     let tenant = text(me.as_ref().map(|me| me.tenant.name.clone()));
     let zone = text(me.as_ref().map(|me| me.tenant.time_zone.clone()));
-    let administers = me.is_some_and(|me| me.tenant.role.may_administer());
-    let it = Outcome::new();
-    let here = here();
+    let can_administer = me.is_some_and(|me| me.tenant.role.may_administer());
+    let form = FormState::new();
+    let browser_zone = browser_time_zone();
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
-        it.busy.set(true);
-        it.failure.set(None);
-        let own = name.get_untracked();
+        if !form.begin() {
+            return;
+        }
+        let name = name.get_untracked();
         let body = UpdateMe {
-            name: (!own.trim().is_empty()).then_some(own),
-            tenant_name: administers.then(|| tenant.get_untracked()),
-            time_zone: administers.then(|| zone.get_untracked()),
+            name: (!name.trim().is_empty()).then_some(name),
+            tenant_name: can_administer.then(|| tenant.get_untracked()),
+            time_zone: can_administer.then(|| zone.get_untracked()),
         };
         spawn_local(async move {
-            match api::update_me(body).await {
-                Ok(me) => {
-                    session.me.set(Some(me));
-                    toasts.say("Profile saved.");
-                }
-                Err(failure) => it.failure.set(Some(failure)),
+            let result = api::update_me(body).await;
+            if let Some(me) = form.finish(result) {
+                session.me.set(Some(me));
+                toasts.succeed("Changes saved");
             }
-            let _ = it.busy.try_set(false);
         });
     };
     view! {
         <section class="card" aria-labelledby="profile">
             <h2 id="profile">"Profile"</h2>
-            <form on:submit=submit>
-                <Alert text=it.rest()/>
+            <form novalidate on:submit=submit>
+                <Alert error=form.failure()/>
                 <div class="pair">
-                    <Field id="own_name" label="Your name" value=name autocomplete="name" error=it.of("name")/>
-                    {administers.then(|| view! { <Field id="tenant_name" label="Organisation" value=tenant autocomplete="organization" error=it.of("tenant_name")/> })}
+                    <Field form name="name" id="own_name" label="Your name" value=name autocomplete="name"/>
+                    {can_administer.then(|| view! { <Field form name="tenant_name" label="Organization" value=tenant autocomplete="organization" required=true/> })}
                 </div>
-                {administers
+                {can_administer
                     .then(|| {
                         view! {
                             <Field
-                                id="time_zone"
-                                label="Time zone for quotas"
+                                form
+                                name="time_zone"
+                                label="Quota time zone"
                                 value=zone
-                                hint=format!("Decides when a day or month starts. This browser is in {here}.")
-                                error=it.of("time_zone")
+                                required=true
+                                hint=format!("Decides when a day or month starts. This browser's time zone is {browser_zone}.")
                             />
                         }
                     })}
-                <div class="actions"><button class="button first" aria-disabled=held(it.busy)>"Save"</button></div>
+                <div class="actions"><button class="button primary" aria-disabled=busy_attr(form.busy)>"Save changes"</button></div>
             </form>
         </section>
     }
 }
 
-/// The browser's time zone.
-fn here() -> String {
+fn browser_time_zone() -> String {
     let options = js_sys::Intl::DateTimeFormat::default().resolved_options();
     js_sys::Reflect::get(&options, &"timeZone".into())
         .ok()
@@ -137,7 +111,7 @@ fn Theme() -> impl IntoView {
                     .map(|(value, name)| {
                         view! {
                             <label class="check">
-                                <input type="radio" name="theme" value=value prop:checked=move || preferences.theme.get() == value on:change=move |_| preferences.choose_theme(value)/>
+                                <input type="radio" name="theme" value=value prop:checked=move || preferences.theme.get() == value on:change=move |_| preferences.set_theme(value)/>
                                 <span>{name}</span>
                             </label>
                         }
@@ -152,71 +126,69 @@ fn Theme() -> impl IntoView {
 fn Password() -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let (current, new) = (RwSignal::new(String::new()), RwSignal::new(String::new()));
-    let it = Outcome::new();
+    let form = FormState::new();
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
-        it.busy.set(true);
-        it.failure.set(None);
+        if !form.begin() {
+            return;
+        }
         let body = ChangePassword {
             current_password: current.get_untracked(),
             new_password: new.get_untracked(),
         };
         spawn_local(async move {
-            match api::change_password(body).await {
-                Ok(()) => {
-                    current.set(String::new());
-                    new.set(String::new());
-                    toasts.say("Password changed. All other sessions have ended.");
-                }
-                Err(failure) => it.failure.set(Some(failure)),
+            let result = api::change_password(body).await;
+            if form.finish(result).is_some() {
+                let _ = current.try_set(String::new());
+                let _ = new.try_set(String::new());
+                toasts.succeed("Password changed. All other sessions were signed out.");
             }
-            let _ = it.busy.try_set(false);
         });
     };
     view! {
         <section class="card" aria-labelledby="password-title">
             <h2 id="password-title">"Password"</h2>
-            <form on:submit=submit>
-                <Alert text=it.rest()/>
+            <form novalidate on:submit=submit>
+                <Alert error=form.failure()/>
                 <div class="pair">
-                    <Field id="current_password" label="Current password" kind="password" autocomplete="current-password" value=current required=true error=it.of("current_password")/>
+                    <Field form name="current_password" label="Current password" kind="password" autocomplete="current-password" value=current required=true/>
                     <Field
-                        id="new_password"
+                        form
+                        name="new_password"
                         label="New password"
                         kind="password"
                         autocomplete="new-password"
                         value=new
                         required=true
-                        hint="At least 12 characters."
-                        error=it.of("new_password")
+                        hint="At least 12 characters. Try a few unrelated words."
                     />
                 </div>
-                <div class="actions"><button class="button first" aria-disabled=held(it.busy)>"Change password"</button></div>
+                <div class="actions"><button class="button primary" aria-disabled=busy_attr(form.busy)>"Change password"</button></div>
             </form>
         </section>
     }
 }
 
-/// What a browser calls itself, in a few words.
-fn client(agent: Option<&str>) -> String {
-    let Some(agent) = agent else {
+/// Describes a client by its `User-Agent`, such as `Firefox on Linux`.
+fn client_name(user_agent: Option<&str>) -> String {
+    let Some(agent) = user_agent else {
         return "Unknown client".to_owned();
     };
-    let named = |names: &[(&str, &'static str)]| {
+    let find = |names: &[(&str, &'static str)]| {
         names
             .iter()
             .find(|(part, _)| agent.contains(part))
             .map(|(_, name)| *name)
     };
-    let browser = named(&[
-        ("Quota-Desktop/", "Quota for the desktop"),
+    let browser = find(&[
+        ("Quota-Desktop/", "Quota desktop app"),
         ("Edg/", "Edge"),
         ("Firefox/", "Firefox"),
         ("Chrome/", "Chrome"),
         ("Safari/", "Safari"),
         ("curl/", "curl"),
     ]);
-    let system = named(&[
+    let system = find(&[
         ("Windows", "Windows"),
         ("Android", "Android"),
         ("iPhone", "iOS"),
@@ -242,36 +214,38 @@ fn Sessions() -> impl IntoView {
     let show = move |page: Page<Session>| {
         view! {
             <ul class="sessions">
-                {page.items.into_iter().map(|it| view! { <OneSession it loader/> }).collect_view()}
+                {page.items.into_iter().map(|it| view! { <SessionRow it loader/> }).collect_view()}
             </ul>
         }
     };
     view! {
         <section class="card" aria-labelledby="sessions">
-            <h2 id="sessions">"Where you are signed in"</h2>
-            <Shown loader show/>
+            <h2 id="sessions">"Active sessions"</h2>
+            <Async loader show/>
         </section>
     }
 }
 
 #[component]
-fn OneSession(it: Session, loader: Loader<Page<Session>>) -> impl IntoView {
+fn SessionRow(it: Session, loader: Loader<Page<Session>>) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
-    let name = client(it.user_agent.as_deref());
-    let asking = RwSignal::new(false);
+    let name = client_name(it.user_agent.as_deref());
+    let confirming = RwSignal::new(false);
     let busy = RwSignal::new(false);
-    let failure = RwSignal::new(None::<String>);
+    let failure = RwSignal::new(None::<CallError>);
     let id = it.id;
     let run = Callback::new(move |()| {
         busy.set(true);
         spawn_local(async move {
-            match api::end_session(id).await {
+            match api::revoke_session(id).await {
                 Ok(()) => {
-                    toasts.say("Session ended.");
-                    asking.set(false);
+                    toasts.succeed("Session revoked");
+                    let _ = confirming.try_set(false);
                     loader.reload();
                 }
-                Err(refused) => failure.set(Some(refused.text())),
+                Err(error) => {
+                    let _ = failure.try_set(Some(error));
+                }
             }
             let _ = busy.try_set(false);
         });
@@ -280,18 +254,18 @@ fn OneSession(it: Session, loader: Loader<Page<Session>>) -> impl IntoView {
         <li>
             <div>
                 <strong>{name.clone()}</strong>
-                {it.current.then(|| view! { <span class="badge on">"this device"</span> })}
-                <p class="quiet">
-                    {it.ip.clone().map(|ip| format!("{ip}, "))} "used " <When at=it.last_used_at/>
+                {it.current.then(|| view! { <span class="badge">"This device"</span> })}
+                <p class="muted">
+                    {it.ip.clone().map(|ip| format!("{ip} · "))} "Last used " <RelativeTime at=it.last_used_at/>
                 </p>
             </div>
             {(!it.current)
-                .then(|| view! { <button class="button small" aria-label=format!("End the session of {name}") on:click=move |_| asking.set(true)>"End"</button> })}
+                .then(|| view! { <button class="button small" aria-label=format!("Revoke session: {name}") on:click=move |_| confirming.set(true)>"Revoke"</button> })}
             <Confirm
-                open=asking
-                title=format!("End the session of {name}?")
-                breaks="That device is signed out immediately."
-                action="End session"
+                open=confirming
+                title="Revoke session?"
+                message=format!("{name} will be signed out immediately.")
+                action="Revoke session"
                 busy
                 failure
                 run

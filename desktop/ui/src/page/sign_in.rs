@@ -7,83 +7,63 @@ use quota_common::{
 };
 
 use crate::{
-    api::{self, Answer, Failure},
-    app::{Gate, session},
-    component::{Alert, Field, Head, Mark, held},
-    model::{address::Query, form::next_page},
+    api::{self, CallError, CallResult},
+    component::{Alert, Field, FormState, Logo, PageHeader, busy_attr},
+    model::{
+        address::Query,
+        form::{check_email, next_page},
+    },
     route::route,
-    shell,
+    servers,
+    session::{AuthState, session},
 };
 
-/// The frame of both forms: what they share, and where they lead.
-#[derive(Clone, Copy)]
-struct Entry {
-    busy: RwSignal<bool>,
-    failure: RwSignal<Option<Failure>>,
-}
-
-impl Entry {
-    fn new() -> Self {
-        let session = session();
-        let route = route();
-        // Also for one who comes here signed in.
-        Effect::new(move |_| {
-            if session.gate.get() == Gate::In {
-                let next = route.query.with_untracked(|query| query.get("next"));
-                route.replace(&next_page(next.as_deref()));
-            }
-        });
-        Self {
-            busy: RwSignal::new(false),
-            failure: RwSignal::new(None),
+/// Opens the requested page once someone is signed in, also for visitors who already are.
+fn redirect_when_signed_in() {
+    let session = session();
+    let route = route();
+    Effect::new(move |_| {
+        if session.auth.get() == AuthState::SignedIn {
+            let next = route.query.with_untracked(|query| query.get("next"));
+            route.replace(&next_page(next.as_deref()));
         }
-    }
-
-    fn run(self, call: impl Future<Output = Answer<auth::SignedIn>> + 'static) {
-        let session = session();
-        self.busy.set(true);
-        self.failure.set(None);
-        spawn_local(async move {
-            match call.await {
-                // What the cookies say is what counts.
-                Ok(_) => match api::me().await {
-                    Ok(me) => {
-                        session.me.set(Some(me));
-                        session.gate.set(Gate::In);
-                    }
-                    Err(failure) => {
-                        let kept = !failure.is(ProblemCode::Unauthorized);
-                        self.failure
-                            .set(Some(if kept { failure } else { Failure::NotKept }));
-                    }
-                },
-                Err(failure) => self.failure.set(Some(failure)),
-            }
-            self.busy.set(false);
-        });
-    }
-
-    fn of(self, field: &'static str) -> Signal<Option<String>> {
-        Signal::derive(move || self.failure.get()?.of_field(field))
-    }
-
-    fn rest(self) -> Signal<Option<String>> {
-        Signal::derive(move || {
-            if !api::is_reachable_securely() {
-                return Some(
-                    "This page was not loaded over https, so your browser will not keep you signed in. Open it over https, \
-                     or at localhost."
-                        .to_owned(),
-                );
-            }
-            let failure = self.failure.get()?;
-            (!failure.names_fields()).then(|| failure.text())
-        })
-    }
+    });
 }
 
-/// The address of the other form, which leads to the same page.
-fn other(path: &str) -> String {
+/// Makes the call and starts the session.
+fn sign_in(form: FormState, call: impl Future<Output = CallResult<auth::SignedIn>> + 'static) {
+    let session = session();
+    spawn_local(async move {
+        let result = match call.await {
+            // Only a second call shows whether the browser has stored the cookies.
+            Ok(_) => api::me().await.map_err(|error| {
+                if error.is(ProblemCode::Unauthorized) {
+                    CallError::CookiesBlocked
+                } else {
+                    error
+                }
+            }),
+            Err(error) => Err(error),
+        };
+        if let Some(me) = form.finish(result) {
+            session.begin(me);
+        }
+    });
+}
+
+#[component]
+fn InsecureWarning() -> impl IntoView {
+    (!api::is_secure()).then(|| {
+        view! {
+            <p class="alert" role="alert">
+                "This page wasn't loaded over HTTPS, so your browser can't keep you signed in. Use HTTPS or localhost."
+            </p>
+        }
+    })
+}
+
+/// The address of the other form, with the same page to open afterwards.
+fn with_next(path: &str) -> String {
     let next = route().query.with_untracked(|query| query.get("next"));
     let query = Query::default().with("next", &next.unwrap_or_default());
     format!("{path}{query}")
@@ -91,72 +71,84 @@ fn other(path: &str) -> String {
 
 #[component]
 pub fn SignIn() -> impl IntoView {
-    let entry = Entry::new();
+    redirect_when_signed_in();
+    let form = FormState::new();
     let (email, password) = (RwSignal::new(String::new()), RwSignal::new(String::new()));
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
-        let (email, password) = (email.get_untracked(), password.get_untracked());
-        entry.run(api::login(Login {
-            email,
-            password,
-            device_token: None,
-        }));
+        if form.begin() {
+            let (email, password) = (email.get_untracked(), password.get_untracked());
+            sign_in(
+                form,
+                api::login(Login {
+                    email,
+                    password,
+                    device_token: None,
+                }),
+            );
+        }
     };
     view! {
         <main class="entry">
-            <form class="card" on:submit=submit>
-                <Mark/>
-                <Head title="Sign in"/>
-                <Alert text=entry.rest()/>
-                <Field id="email" label="Email" kind="email" autocomplete="username" value=email required=true error=entry.of("email")/>
-                <Field id="password" label="Password" kind="password" autocomplete="current-password" value=password required=true error=entry.of("password")/>
-                <button class="button first full" aria-disabled=held(entry.busy)>"Sign in"</button>
-                <p class="quiet center">"New here? " <a href=other("/console/register")>"Create an account"</a></p>
+            <form class="card" novalidate on:submit=submit>
+                <Logo/>
+                <PageHeader title="Sign in"/>
+                <InsecureWarning/>
+                <Alert error=form.failure()/>
+                <Field form name="email" label="Email" kind="email" autocomplete="username" value=email required=true check=check_email/>
+                <Field form name="password" label="Password" kind="password" autocomplete="current-password" value=password required=true/>
+                <button class="button primary full" aria-disabled=busy_attr(form.busy)>"Sign in"</button>
+                <p class="muted center">"New to Quota? " <a href=with_next("/console/register")>"Create an account"</a></p>
             </form>
-            <shell::OtherServer/>
+            <servers::ServerPicker/>
         </main>
     }
 }
 
 #[component]
 pub fn Register() -> impl IntoView {
-    let entry = Entry::new();
-    let (email, password, tenant) = (
+    redirect_when_signed_in();
+    let form = FormState::new();
+    let (email, password, organization) = (
         RwSignal::new(String::new()),
         RwSignal::new(String::new()),
         RwSignal::new(String::new()),
     );
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
-        let tenant = tenant.get_untracked();
-        entry.run(api::register(auth::Register {
-            email: email.get_untracked(),
-            password: password.get_untracked(),
-            tenant_name: (!tenant.trim().is_empty()).then_some(tenant),
-        }));
+        if form.begin() {
+            let organization = organization.get_untracked();
+            let body = auth::Register {
+                email: email.get_untracked(),
+                password: password.get_untracked(),
+                tenant_name: (!organization.trim().is_empty()).then_some(organization),
+            };
+            sign_in(form, api::register(body));
+        }
     };
     view! {
         <main class="entry">
-            <form class="card" on:submit=submit>
-                <Mark/>
-                <Head title="Create an account" about="Plans, keys and limits for your API, ready in a minute."/>
-                <Alert text=entry.rest()/>
-                <Field id="email" label="Email" kind="email" autocomplete="username" value=email required=true error=entry.of("email")/>
+            <form class="card" novalidate on:submit=submit>
+                <Logo/>
+                <PageHeader title="Create an account" about="Manage API keys, rate limits and quotas for your API."/>
+                <InsecureWarning/>
+                <Alert error=form.failure()/>
+                <Field form name="email" label="Email" kind="email" autocomplete="username" value=email required=true check=check_email/>
                 <Field
-                    id="password"
+                    form
+                    name="password"
                     label="Password"
                     kind="password"
                     autocomplete="new-password"
                     value=password
                     required=true
-                    hint="At least 12 characters. A few unrelated words are good."
-                    error=entry.of("password")
+                    hint="At least 12 characters. Try a few unrelated words."
                 />
-                <Field id="tenant_name" label="Organisation (optional)" value=tenant autocomplete="organization" error=entry.of("tenant_name")/>
-                <button class="button first full" aria-disabled=held(entry.busy)>"Create account"</button>
-                <p class="quiet center">"Have an account? " <a href=other("/console/sign-in")>"Sign in"</a></p>
+                <Field form name="tenant_name" label="Organization (optional)" value=organization autocomplete="organization"/>
+                <button class="button primary full" aria-disabled=busy_attr(form.busy)>"Create account"</button>
+                <p class="muted center">"Already have an account? " <a href=with_next("/console/sign-in")>"Sign in"</a></p>
             </form>
-            <shell::OtherServer/>
+            <servers::ServerPicker/>
         </main>
     }
 }

@@ -1,58 +1,63 @@
-//! Sending requests with a key, and watching its bucket drain and fill.
+//! Sends requests with a key and shows how its bucket drains and refills.
+
+use std::time::Duration;
 
 use leptos::{prelude::*, task::spawn_local};
 
 use crate::{
-    api::{self, Tried},
-    component::{Alert, held, now},
+    api::{self, CallError, TestResponse},
+    clock::now,
+    component::{Alert, busy_attr},
     model::{
         bucket::{Bucket, History},
-        text::{count, number, wait},
+        text::{count, countdown, number},
     },
 };
 
-/// How often the plot moves, in milliseconds.
-const FRAME_MS: u64 = 200;
-/// How many requests "until 429" sends at most.
-const MOST: u32 = 300;
-/// Of the plot; its height is 1000.
+/// How often the chart moves.
+const FRAME: Duration = Duration::from_millis(200);
+/// The most requests that "Send until 429" sends.
+const MAX_REQUESTS: u32 = 300;
+/// The width of the chart in SVG units. Its height is 1000.
 const WIDTH: i64 = 6000;
 
-/// What has come of the requests so far.
 #[derive(Clone, Default)]
-struct Tally {
-    admitted: u64,
-    denied: u64,
-    last: Option<Tried>,
-    failure: Option<String>,
-    /// All of `MOST` were sent, and none was denied.
-    never_denied: bool,
+struct Results {
+    allowed: u64,
+    limited: u64,
+    last: Option<TestResponse>,
+    failure: Option<CallError>,
+    /// Whether "Send until 429" ended without a 429.
+    never_limited: bool,
 }
 
-/// The policy that an answer's `RateLimit` names, in words: of a denial, the one that denied it.
-fn policy(limit: &str) -> Option<&'static str> {
-    let name = limit.split('"').nth(1)?;
+/// Names the policy in a `RateLimit` header. After a 429, that is the policy that denied the request.
+fn policy(rate_limit: &str) -> Option<&'static str> {
+    let name = rate_limit.split('"').nth(1)?;
     Some(match name {
-        "rpm" => "Limited by the rate per minute.",
-        "daily" => "Limited by the daily quota.",
-        "monthly" => "Limited by the monthly quota.",
+        "rpm" => "Rate limit reached.",
+        "daily" => "Daily quota reached.",
+        "monthly" => "Monthly quota reached.",
         _ => return None,
     })
 }
 
 #[component]
 pub fn TryIt(
-    /// The key's text.
-    text: Signal<String>,
+    /// The full key.
+    secret: Signal<String>,
+    /// Called after requests were sent.
+    #[prop(optional)]
+    on_sent: Option<Callback<()>>,
 ) -> impl IntoView {
-    let tally = RwSignal::new(Tally::default());
+    let results = RwSignal::new(Results::default());
     let bucket = RwSignal::new(None::<Bucket>);
     let history = RwSignal::new(History::default());
     let clock = RwSignal::new(now());
     let busy = RwSignal::new(false);
     let stopped = RwSignal::new(false);
-    // When the next request would be admitted, in milliseconds since 1970.
-    let again_at = RwSignal::new(None::<i64>);
+    // When the next request is allowed, in milliseconds since 1970.
+    let retry_at = RwSignal::new(None::<i64>);
 
     let timer = set_interval_with_handle(
         move || {
@@ -61,11 +66,11 @@ pub fn TryIt(
                 history.update(|history| history.add(now, bucket.share(now)));
             }
             clock.set(now);
-            if again_at.get_untracked().is_some_and(|at| at <= now) {
-                again_at.set(None);
+            if retry_at.get_untracked().is_some_and(|at| at <= now) {
+                retry_at.set(None);
             }
         },
-        std::time::Duration::from_millis(FRAME_MS),
+        FRAME,
     );
     on_cleanup(move || {
         if let Ok(timer) = timer {
@@ -73,12 +78,12 @@ pub fn TryIt(
         }
     });
 
-    // Sends one request; whether it was admitted.
+    // Sends one request. Returns whether it was allowed.
     let send = move || async move {
-        match api::try_key(text.get_untracked().trim()).await {
-            Ok(tried) => {
+        match api::try_key(secret.get_untracked().trim()).await {
+            Ok(response) => {
                 let now = now();
-                let header = |name| tried.header(name).unwrap_or_default();
+                let header = |name| response.header(name).unwrap_or_default();
                 if let Some(read) = Bucket::read(
                     header("X-RateLimit-Limit"),
                     header("X-RateLimit-Remaining"),
@@ -88,145 +93,146 @@ pub fn TryIt(
                     history.update(|history| history.add(now, read.share(now)));
                     bucket.set(Some(read));
                 }
-                let wait = header("Retry-After").parse::<i64>().ok();
-                again_at.set(wait.map(|secs| now + secs * 1000));
-                let admitted = tried.status == 200;
-                tally.update(|tally| {
-                    tally.failure = None;
-                    if admitted {
-                        tally.admitted += 1;
-                    } else if tried.status == 429 {
-                        tally.denied += 1;
+                let retry_after = header("Retry-After").parse::<i64>().ok();
+                retry_at.set(retry_after.map(|secs| now + secs * 1000));
+                let allowed = response.status == 200;
+                results.update(|results| {
+                    results.failure = None;
+                    if allowed {
+                        results.allowed += 1;
+                    } else if response.status == 429 {
+                        results.limited += 1;
                     }
-                    tally.last = Some(tried);
+                    results.last = Some(response);
                 });
-                admitted
+                allowed
             }
-            Err(failure) => {
-                tally.update(|tally| tally.failure = Some(failure.text()));
+            Err(error) => {
+                results.update(|results| results.failure = Some(error));
                 false
             }
         }
     };
-    // All of `most`, or as long as they are admitted.
-    let run = move |most: u32, until_denied: bool| {
+    let run = move |requests: u32, until_limited: bool| {
         busy.set(true);
         stopped.set(false);
-        tally.update(|tally| tally.never_denied = false);
+        results.update(|results| results.never_limited = false);
         spawn_local(async move {
-            let mut never_denied = until_denied;
-            for _ in 0..most {
-                let admitted = send().await;
-                // Nobody waits any more, whether the page was left or they said so.
-                if stopped.try_get_untracked().unwrap_or(true) || (!admitted && until_denied) {
-                    never_denied = false;
+            let mut never_limited = until_limited;
+            for _ in 0..requests {
+                let allowed = send().await;
+                // The user stopped or left the page, or the limit was reached.
+                if stopped.try_get_untracked().unwrap_or(true) || (!allowed && until_limited) {
+                    never_limited = false;
                     break;
                 }
             }
-            let _ = tally.try_update(|tally| tally.never_denied = never_denied);
+            let _ = results.try_update(|results| results.never_limited = never_limited);
             let _ = busy.try_set(false);
+            if let Some(on_sent) = on_sent {
+                let _ = on_sent.try_run(());
+            }
         });
     };
-    let missing = move || text.get().trim().is_empty();
+    let is_missing = move || secret.get().trim().is_empty();
     view! {
-        <section class="try" aria-label="Try the key">
+        <section class="try" aria-label="Send requests">
             <div class="actions">
-                <button type="button" class="button small" disabled=missing aria-disabled=held(busy) on:click=move |_| run(1, false)>"Send 1"</button>
-                <button type="button" class="button small" disabled=missing aria-disabled=held(busy) on:click=move |_| run(10, false)>"Send 10"</button>
-                <button type="button" class="button small" disabled=missing aria-disabled=held(busy) on:click=move |_| run(MOST, true)>"Send until 429"</button>
+                <button type="button" class="button small" disabled=is_missing aria-disabled=busy_attr(busy) on:click=move |_| run(1, false)>"Send 1"</button>
+                <button type="button" class="button small" disabled=is_missing aria-disabled=busy_attr(busy) on:click=move |_| run(10, false)>"Send 10"</button>
+                <button type="button" class="button small" disabled=is_missing aria-disabled=busy_attr(busy) on:click=move |_| run(MAX_REQUESTS, true)>"Send until 429"</button>
                 {move || {
                     busy.get()
                         .then(|| view! { <button type="button" class="button small" on:click=move |_| stopped.set(true)>"Stop"</button> })
                 }}
             </div>
-            <p class="quiet small-text">"Sends real requests to GET /v1/echo. Each one counts against this key's limits and quotas."</p>
-            <Alert text=Signal::derive(move || tally.get().failure)/>
+            <p class="muted small-text">"Sends real requests to GET /v1/echo. They count against this key's limits and quotas."</p>
+            <Alert error=Signal::derive(move || results.get().failure)/>
+            <ResponseSummary results/>
             {move || {
-                tally
-                    .get()
-                    .last
-                    .map(|last| {
-                        let (class, word) = match last.status {
-                            200 => ("badge on", "admitted"),
-                            429 => ("badge limited", "limited"),
-                            _ => ("badge off", "refused"),
-                        };
-                        let by = (last.status == 429)
-                            .then(|| policy(last.header("RateLimit")?))
-                            .flatten();
-                        let it = tally.get();
-                        view! {
-                            <p class="outcome" role="status">
-                                <strong class="status" data-status=last.status.to_string()>{last.status}</strong>
-                                <span class=class>{word}</span>
-                                <span class="quiet">
-                                    {format!("{} admitted, {} limited", count(it.admitted, "request", "requests"), number(it.denied))}
-                                </span>
-                                {by}
-                                {it.never_denied.then(|| format!("{MOST} requests sent, none was limited."))}
-                            </p>
-                        }
-                    })
-            }}
-            {move || {
-                again_at
+                retry_at
                     .get()
                     .map(|at| {
                         let secs = ((at - clock.get()).max(0) + 999) / 1000;
-                        view! { <p class="countdown">"The next request is admitted in " <strong>{wait(secs.unsigned_abs())}</strong></p> }
+                        view! { <p class="countdown">"Next request allowed in " <strong>{countdown(secs.unsigned_abs())}</strong></p> }
                     })
             }}
-            {move || {
-                bucket
-                    .get()
-                    .map(|it| {
-                        let level = move || it.level(clock.get()) / 1000;
-                        view! {
-                            <figure class="plot">
-                                <span class="plot-most">{number(it.limit)}</span>
-                                <span class="plot-none">"0"</span>
-                                // A little more than the line's box, so that it is whole also where it is full or empty.
-                                <svg
-                                    viewBox="0 -60 6000 1120"
-                                    preserveAspectRatio="none"
-                                    role="img"
-                                    aria-label="The bucket's level over the last 30 seconds"
-                                >
-                                    <path class="plot-grid" d="M0 0h6000M0 500h6000M0 1000h6000"/>
-                                    <polyline class="plot-line" points=move || history.with(|history| history.line(clock.get(), WIDTH))/>
-                                </svg>
-                                <p class="plot-time"><span>"30 s ago"</span><span>"now"</span></p>
-                                <figcaption>
-                                    <span>"Bucket: " <strong>{move || number(level())}</strong> {format!(" of {}", number(it.limit))}</span>
-                                    <span class="quiet">{format!("refills {} per second", it.pace())}</span>
-                                </figcaption>
-                            </figure>
-                        }
-                    })
-            }}
-            {move || {
-                tally
-                    .get()
-                    .last
-                    .filter(|last| !last.headers.is_empty())
-                    .map(|last| {
-                        view! {
-                            <details>
-                                <summary>"Headers of the last response"</summary>
-                                <table class="headers">
-                                    <caption class="unseen">"Response headers"</caption>
-                                    <tbody>
-                                        {last
-                                            .headers
-                                            .into_iter()
-                                            .map(|(name, value)| view! { <tr><th scope="row"><code>{name}</code></th><td><code>{value}</code></td></tr> })
-                                            .collect_view()}
-                                    </tbody>
-                                </table>
-                            </details>
-                        }
-                    })
-            }}
+            {move || bucket.get().map(|bucket| view! { <BucketChart bucket history clock/> })}
+            <ResponseHeaders results/>
         </section>
+    }
+}
+
+#[component]
+fn ResponseSummary(results: RwSignal<Results>) -> impl IntoView {
+    move || {
+        let it = results.get();
+        let last = it.last?;
+        let (class, outcome) = match last.status {
+            200 => ("badge on", "Allowed"),
+            429 => ("badge limited", "Rate limited"),
+            _ => ("badge off", "Rejected"),
+        };
+        let reason = (last.status == 429)
+            .then(|| policy(last.header("RateLimit")?))
+            .flatten();
+        Some(view! {
+            <p class="outcome" role="status">
+                <strong class="status" data-status=last.status.to_string()>{last.status}</strong>
+                <span class=class>{outcome}</span>
+                <span class="muted">
+                    {format!("{} allowed, {} rate limited", count(it.allowed, "request", "requests"), number(it.limited))}
+                </span>
+                {reason}
+                {it.never_limited.then(|| format!("{MAX_REQUESTS} requests sent, none rate limited."))}
+            </p>
+        })
+    }
+}
+
+#[component]
+fn BucketChart(bucket: Bucket, history: RwSignal<History>, clock: RwSignal<i64>) -> impl IntoView {
+    let level = move || bucket.level(clock.get()) / 1000;
+    view! {
+        <figure class="plot">
+            <span class="plot-max">{number(bucket.limit)}</span>
+            <span class="plot-zero">"0"</span>
+            // Slightly taller than the line's range, so that a full or empty bucket's line is not cut off.
+            <svg
+                viewBox="0 -60 6000 1120"
+                preserveAspectRatio="none"
+                role="img"
+                aria-label="Bucket level over the last 30 seconds"
+            >
+                <path class="plot-grid" d="M0 0h6000M0 500h6000M0 1000h6000"/>
+                <polyline class="plot-line" points=move || history.with(|history| history.line(clock.get(), WIDTH))/>
+            </svg>
+            <p class="plot-time"><span>"30 s ago"</span><span>"now"</span></p>
+            <figcaption>
+                <span>"Bucket: " <strong>{move || number(level())}</strong> {format!(" of {}", number(bucket.limit))}</span>
+                <span class="muted">{format!("Refills {} per second", bucket.pace())}</span>
+            </figcaption>
+        </figure>
+    }
+}
+
+#[component]
+fn ResponseHeaders(results: RwSignal<Results>) -> impl IntoView {
+    move || {
+        let last = results.get().last.filter(|last| !last.headers.is_empty())?;
+        let rows = last
+            .headers
+            .into_iter()
+            .map(|(name, value)| view! { <tr><th scope="row"><code>{name}</code></th><td><code>{value}</code></td></tr> })
+            .collect_view();
+        Some(view! {
+            <details>
+                <summary>"Headers of the last response"</summary>
+                <table class="headers">
+                    <caption class="visually-hidden">"Response headers"</caption>
+                    <tbody>{rows}</tbody>
+                </table>
+            </details>
+        })
     }
 }

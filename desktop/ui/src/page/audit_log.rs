@@ -1,4 +1,4 @@
-//! Who changed what.
+//! The audit log.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -8,22 +8,22 @@ use quota_common::{
 
 use crate::{
     api,
-    component::{Empty, Head, Pager, Shape, Shown, When, load_page},
-    model::address::Query,
+    component::{Async, EmptyState, PageHeader, Pager, RelativeTime, Shape, load_page},
+    model::{address::Query, text::count},
     route::route,
 };
 
-/// `api_key.rotate` as people say it.
-fn action(text: &str) -> String {
+/// The label of an action such as `api_key.rotate`.
+fn action_label(text: &str) -> String {
     match text {
         "session.begin" => "Signed in",
         "session.end" => "Signed out",
-        "session.reuse_detected" => "Session ended: its token was used twice",
+        "session.reuse_detected" => "Session revoked: refresh token reused",
         "user.register" => "Account created",
-        "user.update" => "Profile changed",
+        "user.update" => "Profile updated",
         "user.change_password" => "Password changed",
         "user.reset_password" => "Password reset",
-        "tenant.update" => "Organisation changed",
+        "tenant.update" => "Organization updated",
         _ => {
             let (noun, verb) = text.split_once('.').unwrap_or((text, ""));
             let noun = match noun {
@@ -38,34 +38,35 @@ fn action(text: &str) -> String {
     .to_owned()
 }
 
-const fn kind(target: AuditTarget) -> &'static str {
+const fn resource_label(target: AuditTarget) -> &'static str {
     match target {
         AuditTarget::Plan => "Plans",
         AuditTarget::ApiKey => "API keys",
         AuditTarget::ServiceToken => "Service tokens",
         AuditTarget::User => "Accounts",
         AuditTarget::Session => "Sessions",
-        AuditTarget::Tenant => "Organisation",
+        AuditTarget::Tenant => "Organization",
     }
 }
 
-fn kinds(_: &Query) -> Vec<(&'static str, String)> {
+fn resources(_: &Query) -> Vec<(&'static str, String)> {
     let all = AuditTarget::ALL.iter();
-    all.map(|it| (it.as_str(), kind(*it).to_owned())).collect()
+    all.map(|it| (it.as_str(), resource_label(*it).to_owned()))
+        .collect()
 }
 
-/// Those that there are of the kind that is chosen.
+/// The actions on the selected resource.
 fn actions(query: &Query) -> Vec<(&'static str, String)> {
     let noun = query.get("target_type").unwrap_or_default();
     AuditAction::ALL
         .iter()
         .map(|it| it.as_str())
         .filter(|it| it.starts_with(&noun))
-        .map(|it| (it, action(it)))
+        .map(|it| (it, action_label(it)))
         .collect()
 }
 
-/// Chooses by address among these values.
+/// A filter that is part of the address.
 #[component]
 fn Filter(
     name: &'static str,
@@ -103,8 +104,8 @@ fn Filter(
     }
 }
 
-/// The fields that changed, in words.
-fn change(event: &AuditEvent) -> Vec<(String, String, String)> {
+/// The changed fields with their values before and after.
+fn changed_fields(event: &AuditEvent) -> Vec<(String, String, String)> {
     let fields = |value: &Option<serde_json::Value>| {
         value
             .as_ref()
@@ -133,41 +134,41 @@ fn change(event: &AuditEvent) -> Vec<(String, String, String)> {
 }
 
 #[component]
-pub fn Audit() -> impl IntoView {
+pub fn AuditLog() -> impl IntoView {
     let query = route().query;
-    let part = move |name: &str| query.with(|query| query.get(name));
+    let parameter = move |name: &str| query.with(|query| query.get(name));
     let loader = load_page(move |page| {
         let filter = AuditFilter {
-            action: part("action").and_then(|it| AuditAction::of(&it)),
-            target_type: part("target_type").and_then(|it| AuditTarget::of(&it)),
+            action: parameter("action").and_then(|it| AuditAction::of(&it)),
+            target_type: parameter("target_type").and_then(|it| AuditTarget::of(&it)),
         };
         api::list_audit(filter, page)
     });
     view! {
-        <Head title="Audit" about="Every change: what, who, when, and from where."/>
+        <PageHeader title="Audit log" about="Every change: what was changed, by whom, when, and from where."/>
         <search class="filters two">
-            <Filter name="target_type" label="Kind" all="Everything" options=kinds/>
-            <Filter name="action" label="Change" all="Any change" options=actions/>
+            <Filter name="target_type" label="Resource" all="All resources" options=resources/>
+            <Filter name="action" label="Action" all="All actions" options=actions/>
         </search>
-        <Shown
+        <Async
             loader
             show=move |page| {
-                if page.items.is_empty() && (part("target_type").is_some() || part("action").is_some()) {
+                if page.items.is_empty() && (parameter("target_type").is_some() || parameter("action").is_some()) {
                     return view! {
-                        <Empty shape=Shape::Search title="No matching changes" about="Nothing like this has been changed yet.">
-                            <a class="button" href="/console/audit">"Show all changes"</a>
-                        </Empty>
+                        <EmptyState shape=Shape::Search title="No matching events" about="Try other filters.">
+                            <a class="button" href="/console/audit">"Clear filters"</a>
+                        </EmptyState>
                     }
                         .into_any();
                 }
                 if page.items.is_empty() {
                     return view! {
-                        <Empty shape=Shape::Audit title="No changes yet" about="Changes to plans, keys, tokens and sessions will be listed here."/>
+                        <EmptyState shape=Shape::Audit title="No events yet" about="Changes to plans, keys, tokens and sessions appear here."/>
                     }
                         .into_any();
                 }
                 let shown = page.items.len();
-                let gone = page
+                let deleted_keys = page
                     .items
                     .iter()
                     .filter(|it| it.action == "api_key.delete")
@@ -175,36 +176,43 @@ pub fn Audit() -> impl IntoView {
                     .collect::<Vec<_>>();
                 view! {
                     <table class="table">
-                        <caption class="unseen">"Changes, newest first"</caption>
+                        <caption class="visually-hidden">"Events, newest first"</caption>
                         <thead>
-                            <tr><th scope="col">"Change"</th><th scope="col">"Target"</th><th scope="col">"Who"</th><th scope="col">"From"</th><th scope="col">"When"</th><th scope="col">"Details"</th></tr>
+                            <tr>
+                                <th scope="col">"Action"</th>
+                                <th scope="col">"Resource"</th>
+                                <th scope="col">"Actor"</th>
+                                <th scope="col">"IP address"</th>
+                                <th scope="col">"Time"</th>
+                                <th scope="col">"Details"</th>
+                            </tr>
                         </thead>
                         <tbody>
                             {page
                                 .items
                                 .into_iter()
                                 .map(|event| {
-                                    let changes = change(&event);
-                                    let leads = event.target_type == "api_key" && !gone.contains(&event.target_id);
-                                    let id = event.target_id.clone().filter(|_| leads);
+                                    let changes = changed_fields(&event);
+                                    let has_page = event.target_type == "api_key" && !deleted_keys.contains(&event.target_id);
+                                    let id = event.target_id.clone().filter(|_| has_page);
                                     let href = id.map(|id| format!("/console/api-keys/{id}"));
-                                    // Whose account or session it is stands beside.
+                                    // Accounts and sessions have no name of their own; the actor identifies them.
                                     let name = event.target_name.clone().unwrap_or_else(|| "–".to_owned());
                                     view! {
                                         <tr>
-                                            <th scope="row">{action(&event.action)}</th>
-                                            // Without an address it is none: what is gone leads nowhere.
-                                            <td data-label="Target" class="of"><a class="clamp" dir="auto" href=href>{name}</a></td>
-                                            <td class="who-did" data-label="Who" dir="auto">{event.user_email.clone().unwrap_or_else(|| "the server".to_owned())}</td>
-                                            <td data-label="From"><code>{event.ip.clone().unwrap_or_else(|| "–".to_owned())}</code></td>
-                                            <td data-label="When"><div><When at=event.at spelled=true/></div></td>
+                                            <th scope="row">{action_label(&event.action)}</th>
+                                            // Without an `href`, as for deleted keys, this is plain text.
+                                            <td data-label="Resource" class="name-cell"><a class="clamp" dir="auto" href=href>{name}</a></td>
+                                            <td class="actor" data-label="Actor" dir="auto">{event.user_email.clone().unwrap_or_else(|| "System".to_owned())}</td>
+                                            <td data-label="IP address"><code>{event.ip.clone().unwrap_or_else(|| "–".to_owned())}</code></td>
+                                            <td data-label="Time"><div><RelativeTime at=event.at with_exact=true/></div></td>
                                             <td data-label="Details">
                                                 {if changes.is_empty() {
-                                                    view! { <span class="quiet">"–"</span> }.into_any()
+                                                    view! { <span class="muted">"–"</span> }.into_any()
                                                 } else {
                                                     view! {
                                                         <details>
-                                                            <summary>{crate::model::text::count(changes.len() as u64, "field", "fields")}</summary>
+                                                            <summary>{count(changes.len() as u64, "field", "fields")}</summary>
                                                             <dl class="changes">
                                                                 {changes
                                                                     .into_iter()

@@ -1,27 +1,31 @@
-//! Text to take along: copied with a button, or selected.
+//! Text to copy.
 
 use leptos::{prelude::*, task::spawn_local};
 
-use super::{Icon, Shape};
-use crate::api;
+use super::icon::{Icon, Shape};
+use crate::{api, model::text::capitalized};
 
 #[component]
 pub fn CopyButton(
     #[prop(into)] text: Signal<String>,
-    /// What is copied, for those who do not see where the button stands.
+    /// What is copied. Part of the button's accessible name.
     #[prop(into)]
     what: String,
+    #[prop(optional)] on_copied: Option<Callback<()>>,
 ) -> impl IntoView {
     let copied = RwSignal::new(false);
-    // Said here: behind an open dialog nothing is seen or heard.
-    let refused = RwSignal::new(false);
+    // Shown next to the button: a toast would be behind an open dialog.
+    let failed = RwSignal::new(false);
     let copy = move |_| {
         let text = text.get_untracked();
         spawn_local(async move {
             let done = api::copy(&text).await;
-            let _ = refused.try_set(!done);
+            let _ = failed.try_set(!done);
             if done {
                 let _ = copied.try_set(true);
+                if let Some(on_copied) = on_copied {
+                    let _ = on_copied.try_run(());
+                }
                 gloo_timers::future::TimeoutFuture::new(2000).await;
                 let _ = copied.try_set(false);
             }
@@ -36,11 +40,11 @@ pub fn CopyButton(
                     view! { <Icon shape=Shape::Copy/> "Copy" }.into_any()
                 }
             }}
-            <span class="unseen">" "{what}</span>
+            <span class="visually-hidden">" "{what}</span>
         </button>
-        <span role="status" class="copied" class:unseen=move || !refused.get()>
-            {move || match (refused.get(), copied.get()) {
-                (true, _) => "Copying was not allowed. Select the text instead.",
+        <span role="status" class="copied" class:visually-hidden=move || !failed.get()>
+            {move || match (failed.get(), copied.get()) {
+                (true, _) => "Couldn't copy. Select the text.",
                 (_, true) => "Copied",
                 _ => "",
             }}
@@ -52,15 +56,15 @@ pub fn CopyButton(
 pub fn CodeBlock(
     #[prop(into)] text: Signal<String>,
     #[prop(into)] what: String,
-    /// A name for tests and labels to find it by.
-    #[prop(optional)]
-    id: &'static str,
+    #[prop(optional)] id: Option<&'static str>,
+    #[prop(optional)] on_copied: Option<Callback<()>>,
 ) -> impl IntoView {
-    let label = what.clone();
+    let label = capitalized(&what);
+    let on_copied = on_copied.unwrap_or_else(|| Callback::new(|()| {}));
     view! {
         <div class="code">
-            <pre tabindex="0" role="region" aria-label=label><code id=(!id.is_empty()).then_some(id)>{text}</code></pre>
-            <CopyButton text what/>
+            <pre tabindex="0" role="region" aria-label=label><code id=id>{text}</code></pre>
+            <CopyButton text what on_copied/>
         </div>
     }
 }

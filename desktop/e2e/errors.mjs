@@ -1,0 +1,118 @@
+// Wrong input, failing calls, and choices that must not be made for the user.
+
+import assert from "node:assert/strict";
+import { quoted } from "./world.mjs";
+
+export async function errors(world) {
+  const my = await world.visitor();
+  const { page, base } = my;
+  await my.registered("Errors");
+  const dialog = page.locator("dialog[open]");
+
+  // Without a plan, a new key is unavailable, and the page says why.
+  await my.navigate("API keys").click();
+  await page.getByText("Create a plan first.").waitFor();
+  assert.ok(await my.button("New key").isDisabled());
+  await my.button("New key").click({ force: true });
+  assert.equal(await dialog.count(), 0);
+  await my.inspect("keys-without-plan");
+
+  // Errors appear when a field is left or submitted, in the page's own words, and disappear on input.
+  await page.getByRole("link", { name: "Create a plan first" }).click();
+  await my.heading("New plan").waitFor();
+  await my.button("Create plan").click();
+  await page.locator(".field.invalid").getByText("Required").waitFor();
+  assert.equal(await page.evaluate(() => document.activeElement.id), "name");
+  await my.field("Name").fill("Starter");
+  await page.locator(".field.invalid").waitFor({ state: "detached" });
+  await my.field("Burst").fill("many");
+  await my.field("Daily quota").focus();
+  await page.locator(".field.invalid").getByText("Enter a whole number").waitFor();
+  await my.inspect("plan-invalid");
+  await my.field("Burst").fill("70,000,000");
+  await page.locator(".field.invalid").waitFor({ state: "detached" });
+  await my.button("Create plan").click();
+  await page.locator(".field.invalid").getByText("Must be at most 60,000,000").waitFor();
+  await my.field("Burst").fill("10");
+  await my.button("Create plan").click();
+  await page.getByText(`Plan ${quoted("Starter")} created`).waitFor();
+
+  // With several plans none is preselected, except the one that the list is filtered by.
+  const pro = await my.api("POST", "/admin/plans", { name: "Pro", default_rpm: 6000, daily_quota: 50_000 });
+  await page.goto(`${base}/console/api-keys?new=1`);
+  await my.field("Name").fill("App");
+  assert.equal(await page.locator("#key_plan").inputValue(), "");
+  await my.button("Create key").click();
+  await page.locator(".field.invalid").getByText("Required").waitFor();
+  await my.inspect("key-without-plan");
+  await page.keyboard.press("Escape");
+  await page.goto(`${base}/console/api-keys?plan_id=${pro.id}&new=1`);
+  await my.field("Name").fill("App");
+  assert.equal(await page.locator("#key_plan").inputValue(), pro.id);
+  await my.button("Create key").click();
+  await my.heading(`Save your key for ${quoted("App")}`).waitFor();
+  await my.button("Send 1").click();
+  await my.status(200);
+  await page.getByLabel("I've saved this key").check();
+  await my.button("Done").click();
+
+  // The list shows the use of the key without a reload of the page.
+  await page.getByRole("row", { name: /App .*just now/ }).waitFor();
+
+  // The key's page shows its limits, and updates its last use.
+  await page.getByRole("link", { name: "App" }).click();
+  await my.heading("App").waitFor();
+  const limit = (name) => page.locator(".limits div").filter({ hasText: name }).locator("dd");
+  await limit("Rate limit").getByText("6,000/min").waitFor();
+  await limit("Rate limit").getByText("From the plan").waitFor();
+  await limit("Burst").getByText("6,000").waitFor();
+  await limit("Daily quota").getByText("50,000").waitFor();
+  await limit("Daily quota").getByText("Resets at midnight, UTC").waitFor();
+  await limit("Monthly quota").getByText("Unlimited").waitFor();
+  await my.button("Edit").click();
+  await my.field("Rate override (optional)").fill("120");
+  await my.button("Save changes").click();
+  await limit("Rate limit").getByText("120/min").waitFor();
+  await limit("Rate limit").getByText("Override (plan: 6,000/min)").waitFor();
+  await my.inspect("key-limits");
+
+  // Deleting says when the key was last used, and offers to deactivate it instead.
+  await my.button("Delete").click();
+  await dialog.getByText(/Last used (just now|\d+ minutes? ago)\./).waitFor();
+  await my.inspect("key-delete");
+  await my.button("Deactivate instead").click();
+  await dialog.waitFor({ state: "detached" });
+  await page.locator("dd .badge").getByText("Inactive").waitFor();
+  assert.equal((await my.api("GET", "/admin/api-keys")).items[0].is_active, false);
+
+  // Internal errors show the request ID to quote, in dialogs, toasts and in place of a page.
+  const id = "019ab4e1-7c00-7000-8000-00000000abcd";
+  const fail = (route) =>
+    route.fulfill({
+      status: 500,
+      contentType: "application/problem+json",
+      body: JSON.stringify({ type: `${base}/problems/internal`, title: "Internal error", status: 500, detail: "Something went wrong.", request_id: id }),
+    });
+  world.expected = /status of 500/;
+  const calls = "**/admin/**";
+  await page.route(calls, fail);
+  await my.button("Activate").click();
+  await page.locator(".toast").getByText(id).waitFor();
+  await my.button("Edit").click();
+  await my.field("Name").fill("Renamed");
+  await my.button("Save changes").click();
+  await dialog.getByText(id).waitFor();
+  await my.inspect("key-internal-error");
+  await dialog.getByRole("button", { name: "Copy request ID" }).click();
+  assert.equal(await page.evaluate(() => navigator.clipboard.readText()), id);
+  await page.keyboard.press("Escape");
+  await my.navigate("Plans").click();
+  await my.heading("Couldn't load this page").waitFor();
+  await page.locator(".empty").getByText(id).waitFor();
+  await my.inspect("page-internal-error");
+  await page.unroute(calls);
+  await my.button("Try again").click();
+  await page.getByRole("row", { name: /Starter/ }).waitFor();
+  world.expected = undefined;
+  await my.context.close();
+}

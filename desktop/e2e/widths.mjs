@@ -1,0 +1,38 @@
+// No page scrolls sideways at any width from 320 to 1920 pixels.
+
+export async function widths(world) {
+  const my = await world.visitor();
+  const { page, base } = my;
+  await my.registered("Northwind Maps");
+  const plan = await my.api("POST", "/admin/plans", {
+    name: "Business with a long name",
+    default_rpm: 60_000_000,
+    daily_quota: 999_999_999_999,
+    monthly_quota: 999_999_999_999_999,
+    strict: true,
+  });
+  const names = ["Mobile app", "Partner: Contoso International", "Internal dashboard"];
+  const keys = [];
+  for (const name of names) {
+    keys.push((await my.api("POST", "/admin/api-keys", { name, plan_id: plan.id, expires_at: "2199-01-01T00:00:00Z" })).api_key);
+    await my.api("POST", "/admin/service-tokens", { name });
+  }
+  await my.api("PATCH", `/admin/api-keys/${keys[0].id}`, { is_active: false });
+  for (const path of ["", "/plans", "/api-keys", `/api-keys/${keys[0].id}`, "/service-tokens", "/audit", "/settings"]) {
+    await page.goto(`${base}/console${path}`);
+    await page.locator("main h1").waitFor();
+    await page.locator(".skeleton").waitFor({ state: "detached" });
+    for (let width = 320; width <= 1920; width += 32) {
+      await page.setViewportSize({ width, height: 800 });
+      await my.fits(`/console${path} at ${width}`);
+    }
+  }
+  await page.goto(`${base}/console/api-keys`);
+  await my.button("New key").click();
+  await my.field("Expires (optional)").waitFor();
+  for (let width = 320; width <= 1920; width += 32) {
+    await page.setViewportSize({ width, height: 800 });
+    await my.fits(`new key at ${width}`);
+  }
+  await my.context.close();
+}

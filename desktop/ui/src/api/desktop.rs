@@ -1,0 +1,111 @@
+//! Calls through the desktop app, which makes the requests and is the only one to hold tokens.
+
+use quota_common::{
+    call::{Call, LIMIT_FIELDS},
+    ipc::{self, CallResponse, HostStatus},
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::json;
+use wasm_bindgen::{JsValue, prelude::wasm_bindgen};
+
+use super::error::{CallError, CallResult, TestResponse};
+use crate::host;
+
+#[wasm_bindgen]
+extern "C" {
+    #[wasm_bindgen(js_namespace = ["window", "__TAURI_INTERNALS__"], js_name = invoke, catch)]
+    async fn tauri_invoke(command: &str, arguments: JsValue) -> Result<JsValue, JsValue>;
+}
+
+fn parse<T: DeserializeOwned>(value: &JsValue) -> Option<T> {
+    let json = js_sys::JSON::stringify(value).ok()?.as_string();
+    // `undefined` stringifies to nothing: a response without a body.
+    serde_json::from_str(json.as_deref().unwrap_or("null")).ok()
+}
+
+/// Invokes a command of the app; `arguments` serializes to an object with the command's parameters.
+async fn invoke<T: DeserializeOwned>(command: &str, arguments: &impl Serialize) -> CallResult<T> {
+    let arguments = serde_json::to_string(arguments)
+        .ok()
+        .and_then(|json| js_sys::JSON::parse(&json).ok())
+        .ok_or(CallError::Unreadable)?;
+    match tauri_invoke(command, arguments).await {
+        Ok(value) => parse(&value).ok_or(CallError::Unreadable),
+        Err(value) => Err(match parse(&value) {
+            Some(ipc::CallError::Problem { problem }) => CallError::Problem(problem),
+            Some(ipc::CallError::Unreachable) => CallError::Unreachable,
+            Some(ipc::CallError::Unreadable) | None => CallError::Unreadable,
+        }),
+    }
+}
+
+/// Returns the body of the response.
+pub async fn send(call: &Call) -> CallResult<String> {
+    let result: CallResult<CallResponse> = invoke("call", &json!({ "call": call })).await;
+    match &result {
+        Ok(response) => host::set_loaded_at(response.loaded_at),
+        Err(CallError::Unreachable) => {}
+        // A rejection is a sign of life.
+        Err(_) => host::set_loaded_at(None),
+    }
+    if matches!(call, Call::Login(_) | Call::Register(_)) {
+        // Only now is it known whether the keychain accepted the session.
+        if let Ok(status) = host_status().await {
+            host::set_status(status);
+        }
+    }
+    result.map(|response| response.body)
+}
+
+/// Whether sessions can be kept: the app connects only over TLS or to this computer.
+pub const fn is_secure() -> bool {
+    true
+}
+
+/// The server's address.
+pub fn origin() -> String {
+    host::server_address()
+}
+
+/// Sends a request as an API client would: with the key and without the session.
+pub async fn try_key(key: &str) -> CallResult<TestResponse> {
+    let response: ipc::TestResponse = invoke("try_key", &json!({ "key": key })).await?;
+    let value = |name: &str| {
+        let mut headers = response.headers.iter();
+        let (_, value) = headers.find(|(it, _)| it == name)?;
+        Some(value.clone())
+    };
+    Ok(TestResponse {
+        status: response.status,
+        headers: LIMIT_FIELDS
+            .iter()
+            .filter_map(|name| Some((*name, value(name)?)))
+            .collect(),
+    })
+}
+
+/// Copies text to the clipboard. Returns whether that succeeded.
+pub async fn copy(text: &str) -> bool {
+    invoke::<()>("copy", &json!({ "text": text })).await.is_ok()
+}
+
+pub async fn host_status() -> CallResult<HostStatus> {
+    invoke("host_status", &json!({})).await
+}
+
+pub async fn add_server(address: &str, name: &str) -> CallResult<HostStatus> {
+    invoke("add_server", &json!({ "address": address, "name": name })).await
+}
+
+pub async fn use_server(address: &str) -> CallResult<HostStatus> {
+    invoke("use_server", &json!({ "address": address })).await
+}
+
+pub async fn forget_server(address: &str) -> CallResult<HostStatus> {
+    invoke("forget_server", &json!({ "address": address })).await
+}
+
+/// Reports that the first page is usable.
+pub async fn ready() {
+    let _ = invoke::<()>("ready", &json!({})).await;
+}

@@ -1,0 +1,32 @@
+//! Buttons that wait for a response. They ignore clicks but keep the focus, which a browser would take from a
+//! disabled button.
+
+use leptos::prelude::*;
+use wasm_bindgen::{JsCast, prelude::Closure};
+use web_sys::{Element, Event};
+
+/// The `aria-disabled` attribute of a button that waits while `busy`.
+pub fn busy_attr(
+    busy: RwSignal<bool>,
+) -> impl Fn() -> Option<&'static str> + Clone + Send + 'static {
+    move || busy.try_get().unwrap_or_default().then_some("true")
+}
+
+/// Stops clicks on buttons with `aria-disabled`, including the click that Enter in a form triggers. Call once.
+pub fn ignore_clicks_on_busy_buttons() {
+    let stop = Closure::<dyn Fn(Event)>::new(|ev: Event| {
+        let target = ev.target().and_then(|it| it.dyn_into::<Element>().ok());
+        let disabled = target.and_then(|it| it.closest("[aria-disabled=true]").ok()?);
+        if disabled.is_some() {
+            ev.prevent_default();
+            ev.stop_propagation();
+        }
+    });
+    // In the capture phase, before the button's own listener.
+    let _ = window().add_event_listener_with_callback_and_bool(
+        "click",
+        stop.as_ref().unchecked_ref(),
+        true,
+    );
+    stop.forget();
+}

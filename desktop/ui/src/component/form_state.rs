@@ -1,0 +1,172 @@
+//! The state of a form: its submission, and the errors of its fields.
+//!
+//! Fields register themselves. An error appears when a field is left or the form is submitted, and disappears as soon
+//! as the field changes.
+
+use leptos::prelude::*;
+
+use super::focus::focus_soon;
+use crate::{
+    api::{CallError, CallResult},
+    model::text::capitalized,
+};
+
+/// Checks the text of a field.
+pub type Check = fn(&str) -> Result<(), &'static str>;
+
+struct Registered {
+    name: &'static str,
+    value: RwSignal<String>,
+    required: bool,
+    check: Check,
+}
+
+#[derive(Clone, Copy)]
+pub struct FormState {
+    /// Whether a submission is in progress.
+    pub busy: RwSignal<bool>,
+    fields: StoredValue<Vec<Registered>>,
+    /// Messages by field name.
+    errors: RwSignal<Vec<(String, String)>>,
+    failure: RwSignal<Option<CallError>>,
+}
+
+impl FormState {
+    pub fn new() -> Self {
+        Self {
+            busy: RwSignal::new(false),
+            fields: StoredValue::new(Vec::new()),
+            errors: RwSignal::new(Vec::new()),
+            failure: RwSignal::new(None),
+        }
+    }
+
+    /// Adds a field by its name in the API.
+    pub fn register(
+        self,
+        name: &'static str,
+        value: RwSignal<String>,
+        required: bool,
+        check: Check,
+    ) {
+        self.fields.update_value(|fields| {
+            fields.retain(|it| it.name != name);
+            fields.push(Registered {
+                name,
+                value,
+                required,
+                check,
+            });
+        });
+    }
+
+    /// Removes all errors, for a form that is opened again.
+    pub fn reset(self) {
+        self.errors.set(Vec::new());
+        self.failure.set(None);
+    }
+
+    /// Starts a submission. Returns `false` if a field is invalid; that field then has an error and the focus.
+    pub fn begin(self) -> bool {
+        let errors: Vec<_> = self.fields.with_value(|fields| {
+            fields
+                .iter()
+                .filter_map(|it| {
+                    let text = it.value.get_untracked();
+                    if it.required && text.trim().is_empty() {
+                        return Some((it.name.to_owned(), "Required".to_owned()));
+                    }
+                    let error = (it.check)(&text).err()?;
+                    Some((it.name.to_owned(), error.to_owned()))
+                })
+                .collect()
+        });
+        let is_valid = errors.is_empty();
+        self.failure.set(None);
+        self.errors.set(errors);
+        self.busy.set(is_valid);
+        if !is_valid {
+            focus_first_invalid();
+        }
+        is_valid
+    }
+
+    /// Ends a submission: returns the value, or shows the error. Safe to call after the form has been closed.
+    pub fn finish<T>(self, result: CallResult<T>) -> Option<T> {
+        let _ = self.busy.try_set(false);
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.reject(error);
+                None
+            }
+        }
+    }
+
+    fn reject(self, error: CallError) {
+        let has_field = |name: &str| {
+            self.fields
+                .try_with_value(|fields| fields.iter().any(|it| it.name == name))
+                .unwrap_or_default()
+        };
+        let errors: Vec<_> = match &error {
+            CallError::Problem(problem) => problem
+                .errors
+                .iter()
+                .filter(|it| has_field(&it.field))
+                .map(|it| (it.field.clone(), capitalized(&it.message)))
+                .collect(),
+            _ => Vec::new(),
+        };
+        if errors.is_empty() {
+            let _ = self.failure.try_set(Some(error));
+        } else {
+            let _ = self.errors.try_set(errors);
+            focus_first_invalid();
+        }
+    }
+
+    /// The error that belongs to no field of this form.
+    pub fn failure(self) -> Signal<Option<CallError>> {
+        self.failure.into()
+    }
+
+    /// The error of a field.
+    pub fn error(self, name: &'static str) -> Option<String> {
+        self.errors.with(|errors| {
+            let found = errors.iter().find(|(it, _)| it == name);
+            found.map(|(_, message)| message.clone())
+        })
+    }
+
+    /// Checks a field when it is left. An empty field is checked only on submission.
+    pub fn check(self, name: &str) {
+        // A field also loses the focus when its form is removed.
+        let error = self.fields.try_with_value(|fields| {
+            let field = fields.iter().find(|it| it.name == name)?;
+            let text = field.value.try_get_untracked()?;
+            let error = (field.check)(&text).err()?;
+            (!text.trim().is_empty()).then_some(error)
+        });
+        if let Some(error) = error.flatten() {
+            self.clear(name);
+            self.errors
+                .update(|errors| errors.push((name.to_owned(), error.to_owned())));
+        }
+    }
+
+    /// Removes the error of a field.
+    pub fn clear(self, name: &str) {
+        if self
+            .errors
+            .with_untracked(|errors| errors.iter().any(|(it, _)| it == name))
+        {
+            self.errors
+                .update(|errors| errors.retain(|(it, _)| it != name));
+        }
+    }
+}
+
+fn focus_first_invalid() {
+    focus_soon(".field.invalid input, .field.invalid select");
+}

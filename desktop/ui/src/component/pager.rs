@@ -1,0 +1,41 @@
+//! Links between the pages of a list.
+
+use std::cell::RefCell;
+
+use leptos::prelude::*;
+
+use crate::{model::text::number, route::route};
+
+thread_local! {
+    /// Addresses of list pages, each with the address of the page before it: a cursor leads only forward.
+    static PREVIOUS: RefCell<Vec<(String, String)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Links to the next page, and back to pages that this tab has shown.
+#[component]
+pub fn Pager(total: u64, shown: usize, next: Option<String>) -> impl IntoView {
+    let route = route();
+    let (path, query) = (route.path.get_untracked(), route.query.get_untracked());
+    let here = format!("{path}{query}");
+    let first = query
+        .get("cursor")
+        .map(|_| format!("{path}{}", query.clone().with("cursor", "")));
+    let next = next.map(|cursor| format!("{path}{}", query.with("cursor", &cursor)));
+    let previous = PREVIOUS.with_borrow_mut(|known| {
+        let found = known.iter().find(|(page, _)| *page == here);
+        let previous = found.map(|(_, previous)| previous.clone());
+        if let Some(next) = &next {
+            known.retain(|(page, _)| page != next);
+            known.push((next.clone(), here));
+        }
+        previous
+    });
+    view! {
+        <nav class="pager" aria-label="Pages">
+            <span class="muted">{format!("{} of {}", number(shown as u64), number(total))}</span>
+            {first.map(|href| view! { <a class="button small" href=href>"First page"</a> })}
+            {previous.map(|href| view! { <a class="button small" href=href>"Previous page"</a> })}
+            {next.map(|href| view! { <a class="button small" href=href>"Next page"</a> })}
+        </nav>
+    }
+}

@@ -1,0 +1,110 @@
+//! Shows a new secret, the only time it is available.
+
+use leptos::prelude::*;
+
+use super::{copy::CodeBlock, modal::Modal};
+
+/// A new secret and the name of what it belongs to.
+#[derive(Clone, Copy)]
+pub struct NewSecret {
+    pub name: RwSignal<String>,
+    pub secret: RwSignal<String>,
+    open: RwSignal<bool>,
+    saved: RwSignal<bool>,
+    /// Whether the user tried to close the dialog before saving the secret.
+    warned: RwSignal<bool>,
+}
+
+impl NewSecret {
+    pub fn new() -> Self {
+        Self {
+            name: RwSignal::new(String::new()),
+            secret: RwSignal::new(String::new()),
+            open: RwSignal::new(false),
+            saved: RwSignal::new(false),
+            warned: RwSignal::new(false),
+        }
+    }
+
+    /// Opens the dialog. Does nothing if the page that owns it has been left.
+    pub fn show(self, name: String, secret: Option<String>) {
+        let _ = self.name.try_set(name);
+        let _ = self.secret.try_set(secret.unwrap_or_default());
+        let _ = self.saved.try_set(false);
+        let _ = self.warned.try_set(false);
+        let _ = self.open.try_set(true);
+    }
+}
+
+/// Stays open until the secret has been copied or confirmed as saved. Escape warns first.
+#[component]
+pub fn SecretDialog(
+    new: NewSecret,
+    #[prop(into)] title: Signal<String>,
+    /// What the secret is: `key` or `token`.
+    noun: &'static str,
+    /// What to do if the secret is lost.
+    recovery: &'static str,
+    #[prop(optional)] on_close: Option<Callback<()>>,
+    children: ChildrenFn,
+) -> impl IntoView {
+    let NewSecret {
+        open,
+        secret,
+        saved,
+        warned,
+        ..
+    } = new;
+    let close = move || {
+        open.set(false);
+        secret.set(String::new());
+        if let Some(on_close) = on_close {
+            on_close.run(());
+        }
+    };
+    let on_escape = Callback::new(move |()| {
+        if saved.get_untracked() {
+            close();
+        } else {
+            warned.set(true);
+        }
+    });
+    view! {
+        <Modal open locked=true wide=true title on_escape>
+            <p>{format!("You won't see this {noun} again. {recovery}")}</p>
+            <CodeBlock id="secret" text=secret what=noun on_copied=Callback::new(move |()| saved.set(true))/>
+            {children()}
+            <div role="alert">
+                {move || {
+                    (warned.get() && !saved.get())
+                        .then(|| {
+                            view! {
+                                <div class="alert warn">
+                                    <p>{format!("You haven't saved this {noun}. Copy it before you close.")}</p>
+                                    <button type="button" class="button small" on:click=move |_| close()>"Close without saving"</button>
+                                </div>
+                            }
+                        })
+                }}
+            </div>
+            <div class="actions end saved">
+                <label class="check">
+                    <input type="checkbox" name="saved" bind:checked=saved/>
+                    <span>{format!("I've saved this {noun}")}</span>
+                </label>
+                <button
+                    type="button"
+                    class="button primary"
+                    aria-disabled=move || (!saved.get()).then_some("true")
+                    aria-describedby="secret-hint"
+                    on:click=move |_| close()
+                >
+                    "Done"
+                </button>
+            </div>
+            <p id="secret-hint" class="muted small-text end-note">
+                {move || if saved.get() { String::new() } else { format!("Copy the {noun}, or confirm that you've saved it.") }}
+            </p>
+        </Modal>
+    }
+}

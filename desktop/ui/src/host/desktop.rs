@@ -1,0 +1,59 @@
+//! In the desktop app.
+
+use leptos::prelude::*;
+use quota_common::{Timestamp, ipc::HostStatus};
+
+/// Reference-counted signals: they exist before the first page is mounted and outlive the last one.
+struct Host {
+    status: ArcRwSignal<Option<HostStatus>>,
+    /// While the server is unreachable: when the data on the page was loaded.
+    loaded_at: ArcRwSignal<Option<Timestamp>>,
+    retries: ArcRwSignal<u32>,
+}
+
+thread_local! {
+    static HOST: Host = Host {
+        status: ArcRwSignal::new(None),
+        loaded_at: ArcRwSignal::new(None),
+        retries: ArcRwSignal::new(0),
+    };
+}
+
+/// Whether signing out succeeds even when the server cannot be reached: the app holds the tokens and drops them.
+pub const SIGNS_OUT_LOCALLY: bool = true;
+
+pub fn status() -> ArcRwSignal<Option<HostStatus>> {
+    HOST.with(|host| host.status.clone())
+}
+
+pub fn set_status(status: HostStatus) {
+    HOST.with(|host| host.status.set(Some(status)));
+}
+
+/// The address of the server in use.
+pub fn server_address() -> String {
+    status().with_untracked(|it| it.as_ref().map(|it| it.current.clone()).unwrap_or_default())
+}
+
+/// When the data on the page was loaded, while the server is unreachable.
+pub fn loaded_at() -> ArcRwSignal<Option<Timestamp>> {
+    HOST.with(|host| host.loaded_at.clone())
+}
+
+/// Records how a call was answered: by the server, or with data loaded earlier.
+pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
+    HOST.with(|host| {
+        if host.loaded_at.get_untracked() != loaded_at {
+            host.loaded_at.set(loaded_at);
+        }
+    });
+}
+
+/// Makes everything that called [`track_retries`] load again.
+pub fn retry() {
+    HOST.with(|host| host.retries.update(|it| *it = it.wrapping_add(1)));
+}
+
+pub fn track_retries() {
+    HOST.with(|host| host.retries.track());
+}

@@ -1,0 +1,158 @@
+//! Creating an API key, and showing it the only time it is available.
+
+use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use quota_common::{
+    api_key::{CreateApiKey, CreatedApiKey},
+    plan::Plan,
+};
+
+use super::{local_time, try_it::TryIt};
+use crate::{
+    api,
+    component::{
+        Alert, Async, CodeBlock, Field, FormState, Loader, Modal, NewSecret, SecretDialog,
+        SelectField, busy_attr, focus_soon,
+    },
+    model::{
+        form::{check_rate, optional_rate},
+        text,
+    },
+    route::route,
+    session::{Session, session},
+};
+
+#[component]
+pub fn CreateDialog(
+    open: RwSignal<bool>,
+    plans: Loader<Vec<Plan>>,
+    /// Called when a key was created, and when its dialog is closed.
+    on_changed: Callback<()>,
+) -> impl IntoView {
+    let new = NewSecret::new();
+    // Outside the form, which is rendered again with the plans: a response in progress contains the key only once.
+    let form = FormState::new();
+    view! {
+        <Modal open title="New API key" locked=form.busy>
+            <Async
+                loader=plans
+                show=move |plans| {
+                    if plans.is_empty() {
+                        view! {
+                            <p>"Each key belongs to a plan. Create a plan first."</p>
+                            <div class="actions end">
+                                <button class="button" on:click=move |_| open.set(false)>"Cancel"</button>
+                                <a class="button primary" href="/console/plans?new=1">"Create plan"</a>
+                            </div>
+                        }
+                            .into_any()
+                    } else {
+                        view! { <CreateForm plans open form new on_changed/> }.into_any()
+                    }
+                }
+            />
+        </Modal>
+        <NewKeyDialog new on_close=on_changed/>
+    }
+}
+
+#[component]
+fn CreateForm(
+    plans: Vec<Plan>,
+    open: RwSignal<bool>,
+    form: FormState,
+    new: NewSecret,
+    on_changed: Callback<()>,
+) -> impl IntoView {
+    // The form may appear after the dialog has opened, once the plans are loaded.
+    form.reset();
+    focus_soon("#key_name");
+    let name = RwSignal::new(String::new());
+    let session = session();
+    // The list may be filtered by a plan.
+    let filtered_plan = route().query.with_untracked(|query| query.get("plan_id"));
+    // With several plans the choice is left to the user, so that nobody grants the wrong limits by pressing Enter.
+    let preselected = match &plans[..] {
+        [only] => Some(only.id.to_string()),
+        plans => filtered_plan.filter(|id| plans.iter().any(|plan| plan.id.to_string() == *id)),
+    };
+    let plan = RwSignal::new(preselected.unwrap_or_default());
+    let rate = RwSignal::new(String::new());
+    let expires = RwSignal::new(String::new());
+    let placeholder = (plans.len() > 1).then(|| (String::new(), "Choose a plan".to_owned()));
+    let options = placeholder
+        .into_iter()
+        .chain(plans.into_iter().map(|plan| {
+            let rate = text::number(plan.default_rpm.into());
+            (plan.id.to_string(), format!("{} ({rate}/min)", plan.name))
+        }))
+        .collect::<Vec<_>>();
+    let submit = move |ev: SubmitEvent| {
+        ev.prevent_default();
+        if !form.begin() {
+            return;
+        }
+        let Ok(plan_id) = plan.get_untracked().parse() else {
+            return;
+        };
+        let body = CreateApiKey {
+            name: name.get_untracked(),
+            plan_id,
+            expires_at: local_time::parse(&expires.get_untracked()),
+            rpm_override: optional_rate(&rate.get_untracked()).unwrap_or_default(),
+        };
+        spawn_local(async move {
+            let result = api::create_api_key(body).await;
+            if let Some(key) = form.finish(result) {
+                let _ = open.try_set(false);
+                show_key(new, key, session);
+                let _ = on_changed.try_run(());
+            }
+        });
+    };
+    view! {
+        <form novalidate on:submit=submit>
+            <Alert error=form.failure()/>
+            <Field form name="name" id="key_name" label="Name" value=name required=true hint="Who uses this key, e.g. Mobile app"/>
+            <SelectField form name="plan_id" id="key_plan" label="Plan" value=plan options required=true/>
+            <div class="pair">
+                <Field form name="rpm_override" id="key_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
+                <Field form name="expires_at" id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
+            </div>
+            <div class="actions end">
+                <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy)>"Create key"</button>
+            </div>
+        </form>
+    }
+}
+
+/// Shows a created or rotated key, and remembers it until the tab is closed. Works after the page was left, so that the
+/// key in a late response is not lost.
+pub fn show_key(new: NewSecret, created: CreatedApiKey, session: Session) {
+    if let Some(secret) = &created.key {
+        session.known_keys.update(|known| {
+            known.retain(|(id, _)| *id != created.api_key.id);
+            known.push((created.api_key.id, secret.clone()));
+        });
+    }
+    new.show(created.api_key.name, created.key);
+}
+
+#[component]
+pub fn NewKeyDialog(new: NewSecret, on_close: Callback<()>) -> impl IntoView {
+    let secret: Signal<String> = new.secret.into();
+    let curl = Signal::derive(move || text::curl(&api::origin(), &secret.get()));
+    view! {
+        <SecretDialog
+            new
+            title=Signal::derive(move || format!("Save your key for {}", text::quoted(&new.name.get())))
+            noun="key"
+            recovery="If you lose it, rotate it."
+            on_close
+        >
+            <h3>"Try it"</h3>
+            <CodeBlock text=curl what="curl command"/>
+            <TryIt secret/>
+        </SecretDialog>
+    }
+}

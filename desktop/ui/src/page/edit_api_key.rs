@@ -1,0 +1,109 @@
+//! The dialog that edits an API key.
+
+use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use quota_common::{
+    api_key::{ApiKey, UpdateApiKey},
+    plan::Plan,
+};
+
+use super::local_time;
+use crate::{
+    api,
+    component::{Alert, Field, FormState, Loader, Modal, SelectField, Toasts, busy_attr},
+    model::form::{changed, check_rate, optional_rate},
+};
+
+#[component]
+pub fn EditDialog(
+    loader: Loader<ApiKey>,
+    plans: Loader<Vec<Plan>>,
+    open: RwSignal<bool>,
+) -> impl IntoView {
+    view! {
+        <Modal open title="Edit key">
+            {untrack(move || loader.ready()).map(|key| view! { <EditForm key plans open loader/> })}
+        </Modal>
+    }
+}
+
+#[component]
+fn EditForm(
+    key: ApiKey,
+    plans: Loader<Vec<Plan>>,
+    open: RwSignal<bool>,
+    loader: Loader<ApiKey>,
+) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let form = FormState::new();
+    let name = RwSignal::new(key.name.clone());
+    let plan = RwSignal::new(key.plan_id.to_string());
+    let rate = RwSignal::new(
+        key.rpm_override
+            .map(|it| it.to_string())
+            .unwrap_or_default(),
+    );
+    let previous_expiry =
+        StoredValue::new(key.expires_at.map(local_time::format).unwrap_or_default());
+    let expires = RwSignal::new(previous_expiry.get_value());
+    let plan_id = key.plan_id;
+    let options = Signal::derive(move || {
+        let plans = plans.ready().unwrap_or_default();
+        // Until the plans are loaded, the key's own is the only option.
+        let own = (!plans.iter().any(|plan| plan.id == plan_id))
+            .then(|| (plan_id.to_string(), "…".to_owned()));
+        own.into_iter()
+            .chain(
+                plans
+                    .into_iter()
+                    .map(|plan| (plan.id.to_string(), plan.name)),
+            )
+            .collect::<Vec<_>>()
+    });
+    let submit = move |ev: SubmitEvent| {
+        ev.prevent_default();
+        if !form.begin() {
+            return;
+        }
+        let rpm_override = optional_rate(&rate.get_untracked()).unwrap_or_default();
+        let expiry = expires.get_untracked();
+        let body = UpdateApiKey {
+            name: changed(&key.name, name.get_untracked()),
+            plan_id: plan
+                .get_untracked()
+                .parse()
+                .ok()
+                .and_then(|plan| changed(&plan_id, plan)),
+            rpm_override: changed(&key.rpm_override, rpm_override),
+            // The field is less precise than the stored time, so an unchanged one is not sent.
+            expires_at: (expiry != previous_expiry.get_value()).then(|| local_time::parse(&expiry)),
+            ..UpdateApiKey::default()
+        };
+        if body == UpdateApiKey::default() {
+            return open.set(false);
+        }
+        let id = key.id;
+        spawn_local(async move {
+            let result = api::update_api_key(id, body).await;
+            if form.finish(result).is_some() {
+                let _ = open.try_set(false);
+                toasts.succeed("Key updated");
+                loader.reload();
+            }
+        });
+    };
+    view! {
+        <form novalidate on:submit=submit>
+            <Alert error=form.failure()/>
+            <Field form name="name" id="edit_name" label="Name" value=name required=true/>
+            <SelectField form name="plan_id" id="edit_plan" label="Plan" value=plan options/>
+            <div class="pair">
+                <Field form name="rpm_override" id="edit_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
+                <Field form name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
+            </div>
+            <div class="actions end">
+                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy)>"Save changes"</button>
+            </div>
+        </form>
+    }
+}

@@ -1,0 +1,28 @@
+//! The values of `datetime-local` inputs, which are in the browser's time zone.
+
+use quota_common::Timestamp;
+
+/// Reads the value of an input. An empty or invalid one is `None`.
+pub fn parse(text: &str) -> Option<Timestamp> {
+    if text.is_empty() {
+        return None;
+    }
+    let iso = js_sys::Date::new(&text.into())
+        .to_iso_string()
+        .as_string()?;
+    iso.parse().ok()
+}
+
+/// Formats a time for an input, to the minute.
+pub fn format(at: Timestamp) -> String {
+    let date = js_sys::Date::new_0();
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "milliseconds since 1970 are exact in a double"
+    )]
+    date.set_time(at.inner().timestamp_millis() as f64);
+    let local = date.get_time() - date.get_timezone_offset() * 60_000.0;
+    date.set_time(local);
+    let iso = date.to_iso_string().as_string().unwrap_or_default();
+    iso.get(..16).unwrap_or_default().to_owned()
+}

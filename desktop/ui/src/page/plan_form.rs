@@ -1,0 +1,143 @@
+//! The form of a plan.
+
+use leptos::prelude::*;
+use quota_common::plan::{CreatePlan, OnRedisFailure, Plan};
+
+use crate::{
+    component::{Alert, Field, FormState, SelectField},
+    model::form::{check_number, check_rate, optional_number, optional_rate},
+};
+
+#[derive(Clone, Copy)]
+pub struct PlanForm {
+    pub state: FormState,
+    name: RwSignal<String>,
+    rate: RwSignal<String>,
+    burst: RwSignal<String>,
+    daily_quota: RwSignal<String>,
+    monthly_quota: RwSignal<String>,
+    strict: RwSignal<bool>,
+    /// The wire name; empty for the server's default.
+    on_redis_failure: RwSignal<String>,
+}
+
+impl PlanForm {
+    /// An edit form for a plan, or a form for a new one.
+    pub fn new(plan: Option<&Plan>) -> Self {
+        let text = |n: Option<u64>| RwSignal::new(n.map(|n| n.to_string()).unwrap_or_default());
+        Self {
+            state: FormState::new(),
+            name: RwSignal::new(plan.map(|it| it.name.clone()).unwrap_or_default()),
+            rate: RwSignal::new(
+                plan.map_or_else(|| "60".to_owned(), |it| it.default_rpm.to_string()),
+            ),
+            // A burst that equals the rate follows rate changes, like a blank one.
+            burst: text(
+                plan.filter(|it| it.burst != it.default_rpm)
+                    .map(|it| it.burst.into()),
+            ),
+            daily_quota: text(plan.and_then(|it| it.daily_quota)),
+            monthly_quota: text(plan.and_then(|it| it.monthly_quota)),
+            strict: RwSignal::new(plan.is_some_and(|it| it.strict)),
+            on_redis_failure: RwSignal::new(
+                plan.and_then(|it| it.on_redis_failure)
+                    .map(|it| it.name().to_owned())
+                    .unwrap_or_default(),
+            ),
+        }
+    }
+
+    /// Returns the form's values. Invalid numbers count as blank; [`FormState::begin`] reports them.
+    pub fn values(self) -> CreatePlan {
+        let rate = |field: RwSignal<String>| {
+            field.with_untracked(|text| optional_rate(text).unwrap_or_default())
+        };
+        let quota = |field: RwSignal<String>| {
+            field.with_untracked(|text| optional_number(text).unwrap_or_default())
+        };
+        CreatePlan {
+            name: self.name.get_untracked(),
+            default_rpm: rate(self.rate).unwrap_or_default(),
+            burst: rate(self.burst),
+            daily_quota: quota(self.daily_quota),
+            monthly_quota: quota(self.monthly_quota),
+            strict: Some(self.strict.get_untracked()),
+            on_redis_failure: OnRedisFailure::named(&self.on_redis_failure.get_untracked()),
+            billing: None,
+        }
+    }
+}
+
+const ON_REDIS_FAILURE: [(&str, &str); 4] = [
+    ("", "Server default"),
+    ("share", "Keep limiting (per-server share)"),
+    ("open", "Allow all"),
+    ("closed", "Reject all (503)"),
+];
+
+/// The IDs of a form's elements, in the order of its fields.
+type Ids = [&'static str; 6];
+
+pub const NEW: Ids = [
+    "name",
+    "default_rpm",
+    "burst",
+    "daily_quota",
+    "monthly_quota",
+    "on_redis_failure",
+];
+/// Differs from [`NEW`] because both forms can be open at once.
+pub const EDITED: Ids = [
+    "edit_name",
+    "edit_default_rpm",
+    "edit_burst",
+    "edit_daily_quota",
+    "edit_monthly_quota",
+    "edit_on_redis_failure",
+];
+
+#[component]
+pub fn PlanFields(plan: PlanForm, ids: Ids) -> impl IntoView {
+    let [
+        name,
+        rate,
+        burst,
+        daily_quota,
+        monthly_quota,
+        on_redis_failure,
+    ] = ids;
+    let form = plan.state;
+    let is_advanced =
+        plan.strict.get_untracked() || !plan.on_redis_failure.with_untracked(String::is_empty);
+    let options = ON_REDIS_FAILURE
+        .map(|(value, label)| (value.to_owned(), label.to_owned()))
+        .to_vec();
+    view! {
+        <Alert error=form.failure()/>
+        <Field form name="name" id=name label="Name" value=plan.name required=true/>
+        <div class="pair">
+            <Field form name="default_rpm" id=rate label="Requests per minute" value=plan.rate required=true numeric=true check=check_rate/>
+            <Field form name="burst" id=burst label="Burst" value=plan.burst numeric=true check=check_rate hint="Maximum burst. Defaults to the rate."/>
+        </div>
+        <div class="pair">
+            <Field form name="daily_quota" id=daily_quota label="Daily quota" value=plan.daily_quota numeric=true check=check_number hint="Leave blank for unlimited."/>
+            <Field form name="monthly_quota" id=monthly_quota label="Monthly quota" value=plan.monthly_quota numeric=true check=check_number hint="Leave blank for unlimited."/>
+        </div>
+        <details class="advanced" open=is_advanced>
+            <summary>"Advanced"</summary>
+            <label class="check">
+                <input type="checkbox" name="strict" bind:checked=plan.strict/>
+                <span>"Strict: check every request against shared counters (slightly slower)"</span>
+            </label>
+            <SelectField
+                form
+                name="on_redis_failure"
+                id=on_redis_failure
+                label="If Redis is unavailable"
+                value=plan.on_redis_failure
+                options
+                hint="Multi-replica deployments only."
+            />
+        </details>
+    }
+}

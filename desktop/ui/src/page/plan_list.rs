@@ -1,0 +1,65 @@
+//! The plans that keys refer to.
+
+use leptos::prelude::*;
+use quota_common::{
+    PlanId,
+    call::PageOf,
+    page::{MAX_LIMIT, PlanOrder},
+    plan::Plan,
+};
+
+use crate::{
+    api,
+    component::{LoadState, Loader, load, request_id},
+};
+
+/// Loads all plans, from as many pages as there are.
+pub fn load_plans() -> Loader<Vec<Plan>> {
+    load(|| async {
+        let mut plans = Vec::new();
+        let mut cursor = None;
+        loop {
+            let page = PageOf {
+                limit: Some(MAX_LIMIT),
+                cursor,
+            };
+            let page = api::list_plans(Some(PlanOrder::Name), page).await?;
+            plans.extend(page.items);
+            cursor = page.next_cursor;
+            if cursor.is_none() {
+                return Ok(plans);
+            }
+        }
+    })
+}
+
+/// Returns a plan if it has been loaded.
+pub fn find_plan(plans: Loader<Vec<Plan>>, id: PlanId) -> Option<Plan> {
+    plans.state.with(|state| match state {
+        LoadState::Ready(plans) => plans.iter().find(|plan| plan.id == id).cloned(),
+        _ => None,
+    })
+}
+
+/// The name of a plan, or an ellipsis until it has been loaded.
+pub fn plan_name(plans: Loader<Vec<Plan>>, id: PlanId) -> String {
+    find_plan(plans, id).map_or_else(|| "…".to_owned(), |plan| plan.name)
+}
+
+/// Reports that plans could not be loaded, so that their names are missing.
+#[component]
+pub fn PlansError(plans: Loader<Vec<Plan>>) -> impl IntoView {
+    move || match plans.state.get() {
+        LoadState::Failed(error) => {
+            let id = error.request_id().map(str::to_owned);
+            Some(view! {
+                <div class="alert" role="alert">
+                    <p>"Couldn't load plans. " {error.message()}</p>
+                    {request_id(id)}
+                    <button class="button small" on:click=move |_| plans.reload()>"Reload plans"</button>
+                </div>
+            })
+        }
+        _ => None,
+    }
+}

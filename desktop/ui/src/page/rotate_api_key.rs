@@ -1,0 +1,99 @@
+//! The dialog that rotates an API key.
+
+use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use quota_common::{
+    ApiKeyId,
+    api_key::{ApiKey, RotateApiKey},
+};
+
+use super::create_api_key::show_key;
+use crate::{
+    api,
+    clock::now,
+    component::{Alert, FormState, Loader, Modal, NewSecret, RelativeTime, SelectField, busy_attr},
+    model::text,
+    session::session,
+};
+
+/// How long the old key stays valid, in seconds.
+const GRACE_PERIODS: [(&str, &str); 5] = [
+    ("0", "Revoke now"),
+    ("3600", "Keep for 1 hour"),
+    ("86400", "Keep for 24 hours"),
+    ("604800", "Keep for 7 days"),
+    ("2592000", "Keep for 30 days"),
+];
+
+#[component]
+pub fn RotateDialog(
+    id: ApiKeyId,
+    loader: Loader<ApiKey>,
+    open: RwSignal<bool>,
+    rotated: NewSecret,
+) -> impl IntoView {
+    let form = FormState::new();
+    let name = move || loader.ready().map(|key| key.name).unwrap_or_default();
+    view! {
+        <Modal open locked=form.busy title=Signal::derive(move || format!("Rotate {}", text::quoted(&name())))>
+            <RotateForm id loader open form rotated/>
+        </Modal>
+    }
+}
+
+#[component]
+fn RotateForm(
+    id: ApiKeyId,
+    loader: Loader<ApiKey>,
+    open: RwSignal<bool>,
+    form: FormState,
+    rotated: NewSecret,
+) -> impl IntoView {
+    form.reset();
+    let session = session();
+    let grace = RwSignal::new("86400".to_owned());
+    let options = GRACE_PERIODS
+        .map(|(value, label)| (value.to_owned(), label.to_owned()))
+        .to_vec();
+    // A key has at most one previous secret.
+    let previous_expiry = move || {
+        let expires_at = loader.ready()?.previous_expires_at;
+        expires_at.filter(|at| at.inner().timestamp_millis() > now())
+    };
+    let submit = move |ev: SubmitEvent| {
+        ev.prevent_default();
+        if !form.begin() {
+            return;
+        }
+        let body = RotateApiKey {
+            grace_seconds: grace.get_untracked().parse().ok(),
+        };
+        spawn_local(async move {
+            let result = api::rotate_api_key(id, body).await;
+            if let Some(key) = form.finish(result) {
+                let _ = open.try_set(false);
+                show_key(rotated, key, session);
+            }
+        });
+    };
+    view! {
+        <form novalidate on:submit=submit>
+            <p>"Creates a new key with the same settings."</p>
+            {move || {
+                previous_expiry()
+                    .map(|at| {
+                        view! {
+                            <p class="alert warn">
+                                "This key was rotated recently. The key from before that rotation, which expires " <RelativeTime at/> ", will be revoked now."
+                            </p>
+                        }
+                    })
+            }}
+            <Alert error=form.failure()/>
+            <SelectField form name="grace_seconds" id="grace" label="Old key" value=grace options/>
+            <div class="actions end">
+                <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy)>"Rotate key"</button>
+            </div>
+        </form>
+    }
+}

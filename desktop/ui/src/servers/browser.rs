@@ -1,0 +1,20 @@
+//! In a browser there is nothing to add.
+
+use leptos::prelude::*;
+
+use crate::session::Session;
+
+pub fn start(mount: impl FnOnce()) {
+    mount();
+}
+
+pub const fn report_first_paint(_session: Session) {}
+
+#[component]
+pub fn Banners() -> impl IntoView {}
+
+#[component]
+pub fn ServerPicker() -> impl IntoView {}
+
+#[component]
+pub fn ServerSettings() -> impl IntoView {}

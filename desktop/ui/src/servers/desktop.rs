@@ -1,0 +1,212 @@
+//! In the desktop app.
+//!
+//! While the server is unreachable the app answers with data it loaded earlier; a banner says so, names the time,
+//! and offers to try again. Another banner appears when there is no keychain to store sessions in.
+
+use std::cell::RefCell;
+
+use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use quota_common::ipc::Profile;
+
+use crate::{
+    api::{self, CallError},
+    component::{Alert, Confirm, Field, FormState, RelativeTime, busy_attr},
+    host,
+    session::{AuthState, Session},
+};
+
+/// Mounts the console once the host has reported its status.
+pub fn start(mount: impl FnOnce() + 'static) {
+    // Leptos cannot spawn tasks before something is mounted.
+    wasm_bindgen_futures::spawn_local(async move {
+        if let Ok(status) = api::host_status().await {
+            host::set_status(status);
+        }
+        mount();
+    });
+}
+
+/// Tells the app when the first usable page has been painted.
+pub fn report_first_paint(session: Session) {
+    let reported = RefCell::new(false);
+    Effect::new(move |_| {
+        if session.auth.get() != AuthState::Unknown && !reported.replace(true) {
+            request_animation_frame(|| request_animation_frame(|| spawn_local(api::ready())));
+        }
+    });
+}
+
+#[component]
+pub fn Banners() -> impl IntoView {
+    let loaded_at = host::loaded_at();
+    let has_no_keychain =
+        || host::status().with(|it| it.as_ref().is_some_and(|it| !it.keeps_sessions));
+    view! {
+        <div class="banners" role="status">
+            {move || {
+                loaded_at
+                    .get()
+                    .map(|at| {
+                        view! {
+                            <p class="banner warn">
+                                <span>"Can't reach the server. Showing data loaded " <RelativeTime at/> "."</span>
+                                <button class="button small" on:click=move |_| host::retry()>"Try again"</button>
+                            </p>
+                        }
+                    })
+            }}
+            {move || {
+                has_no_keychain()
+                    .then(|| view! { <p class="banner">"No keychain found. You'll be signed out when Quota closes."</p> })
+            }}
+        </div>
+    }
+}
+
+/// Shown while signed out: the server in use, and a way to choose another.
+#[component]
+pub fn ServerPicker() -> impl IntoView {
+    view! {
+        <details class="server-picker">
+            <summary>"Server: " <bdi>{host::server_address()}</bdi></summary>
+            <ServerList/>
+        </details>
+    }
+}
+
+/// The server section of the settings page.
+#[component]
+pub fn ServerSettings() -> impl IntoView {
+    view! {
+        <section class="card" aria-labelledby="servers">
+            <h2 id="servers">"Servers"</h2>
+            <p class="muted">"You sign in to each server separately."</p>
+            <ServerList/>
+        </section>
+    }
+}
+
+/// Loads the console again from its first page: everything on it belongs to one server.
+fn restart() {
+    let _ = window().location().replace("/console");
+}
+
+#[component]
+fn ServerList() -> impl IntoView {
+    let status = host::status();
+    let failure = RwSignal::new(None::<CallError>);
+    view! {
+        <div class="servers">
+            <Alert error=failure/>
+            <ul class="sessions">
+                {move || {
+                    status
+                        .get()
+                        .map(|it| {
+                            it.servers
+                                .into_iter()
+                                .map(|server| {
+                                    let current = server.address == it.current;
+                                    view! { <ServerRow server current failure/> }
+                                })
+                                .collect_view()
+                        })
+                }}
+            </ul>
+            <AddServer/>
+        </div>
+    }
+}
+
+#[component]
+fn ServerRow(
+    server: Profile,
+    current: bool,
+    failure: RwSignal<Option<CallError>>,
+) -> impl IntoView {
+    let Profile { address, name } = server;
+    let label = if name.is_empty() {
+        address.clone()
+    } else {
+        name.clone()
+    };
+    let (confirming, busy) = (RwSignal::new(false), RwSignal::new(false));
+    let removal_failure = RwSignal::new(None::<CallError>);
+    let to_use = address.clone();
+    let select = move |_| {
+        let address = to_use.clone();
+        spawn_local(async move {
+            match api::use_server(&address).await {
+                Ok(_) => restart(),
+                Err(error) => failure.set(Some(error)),
+            }
+        });
+    };
+    let to_remove = address.clone();
+    let remove = Callback::new(move |()| {
+        let address = to_remove.clone();
+        busy.set(true);
+        spawn_local(async move {
+            match api::forget_server(&address).await {
+                Ok(_) if current => restart(),
+                Ok(status) => host::set_status(status),
+                Err(error) => {
+                    let _ = removal_failure.try_set(Some(error));
+                }
+            }
+            let _ = busy.try_set(false);
+        });
+    });
+    view! {
+        <li>
+            <div>
+                <strong dir="auto">{label.clone()}</strong>
+                {current.then(|| view! { <span class="badge">"In use"</span> })}
+                {(!name.is_empty()).then(|| view! { <p class="muted">{address.clone()}</p> })}
+            </div>
+            <div class="actions">
+                {(!current).then(|| view! { <button type="button" class="button small" aria-label=format!("Use {label}") on:click=select>"Use"</button> })}
+                <button type="button" class="button small" aria-label=format!("Remove {label}") on:click=move |_| confirming.set(true)>"Remove"</button>
+            </div>
+            <Confirm
+                open=confirming
+                title=format!("Remove {label}?")
+                message="You'll be signed out of this server. Nothing on the server is deleted."
+                action="Remove server"
+                busy
+                failure=removal_failure
+                run=remove
+            />
+        </li>
+    }
+}
+
+#[component]
+fn AddServer() -> impl IntoView {
+    let (address, name) = (RwSignal::new(String::new()), RwSignal::new(String::new()));
+    let form = FormState::new();
+    let submit = move |ev: SubmitEvent| {
+        ev.prevent_default();
+        if !form.begin() {
+            return;
+        }
+        spawn_local(async move {
+            let result = api::add_server(&address.get_untracked(), &name.get_untracked()).await;
+            if let Some(status) = form.finish(result) {
+                address.set(String::new());
+                name.set(String::new());
+                host::set_status(status);
+            }
+        });
+    };
+    view! {
+        <form novalidate on:submit=submit>
+            <Alert error=form.failure()/>
+            <div class="pair">
+                <Field form name="server_address" label="Address" value=address required=true placeholder="https://quota.example.com"/>
+                <Field form name="server_name" label="Name (optional)" value=name/>
+            </div>
+            <div class="actions"><button class="button" aria-disabled=busy_attr(form.busy)>"Add server"</button></div>
+        </form>
+    }
+}

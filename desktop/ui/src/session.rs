@@ -1,0 +1,94 @@
+//! The signed-in account, shared by all pages.
+
+use leptos::{prelude::*, task::spawn_local};
+use quota_common::{ApiKeyId, ProblemCode, auth::Me};
+
+use crate::{
+    api::{self, CallError},
+    component::Toasts,
+    route::Route,
+};
+
+/// Whether someone is signed in, as far as is known.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AuthState {
+    Unknown,
+    SignedIn,
+    SignedOut,
+    /// The server could not tell.
+    Failed(CallError),
+}
+
+#[derive(Clone, Copy)]
+pub struct Session {
+    pub auth: RwSignal<AuthState>,
+    pub me: RwSignal<Option<Me>>,
+    /// Keys created in this tab, in full. Forgotten when the tab closes or the session ends.
+    pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
+}
+
+impl Session {
+    pub fn provide(route: Route, toasts: Toasts) -> Self {
+        let session = Self {
+            auth: RwSignal::new(AuthState::Unknown),
+            me: RwSignal::new(None),
+            known_keys: RwSignal::new(Vec::new()),
+        };
+        provide_context(session);
+        api::on_session_end(move |error| {
+            session.end();
+            if *error == CallError::AccountChanged {
+                // Start over with the account that is signed in now.
+                session.auth.set(AuthState::Unknown);
+                route.replace("/console");
+                toasts.fail(error);
+                session.load();
+            }
+        });
+        session
+    }
+
+    /// Asks the server who is signed in.
+    pub fn load(self) {
+        spawn_local(async move {
+            match api::me().await {
+                Ok(me) => self.begin(me),
+                // Every call reports an ended session through `on_session_end`.
+                Err(error) if error.is(ProblemCode::Unauthorized) => {}
+                Err(error) => {
+                    if self.auth.get_untracked() != AuthState::SignedIn {
+                        self.auth.set(AuthState::Failed(error));
+                    }
+                }
+            }
+        });
+    }
+
+    pub fn begin(self, me: Me) {
+        self.me.set(Some(me));
+        self.auth.set(AuthState::SignedIn);
+    }
+
+    pub fn end(self) {
+        self.me.set(None);
+        self.known_keys.set(Vec::new());
+        self.auth.set(AuthState::SignedOut);
+    }
+
+    /// Whether the user's role may create, change and delete plans, keys and tokens.
+    pub fn can_manage(self) -> bool {
+        self.me
+            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_manage()))
+    }
+
+    /// The organization's time zone, in which its quotas reset.
+    pub fn time_zone(self) -> String {
+        self.me
+            .with(|me| me.as_ref().map(|me| me.tenant.time_zone.clone()))
+            .unwrap_or_default()
+    }
+}
+
+pub fn session() -> Session {
+    expect_context()
+}
