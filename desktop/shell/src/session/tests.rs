@@ -381,7 +381,7 @@ async fn session_is_in_memory_without_a_keychain() {
         fs::read(fixture.folder.path().join("lock")).expect("a file"),
         b""
     );
-    let rejection = world
+    let rejection = fixture
         .session()
         .call(&list())
         .await
