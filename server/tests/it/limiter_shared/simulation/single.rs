@@ -154,16 +154,17 @@ fn returns_after_late_answers_credit_no_token_twice() {
                 let begin = Instant::now();
                 let first = crowd(&limiters[0], &policies, 150);
                 let others = async {
-                    sleep(Duration::from_millis(late + 50)).await;
+                    // Some ask just before the returns arrive, some just after.
+                    sleep(Duration::from_millis(late - 10)).await;
                     let second = crowd(&limiters[1], &policies, 250);
                     let third = async {
-                        sleep(Duration::from_millis(25)).await;
+                        sleep(Duration::from_millis(30)).await;
                         crowd(&limiters[2], &policies, 250).await
                     };
                     let (second, third) = tokio::join!(second, third);
                     second + third
                 };
-                let begun = Duration::from_millis(late + 50);
+                let begun = Duration::from_millis(late - 10);
                 let (first, others) = tokio::join!(first, others);
                 assert_eq!(first, 0, "all answers are late");
                 (others, begin.elapsed().saturating_sub(begun))
