@@ -115,7 +115,9 @@ impl Program {
                 let file = dir.join("Caddyfile");
                 fs::write(
                     &file,
-                    format!("{{\n\tadmin off\n\tauto_https off\n}}\n{site}"),
+                    format!(
+                        "{{\n\tadmin off\n\tauto_https off\n\tdefault_bind 127.0.0.1\n}}\n{site}"
+                    ),
                 )
                 .expect("it is written");
                 let mut caddy = Command::new("caddy");
