@@ -12,10 +12,10 @@
 //! counters unavailable  ─ share | open | closed
 //! ```
 //!
-//! **Guarantees.** In any window of `T` seconds, at most `burst + rate * (T + ttl)` over all replicas, and `burst + rate
-//! * T` where every request is decided by the counters ([`lease`] has the argument). Calendar quotas are exact:
-//! the ledger counts a token before it is spent. A rested bucket's whole burst, sent at once to one replica, is
-//! admitted in at most two round trips.
+//! **Guarantees.** In any window of `T` seconds, all replicas together admit at most `burst + rate · (T + ttl)`, and
+//! at most `burst + rate · T` where every request is decided by the counters ([`lease`] has the argument). Calendar
+//! quotas are exact: the ledger counts a token before it is spent. A rested bucket's whole burst, sent at once to one
+//! replica, is admitted in at most two round trips.
 //!
 //! **Deadlines.** A call that is not answered in time counts as failed, and the request that waits for it is decided
 //! without the counters. A decision waits for at most two calls: the one that is under way when it arrives, and the
