@@ -1,4 +1,4 @@
-//! Accounts and sessions: registering, signing in, staying signed in.
+//! Accounts and sessions.
 
 use garde::Validate;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
 /// The longest email address (RFC 5321 4.5.3.1.3, less the angle brackets).
 pub const EMAIL_MAX: usize = 254;
 
-/// What a user may do in a tenant.
+/// A user's role in a tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(
@@ -31,12 +31,12 @@ pub enum Role {
 }
 
 impl Role {
-    /// Plans, API keys and service tokens may be made, changed and deleted.
+    /// Whether the role may create, update and delete plans, API keys and service tokens.
     pub const fn may_manage(self) -> bool {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)
     }
 
-    /// The tenant itself (its name, its time zone) may be changed.
+    /// Whether the role may update the tenant itself (name and time zone).
     pub const fn may_administer(self) -> bool {
         matches!(self, Self::Owner | Self::Admin)
     }
@@ -52,30 +52,30 @@ impl Role {
     }
 }
 
-/// A person who signs in.
+/// A user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
 pub struct User {
     pub id: UserId,
     pub email: String,
-    /// What the person is called; empty until set.
+    /// Display name; empty until set.
     pub name: String,
     pub created_at: Timestamp,
 }
 
-/// The account that a session acts for.
+/// The tenant that a session acts for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
 pub struct Tenant {
     pub id: TenantId,
     pub name: String,
-    /// The user's role in it.
+    /// The user's role in the tenant.
     pub role: Role,
-    /// The IANA time zone in which its daily and monthly quotas begin, such as `Europe/Berlin`.
+    /// IANA time zone in which daily and monthly quotas reset, such as `Europe/Berlin`.
     pub time_zone: String,
 }
 
-/// A new account: a user and a tenant of their own.
+/// Request body for registering.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -87,11 +87,11 @@ pub struct Register {
     #[garde(custom(crate::bounds::email))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 3, max_length = 254)))]
     pub email: String,
-    /// 12 to 256 bytes, any characters. Refused when it is easy to guess.
+    /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
     #[garde(custom(crate::bounds::password))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
     pub password: String,
-    /// Default: the email's part before the `@`.
+    /// 1 to 200 characters. Default: the part of the email before the `@`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(inner(custom(crate::bounds::name)))]
     #[cfg_attr(
@@ -105,6 +105,7 @@ pub struct Register {
     pub tenant_name: Option<String>,
 }
 
+/// Request body for signing in.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -113,17 +114,17 @@ pub struct Register {
     oai(example, deny_unknown_fields)
 )]
 pub struct Login {
-    // Only what cannot be stored is refused here: whether the address is well formed is nobody's business
-    // before the password was right.
-    #[garde(length(bytes, min = 1, max = EMAIL_MAX), custom(crate::bounds::no_nul))]
+    // Only checks that it can be looked up. Whether an address is well formed must not be revealed before the
+    // password was verified.
+    #[garde(custom(crate::bounds::bytes(EMAIL_MAX)), custom(crate::bounds::no_nul))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 254)))]
     pub email: String,
-    #[garde(length(bytes, min = 1, max = 256))]
+    #[garde(custom(crate::bounds::bytes(256)))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
     pub password: String,
 }
 
-/// A refresh token, to be exchanged or ended.
+/// Request body for refreshing an access token or signing out.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -132,9 +133,9 @@ pub struct Login {
     oai(example, deny_unknown_fields)
 )]
 pub struct Refresh {
-    /// Left out by a caller whose tokens are in cookies.
+    /// Omit when the tokens are in cookies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(length(bytes, min = 1, max = 256)))]
+    #[garde(inner(custom(crate::bounds::bytes(256))))]
     #[cfg_attr(
         feature = "openapi",
         oai(
@@ -145,53 +146,53 @@ pub struct Refresh {
     pub refresh_token: Option<String>,
 }
 
-/// The tokens of a session.
+/// A session's tokens.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Tokens {
-    /// Sent as `Authorization: Bearer`. A JWT (EdDSA). Absent when the caller asked for cookies.
+    /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent when cookies were requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub access_token: Option<String>,
-    /// Exchanged at `POST /auth/refresh` for the next pair. Opaque; each works once. Absent when the caller asked
-    /// for cookies.
+    /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent when cookies were
+    /// requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub refresh_token: Option<String>,
-    /// Seconds until the access token ends.
+    /// Seconds until the access token expires.
     pub expires_in: u32,
 }
 
-/// A session that was just begun.
+/// A new session, with its tokens.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct SignedIn {
-    /// Sent as `Authorization: Bearer`. A JWT (EdDSA). Absent when the caller asked for cookies.
+    /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent when cookies were requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub access_token: Option<String>,
-    /// Exchanged at `POST /auth/refresh` for the next pair. Opaque; each works once. Absent when the caller asked
-    /// for cookies.
+    /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent when cookies were
+    /// requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub refresh_token: Option<String>,
-    /// Seconds until the access token ends.
+    /// Seconds until the access token expires.
     pub expires_in: u32,
     pub user: User,
     pub tenant: Tenant,
 }
 
-/// The caller's own account.
+/// The current user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Me {
     pub user: User,
     pub tenant: Tenant,
-    /// The session that asks.
+    /// The session that made this request.
     pub session_id: SessionId,
 }
 
-/// What changes about the caller's account. A field that is not sent stays as it is.
+/// Request body for updating the current user. Omitted fields are unchanged.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -200,7 +201,7 @@ pub struct Me {
     oai(example, deny_unknown_fields)
 )]
 pub struct UpdateMe {
-    /// What the person is called.
+    /// Display name, 1 to 200 characters.
     #[serde(
         default,
         deserialize_with = "sent",
@@ -215,7 +216,7 @@ pub struct UpdateMe {
         )
     )]
     pub name: Option<String>,
-    /// The tenant's name. Owners and admins only.
+    /// The tenant's name, 1 to 200 characters. Owners and admins only.
     #[serde(
         default,
         deserialize_with = "sent",
@@ -230,13 +231,13 @@ pub struct UpdateMe {
         )
     )]
     pub tenant_name: Option<String>,
-    /// The IANA time zone of the tenant's quotas. Owners and admins only.
+    /// IANA time zone in which quotas reset, such as `Europe/Berlin`. Owners and admins only.
     #[serde(
         default,
         deserialize_with = "sent",
         skip_serializing_if = "Option::is_none"
     )]
-    #[garde(inner(length(bytes, min = 1, max = 64)))]
+    #[garde(inner(custom(crate::bounds::bytes(64))))]
     #[cfg_attr(
         feature = "openapi",
         oai(
@@ -247,7 +248,7 @@ pub struct UpdateMe {
     pub time_zone: Option<String>,
 }
 
-/// A new password. Every other session of the user ends.
+/// Request body for changing the password.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -256,26 +257,26 @@ pub struct UpdateMe {
     oai(example, deny_unknown_fields)
 )]
 pub struct ChangePassword {
-    #[garde(length(bytes, min = 1, max = 256))]
+    #[garde(custom(crate::bounds::bytes(256)))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
     pub current_password: String,
-    /// 12 to 256 bytes, any characters. Refused when it is easy to guess.
+    /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
     #[garde(custom(crate::bounds::password))]
     #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
     pub new_password: String,
 }
 
-/// A session of the caller's.
+/// A session of the current user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Session {
     pub id: SessionId,
-    /// Whether it is the one that asks.
+    /// True for the session making this request.
     pub current: bool,
-    /// What the client calls itself.
+    /// The client's `User-Agent`.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub user_agent: Option<String>,
-    /// The address it was last refreshed from.
+    /// IP address of the last refresh.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub ip: Option<String>,
     pub created_at: Timestamp,

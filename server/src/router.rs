@@ -12,7 +12,7 @@ use quota_common::ProblemCode;
 
 use crate::{
     api::{
-        allow::Methods, console, document, ip_guard::IpGuard, limit_headers, problem::ApiError,
+        console, document, ip_guard::IpGuard, limit_headers, problem::ApiError,
         request_log::RequestLog, short_way::ShortWay,
     },
     openapi,
@@ -26,7 +26,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     let service = openapi::service(state);
     let document = openapi::document(&service);
     let viewer = service.swagger_ui_html();
-    let methods = Methods::of(&serde_json::from_str(&document).unwrap_or_default());
+    let methods = openapi::methods(&service);
     let pages = document::routes(&state.config.public_url, document, &viewer);
     let service = std::sync::Arc::new(service.into_endpoint());
     let guard = |guard: fn(&Parts) -> &_| IpGuard {

@@ -72,13 +72,13 @@ pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
     if fields.next().is_some() {
         return Err(ApiError::new(
             ProblemCode::Malformed,
-            "Authorization was sent twice.",
+            "The Authorization header was sent more than once.",
         ));
     }
     let unusable = || {
         ApiError::unauthorized(
             true,
-            "Authorization must be of the form: Bearer, a space, the credential.",
+            "Send credentials as: Authorization: Bearer <credential>.",
         )
     };
     let field = field.to_str().map_err(|_| unusable())?;
@@ -127,7 +127,10 @@ impl AdmittedTenant {
         if it {
             return Ok(());
         }
-        let detail = format!("The role {} does not allow this.", self.role().as_str());
+        let detail = format!(
+            "Your role ({}) does not allow this action.",
+            self.role().as_str()
+        );
         Err(ApiError::new(ProblemCode::Forbidden, detail))
     }
 }
@@ -140,7 +143,7 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
     fn register(registry: &mut Registry) {
         let mut it = blank(
             "http",
-            "The access token of `POST /auth/login`, good for fifteen minutes.",
+            "Access token from `POST /auth/login`. Valid for 15 minutes.",
         );
         it.scheme = Some("bearer");
         it.bearer_format = Some("JWT");
@@ -164,9 +167,9 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
             .or_else(|| browser::cookie(state, headers, Kept::Access))
             .ok_or_else(|| {
                 let detail = if browser::wants_cookies(headers) {
-                    "Nobody is signed in: the session's cookies did not come with the request."
+                    "No session cookie was sent. Sign in again."
                 } else {
-                    "Send the access token as Authorization: Bearer."
+                    "Send an access token as Authorization: Bearer <token>."
                 };
                 ApiError::unauthorized(false, detail)
             })?;
@@ -195,7 +198,7 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
         Some(_) if fields.next().is_some() => {
             return Err(ApiError::new(
                 ProblemCode::Malformed,
-                "X-API-Key was sent twice.",
+                "The X-API-Key header was sent more than once.",
             ));
         }
         // What is no text is no key either; it is refused as one.
@@ -205,7 +208,7 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
     match (from_field, from_bearer) {
         (Some(key), Some(other)) if key != other => Err(ApiError::new(
             ProblemCode::Malformed,
-            "X-API-Key and Authorization name different keys. Send one of them.",
+            "X-API-Key and Authorization contain different keys. Send only one of them.",
         )),
         (Some(key), _) | (None, Some(key)) => Ok(Some(key)),
         (None, None)
@@ -216,7 +219,7 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
         {
             Err(ApiError::new(
                 ProblemCode::Malformed,
-                "A key must not be in the address, which is logged on its way. Send it as X-API-Key, and rotate it.",
+                "Don't send API keys in the URL, because URLs are logged. Rotate this key and send it as X-API-Key.",
             ))
         }
         (None, None) => Ok(None),
@@ -298,7 +301,10 @@ impl AdmittedKey {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
             // The same words whatever the reason: nothing is told to somebody who guesses.
-            Err(_) => Err(ApiError::unauthorized(true, "This API key opens nothing.")),
+            Err(_) => Err(ApiError::unauthorized(
+                true,
+                "This API key is invalid, disabled or expired.",
+            )),
         }
     }
 }
@@ -311,7 +317,7 @@ impl<'a> ApiExtractor<'a> for AdmittedKey {
     fn register(registry: &mut Registry) {
         let mut it = blank(
             "apiKey",
-            "An API key, `qk_…`. `Authorization: Bearer` works as well.",
+            "API key (`qk_…`). `Authorization: Bearer` also works.",
         );
         it.name = Some("X-API-Key");
         it.key_in = Some("header");
@@ -347,9 +353,12 @@ impl AdmittedService {
             None => bearer(request.headers())?,
         };
         let token = token.ok_or_else(|| {
-            ApiError::unauthorized(false, "Send a service token as Authorization: Bearer.")
+            ApiError::unauthorized(
+                false,
+                "Send a service token as Authorization: Bearer <token>.",
+            )
         })?;
-        let refused = || ApiError::unauthorized(true, "This service token opens nothing.");
+        let refused = || ApiError::unauthorized(true, "This service token is invalid.");
         let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
         let token = state.keys.service_token(&text).await?.ok_or_else(refused)?;
         visit.is_tenant(token.tenant);
@@ -366,7 +375,7 @@ impl<'a> ApiExtractor<'a> for AdmittedService {
     fn register(registry: &mut Registry) {
         let mut it = blank(
             "http",
-            "A service token, `qs_…`. `X-Service-Token` works as well.",
+            "Service token (`qs_…`). `X-Service-Token` also works.",
         );
         it.scheme = Some("bearer");
         scheme("ServiceToken", registry, it);

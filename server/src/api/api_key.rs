@@ -64,12 +64,12 @@ fn order(sort: ApiKeyOrder) -> Order {
     Order { by, descending }
 }
 
-/// A plan that is not the tenant's is one that does not exist.
+/// The problem for a plan that does not exist or belongs to another tenant.
 fn no_such_plan() -> ApiError {
     let mut error = ApiError::not_found();
     error.errors.push(quota_common::FieldError {
         field: "plan_id".into(),
-        message: "is no plan of yours".into(),
+        message: "no such plan".into(),
     });
     error
 }
@@ -94,8 +94,8 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Newest first, or as `sort` says. The text of a key is never shown. A cursor leads on in the order of its page
-    /// alone; a key that is used meanwhile may change its place in an order by use.
+    /// Returns keys newest first, or as `sort` says. The key itself is never returned. A cursor is only valid with the
+    /// sort it was issued for; when sorting by last use, a key that is used between two pages may move.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
         clippy::too_many_arguments,
@@ -104,29 +104,32 @@ impl ApiKeyApi {
     async fn list(
         &self,
         caller: AdmittedTenant,
-        /// Only the keys of this plan.
+        /// Only keys on this plan.
         plan_id: Query<Option<PlanId>>,
-        /// Only the keys that are active, or only those that are not.
+        /// Only active keys (`true`) or only inactive keys (`false`).
         is_active: Query<Option<bool>>,
-        /// Only the keys whose `expires_at` is past, or only those that have not ended by it.
+        /// Only expired keys (`true`) or only keys that have not expired (`false`).
         is_expired: Query<Option<bool>>,
-        /// A part of the name, or the first characters of the text.
+        /// Substring of the name, or prefix of the key.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
-        /// In which order; `-` turns one around. Names are compared without regard to case; a key that was
-        /// never used counts as used before all others. Default: `-created_at`.
+        /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that were never
+        /// used sort as the least recently used. Default: `-created_at`.
         sort: Query<Option<ApiKeyOrder>>,
-        /// How many at most, 1 to 100.
+        /// Page size, 1–100. Default 20.
         #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
         limit: Query<Option<u32>>,
-        /// The `next_cursor` of the page before.
+        /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<ApiKey>>, ApiError> {
         let order = order(sort.0.unwrap_or_default());
         let slice = page::sorted(order, limit.0, cursor.0.as_deref())?;
         let search = search.0.filter(|text| !text.is_empty());
         if search.as_ref().is_some_and(|text| text.contains('\0')) {
-            return Err(ApiError::invalid("search", "must not contain NUL"));
+            return Err(ApiError::invalid(
+                "search",
+                "must not contain NUL characters",
+            ));
         }
         let filter = Filter {
             plan_id: plan_id.0.map(Uuid::from),
@@ -148,14 +151,16 @@ impl ApiKeyApi {
         Ok(Json(page::sorted_page(rows, order, at, show)))
     }
 
-    /// Make an API key
+    /// Create an API key
     ///
-    /// The answer holds the key's text, for the only time. A replay by `Idempotency-Key` answers without it.
+    /// Returns the full key. This is the only time it is available: a replay with the same `Idempotency-Key` returns
+    /// everything except the key.
     #[oai(path = "/api-keys", method = "post", operation_id = "create_api_key")]
     async fn create(
         &self,
         caller: AdmittedTenant,
-        /// The same key and body within 24 hours answer the first response again, without the text.
+        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
+        /// without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateApiKey>,
@@ -203,6 +208,8 @@ impl ApiKeyApi {
     }
 
     /// Get an API key
+    ///
+    /// The key itself is never returned.
     #[oai(
         path = "/api-keys/:key_id",
         method = "get",
@@ -221,9 +228,10 @@ impl ApiKeyApi {
         Ok(Json(show(row)))
     }
 
-    /// Change an API key
+    /// Update an API key
     ///
-    /// In force on every replica within a second.
+    /// Renames the key, moves it to another plan, disables it, or changes its expiry or rate. Takes effect on all
+    /// replicas within one second.
     #[oai(
         path = "/api-keys/:key_id",
         method = "patch",
@@ -282,7 +290,7 @@ impl ApiKeyApi {
 
     /// Delete an API key
     ///
-    /// It opens nothing from then on, and its usage of quotas is forgotten.
+    /// The key stops working immediately and its quota usage is discarded. This cannot be undone.
     #[oai(
         path = "/api-keys/:key_id",
         method = "delete",
@@ -317,10 +325,10 @@ impl ApiKeyApi {
         Ok(NoContent)
     }
 
-    /// Give an API key a new text
+    /// Rotate an API key
     ///
-    /// The answer holds it, for the only time. The old text works on for `grace_seconds`; both count against
-    /// the same limits.
+    /// Returns a new key. This is the only time it is available. The previous key keeps working for `grace_seconds`;
+    /// both count against the same limits.
     #[oai(
         path = "/api-keys/:key_id/rotate",
         method = "post",

@@ -43,28 +43,31 @@ fn show((row, email): (AuditRow, Option<String>)) -> AuditEvent {
 impl AuditApi {
     /// List audit events
     ///
-    /// Who changed what, when, from where; newest first.
+    /// Returns configuration changes, newest first: who changed what, when and from which address.
     #[oai(path = "/audit", method = "get", operation_id = "list_audit_events")]
     async fn list(
         &self,
         caller: AdmittedTenant,
-        /// Only events of this action.
+        /// Only events with this action.
         action: Query<Option<AuditAction>>,
-        /// Only what was done to things of this type.
+        /// Only changes to resources of this type.
         target_type: Query<Option<AuditTarget>>,
-        /// Only what was done to the thing with this id.
+        /// Only changes to the resource with this ID.
         #[oai(validator(max_length = 64))]
         target_id: Query<Option<String>>,
-        /// How many at most, 1 to 100.
+        /// Page size, 1–100. Default 20.
         #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
         limit: Query<Option<u32>>,
-        /// The `next_cursor` of the page before.
+        /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<AuditEvent>>, ApiError> {
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
         let target_id = target_id.0.filter(|text| !text.is_empty());
         if target_id.as_ref().is_some_and(|text| text.contains('\0')) {
-            return Err(ApiError::invalid("target_id", "must not contain NUL"));
+            return Err(ApiError::invalid(
+                "target_id",
+                "must not contain NUL characters",
+            ));
         }
         let filter = Filter {
             action: action.0.map(AuditAction::as_str),

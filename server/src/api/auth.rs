@@ -90,7 +90,7 @@ fn signed_in(
 }
 
 fn refresh_token_missing() -> ApiError {
-    ApiError::invalid("refresh_token", "is missing")
+    ApiError::invalid("refresh_token", "is required")
 }
 
 /// A refused new password is told under the name that the field has in the request.
@@ -105,8 +105,8 @@ fn under(field: &'static str) -> impl Fn(AuthError) -> ApiError {
 impl AuthApi {
     /// Register
     ///
-    /// Makes a user, a tenant of their own, and a session. With `X-Quota-Session: cookie`, from a page of this
-    /// server, the tokens are in cookies and not in the body.
+    /// Creates a user, a tenant that the user owns, and a session. With `X-Quota-Session: cookie`, sent from this
+    /// server's own pages, the tokens are set as cookies instead of returned in the body.
     #[oai(path = "/register", method = "post", operation_id = "register")]
     async fn register(
         &self,
@@ -134,7 +134,8 @@ impl AuthApi {
 
     /// Sign in
     ///
-    /// With `X-Quota-Session: cookie`, from a page of this server, the tokens are in cookies and not in the body.
+    /// Creates a session and returns its tokens. With `X-Quota-Session: cookie`, sent from this server's own pages, the
+    /// tokens are set as cookies instead of returned in the body.
     #[oai(path = "/login", method = "post", operation_id = "login")]
     async fn login(
         &self,
@@ -154,12 +155,12 @@ impl AuthApi {
         })
     }
 
-    /// Exchange a refresh token for the next pair
+    /// Refresh an access token
     ///
-    /// Each refresh token works once. Within ten seconds the one before answers the same pair's refresh token
-    /// again, for a client that lost the answer; any other reuse ends the session. With `X-Quota-Session: cookie`
-    /// the token is taken from its cookie, `X-Quota-CSRF` has to carry what `quota_csrf` holds, and the body is
-    /// `{}`.
+    /// Exchanges a refresh token for a new pair of tokens. Each refresh token works once. For ten seconds, the previous
+    /// token returns the same new refresh token again, for clients that lost the response; any other reuse revokes the
+    /// session. With `X-Quota-Session: cookie`, the token is read from its cookie, `X-Quota-CSRF` must contain the value
+    /// of the `quota_csrf` cookie, and the body is `{}`.
     #[oai(path = "/refresh", method = "post", operation_id = "refresh")]
     async fn refresh(
         &self,
@@ -181,8 +182,9 @@ impl AuthApi {
                 cookies: Vec::new(),
             });
         }
-        let (token, session) = browser::refresh_token(&self.state, request)?
-            .ok_or_else(|| ApiError::unauthorized(false, "There is no session. Sign in."))?;
+        let (token, session) = browser::refresh_token(&self.state, request)?.ok_or_else(|| {
+            ApiError::unauthorized(false, "No session cookie was sent. Sign in again.")
+        })?;
         if !sessions.is_of(token, session).await? {
             return Err(AuthError::Unauthorized.into());
         }
@@ -199,8 +201,8 @@ impl AuthApi {
 
     /// Sign out
     ///
-    /// Ends the session of the refresh token, and its access tokens with it, at once. With
-    /// `X-Quota-Session: cookie` the token is taken from its cookie, as for a refresh, and the cookies go.
+    /// Revokes the session that the refresh token belongs to; its access tokens stop working immediately. With
+    /// `X-Quota-Session: cookie`, the token is read from its cookie, as for a refresh, and the cookies are deleted.
     #[oai(path = "/logout", method = "post", operation_id = "logout")]
     async fn logout(
         &self,
@@ -227,13 +229,17 @@ impl AuthApi {
         })
     }
 
-    /// Get the own account
+    /// Get the current user
+    ///
+    /// Returns the user, the tenant the session acts for, and the session's ID.
     #[oai(path = "/me", method = "get", operation_id = "get_me")]
     async fn me(&self, caller: AdmittedTenant) -> Result<Json<Me>, ApiError> {
         Ok(Json(self.load_me(&caller).await?))
     }
 
-    /// Change the own account
+    /// Update the current user
+    ///
+    /// Owners and admins can also update the tenant's name and time zone.
     #[oai(path = "/me", method = "patch", operation_id = "update_me")]
     async fn update_me(
         &self,
@@ -251,7 +257,7 @@ impl AuthApi {
         {
             return Err(ApiError::invalid(
                 "time_zone",
-                "is no time zone of the IANA database, such as Europe/Berlin",
+                "must be an IANA time zone, such as Europe/Berlin",
             ));
         }
         if let Some(name) = &body.name {
@@ -309,7 +315,7 @@ impl AuthApi {
 
     /// Change the password
     ///
-    /// Every other session of the user ends.
+    /// Revokes all other sessions of the user.
     #[oai(path = "/password", method = "post", operation_id = "change_password")]
     async fn password(
         &self,
@@ -328,23 +334,23 @@ impl AuthApi {
             .await;
         changed.map_err(|error| match error {
             // The caller is signed in: a wrong password is a wrong field, and no reason to sign in again.
-            AuthError::WrongCredentials => ApiError::invalid("current_password", "is wrong"),
+            AuthError::WrongCredentials => ApiError::invalid("current_password", "is incorrect"),
             error => under("new_password")(error),
         })?;
         Ok(NoContent)
     }
 
-    /// List the own sessions
+    /// List your sessions
     ///
-    /// Those that live, newest first.
+    /// Returns active sessions, newest first.
     #[oai(path = "/sessions", method = "get", operation_id = "list_sessions")]
     async fn sessions(
         &self,
         caller: AdmittedTenant,
-        /// How many at most, 1 to 100.
+        /// Page size, 1–100. Default 20.
         #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
         limit: Query<Option<u32>>,
-        /// The `next_cursor` of the page before.
+        /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<Session>>, ApiError> {
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
@@ -361,7 +367,9 @@ impl AuthApi {
         Ok(Json(page::page(rows, |row| row.id, show)))
     }
 
-    /// End a session of the own
+    /// Revoke a session
+    ///
+    /// The session's tokens stop working immediately.
     #[oai(
         path = "/sessions/:session_id",
         method = "delete",

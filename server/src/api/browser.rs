@@ -95,7 +95,7 @@ pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError
     let refused = || {
         ApiError::new(
             ProblemCode::Forbidden,
-            "Cookies are believed only in requests from the server's own pages.",
+            "Cookie authentication is only accepted from this server's own pages.",
         )
     };
     if let Some(site) = headers.get("sec-fetch-site") {
@@ -129,7 +129,7 @@ pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Re
     }
     Err(ApiError::new(
         ProblemCode::Forbidden,
-        "X-Quota-CSRF must carry what the session's cookie of that purpose holds.",
+        "X-Quota-CSRF must contain the value of the session's CSRF cookie.",
     ))
 }
 
@@ -153,7 +153,7 @@ pub fn refresh_token<'a>(
     let session = csrf_of(state, headers).ok_or_else(|| {
         ApiError::new(
             ProblemCode::Forbidden,
-            "X-Quota-CSRF must carry what the session's cookie of that purpose holds.",
+            "X-Quota-CSRF must contain the value of the session's CSRF cookie.",
         )
     })?;
     Ok(Some((token, session)))

@@ -81,11 +81,10 @@ fn serve(file: &'static File, headers: &HeaderMap) -> Response {
 
 fn not_built() -> Response {
     page(
-        "The console is not built",
-        "<h1>The console is not built</h1>\n<p>This server was compiled without it. From the project's sources, \
-         <code>cargo xtask run</code> builds the console and the server and runs them; \
-         <code>cargo xtask console</code> builds the console alone, for the next build of the server to embed.</p>\n\
-         <p><a href=\"/docs\">The API</a> is all here.</p>",
+        "Console not built",
+        "<h1>Console not built</h1>\n<p>This server was compiled without the console. From the source code, \
+         <code>cargo xtask run</code> builds and runs both; <code>cargo xtask console</code> builds only the console, \
+         which the next build of the server embeds.</p>\n<p>The <a href=\"/docs\">API</a> works without it.</p>",
     )
 }
 

@@ -28,7 +28,7 @@ impl Once {
         if let Some(key) = &key {
             let printable = key.bytes().all(|byte| (0x20..0x7f).contains(&byte));
             if key.is_empty() || key.len() > LENGTH_MAX || !printable {
-                let message = format!("must be 1 to {LENGTH_MAX} printable ASCII characters");
+                let message = format!("must be 1–{LENGTH_MAX} printable ASCII characters");
                 return Err(ApiError::invalid("Idempotency-Key", message));
             }
         }
@@ -56,13 +56,13 @@ impl Once {
                 retry_after: Some(std::time::Duration::from_secs(1)),
                 ..ApiError::new(
                     ProblemCode::RequestInProgress,
-                    "A request with this Idempotency-Key is still being worked on.",
+                    "A request with this Idempotency-Key is still in progress.",
                 )
             }),
             Known::Answered { request_hash, .. } if request_hash != self.request_hash => {
                 Err(ApiError::new(
                     ProblemCode::IdempotencyMismatch,
-                    "This Idempotency-Key was used with another body. Use a new one.",
+                    "This Idempotency-Key was already used with a different request body. Use a new one.",
                 ))
             }
             Known::Answered { response, .. } => serde_json::from_value(response)

@@ -105,7 +105,7 @@ fn content<T: Type>() -> Vec<MetaMediaType> {
 
 impl<T: Type + Serialize + Send> ApiResponse for Json<T> {
     fn meta() -> MetaResponses {
-        meta(200, "Done", content::<T>())
+        meta(200, "OK", content::<T>())
     }
 
     fn register(registry: &mut Registry) {
@@ -115,7 +115,7 @@ impl<T: Type + Serialize + Send> ApiResponse for Json<T> {
 
 impl<T: Type + Serialize + Send> ApiResponse for Created<T> {
     fn meta() -> MetaResponses {
-        meta(201, "Made", content::<T>())
+        meta(201, "Created", content::<T>())
     }
 
     fn register(registry: &mut Registry) {
@@ -175,7 +175,7 @@ where
 fn wrong_media_type() -> ApiError {
     ApiError::new(
         ProblemCode::UnsupportedMediaType,
-        "The body must be sent as application/json.",
+        "Send the request body as application/json.",
     )
 }
 
@@ -200,7 +200,7 @@ async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiE
     let too_large = || {
         ApiError::new(
             ProblemCode::ContentTooLarge,
-            format!("The body is larger than {limit} bytes."),
+            format!("The request body is larger than {limit} bytes."),
         )
     };
     let announced = request
@@ -220,7 +220,7 @@ async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiE
             let chunk = chunk.map_err(|_| {
                 ApiError::new(
                     ProblemCode::Malformed,
-                    "The body ended before it was complete.",
+                    "The request body ended unexpectedly.",
                 )
             })?;
             if bytes.len() + chunk.len() > limit {
@@ -235,7 +235,7 @@ async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiE
         .unwrap_or_else(|_| {
             Err(ApiError::new(
                 ProblemCode::RequestTimeout,
-                "The body did not arrive in the time that the server waits.",
+                "The request body was not received in time.",
             ))
         })
 }
@@ -245,16 +245,16 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
     // What is no JSON at all is told apart from what is JSON and not what was asked for.
     let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| {
         let detail = if bytes.is_empty() {
-            "The body is empty; it must be a JSON object.".to_owned()
+            "The request body is empty. Send a JSON object.".to_owned()
         } else {
-            format!("The body is no JSON: {error}.")
+            format!("The body is not valid JSON: {error}.")
         };
         ApiError::new(ProblemCode::Malformed, detail)
     })?;
     if !value.is_object() {
         return Err(ApiError::new(
             ProblemCode::Malformed,
-            "The body must be a JSON object.",
+            "The request body must be a JSON object.",
         ));
     }
     drop(value);
@@ -291,13 +291,13 @@ fn unread(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
     if let Some(name) = quoted("missing field `") {
         return FieldError {
             field: join(name),
-            message: "is missing".into(),
+            message: "is required".into(),
         };
     }
     if let Some(name) = quoted("duplicate field `") {
         return FieldError {
             field: join(name),
-            message: "is there twice".into(),
+            message: "duplicate field".into(),
         };
     }
     if let Some(name) = quoted("unknown field `") {
@@ -309,12 +309,26 @@ fn unread(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
         };
         return FieldError {
             field,
-            message: "is unknown here".into(),
+            message: "unknown field".into(),
         };
     }
     FieldError {
         field: path,
-        message: message.to_owned(),
+        message: mismatch(message),
+    }
+}
+
+/// Rewrites serde's message about a value of the wrong type without the names of Rust types.
+fn mismatch(message: &str) -> String {
+    if message.starts_with("UUID parsing failed") {
+        return "must be a UUID".to_owned();
+    }
+    match message.rsplit_once(", expected ") {
+        None => message.to_owned(),
+        Some((_, "u8" | "u16" | "u32" | "u64")) => "must be a non-negative integer".to_owned(),
+        Some((_, "a boolean")) => "must be true or false".to_owned(),
+        Some((_, expected)) if expected.contains("UUID") => "must be a UUID".to_owned(),
+        Some((_, expected)) => format!("must be {expected}"),
     }
 }
 
@@ -354,19 +368,42 @@ mod tests {
     #[test]
     fn the_field_that_is_not_allowed_is_named() {
         let one = |field: &str, message: &str| (422, vec![(field.to_owned(), message.to_owned())]);
-        assert_eq!(refusal(r#"{"default_rpm":1}"#), one("name", "is missing"));
+        assert_eq!(refusal(r#"{"default_rpm":1}"#), one("name", "is required"));
         assert_eq!(
             refusal(r#"{"name":"x","default_rpm":1,"rpm":2}"#),
-            one("rpm", "is unknown here")
+            one("rpm", "unknown field")
         );
         assert_eq!(
             refusal(r#"{"name":"x","name":"y","default_rpm":1}"#),
-            one("name", "is there twice")
+            one("name", "duplicate field")
         );
         let (status, errors) = refusal(r#"{"name":"x","default_rpm":"many"}"#);
         assert_eq!((status, errors[0].0.as_str()), (422, "default_rpm"));
-        let (status, errors) = refusal(r#"{"name":"x","default_rpm":-1}"#);
-        assert_eq!((status, errors[0].0.as_str()), (422, "default_rpm"));
+        let integer = one("default_rpm", "must be a non-negative integer");
+        for wrong in ["\"many\"", "-1", "1.5", "[]", "null"] {
+            let body = format!(r#"{{"name":"x","default_rpm":{wrong}}}"#);
+            assert_eq!(refusal(&body), integer, "{wrong}");
+        }
+        assert_eq!(
+            refusal(r#"{"name":7,"default_rpm":1}"#),
+            one("name", "must be a string")
+        );
+        assert_eq!(
+            refusal(r#"{"name":"x","default_rpm":1,"strict":"yes"}"#),
+            one("strict", "must be true or false")
+        );
+        assert_eq!(
+            refusal(r#"{"name":"x","default_rpm":1,"billing":"gold"}"#),
+            one("billing", "must be `free` or `paid`")
+        );
+        assert_eq!(
+            refusal(r#"{"name":"x","default_rpm":0}"#),
+            one("default_rpm", "must be at least 1")
+        );
+        assert_eq!(
+            refusal(r#"{"name":"x","default_rpm":60000001}"#),
+            one("default_rpm", "must be at most 60,000,000")
+        );
     }
 
     #[test]

@@ -59,7 +59,7 @@ impl<T: Type + serde::Serialize + Send> ApiResponse for Limited<T> {
         }];
         MetaResponses {
             responses: vec![MetaResponse {
-                description: "Admitted",
+                description: "Allowed",
                 status: Some(200),
                 status_range: None,
                 content,
@@ -106,10 +106,10 @@ impl ApiResponse for Bare {
         };
         MetaResponses {
             responses: vec![
-                bare(200, "Admitted. The body is empty."),
+                bare(200, "Allowed. The body is empty."),
                 bare(
                     403,
-                    "Denied, where `deny=403` was asked for. The body is empty.",
+                    "Denied, if `deny=403` was requested. The body is empty.",
                 ),
                 bare(429, "Denied. The body is empty."),
             ],
@@ -135,11 +135,12 @@ fn limits(decision: &Decision) -> Vec<LimitState> {
     show.collect()
 }
 
-#[OpenApi(prefix_path = "/v1", tag = "Tag::Decisions")]
+#[OpenApi(prefix_path = "/v1", tag = "Tag::RateLimiting")]
 impl LimitApi {
-    /// Try an API key
+    /// Echo (test an API key)
     ///
-    /// A limited endpoint of Quota's own: what your consumers see of their limits, it shows.
+    /// Consumes one request from the key's limits and returns the same rate-limit headers that your API's consumers
+    /// see.
     #[oai(path = "/echo", method = "get", operation_id = "echo")]
     pub async fn echo(&self, caller: AdmittedKey) -> Result<Limited<Echo>, ApiError> {
         let now = caller.decision.at;
@@ -156,10 +157,11 @@ impl LimitApi {
         })
     }
 
-    /// Ask for a decision
+    /// Check a request
     ///
-    /// For a gateway or a service of the tenant's own. The answer is 200 also when the request is denied: the
-    /// question was answered. Asking takes what it asks for; a denial takes nothing.
+    /// Called by your gateway or service for each request it receives. Returns 200 whether the request is allowed or
+    /// denied; see `allowed`. A successful check consumes `cost` from all of the key's limits; a denial consumes
+    /// nothing.
     #[oai(path = "/check", method = "post", operation_id = "check")]
     pub async fn check(
         &self,
@@ -211,11 +213,11 @@ impl LimitApi {
         }))
     }
 
-    /// Ask for a decision as a bare status
+    /// Check a request (status only, for gateways)
     ///
-    /// For `forward_auth` of Caddy, `auth_request` of nginx and ForwardAuth of Traefik, which hand on the
-    /// consumer's request: its key is read from `X-API-Key`, or from `Authorization: Bearer`. The gateway's
-    /// own token is `X-Service-Token`, or `Authorization: Bearer` where the consumer's key is not there.
+    /// Accepts any method. For Caddy's `forward_auth`, nginx's `auth_request` and Traefik's ForwardAuth, which forward
+    /// the consumer's request headers: the consumer's key is read from `X-API-Key` or `Authorization: Bearer`. Send the
+    /// gateway's service token in `X-Service-Token`, or in `Authorization: Bearer` if the consumer's key is not there.
     #[oai(
         path = "/forward-auth",
         method = "get",
@@ -230,7 +232,7 @@ impl LimitApi {
         &self,
         caller: AdmittedService,
         request: &Request,
-        /// `403`: the status of a denial, for nginx, which hands on no 429.
+        /// Status code for a denial: `403` or `429`. Default `429`. Use `403` for nginx, which does not pass on 429.
         deny: Query<Option<u16>>,
     ) -> Result<Bare, ApiError> {
         let denied = match deny.0 {

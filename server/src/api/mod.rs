@@ -28,23 +28,24 @@ pub mod request_log;
 pub mod service_token;
 pub mod short_way;
 
-/// How the operations are grouped in the document.
+/// Groups of operations in the OpenAPI document, in the order in which it lists them.
 #[derive(poem_openapi::Tags)]
 pub enum Tag {
-    /// Accounts and sessions.
-    Auth,
-    /// Plans: what keys are held to.
-    Plans,
-    /// API keys: what consumers show.
+    /// Check a key and consume its limits.
+    #[oai(rename = "Rate limiting")]
+    RateLimiting,
+    /// Create, rotate, disable and delete API keys.
     #[oai(rename = "API keys")]
     ApiKeys,
-    /// Service tokens: what a tenant's own gateways show.
+    /// Rate limits and quotas shared by a group of keys.
+    Plans,
+    /// Credentials your gateways use to call the check endpoints.
     #[oai(rename = "Service tokens")]
     ServiceTokens,
-    /// Who changed what.
+    /// Audit log of configuration changes.
     Audit,
-    /// Decisions on requests.
-    Decisions,
-    /// Whether the server is up.
+    /// Sign in, and manage your account and sessions.
+    Auth,
+    /// Liveness and readiness probes.
     Health,
 }

@@ -46,7 +46,7 @@ fn checked(limit: Option<u32>) -> Result<u32, ApiError> {
     if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(ApiError::invalid(
             "limit",
-            format!("must be from 1 to {MAX_LIMIT}"),
+            format!("must be between 1 and {MAX_LIMIT}"),
         ));
     }
     Ok(limit)
@@ -55,7 +55,7 @@ fn checked(limit: Option<u32>) -> Result<u32, ApiError> {
 fn malformed() -> ApiError {
     ApiError::new(
         ProblemCode::Malformed,
-        "The cursor is none that this server has given for this order.",
+        "Invalid cursor for this sort order.",
     )
 }
 

@@ -90,7 +90,7 @@ fn quota(n: u64) -> i64 {
 fn name_taken() -> ApiError {
     ApiError::new(
         ProblemCode::NameTaken,
-        "A plan of this name exists already.",
+        "A plan with this name already exists.",
     )
 }
 
@@ -106,19 +106,19 @@ async fn key_count(tx: &mut TenantTx, id: Uuid) -> Result<u64, ApiError> {
 impl PlanApi {
     /// List plans
     ///
-    /// Newest first or as `sort` says, with the number of keys on each. A cursor leads on in the order of its page
-    /// alone.
+    /// Returns plans newest first, or as `sort` says, each with its number of keys. A cursor is only valid with the
+    /// sort it was issued for.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
         &self,
         caller: AdmittedTenant,
-        /// In which order; `-` turns one around. Names are compared without regard to case. Default:
+        /// Sort field; prefix with `-` for descending. Names are compared case-insensitively. Default:
         /// `-created_at`.
         sort: Query<Option<PlanOrder>>,
-        /// How many at most, 1 to 100.
+        /// Page size, 1–100. Default 20.
         #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
         limit: Query<Option<u32>>,
-        /// The `next_cursor` of the page before.
+        /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<Plan>>, ApiError> {
         let order = order(sort.0.unwrap_or_default());
@@ -137,12 +137,14 @@ impl PlanApi {
         Ok(Json(page::sorted_page(rows, order, at, show)))
     }
 
-    /// Make a plan
+    /// Create a plan
+    ///
+    /// Returns the plan. Keys created on it get these limits.
     #[oai(path = "/plans", method = "post", operation_id = "create_plan")]
     async fn create(
         &self,
         caller: AdmittedTenant,
-        /// The same key and body within 24 hours answer the first response again.
+        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreatePlan>,
@@ -185,6 +187,8 @@ impl PlanApi {
     }
 
     /// Get a plan
+    ///
+    /// Returns the plan with its number of keys.
     #[oai(path = "/plans/:plan_id", method = "get", operation_id = "get_plan")]
     async fn get(
         &self,
@@ -200,10 +204,10 @@ impl PlanApi {
         Ok(Json(show(row, count)))
     }
 
-    /// Change a plan
+    /// Update a plan
     ///
-    /// In force on every replica within a second. What keys have used stays used: a change hands out no new
-    /// burst and no new quota. A burst that is the rate follows the rate, unless one is sent.
+    /// Takes effect on all replicas within one second. Usage isn't reset: an update grants no new burst or quota. If
+    /// burst equals the rate, it follows rate changes unless `burst` is sent.
     #[oai(
         path = "/plans/:plan_id",
         method = "patch",
@@ -266,7 +270,7 @@ impl PlanApi {
 
     /// Delete a plan
     ///
-    /// Refused while keys are on it.
+    /// Fails with 409 while keys still use the plan. This cannot be undone.
     #[oai(
         path = "/plans/:plan_id",
         method = "delete",
@@ -286,13 +290,10 @@ impl PlanApi {
         let count = key_count(&mut tx, id).await?;
         let in_use = |count: u64| {
             let detail = match count {
-                1 => "1 key is on this plan.".to_owned(),
-                count => format!("{count} keys are on this plan."),
+                1 => "1 key uses this plan. Move or delete it first.".to_owned(),
+                count => format!("{count} keys use this plan. Move or delete them first."),
             };
-            ApiError::new(
-                ProblemCode::PlanInUse,
-                format!("{detail} Move or delete them first."),
-            )
+            ApiError::new(ProblemCode::PlanInUse, detail)
         };
         if count > 0 {
             return Err(in_use(count));
@@ -303,7 +304,10 @@ impl PlanApi {
             ApiError::on_constraint(
                 error,
                 &[("api_keys_plan_fkey", || {
-                    ApiError::new(ProblemCode::PlanInUse, "A key was just put on this plan.")
+                    ApiError::new(
+                        ProblemCode::PlanInUse,
+                        "A key was just added to this plan. Move or delete it first.",
+                    )
                 })],
             )
         })?;

@@ -12,7 +12,7 @@ use poem_openapi::{
     error::{ParseParamError, ParsePathError},
     registry::{MetaResponses, Registry},
 };
-use quota_common::{FieldError, ProblemCode, limit::PolicyName, problem::MEDIA_TYPE};
+use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName, problem::MEDIA_TYPE};
 use serde::{Serialize, Serializer};
 
 use super::limit_headers;
@@ -60,9 +60,9 @@ impl ApiError {
         }
     }
 
-    /// The same for a thing that never was and one that is somebody else's.
+    /// The same problem for a resource that does not exist and for another tenant's.
     pub fn not_found() -> Self {
-        Self::new(ProblemCode::NotFound, "There is no such thing here.")
+        Self::new(ProblemCode::NotFound, "Not found.")
     }
 
     pub fn unauthorized(credential_sent: bool, detail: &str) -> Self {
@@ -122,7 +122,7 @@ impl ApiError {
             source: Some(source.into()),
             ..Self::new(
                 ProblemCode::Unavailable,
-                "The server cannot do this at the moment. Try again soon.",
+                "Temporarily unavailable. Try again in a few seconds.",
             )
         }
     }
@@ -130,31 +130,24 @@ impl ApiError {
     pub fn internal(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self {
             source: Some(source.into()),
-            ..Self::new(
-                ProblemCode::Internal,
-                "Something went wrong here. It was logged under this request's id.",
-            )
+            ..Self::new(ProblemCode::Internal, "Something went wrong.")
         }
     }
 
     pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
         let secs = decision.retry_after_secs();
         let mut detail = String::with_capacity(96);
-        detail.push_str(match secs {
-            Some(_) => "The ",
-            None => "The request costs more than the ",
-        });
         for (n, policy) in decision.violated().iter().enumerate() {
-            detail.push_str(if n == 0 { "" } else { " and " });
+            detail.push_str(if n == 0 { "This key's " } else { " and " });
             detail.push_str(policy_name(policy));
         }
         match secs {
             Some(secs) => {
-                detail.push_str(" of this key is used up. Come back in ");
+                detail.push_str(" has been reached. Retry in ");
                 detail.push_str(itoa::Buffer::new().format(secs));
-                detail.push_str(" s.");
+                detail.push_str(if secs == 1 { " second." } else { " seconds." });
             }
-            None => detail.push_str(" of this key can ever hold."),
+            None => detail.push_str(" is lower than the cost of this request."),
         }
         Self {
             denied: Some(Box::new((record, decision))),
@@ -180,7 +173,7 @@ impl ApiError {
                 .unwrap_or_else(|_| Self::internal("an error changed its type"));
         }
         if let Some(error) = error.downcast_ref::<ParseParamError>() {
-            return Self::invalid(error.name, sentence(&error.reason));
+            return Self::invalid(error.name, parameter_fault(&error.reason));
         }
         // A path that cannot be an id leads to nothing, as an id that is nobody's does.
         if error.is::<ParsePathError>() || error.is::<NotFoundError>() {
@@ -188,26 +181,22 @@ impl ApiError {
         }
         if error.is::<MethodNotAllowedError>() || error.status() == StatusCode::METHOD_NOT_ALLOWED {
             // Which there are instead is known at the edge.
-            return Self::new(
-                ProblemCode::MethodNotAllowed,
-                "This path has no such method.",
-            );
+            return Self::new(ProblemCode::MethodNotAllowed, "Method not allowed.");
         }
         match error.status().as_u16() {
             404 => Self::not_found(),
             413 => Self::new(
                 ProblemCode::ContentTooLarge,
-                "The body is larger than the server takes.",
+                "The request body is too large.",
             ),
             415 => Self::new(
                 ProblemCode::UnsupportedMediaType,
-                "The body must be sent as application/json.",
+                "Send the request body as application/json.",
             ),
-            403 => Self::new(ProblemCode::Forbidden, "This is not allowed."),
-            status if (400..500).contains(&status) => Self::new(
-                ProblemCode::Malformed,
-                "The request could not be understood.",
-            ),
+            403 => Self::new(ProblemCode::Forbidden, "Not allowed."),
+            status if (400..500).contains(&status) => {
+                Self::new(ProblemCode::Malformed, "Malformed request.")
+            }
             _ => Self::internal(error.to_string()),
         }
     }
@@ -229,11 +218,18 @@ impl ApiError {
                 "a request failed"
             );
         }
+        let detail = match self.code {
+            ProblemCode::Internal if !request_id.is_empty() => &format!(
+                "{} Quote request ID {request_id} when reporting it.",
+                self.detail
+            ),
+            _ => &self.detail,
+        };
         let problem = Written {
             kind: &self.code.type_uri(base),
             title: self.code.title(),
             status: self.code.status(),
-            detail: &self.detail,
+            detail,
             request_id,
             errors: &self.errors,
             violated_policies: Names(
@@ -294,6 +290,71 @@ pub fn challenge(credential_sent: bool) -> HeaderValue {
     })
 }
 
+/// Returns a typical problem of this kind, for the OpenAPI document and the error pages.
+pub fn example(code: ProblemCode, base: &str) -> Problem {
+    let detail = match code {
+        ProblemCode::Malformed => {
+            "The body is not valid JSON: EOF while parsing an object at line 1 column 18."
+        }
+        ProblemCode::Unauthorized => "This API key is invalid, disabled or expired.",
+        ProblemCode::WrongCredentials => "Incorrect email or password.",
+        ProblemCode::SubscriptionNeeded => {
+            "The key's plan is paid and its tenant has no active subscription."
+        }
+        ProblemCode::Forbidden => "Your role (viewer) does not allow this action.",
+        ProblemCode::NotFound => "Not found.",
+        ProblemCode::MethodNotAllowed => "Method not allowed.",
+        ProblemCode::RequestTimeout => "The request body was not received in time.",
+        ProblemCode::PlanInUse => "3 keys use this plan. Move or delete them first.",
+        ProblemCode::NameTaken => "A plan with this name already exists.",
+        ProblemCode::EmailTaken => "An account with this email already exists.",
+        ProblemCode::RequestInProgress => {
+            "A request with this Idempotency-Key is still in progress."
+        }
+        ProblemCode::ContentTooLarge => "The request body is larger than 65536 bytes.",
+        ProblemCode::UnsupportedMediaType => "Send the request body as application/json.",
+        ProblemCode::Invalid => "default_rpm: must be at least 1",
+        ProblemCode::IdempotencyMismatch => {
+            "This Idempotency-Key was already used with a different request body. Use a new one."
+        }
+        ProblemCode::QuotaExceeded => "This key's rate limit has been reached. Retry in 3 seconds.",
+        ProblemCode::TooManyRequests => {
+            "Too many requests from this address. Try again in 3 seconds."
+        }
+        ProblemCode::HeadersTooLarge => "The request headers are too large.",
+        ProblemCode::Internal => {
+            "Something went wrong. Quote request ID 019ab4e1-7c00-7000-8000-000000000001 when reporting it."
+        }
+        ProblemCode::Unavailable => "Temporarily unavailable. Try again in a few seconds.",
+        ProblemCode::ReducedCapacity => {
+            "Rate limits can't be checked right now. Try again in a few seconds."
+        }
+    };
+    let errors = match code {
+        ProblemCode::Invalid => vec![FieldError {
+            field: "default_rpm".into(),
+            message: "must be at least 1".into(),
+        }],
+        ProblemCode::EmailTaken => vec![FieldError {
+            field: "email".into(),
+            message: "is already in use".into(),
+        }],
+        _ => Vec::new(),
+    };
+    Problem {
+        kind: code.type_uri(base).into_owned(),
+        title: code.title().to_owned(),
+        status: code.status(),
+        detail: detail.to_owned(),
+        request_id: "019ab4e1-7c00-7000-8000-000000000001".to_owned(),
+        errors,
+        violated_policies: match code {
+            ProblemCode::QuotaExceeded => vec![PolicyName::Rpm],
+            _ => Vec::new(),
+        },
+    }
+}
+
 pub fn wire_name(policy: Policy) -> PolicyName {
     match policy {
         Policy::Rpm => PolicyName::Rpm,
@@ -340,11 +401,35 @@ impl Serialize for Names {
     }
 }
 
-/// What poem-openapi says of a parameter, without the names of Rust's types.
-fn sentence(reason: &str) -> String {
-    match reason.split_once("\": ") {
-        Some((start, rest)) if start.starts_with("failed to parse \"") => rest.to_owned(),
-        _ => reason.to_owned(),
+/// Rewrites poem-openapi's reason for rejecting a parameter as a message for the caller.
+fn parameter_fault(reason: &str) -> String {
+    let bound = |rule: &str| {
+        let (_, rest) = reason.split_once("verification failed. ")?;
+        let argument = rest.strip_prefix(rule)?.strip_prefix('(')?;
+        argument.split([',', ')']).next()
+    };
+    if let Some(min) = bound("minimum") {
+        return format!("must be at least {min}");
+    }
+    if let Some(max) = bound("maximum") {
+        return format!("must be at most {max}");
+    }
+    if let Some(max) = bound("maxLength") {
+        return format!("must be at most {max} characters");
+    }
+    let (kind, message) = reason
+        .strip_prefix("failed to parse \"")
+        .and_then(|rest| rest.split_once("\": "))
+        .unwrap_or(("", reason));
+    match kind {
+        "boolean" => "must be true or false".to_owned(),
+        "string_uuid" => "must be a UUID".to_owned(),
+        kind if kind.starts_with("integer") => "must be a non-negative integer".to_owned(),
+        _ => message
+            .split(" (occurred while parsing")
+            .next()
+            .unwrap_or_default()
+            .to_owned(),
     }
 }
 
@@ -402,7 +487,7 @@ impl From<LimiterError> for ApiError {
             source: Some(Box::new(error)),
             ..Self::new(
                 ProblemCode::ReducedCapacity,
-                "No decision can be taken at the moment. Try again soon.",
+                "Rate limits can't be checked right now. Try again in a few seconds.",
             )
         }
     }
@@ -421,21 +506,20 @@ impl From<AuthError> for ApiError {
                 credential_sent: true,
                 ..Self::new(
                     ProblemCode::WrongCredentials,
-                    "The email or the password is wrong.",
+                    "Incorrect email or password.",
                 )
             },
-            AuthError::Unauthorized => Self::unauthorized(
-                true,
-                "This token opens nothing, or no longer. Sign in again.",
-            ),
+            AuthError::Unauthorized => {
+                Self::unauthorized(true, "Your session has expired. Sign in again.")
+            }
             AuthError::EmailTaken => Self {
                 errors: vec![FieldError {
                     field: "email".into(),
-                    message: "is taken".into(),
+                    message: "is already in use".into(),
                 }],
                 ..Self::new(
                     ProblemCode::EmailTaken,
-                    "An account with this email exists already.",
+                    "An account with this email already exists.",
                 )
             },
             AuthError::WeakPassword(message) => Self::invalid("password", message),
@@ -452,8 +536,6 @@ impl From<AuthError> for ApiError {
 
 #[cfg(test)]
 mod tests {
-    use quota_common::Problem;
-
     use super::*;
 
     fn json(value: &impl Serialize) -> String {
@@ -461,16 +543,44 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_of_a_problem_is_the_problem() {
+    fn rejected_parameter_gets_a_plain_message() {
+        for (reason, message) in [
+            (
+                "verification failed. minimum(1, exclusive: false)",
+                "must be at least 1",
+            ),
+            (
+                "verification failed. maximum(100, exclusive: false)",
+                "must be at most 100",
+            ),
+            (
+                "verification failed. maxLength(200)",
+                "must be at most 200 characters",
+            ),
+            (
+                "failed to parse \"integer_uint32\": invalid digit found in string",
+                "must be a non-negative integer",
+            ),
+            (
+                "failed to parse \"string\": must be a fish (occurred while parsing \"Fish\")",
+                "must be a fish",
+            ),
+        ] {
+            assert_eq!(parameter_fault(reason), message);
+        }
+    }
+
+    #[test]
+    fn written_problem_equals_the_wire_type() {
         let errors = [FieldError {
             field: "name".into(),
-            message: "is \"taken\"".into(),
+            message: "is \"odd\"".into(),
         }];
         let mut written = Written {
             kind: "https://q.example/problems/invalid",
-            title: "Some fields are not valid",
+            title: "Validation failed",
             status: 422,
-            detail: "name: is \"taken\"",
+            detail: "name: is \"odd\"",
             request_id: "r-1",
             errors: &errors,
             violated_policies: Names(PolicySet::EMPTY),

@@ -47,7 +47,7 @@ fn show(row: ServiceTokenRow) -> ServiceToken {
 impl ServiceTokenApi {
     /// List service tokens
     ///
-    /// Newest first. The text of a token is never shown.
+    /// Returns tokens newest first. The token itself is never returned.
     #[oai(
         path = "/service-tokens",
         method = "get",
@@ -56,10 +56,10 @@ impl ServiceTokenApi {
     async fn list(
         &self,
         caller: AdmittedTenant,
-        /// How many at most, 1 to 100.
+        /// Page size, 1–100. Default 20.
         #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
         limit: Query<Option<u32>>,
-        /// The `next_cursor` of the page before.
+        /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<ServiceToken>>, ApiError> {
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
@@ -69,9 +69,10 @@ impl ServiceTokenApi {
         Ok(Json(page::page(rows, |row| row.id, show)))
     }
 
-    /// Make a service token
+    /// Create a service token
     ///
-    /// The answer holds the token's text, for the only time. A replay by `Idempotency-Key` answers without it.
+    /// Returns the full token. This is the only time it is available: a replay with the same `Idempotency-Key` returns
+    /// everything except the token.
     #[oai(
         path = "/service-tokens",
         method = "post",
@@ -80,7 +81,8 @@ impl ServiceTokenApi {
     async fn create(
         &self,
         caller: AdmittedTenant,
-        /// The same key and body within 24 hours answer the first response again, without the text.
+        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
+        /// without the token.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateServiceToken>,
@@ -121,6 +123,8 @@ impl ServiceTokenApi {
     }
 
     /// Get a service token
+    ///
+    /// The token itself is never returned.
     #[oai(
         path = "/service-tokens/:token_id",
         method = "get",
@@ -141,7 +145,7 @@ impl ServiceTokenApi {
 
     /// Delete a service token
     ///
-    /// It opens nothing from then on.
+    /// The token stops working immediately. This cannot be undone.
     #[oai(
         path = "/service-tokens/:token_id",
         method = "delete",
