@@ -31,6 +31,11 @@ pub enum Role {
 }
 
 impl Role {
+    /// Whether the role may read plans, API keys, service tokens and the audit log.
+    pub const fn may_read(self) -> bool {
+        !matches!(self, Self::Billing)
+    }
+
     /// Whether the role may create, update and delete plans, API keys and service tokens.
     pub const fn may_manage(self) -> bool {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)

@@ -1,7 +1,7 @@
 //! The OpenAPI document: what poem-openapi generates from the handlers, completed by [`PASSES`].
 //!
 //! Extractors and the edge produce errors too, so error responses are derived here from what an operation takes: a
-//! caller adds 401, a body 400, 413, 415 and 422, an ID in the path 404. The test suite validates every response it
+//! caller adds 401, a role 403, a body 400, 413, 415 and 422, an ID in the path 404. The test suite validates every response it
 //! receives against the document, so an undocumented status fails a test.
 
 use std::collections::HashMap;
@@ -236,53 +236,34 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
         ),
         (
             "create_plan",
-            &[
-                (P::Forbidden, BY_ROLE),
-                (
-                    P::NameTaken,
-                    "A plan with this name already exists, or a request with this `Idempotency-Key` is still in progress.",
-                ),
-            ],
+            &[(
+                P::NameTaken,
+                "A plan with this name already exists, or a request with this `Idempotency-Key` is still in progress.",
+            )],
         ),
         (
             "update_plan",
-            &[
-                (P::Forbidden, BY_ROLE),
-                (P::NameTaken, "A plan with this name already exists."),
-            ],
+            &[(P::NameTaken, "A plan with this name already exists.")],
         ),
-        (
-            "delete_plan",
-            &[
-                (P::Forbidden, BY_ROLE),
-                (P::PlanInUse, "The plan still has keys."),
-            ],
-        ),
+        ("delete_plan", &[(P::PlanInUse, "The plan still has keys.")]),
         (
             "create_api_key",
             &[
-                (P::Forbidden, BY_ROLE),
                 (P::NotFound, "The plan was not found in your organization."),
                 (P::RequestInProgress, IN_PROGRESS),
             ],
         ),
         (
             "update_api_key",
-            &[
-                (P::Forbidden, BY_ROLE),
-                (
-                    P::NotFound,
-                    "The key or the plan was not found in your organization.",
-                ),
-            ],
+            &[(
+                P::NotFound,
+                "The key or the plan was not found in your organization.",
+            )],
         ),
-        ("delete_api_key", &[(P::Forbidden, BY_ROLE)]),
-        ("rotate_api_key", &[(P::Forbidden, BY_ROLE)]),
         (
             "create_service_token",
-            &[(P::Forbidden, BY_ROLE), (P::RequestInProgress, IN_PROGRESS)],
+            &[(P::RequestInProgress, IN_PROGRESS)],
         ),
-        ("delete_service_token", &[(P::Forbidden, BY_ROLE)]),
         ("update_me", &[(P::Forbidden, BY_ROLE)]),
         ("change_password", &[(P::Forbidden, BY_COOKIE)]),
         ("end_session", &[(P::Forbidden, BY_COOKIE)]),
@@ -309,6 +290,7 @@ const ERRORS: &[(ProblemCode, &str)] = {
             P::Unauthorized,
             "Missing or invalid credentials. Nothing was charged.",
         ),
+        (P::Forbidden, BY_ROLE),
         (P::NotFound, "Not found, or not in your organization."),
         (
             P::RequestTimeout,
@@ -345,6 +327,9 @@ fn derived_errors(operation: &Operation<'_>) -> Vec<ProblemCode> {
     let mut errors = vec![P::Internal, P::Unavailable];
     if operation.value.get("security").is_some() {
         errors.extend([P::Malformed, P::Unauthorized]);
+    }
+    if operation.path.starts_with("/admin") {
+        errors.push(P::Forbidden);
     }
     if operation.path.starts_with("/auth") || operation.path.starts_with("/admin") {
         errors.push(P::TooManyRequests);

@@ -112,27 +112,6 @@ impl AdmittedTenant {
     pub fn role(&self) -> Role {
         self.session.role
     }
-
-    /// Plans, keys and tokens may be changed.
-    pub fn may_manage(&self) -> Result<(), ApiError> {
-        self.may(self.role().may_manage())
-    }
-
-    /// The tenant itself may be changed.
-    pub fn may_administer(&self) -> Result<(), ApiError> {
-        self.may(self.role().may_administer())
-    }
-
-    fn may(&self, it: bool) -> Result<(), ApiError> {
-        if it {
-            return Ok(());
-        }
-        let detail = format!(
-            "Your role ({}) does not allow this action.",
-            self.role().as_str()
-        );
-        Err(ApiError::new(ProblemCode::Forbidden, detail))
-    }
 }
 
 impl<'a> ApiExtractor<'a> for AdmittedTenant {

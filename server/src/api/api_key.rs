@@ -15,12 +15,12 @@ use uuid::Uuid;
 
 use super::{
     Tag,
-    admitted::AdmittedTenant,
     change::{self, Change},
     idempotency::Once,
     json::{Created, Json, NoContent},
     page,
     problem::ApiError,
+    tenant_rights::{ManagingTenant, ReadingTenant},
 };
 use crate::{
     repo::{
@@ -103,7 +103,7 @@ impl ApiKeyApi {
     )]
     async fn list(
         &self,
-        caller: AdmittedTenant,
+        caller: ReadingTenant,
         /// Only keys on this plan.
         plan_id: Query<Option<PlanId>>,
         /// Only active keys (`true`) or only inactive keys (`false`).
@@ -158,14 +158,13 @@ impl ApiKeyApi {
     #[oai(path = "/api-keys", method = "post", operation_id = "create_api_key")]
     async fn create(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
         /// without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateApiKey>,
     ) -> Result<Created<CreatedApiKey>, ApiError> {
-        caller.may_manage()?;
         let body = body.0;
         let once = Once::new("create_api_key", idempotency_key.0, &body)?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
@@ -217,7 +216,7 @@ impl ApiKeyApi {
     )]
     async fn get(
         &self,
-        caller: AdmittedTenant,
+        caller: ReadingTenant,
         key_id: Path<ApiKeyId>,
     ) -> Result<Json<ApiKey>, ApiError> {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
@@ -239,7 +238,7 @@ impl ApiKeyApi {
     )]
     async fn update(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
         body: Json<UpdateApiKey>,
     ) -> Result<Json<ApiKey>, ApiError> {
@@ -251,7 +250,6 @@ impl ApiKeyApi {
                 .await?
                 .ok_or_else(ApiError::not_found)?,
         );
-        caller.may_manage()?;
         if body == UpdateApiKey::default() {
             return Ok(Json(before));
         }
@@ -298,7 +296,7 @@ impl ApiKeyApi {
     )]
     async fn delete(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
     ) -> Result<NoContent, ApiError> {
         let id = key_id.0.0;
@@ -308,7 +306,6 @@ impl ApiKeyApi {
                 .await?
                 .ok_or_else(ApiError::not_found)?,
         );
-        caller.may_manage()?;
         api_key::delete(&mut tx, id).await?;
         let event = Change {
             action: "api_key.delete",
@@ -336,7 +333,7 @@ impl ApiKeyApi {
     )]
     async fn rotate(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
         body: Json<RotateApiKey>,
     ) -> Result<Json<CreatedApiKey>, ApiError> {
@@ -347,7 +344,6 @@ impl ApiKeyApi {
                 .await?
                 .ok_or_else(ApiError::not_found)?,
         );
-        caller.may_manage()?;
         let text = SecretText::generate(Kind::ApiKey)?;
         let grace = i64::from(body.0.grace_seconds.unwrap_or(GRACE_DEFAULT));
         let until = (grace > 0).then(|| self.now() + TimeDelta::seconds(grace));

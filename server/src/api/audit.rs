@@ -7,7 +7,7 @@ use quota_common::{
     audit::{AuditAction, AuditEvent, AuditTarget},
 };
 
-use super::{Tag, admitted::AdmittedTenant, json::Json, page, problem::ApiError};
+use super::{Tag, json::Json, page, problem::ApiError, tenant_rights::ReadingTenant};
 use crate::{
     repo::audit::{self, AuditRow, Filter},
     state::AppState,
@@ -47,7 +47,7 @@ impl AuditApi {
     #[oai(path = "/audit", method = "get", operation_id = "list_audit_events")]
     async fn list(
         &self,
-        caller: AdmittedTenant,
+        caller: ReadingTenant,
         /// Only events with this action.
         action: Query<Option<AuditAction>>,
         /// Only changes to resources of this type.

@@ -248,7 +248,7 @@ impl AuthApi {
     ) -> Result<Json<Me>, ApiError> {
         let body = body.0;
         if body.tenant_name.is_some() || body.time_zone.is_some() {
-            caller.may_administer()?;
+            caller.require_administration()?;
         }
         if body
             .time_zone

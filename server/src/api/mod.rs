@@ -27,6 +27,7 @@ pub mod problem;
 pub mod request_log;
 pub mod service_token;
 pub mod short_way;
+pub mod tenant_rights;
 
 /// Groups of operations in the OpenAPI document, in the order in which it lists them.
 #[derive(poem_openapi::Tags)]

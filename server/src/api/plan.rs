@@ -14,12 +14,12 @@ use uuid::Uuid;
 
 use super::{
     Tag,
-    admitted::AdmittedTenant,
     change::{self, Change},
     idempotency::Once,
     json::{Created, Json, NoContent},
     page,
     problem::ApiError,
+    tenant_rights::{ManagingTenant, ReadingTenant},
 };
 use crate::{
     db::TenantTx,
@@ -111,7 +111,7 @@ impl PlanApi {
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
         &self,
-        caller: AdmittedTenant,
+        caller: ReadingTenant,
         /// Sort field; prefix with `-` for descending. Names are compared case-insensitively. Default:
         /// `-created_at`.
         sort: Query<Option<PlanOrder>>,
@@ -143,13 +143,12 @@ impl PlanApi {
     #[oai(path = "/plans", method = "post", operation_id = "create_plan")]
     async fn create(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         /// Makes the request safe to retry: the same key and body within 24 hours return the first response again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreatePlan>,
     ) -> Result<Created<Plan>, ApiError> {
-        caller.may_manage()?;
         let body = body.0;
         let once = Once::new("create_plan", idempotency_key.0, &body)?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
@@ -192,7 +191,7 @@ impl PlanApi {
     #[oai(path = "/plans/:plan_id", method = "get", operation_id = "get_plan")]
     async fn get(
         &self,
-        caller: AdmittedTenant,
+        caller: ReadingTenant,
         plan_id: Path<PlanId>,
     ) -> Result<Json<Plan>, ApiError> {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
@@ -215,7 +214,7 @@ impl PlanApi {
     )]
     async fn update(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         plan_id: Path<PlanId>,
         body: Json<UpdatePlan>,
     ) -> Result<Json<Plan>, ApiError> {
@@ -225,7 +224,6 @@ impl PlanApi {
         let before = plan::lock(&mut tx, id)
             .await?
             .ok_or_else(ApiError::not_found)?;
-        caller.may_manage()?;
         let count = key_count(&mut tx, id).await?;
         let before = show(before, count);
         if body == UpdatePlan::default() {
@@ -278,7 +276,7 @@ impl PlanApi {
     )]
     async fn delete(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         plan_id: Path<PlanId>,
     ) -> Result<NoContent, ApiError> {
         let id = plan_id.0.0;
@@ -286,7 +284,6 @@ impl PlanApi {
         let row = plan::lock(&mut tx, id)
             .await?
             .ok_or_else(ApiError::not_found)?;
-        caller.may_manage()?;
         let count = key_count(&mut tx, id).await?;
         let in_use = |count: u64| {
             let detail = match count {

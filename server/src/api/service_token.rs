@@ -13,12 +13,12 @@ use uuid::Uuid;
 
 use super::{
     Tag,
-    admitted::AdmittedTenant,
     change::{self, Change},
     idempotency::Once,
     json::{Created, Json, NoContent},
     page,
     problem::ApiError,
+    tenant_rights::{ManagingTenant, ReadingTenant},
 };
 use crate::{
     repo::{
@@ -55,7 +55,7 @@ impl ServiceTokenApi {
     )]
     async fn list(
         &self,
-        caller: AdmittedTenant,
+        caller: ReadingTenant,
         /// Page size, 1–100. Default 20.
         #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
         limit: Query<Option<u32>>,
@@ -80,14 +80,13 @@ impl ServiceTokenApi {
     )]
     async fn create(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
         /// without the token.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateServiceToken>,
     ) -> Result<Created<CreatedServiceToken>, ApiError> {
-        caller.may_manage()?;
         let once = Once::new("create_service_token", idempotency_key.0, &body.0)?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         if let Some(answer) = once.replay(&mut tx).await? {
@@ -132,7 +131,7 @@ impl ServiceTokenApi {
     )]
     async fn get(
         &self,
-        caller: AdmittedTenant,
+        caller: ReadingTenant,
         token_id: Path<ServiceTokenId>,
     ) -> Result<Json<ServiceToken>, ApiError> {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
@@ -153,7 +152,7 @@ impl ServiceTokenApi {
     )]
     async fn delete(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         token_id: Path<ServiceTokenId>,
     ) -> Result<NoContent, ApiError> {
         let id = token_id.0.0;
@@ -161,8 +160,6 @@ impl ServiceTokenApi {
         let before = service_token::delete(&mut tx, id)
             .await?
             .ok_or_else(ApiError::not_found)?;
-        // Not committed when it is not allowed.
-        caller.may_manage()?;
         let before = show(before);
         let event = Change {
             action: "service_token.delete",
