@@ -4,17 +4,11 @@ use garde::Validate;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bounds::between,
+    field::{GraceSeconds, Name, Rpm},
     id::{ApiKeyId, PlanId},
-    patch::{Patch, sent},
-    plan::RPM_MAX,
+    patch::{Patch, sent, unsent},
     time::Timestamp,
 };
-
-/// The longest grace period of a rotation, in seconds: 30 days.
-pub const GRACE_MAX: u32 = 30 * 24 * 60 * 60;
-/// The default grace period of a rotation, in seconds: 24 hours.
-pub const GRACE_DEFAULT: u32 = 24 * 60 * 60;
 
 /// An API key without its secret, which is returned once, on creation or rotation, and never stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,9 +48,8 @@ pub struct ApiKey {
 )]
 pub struct CreateApiKey {
     /// 1 to 200 characters.
-    #[garde(custom(crate::bounds::name))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 200)))]
-    pub name: String,
+    #[garde(dive)]
+    pub name: Name,
     #[garde(skip)]
     pub plan_id: PlanId,
     /// When the key expires. Must be in the future. Default: never.
@@ -66,16 +59,9 @@ pub struct CreateApiKey {
     pub expires_at: Option<Timestamp>,
     /// Requests per minute for this key, 1 to 60,000,000. Default: the plan's rate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(between(1, RPM_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "60000000"))
-        )
-    )]
-    pub rpm_override: Option<u32>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub rpm_override: Option<Rpm>,
 }
 
 /// Request body for updating an API key. Omitted fields are unchanged.
@@ -88,61 +74,28 @@ pub struct CreateApiKey {
 )]
 pub struct UpdateApiKey {
     /// 1 to 200 characters.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(crate::bounds::name)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 200)
-        )
-    )]
-    pub name: Option<String>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub name: Option<Name>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub plan_id: Option<PlanId>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub is_active: Option<bool>,
     /// When the key expires. Must be in the future. `null` removes the expiry.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub expires_at: Patch<Timestamp>,
     /// Requests per minute for this key, 1 to 60,000,000. `null` restores the plan's rate.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(inner(custom(between(1, RPM_MAX)))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "60000000"))
-        )
-    )]
-    pub rpm_override: Patch<u32>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub rpm_override: Patch<Rpm>,
 }
 
 /// Request body for rotating an API key.
@@ -157,16 +110,9 @@ pub struct RotateApiKey {
     /// Seconds until the old key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default: 86,400
     /// (24 hours). A key from an earlier rotation stops working immediately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(between(0, GRACE_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(maximum(value = "2592000"))
-        )
-    )]
-    pub grace_seconds: Option<u32>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub grace_seconds: Option<GraceSeconds>,
 }
 
 /// An API key that was just created or rotated, with its secret.
@@ -237,7 +183,7 @@ mod examples {
     impl Example for RotateApiKey {
         fn example() -> Self {
             Self {
-                grace_seconds: Some(3600),
+                grace_seconds: Some(3600.into()),
             }
         }
     }

@@ -4,15 +4,11 @@ use garde::Validate;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    field::{Credential, Email, LoginEmail, Name, NewPassword, TimeZoneName},
     id::{SessionId, TenantId, UserId},
-    patch::sent,
+    patch::{sent, unsent},
     time::Timestamp,
 };
-
-/// The shortest and longest password, in bytes of its NFC form.
-pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
-/// The longest email address (RFC 5321 4.5.3.1.3, less the angle brackets).
-pub const EMAIL_MAX: usize = 254;
 
 /// A user's role in a tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -89,25 +85,16 @@ pub struct Tenant {
     oai(example, deny_unknown_fields)
 )]
 pub struct Register {
-    #[garde(custom(crate::bounds::email))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 3, max_length = 254)))]
-    pub email: String,
+    #[garde(dive)]
+    pub email: Email,
     /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
-    #[garde(custom(crate::bounds::password))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub password: String,
+    #[garde(dive)]
+    pub password: NewPassword,
     /// 1 to 200 characters. Default: the part of the email before the `@`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(crate::bounds::name)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 200)
-        )
-    )]
-    pub tenant_name: Option<String>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub tenant_name: Option<Name>,
 }
 
 /// Request body for signing in.
@@ -119,14 +106,10 @@ pub struct Register {
     oai(example, deny_unknown_fields)
 )]
 pub struct Login {
-    // Only checks that it can be looked up. Whether an address is well formed must not be revealed before the
-    // password was verified.
-    #[garde(custom(crate::bounds::bytes(EMAIL_MAX)), custom(crate::bounds::no_nul))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 254)))]
-    pub email: String,
-    #[garde(custom(crate::bounds::bytes(256)))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub password: String,
+    #[garde(dive)]
+    pub email: LoginEmail,
+    #[garde(dive)]
+    pub password: Credential,
 }
 
 /// Request body for refreshing an access token or signing out.
@@ -140,15 +123,9 @@ pub struct Login {
 pub struct Refresh {
     /// Omit when the tokens are in cookies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(crate::bounds::bytes(256))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 256)
-        )
-    )]
-    pub refresh_token: Option<String>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub refresh_token: Option<Credential>,
 }
 
 /// A session's tokens.
@@ -207,50 +184,20 @@ pub struct Me {
 )]
 pub struct UpdateMe {
     /// Display name, 1 to 200 characters.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(crate::bounds::name)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 200)
-        )
-    )]
-    pub name: Option<String>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub name: Option<Name>,
     /// The tenant's name, 1 to 200 characters. Owners and admins only.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(crate::bounds::name)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 200)
-        )
-    )]
-    pub tenant_name: Option<String>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub tenant_name: Option<Name>,
     /// IANA time zone in which quotas reset, such as `Europe/Berlin`. Owners and admins only.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(crate::bounds::bytes(64))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 64)
-        )
-    )]
-    pub time_zone: Option<String>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub time_zone: Option<TimeZoneName>,
 }
 
 /// Request body for changing the password.
@@ -262,13 +209,11 @@ pub struct UpdateMe {
     oai(example, deny_unknown_fields)
 )]
 pub struct ChangePassword {
-    #[garde(custom(crate::bounds::bytes(256)))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub current_password: String,
+    #[garde(dive)]
+    pub current_password: Credential,
     /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
-    #[garde(custom(crate::bounds::password))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub new_password: String,
+    #[garde(dive)]
+    pub new_password: NewPassword,
 }
 
 /// A session of the current user.

@@ -5,12 +5,11 @@ use std::collections::BTreeMap;
 use garde::Validate;
 use serde::{Deserialize, Serialize};
 
-use crate::{id::ApiKeyId, time::Timestamp};
-
-/// The longest endpoint name, in bytes.
-pub const ENDPOINT_MAX: usize = 128;
-/// The highest cost of a single request.
-pub const COST_MAX: u32 = 1_000_000;
+use crate::{
+    field::{Cost, Credential, Endpoint},
+    id::ApiKeyId,
+    time::Timestamp,
+};
 
 /// Request body for checking a request.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
@@ -22,33 +21,18 @@ pub const COST_MAX: u32 = 1_000_000;
 )]
 pub struct Check {
     /// The consumer's API key.
-    #[garde(custom(crate::bounds::bytes(256)))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub key: String,
+    #[garde(dive)]
+    pub key: Credential,
     /// How many requests this one counts as, 1 to 1,000,000. Default: 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(crate::bounds::between(1, COST_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "1000000"))
-        )
-    )]
-    pub cost: Option<u32>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub cost: Option<Cost>,
     /// The endpoint being called, such as `GET /orders`. At most 128 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(crate::bounds::endpoint)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 128)
-        )
-    )]
-    pub endpoint: Option<String>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub endpoint: Option<Endpoint>,
 }
 
 impl std::fmt::Debug for Check {
@@ -154,7 +138,7 @@ mod examples {
         fn example() -> Self {
             Self {
                 key: example::KEY_TEXT.into(),
-                cost: Some(1),
+                cost: Some(1.into()),
                 endpoint: Some("GET /orders".into()),
             }
         }

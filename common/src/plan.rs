@@ -4,18 +4,11 @@ use garde::Validate;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bounds::between,
+    field::{Burst, Name, Quota, Rpm},
     id::PlanId,
-    patch::{Patch, sent},
+    patch::{Patch, sent, unsent},
     time::Timestamp,
 };
-
-/// The longest name of a plan, key, service token or tenant, in characters.
-pub const NAME_MAX: usize = 200;
-/// The highest rate (requests per minute) and burst (requests).
-pub const RPM_MAX: u32 = 60_000_000;
-/// The highest daily or monthly quota: the largest integer that an RFC 9651 header field can carry.
-pub const QUOTA_MAX: u64 = 999_999_999_999_999;
 
 /// `paid`: keys on the plan work only while the tenant has an active subscription.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -108,52 +101,26 @@ pub struct Plan {
 )]
 pub struct CreatePlan {
     /// 1 to 200 characters, unique within the tenant.
-    #[garde(custom(crate::bounds::name))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 200)))]
-    pub name: String,
+    #[garde(dive)]
+    pub name: Name,
     /// Requests per minute for each key, 1 to 60,000,000.
-    #[garde(custom(between(1, RPM_MAX)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(validator(minimum(value = "1"), maximum(value = "60000000")))
-    )]
-    pub default_rpm: u32,
+    #[garde(dive)]
+    pub default_rpm: Rpm,
     /// Maximum burst: requests an idle key may send at once, 1 to 60,000,000. Default: `default_rpm`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(between(1, RPM_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "60000000"))
-        )
-    )]
-    pub burst: Option<u32>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub burst: Option<Burst>,
     /// Requests per key and calendar day, in the tenant's time zone. Default: unlimited.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(between(1, QUOTA_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "999999999999999"))
-        )
-    )]
-    pub daily_quota: Option<u64>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub daily_quota: Option<Quota>,
     /// Requests per key and calendar month, in the tenant's time zone. Default: unlimited.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(between(1, QUOTA_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "999999999999999"))
-        )
-    )]
-    pub monthly_quota: Option<u64>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub monthly_quota: Option<Quota>,
     /// Check every request against the shared counters instead of a local lease. Default: false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(skip)]
@@ -181,102 +148,38 @@ pub struct CreatePlan {
 )]
 pub struct UpdatePlan {
     /// 1 to 200 characters, unique within the tenant.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(crate::bounds::name)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 200)
-        )
-    )]
-    pub name: Option<String>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(between(1, RPM_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "60000000"))
-        )
-    )]
-    pub default_rpm: Option<u32>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(between(1, RPM_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "60000000"))
-        )
-    )]
-    pub burst: Option<u32>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub name: Option<Name>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub default_rpm: Option<Rpm>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub burst: Option<Burst>,
     /// `null` removes the quota.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(inner(custom(between(1, QUOTA_MAX)))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "999999999999999"))
-        )
-    )]
-    pub daily_quota: Patch<u64>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub daily_quota: Patch<Quota>,
     /// `null` removes the quota.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(inner(custom(between(1, QUOTA_MAX)))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "999999999999999"))
-        )
-    )]
-    pub monthly_quota: Patch<u64>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub monthly_quota: Patch<Quota>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub strict: Option<bool>,
     /// `null` restores the server default.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub on_redis_failure: Patch<OnRedisFailure>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub billing: Option<Billing>,
@@ -312,10 +215,10 @@ mod examples {
         fn example() -> Self {
             Self {
                 name: "Starter".into(),
-                default_rpm: 600,
+                default_rpm: 600.into(),
                 burst: None,
-                daily_quota: Some(50_000),
-                monthly_quota: Some(1_000_000),
+                daily_quota: Some(50_000.into()),
+                monthly_quota: Some(1_000_000.into()),
                 strict: None,
                 on_redis_failure: None,
                 billing: None,
@@ -326,7 +229,7 @@ mod examples {
     impl Example for UpdatePlan {
         fn example() -> Self {
             Self {
-                default_rpm: Some(1200),
+                default_rpm: Some(1200.into()),
                 daily_quota: Some(None),
                 ..Self::default()
             }

@@ -3,7 +3,7 @@
 use garde::Validate;
 use serde::{Deserialize, Serialize};
 
-use crate::{id::ServiceTokenId, time::Timestamp};
+use crate::{field::Name, id::ServiceTokenId, time::Timestamp};
 
 /// A service token without its secret, which is returned once, on creation, and never stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,9 +29,8 @@ pub struct ServiceToken {
 )]
 pub struct CreateServiceToken {
     /// 1 to 200 characters.
-    #[garde(custom(crate::bounds::name))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 200)))]
-    pub name: String,
+    #[garde(dive)]
+    pub name: Name,
 }
 
 /// A service token that was just created, with its secret.

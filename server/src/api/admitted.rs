@@ -19,7 +19,7 @@ use quota_common::{ProblemCode, SessionId, TenantId, UserId, auth::Role};
 use super::{
     browser::{self, Kept},
     problem::ApiError,
-    request_log::Visit,
+    request_context::Visit,
 };
 use crate::{
     auth::session::{LiveSession, Origin},

@@ -7,6 +7,7 @@ use poem_openapi::{
 };
 use quota_common::{
     Page, SessionId, TenantId, UserId,
+    audit::AuditAction,
     auth::{
         ChangePassword, Login, Me, Refresh, Register, Role, Session, SignedIn, Tenant, Tokens,
         UpdateMe, User,
@@ -18,10 +19,10 @@ use super::{
     Tag,
     admitted::{AdmittedTenant, origin},
     browser::{self, WithCookies},
-    change::{self, Change},
+    change::Edit,
     json::{Created, Json, NoContent},
-    page,
-    problem::ApiError,
+    page::{self, PageSize},
+    problem::{ApiError, OrNotFound},
 };
 use crate::{
     auth::{AuthError, account, session::role_named, token::LIFETIME},
@@ -30,7 +31,7 @@ use crate::{
     repo::{
         account::{self as rows, TenantChange, TenantRow, UserRow},
         audit::{self, NewAuditEvent},
-        revocation::{self, Target},
+        revocation::Target,
         session::SessionRow,
     },
     state::AppState,
@@ -264,7 +265,9 @@ impl AuthApi {
             let name = name.trim();
             let mut tx = self.state.db.system().await?;
             let member = rows::member(&mut tx, caller.user().0, caller.tenant().0).await?;
-            let (before, _, _) = member.ok_or_else(|| ApiError::from(AuthError::Unauthorized))?;
+            let before = member
+                .ok_or_else(|| ApiError::from(AuthError::Unauthorized))?
+                .user;
             rows::set_user_name(&mut tx, caller.user().0, name).await?;
             let event = NewAuditEvent {
                 tenant_id: caller.tenant().0,
@@ -283,32 +286,20 @@ impl AuthApi {
             tracing::info!(action = "user.update", tenant = %caller.tenant(), user = %caller.user(), "changed");
         }
         if body.tenant_name.is_some() || body.time_zone.is_some() {
-            let mut tx = self.state.db.tenant(caller.tenant()).await?;
-            let before = rows::lock_tenant(&mut tx)
-                .await?
-                .ok_or_else(ApiError::not_found)?;
+            let mut edit = Edit::begin(&self.state, &caller).await?;
+            let before = rows::lock_tenant(&mut edit).await.or_not_found()?;
             let now = i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX);
-            let set = TenantChange {
+            let change = TenantChange {
                 name: body.tenant_name.as_deref().map(str::trim),
                 time_zone: body.time_zone.as_deref(),
                 updated_at: chrono::DateTime::from_timestamp_nanos(now),
             };
-            let after = rows::update_tenant(&mut tx, &set).await?;
+            let after = rows::update_tenant(&mut edit, &change).await?;
             let (before, after) = (tenant(before, caller.role()), tenant(after, caller.role()));
-            let (was, is) = change::difference(&before, &after);
-            let event = Change {
-                action: "tenant.update",
-                target_type: "tenant",
-                target: &after.id,
-                name: &after.name,
-                before: was,
-                after: is,
-            };
-            change::record(&mut tx, &caller, event).await?;
-            // Its keys' days begin elsewhere now.
-            let revoked = revocation::insert(&mut tx, Target::Tenant).await?;
-            tx.commit().await?;
-            self.state.revoked(&revoked);
+            // The quotas of its keys may reset at other times now.
+            let action = AuditAction::TenantUpdate;
+            edit.updated(action, &before, &after, Target::Tenant)
+                .await?;
         }
         Ok(Json(self.load_me(&caller).await?))
     }
@@ -323,10 +314,7 @@ impl AuthApi {
         body: Json<ChangePassword>,
     ) -> Result<NoContent, ApiError> {
         let who = (caller.user(), caller.tenant(), caller.session_id());
-        let passwords = (
-            body.0.current_password.as_str(),
-            body.0.new_password.as_str(),
-        );
+        let passwords = (&*body.0.current_password, &*body.0.new_password);
         let changed = self
             .state
             .accounts
@@ -348,8 +336,7 @@ impl AuthApi {
         &self,
         caller: AdmittedTenant,
         /// Page size, 1–100. Default 20.
-        #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
-        limit: Query<Option<u32>>,
+        limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<Session>>, ApiError> {
@@ -398,13 +385,12 @@ impl AuthApi {
         let mut tx = self.state.db.system().await?;
         let member = rows::member(&mut tx, caller.user().0, caller.tenant().0).await?;
         tx.commit().await?;
-        let (user_row, tenant_row, role) =
-            member.ok_or_else(|| ApiError::from(AuthError::Unauthorized))?;
-        let role = role_named(&role)
+        let member = member.ok_or_else(|| ApiError::from(AuthError::Unauthorized))?;
+        let role = role_named(&member.role)
             .ok_or_else(|| ApiError::from(DbError::Constraint("memberships_role_known".into())))?;
         Ok(Me {
-            user: user(user_row),
-            tenant: tenant(tenant_row, role),
+            user: user(member.user),
+            tenant: tenant(member.tenant, role),
             session_id: caller.session_id(),
         })
     }

@@ -1,9 +1,9 @@
-//! Sessions of browsers: the same tokens as everybody's, in cookies that no script can read.
+//! Browser sessions: the usual tokens, in cookies that scripts cannot read.
 //!
-//! A caller asks for cookies with `X-Quota-Session: cookie`. Both tokens are then in cookies that are
-//! `HttpOnly`, `SameSite=Lax` and bound to this host alone (`__Host-`, RFC 6265bis 4.1.3.2), and in no body. What
-//! changes something with them must come from the server's own pages, by what the browser says of it, and carry
-//! a field that follows from the session, which only a page of this origin can read from its cookie.
+//! A client requests cookies with `X-Quota-Session: cookie`. Both tokens are then set as cookies that are `HttpOnly`,
+//! `SameSite=Lax` and bound to this host (`__Host-`, RFC 6265bis 4.1.3.2), and are not in the body. A request that
+//! changes something with them must come from the server's own pages, according to the browser, and must carry a CSRF
+//! header derived from the session, which only a page of this origin can read from its cookie.
 
 use poem::{
     IntoResponse, Request, Response,
@@ -22,9 +22,9 @@ use crate::{
     state::AppState,
 };
 
-/// Asks for cookies, with the value `cookie`.
+/// Requests cookies, with the value `cookie`.
 pub const SESSION_FIELD: &str = "x-quota-session";
-/// Carries what the cookie of the same purpose holds.
+/// Contains the value of the CSRF cookie.
 pub const CSRF_FIELD: &str = "x-quota-csrf";
 
 /// The cookies of a session.
@@ -32,7 +32,7 @@ pub const CSRF_FIELD: &str = "x-quota-csrf";
 pub enum Kept {
     Access,
     Refresh,
-    /// The only one that scripts read: it is worth nothing without the others.
+    /// The only one that scripts can read. Useless without the others.
     Csrf,
 }
 
@@ -51,8 +51,8 @@ impl Kept {
     }
 }
 
-/// Whether cookies are for TLS alone. All are, unless the browser speaks plain HTTP with its own machine, where
-/// it would refuse such cookies and nobody listens in between.
+/// Whether cookies require TLS. They do, unless the browser uses plain HTTP to its own machine, where it would reject
+/// such cookies and the connection cannot be intercepted.
 fn is_secure(state: &AppState, headers: &HeaderMap) -> bool {
     if state.config.public_url.starts_with("https:") {
         return true;
@@ -69,14 +69,14 @@ fn is_secure(state: &AppState, headers: &HeaderMap) -> bool {
     !local
 }
 
-/// The caller wants its tokens in cookies.
+/// Whether the client wants its tokens in cookies.
 pub fn wants_cookies(headers: &HeaderMap) -> bool {
     headers
         .get(SESSION_FIELD)
         .is_some_and(|field| field.as_bytes() == b"cookie")
 }
 
-/// What one of the session's cookies holds.
+/// Returns the value of one of the session's cookies.
 pub fn cookie<'a>(state: &AppState, headers: &'a HeaderMap, kept: Kept) -> Option<&'a str> {
     let name = kept.name(is_secure(state, headers));
     headers
@@ -89,10 +89,10 @@ pub fn cookie<'a>(state: &AppState, headers: &'a HeaderMap, kept: Kept) -> Optio
         .map(|(_, value)| value)
 }
 
-/// The request comes from a page of this server, as far as browsers tell: by `Sec-Fetch-Site`, else by `Origin`.
-/// What tells neither is refused.
+/// Requires that the request comes from a page of this server, according to `Sec-Fetch-Site` or else `Origin`. Rejects
+/// requests with neither.
 pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
-    let refused = || {
+    let rejected = || {
         ApiError::new(
             ProblemCode::Forbidden,
             "Cookie authentication is only accepted from this server's own pages.",
@@ -102,23 +102,24 @@ pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError
         return if site.as_bytes() == b"same-origin" {
             Ok(())
         } else {
-            Err(refused())
+            Err(rejected())
         };
     }
     let text = |name| headers.get(name).and_then(|it| it.to_str().ok());
     let origin = text(header::ORIGIN)
         .and_then(|origin| Url::parse(origin).ok())
-        .ok_or_else(refused)?;
+        .ok_or_else(rejected)?;
     let own = |base: &str| Url::parse(base).is_ok_and(|url| url.origin() == origin.origin());
     let here = text(header::HOST).is_some_and(|host| own(&format!("{}://{host}", origin.scheme())));
     if here || own(&state.config.public_url) {
         Ok(())
     } else {
-        Err(refused())
+        Err(rejected())
     }
 }
 
-/// What a change by cookie must fulfil, once its session is known.
+/// Checks a request with a session cookie, once its session is known: one that may change something must come from this
+/// server's own pages, with the CSRF header.
 pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Result<(), ApiError> {
     if matches!(*request.method(), Method::GET | Method::HEAD) {
         return Ok(());
@@ -133,14 +134,14 @@ pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Re
     ))
 }
 
-/// The session that the field was made for.
+/// Returns the session that the CSRF header belongs to.
 fn csrf_of(state: &AppState, headers: &HeaderMap) -> Option<SessionId> {
     let sent = headers.get(CSRF_FIELD)?.to_str().ok()?;
     state.sessions.of_csrf_token(sent)
 }
 
-/// The refresh token of a cookie caller, once the request has shown that it may use it; `None` when there is no
-/// such cookie.
+/// Returns the refresh token from its cookie, after checking that the request may use it. `None` if there is no such
+/// cookie.
 pub fn refresh_token<'a>(
     state: &AppState,
     request: &'a Request,
@@ -159,7 +160,7 @@ pub fn refresh_token<'a>(
     Ok(Some((token, session)))
 }
 
-/// Fields that set the cookies of a session.
+/// Returns the `Set-Cookie` headers of a session.
 pub fn keep(state: &AppState, headers: &HeaderMap, tokens: &Tokens) -> Vec<HeaderValue> {
     let days = u64::from(state.config.session_days) * 86_400;
     let csrf = state.sessions.csrf_token(tokens.session);
@@ -176,7 +177,7 @@ pub fn keep(state: &AppState, headers: &HeaderMap, tokens: &Tokens) -> Vec<Heade
         .collect()
 }
 
-/// Fields that remove them.
+/// Returns the `Set-Cookie` headers that delete a session's cookies.
 pub fn forget(state: &AppState, headers: &HeaderMap) -> Vec<HeaderValue> {
     Kept::ALL
         .iter()
@@ -207,7 +208,7 @@ fn set_cookie(
     Some(field)
 }
 
-/// An answer with cookies, where the caller asked for them.
+/// A response with cookies, if the client requested them.
 pub struct WithCookies<T> {
     pub answer: T,
     pub cookies: Vec<HeaderValue>,

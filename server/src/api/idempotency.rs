@@ -1,4 +1,4 @@
-//! `Idempotency-Key`: the same request sent twice is done once, and answered twice.
+//! `Idempotency-Key`: a request that is sent twice is processed once and gets the same response twice.
 
 use quota_common::ProblemCode;
 use serde::{Serialize, de::DeserializeOwned};
@@ -11,7 +11,7 @@ use crate::{
 
 const LENGTH_MAX: usize = 255;
 
-/// A request that may have been seen before.
+/// A request that may have been processed before.
 pub struct Once {
     operation: &'static str,
     key: Option<String>,
@@ -19,7 +19,7 @@ pub struct Once {
 }
 
 impl Once {
-    /// `key`: the field, where it was sent.
+    /// `key` is the header, if it was sent.
     pub fn new<T: Serialize>(
         operation: &'static str,
         key: Option<String>,
@@ -32,7 +32,7 @@ impl Once {
                 return Err(ApiError::invalid("Idempotency-Key", message));
             }
         }
-        // Of what the body means: the same request is the same whatever the order of its fields.
+        // Of the parsed body: the order of its fields does not matter.
         let body = serde_json::to_vec(body).map_err(ApiError::internal)?;
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &body);
         Ok(Self {
@@ -42,7 +42,7 @@ impl Once {
         })
     }
 
-    /// The first answer, when there was one. To be asked first in the transaction that does the work.
+    /// Returns the first response, if there was one. Call first inside the transaction that does the work.
     pub async fn replay<T: DeserializeOwned>(
         &self,
         tx: &mut TenantTx,
@@ -71,7 +71,7 @@ impl Once {
         }
     }
 
-    /// Keeps the answer, in the same transaction. It must hold no secret.
+    /// Stores the response in the same transaction. It must not contain a secret.
     pub async fn keep<T: Serialize>(&self, tx: &mut TenantTx, answer: &T) -> Result<(), ApiError> {
         if let Some(key) = &self.key {
             let answer = serde_json::to_value(answer).map_err(ApiError::internal)?;

@@ -23,7 +23,7 @@ use super::{
     json::Json,
     limit_headers,
     problem::{ApiError, challenge, wire_name},
-    request_log::Visit,
+    request_context::Visit,
 };
 use crate::{
     clock::UnixNanos,
@@ -172,7 +172,7 @@ impl LimitApi {
         let cost = body
             .0
             .cost
-            .and_then(NonZeroU32::new)
+            .and_then(|cost| NonZeroU32::new(cost.into()))
             .unwrap_or(NonZeroU32::MIN);
         let tenant = Some(caller.token.tenant);
         let decided = decide(Visit::of(request)?, &body.0.key, cost, tenant).await?;

@@ -261,8 +261,8 @@ mod tests {
         .into_iter()
         .flatten()
         {
-            state.limit = quota_common::plan::QUOTA_MAX;
-            state.remaining = quota_common::plan::QUOTA_MAX;
+            state.limit = quota_common::bounds::QUOTA_MAX;
+            state.remaining = quota_common::bounds::QUOTA_MAX;
             state.reset_at = UnixNanos(u64::MAX);
         }
         parse(&state_field(&largest));

@@ -1,9 +1,9 @@
-//! The HTTP surface: who is let in, what is read, what is answered. One file for each noun.
+//! The HTTP API: authentication, requests and responses. One file per noun.
 //!
-//! Knows no SQL: handlers call `repo` and what lies between. Every error becomes a
-//! [`Problem`](quota_common::Problem) in [`problem`] and nowhere else. The caller is the first argument of
-//! every handler and the body the last, in the order in which poem reads them: an anonymous caller never
-//! reaches a parser.
+//! Does not know SQL: handlers call `repo` and the modules in between. Every error becomes a
+//! [`Problem`](quota_common::Problem) in [`problem`] and nowhere else. The caller is the first argument of every handler
+//! and the body the last, which is the order in which poem extracts them: an anonymous caller never reaches a parser.
+//! The type of the caller says which right the handler requires; see [`tenant_rights`].
 
 pub mod admitted;
 pub mod allow;
@@ -24,6 +24,7 @@ pub mod limit_headers;
 pub mod page;
 pub mod plan;
 pub mod problem;
+pub mod request_context;
 pub mod request_log;
 pub mod service_token;
 pub mod short_way;

@@ -1,4 +1,4 @@
-//! Errors as callers see them. The only place where an error becomes a [`Problem`](quota_common::Problem).
+//! Error responses. The only place where an error becomes a [`Problem`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,7 +12,13 @@ use poem_openapi::{
     error::{ParseParamError, ParsePathError},
     registry::{MetaResponses, Registry},
 };
-use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName, problem::MEDIA_TYPE};
+use quota_common::{
+    FieldError, Problem, ProblemCode,
+    audit::{AuditAction, AuditTarget},
+    limit::PolicyName,
+    page::{ApiKeyOrder, PlanOrder},
+    problem::MEDIA_TYPE,
+};
 use serde::{Serialize, Serializer};
 
 use super::limit_headers;
@@ -24,7 +30,18 @@ use crate::{
     limiter::{Decision, LimiterError, Policy, PolicySet},
 };
 
-/// An error on its way to the caller.
+/// For look-ups: no row is 404.
+pub trait OrNotFound<T> {
+    fn or_not_found(self) -> Result<T, ApiError>;
+}
+
+impl<T> OrNotFound<T> for Result<Option<T>, DbError> {
+    fn or_not_found(self) -> Result<T, ApiError> {
+        self?.ok_or_else(ApiError::not_found)
+    }
+}
+
+/// An error that becomes a response.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {detail}", .code.slug())]
 pub struct ApiError {
@@ -32,18 +49,18 @@ pub struct ApiError {
     pub detail: String,
     pub errors: Vec<FieldError>,
     pub retry_after: Option<Duration>,
-    /// The methods that a path has, for 405.
+    /// The methods that the path supports, for 405.
     pub allow: Option<String>,
-    /// A credential was sent with the request that is refused with 401.
+    /// For 401: whether the request had credentials.
     pub credential_sent: bool,
-    /// The denial of a key's limits, whose fields the answer carries.
+    /// The denial by a key's limits, which the response headers describe.
     pub denied: Option<Box<(Arc<KeyRecord>, Decision)>>,
-    /// What happened, for the log: never shown.
+    /// The cause, for the log. Never sent to the caller.
     #[source]
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
-/// A constraint, and the problem that breaking it is.
+/// A database constraint, and the problem for violating it.
 pub type Named = (&'static str, fn() -> ApiError);
 
 impl ApiError {
@@ -91,7 +108,7 @@ impl ApiError {
         }
     }
 
-    /// The shared counters are away, and the plan admits nothing without them.
+    /// Whether Redis is unreachable and the plan rejects all requests in that case.
     fn is_without_counters(&self) -> bool {
         let source = self.source.as_deref();
         source
@@ -103,7 +120,7 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// The wait is in the words too: a person reads them, where no header is shown.
+    /// Also states the wait in the detail, for people who see no headers.
     fn wait(why: &str, retry_after: Duration) -> Self {
         let secs = whole_secs(retry_after);
         let unit = if secs == 1 { "second" } else { "seconds" };
@@ -155,7 +172,7 @@ impl ApiError {
         }
     }
 
-    /// A named constraint that a change can break, as the problem it is.
+    /// Converts a database error, with the given problems for violated constraints.
     pub fn on_constraint(error: DbError, named: &[Named]) -> Self {
         if let DbError::Constraint(name) = &error
             && let Some((_, problem)) = named.iter().find(|(constraint, _)| constraint == name)
@@ -165,7 +182,7 @@ impl ApiError {
         error.into()
     }
 
-    /// Any error that reaches the edge.
+    /// Converts any error that reaches the edge.
     pub fn from_poem(error: poem::Error) -> Self {
         if error.is::<Self>() {
             return error
@@ -175,12 +192,12 @@ impl ApiError {
         if let Some(error) = error.downcast_ref::<ParseParamError>() {
             return Self::invalid(error.name, parameter_fault(&error.reason));
         }
-        // A path that cannot be an id leads to nothing, as an id that is nobody's does.
+        // A path segment that is not an ID is treated like an ID that does not exist.
         if error.is::<ParsePathError>() || error.is::<NotFoundError>() {
             return Self::not_found();
         }
         if error.is::<MethodNotAllowedError>() || error.status() == StatusCode::METHOD_NOT_ALLOWED {
-            // Which there are instead is known at the edge.
+            // The edge adds the supported methods.
             return Self::new(ProblemCode::MethodNotAllowed, "Method not allowed.");
         }
         match error.status().as_u16() {
@@ -201,8 +218,8 @@ impl ApiError {
         }
     }
 
-    /// The response. Logged here, once, when the server failed. Being busy is not a failure: it has no source, and
-    /// metrics count it.
+    /// Returns the response. Logs the error, once, if the server failed. Being busy is not a failure: it has no source,
+    /// and metrics count it.
     pub fn into_response(self, request_id: &str, base: &str) -> Response {
         let is_busy = self.code == ProblemCode::Unavailable && self.source.is_none();
         if self.code.status() >= 500 && !is_busy {
@@ -215,7 +232,7 @@ impl ApiError {
                 request_id,
                 problem = self.code.slug(),
                 error = source,
-                "a request failed"
+                "request failed"
             );
         }
         let detail = match self.code {
@@ -243,7 +260,7 @@ impl ApiError {
         if let Err(error) = serde_json::to_writer(&mut body, &problem) {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
-                "a problem cannot be written"
+                "problem serialization failed"
             );
         }
         let status =
@@ -276,12 +293,12 @@ impl ApiError {
     }
 }
 
-/// Rounded up: never too early.
+/// Rounds up, so that a retry is never too early.
 fn whole_secs(wait: Duration) -> u64 {
     (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
 }
 
-/// RFC 6750 section 3.
+/// Returns the `WWW-Authenticate` header (RFC 6750, section 3).
 pub fn challenge(credential_sent: bool) -> HeaderValue {
     HeaderValue::from_static(if credential_sent {
         "Bearer realm=\"quota\", error=\"invalid_token\""
@@ -371,7 +388,7 @@ const fn policy_name(policy: Policy) -> &'static str {
     }
 }
 
-/// A [`Problem`](quota_common::Problem) made of borrowed parts: denials come as fast as admissions.
+/// A [`Problem`] of borrowed parts, since denials must be as cheap as admissions.
 #[derive(Serialize)]
 struct Written<'a> {
     #[serde(rename = "type")]
@@ -386,7 +403,7 @@ struct Written<'a> {
     violated_policies: Names,
 }
 
-/// Policies by the names that they have on the wire.
+/// Serializes policies by their names in the API.
 struct Names(PolicySet);
 
 impl Names {
@@ -421,6 +438,9 @@ fn parameter_fault(reason: &str) -> String {
         .strip_prefix("failed to parse \"")
         .and_then(|rest| rest.split_once("\": "))
         .unwrap_or(("", reason));
+    if let Some(choices) = choices(kind) {
+        return format!("must be one of {}", choices.join(", "));
+    }
     match kind {
         "boolean" => "must be true or false".to_owned(),
         "string_uuid" => "must be a UUID".to_owned(),
@@ -433,6 +453,17 @@ fn parameter_fault(reason: &str) -> String {
     }
 }
 
+/// Returns the values of a parameter that is an enum.
+fn choices(kind: &str) -> Option<Vec<&'static str>> {
+    Some(match kind {
+        "ApiKeyOrder" => ApiKeyOrder::ALL.iter().map(|it| it.as_str()).collect(),
+        "PlanOrder" => PlanOrder::ALL.iter().map(|it| it.as_str()).collect(),
+        "AuditAction" => AuditAction::ALL.iter().map(|it| it.as_str()).collect(),
+        "AuditTarget" => AuditTarget::ALL.iter().map(|it| it.as_str()).collect(),
+        _ => return None,
+    })
+}
+
 impl ResponseError for ApiError {
     fn status(&self) -> StatusCode {
         StatusCode::from_u16(self.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
@@ -440,13 +471,13 @@ impl ResponseError for ApiError {
 }
 
 impl IntoResponse for ApiError {
-    /// Only for a response that does not pass the edge, which knows the request's id.
+    /// For responses that bypass the edge, which knows the request ID.
     fn into_response(self) -> Response {
         self.into_response("", "")
     }
 }
 
-/// The document's error answers are added to every operation by `openapi`, by rule.
+/// `openapi` adds the error responses to the document.
 impl ApiResponse for ApiError {
     fn meta() -> MetaResponses {
         MetaResponses {

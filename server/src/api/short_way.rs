@@ -14,7 +14,7 @@ use super::{
     json::Json,
     limit::LimitApi,
     problem::ApiError,
-    request_log::Visit,
+    request_context::Visit,
 };
 
 /// In front of the endpoint that has all paths.

@@ -15,7 +15,7 @@ use crate::{
     db::{Db, DbError},
     limiter::{Caller, Guard},
     repo::{
-        account::{self, TenantRow, UserRow},
+        account::{self, LoginRow, MemberRow, TenantRow, UserRow},
         audit,
         revocation::{self, Target},
         session,
@@ -130,7 +130,12 @@ impl Accounts {
         let mut tx = self.db.system().await?;
         let found = account::for_login(&mut tx, &email).await?;
         tx.commit().await?;
-        let Some((user, _, tenant)) = found else {
+        let Some(LoginRow {
+            user,
+            tenant_id: tenant,
+            ..
+        }) = found
+        else {
             return Err(AuthError::WrongCredentials);
         };
         let password = Password::new(password);
@@ -187,7 +192,11 @@ impl Accounts {
         let found = account::for_login(&mut tx, &email).await?;
         tx.commit().await?;
         let (user, hash, tenant) = match found {
-            Some((user, hash, tenant)) => (Some((user, tenant)), Some(hash), tenant),
+            Some(found) => (
+                Some((found.user, found.tenant_id)),
+                Some(found.password_hash),
+                found.tenant_id,
+            ),
             None => (None, None, Uuid::nil()),
         };
         let right = self.passwords.verify(Password::new(password), hash).await?;
@@ -197,7 +206,7 @@ impl Accounts {
         };
         let mut tx = self.db.system().await?;
         let member = account::member(&mut tx, user.id, tenant).await?;
-        let (user, tenant, role) = member.ok_or(AuthError::WrongCredentials)?;
+        let MemberRow { user, tenant, role } = member.ok_or(AuthError::WrongCredentials)?;
         let tokens = self
             .sessions
             .begin(&mut tx, (UserId(user.id), TenantId(tenant.id)), origin)
@@ -243,7 +252,7 @@ impl Accounts {
         let hash = account::password_hash(&mut tx, user.0).await?;
         let member = account::member(&mut tx, user.0, tenant.0).await?;
         tx.commit().await?;
-        let Some((row, _, _)) = member else {
+        let Some(MemberRow { user: row, .. }) = member else {
             return Err(AuthError::Unauthorized);
         };
         if !self.passwords.verify(Password::new(current), hash).await? {

@@ -13,7 +13,7 @@ use argon2::{
     password_hash::phc::PasswordHash,
 };
 use parking_lot::Mutex;
-use quota_common::auth::PASSWORD_BYTES;
+use quota_common::bounds::PASSWORD_BYTES;
 use tokio::sync::oneshot;
 use unicode_normalization::UnicodeNormalization;
 use zxcvbn::Score;
