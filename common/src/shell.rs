@@ -1,56 +1,56 @@
-//! What the console's page and the desktop app around it say to each other. In a browser nobody speaks these words.
+//! Messages between the console's page and the desktop app around it. The browser does not use them.
 //!
-//! The page hands over [`Call`](crate::call::Call)s and a few wishes besides; it is never told a token, and what it asks
-//! goes to a server of the list alone.
+//! The page sends [`Call`](crate::call::Call)s and a few commands. It never receives a token, and its calls only go to a
+//! server on the list.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{problem::Problem, time::Timestamp};
 
-/// The server's answer to a call.
+/// The server's response to a call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answered {
-    /// JSON, or nothing.
+    /// JSON, or empty.
     pub body: String,
-    /// Set when the server could not be reached: this is what it had answered then.
+    /// Set if the server could not be reached: the body is an earlier response, received at this time.
     pub loaded_at: Option<Timestamp>,
 }
 
-/// Why a call came to nothing.
+/// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "code", rename_all = "snake_case")]
 pub enum Refusal {
-    /// The server said no.
+    /// The server rejected it.
     Problem { problem: Box<Problem> },
-    /// It could not be asked.
+    /// The server could not be reached.
     Unreachable,
-    /// It answered something else than what was asked for.
+    /// The response was not what the call expects.
     Unreadable,
 }
 
-/// What a try of a key came to.
+/// The result of testing a key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tried {
     pub status: u16,
-    /// Those of [`LIMIT_FIELDS`](crate::call::LIMIT_FIELDS) that the answer had.
+    /// The response headers that are in [`LIMIT_FIELDS`](crate::call::LIMIT_FIELDS).
     pub headers: Vec<(String, String)>,
 }
 
-/// A server of the list.
+/// A server on the list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
     /// Its origin, such as `https://quota.example.com`.
     pub address: String,
-    /// What the person calls it; may be empty.
+    /// The user's name for it. May be empty.
     pub name: String,
 }
 
-/// How the app stands.
+/// The state of the desktop app.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Standing {
-    /// The address of the server that calls go to.
+    /// The address of the current server.
     pub current: String,
     pub servers: Vec<Profile>,
-    /// Whether sessions outlive the app: without a keychain they do not.
+    /// Whether sessions survive a restart of the app. They do not without a keychain.
     pub keeps_sessions: bool,
 }

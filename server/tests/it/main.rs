@@ -23,3 +23,4 @@ mod shared_records;
 mod support;
 mod sweep;
 mod tenancy;
+mod wording;

@@ -257,7 +257,7 @@ fn RotateForm(
         busy.set(true);
         failure.set(None);
         let body = RotateApiKey {
-            grace_seconds: grace.get_untracked().parse().ok(),
+            grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
         };
         spawn_local(async move {
             let answer = api::rotate_api_key(id, body).await;
@@ -353,13 +353,13 @@ fn EditForm(
         };
         let now = expires.get_untracked();
         let body = UpdateApiKey {
-            name: changed(&key.name, name.get_untracked()),
+            name: changed(&key.name, name.get_untracked()).map(Into::into),
             plan_id: plan
                 .get_untracked()
                 .parse()
                 .ok()
                 .and_then(|plan| changed(&plan_id, plan)),
-            rpm_override: changed(&key.rpm_override, rpm_override),
+            rpm_override: changed(&key.rpm_override, rpm_override).map(|rpm| rpm.map(Into::into)),
             // The field is blunter than the time, which is not sent back as it was shown.
             expires_at: (now != was.get_value()).then(|| local_time(&now)),
             ..UpdateApiKey::default()

@@ -101,10 +101,10 @@ fn CreateForm(
             return;
         };
         let body = CreateApiKey {
-            name: name.get_untracked(),
+            name: name.get_untracked().into(),
             plan_id,
             expires_at: local_time(&expires.get_untracked()),
-            rpm_override,
+            rpm_override: rpm_override.map(Into::into),
         };
         busy.set(true);
         spawn_local(async move {

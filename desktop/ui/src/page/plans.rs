@@ -87,11 +87,11 @@ impl Form {
         self.wrong.set(wrong);
         self.failure.set(None);
         fine.then(|| CreatePlan {
-            name: self.name.get_untracked(),
-            default_rpm,
-            burst,
-            daily_quota,
-            monthly_quota,
+            name: self.name.get_untracked().into(),
+            default_rpm: default_rpm.into(),
+            burst: burst.map(Into::into),
+            daily_quota: daily_quota.map(Into::into),
+            monthly_quota: monthly_quota.map(Into::into),
             strict: Some(self.strict.get_untracked()),
             on_redis_failure: OnRedisFailure::named(&self.on_redis_failure.get_untracked()),
             billing: None,

@@ -197,7 +197,7 @@ fn CreateForm(
         busy.set(true);
         failure.set(None);
         let body = CreateServiceToken {
-            name: name.get_untracked(),
+            name: name.get_untracked().into(),
         };
         spawn_local(async move {
             let answer = api::create_service_token(body).await;

@@ -72,9 +72,9 @@ fn Profile() -> impl IntoView {
         it.failure.set(None);
         let own = name.get_untracked();
         let body = UpdateMe {
-            name: (!own.trim().is_empty()).then_some(own),
-            tenant_name: administers.then(|| tenant.get_untracked()),
-            time_zone: administers.then(|| zone.get_untracked()),
+            name: (!own.trim().is_empty()).then(|| own.into()),
+            tenant_name: administers.then(|| tenant.get_untracked().into()),
+            time_zone: administers.then(|| zone.get_untracked().into()),
         };
         spawn_local(async move {
             match api::update_me(body).await {
@@ -158,8 +158,8 @@ fn Password() -> impl IntoView {
         it.busy.set(true);
         it.failure.set(None);
         let body = ChangePassword {
-            current_password: current.get_untracked(),
-            new_password: new.get_untracked(),
+            current_password: current.get_untracked().into(),
+            new_password: new.get_untracked().into(),
         };
         spawn_local(async move {
             match api::change_password(body).await {

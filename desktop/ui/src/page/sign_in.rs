@@ -97,8 +97,8 @@ pub fn SignIn() -> impl IntoView {
         ev.prevent_default();
         let (email, password) = (email.get_untracked(), password.get_untracked());
         entry.run(api::login(Login {
-            email,
-            password,
+            email: email.into(),
+            password: password.into(),
             device_token: None,
         }));
     };
@@ -130,9 +130,9 @@ pub fn Register() -> impl IntoView {
         ev.prevent_default();
         let tenant = tenant.get_untracked();
         entry.run(api::register(auth::Register {
-            email: email.get_untracked(),
-            password: password.get_untracked(),
-            tenant_name: (!tenant.trim().is_empty()).then_some(tenant),
+            email: email.get_untracked().into(),
+            password: password.get_untracked().into(),
+            tenant_name: (!tenant.trim().is_empty()).then(|| tenant.into()),
         }));
     };
     view! {
