@@ -1,49 +1,44 @@
-//! API keys: what a consumer of an API shows to be let in.
+//! API keys: the credentials that consumers of an API send.
 
 use garde::Validate;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    field::{GraceSeconds, Name, Rpm},
     id::{ApiKeyId, PlanId},
-    patch::{Patch, sent},
-    plan::RPM_MAX,
+    patch::{Patch, sent, unsent},
     time::Timestamp,
 };
 
-/// The longest grace period of a rotation: 30 days, in seconds.
-pub const GRACE_MAX: u32 = 30 * 24 * 60 * 60;
-/// The grace period of a rotation that does not name one: 24 hours, in seconds.
-pub const GRACE_DEFAULT: u32 = 24 * 60 * 60;
-
-/// An API key, without its text: that is shown once, when the key is made or rotated, and stored nowhere.
+/// An API key without its secret, which is returned once, on creation or rotation, and never stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct ApiKey {
     pub id: ApiKeyId,
     pub name: String,
     pub plan_id: PlanId,
-    /// The first characters of the key's text, to tell keys apart by.
+    /// The first characters of the key, to tell keys apart.
     pub prefix: String,
-    /// An inactive key is refused with 401 and never charged.
+    /// Requests with an inactive key are rejected with 401 and never charged.
     pub is_active: bool,
-    /// From then on the key is refused with 401.
+    /// When the key expires. After that, requests with it are rejected with 401. `null`: never.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub expires_at: Option<Timestamp>,
-    /// A sustained rate of the key's own, in requests a minute, in place of the plan's. The burst follows
-    /// it where the plan's burst is its rate.
+    /// Requests per minute for this key, overriding the plan's rate. `null`: the plan's rate. If the plan's burst
+    /// equals its rate, the key's burst equals this rate.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub rpm_override: Option<u32>,
-    /// When the key was last let in or limited; moves within seconds of the request.
+    /// When the key was last used, whether the request was allowed or denied. Updated within seconds.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub last_used_at: Option<Timestamp>,
-    /// Until then the text from before the last rotation works as well.
+    /// When the previous key stops working after a rotation. `null`: there is no previous key.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub previous_expires_at: Option<Timestamp>,
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
 }
 
-/// What a new key is made of.
+/// Request body for creating an API key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -53,31 +48,23 @@ pub struct ApiKey {
 )]
 pub struct CreateApiKey {
     /// 1 to 200 characters.
-    #[garde(custom(crate::bounds::name))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 200)))]
-    pub name: String,
+    #[garde(dive)]
+    pub name: Name,
     #[garde(skip)]
     pub plan_id: PlanId,
-    /// From then on the key is refused. Default: never.
+    /// When the key expires. Must be in the future. Default: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub expires_at: Option<Timestamp>,
-    /// A sustained rate of the key's own, in requests a minute. Default: the plan's.
+    /// Requests per minute for this key, 1 to 60,000,000. Default: the plan's rate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(range(min = 1, max = RPM_MAX))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "60000000"))
-        )
-    )]
-    pub rpm_override: Option<u32>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub rpm_override: Option<Rpm>,
 }
 
-/// What changes about a key. A field that is not sent stays as it is.
+/// Request body for updating an API key. Omitted fields are unchanged.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -86,64 +73,32 @@ pub struct CreateApiKey {
     oai(example, deny_unknown_fields)
 )]
 pub struct UpdateApiKey {
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(crate::bounds::name)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 200)
-        )
-    )]
-    pub name: Option<String>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    /// 1 to 200 characters.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub name: Option<Name>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub plan_id: Option<PlanId>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub is_active: Option<bool>,
-    /// `null`: the key never expires.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    /// When the key expires. Must be in the future. `null` removes the expiry.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub expires_at: Patch<Timestamp>,
-    /// `null`: the plan's rate.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(inner(range(min = 1, max = RPM_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "60000000"))
-        )
-    )]
-    pub rpm_override: Patch<u32>,
+    /// Requests per minute for this key, 1 to 60,000,000. `null` restores the plan's rate.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub rpm_override: Patch<Rpm>,
 }
 
-/// How a key gets a new text.
+/// Request body for rotating an API key.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -152,27 +107,20 @@ pub struct UpdateApiKey {
     oai(example, deny_unknown_fields)
 )]
 pub struct RotateApiKey {
-    /// For how many seconds the old text still works: 0 (a leaked key) to 2,592,000 (30 days). Default:
-    /// 86,400 (24 hours). A text from before an earlier rotation ends at once.
+    /// Seconds until the old key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default: 86,400
+    /// (24 hours). A key from an earlier rotation stops working immediately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(range(max = GRACE_MAX))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "0"), maximum(value = "2592000"))
-        )
-    )]
-    pub grace_seconds: Option<u32>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub grace_seconds: Option<GraceSeconds>,
 }
 
-/// A key that was just made or rotated, with its text for the only time.
+/// An API key that was just created or rotated, with its secret.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct CreatedApiKey {
-    /// The key's text: `qk_`, 32 characters and a checksum of 6. Absent when an `Idempotency-Key` is
-    /// replayed, because it is stored nowhere.
+    /// The full key: `qk_`, 32 random characters and a 6-character checksum. This is the only time it is available:
+    /// it is not stored, so a replay with the same `Idempotency-Key` omits it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub key: Option<String>,
@@ -235,7 +183,7 @@ mod examples {
     impl Example for RotateApiKey {
         fn example() -> Self {
             Self {
-                grace_seconds: Some(3600),
+                grace_seconds: Some(3600.into()),
             }
         }
     }

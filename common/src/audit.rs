@@ -1,4 +1,4 @@
-//! The audit log: who did what, when, from where.
+//! The audit log of configuration changes.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +9,7 @@ use crate::{
 };
 
 in_address!(
-    /// What was done.
+    /// An action in the audit log.
     AuditAction {
         PlanCreate = "plan.create",
         PlanUpdate = "plan.update",
@@ -32,7 +32,7 @@ in_address!(
 );
 
 in_address!(
-    /// What it was done to.
+    /// A type of resource in the audit log.
     AuditTarget {
         Plan = "plan",
         ApiKey = "api_key",
@@ -43,34 +43,34 @@ in_address!(
     }
 );
 
-/// One change to something of the tenant's.
+/// A change to one of the tenant's resources.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct AuditEvent {
     pub id: AuditEventId,
     pub at: Timestamp,
-    /// Who did it; `null` when it was the server itself or its operator.
+    /// The user who made the change. `null`: the system or its operator.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub user_id: Option<UserId>,
-    /// The address that the user has now.
+    /// The user's current email.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub user_email: Option<String>,
-    /// What was done, as `noun.verb`: `plan.create`, `api_key.rotate`, `session.reuse_detected`.
+    /// The action, as `noun.verb`: `plan.create`, `api_key.rotate`, `session.reuse_detected`.
     pub action: String,
-    /// What it was done to: `plan`, `api_key`, `service_token`, `user`, `session`, `tenant`.
+    /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session` or `tenant`.
     pub target_type: String,
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub target_id: Option<String>,
-    /// What that was called once it was done, or last; `null` where it has no name.
+    /// The resource's name after the change, or before its deletion. `null` if it has no name.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub target_name: Option<String>,
-    /// The client's address.
+    /// The client's IP address.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub ip: Option<String>,
-    /// The fields that changed, as they were.
+    /// The changed fields before the change. `null` on creation.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub before: Option<serde_json::Value>,
-    /// The fields that changed, as they are since.
+    /// The changed fields after the change. `null` on deletion.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub after: Option<serde_json::Value>,
 }

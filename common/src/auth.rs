@@ -1,20 +1,16 @@
-//! Accounts and sessions: registering, signing in, staying signed in.
+//! Accounts and sessions.
 
 use garde::Validate;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    field::{Credential, DeviceToken, Email, LoginEmail, Name, NewPassword, TimeZoneName},
     id::{SessionId, TenantId, UserId},
-    patch::sent,
+    patch::{sent, unsent},
     time::Timestamp,
 };
 
-/// The shortest and longest password, in bytes of its NFC form.
-pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
-/// The longest email address (RFC 5321 4.5.3.1.3, less the angle brackets).
-pub const EMAIL_MAX: usize = 254;
-
-/// What a user may do in a tenant.
+/// A user's role in a tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(
@@ -31,12 +27,17 @@ pub enum Role {
 }
 
 impl Role {
-    /// Plans, API keys and service tokens may be made, changed and deleted.
+    /// Whether the role may read plans, API keys, service tokens and the audit log.
+    pub const fn may_read(self) -> bool {
+        !matches!(self, Self::Billing)
+    }
+
+    /// Whether the role may create, update and delete plans, API keys and service tokens.
     pub const fn may_manage(self) -> bool {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)
     }
 
-    /// The tenant itself (its name, its time zone) may be changed.
+    /// Whether the role may update the tenant itself (name and time zone).
     pub const fn may_administer(self) -> bool {
         matches!(self, Self::Owner | Self::Admin)
     }
@@ -52,30 +53,30 @@ impl Role {
     }
 }
 
-/// A person who signs in.
+/// A user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
 pub struct User {
     pub id: UserId,
     pub email: String,
-    /// What the person is called; empty until set.
+    /// Display name; empty until set.
     pub name: String,
     pub created_at: Timestamp,
 }
 
-/// The account that a session acts for.
+/// The tenant that a session acts for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
 pub struct Tenant {
     pub id: TenantId,
     pub name: String,
-    /// The user's role in it.
+    /// The user's role in the tenant.
     pub role: Role,
-    /// The IANA time zone in which its daily and monthly quotas begin, such as `Europe/Berlin`.
+    /// IANA time zone in which daily and monthly quotas reset, such as `Europe/Berlin`.
     pub time_zone: String,
 }
 
-/// A new account: a user and a tenant of their own.
+/// Request body for registering.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -84,27 +85,19 @@ pub struct Tenant {
     oai(example, deny_unknown_fields)
 )]
 pub struct Register {
-    #[garde(custom(crate::bounds::email))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 3, max_length = 254)))]
-    pub email: String,
-    /// 12 to 256 bytes, any characters. Refused when it is easy to guess.
-    #[garde(custom(crate::bounds::password))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub password: String,
-    /// Default: the email's part before the `@`.
+    #[garde(dive)]
+    pub email: Email,
+    /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
+    #[garde(dive)]
+    pub password: NewPassword,
+    /// 1 to 200 characters. Default: the part of the email before the `@`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(crate::bounds::name)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 200)
-        )
-    )]
-    pub tenant_name: Option<String>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub tenant_name: Option<Name>,
 }
 
+/// Request body for signing in.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -113,30 +106,18 @@ pub struct Register {
     oai(example, deny_unknown_fields)
 )]
 pub struct Login {
-    // Only what cannot be stored is refused here: whether the address is well formed is nobody's business
-    // before the password was right.
-    #[garde(length(chars, min = 1, max = EMAIL_MAX), custom(crate::bounds::no_nul))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 254)))]
-    pub email: String,
-    #[garde(length(chars, min = 1, max = 256))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub password: String,
-    /// The `device_token` of an earlier sign-in, by which this device is recognized. Callers with cookies leave it
-    /// out.
+    #[garde(dive)]
+    pub email: LoginEmail,
+    #[garde(dive)]
+    pub password: Credential,
+    /// The `device_token` of an earlier sign-in, which identifies a known device. Omit when the tokens are in cookies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(length(bytes, min = 1, max = 512)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 512)
-        )
-    )]
-    pub device_token: Option<String>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub device_token: Option<DeviceToken>,
 }
 
-/// A refresh token, to be exchanged or ended.
+/// Request body for refreshing an access token or signing out.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -145,72 +126,65 @@ pub struct Login {
     oai(example, deny_unknown_fields)
 )]
 pub struct Refresh {
-    /// Left out by a caller whose tokens are in cookies.
+    /// Omit when the tokens are in cookies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(length(chars, min = 1, max = 256)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 256)
-        )
-    )]
-    pub refresh_token: Option<String>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub refresh_token: Option<Credential>,
 }
 
-/// The tokens of a session.
+/// A session's tokens.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Tokens {
-    /// Sent as `Authorization: Bearer`. A JWT (EdDSA). Absent when the caller asked for cookies.
+    /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent when cookies were requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub access_token: Option<String>,
-    /// Exchanged at `POST /auth/refresh` for the next pair. Opaque; each works once. Absent when the caller asked
-    /// for cookies.
+    /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent when cookies were
+    /// requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub refresh_token: Option<String>,
-    /// Seconds until the access token ends.
+    /// Seconds until the access token expires.
     pub expires_in: u32,
 }
 
-/// A session that was just begun.
+/// A new session, with its tokens.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct SignedIn {
-    /// Sent as `Authorization: Bearer`. A JWT (EdDSA). Absent when the caller asked for cookies.
+    /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent when cookies were requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub access_token: Option<String>,
-    /// Exchanged at `POST /auth/refresh` for the next pair. Opaque; each works once. Absent when the caller asked
-    /// for cookies.
+    /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent when cookies were
+    /// requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub refresh_token: Option<String>,
-    /// Keep it, and send it with the next sign-in on this device: failed sign-ins of others do not slow down a known
-    /// device. It is no credential. Absent when the caller asked for cookies.
+    /// Send it with the next sign-in from this device. A known device is not slowed down by failed sign-ins from
+    /// elsewhere. It is not a credential. Absent when cookies were requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub device_token: Option<String>,
-    /// Seconds until the access token ends.
+    /// Seconds until the access token expires.
     pub expires_in: u32,
     pub user: User,
     pub tenant: Tenant,
 }
 
-/// The caller's own account.
+/// The current user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Me {
     pub user: User,
     pub tenant: Tenant,
-    /// The session that asks.
+    /// The session that made this request.
     pub session_id: SessionId,
 }
 
-/// What changes about the caller's account. A field that is not sent stays as it is.
+/// Request body for updating the current user. Omitted fields are unchanged.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -219,54 +193,24 @@ pub struct Me {
     oai(example, deny_unknown_fields)
 )]
 pub struct UpdateMe {
-    /// What the person is called.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(crate::bounds::name)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 200)
-        )
-    )]
-    pub name: Option<String>,
-    /// The tenant's name. Owners and admins only.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(crate::bounds::name)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 200)
-        )
-    )]
-    pub tenant_name: Option<String>,
-    /// The IANA time zone of the tenant's quotas. Owners and admins only.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(length(bytes, min = 1, max = 64)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 64)
-        )
-    )]
-    pub time_zone: Option<String>,
+    /// Display name, 1 to 200 characters.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub name: Option<Name>,
+    /// The tenant's name, 1 to 200 characters. Owners and admins only.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub tenant_name: Option<Name>,
+    /// IANA time zone in which quotas reset, such as `Europe/Berlin`. Owners and admins only.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub time_zone: Option<TimeZoneName>,
 }
 
-/// A new password. Every other session of the user ends.
+/// Request body for changing the password.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -275,26 +219,24 @@ pub struct UpdateMe {
     oai(example, deny_unknown_fields)
 )]
 pub struct ChangePassword {
-    #[garde(length(chars, min = 1, max = 256))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub current_password: String,
-    /// 12 to 256 bytes, any characters. Refused when it is easy to guess.
-    #[garde(custom(crate::bounds::password))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub new_password: String,
+    #[garde(dive)]
+    pub current_password: Credential,
+    /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
+    #[garde(dive)]
+    pub new_password: NewPassword,
 }
 
-/// A session of the caller's.
+/// A session of the current user.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Session {
     pub id: SessionId,
-    /// Whether it is the one that asks.
+    /// True for the session making this request.
     pub current: bool,
-    /// What the client calls itself.
+    /// The client's `User-Agent`.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub user_agent: Option<String>,
-    /// The address it was last refreshed from.
+    /// IP address of the last refresh.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub ip: Option<String>,
     pub created_at: Timestamp,

@@ -1,21 +1,42 @@
-//! The bounds of fields that a range cannot say, as rules for [`garde`].
+//! The bounds of fields, and the rules of [`field`](crate::field) that check them.
 //!
-//! One place, so that the console explains before sending just what the server would refuse.
+//! The server uses them to reject what the console explains before sending.
 
 #![expect(
     clippy::trivially_copy_pass_by_ref,
     reason = "the signature that garde's custom rules have"
 )]
 
-use crate::{
-    auth::{EMAIL_MAX, PASSWORD_BYTES},
-    limit::ENDPOINT_MAX,
-    plan::NAME_MAX,
-};
+/// The longest name of a plan, key, service token, user or tenant, in characters.
+pub const NAME_MAX: usize = 200;
+/// The highest rate, in requests per minute.
+pub const RPM_MAX: u32 = 60_000_000;
+/// The highest burst, in requests.
+pub const BURST_MAX: u32 = RPM_MAX;
+/// The highest daily or monthly quota: the largest integer that an RFC 9651 header field can carry.
+pub const QUOTA_MAX: u64 = 999_999_999_999_999;
+/// The highest cost of a single request.
+pub const COST_MAX: u32 = 1_000_000;
+/// The longest grace period of a rotation, in seconds: 30 days.
+pub const GRACE_MAX: u32 = 30 * 24 * 60 * 60;
+/// The default grace period of a rotation, in seconds: 24 hours.
+pub const GRACE_DEFAULT: u32 = 24 * 60 * 60;
+/// The shortest and longest password, in bytes of its NFC form.
+pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
+/// The longest password, token or API key that is looked at, in characters.
+pub const CREDENTIAL_MAX: usize = 256;
+/// The longest device token, in characters.
+pub const DEVICE_TOKEN_MAX: usize = 512;
+/// The longest email address, in characters. RFC 5321 4.5.3.1.3 allows as many octets, without the angle brackets.
+pub const EMAIL_MAX: usize = 254;
+/// The longest name of a time zone, in characters.
+pub const TIME_ZONE_MAX: usize = 64;
+/// The longest endpoint name, in characters.
+pub const ENDPOINT_MAX: usize = 128;
 
-/// The rule of every name: 1 to 200 characters, not only white space, no control characters.
+/// Requires 1 to 200 characters that are not all white space and not control characters.
 ///
-/// NUL cannot be stored in PostgreSQL text, and the others would break a log line or a terminal.
+/// PostgreSQL text cannot hold NUL, and other control characters would break a log line or a terminal.
 pub(crate) fn name(value: &str, _: &()) -> garde::Result {
     let length = value.chars().count();
     if value.trim().is_empty() {
@@ -32,8 +53,8 @@ pub(crate) fn name(value: &str, _: &()) -> garde::Result {
     Ok(())
 }
 
-/// One `@`, something on both sides, no white space or control characters, at most 254 characters. Anything else is
-/// shown only by a mail that arrives.
+/// Requires exactly one `@` with text on both sides, no white space or control characters, and at most 254
+/// characters. Whether the address exists is only known once a mail has arrived.
 pub(crate) fn email(value: &str, _: &()) -> garde::Result {
     if value.chars().count() > EMAIL_MAX {
         return Err(garde::Error::new(format!(
@@ -56,37 +77,102 @@ pub(crate) fn email(value: &str, _: &()) -> garde::Result {
     }
 }
 
-/// The length in bytes as sent; whether it can be guessed is judged by the server, which knows the rest.
+/// Requires 12 to 256 bytes as sent. How easy the password is to guess is decided by the server.
 pub(crate) fn password(value: &str, _: &()) -> garde::Result {
     if PASSWORD_BYTES.contains(&value.len()) {
         Ok(())
     } else {
         Err(garde::Error::new(format!(
-            "must be {} to {} bytes long",
+            "must be {}–{} bytes",
             PASSWORD_BYTES.start(),
             PASSWORD_BYTES.end()
         )))
     }
 }
 
-/// PostgreSQL text cannot hold a NUL.
-pub(crate) fn no_nul(value: &str, _: &()) -> garde::Result {
+/// Requires a number within `min..=max`.
+pub(crate) fn between<N>(min: N, max: N) -> impl Fn(&N, &()) -> garde::Result
+where
+    N: Copy + PartialOrd + Into<u64>,
+{
+    move |value, ()| {
+        if *value < min {
+            let min = grouped(min.into());
+            Err(garde::Error::new(format!("must be at least {min}")))
+        } else if *value > max {
+            let max = grouped(max.into());
+            Err(garde::Error::new(format!("must be at most {max}")))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Requires 1 to `max` characters.
+pub(crate) fn characters(max: usize) -> impl Fn(&str, &()) -> garde::Result {
+    move |value, ()| {
+        if value.is_empty() {
+            Err(garde::Error::new("must not be empty"))
+        } else if value.chars().count() > max {
+            Err(garde::Error::new(format!(
+                "must be at most {max} characters"
+            )))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Formats a number with a comma between groups of three digits.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+/// Requires 1 to 254 characters without NUL, which PostgreSQL text cannot hold.
+pub(crate) fn login_email(value: &str, context: &()) -> garde::Result {
+    characters(EMAIL_MAX)(value, context)?;
     if value.contains('\0') {
-        Err(garde::Error::new("must not contain NUL"))
+        Err(garde::Error::new("must not contain NUL characters"))
     } else {
         Ok(())
     }
 }
 
-/// 1 to 128 characters without control characters.
+/// Requires 1 to 128 characters that are not control characters.
 pub(crate) fn endpoint(value: &str, _: &()) -> garde::Result {
     if value.is_empty() || value.chars().count() > ENDPOINT_MAX {
         return Err(garde::Error::new(format!(
-            "must be 1 to {ENDPOINT_MAX} characters long"
+            "must be 1–{ENDPOINT_MAX} characters"
         )));
     }
     if value.chars().any(char::is_control) {
         return Err(garde::Error::new("must not contain control characters"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::grouped;
+
+    #[test]
+    fn numbers_are_grouped_by_three() {
+        for (number, text) in [
+            (0, "0"),
+            (999, "999"),
+            (1_000, "1,000"),
+            (60_000_000, "60,000,000"),
+            (999_999_999_999_999, "999,999,999,999,999"),
+        ] {
+            assert_eq!(grouped(number), text);
+        }
+    }
 }

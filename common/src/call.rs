@@ -1,5 +1,5 @@
-//! What the console asks of the server: a closed set of calls, and the one place where a call becomes a method,
-//! a path, a query and a body. Both shells of the console send these and nothing else.
+//! The console's calls to the server: a closed set, and the one place where a call becomes a method, a path, a query and
+//! a body. The browser and the desktop app send only these.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -14,40 +14,40 @@ use crate::{
     service_token::CreateServiceToken,
 };
 
-/// Which part of a list.
+/// A page of a list.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageOf {
-    /// Default: as many as the server finds right.
+    /// Page size. Default: the server's.
     pub limit: Option<u32>,
-    /// The `next_cursor` of the page before.
+    /// `next_cursor` from the previous page.
     pub cursor: Option<String>,
 }
 
-/// Which API keys.
+/// Restricts and sorts a list of API keys.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyFilter {
     pub plan_id: Option<PlanId>,
     pub is_active: Option<bool>,
     pub is_expired: Option<bool>,
-    /// A part of the name, or the first characters of the text.
+    /// Substring of the name, or prefix of the key.
     pub search: Option<String>,
     pub sort: Option<ApiKeyOrder>,
 }
 
-/// Which audit events.
+/// Restricts a list of audit events.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuditFilter {
     pub action: Option<AuditAction>,
     pub target_type: Option<AuditTarget>,
 }
 
-/// Within the desktop app a call goes from the page to the app as JSON; what it becomes is for the app to say.
+/// A call. In the desktop app, the page hands it to the host as JSON, and the host sends the request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Call {
     Register(Register),
     Login(Login),
-    /// With the tokens that the shell holds.
+    /// With the tokens that the host holds.
     Refresh,
     Logout,
     Me,
@@ -69,11 +69,11 @@ pub enum Call {
     CreateServiceToken(CreateServiceToken),
     DeleteServiceToken(ServiceTokenId),
     ListAudit(AuditFilter, PageOf),
-    /// Without the session's credential: with an API key as `X-API-Key`.
+    /// With an API key in `X-API-Key` instead of the session's credentials.
     Echo,
 }
 
-/// The fields of an answer that tell of limits, which are shown to who tries a key.
+/// The response headers that describe limits, shown when a key is tested.
 pub const LIMIT_FIELDS: [&str; 7] = [
     "X-RateLimit-Limit",
     "X-RateLimit-Remaining",
@@ -84,7 +84,7 @@ pub const LIMIT_FIELDS: [&str; 7] = [
     "WWW-Authenticate",
 ];
 
-/// A call as HTTP has it.
+/// The HTTP request of a call.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sent {
     pub method: &'static str,
@@ -121,6 +121,7 @@ impl Sent {
 }
 
 impl Call {
+    /// Returns the HTTP request of this call.
     pub fn sent(&self) -> Sent {
         let get = |path: &str| Sent::new("GET", path);
         let post = |path: &str| Sent::new("POST", path);
@@ -172,7 +173,7 @@ impl Call {
         }
     }
 
-    /// Whether a 401 says that the session's credential is used up, which a refresh would mend.
+    /// Whether a 401 means that the access token has expired, so that a refresh helps.
     pub const fn is_of_session(&self) -> bool {
         !matches!(
             self,

@@ -1,13 +1,14 @@
-//! Whether the server lives and may be sent work.
+//! Liveness and readiness.
 
 use serde::{Deserialize, Serialize};
 
+/// The server's health.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Health {
-    /// `ok`.
+    /// Always `ok`.
     pub status: String,
-    /// The version of the server, such as `0.1.0`.
+    /// The server's version, such as `0.1.0`.
     pub version: String,
 }
 

@@ -1,4 +1,4 @@
-//! Ids: UUIDv7, so that they sort by the time they were made. An id carries no authority.
+//! IDs: UUIDv7, so that they sort by creation time. Knowing an ID grants no access.
 
 use uuid::Uuid;
 
@@ -13,7 +13,7 @@ macro_rules! id {
         pub struct $name(pub Uuid);
 
         impl $name {
-            /// The nil id, which is given to nothing.
+            /// The nil ID, which no resource has.
             pub const NIL: Self = Self(Uuid::nil());
         }
 
@@ -62,7 +62,7 @@ id!(
 );
 id!(AuditEventId);
 
-/// The things that the document's examples speak of, the same ones throughout.
+/// The resources in the OpenAPI document's examples.
 #[cfg(feature = "openapi")]
 pub(crate) mod example {
     use uuid::uuid;
@@ -94,7 +94,7 @@ pub(crate) mod example {
     pub(crate) fn at() -> Timestamp {
         Timestamp::from_unix_secs(1_785_738_360).expect("a time in 2026")
     }
-    /// Of the right form, with a checksum that is wrong on purpose: it opens nothing anywhere.
+    /// Well formed except for the checksum, which is wrong on purpose: no server accepts it.
     pub(crate) const KEY_TEXT: &str = "qk_00000000000000000000000000000000EXAMPL";
     pub(crate) const SERVICE_TOKEN_TEXT: &str = "qs_00000000000000000000000000000000EXAMPL";
 }

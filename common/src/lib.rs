@@ -1,14 +1,15 @@
-//! The words on the wire: every request and answer of Quota's HTTP surface, shared by the server and the
-//! console, so that neither can drift from the other.
+//! The types of Quota's HTTP API, shared by the server and the console so that they cannot drift apart.
 //!
-//! Owns names, shapes and the bounds of fields ([`garde::Validate`], used by the server to refuse and by
-//! the console to explain before sending). Knows no framework: with feature `openapi` the same types
+//! Owns the names, shapes and bounds of fields. The bounds are [`garde::Validate`] rules: the server uses them to reject
+//! requests, the console to explain before sending. Does not know any framework: with the `openapi` feature the types
 //! describe themselves to poem-openapi, without it they build for wasm32.
 
 pub mod api_key;
 pub mod audit;
 pub mod auth;
+pub mod bounds;
 pub mod call;
+pub mod field;
 pub mod health;
 pub mod id;
 pub mod ipc;
@@ -19,7 +20,6 @@ pub mod problem;
 pub mod service_token;
 pub mod time;
 
-mod bounds;
 mod patch;
 
 pub use self::{

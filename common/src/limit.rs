@@ -1,18 +1,17 @@
-//! Decisions: what the check API is asked and answers, and the endpoint to try a key on.
+//! Rate-limit checks: the check API and the echo endpoint.
 
 use std::collections::BTreeMap;
 
 use garde::Validate;
 use serde::{Deserialize, Serialize};
 
-use crate::{id::ApiKeyId, time::Timestamp};
+use crate::{
+    field::{Cost, Credential, Endpoint},
+    id::ApiKeyId,
+    time::Timestamp,
+};
 
-/// The longest name of an endpoint, in characters.
-pub const ENDPOINT_MAX: usize = 128;
-/// The highest cost of one request.
-pub const COST_MAX: u32 = 1_000_000;
-
-/// Whether a key may make a request now. An allowed check consumes its cost.
+/// Request body for checking a request.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -22,33 +21,18 @@ pub const COST_MAX: u32 = 1_000_000;
 )]
 pub struct Check {
     /// The consumer's API key.
-    #[garde(length(chars, min = 1, max = 256))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 256)))]
-    pub key: String,
-    /// How many requests this one counts for, 1 to 1,000,000. Default: 1.
+    #[garde(dive)]
+    pub key: Credential,
+    /// How many requests this one counts as, 1 to 1,000,000. Default: 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(range(min = 1, max = COST_MAX))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "1000000"))
-        )
-    )]
-    pub cost: Option<u32>,
-    /// The requested endpoint, such as `GET /orders`. At most 128 characters.
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub cost: Option<Cost>,
+    /// The endpoint being called, such as `GET /orders`. At most 128 characters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(inner(custom(crate::bounds::endpoint)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 128)
-        )
-    )]
-    pub endpoint: Option<String>,
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub endpoint: Option<Endpoint>,
 }
 
 impl std::fmt::Debug for Check {
@@ -60,7 +44,7 @@ impl std::fmt::Debug for Check {
     }
 }
 
-/// Why a check was answered as it was.
+/// Result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(
@@ -69,21 +53,21 @@ impl std::fmt::Debug for Check {
     oai(rename_all = "snake_case")
 )]
 pub enum CheckCode {
-    /// Admitted, and taken from every policy.
+    /// Allowed; `cost` was consumed from every limit.
     Allowed,
-    /// A rate limit or quota is exceeded. Nothing was consumed.
+    /// Denied by a rate limit or quota; nothing was consumed.
     QuotaExceeded,
-    /// The limits cannot be checked right now. Nothing was consumed.
+    /// Rate limits can't be checked right now; nothing was consumed.
     ReducedCapacity,
-    /// No key of the tenant has this text.
+    /// The tenant has no such key.
     UnknownKey,
-    /// The key is switched off.
+    /// The key is disabled.
     InactiveKey,
-    /// The key's time has passed.
+    /// The key has expired.
     ExpiredKey,
 }
 
-/// A policy that limits a key.
+/// A limit of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(
@@ -92,53 +76,53 @@ pub enum CheckCode {
     oai(rename_all = "snake_case")
 )]
 pub enum PolicyName {
-    /// The sustained rate with its burst.
+    /// The rate limit, in requests per minute with a burst.
     Rpm,
-    /// The quota of the calendar day.
+    /// The quota for the calendar day.
     Daily,
-    /// The quota of the calendar month.
+    /// The quota for the calendar month.
     Monthly,
 }
 
-/// Where one policy stands.
+/// The current state of one limit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
 pub struct LimitState {
     pub policy: PolicyName,
-    /// The burst of `rpm`, the quota of the others.
+    /// The burst for `rpm`; the quota for `daily` and `monthly`.
     pub limit: u64,
-    /// How many requests are left now.
+    /// Requests left now.
     pub remaining: u64,
-    /// When all of `limit` is there again.
+    /// When `remaining` is back at `limit`.
     pub reset_at: Timestamp,
 }
 
-/// The answer to a check.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct CheckResult {
     pub allowed: bool,
     pub code: CheckCode,
-    /// `null` when no key of the tenant has this text.
+    /// `null` if the tenant has no such key.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub key_id: Option<ApiKeyId>,
-    /// The name of the key's plan.
+    /// Name of the key's plan.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub plan: Option<String>,
     pub limits: Vec<LimitState>,
-    /// Whole seconds after which the same request would be admitted; `null` when it was, or never will be.
+    /// Seconds until the same request would be allowed, rounded up. `null` if it was allowed or can never be allowed.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub retry_after: Option<u64>,
-    /// The header fields that the gateway hands on to the consumer, also when the request was denied.
+    /// Headers for the gateway to pass on to the consumer, whether the request was allowed or denied.
     pub headers: BTreeMap<String, String>,
 }
 
-/// What `GET /v1/echo` answers.
+/// Response of `GET /v1/echo`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Echo {
     pub key_id: ApiKeyId,
-    /// The name of the key's plan.
+    /// Name of the key's plan.
     pub plan: String,
     pub time: Timestamp,
 }
@@ -154,7 +138,7 @@ mod examples {
         fn example() -> Self {
             Self {
                 key: example::KEY_TEXT.into(),
-                cost: Some(1),
+                cost: Some(1.into()),
                 endpoint: Some("GET /orders".into()),
             }
         }

@@ -1,13 +1,13 @@
-//! Lists, a page at a time.
+//! Paginated lists.
 
 use serde::{Deserialize, Serialize};
 
-/// How many items a page holds when the caller does not say.
+/// The default page size.
 pub const DEFAULT_LIMIT: u32 = 20;
-/// The most items a page holds.
+/// The largest page size.
 pub const MAX_LIMIT: u32 = 100;
 
-/// One page of a list, newest first where no other order was asked for.
+/// One page of a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
 pub struct Page<
@@ -16,14 +16,14 @@ pub struct Page<
 > {
     /// The items of this page.
     pub items: Vec<T>,
-    /// Sent back as `?cursor=` it answers the next page; `null` on the last one. Opaque.
+    /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub next_cursor: Option<String>,
-    /// How many items all pages hold together, with the filters that were sent.
+    /// Number of items on all pages that match the filters.
     pub total: u64,
 }
 
-/// An enum whose values stand in an address.
+/// An enum whose values appear in a query string.
 macro_rules! in_address {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+ }) => {
         $(#[$doc])*
@@ -36,7 +36,7 @@ macro_rules! in_address {
         impl $name {
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
-            /// As it stands in an address.
+            /// Returns the value as it appears in a query string.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text),+ }
             }
@@ -56,7 +56,7 @@ macro_rules! in_address {
 pub(crate) use in_address;
 
 in_address!(
-    /// In which order API keys are listed; `-` turns one around.
+    /// Sort field; prefix with `-` for descending.
     #[derive(Default)]
     ApiKeyOrder {
         #[default]
@@ -64,15 +64,15 @@ in_address!(
         Oldest = "created_at",
         Name = "name",
         NameReversed = "-name",
-        /// Those that were never used come last.
+        /// Keys that were never used come last.
         LastUsed = "-last_used_at",
-        /// Those that were never used come first.
+        /// Keys that were never used come first.
         LeastRecentlyUsed = "last_used_at",
     }
 );
 
 in_address!(
-    /// In which order plans are listed; `-` turns one around.
+    /// Sort field; prefix with `-` for descending.
     #[derive(Default)]
     PlanOrder {
         #[default]

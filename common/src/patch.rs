@@ -1,18 +1,27 @@
-//! The three states of a field in a PATCH.
+//! Fields of PATCH bodies.
 
-/// `None`: the field was not sent and stays as it is. `Some(None)`: it was sent as `null` and is cleared.
-/// `Some(Some(v))`: it becomes `v`.
+/// A field that a PATCH can clear. `None`: the field was not sent and is unchanged. `Some(None)`: it was sent as `null`
+/// and is cleared. `Some(Some(v))`: it becomes `v`.
 ///
-/// Fields of this type need `#[serde(default, deserialize_with = "sent")]`, since serde alone reads
-/// `null` as "not sent".
+/// Fields of this type need `#[serde(default, deserialize_with = "sent")]`, since serde by itself reads `null` as "not
+/// sent".
 pub type Patch<T> = Option<Option<T>>;
 
-/// Reads a field that was sent. Without it serde would take `null` for "not sent" everywhere, and a `null` for
-/// what cannot be cleared would be ignored in silence.
+/// Deserializes a field that was sent. Without it, serde would read `null` as "not sent", and silently ignore a `null`
+/// for a field that cannot be cleared.
 pub(crate) fn sent<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     T: serde::Deserialize<'de>,
     D: serde::Deserializer<'de>,
 {
     T::deserialize(deserializer).map(Some)
+}
+
+/// Whether a field was not sent, so that it is left out of JSON.
+#[expect(
+    clippy::ref_option,
+    reason = "the signature that serde's `skip_serializing_if` has"
+)]
+pub(crate) fn unsent<T>(field: &Option<T>) -> bool {
+    field.is_none()
 }

@@ -1,22 +1,16 @@
-//! Plans: what a key may do, and how fast.
+//! Plans: the rate limits and quotas that a group of keys shares.
 
 use garde::Validate;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    field::{Burst, Name, Quota, Rpm},
     id::PlanId,
-    patch::{Patch, sent},
+    patch::{Patch, sent, unsent},
     time::Timestamp,
 };
 
-/// The longest name of a plan, key, service token or tenant, in characters.
-pub const NAME_MAX: usize = 200;
-/// The highest sustained rate and burst, in requests a minute and requests.
-pub const RPM_MAX: u32 = 60_000_000;
-/// The highest daily or monthly quota: the largest integer that an RFC 9651 header field can carry.
-pub const QUOTA_MAX: u64 = 999_999_999_999_999;
-
-/// Whether a plan's keys need a live subscription of their tenant.
+/// `paid`: keys on the plan work only while the tenant has an active subscription.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(
@@ -30,7 +24,7 @@ pub enum Billing {
     Paid,
 }
 
-/// What happens to requests while Redis, which replicas share their counters by, is away.
+/// Behavior while Redis is unreachable.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
@@ -41,17 +35,17 @@ pub enum Billing {
     oai(rename_all = "snake_case")
 )]
 pub enum OnRedisFailure {
-    /// Each replica admits its share of the limit.
+    /// Keep limiting: each replica allows its share of the limit.
     #[default]
     Share,
-    /// All are admitted.
+    /// Allow all requests.
     Open,
-    /// All are answered 503.
+    /// Reject all requests with 503.
     Closed,
 }
 
 impl OnRedisFailure {
-    /// The name on the wire.
+    /// Returns the name used in JSON and in the database.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Share => "share",
@@ -60,7 +54,7 @@ impl OnRedisFailure {
         }
     }
 
-    /// The one of that name.
+    /// Looks up a variant by its [`name`](Self::name).
     pub fn named(name: &str) -> Option<Self> {
         [Self::Share, Self::Open, Self::Closed]
             .into_iter()
@@ -68,36 +62,36 @@ impl OnRedisFailure {
     }
 }
 
-/// A plan: the limits that its keys share the shape of. Each key has a bucket and quotas of its own.
+/// A plan. Its limits apply to each of its keys separately.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Plan {
     pub id: PlanId,
     /// Unique within the tenant.
     pub name: String,
-    /// The sustained rate of each key, in requests a minute.
+    /// Requests per minute for each key.
     pub default_rpm: u32,
-    /// How many requests a rested key may send at once.
+    /// Maximum burst: requests an idle key may send at once.
     pub burst: u32,
-    /// Requests a key may send in a calendar day of the tenant's time zone.
+    /// Requests per key and calendar day, in the tenant's time zone. `null`: unlimited.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub daily_quota: Option<u64>,
-    /// Requests a key may send in a calendar month of the tenant's time zone.
+    /// Requests per key and calendar month, in the tenant's time zone. `null`: unlimited.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub monthly_quota: Option<u64>,
-    /// Every request is decided on the shared counters, without leases.
+    /// Whether every request is checked against the shared counters instead of a local lease.
     pub strict: bool,
-    /// What happens to requests while the counters that replicas share are away; `null`: as the server is set.
+    /// Behavior while Redis is unreachable. `null`: the server default.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub on_redis_failure: Option<OnRedisFailure>,
     pub billing: Billing,
-    /// How many keys are on the plan. A plan with keys cannot be deleted.
+    /// Number of keys on the plan. A plan that still has keys cannot be deleted.
     pub key_count: u64,
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
 }
 
-/// What a new plan is made of.
+/// Request body for creating a plan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -107,58 +101,32 @@ pub struct Plan {
 )]
 pub struct CreatePlan {
     /// 1 to 200 characters, unique within the tenant.
-    #[garde(custom(crate::bounds::name))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 200)))]
-    pub name: String,
-    /// The sustained rate of each key, in requests a minute: 1 to 60,000,000.
-    #[garde(range(min = 1, max = RPM_MAX))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(validator(minimum(value = "1"), maximum(value = "60000000")))
-    )]
-    pub default_rpm: u32,
-    /// How many requests a rested key may send at once: 1 to 60,000,000. Default: `default_rpm`.
+    #[garde(dive)]
+    pub name: Name,
+    /// Requests per minute for each key, 1 to 60,000,000.
+    #[garde(dive)]
+    pub default_rpm: Rpm,
+    /// Maximum burst: requests an idle key may send at once, 1 to 60,000,000. Default: `default_rpm`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(range(min = 1, max = RPM_MAX))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "60000000"))
-        )
-    )]
-    pub burst: Option<u32>,
-    /// Requests a key may send in a calendar day. Default: no limit.
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub burst: Option<Burst>,
+    /// Requests per key and calendar day, in the tenant's time zone. Default: unlimited.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(range(min = 1, max = QUOTA_MAX))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "999999999999999"))
-        )
-    )]
-    pub daily_quota: Option<u64>,
-    /// Requests a key may send in a calendar month. Default: no limit.
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub daily_quota: Option<Quota>,
+    /// Requests per key and calendar month, in the tenant's time zone. Default: unlimited.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(range(min = 1, max = QUOTA_MAX))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "999999999999999"))
-        )
-    )]
-    pub monthly_quota: Option<u64>,
-    /// Decide every request on the shared counters, without leases. Default: false.
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub monthly_quota: Option<Quota>,
+    /// Check every request against the shared counters instead of a local lease. Default: false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub strict: Option<bool>,
-    /// What happens to requests while the counters that replicas share are away. Default: as the server is set.
+    /// Behavior while Redis is unreachable. Default: the server default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
@@ -170,7 +138,7 @@ pub struct CreatePlan {
     pub billing: Option<Billing>,
 }
 
-/// What changes about a plan. A field that is not sent stays as it is; `null` lifts a quota.
+/// Request body for updating a plan. Omitted fields are unchanged; `null` removes a quota.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -179,102 +147,39 @@ pub struct CreatePlan {
     oai(example, deny_unknown_fields)
 )]
 pub struct UpdatePlan {
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(custom(crate::bounds::name)))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(min_length = 1, max_length = 200)
-        )
-    )]
-    pub name: Option<String>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(range(min = 1, max = RPM_MAX))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "60000000"))
-        )
-    )]
-    pub default_rpm: Option<u32>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(range(min = 1, max = RPM_MAX))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "60000000"))
-        )
-    )]
-    pub burst: Option<u32>,
-    /// `null` lifts the quota.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(inner(range(min = 1, max = QUOTA_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "999999999999999"))
-        )
-    )]
-    pub daily_quota: Patch<u64>,
-    /// `null` lifts the quota.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
-    #[garde(inner(inner(range(min = 1, max = QUOTA_MAX))))]
-    #[cfg_attr(
-        feature = "openapi",
-        oai(
-            nullable,
-            skip_serializing_if_is_none,
-            validator(minimum(value = "1"), maximum(value = "999999999999999"))
-        )
-    )]
-    pub monthly_quota: Patch<u64>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    /// 1 to 200 characters, unique within the tenant.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub name: Option<Name>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub default_rpm: Option<Rpm>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub burst: Option<Burst>,
+    /// `null` removes the quota.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub daily_quota: Patch<Quota>,
+    /// `null` removes the quota.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub monthly_quota: Patch<Quota>,
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub strict: Option<bool>,
-    /// `null`: as the server is set.
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    /// `null` restores the server default.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub on_redis_failure: Patch<OnRedisFailure>,
-    #[serde(
-        default,
-        deserialize_with = "sent",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub billing: Option<Billing>,
@@ -310,10 +215,10 @@ mod examples {
         fn example() -> Self {
             Self {
                 name: "Starter".into(),
-                default_rpm: 600,
+                default_rpm: 600.into(),
                 burst: None,
-                daily_quota: Some(50_000),
-                monthly_quota: Some(1_000_000),
+                daily_quota: Some(50_000.into()),
+                monthly_quota: Some(1_000_000.into()),
                 strict: None,
                 on_redis_failure: None,
                 billing: None,
@@ -324,7 +229,7 @@ mod examples {
     impl Example for UpdatePlan {
         fn example() -> Self {
             Self {
-                default_rpm: Some(1200),
+                default_rpm: Some(1200.into()),
                 daily_quota: Some(None),
                 ..Self::default()
             }

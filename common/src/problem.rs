@@ -9,27 +9,27 @@ use crate::limit::PolicyName;
 /// The media type of every error.
 pub const MEDIA_TYPE: &str = "application/problem+json";
 
-/// An error, as a caller reads it.
+/// An error response.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Problem {
-    /// Names the kind of error, and leads to a page about it.
+    /// Identifies the error type. The URL leads to a page that explains it.
     #[serde(rename = "type")]
     #[cfg_attr(feature = "openapi", oai(rename = "type"))]
     pub kind: String,
-    /// The kind of error in a few words, the same for each of its kind.
+    /// Short summary of the error type.
     pub title: String,
-    /// The HTTP status.
+    /// The HTTP status code.
     pub status: u16,
-    /// What went wrong this time and what can be done about it.
+    /// What went wrong with this request, and how to fix it.
     pub detail: String,
-    /// The same as in the `X-Request-Id` header; name it when you ask for help.
+    /// ID of the request, also in the `X-Request-Id` header. Quote it when asking for help.
     pub request_id: String,
-    /// The fields that were refused.
+    /// The invalid fields.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "openapi", oai(default, skip_serializing_if_is_empty))]
     pub errors: Vec<FieldError>,
-    /// The policies that denied the request.
+    /// The limits that denied the request.
     #[serde(
         rename = "violated-policies",
         default,
@@ -42,18 +42,19 @@ pub struct Problem {
     pub violated_policies: Vec<PolicyName>,
 }
 
-/// A field that was refused.
+/// An invalid field.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
 pub struct FieldError {
-    /// The field's path in the body, such as `default_rpm`, or the name of the parameter.
+    /// Path of the field in the body, such as `default_rpm`, or name of the parameter.
     pub field: String,
+    /// What is wrong with it, such as `must be at least 1`.
     pub message: String,
 }
 
 macro_rules! problems {
     ($($(#[doc = $doc:literal])+ $variant:ident = $slug:literal, $status:literal, $title:literal;)+) => {
-        /// Every kind of error there is.
+        /// All error types.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum ProblemCode {
             $($(#[doc = $doc])+ $variant,)+
@@ -62,20 +63,22 @@ macro_rules! problems {
         impl ProblemCode {
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
-            /// The last part of the address of the page about it.
+            /// Returns the last path segment of the error's page.
             pub const fn slug(self) -> &'static str {
                 match self { $(Self::$variant => $slug),+ }
             }
 
+            /// Returns the HTTP status code.
             pub const fn status(self) -> u16 {
                 match self { $(Self::$variant => $status),+ }
             }
 
+            /// Returns a short summary.
             pub const fn title(self) -> &'static str {
                 match self { $(Self::$variant => $title),+ }
             }
 
-            /// What it means and what to do about it.
+            /// Returns what the error means and how to fix it.
             pub const fn explanation(self) -> &'static str {
                 match self { $(Self::$variant => concat!($($doc, "\n"),+)),+ }
             }
@@ -84,71 +87,74 @@ macro_rules! problems {
 }
 
 problems! {
-    /// The request could not be understood: its JSON, its query, a header or the path is malformed. Nothing
-    /// was done. Mend what `detail` names and send it again.
-    Malformed = "malformed", 400, "The request is malformed";
-    /// No credential was sent, or it does not open anything: an API key, access token or service token
-    /// that is unknown, malformed, expired or switched off. Nothing was charged. Sign in again, or use a
-    /// key that is active.
-    Unauthorized = "unauthorized", 401, "A valid credential is needed";
-    /// The email or the password is wrong. Which of the two is not told.
-    WrongCredentials = "wrong-credentials", 401, "The email or the password is wrong";
-    /// The key's plan is a paid one and the tenant has no live subscription.
-    SubscriptionNeeded = "subscription-needed", 402, "A subscription is needed";
-    /// The caller is known and may not do this: the role in the tenant does not allow it.
+    /// The request's JSON, query, headers or path could not be parsed. No changes were made. Fix what `detail`
+    /// describes and retry.
+    Malformed = "malformed", 400, "Malformed request";
+    /// No API key, access token or service token was sent, or it is unknown, malformed, expired or disabled.
+    /// Nothing was charged. Sign in again, or use an active key.
+    Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
+    /// The email or password is incorrect. For security we don't say which.
+    WrongCredentials = "wrong-credentials", 401, "Incorrect email or password";
+    /// The key's plan is paid and the tenant has no active subscription.
+    SubscriptionNeeded = "subscription-needed", 402, "Subscription required";
+    /// Your role in the tenant does not allow this action, or a request with session cookies did not come from
+    /// this server's own pages. `detail` says which.
     Forbidden = "forbidden", 403, "Not allowed";
-    /// The operator creates accounts on this server. Ask them for one.
+    /// New accounts on this server are created by its operator. Ask the operator for one.
     RegistrationClosed = "registration-closed", 403, "Registration is closed";
-    /// The organization has as many of these as the operator allows; `detail` names the limit. Delete some, or ask the
-    /// operator for more.
+    /// The organization has reached a limit set by the operator of this server; `detail` says which. Delete what you no
+    /// longer need, or ask the operator for a higher limit.
     LimitReached = "limit-reached", 403, "Limit reached";
-    /// There is no such thing, or it is not the caller's. The two are not told apart.
+    /// The resource does not exist, or it belongs to another tenant. Both look the same on purpose.
     NotFound = "not-found", 404, "Not found";
-    /// The path exists, the method on it does not. `Allow` lists those that do.
-    MethodNotAllowed = "method-not-allowed", 405, "This method is not offered here";
-    /// The request was not sent completely in the time that the server waits for one.
-    RequestTimeout = "request-timeout", 408, "The request took too long to arrive";
-    /// The plan still has keys. Move them to another plan or delete them first; `detail` tells how many.
-    PlanInUse = "plan-in-use", 409, "The plan still has keys";
-    /// A plan of this name exists already in the tenant.
-    NameTaken = "name-taken", 409, "The name is taken";
-    /// An account with this email exists already. Sign in, or use another address.
-    EmailTaken = "email-taken", 409, "The email is taken";
-    /// A request with the same `Idempotency-Key` is still being worked on. Wait for its answer.
-    RequestInProgress = "request-in-progress", 409, "The same request is in progress";
-    /// The body is larger than the server takes. Nothing of it was used.
-    ContentTooLarge = "content-too-large", 413, "The body is too large";
-    /// The body must be `application/json`.
-    UnsupportedMediaType = "unsupported-media-type", 415, "The body must be JSON";
-    /// The request was understood, and some of its fields have values that are not allowed. `errors` names
-    /// each of them. Nothing was done.
-    Invalid = "invalid", 422, "Some fields are not valid";
-    /// The `Idempotency-Key` was used before with another body. Use a new one for a new request.
-    IdempotencyMismatch = "idempotency-mismatch", 422, "The Idempotency-Key belongs to another request";
-    /// A rate or a quota of the API key is used up. `violated-policies` names which; `Retry-After` tells after
-    /// how many seconds the request would be admitted. Nothing was charged.
-    QuotaExceeded = "quota-exceeded", 429, "A limit of the API key is reached";
-    /// Too many requests came from this address, or for this account. `Retry-After` tells when to come back.
+    /// The path exists but does not support this method. The `Allow` header lists the methods it supports.
+    MethodNotAllowed = "method-not-allowed", 405, "Method not allowed";
+    /// The request body was not received in time. Send it again.
+    RequestTimeout = "request-timeout", 408, "Request timeout";
+    /// Keys still use this plan. Move them to another plan or delete them first; `detail` says how many.
+    PlanInUse = "plan-in-use", 409, "Plan still has keys";
+    /// The tenant already has a plan with this name. Choose another name.
+    NameTaken = "name-taken", 409, "Name already in use";
+    /// An account with this email already exists. Sign in, or use another address.
+    EmailTaken = "email-taken", 409, "Email already in use";
+    /// A request with the same `Idempotency-Key` is still being processed. Retry after the number of seconds in
+    /// `Retry-After` to get its response.
+    RequestInProgress = "request-in-progress", 409, "Request already in progress";
+    /// The request body exceeds the server's limit. No changes were made. Send a smaller body.
+    ContentTooLarge = "content-too-large", 413, "Request body too large";
+    /// The request body must be sent as `application/json`.
+    UnsupportedMediaType = "unsupported-media-type", 415, "Unsupported media type";
+    /// One or more fields have invalid values; `errors` lists each of them. No changes were made.
+    Invalid = "invalid", 422, "Validation failed";
+    /// This `Idempotency-Key` was already used with a different request body. Use a new key for a new request.
+    IdempotencyMismatch = "idempotency-mismatch", 422, "Idempotency-Key already used";
+    /// The API key has used up a rate limit or quota; `violated-policies` lists which. Retry after the number of
+    /// seconds in `Retry-After`. Without that header, the cost of the request exceeds the limit itself. Nothing was
+    /// charged.
+    QuotaExceeded = "quota-exceeded", 429, "Rate limit or quota exceeded";
+    /// Too many requests came from this address or for this account. Retry after the number of seconds in
+    /// `Retry-After`.
     TooManyRequests = "too-many-requests", 429, "Too many requests";
-    /// The request's header fields are larger than the server takes.
-    HeadersTooLarge = "headers-too-large", 431, "The header fields are too large";
-    /// Something went wrong in the server. It was logged under `request_id`; nothing was charged.
-    Internal = "internal", 500, "Internal error";
-    /// Something that the server depends on does not answer, or it is starting or stopping. Nothing was lost;
-    /// try again after the time that `Retry-After` tells.
+    /// The request's headers exceed the server's limit. Send fewer or shorter headers.
+    HeadersTooLarge = "headers-too-large", 431, "Request headers too large";
+    /// Something went wrong on the server. The error was logged with `request_id`; quote that ID when reporting it.
+    Internal = "internal", 500, "Internal server error";
+    /// A dependency of the server is unavailable, or the server is starting or stopping. Retry after the number of
+    /// seconds in `Retry-After`.
     Unavailable = "unavailable", 503, "Temporarily unavailable";
-    /// The server is degraded and decides only part of what it usually does. Try again after the time that
-    /// `Retry-After` tells.
+    /// Rate limits can't be checked right now, because the shared counters or the database are unreachable. Nothing
+    /// was charged. Retry after the number of seconds in `Retry-After`.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
 }
 
 impl ProblemCode {
+    /// Looks up an error type by its slug.
     pub fn from_slug(slug: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|code| code.slug() == slug)
     }
 
-    /// The `type` of the problem: the registered one where IANA has one (draft-ietf-httpapi-ratelimit-headers),
-    /// else a page of the server at `base`.
+    /// Returns the `type` URI: the one registered with IANA if there is one
+    /// (draft-ietf-httpapi-ratelimit-headers), otherwise a page on the server at `base`.
     pub fn type_uri(self, base: &str) -> Cow<'static, str> {
         match self {
             Self::QuotaExceeded => {
@@ -176,11 +182,11 @@ mod examples {
                     .into(),
                 title: ProblemCode::Invalid.title().into(),
                 status: 422,
-                detail: "default_rpm: lower than 1".into(),
+                detail: "default_rpm: must be at least 1".into(),
                 request_id: "019ab4e1-7c00-7000-8000-000000000001".into(),
                 errors: vec![FieldError {
                     field: "default_rpm".into(),
-                    message: "lower than 1".into(),
+                    message: "must be at least 1".into(),
                 }],
                 violated_policies: vec![],
             }

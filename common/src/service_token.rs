@@ -1,24 +1,25 @@
-//! Service tokens: what a tenant's own gateways show to ask for decisions.
+//! Service tokens: the credentials a tenant's gateways use to call the check endpoints.
 
 use garde::Validate;
 use serde::{Deserialize, Serialize};
 
-use crate::{id::ServiceTokenId, time::Timestamp};
+use crate::{field::Name, id::ServiceTokenId, time::Timestamp};
 
-/// A service token, without its text: that is shown once, when the token is made, and stored nowhere.
+/// A service token without its secret, which is returned once, on creation, and never stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct ServiceToken {
     pub id: ServiceTokenId,
     pub name: String,
-    /// The first characters of the token's text, to tell tokens apart by.
+    /// The first characters of the token, to tell tokens apart.
     pub prefix: String,
+    /// When the token was last used. Updated within seconds.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub last_used_at: Option<Timestamp>,
     pub created_at: Timestamp,
 }
 
-/// What a new service token is made of.
+/// Request body for creating a service token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(
@@ -28,17 +29,16 @@ pub struct ServiceToken {
 )]
 pub struct CreateServiceToken {
     /// 1 to 200 characters.
-    #[garde(custom(crate::bounds::name))]
-    #[cfg_attr(feature = "openapi", oai(validator(min_length = 1, max_length = 200)))]
-    pub name: String,
+    #[garde(dive)]
+    pub name: Name,
 }
 
-/// A service token that was just made, with its text for the only time.
+/// A service token that was just created, with its secret.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct CreatedServiceToken {
-    /// The token's text: `qs_`, 32 characters and a checksum of 6. Absent when an `Idempotency-Key` is
-    /// replayed, because it is stored nowhere.
+    /// The full token: `qs_`, 32 random characters and a 6-character checksum. This is the only time it is
+    /// available: it is not stored, so a replay with the same `Idempotency-Key` omits it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub token: Option<String>,

@@ -1,12 +1,11 @@
-//! Points in time on the wire.
+//! Timestamps.
 
 use chrono::{DateTime, Datelike, SubsecRound, Timelike, Utc};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// A point in time: RFC 3339 in UTC with milliseconds and a `Z`, such as `2026-11-24T09:18:42.000Z`.
+/// A timestamp: RFC 3339 in UTC with milliseconds, such as `2026-11-24T09:18:42.000Z`.
 ///
-/// Any offset is understood on the way in. Finer parts than a millisecond are cut, so that what was
-/// written compares equal to what is read back.
+/// Accepts any offset. Truncates to milliseconds, so that a timestamp equals its own JSON read back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(DateTime<Utc>);
 
@@ -15,13 +14,13 @@ impl Timestamp {
         Self(at.trunc_subsecs(3))
     }
 
-    /// `None` beyond the years that RFC 3339 can write (0000 to 9999).
+    /// Returns `None` outside the years that RFC 3339 can represent (0000 to 9999).
     pub fn from_unix_secs(secs: u64) -> Option<Self> {
         let at = DateTime::from_timestamp(i64::try_from(secs).ok()?, 0)?;
         (at <= Self::latest()).then_some(Self(at))
     }
 
-    /// The last second that RFC 3339 can write.
+    /// The last second that RFC 3339 can represent.
     fn latest() -> DateTime<Utc> {
         DateTime::from_timestamp(253_402_300_799, 0).expect("9999-12-31T23:59:59Z is a time")
     }
@@ -44,7 +43,7 @@ impl From<Timestamp> for DateTime<Utc> {
 }
 
 impl Timestamp {
-    /// Without the heap, since decisions carry a time.
+    /// Does not allocate, since every check result contains timestamps.
     fn text(self) -> [u8; 24] {
         let mut text = *b"0000-00-00T00:00:00.000Z";
         let mut write = |end: usize, digits: usize, mut number: u32| {
@@ -53,7 +52,7 @@ impl Timestamp {
                 number /= 10;
             }
         };
-        // A time has a year of four digits, by how it is made.
+        // The constructors only accept years of four digits.
         write(4, 4, self.0.year().unsigned_abs());
         write(7, 2, self.0.month());
         write(10, 2, self.0.day());
@@ -78,7 +77,7 @@ impl std::str::FromStr for Timestamp {
         let at = DateTime::parse_from_rfc3339(text)
             .map_err(|_| InvalidTimestamp)?
             .to_utc();
-        // PostgreSQL and RFC 3339 agree on four-digit years; an offset can carry a time out of them.
+        // An offset can move a time out of the four-digit years that RFC 3339 allows.
         if at < DateTime::UNIX_EPOCH || at > Timestamp::latest() {
             return Err(InvalidTimestamp);
         }

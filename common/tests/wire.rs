@@ -1,5 +1,5 @@
-//! Golden JSON of every type on the wire, and, with feature `openapi`, the proof that the document speaks
-//! of the same JSON: both derives read their own attributes, and drift silently.
+//! Golden JSON of every API type and, with the `openapi` feature, proof that the document describes the same JSON: serde
+//! and poem-openapi read their own attributes, which can drift apart silently.
 
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,
@@ -17,7 +17,7 @@ fn id<T: From<uuid::Uuid>>() -> T {
     T::from(ID.parse().expect("an id"))
 }
 
-/// Checks one value against its golden JSON, both ways, and against the document's own serializer.
+/// Checks a value against its golden JSON in both directions, and against poem-openapi's serializer.
 macro_rules! golden {
     ($value:expr, $json:expr) => {{
         fn check<T>(value: &T, golden: &Value)
@@ -82,7 +82,7 @@ fn api_key_json() -> Value {
 }
 
 #[test]
-fn plans_have_their_golden_json() {
+fn plans_match_their_golden_json() {
     golden!(
         plan::Plan {
             id: id(),
@@ -108,9 +108,9 @@ fn plans_have_their_golden_json() {
     golden!(
         plan::CreatePlan {
             name: "Starter".into(),
-            default_rpm: 600,
+            default_rpm: 600.into(),
             burst: None,
-            daily_quota: Some(1),
+            daily_quota: Some(1.into()),
             monthly_quota: None,
             strict: Some(true),
             on_redis_failure: Some(plan::OnRedisFailure::Open),
@@ -124,8 +124,8 @@ fn plans_have_their_golden_json() {
     golden!(plan::UpdatePlan::default(), json!({}));
     golden!(
         plan::UpdatePlan {
-            burst: Some(5),
-            daily_quota: Some(Some(9)),
+            burst: Some(5.into()),
+            daily_quota: Some(Some(9.into())),
             on_redis_failure: Some(Some(plan::OnRedisFailure::Share)),
             ..Default::default()
         },
@@ -133,9 +133,9 @@ fn plans_have_their_golden_json() {
     );
 }
 
-/// poem-openapi writes an absent and a cleared field alike; it never sends a PATCH, so only serde counts.
+/// poem-openapi serializes absent and cleared fields alike. It never sends a PATCH, so only serde matters.
 #[test]
-fn a_patched_field_tells_null_from_absent() {
+fn patch_field_distinguishes_null_from_absent() {
     let cleared: plan::UpdatePlan = serde_json::from_value(json!({"daily_quota": null})).unwrap();
     assert_eq!(cleared.daily_quota, Some(None));
     assert_eq!(cleared.monthly_quota, None);
@@ -149,14 +149,14 @@ fn a_patched_field_tells_null_from_absent() {
 }
 
 #[test]
-fn api_keys_have_their_golden_json() {
+fn api_keys_match_their_golden_json() {
     golden!(api_key(), api_key_json());
     golden!(
         api_key::CreateApiKey {
             name: "Mobile".into(),
             plan_id: id(),
             expires_at: Some(at()),
-            rpm_override: Some(7),
+            rpm_override: Some(7.into()),
         },
         json!({
             "name": "Mobile", "plan_id": ID, "expires_at": "2026-08-03T06:26:00.000Z", "rpm_override": 7,
@@ -171,7 +171,7 @@ fn api_keys_have_their_golden_json() {
     );
     golden!(
         api_key::RotateApiKey {
-            grace_seconds: Some(60)
+            grace_seconds: Some(60.into())
         },
         json!({"grace_seconds": 60})
     );
@@ -192,7 +192,7 @@ fn api_keys_have_their_golden_json() {
 }
 
 #[test]
-fn service_tokens_have_their_golden_json() {
+fn service_tokens_match_their_golden_json() {
     let token = service_token::ServiceToken {
         id: id::<ServiceTokenId>(),
         name: "Edge".into(),
@@ -221,7 +221,7 @@ fn service_tokens_have_their_golden_json() {
 }
 
 #[test]
-fn accounts_have_their_golden_json() {
+fn accounts_match_their_golden_json() {
     let user = || auth::User {
         id: id::<UserId>(),
         email: "a@b.c".into(),
@@ -336,11 +336,11 @@ fn accounts_have_their_golden_json() {
 }
 
 #[test]
-fn decisions_have_their_golden_json() {
+fn checks_match_their_golden_json() {
     golden!(
         limit::Check {
             key: "qk_x".into(),
-            cost: Some(2),
+            cost: Some(2.into()),
             endpoint: Some("GET /o".into())
         },
         json!({"key": "qk_x", "cost": 2, "endpoint": "GET /o"})
@@ -379,7 +379,7 @@ fn decisions_have_their_golden_json() {
 }
 
 #[test]
-fn the_rest_has_its_golden_json() {
+fn other_types_match_their_golden_json() {
     golden!(
         audit::AuditEvent {
             id: id(),
@@ -437,7 +437,7 @@ fn the_rest_has_its_golden_json() {
 }
 
 #[test]
-fn an_unknown_field_is_refused() {
+fn unknown_field_is_rejected() {
     let unknown = json!({"name": "x", "default_rpm": 1, "tenant_id": ID});
     let error = serde_json::from_value::<plan::CreatePlan>(unknown).unwrap_err();
     assert!(
@@ -447,7 +447,7 @@ fn an_unknown_field_is_refused() {
 }
 
 #[test]
-fn problem_slugs_are_unique_and_lead_back() {
+fn problem_slugs_are_unique_and_round_trip() {
     for code in ProblemCode::ALL {
         assert_eq!(ProblemCode::from_slug(code.slug()), Some(*code));
         assert!(code.explanation().len() > 20);
@@ -455,7 +455,7 @@ fn problem_slugs_are_unique_and_lead_back() {
 }
 
 #[test]
-fn timestamps_read_any_offset_and_write_utc() {
+fn timestamps_accept_any_offset_and_write_utc() {
     let at: Timestamp = "2026-08-03T08:26:00.123456+02:00".parse().unwrap();
     assert_eq!(at.to_string(), "2026-08-03T06:26:00.123Z");
     for wrong in [

@@ -12,7 +12,6 @@ use quota_common::ProblemCode;
 
 use crate::{
     api::{
-        allow::Methods,
         console, document,
         ip_guard::IpGuard,
         limit_headers,
@@ -31,7 +30,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     let service = openapi::service(state);
     let document = openapi::document(&service);
     let viewer = service.swagger_ui_html();
-    let methods = Methods::of(&serde_json::from_str(&document).unwrap_or_default());
+    let methods = openapi::methods(&service);
     let pages = document::routes(&state.config.public_url, document, &viewer);
     let service = Arc::new(service.into_endpoint());
     let guard = |guard: fn(&Parts) -> &_| IpGuard {
@@ -69,8 +68,8 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
 
 /// Applies the rules about origins to every path but forward-auth.
 ///
-/// There the `Origin`, and a preflight's method, are those of the gateway's consumer: a response to a preflight would
-/// be taken for an admission, and a rejected origin for a denial.
+/// There, `Origin` and a preflight's method come from the gateway's consumer: the gateway would take a response to a
+/// preflight as allowed, and a rejected origin as denied.
 struct CrossOrigin<E, F> {
     others: E,
     forward_auth: F,

@@ -119,7 +119,7 @@ impl Session {
         let device = self.device().await;
         let known = match call {
             Call::Login(login) => Some(Call::Login(Login {
-                device_token: device.map(|it| it.expose_secret().to_owned()),
+                device_token: device.map(|it| it.expose_secret().into()),
                 ..login.clone()
             })),
             _ => None,
@@ -288,8 +288,8 @@ impl Session {
         state.refresh = (!is_stored).then_some(token);
     }
 
-    /// The token by which the server recognizes this device at a sign-in. It outlives sessions. Without a keychain
-    /// there is none.
+    /// Returns the device token, by which the server recognizes this device. It outlives sessions. `None` without a
+    /// keychain.
     async fn device(&self) -> Option<SecretString> {
         let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
         let stored = keychain::call(move || keychain.get(&entry)).await;

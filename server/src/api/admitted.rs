@@ -1,4 +1,4 @@
-//! Callers. A handler that names one of these first cannot be reached without the right it stands for.
+//! Authenticated callers. A handler that takes one of these first cannot be reached without its credential.
 //!
 //! [`AdmittedTenant`] has an access token, [`AdmittedKey`] an API key that the limiter has admitted,
 //! [`AdmittedService`] and [`AdmittedGateway`] a service token. Each is a poem-openapi extractor that also adds its
@@ -20,7 +20,7 @@ use super::{
     browser::{self, Kept},
     idempotency,
     problem::ApiError,
-    request_log::Visit,
+    request_context::Visit,
 };
 use crate::{
     auth::session::{LiveSession, Origin},
@@ -73,13 +73,13 @@ pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
     if fields.next().is_some() {
         return Err(ApiError::new(
             ProblemCode::Malformed,
-            "Send one Authorization header, not several.",
+            "The Authorization header was sent more than once.",
         ));
     }
     let unusable = || {
         ApiError::unauthorized(
             true,
-            "Authorization must be `Bearer`, a space and the credential.",
+            "Send credentials as: Authorization: Bearer <credential>.",
         )
     };
     let field = field.to_str().map_err(|_| unusable())?;
@@ -113,24 +113,6 @@ impl AdmittedTenant {
     pub fn role(&self) -> Role {
         self.session.role
     }
-
-    /// Plans, keys and tokens may be changed.
-    pub fn may_manage(&self) -> Result<(), ApiError> {
-        self.may(self.role().may_manage())
-    }
-
-    /// The tenant itself may be changed.
-    pub fn may_administer(&self) -> Result<(), ApiError> {
-        self.may(self.role().may_administer())
-    }
-
-    fn may(&self, it: bool) -> Result<(), ApiError> {
-        if it {
-            return Ok(());
-        }
-        let detail = format!("The role {} does not allow this.", self.role().as_str());
-        Err(ApiError::new(ProblemCode::Forbidden, detail))
-    }
 }
 
 impl<'a> ApiExtractor<'a> for AdmittedTenant {
@@ -141,7 +123,7 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
     fn register(registry: &mut Registry) {
         let mut it = blank(
             "http",
-            "The access token of `POST /auth/login`, good for fifteen minutes.",
+            "Access token from `POST /auth/login`. Valid for 15 minutes.",
         );
         it.scheme = Some("bearer");
         it.bearer_format = Some("JWT");
@@ -165,9 +147,9 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
             .or_else(|| browser::cookie(state, request, Kept::Access))
             .ok_or_else(|| {
                 let detail = if browser::wants_cookies(headers) {
-                    "Nobody is signed in: the session's cookies did not come with the request."
+                    "No session cookie was sent. Sign in again."
                 } else {
-                    "Send the access token as Authorization: Bearer."
+                    "Send an access token as Authorization: Bearer <token>."
                 };
                 ApiError::unauthorized(false, detail)
             })?;
@@ -218,7 +200,7 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
         Sent::Several => {
             return Err(ApiError::new(
                 ProblemCode::Malformed,
-                "Send one X-API-Key header, not several.",
+                "The X-API-Key header was sent more than once.",
             ));
         }
     };
@@ -237,7 +219,7 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
         {
             Err(ApiError::new(
                 ProblemCode::Malformed,
-                "Don't send API keys in the URL, which may be logged. Send the key in X-API-Key, and rotate it.",
+                "Don't send API keys in the URL, because URLs are logged. Rotate this key and send it as X-API-Key.",
             ))
         }
         (None, None) => Ok(None),
@@ -313,11 +295,11 @@ impl AdmittedKey {
     /// Consumes one request from the limits of the request's key.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let text = key_text(request)?
-            .ok_or_else(|| ApiError::unauthorized(false, "Send an API key in X-API-Key."))?;
+            .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
         match decide(Visit::of(request)?, text, NonZeroU32::MIN, None).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
-            // The same detail for every reason, which helps nobody to guess keys.
+            // The same detail for every reason, so that it does not help to guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
                 "This API key is invalid, disabled or expired.",
@@ -334,7 +316,7 @@ impl<'a> ApiExtractor<'a> for AdmittedKey {
     fn register(registry: &mut Registry) {
         let mut it = blank(
             "apiKey",
-            "An API key, `qk_…`. `Authorization: Bearer` also works.",
+            "API key (`qk_…`). `Authorization: Bearer` also works.",
         );
         it.name = Some("X-API-Key");
         it.key_in = Some("header");
@@ -358,7 +340,7 @@ impl<'a> ApiExtractor<'a> for AdmittedKey {
 async fn service_token(request: &Request, token: &str) -> Result<Arc<ServiceRecord>, ApiError> {
     let visit = Visit::of(request)?;
     let state = &visit.state;
-    let refused = || ApiError::unauthorized(true, "This service token is invalid or was deleted.");
+    let refused = || ApiError::unauthorized(true, "This service token is invalid.");
     let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
     let token = state.keys.service_token(&text).await?.ok_or_else(refused)?;
     visit.is_tenant(token.tenant);
@@ -367,17 +349,17 @@ async fn service_token(request: &Request, token: &str) -> Result<Arc<ServiceReco
 }
 
 fn several_service_tokens() -> ApiError {
-    ApiError::unauthorized(true, "Send one X-Service-Token header, not several.")
+    ApiError::unauthorized(true, "The X-Service-Token header was sent more than once.")
 }
 
-/// A service of the tenant's own, which chooses all of its request's header fields.
+/// A service of the tenant, which controls all headers of its requests.
 #[derive(Debug, Clone)]
 pub struct AdmittedService {
     pub token: Arc<ServiceRecord>,
 }
 
 impl AdmittedService {
-    /// Takes the service token from `X-Service-Token`, or else from `Authorization: Bearer`.
+    /// Reads the service token from `X-Service-Token`, or else from `Authorization: Bearer`.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let token = match Sent::of(request.headers(), "x-service-token") {
             Sent::Once(token) => Some(token),
@@ -385,14 +367,17 @@ impl AdmittedService {
             Sent::Several => return Err(several_service_tokens()),
         };
         let token = token.ok_or_else(|| {
-            ApiError::unauthorized(false, "Send a service token in Authorization: Bearer.")
+            ApiError::unauthorized(
+                false,
+                "Send a service token as Authorization: Bearer <token>.",
+            )
         })?;
         let token = service_token(request, token).await?;
         Ok(Self { token })
     }
 }
 
-/// A gateway, which passes on header fields that its consumer chose.
+/// A gateway, which forwards headers that its consumer controls.
 ///
 /// Its token is accepted in `X-Service-Token` only, which gateways overwrite: the consumer controls
 /// `Authorization`. Two tokens mean that one of them may be the consumer's, so neither counts.
@@ -408,7 +393,7 @@ impl AdmittedGateway {
             Sent::Never => {
                 return Err(ApiError::unauthorized(
                     false,
-                    "Send a service token in X-Service-Token.",
+                    "Send a service token as X-Service-Token.",
                 ));
             }
             Sent::Several => return Err(several_service_tokens()),
@@ -423,7 +408,7 @@ impl<'a> ApiExtractor<'a> for AdmittedGateway {
     type ParamRawType = ();
 
     fn register(registry: &mut Registry) {
-        let mut it = blank("apiKey", "A service token, `qs_…`, of the gateway.");
+        let mut it = blank("apiKey", "Service token (`qs_…`) of the gateway.");
         it.name = Some("X-Service-Token");
         it.key_in = Some("header");
         scheme("GatewayToken", registry, it);
@@ -450,7 +435,7 @@ impl<'a> ApiExtractor<'a> for AdmittedService {
     fn register(registry: &mut Registry) {
         let mut it = blank(
             "http",
-            "A service token, `qs_…`. `X-Service-Token` also works.",
+            "Service token (`qs_…`). `X-Service-Token` also works.",
         );
         it.scheme = Some("bearer");
         scheme("ServiceToken", registry, it);

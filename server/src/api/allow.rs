@@ -1,8 +1,8 @@
-//! `Allow`: which methods a path has, for the answer 405, which must tell (RFC 9110, 15.5.6). poem does not.
+//! The `Allow` header of 405 responses, which RFC 9110 (15.5.6) requires and poem does not send.
 
 use serde_json::Value;
 
-/// The methods of every operation, from the document.
+/// The methods that each path supports, from the OpenAPI document.
 #[derive(Debug, Default)]
 pub struct Methods(Vec<(Vec<String>, String)>);
 
@@ -28,7 +28,8 @@ impl Methods {
         Self(methods.collect())
     }
 
-    /// The `Allow` of a path. One that is no operation is a page, which can be read and no more.
+    /// Returns the `Allow` header for a path. A path that is not in the document is a web page, which only supports
+    /// reading.
     pub fn allow(&self, path: &str) -> &str {
         let parts = path.split('/').collect::<Vec<_>>();
         let fits = |names: &[String]| {
@@ -52,7 +53,7 @@ mod tests {
     use super::Methods;
 
     #[test]
-    fn a_path_has_the_methods_of_its_operations() {
+    fn path_allows_the_methods_of_its_operations() {
         let methods = Methods::of(&json!({"paths": {
             "/plans": {"post": {}, "get": {}},
             "/plans/{id}": {"delete": {}},

@@ -1,4 +1,4 @@
-//! Limits on how much one tenant may create, which the operator sets.
+//! The operator's limits on how many resources a tenant may create.
 
 use quota_common::ProblemCode;
 
@@ -9,7 +9,7 @@ use crate::{
     repo::allowance::{self, Resource},
 };
 
-/// Refuses what would be one too many. Call before the insert, in its transaction.
+/// Rejects a creation that would exceed the tenant's limit. Call before the insert, in its transaction.
 pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Result<(), ApiError> {
     let limits = config.allowances;
     let (limit, name) = match what {
@@ -23,7 +23,7 @@ pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Res
     Err(ApiError::new(
         ProblemCode::LimitReached,
         format!(
-            "Your organization has reached its limit of {limit} {name}. Delete some, or ask the operator for more."
+            "Your organization has reached its limit of {limit} {name}. Delete some, or ask the operator for a higher limit."
         ),
     ))
 }

@@ -7,28 +7,30 @@ use poem_openapi::{
     param::{Header, Path, Query},
 };
 use quota_common::{
-    ApiKeyId, Page, PlanId, Timestamp,
-    api_key::{ApiKey, CreateApiKey, CreatedApiKey, GRACE_DEFAULT, RotateApiKey, UpdateApiKey},
+    ApiKeyId, FieldError, Page, PlanId, Timestamp,
+    api_key::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
+    audit::AuditAction,
+    bounds::GRACE_DEFAULT,
     page::ApiKeyOrder,
 };
 use uuid::Uuid;
 
 use super::{
-    Tag,
-    admitted::AdmittedTenant,
-    allowance,
-    change::{self, Change},
+    Tag, allowance,
+    change::Edit,
     idempotency::Once,
     json::{Created, Json, NoContent},
-    page,
-    problem::ApiError,
+    page::{self, PageSize},
+    problem::{ApiError, OrNotFound},
+    tenant_rights::{ManagingTenant, ReadingTenant},
 };
 use crate::{
+    db::DbError,
     repo::{
-        By, Mark, Order,
+        By, Order,
         allowance::Resource,
         api_key::{self, ApiKeyChange, ApiKeyRow, Filter, NewApiKey},
-        revocation::{self, Target},
+        revocation::Target,
     },
     secret_text::{Kind, SecretText},
     state::AppState,
@@ -38,19 +40,21 @@ pub struct ApiKeyApi {
     pub state: AppState,
 }
 
-fn show(row: ApiKeyRow) -> ApiKey {
-    ApiKey {
-        id: ApiKeyId(row.id),
-        name: row.name,
-        plan_id: PlanId(row.plan_id),
-        prefix: row.prefix,
-        is_active: row.is_active,
-        expires_at: row.expires_at.map(Into::into),
-        rpm_override: row.rpm_override.and_then(|rpm| u32::try_from(rpm).ok()),
-        last_used_at: row.last_used_at.map(Into::into),
-        previous_expires_at: row.previous_expires_at.map(Into::into),
-        created_at: row.created_at.into(),
-        updated_at: row.updated_at.into(),
+impl From<ApiKeyRow> for ApiKey {
+    fn from(row: ApiKeyRow) -> Self {
+        Self {
+            id: ApiKeyId(row.id),
+            name: row.name,
+            plan_id: PlanId(row.plan_id),
+            prefix: row.prefix,
+            is_active: row.is_active,
+            expires_at: row.expires_at.map(Into::into),
+            rpm_override: row.rpm_override.and_then(|rpm| u32::try_from(rpm).ok()),
+            last_used_at: row.last_used_at.map(Into::into),
+            previous_expires_at: row.previous_expires_at.map(Into::into),
+            created_at: row.created_at.into(),
+            updated_at: row.updated_at.into(),
+        }
     }
 }
 
@@ -66,14 +70,17 @@ fn order(sort: ApiKeyOrder) -> Order {
     Order { by, descending }
 }
 
-/// A plan that is not the tenant's is one that does not exist.
-fn no_such_plan() -> ApiError {
-    let mut error = ApiError::not_found();
-    error.errors.push(quota_common::FieldError {
-        field: "plan_id".into(),
-        message: "is no plan of yours".into(),
-    });
-    error
+/// The problem for a plan that does not exist or belongs to another tenant.
+fn plan_not_found(error: DbError) -> ApiError {
+    let not_found = || {
+        let mut problem = ApiError::not_found();
+        problem.errors.push(FieldError {
+            field: "plan_id".into(),
+            message: "no such plan".into(),
+        });
+        problem
+    };
+    ApiError::on_constraint(error, &[("api_keys_plan_fkey", not_found)])
 }
 
 impl ApiKeyApi {
@@ -81,8 +88,8 @@ impl ApiKeyApi {
         DateTime::from_timestamp_nanos(i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX))
     }
 
-    /// A key that is made to be expired is a mistake.
-    fn in_the_future(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
+    /// Rejects an expiry that has already passed: it is a mistake.
+    fn check_expiry(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
         match at {
             Some(at) if at.inner() <= self.now() => {
                 Err(ApiError::invalid("expires_at", "must be in the future"))
@@ -96,40 +103,36 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Newest first, or as `sort` says. The text of a key is never shown. A cursor leads on in the order of its page
-    /// alone; a key that is used meanwhile may change its place in an order by use.
+    /// Returns keys newest first, or as `sort` says. The key itself is never returned. A cursor is only valid with the
+    /// sort it was issued for; when sorting by last use, a key that is used between two pages may move.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
         clippy::too_many_arguments,
-        reason = "an operation has as many arguments as it has parameters"
+        reason = "a handler has one argument per parameter"
     )]
     async fn list(
         &self,
-        caller: AdmittedTenant,
-        /// Only the keys of this plan.
+        caller: ReadingTenant,
+        /// Only keys on this plan.
         plan_id: Query<Option<PlanId>>,
-        /// Only the keys that are active, or only those that are not.
+        /// Only active keys (`true`) or only inactive keys (`false`).
         is_active: Query<Option<bool>>,
-        /// Only the keys whose `expires_at` is past, or only those that have not ended by it.
+        /// Only expired keys (`true`) or only keys that have not expired (`false`).
         is_expired: Query<Option<bool>>,
-        /// A part of the name, or the first characters of the text.
+        /// Substring of the name, or prefix of the key.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
-        /// In which order; `-` turns one around. Names are compared without regard to case; a key that was
-        /// never used counts as used before all others. Default: `-created_at`.
+        /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that were never
+        /// used sort as the least recently used. Default: `-created_at`.
         sort: Query<Option<ApiKeyOrder>>,
-        /// How many at most, 1 to 100.
-        #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
-        limit: Query<Option<u32>>,
-        /// The `next_cursor` of the page before.
+        /// Page size, 1–100. Default 20.
+        limit: Query<Option<PageSize>>,
+        /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<ApiKey>>, ApiError> {
         let order = order(sort.0.unwrap_or_default());
         let slice = page::sorted(order, limit.0, cursor.0.as_deref())?;
-        let search = search.0.filter(|text| !text.is_empty());
-        if search.as_ref().is_some_and(|text| text.contains('\0')) {
-            return Err(ApiError::invalid("search", "must not contain NUL"));
-        }
+        let search = page::filter("search", search.0)?;
         let filter = Filter {
             plan_id: plan_id.0.map(Uuid::from),
             is_active: is_active.0,
@@ -139,73 +142,61 @@ impl ApiKeyApi {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let rows = api_key::list(&mut tx, &filter, &slice).await?;
         tx.commit().await?;
-        let at = |row: &ApiKeyRow, by| {
-            let mark = match by {
-                By::Made => Mark::Made,
-                By::Name => Mark::Name(row.name.clone()),
-                By::LastUsed => Mark::LastUsed(row.last_used_at),
-            };
-            (mark, row.id)
-        };
-        Ok(Json(page::sorted_page(rows, order, at, show)))
+        Ok(Json(page::sorted_page(rows, order)))
     }
 
-    /// Make an API key
+    /// Create an API key
     ///
-    /// The answer holds the key's text, for the only time. A replay by `Idempotency-Key` answers without it.
+    /// Returns the full key. This is the only time it is available: a replay with the same `Idempotency-Key` returns
+    /// everything except the key.
     #[oai(path = "/api-keys", method = "post", operation_id = "create_api_key")]
     async fn create(
         &self,
-        caller: AdmittedTenant,
-        /// The same key and body within 24 hours answer the first response again, without the text.
+        caller: ManagingTenant,
+        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
+        /// without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateApiKey>,
     ) -> Result<Created<CreatedApiKey>, ApiError> {
-        caller.may_manage()?;
         let body = body.0;
         let once = Once::new("create_api_key", idempotency_key.0, &body)?;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        if let Some(answer) = once.replay(&mut tx).await? {
-            return Ok(Created(answer));
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        if let Some(first) = once.replay(&mut edit).await? {
+            return Ok(Created(first));
         }
-        self.in_the_future(body.expires_at)?;
-        allowance::one_more(&self.state.config, &mut tx, Resource::ApiKeys).await?;
-        let text = SecretText::generate(Kind::ApiKey)?;
+        self.check_expiry(body.expires_at)?;
+        allowance::one_more(&self.state.config, &mut edit, Resource::ApiKeys).await?;
+        let secret = SecretText::generate(Kind::ApiKey)?;
         let new = NewApiKey {
             tenant_id: caller.tenant().0,
             id: Uuid::now_v7(),
             plan_id: body.plan_id.0,
             name: body.name.trim(),
-            prefix: &text.prefix(),
-            key_hash: &text.hash(),
+            prefix: &secret.prefix(),
+            key_hash: &secret.hash(),
             expires_at: body.expires_at.map(Into::into),
-            rpm_override: body.rpm_override.and_then(|rpm| i32::try_from(rpm).ok()),
+            rpm_override: body.rpm_override.map(Into::into),
         };
-        let row = api_key::insert(&mut tx, &new).await.map_err(|error| {
-            ApiError::on_constraint(error, &[("api_keys_plan_fkey", no_such_plan)])
-        })?;
-        let mut made = CreatedApiKey {
+        let row = api_key::insert(&mut edit, &new)
+            .await
+            .map_err(plan_not_found)?;
+        let mut created = CreatedApiKey {
             key: None,
-            api_key: show(row),
+            api_key: row.into(),
         };
-        let event = Change {
-            action: "api_key.create",
-            target_type: "api_key",
-            target: &made.api_key.id,
-            name: &made.api_key.name,
-            before: None,
-            after: change::whole(&made.api_key),
-        };
-        change::record(&mut tx, &caller, event).await?;
-        once.keep(&mut tx, &made).await?;
-        tx.commit().await?;
-        self.state.keys.made(&text);
-        made.key = Some(text.reveal());
-        Ok(Created(made))
+        // Without the secret, which must not be stored.
+        once.keep(&mut edit, &created).await?;
+        edit.created(AuditAction::ApiKeyCreate, &created.api_key)
+            .await?;
+        self.state.keys.made(&secret);
+        created.key = Some(secret.reveal());
+        Ok(Created(created))
     }
 
     /// Get an API key
+    ///
+    /// The key itself is never returned.
     #[oai(
         path = "/api-keys/:key_id",
         method = "get",
@@ -213,20 +204,19 @@ impl ApiKeyApi {
     )]
     async fn get(
         &self,
-        caller: AdmittedTenant,
+        caller: ReadingTenant,
         key_id: Path<ApiKeyId>,
     ) -> Result<Json<ApiKey>, ApiError> {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let row = api_key::find(&mut tx, key_id.0.0)
-            .await?
-            .ok_or_else(ApiError::not_found)?;
+        let row = api_key::find(&mut tx, key_id.0.0).await.or_not_found()?;
         tx.commit().await?;
-        Ok(Json(show(row)))
+        Ok(Json(row.into()))
     }
 
-    /// Change an API key
+    /// Update an API key
     ///
-    /// In force on every replica within a second.
+    /// Renames the key, moves it to another plan, disables it, or changes its expiry or rate. Takes effect on all
+    /// replicas within one second.
     #[oai(
         path = "/api-keys/:key_id",
         method = "patch",
@@ -234,58 +224,39 @@ impl ApiKeyApi {
     )]
     async fn update(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
         body: Json<UpdateApiKey>,
     ) -> Result<Json<ApiKey>, ApiError> {
         let id = key_id.0.0;
         let body = body.0;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let before = show(
-            api_key::lock(&mut tx, id)
-                .await?
-                .ok_or_else(ApiError::not_found)?,
-        );
-        caller.may_manage()?;
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        let before = ApiKey::from(api_key::lock(&mut edit, id).await.or_not_found()?);
         if body == UpdateApiKey::default() {
             return Ok(Json(before));
         }
-        self.in_the_future(body.expires_at.flatten())?;
-        let set = ApiKeyChange {
+        self.check_expiry(body.expires_at.flatten())?;
+        let change = ApiKeyChange {
             name: body.name.as_deref().map(str::trim),
             plan_id: body.plan_id.map(Uuid::from),
             is_active: body.is_active,
             expires_at: body.expires_at.map(|at| at.map(Into::into)),
-            rpm_override: body
-                .rpm_override
-                .map(|rpm| rpm.and_then(|rpm| i32::try_from(rpm).ok())),
+            rpm_override: body.rpm_override.map(|rpm| rpm.map(Into::into)),
         };
-        let row = api_key::update(&mut tx, id, &set)
+        let row = api_key::update(&mut edit, id, &change)
             .await
-            .map_err(|error| {
-                ApiError::on_constraint(error, &[("api_keys_plan_fkey", no_such_plan)])
-            })?
+            .map_err(plan_not_found)?
             .ok_or_else(ApiError::not_found)?;
-        let after = show(row);
-        let (was, is) = change::difference(&before, &after);
-        let event = Change {
-            action: "api_key.update",
-            target_type: "api_key",
-            target: &after.id,
-            name: &after.name,
-            before: was,
-            after: is,
-        };
-        change::record(&mut tx, &caller, event).await?;
-        let revoked = revocation::insert(&mut tx, Target::ApiKey(id)).await?;
-        tx.commit().await?;
-        self.state.revoked(&revoked);
+        let after = ApiKey::from(row);
+        let action = AuditAction::ApiKeyUpdate;
+        edit.updated(action, &before, &after, Target::ApiKey(id))
+            .await?;
         Ok(Json(after))
     }
 
     /// Delete an API key
     ///
-    /// It opens nothing from then on, and its usage of quotas is forgotten.
+    /// The key stops working immediately and its quota usage is discarded. This cannot be undone.
     #[oai(
         path = "/api-keys/:key_id",
         method = "delete",
@@ -293,37 +264,21 @@ impl ApiKeyApi {
     )]
     async fn delete(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
     ) -> Result<NoContent, ApiError> {
         let id = key_id.0.0;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let before = show(
-            api_key::lock(&mut tx, id)
-                .await?
-                .ok_or_else(ApiError::not_found)?,
-        );
-        caller.may_manage()?;
-        api_key::delete(&mut tx, id).await?;
-        let event = Change {
-            action: "api_key.delete",
-            target_type: "api_key",
-            target: &before.id,
-            name: &before.name,
-            before: change::whole(&before),
-            after: None,
-        };
-        change::record(&mut tx, &caller, event).await?;
-        let revoked = revocation::insert(&mut tx, Target::ApiKey(id)).await?;
-        tx.commit().await?;
-        self.state.revoked(&revoked);
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        let last = ApiKey::from(api_key::delete(&mut edit, id).await.or_not_found()?);
+        edit.deleted(AuditAction::ApiKeyDelete, &last, Some(Target::ApiKey(id)))
+            .await?;
         Ok(NoContent)
     }
 
-    /// Give an API key a new text
+    /// Rotate an API key
     ///
-    /// The answer holds it, for the only time. The old text works on for `grace_seconds`; both count against
-    /// the same limits.
+    /// Returns a new key. This is the only time it is available. The previous key keeps working for `grace_seconds`;
+    /// both count against the same limits.
     #[oai(
         path = "/api-keys/:key_id/rotate",
         method = "post",
@@ -331,41 +286,25 @@ impl ApiKeyApi {
     )]
     async fn rotate(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
         body: Json<RotateApiKey>,
     ) -> Result<Json<CreatedApiKey>, ApiError> {
         let id = key_id.0.0;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let before = show(
-            api_key::lock(&mut tx, id)
-                .await?
-                .ok_or_else(ApiError::not_found)?,
-        );
-        caller.may_manage()?;
-        let text = SecretText::generate(Kind::ApiKey)?;
-        let grace = i64::from(body.0.grace_seconds.unwrap_or(GRACE_DEFAULT));
-        let until = (grace > 0).then(|| self.now() + TimeDelta::seconds(grace));
-        let row = api_key::rotate(&mut tx, id, &text.prefix(), &text.hash(), until)
-            .await?
-            .ok_or_else(ApiError::not_found)?;
-        let after = show(row);
-        let (was, is) = change::difference(&before, &after);
-        let event = Change {
-            action: "api_key.rotate",
-            target_type: "api_key",
-            target: &after.id,
-            name: &after.name,
-            before: was,
-            after: is,
-        };
-        change::record(&mut tx, &caller, event).await?;
-        let revoked = revocation::insert(&mut tx, Target::ApiKey(id)).await?;
-        tx.commit().await?;
-        self.state.revoked(&revoked);
-        self.state.keys.made(&text);
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        let before = ApiKey::from(api_key::lock(&mut edit, id).await.or_not_found()?);
+        let secret = SecretText::generate(Kind::ApiKey)?;
+        let grace = body.0.grace_seconds.map_or(GRACE_DEFAULT, Into::into);
+        let until = (grace > 0).then(|| self.now() + TimeDelta::seconds(grace.into()));
+        let (prefix, hash) = (secret.prefix(), secret.hash());
+        let row = api_key::rotate(&mut edit, id, &prefix, &hash, until).await;
+        let after = ApiKey::from(row.or_not_found()?);
+        let action = AuditAction::ApiKeyRotate;
+        edit.updated(action, &before, &after, Target::ApiKey(id))
+            .await?;
+        self.state.keys.made(&secret);
         Ok(Json(CreatedApiKey {
-            key: Some(text.reveal()),
+            key: Some(secret.reveal()),
             api_key: after,
         }))
     }

@@ -7,9 +7,15 @@ use quota_common::{
     audit::{AuditAction, AuditEvent, AuditTarget},
 };
 
-use super::{Tag, admitted::AdmittedTenant, json::Json, page, problem::ApiError};
+use super::{
+    Tag,
+    json::Json,
+    page::{self, PageSize},
+    problem::ApiError,
+    tenant_rights::ReadingTenant,
+};
 use crate::{
-    repo::audit::{self, AuditRow, Filter},
+    repo::audit::{self, AuditEntry, Filter},
     state::AppState,
 };
 
@@ -17,25 +23,27 @@ pub struct AuditApi {
     pub state: AppState,
 }
 
-fn show((row, email): (AuditRow, Option<String>)) -> AuditEvent {
-    // Of an event from before there were names, what it tells by itself.
-    let name = row.target_name.or_else(|| {
-        let fields = [&row.after, &row.before].into_iter().flatten();
-        let mut names = fields.filter_map(|it| it.get("name")?.as_str());
-        names.next().map(str::to_owned)
-    });
-    AuditEvent {
-        id: AuditEventId(row.id),
-        at: row.at.into(),
-        user_id: row.user_id.map(UserId),
-        user_email: email,
-        action: row.action,
-        target_type: row.target_type,
-        target_id: row.target_id,
-        target_name: name,
-        ip: row.ip.map(|ip| ip.addr().to_string()),
-        before: row.before,
-        after: row.after,
+impl From<AuditEntry> for AuditEvent {
+    fn from(AuditEntry { event, user_email }: AuditEntry) -> Self {
+        // Events from before names were stored may have one among their fields.
+        let target_name = event.target_name.or_else(|| {
+            let fields = [&event.after, &event.before].into_iter().flatten();
+            let mut names = fields.filter_map(|it| it.get("name")?.as_str());
+            names.next().map(str::to_owned)
+        });
+        Self {
+            id: AuditEventId(event.id),
+            at: event.at.into(),
+            user_id: event.user_id.map(UserId),
+            user_email,
+            action: event.action,
+            target_type: event.target_type,
+            target_id: event.target_id,
+            target_name,
+            ip: event.ip.map(|ip| ip.addr().to_string()),
+            before: event.before,
+            after: event.after,
+        }
     }
 }
 
@@ -43,29 +51,25 @@ fn show((row, email): (AuditRow, Option<String>)) -> AuditEvent {
 impl AuditApi {
     /// List audit events
     ///
-    /// Who changed what, when, from where; newest first.
+    /// Returns configuration changes, newest first: who changed what, when and from which address.
     #[oai(path = "/audit", method = "get", operation_id = "list_audit_events")]
     async fn list(
         &self,
-        caller: AdmittedTenant,
-        /// Only events of this action.
+        caller: ReadingTenant,
+        /// Only events with this action.
         action: Query<Option<AuditAction>>,
-        /// Only what was done to things of this type.
+        /// Only changes to resources of this type.
         target_type: Query<Option<AuditTarget>>,
-        /// Only what was done to the thing with this id.
+        /// Only changes to the resource with this ID.
         #[oai(validator(max_length = 64))]
         target_id: Query<Option<String>>,
-        /// How many at most, 1 to 100.
-        #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
-        limit: Query<Option<u32>>,
-        /// The `next_cursor` of the page before.
+        /// Page size, 1–100. Default 20.
+        limit: Query<Option<PageSize>>,
+        /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<AuditEvent>>, ApiError> {
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
-        let target_id = target_id.0.filter(|text| !text.is_empty());
-        if target_id.as_ref().is_some_and(|text| text.contains('\0')) {
-            return Err(ApiError::invalid("target_id", "must not contain NUL"));
-        }
+        let target_id = page::filter("target_id", target_id.0)?;
         let filter = Filter {
             action: action.0.map(AuditAction::as_str),
             target_type: target_type.0.map(AuditTarget::as_str),
@@ -74,6 +78,6 @@ impl AuditApi {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let rows = audit::list(&mut tx, &filter, slice).await?;
         tx.commit().await?;
-        Ok(Json(page::page(rows, |(row, _)| row.id, show)))
+        Ok(Json(page::page(rows, |it| it.event.id, AuditEvent::from)))
     }
 }

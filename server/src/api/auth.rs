@@ -7,6 +7,7 @@ use poem_openapi::{
 };
 use quota_common::{
     Page, ProblemCode, SessionId, TenantId, UserId,
+    audit::AuditAction,
     auth::{
         ChangePassword, Login, Me, Refresh, Register, Role, Session, SignedIn, Tenant, Tokens,
         UpdateMe, User,
@@ -18,10 +19,10 @@ use super::{
     Tag,
     admitted::{AdmittedTenant, origin},
     browser::{self, Kept, WithCookies},
-    change::{self, Change},
+    change::Edit,
     json::{Created, Json, NoContent},
-    page,
-    problem::ApiError,
+    page::{self, PageSize},
+    problem::{ApiError, OrNotFound},
 };
 use crate::{
     auth::{
@@ -35,7 +36,7 @@ use crate::{
     repo::{
         account::{self as rows, TenantChange, TenantRow, UserRow},
         audit::{self, NewAuditEvent},
-        revocation::{self, Target},
+        revocation::Target,
         session::SessionRow,
     },
     state::AppState,
@@ -98,10 +99,13 @@ fn signed_in(
 }
 
 fn refresh_token_missing() -> ApiError {
-    ApiError::unauthorized(false, "Send a refresh token, or the session's cookies.")
+    ApiError::unauthorized(
+        false,
+        "Send a refresh token, or the session's cookies with X-Quota-Session: cookie.",
+    )
 }
 
-/// What this device has kept from earlier sign-ins: in its cookie, or in the body.
+/// Returns the token by which this device is recognized: from its cookie, or from the body.
 fn device<'a>(
     state: &AppState,
     request: &'a Request,
@@ -127,9 +131,9 @@ fn under(field: &'static str) -> impl Fn(AuthError) -> ApiError {
 impl AuthApi {
     /// Register
     ///
-    /// Creates a user, a tenant of their own, and a session. With `X-Quota-Session: cookie`, from a page of this
-    /// server, the tokens are in cookies and not in the body. Answers 403 while the operator keeps registration
-    /// closed.
+    /// Creates a user, a tenant that the user owns, and a session. With `X-Quota-Session: cookie`, sent from this
+    /// server's own pages, the tokens are set as cookies instead of returned in the body. Returns 403 if the operator
+    /// has closed registration.
     #[oai(path = "/register", method = "post", operation_id = "register")]
     async fn register(
         &self,
@@ -167,9 +171,10 @@ impl AuthApi {
 
     /// Sign in
     ///
-    /// Failed sign-ins are limited by account and network. Send the `device_token` of an earlier sign-in to be
-    /// recognized: a known device has tries of its own, whatever others do. With `X-Quota-Session: cookie`, from a page
-    /// of this server, all tokens are in cookies and not in the body.
+    /// Creates a session and returns its tokens. Failed sign-ins are limited per account and network. Send the
+    /// `device_token` of an earlier sign-in to identify a known device: its attempts are counted separately, so failed
+    /// sign-ins from elsewhere do not lock it out. With `X-Quota-Session: cookie`, sent from this server's own pages, all
+    /// tokens are set as cookies instead of returned in the body.
     #[oai(path = "/login", method = "post", operation_id = "login")]
     async fn login(
         &self,
@@ -192,12 +197,12 @@ impl AuthApi {
         })
     }
 
-    /// Exchange a refresh token for the next pair
+    /// Refresh an access token
     ///
-    /// Each refresh token works once. Within ten seconds the one before answers the same pair's refresh token
-    /// again, for a client that lost the answer; any other reuse ends the session. With `X-Quota-Session: cookie`
-    /// the token is taken from its cookie, `X-Quota-CSRF` has to carry what `quota_csrf` holds, and the body is
-    /// `{}`.
+    /// Exchanges a refresh token for a new pair of tokens. Each refresh token works once. For ten seconds, the previous
+    /// token returns the same new refresh token again, for clients that lost the response; any other reuse revokes the
+    /// session. With `X-Quota-Session: cookie`, the token is read from its cookie, `X-Quota-CSRF` must contain the value
+    /// of the `quota_csrf` cookie, and the body is `{}`.
     #[oai(path = "/refresh", method = "post", operation_id = "refresh")]
     async fn refresh(
         &self,
@@ -219,8 +224,9 @@ impl AuthApi {
                 cookies: Vec::new(),
             });
         }
-        let (token, session) = browser::refresh_token(&self.state, request)?
-            .ok_or_else(|| ApiError::unauthorized(false, "There is no session. Sign in."))?;
+        let (token, session) = browser::refresh_token(&self.state, request)?.ok_or_else(|| {
+            ApiError::unauthorized(false, "No session cookie was sent. Sign in again.")
+        })?;
         if !sessions.is_of(token, session).await? {
             return Err(AuthError::Unauthorized.into());
         }
@@ -237,8 +243,8 @@ impl AuthApi {
 
     /// Sign out
     ///
-    /// Ends the session of the refresh token, and its access tokens with it, at once. With
-    /// `X-Quota-Session: cookie` the token is taken from its cookie, as for a refresh, and the cookies go.
+    /// Revokes the session that the refresh token belongs to; its access tokens stop working immediately. With
+    /// `X-Quota-Session: cookie`, the token is read from its cookie, as for a refresh, and the cookies are deleted.
     #[oai(path = "/logout", method = "post", operation_id = "logout")]
     async fn logout(
         &self,
@@ -265,13 +271,17 @@ impl AuthApi {
         })
     }
 
-    /// Get the own account
+    /// Get the current user
+    ///
+    /// Returns the user, the tenant the session acts for, and the session's ID.
     #[oai(path = "/me", method = "get", operation_id = "get_me")]
     async fn me(&self, caller: AdmittedTenant) -> Result<Json<Me>, ApiError> {
         Ok(Json(self.load_me(&caller).await?))
     }
 
-    /// Change the own account
+    /// Update the current user
+    ///
+    /// Owners and admins can also update the tenant's name and time zone.
     #[oai(path = "/me", method = "patch", operation_id = "update_me")]
     async fn update_me(
         &self,
@@ -280,7 +290,7 @@ impl AuthApi {
     ) -> Result<Json<Me>, ApiError> {
         let body = body.0;
         if body.tenant_name.is_some() || body.time_zone.is_some() {
-            caller.may_administer()?;
+            caller.require_administration()?;
         }
         if body
             .time_zone
@@ -289,14 +299,16 @@ impl AuthApi {
         {
             return Err(ApiError::invalid(
                 "time_zone",
-                "is no time zone of the IANA database, such as Europe/Berlin",
+                "must be an IANA time zone, such as Europe/Berlin",
             ));
         }
         if let Some(name) = &body.name {
             let name = name.trim();
             let mut tx = self.state.db.system().await?;
             let member = rows::member(&mut tx, caller.user().0, caller.tenant().0).await?;
-            let (before, _, _) = member.ok_or_else(|| ApiError::from(AuthError::Unauthorized))?;
+            let before = member
+                .ok_or_else(|| ApiError::from(AuthError::Unauthorized))?
+                .user;
             rows::set_user_name(&mut tx, caller.user().0, name).await?;
             let event = NewAuditEvent {
                 tenant_id: caller.tenant().0,
@@ -315,39 +327,27 @@ impl AuthApi {
             tracing::info!(action = "user.update", tenant = %caller.tenant(), user = %caller.user(), "changed");
         }
         if body.tenant_name.is_some() || body.time_zone.is_some() {
-            let mut tx = self.state.db.tenant(caller.tenant()).await?;
-            let before = rows::lock_tenant(&mut tx)
-                .await?
-                .ok_or_else(ApiError::not_found)?;
+            let mut edit = Edit::begin(&self.state, &caller).await?;
+            let before = rows::lock_tenant(&mut edit).await.or_not_found()?;
             let now = i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX);
-            let set = TenantChange {
+            let change = TenantChange {
                 name: body.tenant_name.as_deref().map(str::trim),
                 time_zone: body.time_zone.as_deref(),
                 updated_at: chrono::DateTime::from_timestamp_nanos(now),
             };
-            let after = rows::update_tenant(&mut tx, &set).await?;
+            let after = rows::update_tenant(&mut edit, &change).await?;
             let (before, after) = (tenant(before, caller.role()), tenant(after, caller.role()));
-            let (was, is) = change::difference(&before, &after);
-            let event = Change {
-                action: "tenant.update",
-                target_type: "tenant",
-                target: &after.id,
-                name: &after.name,
-                before: was,
-                after: is,
-            };
-            change::record(&mut tx, &caller, event).await?;
-            // Its keys' days begin elsewhere now.
-            let revoked = revocation::insert(&mut tx, Target::Tenant).await?;
-            tx.commit().await?;
-            self.state.revoked(&revoked);
+            // The quotas of its keys may reset at other times now.
+            let action = AuditAction::TenantUpdate;
+            edit.updated(action, &before, &after, Target::Tenant)
+                .await?;
         }
         Ok(Json(self.load_me(&caller).await?))
     }
 
     /// Change the password
     ///
-    /// Every other session of the user ends.
+    /// Revokes all other sessions of the user.
     #[oai(path = "/password", method = "post", operation_id = "change_password")]
     async fn password(
         &self,
@@ -355,10 +355,7 @@ impl AuthApi {
         body: Json<ChangePassword>,
     ) -> Result<NoContent, ApiError> {
         let who = (caller.user(), caller.tenant(), caller.session_id());
-        let passwords = (
-            body.0.current_password.as_str(),
-            body.0.new_password.as_str(),
-        );
+        let passwords = (&*body.0.current_password, &*body.0.new_password);
         let changed = self
             .state
             .accounts
@@ -366,23 +363,22 @@ impl AuthApi {
             .await;
         changed.map_err(|error| match error {
             // The caller is signed in: a wrong password is a wrong field, and no reason to sign in again.
-            AuthError::WrongCredentials => ApiError::invalid("current_password", "is wrong"),
+            AuthError::WrongCredentials => ApiError::invalid("current_password", "is incorrect"),
             error => under("new_password")(error),
         })?;
         Ok(NoContent)
     }
 
-    /// List the own sessions
+    /// List your sessions
     ///
-    /// Those that live, newest first.
+    /// Returns active sessions, newest first.
     #[oai(path = "/sessions", method = "get", operation_id = "list_sessions")]
     async fn sessions(
         &self,
         caller: AdmittedTenant,
-        /// How many at most, 1 to 100.
-        #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
-        limit: Query<Option<u32>>,
-        /// The `next_cursor` of the page before.
+        /// Page size, 1–100. Default 20.
+        limit: Query<Option<PageSize>>,
+        /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<Session>>, ApiError> {
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
@@ -399,7 +395,9 @@ impl AuthApi {
         Ok(Json(page::page(rows, |row| row.id, show)))
     }
 
-    /// End a session of the own
+    /// Revoke a session
+    ///
+    /// The session's tokens stop working immediately.
     #[oai(
         path = "/sessions/:session_id",
         method = "delete",
@@ -428,13 +426,12 @@ impl AuthApi {
         let mut tx = self.state.db.system().await?;
         let member = rows::member(&mut tx, caller.user().0, caller.tenant().0).await?;
         tx.commit().await?;
-        let (user_row, tenant_row, role) =
-            member.ok_or_else(|| ApiError::from(AuthError::Unauthorized))?;
-        let role = role_named(&role)
+        let member = member.ok_or_else(|| ApiError::from(AuthError::Unauthorized))?;
+        let role = role_named(&member.role)
             .ok_or_else(|| ApiError::from(DbError::Constraint("memberships_role_known".into())))?;
         Ok(Me {
-            user: user(user_row),
-            tenant: tenant(tenant_row, role),
+            user: user(member.user),
+            tenant: tenant(member.tenant, role),
             session_id: caller.session_id(),
         })
     }

@@ -1,9 +1,9 @@
-//! Sessions of browsers: the same tokens as everybody's, in cookies that no script can read.
+//! Browser sessions: the usual tokens, in cookies that scripts cannot read.
 //!
-//! A caller asks for cookies with `X-Quota-Session: cookie`. Both tokens are then in cookies that are
-//! `HttpOnly`, `SameSite=Lax` and bound to this host alone (`__Host-`, RFC 6265bis 4.1.3.2), and in no body. What
-//! changes something with them must come from the server's own pages, by what the browser says of it, and carry
-//! a field that follows from the session, which only a page of this origin can read from its cookie.
+//! A client requests cookies with `X-Quota-Session: cookie`. Both tokens are then set as cookies that are `HttpOnly`,
+//! `SameSite=Lax` and bound to this host (`__Host-`, RFC 6265bis 4.1.3.2), and are not in the body. A request that
+//! changes something with them must come from the server's own pages, according to the browser, and must carry a CSRF
+//! header derived from the session, which only a page of this origin can read from its cookie.
 
 use poem::{
     Addr, IntoResponse, Request, Response,
@@ -22,9 +22,9 @@ use crate::{
     state::AppState,
 };
 
-/// Asks for cookies, with the value `cookie`.
+/// Requests cookies, with the value `cookie`.
 pub const SESSION_FIELD: &str = "x-quota-session";
-/// Carries what the cookie of the same purpose holds.
+/// Contains the value of the CSRF cookie.
 pub const CSRF_FIELD: &str = "x-quota-csrf";
 
 /// The cookies of a session.
@@ -32,14 +32,14 @@ pub const CSRF_FIELD: &str = "x-quota-csrf";
 pub enum Kept {
     Access,
     Refresh,
-    /// The only one that scripts read: it is worth nothing without the others.
+    /// The only one that scripts can read. Useless without the others.
     Csrf,
-    /// Where this browser has signed in before. It outlives sessions, and is no credential.
+    /// Identifies a browser that has signed in before. Outlives sessions, and is not a credential.
     Device,
 }
 
 impl Kept {
-    /// Those that begin and end with a session.
+    /// The cookies that begin and end with a session.
     const OF_SESSION: [Self; 3] = [Self::Access, Self::Refresh, Self::Csrf];
 
     const fn name(self, secure: bool) -> &'static str {
@@ -56,7 +56,7 @@ impl Kept {
     }
 }
 
-/// Fields that only proxies add. Their values do not matter here.
+/// Headers that only proxies add. Their values do not matter here.
 const OF_PROXIES: [&str; 5] = [
     "forwarded",
     "via",
@@ -65,11 +65,11 @@ const OF_PROXIES: [&str; 5] = [
     "x-forwarded-proto",
 ];
 
-/// Whether cookies are set for TLS only. All are, unless the browser speaks plain HTTP to a server on its own machine:
-/// it would refuse such cookies, and nobody listens in between.
+/// Whether cookies require TLS. They do, unless the browser uses plain HTTP to a server on its own machine, where it
+/// would reject such cookies and the connection cannot be intercepted.
 ///
-/// `Host` alone does not prove that: a proxy may send the name of its upstream, such as `localhost`. So the peer has to
-/// be on this machine, no field may come from a proxy, and the page, where the browser names it, has to be local too.
+/// `Host` by itself does not prove that: a proxy may send the name of its upstream, such as `localhost`. So the peer
+/// must be on this machine, no header may come from a proxy, and `Origin`, if sent, must be local too.
 fn is_secure(state: &AppState, request: &Request) -> bool {
     let page_is_local = match request.headers().get(header::ORIGIN) {
         None => true,
@@ -82,6 +82,7 @@ fn is_secure(state: &AppState, request: &Request) -> bool {
     !(page_is_local && is_sent_locally(state, request))
 }
 
+/// Whether the request was sent from this machine over plain HTTP, without a proxy.
 fn is_sent_locally(state: &AppState, request: &Request) -> bool {
     let headers = request.headers();
     let peer_is_local = match &request.remote_addr().0 {
@@ -97,7 +98,7 @@ fn is_sent_locally(state: &AppState, request: &Request) -> bool {
         && host.is_some_and(|host| is_local(&host))
 }
 
-/// Whether the address is this machine's, as browsers decide it.
+/// Whether browsers consider the URL's host to be this machine.
 fn is_local(url: &Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
@@ -107,15 +108,15 @@ fn is_local(url: &Url) -> bool {
     }
 }
 
-/// The caller wants its tokens in cookies.
+/// Whether the client wants its tokens in cookies.
 pub fn wants_cookies(headers: &HeaderMap) -> bool {
     headers
         .get(SESSION_FIELD)
         .is_some_and(|field| field.as_bytes() == b"cookie")
 }
 
-/// What one of the cookies holds. The names that only a secure origin can set are always read; the others only from
-/// this machine, whatever page sent them: whether that page may do something is decided elsewhere.
+/// Returns the value of a cookie. The names that only a secure origin can set are always read; the others only in
+/// requests from this machine. Whether the page that sent them may change anything is decided elsewhere.
 pub fn cookie<'a>(state: &AppState, request: &'a Request, kept: Kept) -> Option<&'a str> {
     let named = |secure| {
         let name = kept.name(secure);
@@ -136,36 +137,37 @@ pub fn cookie<'a>(state: &AppState, request: &'a Request, kept: Kept) -> Option<
     })
 }
 
-/// The request comes from a page of this server, as far as browsers tell: by `Sec-Fetch-Site`, else by `Origin`.
-/// What tells neither is refused.
+/// Requires that the request comes from a page of this server, according to `Sec-Fetch-Site` or else `Origin`. Rejects
+/// requests with neither.
 pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
-    let refused = || {
+    let rejected = || {
         ApiError::new(
             ProblemCode::Forbidden,
-            "Cookies are believed only in requests from the server's own pages.",
+            "Cookie authentication is only accepted from this server's own pages.",
         )
     };
     if let Some(site) = headers.get("sec-fetch-site") {
         return if site.as_bytes() == b"same-origin" {
             Ok(())
         } else {
-            Err(refused())
+            Err(rejected())
         };
     }
     let text = |name| headers.get(name).and_then(|it| it.to_str().ok());
     let origin = text(header::ORIGIN)
         .and_then(|origin| Url::parse(origin).ok())
-        .ok_or_else(refused)?;
+        .ok_or_else(rejected)?;
     let own = |base: &str| Url::parse(base).is_ok_and(|url| url.origin() == origin.origin());
     let here = text(header::HOST).is_some_and(|host| own(&format!("{}://{host}", origin.scheme())));
     if here || own(&state.config.public_url) {
         Ok(())
     } else {
-        Err(refused())
+        Err(rejected())
     }
 }
 
-/// What a change by cookie must fulfil, once its session is known.
+/// Checks a request with a session cookie, once its session is known: one that may change something must come from this
+/// server's own pages, with the CSRF header.
 pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Result<(), ApiError> {
     if matches!(*request.method(), Method::GET | Method::HEAD) {
         return Ok(());
@@ -176,18 +178,18 @@ pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Re
     }
     Err(ApiError::new(
         ProblemCode::Forbidden,
-        "X-Quota-CSRF must carry what the session's cookie of that purpose holds.",
+        "X-Quota-CSRF must contain the value of the session's CSRF cookie.",
     ))
 }
 
-/// The session that the field was made for.
+/// Returns the session that the CSRF header belongs to.
 fn csrf_of(state: &AppState, headers: &HeaderMap) -> Option<SessionId> {
     let sent = headers.get(CSRF_FIELD)?.to_str().ok()?;
     state.sessions.of_csrf_token(sent)
 }
 
-/// The refresh token of a cookie caller, once the request has shown that it may use it; `None` when there is no
-/// such cookie.
+/// Returns the refresh token from its cookie, after checking that the request may use it. `None` if there is no such
+/// cookie.
 pub fn refresh_token<'a>(
     state: &AppState,
     request: &'a Request,
@@ -200,13 +202,13 @@ pub fn refresh_token<'a>(
     let session = csrf_of(state, headers).ok_or_else(|| {
         ApiError::new(
             ProblemCode::Forbidden,
-            "X-Quota-CSRF must carry what the session's cookie of that purpose holds.",
+            "X-Quota-CSRF must contain the value of the session's CSRF cookie.",
         )
     })?;
     Ok(Some((token, session)))
 }
 
-/// Fields that set the cookies of a session.
+/// Returns the `Set-Cookie` headers of a session.
 pub fn keep(state: &AppState, request: &Request, tokens: &Tokens) -> Vec<HeaderValue> {
     let days = u64::from(state.config.session_days) * 86_400;
     let csrf = state.sessions.csrf_token(tokens.session);
@@ -222,13 +224,13 @@ pub fn keep(state: &AppState, request: &Request, tokens: &Tokens) -> Vec<HeaderV
         .collect()
 }
 
-/// The field that sets the cookie by which the browser is known at its next sign-in.
+/// Returns the `Set-Cookie` header by which the browser is recognized at its next sign-in.
 pub fn keep_device(state: &AppState, request: &Request, device: &str) -> Option<HeaderValue> {
     let age = device::LIFETIME.as_secs();
     set_cookie(is_secure(state, request), Kept::Device, device, age)
 }
 
-/// Fields that remove the cookies of a session.
+/// Returns the `Set-Cookie` headers that delete a session's cookies.
 pub fn forget(state: &AppState, request: &Request) -> Vec<HeaderValue> {
     let secure = is_secure(state, request);
     Kept::OF_SESSION
@@ -253,7 +255,7 @@ fn set_cookie(secure: bool, kept: Kept, value: &str, max_age: u64) -> Option<Hea
     Some(field)
 }
 
-/// An answer with cookies, where the caller asked for them.
+/// A response with cookies, if the client requested them.
 pub struct WithCookies<T> {
     pub answer: T,
     pub cookies: Vec<HeaderValue>,

@@ -1,5 +1,14 @@
-//! What every change by a tenant's user has in common: an audit event in its transaction, and a log line.
+//! Changes that a tenant's user makes: each is one transaction that also records an audit event.
 
+use std::ops::{Deref, DerefMut};
+
+use quota_common::{
+    api_key::ApiKey,
+    audit::{AuditAction, AuditTarget},
+    auth::Tenant,
+    plan::Plan,
+    service_token::ServiceToken,
+};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use uuid::Uuid;
@@ -7,55 +16,137 @@ use uuid::Uuid;
 use super::{admitted::AdmittedTenant, problem::ApiError};
 use crate::{
     db::TenantTx,
-    repo::audit::{self, NewAuditEvent},
+    repo::{
+        audit::{self, NewAuditEvent},
+        revocation::{self, Target},
+    },
+    state::AppState,
 };
 
-/// A change to something: what it was and what it is.
-pub struct Change<'a> {
-    /// `noun.verb`.
-    pub action: &'static str,
-    pub target_type: &'static str,
-    pub target: &'a (dyn std::fmt::Display + Sync),
-    /// What it is called since, or was last.
-    pub name: &'a str,
-    pub before: Option<Value>,
-    pub after: Option<Value>,
+/// A resource whose changes are audited.
+pub trait Audited: Serialize {
+    const TARGET: AuditTarget;
+
+    fn id(&self) -> Uuid;
+    fn name(&self) -> &str;
 }
 
-/// Records it in the transaction that makes it.
-pub async fn record(
-    tx: &mut TenantTx,
-    caller: &AdmittedTenant,
-    change: Change<'_>,
-) -> Result<(), ApiError> {
-    let target = change.target.to_string();
-    let event = NewAuditEvent {
-        tenant_id: caller.tenant().0,
-        id: Uuid::now_v7(),
-        user_id: Some(caller.user().0),
-        action: change.action,
-        target_type: change.target_type,
-        target_id: Some(target.clone()),
-        target_name: Some(change.name),
-        ip: caller.origin.network(),
-        before: change.before,
-        after: change.after,
-    };
-    audit::insert(tx, &event).await?;
-    tracing::info!(
-        action = change.action,
-        tenant = %caller.tenant(),
-        user = %caller.user(),
-        target,
-        "changed"
-    );
-    Ok(())
+macro_rules! audited {
+    ($($resource:ty => $target:ident),+ $(,)?) => {$(
+        impl Audited for $resource {
+            const TARGET: AuditTarget = AuditTarget::$target;
+
+            fn id(&self) -> Uuid {
+                self.id.0
+            }
+
+            fn name(&self) -> &str {
+                &self.name
+            }
+        }
+    )+};
+}
+audited!(Plan => Plan, ApiKey => ApiKey, ServiceToken => ServiceToken, Tenant => Tenant);
+
+/// A change in progress: a transaction of the caller's tenant that ends in [`created`](Self::created),
+/// [`updated`](Self::updated) or [`deleted`](Self::deleted). These record the audit event, commit, and only then
+/// publish what replicas have to drop from their caches. Nothing else can commit the transaction, so no change goes
+/// unrecorded. An edit that is dropped is rolled back.
+pub struct Edit<'a> {
+    tx: TenantTx,
+    state: &'a AppState,
+    caller: &'a AdmittedTenant,
 }
 
-/// Only the fields that differ: as they were, and as they are.
-pub fn difference<T: Serialize>(before: &T, after: &T) -> (Option<Value>, Option<Value>) {
-    let (Ok(Value::Object(before)), Ok(Value::Object(after))) =
-        (serde_json::to_value(before), serde_json::to_value(after))
+impl<'a> Edit<'a> {
+    pub async fn begin(state: &'a AppState, caller: &'a AdmittedTenant) -> Result<Self, ApiError> {
+        Ok(Self {
+            tx: state.db.tenant(caller.tenant()).await?,
+            state,
+            caller,
+        })
+    }
+
+    /// Commits a creation.
+    pub async fn created<T: Audited>(self, action: AuditAction, new: &T) -> Result<(), ApiError> {
+        self.commit(action, new, (None, whole(new)), None).await
+    }
+
+    /// Commits an update. Replicas drop `stale` from their caches.
+    pub async fn updated<T: Audited>(
+        self,
+        action: AuditAction,
+        before: &T,
+        after: &T,
+        stale: Target,
+    ) -> Result<(), ApiError> {
+        let changes = difference(before, after);
+        self.commit(action, after, changes, Some(stale)).await
+    }
+
+    /// Commits a deletion. Replicas drop `stale` from their caches.
+    pub async fn deleted<T: Audited>(
+        self,
+        action: AuditAction,
+        last: &T,
+        stale: Option<Target>,
+    ) -> Result<(), ApiError> {
+        self.commit(action, last, (whole(last), None), stale).await
+    }
+
+    async fn commit<T: Audited>(
+        mut self,
+        action: AuditAction,
+        resource: &T,
+        (before, after): (Option<Value>, Option<Value>),
+        stale: Option<Target>,
+    ) -> Result<(), ApiError> {
+        let (tenant, user) = (self.caller.tenant(), self.caller.user());
+        let target = resource.id().to_string();
+        let event = NewAuditEvent {
+            tenant_id: tenant.0,
+            id: Uuid::now_v7(),
+            user_id: Some(user.0),
+            action: action.as_str(),
+            target_type: T::TARGET.as_str(),
+            target_id: Some(target.clone()),
+            target_name: Some(resource.name()),
+            ip: self.caller.origin.network(),
+            before,
+            after,
+        };
+        audit::insert(&mut self.tx, &event).await?;
+        // Last, since it waits for other transactions that invalidate.
+        let revocation = match stale {
+            Some(stale) => Some(revocation::insert(&mut self.tx, stale).await?),
+            None => None,
+        };
+        self.tx.commit().await?;
+        if let Some(revocation) = &revocation {
+            self.state.revoked(revocation);
+        }
+        tracing::info!(action = action.as_str(), tenant = %tenant, user = %user, target, "changed");
+        Ok(())
+    }
+}
+
+impl Deref for Edit<'_> {
+    type Target = TenantTx;
+
+    fn deref(&self) -> &TenantTx {
+        &self.tx
+    }
+}
+
+impl DerefMut for Edit<'_> {
+    fn deref_mut(&mut self) -> &mut TenantTx {
+        &mut self.tx
+    }
+}
+
+/// Returns the fields that differ, before and after.
+fn difference<T: Serialize>(before: &T, after: &T) -> (Option<Value>, Option<Value>) {
+    let (Some(Value::Object(before)), Some(Value::Object(after))) = (whole(before), whole(after))
     else {
         return (None, None);
     };
@@ -63,19 +154,15 @@ pub fn difference<T: Serialize>(before: &T, after: &T) -> (Option<Value>, Option
         let fields = own
             .iter()
             .filter(|(name, value)| *name != "updated_at" && other.get(*name) != Some(value));
-        Value::Object(
+        Some(Value::Object(
             fields
                 .map(|(name, value)| (name.clone(), value.clone()))
                 .collect(),
-        )
+        ))
     };
-    (
-        Some(changed(&before, &after)),
-        Some(changed(&after, &before)),
-    )
+    (changed(&before, &after), changed(&after, &before))
 }
 
-/// All of it.
-pub fn whole<T: Serialize>(value: &T) -> Option<Value> {
+fn whole<T: Serialize>(value: &T) -> Option<Value> {
     serde_json::to_value(value).ok()
 }

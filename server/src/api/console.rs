@@ -1,7 +1,7 @@
-//! `/console`: the console as a web page, from the binary.
+//! `/console`: the web console, embedded in the binary.
 //!
-//! What is embedded is what `cargo xtask console` had built when the server was compiled. Without that the server
-//! is whole but for its console, and says how to build it.
+//! Embeds what `cargo xtask console` had built when the server was compiled. Without that, the server works but shows
+//! instructions for building the console.
 
 use poem::{
     Endpoint, Request, Response,
@@ -19,7 +19,7 @@ use super::{
 struct File {
     name: &'static str,
     plain: &'static [u8],
-    /// The same, compressed.
+    /// The same content, compressed.
     gzip: &'static [u8],
 }
 
@@ -27,9 +27,9 @@ struct File {
 include!(concat!(env!("OUT_DIR"), "/console.rs"));
 
 const INDEX: &str = "index.html";
-/// A name holds the hash of what is in the file: what it names never changes.
+/// File names contain a hash of the content, so a file never changes.
 const YEAR: &str = "public, max-age=31536000, immutable";
-/// Nothing from elsewhere and nothing inline; WebAssembly is compiled, text never is.
+/// Allows nothing from other origins and nothing inline. Allows compiling WebAssembly, but not evaluating text.
 const CSP: &str = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; \
     img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 
@@ -49,7 +49,7 @@ fn find(name: &str) -> Option<&'static File> {
     FILES.get(at)
 }
 
-/// `gzip` or `*`, and not with a weight of nothing (RFC 9110 12.5.3).
+/// Whether the client accepts gzip: `gzip` or `*` with a weight above zero (RFC 9110, 12.5.3).
 fn takes_gzip(headers: &HeaderMap) -> bool {
     headers
         .get_all(header::ACCEPT_ENCODING)
@@ -81,11 +81,10 @@ fn serve(file: &'static File, headers: &HeaderMap) -> Response {
 
 fn not_built() -> Response {
     page(
-        "The console is not built",
-        "<h1>The console is not built</h1>\n<p>This server was compiled without it. From the project's sources, \
-         <code>cargo xtask run</code> builds the console and the server and runs them; \
-         <code>cargo xtask console</code> builds the console alone, for the next build of the server to embed.</p>\n\
-         <p><a href=\"/docs\">The API</a> is all here.</p>",
+        "Console not built",
+        "<h1>Console not built</h1>\n<p>This server was compiled without the console. From the source code, \
+         <code>cargo xtask run</code> builds and runs both; <code>cargo xtask console</code> builds only the console, \
+         which the next build of the server embeds.</p>\n<p>The <a href=\"/docs\">API</a> works without it.</p>",
     )
 }
 
@@ -96,7 +95,7 @@ fn answer(request: &Request) -> Result<Response, ApiError> {
     };
     match find(name) {
         Some(file) => Ok(serve(file, request.headers())),
-        // A page of the console's own, which it finds by the address; but a file that is no longer there is missing.
+        // A path with a file extension is a missing file. Any other path is a page that the console routes itself.
         None if name
             .rsplit('/')
             .next()
@@ -108,7 +107,7 @@ fn answer(request: &Request) -> Result<Response, ApiError> {
     }
 }
 
-/// Below `/console`, without that.
+/// The endpoint to mount at `/console`, which strips that prefix.
 pub fn endpoint() -> impl Endpoint + use<> {
     get(make_sync(|request| answer(&request)))
 }
@@ -118,12 +117,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_are_found_by_their_order() {
+    fn files_are_sorted_for_binary_search() {
         assert!(FILES.is_sorted_by_key(|file| file.name));
     }
 
     #[test]
-    fn gzip_is_sent_to_those_who_take_it() {
+    fn gzip_is_only_sent_to_clients_that_accept_it() {
         let takes = |text: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::ACCEPT_ENCODING, text.parse().unwrap());

@@ -1,26 +1,25 @@
-//! Pages for people: the landing page, the document and its viewer, and a page for every kind of problem.
+//! Web pages: the landing page, the OpenAPI document and its viewer, and a page for each error type.
 
 use poem::{
-    Endpoint, IntoResponse, Response, Result, Route,
-    endpoint::make_sync,
+    Endpoint, IntoResponse, Response, Route,
+    endpoint::{make, make_sync},
     get,
     http::{HeaderValue, StatusCode, header},
-    web::Path,
 };
-use quota_common::ProblemCode;
+use quota_common::{ProblemCode, problem::MEDIA_TYPE};
 
-use super::problem::ApiError;
+use super::problem::{self, ApiError};
 
 const JS: &str = "text/javascript; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 const STYLE: &str = include_str!("document/page.css");
 const LANDING: &str = include_str!("document/landing.html");
-/// For as long as the binary runs, which is what the address names.
+/// These URLs name no version, so they are not cached for longer.
 const HOUR: &str = "public, max-age=3600";
-/// Nothing from elsewhere, and nothing inline.
+/// Allows nothing from other origins and nothing inline.
 const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; \
     form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
-/// The viewer writes styles into its elements, and shows images from data.
+/// The viewer sets inline styles and shows `data:` images.
 const DOCS_CSP: &str = "default-src 'none'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; script-src 'self'; \
     connect-src 'self'; base-uri 'none'; frame-ancestors 'none'";
 
@@ -80,7 +79,7 @@ pub(super) fn page(title: &str, body: &str) -> Response {
     ))
 }
 
-/// Text as HTML.
+/// Escapes text for HTML.
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
@@ -88,7 +87,7 @@ fn escape(text: &str) -> String {
         .replace('"', "&quot;")
 }
 
-/// Text as HTML, with what stands between backticks as code.
+/// Escapes text for HTML and turns backticks into `<code>`.
 fn marked(text: &str) -> String {
     let parts = text.split('`').enumerate().map(|(index, part)| {
         let part = escape(part);
@@ -101,22 +100,143 @@ fn marked(text: &str) -> String {
     parts.collect()
 }
 
-fn problem(code: ProblemCode) -> Response {
+fn error_page(code: ProblemCode, base: &str) -> Response {
+    let example = serde_json::to_string_pretty(&problem::example(code, base)).unwrap_or_default();
+    let wait = if waits(code) { "retry-after: 3\n" } else { "" };
+    let (advice, snippet) = retry(code);
     page(
         code.title(),
         &format!(
-            "<h1>{}</h1>\n<p><code>{}</code> · status {}</p>\n<p>{}</p>\n\
-             <p>Every answer carries its id in <code>X-Request-Id</code>; it finds the request in the server's log.</p>\n\
-             <p><a href=\"/problems\">All kinds of problems</a> · <a href=\"/docs\">The API</a></p>",
-            code.title(),
-            code.slug(),
-            code.status(),
-            marked(code.explanation()),
+            "<h1>{title}</h1>\n<p><code>{slug}</code> · HTTP {status}</p>\n<p>{explanation}</p>\n\
+             <h2>Example response</h2>\n<pre>HTTP/1.1 {status}\ncontent-type: {MEDIA_TYPE}\n{wait}\n{example}</pre>\n\
+             <h2>Retry</h2>\n<p>{advice}</p>\n<pre>{snippet}</pre>\n\
+             <p>Every response includes its request ID in <code>X-Request-Id</code>. Use it to find the request in the \
+             server's log.</p>\n<p><a href=\"/problems\">All errors</a> · <a href=\"/docs\">API docs</a></p>",
+            title = code.title(),
+            slug = code.slug(),
+            status = code.status(),
+            explanation = marked(code.explanation()),
+            example = escape(&example),
+            advice = marked(advice),
+            snippet = escape(&snippet.replace("{base}", base.trim_end_matches('/'))),
         ),
     )
 }
 
-fn problems() -> Response {
+/// Whether the error passes by itself, so that its responses carry `Retry-After`.
+const fn waits(code: ProblemCode) -> bool {
+    matches!(
+        code,
+        ProblemCode::RequestInProgress
+            | ProblemCode::QuotaExceeded
+            | ProblemCode::TooManyRequests
+            | ProblemCode::Unavailable
+            | ProblemCode::ReducedCapacity
+    )
+}
+
+/// Returns how to retry after an error, and an example of it.
+const fn retry(code: ProblemCode) -> (&'static str, &'static str) {
+    match code {
+        ProblemCode::RequestInProgress
+        | ProblemCode::QuotaExceeded
+        | ProblemCode::TooManyRequests
+        | ProblemCode::Unavailable
+        | ProblemCode::ReducedCapacity => (
+            "Wait for the number of seconds in `Retry-After`, then send the same request again.",
+            RETRY_AFTER,
+        ),
+        ProblemCode::RequestTimeout | ProblemCode::Internal => (
+            "Send the same request again. With an `Idempotency-Key`, a request that was already processed is not \
+             processed twice.",
+            r#"curl --retry 3 {base}/admin/plans \
+  -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
+  -H "Idempotency-Key: 5f0c1a9e" -d '{"name": "Starter", "default_rpm": 600}'"#,
+        ),
+        ProblemCode::Malformed | ProblemCode::Invalid | ProblemCode::UnsupportedMediaType => (
+            "The same request fails again. Fix it first.",
+            r#"curl {base}/admin/plans \
+  -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
+  -d '{"name": "Starter", "default_rpm": 600}'"#,
+        ),
+        ProblemCode::Unauthorized => (
+            "Send a valid API key, or get a new access token first.",
+            r#"curl {base}/v1/echo -H "X-API-Key: $API_KEY"
+
+curl {base}/auth/refresh -H "Content-Type: application/json" \
+  -d '{"refresh_token": "qr_…"}'"#,
+        ),
+        ProblemCode::WrongCredentials | ProblemCode::EmailTaken => (
+            "Sign in with the account's email and password.",
+            r#"curl {base}/auth/login -H "Content-Type: application/json" \
+  -d '{"email": "ada@example.com", "password": "…"}'"#,
+        ),
+        ProblemCode::RegistrationClosed => (
+            "The same request fails again. Once the operator has created your account, sign in.",
+            r#"curl {base}/auth/login -H "Content-Type: application/json" \
+  -d '{"email": "ada@example.com", "password": "…"}'"#,
+        ),
+        ProblemCode::LimitReached => (
+            "Delete a resource of the same kind, then send the request again.",
+            r#"curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::SubscriptionNeeded | ProblemCode::HeadersTooLarge => (
+            "Fix the cause, then send the request again.",
+            r#"curl -i {base}/v1/echo -H "X-API-Key: $API_KEY""#,
+        ),
+        ProblemCode::Forbidden => (
+            "The same request fails again. See which role you have, and ask an owner or admin for another one.",
+            r#"curl {base}/auth/me -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::NotFound => (
+            "The same request fails again. List the resources to find the ID.",
+            r#"curl "{base}/admin/plans?limit=100" -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::MethodNotAllowed => (
+            "Use one of the methods in the `Allow` header.",
+            r#"curl -i -X GET {base}/admin/plans -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::PlanInUse => (
+            "Move each key to another plan, then delete the plan.",
+            r#"curl -X PATCH {base}/admin/api-keys/$KEY_ID \
+  -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
+  -d '{"plan_id": "019ab4e1-7c00-7000-8000-0000000000a1"}'
+
+curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::NameTaken => (
+            "Send the request with another name.",
+            r#"curl {base}/admin/plans \
+  -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
+  -d '{"name": "Starter 2", "default_rpm": 600}'"#,
+        ),
+        ProblemCode::ContentTooLarge => (
+            "The same request fails again. Send only the fields that the API documents.",
+            r#"curl -X PATCH {base}/admin/plans/$PLAN_ID \
+  -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
+  -d '{"default_rpm": 1200}'"#,
+        ),
+        ProblemCode::IdempotencyMismatch => (
+            "Send the new request with a new key.",
+            r#"curl {base}/admin/plans \
+  -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
+  -H "Idempotency-Key: $(uuidgen)" -d '{"name": "Pro", "default_rpm": 6000}'"#,
+        ),
+    }
+}
+
+const RETRY_AFTER: &str = r#"async function send(url, options, attempts = 5) {
+  for (let attempt = 1; ; attempt++) {
+    const response = await fetch(url, options);
+    const seconds = Number(response.headers.get("Retry-After"));
+    if (response.ok || !seconds || attempt === attempts) return response;
+    await new Promise((resolve) => setTimeout(resolve, seconds * 1000));
+  }
+}
+
+await send("{base}/v1/echo", { headers: { "X-API-Key": apiKey } });"#;
+
+fn error_list() -> Response {
     let rows = ProblemCode::ALL.iter().map(|code| {
         format!(
             "<tr><td>{}</td><td><a href=\"/problems/{slug}\"><code>{slug}</code></a></td><td>{}</td></tr>\n",
@@ -126,24 +246,17 @@ fn problems() -> Response {
         )
     });
     page(
-        "Problems",
+        "Errors",
         &format!(
-            "<h1>Problems</h1>\n<p>Errors are <code>application/problem+json</code> (RFC 9457). Their \
-             <code>type</code> leads to one of these pages.</p>\n<table>\n\
+            "<h1>Errors</h1>\n<p>Errors are <code>{MEDIA_TYPE}</code> (RFC 9457). The <code>type</code> of each \
+             error links to one of these pages.</p>\n<table>\n\
              <thead><tr><th>Status</th><th>Type</th><th>Meaning</th></tr></thead>\n<tbody>\n{}</tbody>\n</table>",
             rows.collect::<String>(),
         ),
     )
 }
 
-#[poem::handler]
-fn problem_page(Path(slug): Path<String>) -> Result<Response> {
-    Ok(problem(
-        ProblemCode::from_slug(&slug).ok_or_else(ApiError::not_found)?,
-    ))
-}
-
-/// Takes the viewer's two files out of the page that poem-openapi makes of them, which has all inline.
+/// Extracts the viewer's style and script from the page that poem-openapi generates, where both are inline.
 fn viewer(service_html: &str) -> Option<(String, String)> {
     let between = |start: &str, end: &str| {
         let from = service_html.find(start)? + start.len();
@@ -151,12 +264,12 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
         Some(service_html[from..to].to_owned())
     };
     let style = between("<style charset=\"UTF-8\">", "</style>")?;
-    // The bundle holds the text "</script>" only as the template's own end of it.
+    // The bundle itself contains no "</script>": the first one is the end of the template's element.
     let script = between("<script charset=\"UTF-8\">", "</script>\n</head>")?;
     Some((style, script))
 }
 
-/// `/`, `/page.css`, `/problems`, `/docs`, `/openapi.json`.
+/// Serves `/`, `/page.css`, `/problems`, `/docs` and `/openapi.json`.
 pub fn routes(base: &str, document: String, service_html: &str) -> impl Endpoint + use<> {
     let (style, script) = viewer(service_html).unwrap_or_default();
     let text = |body: String, media_type: &'static str, cache: &'static str, csp: &'static str| {
@@ -165,14 +278,26 @@ pub fn routes(base: &str, document: String, service_html: &str) -> impl Endpoint
             respond(body.clone(), media_type, cache, csp)
         }))
     };
+    let base = base.to_owned();
     let landing = LANDING
         .replace("{{version}}", env!("CARGO_PKG_VERSION"))
-        .replace("{{base}}", &escape(base));
+        .replace("{{base}}", &escape(&base));
     Route::new()
         .at("/", get(make_sync(move |_| html(landing.clone()))))
         .at("/page.css", text(STYLE.to_owned(), CSS, HOUR, CSP))
-        .at("/problems", get(make_sync(|_| problems())))
-        .at("/problems/:slug", get(problem_page))
+        .at("/problems", get(make_sync(|_| error_list())))
+        .at(
+            "/problems/:slug",
+            get(make(move |request| {
+                let code = request
+                    .raw_path_param("slug")
+                    .and_then(ProblemCode::from_slug);
+                let page = code
+                    .map(|code| error_page(code, &base))
+                    .ok_or_else(ApiError::not_found);
+                async move { Ok::<_, poem::Error>(page?) }
+            })),
+        )
         .at(
             "/openapi.json",
             text(document, "application/json", "no-cache", CSP),
@@ -203,10 +328,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_viewer_comes_apart_into_its_style_and_script() {
+    fn viewer_splits_into_style_and_script() {
         let service = poem_openapi::OpenApiService::new((), "x", "1");
         let (style, script) =
-            viewer(&service.swagger_ui_html()).expect("the page of poem-openapi has both");
+            viewer(&service.swagger_ui_html()).expect("poem-openapi's page has both");
         assert!(style.len() > 50_000, "{}", style.len());
         assert!(
             script.len() > 500_000 && script.contains("SwaggerUIBundle"),
@@ -214,5 +339,13 @@ mod tests {
             script.len()
         );
         assert!(!script.contains("</script>"));
+    }
+
+    #[test]
+    fn error_page_says_to_wait_only_if_the_error_passes() {
+        for code in ProblemCode::ALL {
+            let (advice, snippet) = retry(*code);
+            assert_eq!(waits(*code), snippet == RETRY_AFTER, "{code:?}: {advice}");
+        }
     }
 }

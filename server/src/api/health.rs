@@ -20,17 +20,17 @@ fn ok() -> Json<Health> {
 
 #[OpenApi(prefix_path = "/health", tag = "Tag::Health")]
 impl HealthApi {
-    /// Whether the server lives
+    /// Liveness
     ///
-    /// It asks nothing of what the server depends on: a database that is away is no reason to restart it.
+    /// Returns 200 while the process runs. Does not check dependencies: restarting the server would not fix them.
     #[oai(path = "/live", method = "get", operation_id = "live")]
     async fn live(&self) -> Json<Health> {
         ok()
     }
 
-    /// Whether the server may be sent work
+    /// Readiness
     ///
-    /// 503 while PostgreSQL is unreachable, migrations are pending, or the server is stopping.
+    /// Returns 503 while PostgreSQL is unreachable, migrations are pending, or the server is stopping.
     #[oai(path = "/ready", method = "get", operation_id = "ready")]
     async fn ready(&self) -> Result<Json<Health>, ApiError> {
         if self.state.is_draining() {

@@ -1,4 +1,4 @@
-//! `Idempotency-Key`: the same request sent twice is done once, and answered twice.
+//! `Idempotency-Key`: a request that is sent twice is processed once and gets the same response twice.
 
 use poem::http::HeaderMap;
 use quota_common::ProblemCode;
@@ -12,20 +12,20 @@ use crate::{
 
 const LENGTH_MAX: usize = 255;
 
-/// A request that may have been seen before.
+/// A request that may have been processed before.
 pub struct Once {
     operation: &'static str,
     key: Option<String>,
     request_hash: Vec<u8>,
 }
 
-/// Rejects a key that is not text, which poem leaves out as if it had not been sent, and several keys.
+/// Rejects a key that is not text, which poem treats as missing, and a header that was sent more than once.
 pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
     let mut fields = headers.get_all("idempotency-key").iter();
     match (fields.next(), fields.next()) {
         (Some(key), None) if key.to_str().is_err() => Err(ApiError::invalid(
             "Idempotency-Key",
-            format!("must be 1 to {LENGTH_MAX} printable ASCII characters"),
+            format!("must be 1–{LENGTH_MAX} printable ASCII characters"),
         )),
         (Some(_), Some(_)) => Err(ApiError::invalid("Idempotency-Key", "must be sent once")),
         _ => Ok(()),
@@ -33,7 +33,7 @@ pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
 }
 
 impl Once {
-    /// `key`: the field, where it was sent.
+    /// `key` is the header, if it was sent.
     pub fn new<T: Serialize>(
         operation: &'static str,
         key: Option<String>,
@@ -42,11 +42,11 @@ impl Once {
         if let Some(key) = &key {
             let printable = key.bytes().all(|byte| (0x20..0x7f).contains(&byte));
             if key.is_empty() || key.len() > LENGTH_MAX || !printable {
-                let message = format!("must be 1 to {LENGTH_MAX} printable ASCII characters");
+                let message = format!("must be 1–{LENGTH_MAX} printable ASCII characters");
                 return Err(ApiError::invalid("Idempotency-Key", message));
             }
         }
-        // Of what the body means: the same request is the same whatever the order of its fields.
+        // Of the parsed body: the order of its fields does not matter.
         let body = serde_json::to_vec(body).map_err(ApiError::internal)?;
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &body);
         Ok(Self {
@@ -56,7 +56,7 @@ impl Once {
         })
     }
 
-    /// The first answer, when there was one. To be asked first in the transaction that does the work.
+    /// Returns the first response, if there was one. Call first inside the transaction that does the work.
     pub async fn replay<T: DeserializeOwned>(
         &self,
         tx: &mut TenantTx,
@@ -70,13 +70,13 @@ impl Once {
                 retry_after: Some(std::time::Duration::from_secs(1)),
                 ..ApiError::new(
                     ProblemCode::RequestInProgress,
-                    "A request with this Idempotency-Key is still being worked on.",
+                    "A request with this Idempotency-Key is still in progress.",
                 )
             }),
             Known::Answered { request_hash, .. } if request_hash != self.request_hash => {
                 Err(ApiError::new(
                     ProblemCode::IdempotencyMismatch,
-                    "This Idempotency-Key was used with another body. Use a new one.",
+                    "This Idempotency-Key was already used with a different request body. Use a new one.",
                 ))
             }
             Known::Answered { response, .. } => serde_json::from_value(response)
@@ -85,7 +85,7 @@ impl Once {
         }
     }
 
-    /// Keeps the answer, in the same transaction. It must hold no secret.
+    /// Stores the response in the same transaction. It must not contain a secret.
     pub async fn keep<T: Serialize>(&self, tx: &mut TenantTx, answer: &T) -> Result<(), ApiError> {
         if let Some(key) = &self.key {
             let answer = serde_json::to_value(answer).map_err(ApiError::internal)?;

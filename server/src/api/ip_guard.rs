@@ -1,14 +1,14 @@
-//! Limits by client address in front of `/auth` and `/admin`.
+//! Limits `/auth` and `/admin` per client address.
 
 use poem::{Endpoint, Middleware, Request, Result};
 
-use super::{problem::ApiError, request_log::Visit};
+use super::{problem::ApiError, request_context::Visit};
 use crate::{
     limiter::{Caller, Guard},
     state::{AppState, Parts},
 };
 
-/// Which guard stands there.
+/// The middleware, with the limiter to use.
 pub struct IpGuard {
     pub state: AppState,
     pub guard: fn(&Parts) -> &Guard,
@@ -36,7 +36,7 @@ impl<E: Endpoint> Endpoint for Guarded<E> {
     type Output = E::Output;
 
     async fn call(&self, request: Request) -> Result<E::Output> {
-        // A peer without an address sits on this machine.
+        // A peer without an address is on this machine, and is not limited.
         if let Some(ip) = Visit::of(&request)?.ip
             && let Err(refused) = (self.guard)(&self.state).admit(Caller::address(ip))
         {

@@ -1,8 +1,8 @@
-//! JSON bodies, in and out.
+//! JSON bodies of requests and responses.
 //!
-//! One type for both, over serde alone, so that the console, which knows no poem, speaks the same; that the
-//! document describes the same JSON is proved in `common/tests/wire.rs`. Reading tells apart what cannot be
-//! understood (400) from what is understood and not allowed (422), and names every field that is not.
+//! Uses serde for both directions, as the console does, which does not know poem. `common/tests/wire.rs` proves that the
+//! OpenAPI document describes the same JSON. A body that cannot be parsed is 400; one that can be parsed but is invalid
+//! is 422 and names every invalid field.
 
 use futures_util::StreamExt;
 use garde::Validate;
@@ -19,7 +19,7 @@ use poem_openapi::{
 use quota_common::{FieldError, ProblemCode};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{limit_headers, problem::ApiError, request_log::Visit};
+use super::{limit_headers, problem::ApiError, request_context::Visit};
 
 const MEDIA_TYPE: &str = "application/json";
 
@@ -27,11 +27,11 @@ const MEDIA_TYPE: &str = "application/json";
 #[derive(Debug, Clone)]
 pub struct Json<T>(pub T);
 
-/// An answer 201 with a JSON body.
+/// A 201 response with a JSON body.
 #[derive(Debug, Clone)]
 pub struct Created<T>(pub T);
 
-/// An answer 204.
+/// A 204 response.
 #[derive(Debug, Clone, Copy)]
 pub struct NoContent;
 
@@ -77,7 +77,7 @@ fn respond<T: Serialize>(status: StatusCode, value: &T) -> Response {
         Err(error) => {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
-                "an answer cannot be written"
+                "response serialization failed"
             );
             StatusCode::INTERNAL_SERVER_ERROR.into_response()
         }
@@ -105,7 +105,7 @@ fn content<T: Type>() -> Vec<MetaMediaType> {
 
 impl<T: Type + Serialize + Send> ApiResponse for Json<T> {
     fn meta() -> MetaResponses {
-        meta(200, "Done", content::<T>())
+        meta(200, "OK", content::<T>())
     }
 
     fn register(registry: &mut Registry) {
@@ -115,7 +115,7 @@ impl<T: Type + Serialize + Send> ApiResponse for Json<T> {
 
 impl<T: Type + Serialize + Send> ApiResponse for Created<T> {
     fn meta() -> MetaResponses {
-        meta(201, "Made", content::<T>())
+        meta(201, "Created", content::<T>())
     }
 
     fn register(registry: &mut Registry) {
@@ -162,7 +162,7 @@ where
         }
         let mut bytes = read(request, body).await?;
         if request.content_type().is_none() {
-            // A request without a body asks for what an empty object does; a body has to say what it is.
+            // A missing body means an empty object. A body must have a media type.
             if !bytes.is_empty() {
                 return Err(wrong_media_type().into());
             }
@@ -175,7 +175,7 @@ where
 fn wrong_media_type() -> ApiError {
     ApiError::new(
         ProblemCode::UnsupportedMediaType,
-        "The body must be sent as application/json.",
+        "Send the request body as application/json.",
     )
 }
 
@@ -200,7 +200,7 @@ async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiE
     let too_large = || {
         ApiError::new(
             ProblemCode::ContentTooLarge,
-            format!("The body is larger than {limit} bytes."),
+            format!("The request body is larger than {limit} bytes."),
         )
     };
     let announced = request
@@ -220,7 +220,7 @@ async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiE
             let chunk = chunk.map_err(|_| {
                 ApiError::new(
                     ProblemCode::Malformed,
-                    "The body ended before it was complete.",
+                    "The request body ended unexpectedly.",
                 )
             })?;
             if bytes.len() + chunk.len() > limit {
@@ -235,33 +235,33 @@ async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiE
         .unwrap_or_else(|_| {
             Err(ApiError::new(
                 ProblemCode::RequestTimeout,
-                "The body did not arrive in the time that the server waits.",
+                "The request body was not received in time.",
             ))
         })
 }
 
-/// Reads and judges a body.
+/// Parses and validates a body.
 pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Result<T, ApiError> {
-    // What is no JSON at all is told apart from what is JSON and not what was asked for.
+    // Malformed JSON is 400; well-formed JSON of the wrong shape is 422.
     let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| {
         let detail = if bytes.is_empty() {
-            "The body is empty; it must be a JSON object.".to_owned()
+            "The request body is empty. Send a JSON object.".to_owned()
         } else {
-            format!("The body is no JSON: {error}.")
+            format!("The body is not valid JSON: {error}.")
         };
         ApiError::new(ProblemCode::Malformed, detail)
     })?;
     if !value.is_object() {
         return Err(ApiError::new(
             ProblemCode::Malformed,
-            "The body must be a JSON object.",
+            "The request body must be a JSON object.",
         ));
     }
     drop(value);
-    // From the text, not from the value: a name that comes twice is a fault there, and the last one's win here.
+    // From the bytes, not from the value, in which the last of two fields with the same name has won.
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value: T = serde_path_to_error::deserialize(&mut reader)
-        .map_err(|error| ApiError::invalid_fields(vec![unread(&error)]))?;
+        .map_err(|error| ApiError::invalid_fields(vec![rejected_field(&error)]))?;
     value.validate().map_err(|report| {
         let errors = report
             .into_inner()
@@ -275,8 +275,9 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
     Ok(value)
 }
 
-/// The field that could not be read. serde names a missing and an unknown one only in its message.
-fn unread(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
+/// Returns the field that could not be deserialized. serde names missing, duplicate and unknown fields only in its
+/// message.
+fn rejected_field(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
     let path = error.path().to_string();
     let message = error.inner().to_string();
     let message = message.split(" at line ").next().unwrap_or_default();
@@ -291,17 +292,17 @@ fn unread(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
     if let Some(name) = quoted("missing field `") {
         return FieldError {
             field: join(name),
-            message: "is missing".into(),
+            message: "is required".into(),
         };
     }
     if let Some(name) = quoted("duplicate field `") {
         return FieldError {
             field: join(name),
-            message: "is there twice".into(),
+            message: "duplicate field".into(),
         };
     }
     if let Some(name) = quoted("unknown field `") {
-        // The path names the unknown field already.
+        // The path may already end with the unknown field.
         let field = if path.ends_with(name) {
             path
         } else {
@@ -309,12 +310,26 @@ fn unread(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
         };
         return FieldError {
             field,
-            message: "is unknown here".into(),
+            message: "unknown field".into(),
         };
     }
     FieldError {
         field: path,
-        message: message.to_owned(),
+        message: mismatch(message),
+    }
+}
+
+/// Rewrites serde's message about a value of the wrong type without the names of Rust types.
+fn mismatch(message: &str) -> String {
+    if message.starts_with("UUID parsing failed") {
+        return "must be a UUID".to_owned();
+    }
+    match message.rsplit_once(", expected ") {
+        None => message.to_owned(),
+        Some((_, "u8" | "u16" | "u32" | "u64")) => "must be a non-negative integer".to_owned(),
+        Some((_, "a boolean")) => "must be true or false".to_owned(),
+        Some((_, expected)) if expected.contains("UUID") => "must be a UUID".to_owned(),
+        Some((_, expected)) => format!("must be {expected}"),
     }
 }
 
@@ -324,7 +339,7 @@ mod tests {
 
     use super::*;
 
-    fn refusal(body: &str) -> (u16, Vec<(String, String)>) {
+    fn rejection(body: &str) -> (u16, Vec<(String, String)>) {
         let error = parse::<CreatePlan>(body.as_bytes()).unwrap_err();
         (
             error.code.status(),
@@ -337,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_json_object_is_malformed() {
+    fn body_that_is_not_a_json_object_is_malformed() {
         for body in [
             "",
             "{",
@@ -347,31 +362,57 @@ mod tests {
             "{\"name\":\"x\"} {}",
             "\u{feff}{}",
         ] {
-            assert_eq!(refusal(body), (400, vec![]), "{body}");
+            assert_eq!(rejection(body), (400, vec![]), "{body}");
         }
     }
 
     #[test]
-    fn the_field_that_is_not_allowed_is_named() {
+    fn invalid_field_is_named_with_a_plain_message() {
         let one = |field: &str, message: &str| (422, vec![(field.to_owned(), message.to_owned())]);
-        assert_eq!(refusal(r#"{"default_rpm":1}"#), one("name", "is missing"));
         assert_eq!(
-            refusal(r#"{"name":"x","default_rpm":1,"rpm":2}"#),
-            one("rpm", "is unknown here")
+            rejection(r#"{"default_rpm":1}"#),
+            one("name", "is required")
         );
         assert_eq!(
-            refusal(r#"{"name":"x","name":"y","default_rpm":1}"#),
-            one("name", "is there twice")
+            rejection(r#"{"name":"x","default_rpm":1,"rpm":2}"#),
+            one("rpm", "unknown field")
         );
-        let (status, errors) = refusal(r#"{"name":"x","default_rpm":"many"}"#);
+        assert_eq!(
+            rejection(r#"{"name":"x","name":"y","default_rpm":1}"#),
+            one("name", "duplicate field")
+        );
+        let (status, errors) = rejection(r#"{"name":"x","default_rpm":"many"}"#);
         assert_eq!((status, errors[0].0.as_str()), (422, "default_rpm"));
-        let (status, errors) = refusal(r#"{"name":"x","default_rpm":-1}"#);
-        assert_eq!((status, errors[0].0.as_str()), (422, "default_rpm"));
+        let integer = one("default_rpm", "must be a non-negative integer");
+        for wrong in ["\"many\"", "-1", "1.5", "[]", "null"] {
+            let body = format!(r#"{{"name":"x","default_rpm":{wrong}}}"#);
+            assert_eq!(rejection(&body), integer, "{wrong}");
+        }
+        assert_eq!(
+            rejection(r#"{"name":7,"default_rpm":1}"#),
+            one("name", "must be a string")
+        );
+        assert_eq!(
+            rejection(r#"{"name":"x","default_rpm":1,"strict":"yes"}"#),
+            one("strict", "must be true or false")
+        );
+        assert_eq!(
+            rejection(r#"{"name":"x","default_rpm":1,"billing":"gold"}"#),
+            one("billing", "must be `free` or `paid`")
+        );
+        assert_eq!(
+            rejection(r#"{"name":"x","default_rpm":0}"#),
+            one("default_rpm", "must be at least 1")
+        );
+        assert_eq!(
+            rejection(r#"{"name":"x","default_rpm":60000001}"#),
+            one("default_rpm", "must be at most 60,000,000")
+        );
     }
 
     #[test]
-    fn every_field_that_is_not_allowed_is_named_at_once() {
-        let (status, errors) = refusal(r#"{"name":"a\u0000b","default_rpm":0,"daily_quota":0}"#);
+    fn all_invalid_fields_are_named_at_once() {
+        let (status, errors) = rejection(r#"{"name":"a\u0000b","default_rpm":0,"daily_quota":0}"#);
         let fields = errors.into_iter().map(|(field, _)| field);
         let fields = fields.collect::<std::collections::BTreeSet<_>>();
         let expected = ["daily_quota", "default_rpm", "name"].map(str::to_owned);

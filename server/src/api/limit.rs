@@ -1,4 +1,4 @@
-//! `/v1`: the endpoints that decide. All of them share one core, [`decide`](super::admitted::decide).
+//! `/v1`: the endpoints that check rate limits. All of them use [`decide`](super::admitted::decide).
 
 use std::num::NonZeroU32;
 
@@ -23,7 +23,7 @@ use super::{
     json::Json,
     limit_headers::{self, GatewayDecision},
     problem::{ApiError, challenge, wire_name},
-    request_log::Visit,
+    request_context::Visit,
 };
 use crate::{
     clock::UnixNanos,
@@ -33,7 +33,7 @@ use crate::{
 
 pub struct LimitApi;
 
-/// A response with the header fields of the decision that admitted its request.
+/// A response with the headers of the decision that allowed its request.
 pub struct Limited<T> {
     admitted: AdmittedKey,
     body: Json<T>,
@@ -73,7 +73,7 @@ impl<T: Type + serde::Serialize + Send> ApiResponse for Limited<T> {
     }
 }
 
-/// A decision as status and header fields. The body is empty, so that nginx can reuse its connection.
+/// A decision as a status and headers. The body is empty, so that nginx can reuse its connection.
 pub struct Bare(Response);
 
 impl Bare {
@@ -156,11 +156,12 @@ fn limits(decision: &Decision) -> Vec<LimitState> {
     show.collect()
 }
 
-#[OpenApi(prefix_path = "/v1", tag = "Tag::Decisions")]
+#[OpenApi(prefix_path = "/v1", tag = "Tag::RateLimiting")]
 impl LimitApi {
     /// Echo (test an API key)
     ///
-    /// Consumes one request from the key's limits and returns what consumers of your API see of them.
+    /// Consumes one request from the key's limits and returns the same rate-limit headers that your API's consumers
+    /// see.
     #[oai(path = "/echo", method = "get", operation_id = "echo")]
     pub async fn echo(&self, caller: AdmittedKey) -> Result<Limited<Echo>, ApiError> {
         let now = caller.decision.at;
@@ -179,8 +180,9 @@ impl LimitApi {
 
     /// Check a request
     ///
-    /// For your own services. Returns 200 whether the request is allowed or not; see `allowed`. An allowed check
-    /// consumes `cost` from every limit of the key. A denied one consumes nothing.
+    /// Called by your own services for each request they receive. Returns 200 whether the request is allowed or
+    /// denied; see `allowed`. A successful check consumes `cost` from all of the key's limits; a denial consumes
+    /// nothing.
     #[oai(path = "/check", method = "post", operation_id = "check")]
     pub async fn check(
         &self,
@@ -191,7 +193,7 @@ impl LimitApi {
         let cost = body
             .0
             .cost
-            .and_then(NonZeroU32::new)
+            .and_then(|cost| NonZeroU32::new(cost.into()))
             .unwrap_or(NonZeroU32::MIN);
         let tenant = Some(caller.token.tenant);
         let decided = decide(Visit::of(request)?, &body.0.key, cost, tenant).await?;
@@ -236,16 +238,17 @@ impl LimitApi {
 
     /// Check a request (status only, for gateways)
     ///
-    /// For gateways that ask before they pass a request on, such as Caddy, nginx, HAProxy and Traefik. Takes any method.
-    /// The gateway sends its own token in `X-Service-Token`, exactly once, and passes on the consumer's `X-API-Key` or
-    /// `Authorization: Bearer`. Every response has `X-Quota-Decision`: `allowed`, `limited`, `unauthorized`,
-    /// `payment_required` or `unavailable`. Admit a request only on status 200 and `allowed`.
+    /// Accepts any method. For gateways that check each request before they forward it, such as Caddy, nginx, HAProxy
+    /// and Traefik. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the consumer's
+    /// `X-API-Key` or `Authorization: Bearer`. Every response has an `X-Quota-Decision` header: `allowed`, `limited`,
+    /// `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and the decision
+    /// is `allowed`.
     #[oai(path = "/forward-auth", method = "get", operation_id = "forward_auth")]
     pub async fn forward_auth(
         &self,
         caller: AdmittedGateway,
         request: &Request,
-        /// Status of a denial. Defaults to 429. nginx needs 403.
+        /// Status code for a denial: `403` or `429`. Default `429`. Use `403` for nginx, which does not pass on 429.
         deny: Query<Option<Deny>>,
     ) -> Result<Bare, ApiError> {
         let denied = match deny.0 {

@@ -1,4 +1,4 @@
-//! The header fields that report a decision. The only module that writes them.
+//! The headers that report a decision. The only module that writes them.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11, as structured fields of
 //! RFC 9651; `X-RateLimit-*` are the older convention. `X-Quota-Decision` is for gateways.
@@ -348,8 +348,8 @@ mod tests {
         .into_iter()
         .flatten()
         {
-            state.limit = quota_common::plan::QUOTA_MAX;
-            state.remaining = quota_common::plan::QUOTA_MAX;
+            state.limit = quota_common::bounds::QUOTA_MAX;
+            state.remaining = quota_common::bounds::QUOTA_MAX;
             state.reset_at = UnixNanos(u64::MAX);
         }
         parse(&state_field(&largest));

@@ -1,9 +1,9 @@
-//! The HTTP surface: who is let in, what is read, what is answered. One file for each noun.
+//! The HTTP API: authentication, requests and responses. One file per noun.
 //!
-//! Knows no SQL: handlers call `repo` and what lies between. Every error becomes a
-//! [`Problem`](quota_common::Problem) in [`problem`] and nowhere else. The caller is the first argument of
-//! every handler and the body the last, in the order in which poem reads them: an anonymous caller never
-//! reaches a parser.
+//! Does not know SQL: handlers call `repo` and the modules in between. Every error becomes a
+//! [`Problem`](quota_common::Problem) in [`problem`] and nowhere else. The caller is the first argument of every handler
+//! and the body the last, which is the order in which poem extracts them: an anonymous caller never reaches a parser.
+//! The type of the caller says which right the handler requires; see [`tenant_rights`].
 
 pub mod admitted;
 pub mod allow;
@@ -25,27 +25,30 @@ pub mod limit_headers;
 pub mod page;
 pub mod plan;
 pub mod problem;
+pub mod request_context;
 pub mod request_log;
 pub mod service_token;
 pub mod short_way;
+pub mod tenant_rights;
 
-/// How the operations are grouped in the document.
+/// Groups of operations in the OpenAPI document, in the order in which it lists them.
 #[derive(poem_openapi::Tags)]
 pub enum Tag {
-    /// Accounts and sessions.
-    Auth,
-    /// Plans: what keys are held to.
-    Plans,
-    /// API keys: what consumers show.
+    /// Check a key and consume its limits.
+    #[oai(rename = "Rate limiting")]
+    RateLimiting,
+    /// Create, rotate, disable and delete API keys.
     #[oai(rename = "API keys")]
     ApiKeys,
-    /// Service tokens: what a tenant's own gateways show.
+    /// Rate limits and quotas shared by a group of keys.
+    Plans,
+    /// Credentials your gateways use to call the check endpoints.
     #[oai(rename = "Service tokens")]
     ServiceTokens,
-    /// Who changed what.
+    /// Audit log of configuration changes.
     Audit,
-    /// Decisions on requests.
-    Decisions,
-    /// Whether the server is up.
+    /// Sign in, and manage your account and sessions.
+    Auth,
+    /// Liveness and readiness probes.
     Health,
 }

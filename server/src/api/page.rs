@@ -1,8 +1,13 @@
-//! Pages of lists: what is asked for, and where the next one begins.
+//! Pagination: reads `limit` and `cursor`, and writes the cursor of the next page.
+
+use std::borrow::Cow;
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::{DateTime, Datelike as _, Utc};
-use poem_openapi::types::{ParseFromJSON, ToJSON};
+use poem_openapi::{
+    registry::{MetaSchema, MetaSchemaRef},
+    types::{ParseError, ParseFromJSON, ParseFromParameter, ParseResult, ToJSON, Type},
+};
 use quota_common::{
     Page, ProblemCode,
     page::{DEFAULT_LIMIT, MAX_LIMIT},
@@ -10,52 +15,95 @@ use quota_common::{
 use uuid::Uuid;
 
 use super::problem::ApiError;
-use crate::repo::{By, Mark, Order, Rows, Slice, SortedSlice};
+use crate::repo::{By, Mark, Order, Rows, Slice, Sorted, SortedSlice};
 
-/// A cursor begins with its form. This one holds an id: of a list that is read newest first.
-const ID: u8 = 1;
-/// This one holds an order, an id, and what the row with that id was ordered by.
-const SORTED: u8 = 2;
+/// The `limit` parameter: between 1 and [`MAX_LIMIT`].
+#[derive(Debug, Clone, Copy)]
+pub struct PageSize(u32);
 
-/// Reads `?limit=&cursor=`.
-pub fn slice(limit: Option<u32>, cursor: Option<&str>) -> Result<Slice, ApiError> {
-    let limit = checked(limit)?;
-    let after = cursor.map(read).transpose()?;
-    Ok(Slice { after, limit })
+impl Type for PageSize {
+    const IS_REQUIRED: bool = true;
+    type RawValueType = Self;
+    type RawElementValueType = Self;
+
+    // Not the name of `u32`: its errors have a message of their own.
+    fn name() -> Cow<'static, str> {
+        "PageSize".into()
+    }
+
+    fn schema_ref() -> MetaSchemaRef {
+        u32::schema_ref().merge(MetaSchema {
+            minimum: Some(1.0),
+            maximum: Some(f64::from(MAX_LIMIT)),
+            ..MetaSchema::ANY
+        })
+    }
+
+    fn as_raw_value(&self) -> Option<&Self> {
+        Some(self)
+    }
+
+    fn raw_element_iter<'a>(&'a self) -> Box<dyn Iterator<Item = &'a Self> + 'a> {
+        Box::new(std::iter::once(self))
+    }
 }
 
-/// The same, of a list that can be read in this order.
-pub fn sorted(
-    order: Order,
-    limit: Option<u32>,
-    cursor: Option<&str>,
-) -> Result<SortedSlice, ApiError> {
-    let limit = checked(limit)?;
-    let after = cursor
-        .map(|cursor| read_sorted(order, cursor))
-        .transpose()?;
-    Ok(SortedSlice {
-        order,
-        after,
-        limit,
+impl ParseFromParameter for PageSize {
+    fn parse_from_parameter(value: &str) -> ParseResult<Self> {
+        match value.parse() {
+            Ok(size) if (1..=MAX_LIMIT).contains(&size) => Ok(Self(size)),
+            _ => Err(ParseError::custom(format_args!(
+                "must be between 1 and {MAX_LIMIT}"
+            ))),
+        }
+    }
+}
+
+/// The first byte of a cursor that contains an ID, for lists that are only read newest first.
+const ID: u8 = 1;
+/// The first byte of a cursor that contains a sort order, an ID, and the value that the row with that ID was sorted by.
+const SORTED: u8 = 2;
+
+/// Reads `limit` and `cursor` of a list that is only read newest first.
+pub fn slice(limit: Option<PageSize>, cursor: Option<&str>) -> Result<Slice, ApiError> {
+    Ok(Slice {
+        after: cursor.map(read).transpose()?,
+        limit: size(limit),
     })
 }
 
-fn checked(limit: Option<u32>) -> Result<u32, ApiError> {
-    let limit = limit.unwrap_or(DEFAULT_LIMIT);
-    if !(1..=MAX_LIMIT).contains(&limit) {
-        return Err(ApiError::invalid(
-            "limit",
-            format!("must be from 1 to {MAX_LIMIT}"),
-        ));
+/// Reads `limit` and `cursor` of a list in this sort order.
+pub fn sorted(
+    order: Order,
+    limit: Option<PageSize>,
+    cursor: Option<&str>,
+) -> Result<SortedSlice, ApiError> {
+    let after = cursor.map(|cursor| read_sorted(order, cursor));
+    Ok(SortedSlice {
+        order,
+        after: after.transpose()?,
+        limit: size(limit),
+    })
+}
+
+fn size(limit: Option<PageSize>) -> u32 {
+    limit.map_or(DEFAULT_LIMIT, |limit| limit.0)
+}
+
+/// Reads a text that a list is filtered by. An empty one is no filter; PostgreSQL text cannot hold NUL.
+pub fn filter(name: &'static str, text: Option<String>) -> Result<Option<String>, ApiError> {
+    match text {
+        Some(text) if text.contains('\0') => {
+            Err(ApiError::invalid(name, "must not contain NUL characters"))
+        }
+        text => Ok(text.filter(|text| !text.is_empty())),
     }
-    Ok(limit)
 }
 
 fn malformed() -> ApiError {
     ApiError::new(
         ProblemCode::Malformed,
-        "The cursor is none that this server has given for this order.",
+        "Invalid cursor for this sort order.",
     )
 }
 
@@ -105,7 +153,7 @@ fn read_sorted(order: Order, cursor: &str) -> Result<(Mark, Uuid), ApiError> {
         By::Made if rest.is_empty() => Mark::Made,
         By::Name => std::str::from_utf8(rest)
             .ok()
-            // PostgreSQL knows no such text.
+            // PostgreSQL text cannot hold NUL.
             .filter(|name| !name.contains('\0'))
             .map(|name| Mark::Name(name.to_owned()))
             .ok_or_else(malformed)?,
@@ -120,7 +168,7 @@ fn read_sorted(order: Order, cursor: &str) -> Result<(Mark, Uuid), ApiError> {
     Ok((mark, id))
 }
 
-/// PostgreSQL's times begin in 4713 BC; ours have a year of four digits.
+/// Whether PostgreSQL can store the time. Its times begin in 4713 BC; ours have a year of four digits.
 fn is_storable(at: &DateTime<Utc>) -> bool {
     (0..=9999).contains(&at.year())
 }
@@ -139,38 +187,33 @@ fn write_sorted(order: Order, mark: &Mark, id: Uuid) -> String {
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
-/// The page that shows some rows.
+/// Returns a page of a list that is only read newest first.
 pub fn page<R, T: ParseFromJSON + ToJSON>(
     rows: Rows<R>,
     id: impl Fn(&R) -> Uuid,
-    show: impl Fn(R) -> T,
+    item: impl Fn(R) -> T,
 ) -> Page<T> {
-    shown(rows, |row| write(id(row)), show)
+    with_cursor(rows, |row| write(id(row)), item)
 }
 
-/// The same, in this order; `at` tells of a row what that is by, and the id.
-pub fn sorted_page<R, T: ParseFromJSON + ToJSON>(
+/// Returns a page of a list in this sort order.
+pub fn sorted_page<R: Sorted, T: ParseFromJSON + ToJSON + From<R>>(
     rows: Rows<R>,
     order: Order,
-    at: impl Fn(&R, By) -> (Mark, Uuid),
-    show: impl Fn(R) -> T,
 ) -> Page<T> {
-    let cursor = |row: &R| {
-        let (mark, id) = at(row, order.by);
-        write_sorted(order, &mark, id)
-    };
-    shown(rows, cursor, show)
+    let cursor = |row: &R| write_sorted(order, &row.mark(order.by), row.id());
+    with_cursor(rows, cursor, T::from)
 }
 
-fn shown<R, T: ParseFromJSON + ToJSON>(
+fn with_cursor<R, T: ParseFromJSON + ToJSON>(
     rows: Rows<R>,
     cursor: impl Fn(&R) -> String,
-    show: impl Fn(R) -> T,
+    item: impl Fn(R) -> T,
 ) -> Page<T> {
     let last = rows.rows.last().filter(|_| rows.more);
     let next_cursor = last.map(cursor);
     Page {
-        items: rows.rows.into_iter().map(show).collect(),
+        items: rows.rows.into_iter().map(item).collect(),
         next_cursor,
         total: rows.total,
     }
@@ -189,13 +232,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_cursor_is_read_back(id: u128) {
+        fn cursor_reads_back(id: u128) {
             let id = Uuid::from_u128(id);
             prop_assert_eq!(read(&write(id)).unwrap(), id);
         }
 
         #[test]
-        fn every_cursor_is_read_back_in_its_order_alone(
+        fn sorted_cursor_reads_back_only_in_its_own_order(
             id: u128,
             order in order(),
             other in order(),
@@ -214,7 +257,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_makes_it_panic(text: String, bytes: Vec<u8>, order in order()) {
+        fn arbitrary_text_does_not_panic(text: String, bytes: Vec<u8>, order in order()) {
             for cursor in [text, URL_SAFE_NO_PAD.encode(&bytes), URL_SAFE_NO_PAD.encode([&[SORTED, code(order)][..], &bytes].concat())] {
                 let _ = read(&cursor);
                 let _ = read_sorted(order, &cursor);

@@ -7,28 +7,28 @@ use poem_openapi::{
 };
 use quota_common::{
     Page, PlanId, ProblemCode,
+    audit::AuditAction,
     page::PlanOrder,
     plan::{Billing, CreatePlan, OnRedisFailure, Plan, UpdatePlan},
 };
 use uuid::Uuid;
 
 use super::{
-    Tag,
-    admitted::AdmittedTenant,
-    allowance,
-    change::{self, Change},
+    Tag, allowance,
+    change::Edit,
     idempotency::Once,
     json::{Created, Json, NoContent},
-    page,
-    problem::ApiError,
+    page::{self, PageSize},
+    problem::{ApiError, OrNotFound},
+    tenant_rights::{ManagingTenant, ReadingTenant},
 };
 use crate::{
-    db::TenantTx,
+    db::DbError,
     repo::{
-        By, Mark, Order,
+        By, Order,
         allowance::Resource,
-        plan::{self, NewPlan, PlanChange, PlanRow},
-        revocation::{self, Target},
+        plan::{self, NewPlan, PlanChange, PlanWithKeys},
+        revocation::Target,
     },
     state::AppState,
 };
@@ -37,29 +37,30 @@ pub struct PlanApi {
     pub state: AppState,
 }
 
-fn show(row: PlanRow, key_count: u64) -> Plan {
-    Plan {
-        id: PlanId(row.id),
-        name: row.name,
-        default_rpm: u32::try_from(row.default_rpm).unwrap_or(0),
-        burst: u32::try_from(row.burst).unwrap_or(0),
-        daily_quota: row.daily_quota.and_then(|quota| u64::try_from(quota).ok()),
-        monthly_quota: row
-            .monthly_quota
-            .and_then(|quota| u64::try_from(quota).ok()),
-        strict: row.strict,
-        on_redis_failure: row
-            .on_redis_failure
-            .as_deref()
-            .and_then(OnRedisFailure::named),
-        billing: if row.billing == "paid" {
-            Billing::Paid
-        } else {
-            Billing::Free
-        },
-        key_count,
-        created_at: row.created_at.into(),
-        updated_at: row.updated_at.into(),
+impl From<PlanWithKeys> for Plan {
+    fn from(PlanWithKeys { plan, key_count }: PlanWithKeys) -> Self {
+        let quota = |stored: Option<i64>| stored.and_then(|quota| u64::try_from(quota).ok());
+        Self {
+            id: PlanId(plan.id),
+            name: plan.name,
+            default_rpm: u32::try_from(plan.default_rpm).unwrap_or(0),
+            burst: u32::try_from(plan.burst).unwrap_or(0),
+            daily_quota: quota(plan.daily_quota),
+            monthly_quota: quota(plan.monthly_quota),
+            strict: plan.strict,
+            on_redis_failure: plan
+                .on_redis_failure
+                .as_deref()
+                .and_then(OnRedisFailure::named),
+            billing: if plan.billing == "paid" {
+                Billing::Paid
+            } else {
+                Billing::Free
+            },
+            key_count,
+            created_at: plan.created_at.into(),
+            updated_at: plan.updated_at.into(),
+        }
     }
 }
 
@@ -80,47 +81,48 @@ const fn billing_name(billing: Billing) -> &'static str {
     }
 }
 
-/// The bounds of the fields, which were checked, lie well within these types.
-fn rate(n: u32) -> i32 {
-    i32::try_from(n).unwrap_or(i32::MAX)
+fn name_taken(error: DbError) -> ApiError {
+    let name_taken = || {
+        ApiError::new(
+            ProblemCode::NameTaken,
+            "A plan with this name already exists.",
+        )
+    };
+    ApiError::on_constraint(error, &[("plans_name_key", name_taken)])
 }
 
-fn quota(n: u64) -> i64 {
-    i64::try_from(n).unwrap_or(i64::MAX)
+fn in_use(key_count: u64) -> ApiError {
+    let detail = match key_count {
+        1 => "1 key uses this plan. Move or delete it first.".to_owned(),
+        count => format!("{count} keys use this plan. Move or delete them first."),
+    };
+    ApiError::new(ProblemCode::PlanInUse, detail)
 }
 
-fn name_taken() -> ApiError {
+/// A key was added after the count.
+fn just_used() -> ApiError {
     ApiError::new(
-        ProblemCode::NameTaken,
-        "A plan of this name exists already.",
+        ProblemCode::PlanInUse,
+        "A key was just added to this plan. Move or delete it first.",
     )
-}
-
-async fn key_count(tx: &mut TenantTx, id: Uuid) -> Result<u64, ApiError> {
-    Ok(plan::key_counts(tx, &[id])
-        .await?
-        .get(&id)
-        .copied()
-        .unwrap_or(0))
 }
 
 #[OpenApi(prefix_path = "/admin", tag = "Tag::Plans")]
 impl PlanApi {
     /// List plans
     ///
-    /// Newest first or as `sort` says, with the number of keys on each. A cursor leads on in the order of its page
-    /// alone.
+    /// Returns plans newest first, or as `sort` says, each with its number of keys. A cursor is only valid with the
+    /// sort it was issued for.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
         &self,
-        caller: AdmittedTenant,
-        /// In which order; `-` turns one around. Names are compared without regard to case. Default:
+        caller: ReadingTenant,
+        /// Sort field; prefix with `-` for descending. Names are compared case-insensitively. Default:
         /// `-created_at`.
         sort: Query<Option<PlanOrder>>,
-        /// How many at most, 1 to 100.
-        #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
-        limit: Query<Option<u32>>,
-        /// The `next_cursor` of the page before.
+        /// Page size, 1–100. Default 20.
+        limit: Query<Option<PageSize>>,
+        /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<Plan>>, ApiError> {
         let order = order(sort.0.unwrap_or_default());
@@ -128,85 +130,66 @@ impl PlanApi {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let rows = plan::list(&mut tx, &slice).await?;
         tx.commit().await?;
-        let at = |(row, _): &(PlanRow, u64), by| {
-            let mark = match by {
-                By::Name => Mark::Name(row.name.clone()),
-                By::Made | By::LastUsed => Mark::Made,
-            };
-            (mark, row.id)
-        };
-        let show = |(row, count)| show(row, count);
-        Ok(Json(page::sorted_page(rows, order, at, show)))
+        Ok(Json(page::sorted_page(rows, order)))
     }
 
-    /// Make a plan
+    /// Create a plan
+    ///
+    /// Returns the plan. Keys created on it get these limits.
     #[oai(path = "/plans", method = "post", operation_id = "create_plan")]
     async fn create(
         &self,
-        caller: AdmittedTenant,
-        /// The same key and body within 24 hours answer the first response again.
+        caller: ManagingTenant,
+        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreatePlan>,
     ) -> Result<Created<Plan>, ApiError> {
-        caller.may_manage()?;
         let body = body.0;
         let once = Once::new("create_plan", idempotency_key.0, &body)?;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        if let Some(answer) = once.replay(&mut tx).await? {
-            return Ok(Created(answer));
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        if let Some(first) = once.replay(&mut edit).await? {
+            return Ok(Created(first));
         }
-        allowance::one_more(&self.state.config, &mut tx, Resource::Plans).await?;
+        allowance::one_more(&self.state.config, &mut edit, Resource::Plans).await?;
         let new = NewPlan {
             tenant_id: caller.tenant().0,
             id: Uuid::now_v7(),
             name: body.name.trim(),
-            default_rpm: rate(body.default_rpm),
-            burst: rate(body.burst.unwrap_or(body.default_rpm)),
-            daily_quota: body.daily_quota.map(quota),
-            monthly_quota: body.monthly_quota.map(quota),
+            default_rpm: body.default_rpm.into(),
+            burst: body.burst.map_or(body.default_rpm.into(), Into::into),
+            daily_quota: body.daily_quota.map(Into::into),
+            monthly_quota: body.monthly_quota.map(Into::into),
             strict: body.strict.unwrap_or(false),
             on_redis_failure: body.on_redis_failure.map(OnRedisFailure::name),
             billing: billing_name(body.billing.unwrap_or_default()),
         };
-        let row = plan::insert(&mut tx, &new)
-            .await
-            .map_err(|error| ApiError::on_constraint(error, &[("plans_name_key", name_taken)]))?;
-        let made = show(row, 0);
-        let event = Change {
-            action: "plan.create",
-            target_type: "plan",
-            target: &made.id,
-            name: &made.name,
-            before: None,
-            after: change::whole(&made),
-        };
-        change::record(&mut tx, &caller, event).await?;
-        once.keep(&mut tx, &made).await?;
-        tx.commit().await?;
-        Ok(Created(made))
+        let plan = plan::insert(&mut edit, &new).await.map_err(name_taken)?;
+        let plan = Plan::from(PlanWithKeys { plan, key_count: 0 });
+        once.keep(&mut edit, &plan).await?;
+        edit.created(AuditAction::PlanCreate, &plan).await?;
+        Ok(Created(plan))
     }
 
     /// Get a plan
+    ///
+    /// Returns the plan with its number of keys.
     #[oai(path = "/plans/:plan_id", method = "get", operation_id = "get_plan")]
     async fn get(
         &self,
-        caller: AdmittedTenant,
+        caller: ReadingTenant,
         plan_id: Path<PlanId>,
     ) -> Result<Json<Plan>, ApiError> {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let row = plan::find(&mut tx, plan_id.0.0)
-            .await?
-            .ok_or_else(ApiError::not_found)?;
-        let count = key_count(&mut tx, row.id).await?;
+        let plan = plan::find(&mut tx, plan_id.0.0).await.or_not_found()?;
         tx.commit().await?;
-        Ok(Json(show(row, count)))
+        Ok(Json(plan.into()))
     }
 
-    /// Change a plan
+    /// Update a plan
     ///
-    /// In force on every replica within a second. What keys have used stays used: a change hands out no new
-    /// burst and no new quota. A burst that is the rate follows the rate, unless one is sent.
+    /// Takes effect on all replicas within one second. Usage isn't reset: an update grants no new burst or quota. If
+    /// burst equals the rate, it follows rate changes unless `burst` is sent.
     #[oai(
         path = "/plans/:plan_id",
         method = "patch",
@@ -214,62 +197,46 @@ impl PlanApi {
     )]
     async fn update(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         plan_id: Path<PlanId>,
         body: Json<UpdatePlan>,
     ) -> Result<Json<Plan>, ApiError> {
         let id = plan_id.0.0;
         let body = body.0;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let before = plan::lock(&mut tx, id)
-            .await?
-            .ok_or_else(ApiError::not_found)?;
-        caller.may_manage()?;
-        let count = key_count(&mut tx, id).await?;
-        let before = show(before, count);
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        let before = Plan::from(plan::lock(&mut edit, id).await.or_not_found()?);
         if body == UpdatePlan::default() {
             return Ok(Json(before));
         }
-        let set = PlanChange {
+        let change = PlanChange {
             name: body.name.as_deref().map(str::trim),
-            default_rpm: body.default_rpm.map(rate),
-            // A burst that is the rate, as a plan has that names none, stays so.
+            default_rpm: body.default_rpm.map(Into::into),
             burst: match (body.burst, body.default_rpm) {
-                (None, Some(rpm)) if before.burst == before.default_rpm => Some(rate(rpm)),
-                (burst, _) => burst.map(rate),
+                (None, Some(rpm)) if before.burst == before.default_rpm => Some(rpm.into()),
+                (burst, _) => burst.map(Into::into),
             },
-            daily_quota: body.daily_quota.map(|it| it.map(quota)),
-            monthly_quota: body.monthly_quota.map(|it| it.map(quota)),
+            daily_quota: body.daily_quota.map(|it| it.map(Into::into)),
+            monthly_quota: body.monthly_quota.map(|it| it.map(Into::into)),
             strict: body.strict,
             on_redis_failure: body
                 .on_redis_failure
                 .map(|it| it.map(|it| it.name().to_owned())),
             billing: body.billing.map(billing_name),
         };
-        let row = plan::update(&mut tx, id, &set)
+        let plan = plan::update(&mut edit, id, &change)
             .await
-            .map_err(|error| ApiError::on_constraint(error, &[("plans_name_key", name_taken)]))?
+            .map_err(name_taken)?
             .ok_or_else(ApiError::not_found)?;
-        let after = show(row, count);
-        let (was, is) = change::difference(&before, &after);
-        let event = Change {
-            action: "plan.update",
-            target_type: "plan",
-            target: &after.id,
-            name: &after.name,
-            before: was,
-            after: is,
-        };
-        change::record(&mut tx, &caller, event).await?;
-        let revoked = revocation::insert(&mut tx, Target::Plan(id)).await?;
-        tx.commit().await?;
-        self.state.revoked(&revoked);
+        let key_count = before.key_count;
+        let after = Plan::from(PlanWithKeys { plan, key_count });
+        edit.updated(AuditAction::PlanUpdate, &before, &after, Target::Plan(id))
+            .await?;
         Ok(Json(after))
     }
 
     /// Delete a plan
     ///
-    /// Refused while keys are on it.
+    /// Fails with 409 while keys still use the plan. This cannot be undone.
     #[oai(
         path = "/plans/:plan_id",
         method = "delete",
@@ -277,49 +244,20 @@ impl PlanApi {
     )]
     async fn delete(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         plan_id: Path<PlanId>,
     ) -> Result<NoContent, ApiError> {
         let id = plan_id.0.0;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let row = plan::lock(&mut tx, id)
-            .await?
-            .ok_or_else(ApiError::not_found)?;
-        caller.may_manage()?;
-        let count = key_count(&mut tx, id).await?;
-        let in_use = |count: u64| {
-            let detail = match count {
-                1 => "1 key is on this plan.".to_owned(),
-                count => format!("{count} keys are on this plan."),
-            };
-            ApiError::new(
-                ProblemCode::PlanInUse,
-                format!("{detail} Move or delete them first."),
-            )
-        };
-        if count > 0 {
-            return Err(in_use(count));
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        let plan = Plan::from(plan::lock(&mut edit, id).await.or_not_found()?);
+        if plan.key_count > 0 {
+            return Err(in_use(plan.key_count));
         }
-        let before = show(row, 0);
-        // A key that was put on it since fails the constraint.
-        plan::delete(&mut tx, id).await.map_err(|error| {
-            ApiError::on_constraint(
-                error,
-                &[("api_keys_plan_fkey", || {
-                    ApiError::new(ProblemCode::PlanInUse, "A key was just put on this plan.")
-                })],
-            )
+        plan::delete(&mut edit, id).await.map_err(|error| {
+            ApiError::on_constraint(error, &[("api_keys_plan_fkey", just_used)])
         })?;
-        let event = Change {
-            action: "plan.delete",
-            target_type: "plan",
-            target: &before.id,
-            name: &before.name,
-            before: change::whole(&before),
-            after: None,
-        };
-        change::record(&mut tx, &caller, event).await?;
-        tx.commit().await?;
+        // Without keys, no cache contains the plan.
+        edit.deleted(AuditAction::PlanDelete, &plan, None).await?;
         Ok(NoContent)
     }
 }

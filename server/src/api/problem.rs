@@ -1,4 +1,4 @@
-//! Errors as callers see them. The only place where an error becomes a [`Problem`](quota_common::Problem).
+//! Error responses. The only place where an error becomes a [`Problem`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,7 +12,13 @@ use poem_openapi::{
     error::{ParseParamError, ParsePathError},
     registry::{MetaResponses, Registry},
 };
-use quota_common::{FieldError, ProblemCode, limit::PolicyName, problem::MEDIA_TYPE};
+use quota_common::{
+    FieldError, Problem, ProblemCode,
+    audit::{AuditAction, AuditTarget},
+    limit::PolicyName,
+    page::{ApiKeyOrder, PlanOrder},
+    problem::MEDIA_TYPE,
+};
 use serde::{Serialize, Serializer};
 
 use super::limit_headers;
@@ -24,7 +30,18 @@ use crate::{
     limiter::{Decision, LimiterError, Policy, PolicySet},
 };
 
-/// An error on its way to the caller.
+/// For look-ups: no row is 404.
+pub trait OrNotFound<T> {
+    fn or_not_found(self) -> Result<T, ApiError>;
+}
+
+impl<T> OrNotFound<T> for Result<Option<T>, DbError> {
+    fn or_not_found(self) -> Result<T, ApiError> {
+        self?.ok_or_else(ApiError::not_found)
+    }
+}
+
+/// An error that becomes a response.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {detail}", .code.slug())]
 pub struct ApiError {
@@ -32,18 +49,18 @@ pub struct ApiError {
     pub detail: String,
     pub errors: Vec<FieldError>,
     pub retry_after: Option<Duration>,
-    /// The methods that a path has, for 405.
+    /// The methods that the path supports, for 405.
     pub allow: Option<String>,
-    /// A credential was sent with the request that is refused with 401.
+    /// For 401: whether the request had credentials.
     pub credential_sent: bool,
-    /// The denial of a key's limits, whose fields the answer carries.
+    /// The denial by a key's limits, which the response headers describe.
     pub denied: Option<Box<(Arc<KeyRecord>, Decision)>>,
-    /// What happened, for the log: never shown.
+    /// The cause, for the log. Never sent to the caller.
     #[source]
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
-/// A constraint, and the problem that breaking it is.
+/// A database constraint, and the problem for violating it.
 pub type Named = (&'static str, fn() -> ApiError);
 
 impl ApiError {
@@ -60,9 +77,9 @@ impl ApiError {
         }
     }
 
-    /// The same for a thing that never was and one that is somebody else's.
+    /// The same problem for a resource that does not exist and for another tenant's.
     pub fn not_found() -> Self {
-        Self::new(ProblemCode::NotFound, "There is no such thing here.")
+        Self::new(ProblemCode::NotFound, "Not found.")
     }
 
     pub fn unauthorized(credential_sent: bool, detail: &str) -> Self {
@@ -91,7 +108,7 @@ impl ApiError {
         }
     }
 
-    /// The shared counters are away, and the plan admits nothing without them.
+    /// Whether Redis is unreachable and the plan rejects all requests in that case.
     fn is_without_counters(&self) -> bool {
         let source = self.source.as_deref();
         source
@@ -103,7 +120,7 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// The wait is in the words too: a person reads them, where no header is shown.
+    /// Also states the wait in the detail, for people who see no headers.
     fn wait(why: &str, retry_after: Duration) -> Self {
         let secs = whole_secs(retry_after);
         let unit = if secs == 1 { "second" } else { "seconds" };
@@ -122,7 +139,7 @@ impl ApiError {
             source: Some(source.into()),
             ..Self::new(
                 ProblemCode::Unavailable,
-                "The server cannot do this at the moment. Try again soon.",
+                "Temporarily unavailable. Try again in a few seconds.",
             )
         }
     }
@@ -130,42 +147,35 @@ impl ApiError {
     pub fn internal(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self {
             source: Some(source.into()),
-            ..Self::new(
-                ProblemCode::Internal,
-                "Something went wrong here. It was logged under this request's id.",
-            )
+            ..Self::new(ProblemCode::Internal, "Something went wrong.")
         }
     }
 
     pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
         let secs = decision.retry_after_secs();
         if decision.violated().is_empty() {
-            // Nothing shows that a limit was reached: the shared counters could not be asked.
+            // No limit is known to be reached: the shared counters could not be queried.
             return Self {
                 retry_after: Some(Duration::from_secs(secs.unwrap_or(1))),
                 denied: Some(Box::new((record, decision))),
                 ..Self::new(
                     ProblemCode::ReducedCapacity,
-                    "Rate limits can't be checked right now. Retry after `Retry-After` seconds.",
+                    "Rate limits can't be checked right now. Try again in a few seconds.",
                 )
             };
         }
         let mut detail = String::with_capacity(96);
-        detail.push_str(match secs {
-            Some(_) => "The ",
-            None => "The request costs more than the ",
-        });
         for (n, policy) in decision.violated().iter().enumerate() {
-            detail.push_str(if n == 0 { "" } else { " and " });
+            detail.push_str(if n == 0 { "This key's " } else { " and " });
             detail.push_str(policy_name(policy));
         }
         match secs {
             Some(secs) => {
-                detail.push_str(" of this key is used up. Come back in ");
+                detail.push_str(" has been reached. Retry in ");
                 detail.push_str(itoa::Buffer::new().format(secs));
-                detail.push_str(" s.");
+                detail.push_str(if secs == 1 { " second." } else { " seconds." });
             }
-            None => detail.push_str(" of this key can ever hold."),
+            None => detail.push_str(" is lower than the cost of this request."),
         }
         Self {
             denied: Some(Box::new((record, decision))),
@@ -173,7 +183,7 @@ impl ApiError {
         }
     }
 
-    /// A named constraint that a change can break, as the problem it is.
+    /// Converts a database error, with the given problems for violated constraints.
     pub fn on_constraint(error: DbError, named: &[Named]) -> Self {
         if let DbError::Constraint(name) = &error
             && let Some((_, problem)) = named.iter().find(|(constraint, _)| constraint == name)
@@ -183,7 +193,7 @@ impl ApiError {
         error.into()
     }
 
-    /// Any error that reaches the edge.
+    /// Converts any error that reaches the edge.
     pub fn from_poem(error: poem::Error) -> Self {
         if error.is::<Self>() {
             return error
@@ -191,39 +201,35 @@ impl ApiError {
                 .unwrap_or_else(|_| Self::internal("an error changed its type"));
         }
         if let Some(error) = error.downcast_ref::<ParseParamError>() {
-            return Self::invalid(error.name, sentence(&error.reason));
+            return Self::invalid(error.name, parameter_fault(&error.reason));
         }
-        // A path that cannot be an id leads to nothing, as an id that is nobody's does.
+        // A path segment that is not an ID is treated like an ID that does not exist.
         if error.is::<ParsePathError>() || error.is::<NotFoundError>() {
             return Self::not_found();
         }
         if error.is::<MethodNotAllowedError>() || error.status() == StatusCode::METHOD_NOT_ALLOWED {
-            // Which there are instead is known at the edge.
-            return Self::new(
-                ProblemCode::MethodNotAllowed,
-                "This path has no such method.",
-            );
+            // The edge adds the supported methods.
+            return Self::new(ProblemCode::MethodNotAllowed, "Method not allowed.");
         }
         match error.status().as_u16() {
             404 => Self::not_found(),
             413 => Self::new(
                 ProblemCode::ContentTooLarge,
-                "The body is larger than the server takes.",
+                "The request body is too large.",
             ),
             415 => Self::new(
                 ProblemCode::UnsupportedMediaType,
-                "The body must be sent as application/json.",
+                "Send the request body as application/json.",
             ),
-            403 => Self::new(ProblemCode::Forbidden, "This is not allowed."),
-            status if (400..500).contains(&status) => Self::new(
-                ProblemCode::Malformed,
-                "The request could not be understood.",
-            ),
+            403 => Self::new(ProblemCode::Forbidden, "Not allowed."),
+            status if (400..500).contains(&status) => {
+                Self::new(ProblemCode::Malformed, "Malformed request.")
+            }
             _ => Self::internal(error.to_string()),
         }
     }
 
-    /// A denial is 429, whatever its problem type.
+    /// Returns the status: 429 for every denial, whatever its problem type.
     const fn http_status(&self) -> u16 {
         match self.denied {
             Some(_) => 429,
@@ -231,8 +237,8 @@ impl ApiError {
         }
     }
 
-    /// The response. Logged here, once, when the server failed. Being busy is not a failure: it has no source, and
-    /// metrics count it.
+    /// Returns the response. Logs the error, once, if the server failed. Being busy is not a failure: it has no source,
+    /// and metrics count it.
     pub fn into_response(self, request_id: &str, base: &str) -> Response {
         let is_busy = self.code == ProblemCode::Unavailable && self.source.is_none();
         if self.http_status() >= 500 && !is_busy {
@@ -245,14 +251,21 @@ impl ApiError {
                 request_id,
                 problem = self.code.slug(),
                 error = source,
-                "a request failed"
+                "request failed"
             );
         }
+        let detail = match self.code {
+            ProblemCode::Internal if !request_id.is_empty() => &format!(
+                "{} Quote request ID {request_id} when reporting it.",
+                self.detail
+            ),
+            _ => &self.detail,
+        };
         let problem = Written {
             kind: &self.code.type_uri(base),
             title: self.code.title(),
             status: self.http_status(),
-            detail: &self.detail,
+            detail,
             request_id,
             errors: &self.errors,
             violated_policies: Names(
@@ -266,7 +279,7 @@ impl ApiError {
         if let Err(error) = serde_json::to_writer(&mut body, &problem) {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
-                "a problem cannot be written"
+                "problem serialization failed"
             );
         }
         let status =
@@ -299,18 +312,89 @@ impl ApiError {
     }
 }
 
-/// Rounded up: never too early.
+/// Rounds up, so that a retry is never too early.
 fn whole_secs(wait: Duration) -> u64 {
     (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
 }
 
-/// RFC 6750 section 3.
+/// Returns the `WWW-Authenticate` header (RFC 6750, section 3).
 pub fn challenge(credential_sent: bool) -> HeaderValue {
     HeaderValue::from_static(if credential_sent {
         "Bearer realm=\"quota\", error=\"invalid_token\""
     } else {
         "Bearer realm=\"quota\""
     })
+}
+
+/// Returns a typical problem of this kind, for the OpenAPI document and the error pages.
+pub fn example(code: ProblemCode, base: &str) -> Problem {
+    let detail = match code {
+        ProblemCode::Malformed => {
+            "The body is not valid JSON: EOF while parsing an object at line 1 column 18."
+        }
+        ProblemCode::Unauthorized => "This API key is invalid, disabled or expired.",
+        ProblemCode::WrongCredentials => "Incorrect email or password.",
+        ProblemCode::SubscriptionNeeded => {
+            "The key's plan is paid and its tenant has no active subscription."
+        }
+        ProblemCode::Forbidden => "Your role (viewer) does not allow this action.",
+        ProblemCode::RegistrationClosed => {
+            "Registration is closed on this server. Ask its operator for an account."
+        }
+        ProblemCode::LimitReached => {
+            "Your organization has reached its limit of 100 plans. Delete some, or ask the operator for a higher limit."
+        }
+        ProblemCode::NotFound => "Not found.",
+        ProblemCode::MethodNotAllowed => "Method not allowed.",
+        ProblemCode::RequestTimeout => "The request body was not received in time.",
+        ProblemCode::PlanInUse => "3 keys use this plan. Move or delete them first.",
+        ProblemCode::NameTaken => "A plan with this name already exists.",
+        ProblemCode::EmailTaken => "An account with this email already exists.",
+        ProblemCode::RequestInProgress => {
+            "A request with this Idempotency-Key is still in progress."
+        }
+        ProblemCode::ContentTooLarge => "The request body is larger than 65536 bytes.",
+        ProblemCode::UnsupportedMediaType => "Send the request body as application/json.",
+        ProblemCode::Invalid => "default_rpm: must be at least 1",
+        ProblemCode::IdempotencyMismatch => {
+            "This Idempotency-Key was already used with a different request body. Use a new one."
+        }
+        ProblemCode::QuotaExceeded => "This key's rate limit has been reached. Retry in 3 seconds.",
+        ProblemCode::TooManyRequests => {
+            "Too many requests from this address. Try again in 3 seconds."
+        }
+        ProblemCode::HeadersTooLarge => "The request headers are too large.",
+        ProblemCode::Internal => {
+            "Something went wrong. Quote request ID 019ab4e1-7c00-7000-8000-000000000001 when reporting it."
+        }
+        ProblemCode::Unavailable => "Temporarily unavailable. Try again in a few seconds.",
+        ProblemCode::ReducedCapacity => {
+            "Rate limits can't be checked right now. Try again in a few seconds."
+        }
+    };
+    let errors = match code {
+        ProblemCode::Invalid => vec![FieldError {
+            field: "default_rpm".into(),
+            message: "must be at least 1".into(),
+        }],
+        ProblemCode::EmailTaken => vec![FieldError {
+            field: "email".into(),
+            message: "is already in use".into(),
+        }],
+        _ => Vec::new(),
+    };
+    Problem {
+        kind: code.type_uri(base).into_owned(),
+        title: code.title().to_owned(),
+        status: code.status(),
+        detail: detail.to_owned(),
+        request_id: "019ab4e1-7c00-7000-8000-000000000001".to_owned(),
+        errors,
+        violated_policies: match code {
+            ProblemCode::QuotaExceeded => vec![PolicyName::Rpm],
+            _ => Vec::new(),
+        },
+    }
 }
 
 pub fn wire_name(policy: Policy) -> PolicyName {
@@ -329,7 +413,7 @@ const fn policy_name(policy: Policy) -> &'static str {
     }
 }
 
-/// A [`Problem`](quota_common::Problem) made of borrowed parts: denials come as fast as admissions.
+/// A [`Problem`] of borrowed parts, since denials must be as cheap as admissions.
 #[derive(Serialize)]
 struct Written<'a> {
     #[serde(rename = "type")]
@@ -344,7 +428,7 @@ struct Written<'a> {
     violated_policies: Names,
 }
 
-/// Policies by the names that they have on the wire.
+/// Serializes policies by their names in the API.
 struct Names(PolicySet);
 
 impl Names {
@@ -359,12 +443,50 @@ impl Serialize for Names {
     }
 }
 
-/// What poem-openapi says of a parameter, without the names of Rust's types.
-fn sentence(reason: &str) -> String {
-    match reason.split_once("\": ") {
-        Some((start, rest)) if start.starts_with("failed to parse \"") => rest.to_owned(),
-        _ => reason.to_owned(),
+/// Rewrites poem-openapi's reason for rejecting a parameter as a message for the caller.
+fn parameter_fault(reason: &str) -> String {
+    let bound = |rule: &str| {
+        let (_, rest) = reason.split_once("verification failed. ")?;
+        let argument = rest.strip_prefix(rule)?.strip_prefix('(')?;
+        argument.split([',', ')']).next()
+    };
+    if let Some(min) = bound("minimum") {
+        return format!("must be at least {min}");
     }
+    if let Some(max) = bound("maximum") {
+        return format!("must be at most {max}");
+    }
+    if let Some(max) = bound("maxLength") {
+        return format!("must be at most {max} characters");
+    }
+    let (kind, message) = reason
+        .strip_prefix("failed to parse \"")
+        .and_then(|rest| rest.split_once("\": "))
+        .unwrap_or(("", reason));
+    if let Some(choices) = choices(kind) {
+        return format!("must be one of {}", choices.join(", "));
+    }
+    match kind {
+        "boolean" => "must be true or false".to_owned(),
+        "string_uuid" => "must be a UUID".to_owned(),
+        kind if kind.starts_with("integer") => "must be a non-negative integer".to_owned(),
+        _ => message
+            .split(" (occurred while parsing")
+            .next()
+            .unwrap_or_default()
+            .to_owned(),
+    }
+}
+
+/// Returns the values of a parameter that is an enum.
+fn choices(kind: &str) -> Option<Vec<&'static str>> {
+    Some(match kind {
+        "ApiKeyOrder" => ApiKeyOrder::ALL.iter().map(|it| it.as_str()).collect(),
+        "PlanOrder" => PlanOrder::ALL.iter().map(|it| it.as_str()).collect(),
+        "AuditAction" => AuditAction::ALL.iter().map(|it| it.as_str()).collect(),
+        "AuditTarget" => AuditTarget::ALL.iter().map(|it| it.as_str()).collect(),
+        _ => return None,
+    })
 }
 
 impl ResponseError for ApiError {
@@ -374,13 +496,13 @@ impl ResponseError for ApiError {
 }
 
 impl IntoResponse for ApiError {
-    /// Only for a response that does not pass the edge, which knows the request's id.
+    /// For responses that bypass the edge, which knows the request ID.
     fn into_response(self) -> Response {
         self.into_response("", "")
     }
 }
 
-/// The document's error answers are added to every operation by `openapi`, by rule.
+/// `openapi` adds the error responses to the document.
 impl ApiResponse for ApiError {
     fn meta() -> MetaResponses {
         MetaResponses {
@@ -421,7 +543,7 @@ impl From<LimiterError> for ApiError {
             source: Some(Box::new(error)),
             ..Self::new(
                 ProblemCode::ReducedCapacity,
-                "No decision can be taken at the moment. Try again soon.",
+                "Rate limits can't be checked right now. Try again in a few seconds.",
             )
         }
     }
@@ -440,21 +562,20 @@ impl From<AuthError> for ApiError {
                 credential_sent: true,
                 ..Self::new(
                     ProblemCode::WrongCredentials,
-                    "The email or the password is wrong.",
+                    "Incorrect email or password.",
                 )
             },
-            AuthError::Unauthorized => Self::unauthorized(
-                true,
-                "This token opens nothing, or no longer. Sign in again.",
-            ),
+            AuthError::Unauthorized => {
+                Self::unauthorized(true, "Your session has expired. Sign in again.")
+            }
             AuthError::EmailTaken => Self {
                 errors: vec![FieldError {
                     field: "email".into(),
-                    message: "is taken".into(),
+                    message: "is already in use".into(),
                 }],
                 ..Self::new(
                     ProblemCode::EmailTaken,
-                    "An account with this email exists already.",
+                    "An account with this email already exists.",
                 )
             },
             AuthError::WeakPassword(message) => Self::invalid("password", message),
@@ -471,8 +592,6 @@ impl From<AuthError> for ApiError {
 
 #[cfg(test)]
 mod tests {
-    use quota_common::Problem;
-
     use super::*;
 
     fn json(value: &impl Serialize) -> String {
@@ -480,16 +599,44 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_of_a_problem_is_the_problem() {
+    fn rejected_parameter_gets_a_plain_message() {
+        for (reason, message) in [
+            (
+                "verification failed. minimum(1, exclusive: false)",
+                "must be at least 1",
+            ),
+            (
+                "verification failed. maximum(100, exclusive: false)",
+                "must be at most 100",
+            ),
+            (
+                "verification failed. maxLength(200)",
+                "must be at most 200 characters",
+            ),
+            (
+                "failed to parse \"integer_uint32\": invalid digit found in string",
+                "must be a non-negative integer",
+            ),
+            (
+                "failed to parse \"string\": must be a fish (occurred while parsing \"Fish\")",
+                "must be a fish",
+            ),
+        ] {
+            assert_eq!(parameter_fault(reason), message);
+        }
+    }
+
+    #[test]
+    fn written_problem_equals_the_wire_type() {
         let errors = [FieldError {
             field: "name".into(),
-            message: "is \"taken\"".into(),
+            message: "is \"odd\"".into(),
         }];
         let mut written = Written {
             kind: "https://q.example/problems/invalid",
-            title: "Some fields are not valid",
+            title: "Validation failed",
             status: 422,
-            detail: "name: is \"taken\"",
+            detail: "name: is \"odd\"",
             request_id: "r-1",
             errors: &errors,
             violated_policies: Names(PolicySet::EMPTY),

@@ -1,17 +1,16 @@
-//! The edge: what happens to every request, outermost.
+//! The edge: the outermost layer around every request.
 //!
-//! It gives the request its id, turns errors and panics into problems, holds it to its time, adds the fields
-//! that every answer carries, counts it, and writes its line into the log.
+//! Assigns the request ID, turns errors and panics into problems, enforces the time limit, adds the headers that every
+//! response has, counts the request and writes the access log.
 
-use std::{future::poll_fn, net::IpAddr, panic::AssertUnwindSafe, pin::pin, sync::Arc, task::Poll};
+use std::{future::poll_fn, panic::AssertUnwindSafe, pin::pin, sync::Arc, task::Poll};
 
 use futures_util::FutureExt;
-use parking_lot::Mutex;
 use poem::{
     Endpoint, IntoResponse, Middleware, Request, Response, Result,
-    http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header},
+    http::{HeaderName, HeaderValue, StatusCode, header},
 };
-use quota_common::{ProblemCode, TenantId};
+use quota_common::ProblemCode;
 use tokio::time::timeout;
 
 use super::{
@@ -19,19 +18,14 @@ use super::{
     client_ip::client_ip,
     limit_headers::{DECISION, GatewayDecision},
     problem::ApiError,
+    request_context::Visit,
     short_way::FORWARD_AUTH,
 };
-use crate::{
-    clock::UnixNanos,
-    keys::KeyRecord,
-    state::AppState,
-    telemetry::{log::AccessLine, request_id::RequestIds},
-};
+use crate::{clock::UnixNanos, state::AppState, telemetry::request_id::RequestIds};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// What every answer carries: nothing of ours is framed, sniffed, shared with windows of other origins or told
-/// to them.
+/// Headers of every response: no framing, no content sniffing, nothing shared with other origins.
 const ALWAYS: [(HeaderName, &str); 5] = [
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (header::X_FRAME_OPTIONS, "DENY"),
@@ -46,65 +40,7 @@ const ALWAYS: [(HeaderName, &str); 5] = [
     ),
 ];
 
-/// What is worked out once about a request, when it arrives. It goes with the request.
-pub struct Visit {
-    pub state: AppState,
-    /// The request's id, which is visible ASCII.
-    pub id: HeaderValue,
-    /// The client's address; `None` for a peer that has none.
-    pub ip: Option<IpAddr>,
-    arrived: UnixNanos,
-    /// Who it turned out to be from, for its line in the log. Filled on the way in.
-    caller: Mutex<Option<Identity>>,
-}
-
-enum Identity {
-    Tenant(TenantId),
-    Key(Arc<KeyRecord>),
-}
-
-impl Visit {
-    pub fn of(request: &Request) -> Result<&Self, ApiError> {
-        match request.data::<Arc<Self>>() {
-            Some(visit) => Ok(visit),
-            None => Err(ApiError::internal("the edge is not mounted")),
-        }
-    }
-
-    pub fn id(&self) -> &str {
-        self.id.to_str().unwrap_or_default()
-    }
-
-    pub fn is_tenant(&self, tenant: TenantId) {
-        *self.caller.lock() = Some(Identity::Tenant(tenant));
-    }
-
-    pub fn is_key(&self, key: Arc<KeyRecord>) {
-        *self.caller.lock() = Some(Identity::Key(key));
-    }
-
-    fn log(&self, method: &Method, uri: &Uri, status: u16, nanos: u64) {
-        let identity = self.caller.lock().take();
-        let (tenant, key) = match &identity {
-            Some(Identity::Tenant(tenant)) => (Some(tenant.0), None),
-            Some(Identity::Key(key)) => (Some(key.tenant.0), Some(key.prefix.as_str())),
-            None => (None, None),
-        };
-        self.state.log.access(&AccessLine {
-            at: self.arrived.saturating_add(nanos),
-            request_id: self.id(),
-            method: method.as_str(),
-            path: uri.path(),
-            status,
-            micros: nanos / 1000,
-            ip: self.ip,
-            tenant,
-            key,
-        });
-    }
-}
-
-/// See the module.
+/// The middleware; see the module.
 pub struct RequestLog {
     pub state: AppState,
     pub methods: Arc<Methods>,
@@ -136,22 +72,21 @@ impl<E: Endpoint> Endpoint for Edge<E> {
     async fn call(&self, mut request: Request) -> Result<Response> {
         let state = &self.state;
         let (arrived, began) = (state.clock.now(), state.clock.monotonic());
-        let visit = Arc::new(Visit {
-            state: state.clone(),
-            id: self.request_id(&request, arrived),
-            ip: client_ip(&request, &state.config.trusted_proxies),
+        let visit = Arc::new(Visit::new(
+            state,
+            self.request_id(&request, arrived),
+            client_ip(&request, &state.config.trusted_proxies),
             arrived,
-            caller: Mutex::default(),
-        });
+        ));
         let method = request.method().clone();
-        // Not its path alone, which would have to be copied.
+        // The whole URI: cloning it is cheaper than copying its path.
         let uri = request.uri().clone();
         request.set_data(visit.clone());
 
         state.metrics.requests_in_flight.inc();
         let flight = InFlight(state);
-        // Within the server's own limits a handler never takes so long; what it waits for may. Most wait for
-        // nothing, and need no clock to be told so.
+        // A handler can only exceed the time limit while it waits for something. Most do not wait at all, so they are
+        // polled once before a timer is set up.
         let mut answer = pin!(AssertUnwindSafe(self.inner.call(request)).catch_unwind());
         let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context))).await;
         let answer = match at_once {
@@ -191,7 +126,7 @@ impl<E: Endpoint> Endpoint for Edge<E> {
         }
 
         let headers = response.headers_mut();
-        // The visit is over, unless the request lives on in a task.
+        // Avoids a copy, unless a spawned task still holds the request.
         let id = Arc::try_unwrap(visit).map_or_else(|visit| visit.id.clone(), |visit| visit.id);
         headers.insert(REQUEST_ID, id);
         for (name, value) in ALWAYS {
@@ -216,8 +151,8 @@ impl<E: Endpoint> Endpoint for Edge<E> {
     }
 }
 
-/// States the decision in an error response of forward-auth. One that a gateway passes on has no body, so that nginx can
-/// reuse its connection; a request that is itself invalid keeps its explanation.
+/// Adds the decision to an error response of forward-auth. A response that gateways act on has no body, so that nginx
+/// can reuse its connection. The response to a malformed request keeps its body, which explains the error.
 fn for_gateway(mut response: Response) -> Response {
     let status = response.status();
     let decision = GatewayDecision::of_error(status);
@@ -240,7 +175,7 @@ impl Drop for InFlight<'_> {
 }
 
 impl<E> Edge<E> {
-    /// The incoming id when it is one, else a new one.
+    /// Returns the incoming request ID if it is valid, otherwise a new one.
     fn request_id(&self, request: &Request, now: UnixNanos) -> HeaderValue {
         match request.headers().get(REQUEST_ID) {
             Some(id) if is_id(id.as_bytes()) => id.clone(),
@@ -252,7 +187,7 @@ impl<E> Edge<E> {
     }
 }
 
-/// 1 to 128 letters, digits and `-_.:`: nothing that a log or a terminal would read as more.
+/// Accepts 1 to 128 letters, digits and `-_.:`, which have no meaning to a log or a terminal.
 fn is_id(bytes: &[u8]) -> bool {
     (1..=128).contains(&bytes.len())
         && bytes
@@ -265,7 +200,7 @@ mod tests {
     use super::is_id;
 
     #[test]
-    fn an_id_is_taken_over_only_when_it_is_harmless() {
+    fn only_harmless_request_ids_are_accepted() {
         assert!(is_id(b"019ab4e1-7c00-7000-8000-0000000000a1"));
         assert!(is_id(b"trace:1.2_3"));
         for harmful in [

@@ -7,24 +7,24 @@ use poem_openapi::{
 };
 use quota_common::{
     Page, ServiceTokenId,
+    audit::AuditAction,
     service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken},
 };
 use uuid::Uuid;
 
 use super::{
-    Tag,
-    admitted::AdmittedTenant,
-    allowance,
-    change::{self, Change},
+    Tag, allowance,
+    change::Edit,
     idempotency::Once,
     json::{Created, Json, NoContent},
-    page,
-    problem::ApiError,
+    page::{self, PageSize},
+    problem::{ApiError, OrNotFound},
+    tenant_rights::{ManagingTenant, ReadingTenant},
 };
 use crate::{
     repo::{
         allowance::Resource,
-        revocation::{self, Target},
+        revocation::Target,
         service_token::{self, NewServiceToken, ServiceTokenRow},
     },
     secret_text::{Kind, SecretText},
@@ -35,13 +35,15 @@ pub struct ServiceTokenApi {
     pub state: AppState,
 }
 
-fn show(row: ServiceTokenRow) -> ServiceToken {
-    ServiceToken {
-        id: ServiceTokenId(row.id),
-        name: row.name,
-        prefix: row.prefix,
-        last_used_at: row.last_used_at.map(Into::into),
-        created_at: row.created_at.into(),
+impl From<ServiceTokenRow> for ServiceToken {
+    fn from(row: ServiceTokenRow) -> Self {
+        Self {
+            id: ServiceTokenId(row.id),
+            name: row.name,
+            prefix: row.prefix,
+            last_used_at: row.last_used_at.map(Into::into),
+            created_at: row.created_at.into(),
+        }
     }
 }
 
@@ -49,7 +51,7 @@ fn show(row: ServiceTokenRow) -> ServiceToken {
 impl ServiceTokenApi {
     /// List service tokens
     ///
-    /// Newest first. The text of a token is never shown.
+    /// Returns tokens newest first. The token itself is never returned.
     #[oai(
         path = "/service-tokens",
         method = "get",
@@ -57,23 +59,23 @@ impl ServiceTokenApi {
     )]
     async fn list(
         &self,
-        caller: AdmittedTenant,
-        /// How many at most, 1 to 100.
-        #[oai(validator(minimum(value = "1"), maximum(value = "100")))]
-        limit: Query<Option<u32>>,
-        /// The `next_cursor` of the page before.
+        caller: ReadingTenant,
+        /// Page size, 1–100. Default 20.
+        limit: Query<Option<PageSize>>,
+        /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<ServiceToken>>, ApiError> {
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let rows = service_token::list(&mut tx, slice).await?;
         tx.commit().await?;
-        Ok(Json(page::page(rows, |row| row.id, show)))
+        Ok(Json(page::page(rows, |row| row.id, ServiceToken::from)))
     }
 
-    /// Make a service token
+    /// Create a service token
     ///
-    /// The answer holds the token's text, for the only time. A replay by `Idempotency-Key` answers without it.
+    /// Returns the full token. This is the only time it is available: a replay with the same `Idempotency-Key` returns
+    /// everything except the token.
     #[oai(
         path = "/service-tokens",
         method = "post",
@@ -81,49 +83,44 @@ impl ServiceTokenApi {
     )]
     async fn create(
         &self,
-        caller: AdmittedTenant,
-        /// The same key and body within 24 hours answer the first response again, without the text.
+        caller: ManagingTenant,
+        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
+        /// without the token.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateServiceToken>,
     ) -> Result<Created<CreatedServiceToken>, ApiError> {
-        caller.may_manage()?;
         let once = Once::new("create_service_token", idempotency_key.0, &body.0)?;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        if let Some(answer) = once.replay(&mut tx).await? {
-            return Ok(Created(answer));
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        if let Some(first) = once.replay(&mut edit).await? {
+            return Ok(Created(first));
         }
-        allowance::one_more(&self.state.config, &mut tx, Resource::ServiceTokens).await?;
-        let text = SecretText::generate(Kind::ServiceToken)?;
+        allowance::one_more(&self.state.config, &mut edit, Resource::ServiceTokens).await?;
+        let secret = SecretText::generate(Kind::ServiceToken)?;
         let new = NewServiceToken {
             tenant_id: caller.tenant().0,
             id: Uuid::now_v7(),
             name: body.0.name.trim(),
-            prefix: &text.prefix(),
-            token_hash: &text.hash(),
+            prefix: &secret.prefix(),
+            token_hash: &secret.hash(),
         };
-        let row = service_token::insert(&mut tx, &new).await?;
-        let mut made = CreatedServiceToken {
+        let row = service_token::insert(&mut edit, &new).await?;
+        let mut created = CreatedServiceToken {
             token: None,
-            service_token: show(row),
+            service_token: row.into(),
         };
-        let event = Change {
-            action: "service_token.create",
-            target_type: "service_token",
-            target: &made.service_token.id,
-            name: &made.service_token.name,
-            before: None,
-            after: change::whole(&made.service_token),
-        };
-        change::record(&mut tx, &caller, event).await?;
-        once.keep(&mut tx, &made).await?;
-        tx.commit().await?;
-        self.state.keys.made(&text);
-        made.token = Some(text.reveal());
-        Ok(Created(made))
+        // Without the secret, which must not be stored.
+        once.keep(&mut edit, &created).await?;
+        let action = AuditAction::ServiceTokenCreate;
+        edit.created(action, &created.service_token).await?;
+        self.state.keys.made(&secret);
+        created.token = Some(secret.reveal());
+        Ok(Created(created))
     }
 
     /// Get a service token
+    ///
+    /// The token itself is never returned.
     #[oai(
         path = "/service-tokens/:token_id",
         method = "get",
@@ -131,20 +128,19 @@ impl ServiceTokenApi {
     )]
     async fn get(
         &self,
-        caller: AdmittedTenant,
+        caller: ReadingTenant,
         token_id: Path<ServiceTokenId>,
     ) -> Result<Json<ServiceToken>, ApiError> {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let row = service_token::find(&mut tx, token_id.0.0)
-            .await?
-            .ok_or_else(ApiError::not_found)?;
+        let row = service_token::find(&mut tx, token_id.0.0).await;
+        let row = row.or_not_found()?;
         tx.commit().await?;
-        Ok(Json(show(row)))
+        Ok(Json(row.into()))
     }
 
     /// Delete a service token
     ///
-    /// It opens nothing from then on.
+    /// The token stops working immediately. This cannot be undone.
     #[oai(
         path = "/service-tokens/:token_id",
         method = "delete",
@@ -152,29 +148,16 @@ impl ServiceTokenApi {
     )]
     async fn delete(
         &self,
-        caller: AdmittedTenant,
+        caller: ManagingTenant,
         token_id: Path<ServiceTokenId>,
     ) -> Result<NoContent, ApiError> {
         let id = token_id.0.0;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let before = service_token::delete(&mut tx, id)
-            .await?
-            .ok_or_else(ApiError::not_found)?;
-        // Not committed when it is not allowed.
-        caller.may_manage()?;
-        let before = show(before);
-        let event = Change {
-            action: "service_token.delete",
-            target_type: "service_token",
-            target: &before.id,
-            name: &before.name,
-            before: change::whole(&before),
-            after: None,
-        };
-        change::record(&mut tx, &caller, event).await?;
-        let revoked = revocation::insert(&mut tx, Target::ServiceToken(id)).await?;
-        tx.commit().await?;
-        self.state.revoked(&revoked);
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        let last = service_token::delete(&mut edit, id).await.or_not_found()?;
+        let last = ServiceToken::from(last);
+        let action = AuditAction::ServiceTokenDelete;
+        edit.deleted(action, &last, Some(Target::ServiceToken(id)))
+            .await?;
         Ok(NoContent)
     }
 }

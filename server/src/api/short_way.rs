@@ -14,7 +14,7 @@ use super::{
     json::Json,
     limit::{Deny, LimitApi},
     problem::ApiError,
-    request_log::Visit,
+    request_context::Visit,
 };
 
 /// The path of forward-auth, which takes every method.

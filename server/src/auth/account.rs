@@ -1,8 +1,8 @@
 //! Accounts: registering, signing in, changing a password.
 //!
-//! A password is verified outside of any transaction, since hashing takes long and may wait. The transaction that then
-//! begins a session, or changes the password, makes sure under the user's row lock that the password is still the one
-//! that was verified: a password that changed meanwhile begins no session.
+//! A password is verified outside of any transaction, since hashing is slow and may wait. The transaction that then
+//! creates a session, or changes the password, checks under the user's row lock that the password is still the one that
+//! was verified, so a password that changed in between does not create a session.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use crate::{
     clock::Clock,
     db::{Db, DbError},
     repo::{
-        account::{self, TenantRow, UserRow},
+        account::{self, LoginRow, MemberRow, TenantRow, UserRow},
         audit,
         revocation::{self, Target},
         session,
@@ -29,10 +29,10 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// An account with a session that was just begun.
+/// An account with a new session.
 pub struct SignedIn {
     pub tokens: Tokens,
-    /// What the device keeps, to be known the next time.
+    /// The device token, by which the device is recognized at its next sign-in.
     pub device: String,
     pub user: UserRow,
     pub tenant: TenantRow,
@@ -51,12 +51,12 @@ pub struct Accounts {
     metrics: Arc<Metrics>,
 }
 
-/// What somebody signs in with.
+/// The credentials of a sign-in.
 #[derive(Clone, Copy)]
 pub struct Credentials<'a> {
     pub email: &'a str,
     pub password: &'a str,
-    /// What the device has kept from earlier sign-ins.
+    /// The device token of earlier sign-ins.
     pub device: Option<&'a str>,
 }
 
@@ -169,7 +169,12 @@ impl Accounts {
         let mut tx = self.db.system().await?;
         let found = account::for_login(&mut tx, &email).await?;
         tx.commit().await?;
-        let Some((user, _, tenant)) = found else {
+        let Some(LoginRow {
+            user,
+            tenant_id: tenant,
+            ..
+        }) = found
+        else {
             return Err(AuthError::WrongCredentials);
         };
         let password = Password::new(password);
@@ -177,9 +182,9 @@ impl Accounts {
         let place = self.passwords.enter(signed_in_turn(&Origin::default()));
         let hash = self.passwords.hash(password, &place.await?).await?;
         let mut tx = self.db.system().await?;
-        // First: it waits for the sign-ins that have seen the old password, and those end below.
+        // First: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
         account::set_password(&mut tx, user.id, &hash).await?;
-        // No session has the nil id: all end.
+        // No session has the nil ID, so all are revoked.
         let ended = session::end_others(&mut tx, user.id, Uuid::nil()).await?;
         let event = audit::NewAuditEvent {
             tenant_id: tenant,
@@ -212,7 +217,7 @@ impl Accounts {
         Ok(all)
     }
 
-    /// Begins a session. Strangers cannot exhaust what this is limited by: see [`super::attempts`].
+    /// Signs in. Other people cannot exhaust the limits of a known device; see [`super::attempts`].
     pub async fn login(
         &self,
         credentials: Credentials<'_>,
@@ -243,7 +248,7 @@ impl Accounts {
         let found = account::for_login(&mut tx, &email).await?;
         tx.commit().await?;
         let (user, hash, tenant) = match found {
-            Some((user, hash, tenant)) => (Some(user), Some(hash), tenant),
+            Some(found) => (Some(found.user), Some(found.password_hash), found.tenant_id),
             None => (None, None, Uuid::nil()),
         };
         let verified = self
@@ -261,7 +266,7 @@ impl Accounts {
             return Err(AuthError::WrongCredentials);
         }
         let member = account::member(&mut tx, user.id, tenant).await?;
-        let (user, tenant, role) = member.ok_or(AuthError::WrongCredentials)?;
+        let MemberRow { user, tenant, role } = member.ok_or(AuthError::WrongCredentials)?;
         let tokens = self
             .sessions
             .begin(&mut tx, (UserId(user.id), TenantId(tenant.id)), origin)
@@ -290,7 +295,7 @@ impl Accounts {
         })
     }
 
-    /// Waits for a password thread. A try for which there is none is not counted.
+    /// Waits for a password thread. Takes the attempt back if none becomes available.
     async fn enter(&self, attempt: &Attempt, turn: Turn) -> Result<Place, AuthError> {
         let entered = self.passwords.enter(turn).await;
         if entered.is_err() {
@@ -299,7 +304,7 @@ impl Accounts {
         entered
     }
 
-    /// Changes the password and ends every other session of the user.
+    /// Changes the password and revokes all other sessions of the user.
     pub async fn change_password(
         &self,
         (user, tenant, session): (UserId, TenantId, SessionId),
@@ -313,7 +318,7 @@ impl Accounts {
         let old = account::password_hash(&mut tx, user.0).await?;
         let member = account::member(&mut tx, user.0, tenant.0).await?;
         tx.commit().await?;
-        let (Some((row, _, _)), Some(old)) = (member, old) else {
+        let (Some(MemberRow { user: row, .. }), Some(old)) = (member, old) else {
             return Err(AuthError::Unauthorized);
         };
         let verified = self
@@ -330,11 +335,11 @@ impl Accounts {
         drop(place);
 
         let mut tx = self.db.system().await?;
-        // First: it waits for the sign-ins that have seen the old password, and those end below.
+        // First: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
         if !account::replace_password(&mut tx, user.0, &old, &hash).await? {
             return Err(AuthError::WrongCredentials);
         }
-        // A session that was ended meanwhile changes nothing any more.
+        // A session that was revoked in between must not change the password.
         if session::find_live(&mut tx, session.0).await?.is_none() {
             return Err(AuthError::Unauthorized);
         }

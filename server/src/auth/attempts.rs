@@ -1,17 +1,17 @@
-//! Limits failed tries to prove a password, without letting strangers lock anyone out.
+//! Limits failed password attempts, without letting other people lock a user out.
 //!
-//! Tries are counted by account *and* network, never by account alone: whoever guesses from one network slows down
-//! that network. IPv4 counts by address and /24, IPv6 by /64, /56 and /48, the wider ones with more room. Each network
+//! Attempts are counted per account *and* network, never per account only: guessing from one network slows down that
+//! network. IPv4 counts by address and /24, IPv6 by /64, /56 and /48, the wider ones with more room. Each network
 //! is also counted over all accounts, against lists of leaked passwords. A known device ([`super::device`]) has a
 //! counter of its own and none of these.
 //!
-//! Every counter has a number of tries without a wait (`QUOTA_LOGIN_RPM`, or a multiple). After those, each further try
-//! has to wait twice as long as the one before, while one try is forgiven every few minutes: so nobody is locked out
-//! for longer than about that, and a guesser gets about one try in that time. A try is counted before the password is
-//! looked at, so parallel tries gain nothing, and forgotten when it turns out right.
+//! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_RPM`, or a multiple). After those, each
+//! attempt has to wait twice as long as the previous one, and one attempt is forgiven every few minutes. So a lockout
+//! does not last much longer than that, and a guesser gets about one attempt in that time. An attempt is counted before
+//! the password is verified, so parallel attempts gain nothing, and is removed if the password is correct.
 //!
 //! With Redis all replicas share the counters, by one script. Every replica also counts for itself: while Redis is
-//! unreachable, that count decides, with half the tries. Nothing here tells whether an account exists.
+//! unreachable, that count decides, with half the attempts. Nothing here reveals whether an account exists.
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
@@ -27,15 +27,15 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The longest wait between two tries.
+/// The longest wait between two attempts.
 const LONGEST: Duration = Duration::from_mins(15);
-/// How long it takes until a failed try on one account is forgiven.
+/// How long it takes until a failed attempt on one account is forgiven.
 const FORGIVE: Duration = Duration::from_mins(5);
-/// The same for tries of a network on any account.
+/// The same for attempts of a network on any account.
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
-/// How many times as many tries a network has over all accounts as on one.
+/// How many times as many attempts a network has over all accounts as on one.
 const ACCOUNTS: u32 = 5;
-/// A widest network with as many unforgiven tries is not [ordinary](super::password::Lane::Ordinary) any more.
+/// A widest network with this many unforgiven attempts is no longer [ordinary](super::password::Lane::Ordinary).
 const CROWD: u64 = 3;
 /// How many counters one replica remembers. One takes about 60 bytes.
 const REMEMBERED: usize = 200_000;
@@ -58,15 +58,15 @@ type Name = [u8; 16];
 #[derive(Debug, Clone, Copy)]
 struct Counter {
     name: Name,
-    /// Tries without a wait.
+    /// Attempts without a wait.
     free: u32,
     forgive: Duration,
-    /// Whether a right password clears it: those of one account.
+    /// Whether a correct password clears it. True for counters of one account.
     is_cleared: bool,
 }
 
 impl Counter {
-    /// The first wait: what a steady rate of `free` tries a minute would have.
+    /// Returns the first wait: the interval of `free` attempts per minute.
     fn first_wait(&self) -> Duration {
         Duration::from_mins(1) / self.free.max(1)
     }
@@ -87,7 +87,7 @@ impl Count {
     }
 }
 
-/// A try that may be made. Say what became of it; a try that nobody hears of again has failed.
+/// An attempt that may be made. Counts as failed unless its outcome is reported.
 #[derive(Debug)]
 pub struct Attempt {
     counters: Vec<Counter>,
@@ -95,7 +95,7 @@ pub struct Attempt {
     pub is_suspect: bool,
 }
 
-/// A try has to wait.
+/// How long an attempt has to wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wait(pub Duration);
 
@@ -133,7 +133,7 @@ impl Attempts {
         }
     }
 
-    /// A try to sign in from a network.
+    /// Counts a sign-in from a network.
     pub async fn of_network(&self, email: &str, ip: Option<IpAddr>) -> Result<Attempt, Wait> {
         let networks = networks(ip);
         let counters = networks
@@ -153,13 +153,13 @@ impl Attempts {
         self.take(counters.collect()).await
     }
 
-    /// A try to sign in from a known device.
+    /// Counts a sign-in from a known device.
     pub async fn of_device(&self, email: &str, device: &DeviceId) -> Result<Attempt, Wait> {
         self.single(&[b"device", device, email.as_bytes()]).await
     }
 
-    /// A try of somebody who is signed in, such as to change the password: a stolen session must not be a way to guess
-    /// it.
+    /// Counts an attempt of a signed-in user, such as to change the password, which a stolen session must not be able to
+    /// guess.
     pub async fn of_user(&self, user: &[u8]) -> Result<Attempt, Wait> {
         self.single(&[b"user", user]).await
     }

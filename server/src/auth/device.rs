@@ -1,8 +1,8 @@
-//! Known devices: where an account has been signed in to before.
+//! Known devices: devices from which an account was signed in to before.
 //!
 //! A successful sign-in returns a device token, which the browser keeps in a cookie and the desktop app in the
-//! keychain. Shown with a later sign-in to the same account, it spares that sign-in the limits that strangers can
-//! exhaust. It is no credential: without the password it only buys a few tries of its own.
+//! keychain. A later sign-in to the same account that sends it is not subject to the limits that other people can
+//! exhaust. It is not a credential: without the password, it only permits a few attempts of its own.
 //!
 //! A token holds a random id and the time it was issued, under a MAC that covers the account's email. Nothing is
 //! stored. A value may hold the tokens of several accounts, the newest first.

@@ -19,7 +19,7 @@ use argon2::{
     password_hash::phc::PasswordHash,
 };
 use parking_lot::Mutex;
-use quota_common::auth::PASSWORD_BYTES;
+use quota_common::bounds::PASSWORD_BYTES;
 use tokio::sync::oneshot;
 use unicode_normalization::UnicodeNormalization;
 use zxcvbn::Score;
@@ -84,7 +84,7 @@ impl Password {
         if !PASSWORD_BYTES.contains(&self.0.len()) {
             let (min, max) = (PASSWORD_BYTES.start(), PASSWORD_BYTES.end());
             return Err(AuthError::WeakPassword(format!(
-                "must be {min} to {max} bytes long"
+                "must be {min}–{max} bytes"
             )));
         }
         let mut known = vec![email, "quota"];
@@ -98,7 +98,7 @@ impl Password {
         if estimate.score() >= Score::Three {
             return Ok(());
         }
-        let mut message = "is easy to guess".to_owned();
+        let mut message = "is too easy to guess".to_owned();
         if let Some(warning) = estimate
             .feedback()
             .and_then(zxcvbn::feedback::Feedback::warning)

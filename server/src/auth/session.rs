@@ -310,12 +310,12 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
     };
     let member = account::member(&mut tx, row.user_id, row.tenant_id).await?;
     tx.commit().await?;
-    Ok(member.and_then(|(_, _, role)| {
+    Ok(member.and_then(|member| {
         Some(LiveSession {
             id,
             user: UserId(row.user_id),
             tenant: TenantId(row.tenant_id),
-            role: role_named(&role)?,
+            role: role_named(&member.role)?,
             expires_at: UnixNanos(
                 row.expires_at
                     .timestamp_nanos_opt()

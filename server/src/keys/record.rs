@@ -214,9 +214,9 @@ impl KeyStore {
                         Ok(owner)
                     };
                     let owner = lookups.within_limit(owner).await?;
-                    Ok(owner.map(|(tenant, id)| ServiceRecord {
-                        tenant: tenant.into(),
-                        id: id.into(),
+                    Ok(owner.map(|owner| ServiceRecord {
+                        tenant: owner.tenant_id.into(),
+                        id: owner.id.into(),
                     }))
                 }
             })

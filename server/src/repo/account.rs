@@ -27,7 +27,8 @@ pub struct TenantRow {
     pub time_zone: String,
 }
 
-/// Makes a user, a tenant, and the user its owner. A taken email fails with `users_email_key`.
+/// Inserts a user, a tenant, and the user's membership as its owner. An email that is already in use fails with
+/// `users_email_key`.
 pub async fn register(
     tx: &mut SystemTx,
     (user_id, tenant_id): (Uuid, Uuid),
@@ -60,11 +61,16 @@ pub async fn register(
     Ok((user, tenant))
 }
 
-/// The id and password hash of a user, and the tenant they have been in for longest.
-pub async fn for_login(
-    tx: &mut SystemTx,
-    email: &str,
-) -> Result<Option<(UserRow, String, Uuid)>, DbError> {
+/// A user who signs in.
+#[derive(Debug, Clone, Queryable)]
+pub struct LoginRow {
+    pub user: UserRow,
+    pub password_hash: String,
+    pub tenant_id: Uuid,
+}
+
+/// Finds a user by email, with the tenant that they joined first.
+pub async fn for_login(tx: &mut SystemTx, email: &str) -> Result<Option<LoginRow>, DbError> {
     let query = users::table
         .inner_join(memberships::table)
         .filter(users::email.eq(email))
@@ -74,15 +80,23 @@ pub async fn for_login(
             users::password_hash,
             memberships::tenant_id,
         ));
-    Ok(query.first(&mut **tx).await.optional()?)
+    Ok(query.first::<LoginRow>(&mut **tx).await.optional()?)
 }
 
-/// A user in a tenant, with their role. Also when they are no member: that is `None`.
+/// A user's membership in a tenant.
+#[derive(Debug, Clone, Queryable)]
+pub struct MemberRow {
+    pub user: UserRow,
+    pub tenant: TenantRow,
+    pub role: String,
+}
+
+/// Finds a user's membership in a tenant.
 pub async fn member(
     tx: &mut SystemTx,
     user: Uuid,
     tenant: Uuid,
-) -> Result<Option<(UserRow, TenantRow, String)>, DbError> {
+) -> Result<Option<MemberRow>, DbError> {
     let query = memberships::table
         .inner_join(users::table)
         .inner_join(tenants::table)
@@ -93,10 +107,10 @@ pub async fn member(
             TenantRow::as_select(),
             memberships::role,
         ));
-    Ok(query.first(&mut **tx).await.optional()?)
+    Ok(query.first::<MemberRow>(&mut **tx).await.optional()?)
 }
 
-/// The email of every user, with the name of each tenant they are in and their role there.
+/// Returns every membership: the user's email, the tenant's name and the role.
 pub async fn list(tx: &mut SystemTx) -> Result<Vec<(String, String, String)>, DbError> {
     let query = memberships::table
         .inner_join(users::table)

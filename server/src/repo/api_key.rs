@@ -11,7 +11,7 @@ use diesel_async::RunQueryDsl;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{By, Mark, Order, Rows, SortedSlice, beyond_name, by_name, containing};
+use super::{By, Mark, Order, Rows, Sorted, SortedSlice, beyond_name, by_name, containing};
 use crate::{
     db::{DbError, SystemTx, TenantTx},
     schema::{api_keys, plans, tenants},
@@ -31,6 +31,20 @@ pub struct ApiKeyRow {
     pub last_used_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
+}
+
+impl Sorted for ApiKeyRow {
+    fn id(&self) -> Uuid {
+        self.id
+    }
+
+    fn mark(&self, by: By) -> Mark {
+        match by {
+            By::Made => Mark::Made,
+            By::Name => Mark::Name(self.name.clone()),
+            By::LastUsed => Mark::LastUsed(self.last_used_at),
+        }
+    }
 }
 
 #[derive(Debug, Insertable)]
@@ -56,18 +70,18 @@ pub struct ApiKeyChange<'a> {
     pub rpm_override: Option<Option<i32>>,
 }
 
-/// Which keys a list shows.
+/// Restricts a list of keys.
 #[derive(Debug, Default)]
 pub struct Filter<'a> {
     pub plan_id: Option<Uuid>,
     pub is_active: Option<bool>,
-    /// Whether they have ended by this time.
+    /// Whether they have expired by this time.
     pub is_expired: Option<(bool, DateTime<Utc>)>,
-    /// A part of the name, or the beginning of the text.
+    /// Substring of the name, or prefix of the key.
     pub search: Option<&'a str>,
 }
 
-/// All that a decision needs to know of a key.
+/// Everything a decision needs to know about a key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyFacts {
@@ -76,7 +90,7 @@ pub struct KeyFacts {
     pub plan_id: Uuid,
     pub prefix: String,
     pub is_active: bool,
-    /// The earlier of the key's own end and, for the text from before a rotation, the end of its grace.
+    /// The key's expiry or, for a previous key, the end of its grace period if that is earlier.
     pub expires_at: Option<DateTime<Utc>>,
     pub rpm_override: Option<i32>,
     pub plan_name: String,
@@ -90,6 +104,7 @@ pub struct KeyFacts {
     pub time_zone: String,
 }
 
+/// Inserts a key. A plan that the tenant does not have fails with `api_keys_plan_fkey`.
 pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow, DbError> {
     let query = diesel::insert_into(api_keys::table)
         .values(key)
@@ -183,22 +198,16 @@ pub async fn list(
     Ok(Rows::new(rows, slice.limit, total))
 }
 
-pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<ApiKeyRow>, DbError> {
-    let query = api_keys::table
-        .find((tx.tenant().0, id))
-        .select(ApiKeyRow::as_select());
-    Ok(query.first(&mut **tx).await.optional()?)
-}
+find_by_id!(
+    pub fn find in api_keys -> ApiKeyRow
+);
 
-/// Finds it and holds it against other changes until the transaction ends.
-pub async fn lock(tx: &mut TenantTx, id: Uuid) -> Result<Option<ApiKeyRow>, DbError> {
-    let query = api_keys::table
-        .find((tx.tenant().0, id))
-        .select(ApiKeyRow::as_select())
-        .for_update();
-    Ok(query.first(&mut **tx).await.optional()?)
-}
+find_by_id!(
+    /// Finds a key and locks it against other changes until the transaction ends.
+    pub fn lock in api_keys -> ApiKeyRow, for_update
+);
 
+/// Updates a key. A plan that the tenant does not have fails with `api_keys_plan_fkey`.
 pub async fn update(
     tx: &mut TenantTx,
     id: Uuid,
@@ -210,14 +219,14 @@ pub async fn update(
     Ok(query.get_result(&mut **tx).await.optional()?)
 }
 
-pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
-    Ok(diesel::delete(api_keys::table.find((tx.tenant().0, id)))
-        .execute(&mut **tx)
-        .await?
-        == 1)
+/// Deletes a key and, by cascade, its quota usage. Returns the key as it was.
+pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<Option<ApiKeyRow>, DbError> {
+    let query = diesel::delete(api_keys::table.find((tx.tenant().0, id)))
+        .returning(ApiKeyRow::as_returning());
+    Ok(query.get_result(&mut **tx).await.optional()?)
 }
 
-/// Gives the key a new text; the one it has works on until `previous_expires_at`, or ends now.
+/// Replaces the key's secret. The previous one works until `previous_expires_at`, or not at all.
 pub async fn rotate(
     tx: &mut TenantTx,
     id: Uuid,
@@ -226,12 +235,12 @@ pub async fn rotate(
     previous_expires_at: Option<DateTime<Utc>>,
 ) -> Result<Option<ApiKeyRow>, DbError> {
     let key = api_keys::table.find((tx.tenant().0, id));
-    let texts = (api_keys::prefix.eq(prefix), api_keys::key_hash.eq(key_hash));
+    let secret = (api_keys::prefix.eq(prefix), api_keys::key_hash.eq(key_hash));
     let row = match previous_expires_at {
         Some(until) => {
             diesel::update(key)
                 .set((
-                    texts,
+                    secret,
                     api_keys::previous_key_hash.eq(api_keys::key_hash.nullable()),
                     api_keys::previous_expires_at.eq(until),
                 ))
@@ -242,7 +251,7 @@ pub async fn rotate(
         None => {
             diesel::update(key)
                 .set((
-                    texts,
+                    secret,
                     api_keys::previous_key_hash.eq(None::<Vec<u8>>),
                     api_keys::previous_expires_at.eq(None::<DateTime<Utc>>),
                 ))
@@ -254,34 +263,58 @@ pub async fn rotate(
     Ok(row.optional()?)
 }
 
-/// The key that a text with this hash opens, active or not, over all tenants; with the number of the newest
-/// revocation that was there when it was read: what is answered is true but for those above it.
+#[derive(Queryable, Selectable)]
+#[diesel(table_name = api_keys, check_for_backend(Pg))]
+struct KeyColumns {
+    tenant_id: Uuid,
+    id: Uuid,
+    plan_id: Uuid,
+    prefix: String,
+    is_active: bool,
+    expires_at: Option<DateTime<Utc>>,
+    rpm_override: Option<i32>,
+    key_hash: Vec<u8>,
+    previous_expires_at: Option<DateTime<Utc>>,
+}
+
+impl KeyColumns {
+    /// Returns when the secret with this hash, the current or the previous one, stops working.
+    fn expiry_of(&self, hash: &[u8]) -> Option<DateTime<Utc>> {
+        if self.key_hash == hash {
+            return self.expires_at;
+        }
+        match (self.expires_at, self.previous_expires_at) {
+            (Some(own), Some(grace)) => Some(own.min(grace)),
+            (own, grace) => own.or(grace),
+        }
+    }
+}
+
+#[derive(Queryable, Selectable)]
+#[diesel(table_name = plans, check_for_backend(Pg))]
+struct PlanColumns {
+    name: String,
+    default_rpm: i32,
+    burst: i32,
+    daily_quota: Option<i64>,
+    monthly_quota: Option<i64>,
+    strict: bool,
+    on_redis_failure: Option<String>,
+    billing: String,
+}
+
+#[derive(Queryable)]
+struct FactsRow {
+    key: KeyColumns,
+    plan: PlanColumns,
+    time_zone: String,
+    as_of: i64,
+}
+
+/// Finds the key whose current or previous secret has this hash, active or not, in any tenant. Also returns the number
+/// of the newest revocation at that moment: the result is current except for revocations above it.
 pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(KeyFacts, i64)>, DbError> {
-    type Row = (
-        (
-            Uuid,
-            Uuid,
-            Uuid,
-            String,
-            bool,
-            Option<DateTime<Utc>>,
-            Option<i32>,
-        ),
-        (Vec<u8>, Option<DateTime<Utc>>),
-        (
-            String,
-            i32,
-            i32,
-            Option<i64>,
-            Option<i64>,
-            bool,
-            Option<String>,
-            String,
-        ),
-        String,
-        i64,
-    );
-    // In the same statement, so that it is of the same snapshot.
+    // In the same statement, so that it belongs to the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let row = api_keys::table
         .inner_join(
@@ -297,65 +330,39 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(KeyFacts, i
                 .assume_not_null()),
         )
         .select((
-            (
-                api_keys::tenant_id,
-                api_keys::id,
-                api_keys::plan_id,
-                api_keys::prefix,
-                api_keys::is_active,
-                api_keys::expires_at,
-                api_keys::rpm_override,
-            ),
-            (api_keys::key_hash, api_keys::previous_expires_at),
-            (
-                plans::name,
-                plans::default_rpm,
-                plans::burst,
-                plans::daily_quota,
-                plans::monthly_quota,
-                plans::strict,
-                plans::on_redis_failure,
-                plans::billing,
-            ),
+            KeyColumns::as_select(),
+            PlanColumns::as_select(),
             tenants::time_zone,
             as_of,
         ))
-        .first::<Row>(&mut **tx)
+        .first::<FactsRow>(&mut **tx)
         .await
         .optional()?;
-    Ok(row.map(|(key, (current, grace), plan, time_zone, as_of)| {
-        let own = key.5;
-        let expires_at = if current == hash {
-            own
-        } else {
-            match (own, grace) {
-                (Some(own), Some(grace)) => Some(own.min(grace)),
-                (own, grace) => own.or(grace),
-            }
-        };
+    Ok(row.map(|row| {
+        let FactsRow { key, plan, .. } = row;
         let facts = KeyFacts {
-            tenant_id: key.0,
-            id: key.1,
-            plan_id: key.2,
-            prefix: key.3,
-            is_active: key.4,
-            expires_at,
-            rpm_override: key.6,
-            plan_name: plan.0,
-            default_rpm: plan.1,
-            burst: plan.2,
-            daily_quota: plan.3,
-            monthly_quota: plan.4,
-            strict: plan.5,
-            on_redis_failure: plan.6,
-            billing: plan.7,
-            time_zone,
+            expires_at: key.expiry_of(hash),
+            tenant_id: key.tenant_id,
+            id: key.id,
+            plan_id: key.plan_id,
+            prefix: key.prefix,
+            is_active: key.is_active,
+            rpm_override: key.rpm_override,
+            plan_name: plan.name,
+            default_rpm: plan.default_rpm,
+            burst: plan.burst,
+            daily_quota: plan.daily_quota,
+            monthly_quota: plan.monthly_quota,
+            strict: plan.strict,
+            on_redis_failure: plan.on_redis_failure,
+            billing: plan.billing,
+            time_zone: row.time_zone,
         };
-        (facts, as_of)
+        (facts, row.as_of)
     }))
 }
 
-/// Moves `last_used_at` of many keys forward, in one statement.
+/// Moves `last_used_at` of many keys forward in one statement. Never moves it back.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
     let (ids, times): (Vec<Uuid>, Vec<DateTime<Utc>>) = used.iter().copied().unzip();
     diesel::sql_query(

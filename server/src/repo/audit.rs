@@ -28,7 +28,14 @@ pub struct AuditRow {
     pub target_name: Option<String>,
 }
 
-/// Which events.
+/// An event and the current email of the user who caused it.
+#[derive(Debug, Clone, Queryable)]
+pub struct AuditEntry {
+    pub event: AuditRow,
+    pub user_email: Option<String>,
+}
+
+/// Restricts a list of events.
 #[derive(Debug, Default)]
 pub struct Filter<'a> {
     pub action: Option<&'a str>,
@@ -45,7 +52,7 @@ pub struct NewAuditEvent<'a> {
     pub action: &'a str,
     pub target_type: &'a str,
     pub target_id: Option<String>,
-    /// What it is called, where it has a name.
+    /// The resource's name, if it has one.
     pub target_name: Option<&'a str>,
     pub ip: Option<IpNet>,
     pub before: Option<Value>,
@@ -60,7 +67,7 @@ pub async fn insert(tx: &mut TenantTx, event: &NewAuditEvent<'_>) -> Result<(), 
     Ok(())
 }
 
-/// For what happens before a tenant is acted for: registering, signing in.
+/// Inserts an event outside a tenant's transaction, for registering and signing in.
 pub async fn insert_system(tx: &mut SystemTx, event: &NewAuditEvent<'_>) -> Result<(), DbError> {
     diesel::insert_into(audit_events::table)
         .values(event)
@@ -69,12 +76,11 @@ pub async fn insert_system(tx: &mut SystemTx, event: &NewAuditEvent<'_>) -> Resu
     Ok(())
 }
 
-/// The events with the address that each user has now.
 pub async fn list(
     tx: &mut TenantTx,
     filter: &Filter<'_>,
     slice: Slice,
-) -> Result<Rows<(AuditRow, Option<String>)>, DbError> {
+) -> Result<Rows<AuditEntry>, DbError> {
     let tenant = tx.tenant().0;
     let filtered = || {
         let mut query = audit_events::table
@@ -98,7 +104,7 @@ pub async fn list(
         .order(audit_events::id.desc())
         .limit(slice.fetch())
         .select((AuditRow::as_select(), users::email.nullable()))
-        .load(&mut **tx)
+        .load::<AuditEntry>(&mut **tx)
         .await?;
     Ok(Rows::new(rows, slice.limit, total))
 }

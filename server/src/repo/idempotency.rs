@@ -1,4 +1,4 @@
-//! Answers to requests that carry an `Idempotency-Key`.
+//! Responses to requests with an `Idempotency-Key`.
 
 use std::time::Duration;
 
@@ -15,15 +15,15 @@ use crate::{
     schema::idempotency_keys,
 };
 
-/// For how many hours an answer is kept.
+/// For how many hours a response is kept.
 pub const KEPT_HOURS: i32 = 24;
 
-/// What is known of a key.
+/// What is known about an `Idempotency-Key`.
 #[derive(Debug)]
 pub enum Known {
-    /// Nothing: go on, and [`store`] the answer in the same transaction.
+    /// Nothing. Process the request and [`store`] its response in the same transaction.
     Nothing,
-    /// Another request with it is under way.
+    /// Another request with the same key is being processed.
     InProgress,
     Answered {
         request_hash: Vec<u8>,
@@ -32,26 +32,26 @@ pub enum Known {
     },
 }
 
-/// How often the lock is tried for, and how long is waited in between: a request that was refused has its answer
-/// before its transaction is rolled back, and whoever repeats it at once is not to meet what is left of it.
+/// How often to try for the lock, and the pause in between. A rejected request is answered before its transaction is
+/// rolled back, so a client that repeats it immediately may find the lock still taken.
 const ATTEMPTS: u32 = 6;
 const PAUSE: Duration = Duration::from_millis(40);
 
 #[derive(QueryableByName)]
-struct Got {
+struct Lock {
     #[diesel(sql_type = Bool)]
-    got: bool,
+    acquired: bool,
 }
 
-/// Looks it up, and where nothing is known holds it against others until the transaction ends.
+/// Looks a key up and, if nothing is known, locks it against other requests until the transaction ends.
 pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Known, DbError> {
-    // Before the lock: an answer that is kept does not change, and two who ask for it need not exclude each
-    // other. A replay that held the lock would have the next one told that it is still in progress.
+    // Before the lock: a stored response does not change, so replays need not exclude each other. A replay that took
+    // the lock would make the next one report that the request is still in progress.
     let known = find(tx, operation, key).await?;
     if !matches!(known, Known::Nothing) {
         return Ok(known);
     }
-    // A lock on a hash of the name: two names with one hash only wait for each other once in 2^64.
+    // The lock is on a hash of the name. A collision, one in 2^64, only makes two requests wait for each other.
     let name = format!("{} {operation} {key}", tx.tenant());
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, name.as_bytes());
     let number = digest
@@ -60,12 +60,12 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Know
         .map_or(0, |bytes| i64::from_be_bytes(*bytes));
 
     for attempt in 0..ATTEMPTS {
-        let lock = diesel::sql_query("SELECT pg_try_advisory_xact_lock($1) AS got")
+        let lock = diesel::sql_query("SELECT pg_try_advisory_xact_lock($1) AS acquired")
             .bind::<BigInt, _>(number)
-            .get_result::<Got>(&mut **tx)
+            .get_result::<Lock>(&mut **tx)
             .await?;
-        if lock.got {
-            // Again: whoever held the lock may have ended in between.
+        if lock.acquired {
+            // Again, since the previous holder of the lock may have stored its response.
             return find(tx, operation, key).await;
         }
         if attempt + 1 < ATTEMPTS {
@@ -75,20 +75,28 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Know
     Ok(Known::InProgress)
 }
 
+#[derive(Queryable, Selectable)]
+#[diesel(table_name = idempotency_keys, check_for_backend(diesel::pg::Pg))]
+struct StoredResponse {
+    request_hash: Vec<u8>,
+    status: Option<i16>,
+    response: Option<Value>,
+}
+
 async fn find(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Known, DbError> {
-    let known = idempotency_keys::table
+    let stored = idempotency_keys::table
         .find((tx.tenant().0, operation, key))
         .filter(idempotency_keys::created_at.gt(now.into_sql::<Timestamptz>() - KEPT_HOURS.hours()))
-        .select((
-            idempotency_keys::request_hash,
-            idempotency_keys::status,
-            idempotency_keys::response,
-        ))
-        .first::<(Vec<u8>, Option<i16>, Option<Value>)>(&mut **tx)
+        .select(StoredResponse::as_select())
+        .first(&mut **tx)
         .await
         .optional()?;
-    Ok(match known {
-        Some((request_hash, Some(status), Some(response))) => Known::Answered {
+    Ok(match stored {
+        Some(StoredResponse {
+            request_hash,
+            status: Some(status),
+            response: Some(response),
+        }) => Known::Answered {
             request_hash,
             status: u16::try_from(status).unwrap_or(200),
             response,
@@ -97,6 +105,7 @@ async fn find(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Known, Db
     })
 }
 
+/// Stores the response.
 pub async fn store(
     tx: &mut TenantTx,
     operation: &str,
@@ -118,7 +127,7 @@ pub async fn store(
             idempotency_keys::key.eq(key),
             values,
         ))
-        // One from more than a day ago, which was not looked at.
+        // An expired response, which `find` ignored.
         .on_conflict((
             idempotency_keys::tenant_id,
             idempotency_keys::operation,

@@ -1,10 +1,26 @@
-//! All SQL, one file for each noun.
+//! All SQL, one file per noun.
 //!
-//! Every function takes the transaction it works in: a [`TenantTx`](crate::db::TenantTx), which carries the
-//! tenant and is held to it by row-level security as well, or a [`SystemTx`](crate::db::SystemTx) for what the
-//! server does by itself. Rows are not what the API shows. Knows no HTTP. Lists are read newest first, by
-//! keyset on the id, which is a UUIDv7 and so sorts by time; some can be read in another order, by keyset on what
-//! that order is by and the id.
+//! Every function takes the transaction it runs in: a [`TenantTx`](crate::db::TenantTx), which carries the tenant and
+//! is also restricted to it by row-level security, or a [`SystemTx`](crate::db::SystemTx) for the server's own work.
+//! Rows are structs of their own, not the API's types. Does not know HTTP.
+//!
+//! Lists use keyset pagination. By default they are read newest first, by ID: IDs are UUIDv7 and sort by time. Some
+//! lists have other sort orders, with the ID as tie-breaker.
+
+/// Defines a function that finds a row of the transaction's tenant by ID; with `for_update`, locks it until the
+/// transaction ends.
+macro_rules! find_by_id {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident -> $row:ty $(, $for_update:ident)?) => {
+        $(#[$doc])*
+        $vis async fn $name(tx: &mut TenantTx, id: Uuid) -> Result<Option<$row>, DbError> {
+            let query = $table::table
+                .find((tx.tenant().0, id))
+                .select(<$row>::as_select())
+                $(.$for_update())?;
+            Ok(query.first(&mut **tx).await.optional()?)
+        }
+    };
+}
 
 pub mod account;
 pub mod allowance;
@@ -30,31 +46,31 @@ use diesel::{
 };
 use uuid::Uuid;
 
-/// Which part of a list.
+/// A page of a list that is read newest first.
 #[derive(Debug, Clone, Copy)]
 pub struct Slice {
-    /// The last id of the page before.
+    /// The last ID of the previous page.
     pub after: Option<Uuid>,
     pub limit: u32,
 }
 
-/// What a list is ordered by.
+/// What a list is sorted by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum By {
     Made,
-    /// Without regard to case.
+    /// Case-insensitively.
     Name,
     LastUsed,
 }
 
-/// In which order a list is read. The id settles what is equal, so that each row has one place.
+/// A sort order. Rows with equal values are sorted by ID, so that the order is total.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Order {
     pub by: By,
     pub descending: bool,
 }
 
-/// What the last row of a page was ordered by.
+/// The value that the last row of a page is sorted by.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Mark {
     Made,
@@ -62,7 +78,13 @@ pub enum Mark {
     LastUsed(Option<DateTime<Utc>>),
 }
 
-/// Which part of a list that can be read in several orders. The mark is by what the order is by.
+/// A row of a list that has several sort orders.
+pub trait Sorted {
+    fn id(&self) -> Uuid;
+    fn mark(&self, by: By) -> Mark;
+}
+
+/// A page of a list that has several sort orders. The variant of the mark matches the order.
 #[derive(Debug, Clone)]
 pub struct SortedSlice {
     pub order: Order,
@@ -76,7 +98,7 @@ impl SortedSlice {
     }
 }
 
-/// For `ORDER BY`, of a table with a `name`: the same on every server, whatever its locale.
+/// The `ORDER BY` expression for a table with a `name`. Does not depend on the database's locale.
 fn by_name(descending: bool) -> SqlLiteral<Text> {
     sql(if descending {
         r#"lower(name) COLLATE "C" DESC"#
@@ -85,7 +107,7 @@ fn by_name(descending: bool) -> SqlLiteral<Text> {
     })
 }
 
-/// The rows that come after this name and id in that order.
+/// Selects the rows after this name and ID in that order.
 fn beyond_name<T>(
     descending: bool,
     name: &str,
@@ -102,18 +124,18 @@ fn beyond_name<T>(
     .sql(")")
 }
 
-/// Some rows of a list.
+/// The rows of one page.
 #[derive(Debug)]
 pub struct Rows<T> {
     pub rows: Vec<T>,
-    /// Whether the list goes on.
+    /// Whether there is another page.
     pub more: bool,
-    /// How many rows all pages have together.
+    /// Number of rows on all pages.
     pub total: u64,
 }
 
 impl<T> Rows<T> {
-    /// From one row more than the page holds.
+    /// Expects one row more than fits on the page, if there is one.
     fn new(mut rows: Vec<T>, limit: u32, total: i64) -> Self {
         let limit = limit as usize;
         let more = rows.len() > limit;
@@ -131,13 +153,13 @@ impl Slice {
         i64::from(self.limit) + 1
     }
 
-    /// UUIDs of version 7 are below this one.
+    /// The upper bound for IDs on this page. The maximum UUID is greater than any UUIDv7.
     fn before(self) -> Uuid {
         self.after.unwrap_or(Uuid::max())
     }
 }
 
-/// A pattern for `ILIKE` that finds `text` anywhere, taken literally.
+/// Returns an `ILIKE` pattern that matches `text` literally, anywhere.
 fn containing(text: &str) -> String {
     let mut pattern = String::with_capacity(text.len() + 2);
     pattern.push('%');

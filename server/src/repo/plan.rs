@@ -7,7 +7,7 @@ use diesel::{dsl::count_star, pg::Pg, prelude::*};
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
-use super::{By, Mark, Order, Rows, SortedSlice, beyond_name, by_name};
+use super::{By, Mark, Order, Rows, Sorted, SortedSlice, beyond_name, by_name};
 use crate::{
     db::{DbError, TenantTx},
     schema::{api_keys, plans},
@@ -27,6 +27,26 @@ pub struct PlanRow {
     pub billing: String,
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
+}
+
+/// A plan and the number of keys on it.
+#[derive(Debug, Clone)]
+pub struct PlanWithKeys {
+    pub plan: PlanRow,
+    pub key_count: u64,
+}
+
+impl Sorted for PlanWithKeys {
+    fn id(&self) -> Uuid {
+        self.plan.id
+    }
+
+    fn mark(&self, by: By) -> Mark {
+        match by {
+            By::Name => Mark::Name(self.plan.name.clone()),
+            By::Made | By::LastUsed => Mark::Made,
+        }
+    }
 }
 
 #[derive(Debug, Insertable)]
@@ -57,6 +77,7 @@ pub struct PlanChange<'a> {
     pub billing: Option<&'a str>,
 }
 
+/// Inserts a plan. A name that is already in use fails with `plans_name_key`.
 pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, DbError> {
     let query = diesel::insert_into(plans::table)
         .values(plan)
@@ -64,8 +85,8 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Plans are made and named, and not used: ordered by use they come as they were made.
-pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<(PlanRow, u64)>, DbError> {
+/// Returns a page of plans. Plans are not used themselves, so ordering them by use means ordering by creation.
+pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWithKeys>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table
         .filter(plans::tenant_id.eq(tenant))
@@ -91,31 +112,46 @@ pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<(PlanRo
             (_, false) => query.filter(plans::id.gt(*id)),
         };
     }
-    let rows: Vec<PlanRow> = query.load(&mut **tx).await?;
-    let counts = key_counts(tx, &rows.iter().map(|row| row.id).collect::<Vec<_>>()).await?;
-    let rows = rows.into_iter().map(|row| {
-        let count = counts.get(&row.id).copied().unwrap_or(0);
-        (row, count)
+    let plans: Vec<PlanRow> = query.load(&mut **tx).await?;
+    let counts = key_counts(tx, &plans.iter().map(|plan| plan.id).collect::<Vec<_>>()).await?;
+    let rows = plans.into_iter().map(|plan| PlanWithKeys {
+        key_count: counts.get(&plan.id).copied().unwrap_or(0),
+        plan,
     });
     Ok(Rows::new(rows.collect(), slice.limit, total))
 }
 
-pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<PlanRow>, DbError> {
-    let query = plans::table
-        .find((tx.tenant().0, id))
-        .select(PlanRow::as_select());
-    Ok(query.first(&mut **tx).await.optional()?)
+find_by_id!(
+    fn find_row in plans -> PlanRow
+);
+find_by_id!(
+    fn lock_row in plans -> PlanRow, for_update
+);
+
+pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<PlanWithKeys>, DbError> {
+    let plan = find_row(tx, id).await?;
+    with_keys(tx, plan).await
 }
 
-/// Finds it and holds it against other changes until the transaction ends.
-pub async fn lock(tx: &mut TenantTx, id: Uuid) -> Result<Option<PlanRow>, DbError> {
-    let query = plans::table
-        .find((tx.tenant().0, id))
-        .select(PlanRow::as_select())
-        .for_update();
-    Ok(query.first(&mut **tx).await.optional()?)
+/// Finds a plan and locks it against other changes until the transaction ends.
+pub async fn lock(tx: &mut TenantTx, id: Uuid) -> Result<Option<PlanWithKeys>, DbError> {
+    let plan = lock_row(tx, id).await?;
+    with_keys(tx, plan).await
 }
 
+async fn with_keys(
+    tx: &mut TenantTx,
+    plan: Option<PlanRow>,
+) -> Result<Option<PlanWithKeys>, DbError> {
+    let Some(plan) = plan else {
+        return Ok(None);
+    };
+    let counts = key_counts(tx, &[plan.id]).await?;
+    let key_count = counts.get(&plan.id).copied().unwrap_or(0);
+    Ok(Some(PlanWithKeys { plan, key_count }))
+}
+
+/// Updates a plan. A name that is already in use fails with `plans_name_key`.
 pub async fn update(
     tx: &mut TenantTx,
     id: Uuid,
@@ -127,7 +163,7 @@ pub async fn update(
     Ok(row.get_result(&mut **tx).await.optional()?)
 }
 
-/// Keys that refer to it make this fail with `api_keys_plan_fkey`.
+/// Deletes a plan. A plan that still has keys fails with `api_keys_plan_fkey`.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
     Ok(diesel::delete(plans::table.find((tx.tenant().0, id)))
         .execute(&mut **tx)
@@ -135,8 +171,8 @@ pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
         == 1)
 }
 
-/// How many keys each of the plans has; those without are left out.
-pub async fn key_counts(tx: &mut TenantTx, ids: &[Uuid]) -> Result<HashMap<Uuid, u64>, DbError> {
+/// Returns the number of keys on each of the plans, without those that have none.
+async fn key_counts(tx: &mut TenantTx, ids: &[Uuid]) -> Result<HashMap<Uuid, u64>, DbError> {
     let counts = api_keys::table
         .filter(api_keys::tenant_id.eq(tx.tenant().0))
         .filter(api_keys::plan_id.eq_any(ids))

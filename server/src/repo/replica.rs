@@ -1,4 +1,4 @@
-//! The running servers, and whether they have ever shared counters.
+//! Running replicas, and whether shared counters were ever used.
 
 use std::time::Duration;
 
@@ -19,8 +19,8 @@ struct Place {
     count: i64,
 }
 
-/// Keeps the replica's row young, and tells its rank, from zero, among those seen within `forgotten`, and how many
-/// they are. In the order of their ids, which is that of their starts.
+/// Refreshes the replica's heartbeat. Returns its rank, from zero, among the replicas seen within `forgotten`, and the
+/// number of those. Ranks follow IDs, which follow start times.
 pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<(u64, u64), DbError> {
     diesel::insert_into(replicas::table)
         .values(replicas::id.eq(id))
@@ -40,7 +40,7 @@ pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<(u
     Ok((place.rank.unsigned_abs(), place.count.unsigned_abs().max(1)))
 }
 
-/// The replica ends.
+/// Removes a replica that is stopping.
 pub async fn leave(tx: &mut SystemTx, id: Uuid) -> Result<(), DbError> {
     diesel::delete(replicas::table.find(id))
         .execute(&mut **tx)
@@ -48,7 +48,7 @@ pub async fn leave(tx: &mut SystemTx, id: Uuid) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Whether counters were ever shared.
+/// Whether shared counters were ever used.
 pub async fn counters_have_begun(tx: &mut SystemTx) -> Result<bool, DbError> {
     let begun = diesel::select(diesel::dsl::exists(
         shared_counters::table.select(shared_counters::single),
@@ -58,7 +58,7 @@ pub async fn counters_have_begun(tx: &mut SystemTx) -> Result<bool, DbError> {
     Ok(begun)
 }
 
-/// Notes that counters are shared from now on. `true`: for the first time.
+/// Records that shared counters are in use. Returns `true` the first time.
 pub async fn begin_counters(tx: &mut SystemTx) -> Result<bool, DbError> {
     let inserted = diesel::insert_into(shared_counters::table)
         .values(shared_counters::single.eq(true))

@@ -1,4 +1,4 @@
-//! The secret that is kept in the database where the operator sets none.
+//! The server secret, stored in the database if the operator sets none.
 
 use diesel::prelude::*;
 use diesel_async::RunQueryDsl;
@@ -8,7 +8,8 @@ use crate::{
     schema::server_secrets,
 };
 
-/// The secret; `candidate` becomes it when there is none yet. Of replicas that start at once, one wins.
+/// Returns the secret, storing `candidate` if there is none yet. If several replicas start at once, they all get the
+/// same one.
 pub async fn get_or_insert(tx: &mut SystemTx, candidate: &[u8]) -> Result<Vec<u8>, DbError> {
     diesel::insert_into(server_secrets::table)
         .values(server_secrets::secret.eq(candidate))

@@ -62,28 +62,33 @@ pub async fn list(tx: &mut TenantTx, slice: Slice) -> Result<Rows<ServiceTokenRo
     Ok(Rows::new(rows, slice.limit, total))
 }
 
-pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<ServiceTokenRow>, DbError> {
-    let query = service_tokens::table
-        .find((tx.tenant().0, id))
-        .select(ServiceTokenRow::as_select());
-    Ok(query.first(&mut **tx).await.optional()?)
-}
+find_by_id!(
+    pub fn find in service_tokens -> ServiceTokenRow
+);
 
+/// Deletes a token. Returns it as it was.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<Option<ServiceTokenRow>, DbError> {
     let query = diesel::delete(service_tokens::table.find((tx.tenant().0, id)))
         .returning(ServiceTokenRow::as_returning());
     Ok(query.get_result(&mut **tx).await.optional()?)
 }
 
-/// The tenant and id of the token that a text with this hash opens, over all tenants.
-pub async fn owner(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(Uuid, Uuid)>, DbError> {
+#[derive(Debug, Clone, Copy, Queryable, Selectable)]
+#[diesel(table_name = service_tokens, check_for_backend(diesel::pg::Pg))]
+pub struct TokenOwner {
+    pub tenant_id: Uuid,
+    pub id: Uuid,
+}
+
+/// Finds the token with this hash, in any tenant.
+pub async fn owner(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<TokenOwner>, DbError> {
     let query = service_tokens::table
         .filter(service_tokens::token_hash.eq(hash))
-        .select((service_tokens::tenant_id, service_tokens::id));
+        .select(TokenOwner::as_select());
     Ok(query.first(&mut **tx).await.optional()?)
 }
 
-/// Moves `last_used_at` of many tokens forward, in one statement.
+/// Moves `last_used_at` of many tokens forward in one statement. Never moves it back.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
     let (ids, times): (Vec<Uuid>, Vec<DateTime<Utc>>) = used.iter().copied().unzip();
     diesel::sql_query(

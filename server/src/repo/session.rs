@@ -16,8 +16,8 @@ use crate::{
     schema::{refresh_tokens, sessions},
 };
 
-/// For how many seconds the immediate predecessor of a refresh token gets the same successor: two tabs, or an
-/// answer that was lost.
+/// For how many seconds the previous refresh token still returns its successor: for two tabs that refresh at once, and
+/// for clients that lost the response.
 pub const GRACE_SECS: i32 = 10;
 
 #[derive(Debug, Clone, Queryable, Selectable)]
@@ -44,16 +44,16 @@ pub struct NewSession<'a> {
     pub expires_at: DateTime<Utc>,
 }
 
-/// What using a refresh token came to.
+/// The outcome of using a refresh token.
 #[derive(Debug)]
 pub enum Rotation {
-    /// It was the current one; its successor is stored.
+    /// It was the current one. Its successor is stored.
     Rotated(SessionRow),
-    /// It was the one before, a moment ago: the successor is the same, the one with this index.
+    /// It was the previous one, used moments ago. The successor is the same, the one with this index.
     Repeated(SessionRow, usize),
-    /// It was used before that: somebody has a copy. The session is to be ended.
+    /// It was used earlier, so it was copied. The session must be revoked.
     Reused(SessionRow),
-    /// It opens nothing, or no longer.
+    /// It does not exist, or its session has ended.
     Unknown,
 }
 
@@ -80,8 +80,10 @@ async fn add_token(tx: &mut SystemTx, session: Uuid, token_hash: &[u8]) -> Resul
     Ok(())
 }
 
-/// Uses a refresh token up, in one conditional update: of two callers at once one finds it used. `successors` has the
-/// hash of the next token, followed by those that it may have instead if it was used a moment ago.
+/// Uses a refresh token, in one conditional update: of two concurrent callers, one finds it already used.
+///
+/// `successors` contains the hash of the next token, followed by those that it may have instead if it was used moments
+/// ago.
 pub async fn rotate(
     tx: &mut SystemTx,
     token_hash: &[u8],
@@ -158,7 +160,7 @@ pub async fn rotate(
     Ok(Rotation::Reused(session))
 }
 
-/// The session that a refresh token, used or not, belongs to, while it lives.
+/// Finds the active session that a refresh token, used or not, belongs to.
 pub async fn of_token(tx: &mut SystemTx, token_hash: &[u8]) -> Result<Option<SessionRow>, DbError> {
     let query = refresh_tokens::table
         .inner_join(sessions::table)
@@ -178,20 +180,20 @@ pub async fn find_live(tx: &mut SystemTx, session: Uuid) -> Result<Option<Sessio
     Ok(query.first(&mut **tx).await.optional()?)
 }
 
-/// The living sessions of a user.
+/// Returns a page of a user's active sessions.
 pub async fn of_user(
     tx: &mut SystemTx,
     user: Uuid,
     slice: Slice,
 ) -> Result<Rows<SessionRow>, DbError> {
-    let living = || {
+    let active = || {
         sessions::table
             .filter(sessions::user_id.eq(user))
             .filter(sessions::revoked_at.is_null())
             .filter(sessions::expires_at.gt(now))
     };
-    let total = living().count().get_result(&mut **tx).await?;
-    let rows = living()
+    let total = active().count().get_result(&mut **tx).await?;
+    let rows = active()
         .filter(sessions::id.lt(slice.before()))
         .order(sessions::id.desc())
         .limit(slice.fetch())
@@ -201,20 +203,20 @@ pub async fn of_user(
     Ok(Rows::new(rows, slice.limit, total))
 }
 
-/// Ends one session of a user; `false` when they have no such living one.
+/// Revokes one session of a user. Returns `false` if they have no such active session.
 pub async fn end(tx: &mut SystemTx, user: Uuid, session: Uuid) -> Result<bool, DbError> {
-    let living = sessions::table
+    let active = sessions::table
         .filter(sessions::id.eq(session))
         .filter(sessions::user_id.eq(user))
         .filter(sessions::revoked_at.is_null());
-    Ok(diesel::update(living)
+    Ok(diesel::update(active)
         .set(sessions::revoked_at.eq(now))
         .execute(&mut **tx)
         .await?
         == 1)
 }
 
-/// Ends every session of a user but one; answers those that were ended.
+/// Revokes all sessions of a user except one. Returns the revoked ones.
 pub async fn end_others(tx: &mut SystemTx, user: Uuid, but: Uuid) -> Result<Vec<Uuid>, DbError> {
     let others = sessions::table
         .filter(sessions::user_id.eq(user))

@@ -1,5 +1,5 @@
-//! Every call of the console against the OpenAPI document: that the operation exists, takes these parameters and
-//! this body, and answers what the console reads.
+//! Every call of the console against the OpenAPI document: the operation exists, accepts the parameters and the body,
+//! and returns what the console reads.
 
 use std::{collections::BTreeSet, mem::discriminant};
 
@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 
 use crate::support::app::{DOCUMENT, faults};
 
-/// How many kinds of calls there are. The match makes a new one fail to compile here until it is counted, and
-/// then fail the test until it is among the samples.
+/// Returns the number of kinds of calls. A new kind fails to compile here until it is counted, and then fails the test
+/// until it is among the samples.
 const fn kinds(call: &Call) -> usize {
     match call {
         Call::Register(_)
@@ -52,7 +52,7 @@ fn id<T: From<uuid::Uuid>>() -> T {
     T::from(uuid::Uuid::from_u128(7))
 }
 
-/// Each call with all that it can carry.
+/// Returns each kind of call with all fields set.
 fn samples() -> Vec<Call> {
     let page = || PageOf {
         limit: Some(20),
@@ -88,10 +88,10 @@ fn samples() -> Vec<Call> {
         Call::ListPlans(Some(PlanOrder::Name), page()),
         Call::CreatePlan(CreatePlan {
             name: "A".into(),
-            default_rpm: 60,
-            burst: Some(10),
-            daily_quota: Some(1),
-            monthly_quota: Some(1),
+            default_rpm: 60.into(),
+            burst: Some(10.into()),
+            daily_quota: Some(1.into()),
+            monthly_quota: Some(1.into()),
             strict: Some(true),
             on_redis_failure: Some(OnRedisFailure::Closed),
             billing: Some(Billing::Paid),
@@ -100,10 +100,10 @@ fn samples() -> Vec<Call> {
             plan,
             UpdatePlan {
                 name: Some("A".into()),
-                default_rpm: Some(1),
-                burst: Some(1),
+                default_rpm: Some(1.into()),
+                burst: Some(1.into()),
                 daily_quota: Some(None),
-                monthly_quota: Some(Some(1)),
+                monthly_quota: Some(Some(1.into())),
                 strict: Some(false),
                 on_redis_failure: Some(None),
                 billing: Some(Billing::Free),
@@ -125,7 +125,7 @@ fn samples() -> Vec<Call> {
             name: "A".into(),
             plan_id: plan,
             expires_at: Some(at),
-            rpm_override: Some(1),
+            rpm_override: Some(1.into()),
         }),
         Call::UpdateApiKey(
             key,
@@ -140,7 +140,7 @@ fn samples() -> Vec<Call> {
         Call::RotateApiKey(
             key,
             RotateApiKey {
-                grace_seconds: Some(60),
+                grace_seconds: Some(60.into()),
             },
         ),
         Call::DeleteApiKey(key),
@@ -158,7 +158,7 @@ fn samples() -> Vec<Call> {
     ]
 }
 
-/// The operation that the document has for it; its paths have `{…}` for each part that varies.
+/// Finds the operation in the document, whose paths have `{…}` for each parameter.
 fn operation(sent: &Sent) -> &'static Value {
     let fits = |template: &str| {
         let (a, b): (Vec<&str>, Vec<&str>) = (
@@ -184,7 +184,7 @@ fn operation(sent: &Sent) -> &'static Value {
 }
 
 #[test]
-fn every_call_is_one_that_the_document_offers() {
+fn every_console_call_matches_the_document() {
     let samples = samples();
     let seen: Vec<_> = samples.iter().map(discriminant).collect();
     let distinct = seen
@@ -224,13 +224,13 @@ fn every_call_is_one_that_the_document_offers() {
         let read = answer(&call).map(|name| format!("#/components/schemas/{name}"));
         assert_eq!(good.as_str(), read.as_deref(), "{what}");
         assert_eq!(call.is_of_session(), session_needed(operation), "{what}");
-        // The desktop app is handed it as JSON.
+        // The desktop app receives it as JSON.
         let handed = serde_json::to_value(&call).and_then(serde_json::from_value::<Call>);
         assert_eq!(handed.expect("a call").sent(), sent, "{what}");
     }
 }
 
-/// What the console reads of a good answer, by the name that the document gives to it.
+/// Returns the schema of a successful response that the console reads.
 const fn answer(call: &Call) -> Option<&'static str> {
     Some(match call {
         Call::Register(_) | Call::Login(_) => "SignedIn",
@@ -255,7 +255,7 @@ const fn answer(call: &Call) -> Option<&'static str> {
     })
 }
 
-/// Whether the operation asks for an access token.
+/// Whether the operation requires an access token.
 fn session_needed(operation: &Value) -> bool {
     operation["security"]
         .as_array()

@@ -1,4 +1,4 @@
-//! What holds for every operation, generated from the document: a new one cannot be forgotten.
+//! Properties of every operation, generated from the OpenAPI document, so that a new operation cannot be forgotten.
 
 use std::collections::BTreeSet;
 
@@ -6,9 +6,9 @@ use reqwest::{Method, header};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::support::app::{DOCUMENT, TestApp, faults};
+use crate::support::app::{DOCUMENT, PASSWORD, TestApp, faults};
 
-/// The operations that need no credential, with what a broken body gets from them.
+/// The operations without credentials, with the status for a broken body.
 const PUBLIC: &[(&str, u16)] = &[
     ("live", 200),
     ("login", 400),
@@ -16,6 +16,59 @@ const PUBLIC: &[(&str, u16)] = &[
     ("ready", 200),
     ("refresh", 400),
     ("register", 400),
+];
+
+/// Methods that forward-auth accepts, although the document shows only one.
+const FORWARD_AUTH: [&str; 7] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"];
+
+const ROLES: [&str; 5] = ["owner", "admin", "developer", "billing", "viewer"];
+
+/// What a role needs to be allowed for an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Right {
+    /// Nothing: it is about the caller's own account.
+    Own,
+    Read,
+    Manage,
+    /// With the document's example as the body.
+    Administer,
+}
+
+impl Right {
+    /// By the table of roles in the documentation, not by `Role`, which is under test.
+    const fn roles(self) -> &'static [&'static str] {
+        match self {
+            Self::Own => &ROLES,
+            Self::Read => &["owner", "admin", "developer", "viewer"],
+            Self::Manage => &["owner", "admin", "developer"],
+            Self::Administer => &["owner", "admin"],
+        }
+    }
+}
+
+/// The right that each operation with an access token requires.
+const RIGHTS: &[(&str, Right)] = &[
+    ("change_password", Right::Own),
+    ("create_api_key", Right::Manage),
+    ("create_plan", Right::Manage),
+    ("create_service_token", Right::Manage),
+    ("delete_api_key", Right::Manage),
+    ("delete_plan", Right::Manage),
+    ("delete_service_token", Right::Manage),
+    ("end_session", Right::Own),
+    ("get_api_key", Right::Read),
+    ("get_me", Right::Own),
+    ("get_plan", Right::Read),
+    ("get_service_token", Right::Read),
+    ("list_api_keys", Right::Read),
+    ("list_audit_events", Right::Read),
+    ("list_plans", Right::Read),
+    ("list_service_tokens", Right::Read),
+    ("list_sessions", Right::Own),
+    ("rotate_api_key", Right::Manage),
+    ("update_api_key", Right::Manage),
+    ("update_me", Right::Administer),
+    ("update_plan", Right::Manage),
 ];
 
 /// One operation of the document.
@@ -33,7 +86,7 @@ impl Operation {
             .is_some_and(|it| !it.is_empty())
     }
 
-    /// The schema of its JSON body, where it takes one.
+    /// Returns the schema of the JSON body, if there is one.
     pub(crate) fn body(&self) -> Option<&'static Value> {
         let schema = &self.meta["requestBody"]["content"]["application/json"]["schema"];
         (!schema.is_null()).then(|| resolve(schema))
@@ -50,7 +103,7 @@ impl Operation {
             .collect()
     }
 
-    /// Its path with `id` for every name in it.
+    /// Returns the path with `id` for each of its parameters.
     pub(crate) fn path_with(&self, id: &str) -> String {
         let parts = self
             .path
@@ -60,7 +113,7 @@ impl Operation {
     }
 }
 
-/// All of them.
+/// Returns all operations.
 pub(crate) fn operations() -> Vec<Operation> {
     let paths = DOCUMENT["paths"].as_object().expect("paths");
     let mut all = Vec::new();
@@ -80,7 +133,7 @@ pub(crate) fn operations() -> Vec<Operation> {
     all
 }
 
-/// What a schema leads to.
+/// Follows references.
 pub(crate) fn resolve(schema: &'static Value) -> &'static Value {
     match schema["$ref"].as_str() {
         Some(reference) => {
@@ -97,7 +150,7 @@ pub(crate) fn resolve(schema: &'static Value) -> &'static Value {
     }
 }
 
-/// An example of the schema, or of something that it is made of.
+/// Whether the schema, or a part of it, has an example.
 fn has_example(schema: &'static Value) -> bool {
     let schema = resolve(schema);
     let parts = ["allOf", "anyOf", "oneOf"];
@@ -114,7 +167,7 @@ fn has_example(schema: &'static Value) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_credential_is_401_before_the_body_is_looked_at() {
+async fn missing_credentials_are_401_before_the_body_is_read() {
     let app = TestApp::start().await;
     for operation in operations() {
         let path = operation.path_with(&Uuid::now_v7().to_string());
@@ -139,13 +192,18 @@ async fn no_credential_is_401_before_the_body_is_looked_at() {
             );
         }
     }
+    for method in FORWARD_AUTH {
+        let method = method.parse().expect("a method");
+        let answer = app.request(method, "/v1/forward-auth").send().await;
+        assert_eq!(answer.status, 401, "{}", answer.text);
+    }
     for (id, _) in PUBLIC {
         assert!(operations().iter().any(|it| it.id == *id), "{id} is gone");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_credential_that_opens_nothing_is_401_and_says_so() {
+async fn invalid_credentials_are_401_with_invalid_token() {
     let app = TestApp::start().await;
     let secured = operations().into_iter().filter(Operation::is_secured);
     for operation in secured {
@@ -178,9 +236,9 @@ async fn a_credential_that_opens_nothing_is_401_and_says_so() {
     }
 }
 
-/// A credential for one thing is none for another: a key opens no management, and a token no limited request.
+/// An API key does not work for management, and a token not for limited requests.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_credential_of_another_kind_opens_nothing() {
+async fn credentials_of_another_kind_are_401() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -215,11 +273,132 @@ async fn a_credential_of_another_kind_opens_nothing() {
         .bearer(&account.access_token)
         .send()
         .await;
-    assert_eq!(me.status, 200, "the right one works");
+    assert_eq!(me.status, 200, "the right kind works");
 }
 
 #[test]
-fn no_operation_is_without_its_4xx_answers() {
+fn every_operation_with_an_access_token_has_a_right() {
+    let mut found = operations()
+        .iter()
+        .filter(|it| it.meta["security"][0]["AccessToken"].is_array())
+        .map(|it| it.id)
+        .collect::<Vec<_>>();
+    found.sort_unstable();
+    let listed = RIGHTS.iter().map(|(id, _)| *id).collect::<Vec<_>>();
+    assert_eq!(found, listed);
+}
+
+/// Each operation is sent by each role. Without the right, it is 403 and no row of any table changes, whatever the ID
+/// and the body are; with it, the operation succeeds.
+#[tokio::test(flavor = "multi_thread")]
+async fn role_without_the_right_is_403_and_changes_nothing() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let owner = app.register().await;
+    let client = app.database.connect().await;
+    let shared_plan = app.plan(&owner, json!({})).await;
+    let mut allowed = 0;
+    let mut denied = 0;
+    for role in ROLES {
+        let member = app.register().await;
+        // Joins the owner's tenant in place of its own, in which it has a session.
+        client
+            .execute(
+                "DELETE FROM sessions WHERE user_id = $1::text::uuid",
+                &[&member.user_id],
+            )
+            .await
+            .expect("sessions are deleted");
+        let moved = client
+            .execute(
+                "UPDATE memberships SET tenant_id = $1::text::uuid, role = $2 WHERE user_id = $3::text::uuid",
+                &[&owner.tenant_id, &role, &member.user_id],
+            )
+            .await
+            .expect("a membership moves");
+        assert_eq!(moved, 1);
+        for (id, right) in RIGHTS {
+            let operation = operations().into_iter().find(|it| it.id == *id);
+            let operation = operation.expect("the operation exists");
+            let login = json!({"email": member.email, "password": PASSWORD});
+            let login = app.post("/auth/login", login).send().await;
+            let token = login.text("access_token");
+            // Resources of its own for each call, since calls delete them.
+            let path_id = if operation.path.contains("{plan_id}") {
+                app.plan(&owner, json!({})).await
+            } else if operation.path.contains("{key_id}") {
+                app.key(&owner, &shared_plan).await.id
+            } else if operation.path.contains("{token_id}") {
+                let body = json!({"name": "Gateway"});
+                let created = app.act(&owner, "POST", "/admin/service-tokens", body).await;
+                let id = created.body["service_token"]["id"].as_str();
+                id.expect("an id").to_owned()
+            } else {
+                let me = app.get("/auth/me").bearer(&token).send().await;
+                me.text("session_id")
+            };
+            let body = operation.body().map(|schema| {
+                let mut body = schema["example"].clone();
+                if body["plan_id"].is_string() {
+                    body["plan_id"] = json!(shared_plan);
+                }
+                if *id == "create_plan" {
+                    body["name"] = json!(format!("Plan of {role}"));
+                }
+                if *id == "change_password" {
+                    body = json!({"current_password": PASSWORD, "new_password": PASSWORD});
+                }
+                body
+            });
+            let send = async |path_id: &str, body: Option<Value>| {
+                let path = operation.path_with(path_id);
+                let call = app.request(operation.method.clone(), &path).bearer(&token);
+                match body {
+                    Some(body) => call.json(body).send().await,
+                    None => call.send().await,
+                }
+            };
+            if right.roles().contains(&role) {
+                allowed += 1;
+                let answer = send(&path_id, body).await;
+                assert!(
+                    answer.status < 300,
+                    "{role} {id}: {} {}",
+                    answer.status,
+                    answer.text
+                );
+                continue;
+            }
+            denied += 1;
+            let before = app.everything_kept().await;
+            let mut bodies = vec![body.clone()];
+            if body.is_some() && *right != Right::Administer {
+                bodies.push(Some(json!({"surplus": []})));
+            }
+            let never = Uuid::now_v7().to_string();
+            for path_id in [&path_id, &never] {
+                for body in &bodies {
+                    let answer = send(path_id, body.clone()).await;
+                    assert_eq!(
+                        (answer.status, answer.problem()),
+                        (403, "forbidden"),
+                        "{role} {id}: {}",
+                        answer.text
+                    );
+                    assert!(answer.text("detail").contains(role), "{}", answer.text);
+                }
+            }
+            assert_eq!(app.everything_kept().await, before, "{role} {id}");
+        }
+    }
+    assert_eq!(allowed + denied, ROLES.len() * RIGHTS.len());
+    assert!(
+        allowed >= 70 && denied >= 28,
+        "{allowed} allowed, {denied} denied"
+    );
+}
+
+#[test]
+fn every_operation_documents_its_4xx_responses() {
     for operation in operations() {
         let id = operation.id;
         let answers = operation.meta["responses"].as_object().expect("answers");
@@ -230,6 +409,9 @@ fn no_operation_is_without_its_4xx_answers() {
         let by_key = ["echo", "forward_auth"].contains(&id);
         if by_key || operation.path.starts_with("/auth/") || operation.path.starts_with("/admin/") {
             needed.push("429");
+        }
+        if operation.path.starts_with("/admin/") {
+            needed.push("403");
         }
         if operation.meta["requestBody"].is_object() {
             needed.extend(["400", "408", "413", "415", "422"]);
@@ -275,7 +457,7 @@ fn no_operation_is_without_its_4xx_answers() {
 }
 
 #[test]
-fn every_operation_says_what_it_does_and_shows_an_example() {
+fn every_operation_has_a_summary_and_examples() {
     for operation in operations() {
         let (id, meta) = (operation.id, operation.meta);
         let text = |field: &str| meta[field].as_str().unwrap_or_default().trim().to_owned();
@@ -326,9 +508,9 @@ fn every_operation_says_what_it_does_and_shows_an_example() {
     }
 }
 
-/// Whoever copies an example must not be told that it is malformed.
+/// A copied example must work.
 #[tokio::test(flavor = "multi_thread")]
-async fn every_example_of_a_body_is_understood() {
+async fn every_example_body_is_accepted() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -355,8 +537,8 @@ async fn every_example_of_a_body_is_understood() {
             .json(schema["example"].clone())
             .send()
             .await;
-        // The example's plan, password and tokens are nobody's here; that they are is found out only after
-        // the body was understood.
+        // The example's plan, password and tokens do not exist here, which is only found out after the body was
+        // accepted.
         let expected: &[u16] = match operation.id {
             "create_api_key" => &[404],
             "login" | "refresh" | "logout" | "change_password" => &[204, 401, 422],
@@ -375,7 +557,7 @@ async fn every_example_of_a_body_is_understood() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_path_is_404_and_a_problem() {
+async fn unknown_path_is_404_with_a_problem() {
     let app = TestApp::start().await;
     let account = app.register().await;
     for path in [
@@ -428,7 +610,7 @@ async fn an_unknown_path_is_404_and_a_problem() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_method_is_405_and_told_which_there_are() {
+async fn unsupported_method_is_405_with_allow() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let pages = [
@@ -461,7 +643,7 @@ async fn another_method_is_405_and_told_which_there_are() {
         for method in [
             "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW",
         ] {
-            // Forward-auth decides whatever the method.
+            // Forward-auth accepts any method.
             if has.contains(method) || path == "/v1/forward-auth" {
                 continue;
             }
@@ -478,7 +660,7 @@ async fn another_method_is_405_and_told_which_there_are() {
                 .split(',')
                 .map(|it| it.trim().to_owned())
                 .collect::<BTreeSet<_>>();
-            // RFC 9110: what has GET has HEAD, whether it is named or not.
+            // RFC 9110: GET implies HEAD.
             if allowed.contains("GET") {
                 allowed.insert("HEAD".to_owned());
             }

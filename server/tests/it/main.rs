@@ -24,3 +24,4 @@ mod shared_records;
 mod support;
 mod sweep;
 mod tenancy;
+mod wording;

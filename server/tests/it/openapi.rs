@@ -1,4 +1,4 @@
-//! The document: that it is OpenAPI, whole, the committed one, and says of bodies what the server does.
+//! The OpenAPI document: that it is valid, complete and committed, and describes bodies as the server handles them.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -11,8 +11,8 @@ use crate::{
     support::app::{Answer, DOCUMENT, TestApp, faults},
 };
 
-/// Fields of which a value within the bounds may still not be good enough: a password that short is guessed, the
-/// current one has to be the right one, and no time zone has a name that long or short.
+/// Fields for which a value within the bounds may still be invalid: a short password is easy to guess, the current one
+/// has to be right, and no time zone has a name that short or long.
 const MORE_THAN_BOUNDS: &[&str] = &[
     "current_password",
     "new_password.min",
@@ -21,7 +21,7 @@ const MORE_THAN_BOUNDS: &[&str] = &[
 ];
 
 #[test]
-fn it_is_openapi_3_0_by_the_official_schema() {
+fn document_is_valid_openapi_3_0() {
     let schema = include_str!("openapi-3.0.schema.json");
     let schema: Value = serde_json::from_str(schema).expect("the schema is JSON");
     let validator = jsonschema::draft4::new(&schema).expect("the schema is one");
@@ -43,7 +43,7 @@ fn it_is_openapi_3_0_by_the_official_schema() {
 }
 
 #[test]
-fn the_committed_document_is_the_servers() {
+fn committed_document_is_up_to_date() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../openapi.json");
     let committed = fs::read_to_string(path).expect("openapi.json is committed");
     assert!(
@@ -53,7 +53,7 @@ fn the_committed_document_is_the_servers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_server_shows_the_same_document() {
+async fn server_serves_the_same_document() {
     let app = TestApp::start().await;
     let shown = app.get("/openapi.json").send().await;
     assert_eq!(shown.status, 200);
@@ -92,7 +92,7 @@ fn references<'a>(value: &'a Value, found: &mut BTreeSet<&'a str>) {
 }
 
 #[test]
-fn everything_that_is_named_is_there_and_everything_there_is_named() {
+fn every_reference_resolves_and_every_schema_is_used() {
     let mut named = BTreeSet::new();
     references(&DOCUMENT, &mut named);
     assert!(named.len() > 20, "{named:?}");
@@ -144,9 +144,9 @@ fn everything_that_is_named_is_there_and_everything_there_is_named() {
     }
 }
 
-// That bodies and parameters are held to just what the document says. ------------------------------------
+// Bodies and parameters are checked against exactly what the document says. -------------------------------
 
-/// Somebody who sends bodies.
+/// A client that sends bodies.
 struct Sender {
     app: TestApp,
     token: String,
@@ -171,7 +171,7 @@ impl Sender {
         }
     }
 
-    /// A body that the operation takes.
+    /// Returns a valid body for the operation.
     fn body(&self, operation: &Operation) -> Value {
         let mut body = operation.body().expect("it takes one")["example"].clone();
         if body["plan_id"].is_string() {
@@ -221,7 +221,7 @@ impl Sender {
         let answer = self.send(operation, body).await;
         let (id, text) = (operation.id, &answer.text);
         if matches!(id, "refresh" | "logout") && field == "refresh_token" && body[field].is_null() {
-            // Left out by a caller whose tokens are in cookies, which this one's are not.
+            // Optional for clients whose tokens are in cookies, but required for this one.
             assert_eq!(answer.status, 401, "{id}: {text}");
             return;
         }
@@ -232,7 +232,7 @@ impl Sender {
             short(body)
         );
         assert!(!names(&answer, field), "{id}: {text} for {}", short(body));
-        // The one that changes a password can do so once.
+        // The current password is only right once.
         assert!(
             answer.status != 422 || id == "change_password",
             "{id}.{field}: {text}"
@@ -249,7 +249,7 @@ fn names(answer: &Answer, field: &str) -> bool {
     errors.is_some_and(|errors| errors.iter().any(|it| it["field"] == field))
 }
 
-/// A text of that many characters that nothing but its length speaks against.
+/// Returns a text of that many characters that is valid except perhaps for its length.
 fn text(field: &str, length: usize) -> String {
     const LETTERS: &[u8] = b"qZ7xKp2mWv9tRb4nYc6sLd8gHf3jTk5wQz";
     let some = |length: usize| -> String {
@@ -272,7 +272,7 @@ fn integer(bound: &Value) -> i64 {
     number
 }
 
-/// Values on the bounds of a schema, and the next ones beyond; each with the bound's name.
+/// Returns values on the bounds of a schema and the next ones beyond, each with the name of the bound.
 fn around(field: &str, schema: &Value) -> Vec<(&'static str, Value, Option<Value>)> {
     let length = |bound: &Value| usize::try_from(bound.as_u64().expect("a length")).expect("small");
     let mut all = Vec::new();
@@ -315,7 +315,7 @@ fn fields(operation: &Operation) -> Vec<(&'static str, &'static Value)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_bound_of_a_body_is_the_servers_bound() {
+async fn documented_bounds_of_bodies_are_enforced() {
     let sender = Sender::new().await;
     let mut bounds = 0;
     for operation in operations().into_iter().filter(|it| it.body().is_some()) {
@@ -337,7 +337,7 @@ async fn every_bound_of_a_body_is_the_servers_bound() {
     assert!(bounds > 50, "{bounds}");
 }
 
-/// Values found by fuzzing on which document and server once disagreed, and their neighbors.
+/// Returns values found by fuzzing for which the document and the server once disagreed, and similar ones.
 fn odd_values() -> Vec<Value> {
     let mut odd = vec![
         json!(-1),
@@ -381,26 +381,26 @@ fn odd_values() -> Vec<Value> {
     odd
 }
 
-/// The exceptions: what a schema cannot say about a value.
+/// Whether the server checks more about a field than a schema can describe.
 fn needs_more_than_the_schema(operation: &Operation, field: &str) -> bool {
     match field {
-        // Whether it can be guessed, and its length in bytes.
+        // How easy it is to guess, and its length in bytes.
         "password" => operation.id == "register",
-        // Likewise; that it is the current one; that it is a zone's name; that it is in the future.
+        // Likewise; that it is the current one; that it is a time zone; that it is in the future.
         "new_password" | "current_password" | "time_zone" | "expires_at" => true,
         _ => false,
     }
 }
 
-/// No value fits the schema and is rejected, and none that does not fit is accepted.
+/// The server accepts a value if and only if the schema does.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_document_and_the_server_agree_on_odd_values() {
+async fn document_and_server_agree_on_odd_values() {
     let sender = Sender::new().await;
     let (mut fitting, mut others) = (0, 0);
     for operation in operations().into_iter().filter(|it| it.body().is_some()) {
         let schema = operation.body().expect("a body");
         for (field, meta) in fields(&operation) {
-            // The validator knows no formats.
+            // The validator does not check formats.
             let formatted = matches!(meta["format"].as_str(), Some("uuid" | "date-time"));
             if formatted || needs_more_than_the_schema(&operation, field) {
                 continue;
@@ -413,7 +413,7 @@ async fn the_document_and_the_server_agree_on_odd_values() {
                 let rejected = matches!(answer.status, 400 | 422);
                 if faults(schema, &body).is_empty() {
                     fitting += 1;
-                    // Of the other fields, a password may be too weak.
+                    // Another field may be at fault, such as a weak password.
                     assert!(!rejected || !names(&answer, field), "fits: {shown}");
                 } else {
                     others += 1;
@@ -426,7 +426,7 @@ async fn the_document_and_the_server_agree_on_odd_values() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_and_an_idempotency_key_are_needed_and_formed_as_the_document_says() {
+async fn documented_optional_bodies_and_idempotency_keys_are_enforced() {
     let sender = Sender::new().await;
     let (mut optional, mut keys) = (0, 0);
     for operation in operations().into_iter().filter(|it| it.body().is_some()) {
@@ -486,7 +486,7 @@ async fn a_body_and_an_idempotency_key_are_needed_and_formed_as_the_document_say
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lengths_count_characters_where_the_document_says_so() {
+async fn documented_lengths_count_characters() {
     let sender = Sender::new().await;
     let mut tried = 0;
     for operation in operations().into_iter().filter(|it| it.body().is_some()) {
@@ -510,7 +510,7 @@ async fn lengths_count_characters_where_the_document_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_field_is_needed_may_be_null_and_has_a_type_as_the_document_says() {
+async fn documented_types_required_and_nullable_fields_are_enforced() {
     let sender = Sender::new().await;
     for operation in operations().into_iter().filter(|it| it.body().is_some()) {
         let required = operation.body().expect("a body")["required"].clone();
@@ -540,7 +540,7 @@ async fn a_field_is_needed_may_be_null_and_has_a_type_as_the_document_says() {
                     sender.refused(&operation, &body, field).await;
                 }
             }
-            // What PostgreSQL cannot store is no error of the server's.
+            // Text that PostgreSQL cannot store is not a server error.
             body[field] = json!("a\u{0}\u{feff}\u{202e}");
             let odd = sender.send(&operation, &body).await;
             assert!(odd.status < 500, "{}.{field}: {}", operation.id, odd.text);
@@ -558,7 +558,7 @@ async fn a_field_is_needed_may_be_null_and_has_a_type_as_the_document_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_bound_of_a_parameter_is_the_servers_bound() {
+async fn documented_bounds_of_parameters_are_enforced() {
     let sender = Sender::new().await;
     let mut bounds = 0;
     for operation in operations()
@@ -589,7 +589,7 @@ async fn every_bound_of_a_parameter_is_the_servers_bound() {
                     );
                     assert!(names(&answer, name), "{}: {}", operation.id, answer.text);
                 }
-                // A text of the longest length is no cursor that was given.
+                // A text of the maximum length is not a valid cursor.
                 let answer = ask(&on).await;
                 let expected = if name == "cursor" { 400 } else { 200 };
                 assert_eq!(
@@ -601,4 +601,45 @@ async fn every_bound_of_a_parameter_is_the_servers_bound() {
         }
     }
     assert!(bounds >= 9, "{bounds}");
+}
+
+/// Every message about a parameter says what is allowed, in words of the API.
+#[tokio::test(flavor = "multi_thread")]
+async fn rejected_parameters_get_plain_messages() {
+    let sender = Sender::new().await;
+    for (query, field, message) in [
+        ("api-keys?limit=0", "limit", "must be between 1 and 100"),
+        ("api-keys?limit=many", "limit", "must be between 1 and 100"),
+        (
+            "api-keys?is_active=yes",
+            "is_active",
+            "must be true or false",
+        ),
+        ("api-keys?plan_id=7", "plan_id", "must be a UUID"),
+        (
+            "plans?sort=size",
+            "sort",
+            "must be one of -created_at, created_at, name, -name",
+        ),
+        (
+            "audit?target_type=plans",
+            "target_type",
+            "must be one of plan, api_key, service_token, user, session, tenant",
+        ),
+    ] {
+        let path = format!("/admin/{query}");
+        let answer = sender.app.get(&path).bearer(&sender.token).send().await;
+        assert_eq!(answer.status, 422, "{query}: {}", answer.text);
+        assert_eq!(
+            answer.body["errors"],
+            json!([{"field": field, "message": message}]),
+            "{query}"
+        );
+    }
+    let long = format!("/admin/api-keys?search={}", "x".repeat(201));
+    let answer = sender.app.get(&long).bearer(&sender.token).send().await;
+    assert_eq!(
+        answer.body["errors"],
+        json!([{"field": "search", "message": "must be at most 200 characters"}])
+    );
 }

@@ -1,6 +1,9 @@
 //! The values of form fields.
 
-use quota_common::plan::{CreatePlan, RPM_MAX, UpdatePlan};
+use quota_common::{
+    bounds::RPM_MAX,
+    plan::{CreatePlan, UpdatePlan},
+};
 
 /// Reads a whole number, which may have thousands separators. An empty field is `None`.
 pub fn optional_number(text: &str) -> Result<Option<u64>, &'static str> {
@@ -51,7 +54,8 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
         name: changed(&was.name, now.name),
         default_rpm: changed(&was.default_rpm, now.default_rpm),
         // A burst that equals the rate follows rate changes.
-        burst: changed(&was.burst, now.burst).map(|burst| burst.unwrap_or(now.default_rpm)),
+        burst: changed(&was.burst, now.burst)
+            .map(|burst| burst.unwrap_or_else(|| u32::from(now.default_rpm).into())),
         daily_quota: changed(&was.daily_quota, now.daily_quota),
         monthly_quota: changed(&was.monthly_quota, now.monthly_quota),
         strict: changed(&was.strict, now.strict).flatten(),
@@ -100,10 +104,10 @@ mod tests {
     #[test]
     fn only_changed_fields_are_sent() {
         let was = CreatePlan {
-            name: "Starter".to_owned(),
-            default_rpm: 60,
+            name: "Starter".into(),
+            default_rpm: 60.into(),
             burst: None,
-            daily_quota: Some(1000),
+            daily_quota: Some(1000.into()),
             monthly_quota: None,
             strict: Some(false),
             on_redis_failure: None,
@@ -111,21 +115,21 @@ mod tests {
         };
         assert_eq!(plan_changes(&was, was.clone()), UpdatePlan::default());
         let now = CreatePlan {
-            default_rpm: 120,
+            default_rpm: 120.into(),
             daily_quota: None,
             ..was.clone()
         };
         let sent = UpdatePlan {
-            default_rpm: Some(120),
+            default_rpm: Some(120.into()),
             daily_quota: Some(None),
             ..UpdatePlan::default()
         };
         assert_eq!(plan_changes(&was, now.clone()), sent);
         let before = CreatePlan {
-            burst: Some(5),
+            burst: Some(5.into()),
             ..was
         };
-        assert_eq!(plan_changes(&before, now).burst, Some(120));
+        assert_eq!(plan_changes(&before, now).burst, Some(120.into()));
     }
 
     #[test]

@@ -95,10 +95,12 @@ fn CreateForm(
             return;
         };
         let body = CreateApiKey {
-            name: name.get_untracked(),
+            name: name.get_untracked().into(),
             plan_id,
             expires_at: local_time::parse(&expires.get_untracked()),
-            rpm_override: optional_rate(&rate.get_untracked()).unwrap_or_default(),
+            rpm_override: optional_rate(&rate.get_untracked())
+                .unwrap_or_default()
+                .map(Into::into),
         };
         spawn_local(async move {
             let result = api::create_api_key(body).await;

@@ -67,13 +67,13 @@ fn EditForm(
         let rpm_override = optional_rate(&rate.get_untracked()).unwrap_or_default();
         let expiry = expires.get_untracked();
         let body = UpdateApiKey {
-            name: changed(&key.name, name.get_untracked()),
+            name: changed(&key.name, name.get_untracked()).map(Into::into),
             plan_id: plan
                 .get_untracked()
                 .parse()
                 .ok()
                 .and_then(|plan| changed(&plan_id, plan)),
-            rpm_override: changed(&key.rpm_override, rpm_override),
+            rpm_override: changed(&key.rpm_override, rpm_override).map(|rpm| rpm.map(Into::into)),
             // The field is less precise than the stored time, so an unchanged one is not sent.
             expires_at: (expiry != previous_expiry.get_value()).then(|| local_time::parse(&expiry)),
             ..UpdateApiKey::default()

@@ -56,11 +56,11 @@ impl PlanForm {
             field.with_untracked(|text| optional_number(text).unwrap_or_default())
         };
         CreatePlan {
-            name: self.name.get_untracked(),
-            default_rpm: rate(self.rate).unwrap_or_default(),
-            burst: rate(self.burst),
-            daily_quota: quota(self.daily_quota),
-            monthly_quota: quota(self.monthly_quota),
+            name: self.name.get_untracked().into(),
+            default_rpm: rate(self.rate).unwrap_or_default().into(),
+            burst: rate(self.burst).map(Into::into),
+            daily_quota: quota(self.daily_quota).map(Into::into),
+            monthly_quota: quota(self.monthly_quota).map(Into::into),
             strict: Some(self.strict.get_untracked()),
             on_redis_failure: OnRedisFailure::named(&self.on_redis_failure.get_untracked()),
             billing: None,

@@ -65,7 +65,7 @@ fn RotateForm(
             return;
         }
         let body = RotateApiKey {
-            grace_seconds: grace.get_untracked().parse().ok(),
+            grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
         };
         spawn_local(async move {
             let result = api::rotate_api_key(id, body).await;

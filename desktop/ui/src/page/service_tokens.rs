@@ -209,7 +209,7 @@ fn CreateForm(
             return;
         }
         let body = CreateServiceToken {
-            name: name.get_untracked(),
+            name: name.get_untracked().into(),
         };
         spawn_local(async move {
             let result = api::create_service_token(body).await;

@@ -49,9 +49,9 @@ fn Profile() -> impl IntoView {
         }
         let name = name.get_untracked();
         let body = UpdateMe {
-            name: (!name.trim().is_empty()).then_some(name),
-            tenant_name: can_administer.then(|| tenant.get_untracked()),
-            time_zone: can_administer.then(|| zone.get_untracked()),
+            name: (!name.trim().is_empty()).then(|| name.into()),
+            tenant_name: can_administer.then(|| tenant.get_untracked().into()),
+            time_zone: can_administer.then(|| zone.get_untracked().into()),
         };
         spawn_local(async move {
             let result = api::update_me(body).await;
@@ -133,8 +133,8 @@ fn Password() -> impl IntoView {
             return;
         }
         let body = ChangePassword {
-            current_password: current.get_untracked(),
-            new_password: new.get_untracked(),
+            current_password: current.get_untracked().into(),
+            new_password: new.get_untracked().into(),
         };
         spawn_local(async move {
             let result = api::change_password(body).await;

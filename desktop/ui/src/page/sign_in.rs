@@ -81,8 +81,8 @@ pub fn SignIn() -> impl IntoView {
             sign_in(
                 form,
                 api::login(Login {
-                    email,
-                    password,
+                    email: email.into(),
+                    password: password.into(),
                     device_token: None,
                 }),
             );
@@ -119,9 +119,9 @@ pub fn Register() -> impl IntoView {
         if form.begin() {
             let organization = organization.get_untracked();
             let body = auth::Register {
-                email: email.get_untracked(),
-                password: password.get_untracked(),
-                tenant_name: (!organization.trim().is_empty()).then_some(organization),
+                email: email.get_untracked().into(),
+                password: password.get_untracked().into(),
+                tenant_name: (!organization.trim().is_empty()).then(|| organization.into()),
             };
             sign_in(form, api::register(body));
         }

@@ -24,7 +24,7 @@ async fn send(app: &TestApp, account: &Account, method: &str, path: &str, body: 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_text_of_a_key_is_shown_once_and_kept_nowhere() {
+async fn key_is_returned_once_and_never_stored() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({"daily_quota": 10})).await;
@@ -65,7 +65,7 @@ async fn the_text_of_a_key_is_shown_once_and_kept_nowhere() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_needs_a_plan_of_the_tenants() {
+async fn key_requires_a_plan_of_the_same_tenant() {
     let app = TestApp::start().await;
     let (ours, theirs) = (app.register().await, app.register().await);
     let their_plan = app.plan(&theirs, json!({})).await;
@@ -109,7 +109,7 @@ async fn a_key_needs_a_plan_of_the_tenants() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_shows_what_the_filters_say() {
+async fn list_of_keys_can_be_filtered() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let (one, two) = (
@@ -189,7 +189,7 @@ async fn a_list_shows_what_the_filters_say() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn last_used_at_moves_soon_after_a_request() {
+async fn last_used_at_is_updated_soon_after_a_request() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -204,20 +204,20 @@ async fn last_used_at_moves_soon_after_a_request() {
         if now.body["last_used_at"].is_string() {
             assert_eq!(
                 now.body["updated_at"], before.body["updated_at"],
-                "use is no edit"
+                "use does not count as an update"
             );
             break;
         }
         assert!(
             began.elapsed() < Duration::from_secs(10),
-            "it does not move"
+            "last use is unchanged"
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replay_of_a_creation_answers_without_the_text() {
+async fn replayed_creation_omits_the_key() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -241,7 +241,7 @@ async fn a_replay_of_a_creation_answers_without_the_text() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_is_rotated_without_a_body_and_not_into_the_past() {
+async fn rotation_needs_no_body_and_rejects_a_negative_grace_period() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -251,7 +251,7 @@ async fn a_key_is_rotated_without_a_body_and_not_into_the_past() {
     assert_eq!(rotated.status, 200);
     assert!(
         rotated.body["api_key"]["previous_expires_at"].is_string(),
-        "the default is a day of grace"
+        "the grace period defaults to a day"
     );
     assert_ne!(rotated.text("key"), key.text);
     assert_eq!(
@@ -283,7 +283,7 @@ async fn a_key_is_rotated_without_a_body_and_not_into_the_past() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_field_of_a_key_that_is_not_allowed_is_named_and_nothing_is_made() {
+async fn invalid_fields_are_named_and_no_key_is_created() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -332,7 +332,7 @@ async fn every_field_of_a_key_that_is_not_allowed_is_named_and_nothing_is_made()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_patch_clears_what_is_null_and_leaves_what_is_absent() {
+async fn patch_of_a_key_clears_null_fields_and_keeps_absent_ones() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -379,8 +379,8 @@ async fn a_patch_clears_what_is_null_and_leaves_what_is_absent() {
     );
     assert_eq!(patch(json!({})).await, cleared, "nothing is no edit");
 
-    // What cannot be cleared is not silently left as it was: a key would stay active that somebody thinks
-    // is not.
+    // `null` for a field that cannot be cleared must not be ignored: somebody would believe a key to be disabled
+    // that is not.
     for field in ["name", "plan_id", "is_active"] {
         let refused = app
             .act(&account, "PATCH", &path, json!({ field: null }))
@@ -393,7 +393,7 @@ async fn a_patch_clears_what_is_null_and_leaves_what_is_absent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn any_name_of_a_key_comes_back_as_it_went() {
+async fn name_of_a_key_round_trips() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -439,7 +439,7 @@ async fn any_name_of_a_key_comes_back_as_it_went() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pages_show_every_key_of_a_filter_once_while_others_come_and_go() {
+async fn pages_show_every_matching_key_once_while_others_come_and_go() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let (plan, other) = (
@@ -489,7 +489,7 @@ async fn pages_show_every_key_of_a_filter_once_while_others_come_and_go() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deleted_key_is_gone_with_what_it_used() {
+async fn deleted_key_is_gone_with_its_usage() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({"daily_quota": 100})).await;
@@ -527,7 +527,7 @@ async fn a_deleted_key_is_gone_with_what_it_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_is_made_many_times_at_once_is_made_once() {
+async fn concurrent_creations_with_one_idempotency_key_create_one_key() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -565,7 +565,7 @@ async fn a_key_that_is_made_many_times_at_once_is_made_once() {
     assert_eq!(list.body["total"], json!(1));
 }
 
-/// The names of all pages of a list, two keys a page.
+/// Returns the names on all pages of a list, with two keys per page.
 async fn names_by(app: &TestApp, account: &Account, query: &str) -> Vec<String> {
     let (mut names, mut cursor) = (Vec::new(), String::new());
     loop {
@@ -586,12 +586,12 @@ async fn names_by(app: &TestApp, account: &Account, query: &str) -> Vec<String> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_are_listed_in_every_order_without_losing_or_repeating_one() {
+async fn keys_are_listed_in_every_sort_order_without_gaps_or_repeats() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
     let client = app.database.connect().await;
-    // Names that are equal but for case, times that are equal, and keys that were never used.
+    // Names that differ only in case, equal times, and keys that were never used.
     let keys = [
         ("banana", Some(20)),
         ("Apple", None),
@@ -638,7 +638,7 @@ async fn keys_are_listed_in_every_order_without_losing_or_repeating_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_by_name_goes_on_where_the_last_one_ended_whatever_came_of_its_last_key() {
+async fn cursor_stays_valid_when_the_last_key_of_its_page_changes() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -651,7 +651,7 @@ async fn a_page_by_name_goes_on_where_the_last_one_ended_whatever_came_of_its_la
     let page = |cursor: &str| format!("/admin/api-keys?limit=2&sort=name{cursor}");
     let first = send(&app, &account, "GET", &page(""), Value::Null).await;
     let next = first.text("next_cursor");
-    // The key that the cursor stands at gets another name, one before it goes, one comes.
+    // The key at the cursor is renamed, one before it is deleted, and another is created.
     let b = format!("/admin/api-keys/{}", ids[1]);
     send(&app, &account, "PATCH", &b, json!({"name": "z"})).await;
     let a = format!("/admin/api-keys/{}", ids[0]);
@@ -688,7 +688,7 @@ async fn a_page_by_name_goes_on_where_the_last_one_ended_whatever_came_of_its_la
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_that_have_ended_are_told_from_those_that_have_not() {
+async fn expired_keys_can_be_filtered() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock.clone()))

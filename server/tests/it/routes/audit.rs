@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::support::app::{Account, PASSWORD, TestApp};
 
-/// The newest events first.
+/// Returns the events, newest first.
 async fn log(app: &TestApp, account: &Account) -> Vec<Value> {
     let log = app
         .act(account, "GET", "/admin/audit?limit=100", Value::Null)
@@ -21,7 +21,7 @@ fn actions(events: &[Value]) -> Vec<&str> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_change_is_an_audit_event_that_tells_before_and_after() {
+async fn every_change_is_audited_with_before_and_after() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({"name": "Starter"})).await;
@@ -75,7 +75,7 @@ async fn every_change_is_an_audit_event_that_tells_before_and_after() {
     assert_eq!(
         change(1),
         (&token.body["service_token"], &Value::Null),
-        "what is gone was there whole"
+        "a deletion records the whole resource"
     );
     assert_eq!(change(2), (&Value::Null, &token.body["service_token"]));
     assert_eq!(
@@ -117,7 +117,7 @@ async fn every_change_is_an_audit_event_that_tells_before_and_after() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_happens_to_sessions_is_in_the_log_and_no_secret_is() {
+async fn session_events_are_audited_without_secrets() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let login = json!({"email": account.email, "password": PASSWORD});
@@ -166,12 +166,12 @@ async fn what_happens_to_sessions_is_in_the_log_and_no_secret_is() {
         &rotated.text("key")[11..],
         &token[11..],
     ] {
-        assert!(!shown.contains(secret), "a secret is in the log");
+        assert!(!shown.contains(secret), "the log contains a secret");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_person_who_takes_another_name_is_in_the_log() {
+async fn change_of_display_name_is_audited() {
     let app = TestApp::start().await;
     let account = app.register().await;
     for name in ["Ada", " Ada King "] {
@@ -201,7 +201,7 @@ async fn a_person_who_takes_another_name_is_in_the_log() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_refused_or_changed_nothing_is_no_event() {
+async fn rejected_and_empty_changes_are_not_audited() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({"name": "Starter"})).await;
@@ -245,7 +245,7 @@ async fn what_was_refused_or_changed_nothing_is_no_event() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_that_is_replayed_is_one_event() {
+async fn replayed_request_is_audited_once() {
     let app = TestApp::start().await;
     let account = app.register().await;
     for _ in 0..3 {
@@ -258,7 +258,7 @@ async fn a_request_that_is_replayed_is_one_event() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_address_in_the_log_is_the_clients_own() {
+async fn audited_address_is_the_address_of_the_client() {
     let app = TestApp::setup()
         .flag("--trusted-proxies=127.0.0.1")
         .start()
@@ -278,7 +278,7 @@ async fn the_address_in_the_log_is_the_clients_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tenant_reads_its_own_log_alone() {
+async fn tenant_reads_only_its_own_log() {
     let app = TestApp::start().await;
     let (ours, theirs) = (app.register().await, app.register().await);
     app.plan(&ours, json!({})).await;
@@ -325,7 +325,7 @@ async fn pages_show_every_event_once_while_new_ones_are_added() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_names_what_was_changed_also_after_that_is_gone() {
+async fn event_keeps_the_name_of_a_deleted_resource() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({"name": "Starter"})).await;
@@ -369,7 +369,7 @@ async fn an_event_names_what_was_changed_also_after_that_is_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_log_is_read_by_action_by_type_and_by_target() {
+async fn log_can_be_filtered_by_action_type_and_target() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let mut plans = Vec::new();
@@ -436,9 +436,9 @@ async fn the_log_is_read_by_action_by_type_and_by_target() {
     }
 }
 
-/// The filter's actions are those that the server writes down.
+/// The filter accepts the actions that the server records.
 #[tokio::test(flavor = "multi_thread")]
-async fn every_action_that_is_written_down_can_be_asked_for() {
+async fn every_recorded_action_is_a_valid_filter() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;

@@ -358,11 +358,11 @@ async fn a_role_may_do_what_it_may() {
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
     let client = app.database.connect().await;
-    for (role, manages, administers) in [
-        ("admin", 201, 200),
-        ("developer", 201, 403),
-        ("billing", 403, 403),
-        ("viewer", 403, 403),
+    for (role, manages, reads, administers) in [
+        ("admin", 201, 200, 200),
+        ("developer", 201, 200, 403),
+        ("billing", 403, 403, 403),
+        ("viewer", 403, 200, 403),
     ] {
         client
             .execute("UPDATE memberships SET role = $1", &[&role])
@@ -390,7 +390,7 @@ async fn a_role_may_do_what_it_may() {
             )
             .await
             .status,
-            200,
+            reads,
             "{role}"
         );
         let renamed = send(

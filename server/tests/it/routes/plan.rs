@@ -17,7 +17,7 @@ async fn send(app: &TestApp, account: &Account, method: &str, path: &str, body: 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_plan_is_made_shown_changed_and_deleted() {
+async fn plan_is_created_read_updated_and_deleted() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let made = send(
@@ -32,7 +32,7 @@ async fn a_plan_is_made_shown_changed_and_deleted() {
     assert_eq!(
         (&made.body["burst"], &made.body["key_count"]),
         (&json!(600), &json!(0)),
-        "the burst is the rate's"
+        "burst defaults to the rate"
     );
     let path = format!("/admin/plans/{}", made.text("id"));
     assert_eq!(
@@ -41,7 +41,7 @@ async fn a_plan_is_made_shown_changed_and_deleted() {
     );
 
     let faster = send(&app, &account, "PATCH", &path, json!({"default_rpm": 1200})).await;
-    assert_eq!(faster.body["burst"], json!(1200), "and stays so");
+    assert_eq!(faster.body["burst"], json!(1200), "burst follows the rate");
     let back = send(&app, &account, "PATCH", &path, json!({"default_rpm": 600})).await;
     assert_eq!(back.body["burst"], json!(600));
 
@@ -60,7 +60,7 @@ async fn a_plan_is_made_shown_changed_and_deleted() {
     assert_eq!(
         changed.body["default_rpm"],
         json!(600),
-        "what is not sent stays"
+        "absent fields are unchanged"
     );
     let lifted = send(&app, &account, "PATCH", &path, json!({"daily_quota": null})).await;
     assert_eq!(
@@ -91,7 +91,7 @@ async fn a_plan_is_made_shown_changed_and_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_plan_with_keys_is_not_deleted() {
+async fn plan_with_keys_cannot_be_deleted() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -132,7 +132,7 @@ async fn a_plan_with_keys_is_not_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_name_is_taken_within_the_tenant_alone() {
+async fn plan_names_are_unique_within_a_tenant() {
     let app = TestApp::start().await;
     let (ours, theirs) = (app.register().await, app.register().await);
     let body = json!({"name": "Starter", "default_rpm": 1});
@@ -153,7 +153,7 @@ async fn a_name_is_taken_within_the_tenant_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_field_that_is_not_allowed_is_named_and_nothing_is_made() {
+async fn invalid_fields_are_named_and_no_plan_is_created() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let body = json!({"name": "", "default_rpm": 0, "burst": 60_000_001, "daily_quota": 0});
@@ -204,7 +204,7 @@ async fn every_field_that_is_not_allowed_is_named_and_nothing_is_made() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn any_name_of_200_characters_comes_back_as_it_went() {
+async fn name_of_up_to_200_characters_round_trips() {
     let app = TestApp::start().await;
     let account = app.register().await;
     for name in [
@@ -227,7 +227,7 @@ async fn any_name_of_200_characters_comes_back_as_it_went() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pages_show_every_plan_once_while_new_ones_are_made() {
+async fn pages_show_every_plan_once_while_others_are_created() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let mut made = Vec::new();
@@ -282,7 +282,7 @@ async fn pages_show_every_plan_once_while_new_ones_are_made() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_valid_token_nothing_is_made() {
+async fn no_plan_is_created_without_a_valid_token() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let body = json!({"name": "Starter", "default_rpm": 1});
@@ -319,7 +319,7 @@ async fn without_a_valid_token_nothing_is_made() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_repeated_request_is_done_once() {
+async fn repeated_request_with_an_idempotency_key_is_processed_once() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let make = async |key: &str, name: &str| {
@@ -346,7 +346,7 @@ async fn a_repeated_request_is_done_once() {
         }
     }
     answers.dedup();
-    assert_eq!(answers.len(), 1, "all who were answered got the same plan");
+    assert_eq!(answers.len(), 1, "every response is the same plan");
     assert_eq!(make("", "x").await.status, 422);
     assert_eq!(make(&"x".repeat(256), "x").await.status, 422);
     assert_eq!(
@@ -358,7 +358,7 @@ async fn a_repeated_request_is_done_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_patch_of_a_plan_clears_what_is_null_and_leaves_what_is_absent() {
+async fn patch_of_a_plan_clears_null_fields_and_keeps_absent_ones() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let body = json!({
@@ -419,7 +419,7 @@ async fn a_patch_of_a_plan_clears_what_is_null_and_leaves_what_is_absent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_plan_is_not_renamed_to_a_name_that_is_taken() {
+async fn plan_cannot_be_renamed_to_a_name_in_use() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let one = app.plan(&account, json!({"name": "One"})).await;
@@ -432,11 +432,11 @@ async fn a_plan_is_not_renamed_to_a_name_that_is_taken() {
         assert_eq!((taken.status, taken.problem()), (409, "name-taken"));
     }
     let after = app.act(&account, "GET", &path, Value::Null).await.body;
-    assert_eq!(after, before, "no field of a refused change is taken");
+    assert_eq!(after, before, "a rejected change changes nothing");
     let same = app
         .act(&account, "PATCH", &path, json!({"name": "Two"}))
         .await;
-    assert_eq!(same.status, 200, "its own name is not taken");
+    assert_eq!(same.status, 200, "a plan can keep its own name");
 
     let path = format!("/admin/plans/{one}");
     assert_eq!(
@@ -445,11 +445,11 @@ async fn a_plan_is_not_renamed_to_a_name_that_is_taken() {
     );
     let body = json!({"name": "One", "default_rpm": 1});
     let made = app.act(&account, "POST", "/admin/plans", body).await;
-    assert_eq!(made.status, 201, "a deleted plan's name is free");
+    assert_eq!(made.status, 201, "the name of a deleted plan can be reused");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_many_plans_of_one_name_at_once_one_is_made() {
+async fn concurrent_creations_with_one_name_create_one_plan() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let make = async || {
@@ -462,7 +462,7 @@ async fn of_many_plans_of_one_name_at_once_one_is_made() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_key_is_left_without_its_plan_when_both_change_at_once() {
+async fn concurrent_changes_never_leave_a_key_without_a_plan() {
     let app = TestApp::start().await;
     let account = app.register().await;
     for _ in 0..8 {
@@ -483,7 +483,7 @@ async fn no_key_is_left_without_its_plan_when_both_change_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_request_does_not_use_its_idempotency_key_up() {
+async fn rejected_request_does_not_consume_its_idempotency_key() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let taken = app.plan(&account, json!({"name": "Starter"})).await;
@@ -502,7 +502,7 @@ async fn a_refused_request_does_not_use_its_idempotency_key_up() {
     assert_eq!(made.status, 201, "the same request may now be done");
     assert_eq!(make().await.body, made.body);
 
-    // The name of a request is one of its operation.
+    // Keys are scoped to the operation.
     let plan = made.text("id");
     let key = app
         .post("/admin/api-keys", json!({"name": "Key", "plan_id": plan}))
@@ -514,7 +514,7 @@ async fn a_refused_request_does_not_use_its_idempotency_key_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_idempotency_key_is_forgotten_after_a_day() {
+async fn idempotency_key_expires_after_a_day() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let make = async |name: &str| {
@@ -540,7 +540,7 @@ async fn an_idempotency_key_is_forgotten_after_a_day() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_that_was_answered_is_never_told_to_be_in_progress() {
+async fn answered_request_is_never_reported_as_in_progress() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let make = async || {
@@ -560,7 +560,7 @@ async fn a_request_that_was_answered_is_never_told_to_be_in_progress() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn plans_are_listed_in_every_order() {
+async fn plans_are_listed_in_every_sort_order() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let made = ["beta", "Gold", "Alpha", "gold 2", "omega"];

@@ -18,7 +18,7 @@ async fn make(app: &TestApp, account: &Account, name: &str) -> (String, String) 
     (made.text("token"), id.to_owned())
 }
 
-/// What a gateway with this token is answered.
+/// Returns the status that a gateway with this token gets.
 async fn ask(app: &TestApp, token: &str) -> u16 {
     app.post("/v1/check", json!({"key": "x"}))
         .bearer(token)
@@ -39,7 +39,7 @@ async fn count(app: &TestApp) -> i64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_token_works_until_it_is_deleted_and_from_then_on_not_once() {
+async fn service_token_stops_working_when_it_is_deleted() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let (token, id) = make(&app, &account, "Edge").await;
@@ -66,11 +66,7 @@ async fn a_service_token_works_until_it_is_deleted_and_from_then_on_not_once() {
         (as_field.status, as_field.header("www-authenticate")),
         (401, Some("Bearer realm=\"quota\", error=\"invalid_token\""))
     );
-    assert_eq!(
-        ask(&app, &other).await,
-        200,
-        "another token is not concerned"
-    );
+    assert_eq!(ask(&app, &other).await, 200, "another token still works");
     for method in ["GET", "DELETE"] {
         assert_eq!(
             app.act(&account, method, &path, Value::Null).await.status,
@@ -81,7 +77,7 @@ async fn a_service_token_works_until_it_is_deleted_and_from_then_on_not_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_replica_refuses_a_deleted_service_token_within_a_second() {
+async fn other_replica_rejects_a_deleted_service_token_within_a_second() {
     let one = TestApp::start().await;
     let other = TestApp::setup()
         .database(one.database.clone())
@@ -99,14 +95,14 @@ async fn another_replica_refuses_a_deleted_service_token_within_a_second() {
     while ask(&other, &token).await != 401 {
         assert!(
             began.elapsed() < Duration::from_secs(2),
-            "it still works elsewhere"
+            "the other replica still accepts it"
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_text_of_a_service_token_is_shown_once_and_kept_nowhere() {
+async fn service_token_is_returned_once_and_never_stored() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let create = async |name: &str| {
@@ -142,7 +138,7 @@ async fn the_text_of_a_service_token_is_shown_once_and_kept_nowhere() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_token_is_not_made_of_what_is_not_allowed() {
+async fn invalid_fields_are_named_and_no_service_token_is_created() {
     let app = TestApp::start().await;
     let account = app.register().await;
     for (body, field) in [
@@ -179,7 +175,7 @@ async fn a_service_token_is_not_made_of_what_is_not_allowed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_may_only_look_neither_makes_nor_deletes_a_service_token() {
+async fn viewer_cannot_create_or_delete_a_service_token() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let (token, id) = make(&app, &account, "Edge").await;
@@ -206,7 +202,7 @@ async fn who_may_only_look_neither_makes_nor_deletes_a_service_token() {
         app.act(&viewer, "GET", &path, Value::Null).await.status,
         200
     );
-    assert_eq!(ask(&app, &token).await, 200, "it is still there");
+    assert_eq!(ask(&app, &token).await, 200, "the token still exists");
     assert_eq!(count(&app).await, 1);
 }
 
@@ -226,7 +222,7 @@ async fn pages_show_every_service_token_once_while_others_come_and_go() {
         let items = page.body["items"].as_array().unwrap();
         seen.extend(items.iter().map(|it| it["id"].as_str().unwrap().to_owned()));
         make(&app, &account, "New").await;
-        // The one that the cursor points at goes: the next page begins after it all the same.
+        // The token at the cursor is deleted; the next page still begins after it.
         let last = format!("{PATH}/{}", seen.last().unwrap());
         assert_eq!(
             app.act(&account, "DELETE", &last, Value::Null).await.status,
@@ -251,7 +247,7 @@ async fn pages_show_every_service_token_once_while_others_come_and_go() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn last_used_at_of_a_service_token_moves_soon_after_a_question() {
+async fn last_used_at_of_a_service_token_is_updated_soon_after_a_check() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let (token, id) = make(&app, &account, "Edge").await;
@@ -263,7 +259,7 @@ async fn last_used_at_of_a_service_token_moves_soon_after_a_question() {
     while app.act(&account, "GET", &path, Value::Null).await.body["last_used_at"].is_null() {
         assert!(
             began.elapsed() < Duration::from_secs(10),
-            "it does not move"
+            "last use is unchanged"
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

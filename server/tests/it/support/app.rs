@@ -558,7 +558,13 @@ pub(crate) fn operation(method: &Method, path: &str) -> Option<(String, &'static
         .collect::<Vec<_>>();
     found.sort_by_key(|(template, _)| template.matches('{').count());
     let (template, operations) = found.first()?;
-    let operation = &operations[method.as_str().to_lowercase()];
+    // Accepts any method, and is documented once.
+    let is_documented = !matches!(method.as_str(), "TRACE" | "BREW");
+    let method = match path {
+        "/v1/forward-auth" if is_documented => "get".to_owned(),
+        _ => method.as_str().to_lowercase(),
+    };
+    let operation = &operations[method];
     (!operation.is_null()).then(|| ((*template).clone(), operation))
 }
 

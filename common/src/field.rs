@@ -1,0 +1,251 @@
+//! Fields of request bodies that have bounds: one type for each kind, with the rule and the schema that go with it.
+//!
+//! Reading one from JSON checks only its JSON type. [`garde::Validate`] checks the bounds, so that a body with several
+//! invalid fields gets all of them reported at once, and so that the console can hold what a person is still typing.
+
+use garde::Validate;
+use serde::{Deserialize, Serialize};
+
+use crate::bounds;
+
+/// Describes a newtype to poem-openapi as its inner type with bounds.
+macro_rules! schema {
+    ($name:ident($inner:ty), $($bound:ident: $value:expr),+) => {
+        #[cfg(feature = "openapi")]
+        const _: () = {
+            use std::borrow::Cow;
+
+            use poem_openapi::{
+                registry::{MetaSchema, MetaSchemaRef},
+                types::{ParseError, ParseFromJSON, ParseResult, ToJSON, Type},
+            };
+
+            impl Type for $name {
+                const IS_REQUIRED: bool = true;
+                type RawValueType = Self;
+                type RawElementValueType = Self;
+
+                fn name() -> Cow<'static, str> {
+                    <$inner as Type>::name()
+                }
+
+                fn schema_ref() -> MetaSchemaRef {
+                    <$inner as Type>::schema_ref().merge(MetaSchema {
+                        $($bound: Some($value),)+
+                        ..MetaSchema::ANY
+                    })
+                }
+
+                fn as_raw_value(&self) -> Option<&Self> {
+                    Some(self)
+                }
+
+                fn raw_element_iter<'a>(&'a self) -> Box<dyn Iterator<Item = &'a Self> + 'a> {
+                    Box::new(std::iter::once(self))
+                }
+            }
+
+            impl ParseFromJSON for $name {
+                fn parse_from_json(value: Option<serde_json::Value>) -> ParseResult<Self> {
+                    <$inner>::parse_from_json(value)
+                        .map(Self)
+                        .map_err(ParseError::propagate)
+                }
+            }
+
+            impl ToJSON for $name {
+                fn to_json(&self) -> Option<serde_json::Value> {
+                    self.0.to_json()
+                }
+            }
+        };
+    };
+}
+
+macro_rules! numbers {
+    ($($(#[$doc:meta])* $name:ident($inner:ty as $stored:ty) = $min:literal..=$max:expr;)+) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Validate)]
+        #[serde(transparent)]
+        #[garde(transparent)]
+        pub struct $name(#[garde(custom(bounds::between($min, $max)))] $inner);
+
+        impl From<$inner> for $name {
+            fn from(number: $inner) -> Self {
+                Self(number)
+            }
+        }
+
+        impl From<$name> for $inner {
+            fn from(number: $name) -> Self {
+                number.0
+            }
+        }
+
+        /// As PostgreSQL stores it. Every valid number fits.
+        impl From<$name> for $stored {
+            fn from(number: $name) -> Self {
+                Self::try_from(number.0).unwrap_or(Self::MAX)
+            }
+        }
+
+        schema!($name($inner), minimum: bound({ let min: $inner = $min; min }), maximum: bound($max));
+    )+};
+}
+
+macro_rules! texts {
+    ($($(#[$doc:meta])* $name:ident: $min:literal..=$max:expr, $rule:expr $(, $pattern:expr)?;)+) => {$(
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize, Validate)]
+        #[serde(transparent)]
+        #[garde(transparent)]
+        pub struct $name(#[garde(custom($rule))] String);
+
+        impl std::ops::Deref for $name {
+            type Target = str;
+
+            fn deref(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl From<String> for $name {
+            fn from(text: String) -> Self {
+                Self(text)
+            }
+        }
+
+        impl From<&str> for $name {
+            fn from(text: &str) -> Self {
+                Self(text.to_owned())
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(text: $name) -> Self {
+                text.0
+            }
+        }
+
+        schema!($name(String), min_length: $min, max_length: $max $(, pattern: $pattern.to_owned())?);
+    )+};
+}
+
+macro_rules! shown {
+    ($($name:ident),+) => {$(
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    )+};
+}
+
+macro_rules! redacted {
+    ($($name:ident),+) => {$(
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("[redacted]")
+            }
+        }
+    )+};
+}
+
+/// Matches text with a character that is neither white space nor a control character, and without control characters.
+#[cfg(feature = "openapi")]
+const NAME_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*[^\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000][^\u0000-\u001F\u007F-\u009F]*$";
+#[cfg(feature = "openapi")]
+const EMAIL_PATTERN: &str = r"^[^@\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000]{1,64}@[^@.\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000]+(\.[^@.\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000]+)*$";
+#[cfg(feature = "openapi")]
+const LOGIN_EMAIL_PATTERN: &str = r"^[^\u0000]*$";
+#[cfg(feature = "openapi")]
+const ENDPOINT_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*$";
+
+/// Bounds in a schema are floating-point numbers.
+#[cfg(feature = "openapi")]
+fn bound(number: impl Into<u64>) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "every bound is below 2^53")]
+    let bound = number.into() as f64;
+    bound
+}
+
+numbers! {
+    /// A rate, in requests per minute.
+    Rpm(u32 as i32) = 1..=bounds::RPM_MAX;
+    /// The number of requests that an idle key may send at once.
+    Burst(u32 as i32) = 1..=bounds::BURST_MAX;
+    /// A daily or monthly quota, in requests.
+    Quota(u64 as i64) = 1..=bounds::QUOTA_MAX;
+    /// How many requests one request counts as.
+    Cost(u32 as i32) = 1..=bounds::COST_MAX;
+    /// The grace period of a rotation.
+    GraceSeconds(u32 as i32) = 0..=bounds::GRACE_MAX;
+}
+
+texts! {
+    /// The name of a plan, key, service token, user or tenant.
+    Name: 1..=bounds::NAME_MAX, bounds::name, NAME_PATTERN;
+    /// An email address.
+    Email: 3..=bounds::EMAIL_MAX, bounds::email, EMAIL_PATTERN;
+    /// The email of somebody who signs in: anything that can be looked up. Whether it is well formed must not be
+    /// revealed before the password was verified.
+    LoginEmail: 1..=bounds::EMAIL_MAX, bounds::login_email, LOGIN_EMAIL_PATTERN;
+    /// A new password. The server also rejects one that is too easy to guess.
+    NewPassword: 1..=*bounds::PASSWORD_BYTES.end(), bounds::password;
+    /// A password, token or API key as it was sent. Whether it is right is decided later.
+    Credential: 1..=bounds::CREDENTIAL_MAX, bounds::characters(bounds::CREDENTIAL_MAX);
+    /// What a device was given to be recognized by at its next sign-in. Whether it is valid is decided later.
+    DeviceToken: 1..=bounds::DEVICE_TOKEN_MAX, bounds::characters(bounds::DEVICE_TOKEN_MAX);
+    /// The name of a time zone. Whether the IANA database contains it is decided by the server.
+    TimeZoneName: 1..=bounds::TIME_ZONE_MAX, bounds::characters(bounds::TIME_ZONE_MAX);
+    /// The name of an endpoint of the tenant's API, such as `GET /orders`.
+    Endpoint: 1..=bounds::ENDPOINT_MAX, bounds::endpoint, ENDPOINT_PATTERN;
+}
+
+shown!(Name, Email, LoginEmail, TimeZoneName, Endpoint);
+redacted!(NewPassword, Credential, DeviceToken);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bounds::{QUOTA_MAX, RPM_MAX};
+
+    fn fault<T: Validate<Context = ()>>(field: &T) -> Option<String> {
+        let report = field.validate().err()?;
+        let (path, error) = report.into_inner().into_iter().next().expect("an error");
+        assert_eq!(path.to_string(), "", "the field itself is at fault");
+        Some(error.message().to_owned())
+    }
+
+    #[test]
+    fn number_out_of_bounds_is_rejected_with_the_bound() {
+        assert_eq!(fault(&Rpm::from(0)), Some("must be at least 1".to_owned()));
+        assert_eq!(
+            fault(&Rpm::from(60_000_001)),
+            Some("must be at most 60,000,000".to_owned())
+        );
+        assert_eq!(
+            fault(&Quota::from(1_000_000_000_000_000)),
+            Some("must be at most 999,999,999,999,999".to_owned())
+        );
+        assert_eq!(fault(&Rpm::from(1)), None);
+        assert_eq!(fault(&Rpm::from(60_000_000)), None);
+        assert_eq!(fault(&GraceSeconds::from(0)), None);
+    }
+
+    #[test]
+    fn every_valid_number_fits_its_column() {
+        assert_eq!(i32::from(Rpm::from(RPM_MAX)).unsigned_abs(), RPM_MAX);
+        assert_eq!(i64::from(Quota::from(QUOTA_MAX)).unsigned_abs(), QUOTA_MAX);
+    }
+
+    #[test]
+    fn credential_is_not_written_to_logs() {
+        let debug = format!(
+            "{:?} {:?}",
+            Credential::from("qk_secret"),
+            NewPassword::from("violet-harbour")
+        );
+        assert_eq!(debug, "[redacted] [redacted]");
+    }
+}

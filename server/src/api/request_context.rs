@@ -1,0 +1,83 @@
+//! The context of a request: what every layer behind the edge may need to know about it.
+
+use std::{net::IpAddr, sync::Arc};
+
+use parking_lot::Mutex;
+use poem::{
+    Request,
+    http::{HeaderValue, Method, Uri},
+};
+use quota_common::TenantId;
+
+use super::problem::ApiError;
+use crate::{clock::UnixNanos, keys::KeyRecord, state::AppState, telemetry::log::AccessLine};
+
+/// What is determined once about a request, on arrival. Stored with the request.
+pub struct Visit {
+    pub state: AppState,
+    /// The request's ID: visible ASCII.
+    pub id: HeaderValue,
+    /// The client's address. `None` for a peer without one, such as a Unix socket.
+    pub ip: Option<IpAddr>,
+    arrived: UnixNanos,
+    /// The authenticated caller, for the access log. Set during authentication.
+    caller: Mutex<Option<Identity>>,
+}
+
+enum Identity {
+    Tenant(TenantId),
+    Key(Arc<KeyRecord>),
+}
+
+impl Visit {
+    pub fn new(state: &AppState, id: HeaderValue, ip: Option<IpAddr>, arrived: UnixNanos) -> Self {
+        Self {
+            state: state.clone(),
+            id,
+            ip,
+            arrived,
+            caller: Mutex::default(),
+        }
+    }
+
+    /// Returns the context that the edge stored with the request.
+    pub fn of(request: &Request) -> Result<&Self, ApiError> {
+        match request.data::<Arc<Self>>() {
+            Some(visit) => Ok(visit),
+            None => Err(ApiError::internal("the edge is not mounted")),
+        }
+    }
+
+    pub fn id(&self) -> &str {
+        self.id.to_str().unwrap_or_default()
+    }
+
+    pub fn is_tenant(&self, tenant: TenantId) {
+        *self.caller.lock() = Some(Identity::Tenant(tenant));
+    }
+
+    pub fn is_key(&self, key: Arc<KeyRecord>) {
+        *self.caller.lock() = Some(Identity::Key(key));
+    }
+
+    /// Writes the access log line. Takes `nanos` since arrival.
+    pub fn log(&self, method: &Method, uri: &Uri, status: u16, nanos: u64) {
+        let identity = self.caller.lock().take();
+        let (tenant, key) = match &identity {
+            Some(Identity::Tenant(tenant)) => (Some(tenant.0), None),
+            Some(Identity::Key(key)) => (Some(key.tenant.0), Some(key.prefix.as_str())),
+            None => (None, None),
+        };
+        self.state.log.access(&AccessLine {
+            at: self.arrived.saturating_add(nanos),
+            request_id: self.id(),
+            method: method.as_str(),
+            path: uri.path(),
+            status,
+            micros: nanos / 1000,
+            ip: self.ip,
+            tenant,
+            key,
+        });
+    }
+}

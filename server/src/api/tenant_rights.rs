@@ -1,0 +1,83 @@
+//! Callers with a right in their tenant.
+//!
+//! A handler that takes one of these types first cannot be reached without the right it stands for. A caller who is
+//! signed in without it gets 403 before the body is read. [`AdmittedTenant`] is the caller without any such
+//! requirement: it is for a user's own account and sessions. Which role has which right is decided in
+//! [`Role`](quota_common::auth::Role).
+
+use std::ops::Deref;
+
+use poem::{Request, RequestBody, Result};
+use poem_openapi::{ApiExtractor, ApiExtractorType, ExtractParamOptions, registry::Registry};
+use quota_common::{ProblemCode, auth::Role};
+
+use super::{admitted::AdmittedTenant, problem::ApiError};
+
+/// The problem for a role that lacks the right.
+fn forbidden(role: Role) -> ApiError {
+    let detail = format!("Your role ({}) does not allow this action.", role.as_str());
+    ApiError::new(ProblemCode::Forbidden, detail)
+}
+
+impl AdmittedTenant {
+    /// Requires the right to change the tenant itself. For `PATCH /auth/me`, where the fields that are sent decide
+    /// whether the right is needed.
+    pub fn require_administration(&self) -> Result<(), ApiError> {
+        if self.role().may_administer() {
+            Ok(())
+        } else {
+            Err(forbidden(self.role()))
+        }
+    }
+}
+
+// Concrete types: a generic extractor loses its security scheme in the OpenAPI document.
+macro_rules! callers_with_a_right {
+    ($($(#[$doc:meta])* $name:ident requires $right:ident;)+) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone)]
+        pub struct $name(AdmittedTenant);
+
+        impl Deref for $name {
+            type Target = AdmittedTenant;
+
+            fn deref(&self) -> &AdmittedTenant {
+                &self.0
+            }
+        }
+
+        impl<'a> ApiExtractor<'a> for $name {
+            const TYPES: &'static [ApiExtractorType] = AdmittedTenant::TYPES;
+            type ParamType = ();
+            type ParamRawType = ();
+
+            fn register(registry: &mut Registry) {
+                AdmittedTenant::register(registry);
+            }
+
+            fn security_schemes() -> Vec<&'static str> {
+                AdmittedTenant::security_schemes()
+            }
+
+            async fn from_request(
+                request: &'a Request,
+                body: &mut RequestBody,
+                options: ExtractParamOptions<()>,
+            ) -> Result<Self> {
+                let caller = AdmittedTenant::from_request(request, body, options).await?;
+                if caller.role().$right() {
+                    Ok(Self(caller))
+                } else {
+                    Err(forbidden(caller.role()).into())
+                }
+            }
+        }
+    )+};
+}
+
+callers_with_a_right! {
+    /// A caller who may read plans, API keys, service tokens and the audit log.
+    ReadingTenant requires may_read;
+    /// A caller who may create, update and delete plans, API keys and service tokens.
+    ManagingTenant requires may_manage;
+}
