@@ -1,4 +1,4 @@
-//! Lists the files of the console, where it was built, for the server to embed.
+//! Lists the files of the compiled console, if there is one, for the server to embed.
 
 use std::{
     env,
@@ -25,16 +25,15 @@ fn main() -> io::Result<()> {
     files.sort();
     let mut table = String::from("const FILES: &[File] = &[\n");
     for (name, path) in &files {
-        let gzip = format!("{path}.gz");
-        if Path::new(name).extension().is_some_and(|it| it == "gz")
-            || name.starts_with('.')
-            || !Path::new(&gzip).exists()
-        {
+        // Hidden files, and the compressed copies themselves, have no copies.
+        let (brotli, gzip) = (format!("{path}.br"), format!("{path}.gz"));
+        if !Path::new(&brotli).exists() || !Path::new(&gzip).exists() {
             continue;
         }
         let _ = writeln!(
             table,
-            "    File {{ name: {name:?}, plain: include_bytes!({path:?}), gzip: include_bytes!({gzip:?}) }},"
+            "    File {{ name: {name:?}, plain: include_bytes!({path:?}), brotli: include_bytes!({brotli:?}), \
+             gzip: include_bytes!({gzip:?}) }},"
         );
     }
     table.push_str("];\n");

@@ -1,9 +1,10 @@
 // Wrong input, failing calls, and choices that must not be made for the user.
 
 import assert from "node:assert/strict";
-import { quoted } from "./world.mjs";
+import { password, quoted } from "./world.mjs";
 
 export async function errors(world) {
+  await closedRegistration(world);
   const my = await world.visitor();
   const { page, base } = my;
   await my.registered("Errors");
@@ -113,6 +114,31 @@ export async function errors(world) {
   await page.unroute(calls);
   await my.button("Try again").click();
   await page.getByRole("row", { name: /Starter/ }).waitFor();
+  world.expected = undefined;
+  await my.context.close();
+}
+
+/** While registration is closed, the form shows what the server says about it, and keeps the input. */
+async function closedRegistration(world) {
+  const my = await world.visitor();
+  const { page, base } = my;
+  const detail = "Registration is closed here. Ask for an account.";
+  world.expected = /status of 403/;
+  await page.route("**/auth/register", (route) =>
+    route.fulfill({
+      status: 403,
+      contentType: "application/problem+json",
+      body: JSON.stringify({ type: `${base}/problems/registration-closed`, title: "Registration is closed", status: 403, detail, request_id: "019ab4e1-7c00-7000-8000-00000000abcd" }),
+    }));
+  await page.goto(`${base}/console/register`);
+  await my.field("Email").fill(my.email);
+  await my.field("Password").fill(password);
+  await my.button("Create account").click();
+  await page.getByRole("alert").getByText(detail).waitFor();
+  assert.equal(await my.button("Copy request ID").count(), 0, "nothing to report");
+  assert.equal(await my.field("Email").inputValue(), my.email);
+  assert.notEqual(await my.button("Create account").getAttribute("aria-disabled"), "true");
+  await my.inspect("register-closed");
   world.expected = undefined;
   await my.context.close();
 }

@@ -1,7 +1,7 @@
 //! The frame around all pages: navigation, account, and which page is shown.
 //!
-//! Visitors who are not signed in are sent to sign in, and back afterwards. While the server is unreachable nobody is
-//! signed out; the frame says so and offers to try again.
+//! Visitors who are not signed in are sent to sign in, and back afterwards. While the server is unreachable, users stay
+//! signed in; the frame says so and offers to try again.
 
 use leptos::{prelude::*, task::spawn_local};
 
@@ -74,31 +74,38 @@ fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
         }
     });
     let auth = Memo::new(move |_| session.auth.get());
-    move || {
-        match auth.get() {
+    move || match auth.get() {
         AuthState::SignedIn => view! { <Frame current/> }.into_any(),
-        AuthState::Failed(error) => view! {
-            <main class="standalone">
-                <EmptyState standalone=true shape=Shape::Close title="Can't reach the server" about=error.message()>
-                    <button class="button primary" on:click=move |_| session.load()>"Try again"</button>
-                    <servers::ServerPicker/>
-                </EmptyState>
-            </main>
+        AuthState::Failed(error) => {
+            let (title, about) = match error {
+                CallError::Unreachable => (
+                    "Can't reach the server",
+                    "Check your connection and try again.".to_owned(),
+                ),
+                error => ("Couldn't load the console", error.message()),
+            };
+            view! {
+                <main class="standalone">
+                    <EmptyState standalone=true shape=Shape::Close title about>
+                        <button class="button primary" on:click=move |_| session.load()>"Try again"</button>
+                        <servers::ServerPicker/>
+                    </EmptyState>
+                </main>
+            }
+                .into_any()
         }
-            .into_any(),
         AuthState::Unknown | AuthState::SignedOut => view! {
             <main class="standalone" aria-busy="true">
                 <p class="visually-hidden" role="status">"Loading"</p>
             </main>
         }
-            .into_any(),
-    }
+        .into_any(),
     }
 }
 
 /// The desktop app has dropped its tokens, but the session still exists on the server.
 const SIGNED_OUT_LOCALLY: &str = "Signed out on this computer. The server couldn't be reached, so the session there \
-    stays active until it expires. You can revoke it in Settings.";
+    remains active until it expires. You can revoke it in Settings.";
 
 #[component]
 fn Frame(current: Memo<ConsolePage>) -> impl IntoView {

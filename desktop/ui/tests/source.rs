@@ -32,7 +32,6 @@ const BANNED: &[&str] = &[
     "held",
     "in hand",
     "is made",
-    "live",
     "lives",
     "make",
     "mend",

@@ -1,7 +1,7 @@
-//! `/console`: the web console, embedded in the binary.
+//! `/console`: serves the console, which is embedded in the binary.
 //!
-//! Embeds what `cargo xtask console` had built when the server was compiled. Without that, the server works but shows
-//! instructions for building the console.
+//! The build embeds the output of `cargo xtask console`. Without it, the server works, and its console says how to
+//! build it.
 
 use poem::{
     Endpoint, Request, Response,
@@ -19,7 +19,7 @@ use super::{
 struct File {
     name: &'static str,
     plain: &'static [u8],
-    /// The same content, compressed.
+    brotli: &'static [u8],
     gzip: &'static [u8],
 }
 
@@ -27,9 +27,9 @@ struct File {
 include!(concat!(env!("OUT_DIR"), "/console.rs"));
 
 const INDEX: &str = "index.html";
-/// File names contain a hash of the content, so a file never changes.
+/// Names contain a hash of the content, so the file behind a name never changes.
 const YEAR: &str = "public, max-age=31536000, immutable";
-/// Allows nothing from other origins and nothing inline. Allows compiling WebAssembly, but not evaluating text.
+/// Only files of this server, nothing inline. WebAssembly may be compiled; strings are never evaluated.
 const CSP: &str = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; \
     img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 
@@ -49,32 +49,73 @@ fn find(name: &str) -> Option<&'static File> {
     FILES.get(at)
 }
 
-/// Whether the client accepts gzip: `gzip` or `*` with a weight above zero (RFC 9110, 12.5.3).
-fn takes_gzip(headers: &HeaderMap) -> bool {
-    headers
+/// A way to encode a file for transfer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Coding {
+    Brotli,
+    Gzip,
+    Identity,
+}
+
+impl Coding {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Brotli => "br",
+            Self::Gzip => "gzip",
+            Self::Identity => "identity",
+        }
+    }
+}
+
+/// The coding that the client prefers, the smaller one if it has no preference (RFC 9110, section 12.5.3).
+fn choose_coding(headers: &HeaderMap) -> Coding {
+    let accepted: Vec<(&str, f32)> = headers
         .get_all(header::ACCEPT_ENCODING)
         .iter()
         .filter_map(|field| field.to_str().ok())
         .flat_map(|field| field.split(','))
-        .any(|coding| {
-            let (name, weight) = coding.split_once(';').unwrap_or((coding, ""));
-            let refused = weight
-                .trim()
-                .strip_prefix("q=")
-                .is_some_and(|weight| weight.parse::<f32>().is_ok_and(|weight| weight <= 0.0));
-            matches!(name.trim(), "gzip" | "*") && !refused
+        .map(|element| {
+            let (name, parameter) = element.split_once(';').unwrap_or((element, "q=1"));
+            let quality = parameter
+                .split_once('=')
+                .filter(|(name, _)| name.trim().eq_ignore_ascii_case("q"))
+                .and_then(|(_, value)| value.trim().parse().ok());
+            // A malformed quality does not count as consent.
+            (name.trim(), quality.unwrap_or(0.0))
         })
+        .collect();
+    let quality = |wanted: &str| {
+        let found = accepted
+            .iter()
+            .find(|(name, _)| name.eq_ignore_ascii_case(wanted));
+        found.map(|(_, quality)| *quality)
+    };
+    let mut best = (Coding::Identity, quality("identity").unwrap_or(0.0));
+    for coding in [Coding::Gzip, Coding::Brotli] {
+        let quality = quality(coding.name())
+            .or_else(|| quality("*"))
+            .unwrap_or(0.0);
+        if quality > 0.0 && quality >= best.1 {
+            best = (coding, quality);
+        }
+    }
+    best.0
 }
 
 fn serve(file: &'static File, headers: &HeaderMap) -> Response {
-    let gzip = takes_gzip(headers);
-    let body = if gzip { file.gzip } else { file.plain };
+    let coding = choose_coding(headers);
+    let body = match coding {
+        Coding::Brotli => file.brotli,
+        Coding::Gzip => file.gzip,
+        Coding::Identity => file.plain,
+    };
     let cache = if file.name == INDEX { "no-cache" } else { YEAR };
     let mut response = respond(body, media_type(file.name), cache, CSP);
     let headers = response.headers_mut();
     headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
-    if gzip {
-        headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    if coding != Coding::Identity {
+        let name = HeaderValue::from_static(coding.name());
+        headers.insert(header::CONTENT_ENCODING, name);
     }
     response
 }
@@ -95,7 +136,7 @@ fn answer(request: &Request) -> Result<Response, ApiError> {
     };
     match find(name) {
         Some(file) => Ok(serve(file, request.headers())),
-        // A path with a file extension is a missing file. Any other path is a page that the console routes itself.
+        // The console shows the page for the path. A path with an extension names a file that no longer exists.
         None if name
             .rsplit('/')
             .next()
@@ -107,7 +148,7 @@ fn answer(request: &Request) -> Result<Response, ApiError> {
     }
 }
 
-/// The endpoint to mount at `/console`, which strips that prefix.
+/// Serves the paths below `/console`, with that prefix removed.
 pub fn endpoint() -> impl Endpoint + use<> {
     get(make_sync(|request| answer(&request)))
 }
@@ -122,18 +163,30 @@ mod tests {
     }
 
     #[test]
-    fn gzip_is_only_sent_to_clients_that_accept_it() {
-        let takes = |text: &str| {
+    fn the_coding_is_the_one_that_the_client_prefers() {
+        let choose = |text: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::ACCEPT_ENCODING, text.parse().unwrap());
-            takes_gzip(&headers)
+            choose_coding(&headers)
         };
-        assert!(takes("gzip"));
-        assert!(takes("br, gzip;q=0.5"));
-        assert!(takes("*"));
-        assert!(!takes("br"));
-        assert!(!takes("gzip;q=0"));
-        assert!(!takes("gzipped"));
-        assert!(!takes_gzip(&HeaderMap::new()));
+        assert_eq!(choose("gzip, deflate, br, zstd"), Coding::Brotli);
+        assert_eq!(choose("gzip, deflate"), Coding::Gzip);
+        assert_eq!(choose("GZIP"), Coding::Gzip);
+        assert_eq!(choose("*"), Coding::Brotli);
+        assert_eq!(choose("br;q=0, *"), Coding::Gzip);
+        assert_eq!(choose("br;q=0.5, gzip;q=0.9"), Coding::Gzip);
+        assert_eq!(choose("br ; q=0.9 , gzip;Q=0.9"), Coding::Brotli);
+        assert_eq!(choose("identity, gzip;q=0.5"), Coding::Identity);
+        assert_eq!(choose("gzip;q=0"), Coding::Identity);
+        assert_eq!(choose("gzip;q=0.000, *;q=0"), Coding::Identity);
+        assert_eq!(choose("gzip;q=abc"), Coding::Identity);
+        assert_eq!(choose("gzipped, brotli"), Coding::Identity);
+        assert_eq!(choose_coding(&HeaderMap::new()), Coding::Identity);
+        // The field can appear several times.
+        let mut headers = HeaderMap::new();
+        for coding in ["gzip", "br"] {
+            headers.append(header::ACCEPT_ENCODING, coding.parse().unwrap());
+        }
+        assert_eq!(choose_coding(&headers), Coding::Brotli);
     }
 }

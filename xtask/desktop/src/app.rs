@@ -161,11 +161,6 @@ impl App {
         Ok(())
     }
 
-    pub async fn tick(&self, label: &str) -> Result<()> {
-        self.labelled(label).await?.click().await?;
-        Ok(())
-    }
-
     pub async fn choose(&self, selector: &str, option: &str) -> Result<()> {
         let list = self.page.find(Locator::Css(selector)).await?;
         until(option, TIMEOUT, async || {

@@ -43,7 +43,7 @@ impl CallError {
         match self {
             Self::Problem(problem)
                 if !problem.request_id.is_empty()
-                    && !matches!(problem.status, 401 | 404 | 409 | 422 | 429) =>
+                    && !matches!(problem.status, 401 | 403 | 404 | 409 | 422 | 429) =>
             {
                 Some(&problem.request_id)
             }

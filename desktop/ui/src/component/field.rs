@@ -4,11 +4,6 @@ use leptos::prelude::*;
 
 use super::form_state::{Check, FormState};
 
-/// The check of a field that has none.
-const fn accept(_: &str) -> Result<(), &'static str> {
-    Ok(())
-}
-
 #[component]
 pub fn Field(
     form: FormState,
@@ -25,7 +20,7 @@ pub fn Field(
     #[prop(default = "off")] autocomplete: &'static str,
     #[prop(optional)] required: bool,
     #[prop(optional)] numeric: bool,
-    #[prop(default = accept)] check: Check,
+    #[prop(optional)] check: Option<Check>,
 ) -> impl IntoView {
     form.register(name, value, required, check);
     let id = id.unwrap_or(name);
@@ -70,7 +65,7 @@ pub fn SelectField(
     #[prop(optional, into)] hint: String,
     #[prop(optional)] required: bool,
 ) -> impl IntoView {
-    form.register(name, value, required, accept);
+    form.register(name, value, required, None);
     let note = format!("{id}-note");
     let is_invalid = move || form.error(name).is_some();
     view! {

@@ -18,7 +18,7 @@ struct Registered {
     name: &'static str,
     value: RwSignal<String>,
     required: bool,
-    check: Check,
+    check: Option<Check>,
 }
 
 #[derive(Clone, Copy)]
@@ -47,7 +47,7 @@ impl FormState {
         name: &'static str,
         value: RwSignal<String>,
         required: bool,
-        check: Check,
+        check: Option<Check>,
     ) {
         self.fields.update_value(|fields| {
             fields.retain(|it| it.name != name);
@@ -76,7 +76,7 @@ impl FormState {
                     if it.required && text.trim().is_empty() {
                         return Some((it.name.to_owned(), "Required".to_owned()));
                     }
-                    let error = (it.check)(&text).err()?;
+                    let error = (it.check?)(&text).err()?;
                     Some((it.name.to_owned(), error.to_owned()))
                 })
                 .collect()
@@ -145,7 +145,7 @@ impl FormState {
         let error = self.fields.try_with_value(|fields| {
             let field = fields.iter().find(|it| it.name == name)?;
             let text = field.value.try_get_untracked()?;
-            let error = (field.check)(&text).err()?;
+            let error = (field.check?)(&text).err()?;
             (!text.trim().is_empty()).then_some(error)
         });
         if let Some(error) = error.flatten() {

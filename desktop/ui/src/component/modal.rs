@@ -84,6 +84,9 @@ pub fn Confirm(
     /// The label of the button.
     #[prop(into)]
     action: Signal<String>,
+    /// Whether the action takes something away.
+    #[prop(default = true.into())]
+    danger: Signal<bool>,
     /// Text to type before the button becomes available.
     #[prop(optional, into)]
     phrase: MaybeProp<String>,
@@ -131,7 +134,7 @@ pub fn Confirm(
                                 view! { <button type="button" class="button" aria-disabled=busy_attr(busy) on:click=move |_| run.run(())>{label}</button> }
                             })
                     }}
-                    <button class="button danger" disabled=is_unconfirmed aria-disabled=busy_attr(busy)>{action}</button>
+                    <button class="button" class:danger=danger class:primary=move || !danger.get() disabled=is_unconfirmed aria-disabled=busy_attr(busy)>{action}</button>
                 </div>
             </form>
         </Modal>

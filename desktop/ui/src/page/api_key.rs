@@ -220,7 +220,7 @@ fn LimitDetails(key: ApiKey, plans: Loader<Vec<Plan>>) -> impl IntoView {
                 "Burst",
                 (
                     text::number(limits.burst.into()),
-                    "Requests at once".to_owned(),
+                    "Requests in one burst".to_owned(),
                 ),
             ),
             ("Daily quota", daily),

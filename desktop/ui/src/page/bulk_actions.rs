@@ -124,6 +124,7 @@ pub fn BulkActions(
             title=Signal::derive(move || action.get().title(count.get()))
             message=Signal::derive(move || selected.with(|selected| consequences(action.get(), selected)))
             action=Signal::derive(move || action.get().button(count.get()))
+            danger=Signal::derive(move || action.get() != BulkAction::Activate)
             phrase=Signal::derive(move || action.get().phrase(count.get()))
             busy
             failure=Signal::derive(|| None::<CallError>)

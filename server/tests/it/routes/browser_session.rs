@@ -389,11 +389,11 @@ async fn every_answer_carries_its_protection() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_console_is_served_or_says_how_to_build_it() {
     let server = TestApp::start().await;
-    let get = async |path: &str| {
+    let get = async |path: &str, codings: &str| {
         server
             .http
             .get(server.url(path))
-            .header(header::ACCEPT_ENCODING, "gzip")
+            .header(header::ACCEPT_ENCODING, codings)
             .send()
             .await
             .expect("an answer")
@@ -412,22 +412,40 @@ async fn the_console_is_served_or_says_how_to_build_it() {
     if index.contains("cargo xtask console") {
         return;
     }
-    // An address of the console's own is the console; a file of an older one is not.
-    assert_eq!(get("/console/plans").await.status(), 200);
-    assert_eq!(get("/console/boot-0000000000000000.js").await.status(), 404);
+    // Pages of the console exist; files of an older build do not.
+    assert_eq!(get("/console/plans", "gzip").await.status(), 200);
+    let old = get("/console/boot-0000000000000000.js", "gzip").await;
+    assert_eq!(old.status(), 404);
     let mut files = 0;
     for address in index
         .split('"')
         .filter(|it| it.starts_with("/console/") && it.contains('.'))
     {
         files += 1;
-        let file = get(address).await;
-        assert_eq!(file.status(), 200, "{address}");
-        assert_eq!(file.headers()["content-encoding"], "gzip", "{address}");
-        assert_eq!(file.headers()["vary"], "accept-encoding", "{address}");
-        assert_eq!(
-            file.headers()["cache-control"],
-            "public, max-age=31536000, immutable"
+        let mut sizes = Vec::new();
+        for (codings, coding) in [
+            ("gzip, deflate, br, zstd", Some("br")),
+            ("gzip, deflate", Some("gzip")),
+            ("identity", None),
+        ] {
+            let file = get(address, codings).await;
+            assert_eq!(file.status(), 200, "{address}");
+            let sent = file.headers().get("content-encoding");
+            assert_eq!(
+                sent.map(|it| it.to_str().expect("text")),
+                coding,
+                "{address}"
+            );
+            assert_eq!(file.headers()["vary"], "accept-encoding", "{address}");
+            assert_eq!(
+                file.headers()["cache-control"],
+                "public, max-age=31536000, immutable"
+            );
+            sizes.push(file.bytes().await.expect("a body").len());
+        }
+        assert!(
+            sizes.is_sorted() && sizes[0] < sizes[2],
+            "{address}: {sizes:?}"
         );
     }
     assert!(files >= 4, "{index}");
