@@ -111,6 +111,7 @@ impl AppState {
         // Ten times the cache: a key that fell out of the cache keeps its bucket until that is full again.
         let settings = CellSettings {
             max_cells: config.key_cache.saturating_mul(10),
+            ledger_calls: db.lanes().ledger,
             ..CellSettings::default()
         };
         let roster = Arc::new(Roster::default());

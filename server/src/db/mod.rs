@@ -126,7 +126,8 @@ impl Lanes {
     /// Divides `total` connections, of which there are at least five.
     pub fn divide(total: usize) -> Self {
         let health = if total < 8 { 1 } else { 2 };
-        let ledger = (total * 3 / 16).max(1);
+        // Two, so that returned tokens never keep a take waiting, unless others had none then.
+        let ledger = (total * 3 / 16).max(if total < 7 { 1 } else { 2 });
         let lookups = (total / 4).max(2);
         Self {
             requests: total.saturating_sub(health + ledger + lookups).max(1),

@@ -43,26 +43,39 @@ impl PostgresLedger {
     }
 
     /// Takes in one transaction, sorted.
-    async fn take_together(&self, requests: &[TakeRequest]) -> Result<Vec<Option<Taken>>, DbError> {
+    async fn take_together(
+        &self,
+        from: Source,
+        requests: &[TakeRequest],
+    ) -> Result<Vec<Option<Taken>>, DbError> {
+        let asks: Vec<Ask> = requests.iter().map(ask).collect();
         let mut tx = self.db.system().await?;
-        let taken = take(&mut tx, requests).await?;
+        let taken = match from {
+            Source::Used => quota_usage::take(&mut tx, &asks, None).await?,
+            Source::Opened => open_and_take(&mut tx, requests, &asks).await?,
+        };
         // Spent only after this: what is not committed was not taken.
         tx.commit().await?;
-        Ok(taken)
+        Ok(taken.into_iter().map(|it| it.map(granted)).collect())
     }
 
-    async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
-        let gone = || Arc::new(NoSuchKey) as LedgerError;
-        match self.take_together(requests).await {
-            Ok(taken) => taken.into_iter().map(|it| it.ok_or_else(gone)).collect(),
-            // One that cannot be served must not stop the others.
+    /// Takes in one transaction, or one by one where one that cannot be served would stop the others.
+    async fn take_from(
+        &self,
+        from: Source,
+        requests: &[TakeRequest],
+    ) -> Vec<Result<Option<Taken>, LedgerError>> {
+        match self.take_together(from, requests).await {
+            Ok(taken) => taken.into_iter().map(Ok).collect(),
             Err(error @ (DbError::Query(_) | DbError::Constraint(_))) if requests.len() > 1 => {
                 tracing::debug!(error = %db::chain(&error), "taking one by one");
                 let mut results = Vec::with_capacity(requests.len());
                 for request in requests {
-                    let taken = self.take_together(std::slice::from_ref(request)).await;
+                    let taken = self
+                        .take_together(from, std::slice::from_ref(request))
+                        .await;
                     results.push(match taken {
-                        Ok(taken) => taken.into_iter().next().flatten().ok_or_else(gone),
+                        Ok(taken) => Ok(taken.into_iter().next().flatten()),
                         Err(error) => Err(self.failed(error)),
                     });
                 }
@@ -74,41 +87,61 @@ impl PostgresLedger {
             }
         }
     }
+
+    /// Takes from windows in use, and then, in another transaction, opens those that are missing: a key that is being
+    /// deleted keeps the second one waiting, which must not hold what others need.
+    async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
+        let mut results = self.take_from(Source::Used, requests).await;
+        let missing: Vec<usize> = (0..results.len())
+            .filter(|i| matches!(results[*i], Ok(None)))
+            .collect();
+        if !missing.is_empty() {
+            let requests: Vec<_> = missing.iter().map(|i| requests[*i]).collect();
+            let opened = self.take_from(Source::Opened, &requests).await;
+            for (i, opened) in missing.into_iter().zip(opened) {
+                results[i] = opened;
+            }
+        }
+        let gone = || Arc::new(NoSuchKey) as LedgerError;
+        results
+            .into_iter()
+            .map(|it| it.and_then(|taken| taken.ok_or_else(gone)))
+            .collect()
+    }
 }
 
-async fn take(tx: &mut SystemTx, requests: &[TakeRequest]) -> Result<Vec<Option<Taken>>, DbError> {
-    let asks: Vec<Ask> = requests.iter().map(ask).collect();
-    let mut taken = quota_usage::take(tx, &asks, None).await?;
-    let fresh: Vec<usize> = (0..asks.len()).filter(|i| taken[*i].is_none()).collect();
-    if !fresh.is_empty() {
-        let asks: Vec<Ask> = fresh.iter().map(|i| asks[*i]).collect();
-        let since: Vec<_> = fresh
-            .iter()
-            .map(|i| time(requests[*i].calendar.start))
-            .collect();
-        // From here on no other replica opens a window of these keys, so what is read stays true: a window
-        // that is used can become unused, but not the other way round.
-        quota_usage::lock(tx, &asks).await?;
-        let used = quota_usage::used_windows(tx, &asks, &since).await?;
-        let windows: Vec<_> = fresh
-            .iter()
-            .zip(used)
-            .map(|(i, used)| {
-                let request = &requests[*i];
-                let used: Vec<_> = used.iter().map(|row| stated(row, request)).collect();
-                let window = window_at(request.at, request.calendar, &used);
-                let seconds = i64::try_from(window.period / 1_000_000_000).unwrap_or(i64::MAX);
-                (time(window.span.start), time(window.span.end), seconds)
-            })
-            .collect();
-        quota_usage::open(tx, &asks, &windows).await?;
-        let starts: Vec<_> = windows.iter().map(|window| window.0).collect();
-        let opened = quota_usage::take(tx, &asks, Some(&starts)).await?;
-        for (i, opened) in fresh.into_iter().zip(opened) {
-            taken[i] = opened;
-        }
-    }
-    Ok(taken.into_iter().map(|it| it.map(granted)).collect())
+/// Which windows are taken from.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    /// Those of which something is used.
+    Used,
+    /// Those that contain the time of the request, opened if there are none.
+    Opened,
+}
+
+async fn open_and_take(
+    tx: &mut SystemTx,
+    requests: &[TakeRequest],
+    asks: &[Ask],
+) -> Result<Vec<Option<quota_usage::Taken>>, DbError> {
+    let since: Vec<_> = requests.iter().map(|it| time(it.calendar.start)).collect();
+    // From here on no other replica opens a window of these keys, so what is read stays true: a window
+    // that is used can become unused, but not the other way round.
+    quota_usage::lock(tx, asks).await?;
+    let used = quota_usage::used_windows(tx, asks, &since).await?;
+    let windows: Vec<_> = requests
+        .iter()
+        .zip(used)
+        .map(|(request, used)| {
+            let used: Vec<_> = used.iter().map(|row| stated(row, request)).collect();
+            let window = window_at(request.at, request.calendar, &used);
+            let seconds = i64::try_from(window.period / 1_000_000_000).unwrap_or(i64::MAX);
+            (time(window.span.start), time(window.span.end), seconds)
+        })
+        .collect();
+    quota_usage::open(tx, asks, &windows).await?;
+    let starts: Vec<_> = windows.iter().map(|window| window.0).collect();
+    quota_usage::take(tx, asks, Some(&starts)).await
 }
 
 fn ask(request: &TakeRequest) -> Ask {

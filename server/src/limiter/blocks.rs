@@ -1,7 +1,8 @@
 //! Calendar quotas that outlive the process: a ledger holds the truth and hands it out in blocks.
 //!
 //! A block is tokens that the ledger already counts as used, so spending them needs no further call. A crash
-//! can strand a block but never spend it twice. This module owns the rules for one key's block of one policy:
+//! can strand a block but never spend it twice. What requests are waiting for is fetched in one call, whatever the size
+//! of a block: it is spent at once. This module owns the rules for one key's block of one policy:
 //! how large it is, when to fetch more, which window it belongs to, and what goes back when the plan or the
 //! time zone changes. It knows no SQL and starts no task. When the ledger is down, the block is spent and then
 //! nothing more is admitted.
@@ -27,7 +28,10 @@ const BLOCK_MAX: u64 = 10_000;
 /// Nanoseconds until an exhausted ledger is queried again, at first: other replicas may have returned tokens.
 /// Doubles with each empty answer, up to [`PATIENCE_MAX`].
 const PATIENCE: u64 = 1_000_000_000;
-const PATIENCE_MAX: u64 = 64 * PATIENCE;
+const PATIENCE_MAX: u64 = 8 * PATIENCE;
+
+/// Nanoseconds after which a block that was not spent from is returned, where other replicas may need it.
+const IDLE: u64 = 10_000_000_000;
 
 /// Nanoseconds until a failed ledger is queried again. Until then requests fail at once, so that a ledger in
 /// trouble does not get one call per request.
@@ -124,7 +128,7 @@ pub(super) enum Standing {
     Unlimited,
     /// The block has enough tokens.
     Fits,
-    /// The block has too few, but the ledger should have them.
+    /// The block has too few, but the ledger should have them, or a request that has set them apart may release them.
     Short,
     /// The ledger has not answered in this window.
     Unknown,
@@ -132,6 +136,13 @@ pub(super) enum Standing {
     Exhausted,
     /// Above the quota.
     NeverFits,
+}
+
+/// Tokens of one window, set apart for one request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reservation {
+    window: QuotaWindow,
+    tokens: u64,
 }
 
 /// A call of the ledger for one block: first return, then take.
@@ -147,7 +158,7 @@ pub(super) struct Order {
 /// Why tokens are fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Need {
-    /// A request of this cost is waiting.
+    /// Requests of this cost in all are waiting.
     Cost(u64),
     /// No request is waiting, but one may be soon.
     Ahead,
@@ -186,8 +197,12 @@ pub(super) struct Block {
     /// The ledger has answered in this window.
     known: bool,
     held: u64,
+    /// Set apart for requests that wait for their rate. Not in `held`, and counted as consumed.
+    reserved: u64,
     /// As the ledger counts it: with `held`, without what is owed.
     used: u64,
+    /// When it was last spent from, or filled.
+    spent_at: UnixNanos,
     asked_at: UnixNanos,
     patience: u64,
     fetching: bool,
@@ -207,7 +222,9 @@ impl Block {
             window: QuotaWindow::NONE,
             known: false,
             held: 0,
+            reserved: 0,
             used: 0,
+            spent_at: UnixNanos(0),
             asked_at: UnixNanos(0),
             patience: PATIENCE,
             fetching: false,
@@ -238,6 +255,9 @@ impl Block {
     }
 
     fn set_window(&mut self, window: QuotaWindow) {
+        if window != self.window {
+            self.reserved = 0;
+        }
         self.window = window;
         self.quota = window.quota(self.limit);
     }
@@ -274,6 +294,7 @@ impl Block {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();
         self.patience = PATIENCE;
+        self.spent_at = now;
         if let Next::Held(next) = &self.next
             && next.window.span.contains(now)
         {
@@ -299,7 +320,7 @@ impl Block {
             Standing::NeverFits
         } else if self.held >= cost {
             Standing::Fits
-        } else if self.remaining() >= cost {
+        } else if self.remaining().saturating_add(self.reserved) >= cost {
             Standing::Short
         } else {
             Standing::Exhausted
@@ -307,10 +328,64 @@ impl Block {
     }
 
     /// Spends `cost`, which [fits](Standing::Fits).
-    pub(super) fn spend(&mut self, cost: u64) {
+    pub(super) fn spend(&mut self, cost: u64, now: UnixNanos) {
         if self.limit != 0 {
             self.held -= cost;
+            self.spent_at = now;
         }
+    }
+
+    /// Sets `cost`, which [fits](Standing::Fits), apart for one request. Followed by [`settle`](Self::settle).
+    pub(super) fn reserve(&mut self, cost: u64, now: UnixNanos) -> Reservation {
+        let tokens = if self.limit == 0 { 0 } else { cost };
+        self.held -= tokens;
+        self.reserved += tokens;
+        self.spent_at = now;
+        Reservation {
+            window: self.window,
+            tokens,
+        }
+    }
+
+    /// Whether a reservation is of the current window, and so can be spent.
+    pub(super) fn is_current(&self, reservation: Reservation) -> bool {
+        reservation.window == self.window && (self.limit != 0) == (reservation.tokens != 0)
+    }
+
+    /// Ends a reservation: its tokens are consumed, or held again. Those of another window are owed to it, since it may
+    /// not have ended.
+    pub(super) fn settle(&mut self, reservation: Reservation, is_spent: bool) {
+        let Reservation { window, tokens } = reservation;
+        if window == self.window {
+            self.reserved = self.reserved.saturating_sub(tokens);
+        }
+        if is_spent {
+            return;
+        }
+        if window == self.window && self.limit != 0 {
+            self.held += tokens;
+            self.trim_to(u64::MAX);
+        } else {
+            self.owe(window.span, tokens);
+        }
+    }
+
+    /// Whether requests have set tokens of the current window apart.
+    pub(super) fn has_reservations(&self) -> bool {
+        self.reserved > 0
+    }
+
+    /// Gives up what is held if none of it was spent for a while and other replicas share the quota. Returns whether
+    /// anything was given up.
+    pub(super) fn give_up_idle(&mut self, now: UnixNanos) -> bool {
+        let is_idle = now.0.abs_diff(self.spent_at.0) >= IDLE
+            && self.replicas > 1
+            && self.held > 0
+            && !self.fetching;
+        if is_idle {
+            self.surrender();
+        }
+        is_idle
     }
 
     /// Returns the quota of the current window, if the policy limits this key.
@@ -383,8 +458,8 @@ impl Block {
         let left = self.quota.saturating_sub(self.used);
         let want = match need {
             _ if self.limit == 0 => 0,
-            // A request that costs more than a block takes what it needs and spends it at once, but only
-            // where the tokens are known to exist.
+            // What requests wait for is fetched in full, since it is spent at once, but only where the tokens are
+            // known to exist.
             Need::Cost(cost) if self.known => size.max(cost).saturating_sub(self.held).min(left),
             Need::Cost(_) | Need::Ahead => size.saturating_sub(self.held).min(left),
             Need::Again => size.saturating_sub(self.held).max(1),
@@ -431,6 +506,9 @@ impl Block {
             .sum();
         self.known = true;
         self.held += taken.granted;
+        if taken.granted > 0 {
+            self.spent_at = now;
+        }
         self.used = taken.used.saturating_sub(owed);
         self.asked_at = now;
         self.patience = if taken.granted > 0 {
@@ -533,7 +611,7 @@ impl Block {
         self.take_owed(UnixNanos(u64::MAX))
     }
 
-    /// Takes what is owed to windows that ended before `now` out of the block.
+    /// Takes what is owed to windows that end by `now` out of the block.
     pub(super) fn take_owed(
         &mut self,
         now: UnixNanos,

@@ -6,7 +6,7 @@
 use std::num::{NonZeroU32, NonZeroU64};
 
 use super::{
-    blocks::{Block, Need, Standing},
+    blocks::{Block, Need, Reservation, Standing},
     calendar::{self, Zone},
     decision::{Decision, Outcome, PolicyState},
     gcra::{Gcra, Verdict},
@@ -29,7 +29,7 @@ pub(super) struct CellState {
     pub(super) lease: Option<Box<Lease>>,
     daily: Block,
     monthly: Block,
-    /// The cost of all requests that wait for the ledger.
+    /// The cost of all requests that wait for tokens of quotas, without those that have set theirs apart.
     pub(super) waited_for: u64,
 }
 
@@ -108,6 +108,12 @@ impl CellState {
             self.daily.adopt(policies.daily());
             self.monthly.adopt(policies.monthly());
         }
+        self.enter_windows(now, replicas);
+        self.tat = self.gcra.settled(self.tat, now);
+    }
+
+    /// Brings the blocks to the windows of `now`. `replicas` share each quota.
+    pub(super) fn enter_windows(&mut self, now: UnixNanos, replicas: u64) {
         self.daily.share_among(replicas);
         self.monthly.share_among(replicas);
         if self.daily.is_outdated(now) {
@@ -118,7 +124,6 @@ impl CellState {
             let month = calendar::window(Policy::Monthly, &self.zone, now);
             self.monthly.enter(month, now);
         }
-        self.tat = self.gcra.settled(self.tat, now);
     }
 
     pub(super) fn lease(&mut self) -> &mut Lease {
@@ -141,7 +146,7 @@ impl CellState {
         let tokens = u64::from(cost.get());
         let rate = self.gcra.decide(self.tat, now, cost);
         if let Verdict::Fits { tat } = rate
-            && self.spend_quotas(tokens)
+            && self.spend_quotas(tokens, now)
         {
             self.tat = tat;
             return Ok(self.decision(policies, now, Outcome::Allowed));
@@ -166,13 +171,45 @@ impl CellState {
     }
 
     /// Spends `tokens` of every calendar quota, or of none if one lacks them.
-    pub(super) fn spend_quotas(&mut self, tokens: u64) -> bool {
+    pub(super) fn spend_quotas(&mut self, tokens: u64, now: UnixNanos) -> bool {
         let fits = self.quotas_fit(tokens);
         if fits {
-            self.daily.spend(tokens);
-            self.monthly.spend(tokens);
+            self.daily.spend(tokens, now);
+            self.monthly.spend(tokens, now);
         }
         fits
+    }
+
+    /// Sets `tokens` of every calendar quota apart, or of none if one lacks them.
+    pub(super) fn reserve_quotas(
+        &mut self,
+        tokens: u64,
+        now: UnixNanos,
+    ) -> Option<[Reservation; 2]> {
+        self.quotas_fit(tokens).then(|| {
+            [
+                self.daily.reserve(tokens, now),
+                self.monthly.reserve(tokens, now),
+            ]
+        })
+    }
+
+    /// Spends what was set apart, if it is of the current windows. Otherwise releases it.
+    pub(super) fn spend_reserved(&mut self, [daily, monthly]: [Reservation; 2]) -> bool {
+        let is_current = self.daily.is_current(daily) && self.monthly.is_current(monthly);
+        self.daily.settle(daily, is_current);
+        self.monthly.settle(monthly, is_current);
+        is_current
+    }
+
+    /// Puts what was set apart back.
+    pub(super) fn release_reserved(&mut self, [daily, monthly]: [Reservation; 2]) {
+        self.daily.settle(daily, false);
+        self.monthly.settle(monthly, false);
+    }
+
+    pub(super) fn has_reservations(&self) -> bool {
+        self.daily.has_reservations() || self.monthly.has_reservations()
     }
 
     pub(super) fn quotas(&self, tokens: u64, now: UnixNanos) -> Quotas {

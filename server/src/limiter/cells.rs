@@ -47,11 +47,13 @@ pub struct CellSettings {
     /// The most cells at once; about 600 bytes each. A key beyond them gets [`LimiterError::TooManyKeys`],
     /// since dropping another key's bucket would fill it again.
     pub max_cells: usize,
-    /// How long a request waits for the ledger.
+    /// How long a request waits for one call of the ledger. A decision waits for two at most.
     pub ledger_deadline: Duration,
     /// After how long a call of the ledger is given up. Later than requests give up, since what a late answer
     /// grants can still be spent, and what is given up is lost.
     pub flight_deadline: Duration,
+    /// How many calls of the ledger may be under way at once. As many as it has connections.
+    pub ledger_calls: usize,
     /// How long a drain goes on trying to return blocks to a ledger that does not answer.
     pub drain_deadline: Duration,
 }
@@ -62,6 +64,7 @@ impl Default for CellSettings {
             max_cells: 1_000_000,
             ledger_deadline: Duration::from_secs(1),
             flight_deadline: Duration::from_secs(10),
+            ledger_calls: 3,
             drain_deadline: Duration::from_secs(20),
         }
     }
@@ -72,6 +75,21 @@ struct Shard {
     cells: HashMap<(TenantId, ApiKeyId), Arc<KeyCell>>,
     /// When it was last walked because it was full.
     crowded_at: UnixNanos,
+}
+
+/// How long one decision waits for the ledger: the deadline of a call each time, and of two calls in all.
+#[derive(Debug)]
+pub(super) struct Patience {
+    one: Duration,
+    until: Option<time::Instant>,
+}
+
+impl Patience {
+    fn next_deadline(&mut self) -> time::Instant {
+        let now = time::Instant::now();
+        let until = *self.until.get_or_insert(now + 2 * self.one);
+        until.min(now + self.one)
+    }
 }
 
 /// See the module.
@@ -94,7 +112,12 @@ impl Cells {
         roster: Arc<Roster>,
     ) -> Self {
         Self {
-            calls: LedgerCalls::new(Arc::clone(&clock), ledger, settings.flight_deadline),
+            calls: LedgerCalls::new(
+                Arc::clone(&clock),
+                ledger,
+                settings.flight_deadline,
+                settings.ledger_calls,
+            ),
             clock,
             settings,
             roster,
@@ -159,8 +182,10 @@ impl Cells {
             // If the map's own reference is the last, no other can appear while the shard is locked.
             let is_shared = Arc::strong_count(cell) > 1;
             if is_shared || state.tat > now.0 {
+                // So that a block fetched ahead goes back too if no request comes.
+                state.enter_windows(now, self.roster.sharers());
                 for policy in [Policy::Daily, Policy::Monthly] {
-                    self.calls.return_ended(cell, &mut state, policy, now);
+                    self.calls.return_unneeded(cell, &mut state, policy, now);
                     self.calls.start_next(cell, &mut state, policy, now);
                 }
             } else {
@@ -228,7 +253,11 @@ impl Cells {
             return Ok(done);
         }
         let _claim = self.claim(cell, cost);
-        match self.fetch(cell, cost, || attempt(Unasked::Wait)).await {
+        let mut patience = self.patience();
+        match self
+            .fetch(cell, cost, &mut patience, || attempt(Unasked::Wait))
+            .await
+        {
             Ok(done) => Ok(done),
             Err(error) => attempt(Unasked::PassOver).map_err(|_| error),
         }
@@ -239,14 +268,23 @@ impl Cells {
         DemandGuard::new(&self.calls, cell, cost)
     }
 
+    /// How long a decision may wait for the ledger.
+    pub(super) fn patience(&self) -> Patience {
+        Patience {
+            one: self.settings.ledger_deadline,
+            until: None,
+        }
+    }
+
     /// Fetches the blocks that `attempt` lacks until it lacks none.
     pub(super) async fn fetch<T>(
         &self,
         cell: &Arc<KeyCell>,
         cost: NonZeroU32,
-        attempt: impl Fn() -> Result<T, Lacking>,
+        patience: &mut Patience,
+        mut attempt: impl FnMut() -> Result<T, Lacking>,
     ) -> Result<T, LimiterError> {
-        let deadline = time::Instant::now() + self.settings.ledger_deadline;
+        let deadline = patience.next_deadline();
         let mut failures_before = None;
         loop {
             if self.is_draining() {
@@ -264,6 +302,7 @@ impl Cells {
                 let now = self.clock.now();
                 let failures = state.failures();
                 let seen = *failures_before.get_or_insert(failures);
+                let need = Need::Cost(state.waited_for.max(u64::from(cost.get())));
                 for policy in lacking.iter() {
                     let Some(block) = state.block(policy) else {
                         continue;
@@ -280,7 +319,6 @@ impl Cells {
                     if let Some(error) = error {
                         return Err(LimiterError::LedgerUnavailable(error));
                     }
-                    let need = Need::Cost(u64::from(cost.get()));
                     self.calls.start(cell, &mut state, policy, need);
                 }
             }

@@ -24,7 +24,10 @@ use tokio::{runtime::Handle, sync::Notify, time};
 use uuid::Uuid;
 
 use super::{
-    blocks::{LedgerError, LedgerRow, Need, Order, QuotaLedger, ReturnBatch, TakeRequest, Taken},
+    blocks::{
+        LedgerError, LedgerRow, Need, Order, QuotaLedger, Reservation, ReturnBatch, TakeRequest,
+        Taken,
+    },
     calendar,
     cell::CellState,
     policy::Policy,
@@ -34,22 +37,22 @@ use crate::clock::{Clock, UnixNanos};
 
 /// Calls in one batch of takes.
 const TAKES: usize = 50;
-/// Batches of takes under way at once, at most.
-const TAKERS: usize = 3;
 /// Rows in one batch of returns.
 const RETURNS: usize = 1000;
-/// Batches of returns under way at once, at most.
-const RETURNERS: usize = 2;
+/// How many returns of which one batch needs no help.
+const RETURNS_FOR_ONE: usize = 2 * RETURNS;
 
 /// How long a returner pauses after a failure: at first, and at most.
 const PAUSE: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// A request that waits for the ledger. Until it is dropped, what is fetched for the request stays held.
+/// A request that waits. What is fetched for it stays held until it has [set it apart](Self::reserve), and that stays
+/// apart until it is spent or released. Dropping the guard loses nothing.
 pub(super) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
     cell: &'a Arc<KeyCell>,
     cost: u64,
+    reserved: Option<[Reservation; 2]>,
 }
 
 impl<'a> DemandGuard<'a> {
@@ -60,15 +63,64 @@ impl<'a> DemandGuard<'a> {
     ) -> Self {
         let cost = u64::from(cost.get());
         cell.state.lock().waited_for += cost;
-        Self { calls, cell, cost }
+        Self {
+            calls,
+            cell,
+            cost,
+            reserved: None,
+        }
+    }
+
+    /// Sets the request's quota tokens apart, if all its blocks have them, so that no other request is let on to the
+    /// rate with the same ones.
+    pub(super) fn reserve(&mut self, state: &mut CellState, now: UnixNanos) -> bool {
+        if self.reserved.is_none() {
+            self.reserved = state.reserve_quotas(self.cost, now);
+            if self.reserved.is_some() {
+                state.waited_for -= self.cost;
+            }
+        }
+        self.reserved.is_some()
+    }
+
+    /// Spends what was set apart. If the window has ended meanwhile, releases it and tries the current one.
+    pub(super) fn spend(&mut self, state: &mut CellState, now: UnixNanos) -> bool {
+        let Some(reserved) = self.reserved.take() else {
+            return state.spend_quotas(self.cost, now);
+        };
+        state.waited_for += self.cost;
+        let is_spent = state.spend_reserved(reserved) || state.spend_quotas(self.cost, now);
+        // Whoever waits for these tokens to be released waits no longer.
+        if !is_spent || (state.waited_for > self.cost && !state.has_reservations()) {
+            self.cell.landed.notify_waiters();
+        }
+        is_spent
+    }
+
+    /// Releases what was set apart: the request waits again.
+    pub(super) fn release(&mut self, state: &mut CellState) {
+        if let Some(reserved) = self.reserved.take() {
+            state.waited_for += self.cost;
+            state.release_reserved(reserved);
+            if state.waited_for > self.cost {
+                self.cell.landed.notify_waiters();
+            }
+        }
     }
 }
 
 impl Drop for DemandGuard<'_> {
     fn drop(&mut self) {
         let mut state = self.cell.state.lock();
+        self.release(&mut state);
         state.waited_for -= self.cost;
         state.tidy();
+        if self.calls.is_draining() {
+            for policy in [Policy::Daily, Policy::Monthly] {
+                self.calls.release(self.cell, &mut state, policy);
+            }
+            return;
+        }
         let now = self.calls.clock.now();
         for policy in [Policy::Daily, Policy::Monthly] {
             if state
@@ -162,6 +214,10 @@ pub(super) struct LedgerCalls {
     clock: Arc<dyn Clock>,
     ledger: Arc<dyn QuotaLedger>,
     deadline: Duration,
+    /// Batches of takes under way at once, at most.
+    takers: usize,
+    /// Batches of returns under way at once, at most.
+    returners: usize,
     queue: Mutex<Queue>,
     idle: Notify,
     draining: AtomicBool,
@@ -172,16 +228,20 @@ pub(super) struct LedgerCalls {
 }
 
 impl LedgerCalls {
-    /// Calls are given up after `deadline`.
+    /// Calls are given up after `deadline`. At most `at_once` are under way, of which returns leave one to takes.
     pub(super) fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
         deadline: Duration,
+        at_once: usize,
     ) -> Arc<Self> {
+        let returners = (at_once / 2).clamp(1, 2);
         Arc::new(Self {
             clock,
             ledger,
             deadline,
+            takers: at_once.saturating_sub(returners).clamp(1, 3),
+            returners,
             queue: Mutex::default(),
             idle: Notify::new(),
             draining: AtomicBool::new(false),
@@ -310,8 +370,8 @@ impl LedgerCalls {
         any
     }
 
-    /// Starts to return what is left of windows that have ended.
-    pub(super) fn return_ended(
+    /// Starts to return a block that was not spent from for a while, and what is left of windows that have ended.
+    pub(super) fn return_unneeded(
         self: &Arc<Self>,
         cell: &KeyCell,
         state: &mut CellState,
@@ -321,7 +381,13 @@ impl LedgerCalls {
         if Handle::try_current().is_ok()
             && let Some(block) = state.block(policy)
         {
-            for (window_start, n) in block.take_owed(now) {
+            // An idle block goes back with others in one batch, not in a call of its own.
+            let until = if block.give_up_idle(now) {
+                UnixNanos(u64::MAX)
+            } else {
+                now
+            };
+            for (window_start, n) in block.take_owed(until) {
                 self.give_back(row(cell, policy, window_start), n);
             }
         }
@@ -343,7 +409,7 @@ impl LedgerCalls {
             let has_work = !queue.retries.is_empty() || !queue.returns.is_empty();
             // The second one only where the first has more than a batch to do.
             let is_missing = (has_work && queue.returners == 0)
-                || (queue.returners < RETURNERS && queue.returns.len() > 2 * RETURNS);
+                || (queue.returners < self.returners && queue.returns.len() > RETURNS_FOR_ONE);
             queue.returners += usize::from(is_missing);
             is_missing
         };
@@ -373,7 +439,7 @@ impl LedgerCalls {
             let mut queue = self.queue.lock();
             let has_work =
                 !queue.urgent.is_empty() || (!queue.ahead.is_empty() && !queue.is_ahead_running);
-            let is_missing = has_work && queue.takers < TAKERS;
+            let is_missing = has_work && queue.takers < self.takers;
             queue.takers += usize::from(is_missing);
             is_missing
         };
@@ -400,6 +466,15 @@ impl LedgerCalls {
         }
         if self.is_draining() {
             self.release(&call.cell, &mut state, call.policy);
+        } else {
+            // Whoever waited for it may be gone, and what was released meanwhile had to wait for this call to end.
+            state.tidy();
+            if state
+                .block(call.policy)
+                .is_some_and(|block| block.has_debts(now))
+            {
+                self.start(&call.cell, &mut state, call.policy, Need::Ahead);
+            }
         }
         drop(state);
         call.cell.landed.notify_waiters();

@@ -83,7 +83,8 @@ pub struct Drained {
 ///   no less than the bucket holds is refused. A clock that stands still refills nothing; one that jumps
 ///   back locks nobody out for longer than the refill of what was asked.
 /// - *Quotas.* In any calendar window at most `daily` and `monthly` are admitted, over restarts and crashes.
-///   At most one block (a hundredth, and 10,000) of a quota is unserved after a crash, none after a drain. A
+///   At most one block (a hundredth, and 10,000) of a quota, and what requests were waiting for, is unserved after
+///   a crash, none after a drain. No replica keeps a block for long that others need and it does not spend. A
 ///   change of time zone takes effect when the window ends (at once if nothing of it was used). The next window
 ///   ends with the first day or month of the new zone, with a quota in proportion; windows never overlap.
 /// - *Edits.* A change of policies carries what was consumed over: nobody gets a fresh bucket by it.
@@ -123,8 +124,9 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     }
 
     /// Drops unreferenced cells that cannot be told from new ones, and returns the blocks of other
-    /// unreferenced cells so that those can be dropped next time. Fetches the first block of the next day or
-    /// month for keys in use. Returns how many cells are left.
+    /// unreferenced cells so that those can be dropped next time. Where other replicas share the quotas, also returns
+    /// the blocks of referenced cells that were not spent from for ten seconds. Fetches the first block of the next
+    /// day or month for keys in use. Returns how many cells are left.
     fn prune(&self) -> usize;
 
     /// Returns all unused tokens and takes nothing more. For the end of the process.

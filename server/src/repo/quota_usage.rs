@@ -2,6 +2,9 @@
 //!
 //! A row is a window of one key and policy. Rows of which something is used never overlap: one is opened only
 //! under [`lock`], after a look at [`used_windows`]. Rows of which nothing is used do not count.
+//!
+//! **Order of locks**, everywhere: [`lock`], then keys (`api_keys`, `FOR KEY SHARE`), then rows. A key's deletion locks
+//! the key and then all of its rows, in whatever order PostgreSQL finds them, so nobody may hold a row without its key.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -84,7 +87,8 @@ impl Ask {
 }
 
 /// Grants each of `asks` as much as it wants and its window has left. Returns `None` where no row of which
-/// something is used contains `at`. With `opened`, takes from the rows that start then instead, used or not.
+/// something is used contains `at`, and where the key is just being changed or deleted: who does that may hold it for
+/// long, and the other keys need not wait. With `opened`, takes from the rows that start then instead, used or not.
 ///
 /// `asks` are in ascending order, so that two transactions lock rows in the same order. A row's lock makes it
 /// atomic: `used` is read and raised under it.
@@ -116,12 +120,16 @@ pub async fn take(
     // The quota of a window is in proportion to its length, rounded up. The quotient has at least 16 digits
     // after the point, far more than rounding it up could get wrong.
     let rows = diesel::sql_query(
-        "WITH held AS ( \
+        "WITH keys AS MATERIALIZED ( \
+             SELECT a.* FROM unnest($1, $2, $3, $4, $5, $6, $7) WITH ORDINALITY \
+                 AS a (tenant_id, key_id, policy, at, opened, quota, want, n) \
+             JOIN api_keys k ON k.tenant_id = a.tenant_id AND k.id = a.key_id \
+             ORDER BY a.n FOR KEY SHARE OF k SKIP LOCKED \
+         ), held AS ( \
              SELECT a.n, q.tenant_id, q.key_id, q.policy, q.window_start, greatest(0, least(a.want, ceil( \
                  a.quota * extract(epoch FROM q.window_end - q.window_start) / q.period_seconds \
              )::bigint - q.used)) AS granted \
-             FROM unnest($1, $2, $3, $4, $5, $6, $7) WITH ORDINALITY \
-                 AS a (tenant_id, key_id, policy, at, opened, quota, want, n) \
+             FROM keys a \
              CROSS JOIN LATERAL ( \
                  SELECT * FROM quota_usage w \
                  WHERE w.tenant_id = a.tenant_id AND w.key_id = a.key_id AND w.policy = a.policy \
@@ -231,11 +239,11 @@ pub async fn open(
 ) -> Result<(), DbError> {
     let (tenants, keys, policies) = columns(asks, Ask::id);
     diesel::sql_query(
-        "WITH opened AS ( \
-             SELECT a.* FROM unnest($1, $2, $3, $4, $5, $6) \
-                 AS a (tenant_id, key_id, policy, window_start, window_end, period_seconds) \
+        "WITH opened AS MATERIALIZED ( \
+             SELECT a.* FROM unnest($1, $2, $3, $4, $5, $6) WITH ORDINALITY \
+                 AS a (tenant_id, key_id, policy, window_start, window_end, period_seconds, n) \
              JOIN api_keys k ON k.tenant_id = a.tenant_id AND k.id = a.key_id \
-             FOR KEY SHARE OF k \
+             ORDER BY a.n FOR KEY SHARE OF k \
          ) \
          INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used, window_end, period_seconds) \
          SELECT tenant_id, key_id, policy, window_start, 0, window_end, period_seconds FROM opened \
@@ -267,17 +275,21 @@ pub async fn give_back(tx: &mut SystemTx, id: Uuid, rows: &[(Row, i64)]) -> Resu
         "WITH applied AS ( \
              INSERT INTO quota_returns (id) VALUES ($1) \
              ON CONFLICT ON CONSTRAINT quota_returns_pkey DO NOTHING RETURNING id \
+         ), keys AS MATERIALIZED ( \
+             SELECT a.* FROM unnest($2, $3, $4, $5, $6) WITH ORDINALITY \
+                 AS a (tenant_id, key_id, policy, window_start, amount, n) \
+             JOIN api_keys k ON k.tenant_id = a.tenant_id AND k.id = a.key_id \
+             WHERE EXISTS (SELECT FROM applied) \
+             ORDER BY a.n FOR KEY SHARE OF k \
          ), held AS ( \
              SELECT a.n, q.tenant_id, q.key_id, q.policy, q.window_start, a.amount \
-             FROM unnest($2, $3, $4, $5, $6) WITH ORDINALITY \
-                 AS a (tenant_id, key_id, policy, window_start, amount, n) \
+             FROM keys a \
              CROSS JOIN LATERAL ( \
                  SELECT * FROM quota_usage w \
                  WHERE w.tenant_id = a.tenant_id AND w.key_id = a.key_id AND w.policy = a.policy \
                      AND w.window_start = a.window_start \
                  FOR UPDATE \
              ) q \
-             WHERE EXISTS (SELECT FROM applied) \
          ), returned AS ( \
              UPDATE quota_usage q SET used = greatest(0, q.used - held.amount), updated_at = now() \
              FROM held \

@@ -348,3 +348,46 @@ async fn the_previous_version_counts_in_the_same_windows() {
     let taken = take(&ledger, world.request(1, Policy::Daily, "UTC", now)).await;
     assert_eq!((taken.granted, taken.used), (5, 50));
 }
+
+/// A key's deletion and a call of the ledger for it and for others: neither fails the other, in whichever order they
+/// begin.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_and_the_ledger_do_not_wait_for_each_other() {
+    let world = World::with_keys(3).await;
+    let ledger = world.ledger();
+    let now = at("2026-11-24T10:00:00Z");
+    for key in 0..3 {
+        take(&ledger, world.request(key, Policy::Monthly, "UTC", now)).await;
+    }
+    let id = world.keys[1].0;
+    let deleting = world.database.connect().await;
+    let sql = format!(
+        "SET lock_timeout = '700ms'; BEGIN; SELECT 1 FROM api_keys WHERE id = '{id}' FOR UPDATE"
+    );
+    deleting.batch_execute(&sql).await.expect("it is locked");
+    let mut requests = Vec::new();
+    for key in 0..3 {
+        requests.push(world.request(key, Policy::Daily, "UTC", now));
+        requests.push(world.request(key, Policy::Monthly, "UTC", now));
+    }
+    let calls = tokio::spawn(async move { ledger.take(&requests).await });
+    let waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+    for _ in 0..200 {
+        let row = world.client.query_one(waiting, &[]).await.expect("a count");
+        if row.get::<_, i64>(0) > 0 {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    let sql = format!("DELETE FROM api_keys WHERE id = '{id}'");
+    deleting.batch_execute(&sql).await.expect("it is deleted");
+    deleting.batch_execute("COMMIT").await.expect("committed");
+    let answers = calls.await.expect("it does not panic");
+    let granted: Vec<_> = answers
+        .iter()
+        .map(|it| it.as_ref().ok().map(|taken| taken.granted))
+        .collect();
+    assert_eq!(granted[..2], [Some(5); 2]);
+    assert_eq!(granted[2..4], [None; 2]);
+    assert_eq!(granted[4..], [Some(5); 2]);
+}

@@ -24,6 +24,7 @@ use crate::{
     limiter::{
         cell::{CellState, Denial, Lacking, Unasked},
         decision::{Decision, Outcome, PolicyState},
+        ledger_calls::DemandGuard,
         policy::{Policies, Policy, PolicySet},
         store::{KeyCell, LimiterError},
     },
@@ -40,13 +41,15 @@ pub(super) enum LocalOutcome {
 }
 
 impl Inner {
-    /// Decides from the numbers on this replica, if they suffice.
+    /// Decides from the numbers on this replica, if they suffice. If the counters must be asked, first sets the quota
+    /// tokens of `demand` apart.
     #[inline]
     pub(super) fn look(
         &self,
         cell: &Arc<KeyCell>,
         policies: &Policies,
         cost: NonZeroU32,
+        demand: Option<&mut DemandGuard<'_>>,
     ) -> Result<LocalOutcome, Lacking> {
         let (mut state, now) = self.cells.current(cell, policies);
         let monotonic = self.clock.monotonic();
@@ -62,7 +65,7 @@ impl Inner {
         lease.expire(monotonic);
         let decision = if lease.spend(tokens) {
             let low = lease.is_low(monotonic);
-            state.spend_quotas(tokens);
+            state.spend_quotas(tokens, now);
             self.metrics.lease_tokens_spent.inc_by(tokens);
             if low {
                 self.fetch_ahead(cell, &mut state, policies);
@@ -80,8 +83,13 @@ impl Inner {
             let outcome = denial.outcome();
             decision(&mut state, policies, (now, monotonic), outcome)
         } else {
-            self.cells.after(cell, &mut state, None);
             let never = policies.gcra().price(cost) > policies.gcra().tau();
+            if let Some(demand) = demand
+                && !never
+            {
+                demand.reserve(&mut state, now);
+            }
+            self.cells.after(cell, &mut state, None);
             return Ok(if never {
                 LocalOutcome::Peek
             } else {
@@ -118,16 +126,18 @@ impl Inner {
         outcome.await.unwrap_or(FetchOutcome::Unanswered)
     }
 
-    /// Spends what was granted to this request, if the quotas still have it.
+    /// Spends what was granted to this request, and the quota tokens set apart for it. `None` if the window has ended
+    /// meanwhile and the current one has none.
     fn spend(
         &self,
         cell: &Arc<KeyCell>,
         policies: &Policies,
         cost: NonZeroU32,
+        demand: &mut DemandGuard<'_>,
         grant: GrantGuard,
     ) -> Option<Decision> {
         let (mut state, now) = self.cells.current(cell, policies);
-        if !state.spend_quotas(u64::from(cost.get())) {
+        if !demand.spend(&mut state, now) {
             // The guard takes the lock to return its tokens.
             drop(state);
             return None;
@@ -149,9 +159,11 @@ impl Inner {
         cell: &Arc<KeyCell>,
         policies: &Policies,
         cost: NonZeroU32,
+        demand: &mut DemandGuard<'_>,
         wait: Option<NonZeroU64>,
     ) -> Option<Decision> {
         let (mut state, now) = self.cells.current(cell, policies);
+        demand.release(&mut state);
         let monotonic = self.clock.monotonic();
         let mut denial = state.quotas(u64::from(cost.get()), now).denial;
         let gcra = policies.gcra();
@@ -178,12 +190,16 @@ impl Inner {
         cell: &Arc<KeyCell>,
         policies: &Policies,
         cost: NonZeroU32,
+        demand: Option<&mut DemandGuard<'_>>,
     ) -> Result<Option<Decision>, LimiterError> {
         let on_failure = policies.on_failure().unwrap_or(self.settings.on_failure);
         let outage = self.partition(cell).outage();
         let (mut state, now) = self.cells.current(cell, policies);
         let monotonic = self.clock.monotonic();
         let tokens = u64::from(cost.get());
+        if let Some(demand) = demand {
+            demand.release(&mut state);
+        }
         if !state.quotas_fit(tokens) {
             return Ok(None);
         }
@@ -209,7 +225,7 @@ impl Inner {
         };
         let outcome = match verdict {
             Ok(()) => {
-                state.spend_quotas(tokens);
+                state.spend_quotas(tokens, now);
                 self.metrics.admitted_degraded.inc();
                 Outcome::Allowed
             }
@@ -231,18 +247,21 @@ impl Inner {
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
-        let _claim = self.cells.claim(cell, cost);
+        let mut demand = self.cells.claim(cell, cost);
+        let mut patience = self.cells.patience();
         loop {
-            let look = match self.look(cell, policies, cost) {
+            let look = match self.look(cell, policies, cost, Some(&mut demand)) {
                 Ok(look) => look,
                 Err(_) => {
-                    let again = || self.look(cell, policies, cost);
-                    match self.cells.fetch(cell, cost, again).await {
+                    let again = || self.look(cell, policies, cost, Some(&mut demand));
+                    match self.cells.fetch(cell, cost, &mut patience, again).await {
                         Ok(look) => look,
                         // The rate may deny it anyway.
                         Err(error) => {
                             self.fetch(cell, policies, 0).await;
-                            return self.denial(cell, policies, cost, None).ok_or(error);
+                            return self
+                                .denial(cell, policies, cost, &mut demand, None)
+                                .ok_or(error);
                         }
                     }
                 }
@@ -251,28 +270,33 @@ impl Inner {
                 LocalOutcome::Done(decision) => return Ok(decision),
                 LocalOutcome::Peek => {
                     self.fetch(cell, policies, 0).await;
-                    if let Some(decision) = self.denial(cell, policies, cost, None) {
+                    if let Some(decision) = self.denial(cell, policies, cost, &mut demand, None) {
                         return Ok(decision);
                     }
                 }
                 LocalOutcome::Fetch => {
                     match self.fetch(cell, policies, u64::from(cost.get())).await {
                         FetchOutcome::Granted(grant) => {
-                            if let Some(decision) = self.spend(cell, policies, cost, grant) {
+                            if let Some(decision) =
+                                self.spend(cell, policies, cost, &mut demand, grant)
+                            {
                                 return Ok(decision);
                             }
                         }
                         FetchOutcome::TooFew => {
-                            let denial = self.denial(cell, policies, cost, None);
+                            let denial = self.denial(cell, policies, cost, &mut demand, None);
                             // The bucket may have refilled since, or the counters may follow another version of the
                             // plan.
-                            let soon = || self.denial(cell, policies, cost, Some(A_MOMENT));
+                            let soon =
+                                || self.denial(cell, policies, cost, &mut demand, Some(A_MOMENT));
                             if let Some(decision) = denial.or_else(soon) {
                                 return Ok(decision);
                             }
                         }
                         FetchOutcome::Unanswered => {
-                            if let Some(decision) = self.without_counters(cell, policies, cost)? {
+                            if let Some(decision) =
+                                self.without_counters(cell, policies, cost, Some(&mut demand))?
+                            {
                                 return Ok(decision);
                             }
                         }

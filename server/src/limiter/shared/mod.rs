@@ -19,7 +19,8 @@
 //!
 //! **Deadlines.** A call that is not answered in time counts as failed, and the request that waits for it is decided
 //! without the counters. A decision waits for at most two calls: the one that is under way when it arrives, and the
-//! next.
+//! next. So it does for the ledger. A request's quota tokens are set apart before its rate is taken, so that no rate is
+//! taken for a request that then finds no quota.
 //!
 //! **While the counters are unavailable** ([`health`] decides when), a replica follows the plan's choice. `Share`: a
 //! bucket of its own of `burst / replicas` and `rate / replicas`, which starts *empty* when the outage does. All
@@ -176,7 +177,7 @@ impl LimitStore for SharedStore {
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Option<Decision> {
-        match self.0.look(cell, policies, cost) {
+        match self.0.look(cell, policies, cost, None) {
             Ok(LocalOutcome::Done(decision)) => Some(decision),
             Ok(LocalOutcome::Fetch) if self.0.partition(cell).is_away() => {
                 let on_failure = policies.on_failure().unwrap_or(self.0.settings.on_failure);
@@ -184,7 +185,7 @@ impl LimitStore for SharedStore {
                 if on_failure != OnRedisFailure::Share {
                     return None;
                 }
-                self.0.without_counters(cell, policies, cost).ok()?
+                self.0.without_counters(cell, policies, cost, None).ok()?
             }
             _ => None,
         }

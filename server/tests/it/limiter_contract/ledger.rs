@@ -66,7 +66,7 @@ impl TestLedger {
     }
 
     /// How often tokens were asked for.
-    pub(super) fn takes(&self) -> u64 {
+    pub(crate) fn takes(&self) -> u64 {
         self.takes.load(Ordering::SeqCst)
     }
 
@@ -82,7 +82,7 @@ impl TestLedger {
     }
 
     /// All that is used, over all rows.
-    pub(super) fn used(&self) -> u64 {
+    pub(crate) fn used(&self) -> u64 {
         let rows = self.rows.lock().unwrap();
         rows.values().flatten().map(|row| row.used).sum()
     }

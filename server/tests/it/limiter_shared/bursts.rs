@@ -61,7 +61,7 @@ impl Clock for PausedClock {
 
 /// The counters, and how far away they are.
 #[derive(Debug, Clone)]
-struct Far {
+pub(super) struct Far {
     zero: Instant,
     state: Arc<Mutex<State>>,
     calls: Arc<Mutex<Vec<TakeCall>>>,
@@ -75,7 +75,7 @@ struct Far {
 struct Broke;
 
 impl Far {
-    fn new(round_trip: Duration) -> Self {
+    pub(super) fn new(round_trip: Duration) -> Self {
         Self {
             zero: Instant::now(),
             state: Arc::new(Mutex::new(State::fresh(1, 1))),
@@ -91,7 +91,7 @@ impl Far {
     }
 
     /// Calls for keys so far.
-    fn calls(&self) -> usize {
+    pub(super) fn calls(&self) -> usize {
         let calls = self.calls.lock();
         calls
             .iter()
@@ -100,11 +100,20 @@ impl Far {
     }
 
     fn replica(&self, on_failure: OnRedisFailure, roster: Arc<Roster>) -> Replica {
+        self.replica_on(TestLedger::new(), on_failure, roster)
+    }
+
+    pub(super) fn replica_on(
+        &self,
+        ledger: Arc<TestLedger>,
+        on_failure: OnRedisFailure,
+        roster: Arc<Roster>,
+    ) -> Replica {
         let clock: Arc<dyn Clock> = Arc::new(PausedClock(self.zero));
         let metrics = Arc::new(Metrics::default());
         let store = SharedStore::new(
             Arc::clone(&clock),
-            TestLedger::new(),
+            ledger,
             Arc::new(self.clone()),
             roster,
             Arc::clone(&metrics),
@@ -152,25 +161,25 @@ fn settings(deadline: Duration, on_failure: OnRedisFailure) -> SharedSettings {
 }
 
 #[derive(Clone)]
-struct Replica {
-    limiter: Limiter,
-    metrics: Arc<Metrics>,
+pub(super) struct Replica {
+    pub(super) limiter: Limiter,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 impl Replica {
-    fn cell(&self, key: u128) -> Arc<KeyCell> {
+    pub(super) fn cell(&self, key: u128) -> Arc<KeyCell> {
         let key = ApiKeyId(uuid::Uuid::from_u128(key));
         self.limiter.cell(TENANT, key).unwrap()
     }
 
-    async fn admit(&self, policies: &Policies, cost: u32) -> Decision {
+    pub(super) async fn admit(&self, policies: &Policies, cost: u32) -> Decision {
         let cost = NonZeroU32::new(cost).unwrap();
         let decided = self.limiter.admit(&self.cell(7), policies, cost).await;
         decided.unwrap()
     }
 
     /// Requests of these costs, all at once.
-    async fn at_once(&self, policies: &Policies, costs: &[u32]) -> Vec<(u32, Decision)> {
+    pub(super) async fn at_once(&self, policies: &Policies, costs: &[u32]) -> Vec<(u32, Decision)> {
         let mut requests = JoinSet::new();
         for cost in costs.iter().copied() {
             let (it, policies) = (self.clone(), policies.clone());
@@ -196,7 +205,7 @@ impl Replica {
     }
 }
 
-fn admitted(decisions: &[(u32, Decision)]) -> u32 {
+pub(super) fn admitted(decisions: &[(u32, Decision)]) -> u32 {
     let admitted = decisions.iter().filter(|(_, it)| it.is_allowed());
     admitted.map(|(cost, _)| cost).sum()
 }

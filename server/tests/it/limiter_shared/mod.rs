@@ -5,6 +5,7 @@ mod bursts;
 mod credits;
 mod faults;
 mod model;
+mod quotas;
 mod script;
 mod simulation;
 
