@@ -25,6 +25,8 @@ pub(super) struct CellState {
     gcra: Gcra,
     /// The bucket, of a store that keeps it here.
     pub(super) tat: u64,
+    /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was made smaller.
+    beyond: u64,
     /// Tokens taken ahead, of a store that keeps the bucket elsewhere.
     pub(super) lease: Option<Box<Lease>>,
     daily: Block,
@@ -73,6 +75,7 @@ impl CellState {
             zone: Zone::utc(),
             gcra: Gcra::NONE,
             tat: 0,
+            beyond: 0,
             lease: None,
             daily: Block::new(),
             monthly: Block::new(),
@@ -93,7 +96,7 @@ impl CellState {
         if self.fingerprint != policies.fingerprint() {
             let gcra = policies.gcra();
             if self.fingerprint != 0 {
-                self.tat = gcra.carry_over(self.gcra, self.tat, now);
+                (self.tat, self.beyond) = gcra.carry_over(self.gcra, (self.tat, self.beyond), now);
                 if let Some(lease) = &mut self.lease {
                     lease.edited();
                 }
@@ -148,6 +151,7 @@ impl CellState {
         if let Verdict::Fits { tat } = rate
             && self.spend_quotas(tokens, now)
         {
+            self.beyond = self.gcra.beyond(self.beyond, self.tat, now);
             self.tat = tat;
             return Ok(self.decision(policies, now, Outcome::Allowed));
         }
@@ -315,7 +319,7 @@ impl CellState {
 
     /// Nobody could tell this cell from a new one.
     pub(super) fn is_forgettable(&self, now: UnixNanos, monotonic: u64) -> bool {
-        self.tat <= now.0
+        self.tat.saturating_add(self.beyond) <= now.0
             && self
                 .lease
                 .as_ref()

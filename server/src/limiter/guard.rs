@@ -94,6 +94,10 @@ struct Known {
     gcra: Gcra,
     limiter: RateLimiter<NotKeyed, Looked, Monotonic, NoOpMiddleware<Nanos>>,
     tat: Looked,
+    /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was made smaller.
+    beyond: u64,
+    /// Some of what is charged was admitted without the store.
+    degraded: bool,
     /// The limiter's zero, on the monotonic clock.
     start: u64,
     /// What the store last said, and what it admitted since.
@@ -130,8 +134,11 @@ impl Denied {
             // Another replica may return tokens.
             believed = believed.min(rate_memory.unwrap_or(u64::MAX));
             let missing = decision.rate.reset_at.saturating_since(decision.at);
-            if let Verdict::Wait { wait } = gcra.decide(missing, UnixNanos(0), cost) {
-                believed = believed.min(wait.get());
+            match gcra.decide(missing, UnixNanos(0), cost) {
+                Verdict::Wait { wait } => believed = believed.min(wait.get()),
+                // The bucket has refilled while the answer was on its way.
+                Verdict::Fits { .. } => return None,
+                Verdict::NeverFits => {}
             }
         }
         for quota in [decision.daily, decision.monthly].into_iter().flatten() {
@@ -159,6 +166,8 @@ impl Known {
             gcra: policies.gcra(),
             limiter: RateLimiter::new(governor_quota(policies.rate()), tat.clone(), clock),
             tat,
+            beyond: 0,
+            degraded: false,
             start,
             last: None,
             denied: None,
@@ -167,11 +176,12 @@ impl Known {
 
     /// The same key under edited policies: what was spent stays spent, what was known is forgotten.
     fn edited(&self, policies: &Policies, clock: &Arc<dyn Clock>) -> Self {
-        let next = Self::new(policies, clock);
+        let mut next = Self::new(policies, clock);
+        next.degraded = self.degraded;
         let now = UnixNanos(next.start.saturating_sub(self.start));
-        let carried = next
-            .gcra
-            .carry_over(self.gcra, self.tat.0.load(Ordering::Acquire), now);
+        let tat = self.tat.0.load(Ordering::Acquire);
+        let (carried, beyond) = next.gcra.carry_over(self.gcra, (tat, self.beyond), now);
+        next.beyond = beyond;
         next.tat.0.store(carried - now.0, Ordering::Release);
         next
     }
@@ -258,7 +268,7 @@ impl Known {
             rate: self.rate(policies, elapsed, now),
             daily: quotas[0],
             monthly: quotas[1],
-            degraded: false,
+            degraded: self.degraded,
         })
     }
 }
@@ -280,12 +290,14 @@ impl Gate {
             .or_else(|| known.over_rate(policies, cost, elapsed, now))
     }
 
-    /// Records what the store decided. A denial by the rate is remembered for `rate_memory` nanoseconds at most.
+    /// Records what the store decided. A denial by the rate is remembered for `rate_memory` nanoseconds at most. The
+    /// store decided some time after it was `asked`: what was spent has been refilling since then at the most, and
+    /// nothing must be refused here that the store would admit.
     pub(super) fn learn(
         &self,
         policies: &Policies,
         cost: NonZeroU32,
-        clock: &Arc<dyn Clock>,
+        (clock, asked_at): (&Arc<dyn Clock>, u64),
         decision: &Decision,
         rate_memory: impl FnOnce() -> Option<u64>,
     ) {
@@ -297,7 +309,12 @@ impl Gate {
             Outcome::Allowed => {
                 known.denied = None;
                 let price = known.gcra.price(cost);
-                let tat = known.tat.0.load(Ordering::Acquire).max(elapsed.0);
+                let tat = known.tat.0.load(Ordering::Acquire);
+                let asked = asked_at.saturating_sub(known.start);
+                known.degraded &= tat > asked;
+                known.degraded |= decision.degraded;
+                known.beyond = known.gcra.beyond(known.beyond, tat, UnixNanos(asked));
+                let tat = tat.max(asked);
                 known
                     .tat
                     .0

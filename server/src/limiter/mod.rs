@@ -86,7 +86,7 @@ impl Limiter {
         let Some(decision) = self.store.try_take(cell, policies, cost) else {
             return cell.gate.look(policies, cost, &self.clock);
         };
-        self.learn(cell, policies, cost, &decision);
+        self.learn(cell, policies, cost, &decision, self.clock.monotonic());
         Some(decision)
     }
 
@@ -101,17 +101,26 @@ impl Limiter {
         if let Some(decision) = self.try_admit(cell, policies, cost) {
             return Ok(decision);
         }
-        let decision = self.store.take(cell, policies, cost).await?;
-        if !self.is_local {
-            self.learn(cell, policies, cost, &decision);
+        if self.is_local {
+            return self.store.take(cell, policies, cost).await;
         }
+        let asked_at = self.clock.monotonic();
+        let decision = self.store.take(cell, policies, cost).await?;
+        self.learn(cell, policies, cost, &decision, asked_at);
         Ok(decision)
     }
 
-    fn learn(&self, cell: &KeyCell, policies: &Policies, cost: NonZeroU32, decision: &Decision) {
+    fn learn(
+        &self,
+        cell: &KeyCell,
+        policies: &Policies,
+        cost: NonZeroU32,
+        decision: &Decision,
+        asked_at: u64,
+    ) {
         let remembered = || self.store.denial_memory(policies);
-        cell.gate
-            .learn(policies, cost, &self.clock, decision, remembered);
+        let times = (&self.clock, asked_at);
+        cell.gate.learn(policies, cost, times, decision, remembered);
     }
 
     /// Where the key stands, by what is known here. Takes nothing, asks nobody, and reads as

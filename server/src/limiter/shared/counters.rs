@@ -10,6 +10,9 @@ use quota_common::id::{ApiKeyId, TenantId};
 /// Microseconds since the Unix epoch by the counters' own clock.
 pub type CounterMicros = u64;
 
+/// See [`TakeCall::away_since`].
+pub const NEVER_HEARD: CounterMicros = 1;
+
 /// Whose bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BucketName {
@@ -48,7 +51,8 @@ pub struct TakeCall {
     /// The counters' time in the caller's latest answer from this partition.
     pub last_heard: CounterMicros,
     /// Since when the caller has served without the counters; zero if it has not. It may have admitted requests
-    /// since then that the counters do not know of.
+    /// since then that the counters do not know of. [`NEVER_HEARD`] if it has never had an answer and others may have
+    /// admitted some.
     pub away_since: CounterMicros,
     /// Start of the new epoch that the caller was promised since then; zero if none.
     pub promised: CounterMicros,

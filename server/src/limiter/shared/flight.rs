@@ -3,7 +3,7 @@
 //! Owns the tasks that make the calls: so a request may be dropped while it waits, a late answer is still used, and no
 //! token is left behind. All requests of a key that wait at the same time share one call, which asks for the sum of
 //! what they need. A call has a deadline; requests that arrive while one is under way go with the next, so a decision
-//! waits for at most two.
+//! waits for at most two. Only a bucket that fills up within the time of a call has several under way.
 //!
 //! When a call fails or is late, the requests that it was made for are told so. A late answer's tokens are
 //! held like any lease where that is allowed, and returned otherwise.
@@ -113,7 +113,7 @@ impl Inner {
             back_generation: back.generation,
             lease: self.ttl / 1000,
             last_heard: self.partitions[usize::from(partition)].last_heard(),
-            away_since: 0,
+            away_since: self.partitions[usize::from(partition)].never_heard(self.is_alone()),
             promised: 0,
         }
     }
@@ -266,6 +266,12 @@ impl Inner {
             }),
             _ => FetchOutcome::TooFew,
         }
+    }
+
+    /// Whether no other replica can be selling what the counters do not know of. In a cluster partitions rest, and
+    /// that nobody was answered there says nothing.
+    pub(super) fn is_alone(&self) -> bool {
+        self.partitions.len() > 1 || self.roster.sharers() == 1
     }
 
     pub(super) fn is_draining(&self) -> bool {
@@ -429,9 +435,9 @@ impl LeaseFetch {
         let now = self.inner.clock.monotonic();
         let lease = state.lease();
         lease.expire(now);
-        // While a call is late, newer ones may have been answered.
-        if self.active || lease.seen_at() <= self.asked_at {
-            lease.saw(debt, now);
+        // Newer calls may have been answered before.
+        if lease.seen_at() <= self.asked_at {
+            lease.saw(debt, self.asked_at);
         }
         if self.active || lease.in_hand() == 0 {
             let expires = self.asked_at.saturating_add(self.inner.ttl);
@@ -454,13 +460,15 @@ impl LeaseFetch {
             outcomes.push((waiter, outcome));
         }
         // Tokens of an older plan are for the requests that they were taken for, and no others.
-        let keeps = self.terms.leased && lease.terms().is_some_and(|now| now.is_like(self.terms));
+        let same = lease.terms().is_some_and(|now| now.is_like(self.terms));
         lease.expire(now);
-        if !keeps || self.inner.is_draining() {
+        if !same || !self.terms.leased || self.inner.is_draining() {
             lease.surrender_all();
-        } else {
+        }
+        if same && !self.inner.is_draining() {
             if self.active {
-                self.hold(lease, (granted, debt), refused, now);
+                lease.served(granted, self.call.want);
+                self.hold(lease, (granted, debt), refused);
             }
             for waiter in std::mem::take(lease.waiting()) {
                 if waiter.tokens == 0 {
@@ -491,19 +499,36 @@ impl LeaseFetch {
     /// When the bucket is short, requests are denied here for a while: until there are enough tokens for them, but not
     /// for long, since other replicas may return some. An empty bucket is left to gather tokens for part of a lease's
     /// life, in which it does not fill up, so that they are not fetched one by one.
-    fn hold(&self, lease: &mut Lease, (granted, debt): (u64, u64), refused: Option<u64>, now: u64) {
+    ///
+    /// The time runs from when the call began. The counters decided later, but the next call takes as long to reach
+    /// them; and a bucket that fills up while an answer travels must not be waited for once more.
+    fn hold(&self, lease: &mut Lease, (granted, debt): (u64, u64), refused: Option<u64>) {
         let call = &self.call;
-        let left = call.tau.saturating_sub(debt);
-        let gather = (self.inner.ttl / 2).min(call.tau / 10);
+        // The counters may follow another version of the plan, whose debts are not to be measured with this one's.
+        let Some(left) = call.tau.checked_sub(debt) else {
+            return;
+        };
+        let gather = if self.terms.leased {
+            (self.inner.ttl / 2).min(call.tau / 10)
+        } else {
+            0
+        };
         let n = match refused {
-            _ if 0 < granted && granted < call.want && left <= gather => 1,
+            // What is known to be empty is not asked, unless tokens go back to it.
+            _ if !self.terms.leased && left < call.emission && !lease.owes() => 1,
+            _ if 0 < granted && granted < call.want && left < call.emission => 1,
             Some(refused) => refused,
             None if granted == 0 && call.want > 0 => call.need,
             None => return,
         };
         let missing = n.saturating_mul(call.emission).saturating_sub(left);
-        let longest = self.inner.ttl.saturating_mul(DENIED_FOR_LEASES);
-        lease.hold(n, now + missing.max(gather).max(1).min(longest));
+        let longest = if self.terms.leased {
+            self.inner.ttl.saturating_mul(DENIED_FOR_LEASES)
+        } else {
+            u64::MAX
+        };
+        let until = missing.max(gather).max(1).min(longest);
+        lease.hold(n, self.asked_at.saturating_add(until));
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use super::counters::CounterMicros;
+use super::counters::{CounterMicros, NEVER_HEARD};
 
 /// So many failures in a row, and nothing else for so long, give a partition up. A process that was not
 /// scheduled for a moment has many failures at once, and its counters are well.
@@ -18,6 +18,9 @@ const SILENCE: u64 = 200_000_000;
 /// So many calls of which half fail, within so long and over at least as long as above, do too.
 const CALLS: u32 = 20;
 const SPAN: u64 = 1_000_000_000;
+
+/// Microseconds. An answer in good time that is so much older than the last one is of a clock that was set back.
+const TURNED_BACK: CounterMicros = 1_000_000;
 
 /// See the module.
 #[derive(Debug)]
@@ -112,6 +115,10 @@ impl Partition {
         inner.in_a_row = 0;
         inner.succeeded_at = now;
         self.hear(&mut inner, at, now);
+        if self.last_heard() > at.saturating_add(TURNED_BACK) {
+            self.last_heard.store(at, Ordering::Relaxed);
+            inner.heard_at = now;
+        }
     }
 
     /// An answer came, in good time or not.
@@ -119,9 +126,13 @@ impl Partition {
         self.hear(&mut self.inner.lock(), at, now);
     }
 
+    /// An answer that comes after a later one is no news: it must not make an outage seem to have begun before others
+    /// were last answered.
     fn hear(&self, inner: &mut Inner, at: CounterMicros, now: u64) {
-        inner.heard_at = now;
-        self.last_heard.store(at, Ordering::Relaxed);
+        if at >= self.last_heard() {
+            inner.heard_at = now;
+            self.last_heard.store(at, Ordering::Relaxed);
+        }
     }
 
     /// A call failed or is late. `true`: with it the partition is given up, and somebody must see to its return.
@@ -165,11 +176,21 @@ impl Partition {
         self.away.store(false, Ordering::Release);
     }
 
-    /// When the outage began, by the counters' clock; 0 when none is on.
-    pub(super) fn away_since(&self) -> CounterMicros {
+    /// [`NEVER_HEARD`] until the first answer, unless this replica is `alone`: others may be in an outage that it knows
+    /// nothing of. Then 0.
+    pub(super) fn never_heard(&self, alone: bool) -> CounterMicros {
+        if alone || self.last_heard() > 0 {
+            0
+        } else {
+            NEVER_HEARD
+        }
+    }
+
+    /// When the outage began, by the counters' clock. When none is on, as [`never_heard`](Self::never_heard).
+    pub(super) fn away_since(&self, alone: bool) -> CounterMicros {
         let inner = self.inner.lock();
         if !self.away.load(Ordering::Acquire) {
-            return 0;
+            return self.never_heard(alone);
         }
         let silent = inner.outage.since.saturating_sub(inner.heard_at) / 1000;
         (self.last_heard.load(Ordering::Relaxed) + silent).max(1)
@@ -225,13 +246,30 @@ mod tests {
     }
 
     #[test]
-    fn the_outage_is_told_by_the_counters_clock() {
+    fn a_late_answer_does_not_turn_time_back() {
         let partition = Partition::new(0);
         partition.succeeded(5_000_000, 100 * MS);
-        assert_eq!(partition.away_since(), 0);
+        partition.heard(4_700_000, 120 * MS);
+        assert_eq!(partition.last_heard(), 5_000_000);
         for call in 0..u64::from(FAILURES) {
             partition.failed(200 * MS + call * 50 * MS);
         }
-        assert_eq!(partition.away_since(), 5_000_000 + 300_000);
+        assert_eq!(partition.away_since(false), 5_000_000 + 300_000);
+        partition.returned(500 * MS);
+        partition.succeeded(1_000_000, 600 * MS);
+        assert_eq!(partition.last_heard(), 1_000_000, "the clock was set back");
+    }
+
+    #[test]
+    fn the_outage_is_told_by_the_counters_clock() {
+        let partition = Partition::new(0);
+        assert_eq!(partition.away_since(true), 0);
+        assert_eq!(partition.away_since(false), NEVER_HEARD);
+        partition.succeeded(5_000_000, 100 * MS);
+        assert_eq!(partition.away_since(false), 0);
+        for call in 0..u64::from(FAILURES) {
+            partition.failed(200 * MS + call * 50 * MS);
+        }
+        assert_eq!(partition.away_since(false), 5_000_000 + 300_000);
     }
 }

@@ -21,6 +21,9 @@ use crate::limiter::{gcra::Gcra, policy::Policies};
 /// Nanoseconds. Tokens that expire sooner do not count as stock: the next lease is requested while they are spent.
 const LAST_MOMENT: u64 = 10_000_000;
 
+/// Nanoseconds. Calls for one key that are under way at the same time begin at least so far apart.
+const PAUSE_MIN: u64 = 1_000_000;
+
 /// Tokens of one grant.
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
@@ -36,6 +39,7 @@ struct Slot {
 struct View {
     /// Nanoseconds until full, at `seen`.
     debt: u64,
+    /// When the call began: no later than the counters answered it.
     seen: u64,
 }
 
@@ -106,6 +110,13 @@ impl Terms {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
+    /// Nanoseconds after which a call may follow another that has not been answered: half the time the bucket takes to
+    /// fill, or the first token of a small one.
+    fn pause(self) -> u64 {
+        let refill = (self.gcra.tau() / 2).max(self.gcra.emission());
+        refill.max(PAUSE_MIN)
+    }
+
     /// The most tokens to hold for later: a tenth of the burst.
     fn largest_lease(self) -> u64 {
         (self.gcra.tau() / self.gcra.emission() / 10).max(1)
@@ -122,8 +133,9 @@ pub(in crate::limiter) struct Lease {
     /// When tokens were last requested, 0 for never; and how many requests have wanted since.
     asked_at: u64,
     wanted: u64,
-    /// A call for tokens is under way, and not late yet.
-    fetching: bool,
+    /// Calls for tokens under way that are not late yet, and when the latest began.
+    fetching: u32,
+    began_at: u64,
     /// Calls for tokens under way, late ones included.
     calls: u32,
     /// Requests that the next call is to ask for.
@@ -135,6 +147,8 @@ pub(in crate::limiter) struct Lease {
     /// A task is returning them.
     returning: bool,
     view: Option<View>,
+    /// The last call got fewer tokens than it wanted.
+    short: bool,
     /// The counters had fewer than `held_for` tokens. They are not asked for that many again until `held_until`.
     held_until: u64,
     held_for: u64,
@@ -196,6 +210,7 @@ impl Lease {
         self.surrender_all();
         self.view = None;
         self.held_until = 0;
+        self.short = false;
         self.size = 1;
     }
 
@@ -209,7 +224,7 @@ impl Lease {
     /// Whether a new lease would behave the same.
     pub(in crate::limiter) fn is_forgettable(&self, now: u64) -> bool {
         self.share.tat <= now
-            && !self.fetching
+            && self.fetching == 0
             && !self.returning
             && self.back.tokens == 0
             && self.slots.iter().all(|slot| slot.tokens == 0)
@@ -223,6 +238,15 @@ impl Lease {
     /// Marks tokens to be returned.
     pub(super) fn owe(&mut self, unspent: Unspent) {
         self.back = self.back.and(unspent);
+        // Where nothing is held, the bucket has no more than came back: it is worth asking again.
+        if self.terms.is_some_and(|terms| !terms.leased) && unspent.tokens > 0 {
+            self.held_until = 0;
+        }
+    }
+
+    /// Whether tokens are to be returned.
+    pub(super) fn owes(&self) -> bool {
+        self.back.tokens > 0
     }
 
     /// Marks expired tokens to be returned.
@@ -318,24 +342,25 @@ impl Lease {
 
     /// Whether to request the next lease although this one is not spent yet.
     pub(super) fn is_low(&self, now: u64) -> bool {
-        if self.size < 2 || self.fetching || now < self.held_until {
+        if self.size < 2 || self.fetching > 0 || now < self.held_until {
             return false;
         }
         self.lasting(now + LAST_MOMENT) <= (self.size / 8).max(1)
     }
 
     /// Begins a call for everything that waits, and to have tokens for later if `ahead`. `None` if there is nothing to
-    /// ask for, or a call is under way. Tokens here count towards a request only if they last until the `patience` for
+    /// ask for, or a call is under way. A bucket that would fill up while that call is waited for, and refill in vain,
+    /// is called again before. Tokens here count towards a request only if they last until the `patience` for
     /// the answer is over.
     pub(super) fn begin_fetch(
         &mut self,
         (now, ttl, patience): (u64, u64, u64),
         ahead: bool,
     ) -> Option<(Terms, Demand)> {
-        if self.fetching {
+        let terms = self.terms?;
+        if self.fetching > 0 && now < self.began_at.saturating_add(terms.pause()) {
             return None;
         }
-        let terms = self.terms?;
         self.waiting.retain(|waiter| !waiter.is_gone());
         if self.waiting.is_empty() && !ahead {
             return None;
@@ -361,7 +386,13 @@ impl Lease {
         } else {
             0
         };
-        self.fetching = true;
+        let waiting = if self.short {
+            waiting.max(for_later)
+        } else {
+            waiting
+        };
+        self.fetching += 1;
+        self.began_at = now;
         self.calls += 1;
         Some((
             terms,
@@ -376,7 +407,7 @@ impl Lease {
 
     /// The call has been answered, has failed, or is late: another one may begin.
     pub(super) fn end_fetch(&mut self) {
-        self.fetching = false;
+        self.fetching = self.fetching.saturating_sub(1);
     }
 
     /// The call is over.
@@ -399,7 +430,7 @@ impl Lease {
     pub(super) fn begin_return(&mut self) -> bool {
         let begins = self.back.tokens > 0
             && !self.returning
-            && !self.fetching
+            && self.fetching == 0
             && self.slots.iter().all(|slot| slot.tokens == 0);
         self.returning |= begins;
         begins
@@ -423,14 +454,23 @@ impl Lease {
         };
     }
 
-    /// The bucket was `debt` nanoseconds from full at `seen`.
+    /// The bucket was `debt` nanoseconds from full in a call that began at `seen`.
     pub(super) fn saw(&mut self, debt: u64, seen: u64) {
         self.view = Some(View { debt, seen });
     }
 
-    /// When the counters last described the bucket; 0 for never.
+    /// When the call began in which the counters last described the bucket; 0 for never.
     pub(super) fn seen_at(&self) -> u64 {
         self.view.map_or(0, |view| view.seen)
+    }
+
+    /// A call got `granted` of the tokens that it wanted. When it got fewer, the bucket is nearly empty, and the next call
+    /// asks for all that is left as if requests were waiting for it: a few tokens must not stay behind while requests
+    /// are denied, nor be fetched one by one.
+    pub(super) fn served(&mut self, granted: u64, wanted: u64) {
+        if wanted > 0 {
+            self.short = granted < wanted;
+        }
     }
 
     /// There are too few tokens for a request of `n` until then.

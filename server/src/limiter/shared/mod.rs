@@ -31,7 +31,12 @@
 //! **When they are back**, they do not know what was admitted without them, and may have lost what was before. So
 //! after a loss, or after an outage in which no replica was answered, they start a *new epoch*: at one instant of their
 //! own clock, a little in the future, with every bucket empty. Until then all replicas decide as in an outage. A
-//! replica that was alone in its outage just returns.
+//! replica that was alone in its outage just returns. One that starts among others cannot know whether they are in an
+//! outage; when it finds that nobody was answered for a second, it has a new epoch begin too. (With a cluster, whose
+//! partitions may rest for long, it does not.)
+//!
+//! **Edits.** As many tokens are missing after an edit as before. What a smaller burst cannot hold is missing again when
+//! the burst is made larger, less the time in which the bucket was full; a loss of state forgets that part.
 //!
 //! **Not guaranteed.** While some replicas are cut off and others are not, `Share` admits their part `p` of the bucket
 //! in addition to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most

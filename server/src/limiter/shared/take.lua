@@ -4,6 +4,7 @@
 -- KEYS[1]  the bucket, a hash:
 --            at      when `debt` was computed, in microseconds of TIME
 --            debt    nanoseconds of refill until the bucket is full
+--            x       nanoseconds missing beyond an empty bucket, from before the burst was made smaller
 --            e, t    nanoseconds per token; nanoseconds from empty to full
 --            v, vt   version of the plan that `e` and `t` come from; when a caller of that version last called
 --            s       start of the epoch in which the bucket was last used
@@ -15,7 +16,8 @@
 --            s       its start, in microseconds of TIME
 --            ok      the latest answer that any caller has confirmed receiving
 -- ARGV     1 e   2 t   3 v   4 need   5 want   6 back   7 when the oldest of `back` was taken
---          8 latest answer the caller received   9 since when the caller has had none, or 0
+--          8 latest answer the caller received   9 since when the caller has had none, or 0; 1 if it has never had
+--            one and is not the only caller
 --         10 start of the epoch the caller was promised meanwhile, or 0   11 microseconds to a new epoch
 --         12 microseconds for which granted tokens may be spent   13 generation in which `back` was taken
 --         14 tokens that requests are waiting for now; the rest of `want` is held for later
@@ -57,12 +59,13 @@ end
 
 -- A new epoch begins when this is another process than the one the epoch began on, or when its state is older than
 -- that. It also begins when the caller has served without the counters, unless it was promised this epoch and has
--- waited for it, or other callers were being answered meanwhile.
+-- waited for it, or other callers were being answered meanwhile. A caller that is new among others cannot know
+-- whether they have served without the counters: they have if nobody was answered for a while.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
 local told = promised > 0 and start == promised
-local answered = ok > away and ok <= now and now - ok < 1000000
+local answered = (ok > away and ok <= now and now - ok < 1000000) or (away == 1 and ok == 0)
 if epoch[1] ~= run or not start or start > now + delay
   or (away > 0 and start <= now and not told and not answered) then
   start = now + delay
@@ -79,10 +82,10 @@ if heard > ok + 100000 and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
 
-local b = redis.call('HMGET', KEYS[1], 'at', 'debt', 'e', 't', 'v', 's', 'm', 'mt', 'n', 'nt', 'g', 'vt')
+local b = redis.call('HMGET', KEYS[1], 'at', 'debt', 'e', 't', 'v', 's', 'm', 'mt', 'n', 'nt', 'g', 'vt', 'x')
 local at, debt = tonumber(b[1]), tonumber(b[2])
 local m, mt, n, nt = tonumber(b[7]), tonumber(b[8]), tonumber(b[9]), tonumber(b[10])
-local g, vt = tonumber(b[11]), now
+local g, vt, beyond = tonumber(b[11]), now, tonumber(b[13]) or 0
 local changed, new_generation = false, not g
 if at then
   local e0, t0, v0 = tonumber(b[3]), tonumber(b[4]), tonumber(b[5])
@@ -93,7 +96,9 @@ if at then
     vt0 = math.min(vt0, now)
     changed, new_generation = true, true
   end
-  debt = math.max(0, debt - (now - at) * 1000)
+  local refill = (now - at) * 1000
+  beyond = math.max(0, beyond - math.max(0, refill - debt))
+  debt = math.max(0, debt - refill)
   if v < v0 and now - vt0 < OUTDATED then
     e, t, v, vt = e0, t0, v0, vt0
   else
@@ -101,9 +106,10 @@ if at then
       changed = true
     end
     if e0 ~= e or t0 ~= t then
-      -- As many tokens are missing as before: debt * e / e0, rounded up, in exact steps of 12 bits.
-      local whole_tokens = math.floor(debt / e0)
-      local rest = debt - whole_tokens * e0
+      -- As many tokens are missing as before: missing * e / e0, rounded up, in exact steps of 12 bits.
+      local missing = debt + beyond
+      local whole_tokens = math.floor(missing / e0)
+      local rest = missing - whole_tokens * e0
       local q, r = 0, 0
       for shift = 36, 0, -12 do
         local limb = math.floor(e / 2 ^ shift) % 4096
@@ -115,7 +121,9 @@ if at then
       if r > 0 then
         q = q + 1
       end
-      debt = math.min(t, whole_tokens * e + q)
+      missing = whole_tokens * e + q
+      debt = math.min(t, missing)
+      beyond = missing - debt
       changed, new_generation = true, true
     end
   end
@@ -124,11 +132,12 @@ else
 end
 if tonumber(b[6]) ~= start then
   -- First use in this epoch, in which every bucket started empty.
+  local missing = debt + beyond
   debt = math.max(debt, t - (now - start) * 1000)
+  beyond = math.max(0, missing - debt)
   new_generation = true
   changed = changed or at ~= nil
 end
-debt = math.min(debt, t)
 if new_generation then
   g = math.max(now, (g or 0) + 1)
   m, mt, n, nt = debt, now, debt, now
@@ -173,6 +182,9 @@ if changed then
   redis.call('HSET', KEYS[1], 'at', whole(now), 'debt', whole(debt), 'e', whole(e), 't', whole(t),
     'v', whole(v), 's', whole(start), 'm', whole(m), 'mt', whole(mt), 'n', whole(n), 'nt', whole(nt),
     'g', whole(g), 'vt', whole(vt))
-  redis.call('PEXPIRE', KEYS[1], whole(math.ceil(2 * t / 1000000) + 60000))
+  if beyond > 0 or b[13] then
+    redis.call('HSET', KEYS[1], 'x', whole(beyond))
+  end
+  redis.call('PEXPIRE', KEYS[1], whole(math.ceil(2 * (t + beyond) / 1000000) + 60000))
 end
 return {0, now, granted, debt, g}

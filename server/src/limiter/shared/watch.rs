@@ -11,7 +11,6 @@ use tokio::time;
 use super::{
     Inner,
     counters::{BucketName, BucketState, CounterMicros, TakeCall},
-    health::Partition,
     nanos,
 };
 
@@ -28,7 +27,8 @@ const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 const IN_USE: u64 = 10_000_000_000;
 
 /// A call that takes nothing and concerns nobody.
-fn beat_call(partition: u16, of: &Partition) -> TakeCall {
+fn beat_call(partition: u16, inner: &Inner) -> TakeCall {
+    let of = &inner.partitions[usize::from(partition)];
     TakeCall {
         partition,
         bucket: BucketName::Beat,
@@ -43,7 +43,7 @@ fn beat_call(partition: u16, of: &Partition) -> TakeCall {
         back_generation: 0,
         lease: 0,
         last_heard: of.last_heard(),
-        away_since: of.away_since(),
+        away_since: of.away_since(inner.is_alone()),
         promised: 0,
     }
 }
@@ -65,7 +65,7 @@ pub(super) async fn beat(inner: Weak<Inner>) {
                 || now.saturating_sub(partition.beaten_at()) >= nanos(BEAT_EVERY);
             if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
                 partition.beaten(now);
-                let (inner, call) = (Arc::clone(&inner), beat_call(number, partition));
+                let (inner, call) = (Arc::clone(&inner), beat_call(number, &inner));
                 tokio::spawn(async move {
                     let used_at = inner.partitions[usize::from(number)].used_at();
                     inner.ask(call).await;
@@ -94,7 +94,7 @@ pub(super) async fn see_to_return(
         inner.metrics.counter_calls.inc();
         let call = TakeCall {
             promised,
-            ..beat_call(number, partition)
+            ..beat_call(number, &inner)
         };
         let asked_at = inner.clock.monotonic();
         let patience = PROBE_DEADLINE.max(inner.settings.deadline);

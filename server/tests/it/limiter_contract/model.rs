@@ -41,6 +41,16 @@ struct Bucket {
     burst: i128,
     /// Below zero: the bucket is full, and has been for so long.
     missing: i128,
+    /// Missing beyond an empty bucket, since the burst was larger. The time in which the bucket is full reduces it.
+    beyond: i128,
+}
+
+impl Bucket {
+    /// The bucket stops being full, or is full no longer than from now on.
+    fn use_time_when_full(&mut self) {
+        self.beyond = (self.beyond + self.missing.min(0)).max(0);
+        self.missing = self.missing.max(0);
+    }
 }
 
 #[derive(Default)]
@@ -65,13 +75,17 @@ impl Model {
                     bucket.clock = now;
                 }
                 Event::Grant(cost) => {
-                    bucket.missing = bucket.missing.max(0) + i128::from(cost) * bucket.interval;
+                    bucket.use_time_when_full();
+                    bucket.missing += i128::from(cost) * bucket.interval;
                 }
                 Event::Plan(interval, burst) => {
-                    // As many tokens are missing as before, at most all.
+                    // As many tokens are missing as before, though a smaller bucket cannot show them all.
                     if bucket.interval > 0 {
-                        let missing = bucket.missing.max(0) * interval;
-                        bucket.missing = (missing + bucket.interval - 1) / bucket.interval;
+                        bucket.use_time_when_full();
+                        let missing = (bucket.missing + bucket.beyond) * interval;
+                        let missing = (missing + bucket.interval - 1) / bucket.interval;
+                        bucket.missing = missing.min(interval * burst);
+                        bucket.beyond = missing - bucket.missing;
                     }
                     bucket.missing = bucket.missing.min(interval * burst);
                     bucket.interval = interval;
@@ -80,7 +94,7 @@ impl Model {
                 Event::Full(since) => bucket.missing = -since,
             }
         }
-        if bucket.missing <= 0 {
+        if bucket.missing <= 0 && bucket.beyond == 0 {
             self.events = vec![
                 Event::Plan(bucket.interval, bucket.burst),
                 Event::Seen(bucket.clock),

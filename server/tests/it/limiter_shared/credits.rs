@@ -76,6 +76,8 @@ enum Event {
 /// Nanoseconds until the bucket is full, had the returned tokens never been taken.
 fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
     let (mut debt, mut last, mut epoch) = (0_u128, 0, 0);
+    // Missing beyond an empty bucket since the burst was made smaller; the time in which the bucket is full reduces it.
+    let mut beyond = 0_u128;
     let mut plan = None::<Plan>;
     for event in history {
         match *event {
@@ -85,21 +87,25 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                 epoch: start,
                 remembered,
             } => {
-                debt = debt.saturating_sub(u128::from(at.saturating_sub(last)) * 1000);
+                let passed = u128::from(at.saturating_sub(last)) * 1000;
+                beyond = beyond.saturating_sub(passed.saturating_sub(debt));
+                debt = debt.saturating_sub(passed);
                 last = at;
                 if let Some(old) = plan
                     && (old.emission, old.tau) != (new.emission, new.tau)
                 {
-                    // As many tokens are missing as before.
-                    debt = (debt * u128::from(new.emission))
-                        .div_ceil(u128::from(old.emission))
-                        .min(u128::from(new.tau));
+                    // As many tokens are missing as before, though a smaller bucket does not show all of it.
+                    let missing = (debt + beyond) * u128::from(new.emission);
+                    let missing = missing.div_ceil(u128::from(old.emission));
+                    debt = missing.min(u128::from(new.tau));
+                    beyond = missing - debt;
                 }
                 plan = Some(new);
                 if start != epoch || !remembered {
                     // It was empty when the epoch began.
                     let since = u128::from(at.saturating_sub(start)) * 1000;
                     debt = u128::from(new.tau).saturating_sub(since);
+                    beyond = 0;
                     epoch = start;
                 }
             }

@@ -12,6 +12,8 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 struct Bucket {
     at: u64,
     debt: u128,
+    /// Missing beyond an empty bucket.
+    beyond: u128,
     emission: u128,
     tau: u128,
     version: u64,
@@ -58,7 +60,9 @@ impl State {
     pub(super) fn take(&mut self, run: u64, now: u64, call: TakeCall) -> TakeReply {
         let epoch = self.epochs.entry(call.partition).or_default();
         let told = call.promised > 0 && epoch.start == Some(call.promised);
-        let answered = epoch.ok > call.away_since && epoch.ok <= now && now - epoch.ok < 1_000_000;
+        let answered =
+            (epoch.ok > call.away_since && epoch.ok <= now && now - epoch.ok < 1_000_000)
+                || (call.away_since == 1 && epoch.ok == 0);
         let lost = epoch.run != run
             || epoch.start.is_none_or(|start| start > now + EPOCH_DELAY)
             || (call.away_since > 0
@@ -91,12 +95,15 @@ impl State {
         let (mut changed, mut new_generation) = (false, !was_there);
         let (mut least, mut generation) = ([(0, 0); 2], 0);
         let mut in_epoch = None;
-        let mut debt = 0;
+        let (mut debt, mut beyond) = (0, 0);
         if let Some(bucket) = known {
             let since = bucket.at.min(now);
             changed |= now < bucket.at;
             new_generation |= now < bucket.at;
-            debt = bucket.debt.saturating_sub(u128::from(now - since) * 1000);
+            let missing = bucket.debt + bucket.beyond;
+            let refill = u128::from(now - since) * 1000;
+            debt = bucket.debt.saturating_sub(refill);
+            beyond = bucket.beyond.min(missing.saturating_sub(refill));
             (least, generation) = (bucket.least, bucket.generation);
             in_epoch = Some(bucket.epoch);
             let unused = now.saturating_sub(bucket.version_at);
@@ -106,17 +113,20 @@ impl State {
             } else {
                 changed |= unused >= OUTDATED / 2;
                 if bucket.emission != emission || bucket.tau != tau {
-                    debt = (debt * emission).div_ceil(bucket.emission).min(tau);
+                    let missing = ((debt + beyond) * emission).div_ceil(bucket.emission);
+                    debt = missing.min(tau);
+                    beyond = missing - debt;
                     (changed, new_generation) = (true, true);
                 }
             }
         }
         if in_epoch != Some(start) {
-            debt = debt.max(tau.saturating_sub(u128::from(now - start) * 1000));
             new_generation = true;
             changed |= was_there;
+            let missing = debt + beyond;
+            debt = debt.max(tau.saturating_sub(u128::from(now - start) * 1000));
+            beyond = missing.saturating_sub(debt);
         }
-        debt = debt.min(tau);
         if new_generation {
             generation = now.max(generation + 1);
             least = [(debt, now); 2];
@@ -161,6 +171,7 @@ impl State {
             let bucket = Bucket {
                 at: now,
                 debt,
+                beyond,
                 emission,
                 tau,
                 version,

@@ -129,10 +129,10 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
         back_generation: if rng.u8(..4) == 0 { 0 } else { generation },
         lease: [0, 100_000, 1_000_000][rng.usize(..3)],
         last_heard: now - rng.u64(..3_000_000),
-        away_since: if rng.u8(..10) == 0 {
-            now - rng.u64(..5_000_000)
-        } else {
-            0
+        away_since: match rng.u8(..20) {
+            0..=1 => now - rng.u64(..5_000_000),
+            2 => 1,
+            _ => 0,
         },
         promised: if rng.bool() { told } else { 0 },
     }

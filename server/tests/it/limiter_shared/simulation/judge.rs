@@ -7,8 +7,7 @@
 //! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, and `burst + rate·T` for a strict
 //! plan, over all replicas and whatever happens. In the second after an edit replicas may follow either plan, so a
 //! window that touches it has the larger burst and at each moment the larger rate of the plans that may be in force.
-//! A plan that is edited to a smaller burst and later to a larger one again has forgotten by how much more than the
-//! smaller burst the bucket was empty. `share` has one exception, and `closed` none: while some replicas lose Redis
+//! `share` has one exception, and `closed` none: while some replicas lose Redis
 //! (or have all their answers late) and others do not, the former sell their share `p` of the bucket beside the
 //! latter, together at most `(1 + p)` times as much. `open` promises nothing for what is admitted without Redis.
 //! What is admitted by Redis keeps the plain bound in every mode.
@@ -17,7 +16,10 @@
 //! an exact bucket would serve of the same requests, to a token or two. The bucket starts as full as the admissions
 //! before leave it. Of a leased key two kinds of tokens are not counted as there: those that another replica may hold
 //! (at most a tenth of the burst and twice what was asked for there just before, for no longer than [`HELD`]), and,
-//! once the bucket has run dry, those of the last [`GATHER`], which are taken together and not one by one.
+//! once the bucket has run dry, those of the last [`GATHER`], which are taken together and not one by one. Requests that
+//! come while Redis is being asked are decided together by the next call, so at the end of a window what refilled in
+//! the last round trip may be there unused, of every plan. And Redis hears of an edit with the first request after it:
+//! the tokens that refill before count at the lower of the two rates.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -237,14 +239,9 @@ fn worst(key: &Key, admitted: &[&Entry], beside: f64) -> Option<String> {
             } else {
                 0.0
             };
-            let forgotten: f64 = these
-                .windows(2)
-                .take(these.len().saturating_sub(2))
-                .map(|it| f64::from(it[0].plan.burst.saturating_sub(it[1].plan.burst)))
-                .sum();
             // Redis tells microseconds.
             let grain = 0.002 + rate * 2000.0;
-            let allowed = (burst + forgotten + slack) * (1.0 + beside) + grain;
+            let allowed = (burst + slack) * (1.0 + beside) + grain;
             let clock = |at: u64| (refilled(&plans, at) * (1.0 + beside) * TOKEN) as u64;
             let inside = admitted
                 .iter()
@@ -287,8 +284,10 @@ struct Least {
     from: u64,
     rate: f64,
     burst: f64,
-    /// The largest burst of them: more than that cannot be missing.
+    /// The largest burst of them: more than that need not refill before the bucket is full.
     most: f64,
+    /// The largest burst so far: more than that cannot be missing.
+    ever: f64,
     leased: bool,
     /// Tokens that may be lost then: leases of a plan that was edited.
     lost: f64,
@@ -300,6 +299,7 @@ fn least(key: &Key, replicas: usize) -> Vec<Least> {
     let mut edges: Vec<u64> = plans.iter().flat_map(|it| [it.from, it.until]).collect();
     edges.sort_unstable();
     for edge in edges.into_iter().filter(|edge| *edge < FOREVER) {
+        let so_far = plans.iter().filter(|it| it.from <= edge);
         let now = || {
             plans
                 .iter()
@@ -314,6 +314,9 @@ fn least(key: &Key, replicas: usize) -> Vec<Least> {
                 .map(|it| f64::from(it.plan.burst))
                 .fold(f64::MAX, f64::min),
             most: now().map(|it| f64::from(it.plan.burst)).fold(0.0, f64::max),
+            ever: so_far
+                .map(|it| f64::from(it.plan.burst))
+                .fold(0.0, f64::max),
             leased: now().any(|it| !it.plan.strict),
             lost: match before {
                 Some(before) if edited && !before.plan.strict => {
@@ -333,6 +336,9 @@ struct Bucket<'a> {
     piece: usize,
     at: u64,
     missing: f64,
+    /// Missing beyond an empty bucket, since the burst was larger. It is still missing when the burst is larger again,
+    /// less what would have refilled while the bucket was full.
+    beyond: f64,
     /// Tokens that refilled since it was emptied. A larger burst that comes later is not there before.
     refilled: f64,
 }
@@ -343,29 +349,39 @@ impl Bucket<'_> {
     }
 
     fn advance(&mut self, to: u64) {
-        while let Some(next) = self.pieces.get(self.piece + 1).filter(|it| it.from <= to) {
-            let until = next.from;
-            self.refill(until);
+        let last = self.piece
+            + self.pieces[self.piece + 1..]
+                .iter()
+                .take_while(|it| it.from <= to)
+                .count();
+        let crossed = &self.pieces[self.piece..=last];
+        let rate = crossed.iter().map(|it| it.rate).fold(f64::MAX, f64::min);
+        while self.piece < last {
+            self.refill(self.pieces[self.piece + 1].from, rate);
             self.piece += 1;
-            self.missing = (self.missing + self.now().lost).min(self.now().most);
+            self.take(self.now().lost);
         }
-        self.refill(to);
+        self.refill(to, rate);
     }
 
-    fn refill(&mut self, to: u64) {
+    fn refill(&mut self, to: u64, rate: f64) {
         let time = to.saturating_sub(self.at) as f64;
-        let tokens = time * self.now().rate;
+        let tokens = time * rate;
+        self.beyond = (self.beyond - (tokens - self.missing).max(0.0)).max(0.0);
         self.missing = (self.missing - tokens).max(0.0);
         self.refilled += tokens;
         self.at = self.at.max(to);
     }
 
     fn take(&mut self, cost: f64) {
-        self.missing = (self.missing + cost).min(self.now().most);
+        let missing = (self.missing + self.beyond + cost).min(self.now().ever);
+        self.missing = missing.min(self.now().most);
+        self.beyond = missing - self.missing;
     }
 
     fn empty(&mut self) {
         self.missing = self.now().most;
+        self.beyond = self.now().ever - self.missing;
         self.refilled = 0.0;
     }
 
@@ -413,12 +429,14 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     emptied.sort_unstable();
 
     let dearest = entries.iter().map(|it| it.cost).max()?;
-    let grain = f64::from(dearest) + 1.0;
+    let fastest = key.plans.iter().map(Plan::rate).fold(0.0, f64::max);
+    let grain = f64::from(dearest) + 1.0 + fastest * (scene.round_trip * MS) as f64;
     let mut bucket = Bucket {
         pieces: &pieces,
         piece: 0,
         at: 0,
         missing: 0.0,
+        beyond: 0.0,
         refilled: f64::INFINITY,
     };
     let mut next = 0;
@@ -442,14 +460,19 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
             bucket.advance(at);
             bucket.empty();
         }
-        bucket.advance(start);
         let end = start + WINDOW;
         if !faults
             .iter()
             .any(|(from, until)| *from < end && start < *until)
         {
             let (mut exact, mut due, mut served) = (bucket.clone(), 0.0, 0.0);
-            let mut dry = false;
+            // It had run dry just before.
+            let gather = GATHER + scene.round_trip * MS;
+            let mut dry = entries[..next]
+                .iter()
+                .rev()
+                .take_while(|it| it.asked + gather >= start)
+                .any(|it| it.answer == Answer::Denied);
             let mut empties = empties.clone();
             for (place, it) in entries.iter().enumerate().skip(next) {
                 if it.asked >= end {
@@ -469,8 +492,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
                 let least = exact.now();
                 let mut level = exact.level() - held(entries, place, least);
                 if dry && least.leased {
-                    let time = (GATHER + scene.round_trip * MS) as f64;
-                    level -= (least.rate * time).min(least.burst / 10.0);
+                    level -= (least.rate * gather as f64).min(least.burst / 10.0);
                 }
                 if cost > level {
                     dry |= cost <= least.burst;
