@@ -125,6 +125,7 @@ diesel::table! {
         id -> Bool,
         secret -> Bytea,
         created_at -> Timestamptz,
+        first_session_secret_id -> Nullable<Bytea>,
     }
 }
 
@@ -151,6 +152,7 @@ diesel::table! {
         last_used_at -> Timestamptz,
         expires_at -> Timestamptz,
         revoked_at -> Nullable<Timestamptz>,
+        secret_id -> Nullable<Bytea>,
     }
 }
 

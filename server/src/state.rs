@@ -100,6 +100,7 @@ impl AppState {
         let previous = config.secret_previous.as_ref().map(Config::secret_bytes);
         let secrets = Arc::new(SecretPair::new(&current, previous));
         let signer = Arc::new(Signer::new(&secrets)?);
+        let accepts_unmarked = accepts_unmarked_sessions(&db, &secrets).await?;
         let Seals {
             records,
             invalidations,
@@ -160,7 +161,7 @@ impl AppState {
         let sessions = Sessions::new(
             db.clone(),
             clock.clone(),
-            (secrets.clone(), signer),
+            (secrets.clone(), signer, accepts_unmarked),
             (config.session_days, config.stale_grace),
             announcer.clone(),
             &freshness,
@@ -256,6 +257,15 @@ async fn begin_counters(db: &Db, redis: &Redis, counters: &RedisCounters) -> Res
             Ok(())
         }
     }
+}
+
+/// Sessions of earlier versions do not state which secret they belong to. It is the one that was in use when the first
+/// replica of this version started.
+async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
+    let mut tx = db.system().await?;
+    let first = repo::secret::first_of_sessions(&mut tx, &secrets.current.id).await?;
+    tx.commit().await?;
+    Ok(secrets.accepted().any(|it| it.id[..] == first[..]))
 }
 
 async fn stored_secret(db: &Db) -> Result<Vec<u8>, AuthError> {

@@ -12,8 +12,8 @@ use uuid::Uuid;
 
 use super::{
     AuthError,
-    attempts::{Attempt, Attempts, Wait, network_number},
-    device::Devices,
+    attempts::{Attempt, Attempts, Wait, account_number, network_number},
+    device::{Device, Devices},
     password::{Lane, Password, PasswordPool, Place, Turn},
     session::{Origin, Sessions, Tokens},
 };
@@ -64,10 +64,10 @@ fn refused(Wait(wait): Wait) -> AuthError {
     AuthError::TooManyTries(wait)
 }
 
-fn signed_in_turn(origin: &Origin) -> Turn {
+fn known_turn(email: &str) -> Turn {
     Turn {
         lane: Lane::Known,
-        network: network_number(origin.ip),
+        party: account_number(email),
     }
 }
 
@@ -102,13 +102,13 @@ impl Accounts {
     ) -> Result<SignedIn, AuthError> {
         let email = email.trim().to_lowercase();
         let password = Password::new(password);
-        password.judge(&email)?;
+        password.check_length()?;
         let turn = Turn {
-            lane: Lane::Ordinary,
-            network: network_number(origin.ip),
+            lane: Lane::Suspect,
+            party: network_number(origin.ip),
         };
         let place = self.passwords.enter(turn).await?;
-        let hash = self.passwords.hash(password, &place).await?;
+        let hash = self.passwords.hash(password, &email, &place).await?;
         drop(place);
         let tenant_name =
             tenant_name.map_or_else(|| email.split('@').next().unwrap_or(&email), str::trim);
@@ -143,7 +143,9 @@ impl Accounts {
         tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "registered");
         Ok(SignedIn {
             tokens,
-            device: self.devices.remember(&email, device, self.clock.now())?,
+            device: self
+                .devices
+                .remember((&email, &hash), device, self.clock.now())?,
             user,
             tenant,
             role: "owner".into(),
@@ -178,9 +180,10 @@ impl Accounts {
             return Err(AuthError::WrongCredentials);
         };
         let password = Password::new(password);
-        password.judge(&email)?;
-        let place = self.passwords.enter(signed_in_turn(&Origin::default()));
-        let hash = self.passwords.hash(password, &place.await?).await?;
+        password.check_length()?;
+        let place = self.passwords.enter(known_turn(&email)).await?;
+        let hash = self.passwords.hash(password, &email, &place).await?;
+        drop(place);
         let mut tx = self.db.system().await?;
         // First: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
         account::set_password(&mut tx, user.id, &hash).await?;
@@ -230,18 +233,17 @@ impl Accounts {
         } = credentials;
         let email = email.trim().to_lowercase();
         let known = device.and_then(|value| self.devices.find(&email, value, self.clock.now()));
-        let attempt = match &known {
-            Some(device) => self.attempts.of_device(&email, device).await,
-            None => self.attempts.of_network(&email, origin.ip).await,
-        };
-        let attempt = attempt.map_err(refused)?;
-        let turn = Turn {
-            lane: match known {
-                Some(_) => Lane::Known,
-                None if attempt.is_suspect => Lane::Suspect,
-                None => Lane::Ordinary,
+        let (mut attempt, known) = self.attempt(&email, known, origin).await?;
+        let turn = match known {
+            Some(_) => known_turn(&email),
+            None => Turn {
+                lane: if attempt.is_suspect {
+                    Lane::Suspect
+                } else {
+                    Lane::Ordinary
+                },
+                party: network_number(origin.ip),
             },
-            network: network_number(origin.ip),
         };
         let place = self.enter(&attempt, turn).await?;
         let mut tx = self.db.system().await?;
@@ -251,6 +253,15 @@ impl Accounts {
             Some(found) => (Some(found.user), Some(found.password_hash), found.tenant_id),
             None => (None, None, Uuid::nil()),
         };
+        let is_current = |device| {
+            let hash = hash.as_deref();
+            hash.is_some_and(|hash| self.devices.is_of_password(device, hash))
+        };
+        if known.as_ref().is_some_and(|device| !is_current(device)) {
+            // The password has changed since: it is a try like any other, and what it took as a device stays counted.
+            let network = self.attempts.of_network(&email, origin.ip).await;
+            attempt = network.map_err(refused)?;
+        }
         let verified = self
             .passwords
             .verify(Password::new(password), hash.clone(), &place)
@@ -288,11 +299,30 @@ impl Accounts {
         self.attempts.succeeded(&attempt).await;
         Ok(SignedIn {
             tokens,
-            device: self.devices.remember(&email, device, self.clock.now())?,
+            device: self
+                .devices
+                .remember((&email, &hash), device, self.clock.now())?,
             user,
             tenant,
             role,
         })
+    }
+
+    /// Counts an attempt to sign in. A known device whose attempts are used up is like any other: someone who has
+    /// collected devices of an account cannot lock its owner out.
+    async fn attempt(
+        &self,
+        email: &str,
+        known: Option<Device>,
+        origin: &Origin,
+    ) -> Result<(Attempt, Option<Device>), AuthError> {
+        if let Some(device) = known
+            && let Ok(attempt) = self.attempts.of_device(email, &device.id).await
+        {
+            return Ok((attempt, Some(device)));
+        }
+        let attempt = self.attempts.of_network(email, origin.ip).await;
+        Ok((attempt.map_err(refused)?, None))
     }
 
     /// Waits for a password thread. Takes the attempt back if none becomes available.
@@ -311,9 +341,12 @@ impl Accounts {
         (current, new): (&str, &str),
         origin: &Origin,
     ) -> Result<(), AuthError> {
+        let new = Password::new(new);
+        new.check_length()?;
         let attempt = self.attempts.of_user(user.0.as_bytes()).await;
         let attempt = attempt.map_err(refused)?;
-        let place = self.enter(&attempt, signed_in_turn(origin)).await?;
+        let turn = known_turn(&user.to_string());
+        let place = self.enter(&attempt, turn).await?;
         let mut tx = self.db.system().await?;
         let old = account::password_hash(&mut tx, user.0).await?;
         let member = account::member(&mut tx, user.0, tenant.0).await?;
@@ -329,9 +362,7 @@ impl Accounts {
             return Err(AuthError::WrongCredentials);
         }
         self.attempts.succeeded(&attempt).await;
-        let new = Password::new(new);
-        new.judge(&row.email)?;
-        let hash = self.passwords.hash(new, &place).await?;
+        let hash = self.passwords.hash(new, &row.email, &place).await?;
         drop(place);
 
         let mut tx = self.db.system().await?;

@@ -6,19 +6,26 @@
 -- returns  {milliseconds to wait, attempts of the last counter before this one}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local longest = tonumber(ARGV[#ARGV])
 local counts, wait = {}, 0
 for i, key in ipairs(KEYS) do
   local state = redis.call('HMGET', key, 'n', 'at', 'until')
   local at = tonumber(state[2]) or now
   local forgiven = math.max(0, now - at) / tonumber(ARGV[3 * i - 1])
-  counts[i] = math.max(0, (tonumber(state[1]) or 0) - forgiven)
-  wait = math.max(wait, (tonumber(state[3]) or 0) - now)
+  -- More attempts than that change nothing any more. Neither bound is reached but by somebody else's writes.
+  local n = math.min(tonumber(state[1]) or 0, tonumber(ARGV[3 * i - 2]) + 32)
+  counts[i] = math.max(0, n - forgiven)
+  local left = (tonumber(state[3]) or 0) - now
+  if left > longest then
+    left = longest
+    redis.call('HSET', key, 'until', string.format('%.0f', now + longest))
+  end
+  wait = math.max(wait, left)
 end
 local crowd = math.floor(counts[#KEYS])
 if wait > 0 then
-  return {wait, crowd}
+  return {math.ceil(wait), crowd}
 end
-local longest = tonumber(ARGV[#ARGV])
 for i, key in ipairs(KEYS) do
   local free, forgive, first = tonumber(ARGV[3 * i - 2]), tonumber(ARGV[3 * i - 1]), tonumber(ARGV[3 * i])
   local n = counts[i] + 1

@@ -3,7 +3,9 @@
 //! Attempts are counted per account *and* network, never per account only: guessing from one network slows down that
 //! network. IPv4 counts by address and /24, IPv6 by /64, /56 and /48, the wider ones with more room. Each network
 //! is also counted over all accounts, against lists of leaked passwords. A known device ([`super::device`]) has a
-//! counter of its own and none of these.
+//! counter of its own and none of these; the devices of one account are counted together as well, with more room, so
+//! that collecting them is no way to more guesses. So are its sign-ins from known devices that succeed, with much more
+//! room: right passwords take time to verify too.
 //!
 //! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_RPM`, or a multiple). After those, each
 //! attempt has to wait twice as long as the previous one, and one attempt is forgiven every few minutes. So a lockout
@@ -35,6 +37,12 @@ const FORGIVE: Duration = Duration::from_mins(5);
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
 /// How many times as many attempts a network has over all accounts as on one.
 const ACCOUNTS: u32 = 5;
+/// How many times as many attempts the known devices of an account have together as one of them.
+const DEVICES: u32 = 5;
+/// How many times as many attempts a known account has, successful ones included.
+const USES: u32 = 20;
+/// How long it takes until one of these is forgiven: ten a minute.
+const FORGIVE_USE: Duration = Duration::from_secs(6);
 /// A widest network with this many unforgiven attempts is no longer [ordinary](super::password::Lane::Ordinary).
 const CROWD: u64 = 3;
 /// How many counters one replica remembers. One takes about 60 bytes.
@@ -61,8 +69,18 @@ struct Counter {
     /// Attempts without a wait.
     free: u32,
     forgive: Duration,
-    /// Whether a correct password clears it. True for counters of one account.
-    is_cleared: bool,
+    on_success: OnSuccess,
+}
+
+/// What a correct password does to a counter. Counters of one attempt are in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum OnSuccess {
+    /// Forgets everything that was counted.
+    Clear,
+    /// Forgets this attempt.
+    TakeBack,
+    /// Forgets nothing.
+    Keep,
 }
 
 impl Counter {
@@ -142,36 +160,56 @@ impl Attempts {
                 name: self.name(&[b"account", network.as_bytes(), email.as_bytes()]),
                 free: self.free.saturating_mul(*room),
                 forgive: FORGIVE,
-                is_cleared: true,
+                on_success: OnSuccess::Clear,
             })
             .chain(networks.iter().map(|(network, room)| Counter {
                 name: self.name(&[b"network", network.as_bytes()]),
                 free: self.free.saturating_mul(ACCOUNTS).saturating_mul(*room),
                 forgive: FORGIVE_NETWORK,
-                is_cleared: false,
+                on_success: OnSuccess::TakeBack,
             }));
         self.take(counters.collect()).await
     }
 
     /// Counts a sign-in from a known device.
     pub async fn of_device(&self, email: &str, device: &DeviceId) -> Result<Attempt, Wait> {
-        self.single(&[b"device", device, email.as_bytes()]).await
+        let email = email.as_bytes();
+        let device = self.of_one(&[b"device", device, email], OnSuccess::Clear);
+        let devices = Counter {
+            free: self.free.saturating_mul(DEVICES),
+            ..self.of_one(&[b"devices", email], OnSuccess::TakeBack)
+        };
+        self.take_known(vec![device, devices, self.uses(&[b"uses", email])])
+            .await
     }
 
     /// Counts an attempt of a signed-in user, such as to change the password, which a stolen session must not be able to
     /// guess.
     pub async fn of_user(&self, user: &[u8]) -> Result<Attempt, Wait> {
-        self.single(&[b"user", user]).await
+        let own = self.of_one(&[b"user", user], OnSuccess::Clear);
+        self.take_known(vec![own, self.uses(&[b"user uses", user])])
+            .await
     }
 
-    async fn single(&self, name: &[&[u8]]) -> Result<Attempt, Wait> {
-        let counter = Counter {
+    fn of_one(&self, name: &[&[u8]], on_success: OnSuccess) -> Counter {
+        Counter {
             name: self.name(name),
             free: self.free,
             forgive: FORGIVE,
-            is_cleared: true,
-        };
-        let mut attempt = self.take(vec![counter]).await?;
+            on_success,
+        }
+    }
+
+    fn uses(&self, name: &[&[u8]]) -> Counter {
+        Counter {
+            free: self.free.saturating_mul(USES),
+            forgive: FORGIVE_USE,
+            ..self.of_one(name, OnSuccess::Keep)
+        }
+    }
+
+    async fn take_known(&self, counters: Vec<Counter>) -> Result<Attempt, Wait> {
+        let mut attempt = self.take(counters).await?;
         attempt.is_suspect = false;
         Ok(attempt)
     }
@@ -234,7 +272,7 @@ impl Attempts {
         match redis.eval(&self.take, &keys, &args, None).await {
             Ok(Value::Array(answer)) => match &*answer {
                 [Value::Int(wait), Value::Int(crowd)] => Some((
-                    Duration::from_millis(u64::try_from(*wait).ok()?),
+                    Duration::from_millis(u64::try_from(*wait).ok()?).min(LONGEST),
                     u64::try_from(*crowd).ok()?,
                 )),
                 _ => None,
@@ -314,26 +352,26 @@ impl Attempts {
 
     /// The password was right: what was counted for this account is forgotten.
     pub async fn succeeded(&self, attempt: &Attempt) {
-        let cleared = attempt
-            .counters
-            .iter()
-            .filter(|counter| counter.is_cleared)
-            .count();
-        self.take_back(attempt, cleared).await;
+        let of = |what| move |counter: &&Counter| counter.on_success == what;
+        let cleared = attempt.counters.iter().filter(of(OnSuccess::Clear)).count();
+        let kept = attempt.counters.iter().filter(of(OnSuccess::Keep)).count();
+        self.take_back(attempt, cleared, kept).await;
     }
 
     /// The password was not looked at.
     pub async fn not_made(&self, attempt: &Attempt) {
-        self.take_back(attempt, 0).await;
+        self.take_back(attempt, 0, 0).await;
     }
 
-    async fn take_back(&self, attempt: &Attempt, cleared: usize) {
-        if attempt.counters.is_empty() {
+    /// Clears the first counters, keeps the last ones, and takes one try back from those between.
+    async fn take_back(&self, attempt: &Attempt, cleared: usize, kept: usize) {
+        let changed = attempt.counters.len() - kept;
+        if changed == 0 {
             return;
         }
         {
             let mut local = self.local.lock();
-            for (n, counter) in attempt.counters.iter().enumerate() {
+            for (n, counter) in attempt.counters[..changed].iter().enumerate() {
                 if n < cleared {
                     local.remove(&counter.name);
                 } else if let Some(count) = local.get_mut(&counter.name) {
@@ -343,7 +381,8 @@ impl Attempts {
         }
         if let Some(redis) = &self.redis {
             let keys = Self::keys(redis, &attempt.counters);
-            let keys = keys.iter().map(String::as_str).collect::<Vec<_>>();
+            let keys = keys[..changed].iter().map(String::as_str);
+            let keys = keys.collect::<Vec<_>>();
             // What is not taken back is forgiven in a while.
             let _ = redis.eval(&self.forget, &keys, &[cleared], None).await;
         }
@@ -385,11 +424,21 @@ fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
 
 /// A number for the widest network of an address.
 pub fn network_number(ip: Option<IpAddr>) -> u64 {
-    use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+    number(&networks(ip).last())
+}
 
-    let mut hasher = DefaultHasher::new();
-    networks(ip).last().hash(&mut hasher);
-    hasher.finish()
+/// A number for an account.
+pub fn account_number(email: &str) -> u64 {
+    number(&email)
+}
+
+fn number(of: &impl std::hash::Hash) -> u64 {
+    use std::hash::BuildHasher as _;
+
+    // The keys are this process's own: nobody can choose an email with the number of another's.
+    static KEYS: std::sync::LazyLock<std::hash::RandomState> =
+        std::sync::LazyLock::new(std::hash::RandomState::new);
+    KEYS.hash_one(of)
 }
 
 #[cfg(test)]
@@ -503,6 +552,47 @@ mod tests {
         }
         assert!(attempts.of_device("a@example.com", &[7; 16]).await.is_err());
         assert!(attempts.of_device("a@example.com", &[8; 16]).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_devices_of_an_account_have_a_limit_together() {
+        let (attempts, _) = attempts(10);
+        let mut tried = 0;
+        for device in 0..100 {
+            for _ in 0..10 {
+                let attempt = attempts.of_device("a@example.com", &[device; 16]).await;
+                tried += u32::from(attempt.is_ok());
+            }
+        }
+        assert_eq!(tried, 10 * DEVICES);
+        assert!(attempts.of_device("b@example.com", &[1; 16]).await.is_ok());
+        fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn right_passwords_of_known_devices_have_a_generous_limit() {
+        let (attempts, clock) = attempts(10);
+        let sign_in = async |device: u8| {
+            let attempt = attempts.of_device("a@example.com", &[device; 16]).await;
+            if let Ok(attempt) = &attempt {
+                attempts.succeeded(attempt).await;
+            }
+            attempt.is_ok()
+        };
+        let mut made = 0;
+        for n in 0..250 {
+            made += u32::from(sign_in(n).await);
+        }
+        assert_eq!(made, 200);
+        // Then about ten a minute.
+        let mut later = 0;
+        for n in 0..600 {
+            clock.advance(Duration::from_secs(1));
+            later += u32::from(sign_in(u8::try_from(n % 200).unwrap()).await);
+        }
+        assert!((60..=130).contains(&later), "{later} in ten minutes");
+        let other = attempts.of_device("b@example.com", &[1; 16]).await;
+        assert!(other.is_ok());
     }
 
     #[tokio::test]

@@ -4,14 +4,18 @@
 //! keychain. A later sign-in to the same account that sends it is not subject to the limits that other people can
 //! exhaust. It is not a credential: without the password, it only permits a few attempts of its own.
 //!
-//! A token holds a random id and the time it was issued, under a MAC that covers the account's email. Nothing is
-//! stored. A value may hold the tokens of several accounts, the newest first.
+//! A token holds a random id, the time it was issued and a mark of the account's password, under a MAC that covers the
+//! account's email. A changed password makes every device unknown. Nothing is stored. A value may hold the tokens of
+//! several accounts, the newest first.
 
 use std::{sync::Arc, time::Duration};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 
-use super::{AuthError, secret::SecretPair};
+use super::{
+    AuthError,
+    secret::{SecretPair, Secrets},
+};
 use crate::clock::UnixNanos;
 
 /// How long after its last sign-in a device is known.
@@ -19,15 +23,23 @@ pub const LIFETIME: Duration = Duration::from_hours(180 * 24);
 /// How many accounts one value holds.
 const ACCOUNTS: usize = 4;
 /// Characters of one token.
-const TOKEN: usize = 75;
+const TOKEN: usize = 86;
 /// The longest value that is read.
 pub const LENGTH_MAX: usize = ACCOUNTS * (TOKEN + 1) - 1;
 const ID: usize = 16;
-const CONTENT: usize = ID + 8;
+const MARK: usize = 8;
+const CONTENT: usize = ID + 8 + MARK;
 const SEPARATOR: char = '.';
 
 /// What is counted as one device.
 pub type DeviceId = [u8; ID];
+
+/// A device that an account was signed in on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Device {
+    pub id: DeviceId,
+    mark: [u8; MARK],
+}
 
 /// Issues and recognizes device tokens. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -38,17 +50,22 @@ impl Devices {
         Self(secrets)
     }
 
-    /// Returns the device that `value` names for this account, if it was issued here and not too long ago.
-    pub fn find(&self, email: &str, value: &str, now: UnixNanos) -> Option<DeviceId> {
-        self.parse(email, value, now).map(|(_, id)| id)
+    /// Returns the device that `value` names for this account, if it was issued here and not too long ago. It is known
+    /// only if it also [has signed in with](Self::is_of_password) the account's password.
+    pub fn find(&self, email: &str, value: &str, now: UnixNanos) -> Option<Device> {
+        self.parse(email, value, now).map(|(_, device)| device)
     }
 
-    fn parse<'a>(
-        &self,
-        email: &str,
-        value: &'a str,
-        now: UnixNanos,
-    ) -> Option<(&'a str, DeviceId)> {
+    /// Whether the account still has the password that it had when the device last signed in.
+    pub fn is_of_password(&self, device: &Device, hash: &str) -> bool {
+        let is_same = |secrets: &Secrets| {
+            let mark = secrets.password_mark(hash);
+            aws_lc_rs::constant_time::verify_slices_are_equal(&mark, &device.mark).is_ok()
+        };
+        self.0.accepted().any(is_same)
+    }
+
+    fn parse<'a>(&self, email: &str, value: &'a str, now: UnixNanos) -> Option<(&'a str, Device)> {
         if value.len() > LENGTH_MAX {
             return None;
         }
@@ -56,35 +73,38 @@ impl Devices {
             let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
             let (content, tag) = bytes.split_at_checked(CONTENT)?;
             let (id, at) = content.split_first_chunk::<ID>()?;
-            let at = u64::from_be_bytes(at.try_into().ok()?);
+            let (at, mark) = at.split_first_chunk()?;
+            let at = u64::from_be_bytes(*at);
+            let mark = mark.try_into().ok()?;
             let expired = now.secs().saturating_sub(at) > LIFETIME.as_secs();
             let message = message(content, email);
             let genuine = self
                 .0
                 .accepted()
                 .any(|secrets| secrets.is_device(&message, tag));
-            (genuine && !expired).then_some((token, *id))
+            (genuine && !expired).then_some((token, Device { id: *id, mark }))
         })
     }
 
-    /// Returns the value to keep after a sign-in: `value` with a fresh token for this account in front. A known
-    /// device stays the same one.
+    /// Returns the value to keep after a sign-in with the password that has this hash: `value` with a fresh token for
+    /// this account in front. A known device stays the same one.
     pub fn remember(
         &self,
-        email: &str,
+        (email, hash): (&str, &str),
         value: Option<&str>,
         now: UnixNanos,
     ) -> Result<String, AuthError> {
         let known = value.and_then(|value| self.parse(email, value, now));
         let id = match known {
-            Some((_, id)) => id,
+            Some((_, device)) => device.id,
             None => {
                 let mut id = [0; ID];
                 getrandom::fill(&mut id)?;
                 id
             }
         };
-        let content = [&id[..], &now.secs().to_be_bytes()].concat();
+        let mark = self.0.current.password_mark(hash);
+        let content = [&id[..], &now.secs().to_be_bytes(), &mark].concat();
         let tag = self.0.current.device(&message(&content, email));
         let mut value_now = URL_SAFE_NO_PAD.encode([&content[..], &tag].concat());
         let others = value
@@ -113,6 +133,7 @@ fn message(content: &[u8], email: &str) -> Vec<u8> {
 mod tests {
     use super::*;
 
+    const HASH: &str = "$argon2id$v=19$m=64,t=1,p=1$c2FsdA$aGFzaA";
     const NOW: UnixNanos = UnixNanos::from_secs(1_785_738_360);
 
     fn devices(current: u8, previous: Option<u8>) -> Devices {
@@ -124,19 +145,21 @@ mod tests {
     #[test]
     fn a_device_is_known_to_its_own_account_only() {
         let devices = devices(1, None);
-        let value = devices.remember("ada@example.com", None, NOW).unwrap();
+        let value = devices
+            .remember(("ada@example.com", HASH), None, NOW)
+            .unwrap();
         let id = devices.find("ada@example.com", &value, NOW);
         assert!(id.is_some());
         assert_eq!(devices.find("eve@example.com", &value, NOW), None);
         assert_eq!(devices.find("ada@example.co", &value, NOW), None);
         // Another account signs in on the same device, and then the first one again.
         let both = devices
-            .remember("eve@example.com", Some(&value), NOW)
+            .remember(("eve@example.com", HASH), Some(&value), NOW)
             .unwrap();
         assert_eq!(devices.find("ada@example.com", &both, NOW), id);
         assert!(devices.find("eve@example.com", &both, NOW).is_some());
         let again = devices
-            .remember("ada@example.com", Some(&both), NOW)
+            .remember(("ada@example.com", HASH), Some(&both), NOW)
             .unwrap();
         assert_eq!(again.split('.').count(), 2);
         assert_eq!(devices.find("ada@example.com", &again, NOW), id);
@@ -145,7 +168,9 @@ mod tests {
     #[test]
     fn a_device_is_forgotten_when_it_was_not_used_for_long() {
         let devices = devices(1, None);
-        let value = devices.remember("a@example.com", None, NOW).unwrap();
+        let value = devices
+            .remember(("a@example.com", HASH), None, NOW)
+            .unwrap();
         let known = |secs| {
             let at = UnixNanos::from_secs(NOW.secs() + secs);
             devices.find("a@example.com", &value, at).is_some()
@@ -154,9 +179,26 @@ mod tests {
     }
 
     #[test]
+    fn a_device_is_known_with_the_password_that_it_signed_in_with() {
+        let old = devices(1, None);
+        let value = old.remember(("a@example.com", HASH), None, NOW).unwrap();
+        for devices in [&old, &devices(2, Some(1))] {
+            let device = devices.find("a@example.com", &value, NOW).unwrap();
+            assert!(devices.is_of_password(&device, HASH));
+            let changed = HASH.replace("aGFzaA", "bmV3");
+            assert!(!devices.is_of_password(&device, &changed));
+        }
+        // The mark is covered by the MAC.
+        let mut bytes = URL_SAFE_NO_PAD.decode(&value).unwrap();
+        bytes[CONTENT - 1] ^= 1;
+        let forged = URL_SAFE_NO_PAD.encode(bytes);
+        assert!(old.find("a@example.com", &forged, NOW).is_none());
+    }
+
+    #[test]
     fn a_forged_or_damaged_token_names_no_device() {
         let one = devices(1, None);
-        let value = one.remember("a@example.com", None, NOW).unwrap();
+        let value = one.remember(("a@example.com", HASH), None, NOW).unwrap();
         assert!(
             devices(2, Some(1))
                 .find("a@example.com", &value, NOW)
@@ -170,9 +212,19 @@ mod tests {
         for at in 0..value.len() {
             assert!(one.find("a@example.com", &value[..at], NOW).is_none());
         }
-        for nonsense in ["", ".", "....", "ä", &"A".repeat(75), &"A".repeat(10_000)] {
+        for nonsense in [
+            "",
+            ".",
+            "....",
+            "ä",
+            &"A".repeat(75),
+            &"A".repeat(TOKEN),
+            &"A".repeat(10_000),
+        ] {
             assert!(one.find("a@example.com", nonsense, NOW).is_none());
-            let kept = one.remember("a@example.com", Some(nonsense), NOW).unwrap();
+            let kept = one
+                .remember(("a@example.com", HASH), Some(nonsense), NOW)
+                .unwrap();
             assert!(kept.len() <= LENGTH_MAX && kept.is_ascii());
             assert!(one.find("a@example.com", &kept, NOW).is_some());
         }
@@ -184,7 +236,11 @@ mod tests {
         let mut value = None;
         for n in 0..6 {
             let email = format!("{n}@example.com");
-            value = Some(devices.remember(&email, value.as_deref(), NOW).unwrap());
+            value = Some(
+                devices
+                    .remember((&email, HASH), value.as_deref(), NOW)
+                    .unwrap(),
+            );
         }
         let value = value.unwrap();
         assert!(value.len() <= LENGTH_MAX);

@@ -2,11 +2,15 @@
 //!
 //! Hashing takes two threads and 92 MiB at most, however many ask. Who waits for a thread waits in one of three
 //! lanes, so that a flood of sign-ins does not keep others out: known devices and people who are signed in; networks
-//! that have not failed lately; and the rest. Each lane is bounded, gets its share of the threads, and when it is full,
-//! the network that takes most of it gives way first.
+//! that have not failed lately; and the rest, which includes registrations. Each lane is bounded and gets its share of
+//! the threads. Within a lane, callers take turns by account or network, and when it is full, the one that takes most
+//! of it gives way first.
+//!
+//! New passwords are judged on the same threads, since that takes time as well.
 
 use std::{
     collections::{HashMap, VecDeque},
+    panic::catch_unwind,
     sync::{
         Arc,
         mpsc::{SyncSender, TrySendError, sync_channel},
@@ -45,6 +49,21 @@ const TURNS: [Lane; 8] = [
     Lane::Suspect,
 ];
 
+/// How many characters of a password are judged, without those that repeat others.
+const JUDGED: usize = 64;
+/// How many ways of reading symbols as letters are tried.
+const READINGS: usize = 32;
+/// The bound of what a judgement takes: characters squared, times readings. As many take about 4 ms.
+const EFFORT: usize = 16 * 1024;
+/// A text of this length that has occurred before makes a password no harder to guess.
+const REPEATED: usize = 4;
+/// The symbols that zxcvbn reads as a letter, for each letter.
+const SYMBOLS: [&str; 12] = [
+    "4@", "8", "({[<", "3", "69", "1!|", "1|7", "0", "$5", "+7", "%", "2",
+];
+/// How many parts of an email are looked for in its account's password.
+const EMAIL_PARTS: usize = 16;
+
 /// Where a password waits to be hashed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
@@ -52,7 +71,7 @@ pub enum Lane {
     Known,
     /// A network without failures lately.
     Ordinary,
-    /// A network with failures lately.
+    /// A network with failures lately, or a registration.
     Suspect,
 }
 
@@ -60,8 +79,9 @@ pub enum Lane {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub lane: Lane,
-    /// The network of the caller, as any number that is the same for the same network.
-    pub network: u64,
+    /// Who takes turns with others: in the known lane an account, elsewhere a network. Any number that is the same for
+    /// the same one.
+    pub party: u64,
 }
 
 /// A password in its normal form (NFC): the same characters typed on another keyboard are the same bytes.
@@ -79,41 +99,109 @@ impl Password {
         Self(text.nfc().collect())
     }
 
-    /// Whether it may be a new password of the account with this email.
-    pub fn judge(&self, email: &str) -> Result<(), AuthError> {
-        if !PASSWORD_BYTES.contains(&self.0.len()) {
-            let (min, max) = (PASSWORD_BYTES.start(), PASSWORD_BYTES.end());
-            return Err(AuthError::WeakPassword(format!(
-                "must be {min}–{max} bytes"
-            )));
-        }
-        let mut known = vec![email, "quota"];
-        known.extend(
-            email
-                .split(['@', '.', '+', '-', '_'])
-                .filter(|part| part.len() > 2),
-        );
-        // It looks at the first hundred characters; longer ones are not easier to guess.
-        let estimate = zxcvbn::zxcvbn(&self.0, &known);
-        if estimate.score() >= Score::Three {
+    /// Whether its length is one that a password may have.
+    pub fn check_length(&self) -> Result<(), AuthError> {
+        if PASSWORD_BYTES.contains(&self.0.len()) {
             return Ok(());
         }
-        let mut message = "is too easy to guess".to_owned();
-        if let Some(warning) = estimate
-            .feedback()
-            .and_then(zxcvbn::feedback::Feedback::warning)
-        {
-            message = format!("{message}: {warning}");
+        let (min, max) = (PASSWORD_BYTES.start(), PASSWORD_BYTES.end());
+        Err(AuthError::WeakPassword(format!(
+            "must be {min}–{max} bytes"
+        )))
+    }
+
+    /// Whether it may be a new password of the account with this email. Takes some milliseconds, whatever it holds: see
+    /// [`windows`]. One part that is hard to guess makes the whole hard to guess.
+    fn judge(&self, email: &str) -> Result<(), AuthError> {
+        self.check_length()?;
+        let mut known = vec![email, "quota"];
+        let parts = email.split(['@', '.', '+', '-', '_']);
+        known.extend(parts.filter(|part| part.len() > 2).take(EMAIL_PARTS));
+        let mut warning = None;
+        for part in windows(&self.0) {
+            // What it cannot judge counts as easy.
+            let judged = catch_unwind(|| {
+                let estimate = zxcvbn::zxcvbn(&part, &known);
+                let warning = estimate
+                    .feedback()
+                    .and_then(zxcvbn::feedback::Feedback::warning);
+                (estimate.score(), warning)
+            });
+            match judged {
+                Ok((score, _)) if score >= Score::Three => return Ok(()),
+                Ok((_, this)) => warning = warning.or(this),
+                Err(_) => {}
+            }
         }
+        let message = match warning {
+            Some(warning) => format!("is too easy to guess: {warning}"),
+            None => "is too easy to guess".to_owned(),
+        };
         Err(AuthError::WeakPassword(message))
     }
 }
 
+/// Leaves out what has occurred before.
+fn without_repeats(text: &str) -> String {
+    let all = text.chars().collect::<Vec<_>>();
+    let mut kept = String::new();
+    let mut at = 0;
+    while at < all.len() {
+        let length = |from: usize| {
+            let same = all[from..].iter().zip(&all[at..]);
+            same.take_while(|(one, other)| one == other).count()
+        };
+        let longest = (0..at).map(length).max().unwrap_or(0);
+        if longest >= REPEATED {
+            at += longest;
+        } else {
+            kept.push(all[at]);
+            at += 1;
+        }
+    }
+    kept
+}
+
+/// Cuts a text into parts that can be judged in a bounded time, up to a length. zxcvbn tries every way of reading the
+/// symbols of a text as letters, and their number is the product of those of each letter.
+fn windows(text: &str) -> Vec<String> {
+    let mut windows = Vec::new();
+    let mut window = Vec::new();
+    for c in without_repeats(text).chars().take(JUDGED) {
+        window.push(c);
+        let readings = readings(&window);
+        if readings > READINGS || window.len().pow(2) * readings > EFFORT {
+            window.pop();
+            windows.push(window.iter().collect());
+            window = vec![c];
+        }
+    }
+    windows.push(window.iter().collect());
+    windows
+}
+
+/// The most ways in which zxcvbn reads the symbols in this text as letters.
+fn readings(text: &[char]) -> usize {
+    let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
+    let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();
+    // The symbols of `l` are those of `i` and `t` as well: each is read both ways.
+    let is_shared = text.iter().any(|c| "1|7".contains(*c));
+    if is_shared { 2 * product } else { product }
+}
+
 type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
 
-/// Those who wait, by lane and in the order of their coming.
+struct Waiter<T> {
+    party: u64,
+    /// How many of its party had to be served first when it came.
+    round: u64,
+    waiter: T,
+}
+
+/// Those who wait, by lane. In a lane, the first of every party comes before the second of any, and those of one round
+/// are in the order of their coming.
 struct Queue<T> {
-    lanes: [VecDeque<(u64, T)>; LANES],
+    lanes: [VecDeque<Waiter<T>>; LANES],
     turn: usize,
 }
 
@@ -127,27 +215,36 @@ impl<T> Default for Queue<T> {
 }
 
 impl<T> Queue<T> {
-    /// Adds a waiter to its lane. If the lane is full, the network with the most waiters loses its newest; `false` if
+    /// Adds a waiter to its lane. If the lane is full, the party with the most waiters loses its newest; `false` if
     /// that would be the caller's own.
     fn push(&mut self, turn: Turn, waiter: T) -> bool {
         let lane = &mut self.lanes[turn.lane as usize];
         if lane.len() >= WAITING[turn.lane as usize] {
             let mut counts = HashMap::<u64, usize>::new();
-            for (network, _) in &*lane {
-                *counts.entry(*network).or_default() += 1;
+            for it in &*lane {
+                *counts.entry(it.party).or_default() += 1;
             }
-            let own = counts.get(&turn.network).copied().unwrap_or(0);
-            let Some((network, most)) = counts.into_iter().max_by_key(|(_, count)| *count) else {
+            let own = counts.get(&turn.party).copied().unwrap_or(0);
+            let Some((party, most)) = counts.into_iter().max_by_key(|(_, count)| *count) else {
                 return false;
             };
             if most <= own + 1 {
                 return false;
             }
-            let newest = lane.iter().rposition(|(it, _)| *it == network);
+            let newest = lane.iter().rposition(|it| it.party == party);
             // Dropped, which its caller notices.
             newest.and_then(|at| lane.remove(at));
         }
-        lane.push_back((turn.network, waiter));
+        let last = lane.iter().rfind(|it| it.party == turn.party);
+        let round = last.map_or(0, |it| it.round + 1);
+        // Rounds never fall along a lane.
+        let at = lane.partition_point(|it| it.round <= round);
+        let waiter = Waiter {
+            party: turn.party,
+            round,
+            waiter,
+        };
+        lane.insert(at, waiter);
         true
     }
 
@@ -157,7 +254,7 @@ impl<T> Queue<T> {
             .chain(0..LANES)
             .find(|lane| !self.lanes[*lane].is_empty())?;
         self.turn = self.turn.wrapping_add(1);
-        self.lanes[lane].pop_front().map(|(_, waiter)| waiter)
+        self.lanes[lane].pop_front().map(|it| it.waiter)
     }
 }
 
@@ -255,7 +352,7 @@ impl PasswordPool {
             }
             granted
         };
-        // A waiter that gave way to another network is dropped without a place.
+        // A waiter that gave way to another party is dropped without a place.
         match tokio::time::timeout(WAIT, granted).await {
             Ok(Ok(place)) => Ok(place),
             Ok(Err(_)) | Err(_) => Err(AuthError::Busy),
@@ -287,15 +384,23 @@ impl PasswordPool {
         }
     }
 
-    /// The hash to store, as a PHC string with a salt of its own.
-    pub async fn hash(&self, password: Password, _place: &Place) -> Result<String, AuthError> {
+    /// Judges a new password of the account with this email. Returns the hash to store, as a PHC string with a salt of
+    /// its own.
+    pub async fn hash(
+        &self,
+        password: Password,
+        email: &str,
+        _place: &Place,
+    ) -> Result<String, AuthError> {
+        let email = email.to_owned();
         let hash = self.run(move |argon| {
+            password.judge(&email)?;
             argon
                 .hash_password(password.0.as_bytes())
                 .map(|hash| hash.to_string())
+                .map_err(|error| AuthError::Internal(error.to_string()))
         });
         hash.await?
-            .map_err(|error| AuthError::Internal(error.to_string()))
     }
 
     /// Whether the password is the one with this hash. Without one it takes as long, and is not.
@@ -342,8 +447,57 @@ mod tests {
         assert!(!refused("correct horse battery staple"));
     }
 
-    fn turn(lane: Lane, network: u64) -> Turn {
-        Turn { lane, network }
+    /// zxcvbn's time grows with the readings of symbols as letters, and it overflows on long keyboard patterns.
+    #[test]
+    fn what_is_costly_to_judge_is_judged_in_parts() {
+        let costly = "4@8({[<369&#!1|0$5+7%2".repeat(5);
+        let overflowing = "o0O0o0".repeat(17);
+        let digits = "0123456789".repeat(8);
+        for text in [&costly[..100], &overflowing[..100], &digits[..]] {
+            for part in windows(text) {
+                let part = part.chars().collect::<Vec<_>>();
+                assert!(readings(&part) <= READINGS && part.len() <= JUDGED);
+                assert!(part.len().pow(2) * readings(&part) <= EFFORT);
+            }
+        }
+        assert_eq!(windows(&costly).concat(), &costly[..22]);
+        assert_eq!(windows(&overflowing), ["o0O0o0"]);
+        let ordinary = "correct horse battery staple 1!";
+        assert_eq!(windows(ordinary), [ordinary]);
+        let password = Password::new(&costly[..100]);
+        let began = std::time::Instant::now();
+        let _ = password.judge("ada@example.com");
+        // Alone it took most of a second, and takes some milliseconds.
+        assert!(began.elapsed() < Duration::from_millis(500));
+    }
+
+    #[test]
+    fn weak_passwords_are_refused_whatever_symbols_they_hold() {
+        for password in [
+            "1234567890!@#$%^&*()",
+            "qwertyuiop[]1234567890-=",
+            "4@4@4@4@4@4@4@4@8(8(8(8(",
+            "pa55w0rd!pa55w0rd!pa55w0rd!pa55w0rd!",
+            "p@$$w0rd1!p@$$w0rd1!p@$$w0rd1!p@$$w",
+            &"o0O0o0".repeat(17)[..100],
+            &"12345678".repeat(12),
+            &"pa55w0rd!".repeat(11)[..97],
+        ] {
+            assert!(refused(password), "{password}");
+        }
+        for password in [
+            // Random, from all printable characters, and from digits and symbols alone.
+            "k7(Q|2z$X9@v%e!R",
+            "4[7!9$%0<2@8{5+|6",
+            "83920174650938271640",
+            "violet-harbour-quilt-93-{[<(!)>]}",
+        ] {
+            assert!(!refused(password), "{password}");
+        }
+    }
+
+    fn turn(lane: Lane, party: u64) -> Turn {
+        Turn { lane, party }
     }
 
     #[tokio::test]
@@ -351,7 +505,11 @@ mod tests {
         let pool = PasswordPool::start(CHEAP).unwrap();
         let place = &pool.enter(turn(Lane::Known, 0)).await.unwrap();
         let hash = pool
-            .hash(Password::new("caf\u{e9} und Tee"), place)
+            .hash(
+                Password::new("caf\u{e9} und Tee, violet harbour"),
+                "ada@example.com",
+                place,
+            )
             .await
             .unwrap();
         assert!(hash.starts_with("$argon2id$v=19$m=64,t=1,p=1$"), "{hash}");
@@ -359,8 +517,8 @@ mod tests {
             let verified = pool.verify(Password::new(password), hash.cloned(), place);
             verified.await.unwrap()
         };
-        assert!(verify("cafe\u{301} und Tee", Some(&hash)).await);
-        assert!(!verify("cafe und Tee", Some(&hash)).await);
+        assert!(verify("cafe\u{301} und Tee, violet harbour", Some(&hash)).await);
+        assert!(!verify("cafe und Tee, violet harbour", Some(&hash)).await);
         assert!(!verify("anything", None).await);
     }
 
@@ -423,6 +581,25 @@ mod tests {
         assert_eq!(done.len(), room);
         assert!(done.contains(&(room + 1)) && !done.contains(&(room - 1)));
         assert!(done.contains(&0), "who waited longest is served");
+    }
+
+    #[test]
+    fn an_account_with_many_waiters_lets_every_other_one_go_first() {
+        let room = WAITING[Lane::Known as usize];
+        let mut turns = vec![turn(Lane::Known, 1); room - 2];
+        turns.extend([turn(Lane::Known, 2), turn(Lane::Known, 3)]);
+        // Full: the next ones take the room of the first account.
+        turns.extend([
+            turn(Lane::Known, 4),
+            turn(Lane::Known, 1),
+            turn(Lane::Known, 2),
+        ]);
+        let (taken, done) = order(&turns);
+        let of_others = room - 2..room + 1;
+        assert!(of_others.clone().all(|n| taken[n]) && !taken[room + 1] && taken[room + 2]);
+        assert_eq!(done.len(), room);
+        // One of each, and then the second ones.
+        assert_eq!(done[..6], [0, room - 2, room - 1, room, 1, room + 2]);
     }
 
     #[test]

@@ -33,10 +33,16 @@ fn hmac_key(master: &[u8], purpose: &str) -> hmac::Key {
 pub struct Secrets {
     /// The seed of the Ed25519 key that signs access tokens.
     pub signing_seed: [u8; 32],
+    /// Tells this secret from others, and nothing about it.
+    pub id: SecretId,
     refresh: hmac::Key,
     csrf: hmac::Key,
     device: hmac::Key,
+    password: hmac::Key,
 }
+
+/// What sessions state of the secret that they belong to.
+pub type SecretId = [u8; 16];
 
 impl std::fmt::Debug for Secrets {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -46,11 +52,15 @@ impl std::fmt::Debug for Secrets {
 
 impl Secrets {
     pub fn new(master: &[u8]) -> Self {
+        let mut id = SecretId::default();
+        id.copy_from_slice(&derive(master, &[b"session secret id"])[..16]);
         Self {
             signing_seed: derive(master, &[b"access token signature"]),
+            id,
             refresh: hmac_key(master, "refresh token successor"),
             csrf: hmac_key(master, "browser session csrf"),
             device: hmac_key(master, "known device"),
+            password: hmac_key(master, "password of a known device"),
         }
     }
 
@@ -75,6 +85,14 @@ impl Secrets {
 
     pub fn device(&self, content: &[u8]) -> Vec<u8> {
         hmac::sign(&self.device, content).as_ref().to_vec()
+    }
+
+    /// Returns a value that changes with an account's password.
+    pub fn password_mark(&self, hash: &str) -> [u8; 8] {
+        let tag = hmac::sign(&self.password, hash.as_bytes());
+        let mut mark = [0; 8];
+        mark.copy_from_slice(&tag.as_ref()[..8]);
+        mark
     }
 
     /// Compares in constant time.

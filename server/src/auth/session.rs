@@ -63,13 +63,15 @@ pub struct Sessions {
     live: Cached<SessionId, LiveSession>,
     announcer: Announcer,
     days: u32,
+    /// Whether sessions of earlier versions, which state no secret, are refreshed.
+    accepts_unmarked: bool,
 }
 
 impl Sessions {
     pub fn new(
         db: Db,
         clock: Arc<dyn Clock>,
-        (secrets, signer): (Arc<SecretPair>, Arc<Signer>),
+        (secrets, signer, accepts_unmarked): (Arc<SecretPair>, Arc<Signer>, bool),
         (days, grace): (u32, Duration),
         announcer: Announcer,
         freshness: &Arc<Freshness>,
@@ -85,6 +87,7 @@ impl Sessions {
             live,
             announcer,
             days,
+            accepts_unmarked,
         }
     }
 
@@ -109,6 +112,7 @@ impl Sessions {
             tenant_id: tenant.0,
             user_agent: origin.user_agent.as_deref(),
             ip: origin.network(),
+            secret_id: &self.secrets.current.id,
             expires_at: DateTime::from_timestamp(i64::try_from(end).unwrap_or(0), 0)
                 .unwrap_or_default(),
         };
@@ -121,7 +125,8 @@ impl Sessions {
         })
     }
 
-    /// Exchanges a refresh token for the next pair. One that was used before ends its session.
+    /// Exchanges a refresh token for the next pair. One that was used before ends its session, and so does one whose
+    /// session belongs to a secret that is not accepted any more: whoever knows that secret can compute the token.
     pub async fn refresh(&self, token: &str, origin: &Origin) -> Result<Tokens, AuthError> {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
@@ -135,8 +140,20 @@ impl Sessions {
         let successors = successors.collect::<Vec<_>>();
         let hashes = successors.iter().map(SecretText::hash).collect::<Vec<_>>();
         let mut tx = self.db.system().await?;
-        let rotation =
-            session::rotate(&mut tx, &hash, &hashes, self.idle_days(), origin.network()).await?;
+        let ids = self.secrets.accepted().map(|secrets| secrets.id);
+        let ids = ids.collect::<Vec<_>>();
+        let secrets = session::Accepted {
+            ids: &ids,
+            with_unmarked: self.accepts_unmarked,
+        };
+        let rotation = session::rotate(
+            &mut tx,
+            &hash,
+            (&hashes, secrets),
+            self.idle_days(),
+            origin.network(),
+        )
+        .await?;
         let (row, next) = match rotation {
             Rotation::Unknown => return Err(AuthError::Unauthorized),
             Rotation::Reused(row) => {
@@ -148,6 +165,11 @@ impl Sessions {
                 tx.commit().await?;
                 self.ended(&[ended]);
                 tracing::warn!(session = %row.id, tenant = %row.tenant_id, "a refresh token was used twice: its session ended");
+                return Err(AuthError::Unauthorized);
+            }
+            Rotation::Foreign(row) => {
+                self.end_in(tx, &row, origin).await?;
+                tracing::warn!(session = %row.id, tenant = %row.tenant_id, "a session belonged to another QUOTA_SECRET: it ended");
                 return Err(AuthError::Unauthorized);
             }
             Rotation::Rotated(row) => (row, 0),

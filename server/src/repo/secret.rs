@@ -21,3 +21,16 @@ pub async fn get_or_insert(tx: &mut SystemTx, candidate: &[u8]) -> Result<Vec<u8
         .first(&mut **tx)
         .await?)
 }
+
+/// The secret when sessions began to state theirs; `current` becomes it when there is none yet.
+pub async fn first_of_sessions(tx: &mut SystemTx, current: &[u8]) -> Result<Vec<u8>, DbError> {
+    let unset = server_secrets::table.filter(server_secrets::first_session_secret_id.is_null());
+    diesel::update(unset)
+        .set(server_secrets::first_session_secret_id.eq(current))
+        .execute(&mut **tx)
+        .await?;
+    Ok(server_secrets::table
+        .select(server_secrets::first_session_secret_id.assume_not_null())
+        .first(&mut **tx)
+        .await?)
+}

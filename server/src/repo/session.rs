@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use diesel::{
     dsl::{IntervalDsl, exists, now},
     prelude::*,
-    sql_types::Timestamptz,
+    sql_types::{Bool, Timestamptz},
 };
 use diesel_async::RunQueryDsl;
 use ipnet::IpNet;
@@ -41,7 +41,17 @@ pub struct NewSession<'a> {
     pub tenant_id: Uuid,
     pub user_agent: Option<&'a str>,
     pub ip: Option<IpNet>,
+    pub secret_id: &'a [u8],
     pub expires_at: DateTime<Utc>,
+}
+
+/// The secrets whose sessions may be refreshed.
+#[derive(Debug, Clone, Copy)]
+pub struct Accepted<'a> {
+    /// The current one first: a refreshed session belongs to it.
+    pub ids: &'a [[u8; 16]],
+    /// Whether sessions that state none are among them.
+    pub with_unmarked: bool,
 }
 
 /// The outcome of using a refresh token.
@@ -53,6 +63,8 @@ pub enum Rotation {
     Repeated(SessionRow, usize),
     /// It was used earlier, so it was copied. The session must be revoked.
     Reused(SessionRow),
+    /// Its session belongs to a secret that is not accepted. The session must be revoked.
+    Foreign(SessionRow),
     /// It does not exist, or its session has ended.
     Unknown,
 }
@@ -87,14 +99,22 @@ async fn add_token(tx: &mut SystemTx, session: Uuid, token_hash: &[u8]) -> Resul
 pub async fn rotate(
     tx: &mut SystemTx,
     token_hash: &[u8],
-    successors: &[[u8; 32]],
+    (successors, secrets): (&[[u8; 32]], Accepted<'_>),
     idle_days: i32,
     ip: Option<IpNet>,
 ) -> Result<Rotation, DbError> {
+    let is_accepted = || {
+        let is_unmarked = sessions::secret_id.is_null();
+        let ids = secrets.ids.iter().map(|id| id.as_slice());
+        sessions::secret_id
+            .eq_any(ids.collect::<Vec<_>>())
+            .or(is_unmarked.and(secrets.with_unmarked.into_sql::<Bool>()))
+    };
     let live = sessions::table
         .filter(sessions::id.eq(refresh_tokens::session_id))
         .filter(sessions::revoked_at.is_null())
-        .filter(sessions::expires_at.gt(now));
+        .filter(sessions::expires_at.gt(now))
+        .filter(is_accepted());
     let used = diesel::update(
         refresh_tokens::table
             .filter(refresh_tokens::token_hash.eq(token_hash))
@@ -117,6 +137,7 @@ pub async fn rotate(
                 sessions::last_used_at.eq(now),
                 sessions::expires_at.eq(now.into_sql::<Timestamptz>() + idle_days.days()),
                 sessions::ip.eq(ip),
+                sessions::secret_id.eq(secrets.ids.first().map(<[u8; 16]>::as_slice)),
             ))
             .returning(SessionRow::as_returning())
             .get_result(&mut **tx)
@@ -134,15 +155,21 @@ pub async fn rotate(
             SessionRow::as_select(),
             refresh_tokens::used_at
                 .assume_not_null()
-                .gt(now.into_sql::<Timestamptz>() - GRACE_SECS.seconds()),
+                .gt(now.into_sql::<Timestamptz>() - GRACE_SECS.seconds())
+                // It was not used, if its session is not accepted.
+                .nullable(),
+            is_accepted(),
         ))
-        .first::<(SessionRow, bool)>(&mut **tx)
+        .first::<(SessionRow, Option<bool>, Option<bool>)>(&mut **tx)
         .await
         .optional()?;
-    let Some((session, recent)) = found else {
+    let Some((session, recent, accepted)) = found else {
         return Ok(Rotation::Unknown);
     };
-    if recent {
+    if accepted != Some(true) {
+        return Ok(Rotation::Foreign(session));
+    }
+    if recent == Some(true) {
         let current = refresh_tokens::table
             .filter(refresh_tokens::token_hash.eq_any(successors.iter().map(<[u8; 32]>::as_slice)))
             .filter(refresh_tokens::used_at.is_null())

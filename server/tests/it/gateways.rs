@@ -49,13 +49,36 @@ impl Setting {
         }
     }
 
+    /// HAProxy with a mistake in its script, and a Quota that admits everything.
+    async fn with_script_fault(fault: Option<(&str, &str)>) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let authority = Authority::new(dir.path(), "authority");
+        let hop = TlsHop::start(&authority, Behind::Other(allowed_200)).await;
+        let setting = Self::filled(Program::HaProxy, "qs_gateway", hop, &authority, fault).await;
+        Self {
+            _dir: Some(dir),
+            ..setting
+        }
+    }
+
     async fn with(program: Program, token: &str, hop: TlsHop, trusted: &Authority) -> Self {
+        Self::filled(program, token, hop, trusted, None).await
+    }
+
+    async fn filled(
+        program: Program,
+        token: &str,
+        hop: TlsHop,
+        trusted: &Authority,
+        script_fault: Option<(&str, &str)>,
+    ) -> Self {
         let api = Api::start().await;
         let filled = Filled {
             quota_port: hop.port,
             root: &trusted.root,
             token,
             api: api.addr.to_string(),
+            script_fault,
         };
         Self {
             gateway: program.start(&filled).await,
@@ -379,6 +402,38 @@ async fn fails_closed_without_quota(program: Program) {
         setting.program
     );
     assert_eq!(setting.api.requests().len(), 0);
+}
+
+/// HAProxy goes on with its next rule after an error in a script.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_script_that_fails_or_says_nothing_admits_nothing() {
+    let ask = "local answer = core.httpclient()";
+    let admit = "if answer and answer.status == 200";
+    let faults = [
+        (
+            "an error before it asks",
+            ask,
+            "error('a mistake')\n  local answer = core.httpclient()",
+        ),
+        (
+            "an error after it has asked",
+            admit,
+            "error('a mistake')\n  if answer and answer.status == 200",
+        ),
+        (
+            "no decision",
+            ask,
+            "do return end\n  local answer = core.httpclient()",
+        ),
+    ];
+    for (name, from, to) in faults {
+        let setting = Setting::with_script_fault(Some((from, to))).await;
+        let response = setting.forged("qk_any").await;
+        assert_eq!(response.status(), 503, "{name}: {response:?}");
+        assert_eq!(setting.api.requests().len(), 0, "{name} was admitted");
+    }
+    let setting = Setting::with_script_fault(None).await;
+    assert_eq!(setting.forged("qk_any").await.status(), 200);
 }
 
 macro_rules! for_each_gateway {

@@ -28,6 +28,8 @@ pub(super) struct Filled<'a> {
     pub(super) root: &'a Path,
     pub(super) token: &'a str,
     pub(super) api: String,
+    /// A part of HAProxy's script, and the mistake that takes its place.
+    pub(super) script_fault: Option<(&'a str, &'a str)>,
 }
 
 /// A running gateway.
@@ -157,7 +159,11 @@ impl Program {
                 let inner = format!("127.0.0.1:{}", free_port());
                 let script = fs::read_to_string(folder().join("quota.lua")).expect("it is there");
                 let lua = dir.join("quota.lua");
-                fs::write(&lua, put(&script, "127.0.0.1:8404", &inner)).expect("it is written");
+                let mut script = put(&script, "127.0.0.1:8404", &inner);
+                if let Some((from, to)) = filled.script_fault {
+                    script = put(&script, from, to);
+                }
+                fs::write(&lua, script).expect("it is written");
                 let text = filled.read("haproxy.cfg");
                 let text = put(&text, "127.0.0.1:8404", &inner);
                 let text = put(&text, "/etc/haproxy/quota.lua", &lua.display().to_string());

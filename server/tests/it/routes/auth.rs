@@ -1328,3 +1328,277 @@ async fn a_tenant_creates_as_much_as_the_operator_allows_and_no_more() {
         assert_eq!(create(10, &owner).await.status, 403, "{path}");
     }
 }
+
+/// What a judgement of a password costs does not depend on who writes it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_that_is_costly_to_judge_holds_nobody_up() {
+    let app = TestApp::start().await;
+    let register = async |n: usize, password: &str| {
+        let email = format!("ada{n}@example.com");
+        let body = json!({"email": email, "password": password});
+        app.post("/auth/register", body).send().await
+    };
+    let costly = "4@8({[<369&#!1|0$5+7%2".repeat(5)[..100].to_owned();
+    let overflowing = "o0O0o0".repeat(17)[..100].to_owned();
+    let eight = async |from: usize, password: &str| {
+        let began = std::time::Instant::now();
+        let answers = (from..from + 8).map(|n| register(n, password));
+        let answers = futures_util::future::join_all(answers).await;
+        let statuses = answers.iter().map(|it| it.status).collect::<Vec<_>>();
+        assert_eq!(statuses, [201; 8]);
+        began.elapsed()
+    };
+    let ordinary = eight(10, PASSWORD).await;
+    let took = eight(20, &costly).await;
+    let bound = 5 * ordinary + std::time::Duration::from_secs(1);
+    assert!(took < bound, "{took:?} instead of {ordinary:?}");
+    let refused = register(8, &overflowing).await;
+    assert_eq!(
+        (refused.status, &refused.body["errors"][0]["field"]),
+        (422, &json!("password")),
+        "{}",
+        refused.body
+    );
+}
+
+/// Registrations wait like sign-ins, and are turned away like them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_registrations_is_turned_away_and_known_devices_are_served() {
+    let app = TestApp::start().await;
+    let owner = app.register().await;
+    let device = login(&app, &owner.email, PASSWORD)
+        .await
+        .text("device_token");
+    let busy = occupy_password_threads(&app).await;
+    let flood = (0..60).map(|n| {
+        let (http, url) = (app.http.clone(), app.url("/auth/register"));
+        let body = json!({"email": format!("flood{n}@example.com"), "password": PASSWORD});
+        tokio::spawn(async move {
+            let answer = http
+                .post(&url)
+                .json(&body)
+                .send()
+                .await
+                .expect("it answers");
+            let waits = answer.headers().contains_key("retry-after");
+            (answer.status().as_u16(), waits)
+        })
+    });
+    let flood = flood.collect::<Vec<_>>();
+    let body = json!({"email": owner.email, "password": PASSWORD, "device_token": device});
+    let known = app.post("/auth/login", body).send().await;
+    assert_eq!(known.status, 200, "{}", known.body);
+    let mut statuses = Vec::new();
+    for it in flood {
+        let (status, waits) = it.await.expect("it ends");
+        assert_eq!(status == 503, waits, "{status}");
+        statuses.push(status);
+    }
+    for it in busy {
+        assert!(matches!(it.await.expect("it ends"), 401 | 503));
+    }
+    let of = |status: u16| statuses.iter().filter(|it| **it == status).count();
+    assert_eq!(of(201) + of(503), statuses.len(), "{statuses:?}");
+    assert!(of(201) > 0 && of(503) >= 20, "{statuses:?}");
+}
+
+/// Who knows the old secret and a used refresh token can compute all that follow from it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_secret_alone_ends_every_session_and_a_rotation_ends_none() {
+    let (old, new) = ("old-".repeat(8), "new-".repeat(8));
+    let with = |database: &Arc<_>, current: &str, previous: Option<&str>| {
+        let setup = TestApp::setup()
+            .database(Arc::clone(database))
+            .flag(format!("--secret={current}"));
+        match previous {
+            Some(previous) => setup.flag(format!("--secret-previous={previous}")),
+            None => setup,
+        }
+    };
+    let first = TestApp::setup()
+        .flag(format!("--secret={old}"))
+        .start()
+        .await;
+    let database = first.database.clone();
+    let account = first.register().await;
+    let sessions =
+        futures_util::future::join_all((0..4).map(|_| login(&first, &account.email, PASSWORD)))
+            .await;
+    let token = |n: usize| sessions[n].text("refresh_token");
+    // As an earlier version has written it, which knew nothing of secrets.
+    let client = database.connect().await;
+    let unmarked = "UPDATE sessions SET secret_id = NULL WHERE id IN \
+                    (SELECT session_id FROM refresh_tokens WHERE token_hash = sha256($1))";
+    for n in [2, 3] {
+        let changed = client.execute(unmarked, &[&token(n).as_bytes()]).await;
+        assert_eq!(changed.expect("it is set"), 1);
+    }
+
+    // A rotation, step by step.
+    let (one, two) = (
+        with(&database, &old, Some(&new)).start().await,
+        with(&database, &new, Some(&old)).start().await,
+    );
+    let rotated = refresh(&one, &token(0)).await;
+    assert_eq!(rotated.status, 200, "{}", rotated.body);
+    let rotated = refresh(&two, &rotated.text("refresh_token")).await;
+    assert_eq!(rotated.status, 200, "{}", rotated.body);
+    let unmarked = refresh(&two, &token(2)).await;
+    assert_eq!(unmarked.status, 200, "{}", unmarked.body);
+
+    // The new one alone: what has moved to it stays, and what has not ends, whoever wrote it.
+    let alone = with(&database, &new, None).start().await;
+    for (name, token, status) in [
+        ("moved", rotated.text("refresh_token"), 200),
+        ("moved, once unmarked", unmarked.text("refresh_token"), 200),
+        ("left behind", token(1), 401),
+        ("unmarked and left behind", token(3), 401),
+        (
+            "the one of the registration",
+            account.refresh_token.clone(),
+            401,
+        ),
+    ] {
+        let answer = refresh(&alone, &token).await;
+        assert_eq!(answer.status, status, "{name}: {}", answer.body);
+    }
+    // They have ended for good: the old secret brings none of them back.
+    let back = with(&database, &old, Some(&new)).start().await;
+    for n in [1, 3] {
+        assert_eq!(refresh(&back, &token(n)).await.status, 401);
+    }
+    let leaked = with(&database, &"third-".repeat(6), None).start().await;
+    let fresh = login(&back, &account.email, PASSWORD).await;
+    assert_eq!(
+        refresh(&leaked, &fresh.text("refresh_token")).await.status,
+        401
+    );
+    let again = login(&leaked, &account.email, PASSWORD).await;
+    assert_eq!(
+        refresh(&leaked, &again.text("refresh_token")).await.status,
+        200
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_password_makes_known_devices_unknown() {
+    let clock = TestClock::at(SystemClock::new().now());
+    let app = TestApp::setup()
+        .clock(Arc::new(clock))
+        .flag("--login-rpm=2")
+        .start()
+        .await;
+    let owner = app.register().await;
+    let session = login(&app, &owner.email, PASSWORD).await;
+    let with_device = async |device: &str, password: &str| {
+        let body = json!({"email": owner.email, "password": password, "device_token": device});
+        app.post("/auth/login", body).send().await
+    };
+    let device = session.text("device_token");
+    let new = "seven orchards under frost";
+    let body = json!({"current_password": PASSWORD, "new_password": new});
+    let token = session.text("access_token");
+    let changed = send(&app, &token, "POST", "/auth/password", body).await;
+    assert_eq!(changed.status, 204);
+    // This network has used up its tries. The device does not get around that any more.
+    for _ in 0..2 {
+        assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
+    }
+    assert_eq!(login(&app, &owner.email, "wrong").await.status, 429);
+    let refused = with_device(&device, new).await;
+    assert_eq!(refused.status, 429, "{}", refused.body);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_devices_of_an_account_are_counted_together() {
+    let clock = TestClock::at(SystemClock::new().now());
+    let app = TestApp::setup()
+        .clock(Arc::new(clock))
+        .flag("--login-rpm=2")
+        .start()
+        .await;
+    let owner = app.register().await;
+    let mut devices = Vec::new();
+    for _ in 0..12 {
+        let answer = login(&app, &owner.email, PASSWORD).await;
+        devices.push(answer.text("device_token"));
+    }
+    for _ in 0..2 {
+        assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
+    }
+    let mut guesses = 0;
+    for device in &devices {
+        for _ in 0..3 {
+            let body = json!({"email": owner.email, "password": "wrong", "device_token": device});
+            let answer = app.post("/auth/login", body).send().await;
+            assert!(matches!(answer.status, 401 | 429), "{}", answer.body);
+            guesses += usize::from(answer.status == 401);
+        }
+    }
+    // Five times as many as one device, and no more.
+    assert_eq!(guesses, 10);
+}
+
+/// Somebody who writes to Redis can delay sign-ins, and not for longer than Quota itself would.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_redis_holds_delays_nobody_for_longer_than_the_longest_wait() {
+    let redis = quota_testkit::redis::RedisServer::start().await;
+    let app = TestApp::setup()
+        .flag(format!("--redis-url={}", redis.url()))
+        .flag("--redis-timeout=2s")
+        .flag("--login-rpm=2")
+        .start()
+        .await;
+    let connection = app.state.redis.as_ref().expect("it has Redis");
+    assert!(
+        connection
+            .connected(std::time::Duration::from_secs(10))
+            .await
+    );
+    let owner = app.register().await;
+    assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
+    let client = redis::Client::open(redis.url()).expect("it is an address");
+    let mut writer = client
+        .get_multiplexed_async_connection()
+        .await
+        .expect("it connects");
+    let keys: Vec<String> = redis::cmd("KEYS")
+        .arg("quota:login:*")
+        .query_async(&mut writer)
+        .await
+        .expect("it lists");
+    assert!(!keys.is_empty());
+    for (field, value) in [
+        ("until", "1e15"),
+        ("until", "inf"),
+        ("n", "1e300"),
+        ("at", "1e300"),
+    ] {
+        for key in &keys {
+            redis::cmd("HSET")
+                .arg(key)
+                .arg(field)
+                .arg(value)
+                .exec_async(&mut writer)
+                .await
+                .expect("it is set");
+        }
+        let refused = login(&app, &owner.email, PASSWORD).await;
+        if field == "until" {
+            assert_eq!(refused.status, 429, "{value}");
+            let wait = refused.number("retry-after");
+            assert!((1..=900).contains(&wait), "{field} {value}: {wait}");
+            let until: f64 = redis::cmd("HGET")
+                .arg(&keys[0])
+                .arg("until")
+                .query_async(&mut writer)
+                .await
+                .expect("it is there");
+            let now = std::time::SystemTime::UNIX_EPOCH.elapsed().expect("now");
+            assert!(
+                until <= now.as_secs_f64() * 1000.0 + 901_000.0,
+                "it ends by itself: {until}"
+            );
+        }
+    }
+}

@@ -1,0 +1,16 @@
+-- Nullable, and without a default: the previous version inserts sessions without it, and goes on refreshing those that
+-- have one.
+ALTER TABLE sessions ADD COLUMN secret_id bytea;
+-- NOT VALID: every existing row is NULL, and checking them would read the table under an exclusive lock.
+ALTER TABLE sessions
+    ADD CONSTRAINT sessions_secret_id_length CHECK (octet_length(secret_id) = 16) NOT VALID;
+COMMENT ON COLUMN sessions.secret_id IS
+    'Which QUOTA_SECRET the session was last used with, as a value derived from it. NULL in sessions of earlier versions: the one in server_secrets.first_session_secret_id';
+
+ALTER TABLE server_secrets ADD COLUMN first_session_secret_id bytea;
+ALTER TABLE server_secrets
+    ADD CONSTRAINT server_secrets_first_session_secret_id_length
+        CHECK (octet_length(first_session_secret_id) = 16) NOT VALID;
+COMMENT ON COLUMN server_secrets.first_session_secret_id IS
+    'The secret when sessions began to state theirs, in the form of sessions.secret_id. Sessions that state none are refreshed only while it is accepted';
+GRANT UPDATE (first_session_secret_id) ON server_secrets TO quota_system;
