@@ -23,7 +23,8 @@ use super::{
 };
 use crate::{
     clock::UnixNanos,
-    keys::KeyRecord,
+    keys::{KeyRecord, Source},
+    limiter::Caller,
     state::AppState,
     telemetry::{log::AccessLine, request_id::RequestIds},
 };
@@ -81,6 +82,14 @@ impl Visit {
 
     pub fn is_key(&self, key: Arc<KeyRecord>) {
         *self.caller.lock() = Some(Identity::Key(key));
+    }
+
+    /// On whose behalf a secret of this request is looked up. `tenant`: whose service token came with it.
+    pub fn source(&self, tenant: Option<TenantId>) -> Source {
+        Source {
+            tenant,
+            address: self.ip.map(Caller::address),
+        }
     }
 
     fn log(&self, method: &Method, uri: &Uri, status: u16, nanos: u64) {

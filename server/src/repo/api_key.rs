@@ -5,7 +5,7 @@ use diesel::{
     dsl::{now, sql},
     pg::Pg,
     prelude::*,
-    sql_types::{Array, BigInt, Timestamptz, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Bool, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
 use serde::{Deserialize, Serialize};
@@ -254,36 +254,49 @@ pub async fn rotate(
     Ok(row.optional()?)
 }
 
-/// The key that a text with this hash opens, active or not, over all tenants; with the number of the newest
-/// revocation that was there when it was read: what is answered is true but for those above it.
-pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(KeyFacts, i64)>, DbError> {
-    type Row = (
-        (
-            Uuid,
-            Uuid,
-            Uuid,
-            String,
-            bool,
-            Option<DateTime<Utc>>,
-            Option<i32>,
-        ),
-        (Vec<u8>, Option<DateTime<Utc>>),
-        (
-            String,
-            i32,
-            i32,
-            Option<i64>,
-            Option<i64>,
-            bool,
-            Option<String>,
-            String,
-        ),
+/// The facts of a key, by the hash of a secret that opens it.
+#[derive(Debug)]
+pub struct FoundKey {
+    pub hash: Vec<u8>,
+    pub facts: KeyFacts,
+    /// The number of the newest revocation that was there when it was read: the facts are true but for those above
+    /// it.
+    pub as_of: i64,
+}
+
+/// As [`facts`] selects it: the key, its secrets, its plan, the tenant's time zone, and the newest revocation.
+type FactsRow = (
+    (
+        Uuid,
+        Uuid,
+        Uuid,
         String,
-        i64,
-    );
+        bool,
+        Option<DateTime<Utc>>,
+        Option<i32>,
+    ),
+    (Vec<u8>, Option<Vec<u8>>, Option<DateTime<Utc>>, bool),
+    (
+        String,
+        i32,
+        i32,
+        Option<i64>,
+        Option<i64>,
+        bool,
+        Option<String>,
+        String,
+    ),
+    String,
+    i64,
+);
+
+/// The keys that secrets with these hashes open, active or not, over all tenants, in no order. Those that open
+/// nothing are left out.
+pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
     // In the same statement, so that it is of the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
-    let row = api_keys::table
+    let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
+    let rows = api_keys::table
         .inner_join(
             plans::table.on(plans::tenant_id
                 .eq(api_keys::tenant_id)
@@ -291,10 +304,12 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(KeyFacts, i
         )
         .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
         .filter(
-            api_keys::key_hash.eq(hash).or(api_keys::previous_key_hash
-                .eq(hash)
-                .and(api_keys::previous_expires_at.gt(now))
-                .assume_not_null()),
+            api_keys::key_hash
+                .eq_any(hashes)
+                .or(api_keys::previous_key_hash
+                    .assume_not_null()
+                    .eq_any(hashes)
+                    .and(api_keys::previous_expires_at.assume_not_null().gt(now))),
         )
         .select((
             (
@@ -306,7 +321,12 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(KeyFacts, i
                 api_keys::expires_at,
                 api_keys::rpm_override,
             ),
-            (api_keys::key_hash, api_keys::previous_expires_at),
+            (
+                api_keys::key_hash,
+                api_keys::previous_key_hash,
+                api_keys::previous_expires_at,
+                in_grace,
+            ),
             (
                 plans::name,
                 plans::default_rpm,
@@ -320,39 +340,54 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(KeyFacts, i
             tenants::time_zone,
             as_of,
         ))
-        .first::<Row>(&mut **tx)
-        .await
-        .optional()?;
-    Ok(row.map(|(key, (current, grace), plan, time_zone, as_of)| {
-        let own = key.5;
-        let expires_at = if current == hash {
-            own
-        } else {
-            match (own, grace) {
-                (Some(own), Some(grace)) => Some(own.min(grace)),
-                (own, grace) => own.or(grace),
-            }
-        };
-        let facts = KeyFacts {
-            tenant_id: key.0,
-            id: key.1,
-            plan_id: key.2,
-            prefix: key.3,
-            is_active: key.4,
-            expires_at,
-            rpm_override: key.6,
-            plan_name: plan.0,
-            default_rpm: plan.1,
-            burst: plan.2,
-            daily_quota: plan.3,
-            monthly_quota: plan.4,
-            strict: plan.5,
-            on_redis_failure: plan.6,
-            billing: plan.7,
-            time_zone,
-        };
-        (facts, as_of)
-    }))
+        .load::<FactsRow>(&mut **tx)
+        .await?;
+    Ok(rows
+        .into_iter()
+        .flat_map(|row| found_keys(row, hashes))
+        .collect())
+}
+
+/// One for each secret of the key that was asked for: both secrets of a rotated key may be.
+fn found_keys(row: FactsRow, hashes: &[&[u8]]) -> impl Iterator<Item = FoundKey> {
+    let (key, (current, previous, grace, is_in_grace), plan, time_zone, as_of) = row;
+    let own = key.5;
+    let until_grace = match (own, grace) {
+        (Some(own), Some(grace)) => Some(own.min(grace)),
+        (own, grace) => own.or(grace),
+    };
+    let is_asked_for = |hash: &Vec<u8>| hashes.contains(&&**hash);
+    let previous = previous.filter(|hash| is_in_grace && is_asked_for(hash));
+    let current = Some(current).filter(is_asked_for);
+    let facts = KeyFacts {
+        tenant_id: key.0,
+        id: key.1,
+        plan_id: key.2,
+        prefix: key.3,
+        is_active: key.4,
+        expires_at: own,
+        rpm_override: key.6,
+        plan_name: plan.0,
+        default_rpm: plan.1,
+        burst: plan.2,
+        daily_quota: plan.3,
+        monthly_quota: plan.4,
+        strict: plan.5,
+        on_redis_failure: plan.6,
+        billing: plan.7,
+        time_zone,
+    };
+    let secrets = [(current, own), (previous, until_grace)].into_iter();
+    secrets.filter_map(move |(hash, expires_at)| {
+        Some(FoundKey {
+            hash: hash?,
+            facts: KeyFacts {
+                expires_at,
+                ..facts.clone()
+            },
+            as_of,
+        })
+    })
 }
 
 /// Moves `last_used_at` of many keys forward, in one statement.

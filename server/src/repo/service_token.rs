@@ -75,12 +75,19 @@ pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<Option<ServiceTokenRo
     Ok(query.get_result(&mut **tx).await.optional()?)
 }
 
-/// The tenant and id of the token that a text with this hash opens, over all tenants.
-pub async fn owner(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(Uuid, Uuid)>, DbError> {
+/// The hash, tenant and id of each token that a secret with one of these hashes opens, over all tenants.
+pub async fn owners(
+    tx: &mut SystemTx,
+    hashes: &[&[u8]],
+) -> Result<Vec<(Vec<u8>, Uuid, Uuid)>, DbError> {
     let query = service_tokens::table
-        .filter(service_tokens::token_hash.eq(hash))
-        .select((service_tokens::tenant_id, service_tokens::id));
-    Ok(query.first(&mut **tx).await.optional()?)
+        .filter(service_tokens::token_hash.eq_any(hashes))
+        .select((
+            service_tokens::token_hash,
+            service_tokens::tenant_id,
+            service_tokens::id,
+        ));
+    Ok(query.load(&mut **tx).await?)
 }
 
 /// Moves `last_used_at` of many tokens forward, in one statement.
