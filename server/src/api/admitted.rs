@@ -271,6 +271,7 @@ pub async fn decide(
     if let Err(refusal) = record.usable(|| state.clock.now()) {
         return refused(refusal, Some(record));
     }
+    visit.has_authenticated();
     let decision = state
         .limiter
         .admit(&record.cell, &record.policies, cost)
@@ -362,6 +363,7 @@ async fn service_token(request: &Request, token: &str) -> Result<Arc<ServiceReco
     let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
     let token = state.keys.service_token(&text, visit.source(None)).await?;
     let token = token.ok_or_else(refused)?;
+    visit.has_authenticated();
     visit.is_tenant(token.tenant);
     state.last_used.service_token(token.id, state.clock.now());
     Ok(token)

@@ -22,6 +22,7 @@ use super::{
     short_way::FORWARD_AUTH,
 };
 use crate::{
+    authenticated::Authenticated,
     clock::UnixNanos,
     keys::{KeyRecord, Source},
     limiter::Caller,
@@ -55,6 +56,8 @@ pub struct Visit {
     /// The client's address; `None` for a peer that has none.
     pub ip: Option<IpAddr>,
     arrived: UnixNanos,
+    /// Of the connection, until it is set.
+    authenticated: Option<Authenticated>,
     /// Who it turned out to be from, for its line in the log. Filled on the way in.
     caller: Mutex<Option<Identity>>,
 }
@@ -89,6 +92,13 @@ impl Visit {
         Source {
             tenant,
             address: self.ip.map(Caller::address),
+        }
+    }
+
+    /// The request came with a valid API key or service token.
+    pub fn has_authenticated(&self) {
+        if let Some(authenticated) = &self.authenticated {
+            authenticated.set();
         }
     }
 
@@ -150,6 +160,7 @@ impl<E: Endpoint> Endpoint for Edge<E> {
             id: self.request_id(&request, arrived),
             ip: client_ip(&request, &state.config.trusted_proxies),
             arrived,
+            authenticated: request.data::<Authenticated>().cloned(),
             caller: Mutex::default(),
         });
         let method = request.method().clone();

@@ -359,8 +359,8 @@ pub struct Settings {
     )]
     pub connections: String,
 
-    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Does not
-    /// apply to QUOTA_TRUSTED_PROXIES.
+    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections
+    /// on which a valid API key or service token was sent don't count, nor do those of QUOTA_TRUSTED_PROXIES.
     #[arg(
         long,
         env = "QUOTA_CONNECTIONS_PER_ADDRESS",

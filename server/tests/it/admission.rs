@@ -1,5 +1,5 @@
-//! Who is let in when many come at once: keys in use after their plan was changed, and keys that are not in memory
-//! yet; also while a stranger asks for keys that do not exist.
+//! Who is let in when many come at once: keys in use after their plan was changed, keys that are not in memory yet,
+//! and connections of one address; each also while a stranger asks for keys that do not exist.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -13,8 +13,10 @@ use quota_testkit::proxy::{Fault, FaultProxy};
 use reqwest::{Client, Method};
 use serde_json::json;
 use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpSocket, TcpStream},
     task::JoinHandle,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use crate::{
@@ -24,6 +26,7 @@ use crate::{
 
 /// A PostgreSQL that is some way off: an exchange takes twice as long.
 const FAR: Fault = Fault::Delay(Duration::from_millis(15));
+const AT_MOST: Duration = Duration::from_secs(10);
 
 struct World {
     app: Arc<TestApp>,
@@ -175,4 +178,72 @@ async fn a_stranger_who_makes_up_keys_does_not_starve_others() {
     println!("the stranger: {looked_up} looked up, {refused} refused");
     assert_eq!(looked_up + refused, strangers.len());
     assert!(looked_up >= 5 && refused >= 5, "{looked_up} and {refused}");
+}
+
+async fn connect_from(last: u8, app: &TestApp) -> TcpStream {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    let source = Ipv4Addr::new(127, 0, 4, last);
+    socket.bind((source, 0).into()).expect("loopback");
+    socket.connect(app.addr).await.expect("it listens")
+}
+
+/// The status of an answer; `None` if the connection was closed instead.
+async fn ask(stream: &mut TcpStream, path: &str, key: &str) -> Option<u16> {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: q\r\nX-API-Key: {key}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.ok()?;
+    let mut answer = vec![0; 8192];
+    let read = timeout(AT_MOST, stream.read(&mut answer)).await;
+    let length = read.expect("it answers or closes").ok()?;
+    let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
+    answer.split(' ').nth(1)?.parse().ok()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_may_have_more_connections_than_an_address_may() {
+    const LIMIT: usize = 20;
+    let app = TestApp::setup()
+        .flag(format!("--connections-per-address={LIMIT}"))
+        .start()
+        .await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
+    let key = app.key(&account, &plan).await;
+
+    // All at once, each with a request right behind its opening.
+    let mut gateway = join_all((0..LIMIT * 3 / 2).map(|_| connect_from(1, &app))).await;
+    let asked = gateway
+        .iter_mut()
+        .map(|stream| ask(stream, "/v1/echo", &key.text));
+    let statuses = join_all(asked).await;
+    assert!(statuses.iter().all(|it| *it == Some(200)), "{statuses:?}");
+    // And many more, one after another, while the others are idle.
+    sleep(Duration::from_millis(1200)).await;
+    for _ in 0..3 * LIMIT {
+        let mut stream = connect_from(1, &app).await;
+        assert_eq!(ask(&mut stream, "/v1/echo", &key.text).await, Some(200));
+        gateway.push(stream);
+    }
+    for stream in &mut gateway {
+        assert_eq!(ask(stream, "/v1/echo", &key.text).await, Some(200));
+    }
+
+    // Those who have not authenticated are limited.
+    let mut strangers = Vec::new();
+    let mut refused = 0;
+    for _ in 0..3 * LIMIT {
+        let mut stream = connect_from(2, &app).await;
+        match ask(&mut stream, "/health/live", "").await {
+            Some(200) => strangers.push(stream),
+            _ => refused += 1,
+        }
+    }
+    assert!(strangers.len() >= LIMIT, "{}", strangers.len());
+    assert!(refused >= LIMIT / 2, "{refused}");
+    // A newcomer takes the place of one that is idle, once that has been so for a while.
+    sleep(Duration::from_millis(1500)).await;
+    let mut newcomer = connect_from(2, &app).await;
+    assert_eq!(ask(&mut newcomer, "/health/live", "").await, Some(200));
+    for stream in &mut gateway {
+        assert_eq!(ask(stream, "/v1/echo", &key.text).await, Some(200));
+    }
 }
