@@ -9,6 +9,9 @@
 //! again, entries within their grace are served without waiting, and only a few are loaded again in the background.
 //! So an outage costs the first few requests a wait, not the first request of each key.
 //!
+//! An entry that a change concerns is emptied, not removed: it is never served again, stale or not, but its key still
+//! counts as known, so that loading it again does not compete with look-ups of what strangers make up.
+//!
 //! A load may also answer what another replica has read: then it tells since when that is known to be true.
 //!
 //! Loading is single-flight: however many ask for the same thing at once, one query is sent. What does not
@@ -145,7 +148,8 @@ impl<T> From<Option<T>> for Loaded<T> {
 type Loading<T> = Shared<BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>>;
 
 struct Entry<T> {
-    value: Arc<T>,
+    /// `None`: it was changed since, and must be loaded before it is used.
+    value: Option<Arc<T>>,
     loaded_at: u64,
 }
 
@@ -220,10 +224,11 @@ where
     pub fn peek_at(&self, key: &K, now: u64) -> Option<Option<Arc<T>>> {
         let inner = &*self.inner;
         if let Some(entry) = inner.present.get(key)
+            && let Some(value) = entry.value
             && inner.freshness.believes(entry.loaded_at, now)
         {
             inner.metrics.key_cache_hits.inc();
-            return Some(Some(entry.value));
+            return Some(Some(value));
         }
         if let Some(loaded_at) = inner.absent.get(key)
             && inner.freshness.believes(loaded_at, now)
@@ -291,7 +296,7 @@ where
         loading
     }
 
-    /// Whether something is known of this key, confirmed or not.
+    /// Whether this is known to have existed, confirmed or not, changed since or not.
     pub fn holds(&self, key: &K) -> bool {
         self.inner.present.contains_key(key)
     }
@@ -300,12 +305,13 @@ where
     fn within_grace(&self, key: &K) -> Option<Arc<T>> {
         let inner = &*self.inner;
         let entry = inner.present.get(key)?;
+        let value = entry.value?;
         let confirmed_at = inner.freshness.confirmed_at(entry.loaded_at);
         if inner.freshness.now().saturating_sub(confirmed_at) > inner.grace {
             return None;
         }
         inner.metrics.key_stale_served.inc();
-        Some(entry.value)
+        Some(value)
     }
 
     async fn load<F, Fut, L>(self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
@@ -335,7 +341,7 @@ where
                 // Who forgets from here on finds it in its place; who did before this look may not have.
                 undisturbed = is_as_before();
                 if !undisturbed {
-                    inner.present.remove(&key);
+                    self.empty(key);
                     inner.absent.remove(&key);
                 }
             }
@@ -356,6 +362,7 @@ where
     fn keep(&self, key: K, value: Option<Arc<T>>, loaded_at: u64) {
         if let Some(value) = value {
             self.inner.absent.remove(&key);
+            let value = Some(value);
             self.inner.present.insert(key, Entry { value, loaded_at });
         } else {
             self.inner.present.remove(&key);
@@ -363,18 +370,35 @@ where
         }
     }
 
-    /// Forgets what `gone` says, and everything that is being loaded now.
+    /// Empties the entry, if there is one.
+    fn empty(&self, key: K) {
+        let emptied = Entry {
+            value: None,
+            loaded_at: 0,
+        };
+        // An error would mean that there is none.
+        let _ = self.inner.present.replace(key, emptied, true);
+    }
+
+    /// Has what `gone` says loaded again before it is used, and everything that is being loaded now.
     pub fn forget(&self, gone: impl Fn(&K, &T) -> bool) {
         self.inner
             .freshness
             .generation
             .fetch_add(1, Ordering::AcqRel);
-        self.inner
+        let changed = self
+            .inner
             .present
-            .retain(|key, entry| !gone(key, &entry.value));
+            .iter()
+            .filter(|(key, entry)| entry.value.as_ref().is_some_and(|value| gone(key, value)))
+            .map(|(key, _)| key)
+            .collect::<Vec<_>>();
+        for key in changed {
+            self.empty(key);
+        }
     }
 
-    /// Forgets these, and everything that is being loaded now.
+    /// Has these loaded again before they are used, and everything that is being loaded now.
     pub fn forget_these<'a>(&self, keys: impl IntoIterator<Item = &'a K>)
     where
         K: 'a,
@@ -384,9 +408,10 @@ where
             .generation
             .fetch_add(1, Ordering::AcqRel);
         for key in keys {
-            self.inner.present.remove(key);
+            self.empty(*key);
         }
     }
+
     /// Forgets that something does not exist.
     pub fn forget_absent(&self, key: &K) {
         self.inner
@@ -611,6 +636,39 @@ mod tests {
         it.freshness.suspect();
         it.cache.forget(|_, _| true);
         assert!(it.get(Err("away")).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn what_was_changed_is_known_and_never_served_unconfirmed() {
+        let it = fixture();
+        it.get(Ok(Some("old"))).await.unwrap();
+        it.freshness.polled(it.freshness.now());
+        it.cache.forget_these([&1]);
+        assert!(it.cache.holds(&1), "it is known");
+        assert!(it.cache.peek(&1).is_none(), "it is not believed");
+        assert!(it.get(Err("away")).await.is_err(), "it is not served stale");
+        it.freshness.suspect();
+        assert!(it.get(Err("away")).await.is_err(), "nor under suspicion");
+        assert!(it.cache.holds(&1), "it is still known");
+        assert_eq!(
+            it.get(Ok(Some("new"))).await.unwrap().as_deref(),
+            Some("new")
+        );
+        assert!(it.cache.peek(&1).is_some());
+    }
+
+    #[tokio::test]
+    async fn what_was_deleted_is_known_no_more_once_that_was_looked_up() {
+        let it = fixture();
+        it.get(Ok(Some("a"))).await.unwrap();
+        it.cache.forget(|_, _| true);
+        assert!(it.cache.holds(&1));
+        assert_eq!(it.get(Ok(None)).await.unwrap(), None);
+        assert!(!it.cache.holds(&1));
+        assert!(matches!(it.cache.peek(&1), Some(None)));
+        // What never was known does not become so by a change.
+        it.cache.forget_these([&2]);
+        assert!(!it.cache.holds(&2));
     }
 
     #[tokio::test]

@@ -17,6 +17,7 @@ use uuid::Uuid;
 use crate::{
     auth::AuthError,
     db::DbError,
+    keys::Source,
     repo::{
         api_key::{self, NewApiKey},
         plan::{self, NewPlan},
@@ -88,7 +89,10 @@ fn read(file: &Path) -> Option<Demo> {
 async fn is_known(state: &AppState, demo: &Demo) -> bool {
     match SecretText::parse(Kind::ApiKey, demo.key.as_bytes()) {
         Some(text) => matches!(
-            state.keys.key(&text, state.clock.monotonic()).await,
+            state
+                .keys
+                .key(&text, state.clock.monotonic(), Source::default())
+                .await,
             Ok(Some(_))
         ),
         None => false,

@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod auth;
+pub mod authenticated;
 pub mod cache;
 pub mod clock;
 pub mod config;

@@ -243,7 +243,7 @@ pub async fn decide(
         state.metrics.keys_malformed.inc();
         return refused(Refusal::Unknown, None);
     };
-    let Some(record) = state.keys.key(&text, began).await? else {
+    let Some(record) = state.keys.key(&text, began, visit.source(tenant)).await? else {
         return refused(Refusal::Unknown, None);
     };
     if tenant.is_some_and(|tenant| tenant != record.tenant) {
@@ -253,6 +253,7 @@ pub async fn decide(
     if let Err(refusal) = record.usable(|| state.clock.now()) {
         return refused(refusal, Some(record));
     }
+    visit.has_authenticated();
     let decision = state
         .limiter
         .admit(&record.cell, &record.policies, cost)
@@ -342,7 +343,9 @@ async fn service_token(request: &Request, token: &str) -> Result<Arc<ServiceReco
     let state = &visit.state;
     let refused = || ApiError::unauthorized(true, "This service token is invalid.");
     let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
-    let token = state.keys.service_token(&text).await?.ok_or_else(refused)?;
+    let token = state.keys.service_token(&text, visit.source(None)).await?;
+    let token = token.ok_or_else(refused)?;
+    visit.has_authenticated();
     visit.is_tenant(token.tenant);
     state.last_used.service_token(token.id, state.clock.now());
     Ok(token)

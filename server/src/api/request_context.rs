@@ -10,7 +10,14 @@ use poem::{
 use quota_common::TenantId;
 
 use super::problem::ApiError;
-use crate::{clock::UnixNanos, keys::KeyRecord, state::AppState, telemetry::log::AccessLine};
+use crate::{
+    authenticated::Authenticated,
+    clock::UnixNanos,
+    keys::{KeyRecord, Source},
+    limiter::Caller,
+    state::AppState,
+    telemetry::log::AccessLine,
+};
 
 /// What is determined once about a request, on arrival. Stored with the request.
 pub struct Visit {
@@ -20,6 +27,8 @@ pub struct Visit {
     /// The client's address. `None` for a peer without one, such as a Unix socket.
     pub ip: Option<IpAddr>,
     arrived: UnixNanos,
+    /// Marks the connection as one that has authenticated.
+    authenticated: Option<Authenticated>,
     /// The authenticated caller, for the access log. Set during authentication.
     caller: Mutex<Option<Identity>>,
 }
@@ -30,12 +39,19 @@ enum Identity {
 }
 
 impl Visit {
-    pub fn new(state: &AppState, id: HeaderValue, ip: Option<IpAddr>, arrived: UnixNanos) -> Self {
+    pub fn new(
+        state: &AppState,
+        id: HeaderValue,
+        ip: Option<IpAddr>,
+        arrived: UnixNanos,
+        authenticated: Option<Authenticated>,
+    ) -> Self {
         Self {
             state: state.clone(),
             id,
             ip,
             arrived,
+            authenticated,
             caller: Mutex::default(),
         }
     }
@@ -58,6 +74,22 @@ impl Visit {
 
     pub fn is_key(&self, key: Arc<KeyRecord>) {
         *self.caller.lock() = Some(Identity::Key(key));
+    }
+
+    /// On whose behalf a secret of this request is looked up. `tenant` is the owner of the service token that came with
+    /// it.
+    pub fn source(&self, tenant: Option<TenantId>) -> Source {
+        Source {
+            tenant,
+            address: self.ip.map(Caller::address),
+        }
+    }
+
+    /// Notes that the request came with a valid API key or service token.
+    pub fn has_authenticated(&self) {
+        if let Some(authenticated) = &self.authenticated {
+            authenticated.set();
+        }
     }
 
     /// Writes the access log line. Takes `nanos` since arrival.

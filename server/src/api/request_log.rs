@@ -21,7 +21,10 @@ use super::{
     request_context::Visit,
     short_way::FORWARD_AUTH,
 };
-use crate::{clock::UnixNanos, state::AppState, telemetry::request_id::RequestIds};
+use crate::{
+    authenticated::Authenticated, clock::UnixNanos, state::AppState,
+    telemetry::request_id::RequestIds,
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -77,6 +80,7 @@ impl<E: Endpoint> Endpoint for Edge<E> {
             self.request_id(&request, arrived),
             client_ip(&request, &state.config.trusted_proxies),
             arrived,
+            request.data::<Authenticated>().cloned(),
         ));
         let method = request.method().clone();
         // The whole URI: cloning it is cheaper than copying its path.

@@ -359,8 +359,8 @@ pub struct Settings {
     )]
     pub connections: String,
 
-    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Does not
-    /// apply to QUOTA_TRUSTED_PROXIES.
+    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections
+    /// on which a valid API key or service token was sent don't count, nor do those of QUOTA_TRUSTED_PROXIES.
     #[arg(
         long,
         env = "QUOTA_CONNECTIONS_PER_ADDRESS",
@@ -369,8 +369,9 @@ pub struct Settings {
     )]
     pub connections_per_address: String,
 
-    /// The maximum number of concurrent look-ups of API keys and service tokens that are not in memory: 1 to 100000.
-    /// Further ones are answered 503; keys in memory are not affected.
+    /// The maximum number of concurrent look-ups of API keys that are not in memory, and as many of service tokens: 1
+    /// to 100000. Once it is reached, each client still gets an equal share of it, and further look-ups are answered
+    /// 503; keys in memory are not affected.
     #[arg(
         long,
         env = "QUOTA_KEY_LOOKUPS",

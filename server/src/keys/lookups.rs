@@ -1,48 +1,52 @@
-//! Look-ups in PostgreSQL by the hash of a secret, and how many run at once.
+//! Look-ups in PostgreSQL by the hash of a secret: batched, limited in number, and shared fairly.
 //!
 //! Anybody can make up keys with a valid checksum, each of which has to be looked up. So look-ups have connections of
-//! their own, those of unknown keys are limited in number, and one of the connections is left for keys that are
-//! known and only have to be confirmed.
+//! their own, and one of them is left for secrets that are known and only have to be loaded again. Look-ups that
+//! arrive while all connections are busy share the next statement, so thousands a second need a few connections.
+//!
+//! Look-ups of unknown secrets are limited in number. Once that many are under way, each source still gets an equal
+//! share of it, and sources take turns in every batch: one that floods delays and refuses mostly itself. Keys and
+//! service tokens are counted and batched apart.
 
-use std::{sync::Arc, time::Duration};
-
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout,
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
 };
+
+use futures_util::{FutureExt as _, future::BoxFuture};
+use parking_lot::Mutex;
+use quota_common::{ServiceTokenId, TenantId};
+use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
     cache::{Freshness, Unconfirmed},
     config::Config,
-    db::{self, Db, DbError, Lane, SystemTx},
+    db::{self, Db, DbError, Lane},
+    limiter::Caller,
+    repo::{api_key, api_key::KeyFacts, service_token},
+    secret_text::Hash,
     telemetry::metrics::Metrics,
 };
+
+/// Look-ups in one statement.
+const BATCH: usize = 200;
+
+/// On whose behalf a secret is looked up. Empty: the server's own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Source {
+    /// Whose service token came with the request.
+    pub tenant: Option<TenantId>,
+    /// Where the request came from.
+    pub address: Option<Caller>,
+}
 
 /// See the module. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    db: Db,
-    freshness: Arc<Freshness>,
-    metrics: Arc<Metrics>,
-    wait: Duration,
-    /// Look-ups of unknown secrets, from Redis or PostgreSQL, that are under way or wait.
-    under_way: Arc<Semaphore>,
-    /// Of these, those that use a connection to PostgreSQL.
-    connected: Arc<Semaphore>,
-}
-
-/// A look-up that may begin.
-#[derive(Debug)]
-pub struct Lookup {
-    lookups: Lookups,
-    /// `None`: what is looked up is known.
-    under_way: Option<OwnedSemaphorePermit>,
-}
-
-/// A transaction of a look-up, with its place among them.
-pub struct LookupTx {
-    pub tx: SystemTx,
-    _connected: Option<OwnedSemaphorePermit>,
+    /// With the number of the newest revocation that was there when the facts were read.
+    pub keys: Batches<(KeyFacts, i64)>,
+    pub tokens: Batches<(TenantId, ServiceTokenId)>,
 }
 
 impl Lookups {
@@ -53,74 +57,559 @@ impl Lookups {
         metrics: &Arc<Metrics>,
     ) -> Self {
         let db = db.on(Lane::Lookups);
-        let for_unknown = db.lanes().lookups.saturating_sub(1).max(1);
-        Self {
+        let connections = db.lanes().lookups;
+        let settings = |workers| Settings {
+            limit: config.key_lookups,
+            wait: config.database.wait,
+            workers,
             freshness: freshness.clone(),
             metrics: metrics.clone(),
-            wait: config.database.wait,
-            under_way: Arc::new(Semaphore::new(config.key_lookups)),
-            connected: Arc::new(Semaphore::new(for_unknown)),
-            db,
+        };
+        let (for_keys, for_tokens) = (db.clone(), db);
+        Self {
+            keys: Batches::new(settings(connections), move |hashes| {
+                keys(for_keys.clone(), hashes).boxed()
+            }),
+            // A few tokens are looked up now and then: one connection does, in turn with the keys.
+            tokens: Batches::new(settings(2), move |hashes| {
+                tokens(for_tokens.clone(), hashes).boxed()
+            }),
         }
     }
+}
 
-    /// Begins a look-up without waiting, or refuses it because too many are under way.
-    pub fn begin(&self, is_known: bool) -> Result<Lookup, Unconfirmed> {
-        let under_way = if is_known {
-            None
-        } else {
-            let permit = self.under_way.clone().try_acquire_owned();
-            Some(permit.map_err(|_| self.refused())?)
+type Answers<V> = HashMap<Vec<u8>, V>;
+
+async fn keys(db: Db, hashes: Vec<Hash>) -> Result<Answers<(KeyFacts, i64)>, DbError> {
+    let query = async {
+        let mut tx = db.system().await?;
+        let found = api_key::facts(&mut tx, &slices(&hashes)).await?;
+        tx.commit().await?;
+        Ok(found)
+    };
+    let found = db.within_limit(query).await?.into_iter();
+    Ok(found.map(|it| (it.hash, (it.facts, it.as_of))).collect())
+}
+
+async fn tokens(db: Db, hashes: Vec<Hash>) -> Result<Answers<(TenantId, ServiceTokenId)>, DbError> {
+    let query = async {
+        let mut tx = db.system().await?;
+        let found = service_token::owners(&mut tx, &slices(&hashes)).await?;
+        tx.commit().await?;
+        Ok(found)
+    };
+    let found = db.within_limit(query).await?.into_iter();
+    Ok(found
+        .map(|(hash, tenant, id)| (hash, (tenant.into(), id.into())))
+        .collect())
+}
+
+fn slices(hashes: &[Hash]) -> Vec<&[u8]> {
+    hashes.iter().map(Hash::as_slice).collect()
+}
+
+struct Settings {
+    /// Look-ups of unknown secrets that are under way or wait.
+    limit: usize,
+    /// How long a look-up waits for its batch to begin.
+    wait: Duration,
+    /// Batches at once; one fewer, but at least one, of unknown secrets.
+    workers: usize,
+    freshness: Arc<Freshness>,
+    metrics: Arc<Metrics>,
+}
+
+type Query<V> = dyn Fn(Vec<Hash>) -> BoxFuture<'static, Result<Answers<V>, DbError>> + Send + Sync;
+
+/// Look-ups of one kind of secret.
+pub struct Batches<V>(Arc<Inner<V>>);
+
+impl<V> Clone for Batches<V> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<V> std::fmt::Debug for Batches<V> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Batches").finish_non_exhaustive()
+    }
+}
+
+struct Inner<V> {
+    settings: Settings,
+    query: Box<Query<V>>,
+    queue: Mutex<Queue<V>>,
+}
+
+struct Waiting<V> {
+    id: u64,
+    hash: Hash,
+    answer: oneshot::Sender<Result<Option<V>, Unconfirmed>>,
+}
+
+struct Queue<V> {
+    next_id: u64,
+    known: VecDeque<Waiting<V>>,
+    unknown: HashMap<Source, VecDeque<Waiting<V>>>,
+    /// Those that have something in `unknown`, the next first.
+    turns: VecDeque<Source>,
+    /// Look-ups of unknown secrets that have begun, by their sources and in all. They may not be queued yet.
+    begun: HashMap<Source, usize>,
+    begun_in_all: usize,
+    workers: usize,
+    /// Of these, those whose batch has unknown secrets.
+    on_unknown: usize,
+}
+
+impl<V> Default for Queue<V> {
+    fn default() -> Self {
+        Self {
+            next_id: 0,
+            known: VecDeque::new(),
+            unknown: HashMap::new(),
+            turns: VecDeque::new(),
+            begun: HashMap::new(),
+            begun_in_all: 0,
+            workers: 0,
+            on_unknown: 0,
+        }
+    }
+}
+
+impl<V> Queue<V> {
+    /// The next unknown secret of the source whose turn it is.
+    fn next_unknown(&mut self) -> Option<Waiting<V>> {
+        while let Some(source) = self.turns.pop_front() {
+            let Some(waiting) = self.unknown.get_mut(&source) else {
+                continue;
+            };
+            let next = waiting.pop_front();
+            if waiting.is_empty() {
+                self.unknown.remove(&source);
+            } else {
+                self.turns.push_back(source);
+            }
+            if next.is_some() {
+                return next;
+            }
+        }
+        None
+    }
+
+    fn push(&mut self, source: Option<Source>, waiting: Waiting<V>) {
+        let Some(source) = source else {
+            self.known.push_back(waiting);
+            return;
         };
+        let of_source = self.unknown.entry(source).or_default();
+        if of_source.is_empty() {
+            self.turns.push_back(source);
+        }
+        of_source.push_back(waiting);
+    }
+
+    /// Whether it still waited.
+    fn remove(&mut self, source: Option<Source>, id: u64) -> bool {
+        let waiting = match source {
+            None => Some(&mut self.known),
+            Some(source) => self.unknown.get_mut(&source),
+        };
+        let Some(waiting) = waiting else {
+            return false;
+        };
+        // The one that has waited longest is in front, and gives up first.
+        let Some(at) = waiting.iter().position(|it| it.id == id) else {
+            return false;
+        };
+        waiting.remove(at);
+        if let Some(source) = source
+            && self.unknown.get(&source).is_some_and(VecDeque::is_empty)
+        {
+            self.unknown.remove(&source);
+            self.turns.retain(|it| *it != source);
+        }
+        true
+    }
+}
+
+/// A look-up that may begin. Counted until it is dropped.
+pub struct Lookup<V> {
+    batches: Batches<V>,
+    /// `None`: the secret is known.
+    source: Option<Source>,
+}
+
+impl<V> Drop for Lookup<V> {
+    fn drop(&mut self) {
+        let Some(source) = self.source else {
+            return;
+        };
+        let mut queue = self.batches.0.queue.lock();
+        queue.begun_in_all -= 1;
+        if let Some(n) = queue.begun.get_mut(&source) {
+            *n -= 1;
+            if *n == 0 {
+                queue.begun.remove(&source);
+            }
+        }
+    }
+}
+
+impl<V: Send + 'static> Batches<V> {
+    fn new(
+        settings: Settings,
+        query: impl Fn(Vec<Hash>) -> BoxFuture<'static, Result<Answers<V>, DbError>>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            settings,
+            query: Box::new(query),
+            queue: Mutex::default(),
+        }))
+    }
+
+    /// Begins a look-up without waiting, or refuses it because too many are under way. `source`: `None` if the
+    /// secret is known.
+    pub fn begin(&self, source: Option<Source>) -> Result<Lookup<V>, Unconfirmed> {
+        if let Some(source) = source {
+            let limit = self.0.settings.limit;
+            let mut queue = self.0.queue.lock();
+            let own = queue.begun.get(&source).copied().unwrap_or(0);
+            let sources = queue.begun.len() + usize::from(own == 0);
+            let is_within_share = own < (limit / sources).max(1);
+            // Twice the limit bounds the sum of all shares, however many sources there are.
+            let is_allowed = queue.begun_in_all < limit
+                || (is_within_share && queue.begun_in_all < limit.saturating_mul(2));
+            if !is_allowed {
+                drop(queue);
+                return Err(self.refused());
+            }
+            queue.begun_in_all += 1;
+            *queue.begun.entry(source).or_default() += 1;
+        }
         Ok(Lookup {
-            lookups: self.clone(),
-            under_way,
+            batches: self.clone(),
+            source,
         })
     }
 
     fn refused(&self) -> Unconfirmed {
-        self.metrics.lookups_refused.inc();
+        self.0.settings.metrics.lookups_refused.inc();
         Unconfirmed::TooMany
     }
 
-    /// Runs a query, and gives it up when PostgreSQL falls silent.
-    pub async fn within_limit<T>(
-        &self,
-        query: impl Future<Output = Result<T, DbError>>,
-    ) -> Result<T, Unconfirmed> {
-        let answer = self.db.within_limit(query).await;
-        answer.map_err(|error| self.failed(&error))
-    }
-
     fn failed(&self, error: &DbError) -> Unconfirmed {
+        let it = &self.0.settings;
         match error {
             DbError::Unavailable(_) => {
-                if self.freshness.suspect() {
-                    self.metrics.database_suspected.inc();
+                if it.freshness.suspect() {
+                    it.metrics.database_suspected.inc();
                 }
             }
-            error => tracing::error!(error = %db::chain(error), "a key cannot be looked up"),
+            error => tracing::error!(error = %db::chain(error), "secrets cannot be looked up"),
         }
         Unconfirmed::Failed(db::chain(error).into())
     }
+
+    fn enqueue(
+        &self,
+        source: Option<Source>,
+        hash: Hash,
+        answer: oneshot::Sender<Result<Option<V>, Unconfirmed>>,
+    ) -> u64 {
+        let mut queue = self.0.queue.lock();
+        let id = queue.next_id;
+        queue.next_id += 1;
+        queue.push(source, Waiting { id, hash, answer });
+        let is_missing = queue.workers < self.0.settings.workers
+            && (source.is_none() || queue.on_unknown < self.for_unknown());
+        queue.workers += usize::from(is_missing);
+        drop(queue);
+        if is_missing {
+            tokio::spawn(work(Worker {
+                batches: self.clone(),
+                has_ended: false,
+            }));
+        }
+        id
+    }
+
+    fn for_unknown(&self) -> usize {
+        self.0.settings.workers.saturating_sub(1).max(1)
+    }
 }
 
-impl Lookup {
-    /// Waits for a connection, for as long as `QUOTA_DATABASE_WAIT`.
-    pub async fn transaction(&self) -> Result<LookupTx, Unconfirmed> {
-        let it = &self.lookups;
-        let connected = if self.under_way.is_some() {
-            match timeout(it.wait, it.connected.clone().acquire_owned()).await {
-                Ok(Ok(permit)) => Some(permit),
-                Ok(Err(_)) | Err(_) => return Err(it.refused()),
+impl<V: Send + 'static> Lookup<V> {
+    /// Waits for a batch, for as long as `QUOTA_DATABASE_WAIT`, and for its answer.
+    pub async fn find(&self, hash: Hash) -> Result<Option<V>, Unconfirmed> {
+        let it = &self.batches;
+        let (sender, mut answer) = oneshot::channel();
+        let id = it.enqueue(self.source, hash, sender);
+        let answered = match timeout(it.0.settings.wait, &mut answer).await {
+            Ok(answered) => answered,
+            Err(_) if it.0.queue.lock().remove(self.source, id) => {
+                return Err(if self.source.is_some() {
+                    it.refused()
+                } else {
+                    it.failed(&DbError::Unavailable("no connection came free".into()))
+                });
             }
-        } else {
-            None
+            // Its batch is under way, which has a limit of its own.
+            Err(_) => answer.await,
         };
-        let tx = it.db.system().await.map_err(|error| it.failed(&error))?;
-        Ok(LookupTx {
-            tx,
-            _connected: connected,
+        answered.unwrap_or_else(|_| Err(Unconfirmed::Failed("the look-up was canceled".into())))
+    }
+}
+
+/// A running worker.
+struct Worker<V: Send + 'static> {
+    batches: Batches<V>,
+    has_ended: bool,
+}
+
+impl<V: Send + 'static> Drop for Worker<V> {
+    fn drop(&mut self) {
+        if !self.has_ended {
+            self.batches.0.queue.lock().workers -= 1;
+        }
+    }
+}
+
+impl<V: Send + 'static> Worker<V> {
+    /// The next batch, known secrets first, or ends the worker.
+    fn next(&mut self) -> Option<Batch<V>> {
+        let batches = self.batches.clone();
+        let mut queue = batches.0.queue.lock();
+        let known = queue.known.len().min(BATCH);
+        let mut list = queue.known.drain(..known).collect::<Vec<_>>();
+        let mut has_unknown = false;
+        if queue.on_unknown < batches.for_unknown() {
+            while list.len() < BATCH
+                && let Some(next) = queue.next_unknown()
+            {
+                list.push(next);
+                has_unknown = true;
+            }
+        }
+        if list.is_empty() {
+            // Under the same lock, so that whoever comes next starts a worker.
+            queue.workers -= 1;
+            self.has_ended = true;
+            return None;
+        }
+        queue.on_unknown += usize::from(has_unknown);
+        drop(queue);
+        Some(Batch {
+            batches,
+            list,
+            has_unknown,
         })
+    }
+}
+
+/// What one statement looks up. Dropped by a panic or with the runtime, its look-ups fail.
+struct Batch<V: Send + 'static> {
+    batches: Batches<V>,
+    list: Vec<Waiting<V>>,
+    has_unknown: bool,
+}
+
+impl<V: Send + 'static> Batch<V> {
+    async fn run(mut self) {
+        let hashes = self.list.iter().map(|it| it.hash).collect();
+        let answers = (self.batches.0.query)(hashes).await;
+        let mut answers = answers.map_err(|error| self.batches.failed(&error));
+        for waiting in self.list.drain(..) {
+            let answer = match &mut answers {
+                Ok(found) => Ok(found.remove(waiting.hash.as_slice())),
+                Err(error) => Err(error.clone()),
+            };
+            // Nobody may wait any more.
+            let _ = waiting.answer.send(answer);
+        }
+    }
+}
+
+impl<V: Send + 'static> Drop for Batch<V> {
+    fn drop(&mut self) {
+        if self.has_unknown {
+            self.batches.0.queue.lock().on_unknown -= 1;
+        }
+    }
+}
+
+async fn work<V: Send + 'static>(mut worker: Worker<V>) {
+    while let Some(batch) = worker.next() {
+        batch.run().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::Ipv4Addr, sync::atomic::AtomicUsize};
+
+    use futures_util::future::join_all;
+    use tokio::sync::Semaphore;
+
+    use super::*;
+    use crate::clock::SystemClock;
+
+    /// A database that answers a batch for each permit: what was asked, and how many statements there were.
+    struct Fixture {
+        batches: Batches<u8>,
+        permits: Arc<Semaphore>,
+        statements: Arc<Mutex<Vec<usize>>>,
+    }
+
+    fn fixture(limit: usize, workers: usize) -> Fixture {
+        let permits = Arc::new(Semaphore::new(0));
+        let statements = Arc::new(Mutex::new(Vec::new()));
+        let settings = Settings {
+            limit,
+            wait: Duration::from_millis(500),
+            workers,
+            freshness: Arc::new(Freshness::new(Arc::new(SystemClock::new()))),
+            metrics: Arc::default(),
+        };
+        let (of_query, counted) = (permits.clone(), statements.clone());
+        let batches = Batches::new(settings, move |hashes: Vec<Hash>| {
+            counted.lock().push(hashes.len());
+            let permits = of_query.clone();
+            async move {
+                let permit = permits.acquire().await;
+                permit.expect("it is not closed").forget();
+                // Even ones exist.
+                let found = hashes.iter().filter(|hash| hash[0] % 2 == 0);
+                Ok(found.map(|hash| (hash.to_vec(), hash[0])).collect())
+            }
+            .boxed()
+        });
+        Fixture {
+            batches,
+            permits,
+            statements,
+        }
+    }
+
+    fn from(last: u8) -> Source {
+        Source {
+            tenant: None,
+            address: Some(Caller::address(Ipv4Addr::new(192, 0, 2, last).into())),
+        }
+    }
+
+    impl Fixture {
+        fn find(
+            &self,
+            n: u8,
+            source: Option<Source>,
+        ) -> tokio::task::JoinHandle<Result<Option<u8>, Unconfirmed>> {
+            let lookup = self.batches.begin(source);
+            tokio::spawn(async move { lookup?.find([n; 32]).await })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_who_come_while_one_is_under_way_share_the_next_statement() {
+        let it = fixture(1000, 1);
+        let first = it.find(0, Some(from(1)));
+        tokio::task::yield_now().await;
+        let others = (1..=100).map(|n| it.find(n, Some(from(1))));
+        let others = others.collect::<Vec<_>>();
+        tokio::task::yield_now().await;
+        it.permits.add_permits(2);
+        assert_eq!(first.await.unwrap().unwrap(), Some(0));
+        for (n, found) in (1..=100).zip(join_all(others).await) {
+            let expected = (n % 2 == 0).then_some(n);
+            assert_eq!(found.unwrap().unwrap(), expected);
+        }
+        assert_eq!(*it.statements.lock(), [1, 100]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_connection_is_left_for_what_is_known() {
+        let it = fixture(1000, 3);
+        for n in 0..10 {
+            it.find(n, Some(from(1)));
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(it.statements.lock().len(), 2);
+        it.find(10, None);
+        tokio::task::yield_now().await;
+        assert_eq!(*it.statements.lock(), [1, 1, 1], "it alone");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_source_that_floods_is_limited_and_the_others_have_their_share() {
+        let it = fixture(10, 2);
+        let flood = (0..100).map(|n| it.batches.begin(Some(from(n % 2))));
+        let flood = flood.collect::<Vec<_>>();
+        assert_eq!(flood.iter().filter(|it| it.is_ok()).count(), 10);
+        let others = (0..5).map(|_| it.batches.begin(Some(from(9))));
+        let others = others.collect::<Vec<_>>();
+        // A third of ten.
+        assert_eq!(others.iter().filter(|it| it.is_ok()).count(), 3);
+        assert!(
+            it.batches.begin(None).is_ok(),
+            "what is known is not limited"
+        );
+        drop((flood, others));
+        assert!(it.batches.0.queue.lock().begun.is_empty());
+        let alone = (0..100).map(|_| it.batches.begin(Some(from(1))));
+        let alone = alone.collect::<Vec<_>>();
+        assert_eq!(alone.iter().filter(|it| it.is_ok()).count(), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_sources_together_are_limited_too() {
+        let it = fixture(10, 2);
+        let all = (0..200).map(|n| it.batches.begin(Some(from(n))));
+        let all = all.collect::<Vec<_>>();
+        assert_eq!(all.iter().filter(|it| it.is_ok()).count(), 20);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn sources_take_turns() {
+        let it = fixture(1000, 1);
+        let _first = it.find(0, Some(from(1)));
+        tokio::task::yield_now().await;
+        // More than a batch of one source, then one of another.
+        let counted = Arc::new(AtomicUsize::new(0));
+        for _ in 0..2 * BATCH {
+            let (found, counted) = (it.find(2, Some(from(1))), counted.clone());
+            tokio::spawn(async move {
+                let _ = found.await;
+                counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            });
+        }
+        let other = it.find(4, Some(from(2)));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        it.permits.add_permits(2);
+        assert_eq!(other.await.unwrap().unwrap(), Some(4));
+        assert_eq!(*it.statements.lock(), [1, BATCH, BATCH]);
+        let answered = counted.load(std::sync::atomic::Ordering::SeqCst);
+        assert!(answered < BATCH, "{answered} of the other source");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_too_long_for_a_batch_gives_up() {
+        let it = fixture(1000, 1);
+        let begun = it.find(0, Some(from(1)));
+        tokio::task::yield_now().await;
+        let waiting = it.find(2, Some(from(1)));
+        let known = it.find(4, None);
+        let refused = waiting.await.unwrap();
+        assert!(matches!(refused, Err(Unconfirmed::TooMany)), "{refused:?}");
+        assert!(matches!(known.await.unwrap(), Err(Unconfirmed::Failed(_))));
+        assert!(it.batches.0.settings.freshness.is_suspect());
+        // One whose batch is under way has its answer.
+        it.permits.add_permits(1);
+        assert_eq!(begun.await.unwrap().unwrap(), Some(0));
+        let queue = it.batches.0.queue.lock();
+        assert!(queue.unknown.is_empty() && queue.turns.is_empty() && queue.known.is_empty());
+        assert_eq!(queue.begun_in_all, 0);
     }
 }

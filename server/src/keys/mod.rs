@@ -11,4 +11,5 @@ pub mod record;
 pub mod shared;
 pub mod usage;
 
+pub use self::lookups::Source;
 pub use self::record::{KeyRecord, KeyStore, LimitFields, Refusal, ServiceRecord};

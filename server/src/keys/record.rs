@@ -19,13 +19,17 @@ use crate::{
     cache::{Cached, Freshness, Loaded, Unconfirmed},
     clock::UnixNanos,
     limiter::{KeyCell, Limiter, Policies, RatePolicy, Zone},
-    repo::{api_key, api_key::KeyFacts, service_token},
+    repo::api_key::KeyFacts,
     revocations::Gone,
     secret_text::{Hash, SecretText},
     telemetry::metrics::Metrics,
 };
 
-use super::{index::KeyIndex, lookups::Lookups, shared::SharedKeys};
+use super::{
+    index::KeyIndex,
+    lookups::{Lookups, Source},
+    shared::SharedKeys,
+};
 
 /// Nanoseconds between two notes of a key's use.
 const NOTE_EVERY: u64 = 1_000_000_000;
@@ -138,19 +142,20 @@ impl KeyStore {
     }
 
     /// The record of the key with this text, usable or not; `None` when there is none. `now` is by the
-    /// monotonic clock.
+    /// monotonic clock. `source` is who causes the look-up of a key that is not known.
     pub async fn key(
         &self,
         text: &SecretText,
         now: u64,
+        source: Source,
     ) -> Result<Option<Arc<KeyRecord>>, Unconfirmed> {
         let hash = text.hash();
         if let Some(known) = self.keys.peek_at(&hash, now) {
             return Ok(known);
         }
-        let is_known = self.keys.holds(&hash);
+        let source = (!self.keys.holds(&hash)).then_some(source);
         let (lookups, limiter, shared) = (
-            self.lookups.clone(),
+            self.lookups.keys.clone(),
             self.limiter.clone(),
             self.shared.clone(),
         );
@@ -165,7 +170,7 @@ impl KeyStore {
             .get(hash, move || {
                 let (lookups, record, shared) = (lookups.clone(), record.clone(), shared.clone());
                 async move {
-                    let lookup = lookups.begin(is_known)?;
+                    let lookup = lookups.begin(source)?;
                     if let Some(shared) = &shared
                         && let Some(found) = shared.get(&hash).await
                     {
@@ -176,13 +181,7 @@ impl KeyStore {
                             true_at: Some(found.true_at),
                         });
                     }
-                    let mut transaction = lookup.transaction().await?;
-                    let facts = async {
-                        let facts = api_key::facts(&mut transaction.tx, &hash).await?;
-                        transaction.tx.commit().await?;
-                        Ok(facts)
-                    };
-                    let facts = lookups.within_limit(facts).await?;
+                    let facts = lookup.find(hash).await?;
                     if let Some(shared) = &shared {
                         shared.put(&hash, facts.as_ref().map(|(facts, as_of)| (facts, *as_of)));
                     }
@@ -196,28 +195,20 @@ impl KeyStore {
     pub async fn service_token(
         &self,
         text: &SecretText,
+        source: Source,
     ) -> Result<Option<Arc<ServiceRecord>>, Unconfirmed> {
         let hash = text.hash();
         if let Some(known) = self.tokens.peek(&hash) {
             return Ok(known);
         }
-        let is_known = self.tokens.holds(&hash);
-        let lookups = self.lookups.clone();
+        let source = (!self.tokens.holds(&hash)).then_some(source);
+        let lookups = self.lookups.tokens.clone();
         self.tokens
             .get(hash, move || {
                 let lookups = lookups.clone();
                 async move {
-                    let mut transaction = lookups.begin(is_known)?.transaction().await?;
-                    let owner = async {
-                        let owner = service_token::owner(&mut transaction.tx, &hash).await?;
-                        transaction.tx.commit().await?;
-                        Ok(owner)
-                    };
-                    let owner = lookups.within_limit(owner).await?;
-                    Ok(owner.map(|owner| ServiceRecord {
-                        tenant: owner.tenant_id.into(),
-                        id: owner.id.into(),
-                    }))
+                    let owner = lookups.begin(source)?.find(hash).await?;
+                    Ok(owner.map(|(tenant, id)| ServiceRecord { tenant, id }))
                 }
             })
             .await

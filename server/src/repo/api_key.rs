@@ -5,7 +5,7 @@ use diesel::{
     dsl::{now, sql},
     pg::Pg,
     prelude::*,
-    sql_types::{Array, BigInt, Timestamptz, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Bool, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
 use serde::{Deserialize, Serialize};
@@ -263,6 +263,15 @@ pub async fn rotate(
     Ok(row.optional()?)
 }
 
+/// The facts of a key, by the hash of one of its secrets.
+#[derive(Debug)]
+pub struct FoundKey {
+    pub hash: Vec<u8>,
+    pub facts: KeyFacts,
+    /// The number of the newest revocation when it was read. The facts are current except for revocations above it.
+    pub as_of: i64,
+}
+
 #[derive(Queryable, Selectable)]
 #[diesel(table_name = api_keys, check_for_backend(Pg))]
 struct KeyColumns {
@@ -274,15 +283,13 @@ struct KeyColumns {
     expires_at: Option<DateTime<Utc>>,
     rpm_override: Option<i32>,
     key_hash: Vec<u8>,
+    previous_key_hash: Option<Vec<u8>>,
     previous_expires_at: Option<DateTime<Utc>>,
 }
 
 impl KeyColumns {
-    /// Returns when the secret with this hash, the current or the previous one, stops working.
-    fn expiry_of(&self, hash: &[u8]) -> Option<DateTime<Utc>> {
-        if self.key_hash == hash {
-            return self.expires_at;
-        }
+    /// Returns when the previous secret stops working.
+    fn previous_expiry(&self) -> Option<DateTime<Utc>> {
         match (self.expires_at, self.previous_expires_at) {
             (Some(own), Some(grace)) => Some(own.min(grace)),
             (own, grace) => own.or(grace),
@@ -308,40 +315,23 @@ struct FactsRow {
     key: KeyColumns,
     plan: PlanColumns,
     time_zone: String,
+    is_in_grace: bool,
     as_of: i64,
 }
 
-/// Finds the key whose current or previous secret has this hash, active or not, in any tenant. Also returns the number
-/// of the newest revocation at that moment: the result is current except for revocations above it.
-pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(KeyFacts, i64)>, DbError> {
-    // In the same statement, so that it belongs to the same snapshot.
-    let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
-    let row = api_keys::table
-        .inner_join(
-            plans::table.on(plans::tenant_id
-                .eq(api_keys::tenant_id)
-                .and(plans::id.eq(api_keys::plan_id))),
-        )
-        .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
-        .filter(
-            api_keys::key_hash.eq(hash).or(api_keys::previous_key_hash
-                .eq(hash)
-                .and(api_keys::previous_expires_at.gt(now))
-                .assume_not_null()),
-        )
-        .select((
-            KeyColumns::as_select(),
-            PlanColumns::as_select(),
-            tenants::time_zone,
-            as_of,
-        ))
-        .first::<FactsRow>(&mut **tx)
-        .await
-        .optional()?;
-    Ok(row.map(|row| {
-        let FactsRow { key, plan, .. } = row;
+impl FactsRow {
+    /// Returns one result for each secret of the key that was asked for: both secrets of a rotated key may be.
+    fn found(self, hashes: &[&[u8]]) -> impl Iterator<Item = FoundKey> + use<> {
+        let Self { key, plan, .. } = self;
+        let is_requested = |hash: &Vec<u8>| hashes.contains(&&**hash);
+        let current = Some(key.key_hash.clone()).filter(is_requested);
+        let previous = key
+            .previous_key_hash
+            .clone()
+            .filter(|hash| self.is_in_grace && is_requested(hash));
+        let secrets = [(current, key.expires_at), (previous, key.previous_expiry())];
         let facts = KeyFacts {
-            expires_at: key.expiry_of(hash),
+            expires_at: key.expires_at,
             tenant_id: key.tenant_id,
             id: key.id,
             plan_id: key.plan_id,
@@ -356,10 +346,51 @@ pub async fn facts(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<(KeyFacts, i
             strict: plan.strict,
             on_redis_failure: plan.on_redis_failure,
             billing: plan.billing,
-            time_zone: row.time_zone,
+            time_zone: self.time_zone,
         };
-        (facts, row.as_of)
-    }))
+        secrets.into_iter().filter_map(move |(hash, expires_at)| {
+            Some(FoundKey {
+                hash: hash?,
+                facts: KeyFacts {
+                    expires_at,
+                    ..facts.clone()
+                },
+                as_of: self.as_of,
+            })
+        })
+    }
+}
+
+/// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in no order.
+pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
+    // In the same statement, so that it belongs to the same snapshot.
+    let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
+    let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
+    let rows = api_keys::table
+        .inner_join(
+            plans::table.on(plans::tenant_id
+                .eq(api_keys::tenant_id)
+                .and(plans::id.eq(api_keys::plan_id))),
+        )
+        .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
+        .filter(
+            api_keys::key_hash
+                .eq_any(hashes)
+                .or(api_keys::previous_key_hash
+                    .assume_not_null()
+                    .eq_any(hashes)
+                    .and(api_keys::previous_expires_at.assume_not_null().gt(now))),
+        )
+        .select((
+            KeyColumns::as_select(),
+            PlanColumns::as_select(),
+            tenants::time_zone,
+            in_grace,
+            as_of,
+        ))
+        .load::<FactsRow>(&mut **tx)
+        .await?;
+    Ok(rows.into_iter().flat_map(|row| row.found(hashes)).collect())
 }
 
 /// Moves `last_used_at` of many keys forward in one statement. Never moves it back.

@@ -73,19 +73,19 @@ pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<Option<ServiceTokenRo
     Ok(query.get_result(&mut **tx).await.optional()?)
 }
 
-#[derive(Debug, Clone, Copy, Queryable, Selectable)]
-#[diesel(table_name = service_tokens, check_for_backend(diesel::pg::Pg))]
-pub struct TokenOwner {
-    pub tenant_id: Uuid,
-    pub id: Uuid,
-}
-
-/// Finds the token with this hash, in any tenant.
-pub async fn owner(tx: &mut SystemTx, hash: &[u8]) -> Result<Option<TokenOwner>, DbError> {
+/// Returns the hash, tenant and ID of each token whose secret has one of these hashes, in any tenant.
+pub async fn owners(
+    tx: &mut SystemTx,
+    hashes: &[&[u8]],
+) -> Result<Vec<(Vec<u8>, Uuid, Uuid)>, DbError> {
     let query = service_tokens::table
-        .filter(service_tokens::token_hash.eq(hash))
-        .select(TokenOwner::as_select());
-    Ok(query.first(&mut **tx).await.optional()?)
+        .filter(service_tokens::token_hash.eq_any(hashes))
+        .select((
+            service_tokens::token_hash,
+            service_tokens::tenant_id,
+            service_tokens::id,
+        ));
+    Ok(query.load(&mut **tx).await?)
 }
 
 /// Moves `last_used_at` of many tokens forward in one statement. Never moves it back.

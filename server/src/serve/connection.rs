@@ -23,6 +23,7 @@ use tokio::{
 };
 
 use super::Timeouts;
+use crate::authenticated::Authenticated;
 
 /// What a connection is waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +63,7 @@ pub(super) struct Connection {
     progressed: AtomicU64,
     has_requested: AtomicBool,
     is_http2: AtomicBool,
+    pub(super) authenticated: Authenticated,
     /// Requests whose handler runs. On HTTP/1, also those whose response is being written.
     handlers: AtomicU32,
     /// HTTP/2 responses that are being written.
@@ -79,6 +81,7 @@ impl Connection {
             progressed: AtomicU64::new(0),
             has_requested: AtomicBool::new(false),
             is_http2: AtomicBool::new(false),
+            authenticated: Authenticated::default(),
             handlers: AtomicU32::new(0),
             responses: AtomicU32::new(0),
             order: AtomicU8::new(Order::Continue as u8),
@@ -129,6 +132,20 @@ impl Connection {
                 (Phase::Idle, Some(since + timeouts.idle))
             }
         }
+    }
+
+    pub(super) fn bytes_arrived(&self) {
+        self.head_began.store(self.now(), Ordering::Relaxed);
+    }
+
+    /// For how long the connection has been open.
+    pub(super) fn age(&self, now: Instant) -> std::time::Duration {
+        now.saturating_duration_since(self.accepted)
+    }
+
+    /// Whether no byte of a first request has arrived.
+    pub(super) fn is_silent(&self) -> bool {
+        self.head_began.load(Ordering::Relaxed) == 0 && !self.has_requested.load(Ordering::Relaxed)
     }
 
     /// Since when the connection has been idle between two requests; `None` if it is not.
@@ -256,7 +273,7 @@ impl AsyncRead for WatchedStream {
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
         let it = &self.connection;
         if buffer.filled().len() > before && it.head_began.load(Ordering::Relaxed) == 0 {
-            it.head_began.store(it.now(), Ordering::Relaxed);
+            it.bytes_arrived();
         }
         read
     }

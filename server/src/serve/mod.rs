@@ -257,11 +257,15 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         metrics: &ConnectionMetrics,
     ) {
         let service =
-            hyper::service::service_fn(|request: hyper::Request<hyper::body::Incoming>| {
+            hyper::service::service_fn(|mut request: hyper::Request<hyper::body::Incoming>| {
                 let is_http2 = request.version() == Version::HTTP_2;
                 let (mut in_flight, is_first) = connection.begin_request(is_http2);
                 if is_first {
                     place.has_requested();
+                }
+                if !connection.authenticated.is_set() {
+                    let authenticated = connection.authenticated.clone();
+                    request.extensions_mut().insert(authenticated);
                 }
                 let server = self.clone();
                 async move {

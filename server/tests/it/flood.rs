@@ -222,7 +222,15 @@ async fn an_address_that_has_its_share_of_connections_does_not_touch_the_others(
     for _ in 0..5 {
         held.push(at(1).await.expect("within its share"));
     }
-    assert!(at(1).await.is_none(), "beyond its share");
+    // For a moment twice its share.
+    let mut refused = 0;
+    for _ in 0..15 {
+        match at(1).await {
+            Some(stream) => held.push(stream),
+            None => refused += 1,
+        }
+    }
+    assert!(refused >= 5, "beyond its share: {refused}");
     held.push(at(2).await.expect("another address"));
     for _ in 0..20 {
         held.push(at(9).await.expect("a trusted proxy carries many clients"));

@@ -5,6 +5,7 @@ use std::{fs, path::Path};
 /// Every module of the server, from the ground up. `main` and `lib` stand above all.
 const RANKS: &[&[&str]] = &[
     &[
+        "authenticated",
         "clock",
         "config",
         "deadline",

@@ -1,5 +1,6 @@
 //! The integration tests.
 
+mod admission;
 mod console_calls;
 mod doctor;
 mod embedded;

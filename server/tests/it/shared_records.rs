@@ -7,6 +7,7 @@ use std::{
 
 use quota_server::{
     clock::{Clock as _, SystemClock, TestClock},
+    keys::Source,
     repo::sweep,
     secret_text::{Kind, SecretText},
 };
@@ -323,7 +324,11 @@ async fn a_redis_that_falls_silent_delays_one_look_up_and_not_the_next() {
     proxy.set(Fault::BlackHole);
     let look_up = async |key: &Key| {
         let text = SecretText::parse(Kind::ApiKey, key.text.as_bytes()).expect("a text");
-        let found = app.state.keys.key(&text, app.state.freshness.now()).await;
+        let found = app
+            .state
+            .keys
+            .key(&text, app.state.freshness.now(), Source::default())
+            .await;
         assert!(found.expect("PostgreSQL answers").is_some());
         app.state.metrics.key_shared_errors.get()
     };

@@ -9,6 +9,7 @@ use std::{
 use quota_server::{
     api::problem::ApiError,
     clock::{Clock as _, SystemClock, TestClock},
+    keys::Source,
     limiter::{Decision, Outcome, Policy, PolicySet},
     secret_text::{Kind, SecretText},
 };
@@ -1241,7 +1242,13 @@ async fn a_denial_that_names_no_policy_is_429_and_reduced_capacity() {
     let key = key(&app, &account, json!({"default_rpm": 60})).await;
     let now = app.state.clock.monotonic();
     let text = SecretText::parse(Kind::ApiKey, key.text.as_bytes()).unwrap();
-    let record = app.state.keys.key(&text, now).await.unwrap().unwrap();
+    let record = app
+        .state
+        .keys
+        .key(&text, now, Source::default())
+        .await
+        .unwrap()
+        .unwrap();
     let admitted = app
         .state
         .limiter
