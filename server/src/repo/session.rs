@@ -105,7 +105,7 @@ pub async fn rotate(
 ) -> Result<Rotation, DbError> {
     let is_accepted = || {
         let is_unmarked = sessions::secret_id.is_null();
-        let ids = secrets.ids.iter().map(|id| id.as_slice());
+        let ids = secrets.ids.iter().map(<[u8; 16]>::as_slice);
         sessions::secret_id
             .eq_any(ids.collect::<Vec<_>>())
             .or(is_unmarked.and(secrets.with_unmarked.into_sql::<Bool>()))
