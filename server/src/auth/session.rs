@@ -209,7 +209,9 @@ impl Sessions {
             .get(id, move || {
                 let db = db.clone();
                 async move {
-                    load(&db, id)
+                    // Without a limit, an answer that never comes would keep everyone who asks for this session
+                    // waiting for this one look-up.
+                    db.within_limit(load(&db, id))
                         .await
                         .map_err(|error| Unconfirmed::Failed(db::chain(&error).into()))
                 }
