@@ -288,6 +288,11 @@ impl Sessions {
         self.live.forget(|key, _| *key == id);
     }
 
+    /// Forgets every session.
+    pub fn forget_all(&self) {
+        self.live.forget(|_, _| true);
+    }
+
     /// Forgets what changes have made untrue.
     pub fn revoke(&self, gone: &Gone) {
         if gone.any_session() {
