@@ -215,7 +215,13 @@ impl AppState {
         self.sessions.revoke(&gone);
     }
 
-    /// The same for a change that was made here and committed, and tells the others.
+    /// Forgets everything that is cached: nothing tells which of it is still true.
+    pub fn forget_all(&self) {
+        self.keys.forget_all();
+        self.sessions.forget_all();
+    }
+
+    /// The same as [`Self::forget`] for a change that was made here and committed, and tells the others.
     pub fn revoked(&self, revocation: &Revocation) {
         self.recent.announced(revocation);
         self.forget(std::slice::from_ref(revocation));

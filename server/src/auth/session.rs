@@ -231,7 +231,9 @@ impl Sessions {
             .get(id, move || {
                 let db = db.clone();
                 async move {
-                    load(&db, id)
+                    // Without a limit, an answer that never comes would keep everyone who asks for this session
+                    // waiting for this one look-up.
+                    db.within_limit(load(&db, id))
                         .await
                         .map_err(|error| Unconfirmed::Failed(db::chain(&error).into()))
                 }
@@ -306,6 +308,11 @@ impl Sessions {
     /// Forgets what is remembered of a session.
     pub fn forget(&self, id: SessionId) {
         self.live.forget(|key, _| *key == id);
+    }
+
+    /// Forgets every session.
+    pub fn forget_all(&self) {
+        self.live.forget(|_, _| true);
     }
 
     /// Forgets what changes have made untrue.

@@ -54,7 +54,8 @@ const FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// A query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
-    /// PostgreSQL is away, stopping, or too slow to answer.
+    /// PostgreSQL is away, stopping, or too slow to answer, or the transaction lost to another one (a lock timeout,
+    /// a deadlock, a serialization failure): the same request may succeed when it is sent again.
     #[error("PostgreSQL is unavailable")]
     Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A named constraint refused the change.
@@ -74,6 +75,8 @@ impl From<DieselError> for DbError {
             let message = info.message();
             let away = [
                 "statement timeout",
+                "lock timeout",
+                "deadlock detected",
                 "terminating connection",
                 "the database system is",
                 "connection closed",
@@ -82,7 +85,9 @@ impl From<DieselError> for DbError {
             .any(|part| message.contains(part));
             if matches!(
                 kind,
-                DatabaseErrorKind::ClosedConnection | DatabaseErrorKind::UnableToSendCommand
+                DatabaseErrorKind::ClosedConnection
+                    | DatabaseErrorKind::UnableToSendCommand
+                    | DatabaseErrorKind::SerializationFailure
             ) || away
             {
                 return Self::Unavailable(Box::new(error));

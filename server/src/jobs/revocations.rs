@@ -79,6 +79,20 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<
         *last = Some(newest.last().map_or(0, |it| it.seq));
         return Ok(());
     };
+    let highest = revocation::highest(&mut tx).await?;
+    if highest < seq {
+        let newest = revocation::newest(&mut tx).await?;
+        tx.commit().await?;
+        tracing::warn!(
+            polled = seq,
+            highest,
+            "PostgreSQL was restored to an earlier state: everything cached is forgotten"
+        );
+        state.recent.restart(&newest);
+        state.forget_all();
+        *last = Some(newest.last().map_or(0, |it| it.seq));
+        return Ok(());
+    }
     loop {
         let batch = revocation::since(&mut tx, seq).await?;
         apply(state, &batch, Recent::polled);

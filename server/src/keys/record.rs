@@ -226,6 +226,12 @@ impl KeyStore {
         }
     }
 
+    /// Forgets every key and token.
+    pub fn forget_all(&self) {
+        self.keys.forget(|_, _| true);
+        self.tokens.forget(|_, _| true);
+    }
+
     /// A text that was looked up before it existed exists now.
     pub fn made(&self, text: &SecretText) {
         let hash = text.hash();

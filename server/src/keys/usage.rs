@@ -9,12 +9,15 @@ use uuid::Uuid;
 
 use crate::{
     clock::UnixNanos,
-    db::{Db, DbError},
+    db::{Db, DbError, SystemTx},
     repo::{api_key, service_token},
 };
 
 /// How many maps the notes are spread over, so that requests of different keys do not wait for one another.
 const SHARDS: usize = 16;
+
+/// How many are written in one transaction.
+const BATCH: usize = 1_000;
 
 type Notes = [Mutex<HashMap<Uuid, UnixNanos>>; SHARDS];
 
@@ -34,33 +37,41 @@ impl LastUsed {
         note(&self.tokens, id.0, now);
     }
 
-    /// Writes what was noted. What cannot be written is noted again.
+    /// Writes what was noted, in batches that are each a short transaction. What cannot be written is noted again.
     pub async fn flush(&self, db: &Db) -> Result<(), DbError> {
-        let (keys, tokens) = (take(&self.keys), take(&self.tokens));
-        if keys.is_empty() && tokens.is_empty() {
-            return Ok(());
-        }
-        let written = async {
-            let mut tx = db.system().await?;
-            if !keys.is_empty() {
-                api_key::touch(&mut tx, &rows(&keys)).await?;
-            }
-            if !tokens.is_empty() {
-                service_token::touch(&mut tx, &rows(&tokens)).await?;
-            }
-            tx.commit().await
-        };
-        let written = db.within_limit(written).await;
-        if written.is_err() {
-            for (id, at) in keys {
-                note(&self.keys, id, at);
-            }
-            for (id, at) in tokens {
-                note(&self.tokens, id, at);
-            }
-        }
-        written
+        let keys = flush(db, &self.keys, async |tx, used| {
+            api_key::touch(tx, used).await
+        })
+        .await;
+        let tokens = flush(db, &self.tokens, async |tx, used| {
+            service_token::touch(tx, used).await
+        })
+        .await;
+        keys.and(tokens)
     }
+}
+
+/// Stops at the first batch that fails: the next one would most likely wait just as long.
+async fn flush(
+    db: &Db,
+    notes: &Notes,
+    touch: impl AsyncFn(&mut SystemTx, &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError>,
+) -> Result<(), DbError> {
+    let used = take(notes);
+    for (index, batch) in used.chunks(BATCH).enumerate() {
+        let written = db.within_limit(async {
+            let mut tx = db.system().await?;
+            touch(&mut tx, &rows(batch)).await?;
+            tx.commit().await
+        });
+        if let Err(error) = written.await {
+            for (id, at) in used.iter().skip(index * BATCH) {
+                note(notes, *id, *at);
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
 }
 
 fn note(notes: &Notes, id: Uuid, now: UnixNanos) {

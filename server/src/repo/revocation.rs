@@ -160,6 +160,16 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Revocation>, DbError> {
     Ok(rows.into_iter().rev().map(revocation).collect())
 }
 
+/// The highest number. The newest revocation is never deleted, so this falls only when PostgreSQL is restored to an
+/// earlier state.
+pub async fn highest(tx: &mut SystemTx) -> Result<i64, DbError> {
+    let highest = revocations::table
+        .select(diesel::dsl::max(revocations::seq))
+        .get_result::<Option<i64>>(&mut **tx)
+        .await?;
+    Ok(highest.unwrap_or(0))
+}
+
 /// What came after number `seq`, in order: at most [`BATCH`].
 pub async fn since(tx: &mut SystemTx, seq: i64) -> Result<Vec<Revocation>, DbError> {
     let rows = revocations::table

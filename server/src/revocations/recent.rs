@@ -75,6 +75,28 @@ impl Recent {
         }
     }
 
+    /// PostgreSQL was restored to an earlier state, of which these are the newest revocations, in order. Its numbers
+    /// are given out a second time, so copies with any number of the first time are never confirmed again: nothing is
+    /// until PostgreSQL has passed the highest number that was known.
+    pub fn restart(&self, newest: &[Revocation]) {
+        let mut state = self.0.lock();
+        let announced = state.announced.last_key_value().map(|(seq, _)| *seq);
+        let floor = state.known.map_or(0, |known| {
+            known.floor.max(announced.unwrap_or(0).max(known.up_to) + 1)
+        });
+        *state = State {
+            known: Some(Known {
+                floor,
+                up_to: newest.first().map_or(0, |first| first.seq - 1),
+            }),
+            ..State::default()
+        };
+        drop(state);
+        for revocation in newest {
+            self.polled(revocation);
+        }
+    }
+
     /// The poll has read this one, and everything before it. Returns whether it is news.
     pub fn polled(&self, revocation: &Revocation) -> bool {
         let (seq, id) = (revocation.seq, subject(revocation));
@@ -256,6 +278,25 @@ mod tests {
         assert!(!recent.unchanged(&[key(5)], 0));
         let state = recent.0.lock();
         assert_eq!((state.announced.len(), state.newest[&key(5)]), (0, 1));
+    }
+
+    #[test]
+    fn after_a_restore_no_copy_from_before_it_is_confirmed() {
+        let recent = Recent::default();
+        recent.begin(&[of_key(17, 0), of_key(18, 0), of_key(19, 0), of_key(20, 0)]);
+        recent.announced(&of_key(23, 0));
+        assert!(recent.unchanged(&[key(1)], 23));
+        recent.restart(&[of_key(17, 0), of_key(18, 0)]);
+        for as_of in 16..=25 {
+            assert!(!recent.unchanged(&[key(1)], as_of), "{as_of}");
+        }
+        for seq in 19..=25 {
+            assert!(recent.polled(&of_key(seq, 2)), "{seq} is given out again");
+            assert!(!recent.unchanged(&[key(1)], 23), "a number from before");
+        }
+        assert!(recent.unchanged(&[key(1)], 24));
+        assert!(!recent.unchanged(&[key(2)], 24), "changed with number 25");
+        assert!(recent.unchanged(&[key(2)], 25));
     }
 
     #[test]

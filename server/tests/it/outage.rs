@@ -473,3 +473,61 @@ async fn a_flood_of_unknown_keys_leaves_the_poll_the_ledger_and_known_keys_alone
     // Without the flood a key that is not in memory is looked up as ever, at the same slow PostgreSQL.
     assert_eq!(app.echo(&unknown_key()).await.status, 401);
 }
+
+/// Whoever loses to another transaction may try again: that is no failure of the server's.
+#[tokio::test]
+async fn a_change_that_waits_too_long_for_a_lock_is_asked_to_come_again() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let path = format!("/admin/plans/{plan}");
+    let patch = || {
+        let call = app.request(reqwest::Method::PATCH, &path);
+        call.json(json!({"burst": 7})).bearer(&account.access_token)
+    };
+    let other = app.database.connect().await;
+    let hold = "BEGIN; SELECT id FROM plans FOR UPDATE";
+    other.batch_execute(hold).await.expect("it locks");
+    let answer = patch().send().await;
+    assert_eq!(answer.status, 503, "{:?}", answer.body);
+    assert!(answer.number("retry-after") >= 1);
+    other.batch_execute("ROLLBACK").await.expect("it ends");
+    assert_eq!(patch().send().await.status, 200);
+}
+
+/// The numbers of changes begin again below what was polled, as after a restore of a backup.
+#[tokio::test]
+async fn changes_are_noticed_after_postgres_was_restored_to_an_earlier_state() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let key = app.key(&account, &plan).await;
+    for burst in 1..=6 {
+        let call = app.request(reqwest::Method::PATCH, &format!("/admin/plans/{plan}"));
+        let call = call.json(json!({"burst": 10 + burst}));
+        assert_eq!(call.bearer(&account.access_token).send().await.status, 200);
+    }
+    // Several polls.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+
+    let restore = format!(
+        "BEGIN; \
+         CREATE TEMP TABLE first AS SELECT * FROM revocations ORDER BY seq LIMIT 1; \
+         DELETE FROM revocations WHERE seq > (SELECT seq FROM first); \
+         SELECT setval(pg_get_serial_sequence('revocations', 'seq'), (SELECT seq FROM first)); \
+         UPDATE api_keys SET is_active = false WHERE id = '{id}'; \
+         INSERT INTO revocations (tenant_id, target_type, target_id) \
+             SELECT tenant_id, 'api_key', id FROM api_keys WHERE id = '{id}'; \
+         COMMIT",
+        id = key.id
+    );
+    let other = app.database.connect().await;
+    other.batch_execute(&restore).await.expect("it is restored");
+    let began = Instant::now();
+    while app.echo(&key.text).await.status == 200 {
+        assert!(began.elapsed() < AT_MOST, "a key that was ended is let in");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!((401..=403).contains(&app.echo(&key.text).await.status));
+}
