@@ -16,6 +16,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use hyper::body::{Body, Frame, SizeHint};
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -24,6 +25,9 @@ use tokio::{
 
 use super::Timeouts;
 use crate::authenticated::Authenticated;
+
+/// The most that a response hands over at once.
+const CHUNK: usize = 16 * 1024;
 
 /// What a connection is waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,8 +72,22 @@ pub(super) struct Connection {
     handlers: AtomicU32,
     /// HTTP/2 responses that are being written.
     responses: AtomicU32,
+    stalls: Mutex<Stalls>,
     order: AtomicU8,
     pub(super) waker: AtomicWaker,
+}
+
+/// When each HTTP/2 response being written last made progress.
+#[derive(Debug, Default)]
+struct Stalls {
+    next_id: u64,
+    progress: Vec<(u64, u64)>,
+}
+
+impl Stalls {
+    fn oldest(&self) -> Option<u64> {
+        self.progress.iter().map(|(_, at)| *at).min()
+    }
 }
 
 impl Connection {
@@ -84,6 +102,7 @@ impl Connection {
             authenticated: Authenticated::default(),
             handlers: AtomicU32::new(0),
             responses: AtomicU32::new(0),
+            stalls: Mutex::default(),
             order: AtomicU8::new(Order::Continue as u8),
             waker: AtomicWaker::new(),
         }
@@ -115,13 +134,13 @@ impl Connection {
         if !self.has_requested.load(Ordering::Relaxed) {
             return (Phase::FirstHead, Some(self.accepted + timeouts.header));
         }
+        // Each response has its own deadline, whatever the connection's other requests do.
+        if let Some(since) = self.stalled_response() {
+            return (Phase::Write, Some(self.at(since) + timeouts.write));
+        }
         // Acquire: pairs with the release of a request that ends, so that `progressed` is its end or later.
         if self.handlers.load(Ordering::Acquire) > 0 {
             return (Phase::Handler, None);
-        }
-        if self.responses.load(Ordering::Acquire) > 0 {
-            let since = self.at(self.progressed.load(Ordering::Relaxed));
-            return (Phase::Write, Some(since + timeouts.write));
         }
         match self.head_began.load(Ordering::Relaxed) {
             since if since > 0 && !self.is_http2() => {
@@ -158,6 +177,21 @@ impl Connection {
         is_idle.then(|| self.at(self.progressed.load(Ordering::Relaxed)))
     }
 
+    fn stalled_response(&self) -> Option<u64> {
+        if self.responses.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        self.stalls.lock().oldest()
+    }
+
+    /// Since when the client has not taken a response; `None` if none waits for it.
+    pub(super) fn stalled_since(&self) -> Option<Instant> {
+        let blocked = self.write_blocked.load(Ordering::Relaxed);
+        let blocked = (blocked > 0).then_some(blocked);
+        let oldest = blocked.into_iter().chain(self.stalled_response()).min()?;
+        Some(self.at(oldest))
+    }
+
     pub(super) fn give(&self, order: Order) {
         self.order.fetch_max(order as u8, Ordering::AcqRel);
         self.waker.wake();
@@ -181,7 +215,7 @@ impl Connection {
         }
         let request = RequestInFlight {
             connection: self.clone(),
-            is_responding: false,
+            response: None,
         };
         (request, is_first)
     }
@@ -191,8 +225,8 @@ impl Connection {
 #[derive(Debug)]
 pub(super) struct RequestInFlight {
     connection: Arc<Connection>,
-    /// HTTP/2 only: counted under `responses`.
-    is_responding: bool,
+    /// HTTP/2 only: its number under `stalls`, once it counts under `responses`.
+    response: Option<u64>,
 }
 
 impl RequestInFlight {
@@ -205,9 +239,25 @@ impl RequestInFlight {
             return;
         }
         it.progressed.store(it.now(), Ordering::Relaxed);
+        let mut stalls = it.stalls.lock();
+        let id = stalls.next_id;
+        stalls.next_id += 1;
+        stalls.progress.push((id, it.now()));
+        drop(stalls);
         it.responses.fetch_add(1, Ordering::Release);
         it.handlers.fetch_sub(1, Ordering::Release);
-        self.is_responding = true;
+        self.response = Some(id);
+    }
+
+    fn progress(&self) {
+        let Some(id) = self.response else { return };
+        let it = &self.connection;
+        let now = it.now();
+        it.progressed.store(now, Ordering::Relaxed);
+        let mut stalls = it.stalls.lock();
+        if let Some((_, at)) = stalls.progress.iter_mut().find(|(other, _)| *other == id) {
+            *at = now;
+        }
     }
 }
 
@@ -215,7 +265,11 @@ impl Drop for RequestInFlight {
     fn drop(&mut self) {
         let it = &self.connection;
         it.progressed.store(it.now(), Ordering::Relaxed);
-        let count = if self.is_responding {
+        let count = if let Some(id) = self.response {
+            let mut stalls = it.stalls.lock();
+            if let Some(index) = stalls.progress.iter().position(|(other, _)| *other == id) {
+                stalls.progress.swap_remove(index);
+            }
             &it.responses
         } else {
             &it.handlers
@@ -228,6 +282,8 @@ impl Drop for RequestInFlight {
 /// single response by flow control while the socket stays writable.
 pub(super) struct TrackedBody<B> {
     pub(super) body: B,
+    /// What is left of a large frame: hyper copies a frame whole, and keeps the memory while the connection lives.
+    pub(super) rest: Bytes,
     pub(super) request: RequestInFlight,
 }
 
@@ -239,20 +295,36 @@ impl<B: Body<Data = Bytes> + Unpin> Body for TrackedBody<B> {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        let frame = Pin::new(&mut self.body).poll_frame(context);
-        if self.request.is_responding && matches!(frame, Poll::Ready(Some(Ok(_)))) {
-            let it = &self.request.connection;
-            it.progressed.store(it.now(), Ordering::Relaxed);
+        let mut frame = if self.rest.is_empty() {
+            Pin::new(&mut self.body).poll_frame(context)
+        } else {
+            Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut self.rest)))))
+        };
+        if let Poll::Ready(Some(Ok(frame))) = &mut frame
+            && let Some(data) = frame.data_mut()
+            && data.len() > CHUNK
+        {
+            self.rest = data.split_off(CHUNK);
+        }
+        if matches!(&frame, Poll::Ready(Some(Ok(_)))) {
+            self.request.progress();
         }
         frame
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let rest = self.rest.len() as u64;
+        let hint = self.body.size_hint();
+        let mut with_rest = SizeHint::new();
+        with_rest.set_lower(hint.lower() + rest);
+        if let Some(upper) = hint.upper() {
+            with_rest.set_upper(upper + rest);
+        }
+        with_rest
     }
 }
 

@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -44,6 +45,8 @@ const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 128 * 1024;
 /// HTTP/2: bytes of responses that wait for the socket, on one stream.
 const SEND_BUFFER: usize = 64 * 1024;
+/// HTTP/2: requests at a time on one connection; each holds some memory until its response is taken.
+const CONCURRENT_STREAMS: u32 = 32;
 /// Connections that the kernel completes before they are accepted; it may allow fewer (net.core.somaxconn).
 const BACKLOG: u32 = 4096;
 /// After a failed accept, such as for want of file descriptors.
@@ -222,7 +225,7 @@ fn builder() -> auto::Builder<TokioExecutor> {
     builder
         .http2()
         .timer(TokioTimer::new())
-        .max_concurrent_streams(200)
+        .max_concurrent_streams(CONCURRENT_STREAMS)
         .max_pending_accept_reset_streams(Some(20))
         .max_header_list_size(u32::try_from(HEADER_BYTES).unwrap_or(u32::MAX))
         .initial_stream_window_size(STREAM_WINDOW)
@@ -279,6 +282,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                     in_flight.respond();
                     Ok::<_, Infallible>(response.map(|body| TrackedBody {
                         body,
+                        rest: Bytes::new(),
                         request: in_flight,
                     }))
                 }
@@ -307,6 +311,10 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                     return Poll::Ready(Ok(result));
                 }
                 let (phase, deadline) = connection.phase(&self.timeouts);
+                if is_finishing && phase == Phase::Idle && goodbye_until.is_none() {
+                    // hyper would wait for the client to answer its ping, for as long as that takes.
+                    goodbye_until = Some(time::Instant::now() + GOODBYE);
+                }
                 let deadline = match phase {
                     Phase::Idle => goodbye_until.or(deadline),
                     _ => deadline,
@@ -380,6 +388,15 @@ mod tests {
     }
 
     async fn connect() -> TcpStream {
+        connect_until(std::future::pending(), Duration::ZERO)
+            .await
+            .0
+    }
+
+    async fn connect_until(
+        stop: impl Future<Output = ()> + Send + 'static,
+        drain: Duration,
+    ) -> (TcpStream, task::JoinHandle<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let settings = ServeSettings {
@@ -387,7 +404,7 @@ mod tests {
                 header: HEADER,
                 idle: IDLE,
                 write: WRITE,
-                drain: Duration::ZERO,
+                drain,
             },
             limits: Limits {
                 connections: 100,
@@ -397,8 +414,8 @@ mod tests {
             metrics: Arc::default(),
         };
         let endpoint = make_sync(endpoint).map_to_response();
-        tokio::spawn(serve(listener, endpoint, settings, std::future::pending()));
-        TcpStream::connect(addr).await.unwrap()
+        let server = tokio::spawn(serve(listener, endpoint, settings, stop));
+        (TcpStream::connect(addr).await.unwrap(), server)
     }
 
     async fn ask(stream: &mut TcpStream) {
@@ -625,6 +642,24 @@ mod tests {
             assert!(began.elapsed() > IDLE * 2);
             let answers = kinds.iter().filter(|kind| [DATA].contains(kind)).count();
             assert_eq!(answers, 8, "{kinds:?}");
+        }
+
+        #[tokio::test]
+        async fn an_idle_client_that_answers_no_ping_does_not_delay_a_stop() {
+            let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+            let stopped = async move {
+                let _ = stopped.await;
+            };
+            let (mut stream, server) = connect_until(stopped, GOODBYE * 4).await;
+            stream
+                .write_all(&[hello(&[]), get(1)].concat())
+                .await
+                .unwrap();
+            time::sleep(HEADER / 2).await;
+            let began = time::Instant::now();
+            drop(stop);
+            server.await.unwrap();
+            assert!(began.elapsed() < GOODBYE * 2, "{:?}", began.elapsed());
         }
 
         /// The socket stays writable and pings are answered: only the response does not move.

@@ -2,8 +2,9 @@
 //! to make room.
 //!
 //! A newcomer is preferred to a connection that has not sent a request yet, the oldest of these first, and to one
-//! that is idle between two requests. A connection with a request in flight is never closed for another. So
-//! sockets that send nothing cannot lock out clients that do, whatever their number.
+//! that is idle between two requests, then to one whose client has not taken its response for a while, of the address
+//! with the most connections first. Any other connection with a request in flight is never closed for another. So
+//! clients that send nothing or read nothing cannot lock out others, whatever their number.
 //!
 //! Connections of one address are counted until a valid API key or service token has come over them: a gateway, or
 //! many clients behind one address, may have as many as there are places in all. Once an address has its share, a
@@ -12,6 +13,7 @@
 //! its share for that second.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     sync::{
@@ -33,6 +35,8 @@ use crate::{
 
 /// How long a connection must have been idle to be closed for another.
 const IDLE_ENOUGH: Duration = Duration::from_secs(1);
+/// How long a client must not have taken a response for its connection to be closed for another.
+const STALLED_ENOUGH: Duration = Duration::from_secs(1);
 /// At an address's limit a connection younger than this is left alone: its request may be on its way.
 const YOUNG: Duration = Duration::from_secs(1);
 /// How many of an address's oldest connections without a request are looked at for a silent one.
@@ -308,7 +312,28 @@ impl Table {
         for (_, id) in &idle {
             self.close(open, *id);
         }
-        !idle.is_empty()
+        !idle.is_empty() || self.close_stalled(open, now)
+    }
+
+    fn close_stalled(&self, open: &mut Open, now: Instant) -> bool {
+        let mut stalled = open
+            .all
+            .iter()
+            .filter_map(|(id, entry)| {
+                let since = entry.connection.stalled_since()?;
+                // Trusted proxies are spared. An address that has authenticated on all its connections counts none.
+                let of_address = open.addresses.get(&entry.address?);
+                let counted = of_address.map_or(0, |it| it.counted.len());
+                Some((Reverse(counted), since, *id))
+            })
+            .filter(|(_, since, _)| now.saturating_duration_since(*since) >= STALLED_ENOUGH)
+            .collect::<Vec<_>>();
+        stalled.sort_unstable();
+        stalled.truncate((self.limits.connections / SEARCH_PART).max(1));
+        for (_, _, id) in &stalled {
+            self.close(open, *id);
+        }
+        !stalled.is_empty()
     }
 
     fn close(&self, open: &mut Open, id: u64) {
@@ -437,6 +462,22 @@ mod tests {
         tokio::time::advance(Duration::from_secs(2)).await;
         let _new = admit(&table, "192.0.2.3").unwrap();
         assert!(is_told_to_close(&idle) && !is_told_to_close(&busy));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stalled_response_makes_room_and_a_running_handler_does_not() {
+        let table = table(2, 0);
+        let stalled = admit(&table, "192.0.2.1").unwrap();
+        let (mut response, _) = stalled.connection.begin_request(true);
+        stalled.place.has_requested();
+        response.respond();
+        let busy = admit(&table, "192.0.2.2").unwrap();
+        let _request = request(&busy);
+        tokio::time::advance(STALLED_ENOUGH / 2).await;
+        assert_eq!(admit(&table, "192.0.2.3").unwrap_err(), Refusal::Full);
+        tokio::time::advance(STALLED_ENOUGH).await;
+        let _new = admit(&table, "192.0.2.3").unwrap();
+        assert!(is_told_to_close(&stalled) && !is_told_to_close(&busy));
     }
 
     #[tokio::test(start_paused = true)]
