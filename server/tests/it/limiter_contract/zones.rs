@@ -98,6 +98,19 @@ impl Oracle {
         (opened, false)
     }
 
+    /// Whether the stated window ends where a day or month does in some zone, and has its part of the quota.
+    fn is_in_proportion(&self, state: PolicyState) -> bool {
+        ZONES.iter().any(|(_, minutes)| {
+            let (begin, end) = calendar(self.policy, *minutes, UnixNanos(state.reset_at.0 - 1));
+            let length = state
+                .shortened_to
+                .map_or(end - begin, |it| u64::from(it.get()) * 1_000_000_000);
+            let part = u128::from(self.limit) * u128::from(length);
+            end == state.reset_at.0
+                && u128::from(state.limit) == part.div_ceil(u128::from(end - begin))
+        })
+    }
+
     /// Checks a decision. Of the quota at most `stranded` may be out of reach.
     fn check(&mut self, minutes: i64, decision: &Decision, cost: u64, stranded: u64) {
         let (mut window, is_open) = self.window(minutes, decision.at);
@@ -105,6 +118,7 @@ impl Oracle {
         if !is_open && !self.is_strict {
             assert!(decision.at < state.reset_at && state.limit <= self.limit);
             (window.end, window.quota) = (state.reset_at.0, state.limit);
+            assert!(self.is_in_proportion(state), "{state:?}, {self:?}");
         }
         if is_open || decision.is_allowed() {
             assert_eq!(state.reset_at.0, window.end, "{self:?}");
