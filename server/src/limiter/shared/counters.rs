@@ -48,13 +48,14 @@ pub struct TakeCall {
     pub back_generation: u64,
     /// For how many microseconds granted tokens may be spent. What is not spent comes back soon after.
     pub lease: CounterMicros,
-    /// The counters' time in the caller's latest answer from this partition.
+    /// The counters' time in the latest answer from this partition that the caller received in time.
     pub last_heard: CounterMicros,
     /// Since when the caller has served without the counters; zero if it has not. It may have admitted requests
     /// since then that the counters do not know of. [`NEVER_HEARD`] if it has never had an answer and others may have
     /// admitted some.
     pub away_since: CounterMicros,
-    /// Start of the new epoch that the caller was promised since then; zero if none.
+    /// Start of the new epoch that the caller's previous call was promised, if it has served nothing since the epoch
+    /// started; zero otherwise. It holds for calls that arrive soon after that start.
     pub promised: CounterMicros,
 }
 

@@ -213,7 +213,11 @@ impl Inner {
                 match (outage, place) {
                     (Some(outage), Some((place, since))) => {
                         let since = outage.since.max(since);
-                        let verdict = share.take(gcra, place, since, cost, monotonic);
+                        let verdict = if outage.is_paused(monotonic) {
+                            Err(A_MOMENT)
+                        } else {
+                            share.take(gcra, place, since, cost, monotonic)
+                        };
                         let debt = share.tat.saturating_sub(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
                     }

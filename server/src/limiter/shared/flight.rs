@@ -191,6 +191,7 @@ impl Inner {
         let partition = &self.partitions[usize::from(call.partition)];
         partition.used(self.clock.monotonic());
         self.metrics.counter_calls.inc();
+        let asked_at = self.clock.monotonic();
         let mut answer = self.counters.take(call);
         let (answer, late) = match deadline::within(self.settings.deadline, &mut answer).await {
             Ok(answer) => (answer, false),
@@ -206,13 +207,12 @@ impl Inner {
         let now = self.clock.monotonic();
         match answer {
             Ok(reply) => {
-                if late {
-                    partition.heard(reply.at, now);
-                } else {
+                if !late {
                     partition.succeeded(reply.at, now);
                 }
                 if let BucketState::Beginning { wait } = reply.state
-                    && partition.is_beginning(now)
+                    && !partition.is_away()
+                    && partition.is_beginning(asked_at + wait * 1000, now)
                 {
                     tracing::warn!(
                         partition = call.partition,

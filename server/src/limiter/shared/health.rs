@@ -50,6 +50,19 @@ pub(super) struct Outage {
     /// Counts them; 0 is none.
     pub(super) number: u64,
     pub(super) since: u64,
+    /// When it began, by the counters' clock.
+    counters_since: CounterMicros,
+    /// When the promised epoch may have started, and when the answer to the first call in it is late.
+    paused: Option<(u64, u64)>,
+}
+
+impl Outage {
+    /// The counters may have started to grant, and this replica may be about to return to them: whatever it served now
+    /// would be served twice.
+    pub(super) fn is_paused(self, now: u64) -> bool {
+        self.paused
+            .is_some_and(|(from, until)| from <= now && now < until)
+    }
 }
 
 impl Partition {
@@ -121,11 +134,6 @@ impl Partition {
         }
     }
 
-    /// An answer came, in good time or not.
-    pub(super) fn heard(&self, at: CounterMicros, now: u64) {
-        self.hear(&mut self.inner.lock(), at, now);
-    }
-
     /// An answer that comes after a later one is no news: it must not make an outage seem to have begun before others
     /// were last answered.
     fn hear(&self, inner: &mut Inner, at: CounterMicros, now: u64) {
@@ -148,26 +156,41 @@ impl Partition {
         (silent || poor) && self.go(&mut inner, now)
     }
 
-    /// The counters answered that they begin anew and grant nothing for a while. `true` as for
-    /// [`failed`](Self::failed).
-    pub(super) fn is_beginning(&self, now: u64) -> bool {
-        self.go(&mut self.inner.lock(), now)
+    /// The counters answered that a new epoch starts, at `start` or a little later, and that they grant nothing until
+    /// then. `true` as for [`failed`](Self::failed).
+    pub(super) fn is_beginning(&self, start: u64, now: u64) -> bool {
+        let mut inner = self.inner.lock();
+        let is_first = self.go(&mut inner, now);
+        inner.outage.paused = Some((start, u64::MAX));
+        is_first
+    }
+
+    /// The answer to the first call in the promised epoch is late at `until`; then this replica serves on without the
+    /// counters.
+    pub(super) fn paused_until(&self, until: u64) {
+        if let Some((_, end)) = &mut self.inner.lock().outage.paused {
+            *end = until;
+        }
     }
 
     fn go(&self, inner: &mut Inner, now: u64) -> bool {
         if self.away.swap(true, Ordering::AcqRel) {
             return false;
         }
+        let silent = now.saturating_sub(inner.heard_at) / 1000;
         inner.outage = Outage {
             number: inner.outage.number + 1,
             since: now,
+            counters_since: (self.last_heard() + silent).max(NEVER_HEARD + 1),
+            paused: None,
         };
         true
     }
 
-    /// The counters are back.
-    pub(super) fn returned(&self, now: u64) {
+    /// The counters are back: an answer of their time `at` came in time.
+    pub(super) fn returned(&self, at: CounterMicros, now: u64) {
         let mut inner = self.inner.lock();
+        self.hear(&mut inner, at, now);
         inner.in_a_row = 0;
         inner.succeeded_at = now;
         inner.span_start = now;
@@ -192,8 +215,7 @@ impl Partition {
         if !self.away.load(Ordering::Acquire) {
             return self.never_heard(alone);
         }
-        let silent = inner.outage.since.saturating_sub(inner.heard_at) / 1000;
-        (self.last_heard.load(Ordering::Relaxed) + silent).max(1)
+        inner.outage.counters_since
     }
 }
 
@@ -226,7 +248,7 @@ mod tests {
         assert!(!partition.failed(301 * MS), "once");
         let outage = partition.outage().unwrap();
         assert_eq!((outage.number, outage.since), (1, 300 * MS));
-        partition.returned(400 * MS);
+        partition.returned(1, 400 * MS);
         assert!(partition.outage().is_none());
         assert!(!partition.failed(700 * MS));
     }
@@ -271,5 +293,17 @@ mod tests {
             partition.failed(200 * MS + call * 50 * MS);
         }
         assert_eq!(partition.away_since(false), 5_000_000 + 300_000);
+        assert!(!partition.is_beginning(900 * MS, 600 * MS));
+        assert_eq!(partition.away_since(false), 5_000_000 + 300_000);
+    }
+
+    #[test]
+    fn nothing_is_served_while_the_answer_in_a_promised_epoch_is_awaited() {
+        let partition = Partition::new(0);
+        assert!(partition.is_beginning(600 * MS, 10 * MS));
+        let is_paused = |ms| partition.outage().unwrap().is_paused(ms * MS);
+        assert!(!is_paused(599) && is_paused(600) && is_paused(5000));
+        partition.paused_until(630 * MS);
+        assert!(is_paused(629) && !is_paused(630));
     }
 }

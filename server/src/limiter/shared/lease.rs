@@ -49,6 +49,11 @@ pub(in crate::limiter) struct Share {
     since: u64,
     /// The share's TAT, on the monotonic clock.
     pub(super) tat: u64,
+    /// Nanoseconds per token of the share, and from empty to full.
+    price: u64,
+    tau: u64,
+    /// The plan was edited since the share was last used, or since the counters were last seen.
+    is_edited: bool,
 }
 
 impl Share {
@@ -63,19 +68,13 @@ impl Share {
         cost: NonZeroU32,
         now: u64,
     ) -> Result<(), NonZeroU64> {
-        if self.since != since {
-            self.since = since;
-            self.tat = since.saturating_add(gcra.tau());
-        }
         let burst = gcra.tau() / gcra.emission();
         let mine = burst / place.of.get() + u64::from(place.rank < burst % place.of.get());
+        self.follow(gcra.tau().div_ceil(mine.max(1)), gcra.tau(), since, now);
         if mine < u64::from(cost.get()) {
             return Err(A_SECOND);
         }
-        let price = gcra
-            .tau()
-            .div_ceil(mine)
-            .saturating_mul(u64::from(cost.get()));
+        let price = self.price.saturating_mul(u64::from(cost.get()));
         let next = self.tat.max(now).saturating_add(price);
         match NonZeroU64::new(next.saturating_sub(now.saturating_add(gcra.tau()))) {
             None => {
@@ -84,6 +83,28 @@ impl Share {
             }
             Some(wait) => Err(wait),
         }
+    }
+
+    /// Brings the share to this plan and place. An edit leaves the tokens that are in it, as far as it holds them now,
+    /// and adds none: those of a larger burst come as it refills, so no order of edits fills a share.
+    fn follow(&mut self, price: u64, tau: u64, since: u64, now: u64) {
+        if self.since != since {
+            // How it would have filled under the plan before is not known.
+            let empty_at = if self.is_edited { now } else { since };
+            self.tat = empty_at.saturating_add(tau);
+        } else if (self.price, self.tau) != (price, tau) {
+            let level = self.tau.saturating_sub(self.tat.saturating_sub(now));
+            let level = u128::from(level) * u128::from(price) / u128::from(self.price);
+            let missing = u128::from(tau).saturating_sub(level);
+            self.tat = now.saturating_add(u64::try_from(missing).unwrap_or(tau));
+        }
+        *self = Self {
+            since,
+            tat: self.tat,
+            price,
+            tau,
+            is_edited: false,
+        };
     }
 }
 
@@ -208,6 +229,7 @@ impl Lease {
     /// The plan was edited: tokens taken under the old one are returned, and what is known of the bucket is forgotten.
     pub(in crate::limiter) fn edited(&mut self) {
         self.surrender_all();
+        self.share.is_edited = true;
         self.view = None;
         self.held_until = 0;
         self.short = false;
@@ -457,6 +479,7 @@ impl Lease {
     /// The bucket was `debt` nanoseconds from full in a call that began at `seen`.
     pub(super) fn saw(&mut self, debt: u64, seen: u64) {
         self.view = Some(View { debt, seen });
+        self.share.is_edited = false;
     }
 
     /// When the call began in which the counters last described the bucket; 0 for never.
@@ -490,5 +513,81 @@ impl Lease {
         let debt = view.debt.saturating_sub(now.saturating_sub(view.seen));
         debt.saturating_sub(self.in_hand().saturating_mul(gcra.emission()))
             .min(gcra.tau())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limiter::policy::RatePolicy;
+
+    const SECOND: u64 = 1_000_000_000;
+    const WHOLE: Place = Place {
+        rank: 0,
+        of: NonZeroU64::MIN,
+    };
+
+    fn plan(rpm: u32, burst: u32) -> Gcra {
+        Gcra::new(RatePolicy {
+            rpm: NonZeroU32::new(rpm).unwrap(),
+            burst: NonZeroU32::new(burst).unwrap(),
+        })
+    }
+
+    /// The tokens that a share gives at this moment.
+    fn drain(share: &mut Share, gcra: Gcra, now: u64) -> u64 {
+        let mut taken = 0;
+        while share
+            .take(gcra, WHOLE, SECOND, NonZeroU32::MIN, now)
+            .is_ok()
+        {
+            taken += 1;
+        }
+        taken
+    }
+
+    #[test]
+    fn no_order_of_edits_fills_a_share() {
+        for (rpm, burst) in [
+            (600, 200),
+            (60, 200),
+            (1, 200),
+            (6000, 2),
+            (60, 1),
+            (60_000, 600),
+        ] {
+            let mut share = Share::default();
+            let (sold, edited) = (plan(6000, 200), plan(rpm, burst));
+            assert_eq!(drain(&mut share, sold, 9 * SECOND), 200);
+            assert_eq!(drain(&mut share, edited, 9 * SECOND), 0, "{rpm}, {burst}");
+            assert_eq!(
+                drain(&mut share, sold, 9 * SECOND),
+                0,
+                "{rpm}, {burst}, and back"
+            );
+            // It refills at the rate that is in force.
+            assert_eq!(drain(&mut share, sold, 10 * SECOND), 100, "{rpm}, {burst}");
+        }
+    }
+
+    #[test]
+    fn a_share_keeps_its_tokens_when_the_plan_is_edited() {
+        let mut share = Share::default();
+        let full = 9 * SECOND;
+        assert!(
+            share
+                .take(
+                    plan(6000, 200),
+                    WHOLE,
+                    SECOND,
+                    NonZeroU32::new(50).unwrap(),
+                    full
+                )
+                .is_ok()
+        );
+        assert_eq!(drain(&mut share, plan(6, 200), full), 150);
+        // The first token of the higher rate does not wait for one of the lower.
+        assert_eq!(drain(&mut share, plan(6000, 200), full), 0);
+        assert_eq!(drain(&mut share, plan(6000, 200), full + SECOND / 100), 1);
     }
 }

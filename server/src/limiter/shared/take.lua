@@ -14,11 +14,11 @@
 -- KEYS[2]  the partition's epoch, a hash in the same slot:
 --            run     run id of the Redis process that the epoch began on
 --            s       its start, in microseconds of TIME
---            ok      the latest answer that any caller has confirmed receiving
+--            ok      the latest answer that a caller who uses the counters has confirmed receiving in time
 -- ARGV     1 e   2 t   3 v   4 need   5 want   6 back   7 when the oldest of `back` was taken
---          8 latest answer the caller received   9 since when the caller has had none, or 0; 1 if it has never had
+--          8 latest answer the caller received in time   9 since when the caller has had none, or 0; 1 if it has never had
 --            one and is not the only caller
---         10 start of the epoch the caller was promised meanwhile, or 0   11 microseconds to a new epoch
+--         10 start of the epoch that the answer before promised, or 0   11 microseconds to a new epoch
 --         12 microseconds for which granted tokens may be spent   13 generation in which `back` was taken
 --         14 tokens that requests are waiting for now; the rest of `want` is held for later
 -- Returns  {0, now, granted, debt, g}, or {1, now, microseconds until the epoch starts}
@@ -43,6 +43,8 @@
 -- Numbers are whole and below 2^53, where doubles are exact; a bucket that takes longer than 104 days to fill is
 -- exact to two nanoseconds. A bucket that is not used for twice the time it takes to fill is full, and expires.
 local OUTDATED = 10000000
+-- Microseconds after the start of an epoch in which callers that were promised it return.
+local PROMISED = 500000
 
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -58,13 +60,13 @@ local function whole(number)
 end
 
 -- A new epoch begins when this is another process than the one the epoch began on, or when its state is older than
--- that. It also begins when the caller has served without the counters, unless it was promised this epoch and has
--- waited for it, or other callers were being answered meanwhile. A caller that is new among others cannot know
+-- that. It also begins when the caller has served without the counters, unless it was promised this epoch and returns
+-- at its start, having served nothing since, or other callers were being answered meanwhile. A caller that is new among others cannot know
 -- whether they have served without the counters: they have if nobody was answered for a while.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
-local told = promised > 0 and start == promised
+local told = promised > 0 and start == promised and now - start < PROMISED
 local answered = (ok > away and ok <= now and now - ok < 1000000) or (away == 1 and ok == 0)
 if epoch[1] ~= run or not start or start > now + delay
   or (away > 0 and start <= now and not told and not answered) then
@@ -75,10 +77,8 @@ end
 if start > now then
   return {1, now, start - now}
 end
-if told then
-  heard = now
-end
-if heard > ok + 100000 and heard <= now and heard >= start then
+-- A caller that is away may not get this answer in time either, and serves on without the counters then.
+if away == 0 and heard > ok + 100000 and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
 

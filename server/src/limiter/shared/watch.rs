@@ -48,6 +48,14 @@ fn beat_call(partition: u16, inner: &Inner) -> TakeCall {
     }
 }
 
+async fn beat_once(inner: Arc<Inner>, number: u16) {
+    let partition = &inner.partitions[usize::from(number)];
+    let used_at = partition.used_at();
+    inner.ask(beat_call(number, &inner)).await;
+    // A beat is no use.
+    partition.used(used_at);
+}
+
 /// Asks the counters in use whether they are there, where no request has found out lately; and so that others who
 /// return see that somebody was answered.
 pub(super) async fn beat(inner: Weak<Inner>) {
@@ -65,13 +73,7 @@ pub(super) async fn beat(inner: Weak<Inner>) {
                 || now.saturating_sub(partition.beaten_at()) >= nanos(BEAT_EVERY);
             if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
                 partition.beaten(now);
-                let (inner, call) = (Arc::clone(&inner), beat_call(number, &inner));
-                tokio::spawn(async move {
-                    let used_at = inner.partitions[usize::from(number)].used_at();
-                    inner.ask(call).await;
-                    // A beat is no use.
-                    inner.partitions[usize::from(number)].used(used_at);
-                });
+                tokio::spawn(beat_once(Arc::clone(&inner), number));
             }
         }
     }
@@ -84,7 +86,7 @@ pub(super) async fn see_to_return(
     first: Duration,
     promised: CounterMicros,
 ) {
-    let (mut wait, mut promised) = (first, promised);
+    let (mut wait, mut promise) = (first, promised);
     loop {
         time::sleep(wait).await;
         let Some(inner) = inner.upgrade() else {
@@ -92,11 +94,16 @@ pub(super) async fn see_to_return(
         };
         let partition = &inner.partitions[usize::from(number)];
         inner.metrics.counter_calls.inc();
+        // A promise is for one moment: an answer that comes too late, or never, has this replica serve on.
+        let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
             ..beat_call(number, &inner)
         };
         let asked_at = inner.clock.monotonic();
+        if promised > 0 {
+            partition.paused_until(asked_at + nanos(inner.settings.deadline));
+        }
         let patience = PROBE_DEADLINE.max(inner.settings.deadline);
         let answer = time::timeout(patience, inner.counters.take(call)).await;
         let now = inner.clock.monotonic();
@@ -104,16 +111,18 @@ pub(super) async fn see_to_return(
         // Not all at once.
         wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now % 50_000_000));
         if let Ok(Ok(reply)) = answer {
-            partition.heard(reply.at, now);
             match reply.state {
                 BucketState::Beginning { wait: left } => {
                     wait = Duration::from_micros(left);
-                    promised = reply.at + left;
+                    promise = reply.at + left;
+                    partition.is_beginning(asked_at + left * 1000, now);
                 }
                 BucketState::Known { .. } if in_time => {
-                    partition.returned(now);
+                    partition.returned(reply.at, now);
                     inner.metrics.counters_away.dec();
                     tracing::info!(partition = number, "the shared counters are back");
+                    // Others that return see at once that this replica is answered.
+                    beat_once(inner, number).await;
                     return;
                 }
                 BucketState::Known { .. } => {}

@@ -8,6 +8,9 @@ use quota_server::limiter::{BucketName, BucketState, TakeCall, TakeReply};
 /// Microseconds from a loss to the new epoch.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
 
+/// Microseconds after the start of an epoch in which callers that were promised it return.
+const PROMISED: u64 = 500_000;
+
 #[derive(Debug, Clone)]
 struct Bucket {
     at: u64,
@@ -59,7 +62,9 @@ impl State {
     /// One call at `now`, to the process called `run`.
     pub(super) fn take(&mut self, run: u64, now: u64, call: TakeCall) -> TakeReply {
         let epoch = self.epochs.entry(call.partition).or_default();
-        let told = call.promised > 0 && epoch.start == Some(call.promised);
+        let told = call.promised > 0
+            && epoch.start == Some(call.promised)
+            && now < call.promised + PROMISED;
         let answered =
             (epoch.ok > call.away_since && epoch.ok <= now && now - epoch.ok < 1_000_000)
                 || (call.away_since == 1 && epoch.ok == 0);
@@ -84,8 +89,8 @@ impl State {
                 state: BucketState::Beginning { wait },
             };
         }
-        let heard = if told { now } else { call.last_heard };
-        if heard > epoch.ok + 100_000 && heard <= now && heard >= start {
+        let heard = call.last_heard;
+        if call.away_since == 0 && heard > epoch.ok + 100_000 && heard <= now && heard >= start {
             epoch.ok = heard;
         }
         let known = self.buckets.get(&call.bucket).cloned();

@@ -157,9 +157,18 @@ fn in_force(key: &Key) -> Vec<InForce> {
         .collect()
 }
 
-/// Tokens that refill from the start until then, at the highest rate of the plans that may be in force.
-fn refilled(plans: &[InForce], until: u64) -> f64 {
+/// A time in which some replicas sell their share beside Redis, and the part of a bucket that they sell.
+struct Beside {
+    from: u64,
+    until: u64,
+    part: f64,
+}
+
+/// Tokens that refill from the start until then, at the highest rate of the plans that may be in force, and faster
+/// where shares are sold `beside` Redis.
+fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
     let mut edges: Vec<u64> = plans.iter().flat_map(|it| [it.from, it.until]).collect();
+    edges.extend(beside.iter().flat_map(|it| [it.from, it.until]));
     edges.push(0);
     edges.push(until);
     edges.retain(|edge| *edge <= until);
@@ -168,54 +177,84 @@ fn refilled(plans: &[InForce], until: u64) -> f64 {
         let rates = plans
             .iter()
             .filter(|it| it.from <= edge[0] && edge[1] <= it.until);
-        rates.map(|it| it.plan.rate()).fold(0.0, f64::max) * (edge[1] - edge[0]) as f64
+        let part = beside
+            .iter()
+            .filter(|it| it.from <= edge[0] && edge[1] <= it.until)
+            .map(|it| it.part)
+            .fold(0.0, f64::max);
+        let rate = rates.map(|it| it.plan.rate()).fold(0.0, f64::max);
+        rate * (1.0 + part) * (edge[1] - edge[0]) as f64
     });
     pieces.sum()
 }
 
-/// The part of a bucket that replicas sell beside Redis while they alone have lost it.
-fn beside(scene: &Scene, key: &Key) -> f64 {
+/// When replicas that alone have lost Redis sell beside it: during the fault, and until they have returned.
+fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     if key.on_failure != OnRedisFailure::Share {
-        return 0.0;
+        return Vec::new();
     }
     let (least, all) = scene.replica_bounds();
-    let alone = scene.faults.iter().map(|fault| match fault.kind {
-        FaultKind::CutSome { replicas, .. }
-        | FaultKind::Late {
-            replicas,
-            percent: 100,
-            ..
-        }
-        | FaultKind::Lost {
-            replicas,
-            percent: 100,
-        } => (0..all).filter(|it| replicas.contains(*it)).count(),
-        _ => 0,
-    });
-    let alone = alone.max().unwrap_or(0);
-    if alone == 0 || alone == all {
-        return 0.0;
-    }
     let part = |plan: &Plan| f64::from(plan.burst.div_ceil(least as u32)) / f64::from(plan.burst);
-    key.plans.iter().map(part).fold(0.0, f64::max) * alone as f64
+    let part = key.plans.iter().map(part).fold(0.0, f64::max);
+    let alone = scene.faults.iter().filter_map(|fault| {
+        let replicas = match fault.kind {
+            FaultKind::CutSome { replicas, .. }
+            | FaultKind::Late {
+                replicas,
+                percent: 100,
+                ..
+            }
+            | FaultKind::Lost {
+                replicas,
+                percent: 100,
+            } => replicas,
+            _ => return None,
+        };
+        let alone = (0..all).filter(|it| replicas.contains(*it)).count();
+        (alone < all).then(|| Beside {
+            from: fault.at * MS,
+            until: fault.end() * MS + RECOVERED,
+            part: part * alone as f64,
+        })
+    });
+    alone.collect()
 }
 
 fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let admitted = || entries.iter().filter(|it| it.answer == Answer::Admitted);
     let by_redis: Vec<&Entry> = admitted().filter(|it| !it.degraded).collect();
     let all: Vec<&Entry> = admitted().collect();
-    let found = worst(key, &by_redis, 0.0).map(|text| format!("by Redis alone, {text}"));
+    let found = worst(key, &by_redis, &[]).map(|text| format!("by Redis alone, {text}"));
     if found.is_some() || key.on_failure == OnRedisFailure::Open {
         return found;
     }
-    worst(key, &all, beside(scene, key))
+    let beside = beside(scene, key);
+    // Windows that touch no time in which shares are sold beside Redis.
+    let mut from = 0;
+    let ends = beside.iter().map(|it| (it.from, it.until));
+    for (to, next) in ends.chain([(FOREVER, FOREVER)]) {
+        let between: Vec<&Entry> = all
+            .iter()
+            .filter(|it| from <= it.asked && it.answered < to)
+            .copied()
+            .collect();
+        if let Some(text) = worst(key, &between, &[]) {
+            return Some(text);
+        }
+        from = from.max(next);
+    }
+    if beside.is_empty() {
+        return None;
+    }
+    worst(key, &all, &beside)
 }
 
-/// The window that is most above the promise, if any is. `beside` is the part of it that is allowed in addition.
-fn worst(key: &Key, admitted: &[&Entry], beside: f64) -> Option<String> {
+/// The window that is most above the promise, if any is. More is allowed where shares are sold `beside` Redis.
+fn worst(key: &Key, admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
     /// A token, in the time that the checker runs on: one in which tokens refill evenly.
     const TOKEN: f64 = 1e9;
     let plans = in_force(key);
+    let part = beside.iter().map(|it| it.part).fold(0.0, f64::max);
     for first in 0..plans.len() {
         for last in first..plans.len() {
             // Windows that touch no other plan.
@@ -241,8 +280,8 @@ fn worst(key: &Key, admitted: &[&Entry], beside: f64) -> Option<String> {
             };
             // Redis tells microseconds.
             let grain = 0.002 + rate * 2000.0;
-            let allowed = (burst + slack) * (1.0 + beside) + grain;
-            let clock = |at: u64| (refilled(&plans, at) * (1.0 + beside) * TOKEN) as u64;
+            let allowed = (burst + slack) * (1.0 + part) + grain;
+            let clock = |at: u64| (refilled(&plans, beside, at) * TOKEN) as u64;
             let inside = admitted
                 .iter()
                 .filter(|it| from <= it.asked && it.answered < to);

@@ -1,6 +1,7 @@
 //! Worlds that are wrong on purpose. The simulation must find each of them, or its silence means nothing.
 
 use std::{
+    collections::HashMap,
     num::{NonZeroU32, NonZeroU64},
     sync::{
         Arc,
@@ -45,6 +46,10 @@ pub(super) enum Plant {
     FreshAfterEdit,
     /// After a loss of state, buckets are full.
     FullAfterLoss,
+    /// A replica that was told of a new epoch returns to it whenever it likes.
+    PromiseNeverExpires,
+    /// An edit fills the share that a replica sells without Redis.
+    FreshShareAfterEdit,
 }
 
 impl Plant {
@@ -61,6 +66,8 @@ impl Plant {
         (Self::ReturnsNothing, Promise::Lower, 400),
         (Self::FreshAfterEdit, Promise::Upper, 400),
         (Self::FullAfterLoss, Promise::Upper, 400),
+        (Self::PromiseNeverExpires, Promise::Upper, 400),
+        (Self::FreshShareAfterEdit, Promise::Upper, 400),
     ];
 
     /// What Redis gets to see.
@@ -88,12 +95,14 @@ impl Plant {
             | Self::DeniesAll
             | Self::RefusesCrowds
             | Self::RemembersDenials(_)
-            | Self::SpendsTwice => Arc::new(Planted {
+            | Self::SpendsTwice
+            | Self::FreshShareAfterEdit => Arc::new(Planted {
                 plant: self,
                 store,
                 waiting: AtomicU64::new(0),
                 denied: Mutex::new(None),
                 admitted: AtomicU64::new(0),
+                shares: Mutex::default(),
             }),
             _ => store,
         }
@@ -108,6 +117,8 @@ struct Planted {
     waiting: AtomicU64,
     denied: Mutex<Option<Instant>>,
     admitted: AtomicU64,
+    /// By key: the version that its share was filled for, and what is left of that.
+    shares: Mutex<HashMap<ApiKeyId, (u64, u32)>>,
 }
 
 impl Planted {
@@ -117,6 +128,18 @@ impl Planted {
             degraded: false,
             ..self.store.peek(cell, policies)
         }
+    }
+
+    /// Takes a token of those that an edit gave.
+    fn takes_fresh(&self, cell: &KeyCell, policies: &Policies) -> bool {
+        let mut shares = self.shares.lock();
+        let (version, left) = shares.entry(cell.key()).or_insert((1, 0));
+        if *version != policies.version() {
+            (*version, *left) = (policies.version(), policies.rate().burst.get() / 3);
+        }
+        let takes = *left > 0;
+        *left -= u32::from(takes);
+        takes
     }
 
     fn denied(&self, cell: &KeyCell, policies: &Policies) -> Decision {
@@ -174,6 +197,17 @@ impl LimitStore for Planted {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let decision = self.store.take(cell, policies, cost).await;
         self.waiting.fetch_sub(1, Ordering::Relaxed);
+        if self.plant == Plant::FreshShareAfterEdit
+            && let Ok(denied) = &decision
+            && denied.degraded
+            && !denied.is_allowed()
+            && self.takes_fresh(cell, policies)
+        {
+            return Ok(Decision {
+                outcome: Outcome::Allowed,
+                ..*denied
+            });
+        }
         match &decision {
             Ok(decision) if decision.is_allowed() => {
                 self.admitted.fetch_add(1, Ordering::Relaxed);

@@ -143,11 +143,15 @@ impl Scene {
             length: 8000,
             load: Load(Vec::new()),
         };
-        let special = rng.u8(..24);
+        let special = rng.u8(..28);
         if special == 0 {
             scene.miscounted_outage(&mut rng);
-        } else if special < 3 {
-            scene.late_returns(&mut rng);
+        } else if special < 7 {
+            match special {
+                1 | 2 => scene.late_returns(&mut rng),
+                3 | 4 => scene.slow_for_all(&mut rng),
+                _ => scene.edited_outage(&mut rng),
+            }
             scene.load.0.sort_by_key(|request| request.at);
             return scene;
         } else {
@@ -268,6 +272,106 @@ impl Scene {
                 send(later, plan.burst / (1 + part), others);
             }
             at += by + rng.u64(600..2500);
+        }
+    }
+
+    /// Redis answers every replica too late for seconds, then well. The key is drained before and saturated after.
+    fn slow_for_all(&mut self, rng: &mut Rng) {
+        self.replicas = rng.usize(2..=4);
+        let rpm = [600, 2000, 6000][rng.usize(..3)];
+        self.keys.push(Key {
+            on_failure: OnRedisFailure::Share,
+            plans: vec![Plan {
+                from: 0,
+                rpm,
+                burst: rng.u32(40..=300),
+                strict: rng.bool(),
+            }],
+            load: "slow for all",
+        });
+        let fault = Fault {
+            at: rng.u64(700..1500),
+            lasts: rng.u64(2000..20_000),
+            kind: FaultKind::Late {
+                replicas: Replicas((1 << self.replicas) - 1),
+                by: rng.u64(35..200),
+                percent: 100,
+            },
+        };
+        self.faults.push(fault);
+        self.length = fault.end() + 2500;
+        let burst = self.keys[0].plans[0].burst;
+        self.crowd(rng, fault.at - 400, burst * 6 / 5);
+        let per_second = rpm * rng.u32(100..=140) / 6000;
+        let mut at = fault.at;
+        while at < fault.end() {
+            self.crowd(rng, at, (per_second / 10).max(1));
+            at += 100;
+        }
+        while at < fault.end() + 2000 {
+            self.crowd(rng, at, burst / 8 + per_second / 20 + 1);
+            at += 50;
+        }
+    }
+
+    /// The rate is edited while Redis is away and every replica sells its share.
+    fn edited_outage(&mut self, rng: &mut Rng) {
+        self.replicas = rng.usize(1..=3);
+        let burst = rng.u32(20..=200);
+        let rates = if rng.bool() {
+            [6000, 600, 60]
+        } else {
+            [6000, 60, 6000]
+        };
+        let mut plans = vec![Plan {
+            from: 0,
+            rpm: rates[0],
+            burst,
+            strict: rng.bool(),
+        }];
+        let at = rng.u64(100..500);
+        let mut edit = at + u64::from(burst) * 10 + rng.u64(500..1500);
+        self.crowd(rng, edit - 200, burst * 6 / 5);
+        for rpm in &rates[1..] {
+            plans.push(Plan {
+                from: edit,
+                rpm: *rpm,
+                burst: if rng.u8(..3) == 0 {
+                    (burst / 10).max(1)
+                } else {
+                    burst
+                },
+                strict: plans[0].strict,
+            });
+            for _ in 0..4 {
+                let later = edit + rng.u64(..2000);
+                self.crowd(rng, later, burst);
+            }
+            edit += rng.u64(2200..3000);
+        }
+        self.keys.push(Key {
+            on_failure: OnRedisFailure::Share,
+            plans,
+            load: "edited outage",
+        });
+        // A replica finds out about the outage by its calls.
+        self.faults.push(Fault {
+            at,
+            lasts: edit - at,
+            kind: FaultKind::Cut,
+        });
+        self.length = edit + 1000;
+    }
+
+    /// So many requests at once, at any replicas.
+    fn crowd(&mut self, rng: &mut Rng, at: u64, count: u32) {
+        for _ in 0..count {
+            self.load.0.push(Request {
+                at,
+                key: 0,
+                cost: 1,
+                pick: rng.usize(..1000),
+            });
         }
     }
 

@@ -5,7 +5,7 @@
 //! still waits.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -99,6 +99,8 @@ pub(super) struct World {
     round_trip: u64,
     seed: u64,
     plant: Plant,
+    /// Replicas that were told of a new epoch and have not returned since.
+    told: Mutex<HashSet<usize>>,
     /// Tokens granted so far and tokens returned so far, by key.
     granted: Mutex<HashMap<ApiKeyId, (u64, u64)>>,
     /// The chance of each link's calls of each bucket, so that none depends on the order of the others.
@@ -134,6 +136,7 @@ impl World {
             round_trip,
             seed,
             plant,
+            told: Mutex::default(),
             granted: Mutex::default(),
             chances: Mutex::default(),
         })
@@ -187,7 +190,15 @@ impl World {
         }
         let micros = START.0 / 1000 + self.now() / 1000 + process.ahead;
         let run = process.run;
-        let call = self.plant.call(call, micros);
+        let mut call = self.plant.call(call, micros);
+        if self.plant == Plant::PromiseNeverExpires {
+            let mut told = self.told.lock();
+            if call.away_since == 0 {
+                told.remove(&replica);
+            } else if told.contains(&replica) {
+                call.away_since = 0;
+            }
+        }
         let state = if self.plant == Plant::SharesNothing {
             process
                 .alone
@@ -216,6 +227,7 @@ impl World {
             (BucketState::Known { .. }, BucketName::Beat) => {}
             (BucketState::Beginning { .. }, _) => {
                 self.initialized_again.store(true, Ordering::Relaxed);
+                self.told.lock().insert(replica);
             }
         }
         Ok(reply)
