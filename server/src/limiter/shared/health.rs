@@ -271,13 +271,13 @@ mod tests {
     fn a_late_answer_does_not_turn_time_back() {
         let partition = Partition::new(0);
         partition.succeeded(5_000_000, 100 * MS);
-        partition.heard(4_700_000, 120 * MS);
+        partition.succeeded(4_700_000, 120 * MS);
         assert_eq!(partition.last_heard(), 5_000_000);
         for call in 0..u64::from(FAILURES) {
             partition.failed(200 * MS + call * 50 * MS);
         }
         assert_eq!(partition.away_since(false), 5_000_000 + 300_000);
-        partition.returned(500 * MS);
+        partition.returned(900_000, 500 * MS);
         partition.succeeded(1_000_000, 600 * MS);
         assert_eq!(partition.last_heard(), 1_000_000, "the clock was set back");
     }

@@ -52,6 +52,8 @@ pub(in crate::limiter) struct Share {
     /// Nanoseconds per token of the share, and from empty to full.
     price: u64,
     tau: u64,
+    /// When the share was last used.
+    used_at: u64,
     /// The plan was edited since the share was last used, or since the counters were last seen.
     is_edited: bool,
 }
@@ -86,15 +88,19 @@ impl Share {
     }
 
     /// Brings the share to this plan and place. An edit leaves the tokens that are in it, as far as it holds them now,
-    /// and adds none: those of a larger burst come as it refills, so no order of edits fills a share.
+    /// and adds none: those of a larger burst come as it refills, so no order of edits fills a share. When the edit was
+    /// made is not known, so from the last use on it has refilled at the lower of the two rates.
     fn follow(&mut self, price: u64, tau: u64, since: u64, now: u64) {
         if self.since != since {
             // How it would have filled under the plan before is not known.
             let empty_at = if self.is_edited { now } else { since };
             self.tat = empty_at.saturating_add(tau);
         } else if (self.price, self.tau) != (price, tau) {
-            let level = self.tau.saturating_sub(self.tat.saturating_sub(now));
+            let used_at = self.used_at.min(now);
+            let level = self.tau.saturating_sub(self.tat.saturating_sub(used_at));
             let level = u128::from(level) * u128::from(price) / u128::from(self.price);
+            let refill = u128::from(now - used_at) * u128::from(price);
+            let level = level + refill / u128::from(price.max(self.price));
             let missing = u128::from(tau).saturating_sub(level);
             self.tat = now.saturating_add(u64::try_from(missing).unwrap_or(tau));
         }
@@ -103,6 +109,7 @@ impl Share {
             tat: self.tat,
             price,
             tau,
+            used_at: now,
             is_edited: false,
         };
     }

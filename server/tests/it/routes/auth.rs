@@ -965,10 +965,12 @@ async fn a_stranger_cannot_lock_an_owner_out() {
     assert_eq!(owner_signs_in.status, 200, "{}", owner_signs_in.body);
 }
 
-/// Makes the two password threads busy for a while, by accounts whose hashes are costly to verify.
-async fn occupy_password_threads(app: &TestApp) -> Vec<tokio::task::JoinHandle<u16>> {
-    let costly = "$argon2id$v=19$m=65536,t=6,p=1$c29tZXNhbHRzb21lc2FsdA$\
-                  AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+/// Keeps the two password threads busy for a while, with accounts whose hashes take `passes` to verify.
+async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task::JoinHandle<u16>> {
+    let costly = format!(
+        "$argon2id$v=19$m=65536,t={passes},p=1$c29tZXNhbHRzb21lc2FsdA$\
+         AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+    );
     let mut busy = Vec::new();
     for _ in 0..2 {
         let account = app.register().await;
@@ -992,7 +994,37 @@ async fn occupy_password_threads(app: &TestApp) -> Vec<tokio::task::JoinHandle<u
     busy
 }
 
-/// The old password is right when the sign-in looks it up, and wrong when the session would begin.
+/// Signs in with `old` while the password threads are busy, and changes the password to `new` meanwhile. Returns the
+/// response and whether it came after the change.
+async fn sign_in_during_reset(
+    app: &TestApp,
+    other: &TestApp,
+    email: &str,
+    (old, new): (&str, &str),
+    passes: u32,
+) -> (u16, Value, bool) {
+    let busy = occupy_password_threads(app, passes).await;
+    let (http, url) = (app.http.clone(), app.url("/auth/login"));
+    let body = json!({"email": email, "password": old});
+    let waiting = tokio::spawn(async move {
+        let answer = http.post(url).json(&body).send().await.expect("it answers");
+        let status = answer.status().as_u16();
+        let body: Value = answer.json().await.expect("JSON");
+        (status, body, std::time::Instant::now())
+    });
+    tokio::time::sleep(std::time::Duration::from_millis(150)).await;
+    let reset = other.state.accounts.reset_password(email, new).await;
+    reset.expect("it is reset");
+    let reset_at = std::time::Instant::now();
+    let (status, body, answered_at) = waiting.await.expect("it ends");
+    for it in busy {
+        // 503 if a hash takes too long on a busy machine.
+        assert!(matches!(it.await.expect("it ends"), 401 | 503));
+    }
+    (status, body, answered_at > reset_at)
+}
+
+/// The old password is correct when the sign-in looks it up, and wrong when the session would begin.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sign_in_that_waits_while_the_password_changes_begins_no_session() {
     let app = TestApp::start().await;
@@ -1001,43 +1033,32 @@ async fn a_sign_in_that_waits_while_the_password_changes_begins_no_session() {
         .start()
         .await;
     let owner = app.register().await;
-    let busy = occupy_password_threads(&app).await;
-    let (http, url) = (app.http.clone(), app.url("/auth/login"));
-    let body = json!({"email": owner.email, "password": PASSWORD});
-    let waiting = tokio::spawn(async move {
-        let answer = http.post(url).json(&body).send().await.expect("it answers");
-        let status = answer.status().as_u16();
-        let body: Value = answer.json().await.expect("JSON");
-        (status, body, std::time::Instant::now())
-    });
-    tokio::time::sleep(std::time::Duration::from_millis(150)).await;
-    let new = "seven orchards under frost";
-    let reset = other.state.accounts.reset_password(&owner.email, new).await;
-    reset.expect("it is reset");
-    let reset_at = std::time::Instant::now();
-    let (status, body, answered_at) = waiting.await.expect("it ends");
-    assert!(
-        answered_at > reset_at,
-        "the sign-in did not wait; make the hashes costlier"
-    );
-    for it in busy {
-        // 503 on a machine that is so busy that a hash takes too long.
-        assert!(matches!(it.await.expect("it ends"), 401 | 503));
-    }
     let client = app.database.connect().await;
-    let living: i64 = client
-        .query_one(
-            "SELECT count(*) FROM sessions s JOIN users u ON u.id = s.user_id \
-             WHERE u.email = $1 AND s.revoked_at IS NULL",
-            &[&owner.email],
-        )
-        .await
-        .expect("it is counted")
-        .get(0);
-    assert!(matches!(status, 401 | 503), "{status} {body}");
-    assert_eq!(living, 0, "a session with the old password");
-    assert_eq!(login(&app, &owner.email, new).await.status, 200);
-    assert_eq!(login(&app, &owner.email, PASSWORD).await.status, 401);
+    let mut old = PASSWORD.to_owned();
+    // Hashes as costly as it takes on this machine for the sign-in to wait until after the change.
+    for passes in [6, 12, 24, 48, 96] {
+        let new = format!("seven orchards under frost {passes}");
+        let (status, body, waited) =
+            sign_in_during_reset(&app, &other, &owner.email, (&old, &new), passes).await;
+        let active: i64 = client
+            .query_one(
+                "SELECT count(*) FROM sessions s JOIN users u ON u.id = s.user_id \
+                 WHERE u.email = $1 AND s.revoked_at IS NULL",
+                &[&owner.email],
+            )
+            .await
+            .expect("it is counted")
+            .get(0);
+        assert_eq!(active, 0, "a session with the old password");
+        if waited {
+            assert!(matches!(status, 401 | 503), "{status} {body}");
+            assert_eq!(login(&app, &owner.email, &new).await.status, 200);
+            assert_eq!(login(&app, &owner.email, &old).await.status, 401);
+            return;
+        }
+        old = new;
+    }
+    panic!("no sign-in waited until after the change");
 }
 
 #[tokio::test(flavor = "multi_thread")]
