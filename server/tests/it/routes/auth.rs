@@ -1390,7 +1390,7 @@ async fn a_flood_of_registrations_is_turned_away_and_known_devices_are_served() 
     let device = login(&app, &owner.email, PASSWORD)
         .await
         .text("device_token");
-    let busy = occupy_password_threads(&app).await;
+    let busy = occupy_password_threads(&app, 6).await;
     let flood = (0..60).map(|n| {
         let (http, url) = (app.http.clone(), app.url("/auth/register"));
         let body = json!({"email": format!("flood{n}@example.com"), "password": PASSWORD});
