@@ -197,18 +197,18 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     let part = |plan: &Plan| f64::from(plan.burst.div_ceil(least as u32)) / f64::from(plan.burst);
     let part = key.plans.iter().map(part).fold(0.0, f64::max);
     let alone = scene.faults.iter().filter_map(|fault| {
-        let replicas = match fault.kind {
-            FaultKind::CutSome { replicas, .. }
-            | FaultKind::Late {
-                replicas,
-                percent: 100,
-                ..
-            }
-            | FaultKind::Lost {
-                replicas,
-                percent: 100,
-            } => replicas,
-            _ => return None,
+        let (FaultKind::CutSome { replicas, .. }
+        | FaultKind::Late {
+            replicas,
+            percent: 100,
+            ..
+        }
+        | FaultKind::Lost {
+            replicas,
+            percent: 100,
+        }) = fault.kind
+        else {
+            return None;
         };
         let alone = (0..all).filter(|it| replicas.contains(*it)).count();
         (alone < all).then(|| Beside {
