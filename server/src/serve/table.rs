@@ -4,7 +4,8 @@
 //! A newcomer is preferred to a connection that has not sent a request yet, the oldest of these first, and to one
 //! that is idle between two requests, then to one whose client has not taken its response for a while, of the address
 //! with the most connections first. Any other connection with a request in flight is never closed for another. So
-//! clients that send nothing or read nothing cannot lock out others, whatever their number.
+//! clients that send nothing cannot lock out others, whatever their number; clients that read nothing give way when
+//! all places are taken.
 //!
 //! Connections of one address are counted until a valid API key or service token has come over them: a gateway, or
 //! many clients behind one address, may have as many as there are places in all. Once an address has its share, a

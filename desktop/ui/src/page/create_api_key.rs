@@ -70,7 +70,7 @@ fn CreateForm(
     let session = session();
     // The list may be filtered by a plan.
     let filtered_plan = route().query.with_untracked(|query| query.get("plan_id"));
-    // With several plans the choice is left to the user, so that nobody grants the wrong limits by pressing Enter.
+    // With several plans the choice is left to the user, so that pressing Enter does not grant the wrong limits.
     let preselected = match &plans[..] {
         [only] => Some(only.id.to_string()),
         plans => filtered_plan.filter(|id| plans.iter().any(|plan| plan.id.to_string() == *id)),

@@ -1,6 +1,6 @@
 //! In the desktop app.
 //!
-//! While the server is unreachable the app answers with data it loaded earlier; a banner says so, names the time,
+//! While the server is unreachable the app shows data it loaded earlier; a banner says so, names the time,
 //! and offers to try again. Another banner appears when there is no keychain to store sessions in.
 
 use std::cell::RefCell;
