@@ -1,20 +1,19 @@
-//! The sliding checker: compares what a client saw admitted with the promise, in every window.
+//! A sliding-window checker: compares what a client saw admitted with the promise, in every window.
 //!
-//! The promise is a token bucket's: at most `burst + rate·(T + slack)` tokens in any window of `T`. A client does
-//! not know when a request was admitted, only that it was between sending it and receiving the answer. So a window
-//! counts only requests that lie entirely inside it, and any excess found is real. Works in whole nanoseconds and
-//! does not know where the times come from.
+//! The promise is that of a token bucket: at most `burst + rate·(T + slack)` tokens in any window of `T`. A client only
+//! knows that a request was admitted between sending it and receiving the response. So a window counts only requests
+//! that lie entirely inside it, and any excess found is real. Works in whole nanoseconds of any clock.
 
-/// One token bucket's promise.
+/// The promise of one token bucket.
 #[derive(Debug, Clone, Copy)]
 pub struct Envelope {
-    /// Nanoseconds a token takes to refill, rounded up as the server does.
+    /// Nanoseconds in which one token refills, rounded up as the server does.
     emission: i64,
-    /// Nanoseconds of refill that a window of no length may hold: the burst and the slack.
+    /// Nanoseconds of refill that an empty window may contain: the burst and the slack.
     at_once: i64,
 }
 
-/// From just before a request was sent until just after it was answered, in nanoseconds.
+/// From just before a request was sent until just after its response, in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
     pub sent: u64,
@@ -37,7 +36,7 @@ pub struct Worst {
 const MINUTE: u64 = 60_000_000_000;
 
 impl Envelope {
-    /// `slack` is what leases may add, as a time of refill.
+    /// `slack` is what leases may add, as time to refill.
     pub fn new(rpm: u32, burst: u32, slack: std::time::Duration) -> Self {
         let emission = signed(MINUTE.div_ceil(u64::from(rpm)));
         Self {
@@ -46,8 +45,8 @@ impl Envelope {
         }
     }
 
-    /// The promise with both numbers given: nanoseconds for each token, and nanoseconds of refill that a window of
-    /// no length may hold. Times may be of any clock that the promise runs on.
+    /// Creates a promise from both numbers: nanoseconds per token, and nanoseconds of refill that an empty window may
+    /// contain.
     pub fn from_nanos(emission: u64, at_once: u64) -> Self {
         Self {
             emission: signed(emission),
@@ -55,13 +54,13 @@ impl Envelope {
         }
     }
 
-    /// Returns how many tokens it allows within `nanos`, starting with a full bucket.
+    /// Returns how many tokens it allows in `nanos`, starting with a full bucket.
     pub fn allows(self, nanos: u64) -> u64 {
         u64::try_from((self.at_once + signed(nanos)) / self.emission).unwrap_or(0)
     }
 
-    /// Returns how many tokens a single exact bucket, full at first, would have admitted of requests at these times
-    /// and of these costs.
+    /// Returns how many tokens a single exact bucket, initially full, would have admitted for requests at these times
+    /// and costs.
     pub fn exact(self, mut requests: Vec<(u64, u32)>) -> u64 {
         requests.sort_unstable();
         let (mut full_at, mut admitted) = (i64::MIN, 0);
@@ -76,8 +75,8 @@ impl Envelope {
         admitted
     }
 
-    /// Returns the worst window, or `None` if nothing was admitted. Takes n log n steps: every window ends at an
-    /// answer, and a tree holds the excess so far for all starts at once.
+    /// Returns the worst window, or `None` if nothing was admitted. Takes n log n steps: every window ends at a
+    /// response, and a tree contains the current excess for all starts.
     pub fn worst(self, admitted: &[Span]) -> Option<Worst> {
         let mut begins: Vec<u64> = admitted.iter().map(|span| span.sent).collect();
         begins.sort_unstable();
@@ -132,8 +131,8 @@ fn signed(nanos: impl TryInto<i64>) -> i64 {
         .unwrap_or_else(|_| panic!("a measurement is shorter than 292 years"))
 }
 
-/// For each start of a window, its time plus the worth of what was admitted since then: suffix sums, so that one
-/// admission changes one leaf.
+/// For each start of a window, its time plus the value of everything admitted since then. These are suffix sums, so
+/// that one admission changes one leaf.
 struct Tree {
     leaves: usize,
     nodes: Vec<Node>,
@@ -147,7 +146,7 @@ struct Node {
     begin: usize,
 }
 
-/// Below any value that occurs, and far from an overflow.
+/// Below any possible value, and far from overflowing.
 const CLOSED: i64 = i64::MIN / 4;
 
 impl Tree {
@@ -164,14 +163,14 @@ impl Tree {
         }
     }
 
-    /// Lets windows begin at this place from now on.
+    /// Lets windows begin at this index from now on.
     fn open(&mut self, place: usize, time: i64) {
         let leaf = &mut self.nodes[self.leaves + place];
         (leaf.best, leaf.begin) = (time + leaf.sum, place);
         self.update(place);
     }
 
-    /// Adds an admission of this worth that was sent there.
+    /// Adds an admission of this value that was sent at this index.
     fn add(&mut self, place: usize, worth: i64) {
         let leaf = &mut self.nodes[self.leaves + place];
         leaf.sum += worth;
@@ -212,7 +211,7 @@ mod tests {
 
     use super::*;
 
-    /// Every window, one by one.
+    /// Checks every window separately.
     fn naive(envelope: Envelope, spans: &[Span]) -> Option<i64> {
         let mut most = None;
         for from in spans.iter().map(|it| it.sent) {
@@ -229,7 +228,7 @@ mod tests {
         most
     }
 
-    /// A bucket of tokens that is refilled step by step, unlike the one above.
+    /// A token bucket that is refilled step by step, unlike the one above.
     fn exact_limiter(envelope: Envelope, mut requests: Vec<(u64, u32)>) -> Vec<(u64, u32)> {
         requests.sort_unstable();
         let (mut level, mut last) = (envelope.at_once, 0);
@@ -278,14 +277,14 @@ mod tests {
                 #[expect(clippy::cast_precision_loss, reason = "small numbers")]
                 let expected = naive as f64 / emission as f64;
                 prop_assert!((worst.excess - expected).abs() < 1e-9);
-                // The window it names is one that shows it.
+                // The reported window contains the excess.
                 let above = emission * signed(worst.admitted)
                     - signed(worst.to - worst.from) - envelope.at_once;
                 prop_assert_eq!(above, naive);
             }
         }
 
-        /// Whenever each admission happened within its span.
+        /// Wherever in its span each admission happened.
         #[test]
         fn an_exact_bucket_has_no_excess(
             requests in prop::collection::vec((0..2_000u64, 1..6u32, 0..50u64, 0..50u64), 1..200),
@@ -327,7 +326,7 @@ mod tests {
 
     #[test]
     fn a_window_counts_only_what_lies_inside() {
-        // One token a second, three at once.
+        // One token per second with a burst of three.
         let envelope = Envelope::new(60, 3, Duration::ZERO);
         let span = |sent, answered| Span {
             sent,

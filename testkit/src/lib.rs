@@ -1,8 +1,7 @@
-//! Test equipment around the server: processes that end with their owner, a Redis that can be killed and frozen, a
-//! proxy that fails on demand, and a checker of token bucket promises.
+//! Test equipment: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
+//! demand, and a checker of token bucket promises.
 //!
-//! Knows nothing of Quota. Ends what it starts, by process id. Panics with the reason if something cannot be
-//! started.
+//! Does not know Quota. Ends what it starts, by PID. Panics with the reason if something cannot be started.
 
 pub mod envelope;
 mod process;

@@ -1,4 +1,4 @@
-//! A process that ends when its owner does, `kill -9` included.
+//! A process that ends when its owner does, even by `kill -9`.
 
 use std::{
     io::{self, BufRead as _, BufReader},
@@ -13,8 +13,8 @@ use nix::{
     unistd::Pid,
 };
 
-/// Tells the process id of "$@", whose output goes to the file $1, and ends it when standard input ends, which
-/// it does with our owner. A frozen process takes SIGKILL alone.
+/// Runs "$@", appends its output to the file $1, prints its PID, and kills it when standard input ends, which it does
+/// with the owner. A frozen process reacts only to SIGKILL.
 const GUARD: &str = r#"
 out=$1
 shift
@@ -31,18 +31,18 @@ status=$?
 exit "$status"
 "#;
 
-/// Killed with the value, or with us.
+/// A process that is killed when the value is dropped or this process ends.
 #[derive(Debug)]
 pub struct Process {
     guard: Child,
-    /// Closed at the end: what the guard waits for.
+    /// Closed at the end, which the guard waits for.
     pipe: Option<ChildStdin>,
     pid: Pid,
 }
 
 impl Process {
-    /// Starts `command`, of which program, arguments, environment and directory are taken. What it prints is
-    /// appended to `output`. It is out of reach of the terminal's Ctrl-C, which is for us.
+    /// Starts the program of `command` with its arguments, environment and directory, and appends its output to
+    /// `output`. The terminal's Ctrl-C does not reach it.
     pub fn start(command: &Command, output: &Path) -> io::Result<Self> {
         let mut shell = Command::new("/bin/sh");
         shell
@@ -83,7 +83,7 @@ impl Process {
         self.pid
     }
 
-    /// A process that has ended is left alone.
+    /// Does nothing if the process has ended.
     pub fn signal(&mut self, signal: Signal) -> io::Result<()> {
         if self.ended()?.is_none() {
             kill(self.pid, signal)?;
@@ -91,12 +91,12 @@ impl Process {
         Ok(())
     }
 
-    /// How it ended, if it did. A signal counts as 128 and its number.
+    /// Returns the exit status if the process has ended: 128 plus the number for a signal.
     pub fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         self.guard.try_wait()
     }
 
-    /// Waits for its end; `None` when that does not come in time.
+    /// Waits for the process to end. Returns `None` if it does not in time.
     pub async fn ends_within(&mut self, limit: Duration) -> io::Result<Option<ExitStatus>> {
         let deadline = Instant::now() + limit;
         loop {

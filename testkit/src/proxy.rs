@@ -1,6 +1,6 @@
-//! A proxy between the server and one of its dependencies that can be made to fail: delay traffic in both
-//! directions or answers alone, cut, cut after a number of bytes, go silent, refuse. Listens on its own port on
-//! loopback, in front of a TCP address or a Unix socket.
+//! A proxy between the server and one of its dependencies, with fault injection: it can delay all traffic or only
+//! responses, reset connections immediately or after a number of bytes, go silent, and refuse connections. Listens on
+//! its own loopback port, in front of a TCP address or a Unix socket.
 
 use std::{
     io,
@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// Where the proxy leads to.
+/// Where the proxy forwards to.
 #[derive(Debug, Clone)]
 pub enum Upstream {
     Tcp(SocketAddr),
@@ -31,17 +31,17 @@ pub enum Upstream {
 /// What happens to the traffic of open and new connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// None: bytes pass.
+    /// Bytes pass.
     Pass,
-    /// Data takes this much longer in both directions. The bandwidth stays the same.
+    /// Data takes this much longer in both directions. Does not change the bandwidth.
     Delay(Duration),
-    /// Data takes this much longer towards the client: requests arrive in time, answers late.
+    /// Data takes this much longer towards the client: requests arrive in time, responses late.
     Late(Duration),
-    /// Bytes are swallowed and nothing comes back; connections stay open, new ones too.
+    /// Bytes are discarded in both directions. Connections remain open, and new ones are accepted.
     BlackHole,
-    /// New connections are reset at once; open ones go on.
+    /// New connections are reset immediately. Open ones are not affected.
     Refuse,
-    /// The connection is reset once it has carried this many more bytes towards the client.
+    /// A connection is reset after this many more bytes towards the client.
     CutAfter(u64),
 }
 
@@ -78,7 +78,7 @@ impl Default for Control {
 }
 
 impl FaultProxy {
-    /// Runs in tasks of the caller's runtime.
+    /// Runs in the caller's runtime.
     pub async fn start(upstream: Upstream) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
@@ -93,7 +93,7 @@ impl FaultProxy {
         }
     }
 
-    /// Runs on a thread of its own, so that a caller that is busy does not delay the traffic.
+    /// Runs on its own thread, so that a busy caller does not delay the traffic.
     pub async fn start_apart(upstream: Upstream) -> Self {
         let control = Arc::new(Control::default());
         let (tell, addr) = oneshot::channel();
@@ -126,17 +126,17 @@ impl FaultProxy {
         self.addr
     }
 
-    /// From now on, until the next call.
+    /// Sets the fault, until the next call.
     pub fn set(&self, fault: Fault) {
         self.control.fault.send_replace(fault);
     }
 
-    /// Resets every open connection, once. New ones are as [`set`](Self::set) says.
+    /// Resets every open connection once. New ones follow [`set`](Self::set).
     pub fn cut(&self) {
         self.control.cuts.send_modify(|cuts| *cuts += 1);
     }
 
-    /// How many connections were taken so far.
+    /// Returns how many connections were accepted so far.
     pub fn accepted(&self) -> u64 {
         self.control.accepted.load(Ordering::SeqCst)
     }
@@ -155,7 +155,7 @@ async fn accept(listener: TcpListener, upstream: Upstream, control: Arc<Control>
     while let Ok((mut client, _)) = listener.accept().await {
         control.accepted.fetch_add(1, Ordering::SeqCst);
         let upstream = upstream.clone();
-        // Subscribed before the task runs, so that a cut right after the accept is not missed.
+        // Subscribed before the task runs, so that a reset right after accepting is not missed.
         let mut cuts = control.cuts.subscribe();
         let fault = control.fault.subscribe();
         tokio::spawn(async move {
@@ -164,14 +164,14 @@ async fn accept(listener: TcpListener, upstream: Upstream, control: Arc<Control>
                 _ = cuts.changed() => Err(io::ErrorKind::ConnectionReset.into()),
             };
             if ended.is_err() {
-                // Closes with RST, as a crashed or partitioned peer does; a FIN would be good manners.
+                // Closes with RST, like a crashed peer, and not with FIN.
                 let _ = client.set_zero_linger();
             }
         });
     }
 }
 
-/// Until both sides have closed. An error when one failed, or a fault ended it.
+/// Runs until both sides have closed. Returns an error if one failed or a fault ended the connection.
 async fn relay(
     client: &mut TcpStream,
     upstream: Upstream,
@@ -210,15 +210,15 @@ enum Direction {
     Down,
 }
 
-/// Data on its way, and when it arrives. Empty at the end of the stream.
+/// Data in transit, and when it arrives. Empty at the end of the stream.
 struct Piece {
     due: Instant,
     data: Vec<u8>,
-    /// The connection is reset after it.
+    /// The connection is reset after this.
     last: bool,
 }
 
-/// So much may be on its way at once, in one direction, before the sender is slowed down.
+/// The maximum amount in transit in one direction before the sender is slowed down.
 const PIECES: usize = 1024;
 
 async fn pass(
@@ -249,7 +249,7 @@ async fn take(
         let mut last = false;
         let now = *fault.borrow_and_update();
         let delay = match now {
-            // Not even the end gets through.
+            // Not even the end of the stream is forwarded.
             Fault::BlackHole if length == 0 => std::future::pending().await,
             Fault::BlackHole => continue,
             Fault::Delay(delay) => delay,
@@ -263,7 +263,7 @@ async fn take(
             }
             Fault::Pass | Fault::Late(_) | Fault::Refuse | Fault::CutAfter(_) => Duration::ZERO,
         };
-        // Nothing overtakes what was sent before it.
+        // Data must not overtake what was sent before it.
         due = due.max(Instant::now() + delay);
         let piece = Piece {
             due,
@@ -299,7 +299,7 @@ async fn deliver(
 mod tests {
     use super::*;
 
-    /// A server that sends back what it gets.
+    /// An echo server.
     async fn echo() -> SocketAddr {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
@@ -317,7 +317,7 @@ mod tests {
         addr
     }
 
-    /// Sends `ping` and gives what comes back within the time: `None` for silence.
+    /// Sends `ping` and returns what comes back in time, or `None`.
     async fn ping(stream: &mut TcpStream, limit: Duration) -> Option<io::Result<String>> {
         let answer = async {
             stream.write_all(b"ping").await?;
@@ -394,7 +394,7 @@ mod tests {
         assert_eq!(proxy.accepted(), 4);
     }
 
-    /// What is delayed does not hold up what is sent after it.
+    /// Delayed data does not hold up what is sent after it.
     #[tokio::test]
     async fn a_delay_is_a_latency_and_no_lower_bandwidth() {
         let proxy = FaultProxy::start_apart(Upstream::Tcp(echo().await)).await;

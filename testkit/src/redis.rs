@@ -1,6 +1,5 @@
-//! A private Redis that may be frozen, killed and started again: one server, a master and a replica that
-//! sentinels watch, or a cluster. On ports of its own on loopback; keeps nothing on disk; ends with its owner,
-//! also when that is killed.
+//! A private Redis that can be frozen, killed and restarted: one server, a master and a replica with sentinels, or a
+//! cluster. Listens on free loopback ports, stores nothing on disk, and ends with its owner, even if that is killed.
 
 mod group;
 
@@ -36,10 +35,10 @@ impl RedisServer {
         Self::start_with(&[]).await
     }
 
-    /// With more of `redis-server`'s options, such as `--replicaof`, where `{free}` is another free port.
-    /// `--sentinel` comes first, and then the sentinel's file.
+    /// Starts it with more options of `redis-server`, such as `--replicaof`. `{free}` is replaced by another free port.
+    /// `--sentinel` must come first, followed by the sentinel's file.
     pub async fn start_with(options: &[&str]) -> Self {
-        // Another process may take the port between our look and Redis's own.
+        // Another process may have taken the port in the meantime.
         for _ in 0..10 {
             let mut redis = Self {
                 port: free_port(),
@@ -66,20 +65,20 @@ impl RedisServer {
         (Ipv4Addr::LOCALHOST, self.port).into()
     }
 
-    /// What its options say that it asks for.
+    /// Returns the password, if its options require one.
     fn password(&self) -> Option<&str> {
         let at = self.options.iter().position(|it| it == "--requirepass")?;
         self.options.get(at + 1).map(String::as_str)
     }
 
-    /// What it answers to one line.
+    /// Sends one line and returns the answer.
     pub async fn command(&self, line: &str) -> String {
         self.answer(line)
             .await
             .unwrap_or_else(|| panic!("no answer to {line}"))
     }
 
-    /// The same, if it answers.
+    /// Sends one line and returns the answer, if there is one.
     async fn answer(&self, line: &str) -> Option<String> {
         command(self.addr(), self.password(), line).await
     }
@@ -88,7 +87,7 @@ impl RedisServer {
         self.running.as_ref().map(Process::pid)
     }
 
-    /// As a crash: nothing is said to its clients, nothing is kept.
+    /// Kills it, as in a crash. All data is lost.
     pub async fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
         let mut running = self.running.take().expect("it runs");
@@ -96,7 +95,7 @@ impl RedisServer {
         ended.expect("it ends");
     }
 
-    /// Starts a killed one again, empty, on the same port.
+    /// Restarts it after [`kill`](Self::kill), empty, on the same port.
     pub async fn restart(&mut self) {
         assert!(self.running.is_none(), "it still runs");
         assert!(
@@ -106,12 +105,12 @@ impl RedisServer {
         );
     }
 
-    /// Freezes it: connections stay and answer nothing.
+    /// Freezes it: connections remain open but get no answers.
     pub fn stop(&mut self) {
         self.signal(Signal::SIGSTOP);
     }
 
-    /// Lets a frozen one go on.
+    /// Resumes it after [`freeze`](Self::freeze).
     pub fn cont(&mut self) {
         self.signal(Signal::SIGCONT);
     }
@@ -121,13 +120,13 @@ impl RedisServer {
         running.signal(signal).expect("it is alive");
     }
 
-    /// Whether it takes commands on our port.
+    /// Returns whether it accepts commands on its port.
     async fn launch(&mut self) -> bool {
         let mut command = Command::new("redis-server");
         let port = self.port.to_string();
         let place = ["--port", &port, "--bind", "127.0.0.1", "--daemonize", "no"];
         match &*self.options {
-            // A sentinel's file stands before everything else; of data it knows nothing.
+            // A sentinel's file must come first, and it has no data options.
             [sentinel, file] if sentinel == "--sentinel" => {
                 command.args([file, sentinel]).args(place);
             }
@@ -143,7 +142,7 @@ impl RedisServer {
             Process::start(&command, Path::new("/dev/null")).expect("there is a shell");
         let deadline = Instant::now() + PATIENCE;
         loop {
-            // The port's answer must be this process's: a stranger's is not.
+            // The answer must come from this process, not from another one on the same port.
             if process_id(self.addr(), self.password()).await == Some(process.pid()) {
                 self.running = Some(process);
                 return true;
@@ -157,7 +156,7 @@ impl RedisServer {
     }
 }
 
-/// What the Redis at `addr` says its process id is.
+/// Returns the PID that the Redis at `addr` reports.
 async fn process_id(addr: SocketAddr, password: Option<&str>) -> Option<Pid> {
     let answer = command(addr, password, "INFO server").await?;
     let pid = answer
@@ -166,14 +165,14 @@ async fn process_id(addr: SocketAddr, password: Option<&str>) -> Option<Pid> {
     Some(Pid::from_raw(pid.trim().parse().ok()?))
 }
 
-/// What the Redis at `addr` answers to one line; `None` if nothing within a second.
+/// Sends one line to the Redis at `addr` and returns the answer, or `None` after a second.
 async fn command(addr: SocketAddr, password: Option<&str>, line: &str) -> Option<String> {
     let asked = async {
         let mut stream = TcpStream::connect(addr).await.ok()?;
         let login = password.map(|it| format!("AUTH {it}\r\n"));
         let lines = format!("{}{line}\r\n", login.unwrap_or_default());
         stream.write_all(lines.as_bytes()).await.ok()?;
-        // A sentinel knows no QUIT; that nothing more comes is understood by all.
+        // A sentinel does not know QUIT, but every server understands the end of the stream.
         stream.shutdown().await.ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.ok()?;
@@ -182,7 +181,7 @@ async fn command(addr: SocketAddr, password: Option<&str>, line: &str) -> Option
     timeout(Duration::from_secs(1), asked).await.ok()?
 }
 
-/// A port that nobody had a moment ago.
+/// Returns a port that was free a moment ago.
 pub fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
         .and_then(|listener| listener.local_addr())

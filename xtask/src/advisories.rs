@@ -1,8 +1,8 @@
-//! Known vulnerabilities in what `Cargo.lock` pins, by a copy of the RustSec advisory database.
+//! Checks `Cargo.lock` for known vulnerabilities, using a copy of the RustSec advisory database.
 //!
-//! Only when `QUOTA_ADVISORY_DB` names such a copy, a directory or a `.tar.gz` of one: the check neither
-//! downloads nor goes stale unseen. A vulnerability fails; notices (unmaintained, unsound) and the copy's age
-//! are printed. `.config/advisories.toml` lists hits that are known not to hit us, each for a while.
+//! Runs only if `QUOTA_ADVISORY_DB` names such a copy, a directory or a `.tar.gz`. Downloads nothing, and prints the
+//! age of the copy. Vulnerabilities fail the check; other notices (unmaintained, unsound) are printed.
+//! `.config/advisories.toml` lists advisories that do not apply, each until a date.
 
 use std::{
     collections::BTreeSet,
@@ -24,7 +24,7 @@ struct Advisory {
     id: String,
     package: String,
     date: String,
-    /// `unmaintained`, `unsound`, `notice`; vulnerabilities have none.
+    /// `unmaintained`, `unsound` or `notice`; absent for vulnerabilities.
     informational: Option<String>,
     withdrawn: bool,
     patched: Vec<VersionReq>,
@@ -72,7 +72,7 @@ pub(crate) fn check() -> Result<()> {
     Ok(())
 }
 
-/// What `.config/advisories.toml` says.
+/// The content of `.config/advisories.toml`.
 #[derive(Debug)]
 struct Accepted(Vec<Acceptance>);
 
@@ -113,7 +113,7 @@ impl Accepted {
         found.map(|accepted| accepted.used = true).is_some()
     }
 
-    /// Entries that have run out, or that hit nothing.
+    /// Returns entries that have expired or match nothing.
     fn faults(&self) -> Vec<String> {
         self.0
             .iter()
@@ -190,13 +190,13 @@ impl Advisory {
     }
 }
 
-/// `semver` lets a pre-release match only requirements that name one; RustSec means the plain order. A
-/// pre-release of 2.0.0 lies below `>= 2.0.0` in both.
+/// In `semver`, a pre-release only matches requirements that name one. RustSec uses the plain order. In both, a
+/// pre-release of 2.0.0 is below `>= 2.0.0`.
 fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);
     }
-    // Below its own release, at or above everything before that.
+    // Below its release, and not below anything before that.
     let mut below = version.clone();
     below.pre = semver::Prerelease::EMPTY;
     if below.patch == 0 {
@@ -245,7 +245,7 @@ fn read_directory(path: &Path) -> Result<Vec<Advisory>> {
         .collect()
 }
 
-/// The packages of a lock file that come from a registry, with their versions.
+/// Returns the packages of a lock file that come from a registry, with their versions.
 fn locked(lock: &str) -> Result<Vec<(String, Version)>> {
     let lock: Table = lock.parse()?;
     let packages = lock
@@ -269,11 +269,11 @@ fn locked(lock: &str) -> Result<Vec<(String, Version)>> {
     Ok(locked.into_iter().collect())
 }
 
-/// Days from `date` (`2026-08-21`) to today.
+/// Returns the number of days from `date` (`2026-08-21`) to today.
 fn age_in_days(date: &str) -> Option<i64> {
     let mut parts = date.split('-').map(|part| part.parse::<i64>().ok());
     let (year, month, day) = (parts.next()??, parts.next()??, parts.next()??);
-    // Days since 1970-01-01 in the proleptic Gregorian calendar, years beginning in March.
+    // Days since 1970-01-01 in the proleptic Gregorian calendar, with years that begin in March.
     let (year, month) = if month > 2 {
         (year, month - 3)
     } else {

@@ -1,7 +1,7 @@
-//! `cargo xtask bench`: what a request costs, next to servers that do nothing; `cargo xtask bench replicas`: what
-//! holds over several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the promises of the limiter in
-//! simulated time, over many seeds. `cargo xtask bench desktop`: what the desktop app costs, next to an empty window.
-//! See `xtask/desktop`.
+//! `cargo xtask bench`: the cost of a request, compared with servers that do nothing; `cargo xtask bench replicas`:
+//! what holds across replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's promises in simulated
+//! time, with many seeds. `cargo xtask bench desktop`: the cost of the desktop app, compared with an empty window. See
+//! `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -12,12 +12,12 @@ use anyhow::{Context as _, Result};
 
 use crate::{cargo, desktop, journey, machine, postgres::Throwaway, say, succeed, target};
 
-/// Seeds of the simulation where none are given.
+/// The default number of seeds for the simulation.
 const SEEDS: &str = "20000";
 /// The test that runs them.
 const SIMULATION: &str = "limiter_shared::simulation::every_promise_holds_in_every_seed";
 
-/// Runs so many seeds, from the first on.
+/// Runs this many seeds, from the first on.
 fn simulation(arguments: &[OsString]) -> Result<ExitCode> {
     let seeds = arguments
         .first()
@@ -55,7 +55,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     let mut build = cargo();
     build.args(["build", "--release", "--quiet"]);
     build.args(["--package", "quota-bench", "--bin", "quota-bench"]);
-    // Measured instead of this version's.
+    // Measured instead of this version.
     if !arguments.iter().any(|it| it == "--server") {
         build.args(["--package", "quota-server", "--bin", "quota"]);
     }

@@ -14,8 +14,8 @@ pub(crate) fn check() -> Result<()> {
     dependencies::check()?;
     links::check()?;
     say("cargo clippy");
-    // The desktop app is compiled on its own: the features that its libraries turn on in shared dependencies would
-    // cause those to be compiled again for the server.
+    // The desktop app is compiled separately: its libraries enable features of shared dependencies, which would then be
+    // compiled again for the server.
     clippy(&desktop::without("--workspace", "--all-targets"))?;
     say("cargo clippy, desktop app");
     clippy(&desktop::alone("--all-targets"))?;

@@ -1,5 +1,4 @@
-//! `cargo xtask console`: builds the console for the browser, where the next build of the server finds it; and the
-//! same for the desktop app.
+//! `cargo xtask console`: builds the console for the browser or for the desktop app, for the next build to embed.
 
 use std::{
     env,
@@ -18,7 +17,7 @@ pub(crate) fn build() -> Result<()> {
     compile(&[], &root().join("desktop/ui/dist"), &[])
 }
 
-/// The same for the desktop app, where its next build finds it.
+/// Builds the console for the next build of the desktop app.
 pub(crate) fn build_for_desktop() -> Result<()> {
     say("building the console for the desktop app (a first build takes some minutes)");
     let features = ["--features", "desktop"];
@@ -47,7 +46,7 @@ fn compile(features: &[&str], out: &Path, shape: &[&str]) -> Result<()> {
     )
 }
 
-/// Rust's own library for WebAssembly: added with rustup, where that is what Rust came with.
+/// Rust's standard library for WebAssembly. Added with rustup if that is how Rust is installed.
 pub(crate) fn add_target() -> Result<()> {
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let library = read(Command::new(rustc).current_dir(root()).args([
@@ -77,10 +76,10 @@ pub(crate) fn add_target() -> Result<()> {
     })
 }
 
-/// Where cargo builds: by default `target`, elsewhere where a setting says so.
+/// Returns cargo's target directory: `target`, unless configured otherwise.
 pub(crate) fn target_directory() -> Result<PathBuf> {
     let metadata = read(cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
-    // One string of a known field: no reason for a JSON parser in what is to compile quickly.
+    // A JSON parser for a single field would only make this slower to compile.
     let place = metadata
         .split_once("\"target_directory\":\"")
         .and_then(|(_, rest)| rest.split_once('"'))

@@ -49,7 +49,7 @@ fn manifest(folder: &Path) -> Result<Table> {
     toml::from_str(&text).with_context(|| format!("cannot parse {}", path.display()))
 }
 
-/// Returns the dependencies of all kinds and targets, without those kept for their features.
+/// Returns the dependencies of all kinds and targets, without those declared for their features.
 fn declared(manifest: &Table) -> Vec<String> {
     let features_only: Vec<&str> = manifest
         .get("package")
@@ -91,7 +91,7 @@ fn read_sources(folder: &Path, source: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// Whether a line of code contains `name` as a whole word.
+/// Returns whether a line of code contains `name` as a whole word.
 fn mentions(source: &str, name: &str) -> bool {
     let is_word = |character: char| character.is_alphanumeric() || character == '_';
     source

@@ -1,4 +1,4 @@
-//! The desktop app: `cargo xtask desktop` starts it, `cargo xtask bundle` packs it.
+//! The desktop app: `cargo xtask desktop` starts it, `cargo xtask bundle` packages it.
 
 use std::{
     env,
@@ -11,13 +11,13 @@ use anyhow::{Context as _, Result};
 
 use crate::{cargo, console, machine, read, root, say, succeed};
 
-/// Where `cargo xtask run` serves.
+/// The address of `cargo xtask run`.
 const RUNNING: &str = "http://localhost:8080";
 
-/// What it takes to compile it.
+/// What compiling the app requires.
 pub(crate) const NEEDS: [machine::Need; 1] = [machine::WEBKIT];
 
-/// What it takes to go through it.
+/// What its end-to-end test requires.
 pub(crate) const JOURNEY_NEEDS: [machine::Need; 5] = [
     machine::WEBKIT,
     machine::WEBKIT_DRIVER,
@@ -26,10 +26,10 @@ pub(crate) const JOURNEY_NEEDS: [machine::Need; 5] = [
     machine::KEYRING,
 ];
 
-/// The crates that are compiled with the app's libraries.
+/// The crates that use the app's libraries.
 const PACKAGES: [&str; 2] = ["quota-desktop", "xtask-desktop"];
 
-/// Arguments for all crates but those.
+/// Arguments that select all other crates.
 pub(crate) fn without<'a>(all: &'a str, more: &'a str) -> Vec<&'a str> {
     let mut arguments = vec![all];
     arguments.extend(PACKAGES.iter().flat_map(|it| ["--exclude", *it]));
@@ -38,7 +38,7 @@ pub(crate) fn without<'a>(all: &'a str, more: &'a str) -> Vec<&'a str> {
     arguments
 }
 
-/// Arguments for those alone.
+/// Arguments that select only these crates.
 pub(crate) fn alone(more: &str) -> Vec<&str> {
     let mut arguments: Vec<&str> = PACKAGES.iter().flat_map(|it| ["--package", *it]).collect();
     arguments.push(more);
@@ -74,7 +74,7 @@ pub(crate) fn bundle() -> Result<()> {
     let built = console::target_directory()?;
     let out = built.join("bundle");
     std::fs::create_dir_all(&out)?;
-    // Comes with the C compiler.
+    // Installed with the C compiler.
     let program = out.join("quota-desktop");
     succeed(
         Command::new("strip")
@@ -95,7 +95,7 @@ pub(crate) fn bundle() -> Result<()> {
     )
 }
 
-/// Goes through the app, on a server that runs; `false` when it went wrong, which it then has said itself.
+/// Runs the end-to-end test of the app against a running server. Returns `false` if it failed and has reported why.
 pub(crate) fn journey(server: &str) -> Result<bool> {
     console::build_for_desktop()?;
     say("building the desktop app (a first build takes some minutes)");
@@ -112,7 +112,7 @@ pub(crate) fn journey(server: &str) -> Result<bool> {
     Ok(status.success())
 }
 
-/// What the app costs, next to an empty window.
+/// Measures the cost of the app, compared with an empty window.
 pub(crate) fn bench(server: &str, arguments: &[OsString]) -> Result<ExitCode> {
     console::build_for_desktop()?;
     say("building the desktop app for release (a first build takes some minutes)");

@@ -1,4 +1,4 @@
-//! Committed files that a program writes: `cargo xtask generate` writes them all, and `check` compares them.
+//! Committed files that are generated: `cargo xtask generate` writes all of them, and `check` compares them.
 
 use std::{fs, process::Stdio};
 

@@ -1,5 +1,5 @@
-//! The journeys through the console, in a browser and in the desktop app, against the real server on its embedded
-//! default.
+//! End-to-end tests of the console, in a browser and in the desktop app, against the real server with its embedded
+//! database.
 
 use std::{
     fs,
@@ -16,16 +16,16 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{cargo, console, desktop, machine, read, root, say, succeed, system};
 
-/// A first start makes a database.
+/// The first start creates a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What it needs of the machine, beside the server's own needs.
+/// What the tests require, in addition to the server's requirements.
 pub(crate) fn needs() -> Vec<machine::Need> {
     let browser = [machine::CHROMIUM, machine::NODE, machine::NPM];
     [&browser[..], &desktop::JOURNEY_NEEDS].concat()
 }
 
-/// `cargo xtask journey`: the console and the server are built, and nothing else is tested.
+/// `cargo xtask journey`: builds the console and the server and runs only the end-to-end tests.
 pub(crate) fn alone() -> Result<ExitCode> {
     machine::install(&[&[machine::POSTGRES], &needs()[..]].concat())?;
     console::build()?;
@@ -36,7 +36,7 @@ pub(crate) fn alone() -> Result<ExitCode> {
     })
 }
 
-/// Runs it; `false` when it went wrong, which it then has said itself.
+/// Runs the tests. Returns `false` if they failed and have reported why.
 pub(crate) fn run() -> Result<bool> {
     let folder = root().join("desktop/e2e");
     let lock = folder.join("package-lock.json");
@@ -63,19 +63,19 @@ pub(crate) fn run() -> Result<bool> {
         .args(std::env::var_os("QUOTA_SCREENSHOTS"))
         .status()
         .context("cannot run node")?;
-    // Both, also when the first goes wrong.
+    // Both, even if the first fails.
     let in_app = desktop::journey(&server.address)?;
     Ok(status.success() && in_app)
 }
 
-/// Runs something on a server with nothing in it.
+/// Runs something against an empty server.
 pub(crate) fn on_server<T>(run: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
     let server = Server::start()?;
     run(&server.address)
 }
 
-/// A server with nothing in it, which goes with the value.
+/// An empty server, which ends when dropped.
 struct Server {
     process: Child,
     address: String,
@@ -85,7 +85,7 @@ struct Server {
 impl Server {
     fn start() -> Result<Self> {
         let stamp = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
-        // Below /tmp and open to be entered: the database's own user has to get there.
+        // Below /tmp with permission to enter: the database's user has to reach it.
         let data = PathBuf::from(format!(
             "/tmp/quota-journey-{}-{}",
             std::process::id(),
@@ -99,11 +99,11 @@ impl Server {
         let listen = format!("127.0.0.1:{port}");
         let log = fs::File::create(data.join("log"))?;
         let process = Command::new(console::target_directory()?.join("debug/quota"))
-            // Settings of the machine's own are not the test's.
+            // Settings of the environment must not affect the tests.
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
             .args(["serve", "--metrics-listen=off", "--log-format=text"])
-            // All requests come from one address.
+            // All requests come from the same address.
             .args(["--auth-rpm=0", "--admin-rpm=0"])
             .arg(format!("--listen={listen}"))
             .arg("--data-dir")
@@ -115,7 +115,7 @@ impl Server {
             .context("cannot run the server")?;
         let mut server = Self {
             process,
-            // By name: browsers keep the cookies of a local server only for a local name.
+            // By name: browsers accept cookies of a local server only under a local name.
             address: format!("http://localhost:{port}"),
             data,
         };
@@ -127,10 +127,10 @@ impl Server {
         let until = Instant::now() + PATIENCE;
         while !is_ready(listen) {
             if let Some(status) = self.process.try_wait()? {
-                bail!("the server ended ({status}): {}", self.log());
+                bail!("the server exited ({status}): {}", self.log());
             }
             if Instant::now() > until {
-                bail!("the server is not ready in time: {}", self.log());
+                bail!("the server was not ready in time: {}", self.log());
             }
             thread::sleep(Duration::from_millis(100));
         }
@@ -156,7 +156,7 @@ fn is_ready(listen: &str) -> bool {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // SIGTERM, so that its database stops with it.
+        // SIGTERM, so that its database stops too.
         let _ = read(Command::new("kill").arg(self.process.id().to_string()));
         let until = Instant::now() + Duration::from_secs(30);
         while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {

@@ -1,4 +1,4 @@
-//! What the chores need on the machine: found, or installed where we know how, or named.
+//! Programs that tasks require: finds them, installs them where possible, or names them.
 
 use std::{
     io::{IsTerminal as _, stdin},
@@ -14,11 +14,11 @@ use crate::{
     target,
 };
 
-/// A program that a chore needs.
+/// A program that a task requires.
 #[derive(Clone, Copy)]
 pub(crate) struct Need {
     name: &'static str,
-    /// Debian's package.
+    /// The Debian package.
     package: &'static str,
     is_there: fn() -> bool,
 }
@@ -44,14 +44,14 @@ pub(crate) const CADDY: Need = Need {
 pub(crate) const NGINX: Need = Need {
     name: "nginx",
     package: "nginx",
-    // Debian has it where only root looks.
+    // On Debian it is only in root's path.
     is_there: || on_path("nginx").is_some() || Path::new("/usr/sbin/nginx").exists(),
 };
 
 pub(crate) const HAPROXY: Need = Need {
     name: "HAProxy",
     package: "haproxy",
-    // Debian has it where only root looks.
+    // On Debian it is only in root's path.
     is_there: || on_path("haproxy").is_some() || Path::new("/usr/sbin/haproxy").exists(),
 };
 
@@ -108,11 +108,11 @@ pub(crate) const KEYRING: Need = Need {
     is_there: || on_path("gnome-keyring-daemon").is_some(),
 };
 
-/// What a build of everything writes, debug and release of each part, and what one does that finds most of it done.
+/// The disk space that a full build takes, with debug and release of everything, and that an incremental one takes.
 const BUILD: u64 = 7 << 30;
 const REBUILD: u64 = 2 << 30;
 
-/// Says when the disk is too full for a build: compilers say so late, and each in its own words.
+/// Fails if there is too little disk space for a build. Compilers would report that late and unclearly.
 fn room() -> Result<()> {
     let target = target();
     let needed = if target.join("debug").exists() {
@@ -136,7 +136,7 @@ fn room() -> Result<()> {
     Ok(())
 }
 
-/// Installs what is missing with Debian's packages, saying so; elsewhere fails, naming what to install.
+/// Installs missing programs with Debian's packages. On other systems, fails and names what to install.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
     room()?;
     let missing: Vec<Need> = needs
@@ -202,8 +202,8 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     }
 }
 
-/// Debian's package makes a cluster of its own and starts it on port 5432. Nobody here asked for that:
-/// each of ours is private, so the package is told not to, before it is installed.
+/// Debian's package creates a cluster and starts it on port 5432. This is not needed, since each of ours is private, so
+/// it is disabled before the installation.
 fn no_system_cluster() -> Result<()> {
     const CONFIG: &str = "/etc/postgresql-common/createcluster.conf";
     apt(&[
@@ -224,7 +224,7 @@ fn no_system_cluster() -> Result<()> {
     ]))
 }
 
-/// Debian's packages start servers of their own, on the usual ports; tests start theirs.
+/// Debian's packages start servers on the default ports. Tests start their own.
 fn no_system_service(name: &str) -> Result<()> {
     if !Path::new("/run/systemd/system").exists() {
         return Ok(());
@@ -236,7 +236,7 @@ fn no_system_service(name: &str) -> Result<()> {
 }
 
 fn apt(arguments: &[&str]) -> Result<()> {
-    // `env`, because sudo does not pass ours on.
+    // `env`, because sudo does not pass the environment.
     let mut command = as_root("env");
     command
         .args(["DEBIAN_FRONTEND=noninteractive", "apt-get"])
@@ -253,7 +253,7 @@ fn as_root(program: &str) -> Command {
     }
     let mut command = Command::new("sudo");
     if !stdin().is_terminal() {
-        // Nobody is there to type a password.
+        // There may be nobody to type a password.
         command.arg("-n");
     }
     command.arg(program);

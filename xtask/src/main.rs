@@ -1,6 +1,6 @@
-//! `cargo xtask`: every chore of this project, in Rust, with no other tool needed first.
+//! `cargo xtask`: the tasks of this project, in Rust, without other tools.
 //!
-//! Few dependencies, and none on the server: a chore begins before the server is built.
+//! Has few dependencies, and does not depend on the server, since tasks start before the server is built.
 
 #![expect(
     clippy::disallowed_methods,
@@ -44,37 +44,37 @@ struct Cli {
 enum Chore {
     /// Build the server and run it with a private PostgreSQL and demo data in ./.quota
     Run {
-        /// More arguments for `quota serve`, after `--`
+        /// Additional arguments for `quota serve`, after `--`
         #[arg(last = true)]
         arguments: Vec<OsString>,
     },
-    /// Run all tests, or those that the arguments pick
+    /// Run all tests, or those that the arguments select
     Test {
-        /// Filters and options for the test runner (nextest where it is installed, else `cargo test`)
+        /// Filters and options for the test runner (nextest if it is installed, otherwise `cargo test`)
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Measure what a request costs, next to a bare poem and a bare hyper server; prints a table.
-    /// `bench replicas` measures what holds over several replicas on one Redis, `bench simulation`
-    /// plays the limiter in simulated time (`bench simulation 20000`: so many seeds), `bench desktop`
-    /// measures the desktop app's memory and start next to an empty window
+    /// Measure the cost of a request, compared with a plain poem and a plain hyper server. `bench replicas` measures
+    /// what holds across replicas, `bench simulation 20000` runs the limiter in simulated time with this many seeds,
+    /// and `bench desktop` measures memory and startup of the desktop app, compared with an empty window
     Bench {
-        /// Options for the measurement: `--rounds N`, `--millis N`; after `replicas` its own, such as
-        /// `--only faults`; `--help` lists them
+        /// Options of the benchmark, such as `--rounds N` and `--millis N`, or `--only faults` after `replicas`;
+        /// `--help` lists them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
     /// Build the console for the browser; the next build of the server embeds it
     Console,
-    /// Build the desktop app and start it on the running server
+    /// Build the desktop app and start it with the running server
     Desktop {
         /// Arguments for the app, after `--`: `--server ADDRESS`
         #[arg(last = true)]
         arguments: Vec<OsString>,
     },
-    /// Build the desktop app and pack it as .deb and .rpm
+    /// Build the desktop app and package it as .deb and .rpm
     Bundle,
-    /// Build all and go through the console in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER keeps pictures of every page
+    /// Build everything and run the end-to-end tests in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER saves
+    /// a screenshot of every page
     Journey,
     /// Check formatting, lints, documentation, unused dependencies, links and generated files
     Check,
@@ -100,31 +100,31 @@ fn main() -> ExitCode {
     })
 }
 
-/// The workspace's root.
+/// Returns the workspace's root.
 fn root() -> PathBuf {
     let own = env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
     own.parent().map(Path::to_owned).unwrap_or(own)
 }
 
-/// Where cargo builds.
+/// Returns cargo's target directory.
 fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |it| root().join(it))
 }
 
-/// The cargo that started us, in the workspace's root.
+/// Returns a command that runs the cargo that started this process, in the workspace's root.
 fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
     command
 }
 
-/// Says on standard error what is done.
+/// Prints a progress message on standard error.
 fn say(what: &str) {
     eprintln!("xtask: {what}");
 }
 
-/// Runs a command to its end; an error names it.
+/// Runs a command. An error names it.
 fn succeed(command: &mut Command) -> Result<()> {
     let text = shown(command);
     let status = command
@@ -136,7 +136,7 @@ fn succeed(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// What a command prints; an error names it and what it printed on standard error.
+/// Returns the output of a command. An error names it and contains its standard error.
 fn read(command: &mut Command) -> Result<String> {
     let text = shown(command);
     let output = command

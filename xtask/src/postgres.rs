@@ -1,9 +1,9 @@
-//! A throwaway PostgreSQL for tests and for reading schemas: fast, forgetful, on a Unix socket alone, in
-//! a directory under /tmp that goes with it.
+//! A throwaway PostgreSQL for tests and for reading schemas: fast, not durable, only on a Unix socket, in a temporary
+//! directory under /tmp.
 //!
-//! It ends with us, `kill -9` included: a small shell between us and it reads from a pipe that only we
-//! hold, and ends it and removes its directory when the read ends. The server has a durable relative,
-//! `db::embedded`; this one is apart because chores begin before the server is built.
+//! It ends when this process does, even by `kill -9`: a small shell script runs it and reads from a pipe that only this
+//! process holds. When the read ends, it stops PostgreSQL and removes the directory. The server's `db::embedded` is
+//! similar but durable; this one is separate because tasks start before the server is built.
 
 use std::{
     cmp::Reverse,
@@ -25,7 +25,8 @@ use crate::{read, succeed, system};
 const START_LIMIT: Duration = Duration::from_mins(1);
 const USER: &str = "quota";
 
-/// $1 is the directory to remove at the end, the rest is what to run. Immediate shutdown: nothing is kept.
+/// $1 is the directory to remove at the end, the rest is the command. An immediate shutdown is fine, since nothing is
+/// kept.
 const GUARD: &str = r#"
 dir=$1
 shift
@@ -40,7 +41,7 @@ wait "$child"
 exec rm -rf "$dir"
 "#;
 
-/// Settings that trade safety, which a throwaway has no use for, against time.
+/// Settings that trade durability, which is not needed here, for speed.
 const SETTINGS: &[&str] = &[
     "listen_addresses=",
     "unix_socket_permissions=0700",
@@ -110,7 +111,7 @@ impl Throwaway {
             command.args(["-c", setting]);
         }
         let mut guard = as_user(command, user)
-            // The terminal's Ctrl-C is for us; the guard hears of it when we are gone.
+            // The terminal's Ctrl-C must not reach it. The guard stops it after this process has ended.
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(log.try_clone()?)
@@ -127,8 +128,8 @@ impl Throwaway {
         let deadline = Instant::now() + START_LIMIT;
         while !postgres.takes_connections() {
             if postgres.guard.try_wait()?.is_some() {
-                // The log went with the directory; a start that fails is rare and can be repeated.
-                bail!("the test PostgreSQL ended while starting");
+                // The log is removed with the directory. Failures are rare and can be reproduced.
+                bail!("the test PostgreSQL exited at startup");
             }
             if Instant::now() > deadline {
                 bail!(
@@ -141,9 +142,9 @@ impl Throwaway {
         Ok(postgres)
     }
 
-    /// The URL of the database `postgres`, as superuser.
+    /// Returns the URL of the database `postgres`, as superuser.
     pub(crate) fn url(&self) -> String {
-        // The path is made of letters, digits, `-` and `/`.
+        // The path consists of letters, digits, `-` and `/`.
         let host = self.socket_dir.display().to_string().replace('/', "%2F");
         format!("postgres://{USER}@{host}:5432/postgres")
     }
@@ -159,7 +160,7 @@ impl Throwaway {
         )
     }
 
-    /// The rows of a query, each a list of columns; NULL is the empty text.
+    /// Returns the rows of a query, each a list of columns. NULL is an empty string.
     pub(crate) fn query(&self, sql: &str) -> Result<Vec<Vec<String>>> {
         let text = read(
             self.psql()
@@ -199,8 +200,8 @@ impl Drop for Throwaway {
     }
 }
 
-/// The directory of `initdb` and `postgres`: what `pg_config` or the path names, else the newest of Debian's
-/// or Red Hat's packages.
+/// Returns the directory of `initdb` and `postgres`: from `pg_config` or the path, otherwise the newest of Debian's or
+/// Red Hat's packages.
 pub(crate) fn binaries() -> Option<PathBuf> {
     let mut places = Vec::new();
     if let Ok(dir) = read(Command::new("/bin/sh").args(["-c", "pg_config --bindir"])) {
@@ -238,7 +239,7 @@ pub(crate) fn binaries() -> Option<PathBuf> {
     })
 }
 
-/// PostgreSQL refuses to run as root: the user and group to run it as instead.
+/// Returns the user and group to run PostgreSQL as, since it does not run as root.
 fn unprivileged_user() -> Result<Option<(u32, u32)>> {
     if !system::is_root() {
         return Ok(None);
@@ -264,9 +265,9 @@ fn as_user(mut command: Command, user: Option<(u32, u32)>) -> Command {
 
 fn temporary_dir() -> Result<PathBuf> {
     let nanos = SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos();
-    // Not `env::temp_dir()`: its path may be too long for a socket, or closed to the database's user.
+    // Not `env::temp_dir()`: its path may be too long for a socket, or not accessible to the database's user.
     let dir = PathBuf::from(format!("/tmp/quota-test-{}-{nanos}", std::process::id()));
-    // Fails when the name is taken, and so is nobody else's.
+    // Fails if the name exists, so that it cannot belong to another user.
     fs::DirBuilder::new()
         .mode(0o711)
         .create(&dir)

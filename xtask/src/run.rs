@@ -10,11 +10,10 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     console::build()?;
     say("building the server (a first build takes some minutes)");
-    // `exec`, as cargo itself does in turn: the server gets the signals meant for us, and its exit code
-    // is ours.
+    // `exec`, as cargo itself does: the server receives the signals, and its exit code is returned.
     let mut command = cargo();
     if env::var_os("QUOTA_LOG_FORMAT").is_none() {
-        // Read by a person in a terminal.
+        // For people at a terminal.
         command.env("QUOTA_LOG_FORMAT", "text");
     }
     let error = command

@@ -79,7 +79,7 @@ impl Table {
     }
 }
 
-/// Tables of the schema `public`; a partition is a part of its parent and no table of ours.
+/// Returns the tables of the schema `public`, without partitions.
 fn tables(postgres: &Throwaway) -> Result<BTreeMap<String, Table>> {
     let mut tables: BTreeMap<String, Table> = BTreeMap::new();
     for row in postgres.query(
@@ -89,7 +89,7 @@ fn tables(postgres: &Throwaway) -> Result<BTreeMap<String, Table>> {
          AND a.attnum > 0 AND NOT a.attisdropped ORDER BY c.relname, a.attnum",
     )? {
         let [table, column, kind, not_null] = &row[..] else {
-            bail!("an odd row: {row:?}");
+            bail!("unexpected row: {row:?}");
         };
         let mut kind = rust_type(kind).with_context(|| format!("{table}.{column}"))?;
         if not_null == "f" {
@@ -113,8 +113,8 @@ fn tables(postgres: &Throwaway) -> Result<BTreeMap<String, Table>> {
     Ok(tables)
 }
 
-/// What Diesel can join without being told on what: two tables with one foreign key between them, of one
-/// column, to the other's primary key.
+/// Returns what Diesel can join without an explicit condition: two tables with a single foreign key between them, of
+/// one column, to the other's primary key.
 fn joinable(postgres: &Throwaway) -> Result<Vec<(String, String, String)>> {
     let rows = postgres.query(
         "SELECT c.conrelid::regclass::text, c.confrelid::regclass::text, min(a.attname) \
@@ -129,14 +129,14 @@ fn joinable(postgres: &Throwaway) -> Result<Vec<(String, String, String)>> {
     rows.into_iter()
         .map(|row| match <[String; 3]>::try_from(row) {
             Ok([child, parent, column]) => Ok((child, parent, identifier(&column))),
-            Err(row) => bail!("an odd row: {row:?}"),
+            Err(row) => bail!("unexpected row: {row:?}"),
         })
         .collect()
 }
 
 fn rust_type(name: &str) -> Result<String> {
     if let Some(element) = name.strip_prefix('_') {
-        // PostgreSQL cannot promise that no element of an array is NULL.
+        // PostgreSQL cannot guarantee that no element of an array is NULL.
         return Ok(format!("Array<Nullable<{}>>", rust_type(element)?));
     }
     let known = [
@@ -170,7 +170,7 @@ fn rust_type(name: &str) -> Result<String> {
     Ok(first.to_uppercase() + rest)
 }
 
-/// A column's name, with an underscore where Rust or Diesel has the word for itself.
+/// Returns a column's name, with an underscore appended to reserved words of Rust and Diesel.
 fn identifier(column: &str) -> String {
     let taken = [
         "abstract", "as", "async", "await", "become", "box", "break", "columns", "const",

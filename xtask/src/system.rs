@@ -1,4 +1,4 @@
-//! Facts about the machine and the user that the standard library does not give.
+//! Information about the machine and the user that the standard library does not provide.
 
 use std::{
     path::PathBuf,
@@ -9,7 +9,7 @@ pub(crate) fn is_root() -> bool {
     id(&["-u"]) == Some(0)
 }
 
-/// The number that `id` prints: a user's or a group's.
+/// Returns a user's or group's number, as `id` prints it.
 pub(crate) fn id(arguments: &[&str]) -> Option<u32> {
     let output = Command::new("id")
         .args(arguments)
@@ -19,7 +19,7 @@ pub(crate) fn id(arguments: &[&str]) -> Option<u32> {
     String::from_utf8(output.stdout).ok()?.trim().parse().ok()
 }
 
-/// The path of a program, as the shell finds it.
+/// Returns the path of a program, as the shell would find it.
 pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
     let output = Command::new("/bin/sh")
         .args(["-c", "command -v -- \"$1\"", "sh", program])

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: sets up what the tests need, runs them, and ends what it started.
+//! `cargo xtask test`: sets up what the tests need, runs them, and stops what it started.
 
 use std::{
     env,
@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 use crate::{cargo, console, desktop, journey, machine, postgres::Throwaway, say};
 
 pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
-    // Who picks tests waits for those alone.
+    // With a filter, only the selected tests run.
     let with_journey = arguments.is_empty();
     let mut needs = vec![
         machine::POSTGRES,
@@ -63,8 +63,8 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
-/// The desktop app's own tests. Apart: what its libraries want of shared ones would have those compiled anew for the
-/// server.
+/// Runs the desktop app's tests. Separate, because its libraries enable features of shared dependencies, which would
+/// then be compiled again for the server.
 fn of_desktop(has_nextest: bool) -> Result<bool> {
     let runner: &[&str] = if has_nextest {
         &["nextest", "run"]
@@ -91,7 +91,7 @@ fn with_nextest(mut command: Command) -> Result<(ExitStatus, Option<String>)> {
         let line = line?;
         stderr().write_all(&line)?;
         stderr().write_all(b"\n")?;
-        let text = without_colours(&String::from_utf8_lossy(&line));
+        let text = without_colors(&String::from_utf8_lossy(&line));
         if let Some((_, counts)) = text
             .trim_start()
             .strip_prefix("Summary [")
@@ -103,8 +103,8 @@ fn with_nextest(mut command: Command) -> Result<(ExitStatus, Option<String>)> {
     Ok((runner.wait()?, summary))
 }
 
-/// `cargo test` reports on standard output, one line a test binary:
-/// `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+/// `cargo test` reports on standard output, one line per test binary: `test result: ok. 3 passed; 0 failed; 1 ignored;
+/// …`.
 fn with_cargo_test(mut command: Command) -> Result<(ExitStatus, Option<String>)> {
     if stdout().is_terminal() {
         command.env("CARGO_TERM_COLOR", "always");
@@ -119,7 +119,7 @@ fn with_cargo_test(mut command: Command) -> Result<(ExitStatus, Option<String>)>
         let line = line?;
         stdout().write_all(&line)?;
         stdout().write_all(b"\n")?;
-        let text = without_colours(&String::from_utf8_lossy(&line));
+        let text = without_colors(&String::from_utf8_lossy(&line));
         if let Some(counts) = text.strip_prefix("test result: ") {
             seen = true;
             passed += count(counts, "passed");
@@ -130,7 +130,7 @@ fn with_cargo_test(mut command: Command) -> Result<(ExitStatus, Option<String>)>
     Ok((runner.wait()?, summary))
 }
 
-/// The number before `word`.
+/// Returns the number before `word`.
 fn count(text: &str, word: &str) -> u64 {
     let words: Vec<&str> = text
         .split([' ', ';'])
@@ -143,8 +143,8 @@ fn count(text: &str, word: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// Text without ANSI colour sequences (`ESC [ … m`).
-fn without_colours(text: &str) -> String {
+/// Returns the text without ANSI color sequences (`ESC [ … m`).
+fn without_colors(text: &str) -> String {
     let mut parts = text.split("\x1b[");
     let mut plain = parts.next().unwrap_or_default().to_owned();
     for part in parts {
@@ -155,7 +155,7 @@ fn without_colours(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{count, without_colours};
+    use super::{count, without_colors};
 
     #[test]
     fn counts_are_read_from_a_result_line() {
@@ -166,8 +166,8 @@ mod tests {
     }
 
     #[test]
-    fn colours_are_taken_out() {
+    fn colors_are_removed() {
         let line = "\x1b[32;1m     Summary\x1b[0m [   0.1s] \x1b[1m2\x1b[0m tests run";
-        assert_eq!(without_colours(line), "     Summary [   0.1s] 2 tests run");
+        assert_eq!(without_colors(line), "     Summary [   0.1s] 2 tests run");
     }
 }

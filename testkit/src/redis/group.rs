@@ -1,4 +1,4 @@
-//! Several Redis that belong together: a master and a replica that sentinels watch, and a cluster.
+//! Groups of Redis servers: a master and a replica with sentinels, and a cluster.
 
 use std::{
     future::Future,
@@ -9,7 +9,7 @@ use tokio::time::sleep;
 
 use super::{PATIENCE, RedisServer};
 
-/// Waits until it is so.
+/// Waits until a condition holds.
 async fn until<F: Future<Output = bool>>(what: &str, is_so: impl Fn() -> F) {
     let deadline = Instant::now() + PATIENCE;
     while !is_so().await {
@@ -18,10 +18,10 @@ async fn until<F: Future<Output = bool>>(what: &str, is_so: impl Fn() -> F) {
     }
 }
 
-/// A master and a replica, watched by three sentinels.
+/// A master and a replica with three sentinels.
 #[derive(Debug)]
 pub struct SentinelGroup {
-    /// The first master, and the first replica.
+    /// The initial master, then the initial replica.
     pub servers: [RedisServer; 2],
     sentinels: Vec<RedisServer>,
 }
@@ -33,7 +33,7 @@ impl SentinelGroup {
         let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port]).await;
         let mut sentinels = Vec::new();
         for _ in 0..3 {
-            // Sentinel writes what it learns into its own file.
+            // Sentinel rewrites its configuration file.
             let file = tempfile::NamedTempFile::new().expect("a file");
             let (_, path) = file.keep().expect("it stays");
             let config = format!(
@@ -81,10 +81,10 @@ impl SentinelGroup {
         )
     }
 
-    /// Until the first replica is the master.
+    /// Waits until the initial replica is the master.
     pub async fn failed_over(&self) {
         until("the replica is the master", async || {
-            // Sentinel ends all connections to the one that it makes the master, ours too.
+            // Sentinel closes all connections to the server that it promotes, including this one.
             let role = self.servers[1].answer("INFO replication").await;
             role.is_some_and(|role| role.contains("role:master"))
         })

@@ -1,4 +1,4 @@
-//! The floor: servers that answer the same JSON and do nothing for it.
+//! The baseline: servers that return the same JSON without doing anything.
 
 use std::{convert::Infallible, io::Write as _, net::Ipv4Addr};
 
@@ -15,7 +15,7 @@ use poem::{EndpointExt as _, Route, endpoint::make_sync, get, listener::TcpAccep
 use serde::Serialize;
 use tokio::net::TcpListener;
 
-/// As long as an answer of `GET /v1/echo`.
+/// As long as a response of `GET /v1/echo`.
 #[derive(Serialize)]
 struct Echo {
     key_id: &'static str,
@@ -29,7 +29,7 @@ const ECHO: Echo = Echo {
     time: "2026-08-03T09:46:00Z",
 };
 
-/// Serves on a free port, which it prints, on the runtime that `quota` has.
+/// Serves on a free port, which it prints, with the same runtime as `quota`.
 pub(crate) fn serve<F: Future<Output = Result<()>>>(serve: fn(TcpListener) -> F) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -63,7 +63,7 @@ pub(crate) async fn hyper(listener: TcpListener) -> Result<()> {
                 Ok::<_, Infallible>(response)
             });
             let builder = auto::Builder::new(TokioExecutor::new());
-            // A client that goes away is no news here.
+            // A client that disconnects is not an error.
             let _ = builder
                 .serve_connection(TokioIo::new(stream), service)
                 .await;

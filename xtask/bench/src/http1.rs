@@ -1,4 +1,4 @@
-//! As much of HTTP/1.1 as the load and the set-up need: answers with a `Content-Length`.
+//! The subset of HTTP/1.1 that the benchmarks need: responses with a `Content-Length`.
 
 use std::{
     io::{Read as _, Write as _},
@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-/// An answer's status and its length in all, once it is there as a whole.
+/// Returns the status and total length of a response, once it is complete.
 pub(crate) fn answer(bytes: &[u8]) -> Result<Option<(u16, usize)>> {
     let Some(head) = find(bytes, b"\r\n\r\n") else {
         return Ok(None);
@@ -34,7 +34,7 @@ fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
     bytes.windows(what.len()).position(|it| it == what)
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a new connection.
 pub(crate) fn call(
     server: SocketAddr,
     method: &str,
@@ -63,7 +63,7 @@ pub(crate) fn call(
     Ok((status, String::from_utf8(bytes[start..whole].to_vec())?))
 }
 
-/// The JSON of an answer that must be a success.
+/// Returns the JSON of a response, which must be a success.
 pub(crate) fn json(
     server: SocketAddr,
     method: &str,

@@ -1,4 +1,4 @@
-//! The load: connections that send their next request once the last one is answered.
+//! A closed loop: connections that send their next request after the response to the previous one.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +17,7 @@ use crate::http1;
 
 pub(crate) const CONNECTIONS: u64 = 32;
 
-/// How many answers of each status there were.
+/// The number of responses by status.
 pub(crate) type Statuses = BTreeMap<u16, u64>;
 
 pub(crate) struct Load {
@@ -25,7 +25,7 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// All of it runs on the thread that calls [`Self::put`].
+    /// Runs on the thread that calls [`Self::put`].
     pub(crate) fn new() -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -33,7 +33,7 @@ impl Load {
         Ok(Self { runtime })
     }
 
-    /// Sends the same `request` for so long.
+    /// Sends the same `request` repeatedly for this long.
     pub(crate) fn put(
         &self,
         server: SocketAddr,

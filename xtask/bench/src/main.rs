@@ -1,11 +1,11 @@
-//! Measurements of the server from outside: what a request costs, and what holds over replicas.
+//! Benchmarks of the server from outside: the cost of a request, and what holds across replicas.
 //!
-//! What a request costs: Quota next to a bare poem and a bare hyper handler, in the same run.
+//! The cost of a request: Quota compared with a plain poem handler and a plain hyper handler, in the same run.
 //!
-//! Every server is a process of its own with the same tokio runtime, pinned to one core; the load comes from
-//! this process, pinned to another. The rounds are many and short and the servers take turns, so that what else
-//! the machine does meets all of them alike. Read the ratios: absolute figures are the machine's.
-//! What holds over replicas is in [`replicas`].
+//! Every server is a separate process with the same tokio runtime, pinned to one core. This process generates the load,
+//! pinned to another core. There are many short rounds in which the servers take turns, so that other load on the
+//! machine affects all of them equally. Compare ratios: absolute figures depend on the machine. What holds across
+//! replicas is in [`replicas`].
 
 mod floor;
 mod http1;
@@ -28,22 +28,22 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Measure `quota` next to the bare servers, and print a table
+    /// Compare `quota` with the plain servers, and print a table
     Run {
-        /// The `quota` binary, built for release
+        /// The `quota` binary, a release build
         quota: PathBuf,
-        /// How many rounds each case gets
+        /// The number of rounds per case
         #[arg(long, default_value_t = 41, value_parser = clap::value_parser!(u32).range(1..=200))]
         rounds: u32,
-        /// How long a round is, in milliseconds
+        /// The length of a round, in milliseconds
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=5000))]
         millis: u64,
     },
-    /// Measure what holds over several replicas, and print tables
+    /// Measure what holds across replicas, and print tables
     Replicas(replicas::Options),
-    /// A bare poem handler, on a port of its own
+    /// Run a plain poem handler on a free port
     Poem,
-    /// A bare hyper handler, on a port of its own
+    /// Run a plain hyper handler on a free port
     Hyper,
 }
 

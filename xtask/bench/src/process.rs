@@ -1,4 +1,4 @@
-//! The servers under measurement: started on a core of their own, read from `/proc`, ended with us.
+//! The measured servers: pinned to their own core, with CPU time read from `/proc`, and ended with this process.
 
 use std::{
     fs::{self, File},
@@ -20,11 +20,11 @@ use nix::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// A first start creates a database.
+/// The first start creates a database.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
-/// Which core the servers get, and which the load.
+/// The cores of the servers and of the load.
 #[derive(Clone, Copy)]
 pub(crate) struct Cores {
     pub(crate) servers: usize,
@@ -32,7 +32,7 @@ pub(crate) struct Cores {
 }
 
 impl Cores {
-    /// `None` where there are not two, or where they cannot be asked for.
+    /// Returns `None` if there are fewer than two cores, or if they cannot be determined.
     pub(crate) fn pick() -> Option<Self> {
         let usable = sched_getaffinity(Pid::from_raw(0)).ok()?;
         let mut usable = (0..CpuSet::count()).filter(|core| usable.is_set(*core).unwrap_or(false));
@@ -43,7 +43,7 @@ impl Cores {
         })
     }
 
-    /// Runs `start` on the servers' core, which what it starts inherits.
+    /// Runs `start` on the servers' core, which child processes inherit.
     fn starting<T>(it: Option<Self>, start: impl FnOnce() -> Result<T>) -> Result<T> {
         if let Some(cores) = it {
             stay_on(cores.servers)?;
@@ -65,14 +65,14 @@ fn stay_on(core: usize) -> Result<()> {
 pub(crate) struct Server {
     child: Child,
     pub(crate) addr: SocketAddr,
-    /// What `quota` writes its log to.
+    /// The log of `quota`.
     log: Option<File>,
-    /// Its data, removed with it.
+    /// Its data, removed at the end.
     _data: Option<TempDir>,
 }
 
 impl Server {
-    /// This program's own bare server of that name.
+    /// Starts this program's plain server of that name.
     pub(crate) fn bare(name: &str, cores: Option<Cores>) -> Result<Self> {
         let mut child = Cores::starting(cores, || {
             let mut command = Command::new(std::env::current_exe()?);
@@ -94,8 +94,8 @@ impl Server {
         Ok(server)
     }
 
-    /// `quota serve` as it comes: the embedded database in a directory of its own, the log into a file there.
-    /// `settings` are more variables of its environment.
+    /// Starts `quota serve` with default settings: an embedded database in a temporary directory, and the log in a file
+    /// there. `settings` are additional environment variables.
     pub(crate) fn quota(
         binary: &Path,
         directives: &str,
@@ -136,7 +136,7 @@ impl Server {
         Ok(server)
     }
 
-    /// The address in the line that says that it is ready.
+    /// Returns the address from the log line that reports readiness.
     fn ready(&mut self, log: &Path) -> Result<SocketAddr> {
         let deadline = Instant::now() + STARTED_WITHIN;
         loop {
@@ -155,7 +155,7 @@ impl Server {
         }
     }
 
-    /// How many bytes are in the log, which is empty afterwards.
+    /// Returns the size of the log, and truncates it.
     pub(crate) fn empty_log(&self) -> Result<u64> {
         let Some(log) = &self.log else { return Ok(0) };
         let bytes = log.metadata()?.len();
@@ -163,14 +163,14 @@ impl Server {
         Ok(bytes)
     }
 
-    /// User and system time of the process so far, all threads together.
+    /// Returns the user and system time of all threads of the process so far.
     pub(crate) fn cpu(&self) -> Result<Duration> {
         let pid = Pid::from_raw(i32::try_from(self.child.id())?);
         Ok(clock_getcpuclockid(pid)?.now()?.into())
     }
 }
 
-/// What is set for us is not meant for the servers that we measure.
+/// Settings in the environment must not affect the measured servers.
 pub(crate) fn without_settings(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         let ours = name.to_str().is_some_and(|name| {
@@ -183,7 +183,7 @@ pub(crate) fn without_settings(command: &mut Command) {
     }
 }
 
-/// The line of a log that says where `quota` listens.
+/// Finds the log line with the address that `quota` listens on.
 pub(crate) fn ready_line(log: &str) -> Option<Value> {
     log.lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())

@@ -1,4 +1,4 @@
-//! The measurement: what is compared, in which order, and the table of it.
+//! The cases that are compared, their order, and the resulting table.
 
 use std::{path::Path, time::Duration};
 
@@ -11,18 +11,18 @@ use crate::{
     process::{Cores, Server},
 };
 
-/// Before anything is counted.
+/// Before measuring.
 const WARM_UP: Duration = Duration::from_millis(500);
-/// Plan names as long as this one make answers of the same size everywhere.
+/// Plan names of this length give all responses the same size.
 pub(crate) const PLAN: &str = "ample";
 const NARROW: &str = "scant";
 const MOST: u32 = 60_000_000;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Answers {
-    /// All 200.
+    /// All responses are 200.
     Admitted,
-    /// 429, but for the few that the plan lets through.
+    /// Responses are 429, except for the few that the plan allows.
     Denied,
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         answers,
     };
     let cases = [
-        // First, for it is what the others are compared with.
+        // First, since the others are compared with it.
         case("bare poem", &poem, &ample, Answers::Admitted),
         case("bare hyper", &hyper, &ample, Answers::Admitted),
         case("quota, admitted", &logging, &ample, Answers::Admitted),
@@ -123,7 +123,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// A key whose limits are never reached, and one whose limits always are.
+/// Creates a key whose limits are never reached, and one whose limits always are.
 pub(crate) fn keys(server: &Server) -> Result<(String, String)> {
     let account = http1::json(
         server.addr,
@@ -153,7 +153,7 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     for (case, figures) in cases.iter().zip(measured) {
         let per_second = median(figures.iter().map(|it| it.per_second));
         let micros = median(figures.iter().map(|it| it.micros));
-        // Of each round by itself: what disturbs a round disturbs both.
+        // Per round, since a disturbance affects both.
         let ratio = median(
             figures
                 .iter()

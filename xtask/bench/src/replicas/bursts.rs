@@ -1,5 +1,5 @@
-//! Bursts made to hurt leases: one replica takes tokens ahead and rests, then all are asked at once, with the
-//! rest swept over twice a lease's life.
+//! Bursts that are adverse for leases: one replica takes tokens ahead and idles, then all receive requests at once. The
+//! idle time varies up to twice the lease TTL.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 const CYCLES: usize = 3;
 
-/// Over all rests.
+/// Over all idle times.
 #[derive(Clone)]
 struct Found {
     sent: usize,
@@ -49,7 +49,7 @@ impl Default for Found {
     }
 }
 
-/// Their names are unique within the tenant.
+/// Names are unique within the tenant.
 fn plans(step: u32) -> Vec<Plan> {
     let limits = [(600, 20), (6000, 100), (60_000, 300)];
     let both = limits.into_iter().flat_map(|(rpm, burst)| {

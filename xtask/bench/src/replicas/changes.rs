@@ -1,4 +1,4 @@
-//! How long a change takes, from the answer that confirms it until every replica answers by it.
+//! How long a change takes, from the response that confirms it until every replica applies it.
 
 use std::time::Duration;
 
@@ -31,20 +31,20 @@ const COLUMNS: &[&str] = &[
 ];
 const REPLICAS: usize = 3;
 const AT_ONCE: usize = 8;
-/// Between two questions to the same replica.
+/// The interval between requests to the same replica.
 const PAUSE: Duration = Duration::from_millis(3);
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The contract's word.
+/// The promise.
 const PROMISE: Duration = Duration::from_secs(1);
 const BURSTS: (u32, u32) = (100_000, 200_000);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Channel {
-    /// Everything as it is.
+    /// Everything works.
     Whole,
-    /// Redis ends every subscription, again and again.
+    /// Redis keeps closing every subscription.
     Cut,
-    /// Redis answers nothing.
+    /// Redis does not respond.
     Frozen,
 }
 
@@ -61,7 +61,7 @@ impl Channel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Change {
     Deactivation,
-    /// Of one that was deactivated before.
+    /// Of a key that was deactivated before.
     Activation,
     Plan,
     Deletion,
@@ -88,9 +88,9 @@ impl Change {
 #[derive(Debug, Clone, Copy)]
 struct Seen {
     change: Change,
-    /// The slowest replica's.
+    /// Of the slowest replica.
     after: Duration,
-    /// A replica answered by the old state again.
+    /// A replica returned to the old state.
     fell_back: bool,
 }
 
@@ -160,7 +160,7 @@ async fn under(channel: Channel, mut stage: Stage, rounds: usize) -> Result<Vec<
     if channel == Channel::Frozen {
         let redis = stage.redis.as_mut().context("there is a Redis")?;
         redis.stop();
-        // Its loss is not what is measured here.
+        // This does not measure its loss.
         sleep(Duration::from_secs(2)).await;
     }
     let cutting = counters.map(|mut counters| {
@@ -204,19 +204,19 @@ async fn under(channel: Channel, mut stage: Stage, rounds: usize) -> Result<Vec<
     Ok(all)
 }
 
-/// Asks one replica, again and again.
+/// Sends requests to one replica repeatedly.
 struct Watcher {
     addr: std::net::SocketAddr,
     sender: Option<Sender>,
 }
 
-/// What an answer says of a key.
+/// What a response says about a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Unknown,
-    /// Its burst.
+    /// The key's burst.
     Known(u32),
-    /// No word on it.
+    /// Nothing about the key.
     Undecided,
 }
 
@@ -246,7 +246,7 @@ impl Watcher {
         })
     }
 
-    /// When it first answered so.
+    /// When it first responded this way.
     async fn answers(&mut self, key: &HeaderValue, wanted: State) -> Result<Instant> {
         let asked = async {
             loop {
@@ -262,7 +262,7 @@ impl Watcher {
     }
 }
 
-/// One worker's watchers, one for each replica.
+/// A worker's watchers, one per replica.
 struct Crew {
     watchers: Vec<Watcher>,
     tenant: Tenant,
@@ -344,7 +344,7 @@ impl Crew {
         Ok(())
     }
 
-    /// When the last of them first answered so.
+    /// When the last of them first responded this way.
     async fn all_answer(&mut self, key: &Key, wanted: State) -> Result<Instant> {
         ensure!(!self.watchers.is_empty(), "nobody watches");
         let asked = self

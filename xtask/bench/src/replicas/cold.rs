@@ -1,4 +1,4 @@
-//! The whole burst of a rested key at once, at one replica, by the time to Redis and back.
+//! The whole burst of an idle key at once, at one replica, by the round-trip time to Redis.
 
 use std::time::Duration;
 
@@ -32,9 +32,9 @@ const COLUMNS: &[&str] = &[
 ];
 const LIMITS: [(u32, u32); 2] = [(600, 600), (60, 60)];
 
-/// What the longest of the buckets takes to fill.
+/// How long the slowest bucket takes to fill.
 const FILLED: Duration = Duration::from_secs(60);
-/// So often this is waited for again.
+/// How often to wait for this again.
 const REFILLS: u32 = 10;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {

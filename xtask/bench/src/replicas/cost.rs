@@ -1,4 +1,4 @@
-//! What sharing costs: how often Redis is asked, and what a request costs next to one replica's own memory.
+//! The cost of sharing: calls to Redis, and the cost of a request compared with a single replica's memory.
 
 use std::{thread, time::Duration};
 
@@ -34,7 +34,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     let seconds = Duration::from_secs(if options.quick { 1 } else { 6 });
     let stage = Stage::set(options, REPLICAS, &[]).await?;
     if !options.no_redis {
-        // A minute's burst.
+        // A burst of one minute.
         let fills = if options.quick { 0 } else { 60 };
         stage.settle(Duration::from_secs(fills)).await?;
     }
@@ -73,7 +73,7 @@ async fn steady(
         spread: Spread::Random(1),
     };
     let part = |time| load.lasting(time).arrivals(REPLICAS).collect::<Vec<_>>();
-    // Leases find their size first.
+    // Leases reach their size first.
     stage.drive(&keys, &part(time / 3)).await?;
     let mut counters = stage.counters().await?;
     let (calls, cpu) = (scripts(&mut counters).await?, stage.fleet.cpu()?);
@@ -105,7 +105,7 @@ async fn steady(
     Ok(())
 }
 
-/// As many requests as there can be on one key whose bucket is empty.
+/// As many requests as possible on one key whose bucket is empty.
 async fn saturated(
     options: &Options,
     stage: &Stage,
@@ -148,7 +148,7 @@ async fn saturated(
     Ok(())
 }
 
-/// A closed loop on every replica at once.
+/// A closed loop on every replica.
 fn hammer(stage: &Stage, keys: &[Key], time: Duration) -> Result<Statuses> {
     let request = echo(keys[0].text.to_str()?);
     thread::scope(|scope| {
@@ -157,7 +157,7 @@ fn hammer(stage: &Stage, keys: &[Key], time: Duration) -> Result<Statuses> {
             scope.spawn(move || Load::new()?.put(addr, time, request))
         });
         let mut all = Statuses::new();
-        // Started before any is waited for.
+        // All are started before waiting.
         for load in loads.collect::<Vec<_>>() {
             let statuses = load.join().ok().context("a load ended early")??;
             for (status, count) in statuses {
@@ -205,7 +205,7 @@ struct Round {
     per_second: f64,
 }
 
-/// One hot key, all admitted and all denied, on a server with Redis and one without, in turns.
+/// One busy key, with all requests admitted and with all denied, alternately on a server with Redis and one without.
 async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
     let redis = RedisServer::start().await;
     let (rounds, time) = if options.quick { (3, 100) } else { (25, 300) };
@@ -216,7 +216,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
         ("REDIS_URL", redis.url()),
         ("QUOTA_LEASE_TTL", format!("{}ms", options.lease_ttl)),
     ];
-    // A runtime of its own inside this one is not allowed: a thread has it.
+    // Runtimes cannot be nested, so this one is on another thread.
     let apart = |task: &(dyn Fn() -> Result<Vec<[Round; 2]>> + Sync)| {
         thread::scope(|scope| scope.spawn(task).join().ok().context("it panicked")?)
     };
@@ -259,7 +259,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
         let before = scripts(&mut counters).await?;
         for _ in 0..rounds {
             all.extend(measure(1)?);
-            // Where a signal to stop is heard.
+            // So that a signal to stop is noticed.
             tokio::task::yield_now().await;
         }
         let after = scripts(&mut counters).await?;

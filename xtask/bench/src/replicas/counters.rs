@@ -1,9 +1,9 @@
-//! What Redis itself counted: how often it was asked.
+//! Redis's own statistics: the number of calls.
 
 use anyhow::{Context as _, Result};
 use redis::aio::MultiplexedConnection;
 
-/// Asks one Redis, from a connection of our own.
+/// Queries one Redis on a separate connection.
 pub(crate) struct Counters {
     connection: MultiplexedConnection,
 }
@@ -15,7 +15,7 @@ impl Counters {
         Ok(Self { connection })
     }
 
-    /// How many scripts were called since Redis started: what decisions and leases cost.
+    /// Returns how many scripts Redis has run since it started: those of decisions and leases.
     pub(crate) async fn scripts(&mut self) -> Result<u64> {
         let text: String = redis::cmd("INFO")
             .arg("commandstats")
@@ -25,7 +25,7 @@ impl Counters {
         Ok(scripts(&text))
     }
 
-    /// Ends every subscription, as a network would: their owners see a closed connection.
+    /// Closes every subscription, as a network failure would.
     pub(crate) async fn end_subscriptions(&mut self) -> Result<u64> {
         Ok(redis::cmd("CLIENT")
             .arg(&["KILL", "TYPE", "pubsub"])

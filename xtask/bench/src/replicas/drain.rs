@@ -1,7 +1,6 @@
-//! A clean stop with many keys in use: what was handed out in blocks and not used goes back.
+//! A clean stop with many keys in use: unused tokens of blocks are returned.
 //!
-//! Keys are written into the database, since so many cannot be created over HTTP in a reasonable time; what is
-//! counted as used is read from there.
+//! Keys are inserted into the database, since creating so many over HTTP takes too long. Usage is read from there.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -33,15 +32,15 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 const DAILY: u64 = 5000;
 const MONTHLY: u64 = 50_000;
-/// The contract: a stop is over within this.
+/// The promise: a stop takes at most this long.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
-/// Keys written by one statement.
+/// Keys per statement.
 const AT_ONCE: usize = 5000;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
     let mut table = Table::new("A clean stop with many keys", COLUMNS);
     let count = if options.quick { 300 } else { options.keys };
-    // A few are as good a load as many for the pool, and for the key cache: all keys are in it.
+    // Few plans are enough, since all keys are in the key cache.
     let cache = ("QUOTA_KEY_CACHE", (count * 2).max(100_000).to_string());
     let mut stage = Stage::set(options, REPLICAS, &[cache]).await?;
     if !options.no_redis {
@@ -62,7 +61,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         service: None,
         ready: 0,
     };
-    // Each key asks one of the replicas, in turns; a new key takes some transactions of the database.
+    // Keys use the replicas in turn. A new key takes several database transactions.
     let load = Steady {
         key: 0,
         from: Duration::ZERO,
@@ -89,7 +88,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     let admitted = log.iter().filter(|it| it.admitted()).count() as u64;
     let failed = log.iter().filter(|it| !it.admitted()).count();
     ensure!(admitted > 0, "nothing was admitted");
-    // One without an answer may have been counted.
+    // A request without a response may have been counted.
     let silent = log.iter().filter(|it| it.status == 0).count() as u64;
     for policy in ["daily", "monthly"] {
         let (before, after) = (before.get(policy), after.get(policy));
@@ -158,7 +157,7 @@ async fn write_keys(
     Ok(keys)
 }
 
-/// A well-formed API key: 32 random characters and their checksum, CRC32 in base62.
+/// Returns a well-formed API key: 32 random characters and their checksum, CRC32 in base62.
 fn secret() -> String {
     const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
     let mut text = String::from("qk_");
@@ -175,7 +174,7 @@ fn secret() -> String {
     text
 }
 
-/// Tokens that the ledger counts as used, by policy.
+/// Returns the tokens that the ledger counts as used, by policy.
 async fn used(client: &tokio_postgres::Client) -> Result<BTreeMap<String, u64>> {
     let rows = client
         .query(

@@ -1,9 +1,9 @@
-//! The load: requests that leave when their time has come, whether or not earlier ones are answered, and the
-//! log of what became of each.
+//! An open loop: sends requests on schedule, whether or not earlier ones have been answered, and logs the outcome of
+//! each.
 //!
-//! Arrivals are planned ahead, so a slow server does not slow the load (an open loop), and the load ends by
-//! itself. A request takes a resting connection of its replica, or opens one; beyond [`CONNECTIONS`] it waits for
-//! one, which its log entry shows as a late start. Connections are lost and opened anew as replicas come and go.
+//! Requests are scheduled in advance, so a slow server does not slow down the load. A request takes an idle connection
+//! to its replica or opens one. Beyond [`CONNECTIONS`] it waits for one, which its log entry shows as a late start.
+//! Connections are reopened as replicas stop and start.
 
 use std::{
     cell::{Cell, RefCell},
@@ -27,38 +27,38 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-/// Connections to one replica at once.
+/// The maximum number of connections to one replica.
 const CONNECTIONS: usize = 700;
-/// How long an answer is waited for.
+/// How long to wait for a response.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A request to come.
+/// A scheduled request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Arrival {
-    /// Nanoseconds since the load began.
+    /// Nanoseconds since the start of the load.
     pub(crate) at: u64,
-    /// Places in the lists of keys and of replicas.
+    /// Indexes into the lists of keys and replicas.
     pub(crate) key: usize,
     pub(crate) replica: usize,
     /// In tokens.
     pub(crate) cost: u32,
 }
 
-/// What became of it. Times are nanoseconds since the load began, by one monotonic clock.
+/// The outcome of a request. Times are nanoseconds since the start of the load, by one monotonic clock.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Attempt {
     pub(crate) key: usize,
     pub(crate) replica: usize,
     pub(crate) cost: u32,
     pub(crate) due: u64,
-    /// Just before its first byte left.
+    /// Just before its first byte was sent.
     pub(crate) sent: u64,
-    /// Just after its answer's head was there, or was given up.
+    /// Just after the head of the response arrived, or the request was given up.
     pub(crate) answered: u64,
-    /// 0: there was no answer.
+    /// 0: there was no response.
     pub(crate) status: u16,
     pub(crate) retry_after: Option<u32>,
-    /// The answer says that it was decided without Redis.
+    /// The response says that it was decided without Redis.
     pub(crate) degraded: bool,
 }
 
@@ -80,17 +80,17 @@ impl Attempt {
     }
 }
 
-/// Where requests go.
+/// Where requests are sent.
 pub(crate) struct Targets {
     pub(crate) replicas: Vec<SocketAddr>,
     pub(crate) keys: Vec<HeaderValue>,
-    /// With a service token, requests go to the check API, which takes a cost; without, to the echo endpoint.
+    /// With a service token, requests go to the check API, which accepts a cost, otherwise to the echo endpoint.
     pub(crate) service: Option<HeaderValue>,
-    /// Connections to each replica that are opened when the load begins, before they are needed.
+    /// Number of connections to each replica that are opened at the start, before they are needed.
     pub(crate) ready: usize,
 }
 
-/// Sends every request of `schedule`, which is in order of time, from `origin` on.
+/// Sends all requests of `schedule`, which is in order of time, starting at `origin`.
 pub(crate) async fn drive(
     targets: &Targets,
     schedule: &[Arrival],
@@ -153,7 +153,7 @@ async fn send(targets: &Targets, schedule: &[Arrival], origin: Instant) -> Resul
     Ok(attempts)
 }
 
-/// Whose requests they are, and how they are made.
+/// Which key requests use, and how they are sent.
 struct Consumer {
     key: HeaderValue,
     service: Option<HeaderValue>,
@@ -178,7 +178,7 @@ impl Consumer {
     }
 }
 
-/// The status that the check API's decision stands for.
+/// Returns the status that corresponds to a decision of the check API.
 fn decided(body: &[u8]) -> u16 {
     match serde_json::from_slice::<serde_json::Value>(body) {
         Ok(decision) if decision["allowed"] == true => 200,
@@ -187,16 +187,16 @@ fn decided(body: &[u8]) -> u16 {
     }
 }
 
-/// The connections to one replica, and the requests that wait for one.
+/// The connections to one replica, and the requests that wait for them.
 struct Line {
     addr: SocketAddr,
     origin: Instant,
     jobs: RefCell<VecDeque<Arrival>>,
     bell: Notify,
     open: Cell<usize>,
-    /// Connections that wait for the bell.
+    /// Connections that wait for the start signal.
     idle: Cell<usize>,
-    /// No more jobs come.
+    /// There are no more jobs.
     over: Cell<bool>,
 }
 
@@ -215,7 +215,7 @@ impl Line {
         }
     }
 
-    /// One connection's life.
+    /// Runs one connection.
     async fn serve(
         self: Rc<Self>,
         keys: Rc<[Consumer]>,
@@ -253,7 +253,7 @@ impl Line {
             retry_after: None,
             degraded: false,
         };
-        // What the server ended while it rested is opened anew.
+        // Reopens a connection that the server closed while it was idle.
         let kept = match sender.take() {
             Some(mut kept) => kept.ready().await.is_ok().then_some(kept),
             None => None,
@@ -304,7 +304,7 @@ fn number(headers: &HeaderMap, name: &header::HeaderName) -> Option<u32> {
     headers.get(name)?.to_str().ok()?.parse().ok()
 }
 
-/// Whatever the field's other words: a server that decides alone says so in a field of that name.
+/// The header is present whenever a server decides without Redis, whatever its value.
 fn is_degraded(headers: &HeaderMap) -> bool {
     headers
         .keys()

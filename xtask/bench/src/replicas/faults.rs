@@ -1,8 +1,8 @@
-//! Redis dies, freezes, fails over, falls silent, under load.
+//! Redis crashes, freezes, fails over and goes silent under load.
 //!
-//! Every mode of a plan is a key of its own, in the same processes at the same time: some beyond their limit,
-//! which try the promise at its edge, some below it and strict, which need Redis for each decision and so feel
-//! its loss in their latency.
+//! There is a key for each failure mode, all in the same processes at the same time. Some are above their limit and
+//! test the promise; some are below it and strict, so they need Redis for every decision and show its loss in their
+//! latency.
 
 use std::{mem::replace, time::Duration};
 
@@ -40,27 +40,27 @@ const COLUMNS: &[&str] = &[
     "no answer",
 ];
 const REPLICAS: usize = 3;
-/// When it happens.
+/// When the fault happens.
 const FAULT_AT: Duration = Duration::from_secs(4);
-/// How much of what was written the replica lacks that takes over.
+/// How many recent writes the promoted replica lacks.
 const MISSED: Duration = Duration::from_millis(1500);
-/// What a loss may take to be noticed by all.
+/// How long it may take until all replicas notice the loss.
 const DISCOVERY: Duration = Duration::from_secs(1);
 const AFTERWARDS: Duration = Duration::from_secs(6);
-/// So long without a degraded answer, and it is over.
+/// The outage has ended after this long without a degraded response.
 const WELL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Kind {
-    /// Killed with -9; comes back empty after two seconds
+    /// Killed with -9 and restarted empty after two seconds
     Kill,
-    /// Stopped for ten seconds, with its state
+    /// Frozen for ten seconds, keeping its state
     Freeze,
-    /// A replica takes over that missed the last writes
+    /// A replica without the latest writes is promoted
     Failover,
-    /// All ways to it swallow every byte for five seconds
+    /// All connections go silent for five seconds
     BlackHole,
-    /// One replica's way does
+    /// The connections of one replica go silent
     Partial,
 }
 
@@ -83,7 +83,7 @@ impl Kind {
         }
     }
 
-    /// At most.
+    /// The maximum.
     fn lasts(self) -> Duration {
         Duration::from_secs(match self {
             Self::Kill => 2,
@@ -116,7 +116,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     Ok(table)
 }
 
-/// A key: its plan, and whether it asks for less than its limit.
+/// A key: its plan, and whether its load is below its limit.
 struct Role {
     plan: Plan,
     light: bool,
@@ -174,11 +174,11 @@ fn load(roles: &[Role], time: Duration) -> Vec<Arrival> {
     }))
 }
 
-/// Redis, and what stands before it.
+/// Redis, and the proxies in front of it.
 enum World {
     Plain(RedisServer),
     Proxied {
-        /// Held for as long as it is needed.
+        /// Kept alive as long as it is needed.
         _redis: RedisServer,
         proxies: Vec<FaultProxy>,
     },
@@ -206,7 +206,7 @@ impl World {
         }
     }
 
-    /// For `REDIS_URL` of each replica.
+    /// Returns the `REDIS_URL` of each replica.
     fn urls(&self) -> Vec<String> {
         match self {
             Self::Plain(redis) => vec![redis.url(); REPLICAS],
@@ -242,7 +242,7 @@ async fn one(options: &Options, kind: Kind, table: &mut Table) -> Result<Vec<Att
     Ok(log)
 }
 
-/// Does it, undoes it, and says when Redis was there again.
+/// Causes the fault, ends it, and returns when Redis was available again.
 async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Duration> {
     let (begin, over) = (origin + FAULT_AT, origin + FAULT_AT + kind.lasts());
     match world {
@@ -266,7 +266,7 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
             }
             sleep_until(over).await;
             for proxy in &proxies[..silent] {
-                // Bytes are missing from these streams, as they never are from a network's: they end.
+                // These streams have lost bytes, which a network never loses, so they are closed.
                 proxy.cut();
                 proxy.set(Fault::Pass);
             }
@@ -274,8 +274,8 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
         World::Watched(group) => {
             let [first, second] = &mut group.servers;
             sleep_until(begin.checked_sub(MISSED).context("it is later")?).await;
-            // The first has no password, and refuses who sends one: the second stays away, and misses what is
-            // written from now on.
+            // The master has no password and rejects clients that send one. So the replica cannot reconnect and misses
+            // later writes.
             second
                 .command("CONFIG SET masterauth no-such-password")
                 .await;
@@ -289,7 +289,7 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
     Ok(origin.elapsed())
 }
 
-/// When all lose Redis, the promise is the plan's.
+/// If all replicas lose Redis, the plan's promise holds.
 fn promised(kind: Kind, plan: &Plan) -> Plan {
     match kind {
         Kind::Partial => with_share_of_one(plan, REPLICAS),
@@ -297,8 +297,8 @@ fn promised(kind: Kind, plan: &Plan) -> Plan {
     }
 }
 
-/// What a plan promises while one of several replicas has lost Redis and the others have not: the one admits its share
-/// beside what the others admit together.
+/// Returns the promise while one of several replicas has lost Redis and the others have not: it admits its share in
+/// addition to what the others admit together.
 pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     let mut plan = plan.clone();
     if plan.on_redis_failure != Some("closed") {
@@ -309,7 +309,7 @@ pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     plan
 }
 
-/// When the outage ended for a key, from `back` on, and what was degraded after it had.
+/// Returns when the outage ended for a key, after `back`, and what was degraded after that.
 fn recovery<'a>(
     own: impl Iterator<Item = &'a Attempt>,
     back: u64,

@@ -1,5 +1,5 @@
-//! Several replicas of `quota` on one database and one Redis, and the database itself. Started on free ports of
-//! loopback, asked over HTTP, ended by process id with the value that owns them.
+//! Several replicas of `quota` with one database and one Redis. They listen on free loopback ports and end when their
+//! owner is dropped.
 
 use std::{
     fs,
@@ -19,10 +19,10 @@ use tokio_postgres::NoTls;
 use crate::process::{ready_line, without_settings};
 
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
-/// What the contract with operators says of SIGTERM.
+/// How long a stop after SIGTERM may take.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 
-/// A database of our own on the cluster we were given.
+/// A new database on the given cluster.
 pub(crate) struct Database {
     cluster: String,
     name: String,
@@ -67,14 +67,14 @@ impl Database {
     }
 }
 
-/// How the replicas are set up.
+/// The settings of the replicas.
 #[derive(Clone)]
 pub(crate) struct Setup {
     pub(crate) binary: PathBuf,
     pub(crate) database_url: String,
-    /// One for each replica; none for replicas that know of no Redis.
+    /// One per replica; none for replicas without Redis.
     pub(crate) redis_urls: Vec<String>,
-    /// More variables of the environment.
+    /// Additional environment variables.
     pub(crate) settings: Vec<(&'static str, String)>,
 }
 
@@ -92,7 +92,7 @@ struct Replica {
 }
 
 impl Fleet {
-    /// Each is ready when this returns.
+    /// Starts the replicas and waits until all are ready.
     pub(crate) async fn start(setup: Setup, count: usize) -> Result<Self> {
         let mut fleet = Self {
             setup,
@@ -127,17 +127,17 @@ impl Fleet {
         self.replicas.len()
     }
 
-    /// User and system time of all of them so far.
+    /// Returns the user and system time of all replicas so far.
     pub(crate) fn cpu(&self) -> Result<Duration> {
         self.replicas.iter().map(|it| cpu(it.process.pid())).sum()
     }
 
-    /// Asks all to stop, as an operator does, and waits until they have.
+    /// Stops all replicas with SIGTERM and waits for them.
     pub(crate) async fn stop(&mut self) -> Result<()> {
         self.stop_within(STOPPED_WITHIN).await
     }
 
-    /// The same, with this much time.
+    /// Stops all replicas within this time.
     pub(crate) async fn stop_within(&mut self, time: Duration) -> Result<()> {
         for replica in &mut self.replicas {
             replica.process.signal(Signal::SIGTERM)?;
@@ -154,7 +154,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// Stops all of them and starts as many anew.
+    /// Restarts all replicas.
     pub(crate) async fn restart(&mut self) -> Result<()> {
         let count = self.replicas.len();
         self.stop().await?;
@@ -162,7 +162,7 @@ impl Fleet {
     }
 }
 
-/// User and system time of a process so far, all threads together.
+/// Returns the user and system time of all threads of a process so far.
 pub(crate) fn cpu(pid: Pid) -> Result<Duration> {
     Ok(clock_getcpuclockid(pid)?.now()?.into())
 }
@@ -194,7 +194,7 @@ impl Replica {
         }
         let process = Process::start(&command, &log)
             .with_context(|| format!("cannot run {}", setup.binary.display()))?;
-        // Until it is ready.
+        // Waits until it is ready.
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
         Ok(Self {
             process,
@@ -208,7 +208,7 @@ impl Replica {
     async fn ready(&mut self) -> Result<()> {
         let deadline = Instant::now() + STARTED_WITHIN;
         loop {
-            // The guard makes the file, a little later.
+            // The guard creates the file a little later.
             let text = fs::read_to_string(&self.log).unwrap_or_default();
             if let Some(line) = ready_line(&text) {
                 let address = |name: &str| {

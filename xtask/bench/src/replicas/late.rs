@@ -1,8 +1,8 @@
-//! Answers of Redis that come late for one replica alone.
+//! Redis responds late to one replica only.
 //!
-//! The script has run and its tokens are taken, but the answer arrives after the request has given up: the tokens go
-//! back. Meanwhile the bucket has refilled, and the other replicas are asked for everything. What goes back must not
-//! be there twice.
+//! The script has run and taken tokens, but its response arrives after the request has given up, so the tokens are
+//! returned. In the meantime the bucket has refilled, and the other replicas take everything. Returned tokens must not
+//! be available twice.
 
 use std::time::Duration;
 
@@ -36,9 +36,9 @@ const COLUMNS: &[&str] = &[
 ];
 const REPLICAS: usize = 3;
 const LIMIT: (u32, u32) = (60_000, 200);
-/// From the answers' delay until the first requests.
+/// From the delay until the first requests.
 const BEFORE: Duration = Duration::from_millis(30);
-/// Until all connections are open.
+/// Time for opening all connections.
 const CONNECTED: Duration = Duration::from_millis(1000);
 
 fn plans(round: u32, delay: Duration) -> Vec<Plan> {
@@ -92,7 +92,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                 let first = CONNECTED + BEFORE;
                 let load = together([
                     at_once(key, first, 0, 150),
-                    // When the answers have come, and the first returns with them.
+                    // After the late responses have arrived and the first returns have been sent.
                     at_once(
                         key,
                         BEFORE + delay + Duration::from_millis(50),
@@ -120,7 +120,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                     &format!("late-{}-{round}-{key}", delay.as_millis()),
                     &log,
                 )?;
-                // A replica that alone has lost Redis sells its share beside the others.
+                // A replica that has lost Redis by itself admits its share in addition to the others.
                 let promised = with_share_of_one(plan, REPLICAS);
                 let slack = slack(plan, options.lease_ttl());
                 let recount = Recount::of(key, &promised, slack, &log);
@@ -129,7 +129,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                 }
                 found[key].add(&recount);
                 all.extend(log);
-                // Until the replica has come back to Redis.
+                // Waits until the replica uses Redis again.
                 sleep(Duration::from_millis(1500)).await;
             }
         }
@@ -163,7 +163,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     Ok(table)
 }
 
-/// What several rounds came to.
+/// The results of several rounds.
 #[derive(Clone)]
 pub(crate) struct Found {
     pub(crate) sent: usize,

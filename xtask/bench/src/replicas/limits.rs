@@ -1,8 +1,8 @@
-//! Replicas, loads and plans: nothing above the promise, in any window, and hardly anything below.
+//! Replicas, loads and plans: never above the promise, in any window, and hardly below it.
 //!
-//! The plans of one cell are three keys in the same processes at the same time. At 0.9 of the limit a key is
-//! rested and everything passes; at 1 and 2 times, a blow first takes the bucket to its bottom, so that the
-//! promise is tried at its edge from then on.
+//! Each cell has three keys in the same processes at the same time. At 0.9 times the limit, buckets start full and
+//! everything is admitted. At 1 and 2 times the limit, a burst first empties the bucket, so that the load tests the
+//! promise at its limit.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ const COLUMNS: &[&str] = &[
     "CPU µs a request",
 ];
 const LOADS: [f64; 3] = [0.9, 1.0, 2.0];
-/// Requests a second while a bucket is emptied: what this machine can send to processes that share its cores.
+/// Requests per second while a bucket is emptied: as many as this machine can send to processes that share its cores.
 const BLOW: f64 = 8000.0;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
@@ -53,7 +53,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     for &replicas in &options.replicas {
         let stage = Stage::on(options, replicas, redis, &[]).await?;
         if std::mem::take(&mut is_new) {
-            // What the longest of the buckets takes.
+            // How long the slowest bucket takes to fill.
             let fills = if options.quick { 3 } else { 60 };
             stage.settle(Duration::from_secs(fills)).await?;
         }

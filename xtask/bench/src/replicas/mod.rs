@@ -1,9 +1,9 @@
-//! What holds over several replicas, measured from outside: replicas as processes of their own, real PostgreSQL
-//! and Redis, a load in an open loop, and a recount of what was admitted from the client's own log.
+//! What holds across replicas, measured from outside: replicas in separate processes, real PostgreSQL and Redis, an
+//! open-loop load, and a recount of admitted requests from the client's log.
 //!
-//! Knows of the server what an operator knows: its settings, its HTTP, its signals. A promise that was broken is
-//! a fault of the table that shows it, and ends the whole with a failure. Everything is bounded in count and
-//! time, goes to loopback alone, and ends with this process.
+//! Uses only what an operator knows about the server: settings, HTTP and signals. A broken promise is listed as a fault
+//! in its table and fails the run. Everything is bounded in number and time, uses only loopback, and ends with this
+//! process.
 
 mod bursts;
 mod changes;
@@ -35,34 +35,34 @@ use table::Table;
 pub(crate) struct Options {
     /// The `quota` binary, built for release
     quota: PathBuf,
-    /// Another binary to measure in its place, such as an earlier version's
+    /// Another binary to measure instead, such as an earlier version
     #[arg(long)]
     server: Option<PathBuf>,
-    /// A PostgreSQL to make databases on, as a role that may: postgres://user@host/postgres
+    /// A PostgreSQL on which to create databases, with a role that may: postgres://user@host/postgres
     #[arg(long)]
     postgres: String,
-    /// Which tables, separated by commas
+    /// The tables to produce, separated by commas
     #[arg(long, value_delimiter = ',', default_values_t = Only::ALL)]
     only: Vec<Only>,
-    /// Which faults, separated by commas; all by default
+    /// The faults to cause, separated by commas; all by default
     #[arg(long, value_delimiter = ',')]
     fault: Vec<faults::Kind>,
-    /// How many replicas the table of limits has, separated by commas
+    /// The numbers of replicas in the table of limits, separated by commas
     #[arg(long, value_delimiter = ',', default_values_t = [1, 3, 5, 9])]
     replicas: Vec<usize>,
-    /// Smaller loads and fewer cells, to see that it works
+    /// Smaller loads and fewer cells, to check that everything works
     #[arg(long)]
     quick: bool,
-    /// Replicas that know of no Redis: each has limits of its own, which must show
+    /// Run replicas without Redis: each has its own limits, which the tables must show
     #[arg(long)]
     no_redis: bool,
-    /// How long a lease may be held, in milliseconds
+    /// The lease TTL, in milliseconds
     #[arg(long, default_value_t = 100)]
     lease_ttl: u64,
-    /// How many keys are in use at the clean stop
+    /// The number of keys in use at the clean stop
     #[arg(long, default_value_t = 100_000)]
     keys: usize,
-    /// How many of them are first used in a second
+    /// How many of these keys are first used per second
     #[arg(long, default_value_t = 400.0)]
     drain_rate: f64,
     /// Also write the tables to this file, as JSON
@@ -77,25 +77,25 @@ pub(crate) struct Options {
 enum Only {
     /// Replicas, loads and plans: what was admitted above the promise
     Limits,
-    /// A daily quota, through a stop and a start
+    /// A daily quota, across a stop and a start
     Daily,
-    /// Bursts made to hurt leases
+    /// Bursts that are adverse for leases
     Bursts,
     /// Requests that cost 1 to 5
     Weighted,
-    /// The whole burst of a rested key at once, by the time to Redis and back
+    /// The whole burst of an idle key at once, by the round-trip time to Redis
     Cold,
-    /// Answers of Redis that come late for one replica
+    /// Redis responds late to one replica
     Late,
-    /// Redis stands still for less than a second
+    /// Redis freezes for less than a second
     Stalls,
     /// Redis killed, frozen, failed over, cut off
     Faults,
     /// A clean stop with many keys in use
     Drain,
-    /// How long a change takes to be in force everywhere
+    /// How long a change takes to reach every replica
     Changes,
-    /// Round trips, and the cost next to one replica's memory
+    /// Round trips, and the cost compared with a single replica's memory
     Cost,
 }
 
@@ -133,7 +133,7 @@ impl Options {
     }
 }
 
-/// Prints each table when it is there. What was started ends with the future, also on Ctrl-C.
+/// Prints each table when it is ready. Everything that was started ends with the future, even on Ctrl-C.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if let Some(dir) = &options.log {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -153,7 +153,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 async fn all(options: &Options) -> Result<ExitCode> {
     let mut tables = Vec::new();
-    // Some of it pins itself to one.
+    // Some of it is pinned to one core.
     let cores = std::thread::available_parallelism().map_or(0, Into::into);
     for only in Only::ALL.iter().filter(|it| options.only.contains(it)) {
         eprintln!("{only}");
@@ -194,13 +194,13 @@ async fn all(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// What else the machine does: the average over a minute.
+/// Returns the machine's load average over a minute.
 fn load_average() -> String {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().unwrap_or("unknown").to_owned()
 }
 
-/// The requests of one load, a line each, when that was asked for.
+/// Writes the requests of one load, one per line, if requested.
 fn keep_log(options: &Options, name: &str, attempts: &[drive::Attempt]) -> Result<()> {
     let Some(dir) = &options.log else {
         return Ok(());

@@ -1,5 +1,5 @@
-//! A daily quota over replicas: never over, and after a clean stop gave back what was in hand, exact to the last
-//! request.
+//! A daily quota across replicas: never exceeded, and exact to the last request after a clean stop has returned unused
+//! blocks.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -23,7 +23,7 @@ const COLUMNS: &[&str] = &[
     "failed",
 ];
 
-/// At most, after the start.
+/// The maximum, after the start.
 const ROUNDS: usize = 20;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
@@ -45,11 +45,11 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             stage.settle(Duration::ZERO).await?;
         }
         let keys = stage.keys_on(std::slice::from_ref(&plan)).await?;
-        // In parts, so that blocks are in hand at several places when it stops.
+        // In parts, so that several replicas hold blocks when they stop.
         let before = spend(&stage, &keys, part).await?;
         keep_log(options, &format!("daily-{replicas}-before"), &before)?;
         stage.fleet.restart().await?;
-        // Until nobody admits any more: a machine that is busy may answer some without a decision.
+        // Until nothing more is admitted: on a busy machine, some requests may get no decision.
         let mut after = Vec::new();
         for _ in 0..ROUNDS {
             let round = spend(&stage, &keys, part).await?;
@@ -72,7 +72,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             failed.count()
         };
         let total = admitted(&before) + admitted(&after);
-        // One without an answer may have been counted.
+        // A request without a response may have been counted.
         let silent = [&before, &after]
             .into_iter()
             .flatten()
@@ -110,7 +110,7 @@ async fn spend(stage: &Stage, keys: &[Key], count: usize) -> Result<Vec<Attempt>
     stage.drive(keys, &load).await
 }
 
-/// The tenant counts its days in UTC.
+/// The tenant's days are in UTC.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement has no `Clock`: it reads the time as it is"

@@ -1,15 +1,15 @@
-//! Plans of a load: when which key asks which replica. Pure; the same for the same arguments.
+//! Schedules: when each key sends a request to which replica. Pure functions.
 
 use std::time::Duration;
 
 use super::drive::Arrival;
 
-/// How requests are spread over replicas.
+/// How requests are distributed over replicas.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Spread {
-    /// One after the other.
+    /// In turn.
     InTurn,
-    /// By chance, from this seed.
+    /// Randomly, with this seed.
     Random(u64),
 }
 
@@ -24,7 +24,7 @@ pub(crate) struct Steady {
 }
 
 impl Steady {
-    /// As many as fit into the time.
+    /// Returns as many requests as fit into the time.
     pub(crate) fn lasting(mut self, time: Duration) -> Self {
         #[expect(
             clippy::cast_possible_truncation,
@@ -66,7 +66,7 @@ pub(crate) fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// So many requests at the same moment, at one replica.
+/// Returns this many requests at the same moment, to one replica.
 pub(crate) fn at_once(key: usize, at: Duration, replica: usize, count: u32) -> Vec<Arrival> {
     let one = Arrival {
         at: nanos(at),
@@ -89,15 +89,15 @@ pub(crate) fn with_costs(arrivals: impl IntoIterator<Item = Arrival>, seed: u64)
         .collect()
 }
 
-/// All of them in order of time.
+/// Merges schedules in order of time.
 pub(crate) fn together(parts: impl IntoIterator<Item = Vec<Arrival>>) -> Vec<Arrival> {
     let mut all: Vec<Arrival> = parts.into_iter().flatten().collect();
     all.sort_unstable();
     all
 }
 
-/// First more than a full bucket at once, then a steady rate: what follows the blow meets an empty bucket. A
-/// small bucket is asked for once more than there are replicas: as many as there were without sharing, and more.
+/// More than a full bucket at once, followed by a steady rate that meets an empty bucket. For a small bucket, the burst
+/// is larger than all replicas together would admit without sharing.
 pub(crate) fn drained_then(
     steady: Steady,
     replicas: usize,
@@ -107,7 +107,7 @@ pub(crate) fn drained_then(
 ) -> Vec<Arrival> {
     let (rpm, burst) = limit;
     let rate = f64::from(rpm) / 60.0;
-    // It refills meanwhile.
+    // It refills in the meantime.
     #[expect(clippy::cast_precision_loss, reason = "a handful of replicas")]
     let over = if burst <= 10_000 {
         replicas as f64 + 1.0
@@ -136,8 +136,8 @@ pub(crate) fn drained_then(
         .collect()
 }
 
-/// Bursts made to hurt leases. A cycle: a stream to one replica alone, so that it takes many tokens ahead; a
-/// rest of `phase`, in which they stay unspent; then a blow to all the others at once and, at its end, to the
+/// Bursts that are adverse for leases. Each cycle sends a steady stream to one replica, so that it takes many tokens
+/// ahead; pauses for `phase`, so that they remain unspent; then sends a burst to all others at once and finally to the
 /// first. The next cycle begins with the next replica.
 pub(crate) fn on_off(
     key: usize,

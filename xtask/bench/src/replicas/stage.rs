@@ -1,4 +1,4 @@
-//! What every table begins with, database, Redis, replicas, tenant, keys, and what it makes of a log.
+//! The setup of every table (database, Redis, replicas, tenant, keys), and the evaluation of a log.
 
 use std::time::Duration;
 
@@ -18,18 +18,18 @@ use super::{
     tenant::{Key, Plan, Tenant, counted},
 };
 
-/// Redis tells its time in microseconds, and ours may differ by as much at either end of a window.
+/// Redis's time has microsecond resolution, which may shift either end of a window.
 const GRAIN: Duration = Duration::from_micros(2);
 
-/// A new beginning lies a little in the future, and new replicas are counted for some seconds before they have a
-/// share of an outage.
+/// A new epoch starts a little in the future, and new replicas are counted for some seconds before they have a share
+/// during an outage.
 const ACQUAINTANCE: Duration = Duration::from_secs(5);
 
-/// For the return of what is unspent, once the leases are over.
+/// Time for returning unspent tokens after leases have expired.
 const RETURN: Duration = Duration::from_millis(400);
 
 pub(crate) struct Stage {
-    // In the order in which they end.
+    // In the order in which they are dropped.
     pub(crate) fleet: Fleet,
     pub(crate) tenant: Tenant,
     pub(crate) redis: Option<RedisServer>,
@@ -38,7 +38,7 @@ pub(crate) struct Stage {
 }
 
 impl Stage {
-    /// Replicas on one database, and one Redis unless there is to be none.
+    /// Starts replicas with one database and, unless disabled, one Redis.
     pub(crate) async fn set(
         options: &Options,
         replicas: usize,
@@ -52,7 +52,7 @@ impl Stage {
         Self::on(options, replicas, redis, settings).await
     }
 
-    /// The same on a Redis that is there already.
+    /// Starts replicas with an existing Redis.
     pub(crate) async fn on(
         options: &Options,
         replicas: usize,
@@ -64,7 +64,7 @@ impl Stage {
         Self::around(options, replicas, urls, redis, settings).await
     }
 
-    /// The same, where the way to Redis is not the plain one.
+    /// Starts replicas that reach Redis through proxies.
     pub(crate) async fn around(
         options: &Options,
         replicas: usize,
@@ -111,13 +111,13 @@ impl Stage {
         })
     }
 
-    /// How many tokens the replicas say that they were granted so far, less what they gave back; with what they
-    /// admitted without Redis. `None` where there is none.
+    /// Returns how many tokens the replicas report as granted so far, less those returned, plus requests admitted
+    /// without Redis. `None` without Redis.
     pub(crate) async fn granted(&self) -> Result<Option<u64>> {
         if self.redis.is_none() {
             return Ok(None);
         }
-        // What was not spent of the last leases is given back first.
+        // Unspent tokens of the last leases are returned first.
         tokio::time::sleep(self.lease_ttl + RETURN).await;
         let mut granted = 0;
         for metrics in self.fleet.metrics() {
@@ -129,7 +129,7 @@ impl Stage {
         Ok(Some(granted))
     }
 
-    /// How often the replicas have given Redis up.
+    /// Returns the number of outages that the replicas report.
     pub(crate) async fn outages(&self) -> Result<u64> {
         let mut outages = 0;
         for metrics in self.fleet.metrics() {
@@ -147,7 +147,7 @@ impl Stage {
         }
     }
 
-    /// Sends the requests to the check API, where they may cost more than 1.
+    /// Uses the check API, where requests may cost more than 1.
     pub(crate) async fn check(&self, keys: &[Key], load: &[Arrival]) -> Result<Vec<Attempt>> {
         let targets = Targets {
             service: Some(self.tenant.service_token(self.fleet.addrs()[0]).await?),
@@ -156,7 +156,7 @@ impl Stage {
         drive(&targets, load, Instant::now()).await
     }
 
-    /// With so many connections to each replica that are open before the first request.
+    /// Opens this many connections to each replica before the first request.
     pub(crate) async fn drive_ready(
         &self,
         keys: &[Key],
@@ -174,8 +174,8 @@ impl Stage {
         drive(&self.targets(keys), load, Instant::now()).await
     }
 
-    /// Counters that begin anew have every bucket empty. Asks for one, and waits until those that take `time` to
-    /// fill are full, and the replicas know of each other.
+    /// A new epoch starts with every bucket empty. Waits until it has started, until buckets that take `time` to fill
+    /// are full, and until the replicas have counted each other.
     pub(crate) async fn settle(&self, time: Duration) -> Result<()> {
         let keys = self.keys_on(&[Plan::new("to begin with", 60, 1)]).await?;
         let load: Vec<_> = (0..self.fleet.len())
@@ -191,7 +191,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Leaves the Redis.
+    /// Stops everything except Redis.
     pub(crate) async fn end(mut self) -> Result<Option<RedisServer>> {
         self.fleet.stop().await?;
         self.database.remove().await?;
@@ -199,25 +199,25 @@ impl Stage {
     }
 }
 
-/// What one key's requests came to.
+/// The results of one key's requests.
 pub(crate) struct Recount {
     pub(crate) sent: usize,
     pub(crate) admitted: usize,
-    /// What was admitted, in tokens.
+    /// Admitted tokens.
     pub(crate) tokens: u64,
-    /// 5xx.
+    /// Responses with 5xx.
     pub(crate) failed: usize,
-    /// No answer at all.
+    /// Requests without a response.
     pub(crate) silent: usize,
     pub(crate) worst: Option<Worst>,
-    /// What one exact bucket would have admitted of the same requests, in tokens.
+    /// Tokens that one exact bucket would have admitted for the same requests.
     pub(crate) ideal: u64,
     /// The highest cost.
     dearest: u64,
 }
 
 impl Recount {
-    /// `slack` is what the promise adds for leases.
+    /// `slack` is what the promise allows for leases.
     pub(crate) fn of(key: usize, plan: &Plan, slack: Duration, log: &[Attempt]) -> Self {
         let own = || log.iter().filter(|it| it.key == key);
         let count = |what: fn(&Attempt) -> bool| own().filter(|it| what(it)).count();
@@ -239,18 +239,18 @@ impl Recount {
         }
     }
 
-    /// In tokens; negative when every window was below the promise.
+    /// In tokens. Negative if every window was below the promise.
     pub(crate) fn excess(&self) -> f64 {
         self.worst.map_or(f64::NEG_INFINITY, |worst| worst.excess)
     }
 
-    /// Of what one exact bucket would have admitted.
+    /// The share of what one exact bucket would have admitted.
     pub(crate) fn served(&self) -> f64 {
         share(self.tokens, self.ideal)
     }
 
-    /// Whether less than 99 % of what could be admitted was. One request is within the error of the measurement: a
-    /// client cannot tell whether its tokens were there already when it was sent.
+    /// Returns whether less than 99 % of what could be admitted was. One request is within the measurement error: a
+    /// client cannot tell whether its tokens were already available.
     pub(crate) fn is_short(&self) -> bool {
         self.served() < 0.99 && self.tokens + self.dearest < self.ideal
     }
@@ -259,7 +259,7 @@ impl Recount {
         self.excess() > 0.0
     }
 
-    /// Where to look in the log.
+    /// Where in the log it is.
     pub(crate) fn window(&self) -> String {
         let Some(worst) = self.worst else {
             return "nothing was admitted".to_owned();
@@ -279,7 +279,7 @@ pub(crate) fn share(part: u64, whole: u64) -> f64 {
     part as f64 / whole as f64
 }
 
-/// Every request that was admitted is one token that was granted: the replicas' own book against the client's.
+/// Compares the tokens that the replicas report as granted with the requests that the client saw admitted.
 pub(crate) fn check_book(
     table: &mut Table,
     what: &str,
@@ -298,7 +298,7 @@ pub(crate) fn check_book(
     }
 }
 
-/// A slack that a plan's promise has.
+/// The slack in a plan's promise.
 pub(crate) fn slack(plan: &Plan, lease_ttl: Duration) -> Duration {
     if plan.strict {
         Duration::ZERO
@@ -307,7 +307,7 @@ pub(crate) fn slack(plan: &Plan, lease_ttl: Duration) -> Duration {
     }
 }
 
-/// The value at this part of them, in order; 0 when there are none.
+/// Returns a quantile; 0 if there are no values.
 pub(crate) fn quantile(mut values: Vec<Duration>, part: f64) -> Duration {
     values.sort_unstable();
     #[expect(
@@ -329,7 +329,7 @@ pub(crate) fn percent(part: f64) -> String {
     format!("{:.2} %", part * 100.0)
 }
 
-/// How late requests left, of the load's own making: its 99th percentile.
+/// Returns the 99th percentile of how late the load itself sent requests.
 pub(crate) fn lateness(log: &[Attempt]) -> String {
     let late = log
         .iter()
@@ -340,12 +340,12 @@ pub(crate) fn lateness(log: &[Attempt]) -> String {
     )
 }
 
-/// The log of the worst window, for who looks into it.
+/// Returns the log of the worst window, for investigation.
 pub(crate) fn context(what: &str, recount: &Recount) -> String {
     format!("{what}: {}", recount.window())
 }
 
-/// A reading of Redis, when there is one.
+/// Returns a reading of Redis's statistics, if there is a Redis.
 pub(crate) async fn scripts(counters: &mut Option<Counters>) -> Result<Option<u64>> {
     match counters {
         Some(counters) => Ok(Some(counters.scripts().await.context("Redis")?)),
@@ -353,7 +353,7 @@ pub(crate) async fn scripts(counters: &mut Option<Counters>) -> Result<Option<u6
     }
 }
 
-/// Calls for each thousand decisions.
+/// Calls per thousand decisions.
 pub(crate) fn per_thousand(before: Option<u64>, after: Option<u64>, decisions: u64) -> String {
     match (before, after) {
         (Some(before), Some(after)) => {

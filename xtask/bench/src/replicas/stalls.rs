@@ -1,4 +1,4 @@
-//! Redis stands still for less than a second, under load beyond the limit.
+//! Redis freezes for less than a second, under load above the limit.
 
 use std::time::Duration;
 
@@ -116,7 +116,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             ]);
         }
         late.extend(log);
-        // What one stall has left behind is not the next one's.
+        // The effects of one freeze must not affect the next.
         sleep(Duration::from_secs(3)).await;
     }
     stage.end().await?;

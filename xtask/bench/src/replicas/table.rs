@@ -1,4 +1,4 @@
-//! What was found, as a table for people and as data for programs.
+//! Results, as a table for people and as data for programs.
 
 use std::fmt::Write as _;
 
@@ -8,9 +8,9 @@ pub(crate) struct Table {
     pub(crate) title: &'static str,
     columns: &'static [&'static str],
     rows: Vec<Vec<String>>,
-    /// What the figures mean, and where they fell short.
+    /// What the figures mean, and their limits.
     pub(crate) notes: Vec<String>,
-    /// What must not be: a promise that was broken. Empty is good.
+    /// Broken promises.
     pub(crate) faults: Vec<String>,
 }
 
@@ -25,7 +25,7 @@ impl Table {
         }
     }
 
-    /// As many cells as there are columns.
+    /// One cell per column.
     pub(crate) fn row(&mut self, cells: Vec<String>) {
         assert_eq!(cells.len(), self.columns.len(), "{cells:?}");
         eprintln!("  {}", cells.join(" | "));
@@ -51,7 +51,7 @@ impl Table {
         text
     }
 
-    /// A row is an object of texts, by column.
+    /// Rows are objects with a string per column.
     pub(crate) fn json(&self) -> Value {
         let row = |cells: &Vec<String>| {
             let cells = self.columns.iter().zip(cells);

@@ -1,4 +1,4 @@
-//! A tenant with its plans and keys, made and changed over HTTP as a person would.
+//! A tenant with plans and keys, managed over HTTP.
 
 use std::net::SocketAddr;
 
@@ -11,13 +11,13 @@ use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
-/// A signed-in owner. Any replica takes its orders.
+/// A signed-in owner, who can use any replica.
 #[derive(Clone)]
 pub(crate) struct Tenant {
     token: String,
 }
 
-/// A plan's numbers as the load needs them.
+/// A plan, as the load needs it.
 #[derive(Debug, Clone)]
 pub(crate) struct Plan {
     pub(crate) name: String,
@@ -26,7 +26,7 @@ pub(crate) struct Plan {
     pub(crate) strict: bool,
     pub(crate) daily: Option<u64>,
     pub(crate) monthly: Option<u64>,
-    /// What happens to its keys while Redis is away; `None`: as the server is set.
+    /// Behavior of its keys while Redis is unreachable. `None`: the server default.
     pub(crate) on_redis_failure: Option<&'static str>,
 }
 
@@ -77,7 +77,7 @@ impl Tenant {
         })
     }
 
-    /// The answer's JSON; an error unless it is a success.
+    /// Returns the JSON of a response. An error unless it is a success.
     pub(crate) async fn call(
         &self,
         server: SocketAddr,
@@ -106,7 +106,7 @@ impl Tenant {
         })
     }
 
-    /// A token for the check API.
+    /// Creates a token for the check API.
     pub(crate) async fn service_token(&self, server: SocketAddr) -> Result<HeaderValue> {
         let body = json!({"name": "bench"});
         let made = self
@@ -115,7 +115,7 @@ impl Tenant {
         Ok(HeaderValue::from_str(&text(&made, "token")?)?)
     }
 
-    /// A key on a plan of its own.
+    /// Creates a key on its own plan.
     pub(crate) async fn key_on(&self, server: SocketAddr, plan: &Plan) -> Result<Key> {
         let id = self.plan(server, plan).await?;
         self.key(server, &id).await
@@ -167,13 +167,14 @@ async fn call(
     Ok(serde_json::from_slice(&bytes)?)
 }
 
-/// Whether the server's document has a word, such as the name of a field that this version may not know.
+/// Returns whether the server's OpenAPI document contains a word, such as the name of a field that an earlier version
+/// does not have.
 pub(crate) async fn knows(server: SocketAddr, word: &str) -> Result<bool> {
     let document = call(server, Method::GET, "/openapi.json", None, None).await?;
     Ok(document.to_string().contains(&format!("\"{word}\"")))
 }
 
-/// A counter of a replica's own.
+/// Returns a metric of a replica.
 pub(crate) async fn counted(metrics: SocketAddr, name: &str) -> Result<u64> {
     let stream = TcpStream::connect(metrics).await?;
     let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;

@@ -1,4 +1,4 @@
-//! Requests that cost 1 to 5 tokens, by the check API.
+//! Requests that cost 1 to 5 tokens, with the check API.
 
 use std::time::Duration;
 
@@ -50,7 +50,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             let steady = Steady {
                 key,
                 from: Duration::ZERO,
-                // A request costs three on average.
+                // The average cost is three.
                 per_second: f64::from(plan.rpm) / 60.0 * load / 3.0,
                 count: 0,
                 spread: Spread::Random(key as u64),

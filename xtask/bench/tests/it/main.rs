@@ -1,3 +1,3 @@
-//! The measurement itself, as a program: small, with the real `quota`, PostgreSQL and Redis.
+//! Runs the benchmarks at a small scale, with the real `quota`, PostgreSQL and Redis.
 
 mod replicas;

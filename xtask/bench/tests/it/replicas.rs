@@ -1,4 +1,4 @@
-//! What is over is found out, and what is not is not.
+//! Violations are found, and there are no false alarms.
 
 use std::{
     path::PathBuf,
@@ -8,7 +8,7 @@ use std::{
 use quota_server::db::embedded::EmbeddedPostgres;
 use serde_json::Value;
 
-/// What a run found: the tables by name, and whether it was content.
+/// The results of a run: tables by name, and whether it succeeded.
 struct Found {
     tables: Vec<Value>,
     content: bool,
@@ -30,7 +30,7 @@ fn number(row: &Value, column: &str) -> f64 {
     digits.parse().expect("a number")
 }
 
-/// `quota-bench replicas --quick` with these arguments.
+/// Runs `quota-bench replicas --quick` with these arguments.
 async fn measured(arguments: &[&str]) -> Found {
     let dir = tempfile::Builder::new()
         .prefix("quota-bench-it-")
@@ -63,7 +63,7 @@ async fn measured(arguments: &[&str]) -> Found {
         .args(["--postgres", &url, "--quick", "--json"])
         .arg(&json)
         .args(arguments);
-    // Where waiting is allowed: the database is kept alive by this runtime.
+    // On a blocking thread: this runtime keeps the database running.
     let (done, ran) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || done.send(command.output()));
     let Output { status, stderr, .. } = ran
@@ -91,7 +91,7 @@ async fn replicas_that_share_no_limits_are_found_out_and_one_alone_is_not() {
         if row["replicas"] == "1" {
             assert!(excess <= 0.0, "{row}");
         } else {
-            // Two buckets, of which each holds the whole burst and refills at the whole rate.
+            // Two buckets, each with the whole burst and the whole rate.
             assert!(number(row, "served") > 150.0, "{row}");
             assert!(excess >= 1.0, "{row}");
             seen += 1;
