@@ -1,12 +1,12 @@
-//! Whether a valid API key or service token has come over a connection. Handlers set it, and the listener then stops
-//! counting the connection against its address.
+//! Marks connections on which a valid API key or service token was sent. Handlers set the mark, and the listener then
+//! stops counting the connection against its address.
 
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
 };
 
-/// See the module. Clones are of the same connection.
+/// See the module. Clones share the mark.
 #[derive(Debug, Clone, Default)]
 pub struct Authenticated(Arc<AtomicBool>);
 

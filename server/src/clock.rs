@@ -1,9 +1,8 @@
-//! The time, as an argument.
+//! Time as a dependency.
 //!
-//! Two readings, because they answer two questions: [`Clock::now`] is what the calendar says (and may
-//! jump, when an operator or NTP sets it), [`Clock::monotonic`] is how long something took (and never
-//! goes back). Limits are kept on [`Clock::now`] as nanoseconds since the Unix epoch; ages of cache
-//! entries and deadlines on [`Clock::monotonic`].
+//! [`Clock::now`] is calendar time, which jumps when an operator or NTP sets the clock. [`Clock::monotonic`] measures
+//! durations and never goes back. Limits in memory use the former, as nanoseconds since the Unix epoch; deadlines and the
+//! ages of cache entries use the latter.
 
 use std::{
     fmt::Debug,
@@ -14,7 +13,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-/// Nanoseconds since the Unix epoch (1970-01-01T00:00:00Z). Reaches to the year 2554.
+/// Nanoseconds since the Unix epoch (1970-01-01T00:00:00Z), up to the year 2554.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct UnixNanos(pub u64);
 
@@ -23,12 +22,12 @@ impl UnixNanos {
         Self(secs * 1_000_000_000)
     }
 
-    /// Whole seconds, rounded down.
+    /// Returns whole seconds, rounded down.
     pub const fn secs(self) -> u64 {
         self.0 / 1_000_000_000
     }
 
-    /// Whole seconds, rounded up: the first full second at which `self` has passed.
+    /// Returns whole seconds, rounded up: the first full second that is not before `self`.
     pub const fn secs_ceil(self) -> u64 {
         self.0.div_ceil(1_000_000_000)
     }
@@ -37,22 +36,22 @@ impl UnixNanos {
         Self(self.0.saturating_add(nanos))
     }
 
-    /// Nanoseconds from `earlier` to `self`; zero when `earlier` is later.
+    /// Returns nanoseconds since `earlier`, or zero if `earlier` is later.
     pub const fn saturating_since(self, earlier: Self) -> u64 {
         self.0.saturating_sub(earlier.0)
     }
 }
 
-/// Where the time comes from.
+/// A source of time.
 pub trait Clock: Debug + Send + Sync + 'static {
-    /// The calendar's time. May stand still or jump back.
+    /// Returns calendar time. It may stand still or go back.
     fn now(&self) -> UnixNanos;
 
-    /// Nanoseconds since an arbitrary start in this process. Never goes back.
+    /// Returns nanoseconds since an arbitrary start in this process. Never goes back.
     fn monotonic(&self) -> u64;
 }
 
-/// The machine's own clocks.
+/// The clocks of the operating system.
 #[derive(Debug, Clone)]
 pub struct SystemClock {
     start: Instant,
@@ -75,10 +74,10 @@ impl Default for SystemClock {
 impl Clock for SystemClock {
     #[expect(
         clippy::disallowed_methods,
-        reason = "this is the one place that reads the machine's clock"
+        reason = "the only place that reads the system clock"
     )]
     fn now(&self) -> UnixNanos {
-        // A machine set to before 1970 reads as 1970; one after 2554 is not ours to worry about.
+        // A time before 1970 reads as 1970, and one after 2554 as the last that is representable.
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -90,14 +89,14 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock that moves only when told to, for tests. Clones share the same hands.
+/// A clock that moves only on request, for tests. Clones share their time.
 #[derive(Debug, Clone)]
 pub struct TestClock {
-    hands: Arc<Hands>,
+    time: Arc<TestTime>,
 }
 
 #[derive(Debug)]
-struct Hands {
+struct TestTime {
     now: AtomicU64,
     monotonic: AtomicU64,
 }
@@ -105,32 +104,32 @@ struct Hands {
 impl TestClock {
     pub fn at(now: UnixNanos) -> Self {
         Self {
-            hands: Arc::new(Hands {
+            time: Arc::new(TestTime {
                 now: AtomicU64::new(now.0),
                 monotonic: AtomicU64::new(0),
             }),
         }
     }
 
-    /// Moves both hands forward.
+    /// Moves both clocks forward.
     pub fn advance(&self, by: Duration) {
-        let nanos = u64::try_from(by.as_nanos()).expect("a test advances by less than 584 years");
-        self.hands.now.fetch_add(nanos, Ordering::SeqCst);
-        self.hands.monotonic.fetch_add(nanos, Ordering::SeqCst);
+        let nanos = u64::try_from(by.as_nanos()).expect("less than 584 years");
+        self.time.now.fetch_add(nanos, Ordering::SeqCst);
+        self.time.monotonic.fetch_add(nanos, Ordering::SeqCst);
     }
 
-    /// Sets the calendar's hand alone, also back: what NTP or an operator may do.
+    /// Sets calendar time only, forward or back, as NTP or an operator may.
     pub fn set_now(&self, now: UnixNanos) {
-        self.hands.now.store(now.0, Ordering::SeqCst);
+        self.time.now.store(now.0, Ordering::SeqCst);
     }
 }
 
 impl Clock for TestClock {
     fn now(&self) -> UnixNanos {
-        UnixNanos(self.hands.now.load(Ordering::SeqCst))
+        UnixNanos(self.time.now.load(Ordering::SeqCst))
     }
 
     fn monotonic(&self) -> u64 {
-        self.hands.monotonic.load(Ordering::SeqCst)
+        self.time.monotonic.load(Ordering::SeqCst)
     }
 }

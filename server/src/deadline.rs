@@ -1,22 +1,22 @@
-//! Deadlines that a pause of this process does not use up.
+//! Deadlines that pauses of this process do not use up.
 //!
-//! A process that was not scheduled for a while finds its timers past and the answers in its sockets at the same
-//! moment, and which of the two its tasks see first is chance. So when a timer is late itself, the answer gets
-//! that much more time, once and up to [`AT_MOST`]: what is called late then is the other side's doing.
+//! A process that was not scheduled for a while finds its timers expired and responses in its sockets at the same
+//! moment, and it is random which of the two its tasks see first. So if a timer itself fires late, the response gets
+//! that much more time, once and up to [`AT_MOST`]. What is reported as late then is the other side's fault.
 
 use std::{pin::pin, time::Duration};
 
 use tokio::time::{Instant, timeout_at};
 
-/// A timer is a millisecond late as a rule.
+/// Timers usually fire up to a millisecond late.
 const PAUSE: Duration = Duration::from_millis(2);
 const AT_MOST: Duration = Duration::from_millis(20);
 
-/// The time was up.
+/// The deadline has passed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Late;
 
-/// What `future` comes to, if it does by `deadline`.
+/// Waits for `future` until `deadline`.
 pub async fn by<F: Future>(deadline: Instant, future: F) -> Result<F::Output, Late> {
     let mut future = pin!(future);
     if let Ok(output) = timeout_at(deadline, &mut future).await {
@@ -32,7 +32,7 @@ pub async fn by<F: Future>(deadline: Instant, future: F) -> Result<F::Output, La
         .map_err(|_| Late)
 }
 
-/// The same from now on.
+/// Waits for `future` for `limit`.
 pub async fn within<F: Future>(limit: Duration, future: F) -> Result<F::Output, Late> {
     by(Instant::now() + limit, future).await
 }
@@ -52,10 +52,10 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_millis(10);
 
-    /// An answer that is there in good time, but passes through two tasks before it is heard, as one from Redis
-    /// does, in a process that stands still until the time is up.
+    /// The response arrives in time, but passes through two tasks, like one from Redis, in a process that is paused
+    /// until the deadline.
     #[tokio::test]
-    async fn what_came_during_a_pause_is_in_time() {
+    async fn response_during_a_pause_is_in_time() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = listener.local_addr().unwrap();
         let (ask, asked) = mpsc::channel();
@@ -63,7 +63,7 @@ mod tests {
             let (mut stream, _) = listener.accept().unwrap();
             asked.recv().unwrap();
             stream.write_all(b"!").unwrap();
-            // Until the other side has ended.
+            // Until the other side closes.
             let _ = stream.read(&mut [0]);
         });
         let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_does_not_come_is_late() {
+    async fn missing_response_is_late() {
         let never = std::future::pending::<()>();
         assert_eq!(within(LIMIT, never).await, Err(Late));
     }

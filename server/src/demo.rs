@@ -1,7 +1,7 @@
-//! `--demo`: a tenant with a plan, a key and a service token, to try the server on.
+//! `--demo`: a tenant with a plan, a key and a service token to try.
 //!
-//! Made once. The texts are kept in the data directory, readable by its owner alone, so that a second start
-//! shows the same ones; the database has only their hashes, as of all others.
+//! Created once. The secrets are stored in the data directory, readable only by its owner, so that later starts can show
+//! them again. The database has only their hashes.
 
 use std::{
     fs,
@@ -33,11 +33,11 @@ const FILE: &str = "demo.json";
 pub enum DemoError {
     #[error(transparent)]
     Auth(#[from] AuthError),
-    #[error("the demo cannot be made: {0}")]
+    #[error("cannot create the demo: {0}")]
     Db(#[from] DbError),
-    #[error("the demo's secrets cannot be kept in the data directory")]
+    #[error("cannot store the demo's secrets in the data directory")]
     Io(#[from] io::Error),
-    #[error("the machine has no randomness")]
+    #[error("no random numbers are available")]
     Random(#[from] getrandom::Error),
 }
 
@@ -49,12 +49,12 @@ struct Demo {
     service_token: String,
 }
 
-/// Makes it where it is not there, and answers what to show of it.
-pub async fn make_once(state: &AppState) -> Result<String, DemoError> {
+/// Creates the demo if it does not exist, and returns a description of it.
+pub async fn create_once(state: &AppState) -> Result<String, DemoError> {
     let file = state.config.data_dir.join(FILE);
     let demo = match read(&file) {
         Some(demo) if is_known(state, &demo).await => demo,
-        _ => make(state, &file).await?,
+        _ => create(state, &file).await?,
     };
     let base = &state.config.public_url;
     let Demo {
@@ -65,7 +65,7 @@ pub async fn make_once(state: &AppState) -> Result<String, DemoError> {
     } = &demo;
     let lines = [
         String::new(),
-        "A demo is ready: its plan allows 60 requests a minute, 10 at once.".to_owned(),
+        "A demo is ready. Its plan allows 60 requests per minute with a burst of 10.".to_owned(),
         String::new(),
         format!("  API key        {key}"),
         format!("  Service token  {service_token}"),
@@ -73,7 +73,7 @@ pub async fn make_once(state: &AppState) -> Result<String, DemoError> {
         format!("  Console        {base}/console"),
         format!("  API            {base}/docs"),
         String::new(),
-        "Try it, more than ten times in a row:".to_owned(),
+        "Try it more than ten times in a row:".to_owned(),
         String::new(),
         format!("  curl -i {base}/v1/echo -H 'X-API-Key: {key}'"),
         String::new(),
@@ -85,13 +85,13 @@ fn read(file: &Path) -> Option<Demo> {
     serde_json::from_slice(&fs::read(file).ok()?).ok()
 }
 
-/// Whether the demo of the file is one of this database.
+/// Returns whether the stored demo belongs to this database.
 async fn is_known(state: &AppState, demo: &Demo) -> bool {
     match SecretText::parse(Kind::ApiKey, demo.key.as_bytes()) {
-        Some(text) => matches!(
+        Some(key) => matches!(
             state
                 .keys
-                .key(&text, state.clock.monotonic(), Source::default())
+                .key(&key, state.clock.monotonic(), Source::default())
                 .await,
             Ok(Some(_))
         ),
@@ -99,15 +99,15 @@ async fn is_known(state: &AppState, demo: &Demo) -> bool {
     }
 }
 
-async fn make(state: &AppState, file: &Path) -> Result<Demo, DemoError> {
-    let mut chance = [0; 8];
-    getrandom::fill(&mut chance)?;
-    let number = u64::from_le_bytes(chance);
+async fn create(state: &AppState, file: &Path) -> Result<Demo, DemoError> {
+    let mut random = [0; 8];
+    getrandom::fill(&mut random)?;
+    let number = u64::from_le_bytes(random);
     let key = SecretText::generate(Kind::ApiKey)?;
     let token = SecretText::generate(Kind::ServiceToken)?;
     let demo = Demo {
         email: format!("demo-{:08x}@example.com", number & 0xffff_ffff),
-        // As strong as the texts are: a part of one.
+        // Part of a secret, so equally random.
         password: SecretText::generate(Kind::Refresh)?.reveal()[3..23].to_owned(),
         key: key.reveal(),
         service_token: token.reveal(),

@@ -1,7 +1,6 @@
-//! `quota doctor`: whether what the server depends on is as it should be, line by line.
+//! `quota doctor`: checks the settings and dependencies of a server, and reports one line for each finding.
 //!
-//! Looks and changes nothing. What is away is a line too: it never hangs for longer than the time limits that are
-//! set.
+//! Read-only. An unreachable dependency is a finding too; no check takes longer than the configured timeouts.
 
 use std::fmt::Write as _;
 
@@ -10,36 +9,35 @@ use tokio::net::TcpListener;
 
 use crate::{
     config::{Config, RedisServers, RedisSettings},
-    db::{self, Found, Lanes},
+    db::{self, Lanes, ServerInfo},
     file_limit,
     redis::inspect::{self, Node},
     revocations,
 };
 
-/// What was found so far.
+/// The findings so far.
 #[derive(Debug, Default)]
 pub struct Report {
     pub text: String,
-    /// Lines about what keeps the server from working as it is set.
-    pub faults: usize,
+    /// Number of checks that failed. Warnings do not count.
+    pub failed: usize,
 }
 
 impl Report {
-    pub fn fine(&mut self, about: &str, line: impl std::fmt::Display) {
+    pub fn ok(&mut self, about: &str, line: impl std::fmt::Display) {
         let _ = writeln!(self.text, "{about}: {line}");
     }
 
-    /// It works, and had better be different.
     fn warning(&mut self, about: &str, line: impl std::fmt::Display) {
         let _ = writeln!(self.text, "{about}: warning: {line}");
     }
 
-    pub fn fault(&mut self, about: &str, line: impl std::fmt::Display) {
-        self.faults += 1;
+    pub fn failure(&mut self, about: &str, line: impl std::fmt::Display) {
+        self.failed += 1;
         let _ = writeln!(self.text, "{about}: {line}");
     }
 
-    /// Whether the addresses to listen on are free.
+    /// Checks that the addresses to listen on are free.
     pub async fn addresses(&mut self, config: &Config) {
         for (name, addr) in [
             ("QUOTA_LISTEN", Some(config.listen)),
@@ -47,95 +45,95 @@ impl Report {
         ] {
             let Some(addr) = addr else { continue };
             match TcpListener::bind(addr).await {
-                Ok(_) => self.fine(name, format!("{addr} is free")),
-                Err(error) => self.fault(name, format!("cannot listen on {addr}: {error}")),
+                Ok(_) => self.ok(name, format!("{addr} is free")),
+                Err(error) => self.failure(name, format!("cannot listen on {addr}: {error}")),
             }
         }
     }
 
-    /// Whether as many clients can connect as the settings say.
+    /// Checks that the limit of open files allows the configured number of client connections.
     pub fn connections(&mut self, config: &Config) {
         let limit = file_limit::raise();
         let fit = file_limit::connections(config.connections, limit, config.database.pool);
-        let of_one = match config.connections_per_address {
+        let per_address = match config.connections_per_address {
             0 => "any number".to_owned(),
             limit => limit.to_string(),
         };
-        let line = format!("{fit} client connections, {of_one} from one address");
+        let line = format!("{fit} client connections, {per_address} per address");
         if fit < config.connections {
             self.warning(
                 "QUOTA_CONNECTIONS",
                 format!("{line}: the limit of open files (ulimit -n) allows no more"),
             );
         } else {
-            self.fine("QUOTA_CONNECTIONS", line);
+            self.ok("QUOTA_CONNECTIONS", line);
         }
     }
 
     pub async fn dependencies(&mut self, config: &Config, url: &SecretString) {
         let mut replicas = config.replicas;
         if let Some(settings) = &config.redis {
-            let seen = self.redis(config, settings).await;
-            if seen > replicas {
+            let connected = self.redis(config, settings).await;
+            if connected > replicas {
                 self.warning(
                     "redis",
-                    format!("more replicas are connected than QUOTA_REPLICAS says: {seen}, not {replicas}"),
+                    format!("{connected} replicas are connected, but QUOTA_REPLICAS is {replicas}"),
                 );
-                replicas = seen;
+                replicas = connected;
             }
         } else if replicas > 1 {
-            self.fault(
+            self.failure(
                 "redis",
                 format!("{replicas} replicas need a REDIS_URL to share their limits"),
             );
         } else {
-            self.fine(
+            self.ok(
                 "redis",
-                "none: limits are kept in this process, for one replica",
+                "not configured: limits are kept in memory, for a single replica",
             );
         }
         match db::inspect(url).await {
-            Ok(found) => self.database(config, replicas, &found),
-            Err(error) => self.fault("database", db::chain(&error)),
+            Ok(server) => self.database(config, replicas, &server),
+            Err(error) => self.failure("database", db::chain(&error)),
         }
     }
 
-    fn database(&mut self, config: &Config, replicas: usize, found: &Found) {
-        self.fine("database", format!("PostgreSQL {}", found.version));
-        self.fine(
+    fn database(&mut self, config: &Config, replicas: usize, server: &ServerInfo) {
+        self.ok("database", format!("PostgreSQL {}", server.version));
+        self.ok(
             "database",
-            format!("{} of {} migrations applied", found.applied, found.known),
+            format!("{} of {} migrations applied", server.applied, server.known),
         );
         let it = &config.database;
-        self.fine(
+        self.ok(
             "database",
             format!("of {} connections, {}", it.pool, Lanes::divide(it.pool)),
         );
-        let line = connections(it.pool, replicas, found);
-        if it.pool * replicas <= found.available() {
-            self.fine("database", line);
+        let line = connections(it.pool, replicas, server);
+        if it.pool * replicas <= server.available() {
+            self.ok("database", line);
         } else {
-            self.fault("database", format!("{line}: too many"));
+            self.failure("database", format!("{line}: too many"));
         }
-        self.fine(
+        self.ok(
             "database",
             format!(
-                "waits {:?} for a connection, {:?} to connect, {:?} for a statement, {:?} for a lock",
+                "timeouts: {:?} for a free connection, {:?} to connect, {:?} for a statement, {:?} for a lock",
                 it.wait, it.connect_timeout, it.statement_timeout, it.lock_timeout
             ),
         );
     }
 
-    /// Answers how many replicas are connected.
+    /// Returns the number of connected replicas.
     async fn redis(&mut self, config: &Config, settings: &RedisSettings) -> usize {
         let servers = &settings.servers;
-        let tls = if servers.tls() { ", by TLS" } else { "" };
-        self.fine("redis", format!("{}: {servers}{tls}", servers.mode()));
-        self.fine(
+        let tls = if servers.tls() { " over TLS" } else { "" };
+        self.ok("redis", format!("{}: {servers}{tls}", servers.mode()));
+        self.ok(
             "redis",
             format!(
-                "{} connections a replica, one more for messages; waits {:?} for an answer, {:?} to connect; \
-                 leases of {:?}; {} when it fails",
+                "{} connections per replica and one for messages; timeouts: {:?} for a call, {:?} to connect; \
+                 leases expire after {:?}; on failure: {}",
                 settings.connections,
                 settings.timeout,
                 settings.connect_timeout,
@@ -146,79 +144,79 @@ impl Report {
         let nodes = match inspect::nodes(settings, &revocations::channel(&settings.prefix)).await {
             Ok(nodes) => nodes,
             Err(error) => {
-                self.fault("redis", error);
+                self.failure("redis", error);
                 return 0;
             }
         };
-        let mut listening = 0;
+        let mut connected = 0;
         for node in nodes {
             match node {
                 Ok(node) => {
                     self.node(config, settings, &node);
-                    listening += node.listening;
+                    connected += node.subscribers;
                 }
-                // The others of a cluster may do.
+                // The other nodes of a cluster may be enough.
                 Err(error) if matches!(servers, RedisServers::Cluster(_)) => {
                     self.warning("redis", error);
                 }
-                Err(error) => self.fault("redis", error),
+                Err(error) => self.failure("redis", error),
             }
         }
-        self.fine("redis", format!("replicas connected: {listening}"));
-        listening
+        self.ok("redis", format!("replicas connected: {connected}"));
+        connected
     }
 
     fn node(&mut self, config: &Config, settings: &RedisSettings, node: &Node) {
         let addr = &node.addr;
-        if let Some(error) = &node.refuses_scripts {
-            self.fault(
+        if let Some(error) = &node.script_error {
+            self.failure(
                 "redis",
                 format!(
-                    "{addr} does not run scripts with TIME and INFO, as the counters need: {error}"
+                    "{addr} rejects scripts with TIME and INFO, which the counters need: {error}"
                 ),
             );
         }
         let wanted = config.replicas * (settings.connections + 1);
-        if let Some(most) = node.most_clients.filter(|most| wanted > *most) {
-            self.fault(
+        if let Some(max) = node.max_clients.filter(|max| wanted > *max) {
+            self.failure(
                 "redis",
                 format!(
-                    "{addr} takes {most} connections (maxclients), and the replicas need {wanted}"
+                    "{addr} allows {max} connections (maxclients), but the replicas need {wanted}"
                 ),
             );
         }
-        self.fine(
+        self.ok(
             "redis",
             format!(
-                "{addr}: {} {}, {}, answers in {:.1?}",
-                node.product, node.version, node.mode, node.took
+                "{addr}: {} {}, {}, responds in {:.1?}",
+                node.product, node.version, node.mode, node.round_trip
             ),
         );
-        if node.took > settings.timeout {
+        if node.round_trip > settings.timeout {
             self.warning("redis", format!("{addr}: slower than QUOTA_REDIS_TIMEOUT"));
         }
         if node.mode == "cluster" && !matches!(settings.servers, RedisServers::Cluster(_)) {
-            self.fault(
+            self.failure(
                 "redis",
-                format!("{addr} is of a cluster: name it as redis+cluster://"),
+                format!("{addr} is a node of a cluster: use redis+cluster://"),
             );
         }
         if node.role != "master" && !matches!(settings.servers, RedisServers::Cluster(_)) {
-            self.fault("redis", format!("{addr} is a {}, and no master", node.role));
+            self.failure("redis", format!("{addr} is a {}, not a master", node.role));
         }
         if node.eviction == "noeviction" {
-            self.fine("redis", format!("{addr}: maxmemory-policy noeviction"));
+            self.ok("redis", format!("{addr}: maxmemory-policy noeviction"));
         } else {
             self.warning(
                 "redis",
                 format!(
-                    "{addr}: maxmemory-policy {}: counters may be thrown away; set noeviction",
+                    "{addr}: maxmemory-policy {}: counters may be evicted; set noeviction",
                     node.eviction
                 ),
             );
         }
-        // Not needed: what is lost begins empty, and calendar quotas are in PostgreSQL.
-        self.fine(
+        // Persistence is optional: lost buckets restart empty, and calendar quotas are in PostgreSQL.
+        self.ok(
             "redis",
             format!("{addr}: persistence: {}", node.persistence),
         );
@@ -228,31 +226,34 @@ impl Report {
             self.warning(
                 "redis",
                 format!(
-                    "{addr}: min-replicas-to-write is 0: a master that is cut off goes on counting; set 1, \
-                     and min-replicas-max-lag 1"
+                    "{addr}: min-replicas-to-write is 0: a master that is cut off keeps counting; set it to 1, \
+                     and min-replicas-max-lag to 1"
                 ),
             );
         }
     }
 }
 
-fn connections(pool: usize, replicas: usize, found: &Found) -> String {
+fn connections(pool: usize, replicas: usize, server: &ServerInfo) -> String {
     format!(
-        "{pool} connections a replica, times {replicas}: {} of the {} that may be used (max_connections {}, \
-         {} of them reserved)",
+        "{pool} connections per replica × {replicas}: {} of {} available (max_connections is {}, {} of them reserved)",
         pool * replicas,
-        found.available(),
-        found.max_connections,
-        found.reserved_connections,
+        server.available(),
+        server.max_connections,
+        server.reserved_connections,
     )
 }
 
-/// Says so in the log, at the start: a replica too many is noticed when it is too late.
+/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise that
+/// would show only under load.
 pub async fn warn_of_too_many_connections(config: &Config, url: &SecretString) {
-    if let Ok(found) = db::inspect(url).await
-        && config.database.pool * config.replicas > found.available()
+    if let Ok(server) = db::inspect(url).await
+        && config.database.pool * config.replicas > server.available()
     {
-        let connections = connections(config.database.pool, config.replicas, &found);
-        tracing::warn!(connections, "more connections than PostgreSQL has");
+        let connections = connections(config.database.pool, config.replicas, &server);
+        tracing::warn!(
+            connections,
+            "the replicas may open more connections than PostgreSQL allows"
+        );
     }
 }

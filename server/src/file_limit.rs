@@ -1,14 +1,15 @@
-//! The limit of open files (`RLIMIT_NOFILE`): raised at startup, and what it leaves for connections.
+//! The limit of open files (`RLIMIT_NOFILE`): raises it at startup, and computes how many connections it allows.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Files that are not clients' connections: logs, the runtime, Redis, the metrics listener, and sockets that are
 /// being closed.
 const OTHER_FILES: usize = 256;
-/// Fewer than this is no service; then `accept` fails now and then, which is survived.
+/// With fewer connections the server would be useless, so this many are always allowed, even if `accept` fails at
+/// times.
 const LEAST: usize = 16;
 
-/// Raises the soft limit to the hard one and returns what then holds; `None` where it cannot be found out.
+/// Raises the soft limit to the hard limit and returns the result. Returns `None` if the limit is unknown.
 pub fn raise() -> Option<usize> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
     let limit = if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() {
@@ -19,7 +20,8 @@ pub fn raise() -> Option<usize> {
     Some(usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
-/// How many connections fit: `wanted`, or what the limit leaves beside `database` connections and other files.
+/// Returns how many client connections are possible: `wanted`, or what the limit leaves besides `database` connections
+/// and other files.
 pub fn connections(wanted: usize, limit: Option<usize>, database: usize) -> usize {
     let Some(limit) = limit else {
         return wanted;

@@ -10,6 +10,7 @@ pub mod db;
 pub mod deadline;
 pub mod demo;
 pub mod doctor;
+mod error_chain;
 pub mod file_limit;
 pub mod jobs;
 pub mod keys;

@@ -1,4 +1,4 @@
-//! `quota`: the one binary.
+//! The `quota` binary: its commands, and how a server starts and stops.
 
 use std::{
     process::ExitCode,
@@ -28,16 +28,16 @@ use tokio::{
     sync::watch,
 };
 
-/// From SIGTERM to when unused quota tokens must have been returned; the rest of 30 s is for the end itself.
-const DRAINED_WITHIN: Duration = Duration::from_secs(25);
-/// The time for that where requests in flight took all of it.
-const DRAIN_MIN: Duration = Duration::from_millis(1500);
+/// Unused quota tokens must be returned within this time after SIGTERM, which leaves 5 of the usual 30 s for the rest.
+const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
+/// The least time for returning tokens, even if requests in flight took longer than the above.
+const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
 
 #[derive(Parser)]
 #[command(
     name = "quota",
     version,
-    about = "API keys, plans, rate limits and quotas on your own machines"
+    about = "Self-hosted API keys, plans, rate limits and quotas"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -46,50 +46,50 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the server. Without DATABASE_URL it runs a PostgreSQL of its own
+    /// Run the server, with a private PostgreSQL if DATABASE_URL is not set
     Serve {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// Make a tenant, plan, key and service token once, and print them with a line to try
+        /// Create a demo tenant, plan, key and service token once, and print them with a command to try
         #[arg(long)]
         demo: bool,
     },
-    /// Apply the pending migrations, and end
+    /// Apply pending migrations and exit
     Migrate {
         #[command(flatten)]
         settings: Box<Settings>,
     },
-    /// Check the settings and what the server depends on, and end
+    /// Check the settings and dependencies, and exit
     Doctor {
         #[command(flatten)]
         settings: Box<Settings>,
     },
-    /// Accounts, for the operator
+    /// Manage accounts
     #[command(subcommand)]
     User(UserCommand),
     /// Print the OpenAPI document
     Openapi,
-    /// Print every setting with its default and meaning, as .env.example has them
+    /// Print every setting with its default and description, as in .env.example
     EnvExample,
 }
 
 #[derive(Subcommand)]
 enum UserCommand {
-    /// Create a user with a tenant of their own; the password is read from standard input
+    /// Create a user with their own tenant. The password is read from standard input
     Create {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// The address to sign in with
+        /// The email address to sign in with
         email: String,
-        /// The tenant's name. Default: the address's part before the @
+        /// The tenant's name. Default: the part of the email address before the @
         #[arg(long)]
         tenant: Option<String>,
     },
-    /// Set a user's password, read from standard input, and end their sessions
+    /// Set a user's password, read from standard input, and revoke their sessions
     SetPassword {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// The address that the user signs in with
+        /// The email address of the user
         email: String,
     },
     /// List users and their tenants
@@ -109,9 +109,9 @@ fn main() -> ExitCode {
             print!("{}", config::env_example());
             Ok(())
         }
-        Command::Serve { settings, demo } => {
-            run(&settings, |config, log| serve_until_told(config, log, demo))
-        }
+        Command::Serve { settings, demo } => run(&settings, |config, log| {
+            serve_until_stopped(config, log, demo)
+        }),
         Command::Migrate { settings } => run(&settings, migrate),
         Command::Doctor { settings } => run(&settings, doctor),
         Command::User(command) => {
@@ -132,7 +132,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Reads the settings, starts the log and tokio, and runs.
+/// Reads the settings, starts the log and the runtime, and runs a command.
 fn run<F>(settings: &Settings, command: impl FnOnce(Config, Log) -> F) -> anyhow::Result<()>
 where
     F: Future<Output = anyhow::Result<()>>,
@@ -147,11 +147,11 @@ where
     let config = match Config::read(settings) {
         Ok(config) if unknown.is_empty() => config,
         read => {
-            let faults = read.err().map(|faults| faults.0).unwrap_or_default();
-            for fault in faults.iter().chain(&unknown) {
-                eprintln!("{fault}");
+            let errors = read.err().map(|errors| errors.0).unwrap_or_default();
+            for error in errors.iter().chain(&unknown) {
+                eprintln!("{error}");
             }
-            anyhow::bail!("the settings are not valid; nothing was started");
+            anyhow::bail!("invalid settings; nothing was started");
         }
     };
     let log = Log::start(config.log_format);
@@ -164,7 +164,7 @@ where
     done
 }
 
-/// The database that the settings name, or the embedded one.
+/// Returns the URL of the configured database, or starts the embedded one.
 async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<EmbeddedPostgres>)> {
     if let Some(url) = &config.database_url {
         Ok((url.clone(), None))
@@ -174,19 +174,19 @@ async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<Embed
     }
 }
 
-/// Applies what is pending, waiting a while for a database that is just starting.
+/// Applies pending migrations. Waits up to 30 s for a database that is starting.
 async fn apply_migrations(url: &SecretString) -> anyhow::Result<()> {
-    let patience = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         match db::migrate(url).await {
             Ok(applied) => {
                 for version in applied {
-                    tracing::info!(version, "applied a migration");
+                    tracing::info!(version, "migration applied");
                 }
                 return Ok(());
             }
-            Err(db::MigrateError::Connect(error)) if Instant::now() < patience => {
-                tracing::warn!(error = %db::chain(&error), "PostgreSQL cannot be reached yet");
+            Err(db::MigrateError::Connect(error)) if Instant::now() < deadline => {
+                tracing::warn!(error = %db::chain(&error), "cannot reach PostgreSQL, retrying");
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
             Err(error) => anyhow::bail!("{}", db::chain(&error)),
@@ -194,9 +194,9 @@ async fn apply_migrations(url: &SecretString) -> anyhow::Result<()> {
     }
 }
 
-/// Ends when the operator or the terminal says so. Listens from the call on, not from the first poll: a stop that
-/// comes in between would end the process as if nobody listened.
-fn told_to_stop() -> impl Future<Output = ()> {
+/// Completes on SIGTERM or SIGINT. The handlers are installed by the call, not by the first poll: a signal in between
+/// would kill the process.
+fn stop_requested() -> impl Future<Output = ()> {
     let signals = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
@@ -212,11 +212,11 @@ fn told_to_stop() -> impl Future<Output = ()> {
     }
 }
 
-async fn serve_until_told(mut config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
+async fn serve_until_stopped(mut config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
     let file_limit = file_limit::raise();
-    // Listened for from the first moment on, so that a stop during a slow start is a clean one.
-    let mut stop = std::pin::pin!(told_to_stop());
-    // Before the database is touched: a port that is taken is the commonest mistake.
+    // First, so that a stop during a slow start is clean.
+    let mut stop = std::pin::pin!(stop_requested());
+    // Before anything is done to the database: an occupied port is the most common mistake.
     let listener = serve::listen(config.listen)
         .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?;
     let metrics_listener = match config.metrics_listen {
@@ -264,9 +264,9 @@ async fn serve_on(
     let jobs = Jobs::start(&state);
     doctor::warn_of_too_many_connections(config, url).await;
     if with_demo {
-        let shown = demo::make_once(&state).await?;
+        let shown = demo::create_once(&state).await?;
         if config.log_format == LogFormat::Json {
-            tracing::info!("made the demo");
+            tracing::info!("demo created");
         }
         println!("{shown}");
     }
@@ -303,13 +303,13 @@ async fn serve_on(
     if let Some(metrics) = metrics {
         metrics.await?;
     }
-    // Unused tokens go back, so that other servers can hand them out.
-    let left = DRAINED_WITHIN
+    // So that other replicas can use them.
+    let left = RETURN_TOKENS_WITHIN
         .saturating_sub(stopping_at.elapsed())
-        .max(DRAIN_MIN);
+        .max(RETURN_TOKENS_MIN);
     match tokio::time::timeout(left, state.limiter.drain()).await {
         Ok(drained) if drained.lost == 0 => {
-            tracing::info!(tokens = drained.given_back, "returned unused quota tokens");
+            tracing::info!(tokens = drained.given_back, "unused quota tokens returned");
         }
         Ok(drained) => tracing::warn!(
             tokens = drained.lost,
@@ -332,14 +332,14 @@ async fn migrate(config: Config, _log: Log) -> anyhow::Result<()> {
     applied
 }
 
-/// Says of each thing that the server depends on whether it is as it should be.
+/// Checks the settings and dependencies, and prints the findings.
 async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
     let mut report = Report::default();
-    report.fine("settings", "valid");
+    report.ok("settings", "valid");
     report.addresses(&config).await;
     report.connections(&config);
     match database(&config).await {
-        Err(error) => report.fault("database", format!("{error:#}")),
+        Err(error) => report.failure("database", format!("{error:#}")),
         Ok((url, embedded)) => {
             report.dependencies(&config, &url).await;
             if let Some(embedded) = embedded {
@@ -348,11 +348,11 @@ async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
         }
     }
     print!("{}", report.text);
-    anyhow::ensure!(
-        report.faults == 0,
-        "{} of these need mending",
-        report.faults
-    );
+    match report.failed {
+        0 => {}
+        1 => anyhow::bail!("1 check failed"),
+        failed => anyhow::bail!("{failed} checks failed"),
+    }
     Ok(())
 }
 
@@ -365,11 +365,11 @@ async fn user(config: Config, log: Log, command: UserCommand) -> anyhow::Result<
         match command {
             UserCommand::Create { email, tenant, .. } => {
                 let password = read_password()?;
-                let made = state
+                let (user, tenant) = state
                     .accounts
                     .create(&email, password.expose_secret(), tenant.as_deref())
                     .await?;
-                println!("user {} of tenant {}", made.0, made.1);
+                println!("user {user} of tenant {tenant}");
             }
             UserCommand::SetPassword { email, .. } => {
                 let password = read_password()?;
@@ -377,7 +377,7 @@ async fn user(config: Config, log: Log, command: UserCommand) -> anyhow::Result<
                     .accounts
                     .reset_password(&email, password.expose_secret())
                     .await?;
-                println!("set; their sessions have ended");
+                println!("password set; all sessions of the user are revoked");
             }
             UserCommand::List { .. } => {
                 for (email, tenant, role) in state.accounts.list().await? {
@@ -394,7 +394,7 @@ async fn user(config: Config, log: Log, command: UserCommand) -> anyhow::Result<
     done
 }
 
-/// The first line of standard input: an argument would be seen by everyone on the machine.
+/// Reads the first line of standard input. An argument would be visible to every user of the machine.
 fn read_password() -> anyhow::Result<SecretString> {
     let mut line = String::new();
     std::io::stdin()

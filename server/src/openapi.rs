@@ -1,8 +1,12 @@
 //! The OpenAPI document: what poem-openapi generates from the handlers, completed by [`PASSES`].
 //!
-//! Extractors and the edge produce errors too, so error responses are derived here from what an operation takes: a
-//! caller adds 401, a role 403, a body 400, 413, 415 and 422, an ID in the path 404. The test suite validates every response it
-//! receives against the document, so an undocumented status fails a test.
+//! Extractors and middleware produce errors too, so error responses are derived from what an operation takes: a caller
+//! adds 401, a role 403, a body 400, 413, 415 and 422, an ID in the path 404. Tests validate every response they receive
+//! against the document, so an undocumented status fails a test.
+
+mod errors;
+mod headers;
+mod operation;
 
 use std::collections::HashMap;
 
@@ -11,13 +15,13 @@ use poem_openapi::{
     OpenApi, OpenApiService,
     registry::{MetaApi, Registry},
 };
-use quota_common::ProblemCode;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use self::operation::for_each_operation;
 use crate::{
     api::{
         allow::Methods, api_key::ApiKeyApi, audit::AuditApi, auth::AuthApi, health::HealthApi,
-        limit::LimitApi, plan::PlanApi, problem, service_token::ServiceTokenApi,
+        limit::LimitApi, plan::PlanApi, service_token::ServiceTokenApi,
     },
     state::AppState,
 };
@@ -89,7 +93,7 @@ pub fn methods<T: OpenApi>(service: &OpenApiService<T, ()>) -> Methods {
     Methods::of(&generated(service))
 }
 
-/// The operations without a server behind them.
+/// The operations, without handlers.
 struct Described;
 
 impl OpenApi for Described {
@@ -104,7 +108,7 @@ impl OpenApi for Described {
     fn add_routes(self, _: &mut HashMap<String, HashMap<Method, BoxEndpoint<'static>>>) {}
 }
 
-/// Returns the document without needing a server, for `quota openapi`.
+/// Returns the document without a running server, for `quota openapi`.
 pub fn text() -> String {
     document(&build(Described))
 }
@@ -114,9 +118,9 @@ const PASSES: &[fn(&mut Value)] = &[
     set_servers,
     order_tags,
     describe_empty_responses,
-    add_error_responses,
-    empty_forward_auth_errors,
-    add_response_headers,
+    errors::add_error_responses,
+    errors::empty_forward_auth_errors,
+    headers::add_response_headers,
     sort_responses,
     add_problem_schemas,
     close_request_bodies,
@@ -124,40 +128,7 @@ const PASSES: &[fn(&mut Value)] = &[
     describe_idempotency_keys,
 ];
 
-/// One operation of the document.
-struct Operation<'a> {
-    path: &'a str,
-    value: &'a mut Value,
-}
-
-impl Operation<'_> {
-    fn id(&self) -> &str {
-        self.value["operationId"].as_str().unwrap_or_default()
-    }
-
-    fn has_parameter(&self, places: &[&str]) -> bool {
-        let parameters = self.value["parameters"].as_array();
-        parameters.is_some_and(|all| {
-            all.iter()
-                .any(|it| places.iter().any(|place| it["in"] == *place))
-        })
-    }
-
-    fn responses(&mut self) -> Option<&mut Map<String, Value>> {
-        self.value["responses"].as_object_mut()
-    }
-}
-
-fn for_each_operation(document: &mut Value, mut visit: impl FnMut(Operation<'_>)) {
-    let paths = document["paths"].as_object_mut().into_iter().flatten();
-    for (path, operations) in paths {
-        for (_, value) in operations.as_object_mut().into_iter().flatten() {
-            visit(Operation { path, value });
-        }
-    }
-}
-
-/// The server is the one that the document was loaded from.
+/// URLs are relative to the server that the document was loaded from.
 fn set_servers(document: &mut Value) {
     document["servers"] = json!([{"url": "/"}]);
 }
@@ -169,7 +140,7 @@ fn order_tags(document: &mut Value) {
     }
 }
 
-/// Says what a 204 means.
+/// Describes what a 204 means for each operation.
 fn describe_empty_responses(document: &mut Value) {
     for_each_operation(document, |mut operation| {
         let description = match operation.id() {
@@ -182,313 +153,6 @@ fn describe_empty_responses(document: &mut Value) {
             empty["description"] = json!(description);
         }
     });
-}
-
-const BY_ROLE: &str = "Your role does not allow this action.";
-const BY_COOKIE: &str = "Cookie authentication is only accepted from this server's own pages.";
-const IN_PROGRESS: &str = "A request with this `Idempotency-Key` is still in progress.";
-const BY_ROLE_OR_LIMIT: &str = "Your role does not allow this action, or your organization has reached a limit set by the operator.";
-const NO_REFRESH_TOKEN: &str =
-    "No refresh token was sent, or it is invalid, expired or already used.";
-
-/// Errors of single operations, beyond those that follow from what an operation takes.
-const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
-    use ProblemCode as P;
-    &[
-        (
-            "register",
-            &[
-                (
-                    P::RegistrationClosed,
-                    "Registration is closed, or cookies were requested from a page of another origin.",
-                ),
-                (P::EmailTaken, "An account with this email already exists."),
-            ],
-        ),
-        (
-            "login",
-            &[
-                (P::WrongCredentials, "Incorrect email or password."),
-                (P::Forbidden, BY_COOKIE),
-            ],
-        ),
-        (
-            "refresh",
-            &[
-                (P::Unauthorized, NO_REFRESH_TOKEN),
-                (P::Forbidden, BY_COOKIE),
-            ],
-        ),
-        (
-            "logout",
-            &[
-                (P::Unauthorized, NO_REFRESH_TOKEN),
-                (P::Forbidden, BY_COOKIE),
-            ],
-        ),
-        (
-            "create_plan",
-            &[
-                (P::Forbidden, BY_ROLE_OR_LIMIT),
-                (
-                    P::NameTaken,
-                    "A plan with this name already exists, or a request with this `Idempotency-Key` is still in progress.",
-                ),
-            ],
-        ),
-        (
-            "update_plan",
-            &[(P::NameTaken, "A plan with this name already exists.")],
-        ),
-        ("delete_plan", &[(P::PlanInUse, "The plan still has keys.")]),
-        (
-            "create_api_key",
-            &[
-                (P::Forbidden, BY_ROLE_OR_LIMIT),
-                (P::NotFound, "The plan was not found in your organization."),
-                (P::RequestInProgress, IN_PROGRESS),
-            ],
-        ),
-        (
-            "update_api_key",
-            &[(
-                P::NotFound,
-                "The key or the plan was not found in your organization.",
-            )],
-        ),
-        (
-            "create_service_token",
-            &[
-                (P::Forbidden, BY_ROLE_OR_LIMIT),
-                (P::RequestInProgress, IN_PROGRESS),
-            ],
-        ),
-        ("update_me", &[(P::Forbidden, BY_ROLE)]),
-        ("change_password", &[(P::Forbidden, BY_COOKIE)]),
-        ("end_session", &[(P::Forbidden, BY_COOKIE)]),
-        (
-            "echo",
-            &[
-                (
-                    P::Malformed,
-                    "Malformed request, such as two different keys.",
-                ),
-                (
-                    P::QuotaExceeded,
-                    "Rate limit or quota exceeded, or limits can't be checked right now. Retry after `Retry-After` seconds.",
-                ),
-            ],
-        ),
-    ]
-};
-
-/// What an error status means if the operation says nothing more specific.
-const ERRORS: &[(ProblemCode, &str)] = {
-    use ProblemCode as P;
-    &[
-        (P::Malformed, "Malformed request. No changes were made."),
-        (
-            P::Unauthorized,
-            "Missing or invalid credentials. Nothing was charged.",
-        ),
-        (P::Forbidden, BY_ROLE),
-        (P::NotFound, "Not found, or not in your organization."),
-        (
-            P::RequestTimeout,
-            "The request body was not received in time.",
-        ),
-        (P::ContentTooLarge, "The request body is too large."),
-        (
-            P::UnsupportedMediaType,
-            "The request body is not `application/json`.",
-        ),
-        (P::Invalid, "Validation failed; see `errors`."),
-        (
-            P::QuotaExceeded,
-            "Rate limit exceeded. Retry after `Retry-After` seconds.",
-        ),
-        (
-            P::TooManyRequests,
-            "Rate limit exceeded. Retry after `Retry-After` seconds.",
-        ),
-        (P::Internal, "Internal server error."),
-        (
-            P::Unavailable,
-            "A dependency is unavailable. Retry after `Retry-After` seconds.",
-        ),
-    ]
-};
-
-/// The errors that follow from what an operation takes.
-fn derived_errors(operation: &Operation<'_>) -> Vec<ProblemCode> {
-    use ProblemCode as P;
-    if operation.id() == "live" {
-        return vec![P::Internal];
-    }
-    let mut errors = vec![P::Internal, P::Unavailable];
-    if operation.value.get("security").is_some() {
-        errors.extend([P::Malformed, P::Unauthorized]);
-    }
-    if operation.path.starts_with("/admin") {
-        errors.push(P::Forbidden);
-    }
-    if operation.path.starts_with("/auth") || operation.path.starts_with("/admin") {
-        errors.push(P::TooManyRequests);
-    }
-    if operation.value.get("requestBody").is_some() {
-        errors.extend([
-            P::Malformed,
-            P::RequestTimeout,
-            P::ContentTooLarge,
-            P::UnsupportedMediaType,
-            P::Invalid,
-        ]);
-    }
-    if operation.has_parameter(&["path"]) {
-        errors.push(P::NotFound);
-    }
-    if operation.has_parameter(&["query", "header"]) {
-        errors.extend([P::Malformed, P::Invalid]);
-    }
-    if operation.id() == "echo" {
-        errors.push(P::QuotaExceeded);
-    }
-    errors
-}
-
-fn add_error_responses(document: &mut Value) {
-    for_each_operation(document, |mut operation| {
-        let own = OWN_ERRORS.iter().find(|(id, _)| *id == operation.id());
-        let own = own.map(|(_, errors)| *errors).unwrap_or_default();
-        let derived = derived_errors(&operation);
-        let derived = derived.into_iter().map(|code| {
-            let general = ERRORS.iter().find(|(it, _)| *it == code);
-            (code, general.map_or(code.title(), |(_, text)| *text))
-        });
-        let all = own.iter().copied().chain(derived).collect::<Vec<_>>();
-        if let Some(responses) = operation.responses() {
-            for (code, description) in all {
-                responses
-                    .entry(code.status().to_string())
-                    .or_insert_with(|| error_response(code, description));
-            }
-        }
-    });
-}
-
-fn error_response(code: ProblemCode, description: &str) -> Value {
-    json!({
-        "description": description,
-        "content": {
-            "application/problem+json": {
-                "schema": {"$ref": "#/components/schemas/Problem"},
-                "example": problem::example(code, "https://quota.example.com"),
-            }
-        },
-    })
-}
-
-/// Gateways act on the status and headers of forward-auth. Its 401 and 503 have no body.
-fn empty_forward_auth_errors(document: &mut Value) {
-    for_each_operation(document, |mut operation| {
-        if operation.id() != "forward_auth" {
-            return;
-        }
-        for (status, response) in operation.responses().into_iter().flatten() {
-            if let ("401" | "503", Some(response)) = (status.as_str(), response.as_object_mut()) {
-                response.remove("content");
-            }
-        }
-    });
-}
-
-fn add_response_headers(document: &mut Value) {
-    for_each_operation(document, |mut operation| {
-        let is_for_gateways = operation.id() == "forward_auth";
-        let is_limited = is_for_gateways || operation.id() == "echo";
-        for (status, response) in operation.responses().into_iter().flatten() {
-            let mut headers = response["headers"].as_object().cloned().unwrap_or_default();
-            if is_limited && matches!(status.as_str(), "200" | "403" | "429") {
-                headers.extend(limit_headers());
-            }
-            if is_for_gateways {
-                headers.insert("X-Quota-Decision".to_owned(), decision_header());
-            }
-            headers.extend(headers_of_status(status));
-            response["headers"] = Value::Object(headers);
-        }
-    });
-}
-
-fn headers_of_status(status: &str) -> Map<String, Value> {
-    let mut headers = Map::new();
-    if matches!(status, "429" | "503") {
-        headers.insert("Retry-After".into(), json!({
-            "description": "Seconds until a retry can succeed, rounded up, at least 1. Absent if the request can never be allowed.",
-            "schema": {"type": "integer", "minimum": 1},
-        }));
-    }
-    if status == "401" {
-        headers.insert("WWW-Authenticate".into(), json!({
-            "description": "`Bearer realm=\"quota\"`, with `error=\"invalid_token\"` if credentials were sent.",
-            "schema": {"type": "string"},
-        }));
-    }
-    headers.insert("X-Request-Id".into(), json!({
-        "description": "ID of the request: the one that was sent, if it is valid, otherwise a new one.",
-        "schema": {"type": "string", "maxLength": 128},
-    }));
-    headers
-}
-
-fn decision_header() -> Value {
-    json!({
-        "description": "Forward a request only if the status is 200 and this is `allowed`.",
-        "schema": {
-            "type": "string",
-            "enum": ["allowed", "limited", "unauthorized", "payment_required", "unavailable"],
-        },
-    })
-}
-
-fn limit_headers() -> Map<String, Value> {
-    let number = |description: &str| json!({"description": description, "schema": {"type": "integer", "minimum": 0}});
-    let text = |description: &str, example: &str| json!({"description": description, "schema": {"type": "string"}, "example": example});
-    Map::from_iter([
-        (
-            "X-RateLimit-Limit".to_owned(),
-            number("Maximum burst: requests an idle key may send at once."),
-        ),
-        (
-            "X-RateLimit-Remaining".to_owned(),
-            number("Requests left in the burst."),
-        ),
-        (
-            "X-RateLimit-Reset".to_owned(),
-            number("Unix time, in seconds, at which the full burst is available again."),
-        ),
-        (
-            "RateLimit-Policy".to_owned(),
-            text(
-                "The key's limits: `q` requests per `w` seconds (draft-ietf-httpapi-ratelimit-headers-11).",
-                "\"rpm\";q=600;w=60, \"daily\";q=50000;w=86400, \"monthly\";q=1000000",
-            ),
-        ),
-        (
-            "RateLimit".to_owned(),
-            text(
-                "The limit closest to exhaustion: `r` requests left, fully available again in `t` seconds.",
-                "\"rpm\";r=412;t=23",
-            ),
-        ),
-        (
-            "X-Quota-Degraded".to_owned(),
-            text(
-                "Only sent while Redis is unreachable and this replica decides without it.",
-                "redis-away",
-            ),
-        ),
-    ])
 }
 
 fn sort_responses(document: &mut Value) {
@@ -515,7 +179,7 @@ fn add_problem_schemas(document: &mut Value) {
     }
 }
 
-/// Request bodies reject unknown fields, which poem-openapi does not write down.
+/// Request bodies reject unknown fields, which poem-openapi does not state.
 fn close_request_bodies(document: &mut Value) {
     let mut bodies = Vec::new();
     for_each_operation(document, |operation| {
@@ -564,21 +228,4 @@ fn describe_idempotency_keys(document: &mut Value) {
             }
         }
     });
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_operation_with_errors_of_its_own_exists() {
-        let document: Value = serde_json::from_str(&text()).unwrap();
-        let mut document = document;
-        let mut ids = Vec::new();
-        for_each_operation(&mut document, |it| ids.push(it.id().to_owned()));
-        assert!(ids.len() > 25, "{ids:?}");
-        for (id, _) in OWN_ERRORS {
-            assert!(ids.iter().any(|it| it == id), "{id}");
-        }
-    }
 }

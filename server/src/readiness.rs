@@ -1,7 +1,7 @@
-//! Whether PostgreSQL is ready, remembered for a moment.
+//! Whether PostgreSQL is ready, cached briefly.
 //!
-//! Anybody may ask for the server's readiness as often as they like. However many ask at once, PostgreSQL is asked
-//! once, and not again while the answer is young.
+//! Anyone may check the server's readiness, as often as they like. Concurrent checks share one query, and its result is
+//! reused for a short time.
 
 use std::{
     sync::Arc,
@@ -15,7 +15,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// For how long an answer is given again.
+/// For how long a result is reused.
 const REMEMBERED: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Clone)]
@@ -31,7 +31,7 @@ pub enum Readiness {
 pub struct ReadinessProbe {
     db: Db,
     metrics: Arc<Metrics>,
-    /// Held while PostgreSQL is asked.
+    /// Held during the query.
     last: Mutex<Option<(Instant, Readiness)>>,
 }
 

@@ -1,4 +1,4 @@
-//! Mounting: which path leads where, and what stands in front of it.
+//! Which path leads to which handler, and the middleware around it.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -25,7 +25,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The whole public surface.
+/// Returns the endpoint of the public listener.
 pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     let service = openapi::service(state);
     let document = openapi::document(&service);
@@ -87,7 +87,7 @@ impl<E: Endpoint, F: Endpoint<Output = Response>> Endpoint for CrossOrigin<E, F>
     }
 }
 
-/// Pages of other origins may call, and read how far they may go. They send no cookies.
+/// Pages of the configured origins may call the API and read the rate-limit headers. They cannot send cookies.
 fn cors(state: &AppState) -> Option<Cors> {
     let origins = &state.config.allowed_origins;
     if origins.is_empty() {
@@ -107,7 +107,7 @@ fn cors(state: &AppState) -> Option<Cors> {
     if origins.iter().any(|origin| origin == "*") {
         return Some(cors.allow_origins_fn(|_| true));
     }
-    // The server's own pages send their origin as well.
+    // Pages of this server also send their origin.
     let own =
         url::Url::parse(&state.config.public_url).map(|url| url.origin().ascii_serialization());
     Some(
@@ -133,7 +133,7 @@ fn exposed() -> Vec<HeaderName> {
     names
 }
 
-/// Copies what the connections have counted themselves.
+/// Copies the totals of the Redis connections.
 fn show_redis(redis: &Redis, metrics: &Metrics) {
     let (status, counts) = (redis.status(), redis.counts());
     let open = i64::try_from(status.connected).unwrap_or(i64::MAX);
@@ -141,10 +141,13 @@ fn show_redis(redis: &Redis, metrics: &Metrics) {
     let made = &metrics.redis_connections_made;
     made.inner().store(status.made, Ordering::Relaxed);
     for (counter, count) in [
-        (&metrics.redis_connects_failed, &counts.refused),
+        (&metrics.redis_connects_failed, &counts.connects_failed),
         (&metrics.redis_calls, &counts.calls),
-        (&metrics.redis_calls_without_connection, &counts.away),
-        (&metrics.redis_calls_late, &counts.late),
+        (
+            &metrics.redis_calls_without_connection,
+            &counts.not_connected,
+        ),
+        (&metrics.redis_calls_late, &counts.timed_out),
         (&metrics.redis_calls_failed, &counts.failed),
     ] {
         let count = count.load(Ordering::Relaxed);
@@ -152,7 +155,7 @@ fn show_redis(redis: &Redis, metrics: &Metrics) {
     }
 }
 
-/// `/metrics`, for its own listener.
+/// Returns the endpoint of the metrics listener.
 pub fn metrics(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     let state = state.clone();
     let text = poem::endpoint::make_sync(move |_| {

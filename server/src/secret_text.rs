@@ -1,6 +1,5 @@
-//! The form of secrets: a prefix that tells what it is for, 32 base62 characters of chance (190 bits) and a
-//! checksum of 6, as in `qk_…`. Scanners find it with `q[ksr]_[0-9A-Za-z]{38}` and tell a real one by the
-//! checksum.
+//! The format of secrets: a prefix for the kind, such as `qk_`, 32 random base62 characters (190 bits) and a checksum
+//! of 6. Secret scanners can match `q[ksr]_[0-9A-Za-z]{38}` and verify the checksum.
 
 use std::fmt;
 
@@ -10,10 +9,11 @@ const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnop
 const RANDOM: usize = 32;
 const CHECKSUM: usize = 6;
 const LENGTH: usize = 3 + RANDOM + CHECKSUM;
-/// How much of a text is kept and shown, to tell one from another: 8 characters of chance leave 142 bits.
-const SHOWN: usize = 3 + 8;
+/// The length of the part that is stored and shown to tell secrets apart. It has 8 of the random characters, which
+/// leaves 142 bits.
+const PREFIX: usize = 3 + 8;
 
-/// What a secret opens.
+/// What a secret is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A consumer's API key.
@@ -34,22 +34,22 @@ impl Kind {
     }
 }
 
-/// The SHA-256 of a text: what is stored and looked up.
+/// The SHA-256 of a secret, which is what is stored and looked up.
 pub type Hash = [u8; 32];
 
-/// A secret whose form and checksum are right.
+/// A secret with a valid format and checksum.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SecretText([u8; LENGTH]);
 
 impl SecretText {
-    /// A new one, from the operating system's source of chance.
+    /// Generates a new secret from the operating system's random numbers.
     pub fn generate(kind: Kind) -> Result<Self, getrandom::Error> {
         let mut random = [0_u8; RANDOM];
         let mut filled = 0;
         while filled < RANDOM {
             let mut bytes = [0_u8; 2 * RANDOM];
             getrandom::fill(&mut bytes)?;
-            // A byte of 248 or more would make the first digits likelier than the others.
+            // Bytes of 248 or more are skipped: they would make some digits more likely than others.
             for byte in bytes
                 .into_iter()
                 .filter(|byte| *byte < 248)
@@ -62,7 +62,7 @@ impl SecretText {
         Ok(Self::assemble(kind, &random))
     }
 
-    /// One that follows from 32 bytes that nobody can guess.
+    /// Derives a secret from 32 unpredictable bytes.
     pub fn from_bytes(kind: Kind, bytes: &[u8; 32]) -> Self {
         Self::assemble(kind, &bytes.map(|byte| DIGITS[usize::from(byte) % 62]))
     }
@@ -76,7 +76,7 @@ impl SecretText {
         Self(text)
     }
 
-    /// Reads one. `None` for a wrong length, prefix, character or checksum: without any look-up.
+    /// Parses a secret. Returns `None` for a wrong length, prefix, character or checksum.
     pub fn parse(kind: Kind, text: &[u8]) -> Option<Self> {
         let text: &[u8; LENGTH] = text.try_into().ok()?;
         let (body, sum) = text.split_at(3 + RANDOM);
@@ -92,14 +92,14 @@ impl SecretText {
         hash
     }
 
-    /// The text itself. Shown once, and nowhere else.
+    /// Returns the secret as text. Shown once, and nowhere else.
     pub fn reveal(&self) -> String {
         self.0.iter().map(|byte| char::from(*byte)).collect()
     }
 
-    /// The part that may be kept and shown.
+    /// Returns the part that may be stored and shown.
     pub fn prefix(&self) -> String {
-        self.0[..SHOWN]
+        self.0[..PREFIX]
             .iter()
             .map(|byte| char::from(*byte))
             .collect()
@@ -112,7 +112,7 @@ impl fmt::Debug for SecretText {
     }
 }
 
-/// CRC32 (IEEE) in base62, most significant digit first: 62^6 is above 2^32.
+/// Returns the CRC32 (IEEE) in base62, most significant digit first. 62^6 is greater than 2^32.
 fn checksum(bytes: &[u8]) -> [u8; CHECKSUM] {
     let mut sum = crc32fast::hash(bytes);
     let mut digits = [0; CHECKSUM];
@@ -132,7 +132,7 @@ mod tests {
     const KINDS: [Kind; 3] = [Kind::ApiKey, Kind::ServiceToken, Kind::Refresh];
 
     #[test]
-    fn a_generated_text_is_read_back_as_its_own_kind_alone() {
+    fn generated_secret_parses_only_as_its_own_kind() {
         for kind in KINDS {
             let text = SecretText::generate(kind).unwrap();
             let shown = text.reveal();
@@ -145,14 +145,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_of_a_text_is_no_secret() {
+    fn debug_output_does_not_reveal_the_secret() {
         let text = SecretText::generate(Kind::ApiKey).unwrap();
         assert!(!format!("{text:?}").contains(&text.reveal()[11..]));
     }
 
     proptest! {
         #[test]
-        fn any_single_change_is_noticed(bytes: [u8; 32], at in 0..LENGTH, to in 0..62_usize) {
+        fn any_single_change_is_detected(bytes: [u8; 32], at in 0..LENGTH, to in 0..62_usize) {
             let text = SecretText::from_bytes(Kind::ApiKey, &bytes);
             let mut changed = text.reveal().into_bytes();
             prop_assume!(changed[at] != DIGITS[to]);
@@ -161,13 +161,13 @@ mod tests {
         }
 
         #[test]
-        fn every_text_survives_the_round_trip(bytes: [u8; 32]) {
+        fn every_secret_round_trips(bytes: [u8; 32]) {
             let text = SecretText::from_bytes(Kind::Refresh, &bytes);
             prop_assert_eq!(SecretText::parse(Kind::Refresh, text.reveal().as_bytes()), Some(text));
         }
 
         #[test]
-        fn no_bytes_make_it_panic(bytes: Vec<u8>) {
+        fn arbitrary_bytes_do_not_panic(bytes: Vec<u8>) {
             prop_assert_eq!(SecretText::parse(Kind::ApiKey, &bytes), None);
         }
     }

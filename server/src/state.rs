@@ -1,4 +1,4 @@
-//! Everything that a request or worker needs, built once. Cheap to clone.
+//! The state of a server: everything that requests and workers need, built once.
 
 use std::{
     sync::{
@@ -37,10 +37,10 @@ use crate::{
     telemetry::{log::Log, metrics::Metrics},
 };
 
-/// How many client addresses each guard remembers. One takes about 100 bytes.
+/// The number of client addresses that each rate limiter tracks. One takes about 100 bytes.
 const GUARDED: usize = 200_000;
 
-/// See the module.
+/// See the module. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Parts>);
 
@@ -53,7 +53,7 @@ pub struct Parts {
     pub metrics: Arc<Metrics>,
     pub log: Log,
     pub limiter: Limiter,
-    /// How many replicas share its counters.
+    /// How many replicas there are.
     pub roster: Arc<Roster>,
     pub keys: KeyStore,
     pub last_used: LastUsed,
@@ -79,7 +79,7 @@ impl std::ops::Deref for AppState {
 }
 
 impl AppState {
-    /// Builds everything on a migrated database.
+    /// Builds the state on a migrated database.
     pub async fn new(
         config: Config,
         db: Db,
@@ -91,7 +91,7 @@ impl AppState {
         let redis = config.redis.clone().map(Redis::connect_lazy);
         let recent = Arc::new(Recent::default());
 
-        // It also tells this installation from others that use the same QUOTA_SECRET.
+        // Also distinguishes this installation from others with the same QUOTA_SECRET.
         let installation = stored_secret(&db).await?;
         let current = match &config.secret {
             Some(secret) => Config::secret_bytes(secret).to_vec(),
@@ -109,7 +109,7 @@ impl AppState {
         let announcer = Announcer::new(redis.clone(), invalidations, metrics.clone());
 
         let ledger = Arc::new(PostgresLedger::new(db.on(Lane::Ledger), metrics.clone()));
-        // Ten times the cache: a key that fell out of the cache keeps its bucket until that is full again.
+        // Ten times the size of the cache, since an evicted key keeps its bucket until that is full again.
         let settings = CellSettings {
             max_cells: config.key_cache.saturating_mul(10),
             ledger_calls: db.lanes().ledger,
@@ -120,7 +120,7 @@ impl AppState {
             None => MemoryStore::new(clock.clone(), ledger, settings),
             Some(redis) => {
                 let counters = RedisCounters::new(redis.clone());
-                begin_counters(&db, redis, &counters).await?;
+                initialize_counters(&db, redis, &counters).await?;
                 let settings = SharedSettings {
                     lease_ttl: config.lease_ttl,
                     deadline: redis.settings().timeout,
@@ -174,16 +174,15 @@ impl AppState {
             clock.clone(),
             metrics.clone(),
         ));
-        let passwords = PasswordPool::start(config.password_cost)?;
-        let accounts = Accounts::new(
-            db.clone(),
-            passwords,
-            sessions.clone(),
-            login_attempts.clone(),
-            Devices::new(secrets),
-            clock.clone(),
-            metrics.clone(),
-        );
+        let accounts = Accounts {
+            db: db.clone(),
+            passwords: PasswordPool::start(config.password_cost)?,
+            sessions: sessions.clone(),
+            attempts: login_attempts.clone(),
+            devices: Devices::new(secrets),
+            clock: clock.clone(),
+            metrics: metrics.clone(),
+        };
         Ok(Self(Arc::new(Parts {
             auth_guard: Guard::new(config.auth_rpm, GUARDED, clock.clone()),
             admin_guard: Guard::new(config.admin_rpm, GUARDED, clock.clone()),
@@ -208,27 +207,27 @@ impl AppState {
         })))
     }
 
-    /// Forgets what changes have made untrue, on this replica.
+    /// Drops what changes have invalidated from the caches of this replica.
     pub fn forget(&self, revocations: &[Revocation]) {
         let gone = revocations.iter().collect();
         self.keys.revoke(&gone);
         self.sessions.revoke(&gone);
     }
 
-    /// Forgets everything that is cached: nothing tells which of it is still true.
+    /// Drops everything from the caches of this replica.
     pub fn forget_all(&self) {
         self.keys.forget_all();
         self.sessions.forget_all();
     }
 
-    /// The same as [`Self::forget`] for a change that was made here and committed, and tells the others.
+    /// Applies a committed change of this replica to its caches, and publishes it to the others.
     pub fn revoked(&self, revocation: &Revocation) {
         self.recent.announced(revocation);
         self.forget(std::slice::from_ref(revocation));
         self.announcer.tell(revocation);
     }
 
-    /// From now on the server says that it is not ready.
+    /// Makes readiness checks fail from now on.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
     }
@@ -238,20 +237,24 @@ impl AppState {
     }
 }
 
-/// How long a start waits for Redis to tell whether it is a new one.
-const REDIS_PATIENCE: Duration = Duration::from_secs(3);
+/// How long startup waits for Redis, to initialize its counters.
+const REDIS_WAIT: Duration = Duration::from_secs(3);
 
-/// Full buckets for a deployment that has never shared counters. If Redis is away they begin empty, as after a
-/// loss, and the next start tries again.
-async fn begin_counters(db: &Db, redis: &Redis, counters: &RedisCounters) -> Result<(), DbError> {
+/// Starts a deployment that has never shared counters with full buckets. If Redis is unreachable they start empty, as after
+/// a loss of its data, and the next start tries again.
+async fn initialize_counters(
+    db: &Db,
+    redis: &Redis,
+    counters: &RedisCounters,
+) -> Result<(), DbError> {
     let mut tx = db.system().await?;
-    let begun = repo::replica::counters_have_begun(&mut tx).await?;
+    let is_initialized = repo::replica::counters_have_begun(&mut tx).await?;
     tx.commit().await?;
-    if begun {
+    if is_initialized {
         return Ok(());
     }
-    // Before the row is held, which others that start wait for.
-    redis.connected(REDIS_PATIENCE).await;
+    // Before locking the row, which other replicas wait for at startup.
+    redis.connected(REDIS_WAIT).await;
     let mut tx = db.system().await?;
     if !repo::replica::begin_counters(&mut tx).await? {
         return tx.commit().await;
@@ -259,7 +262,7 @@ async fn begin_counters(db: &Db, redis: &Redis, counters: &RedisCounters) -> Res
     match counters.begin().await {
         Ok(()) => tx.commit().await,
         Err(error) => {
-            tracing::warn!(error = %error, "Redis cannot be reached; its counters will begin empty");
+            tracing::warn!(error = %error, "cannot reach Redis; its counters will start empty");
             Ok(())
         }
     }

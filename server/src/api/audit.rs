@@ -9,12 +9,14 @@ use quota_common::{
 
 use super::{
     Tag,
+    change::read,
     json::Json,
     page::{self, PageSize},
     problem::ApiError,
     tenant_rights::ReadingTenant,
 };
 use crate::{
+    db::TenantTx,
     repo::audit::{self, AuditEntry, Filter},
     state::AppState,
 };
@@ -75,9 +77,8 @@ impl AuditApi {
             target_type: target_type.0.map(AuditTarget::as_str),
             target_id: target_id.as_deref(),
         };
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let rows = audit::list(&mut tx, &filter, slice).await?;
-        tx.commit().await?;
+        let list = async |tx: &mut TenantTx| audit::list(tx, &filter, slice).await;
+        let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::page(rows, |it| it.event.id, AuditEvent::from)))
     }
 }

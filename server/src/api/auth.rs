@@ -64,7 +64,7 @@ fn tenant(row: TenantRow, role: Role) -> Tenant {
     }
 }
 
-/// A caller that wants its tokens in cookies has to be a page of the server's own.
+/// Only pages of this server may request tokens in cookies.
 fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError> {
     let wanted = browser::wants_cookies(request.headers());
     if wanted {
@@ -73,7 +73,7 @@ fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError>
     Ok(wanted)
 }
 
-/// The tokens where the caller wants them: in the body or in cookies, never in both.
+/// Returns the tokens in the body or in cookies, as requested, never in both.
 fn signed_in(
     state: &AppState,
     request: &Request,
@@ -119,7 +119,7 @@ fn device<'a>(
     }
 }
 
-/// A refused new password is told under the name that the field has in the request.
+/// Reports a rejected new password under the name of its field in the request.
 fn under(field: &'static str) -> impl Fn(AuthError) -> ApiError {
     move |error| match error {
         AuthError::WeakPassword(message) => ApiError::invalid(field, message),
@@ -337,7 +337,7 @@ impl AuthApi {
             };
             let after = rows::update_tenant(&mut edit, &change).await?;
             let (before, after) = (tenant(before, caller.role()), tenant(after, caller.role()));
-            // The quotas of its keys may reset at other times now.
+            // The quotas of the tenant's keys may now reset at different times.
             let action = AuditAction::TenantUpdate;
             edit.updated(action, &before, &after, Target::Tenant)
                 .await?;
@@ -362,7 +362,7 @@ impl AuthApi {
             .change_password(who, passwords, &caller.origin)
             .await;
         changed.map_err(|error| match error {
-            // The caller is signed in: a wrong password is a wrong field, and no reason to sign in again.
+            // The caller is signed in, so a wrong password is an invalid field and not a reason to sign in again.
             AuthError::WrongCredentials => ApiError::invalid("current_password", "is incorrect"),
             error => under("new_password")(error),
         })?;

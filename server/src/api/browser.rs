@@ -65,10 +65,10 @@ const OF_PROXIES: [&str; 5] = [
     "x-forwarded-proto",
 ];
 
-/// Whether cookies require TLS. They do, unless the browser uses plain HTTP to a server on its own machine, where it
-/// would reject such cookies and the connection cannot be intercepted.
+/// Returns whether cookies require TLS. They do, unless the browser uses plain HTTP to a server on its own machine:
+/// browsers would reject such cookies there, and the connection cannot be intercepted.
 ///
-/// `Host` by itself does not prove that: a proxy may send the name of its upstream, such as `localhost`. So the peer
+/// `Host` alone does not prove that, since a proxy may send the name of its upstream, such as `localhost`. So the peer
 /// must be on this machine, no header may come from a proxy, and `Origin`, if sent, must be local too.
 fn is_secure(state: &AppState, request: &Request) -> bool {
     let page_is_local = match request.headers().get(header::ORIGIN) {
@@ -82,7 +82,7 @@ fn is_secure(state: &AppState, request: &Request) -> bool {
     !(page_is_local && is_sent_locally(state, request))
 }
 
-/// Whether the request was sent from this machine over plain HTTP, without a proxy.
+/// Returns whether the request was sent from this machine over plain HTTP, without a proxy.
 fn is_sent_locally(state: &AppState, request: &Request) -> bool {
     let headers = request.headers();
     let peer_is_local = match &request.remote_addr().0 {
@@ -98,7 +98,7 @@ fn is_sent_locally(state: &AppState, request: &Request) -> bool {
         && host.is_some_and(|host| is_local(&host))
 }
 
-/// Whether browsers consider the URL's host to be this machine.
+/// Returns whether browsers consider the URL's host to be this machine.
 fn is_local(url: &Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
@@ -108,7 +108,7 @@ fn is_local(url: &Url) -> bool {
     }
 }
 
-/// Whether the client wants its tokens in cookies.
+/// Returns whether the client wants its tokens in cookies.
 pub fn wants_cookies(headers: &HeaderMap) -> bool {
     headers
         .get(SESSION_FIELD)

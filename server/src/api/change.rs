@@ -1,4 +1,4 @@
-//! Changes that a tenant's user makes: each is one transaction that also records an audit event.
+//! Transactions of a tenant's user: reads, and changes that also record an audit event.
 
 use std::ops::{Deref, DerefMut};
 
@@ -15,13 +15,25 @@ use uuid::Uuid;
 
 use super::{admitted::AdmittedTenant, problem::ApiError};
 use crate::{
-    db::TenantTx,
+    db::{DbError, TenantTx},
     repo::{
         audit::{self, NewAuditEvent},
         revocation::{self, Target},
     },
     state::AppState,
 };
+
+/// Runs a query in a transaction of the caller's tenant.
+pub async fn read<T>(
+    state: &AppState,
+    caller: &AdmittedTenant,
+    query: impl AsyncFnOnce(&mut TenantTx) -> Result<T, DbError>,
+) -> Result<T, DbError> {
+    let mut tx = state.db.tenant(caller.tenant()).await?;
+    let result = query(&mut tx).await?;
+    tx.commit().await?;
+    Ok(result)
+}
 
 /// A resource whose changes are audited.
 pub trait Audited: Serialize {

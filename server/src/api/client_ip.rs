@@ -1,16 +1,16 @@
 //! The client's address.
 //!
-//! It is the peer's, unless that is a trusted proxy: then it is the rightmost address of `X-Forwarded-For`
-//! that is none. `X-Real-IP` and `Forwarded` are never read, since a proxy that does not set them hands on
-//! what the client wrote. An address that cannot be read ends the walk: what stands further left was written
-//! by whoever wrote it.
+//! It is the peer's address, unless the peer is a trusted proxy. Then it is the rightmost address in `X-Forwarded-For`
+//! that is not a trusted proxy. `X-Real-IP` and `Forwarded` are ignored, since a proxy that does not set them forwards
+//! what the client sent. The search ends at an address that cannot be parsed: the same client may have written
+//! everything to its left.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use poem::{Addr, Request, http::HeaderMap};
 
-/// The address of the client of this request; `None` for a peer that has none, such as a Unix socket.
+/// Returns the client's address. `None` for a peer without one, such as a Unix socket.
 pub fn client_ip(request: &Request, trusted: &[IpNet]) -> Option<IpAddr> {
     let peer = match &request.remote_addr().0 {
         Addr::SocketAddr(addr) => addr.ip().to_canonical(),
@@ -25,7 +25,7 @@ fn walk(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
     if !is_trusted(peer) {
         return client;
     }
-    // Several fields are one list, in order.
+    // Multiple headers form one list, in order.
     let fields = headers
         .get_all("x-forwarded-for")
         .iter()
@@ -44,7 +44,7 @@ fn walk(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
     client
 }
 
-/// An address, also with a port.
+/// Parses an address with or without a port.
 fn address(text: &str) -> Option<IpAddr> {
     let ip = text
         .parse::<IpAddr>()
@@ -74,13 +74,13 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_is_no_trusted_proxy_is_the_client_whatever_it_says() {
+    fn untrusted_peer_is_the_client_whatever_it_sends() {
         assert_eq!(of("192.0.2.1", &["198.51.100.7"]), "192.0.2.1");
         assert_eq!(of("192.0.2.1", &[]), "192.0.2.1");
     }
 
     #[test]
-    fn behind_trusted_proxies_it_is_the_rightmost_hop_that_is_none() {
+    fn behind_trusted_proxies_the_rightmost_untrusted_hop_is_the_client() {
         assert_eq!(of("10.0.0.1", &["198.51.100.7"]), "198.51.100.7");
         assert_eq!(
             of("10.0.0.1", &["1.2.3.4, 198.51.100.7, 10.9.9.9"]),
@@ -98,14 +98,14 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_ends_the_walk() {
+    fn unparsable_address_ends_the_search() {
         assert_eq!(of("10.0.0.1", &["198.51.100.7, unknown"]), "10.0.0.1");
         assert_eq!(of("10.0.0.1", &["unknown, 10.0.0.2"]), "10.0.0.2");
         assert_eq!(of("10.0.0.1", &[""]), "10.0.0.1");
     }
 
     #[test]
-    fn a_port_is_left_out() {
+    fn port_is_ignored() {
         assert_eq!(of("10.0.0.1", &["198.51.100.7:4711"]), "198.51.100.7");
         assert_eq!(of("10.0.0.1", &["[2001:db8::5]:4711"]), "2001:db8::5");
     }

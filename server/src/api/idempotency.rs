@@ -1,4 +1,4 @@
-//! `Idempotency-Key`: a request that is sent twice is processed once and gets the same response twice.
+//! `Idempotency-Key`: a request that is sent twice is processed once, and both responses are the same.
 
 use poem::http::HeaderMap;
 use quota_common::ProblemCode;

@@ -258,7 +258,7 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
         ));
     }
     drop(value);
-    // From the bytes, not from the value, in which the last of two fields with the same name has won.
+    // From the bytes, not from the value, which keeps only the last of two fields with the same name.
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value: T = serde_path_to_error::deserialize(&mut reader)
         .map_err(|error| ApiError::invalid_fields(vec![rejected_field(&error)]))?;

@@ -90,7 +90,7 @@ pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     }
 }
 
-/// The same as pairs of strings, for a service to pass on.
+/// Returns the same fields as pairs of strings, for a service to forward.
 pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, String)> {
     let rate = decision.rate;
     let mut pairs = vec![
@@ -115,18 +115,18 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
     pairs
 }
 
-/// Decided without Redis. A denial that names no policy can have no other reason.
+/// Whether it was decided without Redis, which is the only reason for a denial that names no policy.
 fn is_degraded(decision: &Decision) -> bool {
     decision.degraded || (!decision.is_allowed() && decision.violated().is_empty())
 }
 
-/// Whether every quota is that of a whole day or month.
+/// Whether every quota is that of a full day or month.
 fn is_usual(decision: &Decision) -> bool {
     decision.states().all(|state| state.shortened_to.is_none())
 }
 
-/// A list of strings with parameters: `q` requests in `w` seconds. A month has no fixed number of seconds. A
-/// window that a change of time zone shortened has a length and a quota of its own.
+/// Returns the key's policies: `q` requests per `w` seconds. A month has no `w`, since its length varies. A window that
+/// a change of time zone shortened has its own length and quota.
 fn policy_field(policies: &Policies, decision: Option<&Decision>) -> String {
     let mut field = format!("\"rpm\";q={};w=60", policies.rate().rpm);
     let quotas = [
@@ -150,16 +150,16 @@ fn policy_field(policies: &Policies, decision: Option<&Decision>) -> String {
     field
 }
 
-/// The policy nearest exhaustion: `r` requests are left, and all of them are there again in `t` seconds.
+/// Returns the policy closest to exhaustion: `r` requests are left, and all of them are available again in `t` seconds.
 ///
-/// As `"rpm";r=412;t=23`, written without the heap: it is another one for every request.
+/// For example `"rpm";r=412;t=23`. Written without heap allocation, since it differs for every request.
 struct StateField {
     bytes: [u8; Self::LONGEST],
     length: usize,
 }
 
 impl StateField {
-    /// The longest name, and two numbers of 20 digits.
+    /// Fits the longest name and two numbers of 20 digits.
     const LONGEST: usize = "\"monthly\";r=;t=".len() + 2 * 20;
 
     fn of(decision: &Decision) -> Self {
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn the_policy_field_is_what_the_draft_says() {
+    fn policy_field_follows_the_draft() {
         let field = policy_field(&policies(), Some(&decision()));
         assert_eq!(field, policy_field(&policies(), None));
         assert_eq!(
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shortened_window_states_its_own_quota_and_length() {
+    fn shortened_window_states_its_own_quota_and_length() {
         let mut decision = decision();
         assert!(is_usual(&decision));
         let daily = decision.daily.as_mut().unwrap();
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn the_state_field_tells_of_the_policy_nearest_exhaustion() {
+    fn state_field_reports_the_policy_closest_to_exhaustion() {
         let field = state_field(&decision());
         assert_eq!(field, "\"rpm\";r=412;t=23");
         assert_eq!(
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_denial_tells_of_a_policy_that_denied() {
+    fn denial_reports_a_policy_that_denied() {
         let denied = Decision {
             outcome: Outcome::Denied {
                 violated: PolicySet::EMPTY.with(Policy::Daily),
@@ -336,9 +336,9 @@ mod tests {
         assert_eq!(state_field(&denied), "\"daily\";r=40000;t=3600");
     }
 
-    /// Every number that can come out is one that RFC 9651 can carry: 15 digits.
+    /// RFC 9651 limits integers to 15 digits.
     #[test]
-    fn the_largest_numbers_are_structured_integers() {
+    fn largest_numbers_are_structured_integers() {
         let mut largest = decision();
         for state in [
             Some(&mut largest.rate),

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::{
     Tag, allowance,
-    change::Edit,
+    change::{Edit, read},
     idempotency::Once,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -23,7 +23,7 @@ use super::{
     tenant_rights::{ManagingTenant, ReadingTenant},
 };
 use crate::{
-    db::DbError,
+    db::{DbError, TenantTx},
     repo::{
         By, Order,
         allowance::Resource,
@@ -127,9 +127,8 @@ impl PlanApi {
     ) -> Result<Json<Page<Plan>>, ApiError> {
         let order = order(sort.0.unwrap_or_default());
         let slice = page::sorted(order, limit.0, cursor.0.as_deref())?;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let rows = plan::list(&mut tx, &slice).await?;
-        tx.commit().await?;
+        let list = async |tx: &mut TenantTx| plan::list(tx, &slice).await;
+        let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::sorted_page(rows, order)))
     }
 
@@ -180,9 +179,8 @@ impl PlanApi {
         caller: ReadingTenant,
         plan_id: Path<PlanId>,
     ) -> Result<Json<Plan>, ApiError> {
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let plan = plan::find(&mut tx, plan_id.0.0).await.or_not_found()?;
-        tx.commit().await?;
+        let find = async |tx: &mut TenantTx| plan::find(tx, plan_id.0.0).await;
+        let plan = read(&self.state, &caller, find).await.or_not_found()?;
         Ok(Json(plan.into()))
     }
 

@@ -1,36 +1,32 @@
-//! Error responses. The only place where an error becomes a [`Problem`].
+//! Error responses. The only place where an error becomes a [`Problem`](quota_common::Problem).
+
+mod body;
+mod convert;
+mod example;
 
 use std::{sync::Arc, time::Duration};
 
 use poem::{
     IntoResponse, Response,
-    error::{MethodNotAllowedError, NotFoundError, ResponseError},
+    error::ResponseError,
     http::{HeaderValue, StatusCode, header},
 };
 use poem_openapi::{
     ApiResponse,
-    error::{ParseParamError, ParsePathError},
     registry::{MetaResponses, Registry},
 };
-use quota_common::{
-    FieldError, Problem, ProblemCode,
-    audit::{AuditAction, AuditTarget},
-    limit::PolicyName,
-    page::{ApiKeyOrder, PlanOrder},
-    problem::MEDIA_TYPE,
-};
-use serde::{Serialize, Serializer};
+use quota_common::{FieldError, ProblemCode, problem::MEDIA_TYPE};
 
+use self::body::{Body, Names};
+pub use self::{body::wire_name, example::example};
 use super::limit_headers;
 use crate::{
-    auth::AuthError,
-    cache::Unconfirmed,
     db::{self, DbError},
     keys::KeyRecord,
-    limiter::{Decision, LimiterError, Policy, PolicySet},
+    limiter::{Decision, LimiterError, Policy},
 };
 
-/// For look-ups: no row is 404.
+/// Turns a look-up without a row into 404.
 pub trait OrNotFound<T> {
     fn or_not_found(self) -> Result<T, ApiError>;
 }
@@ -193,42 +189,6 @@ impl ApiError {
         error.into()
     }
 
-    /// Converts any error that reaches the edge.
-    pub fn from_poem(error: poem::Error) -> Self {
-        if error.is::<Self>() {
-            return error
-                .downcast::<Self>()
-                .unwrap_or_else(|_| Self::internal("an error changed its type"));
-        }
-        if let Some(error) = error.downcast_ref::<ParseParamError>() {
-            return Self::invalid(error.name, parameter_fault(&error.reason));
-        }
-        // A path segment that is not an ID is treated like an ID that does not exist.
-        if error.is::<ParsePathError>() || error.is::<NotFoundError>() {
-            return Self::not_found();
-        }
-        if error.is::<MethodNotAllowedError>() || error.status() == StatusCode::METHOD_NOT_ALLOWED {
-            // The edge adds the supported methods.
-            return Self::new(ProblemCode::MethodNotAllowed, "Method not allowed.");
-        }
-        match error.status().as_u16() {
-            404 => Self::not_found(),
-            413 => Self::new(
-                ProblemCode::ContentTooLarge,
-                "The request body is too large.",
-            ),
-            415 => Self::new(
-                ProblemCode::UnsupportedMediaType,
-                "Send the request body as application/json.",
-            ),
-            403 => Self::new(ProblemCode::Forbidden, "Not allowed."),
-            status if (400..500).contains(&status) => {
-                Self::new(ProblemCode::Malformed, "Malformed request.")
-            }
-            _ => Self::internal(error.to_string()),
-        }
-    }
-
     /// Returns the status: 429 for every denial, whatever its problem type.
     const fn http_status(&self) -> u16 {
         match self.denied {
@@ -261,7 +221,7 @@ impl ApiError {
             ),
             _ => &self.detail,
         };
-        let problem = Written {
+        let problem = Body {
             kind: &self.code.type_uri(base),
             title: self.code.title(),
             status: self.http_status(),
@@ -326,167 +286,12 @@ pub fn challenge(credential_sent: bool) -> HeaderValue {
     })
 }
 
-/// Returns a typical problem of this kind, for the OpenAPI document and the error pages.
-pub fn example(code: ProblemCode, base: &str) -> Problem {
-    let detail = match code {
-        ProblemCode::Malformed => {
-            "The body is not valid JSON: EOF while parsing an object at line 1 column 18."
-        }
-        ProblemCode::Unauthorized => "This API key is invalid, disabled or expired.",
-        ProblemCode::WrongCredentials => "Incorrect email or password.",
-        ProblemCode::SubscriptionNeeded => {
-            "The key's plan is paid and its tenant has no active subscription."
-        }
-        ProblemCode::Forbidden => "Your role (viewer) does not allow this action.",
-        ProblemCode::RegistrationClosed => {
-            "Registration is closed on this server. Ask its operator for an account."
-        }
-        ProblemCode::LimitReached => {
-            "Your organization has reached its limit of 100 plans. Delete some, or ask the operator for a higher limit."
-        }
-        ProblemCode::NotFound => "Not found.",
-        ProblemCode::MethodNotAllowed => "Method not allowed.",
-        ProblemCode::RequestTimeout => "The request body was not received in time.",
-        ProblemCode::PlanInUse => "3 keys use this plan. Move or delete them first.",
-        ProblemCode::NameTaken => "A plan with this name already exists.",
-        ProblemCode::EmailTaken => "An account with this email already exists.",
-        ProblemCode::RequestInProgress => {
-            "A request with this Idempotency-Key is still in progress."
-        }
-        ProblemCode::ContentTooLarge => "The request body is larger than 65536 bytes.",
-        ProblemCode::UnsupportedMediaType => "Send the request body as application/json.",
-        ProblemCode::Invalid => "default_rpm: must be at least 1",
-        ProblemCode::IdempotencyMismatch => {
-            "This Idempotency-Key was already used with a different request body. Use a new one."
-        }
-        ProblemCode::QuotaExceeded => "This key's rate limit has been reached. Retry in 3 seconds.",
-        ProblemCode::TooManyRequests => {
-            "Too many requests from this address. Try again in 3 seconds."
-        }
-        ProblemCode::HeadersTooLarge => "The request headers are too large.",
-        ProblemCode::Internal => {
-            "Something went wrong. Quote request ID 019ab4e1-7c00-7000-8000-000000000001 when reporting it."
-        }
-        ProblemCode::Unavailable => "Temporarily unavailable. Try again in a few seconds.",
-        ProblemCode::ReducedCapacity => {
-            "Rate limits can't be checked right now. Try again in a few seconds."
-        }
-    };
-    let errors = match code {
-        ProblemCode::Invalid => vec![FieldError {
-            field: "default_rpm".into(),
-            message: "must be at least 1".into(),
-        }],
-        ProblemCode::EmailTaken => vec![FieldError {
-            field: "email".into(),
-            message: "is already in use".into(),
-        }],
-        _ => Vec::new(),
-    };
-    Problem {
-        kind: code.type_uri(base).into_owned(),
-        title: code.title().to_owned(),
-        status: code.status(),
-        detail: detail.to_owned(),
-        request_id: "019ab4e1-7c00-7000-8000-000000000001".to_owned(),
-        errors,
-        violated_policies: match code {
-            ProblemCode::QuotaExceeded => vec![PolicyName::Rpm],
-            _ => Vec::new(),
-        },
-    }
-}
-
-pub fn wire_name(policy: Policy) -> PolicyName {
-    match policy {
-        Policy::Rpm => PolicyName::Rpm,
-        Policy::Daily => PolicyName::Daily,
-        Policy::Monthly => PolicyName::Monthly,
-    }
-}
-
 const fn policy_name(policy: Policy) -> &'static str {
     match policy {
         Policy::Rpm => "rate limit",
         Policy::Daily => "daily quota",
         Policy::Monthly => "monthly quota",
     }
-}
-
-/// A [`Problem`] of borrowed parts, since denials must be as cheap as admissions.
-#[derive(Serialize)]
-struct Written<'a> {
-    #[serde(rename = "type")]
-    kind: &'a str,
-    title: &'a str,
-    status: u16,
-    detail: &'a str,
-    request_id: &'a str,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    errors: &'a [FieldError],
-    #[serde(rename = "violated-policies", skip_serializing_if = "Names::is_empty")]
-    violated_policies: Names,
-}
-
-/// Serializes policies by their names in the API.
-struct Names(PolicySet);
-
-impl Names {
-    const fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-impl Serialize for Names {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.0.iter().map(wire_name))
-    }
-}
-
-/// Rewrites poem-openapi's reason for rejecting a parameter as a message for the caller.
-fn parameter_fault(reason: &str) -> String {
-    let bound = |rule: &str| {
-        let (_, rest) = reason.split_once("verification failed. ")?;
-        let argument = rest.strip_prefix(rule)?.strip_prefix('(')?;
-        argument.split([',', ')']).next()
-    };
-    if let Some(min) = bound("minimum") {
-        return format!("must be at least {min}");
-    }
-    if let Some(max) = bound("maximum") {
-        return format!("must be at most {max}");
-    }
-    if let Some(max) = bound("maxLength") {
-        return format!("must be at most {max} characters");
-    }
-    let (kind, message) = reason
-        .strip_prefix("failed to parse \"")
-        .and_then(|rest| rest.split_once("\": "))
-        .unwrap_or(("", reason));
-    if let Some(choices) = choices(kind) {
-        return format!("must be one of {}", choices.join(", "));
-    }
-    match kind {
-        "boolean" => "must be true or false".to_owned(),
-        "string_uuid" => "must be a UUID".to_owned(),
-        kind if kind.starts_with("integer") => "must be a non-negative integer".to_owned(),
-        _ => message
-            .split(" (occurred while parsing")
-            .next()
-            .unwrap_or_default()
-            .to_owned(),
-    }
-}
-
-/// Returns the values of a parameter that is an enum.
-fn choices(kind: &str) -> Option<Vec<&'static str>> {
-    Some(match kind {
-        "ApiKeyOrder" => ApiKeyOrder::ALL.iter().map(|it| it.as_str()).collect(),
-        "PlanOrder" => PlanOrder::ALL.iter().map(|it| it.as_str()).collect(),
-        "AuditAction" => AuditAction::ALL.iter().map(|it| it.as_str()).collect(),
-        "AuditTarget" => AuditTarget::ALL.iter().map(|it| it.as_str()).collect(),
-        _ => return None,
-    })
 }
 
 impl ResponseError for ApiError {
@@ -496,7 +301,7 @@ impl ResponseError for ApiError {
 }
 
 impl IntoResponse for ApiError {
-    /// For responses that bypass the edge, which knows the request ID.
+    /// For responses that bypass `request_log`, which knows the request ID.
     fn into_response(self) -> Response {
         self.into_response("", "")
     }
@@ -511,152 +316,4 @@ impl ApiResponse for ApiError {
     }
 
     fn register(_registry: &mut Registry) {}
-}
-
-impl From<DbError> for ApiError {
-    fn from(error: DbError) -> Self {
-        match error {
-            DbError::Unavailable(_) => Self::unavailable(error),
-            error => Self::internal(error),
-        }
-    }
-}
-
-impl From<Unconfirmed> for ApiError {
-    fn from(error: Unconfirmed) -> Self {
-        let all = Self::unavailable(error.clone());
-        match error {
-            Unconfirmed::Failed(_) => all,
-            // Counted, not logged: strangers could fill the disk with it.
-            Unconfirmed::TooMany => Self {
-                source: None,
-                ..all
-            },
-        }
-    }
-}
-
-impl From<LimiterError> for ApiError {
-    fn from(error: LimiterError) -> Self {
-        Self {
-            retry_after: Some(Duration::from_secs(1)),
-            source: Some(Box::new(error)),
-            ..Self::new(
-                ProblemCode::ReducedCapacity,
-                "Rate limits can't be checked right now. Try again in a few seconds.",
-            )
-        }
-    }
-}
-
-impl From<getrandom::Error> for ApiError {
-    fn from(error: getrandom::Error) -> Self {
-        Self::internal(error)
-    }
-}
-
-impl From<AuthError> for ApiError {
-    fn from(error: AuthError) -> Self {
-        match error {
-            AuthError::WrongCredentials => Self {
-                credential_sent: true,
-                ..Self::new(
-                    ProblemCode::WrongCredentials,
-                    "Incorrect email or password.",
-                )
-            },
-            AuthError::Unauthorized => {
-                Self::unauthorized(true, "Your session has expired. Sign in again.")
-            }
-            AuthError::EmailTaken => Self {
-                errors: vec![FieldError {
-                    field: "email".into(),
-                    message: "is already in use".into(),
-                }],
-                ..Self::new(
-                    ProblemCode::EmailTaken,
-                    "An account with this email already exists.",
-                )
-            },
-            AuthError::WeakPassword(message) => Self::invalid("password", message),
-            AuthError::TooManyTries(after) => {
-                Self::wait("Too many attempts for this account.", after)
-            }
-            AuthError::Busy => Self::unavailable("too many passwords are being hashed"),
-            AuthError::Db(error) => error.into(),
-            AuthError::Random(error) => error.into(),
-            AuthError::Internal(message) => Self::internal(message),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn json(value: &impl Serialize) -> String {
-        serde_json::to_string(value).unwrap()
-    }
-
-    #[test]
-    fn rejected_parameter_gets_a_plain_message() {
-        for (reason, message) in [
-            (
-                "verification failed. minimum(1, exclusive: false)",
-                "must be at least 1",
-            ),
-            (
-                "verification failed. maximum(100, exclusive: false)",
-                "must be at most 100",
-            ),
-            (
-                "verification failed. maxLength(200)",
-                "must be at most 200 characters",
-            ),
-            (
-                "failed to parse \"integer_uint32\": invalid digit found in string",
-                "must be a non-negative integer",
-            ),
-            (
-                "failed to parse \"string\": must be a fish (occurred while parsing \"Fish\")",
-                "must be a fish",
-            ),
-        ] {
-            assert_eq!(parameter_fault(reason), message);
-        }
-    }
-
-    #[test]
-    fn written_problem_equals_the_wire_type() {
-        let errors = [FieldError {
-            field: "name".into(),
-            message: "is \"odd\"".into(),
-        }];
-        let mut written = Written {
-            kind: "https://q.example/problems/invalid",
-            title: "Validation failed",
-            status: 422,
-            detail: "name: is \"odd\"",
-            request_id: "r-1",
-            errors: &errors,
-            violated_policies: Names(PolicySet::EMPTY),
-        };
-        let mut meant = Problem {
-            kind: written.kind.into(),
-            title: written.title.into(),
-            status: 422,
-            detail: written.detail.into(),
-            request_id: "r-1".into(),
-            errors: errors.to_vec(),
-            violated_policies: vec![],
-        };
-        assert_eq!(json(&written), json(&meant));
-
-        written.errors = &[];
-        let denied = PolicySet::EMPTY.with(Policy::Rpm).with(Policy::Monthly);
-        written.violated_policies = Names(denied);
-        meant.errors.clear();
-        meant.violated_policies = vec![PolicyName::Rpm, PolicyName::Monthly];
-        assert_eq!(json(&written), json(&meant));
-    }
 }

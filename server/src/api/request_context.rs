@@ -1,4 +1,4 @@
-//! The context of a request: what every layer behind the edge may need to know about it.
+//! The context of a request: what every layer below `request_log` may need to know about it.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -56,11 +56,11 @@ impl Visit {
         }
     }
 
-    /// Returns the context that the edge stored with the request.
+    /// Returns the context that `request_log` stored with the request.
     pub fn of(request: &Request) -> Result<&Self, ApiError> {
         match request.data::<Arc<Self>>() {
             Some(visit) => Ok(visit),
-            None => Err(ApiError::internal("the edge is not mounted")),
+            None => Err(ApiError::internal("request_log is not mounted")),
         }
     }
 

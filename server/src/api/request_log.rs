@@ -1,4 +1,4 @@
-//! The edge: the outermost layer around every request.
+//! The outermost layer around every request.
 //!
 //! Assigns the request ID, turns errors and panics into problems, enforces the time limit, adds the headers that every
 //! response has, counts the request and writes the access log.

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{
     Tag, allowance,
-    change::Edit,
+    change::{Edit, read},
     idempotency::Once,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -22,6 +22,7 @@ use super::{
     tenant_rights::{ManagingTenant, ReadingTenant},
 };
 use crate::{
+    db::TenantTx,
     repo::{
         allowance::Resource,
         revocation::Target,
@@ -66,9 +67,8 @@ impl ServiceTokenApi {
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<ServiceToken>>, ApiError> {
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let rows = service_token::list(&mut tx, slice).await?;
-        tx.commit().await?;
+        let list = async |tx: &mut TenantTx| service_token::list(tx, slice).await;
+        let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::page(rows, |row| row.id, ServiceToken::from)))
     }
 
@@ -131,10 +131,8 @@ impl ServiceTokenApi {
         caller: ReadingTenant,
         token_id: Path<ServiceTokenId>,
     ) -> Result<Json<ServiceToken>, ApiError> {
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let row = service_token::find(&mut tx, token_id.0.0).await;
-        let row = row.or_not_found()?;
-        tx.commit().await?;
+        let find = async |tx: &mut TenantTx| service_token::find(tx, token_id.0.0).await;
+        let row = read(&self.state, &caller, find).await.or_not_found()?;
         Ok(Json(row.into()))
     }
 

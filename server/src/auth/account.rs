@@ -39,16 +39,16 @@ pub struct SignedIn {
     pub role: String,
 }
 
-/// Cheap to clone.
+/// Registers and signs in. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Accounts {
-    db: Db,
-    passwords: PasswordPool,
-    sessions: Sessions,
-    attempts: Arc<Attempts>,
-    devices: Devices,
-    clock: Arc<dyn Clock>,
-    metrics: Arc<Metrics>,
+    pub(crate) db: Db,
+    pub(crate) passwords: PasswordPool,
+    pub(crate) sessions: Sessions,
+    pub(crate) attempts: Arc<Attempts>,
+    pub(crate) devices: Devices,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 /// The credentials of a sign-in.
@@ -72,26 +72,6 @@ fn known_turn(email: &str) -> Turn {
 }
 
 impl Accounts {
-    pub fn new(
-        db: Db,
-        passwords: PasswordPool,
-        sessions: Sessions,
-        attempts: Arc<Attempts>,
-        devices: Devices,
-        clock: Arc<dyn Clock>,
-        metrics: Arc<Metrics>,
-    ) -> Self {
-        Self {
-            db,
-            passwords,
-            sessions,
-            attempts,
-            devices,
-            clock,
-            metrics,
-        }
-    }
-
     pub async fn register(
         &self,
         email: &str,
@@ -140,7 +120,7 @@ impl Accounts {
         };
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
-        tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "registered");
+        tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "user registered");
         Ok(SignedIn {
             tokens,
             device: self
@@ -152,7 +132,7 @@ impl Accounts {
         })
     }
 
-    /// Creates a user and a tenant of their own, for the operator. Works while registration is closed.
+    /// Creates a user with their own tenant, for the operator. Works while registration is closed.
     pub async fn create(
         &self,
         email: &str,
@@ -165,7 +145,7 @@ impl Accounts {
         Ok((UserId(made.user.id), TenantId(made.tenant.id)))
     }
 
-    /// Sets a password without the old one, for the operator, and ends the user's sessions.
+    /// Sets a password without the old one, for the operator, and revokes the user's sessions.
     pub async fn reset_password(&self, email: &str, password: &str) -> Result<(), AuthError> {
         let email = email.trim().to_lowercase();
         let mut tx = self.db.system().await?;
@@ -212,7 +192,7 @@ impl Accounts {
         Ok(())
     }
 
-    /// Every user's email with tenant and role, for the operator.
+    /// Returns every user's email, tenant and role, for the operator.
     pub async fn list(&self) -> Result<Vec<(String, String, String)>, AuthError> {
         let mut tx = self.db.system().await?;
         let all = account::list(&mut tx).await?;
@@ -258,7 +238,7 @@ impl Accounts {
             hash.is_some_and(|hash| self.devices.is_of_password(device, hash))
         };
         if known.as_ref().is_some_and(|device| !is_current(device)) {
-            // The password has changed since: it is a try like any other, and what it took as a device stays counted.
+            // The password has changed in the meantime. This counts as a failed attempt, also for the device.
             let network = self.attempts.of_network(&email, origin.ip).await;
             attempt = network.map_err(refused)?;
         }
@@ -395,7 +375,7 @@ impl Accounts {
         }
         tx.commit().await?;
         self.sessions.ended(&revocations);
-        tracing::info!(action = "user.change_password", tenant = %tenant, user = %user, "changed a password");
+        tracing::info!(action = "user.change_password", tenant = %tenant, user = %user, "password changed");
         Ok(())
     }
 }

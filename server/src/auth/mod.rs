@@ -1,9 +1,8 @@
-//! Who calls: passwords, access tokens, session families.
+//! Authentication: passwords, access tokens and session families.
 //!
-//! Owns how people prove who they are and stay signed in. Knows no HTTP. Passwords are hashed on a small pool
-//! of threads of their own, so that a flood of sign-ins takes neither the memory nor the time of anything
-//! else. While PostgreSQL is unreachable nobody signs in, and sessions that were in use stay in use for
-//! `QUOTA_STALE_GRACE`. While Redis is unreachable, each replica limits sign-ins by itself.
+//! Does not know HTTP. Passwords are hashed on a small pool of dedicated threads, so that a flood of sign-ins does not
+//! take memory or time from anything else. While PostgreSQL is unreachable nobody can sign in, and cached sessions
+//! remain valid for `QUOTA_STALE_GRACE`. While Redis is unreachable, each replica limits sign-ins on its own.
 
 pub mod account;
 pub mod attempts;
@@ -17,16 +16,16 @@ use std::time::Duration;
 
 use crate::db::DbError;
 
-/// Why an account or session could not be had.
+/// Why authentication failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthError {
     #[error("incorrect email or password")]
     WrongCredentials,
-    #[error("the token opens nothing")]
+    #[error("invalid token")]
     Unauthorized,
-    #[error("the email is taken")]
+    #[error("the email is already in use")]
     EmailTaken,
-    /// Why a password is refused.
+    /// Why a password is rejected.
     #[error("{0}")]
     WeakPassword(String),
     #[error("too many failed sign-ins")]
@@ -36,8 +35,8 @@ pub enum AuthError {
     Busy,
     #[error(transparent)]
     Db(#[from] DbError),
-    #[error("the machine has no randomness")]
+    #[error("no random numbers are available")]
     Random(#[from] getrandom::Error),
-    #[error("internal")]
+    #[error("internal error")]
     Internal(String),
 }

@@ -23,7 +23,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Where a request comes from, as far as it is kept.
+/// Where a request comes from, as far as sessions record it.
 #[derive(Debug, Clone, Default)]
 pub struct Origin {
     pub ip: Option<std::net::IpAddr>,
@@ -43,7 +43,7 @@ pub struct Tokens {
     pub session: SessionId,
 }
 
-/// A living session, as requests need it.
+/// An active session, as requests need it.
 #[derive(Debug, Clone)]
 pub struct LiveSession {
     pub id: SessionId,
@@ -53,7 +53,7 @@ pub struct LiveSession {
     pub expires_at: UnixNanos,
 }
 
-/// Begins, renews, finds and ends sessions. Cheap to clone.
+/// Creates, refreshes, finds and revokes sessions. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Sessions {
     db: Db,
@@ -63,7 +63,7 @@ pub struct Sessions {
     live: Cached<SessionId, LiveSession>,
     announcer: Announcer,
     days: u32,
-    /// Whether sessions of earlier versions, which state no secret, are refreshed.
+    /// Whether to refresh sessions of earlier versions, which do not state their secret.
     accepts_unmarked: bool,
 }
 
@@ -77,7 +77,7 @@ impl Sessions {
         freshness: &Arc<Freshness>,
         metrics: &Arc<Metrics>,
     ) -> Self {
-        // Sessions are looked up by people, not by the traffic they sell.
+        // People look up sessions; API traffic does not.
         let live = Cached::new(10_000, grace, freshness.clone(), metrics.clone());
         Self {
             db,
@@ -95,7 +95,7 @@ impl Sessions {
         i32::try_from(self.days).unwrap_or(i32::MAX)
     }
 
-    /// Begins a session in the caller's transaction.
+    /// Creates a session in the caller's transaction.
     pub async fn begin(
         &self,
         tx: &mut SystemTx,
@@ -125,8 +125,9 @@ impl Sessions {
         })
     }
 
-    /// Exchanges a refresh token for the next pair. One that was used before ends its session, and so does one whose
-    /// session belongs to a secret that is not accepted any more: whoever knows that secret can compute the token.
+    /// Exchanges a refresh token for the next pair of tokens. Reusing a token revokes its session. So does a token
+    /// whose session belongs to a secret that is no longer accepted, since anyone who knows that secret can compute the
+    /// token.
     pub async fn refresh(&self, token: &str, origin: &Origin) -> Result<Tokens, AuthError> {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
@@ -164,12 +165,12 @@ impl Sessions {
                         .await?;
                 tx.commit().await?;
                 self.ended(&[ended]);
-                tracing::warn!(session = %row.id, tenant = %row.tenant_id, "a refresh token was used twice: its session ended");
+                tracing::warn!(session = %row.id, tenant = %row.tenant_id, "session revoked: a refresh token was reused");
                 return Err(AuthError::Unauthorized);
             }
             Rotation::Foreign(row) => {
                 self.end_in(tx, &row, origin).await?;
-                tracing::warn!(session = %row.id, tenant = %row.tenant_id, "a session belonged to another QUOTA_SECRET: it ended");
+                tracing::warn!(session = %row.id, tenant = %row.tenant_id, "session revoked: it belongs to another QUOTA_SECRET");
                 return Err(AuthError::Unauthorized);
             }
             Rotation::Rotated(row) => (row, 0),
@@ -183,7 +184,7 @@ impl Sessions {
             id,
             self.clock.now(),
         )?;
-        // What is remembered of it ends too early now.
+        // The cached expiry is now too early.
         self.forget(id);
         Ok(Tokens {
             access,
@@ -192,14 +193,14 @@ impl Sessions {
         })
     }
 
-    /// What the pages of a session show to change something: its id, and that the server has written it.
+    /// Returns the CSRF token of a session: its ID with a proof that the server wrote it.
     pub fn csrf_token(&self, session: SessionId) -> String {
         let tag = self.secrets.current.csrf(session.0.as_bytes());
         let bytes = [session.0.as_bytes(), &tag[..]].concat();
         URL_SAFE_NO_PAD.encode(bytes)
     }
 
-    /// The session that a text of [`Self::csrf_token`] is of.
+    /// Returns the session of a [CSRF token](Self::csrf_token).
     pub fn of_csrf_token(&self, text: &str) -> Option<SessionId> {
         let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
         let (id, tag) = bytes.split_at_checked(16)?;
@@ -210,7 +211,7 @@ impl Sessions {
             .then_some(SessionId(id))
     }
 
-    /// Whether a refresh token is of this session.
+    /// Returns whether a refresh token belongs to this session.
     pub async fn is_of(&self, token: &str, id: SessionId) -> Result<bool, AuthError> {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
@@ -220,7 +221,7 @@ impl Sessions {
         Ok(row.is_some_and(|row| row.id == id.0))
     }
 
-    /// The living session that an access token is of.
+    /// Returns the active session that an access token belongs to.
     pub async fn of_access_token(&self, token: &str) -> Result<Arc<LiveSession>, AuthError> {
         let now = self.clock.now();
         let claims = self.signer.verify(token, now)?;
@@ -231,8 +232,7 @@ impl Sessions {
             .get(id, move || {
                 let db = db.clone();
                 async move {
-                    // Without a limit, an answer that never comes would keep everyone who asks for this session
-                    // waiting for this one look-up.
+                    // Without a limit, one look-up that never completes would block every request for this session.
                     db.within_limit(load(&db, id))
                         .await
                         .map_err(|error| Unconfirmed::Failed(db::chain(&error).into()))
@@ -247,7 +247,7 @@ impl Sessions {
         Ok(live)
     }
 
-    /// Ends the session that a refresh token is of. One that is of none is no error: the session has ended.
+    /// Revokes the session that a refresh token belongs to. If there is none, it has already ended.
     pub async fn end_by_refresh_token(
         &self,
         token: &str,
@@ -262,7 +262,7 @@ impl Sessions {
         self.end_in(tx, &row, origin).await
     }
 
-    /// Ends a session of a user's; `false` when they have no such one.
+    /// Revokes a session of a user. Returns `false` if the user has no such session.
     pub async fn end(
         &self,
         user: UserId,
@@ -297,7 +297,7 @@ impl Sessions {
         Ok(())
     }
 
-    /// The living sessions of a user.
+    /// Returns the active sessions of a user.
     pub async fn of_user(&self, user: UserId, slice: Slice) -> Result<Rows<SessionRow>, AuthError> {
         let mut tx = self.db.system().await?;
         let sessions = session::of_user(&mut tx, user.0, slice).await?;
@@ -305,17 +305,17 @@ impl Sessions {
         Ok(sessions)
     }
 
-    /// Forgets what is remembered of a session.
+    /// Drops a session from the cache.
     pub fn forget(&self, id: SessionId) {
         self.live.forget(|key, _| *key == id);
     }
 
-    /// Forgets every session.
+    /// Drops all sessions from the cache.
     pub fn forget_all(&self) {
         self.live.forget(|_, _| true);
     }
 
-    /// Forgets what changes have made untrue.
+    /// Drops sessions that changes have invalidated from the cache.
     pub fn revoke(&self, gone: &Gone) {
         if gone.any_session() {
             self.live
@@ -323,7 +323,7 @@ impl Sessions {
         }
     }
 
-    /// The same for what was ended here and committed, and tells the others.
+    /// Drops sessions that were revoked here and committed, and publishes that to other replicas.
     pub fn ended(&self, revocations: &[Revocation]) {
         self.revoke(&revocations.iter().collect());
         for revocation in revocations {
@@ -354,7 +354,7 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
     }))
 }
 
-/// `None` for a role that this version does not know: it may do nothing.
+/// Returns `None` for a role that this version does not know, which has no rights.
 pub fn role_named(name: &str) -> Option<Role> {
     [
         Role::Owner,

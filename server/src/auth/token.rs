@@ -1,7 +1,7 @@
-//! Access tokens: JWTs that are signed with Ed25519 and live for fifteen minutes.
+//! Access tokens: JWTs signed with Ed25519, valid for fifteen minutes.
 //!
-//! `kid` is looked up in a map whose keys are Ed25519 and nothing else; what the header says of its algorithm
-//! has to agree, and is not believed. A token is only as good as its session, which is looked up as well.
+//! `kid` is looked up in a map of Ed25519 keys. The algorithm in the header must be Ed25519, but is not what selects
+//! the algorithm. A valid token is not enough: its session is looked up as well.
 
 use std::collections::HashMap;
 
@@ -20,16 +20,16 @@ use super::{
 };
 use crate::clock::UnixNanos;
 
-/// How long an access token is good for, in seconds.
+/// For how many seconds an access token is valid.
 pub const LIFETIME: u32 = 15 * 60;
 const ISSUER: &str = "quota";
 const AUDIENCE: &str = "quota-api";
 const TYPE: &str = "at+jwt";
 const LENGTH_MAX: usize = 4096;
-/// How far the clocks of replicas may differ.
+/// The maximum difference between the clocks of replicas.
 const LEEWAY: u64 = 30;
 
-/// What a token says.
+/// The claims of a token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claims {
@@ -44,7 +44,7 @@ pub struct Claims {
     exp: u64,
 }
 
-/// Signs and verifies.
+/// Signs and verifies tokens.
 pub struct Signer {
     kid: String,
     key: EncodingKey,
@@ -82,7 +82,7 @@ fn pair(secrets: &Secrets) -> Result<Pair, AuthError> {
 }
 
 impl Signer {
-    /// Signs with the current key. Accepts tokens of the previous one as well.
+    /// Signs with the current key. Also accepts tokens that the previous key signed.
     pub fn new(secrets: &SecretPair) -> Result<Self, AuthError> {
         let current = pair(&secrets.current)?;
         let mut known = HashMap::from([(current.kid.clone(), current.public)]);
@@ -94,7 +94,7 @@ impl Signer {
         validation.set_audience(&[AUDIENCE]);
         validation.set_issuer(&[ISSUER]);
         validation.set_required_spec_claims(&["exp", "nbf", "aud", "iss", "sub"]);
-        // Judged below, by our own clock.
+        // Checked below, with our own clock.
         validation.validate_exp = false;
         validation.validate_nbf = false;
         Ok(Self {
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_good_for_fifteen_minutes() {
+    fn token_is_valid_for_fifteen_minutes() {
         let signer = signer(1, None);
         let (user, tenant, session) = ids();
         let token = signer.sign(user, tenant, session, NOW).unwrap();
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_before_the_last_change_is_still_believed() {
+    fn token_of_the_previous_key_is_accepted() {
         let (user, tenant, session) = ids();
         let token = signer(1, None).sign(user, tenant, session, NOW).unwrap();
         assert!(signer(2, Some(1)).verify(&token, NOW).is_ok());
@@ -215,7 +215,7 @@ mod tests {
         URL_SAFE_NO_PAD.encode(value.to_string())
     }
 
-    /// Signs anything at all with the real key.
+    /// Signs arbitrary content with the real key.
     fn forge(header: &Value, claims: &str) -> String {
         let message = format!("{}.{}", part(header), URL_SAFE_NO_PAD.encode(claims));
         let pair = Ed25519KeyPair::from_seed_unchecked(&secrets(1).signing_seed).unwrap();
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn crafted_tokens_are_refused() {
+    fn forged_tokens_are_rejected() {
         let signer = signer(1, None);
         let (user, tenant, session) = ids();
         let good_header = json!({"typ": TYPE, "alg": "EdDSA", "kid": signer.kid});
@@ -301,7 +301,7 @@ mod tests {
             );
         }
 
-        // HS256 with the public key for a secret: the classic confusion.
+        // HS256 with the public key as secret: the classic algorithm confusion.
         let pair = Ed25519KeyPair::from_seed_unchecked(&secrets(1).signing_seed).unwrap();
         let header = Header {
             kid: Some(signer.kid.clone()),

@@ -1,17 +1,17 @@
-//! Variables of the environment that look like settings and are none.
+//! Environment variables that look like settings but are not.
 //!
-//! A misspelled setting would be ignored silently, and a server that was to use a database would start an embedded one.
-//! So a variable that begins with `QUOTA_` and is no setting stops the start, except those that Kubernetes sets for a
-//! service (`QUOTA_SERVICE_HOST`, `QUOTA_PORT_8080_TCP`, …). So does the name of any setting with `_FILE` behind it
-//! where that setting is not read from a file.
+//! If a misspelled setting were ignored, a server meant to use a database might start an embedded one. So the server
+//! does not start if a variable begins with `QUOTA_` and is not a setting, except those that Kubernetes sets for a
+//! service (`QUOTA_SERVICE_HOST`, `QUOTA_PORT_8080_TCP`, …). Nor does it start if a variable is a setting's name with
+//! `_FILE` appended and that setting cannot be read from a file.
 
-use super::settings::variables;
+use super::example::variables;
 
 const PREFIX: &str = "QUOTA_";
-/// The least likeness of names (Jaro-Winkler, 0 to 1) at which one is suggested for the other.
-const ALIKE: f64 = 0.85;
+/// The lowest similarity (Jaro-Winkler, 0 to 1) at which a name is suggested.
+const MIN_SIMILARITY: f64 = 0.85;
 
-/// Returns one line for each variable that is no setting, and names it. Values appear in none.
+/// Returns one line for each unknown variable. Lines contain names but no values.
 pub fn unknown_variables(environment: impl IntoIterator<Item = (String, String)>) -> Vec<String> {
     let known = variables();
     let is_known = |name: &str| known.iter().any(|it| it == name);
@@ -37,18 +37,18 @@ pub fn unknown_variables(environment: impl IntoIterator<Item = (String, String)>
 }
 
 fn suggestion<'a>(name: &str, known: &'a [String]) -> Option<&'a str> {
-    // Without the prefix, which would make all names alike.
+    // Compared without the prefix, which would make all names similar.
     let plain = |name: &'a str| name.strip_prefix(PREFIX).unwrap_or(name);
     let own = name.strip_prefix(PREFIX).unwrap_or(name);
     known
         .iter()
         .map(|it| (strsim::jaro_winkler(own, plain(it)), it.as_str()))
-        .filter(|(likeness, _)| *likeness >= ALIKE)
+        .filter(|(similarity, _)| *similarity >= MIN_SIMILARITY)
         .max_by(|one, other| one.0.total_cmp(&other.0))
         .map(|(_, it)| it)
 }
 
-/// Whether Kubernetes, or Docker before it, sets such a variable for a service whose name begins with `quota`.
+/// Returns whether Kubernetes or Docker sets such a variable for a service whose name begins with `quota`.
 fn is_service_link(name: &str, value: &str) -> bool {
     let is_address = ["tcp://", "udp://", "sctp://"]
         .iter()
@@ -64,7 +64,7 @@ fn is_service_link(name: &str, value: &str) -> bool {
     if rest.ends_with("_PORT") && is_address {
         return true;
     }
-    // QUOTA_PORT_8080_TCP, and the same with _PROTO, _PORT or _ADDR behind it.
+    // QUOTA_PORT_8080_TCP, alone or followed by _PROTO, _PORT or _ADDR.
     let Some((_, port)) = rest.split_once("_PORT_") else {
         return false;
     };
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_misspelled_setting_is_named_with_what_was_meant() {
+    fn misspelled_setting_is_reported_with_a_suggestion() {
         for (wrong, meant) in [
             ("QUOTA_LISTN", "QUOTA_LISTEN"),
             ("QUOTA_SECRETS", "QUOTA_SECRET"),
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_and_other_programs_variables_are_no_business_of_this() {
+    fn settings_and_variables_of_other_programs_are_accepted() {
         let fine = [
             ("QUOTA_LISTEN", "127.0.0.1:80"),
             ("QUOTA_SECRET_FILE", "/run/secrets/quota"),
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_for_a_setting_that_takes_none_is_refused() {
+    fn file_for_a_setting_that_takes_none_is_rejected() {
         for name in ["QUOTA_LISTEN", "ALLOWED_ORIGINS", "RUST_LOG"] {
             let variable = format!("{name}_FILE");
             let lines = unknown(&[(&variable, "/run/secrets/x")]);
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kubernetes_services_links_are_let_be_and_look_alikes_are_not() {
+    fn kubernetes_service_links_are_accepted_and_lookalikes_are_not() {
         let links = [
             ("QUOTA_SERVICE_HOST", "10.0.0.1"),
             ("QUOTA_SERVICE_PORT", "8080"),

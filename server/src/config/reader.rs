@@ -1,9 +1,9 @@
-//! How one setting is read, and what is said of it when it is wrong.
+//! Parses one setting at a time and collects errors. Messages never repeat a secret.
 
 use std::{
     fs::File,
     io::{self, Read as _},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::Path,
     time::Duration,
@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use secrecy::{ExposeSecret as _, SecretString};
 use url::Url;
 
-/// Collects faults while reading on, so that all are told at once.
+/// Collects errors, so that all of them are reported together.
 pub(super) struct Reader(pub(super) Vec<String>);
 
 impl Reader {
@@ -33,12 +33,23 @@ impl Reader {
         }
     }
 
-    pub(super) fn number(
+    /// Falls back to the first choice.
+    pub(super) fn choice<T: Copy, const N: usize>(
         &mut self,
         variable: &str,
         text: &str,
-        range: std::ops::RangeInclusive<u64>,
-    ) -> u64 {
+        choices: &[(&str, T); N],
+    ) -> T {
+        self.read(variable, text, choices[0].1, |text| {
+            let choice = choices.iter().find(|(name, _)| *name == text);
+            choice.map(|(_, value)| *value).ok_or_else(|| {
+                let names = choices.iter().map(|(name, _)| *name).collect::<Vec<_>>();
+                format!("must be {}", names.join(" or "))
+            })
+        })
+    }
+
+    pub(super) fn number(&mut self, variable: &str, text: &str, range: RangeInclusive<u64>) -> u64 {
         self.read(variable, text, *range.start(), |text| {
             text.parse()
                 .ok()
@@ -66,7 +77,7 @@ impl Reader {
         u32::try_from(self.number(variable, text, 0..=1_000_000)).unwrap_or_default()
     }
 
-    /// In seconds.
+    /// The range is in seconds.
     pub(super) fn duration(
         &mut self,
         variable: &str,
@@ -96,7 +107,8 @@ impl Reader {
         })
     }
 
-    /// A value that may also be in a file. Returns the variable that it comes from, for what is said of it.
+    /// Reads a value from its variable, or from the file that `…_FILE` names. Also returns which of the two variables it
+    /// comes from, for error messages.
     pub(super) fn or_file(&mut self, variable: &str, text: &str, path: &str) -> Sourced {
         let value = |text: &str| (!text.is_empty()).then(|| SecretString::from(text));
         let path = path.trim();
@@ -109,7 +121,7 @@ impl Reader {
         let from_file = format!("{variable}_FILE");
         if !text.trim().is_empty() {
             self.0.push(format!(
-                "{from_file}: {variable} is set too; set one of the two"
+                "{from_file}: {variable} is also set; set only one of them"
             ));
             return Sourced {
                 variable: variable.to_owned(),
@@ -135,7 +147,7 @@ impl Reader {
         let Sourced { variable, value } = self.or_file(variable, text, path);
         let length = value.as_ref()?.expose_secret().len();
         if length < 32 {
-            // Its value is not shown: it may be most of the real one.
+            // The value is not shown: it may be a truncated secret.
             self.0.push(format!(
                 "{variable}: must be at least 32 characters long, has {length}"
             ));
@@ -144,17 +156,16 @@ impl Reader {
     }
 }
 
-/// A value, and the variable that names it or its file.
+/// A value, and the variable that it or its file name comes from.
 pub(super) struct Sourced {
     pub(super) variable: String,
     pub(super) value: Option<SecretString>,
 }
 
-/// Larger files hold something else.
+/// A larger file is not a secret.
 const SECRET_FILE_MAX: u64 = 64 * 1024;
 
-/// The content of a file, without white space around it, such as the line end that editors add. What is said of a
-/// fault repeats nothing of the content.
+/// Returns the content of a file without surrounding white space, such as the line break that editors add.
 fn read_secret(path: &Path) -> Result<String, String> {
     let read = || {
         let mut bytes = Vec::new();
@@ -188,12 +199,12 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
     Some(Duration::from_millis(millis))
 }
 
-/// How to reach a database as `postgres://…` or in the keywords of libpq.
+/// Accepts `postgres://…` and libpq keywords.
 pub(super) fn database_url(text: &str) -> Result<(), String> {
     text.parse::<tokio_postgres::Config>()
         .map(drop)
         .map_err(|error| {
-            // Neither the value nor the parser's quote of it: both can hold the password.
+            // The parser's message may quote the password.
             let _ = error;
             "must be a PostgreSQL address such as postgres://user:password@host/database".to_owned()
         })
@@ -205,7 +216,7 @@ pub(super) fn public_url(text: &str) -> Result<String, String> {
         .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
     let url = url.ok_or("must be an http or https address")?;
     if url.query().is_some() || url.fragment().is_some() {
-        return Err("must have no query and no fragment".into());
+        return Err("must not have a query or fragment".into());
     }
     Ok(url.as_str().trim_end_matches('/').to_owned())
 }
@@ -215,11 +226,11 @@ pub(super) fn origin(text: &str) -> Result<String, String> {
         return Ok(text.to_owned());
     }
     let url = Url::parse(text)
-        .map_err(|_| format!("{text:?} is no origin such as https://app.example.com"))?;
+        .map_err(|_| format!("{text:?} is not an origin such as https://app.example.com"))?;
     let origin = url.origin();
     if !origin.is_tuple() || url.path() != "/" || url.query().is_some() {
         return Err(format!(
-            "{text:?} is no origin such as https://app.example.com"
+            "{text:?} is not an origin such as https://app.example.com"
         ));
     }
     Ok(origin.ascii_serialization())
@@ -237,7 +248,7 @@ pub(super) fn list<T>(
 }
 
 pub(super) fn prefix(text: &str) -> Result<String, String> {
-    // No braces: what stands in them decides where a cluster keeps a key.
+    // No braces: Redis Cluster hashes only the part of a key inside them.
     let fits = |c: char| c.is_ascii_alphanumeric() || "_-.:".contains(c);
     if (1..=64).contains(&text.len()) && text.chars().all(fits) {
         Ok(text.to_owned())
@@ -257,6 +268,6 @@ pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
 
 pub(super) fn network(text: &str) -> Result<IpNet, String> {
     text.parse::<IpNet>()
-        .or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from))
-        .map_err(|_| format!("{text:?} is no network such as 10.0.0.0/8"))
+        .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+        .map_err(|_| format!("{text:?} is not a network such as 10.0.0.0/8"))
 }

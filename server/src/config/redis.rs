@@ -1,16 +1,15 @@
-//! Which Redis, and how it is reached: `REDIS_URL` and what belongs to it.
+//! Parses `REDIS_URL`.
 //!
-//! | where the counters are | `REDIS_URL` |
+//! | deployment | `REDIS_URL` |
 //! |---|---|
 //! | one server | `redis://[user:password@]host[:port][/db]` |
-//! | a master that Sentinel names | `redis+sentinel://[user:password@]host[:port][,host[:port]…]/group[/db]` |
-//! | a cluster | `redis://host[:port],host[:port][,…]`, or `redis+cluster://host[:port][,…]` |
+//! | Sentinel | `redis+sentinel://[user:password@]host[:port][,host[:port]…]/group[/db]` |
+//! | Redis Cluster | `redis://host[:port],host[:port][,…]`, or `redis+cluster://host[:port][,…]` |
 //!
-//! `rediss` in the place of `redis` is TLS, to every server that is named or found; the machine's own roots have
-//! to vouch for the certificates. `valkey` and `valkeys` mean the same as `redis` and `rediss`: the protocol is one.
-//! `group` is the name under which the sentinels watch the master; user, password and database are the master's,
-//! and what the sentinels themselves ask for is `?sentinel_user=` and `?sentinel_password=`. Characters that would
-//! end a part are percent-encoded, a comma in a password too.
+//! `rediss` instead of `redis` means TLS for every connection, with certificates verified against the system's trusted
+//! roots. `valkey` and `valkeys` are synonyms of `redis` and `rediss`. `group` is the name of the master in the
+//! sentinels' configuration. User, password and database are the master's; `?sentinel_user=` and `?sentinel_password=`
+//! are the sentinels'. Special characters are percent-encoded, including a comma in a password.
 
 use std::time::Duration;
 
@@ -20,38 +19,38 @@ use redis::{
 };
 use url::Url;
 
-/// A connection on which sent bytes are not acknowledged for this long is ended by the kernel.
+/// The kernel closes a connection on which sent bytes stay unacknowledged for this long.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(2);
 const PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
 
-/// What was said of Redis. Passwords are in [`RedisConnectionInfo`] alone, which does not show them.
+/// How to connect to Redis. Passwords are only in [`RedisConnectionInfo`], whose `Debug` hides them.
 #[derive(Debug, Clone)]
 pub struct RedisSettings {
     pub servers: RedisServers,
-    /// What every key and channel begins with, so that one Redis can serve more than one Quota.
+    /// The prefix of every key and channel, so that several installations can share a Redis.
     pub prefix: String,
-    /// How many connections one replica holds for decisions. Each carries many calls at once.
+    /// Number of connections for decisions. Each is multiplexed.
     pub connections: usize,
-    /// How long one call of a decision may take, from the wish to the answer.
+    /// How long a decision waits for one call, including the wait for a connection.
     pub timeout: Duration,
-    /// How long it may take to connect, TLS and password included.
+    /// How long connecting may take, including TLS and authentication.
     pub connect_timeout: Duration,
 }
 
-/// Who answers.
+/// The servers to connect to.
 #[derive(Debug, Clone)]
 pub enum RedisServers {
     One(ConnectionInfo),
     Sentinel {
         sentinels: Vec<ConnectionInfo>,
-        /// The name of the group whose master is meant.
+        /// The name of the master.
         group: String,
-        /// What the master itself asks for.
+        /// The master's credentials and database.
         master: RedisConnectionInfo,
         tls: bool,
     },
-    /// Some of the nodes; the others are learnt from them.
+    /// Some of the nodes. The others are discovered from them.
     Cluster(Vec<ConnectionInfo>),
 }
 
@@ -74,7 +73,7 @@ impl RedisServers {
     }
 }
 
-/// Without passwords: for logs and `quota doctor`.
+/// Does not show passwords.
 impl std::fmt::Display for RedisServers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let list = |infos: &[ConnectionInfo]| {
@@ -85,13 +84,13 @@ impl std::fmt::Display for RedisServers {
             Self::One(info) => write!(f, "{}", info.addr()),
             Self::Sentinel {
                 sentinels, group, ..
-            } => write!(f, "the master of {group} by {}", list(sentinels)),
-            Self::Cluster(nodes) => write!(f, "the cluster of {}", list(nodes)),
+            } => write!(f, "the master of {group}, by sentinels {}", list(sentinels)),
+            Self::Cluster(nodes) => write!(f, "the cluster {}", list(nodes)),
         }
     }
 }
 
-/// How every connection is made: small packets at once, and an end to what nobody acknowledges.
+/// TCP options of every connection.
 pub fn tcp_settings() -> TcpSettings {
     TcpSettings::default()
         .set_nodelay(true)
@@ -105,7 +104,7 @@ enum Kind {
     Cluster,
 }
 
-/// Reads `REDIS_URL`. The message of an error repeats nothing of it: any part may be a password.
+/// Parses `REDIS_URL`. Errors do not repeat any part of it, since it may be a password.
 pub fn servers(text: &str) -> Result<RedisServers, String> {
     let (scheme, rest) = text.split_once("://").ok_or(
         "must begin with redis://, rediss://, redis+sentinel:// or redis+cluster://".to_owned(),
@@ -115,7 +114,9 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         Some((base, "sentinel")) => (base, Kind::Sentinel),
         Some((base, "cluster")) => (base, Kind::Cluster),
         Some(("redis" | "valkey", "unix")) => return one(text),
-        Some(_) => return Err("must be of one server, +sentinel or +cluster".into()),
+        Some(_) => {
+            return Err("must have a scheme without suffix, or with +sentinel or +cluster".into());
+        }
     };
     let tls = match base {
         "redis" | "valkey" => false,
@@ -130,12 +131,12 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
     if kind == Kind::Plain && !rest.contains(',') {
         return one(text);
     }
-    // `redis://a,redis://b` and `redis://a,b` are the same.
+    // `redis://a,redis://b` means `redis://a,b`.
     let rest = rest.replace(&format!(",{scheme}://"), ",");
     if rest.contains("://") {
         return Err("must not mix schemes in one list".into());
     }
-    // What all have in common stands before the first host and after the last one.
+    // Credentials precede the first host; path and query follow the last one. Both apply to all hosts.
     let (before, after) = rest
         .split_once(['/', '?'])
         .map_or((&*rest, ""), |(hosts, _)| (hosts, &rest[hosts.len()..]));
@@ -143,7 +144,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         .rsplit_once('@')
         .map_or(("", before), |(login, hosts)| (login, hosts));
     if login.contains(',') {
-        return Err("must have user and password before the first host alone".into());
+        return Err("must have user and password only before the first host".into());
     }
     let default_port = if kind == Kind::Sentinel {
         SENTINEL_PORT
@@ -155,11 +156,11 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         .map(|host| address(host.trim(), default_port, tls))
         .collect::<Result<Vec<_>, _>>()?;
 
-    // A host that is never reached lends the rest the form that an URL has.
+    // Parsed as a URL with a placeholder host.
     let common = Url::parse(&format!("redis://{login}@host{after}"))
         .map_err(|_| "must be redis://user:password@host:port,host:port".to_owned())?;
     if common.fragment().is_some() {
-        return Err("must have no fragment".into());
+        return Err("must not have a fragment".into());
     }
     let path = common.path_segments().map_or_else(Vec::new, |segments| {
         segments
@@ -182,7 +183,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
     let connection = |addr: ConnectionAddr, info: RedisConnectionInfo| {
         let connection = addr
             .into_connection_info()
-            .map_err(|_| "must name servers that can be reached".to_owned())?;
+            .map_err(|_| "must name valid servers".to_owned())?;
         Ok::<_, String>(
             connection
                 .set_tcp_settings(tcp_settings())
@@ -193,10 +194,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         let (group, db) = match &*path {
             [group] => (group.clone(), 0),
             [group, db] => (group.clone(), database(db)?),
-            _ => return Err(
-                "must name the group that the sentinels watch: redis+sentinel://host:port/group"
-                    .into(),
-            ),
+            _ => return Err("must name the master: redis+sentinel://host:port/group".into()),
         };
         let sentinels = addrs
             .into_iter()
@@ -212,7 +210,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
     match &*path {
         [] => {}
         [db] if db == "0" => {}
-        _ => return Err("must name no database: a cluster has but one".into()),
+        _ => return Err("must not name a database: a cluster has only one".into()),
     }
     let nodes = addrs
         .into_iter()
@@ -221,12 +219,12 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
     Ok(RedisServers::Cluster(nodes))
 }
 
-/// One server, as the crate reads it.
+/// Parses the address of one server.
 fn one(text: &str) -> Result<RedisServers, String> {
     let bad = || "must be a Redis address such as redis://user:password@host:6379/0".to_owned();
-    // Other than the crate: `#insecure`, which would believe any certificate, is not offered.
+    // The redis crate accepts `#insecure`, which skips certificate verification. Quota does not.
     if text.contains('#') {
-        return Err("must have no fragment".into());
+        return Err("must not have a fragment".into());
     }
     let mut info = text.into_connection_info().map_err(|_| bad())?;
     if matches!(info.addr(), ConnectionAddr::Tcp(host, _) if host.is_empty()) {
@@ -246,7 +244,7 @@ fn address(text: &str, default_port: u16, tls: bool) -> Result<ConnectionAddr, S
         _ => return Err(bad()),
     };
     if !url.username().is_empty() || url.password().is_some() {
-        return Err("must have user and password before the first host alone".into());
+        return Err("must have user and password only before the first host".into());
     }
     let port = url.port().unwrap_or(default_port);
     Ok(if tls {
@@ -273,7 +271,7 @@ fn login_of(url: &Url) -> Result<RedisConnectionInfo, String> {
 }
 
 fn percent_decoded(text: &str) -> Result<String, String> {
-    // A form's value is decoded the same way, but for the plus sign.
+    // Form values are decoded the same way, except for the plus sign.
     let form = format!("v={}", text.replace('+', "%2B"));
     url::form_urlencoded::parse(form.as_bytes())
         .next()
@@ -285,7 +283,7 @@ fn database(text: &str) -> Result<i64, String> {
     text.parse()
         .ok()
         .filter(|db| (0..=65_535).contains(db))
-        .ok_or_else(|| "must name the database by its number".to_owned())
+        .ok_or_else(|| "must have a number as database".to_owned())
 }
 
 fn protocol(text: &str) -> Result<ProtocolVersion, String> {
@@ -307,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn every_documented_form_is_read() {
+    fn every_documented_form_is_parsed() {
         for (text, meant) in [
             ("redis://localhost", "single localhost:6379"),
             ("redis://u:p@10.0.0.1:7000/3", "single 10.0.0.1:7000"),
@@ -317,32 +315,26 @@ mod tests {
             ("unix:///run/redis.sock", "single /run/redis.sock"),
             (
                 "redis+sentinel://a,b:26380,c/main",
-                "sentinel the master of main by a:26379,b:26380,c:26379",
+                "sentinel the master of main, by sentinels a:26379,b:26380,c:26379",
             ),
             (
                 "rediss+sentinel://u:p@a/main/2",
-                "sentinel the master of main by a:26379 by TLS",
+                "sentinel the master of main, by sentinels a:26379 by TLS",
             ),
-            (
-                "redis://a:7000,b:7001",
-                "cluster the cluster of a:7000,b:7001",
-            ),
+            ("redis://a:7000,b:7001", "cluster the cluster a:7000,b:7001"),
             (
                 "redis://a:7000, redis://b:7001".replace(' ', "").leak(),
-                "cluster the cluster of a:7000,b:7001",
+                "cluster the cluster a:7000,b:7001",
             ),
-            ("redis+cluster://a", "cluster the cluster of a:6379"),
-            (
-                "rediss://a,b/0",
-                "cluster the cluster of a:6379,b:6379 by TLS",
-            ),
+            ("redis+cluster://a", "cluster the cluster a:6379"),
+            ("rediss://a,b/0", "cluster the cluster a:6379,b:6379 by TLS"),
         ] {
             assert_eq!(shown(text), meant);
         }
     }
 
     #[test]
-    fn user_password_and_database_are_the_masters() {
+    fn user_password_and_database_belong_to_the_master() {
         let text = "redis+sentinel://quota:p%2Cs%40%2B+w@a,b/main/7?sentinel_user=watch&sentinel_password=s%26t";
         let RedisServers::Sentinel {
             sentinels, master, ..
@@ -368,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_refused_and_not_repeated() {
+    fn invalid_address_is_rejected_without_repeating_it() {
         for text in [
             "localhost:6379",
             "http://:hunter2@host",
@@ -393,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_of_it_holds_no_password() {
+    fn display_and_debug_do_not_show_passwords() {
         for text in [
             "redis://u:hunter2@a",
             "redis://u:hunter2@a,b",

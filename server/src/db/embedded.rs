@@ -1,17 +1,17 @@
-//! The embedded default: a private PostgreSQL in the data directory, for who has not set `DATABASE_URL`.
+//! The embedded PostgreSQL: a private server in the data directory, used if `DATABASE_URL` is not set.
 //!
-//! Owns the cluster's files, the server process and its restarts. Must not know tables, migrations or
-//! pools: it gives a URL and keeps what is behind it alive.
+//! Owns the cluster's files, the server process and its restarts. Does not know tables, migrations or pools: it
+//! provides a URL.
 //!
-//! * The cluster is made by `initdb` on the first start, beside its place, and moved there when whole.
-//! * It listens on a Unix socket in a directory that only its user may enter, and on no TCP port.
-//! * It ends with us, however we end. A small shell, the guard, stands between us and PostgreSQL and
-//!   reads from a pipe whose other end is ours alone; when we are gone, `kill -9` included, the read ends
-//!   and the guard asks for a fast shutdown. (`PR_SET_PDEATHSIG` would need `unsafe`, is forgotten when
-//!   the process changes its user, and fires when the *thread* that forked ends.)
-//! * When PostgreSQL dies while we run, it is started again, with growing pauses. Until then connections
-//!   are refused, as with any database that is down.
-//! * As root, which PostgreSQL refuses to run as, it runs as the user `postgres`, or else `nobody`.
+//! * `initdb` creates the cluster on the first start, in a temporary directory that is renamed when it is complete.
+//! * PostgreSQL listens on a Unix socket in a directory that only its user may enter, and on no TCP port.
+//! * It stops when this process ends for any reason. A small shell script, the guard, runs PostgreSQL and reads from a
+//!   pipe whose other end only this process holds. When this process is gone, even after `kill -9`, the read ends and
+//!   the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is lost when the process changes
+//!   its user, and fires when the *thread* that forked ends.)
+//! * If PostgreSQL crashes it is restarted, with backoff. Until then connections fail, as with any database that is
+//!   down.
+//! * If this process is root, which PostgreSQL does not accept, it runs as the user `postgres`, or else `nobody`.
 mod binaries;
 mod cluster;
 mod place;
@@ -27,18 +27,18 @@ use tokio::{sync::watch, task::JoinHandle};
 
 use self::{
     binaries::{initdb, installed_binaries, matching},
-    cluster::{Cluster, START_LIMIT, put_aside},
+    cluster::{Cluster, START_LIMIT, rotate},
     place::{Place, lock, make_data_dir, socket_dir},
 };
 
-/// The role and the database that the server works with.
+/// The role and the database that the server uses.
 const NAME: &str = "quota";
 
-/// Names the socket's file (`.s.PGSQL.5432`), nothing else: no TCP port is opened.
+/// Only part of the socket's file name (`.s.PGSQL.5432`). No TCP port is opened.
 const PORT: &str = "5432";
 
-/// What the cluster is run with. Given on the command line, so that they are those of this version of
-/// Quota and not of the one that made the cluster.
+/// The cluster's settings. Passed on the command line, so that they are those of this version of Quota and not of the
+/// one that created the cluster.
 const SETTINGS: &[(&str, &str)] = &[
     ("listen_addresses", ""),
     ("unix_socket_permissions", "0700"),
@@ -56,13 +56,13 @@ const SETTINGS: &[(&str, &str)] = &[
 #[derive(Debug, thiserror::Error)]
 pub enum EmbeddedError {
     #[error(
-        "no PostgreSQL is installed on this machine: install it (Debian and Ubuntu: `apt-get install \
-         postgresql`), or set DATABASE_URL to a server of yours"
+        "PostgreSQL is not installed: install it (Debian and Ubuntu: `apt-get install postgresql`), or set \
+         DATABASE_URL to use another server"
     )]
     NotInstalled,
     #[error(
-        "the database in {} was made by PostgreSQL {wanted}, and this machine has {}: install that \
-         version (Debian and Ubuntu: `apt-get install postgresql-{wanted}`), or move the data with \
+        "the database in {} was created by PostgreSQL {wanted}, but this machine has {}: install that \
+         version (Debian and Ubuntu: `apt-get install postgresql-{wanted}`), or upgrade the data with \
          pg_upgrade",
         cluster.display(),
         found.join(", ")
@@ -83,19 +83,17 @@ pub enum EmbeddedError {
         cluster.display()
     )]
     ForeignOwner { cluster: PathBuf, owner: String },
-    #[error(
-        "PostgreSQL does not run as root, and this machine has neither the user postgres nor nobody"
-    )]
+    #[error("PostgreSQL does not run as root, and this machine has no user postgres or nobody")]
     NoUser,
     #[error(
-        "the user {user}, as whom PostgreSQL has to run, may not enter {}: allow it (chmod o+x on it and \
-         the directories above), or set QUOTA_DATA_DIR",
+        "PostgreSQL has to run as the user {user}, who may not enter {}: allow it (chmod o+x on it and its \
+         parent directories), or set QUOTA_DATA_DIR",
         path.display()
     )]
     Unreachable { path: PathBuf, user: String },
     #[error(
-        "{} is not a directory that only the user of the database may enter: remove it, or set \
-         QUOTA_DATA_DIR to a shorter path",
+        "{} is not a directory that only the database's user may enter: remove it, or set QUOTA_DATA_DIR to a \
+         shorter path",
         .0.display()
     )]
     UnsafeSocketDirectory(PathBuf),
@@ -114,14 +112,14 @@ pub enum EmbeddedError {
     },
     #[error("initdb failed ({status}): {output}")]
     Initdb { status: ExitStatus, output: String },
-    #[error("PostgreSQL ended while starting ({status}); the end of {}:\n{tail}", log.display())]
+    #[error("PostgreSQL exited at startup ({status}); the end of {}:\n{tail}", log.display())]
     Ended {
         status: ExitStatus,
         log: PathBuf,
         tail: String,
     },
     #[error(
-        "PostgreSQL did not take connections within {} seconds; see {}",
+        "PostgreSQL did not accept connections within {} seconds; see {}",
         START_LIMIT.as_secs(),
         log.display()
     )]
@@ -130,9 +128,9 @@ pub enum EmbeddedError {
         #[source]
         source: tokio_postgres::Error,
     },
-    #[error("an earlier PostgreSQL (pid {pid}) still uses {} and does not end", cluster.display())]
+    #[error("an earlier PostgreSQL (PID {pid}) still uses {} and does not exit", cluster.display())]
     Orphan { pid: i32, cluster: PathBuf },
-    #[error("cannot make the database {NAME}")]
+    #[error("cannot create the database {NAME}")]
     CreateDatabase(#[source] tokio_postgres::Error),
 }
 
@@ -143,22 +141,22 @@ impl EmbeddedError {
     }
 }
 
-/// A running private PostgreSQL. Ends when stopped, dropped, or when this process ends.
+/// A running private PostgreSQL. It ends when it is stopped or dropped, or when this process ends.
 #[derive(Debug)]
 pub struct EmbeddedPostgres {
     socket_dir: PathBuf,
     stop: watch::Sender<bool>,
-    keeper: JoinHandle<()>,
+    supervisor: JoinHandle<()>,
 }
 
 impl EmbeddedPostgres {
-    /// Starts the cluster in `data_dir`, which is made where missing, and waits until it takes
-    /// connections. Belongs to the runtime that it was started on.
+    /// Starts the cluster in `data_dir`, which is created if necessary, and waits until it accepts connections. Tied to
+    /// the runtime that it was started on.
     pub async fn start(data_dir: &Path) -> Result<Self, EmbeddedError> {
         Self::start_with(data_dir, &[]).await
     }
 
-    /// As [`start`](Self::start), with PostgreSQL settings in place of ours.
+    /// Like [`start`](Self::start), with other PostgreSQL settings.
     pub async fn start_with(
         data_dir: &Path,
         settings: &[(&str, &str)],
@@ -176,7 +174,7 @@ impl EmbeddedPostgres {
         };
         let socket_dir = socket_dir(&place)?;
         let log = data_dir.join("postgres.log");
-        put_aside(&log)?;
+        rotate(&log)?;
 
         let mut arguments = vec![
             "-D".to_owned(),
@@ -210,21 +208,21 @@ impl EmbeddedPostgres {
         Ok(Self {
             socket_dir,
             stop,
-            keeper: tokio::spawn(cluster.keep(postgres, stopped)),
+            supervisor: tokio::spawn(cluster.keep(postgres, stopped)),
         })
     }
 
-    /// The database's URL. The host is the socket's directory, percent-encoded, as libpq and
-    /// tokio-postgres take it.
+    /// Returns the database's URL. The host is the socket's directory, percent-encoded, as libpq and tokio-postgres
+    /// accept it.
     pub fn database_url(&self) -> String {
         url(&self.socket_dir, NAME)
     }
 
-    /// Asks for a fast shutdown and waits for it.
+    /// Requests a fast shutdown and waits for it.
     pub async fn stop(self) {
         let _ = self.stop.send(true);
-        if let Err(error) = self.keeper.await {
-            tracing::error!(%error, "the embedded PostgreSQL was not stopped in order");
+        if let Err(error) = self.supervisor.await {
+            tracing::error!(%error, "the embedded PostgreSQL did not stop cleanly");
         }
     }
 }

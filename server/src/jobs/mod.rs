@@ -1,7 +1,7 @@
-//! Workers: what happens without a request.
+//! Background work.
 //!
-//! Each is a loop that ends when told to, and that goes on after a failure: what could not be done this time
-//! is done the next. Knows no poem.
+//! Each job is a loop that ends on request and continues after a failure: what failed is retried in the next iteration.
+//! Does not know HTTP.
 
 mod replicas;
 mod revocations;
@@ -17,9 +17,10 @@ use tokio::{
 
 use crate::{db, limiter, state::AppState};
 
-const LAST_USED: Duration = Duration::from_secs(2);
+/// How often the last use of keys and tokens is written.
+const LAST_USED_EVERY: Duration = Duration::from_secs(2);
 
-/// The running workers.
+/// The running jobs.
 #[derive(Debug)]
 pub struct Jobs {
     stop: watch::Sender<bool>,
@@ -41,14 +42,14 @@ impl Jobs {
         Self { stop, running }
     }
 
-    /// Tells them to end and waits until they have.
+    /// Stops all jobs and waits for them to end.
     pub async fn stop(mut self) {
         let _ = self.stop.send(true);
         while self.running.join_next().await.is_some() {}
     }
 }
 
-/// Waits for the next time; `false` when it is time to end.
+/// Waits for the next tick. Returns `false` if the job is to end.
 async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<bool>) -> bool {
     let stopped = async {
         let _ = stopping.wait_for(|stop| *stop).await;
@@ -81,13 +82,13 @@ async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
 }
 
 async fn write_last_used(state: AppState, mut stopping: watch::Receiver<bool>) {
-    let mut ticks = every(LAST_USED);
+    let mut ticks = every(LAST_USED_EVERY);
     loop {
-        let on = next(&mut ticks, &mut stopping).await;
+        let continues = next(&mut ticks, &mut stopping).await;
         if let Err(error) = state.last_used.flush(&state.db).await {
-            tracing::warn!(error = %db::chain(&error), "cannot write when keys were last used");
+            tracing::warn!(error = %db::chain(&error), "cannot write the last use of keys");
         }
-        if !on {
+        if !continues {
             return;
         }
     }

@@ -1,7 +1,8 @@
-//! Counting the replicas, so that each knows its part when the shared counters are away.
+//! Counts the replicas in PostgreSQL, so that each knows its share of the limits while the shared counters are
+//! unavailable.
 //!
-//! While PostgreSQL cannot be asked the last count is believed for a while, which the roster measures; then this
-//! replica has no part.
+//! While PostgreSQL is unreachable, the limiter trusts the last count for a few seconds. After that this replica has no
+//! share.
 
 use std::num::NonZeroU64;
 
@@ -38,7 +39,7 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
             }
             Err(error) => {
                 if !std::mem::replace(&mut away, true) {
-                    tracing::warn!(error = %db::chain(&error), "replicas cannot be counted");
+                    tracing::warn!(error = %db::chain(&error), "cannot count replicas");
                 }
             }
         }
@@ -49,7 +50,7 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
         tx.commit().await
     };
     if let Err(error) = left.await {
-        tracing::warn!(error = %db::chain(&error), "the others count this replica for a while yet");
+        tracing::warn!(error = %db::chain(&error), "cannot deregister this replica; others count it for up to 10 s");
     }
 }
 

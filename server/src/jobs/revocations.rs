@@ -1,5 +1,5 @@
-//! Learning what other replicas have changed: by the poll, on which all relies, and by their messages, which are
-//! only faster.
+//! Learns what other replicas have changed: by polling PostgreSQL, which is what the guarantees rely on, and from messages,
+//! which are only faster.
 
 use std::{pin::pin, time::Duration};
 
@@ -14,21 +14,21 @@ use crate::{
     state::AppState,
 };
 
-/// How long after one poll the next begins: less than the 250 ms within which a change is to be noticed, by what
-/// the poll itself takes, on a busy machine too. Believed for five times as long.
-const POLL: Duration = Duration::from_millis(150);
+/// The time between polls. A change must be noticed within 250 ms, including the duration of the poll on a busy machine.
+/// Cache entries are trusted for five times as long.
+const POLL_EVERY: Duration = Duration::from_millis(150);
 
-/// A poll without an answer for this long means that PostgreSQL may be unreachable. Polls take milliseconds; entries
-/// are believed for 750 ms after one.
+/// If a poll takes this long, PostgreSQL is suspected to be unreachable. Polls normally take milliseconds, and cache entries
+/// are trusted for 750 ms after one.
 const SUSPECT_AFTER: Duration = Duration::from_millis(750);
 
-/// Forgets from the caches what other replicas have changed. It is what makes the caches true for longer than
-/// a second, so a poll that fails is no more than a warning: without it entries are loaded again.
+/// Polls for changes and drops what they invalidate from the caches. Without a recent poll, entries are reloaded after a
+/// second, so a failed poll is only a warning.
 pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
-    let mut ticks = every(POLL);
+    let mut ticks = every(POLL_EVERY);
     let db = state.db.on(Lane::Health);
     let mut last = None;
-    let mut away = false;
+    let mut is_reported = false;
     while next(&mut ticks, &mut stopping).await {
         let began = state.freshness.now();
         state.metrics.revocation_polls.inc();
@@ -45,22 +45,22 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
         match polled {
             Ok(()) => {
                 state.freshness.polled(began);
-                if std::mem::take(&mut away) {
-                    tracing::info!("revocations are polled again");
+                if std::mem::take(&mut is_reported) {
+                    tracing::info!("polling for invalidations succeeds again");
                 }
             }
             Err(error) => {
                 suspect(&state);
                 state.metrics.revocation_poll_errors.inc();
-                if !std::mem::replace(&mut away, true) {
-                    tracing::warn!(error = %db::chain(&error), "revocations cannot be polled");
+                if !std::mem::replace(&mut is_reported, true) {
+                    tracing::warn!(error = %db::chain(&error), "cannot poll for invalidations");
                 }
             }
         }
     }
 }
 
-/// Caches serve what they have from now on, without waiting for PostgreSQL.
+/// Lets caches serve what they have without waiting for PostgreSQL.
 fn suspect(state: &AppState) {
     if state.freshness.suspect() {
         state.metrics.database_suspected.inc();
@@ -70,8 +70,8 @@ fn suspect(state: &AppState) {
 async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<(), DbError> {
     let mut tx = db.system().await?;
     let Some(mut seq) = *last else {
-        // What was loaded before this poll may be older than what it reads, if an earlier one failed; what others
-        // cached is held against what is noted here.
+        // If earlier polls failed, cached entries may be older than what this one reads. Records that other replicas
+        // cached are compared with what is recorded here.
         let newest = revocation::newest(&mut tx).await?;
         tx.commit().await?;
         state.recent.begin(&newest);
@@ -86,7 +86,7 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<
         tracing::warn!(
             polled = seq,
             highest,
-            "PostgreSQL was restored to an earlier state: everything cached is forgotten"
+            "PostgreSQL was restored to an earlier state; all caches are cleared"
         );
         state.recent.restart(&newest);
         state.forget_all();
@@ -106,7 +106,7 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<
     }
 }
 
-/// Noted first, then forgotten: a load that begins in between knows what was changed.
+/// Records the changes before it drops cache entries, so that a load in between knows about them.
 fn apply(state: &AppState, revocations: &[Revocation], note: fn(&Recent, &Revocation) -> bool) {
     if revocations.is_empty() {
         return;
@@ -122,14 +122,14 @@ fn apply(state: &AppState, revocations: &[Revocation], note: fn(&Recent, &Revoca
     state.forget(revocations);
 }
 
-/// A message that says nothing new does nothing: it may be one that somebody sends again and again.
+/// Ignores a message that contains nothing new, since it may be a replay.
 fn apply_announced(state: &AppState, revocation: &Revocation) {
     if state.recent.announced(revocation) {
         apply(state, std::slice::from_ref(revocation), |_, _| true);
     }
 }
 
-/// Takes the others' messages as they come.
+/// Applies messages of other replicas as they arrive.
 pub(super) async fn listen(state: AppState, mut stopping: watch::Receiver<bool>) {
     let Some(mut messages) = state.announcer.listen() else {
         return;
@@ -145,7 +145,7 @@ pub(super) async fn listen(state: AppState, mut stopping: watch::Receiver<bool>)
             event = messages.next() => event,
         };
         match event {
-            Event::Subscribed => tracing::debug!("revocations are told"),
+            Event::Subscribed => tracing::debug!("subscribed to invalidations"),
             Event::Lost => {
                 state.metrics.revocation_messages_lost.inc();
             }

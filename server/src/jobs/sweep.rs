@@ -1,7 +1,7 @@
-//! Deleting rows whose time has passed.
+//! Deletes expired rows.
 //!
-//! Each batch is a short transaction of its own, sized by how long the last one took, down to a single row. The kinds
-//! take turns, so that one that is slow, locked or broken does not keep the others from being swept.
+//! Each batch is a short transaction, sized by how long the previous one took, down to a single row. The kinds of rows
+//! take turns, so that one that is slow, locked or broken does not hold up the others.
 
 use std::time::{Duration, Instant};
 
@@ -15,17 +15,17 @@ use crate::{
 };
 
 const EVERY: Duration = Duration::from_mins(10);
-/// Rows in one batch.
+/// Rows per batch.
 const FIRST: i64 = 500;
 const LARGEST: i64 = 5000;
-/// Batches are kept near this time: well below the statement timeout, and short for whoever waits for a row.
+/// The intended duration of a batch: well below the statement timeout, and short for transactions that wait for a row.
 const SHORT: Duration = Duration::from_millis(100);
 const LONG: Duration = Duration::from_millis(400);
-/// How long a kind may work before it is the next one's turn.
+/// How long one kind is swept before it is the next one's turn.
 const TURN: Duration = Duration::from_secs(1);
-/// Between two batches, for others that use the database.
+/// The pause between batches, which leaves room for other work.
 const PAUSE: Duration = Duration::from_millis(5);
-/// A kind that fails so often in a row is left for the next time.
+/// After this many consecutive failures, a kind is skipped until the next sweep.
 const GIVE_UP: u32 = 8;
 
 struct Sweep {
@@ -84,10 +84,10 @@ impl Sweep {
                         tracing::warn!(
                             kind = self.kind.name(),
                             error = %db::chain(&error),
-                            "cannot delete expired rows; tried again later"
+                            "cannot delete expired rows, retrying later"
                         );
                     }
-                    // The others first.
+                    // Other kinds first.
                     return;
                 }
             }

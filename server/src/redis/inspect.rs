@@ -1,18 +1,21 @@
-//! What `quota doctor` tells of Redis: of the one server, of the master that Sentinel names, or of the nodes of a
-//! cluster that are named. Looks and changes nothing.
+//! What `quota doctor` reports about Redis: about the one server, the master that Sentinel names, or the configured
+//! nodes of a cluster. Read-only.
 
 use std::time::{Duration, Instant};
 
 use redis::{AsyncConnectionConfig, Client, FromRedisValue, aio::MultiplexedConnection};
 use tokio::time::timeout;
 
-use super::keeper::{ConnectError, Source, chain, line};
-use crate::config::{RedisServers, RedisSettings};
+use super::source::{ConnectError, Source, info_value};
+use crate::{
+    config::{RedisServers, RedisSettings},
+    error_chain::chain,
+};
 
-/// Steps that a look takes.
+/// Inspecting a node takes several round trips.
 const STEPS: u32 = 8;
 
-/// One server, as it describes itself. What it does not tell is empty.
+/// One server, as it describes itself. Values that it hides are empty.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,
@@ -25,19 +28,18 @@ pub struct Node {
     /// `maxmemory-policy`
     pub eviction: String,
     pub persistence: String,
-    /// `None` where it may not be asked.
+    /// `None` if an access list forbids the question.
     pub min_replicas_to_write: Option<u32>,
-    /// How many connections it takes; `None` where it does not tell.
-    pub most_clients: Option<usize>,
-    /// Why it would not run the counters' script.
-    pub refuses_scripts: Option<String>,
-    /// How many listen to the channel.
-    pub listening: usize,
-    /// How long one answer took.
-    pub took: Duration,
+    /// The maximum number of connections; `None` if it is hidden.
+    pub max_clients: Option<usize>,
+    /// Why it rejects the script of the counters, if it does.
+    pub script_error: Option<String>,
+    /// Number of subscribers of the channel.
+    pub subscribers: usize,
+    pub round_trip: Duration,
 }
 
-/// Each that is named, and who listens there to `channel`; an error for all when it cannot be found who that is.
+/// Inspects each server. Returns one error for all of them if they cannot be determined.
 pub async fn nodes(
     settings: &RedisSettings,
     channel: &str,
@@ -60,9 +62,9 @@ pub async fn nodes(
     let mut nodes = Vec::new();
     for client in clients {
         let addr = client.get_connection_info().addr().to_string();
-        let looked = timeout(limit * STEPS, node(&client, settings, channel)).await;
-        let looked = looked.unwrap_or(Err(ConnectError::Late(limit * STEPS)));
-        nodes.push(looked.map_err(|error| format!("{addr}: {}", chain(&error))));
+        let inspected = timeout(limit * STEPS, node(&client, settings, channel)).await;
+        let inspected = inspected.unwrap_or(Err(ConnectError::Late(limit * STEPS)));
+        nodes.push(inspected.map_err(|error| format!("{addr}: {}", chain(&error))));
     }
     Ok(nodes)
 }
@@ -85,11 +87,11 @@ async fn node(
     redis::cmd("PING")
         .query_async::<()>(&mut connection)
         .await?;
-    let took = began.elapsed();
+    let round_trip = began.elapsed();
     let it = &mut connection;
-    let info: String = told(it, &["INFO"]).await.unwrap_or_default();
-    let value = |name: &str| line(&info, name).unwrap_or_default().to_owned();
-    let (product, version) = match line(&info, "valkey_version") {
+    let info: String = query(it, &["INFO"]).await.unwrap_or_default();
+    let value = |name: &str| info_value(&info, name).unwrap_or_default().to_owned();
+    let (product, version) = match info_value(&info, "valkey_version") {
         Some(version) => ("Valkey", version.to_owned()),
         None => ("Redis", value("redis_version")),
     };
@@ -97,20 +99,20 @@ async fn node(
         "1" => "append-only file on",
         _ => "append-only file off",
     };
-    let snapshots: Option<(String, String)> = told(it, &["CONFIG", "GET", "save"]).await;
+    let snapshots: Option<(String, String)> = query(it, &["CONFIG", "GET", "save"]).await;
     let persistence = match snapshots {
         Some((_, save)) if save.is_empty() => format!("{append_only}, no snapshots"),
         Some((_, save)) => format!("{append_only}, snapshots {save}"),
         None => append_only.to_owned(),
     };
     let minimum: Option<(String, u32)> =
-        told(it, &["CONFIG", "GET", "min-replicas-to-write"]).await;
+        query(it, &["CONFIG", "GET", "min-replicas-to-write"]).await;
     let script: Result<(), _> = redis::cmd("EVAL")
         .arg("redis.call('TIME') redis.call('INFO', 'server') return redis.status_reply('OK')")
         .arg(0)
         .query_async(it)
         .await;
-    let listening: Option<(String, usize)> = told(it, &["PUBSUB", "NUMSUB", channel]).await;
+    let subscribers: Option<(String, usize)> = query(it, &["PUBSUB", "NUMSUB", channel]).await;
     Ok(Node {
         addr: client.get_connection_info().addr().to_string(),
         product,
@@ -120,15 +122,15 @@ async fn node(
         eviction: value("maxmemory_policy"),
         persistence,
         min_replicas_to_write: minimum.map(|(_, n)| n),
-        most_clients: value("maxclients").parse().ok(),
-        refuses_scripts: script.err().map(|error| error.to_string()),
-        listening: listening.map_or(0, |(_, n)| n),
-        took,
+        max_clients: value("maxclients").parse().ok(),
+        script_error: script.err().map(|error| error.to_string()),
+        subscribers: subscribers.map_or(0, |(_, n)| n),
+        round_trip,
     })
 }
 
-/// `None` where an access list, or who runs it for others, forbids to ask.
-async fn told<T: FromRedisValue>(
+/// Returns `None` if an access list or a hosting provider forbids the command.
+async fn query<T: FromRedisValue>(
     connection: &mut MultiplexedConnection,
     words: &[&str],
 ) -> Option<T> {

@@ -1,7 +1,7 @@
-//! Messages on a channel, by a connection of their own that is kept up.
+//! Messages on a channel, through a separate connection.
 //!
-//! Redis keeps no message for who is not there: what is published while the connection is down, or faster than it
-//! is taken, is lost. That it may have been is told ([`Event::Lost`]), never what.
+//! Redis does not store messages. Those that are published while the connection is down, or faster than they are
+//! consumed, are lost. [`Event::Lost`] says that messages may have been lost, not which.
 
 use std::time::Duration;
 
@@ -12,34 +12,40 @@ use redis::{
 };
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 
-use super::keeper::{ConnectError, Pauses, Source, chain, probe_limit};
-use crate::config::{RedisServers, RedisSettings};
+use super::{
+    source::{ConnectError, Source},
+    supervisor::{Backoff, probe_limit},
+};
+use crate::{
+    config::{RedisServers, RedisSettings},
+    error_chain::chain,
+};
 
-/// How many messages wait to be taken.
+/// The maximum number of messages that wait to be consumed.
 const WAITING: usize = 4096;
 /// How often the connection is probed.
 const PROBE: Duration = Duration::from_millis(500);
 
-/// What comes by a [`Subscription`].
+/// An event of a [`Subscription`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// From now on, everything that is published arrives.
+    /// From now on, all published messages arrive.
     Subscribed,
     Message(Vec<u8>),
-    /// Something may have been missed, and goes on being missed until `Subscribed`.
+    /// Messages may have been lost, and may be until the next `Subscribed`.
     Lost,
 }
 
-/// See [`super::Redis::subscribe`]. Ends with the value.
+/// See [`super::Redis::subscribe`]. Ends when dropped.
 #[derive(Debug)]
 pub struct Subscription {
     events: mpsc::Receiver<Event>,
-    keeper: JoinHandle<()>,
+    supervisor: JoinHandle<()>,
 }
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        self.keeper.abort();
+        self.supervisor.abort();
     }
 }
 
@@ -48,38 +54,38 @@ impl Subscription {
         let (sender, events) = mpsc::channel(WAITING);
         Self {
             events,
-            keeper: tokio::spawn(keep(settings, channel, sender)),
+            supervisor: tokio::spawn(supervise(settings, channel, sender)),
         }
     }
 
-    /// Waits for the next. May be dropped while it waits, without losing any.
+    /// Waits for the next event. Cancel safe.
     pub async fn next(&mut self) -> Event {
         match self.events.recv().await {
             Some(event) => event,
-            // The keeper ends only on settings that cannot be used at all.
+            // The supervisor ends only if the settings cannot be used at all.
             None => std::future::pending().await,
         }
     }
 }
 
-async fn keep(settings: RedisSettings, channel: String, events: mpsc::Sender<Event>) {
+async fn supervise(settings: RedisSettings, channel: String, events: mpsc::Sender<Event>) {
     let mut source = match Source::new(&settings) {
         Ok(source) => source,
         Err(error) => {
-            tracing::error!(error = %error, "Redis cannot be connected to as it is set");
+            tracing::error!(error = %error, "invalid Redis settings");
             return;
         }
     };
-    let mut pauses = Pauses::new();
+    let mut backoff = Backoff::new();
     for turn in 0.. {
         match connect(&mut source, &settings, &channel, turn).await {
             Ok((mut sink, stream)) => {
-                pauses.well();
+                backoff.reset();
                 if events.send(Event::Subscribed).await.is_err() {
                     return;
                 }
-                pass_on(&mut sink, stream, &events, probe_limit(&settings)).await;
-                // With what waits before it, which was not lost.
+                forward(&mut sink, stream, &events, probe_limit(&settings)).await;
+                // Queued behind the messages that did arrive.
                 if events.send(Event::Lost).await.is_err() {
                     return;
                 }
@@ -89,7 +95,7 @@ async fn keep(settings: RedisSettings, channel: String, events: mpsc::Sender<Eve
                 tracing::debug!(channel, error, "cannot subscribe");
             }
         }
-        pauses.pause().await;
+        backoff.pause().await;
     }
 }
 
@@ -102,7 +108,7 @@ async fn connect(
     let limit = settings.connect_timeout;
     let client = match (source.client(limit).await?, &settings.servers) {
         (Some(client), _) => client,
-        // A cluster passes a message on to every node, so any will do.
+        // A cluster forwards messages to all nodes, so any of them will do.
         (None, RedisServers::Cluster(nodes)) => Client::open(nodes[turn % nodes.len()].clone())?,
         (None, _) => return Err(ConnectError::Late(limit)),
     };
@@ -116,8 +122,8 @@ async fn connect(
         .map_err(|_| ConnectError::Late(limit))?
 }
 
-/// Until the connection ends, or says nothing when it is probed, or more arrives than is taken.
-async fn pass_on(
+/// Forwards messages until the connection ends, does not answer a probe, or delivers more than is consumed.
+async fn forward(
     sink: &mut PubSubSink,
     mut stream: PubSubStream,
     events: &mpsc::Sender<Event>,
@@ -135,7 +141,7 @@ async fn pass_on(
                 }
             }
             _ = probes.tick() => {
-                // Messages that arrive meanwhile wait in the stream.
+                // Messages that arrive in the meantime wait in the stream.
                 if !matches!(timeout(limit, sink.ping::<redis::Value>()).await, Ok(Ok(_))) {
                     return;
                 }

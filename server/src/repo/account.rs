@@ -142,7 +142,7 @@ pub async fn hold_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<
     Ok(current.as_deref() == Some(hash))
 }
 
-/// Sets a password without looking at the old one.
+/// Sets a password without checking the old one.
 pub async fn set_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<(), DbError> {
     diesel::update(users::table.find(user))
         .set((
@@ -154,7 +154,7 @@ pub async fn set_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<(
     Ok(())
 }
 
-/// Replaces one password hash by another. Returns false if the user's hash is not `old` any more.
+/// Replaces a password hash. Returns `false` if the user's hash is no longer `old`.
 pub async fn replace_password(
     tx: &mut SystemTx,
     user: Uuid,

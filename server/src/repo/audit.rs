@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use diesel::{pg::Pg, prelude::*};
-use diesel_async::RunQueryDsl;
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use ipnet::IpNet;
 use serde_json::Value;
 use uuid::Uuid;
@@ -60,18 +60,18 @@ pub struct NewAuditEvent<'a> {
 }
 
 pub async fn insert(tx: &mut TenantTx, event: &NewAuditEvent<'_>) -> Result<(), DbError> {
-    diesel::insert_into(audit_events::table)
-        .values(event)
-        .execute(&mut **tx)
-        .await?;
-    Ok(())
+    insert_on(tx, event).await
 }
 
 /// Inserts an event outside a tenant's transaction, for registering and signing in.
 pub async fn insert_system(tx: &mut SystemTx, event: &NewAuditEvent<'_>) -> Result<(), DbError> {
+    insert_on(tx, event).await
+}
+
+async fn insert_on(conn: &mut AsyncPgConnection, event: &NewAuditEvent<'_>) -> Result<(), DbError> {
     diesel::insert_into(audit_events::table)
         .values(event)
-        .execute(&mut **tx)
+        .execute(conn)
         .await?;
     Ok(())
 }

@@ -42,9 +42,31 @@ use diesel::{
     expression::{AppearsOnTable, NonAggregate, SqlLiteral},
     pg::Pg,
     query_builder::QueryFragment,
-    sql_types::{Bool, Text, Uuid as SqlUuid},
+    sql_types::{Array, Bool, Text, Timestamptz, Uuid as SqlUuid},
 };
+use diesel_async::RunQueryDsl;
 use uuid::Uuid;
+
+use crate::db::{DbError, SystemTx};
+
+/// Moves `last_used_at` of many rows of a table forward in one statement. Never moves it back.
+async fn touch(
+    tx: &mut SystemTx,
+    table: &'static str,
+    used: &[(Uuid, DateTime<Utc>)],
+) -> Result<(), DbError> {
+    let (ids, times): (Vec<Uuid>, Vec<DateTime<Utc>>) = used.iter().copied().unzip();
+    diesel::sql_query(format!(
+        "UPDATE {table} t SET last_used_at = u.at \
+         FROM unnest($1, $2) AS u (id, at) \
+         WHERE t.id = u.id AND (t.last_used_at IS NULL OR t.last_used_at < u.at)"
+    ))
+    .bind::<Array<SqlUuid>, _>(ids)
+    .bind::<Array<Timestamptz>, _>(times)
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
 
 /// A page of a list that is read newest first.
 #[derive(Debug, Clone, Copy)]

@@ -1,10 +1,10 @@
-//! The durable count of calendar quotas.
+//! The ledger of calendar quotas in PostgreSQL.
 //!
-//! A row is a window of one key and policy. Rows of which something is used never overlap: one is opened only
-//! under [`lock`], after a look at [`used_windows`]. Rows of which nothing is used do not count.
+//! A row is a window of one key and policy. Windows with usage never overlap: one is opened only under [`lock`], after
+//! checking [`used_windows`]. Windows without usage do not count.
 //!
-//! **Order of locks**, everywhere: [`lock`], then keys (`api_keys`, `FOR KEY SHARE`), then rows. A key's deletion locks
-//! the key and then all of its rows, in whatever order PostgreSQL finds them, so nobody may hold a row without its key.
+//! **Order of locks**, everywhere: [`lock`], then keys (`api_keys`, `FOR KEY SHARE`), then rows. Deleting a key locks
+//! the key and then all of its rows in any order, so a row must not be locked without its key.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -16,42 +16,42 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// The first of the two numbers of the advisory locks of this module.
+/// The first key of this module's advisory locks.
 const WINDOWS_LOCK: i32 = 7_226_422;
 
-/// A key and policy, and what to take of them.
+/// A request for tokens of one key and policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ask {
     pub tenant: Uuid,
     pub key: Uuid,
     pub policy: &'static str,
-    /// Of the window that contains it.
+    /// The window that contains this time is used.
     pub at: DateTime<Utc>,
-    /// The quota of a whole day or month.
+    /// The quota of a full day or month.
     pub limit: i64,
     pub want: i64,
 }
 
-/// A window that a row states.
+/// A window, as its row states it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StatedWindow {
     pub start: DateTime<Utc>,
-    /// Its end and the seconds of the whole day or month. `None` in rows of earlier versions.
+    /// Its end, and the length of the full day or month in seconds. `None` in rows of earlier versions.
     pub end: Option<(DateTime<Utc>, i64)>,
 }
 
-/// What was taken.
+/// Tokens that were taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Taken {
     pub start: DateTime<Utc>,
     pub end: DateTime<Utc>,
     pub period_seconds: i64,
     pub granted: i64,
-    /// Of the window, `granted` included.
+    /// Usage of the window, including `granted`.
     pub used: i64,
 }
 
-/// One row of the count.
+/// Identifies one row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
     pub tenant: Uuid,
@@ -77,7 +77,7 @@ impl Ask {
         (self.tenant, self.key, self.policy)
     }
 
-    /// The second number of its lock. Two keys with the same one wait for each other and no more.
+    /// Returns the second key of the advisory lock. A collision only makes two keys wait for each other.
     fn lock(&self) -> i32 {
         let (high, low) = self.key.as_u64_pair();
         let mixed = (high ^ low ^ self.policy.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -86,12 +86,12 @@ impl Ask {
     }
 }
 
-/// Grants each of `asks` as much as it wants and its window has left. Returns `None` where no row of which
-/// something is used contains `at`, and where the key is just being changed or deleted: who does that may hold it for
-/// long, and the other keys need not wait. With `opened`, takes from the rows that start then instead, used or not.
+/// Grants each request as much as it wants and its window has left. Returns `None` if no window with usage contains
+/// `at`, and if another transaction is changing or deleting the key, which may take long: other keys do not wait for
+/// it. With `opened`, takes from the windows that start then instead, with or without usage.
 ///
-/// `asks` are in ascending order, so that two transactions lock rows in the same order. A row's lock makes it
-/// atomic: `used` is read and raised under it.
+/// Requests are in ascending order, so that transactions lock rows in the same order. Each grant is atomic: `used` is
+/// read and increased under the row's lock.
 pub async fn take(
     tx: &mut SystemTx,
     asks: &[Ask],
@@ -117,8 +117,8 @@ pub async fn take(
         None => vec![None; asks.len()],
         Some(starts) => starts.iter().copied().map(Some).collect(),
     };
-    // The quota of a window is in proportion to its length, rounded up. The quotient has at least 16 digits
-    // after the point, far more than rounding it up could get wrong.
+    // The quota of a window is proportional to its length, rounded up. The quotient has at least 16 decimal places,
+    // which is enough for the rounding to be exact.
     let rows = diesel::sql_query(
         "WITH keys AS MATERIALIZED ( \
              SELECT a.* FROM unnest($1, $2, $3, $4, $5, $6, $7) WITH ORDINALITY \
@@ -171,11 +171,12 @@ pub async fn take(
     Ok(taken)
 }
 
-/// Waits until no other transaction opens windows of these keys and policies; held until the end of this one.
-/// `asks` are few enough for the space that PostgreSQL has for a transaction's locks (64 by default).
+/// Waits until no other transaction opens windows of these keys and policies, and keeps others waiting until this
+/// transaction ends. The number of requests must not exceed PostgreSQL's limit for a transaction's locks (64 by
+/// default).
 pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     let mut locks: Vec<i32> = asks.iter().map(Ask::lock).collect();
-    // In the same order everywhere.
+    // In ascending order, as everywhere.
     locks.sort_unstable();
     locks.dedup();
     diesel::sql_query("SELECT count(pg_advisory_xact_lock($1, n)) FROM unnest($2) AS n")
@@ -186,7 +187,7 @@ pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Returns, for each of `asks`, the windows that end after `since` of which something is used.
+/// Returns, for each request, the windows with usage that end after `since`.
 pub async fn used_windows(
     tx: &mut SystemTx,
     asks: &[Ask],
@@ -229,9 +230,8 @@ pub async fn used_windows(
     Ok(windows)
 }
 
-/// Opens windows: makes a row for each, or states the end of the row that starts then, if nothing of it is
-/// used or it has none yet. Leaves out keys that do not exist; those that do cannot be deleted before the
-/// transaction ends.
+/// Opens windows: inserts a row for each, or updates the end of the row that starts then, if it has no usage or no end
+/// yet. Skips keys that do not exist. Those that do cannot be deleted before the transaction ends.
 pub async fn open(
     tx: &mut SystemTx,
     asks: &[Ask],
@@ -262,8 +262,8 @@ pub async fn open(
     Ok(())
 }
 
-/// Counts tokens as unused again, unless the batch `id` was applied before. Returns whether it was applied
-/// now. `rows` are in ascending order and differ.
+/// Credits unused tokens, unless the batch `id` was already applied. Returns whether it was applied now. `rows` are
+/// distinct and in ascending order.
 pub async fn give_back(tx: &mut SystemTx, id: Uuid, rows: &[(Row, i64)]) -> Result<bool, DbError> {
     #[derive(QueryableByName)]
     struct Applied {

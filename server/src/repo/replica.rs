@@ -1,4 +1,4 @@
-//! Running replicas, and whether shared counters were ever used.
+//! Running replicas, and whether shared counters have ever been used.
 
 use std::time::Duration;
 
@@ -48,7 +48,7 @@ pub async fn leave(tx: &mut SystemTx, id: Uuid) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Whether shared counters were ever used.
+/// Returns whether shared counters have ever been used.
 pub async fn counters_have_begun(tx: &mut SystemTx) -> Result<bool, DbError> {
     let begun = diesel::select(diesel::dsl::exists(
         shared_counters::table.select(shared_counters::single),

@@ -1,12 +1,8 @@
-//! What replicas must forget from their caches, in the order of commits.
+//! What replicas must drop from their caches, in the order of commits. The table is called `revocations`.
 
 use chrono::{DateTime, Utc};
-use diesel::{
-    dsl::{SqlTypeOf, sql},
-    expression::SqlLiteral,
-    prelude::*,
-};
-use diesel_async::RunQueryDsl;
+use diesel::{dsl::sql, prelude::*, sql_types::Timestamptz};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
 use crate::{
@@ -14,10 +10,10 @@ use crate::{
     schema::revocations,
 };
 
-/// What was changed or ended.
+/// What was changed or revoked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
-    /// Everything of a tenant.
+    /// Everything that belongs to the tenant.
     Tenant,
     Plan(Uuid),
     ApiKey(Uuid),
@@ -26,7 +22,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// The name in the database and on the wire.
+    /// Returns the name in the database and in messages.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Tenant => "tenant",
@@ -51,50 +47,54 @@ impl Target {
             "api_key" => Self::ApiKey(id),
             "service_token" => Self::ServiceToken(id),
             "session" => Self::Session(id),
-            // Of a newer version of the server.
+            // From a newer version of the server.
             _ => return None,
         })
     }
 }
 
-/// Something to forget.
+/// A change after which cached copies are outdated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Revocation {
     pub seq: i64,
     pub tenant: Uuid,
-    /// `None` for a kind that this version does not know: forget everything of the tenant.
+    /// `None` for a kind that this version does not know. It invalidates everything of the tenant.
     pub target: Option<Target>,
-    /// When it was written, shortly before the commit.
+    /// When the row was written, shortly before the commit.
     pub at: DateTime<Utc>,
 }
 
-/// To be the last thing in a transaction: it waits for the transactions that also revoke to end. What it answers
-/// is to be told after the commit, not before.
+/// Call last in the transaction: it waits for other transactions that do the same. Publish the returned value after the
+/// commit.
 pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Revocation, DbError> {
     let tenant = tx.tenant().0;
-    let (seq, at) = diesel::insert_into(revocations::table)
-        .values(values(tenant, target))
-        .returning((revocations::seq, revocations::at))
-        .get_result(&mut **tx)
-        .await?;
-    Ok(Revocation {
-        seq,
-        tenant,
-        target: Some(target),
-        at,
-    })
+    insert_on(tx, tenant, target).await
 }
 
-/// The same for what the server does by itself.
+/// Like [`insert`], in a transaction of the server itself.
 pub async fn insert_system(
     tx: &mut SystemTx,
     tenant: Uuid,
     target: Target,
 ) -> Result<Revocation, DbError> {
+    insert_on(tx, tenant, target).await
+}
+
+async fn insert_on(
+    conn: &mut AsyncPgConnection,
+    tenant: Uuid,
+    target: Target,
+) -> Result<Revocation, DbError> {
     let (seq, at) = diesel::insert_into(revocations::table)
-        .values(values(tenant, target))
+        .values((
+            revocations::tenant_id.eq(tenant),
+            revocations::target_type.eq(target.name()),
+            revocations::target_id.eq(target.id(tenant)),
+            // now() would be the start of the transaction.
+            revocations::at.eq(sql::<Timestamptz>("clock_timestamp()")),
+        ))
         .returning((revocations::seq, revocations::at))
-        .get_result(&mut **tx)
+        .get_result(conn)
         .await?;
     Ok(Revocation {
         seq,
@@ -102,23 +102,6 @@ pub async fn insert_system(
         target: Some(target),
         at,
     })
-}
-
-type Values = (
-    diesel::dsl::Eq<revocations::tenant_id, Uuid>,
-    diesel::dsl::Eq<revocations::target_type, &'static str>,
-    diesel::dsl::Eq<revocations::target_id, Uuid>,
-    diesel::dsl::Eq<revocations::at, SqlLiteral<SqlTypeOf<revocations::at>>>,
-);
-
-fn values(tenant: Uuid, target: Target) -> Values {
-    (
-        revocations::tenant_id.eq(tenant),
-        revocations::target_type.eq(target.name()),
-        revocations::target_id.eq(target.id(tenant)),
-        // now() is when the transaction began.
-        revocations::at.eq(sql("clock_timestamp()")),
-    )
 }
 
 type Row = (i64, Uuid, String, Uuid, DateTime<Utc>);
@@ -146,10 +129,10 @@ fn revocation((seq, tenant, name, id, at): Row) -> Revocation {
     }
 }
 
-/// How many are read at once.
+/// The maximum number of rows per read.
 pub const BATCH: u16 = 10_000;
 
-/// The newest ones, in order. Older ones may have been there: they are deleted after a day.
+/// Returns the newest rows, in order. Older ones may have been deleted, which happens after a day.
 pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Revocation>, DbError> {
     let rows = revocations::table
         .order(revocations::seq.desc())
@@ -160,7 +143,7 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Revocation>, DbError> {
     Ok(rows.into_iter().rev().map(revocation).collect())
 }
 
-/// The highest number. The newest revocation is never deleted, so this falls only when PostgreSQL is restored to an
+/// Returns the highest number. The newest row is never deleted, so this decreases only if PostgreSQL is restored to an
 /// earlier state.
 pub async fn highest(tx: &mut SystemTx) -> Result<i64, DbError> {
     let highest = revocations::table
@@ -170,7 +153,7 @@ pub async fn highest(tx: &mut SystemTx) -> Result<i64, DbError> {
     Ok(highest.unwrap_or(0))
 }
 
-/// What came after number `seq`, in order: at most [`BATCH`].
+/// Returns the rows after number `seq`, in order: at most [`BATCH`].
 pub async fn since(tx: &mut SystemTx, seq: i64) -> Result<Vec<Revocation>, DbError> {
     let rows = revocations::table
         .filter(revocations::seq.gt(seq))

@@ -22,7 +22,7 @@ pub async fn get_or_insert(tx: &mut SystemTx, candidate: &[u8]) -> Result<Vec<u8
         .await?)
 }
 
-/// The secret when sessions began to state theirs; `current` becomes it when there is none yet.
+/// Returns the secret that was in use when sessions began to state theirs. Stores `current` if there is none yet.
 pub async fn first_of_sessions(tx: &mut SystemTx, current: &[u8]) -> Result<Vec<u8>, DbError> {
     let unset = server_secrets::table.filter(server_secrets::first_session_secret_id.is_null());
     diesel::update(unset)

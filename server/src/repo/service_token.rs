@@ -1,10 +1,7 @@
 //! Service tokens in PostgreSQL.
 
 use chrono::{DateTime, Utc};
-use diesel::{
-    prelude::*,
-    sql_types::{Array, Timestamptz, Uuid as SqlUuid},
-};
+use diesel::prelude::*;
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
@@ -90,15 +87,5 @@ pub async fn owners(
 
 /// Moves `last_used_at` of many tokens forward in one statement. Never moves it back.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
-    let (ids, times): (Vec<Uuid>, Vec<DateTime<Utc>>) = used.iter().copied().unzip();
-    diesel::sql_query(
-        "UPDATE service_tokens t SET last_used_at = u.at \
-         FROM unnest($1, $2) AS u (id, at) \
-         WHERE t.id = u.id AND (t.last_used_at IS NULL OR t.last_used_at < u.at)",
-    )
-    .bind::<Array<SqlUuid>, _>(ids)
-    .bind::<Array<Timestamptz>, _>(times)
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
+    super::touch(tx, "service_tokens", used).await
 }

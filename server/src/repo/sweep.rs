@@ -1,7 +1,7 @@
-//! Rows whose time has passed: deleted, or cleared, in batches.
+//! Deletes or clears expired rows in batches.
 //!
-//! Each statement takes at most `limit` rows, the oldest first by an index, and leaves out rows that another
-//! transaction has locked: two replicas that sweep at the same time share the work, and neither waits.
+//! Each statement affects at most `limit` rows, oldest first by an index, and skips rows that another transaction has
+//! locked. So replicas that sweep at the same time share the work without waiting for each other.
 
 use diesel::{sql_query, sql_types::BigInt};
 use diesel_async::RunQueryDsl;
@@ -16,13 +16,13 @@ pub enum Expired {
     /// A day after they were revoked, with their refresh tokens.
     RevokedSessions,
     IdempotencyKeys,
-    /// Those that every replica has seen long ago, except the newest: numbers are compared with it.
+    /// Rows that every replica has read long ago, except the newest, which numbers are compared with.
     Revocations,
-    /// Windows that ended long ago: a month is over after 31 days, wherever it began.
+    /// Windows that ended long ago. A month ends within 31 days of its start in any time zone.
     QuotaUsage,
-    /// Those of windows that are swept: until then a batch may be sent again.
+    /// Batches of windows that are swept. Until then a batch may be retried.
     QuotaReturns,
-    /// Previous secrets of rotated keys whose grace has ended. The keys stay.
+    /// Previous secrets of rotated keys after their grace period. The keys are kept.
     PreviousKeys,
     Replicas,
 }
@@ -39,7 +39,7 @@ impl Expired {
         Self::Replicas,
     ];
 
-    /// As metrics and logs name it.
+    /// Returns the name in metrics and logs.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sessions => "sessions",
@@ -53,56 +53,45 @@ impl Expired {
         }
     }
 
-    const fn statement(self) -> &'static str {
+    /// Returns the statement, whose parameter is the maximum number of rows.
+    fn statement(self) -> String {
+        let delete = |table: &str, id: &str, expired: &str, order: &str| {
+            format!(
+                "DELETE FROM {table} WHERE {id} = ANY(ARRAY( \
+                     SELECT {id} FROM {table} WHERE {expired} \
+                     ORDER BY {order} LIMIT $1 FOR UPDATE SKIP LOCKED))"
+            )
+        };
+        let older = |column: &str, age: &str| format!("{column} < now() - interval '{age}'");
+        let delete_older = |table: &str, id: &str, column: &str, age: &str| {
+            delete(table, id, &older(column, age), column)
+        };
         match self {
-            Self::Sessions => {
-                "DELETE FROM sessions WHERE id = ANY(ARRAY( \
-                     SELECT id FROM sessions WHERE expires_at < now() - interval '1 day' \
-                     ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED))"
-            }
-            Self::RevokedSessions => {
-                "DELETE FROM sessions WHERE id = ANY(ARRAY( \
-                     SELECT id FROM sessions WHERE revoked_at < now() - interval '1 day' \
-                     ORDER BY revoked_at LIMIT $1 FOR UPDATE SKIP LOCKED))"
-            }
+            Self::Sessions => delete_older("sessions", "id", "expires_at", "1 day"),
+            Self::RevokedSessions => delete_older("sessions", "id", "revoked_at", "1 day"),
             Self::IdempotencyKeys => {
-                "DELETE FROM idempotency_keys WHERE ctid = ANY(ARRAY( \
-                     SELECT ctid FROM idempotency_keys WHERE created_at < now() - interval '24 hours' \
-                     ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED))"
+                delete_older("idempotency_keys", "ctid", "created_at", "24 hours")
             }
             Self::Revocations => {
-                "DELETE FROM revocations WHERE seq = ANY(ARRAY( \
-                     SELECT seq FROM revocations WHERE at < now() - interval '1 day' \
-                         AND seq < (SELECT max(seq) FROM revocations) \
-                     ORDER BY at LIMIT $1 FOR UPDATE SKIP LOCKED))"
+                let is_older = "seq < (SELECT max(seq) FROM revocations)";
+                let expired = format!("{} AND {is_older}", older("at", "1 day"));
+                delete("revocations", "seq", &expired, "at")
             }
-            Self::QuotaUsage => {
-                "DELETE FROM quota_usage WHERE ctid = ANY(ARRAY( \
-                     SELECT ctid FROM quota_usage WHERE window_start < now() - interval '40 days' \
-                     ORDER BY window_start LIMIT $1 FOR UPDATE SKIP LOCKED))"
-            }
-            Self::QuotaReturns => {
-                "DELETE FROM quota_returns WHERE id = ANY(ARRAY( \
-                     SELECT id FROM quota_returns WHERE applied_at < now() - interval '40 days' \
-                     ORDER BY applied_at LIMIT $1 FOR UPDATE SKIP LOCKED))"
-            }
-            Self::PreviousKeys => {
-                "UPDATE api_keys SET previous_key_hash = NULL, previous_expires_at = NULL \
+            Self::QuotaUsage => delete_older("quota_usage", "ctid", "window_start", "40 days"),
+            Self::QuotaReturns => delete_older("quota_returns", "id", "applied_at", "40 days"),
+            Self::PreviousKeys => "UPDATE api_keys \
+                 SET previous_key_hash = NULL, previous_expires_at = NULL \
                  WHERE id = ANY(ARRAY( \
                      SELECT id FROM api_keys WHERE previous_expires_at <= now() \
                      ORDER BY previous_expires_at LIMIT $1 FOR UPDATE SKIP LOCKED)) \
                  AND previous_expires_at <= now()"
-            }
-            Self::Replicas => {
-                "DELETE FROM replicas WHERE id = ANY(ARRAY( \
-                     SELECT id FROM replicas WHERE seen_at < now() - interval '1 day' \
-                     LIMIT $1 FOR UPDATE SKIP LOCKED))"
-            }
+                .to_owned(),
+            Self::Replicas => delete_older("replicas", "id", "seen_at", "1 day"),
         }
     }
 }
 
-/// Sweeps at most `limit` rows and returns how many it swept: fewer than `limit` means that no more were found.
+/// Sweeps at most `limit` rows and returns how many. Fewer than `limit` means that none are left.
 pub async fn batch(tx: &mut SystemTx, kind: Expired, limit: i64) -> Result<usize, DbError> {
     let swept = sql_query(kind.statement())
         .bind::<BigInt, _>(limit)

@@ -1,14 +1,14 @@
-//! Tells other replicas what was changed, and remembers what they told.
+//! Invalidations: publishes changes to other replicas, and remembers those that were received.
 //!
-//! A change to something that replicas cache leaves a row in `revocations`, written in its own transaction. Each
-//! replica reads the new rows at least every 250 ms: that alone keeps the contract. After the commit the change is
-//! also published in Redis, so that most replicas learn of it within milliseconds. A message can be lost, and nothing
-//! relies on one; without Redis, or while it is unreachable, none is sent.
+//! A transaction that changes something that replicas cache also inserts a row into `revocations`. Each replica reads
+//! new rows at least every 250 ms, and the guarantees rely on nothing else. After the commit the change is also
+//! published in Redis, so that most replicas learn of it within milliseconds. Messages may be lost. Without Redis, or
+//! while it is unreachable, none are sent.
 //!
-//! Messages are sealed, since anyone who may publish in Redis can send one. A message that does not open, is older
-//! than a few minutes, or says what is known already, is counted and otherwise ignored.
+//! Messages are sealed, since anyone with access to Redis can publish one. A message that does not open, is older than
+//! a few minutes, or contains nothing new is counted and otherwise ignored.
 //!
-//! Knows what a row says, and nothing of who forgets what. [`Recent`] is what this replica has learnt lately.
+//! Does not know the caches. [`Recent`] holds what this replica knows about recent changes.
 
 mod recent;
 
@@ -27,13 +27,13 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// What a seal of a message is for. Change it when a field changes its meaning.
+/// The context of the seal. Change it when a field changes its meaning.
 const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
-/// How far a message's time may be from this replica's: the clocks of replicas and PostgreSQL may differ by two
-/// minutes, and a message takes no time to arrive. Older ones have long been polled.
+/// The maximum difference between a message's time and this replica's. The clocks of replicas and PostgreSQL may differ by
+/// two minutes, and messages arrive quickly. Older changes have been polled long ago.
 const MAX_AGE: Duration = Duration::from_mins(5);
 
-/// Read by servers of other versions: fields may be added, none changes its meaning.
+/// Other versions of the server read this: fields may be added, but none may change its meaning.
 #[derive(Serialize, Deserialize)]
 struct Message<'a> {
     seq: i64,
@@ -44,7 +44,7 @@ struct Message<'a> {
     at: i64,
 }
 
-/// Publishes. Cheap to clone.
+/// Publishes changes and receives those of other replicas. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Announcer {
     redis: Option<Redis>,
@@ -53,7 +53,7 @@ pub struct Announcer {
     metrics: Arc<Metrics>,
 }
 
-/// The channel on which every replica listens.
+/// Returns the channel that every replica subscribes to.
 pub fn channel(prefix: &str) -> String {
     format!("{prefix}:revoked")
 }
@@ -68,7 +68,7 @@ impl Announcer {
         }
     }
 
-    /// Publishes what was committed, in the background: the caller does not wait.
+    /// Publishes a committed change. Does not block: it is sent in the background.
     pub fn tell(&self, revocation: &Revocation) {
         let (Some(redis), Some(message)) = (self.redis.clone(), write(&self.seal, revocation))
         else {
@@ -84,19 +84,19 @@ impl Announcer {
                 }
                 Err(error) => {
                     announcer.metrics.revocation_publish_errors.inc();
-                    tracing::debug!(error = %error, "a revocation was not published");
+                    tracing::debug!(error = %error, "cannot publish an invalidation");
                 }
             }
         });
     }
 
-    /// Subscribes to what others publish. `None` without Redis.
+    /// Subscribes to published changes. Returns `None` without Redis.
     pub fn listen(&self) -> Option<Subscription> {
         let redis = self.redis.as_ref()?;
         Some(redis.subscribe(self.channel.to_string()))
     }
 
-    /// Returns what a message says. `None` if no replica of this installation sealed it, or not lately.
+    /// Parses a message. Returns `None` unless a replica of this installation sealed it recently.
     pub fn read(&self, message: &[u8], now: UnixNanos) -> Option<Revocation> {
         read(&self.seal, message, now)
     }
@@ -130,7 +130,7 @@ fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Revocation> {
     })
 }
 
-/// All that some revocations make untrue, to go through a cache but once.
+/// Everything that a number of changes invalidates, so that a cache is searched only once.
 #[derive(Debug, Default)]
 pub struct Gone {
     tenants: HashSet<Uuid>,
@@ -142,17 +142,17 @@ pub struct Gone {
 
 impl<'a> FromIterator<&'a Revocation> for Gone {
     fn from_iter<I: IntoIterator<Item = &'a Revocation>>(revocations: I) -> Self {
-        let mut gone = Self::default();
+        let mut set = Self::default();
         for revocation in revocations {
             match revocation.target {
-                None | Some(Target::Tenant) => gone.tenants.insert(revocation.tenant),
-                Some(Target::Plan(id)) => gone.plans.insert(id),
-                Some(Target::ApiKey(id)) => gone.keys.insert(id),
-                Some(Target::ServiceToken(id)) => gone.tokens.insert(id),
-                Some(Target::Session(id)) => gone.sessions.insert(id),
+                None | Some(Target::Tenant) => set.tenants.insert(revocation.tenant),
+                Some(Target::Plan(id)) => set.plans.insert(id),
+                Some(Target::ApiKey(id)) => set.keys.insert(id),
+                Some(Target::ServiceToken(id)) => set.tokens.insert(id),
+                Some(Target::Session(id)) => set.sessions.insert(id),
             };
         }
-        gone
+        set
     }
 }
 
@@ -161,7 +161,7 @@ impl Gone {
         !(self.tenants.is_empty() && self.plans.is_empty() && self.keys.is_empty())
     }
 
-    /// The ids of tenants, plans and keys: what a cached key belongs to.
+    /// Returns the IDs of tenants, plans and keys: what a cached key belongs to.
     pub fn owners_of_keys(&self) -> impl Iterator<Item = &Uuid> {
         self.tenants.iter().chain(&self.plans).chain(&self.keys)
     }
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn message_round_trips() {
         let id = Uuid::now_v7();
         for target in [
             Target::Tenant,
@@ -225,15 +225,15 @@ mod tests {
     }
 
     #[test]
-    fn an_old_message_or_one_from_the_future_is_not_believed() {
+    fn old_message_or_one_from_the_future_is_ignored() {
         let message = write(&seal(1), &revocation(Target::Tenant)).unwrap();
-        let believed = |now| read(&seal(1), &message, now).is_some();
-        assert!(believed(after(120)) && believed(UnixNanos::from_secs(NOW.secs() - 120)));
-        assert!(!believed(after(301)) && !believed(UnixNanos::from_secs(NOW.secs() - 301)));
+        let is_accepted = |now| read(&seal(1), &message, now).is_some();
+        assert!(is_accepted(after(120)) && is_accepted(UnixNanos::from_secs(NOW.secs() - 120)));
+        assert!(!is_accepted(after(301)) && !is_accepted(UnixNanos::from_secs(NOW.secs() - 301)));
     }
 
     #[test]
-    fn a_truncated_or_unsealed_message_is_not_believed() {
+    fn truncated_or_unsealed_message_is_ignored() {
         let message = write(&seal(1), &revocation(Target::Tenant)).unwrap();
         for at in 0..message.len() {
             assert_eq!(read(&seal(1), &message[..at], NOW), None, "{at}");
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_of_a_newer_version_is_for_the_whole_tenant_and_nonsense_for_nobody() {
+    fn unknown_target_invalidates_the_whole_tenant_and_nonsense_nothing() {
         let tenant = Uuid::now_v7();
         let message = format!(
             r#"{{"seq":1,"tenant":"{tenant}","target":"ring","id":"{tenant}","at":{AT},"x":1}}"#

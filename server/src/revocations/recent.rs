@@ -1,18 +1,18 @@
-//! What was changed lately, as far as this replica knows: decides whether what another replica read from PostgreSQL a
-//! while ago is still true.
+//! Recent changes, as far as this replica knows them. Decides whether a copy that another replica read from PostgreSQL
+//! earlier is still current.
 //!
-//! Revocations are numbered in the order of their commits, and a row is read together with the highest number that
-//! its reader saw. So a copy with number `n` is true except for revocations above `n`.
+//! Changes are numbered in the order of their commits, and a copy carries the highest number at the time it was read. So
+//! a copy with number `n` is current except for changes above `n`.
 //!
-//! Two sources, which are not worth the same:
-//! - **The poll** reads PostgreSQL, in order and without gaps. It alone moves the floor and the number up to which
-//!   everything is known.
-//! - **Announcements** are messages of other replicas, and this replica's own commits. They only come sooner. An
-//!   announcement makes copies older than it untrue until the poll has caught up; it never hides a number from the
-//!   poll, never raises the floor, and takes no room from what was polled.
+//! There are two sources, which are not trusted equally:
+//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they move the floor and the number up to
+//!   which everything is known.
+//! - **Announced** changes are messages of other replicas and this replica's own commits. They only arrive sooner. Until
+//!   the poll has caught up, an announcement outdates older copies. It never hides a number from the poll, never raises
+//!   the floor, and never displaces a polled change.
 //!
-//! Below the floor nothing is confirmed, since a revocation that was deleted from PostgreSQL may lie there. Nor is a
-//! copy with a number higher than PostgreSQL, or a replica that announced it, has shown: no such number was assigned.
+//! Nothing below the floor is confirmed, since changes there may have been deleted from PostgreSQL. Neither is a copy
+//! whose number is higher than any polled or announced one: no such number has been assigned.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -21,9 +21,9 @@ use uuid::Uuid;
 
 use crate::repo::revocation::{Revocation, Target};
 
-/// How many polled revocations are remembered. One takes about 150 bytes.
+/// The maximum number of polled changes in memory. One takes about 150 bytes.
 const REMEMBERED: usize = 20_000;
-/// How many announcements are remembered until the poll reaches them, which takes it a moment. More are dropped: the
+/// The maximum number of announcements in memory until the poll reaches them, a moment later. More are dropped, since the
 /// poll reads them anyway.
 const ANNOUNCED: usize = 4096;
 
@@ -33,23 +33,23 @@ pub struct Recent(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// `None` until PostgreSQL was polled for the first time: then nothing can be confirmed.
-    known: Option<Known>,
+    /// `None` until the first poll. Until then nothing can be confirmed.
+    range: Option<PolledRange>,
     polled: BTreeMap<i64, Uuid>,
-    /// Numbers above `known.up_to`.
+    /// With numbers above `range.up_to`.
     announced: BTreeMap<i64, Uuid>,
-    /// The highest number of each id in either map. Ids are unique over all kinds.
+    /// The highest number of each ID in either map. IDs are unique across kinds.
     newest: HashMap<Uuid, i64>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Known {
-    /// Every revocation above this, up to `up_to`, is in `polled`.
+struct PolledRange {
+    /// Every change above this, up to `up_to`, is in `polled`.
     floor: i64,
     up_to: i64,
 }
 
-/// What is changed or ended. For a kind that this version does not know, that is the whole tenant.
+/// Returns the ID of what changed. For a kind that this version does not know, that is the whole tenant.
 fn subject(revocation: &Revocation) -> Uuid {
     match revocation.target {
         None | Some(Target::Tenant) => revocation.tenant,
@@ -60,12 +60,12 @@ fn subject(revocation: &Revocation) -> Uuid {
 }
 
 impl Recent {
-    /// The first poll: the newest revocations that PostgreSQL still has, in order. Older ones may have been deleted,
-    /// so everything below the first of them is unconfirmed.
+    /// Records the first poll: the newest changes that PostgreSQL still has, in order. Older ones may have been deleted,
+    /// so nothing below the first of them is confirmed.
     pub fn begin(&self, newest: &[Revocation]) {
         let mut state = self.0.lock();
         let floor = newest.first().map_or(0, |first| first.seq - 1);
-        state.known.get_or_insert(Known {
+        state.range.get_or_insert(PolledRange {
             floor,
             up_to: floor,
         });
@@ -75,17 +75,16 @@ impl Recent {
         }
     }
 
-    /// PostgreSQL was restored to an earlier state, of which these are the newest revocations, in order. Its numbers
-    /// are given out a second time, so copies with any number of the first time are never confirmed again: nothing is
-    /// until PostgreSQL has passed the highest number that was known.
+    /// Starts over after PostgreSQL was restored to an earlier state, whose newest changes are these, in order. It will
+    /// assign the lost numbers again, so nothing is confirmed until it has passed the highest known number.
     pub fn restart(&self, newest: &[Revocation]) {
         let mut state = self.0.lock();
         let announced = state.announced.last_key_value().map(|(seq, _)| *seq);
-        let floor = state.known.map_or(0, |known| {
-            known.floor.max(announced.unwrap_or(0).max(known.up_to) + 1)
+        let floor = state.range.map_or(0, |range| {
+            range.floor.max(announced.unwrap_or(0).max(range.up_to) + 1)
         });
         *state = State {
-            known: Some(Known {
+            range: Some(PolledRange {
                 floor,
                 up_to: newest.first().map_or(0, |first| first.seq - 1),
             }),
@@ -97,49 +96,49 @@ impl Recent {
         }
     }
 
-    /// The poll has read this one, and everything before it. Returns whether it is news.
+    /// Records a polled change, after all of those before it. Returns whether it is new.
     pub fn polled(&self, revocation: &Revocation) -> bool {
         let (seq, id) = (revocation.seq, subject(revocation));
         let mut state = self.0.lock();
         let state = &mut *state;
-        let Some(known) = &mut state.known else {
+        let Some(range) = &mut state.range else {
             return true;
         };
-        if seq <= known.up_to {
+        if seq <= range.up_to {
             return false;
         }
-        known.up_to = seq;
+        range.up_to = seq;
         state.polled.insert(seq, id);
         let newest = state.newest.entry(id).or_default();
         *newest = seq.max(*newest);
         while state.polled.len() > REMEMBERED
             && let Some((seq, id)) = state.polled.pop_first()
         {
-            known.floor = known.floor.max(seq);
+            range.floor = range.floor.max(seq);
             if state.newest.get(&id) == Some(&seq) {
                 state.newest.remove(&id);
             }
         }
         let later = state.announced.split_off(&(seq + 1));
         let reached = std::mem::replace(&mut state.announced, later);
-        let mut is_news = true;
+        let mut is_new = true;
         for (announced, id) in reached {
-            is_news &= announced != seq;
-            // An announcement that PostgreSQL does not have, such as one from before a restore, ends here.
+            is_new &= announced != seq;
+            // An announcement that PostgreSQL does not confirm, such as one from before a restore, ends here.
             if !state.polled.contains_key(&announced) && state.newest.get(&id) == Some(&announced) {
                 state.recount(id);
             }
         }
-        is_news
+        is_new
     }
 
-    /// Another replica, or this one, has committed a revocation. Returns whether it is news: what was polled or
-    /// announced before is not, so a message that is sent again does nothing.
+    /// Records a change that a replica announced. Returns whether it is new: one that was polled or announced before is
+    /// not, so a replayed message has no effect.
     pub fn announced(&self, revocation: &Revocation) -> bool {
         let (seq, id) = (revocation.seq, subject(revocation));
         let mut state = self.0.lock();
         let state = &mut *state;
-        if state.known.is_some_and(|known| seq <= known.up_to) || state.announced.contains_key(&seq)
+        if state.range.is_some_and(|range| seq <= range.up_to) || state.announced.contains_key(&seq)
         {
             return false;
         }
@@ -151,17 +150,17 @@ impl Recent {
         true
     }
 
-    /// Whether none of these was changed after number `as_of`, as far as is known.
+    /// Returns whether none of the IDs changed after number `as_of`, as far as is known.
     pub fn unchanged(&self, ids: &[Uuid], as_of: i64) -> bool {
         let state = self.0.lock();
-        let Some(known) = state.known else {
+        let Some(range) = state.range else {
             return false;
         };
         let highest = state
             .announced
             .last_key_value()
-            .map_or(known.up_to, |(seq, _)| *seq);
-        (known.floor..=highest).contains(&as_of)
+            .map_or(range.up_to, |(seq, _)| *seq);
+        (range.floor..=highest).contains(&as_of)
             && ids
                 .iter()
                 .all(|id| state.newest.get(id).is_none_or(|seq| *seq <= as_of))
@@ -169,7 +168,7 @@ impl Recent {
 }
 
 impl State {
-    /// Looks for the highest number of an id again. Slow, and rare.
+    /// Recomputes the highest number of an ID. Slow, but rare.
     fn recount(&mut self, id: Uuid) {
         let of = |all: &BTreeMap<i64, Uuid>| {
             let mut numbers = all.iter().rev();
@@ -206,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_is_true_until_something_of_it_is_changed() {
+    fn copy_is_current_until_something_in_it_changes() {
         let recent = Recent::default();
         let (tenant, plan, key) = (Uuid::from_u128(1), Uuid::from_u128(2), Uuid::from_u128(3));
         let all = [tenant, plan, key];
@@ -214,7 +213,7 @@ mod tests {
         recent.begin(&[of_key(4, 0)]);
         assert!(recent.unchanged(&all, 4));
         assert!(recent.unchanged(&all, 3));
-        assert!(!recent.unchanged(&all, 2), "older than what is known");
+        assert!(!recent.unchanged(&all, 2), "below the floor");
         assert!(!recent.unchanged(&all, 5), "not assigned yet");
         for (seq, target) in [
             (5, Target::Tenant),
@@ -228,11 +227,11 @@ mod tests {
             assert!(recent.unchanged(&all, seq));
         }
         recent.polled(&of_key(8, 9));
-        assert!(recent.unchanged(&all, 7), "another's change");
+        assert!(recent.unchanged(&all, 7), "a change to something else");
     }
 
     #[test]
-    fn an_announcement_is_in_force_until_the_poll_confirms_it() {
+    fn announcement_counts_until_the_poll_confirms_it() {
         let recent = Recent::default();
         recent.begin(&[]);
         assert!(recent.announced(&of_key(2, 1)));
@@ -240,8 +239,8 @@ mod tests {
         assert!(!recent.unchanged(&[key(1)], 1));
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
-        assert!(!recent.unchanged(&[key(2)], 3), "nobody has shown 3");
-        // One that arrives after a later one.
+        assert!(!recent.unchanged(&[key(2)], 3), "3 was never announced");
+        // Announced after a later one.
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));
@@ -250,9 +249,9 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2));
     }
 
-    /// Whoever could announce future numbers would hide the real revocations with those numbers.
+    /// Otherwise anyone who can announce future numbers could hide the real changes with those numbers.
     #[test]
-    fn no_announcement_hides_a_number_from_the_poll_or_raises_the_floor() {
+    fn announcement_neither_hides_a_number_from_the_poll_nor_raises_the_floor() {
         let recent = Recent::default();
         recent.begin(&[of_key(1, 0)]);
         for seq in 2..=i64::try_from(3 * ANNOUNCED).unwrap() {
@@ -265,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn an_announcement_that_postgres_does_not_have_ends_with_the_poll() {
+    fn announcement_that_postgres_does_not_confirm_ends_with_the_poll() {
         let recent = Recent::default();
         recent.begin(&[of_key(1, 5)]);
         recent.announced(&of_key(2, 5));
@@ -281,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn after_a_restore_no_copy_from_before_it_is_confirmed() {
+    fn no_copy_from_before_a_restore_is_confirmed_after_it() {
         let recent = Recent::default();
         recent.begin(&[of_key(17, 0), of_key(18, 0), of_key(19, 0), of_key(20, 0)]);
         recent.announced(&of_key(23, 0));
@@ -291,7 +290,7 @@ mod tests {
             assert!(!recent.unchanged(&[key(1)], as_of), "{as_of}");
         }
         for seq in 19..=25 {
-            assert!(recent.polled(&of_key(seq, 2)), "{seq} is given out again");
+            assert!(recent.polled(&of_key(seq, 2)), "{seq} is assigned again");
             assert!(!recent.unchanged(&[key(1)], 23), "a number from before");
         }
         assert!(recent.unchanged(&[key(1)], 24));
@@ -300,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forgotten_raises_the_floor() {
+    fn evicted_changes_raise_the_floor() {
         let recent = Recent::default();
         recent.begin(&[]);
         for n in 1..=REMEMBERED + 10 {

@@ -1,12 +1,17 @@
-//! What is counted, and how it is named.
+//! Metrics: names, descriptions and the Prometheus text.
+//!
+//! A counter or gauge without labels is one line in the list below. Its field's documentation is its description.
+
+mod connections;
+mod latency;
 
 use std::{
     collections::BTreeMap,
+    fmt::Write as _,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -16,295 +21,169 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// Everything that is counted. Prometheus names are in [`Metrics::text`].
+pub use self::{
+    connections::{ConnectionMetrics, Refusal},
+    latency::Latency,
+};
+
+macro_rules! metrics {
+    ($($field:ident: $kind:ident, $name:literal, $help:literal;)+) => {
+        /// All metrics of a server.
+        #[derive(Debug, Default)]
+        pub struct Metrics {
+            $(
+                #[doc = $help]
+                pub $field: $kind,
+            )+
+            /// Time from receiving a key to the decision.
+            pub decision_seconds: Latency,
+            /// Time from a change, by PostgreSQL's clock, until this replica applies it.
+            pub revocation_lag_seconds: Latency,
+            pub public_connections: Arc<ConnectionMetrics>,
+            pub metrics_connections: Arc<ConnectionMetrics>,
+            /// By kind of row.
+            swept: Mutex<BTreeMap<&'static str, u64>>,
+            statuses: Statuses,
+        }
+
+        impl Metrics {
+            /// Registers everything that has no labels.
+            fn register(&self, registry: &mut Registry) {
+                $(registry.register($name, $help, self.$field.clone());)+
+            }
+        }
+    };
+}
+
+metrics! {
+    allowed: Counter, "decisions_allowed", "Requests allowed by the limiter";
+    denied: Counter, "decisions_denied", "Requests denied by the limiter";
+    limiter_errors: Counter, "decision_errors", "Requests without a decision, answered with 503";
+    refused_keys: Counter, "keys_refused", "Requests with an invalid, disabled or expired key";
+    keys_malformed: Counter, "keys_malformed",
+        "Requests with a key of the wrong format or checksum, rejected without a look-up";
+    key_cache_hits: Counter, "key_cache_hits", "Key look-ups answered from memory";
+    key_cache_negative_hits: Counter, "key_cache_negative_hits",
+        "Look-ups of keys that are known not to exist, answered from memory";
+    key_shared_hits: Counter, "key_shared_hits", "Key look-ups answered from Redis";
+    key_shared_negative_hits: Counter, "key_shared_negative_hits",
+        "Look-ups of keys that are known not to exist, answered from Redis";
+    key_shared_misses: Counter, "key_shared_misses", "Key look-ups that found nothing in Redis";
+    key_shared_outdated: Counter, "key_shared_outdated",
+        "Key look-ups that found a record in Redis from before a change";
+    key_shared_unreadable: Counter, "key_shared_unreadable",
+        "Key look-ups that found a record in Redis that was not sealed with this installation's secret";
+    key_shared_errors: Counter, "key_shared_errors", "Reads and writes of key records in Redis that failed";
+    key_loads: Counter, "key_loads", "Key look-ups in PostgreSQL";
+    key_stale_served: Counter, "key_stale_served",
+        "Key look-ups answered with a record that could not be confirmed";
+    ledger_takes: Counter, "ledger_takes", "Blocks of calendar quotas taken";
+    ledger_errors: Counter, "ledger_errors", "Calls to the quota ledger that failed";
+    counter_calls: Counter, "counter_calls", "Calls to the shared counters";
+    counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or were late";
+    counter_outages: Counter, "counter_outages", "Outages of the shared counters";
+    lease_tokens_taken: Counter, "lease_tokens_taken", "Tokens taken from the shared counters";
+    lease_tokens_spent: Counter, "lease_tokens_spent", "Taken tokens that requests spent";
+    lease_tokens_returned: Counter, "lease_tokens_returned",
+        "Taken tokens that were returned unspent; late returns may not be credited";
+    lease_tokens_lost: Counter, "lease_tokens_lost",
+        "Taken tokens that could not be returned to the shared counters";
+    admitted_degraded: Counter, "admitted_degraded", "Requests allowed without the shared counters";
+    counters_away: Gauge, "counters_away",
+        "Partitions of the shared counters with an outage; a single Redis is one partition";
+    replicas: Gauge, "replicas", "Replicas, as this one counts them; 0 without Redis";
+    guard_refusals: Counter, "guard_refusals", "Requests rejected by a limit for addresses or accounts";
+    logins_failed: Counter, "logins_failed", "Sign-ins with a wrong email or password";
+    password_queue_full: Counter, "password_queue_full",
+        "Requests answered with 503 because too many passwords were being hashed";
+    requests_in_flight: Gauge, "requests_in_flight", "Requests in flight";
+    panics: Counter, "panics", "Handlers that panicked";
+    revocation_polls: Counter, "revocation_polls", "Polls for changes to keys, plans, tokens and sessions";
+    revocation_poll_errors: Counter, "revocation_poll_errors", "Polls for changes that failed";
+    revocations_published: Counter, "revocations_published", "Changes published to other replicas";
+    revocation_publish_errors: Counter, "revocation_publish_errors",
+        "Changes that could not be published; other replicas find them by polling";
+    revocations_received: Counter, "revocations_received",
+        "Published changes received, including those of this replica";
+    revocations_unreadable: Counter, "revocations_unreadable", "Published changes that could not be read";
+    revocation_messages_lost: Counter, "revocation_messages_lost",
+        "Times that published changes may have been lost";
+    limiter_cells: Gauge, "limiter_cells", "Keys with limiter state in memory";
+    database_connections: Gauge, "database_connections", "Open connections to PostgreSQL";
+    database_connections_busy: Gauge, "database_connections_busy", "Connections to PostgreSQL in use";
+    redis_connections: Gauge, "redis_connections", "Open connections to Redis for decisions";
+    redis_connections_made: Counter, "redis_connections_made", "Connections to Redis established";
+    redis_connects_failed: Counter, "redis_connects_failed", "Failed attempts to connect to Redis";
+    redis_calls: Counter, "redis_calls", "Calls to Redis";
+    redis_calls_without_connection: Counter, "redis_calls_without_connection",
+        "Calls to Redis that failed because there was no connection";
+    redis_calls_late: Counter, "redis_calls_late", "Calls to Redis that timed out";
+    redis_calls_failed: Counter, "redis_calls_failed", "Calls to Redis that failed for another reason";
+    lookups_refused: Counter, "lookups_refused",
+        "Look-ups of unknown keys and tokens answered with 503 because too many were in progress";
+    database_suspected: Counter, "database_suspected", "Times that PostgreSQL was suspected to be unreachable";
+    readiness_checks: Counter, "readiness_checks", "Readiness checks that queried PostgreSQL";
+    sweep_errors: Counter, "sweep_errors", "Batches of expired rows that could not be deleted";
+}
+
+/// Responses by status code.
 #[derive(Debug)]
-pub struct Metrics {
-    pub allowed: Counter,
-    pub denied: Counter,
-    pub refused_keys: Counter,
-    pub limiter_errors: Counter,
-    /// Seconds from a key's text to the decision.
-    pub decision_seconds: Latency,
-    pub keys_malformed: Counter,
-    pub key_cache_hits: Counter,
-    pub key_cache_negative_hits: Counter,
-    pub key_shared_hits: Counter,
-    pub key_shared_negative_hits: Counter,
-    pub key_shared_misses: Counter,
-    pub key_shared_outdated: Counter,
-    pub key_shared_unreadable: Counter,
-    pub key_shared_errors: Counter,
-    pub key_loads: Counter,
-    pub key_stale_served: Counter,
-    pub ledger_takes: Counter,
-    pub ledger_errors: Counter,
-    pub counter_calls: Counter,
-    pub counter_errors: Counter,
-    pub counter_outages: Counter,
-    pub lease_tokens_taken: Counter,
-    pub lease_tokens_spent: Counter,
-    pub lease_tokens_returned: Counter,
-    pub lease_tokens_lost: Counter,
-    pub admitted_degraded: Counter,
-    pub replicas: Gauge,
-    pub counters_away: Gauge,
-    pub guard_refusals: Counter,
-    pub logins_failed: Counter,
-    pub password_queue_full: Counter,
-    pub requests_in_flight: Gauge,
-    pub panics: Counter,
-    pub revocation_polls: Counter,
-    pub revocation_poll_errors: Counter,
-    pub revocations_published: Counter,
-    pub revocation_publish_errors: Counter,
-    pub revocations_received: Counter,
-    pub revocations_unreadable: Counter,
-    pub revocation_messages_lost: Counter,
-    /// From a change to when this replica acts on it.
-    pub revocation_lag_seconds: Latency,
-    pub limiter_cells: Gauge,
-    pub database_connections: Gauge,
-    pub database_connections_busy: Gauge,
-    pub redis_connections: Gauge,
-    pub redis_connections_made: Counter,
-    pub redis_connects_failed: Counter,
-    pub redis_calls: Counter,
-    pub redis_calls_without_connection: Counter,
-    pub redis_calls_late: Counter,
-    pub redis_calls_failed: Counter,
-    pub public_connections: Arc<ConnectionMetrics>,
-    pub metrics_connections: Arc<ConnectionMetrics>,
-    /// Key and token look-ups that were answered 503 because too many were under way.
-    pub lookups_refused: Counter,
-    /// Times that PostgreSQL was suspected to be unreachable.
-    pub database_suspected: Counter,
-    pub readiness_checks: Counter,
-    pub sweep_errors: Counter,
-    /// By the name of what was swept.
-    swept: Mutex<BTreeMap<&'static str, u64>>,
-    statuses: Box<[AtomicU64; 600]>,
-}
+struct Statuses(Box<[AtomicU64; 600]>);
 
-/// Why a connection was refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
-    /// Its address has as many as it may have.
-    Address,
-    /// There are as many as there may be, and none that could be closed for it.
-    Full,
-}
-
-/// What became of the connections to one listener.
-#[derive(Debug, Default)]
-pub struct ConnectionMetrics {
-    pub open: Gauge,
-    pub accepted: Counter,
-    refused_address: Counter,
-    refused_full: Counter,
-    /// Closed to make room for another.
-    pub dropped: Counter,
-    pub timed_out_head: Counter,
-    pub timed_out_write: Counter,
-    pub timed_out_idle: Counter,
-    pub accept_errors: Counter,
-}
-
-impl ConnectionMetrics {
-    pub const fn refused(&self, refusal: Refusal) -> &Counter {
-        match refusal {
-            Refusal::Address => &self.refused_address,
-            Refusal::Full => &self.refused_full,
-        }
-    }
-}
-
-/// A histogram without a lock: a bucket is an atomic. Buckets double from 1 µs to 8 s.
-#[derive(Debug, Default)]
-pub struct Latency {
-    buckets: [AtomicU64; 24],
-    nanos: AtomicU64,
-}
-
-impl Latency {
-    pub fn observe(&self, nanos: u64) {
-        let micros = nanos.div_ceil(1000).max(1);
-        let bucket = (u64::BITS - (micros - 1).leading_zeros()).min(23) as usize;
-        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
-        self.nanos.fetch_add(nanos, Ordering::Relaxed);
-    }
-
-    fn write(&self, text: &mut String, name: &str, help: &str) {
-        use std::fmt::Write;
-        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
-        let mut total = 0;
-        let mut bound = 1e-6;
-        for bucket in &self.buckets {
-            total += bucket.load(Ordering::Relaxed);
-            let _ = writeln!(text, "{name}_bucket{{le=\"{bound}\"}} {total}");
-            bound *= 2.0;
-        }
-        let sum = Duration::from_nanos(self.nanos.load(Ordering::Relaxed)).as_secs_f64();
-        let _ = writeln!(
-            text,
-            "{name}_bucket{{le=\"+Inf\"}} {total}\n{name}_sum {sum}\n{name}_count {total}"
-        );
-    }
-}
-
-impl Default for Metrics {
+impl Default for Statuses {
     fn default() -> Self {
-        Self {
-            allowed: Counter::default(),
-            denied: Counter::default(),
-            refused_keys: Counter::default(),
-            limiter_errors: Counter::default(),
-            decision_seconds: Latency::default(),
-            keys_malformed: Counter::default(),
-            key_cache_hits: Counter::default(),
-            key_cache_negative_hits: Counter::default(),
-            key_shared_hits: Counter::default(),
-            key_shared_negative_hits: Counter::default(),
-            key_shared_misses: Counter::default(),
-            key_shared_outdated: Counter::default(),
-            key_shared_unreadable: Counter::default(),
-            key_shared_errors: Counter::default(),
-            key_loads: Counter::default(),
-            key_stale_served: Counter::default(),
-            ledger_takes: Counter::default(),
-            ledger_errors: Counter::default(),
-            counter_calls: Counter::default(),
-            counter_errors: Counter::default(),
-            counter_outages: Counter::default(),
-            lease_tokens_taken: Counter::default(),
-            lease_tokens_spent: Counter::default(),
-            lease_tokens_returned: Counter::default(),
-            lease_tokens_lost: Counter::default(),
-            admitted_degraded: Counter::default(),
-            replicas: Gauge::default(),
-            counters_away: Gauge::default(),
-            guard_refusals: Counter::default(),
-            logins_failed: Counter::default(),
-            password_queue_full: Counter::default(),
-            requests_in_flight: Gauge::default(),
-            panics: Counter::default(),
-            revocation_polls: Counter::default(),
-            revocation_poll_errors: Counter::default(),
-            revocations_published: Counter::default(),
-            revocation_publish_errors: Counter::default(),
-            revocations_received: Counter::default(),
-            revocations_unreadable: Counter::default(),
-            revocation_messages_lost: Counter::default(),
-            revocation_lag_seconds: Latency::default(),
-            limiter_cells: Gauge::default(),
-            database_connections: Gauge::default(),
-            database_connections_busy: Gauge::default(),
-            redis_connections: Gauge::default(),
-            redis_connections_made: Counter::default(),
-            redis_connects_failed: Counter::default(),
-            redis_calls: Counter::default(),
-            redis_calls_without_connection: Counter::default(),
-            redis_calls_late: Counter::default(),
-            redis_calls_failed: Counter::default(),
-            public_connections: Arc::default(),
-            metrics_connections: Arc::default(),
-            lookups_refused: Counter::default(),
-            database_suspected: Counter::default(),
-            readiness_checks: Counter::default(),
-            sweep_errors: Counter::default(),
-            swept: Mutex::default(),
-            statuses: Box::new([const { AtomicU64::new(0) }; 600]),
-        }
+        Self(Box::new([const { AtomicU64::new(0) }; 600]))
     }
 }
 
 impl Metrics {
-    /// Counts an answer.
+    /// Counts a response.
     pub fn answered(&self, status: u16) {
-        if let Some(count) = self.statuses.get(usize::from(status)) {
+        if let Some(count) = self.statuses.0.get(usize::from(status)) {
             count.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Counts rows that were deleted or cleared because their time had passed.
+    /// Counts expired rows that were deleted or cleared.
     pub fn swept(&self, kind: &'static str, rows: u64) {
         *self.swept.lock().entry(kind).or_default() += rows;
     }
 
-    /// Connections of both listeners, and swept rows: what has labels.
-    fn write_labeled(&self, text: &mut String) {
-        use std::fmt::Write;
-        type Read = fn(&ConnectionMetrics) -> String;
-        type Family<'a> = (&'a str, &'a str, &'a str, &'a [(&'a str, Read)]);
-        let listeners = [
-            ("public", &self.public_connections),
-            ("metrics", &self.metrics_connections),
-        ];
-        let families: [Family<'_>; 6] = [
-            (
-                "quota_connections_open",
-                "gauge",
-                "Open client connections",
-                &[("", |it| it.open.get().to_string())],
-            ),
-            (
-                "quota_connections_accepted",
-                "counter",
-                "Client connections accepted and kept",
-                &[("", |it| it.accepted.get().to_string())],
-            ),
-            (
-                "quota_connections_refused",
-                "counter",
-                "Client connections closed at once, by the limit that was reached",
-                &[
-                    (",limit=\"address\"", |it| {
-                        it.refused_address.get().to_string()
-                    }),
-                    (",limit=\"total\"", |it| it.refused_full.get().to_string()),
-                ],
-            ),
-            (
-                "quota_connections_dropped",
-                "counter",
-                "Client connections without a request in flight that were closed to make room for others",
-                &[("", |it| it.dropped.get().to_string())],
-            ),
-            (
-                "quota_connections_timed_out",
-                "counter",
-                "Client connections closed because the client took too long, by what was waited for",
-                &[
-                    (",waiting_for=\"request\"", |it| {
-                        it.timed_out_head.get().to_string()
-                    }),
-                    (",waiting_for=\"read\"", |it| {
-                        it.timed_out_write.get().to_string()
-                    }),
-                    (",waiting_for=\"next_request\"", |it| {
-                        it.timed_out_idle.get().to_string()
-                    }),
-                ],
-            ),
-            (
-                "quota_accept_errors",
-                "counter",
-                "Failures to accept a client connection",
-                &[("", |it| it.accept_errors.get().to_string())],
-            ),
-        ];
-        for (name, kind, help, series) in families {
-            let _ = writeln!(text, "# HELP {name} {help}.\n# TYPE {name} {kind}");
-            let total = if kind == "counter" { "_total" } else { "" };
-            for (listener, metrics) in listeners {
-                for (label, read) in series {
-                    let value = read(metrics);
-                    let _ = writeln!(
-                        text,
-                        "{name}{total}{{listener=\"{listener}\"{label}}} {value}"
-                    );
-                }
-            }
+    /// Returns all metrics as Prometheus text (OpenMetrics 1.0).
+    pub fn text(&self) -> String {
+        let mut registry = Registry::with_prefix("quota");
+        let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
+        registry.register("build", "The running version", version);
+        self.register(&mut registry);
+        let mut text = String::with_capacity(8192);
+        // The end marker goes last, below.
+        if encode(&mut text, &registry).is_ok() {
+            text.truncate(text.trim_end().trim_end_matches("# EOF").len());
         }
+        self.decision_seconds.write(
+            &mut text,
+            "quota_decision_seconds",
+            "Seconds from receiving a key to the decision.",
+        );
+        self.revocation_lag_seconds.write(
+            &mut text,
+            "quota_revocation_lag_seconds",
+            "Seconds from a change, by PostgreSQL's clock, until this replica applies it.",
+        );
+        connections::write(
+            &mut text,
+            [
+                ("public", &self.public_connections),
+                ("metrics", &self.metrics_connections),
+            ],
+        );
+        self.write_swept(&mut text);
+        self.write_statuses(&mut text);
+        text.push_str("# EOF\n");
+        text
+    }
+
+    fn write_swept(&self, text: &mut String) {
         let _ = writeln!(
             text,
             "# HELP quota_rows_swept Expired rows deleted or cleared.\n# TYPE quota_rows_swept counter"
@@ -314,294 +193,12 @@ impl Metrics {
         }
     }
 
-    /// The Prometheus text (OpenMetrics 1.0).
-    pub fn text(&self) -> String {
-        use std::fmt::Write;
-        let mut registry = Registry::with_prefix("quota");
-        let r = &mut registry;
-        r.register(
-            "build",
-            "The running version",
-            Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]),
-        );
-        r.register(
-            "decisions_allowed",
-            "Requests admitted by the limiter",
-            self.allowed.clone(),
-        );
-        r.register(
-            "decisions_denied",
-            "Requests denied by the limiter",
-            self.denied.clone(),
-        );
-        r.register(
-            "decision_errors",
-            "Requests without a decision, answered 503",
-            self.limiter_errors.clone(),
-        );
-        r.register(
-            "keys_refused",
-            "Requests with a key that opens nothing",
-            self.refused_keys.clone(),
-        );
-        r.register(
-            "keys_malformed",
-            "Of these, keys with a wrong form or checksum, refused before any look-up",
-            self.keys_malformed.clone(),
-        );
-        r.register(
-            "key_cache_hits",
-            "Key look-ups answered from this process",
-            self.key_cache_hits.clone(),
-        );
-        r.register(
-            "key_cache_negative_hits",
-            "Key look-ups answered from this process: known not to exist",
-            self.key_cache_negative_hits.clone(),
-        );
-        r.register(
-            "key_shared_hits",
-            "Key look-ups answered from what replicas share in Redis",
-            self.key_shared_hits.clone(),
-        );
-        r.register(
-            "key_shared_negative_hits",
-            "Key look-ups answered from what replicas share in Redis: known not to exist",
-            self.key_shared_negative_hits.clone(),
-        );
-        r.register(
-            "key_shared_misses",
-            "Key look-ups that found nothing in Redis",
-            self.key_shared_misses.clone(),
-        );
-        r.register(
-            "key_shared_outdated",
-            "Key look-ups that found a record in Redis from before a change",
-            self.key_shared_outdated.clone(),
-        );
-        r.register(
-            "key_shared_unreadable",
-            "Key look-ups that found something in Redis that no replica with this secret wrote",
-            self.key_shared_unreadable.clone(),
-        );
-        r.register(
-            "key_shared_errors",
-            "Key look-ups and writes that Redis failed",
-            self.key_shared_errors.clone(),
-        );
-        r.register(
-            "key_loads",
-            "Key look-ups that asked PostgreSQL",
-            self.key_loads.clone(),
-        );
-        r.register(
-            "key_stale_served",
-            "Key look-ups answered with a record that could not be confirmed",
-            self.key_stale_served.clone(),
-        );
-        r.register(
-            "ledger_takes",
-            "Blocks of calendar quotas taken",
-            self.ledger_takes.clone(),
-        );
-        r.register(
-            "ledger_errors",
-            "Failed calls to the quota ledger",
-            self.ledger_errors.clone(),
-        );
-        r.register(
-            "counter_calls",
-            "Calls to the shared counters",
-            self.counter_calls.clone(),
-        );
-        r.register(
-            "counter_errors",
-            "Calls to the shared counters that failed or came too late",
-            self.counter_errors.clone(),
-        );
-        r.register(
-            "counter_outages",
-            "Times that shared counters were given up",
-            self.counter_outages.clone(),
-        );
-        r.register(
-            "lease_tokens_taken",
-            "Tokens taken from the shared counters",
-            self.lease_tokens_taken.clone(),
-        );
-        r.register(
-            "lease_tokens_spent",
-            "Of these, tokens spent by requests",
-            self.lease_tokens_spent.clone(),
-        );
-        r.register(
-            "lease_tokens_returned",
-            "Of these, tokens given back unspent; what goes back late may not be credited",
-            self.lease_tokens_returned.clone(),
-        );
-        r.register(
-            "lease_tokens_lost",
-            "Of these, tokens given back unspent to counters that did not take them",
-            self.lease_tokens_lost.clone(),
-        );
-        r.register(
-            "admitted_degraded",
-            "Requests admitted without the shared counters",
-            self.admitted_degraded.clone(),
-        );
-        r.register(
-            "counters_away",
-            "Partitions of the shared counters that are given up now; of a single Redis there is one",
-            self.counters_away.clone(),
-        );
-        r.register(
-            "replicas",
-            "Running servers, as this one counts them; 0 without Redis",
-            self.replicas.clone(),
-        );
-        r.register(
-            "guard_refusals",
-            "Requests refused by a limit of address or account",
-            self.guard_refusals.clone(),
-        );
-        r.register(
-            "logins_failed",
-            "Sign-ins with a wrong email or password",
-            self.logins_failed.clone(),
-        );
-        r.register(
-            "password_queue_full",
-            "Requests answered 503 because too many passwords were being hashed",
-            self.password_queue_full.clone(),
-        );
-        r.register(
-            "requests_in_flight",
-            "Requests being answered",
-            self.requests_in_flight.clone(),
-        );
-        r.register("panics", "Handlers that panicked", self.panics.clone());
-        r.register(
-            "revocation_polls",
-            "Polls for changes of keys and sessions",
-            self.revocation_polls.clone(),
-        );
-        r.register(
-            "revocation_poll_errors",
-            "Such polls that failed",
-            self.revocation_poll_errors.clone(),
-        );
-        r.register(
-            "revocations_published",
-            "Changes told to other replicas",
-            self.revocations_published.clone(),
-        );
-        r.register(
-            "revocation_publish_errors",
-            "Changes that could not be told; others learn of them by the poll",
-            self.revocation_publish_errors.clone(),
-        );
-        r.register(
-            "revocations_received",
-            "Changes that other replicas told, and our own",
-            self.revocations_received.clone(),
-        );
-        r.register(
-            "revocations_unreadable",
-            "Messages about changes that could not be read",
-            self.revocations_unreadable.clone(),
-        );
-        r.register(
-            "revocation_messages_lost",
-            "Times that messages about changes may have been lost",
-            self.revocation_messages_lost.clone(),
-        );
-        r.register(
-            "limiter_cells",
-            "Keys whose state is in memory",
-            self.limiter_cells.clone(),
-        );
-        r.register(
-            "database_connections",
-            "Open connections to PostgreSQL",
-            self.database_connections.clone(),
-        );
-        r.register(
-            "database_connections_busy",
-            "Connections to PostgreSQL in use",
-            self.database_connections_busy.clone(),
-        );
-        r.register(
-            "redis_connections",
-            "Open connections to Redis for decisions",
-            self.redis_connections.clone(),
-        );
-        r.register(
-            "redis_connections_made",
-            "Connections to Redis made so far",
-            self.redis_connections_made.clone(),
-        );
-        r.register(
-            "redis_connects_failed",
-            "Tries to connect to Redis that failed",
-            self.redis_connects_failed.clone(),
-        );
-        r.register("redis_calls", "Calls to Redis", self.redis_calls.clone());
-        r.register(
-            "redis_calls_without_connection",
-            "Calls to Redis for which there was no connection",
-            self.redis_calls_without_connection.clone(),
-        );
-        r.register(
-            "redis_calls_late",
-            "Calls to Redis without an answer in time",
-            self.redis_calls_late.clone(),
-        );
-        r.register(
-            "redis_calls_failed",
-            "Calls to Redis that failed otherwise",
-            self.redis_calls_failed.clone(),
-        );
-        r.register(
-            "lookups_refused",
-            "Look-ups of unknown keys and tokens answered 503 because too many were under way",
-            self.lookups_refused.clone(),
-        );
-        r.register(
-            "database_suspected",
-            "Times that PostgreSQL was suspected to be unreachable",
-            self.database_suspected.clone(),
-        );
-        r.register(
-            "readiness_checks",
-            "Times that PostgreSQL was asked whether the server is ready",
-            self.readiness_checks.clone(),
-        );
-        r.register(
-            "sweep_errors",
-            "Batches of expired rows that could not be deleted",
-            self.sweep_errors.clone(),
-        );
-        let mut text = String::with_capacity(8192);
-        // The end mark is written last, below.
-        if encode(&mut text, &registry).is_ok() {
-            text.truncate(text.trim_end().trim_end_matches("# EOF").len());
-        }
-        self.decision_seconds.write(
-            &mut text,
-            "quota_decision_seconds",
-            "Seconds from a key's text to the decision.",
-        );
-        self.revocation_lag_seconds.write(
-            &mut text,
-            "quota_revocation_lag_seconds",
-            "Seconds from a change, by PostgreSQL's clock, to when this replica acts on it.",
-        );
-        self.write_labeled(&mut text);
+    fn write_statuses(&self, text: &mut String) {
         let _ = writeln!(
             text,
-            "# HELP quota_http_responses Answers by status.\n# TYPE quota_http_responses counter"
+            "# HELP quota_http_responses Responses by status.\n# TYPE quota_http_responses counter"
         );
-        for (status, count) in self.statuses.iter().enumerate() {
+        for (status, count) in self.statuses.0.iter().enumerate() {
             let count = count.load(Ordering::Relaxed);
             if count > 0 {
                 let _ = writeln!(
@@ -610,8 +207,6 @@ impl Metrics {
                 );
             }
         }
-        text.push_str("# EOF\n");
-        text
     }
 }
 
@@ -620,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_text_has_one_end_and_what_was_counted() {
+    fn text_has_every_count_and_one_end_marker() {
         let metrics = Metrics::default();
         metrics.allowed.inc();
         metrics.answered(200);

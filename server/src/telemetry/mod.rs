@@ -1,9 +1,8 @@
-//! What the server tells its operator: logs and metrics.
+//! Logs and metrics.
 //!
-//! Logs are lines on standard output. Requests are written by [`log::Log::access`], straight into a buffer,
-//! since a line for each of them is most of what a busy server logs; everything else goes through `tracing`.
-//! Metrics are kept as plain atomics in [`metrics::Metrics`] and written out when asked for. Neither may hold
-//! up a request or hold a key, token, password or email.
+//! Logs are lines on standard output. Access log lines are written by [`log::Log::access`] directly into a buffer,
+//! since they are most of what a busy server logs; everything else goes through `tracing`. Metrics are plain atomics in
+//! [`metrics::Metrics`], formatted on request. Neither may delay a request or contain a key, token, password or email.
 
 pub mod log;
 pub mod metrics;

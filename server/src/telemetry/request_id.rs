@@ -1,4 +1,4 @@
-//! The ids of requests that came without one: UUIDs of version 7.
+//! IDs of requests that arrive without one: UUIDs of version 7.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -9,11 +9,11 @@ use uuid::Builder;
 
 use crate::clock::UnixNanos;
 
-/// Makes ids that differ from one another and from those of other processes. They can be guessed, which for the
-/// name of a request is no matter: asking the system for chance costs more than all the rest of an id.
+/// Generates IDs that are unique across processes. They are predictable, which does not matter for request IDs: reading
+/// random numbers from the system would cost more than everything else.
 #[derive(Debug)]
 pub struct RequestIds {
-    /// Where this process starts to count.
+    /// Where this process starts counting.
     start: u64,
     count: AtomicU64,
 }
@@ -28,12 +28,12 @@ impl Default for RequestIds {
 }
 
 impl RequestIds {
-    /// The next id, as text of 36 characters.
+    /// Returns the next ID, as 36 characters.
     pub fn next(&self, now: UnixNanos) -> [u8; 36] {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
         let mut chance = [0; 10];
-        // Eight bytes that never come twice in a process, since `mixed` is one-to-one, and two that tell
-        // apart what the six bits of version and variant take from them.
+        // Eight bytes that are unique in a process, since `mixed` is one-to-one, and two that replace the six bits
+        // overwritten by version and variant.
         chance[..2].copy_from_slice(&count.to_be_bytes()[6..]);
         chance[2..].copy_from_slice(&mixed(self.start.wrapping_add(count)).to_be_bytes());
         let millis = now.0 / 1_000_000;
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_are_uuids_of_version_7_and_of_their_time() {
+    fn ids_are_uuids_of_version_7_with_the_current_time() {
         let text = RequestIds::default().next(UnixNanos::from_secs(1_785_738_360));
         let id = Uuid::try_parse_ascii(&text).expect("a UUID");
         assert_eq!(id.get_version_num(), 7);
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn no_id_comes_twice_in_a_process_nor_in_two() {
+    fn ids_are_unique_in_a_process_and_across_processes() {
         let (one, other) = (RequestIds::default(), RequestIds::default());
         let now = UnixNanos::from_secs(1);
         let ids = (0..100_000).flat_map(|_| [one.next(now), other.next(now)]);

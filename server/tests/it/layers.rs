@@ -9,6 +9,8 @@ const RANKS: &[&[&str]] = &[
         "clock",
         "config",
         "deadline",
+        "error_chain",
+        "error_chain",
         "file_limit",
         "schema",
         "seal",

@@ -136,7 +136,7 @@ async fn who_has_patience_hears_the_answer_that_is_late() {
         let script = Script::new(ADD);
         patient.eval(&script, &["k"], &[1], Some(PATIENCE)).await
     });
-    let late = || redis.counts().late.load(Ordering::Relaxed);
+    let late = || redis.counts().timed_out.load(Ordering::Relaxed);
     while late() == 0 {
         assert!(!patient.is_finished());
         sleep(Duration::from_millis(5)).await;

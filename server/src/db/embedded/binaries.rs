@@ -1,4 +1,4 @@
-//! The PostgreSQL programs on this machine, and the making of a cluster with them.
+//! The PostgreSQL programs on this machine, and creating a cluster with them.
 
 use std::{
     cmp::Reverse,
@@ -23,11 +23,11 @@ pub(super) struct Binaries {
     pub(super) version: String,
 }
 
-/// Every PostgreSQL server on this machine, the preferred one first.
+/// Returns every PostgreSQL server on this machine, the preferred one first.
 pub(super) async fn installed_binaries() -> Vec<Binaries> {
     let mut places = Vec::new();
-    // What `pg_config` and the path name is what the machine's owner prefers; `pg_config` alone comes
-    // with the client library, too, so it may point at a directory without a server.
+    // The machine's owner prefers what `pg_config` and the path name. `pg_config` also comes with the client library,
+    // so its directory may have no server.
     for question in [
         "pg_config --bindir",
         "dirname \"$(readlink -f \"$(command -v postgres)\")\"",
@@ -70,7 +70,7 @@ pub(super) async fn installed_binaries() -> Vec<Binaries> {
     found
 }
 
-/// What a command prints, trimmed, or `None` when it fails or prints nothing.
+/// Returns the trimmed output of a command, or `None` if it fails or prints nothing.
 async fn output(command: &mut Command) -> Option<String> {
     let output = command
         .stdin(Stdio::null())
@@ -104,8 +104,8 @@ pub(super) fn matching(
         })
 }
 
-/// Makes the cluster beside its place and moves it there when it is whole, so that a crash in between
-/// leaves a leftover and no broken cluster.
+/// Creates the cluster in a temporary directory and renames that when it is complete, so that a crash leaves no broken
+/// cluster.
 pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedError> {
     const LEFTOVER: &str = "postgres.new-";
     let home = place.cluster.parent().unwrap_or(Path::new("/"));
@@ -121,7 +121,7 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
     let new = home.join(format!("{LEFTOVER}{}", std::process::id()));
     make_dir(&new, 0o700)?;
     place.give(&new)?;
-    tracing::info!(cluster = %place.cluster.display(), "making the database, once");
+    tracing::info!(cluster = %place.cluster.display(), "creating the embedded database");
     let program = bin.join("initdb");
     let child = place
         .guarded(&program)
@@ -129,11 +129,11 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
         .arg(&new)
         .args([
             &format!("--username={NAME}"),
-            // The socket's directory is what guards the way in.
+            // Access is restricted by the permissions of the socket's directory.
             "--auth-local=trust",
             "--auth-host=reject",
             "--encoding=UTF8",
-            // The order of bytes never changes; a locale's does, with the C library, under indexes.
+            // Byte order never changes. A locale's order may change with the C library, which breaks indexes.
             "--no-locale",
             "--data-checksums",
         ])
@@ -156,13 +156,13 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
         });
     }
     fs::rename(&new, &place.cluster).map_err(EmbeddedError::file("cannot make", &place.cluster))?;
-    // The rename has to outlive a loss of power as the files themselves do.
+    // The rename must survive a power failure, like the files themselves.
     File::open(home)
         .and_then(|dir| dir.sync_all())
         .map_err(EmbeddedError::file("cannot write", home))
 }
 
-/// [`Child::wait_with_output`] closes standard input first, at which the guard would end its child.
+/// Unlike [`Child::wait_with_output`], does not close standard input first, which would make the guard end its child.
 async fn wait_with_output(mut child: Child) -> io::Result<std::process::Output> {
     let pipe = child.stdin.take();
     let output = child.wait_with_output().await;

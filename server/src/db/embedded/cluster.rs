@@ -1,4 +1,4 @@
-//! The server process: started under the guard, watched, started again, ended.
+//! The server process: starts it under the guard, supervises, restarts and stops it.
 
 use std::{
     ffi::OsStr,
@@ -21,7 +21,7 @@ use tokio::{
 
 use super::{EmbeddedError, connect, place::Place, url};
 
-/// Recovery after a crash replays at most about a `max_wal_size` of log.
+/// Recovery after a crash replays at most about one `max_wal_size` of log.
 pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
 /// A fast shutdown ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -29,19 +29,19 @@ const HARD_STOP_LIMIT: Duration = Duration::from_secs(5);
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// After this long alive, a death is news and not part of a series.
+/// A crash after this uptime resets the backoff.
 const SETTLED: Duration = Duration::from_mins(1);
 
-/// The log is put aside at a start when it is longer than this.
+/// The log is rotated at startup if it is longer than this.
 const LOG_LIMIT: u64 = 10 * 1024 * 1024;
 
-/// The guard and the end of its pipe. They are kept apart because waiting for a [`Child`] closes its
-/// standard input, which would end it.
+/// The guard and the end of its pipe. They are separate because waiting for a [`Child`] closes its standard input,
+/// which would end it.
 #[derive(Debug)]
 pub(super) struct Guarded {
     pub(super) child: Child,
     pub(super) pipe: Option<ChildStdin>,
-    /// Where in the log its own words begin.
+    /// The offset in the log at which its own output begins.
     pub(super) log_begin: u64,
 }
 
@@ -52,14 +52,14 @@ pub(super) struct Cluster {
     pub(super) place: Place,
     pub(super) socket_dir: PathBuf,
     pub(super) log: PathBuf,
-    /// Held until PostgreSQL has ended, so that the next server does not meet it half gone.
+    /// Held until PostgreSQL has exited, so that the next server does not find it shutting down.
     pub(super) _lock: File,
 }
 
 impl Cluster {
-    /// Runs PostgreSQL, which then takes a while to be [`ready`](Self::ready).
+    /// Starts PostgreSQL, which takes a while until it is [`ready`](Self::ready).
     pub(super) async fn launch(&self) -> Result<Guarded, EmbeddedError> {
-        self.clear_the_way().await?;
+        self.stop_orphan().await?;
         let log = OpenOptions::new()
             .create(true)
             .append(true)
@@ -92,7 +92,7 @@ impl Cluster {
         })
     }
 
-    /// Waits until PostgreSQL takes connections.
+    /// Waits until PostgreSQL accepts connections.
     pub(super) async fn ready(&self, postgres: &mut Guarded) -> Result<(), EmbeddedError> {
         let url = url(&self.socket_dir, "postgres");
         let deadline = Instant::now() + START_LIMIT;
@@ -117,17 +117,17 @@ impl Cluster {
         }
     }
 
-    /// Ends what an earlier server left running on this cluster, and waits for it.
+    /// Ends a PostgreSQL that an earlier server left running on this cluster, and waits for it.
     ///
-    /// We hold the data directory's lock, so whoever runs here is an orphan. It is known by its working
-    /// directory, which PostgreSQL's processes set to their cluster; a process id in a file may by now be
-    /// anyone's. Where there is no `/proc`, PostgreSQL's own check of its pid file stands alone.
-    pub(super) async fn clear_the_way(&self) -> Result<(), EmbeddedError> {
+    /// This process holds the lock of the data directory, so any PostgreSQL here is an orphan. It is recognized by its
+    /// working directory, which PostgreSQL sets to its cluster; a PID from a file may belong to another process by now.
+    /// Without `/proc`, only PostgreSQL's own check of its PID file remains.
+    pub(super) async fn stop_orphan(&self) -> Result<(), EmbeddedError> {
         let cluster = fs::canonicalize(&self.place.cluster)
             .map_err(EmbeddedError::file("cannot look at", &self.place.cluster))?;
         let pid_file = cluster.join("postmaster.pid");
         if !running_in(&cluster).is_empty() {
-            tracing::info!(cluster = %cluster.display(), "ending what is left of an earlier PostgreSQL");
+            tracing::info!(cluster = %cluster.display(), "stopping an orphaned PostgreSQL");
         }
         if !end_running(&cluster, Signal::SIGINT, FAST_STOP_LIMIT).await {
             end_running(&cluster, Signal::SIGQUIT, HARD_STOP_LIMIT).await;
@@ -135,15 +135,15 @@ impl Cluster {
         if let Some(&pid) = running_in(&cluster).first() {
             return Err(EmbeddedError::Orphan { pid, cluster });
         }
-        // PostgreSQL refuses to start when the number in its pid file is some live process of its user's.
-        // No process of this cluster is alive, so the file says nothing.
+        // PostgreSQL does not start if the PID in its file is a running process of the same user. No process of this
+        // cluster is running, so the file is stale.
         if Path::new("/proc/self/cwd").exists() && pid_file.exists() {
             fs::remove_file(&pid_file).map_err(EmbeddedError::file("cannot remove", &pid_file))?;
         }
         Ok(())
     }
 
-    /// Keeps PostgreSQL running until told to stop, or until the other end of `stopped` is gone.
+    /// Keeps PostgreSQL running until it is to stop, or until the other end of `stopped` is dropped.
     pub(super) async fn keep(self, mut postgres: Guarded, mut stopped: watch::Receiver<bool>) {
         let mut pause = FIRST_PAUSE;
         loop {
@@ -162,7 +162,7 @@ impl Cluster {
             tracing::error!(
                 status,
                 log = %self.log.display(),
-                "the embedded PostgreSQL ended by itself; starting it again"
+                "the embedded PostgreSQL exited; restarting it"
             );
             postgres = loop {
                 let paused = async {
@@ -195,14 +195,14 @@ impl Cluster {
                 };
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    "the embedded PostgreSQL does not start; trying again"
+                    "the embedded PostgreSQL does not start; retrying"
                 );
             };
-            tracing::info!("the embedded PostgreSQL runs again");
+            tracing::info!("the embedded PostgreSQL is running again");
         }
     }
 
-    /// Fast shutdown, and an immediate one where that takes too long.
+    /// Requests a fast shutdown, and an immediate one if that takes too long.
     pub(super) async fn stop(
         &self,
         Guarded {
@@ -213,7 +213,9 @@ impl Cluster {
         if timeout(FAST_STOP_LIMIT, child.wait()).await.is_ok() {
             return;
         }
-        tracing::warn!("the embedded PostgreSQL takes long to stop; ending it at once");
+        tracing::warn!(
+            "the embedded PostgreSQL takes too long to stop; requesting an immediate shutdown"
+        );
         if let Ok(cluster) = fs::canonicalize(&self.place.cluster) {
             end_running(&cluster, Signal::SIGQUIT, HARD_STOP_LIMIT).await;
         }
@@ -223,8 +225,8 @@ impl Cluster {
     }
 }
 
-/// Puts a long log aside, in place of the one put aside before.
-pub(super) fn put_aside(log: &Path) -> Result<(), EmbeddedError> {
+/// Rotates a long log, replacing the previously rotated one.
+pub(super) fn rotate(log: &Path) -> Result<(), EmbeddedError> {
     if fs::metadata(log).is_ok_and(|metadata| metadata.len() > LOG_LIMIT) {
         fs::rename(log, log.with_extension("log.1"))
             .map_err(EmbeddedError::file("cannot rename", log))?;
@@ -232,7 +234,7 @@ pub(super) fn put_aside(log: &Path) -> Result<(), EmbeddedError> {
     Ok(())
 }
 
-/// The last lines of the log from `begin` on.
+/// Returns the last lines of the log after `begin`.
 fn tail(log: &Path, begin: u64) -> String {
     const LINES: usize = 10;
     let mut text = Vec::new();
@@ -248,8 +250,7 @@ fn tail(log: &Path, begin: u64) -> String {
     lines[lines.len().saturating_sub(LINES)..].join("\n")
 }
 
-/// The processes whose working directory is `dir`, except ended ones that wait to be reaped. None where
-/// there is no `/proc`.
+/// Returns the processes whose working directory is `dir`, except zombies. Returns none without `/proc`.
 fn running_in(dir: &Path) -> Vec<i32> {
     let own = std::process::id().cast_signed();
     fs::read_dir("/proc")
@@ -264,8 +265,8 @@ fn running_in(dir: &Path) -> Vec<i32> {
         .collect()
 }
 
-/// Signals the postmaster of the cluster and waits until all its processes are gone; `false` when they
-/// are not. Sessions of a postmaster that died notice by themselves.
+/// Signals the cluster's postmaster and waits until all its processes have exited. Returns `false` if some have not.
+/// Sessions notice by themselves when their postmaster has died.
 async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
     let mut signalled = None;
@@ -274,7 +275,7 @@ async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
         if running.is_empty() {
             return true;
         }
-        // A starting one has yet to write its file.
+        // A postmaster that is starting has not written its file yet.
         let postmaster = fs::read_to_string(cluster.join("postmaster.pid"))
             .ok()
             .and_then(|text| text.lines().next()?.trim().parse::<i32>().ok())
@@ -290,7 +291,7 @@ async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     }
 }
 
-/// An operator's shell may stand in the directory, too.
+/// An operator's shell may also have this working directory.
 fn is_postgres(process: &Path) -> bool {
     fs::read_link(process.join("exe"))
         .is_ok_and(|exe| exe.file_name() == Some(OsStr::new("postgres")))

@@ -1,4 +1,4 @@
-//! Where a cluster's files are, and as whom PostgreSQL runs on them.
+//! Where a cluster's files are, and which user PostgreSQL runs as.
 
 use std::{
     fmt::Write as _,
@@ -17,15 +17,15 @@ use tokio::process::Command;
 
 use super::{EmbeddedError, PORT};
 
-/// The longest path of a socket that every supported system takes (Linux: 107 bytes, macOS and BSD: 103).
+/// The longest path of a socket on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
 const SOCKET_PATH_LIMIT: usize = 103;
 
-/// Where a cluster lives that root may not keep in its data directory.
+/// The directory for clusters that cannot be in root's data directory.
 const FALLBACK_HOME: &str = "/var/lib/quota";
 
-/// Runs "$@", ends it (fast shutdown) when standard input ends, and exits as it did. Background jobs of
-/// a shell have no standard input, hence descriptor 3, and ignore SIGINT until they set it themselves,
-/// hence more than one.
+/// Runs "$@", requests a fast shutdown when standard input ends, and exits with the same status. A shell's background
+/// jobs have no standard input, hence descriptor 3, and ignore SIGINT until they install a handler, hence more than
+/// one.
 const GUARD: &str = r#"
 exec 3<&0 </dev/null
 "$@" 3<&- &
@@ -39,7 +39,7 @@ code=$?
 exit "$code"
 "#;
 
-/// The files of a cluster and the user that they belong to.
+/// The files of a cluster, and the user who owns them.
 #[derive(Debug)]
 pub(super) struct Place {
     /// PostgreSQL's data directory.
@@ -47,7 +47,7 @@ pub(super) struct Place {
     pub(super) user: RunAs,
 }
 
-/// `None`: as whoever we are, because that is not root.
+/// `None`: the current user, which is not root.
 pub(super) type RunAs = Option<User>;
 
 impl Place {
@@ -66,7 +66,7 @@ impl Place {
         let fallback_home = Path::new(FALLBACK_HOME).join(short_name(data_dir));
         let fallback = fallback_home.join("postgres");
         if let Some(place) = Self::existing(&fallback)? {
-            tracing::info!(cluster = %fallback.display(), "the database is kept outside the data directory");
+            tracing::info!(cluster = %fallback.display(), "the embedded database is outside the data directory");
             return Ok(place);
         }
         let user = unprivileged_user()?;
@@ -77,14 +77,14 @@ impl Place {
         if place.check_reach(data_dir).await.is_ok() {
             return Ok(place);
         }
-        // /root is 0700 on most machines; a checkout below it must work all the same.
+        // /root is 0700 on most machines, and a checkout below it must work too.
         make_dir(Path::new(FALLBACK_HOME), 0o755)?;
         make_dir(&fallback_home, 0o711)?;
         tracing::warn!(
             data_dir = %data_dir.display(),
             user = place.user_name(),
             cluster = %fallback.display(),
-            "PostgreSQL's user may not enter the data directory: the database is kept outside it"
+            "PostgreSQL's user may not enter the data directory; the embedded database is outside it"
         );
         let place = Self {
             cluster: fallback,
@@ -94,7 +94,7 @@ impl Place {
         Ok(place)
     }
 
-    /// The cluster at `path` with its owner, or `None` when nothing is there.
+    /// Returns the cluster at `path` with its owner, or `None` if there is none.
     pub(super) fn existing(path: &Path) -> Result<Option<Self>, EmbeddedError> {
         let metadata = match fs::metadata(path) {
             Ok(metadata) => metadata,
@@ -135,7 +135,7 @@ impl Place {
         self.user.as_ref().map_or("", |user| user.name.as_str())
     }
 
-    /// Lets the system say whether the database's user gets into `dir`, as mode bits alone do not tell.
+    /// Tries whether the database's user can enter `dir`, which mode bits alone do not show.
     pub(super) async fn check_reach(&self, dir: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -165,7 +165,7 @@ impl Place {
         })
     }
 
-    /// Gives `path` to the database's user.
+    /// Makes the database's user the owner of `path`.
     pub(super) fn give(&self, path: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -174,17 +174,17 @@ impl Place {
             .map_err(|errno| EmbeddedError::file("cannot change the owner of", path)(errno.into()))
     }
 
-    /// A command that runs under the guard, as the database's user.
+    /// Returns a command that runs under the guard as the database's user.
     pub(super) fn guarded(&self, program: &Path) -> Command {
         let mut command = Command::new("/bin/sh");
         command
             .args(["-c", GUARD, "quota-postgres-guard"])
             .arg(program)
-            // Secrets in our environment are none of its business, nor are our PG* variables meant for it.
+            // It must not see secrets in the environment, and PG* variables are not meant for it.
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .env("LC_ALL", "C")
-            // The terminal's Ctrl-C is for us: we finish what is in flight, and only then end PostgreSQL.
+            // The terminal's Ctrl-C is for this process, which finishes requests in flight before it stops PostgreSQL.
             .process_group(0)
             .stdin(Stdio::piped());
         if let Some(user) = &self.user {
@@ -194,9 +194,9 @@ impl Place {
     }
 }
 
-/// Makes the data directory and gives its real path.
+/// Creates the data directory and returns its canonical path.
 pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
-    // Root's PostgreSQL runs as another user, which has to pass through to its own directory.
+    // PostgreSQL runs as another user, who must be able to reach its directory below.
     let mode = if geteuid().is_root() { 0o711 } else { 0o700 };
     make_dir(data_dir, mode)?;
     fs::canonicalize(data_dir).map_err(EmbeddedError::file("cannot look at", data_dir))
@@ -235,7 +235,7 @@ fn unprivileged_user() -> Result<User, EmbeddedError> {
         .ok_or(EmbeddedError::NoUser)
 }
 
-/// A user that owns files but is in no list of users, as happens with volumes of containers.
+/// Returns a user who owns files but is in no list of users, as happens with volumes of containers.
 fn nameless(uid: Uid, gid: Gid) -> User {
     User {
         name: uid.to_string(),
@@ -248,7 +248,7 @@ fn nameless(uid: Uid, gid: Gid) -> User {
     }
 }
 
-/// A short name for a path that no other path has.
+/// Returns a short name that is unique to a path.
 fn short_name(path: &Path) -> String {
     let hash = digest::digest(&digest::SHA256, path.as_os_str().as_encoded_bytes());
     hash.as_ref()[..8]
@@ -259,7 +259,7 @@ fn short_name(path: &Path) -> String {
         })
 }
 
-/// The directory of the socket: the cluster's own, or a short one where its path is too long for a socket.
+/// Returns the directory of the socket: the cluster's own, or a short one if that path is too long for a socket.
 pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
     let length = place.cluster.as_os_str().len() + "/.s.PGSQL.".len() + PORT.len();
     if length <= SOCKET_PATH_LIMIT {
@@ -275,7 +275,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
             ));
         }
     }
-    // Anyone may make names in /tmp.
+    // Anyone may create files in /tmp.
     let metadata =
         fs::symlink_metadata(&dir).map_err(EmbeddedError::file("cannot look at", &dir))?;
     let owner = place.user.as_ref().map_or(geteuid(), |user| user.uid);
@@ -287,7 +287,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
     }
     tracing::info!(
         socket_dir = %dir.display(),
-        "the data directory's path is too long for a socket: the socket is kept outside it"
+        "the path of the data directory is too long for a socket; the socket is outside it"
     );
     Ok(dir)
 }

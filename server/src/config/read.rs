@@ -1,0 +1,231 @@
+//! Parses all settings.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use quota_common::plan::OnRedisFailure;
+use secrecy::ExposeSecret;
+
+use super::{
+    Allowances, Config, ConfigErrors, DatabaseSettings, LogFormat, PasswordCost, RedisSettings,
+    Registration, Settings,
+    reader::{
+        Reader, Sourced, address, boolean, database_url, list, network, origin, prefix, public_url,
+    },
+    redis,
+};
+
+impl Config {
+    /// Parses all settings, or returns every error.
+    pub fn read(settings: &Settings) -> Result<Self, ConfigErrors> {
+        let mut reader = Reader(Vec::new());
+        let unspecified = SocketAddr::from(([127, 0, 0, 1], 0));
+        let r = &mut reader;
+        let s = settings;
+        let listen = r.read("QUOTA_LISTEN", &s.listen, unspecified, address);
+        let config = Self {
+            listen,
+            metrics_listen: r.read("QUOTA_METRICS_LISTEN", &s.metrics_listen, None, |text| {
+                match text {
+                    "off" | "" => Ok(None),
+                    text => address(text).map(Some),
+                }
+            }),
+            public_url: if s.public_url.is_empty() {
+                format!("http://{listen}")
+            } else {
+                r.read("QUOTA_PUBLIC_URL", &s.public_url, String::new(), public_url)
+            },
+            data_dir: r.read("QUOTA_DATA_DIR", &s.data_dir, PathBuf::new(), |text| {
+                if text.is_empty() {
+                    Err("must name a directory".into())
+                } else {
+                    Ok(PathBuf::from(text))
+                }
+            }),
+            database_url: {
+                let Sourced { variable, value } =
+                    r.or_file("DATABASE_URL", &s.database_url, &s.database_url_file);
+                if let Some(url) = &value
+                    && let Err(message) = database_url(url.expose_secret())
+                {
+                    r.0.push(format!("{variable}: {message}"));
+                }
+                value
+            },
+            database: {
+                let millis = Duration::from_millis;
+                let minute = Duration::from_secs(60);
+                DatabaseSettings {
+                    pool: usize::try_from(r.number(
+                        "QUOTA_DATABASE_POOL",
+                        &s.database_pool,
+                        5..=1000,
+                    ))
+                    .unwrap_or(5),
+                    wait: r.duration_within(
+                        "QUOTA_DATABASE_WAIT",
+                        &s.database_wait,
+                        millis(10)..=millis(10_000),
+                    ),
+                    connect_timeout: r.duration_within(
+                        "QUOTA_DATABASE_CONNECT_TIMEOUT",
+                        &s.database_connect_timeout,
+                        millis(100)..=millis(30_000),
+                    ),
+                    statement_timeout: r.duration_within(
+                        "QUOTA_DATABASE_STATEMENT_TIMEOUT",
+                        &s.database_statement_timeout,
+                        millis(100)..=minute,
+                    ),
+                    lock_timeout: r.duration_within(
+                        "QUOTA_DATABASE_LOCK_TIMEOUT",
+                        &s.database_lock_timeout,
+                        millis(100)..=minute,
+                    ),
+                }
+            },
+            redis: {
+                // All of them are parsed even without REDIS_URL, so that errors are reported.
+                let prefix = r.read("QUOTA_REDIS_PREFIX", &s.redis_prefix, String::new(), prefix);
+                let connections = r.number("QUOTA_REDIS_CONNECTIONS", &s.redis_connections, 1..=64);
+                let timeout = r.duration_within(
+                    "QUOTA_REDIS_TIMEOUT",
+                    &s.redis_timeout,
+                    Duration::from_millis(1)..=Duration::from_secs(5),
+                );
+                let connect_timeout = r.duration_within(
+                    "QUOTA_REDIS_CONNECT_TIMEOUT",
+                    &s.redis_connect_timeout,
+                    Duration::from_millis(10)..=Duration::from_secs(10),
+                );
+                let Sourced { variable, value } =
+                    r.or_file("REDIS_URL", &s.redis_url, &s.redis_url_file);
+                let servers = value.and_then(|url| match redis::servers(url.expose_secret()) {
+                    Ok(servers) => Some(servers),
+                    Err(message) => {
+                        r.0.push(format!("{variable}: {message}"));
+                        None
+                    }
+                });
+                servers.map(|servers| RedisSettings {
+                    servers,
+                    prefix,
+                    connections: usize::try_from(connections).unwrap_or(1),
+                    timeout,
+                    connect_timeout,
+                })
+            },
+            lease_ttl: r.duration_within(
+                "QUOTA_LEASE_TTL",
+                // Zero needs no unit.
+                if s.lease_ttl.trim() == "0" {
+                    "0ms"
+                } else {
+                    &s.lease_ttl
+                },
+                Duration::ZERO..=Duration::from_secs(1),
+            ),
+            on_redis_failure: r.read(
+                "QUOTA_ON_REDIS_FAILURE",
+                &s.on_redis_failure,
+                OnRedisFailure::default(),
+                |text| OnRedisFailure::named(text).ok_or("must be share, open or closed".into()),
+            ),
+            replicas: usize::try_from(r.number("QUOTA_REPLICAS", &s.replicas, 1..=1000))
+                .unwrap_or(1),
+            migrate: r.read("QUOTA_MIGRATE", &s.migrate, true, boolean),
+            secret: r.secret("QUOTA_SECRET", &s.secret, &s.secret_file),
+            secret_previous: r.secret(
+                "QUOTA_SECRET_PREVIOUS",
+                &s.secret_previous,
+                &s.secret_previous_file,
+            ),
+            registration: r.choice(
+                "QUOTA_REGISTRATION",
+                &s.registration,
+                &[
+                    ("open", Registration::Open),
+                    ("closed", Registration::Closed),
+                ],
+            ),
+            allowances: Allowances {
+                plans: r.number("QUOTA_MAX_PLANS", &s.max_plans, 1..=1_000_000),
+                api_keys: r.number("QUOTA_MAX_API_KEYS", &s.max_api_keys, 1..=10_000_000),
+                service_tokens: r.number(
+                    "QUOTA_MAX_SERVICE_TOKENS",
+                    &s.max_service_tokens,
+                    1..=1_000_000,
+                ),
+            },
+            allowed_origins: r.read("ALLOWED_ORIGINS", &s.allowed_origins, vec![], |text| {
+                list(text, origin)
+            }),
+            trusted_proxies: r.read(
+                "QUOTA_TRUSTED_PROXIES",
+                &s.trusted_proxies,
+                vec![],
+                |text| list(text, network),
+            ),
+            auth_rpm: r.per_minute("QUOTA_AUTH_RPM", &s.auth_rpm),
+            admin_rpm: r.per_minute("QUOTA_ADMIN_RPM", &s.admin_rpm),
+            login_rpm: r.per_minute("QUOTA_LOGIN_RPM", &s.login_rpm),
+            body_limit: usize::try_from(r.number(
+                "QUOTA_BODY_LIMIT",
+                &s.body_limit,
+                1024..=16_777_216,
+            ))
+            .unwrap_or(65_536),
+            header_timeout: r.duration("QUOTA_HEADER_TIMEOUT", &s.header_timeout, 1..=60),
+            request_timeout: r.duration("QUOTA_REQUEST_TIMEOUT", &s.request_timeout, 1..=300),
+            idle_timeout: r.duration("QUOTA_IDLE_TIMEOUT", &s.idle_timeout, 1..=3600),
+            write_timeout: r.duration("QUOTA_WRITE_TIMEOUT", &s.write_timeout, 1..=600),
+            connections: r.count("QUOTA_CONNECTIONS", &s.connections, 16..=1_000_000),
+            connections_per_address: r.count(
+                "QUOTA_CONNECTIONS_PER_ADDRESS",
+                &s.connections_per_address,
+                0..=1_000_000,
+            ),
+            key_lookups: r.count("QUOTA_KEY_LOOKUPS", &s.key_lookups, 1..=100_000),
+            drain_timeout: r.duration("QUOTA_DRAIN_TIMEOUT", &s.drain_timeout, 0..=25),
+            drain_delay: r.duration("QUOTA_DRAIN_DELAY", &s.drain_delay, 0..=20),
+            stale_grace: r.duration("QUOTA_STALE_GRACE", &s.stale_grace, 0..=3600),
+            key_cache: usize::try_from(r.number(
+                "QUOTA_KEY_CACHE",
+                &s.key_cache,
+                1000..=10_000_000,
+            ))
+            .unwrap_or(100_000),
+            session_days: u32::try_from(r.number("QUOTA_SESSION_DAYS", &s.session_days, 1..=365))
+                .unwrap_or(14),
+            log_format: r.choice(
+                "QUOTA_LOG_FORMAT",
+                &s.log_format,
+                &[("json", LogFormat::Json), ("text", LogFormat::Text)],
+            ),
+            log: r.read("RUST_LOG", &s.log, String::new(), |text| {
+                tracing_subscriber::EnvFilter::try_new(text)
+                    .map(|_| text.to_owned())
+                    .map_err(|_| "must be tracing directives such as info".into())
+            }),
+            password_cost: PasswordCost::default(),
+        };
+        if config.drain_delay + config.drain_timeout > Duration::from_secs(28) {
+            reader.0.push(
+                "QUOTA_DRAIN_DELAY: must be at most 28s together with QUOTA_DRAIN_TIMEOUT, so that the server can stop \
+                 within 30s"
+                    .to_owned(),
+            );
+        }
+        let no_secret = s.secret.is_empty() && s.secret_file.trim().is_empty();
+        if config.secret_previous.is_some() && no_secret {
+            reader
+                .0
+                .push("QUOTA_SECRET_PREVIOUS: requires QUOTA_SECRET".to_owned());
+        }
+        if reader.0.is_empty() {
+            Ok(config)
+        } else {
+            Err(ConfigErrors(reader.0))
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Why a query failed.
+
+use std::error::Error;
+
+use diesel::result::{DatabaseErrorKind, Error as DieselError};
+
+/// A query failed.
+#[derive(Debug, thiserror::Error)]
+pub enum DbError {
+    /// PostgreSQL is unreachable, shutting down or too slow, or the transaction lost a race (a lock timeout, a
+    /// deadlock, a serialization failure). The same request may succeed when it is retried.
+    #[error("PostgreSQL is unavailable")]
+    Unavailable(#[source] Box<dyn Error + Send + Sync>),
+    /// The change violates a named constraint.
+    #[error("constraint {0}")]
+    Constraint(String),
+    #[error("the query failed")]
+    Query(#[source] DieselError),
+}
+
+/// Parts of the messages of errors that pass.
+const TRANSIENT: [&str; 6] = [
+    "statement timeout",
+    "lock timeout",
+    "deadlock detected",
+    "terminating connection",
+    "the database system is",
+    "connection closed",
+];
+
+impl From<DieselError> for DbError {
+    fn from(error: DieselError) -> Self {
+        if let DieselError::DatabaseError(kind, info) = &error {
+            if let Some(name) = info.constraint_name() {
+                return Self::Constraint(name.to_owned());
+            }
+            let is_transient_kind = matches!(
+                kind,
+                DatabaseErrorKind::ClosedConnection
+                    | DatabaseErrorKind::UnableToSendCommand
+                    | DatabaseErrorKind::SerializationFailure
+            );
+            // Diesel exposes only the message. With another `lc_messages`, these errors count as `Query`.
+            if is_transient_kind || TRANSIENT.iter().any(|part| info.message().contains(part)) {
+                return Self::Unavailable(Box::new(error));
+            }
+        }
+        Self::Query(error)
+    }
+}
+
+impl<E: Error + Send + Sync + 'static> From<deadpool::managed::PoolError<E>> for DbError {
+    fn from(error: deadpool::managed::PoolError<E>) -> Self {
+        Self::Unavailable(Box::new(error))
+    }
+}

@@ -1,0 +1,237 @@
+//! Connection pools, one for each kind of work.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use diesel::result::Error as DieselError;
+use diesel_async::{
+    RunQueryDsl,
+    pooled_connection::{
+        AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod, deadpool::Pool,
+    },
+};
+use quota_common::TenantId;
+use secrecy::{ExposeSecret, SecretString};
+use tokio::time::timeout;
+
+use super::{
+    connect::{ConnectionPool, connect, session},
+    error::DbError,
+    migrate::versions,
+    tx::{FIRST_ANSWER, SystemTx, TenantTx, close_silent},
+};
+use crate::config::DatabaseSettings;
+
+/// What a connection is used for. Each lane has its own pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// Management, sign-in and background work that may wait.
+    Requests,
+    /// Look-ups of API keys and service tokens, which strangers can cause.
+    Lookups,
+    /// The quota ledger.
+    Ledger,
+    /// What the health of the whole depends on: the poll for invalidations, counting replicas, readiness.
+    Health,
+}
+
+/// How many connections each lane has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lanes {
+    pub requests: usize,
+    pub lookups: usize,
+    pub ledger: usize,
+    pub health: usize,
+}
+
+impl Lanes {
+    /// Divides `total` connections, at least five, among the lanes.
+    pub fn divide(total: usize) -> Self {
+        let health = if total < 8 { 1 } else { 2 };
+        // Two where there are enough connections, so that returning tokens does not delay taking them.
+        let ledger = (total * 3 / 16).max(if total < 7 { 1 } else { 2 });
+        let lookups = (total / 4).max(2);
+        Self {
+            requests: total.saturating_sub(health + ledger + lookups).max(1),
+            lookups,
+            ledger,
+            health,
+        }
+    }
+}
+
+impl fmt::Display for Lanes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} for requests, {} for key look-ups, {} for the quota ledger, {} for invalidations and readiness",
+            self.requests, self.lookups, self.ledger, self.health
+        )
+    }
+}
+
+struct Pools {
+    requests: ConnectionPool,
+    lookups: ConnectionPool,
+    ledger: ConnectionPool,
+    health: ConnectionPool,
+}
+
+impl Pools {
+    fn all(&self) -> [&ConnectionPool; 4] {
+        [&self.requests, &self.lookups, &self.ledger, &self.health]
+    }
+}
+
+/// The pools, and the lane whose pool this handle uses. Cheap to clone.
+#[derive(Clone)]
+pub struct Db {
+    pools: Arc<Pools>,
+    lane: Lane,
+    lanes: Lanes,
+    statement_timeout: Duration,
+}
+
+impl fmt::Debug for Db {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Db")
+            .field("lane", &self.lane)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Db {
+    /// Creates the pools, which connect on first use. Uses [`Lane::Requests`].
+    pub fn new(url: &SecretString, settings: &DatabaseSettings) -> Self {
+        let lanes = Lanes::divide(settings.pool);
+        let pool = |size| pool(url, settings, size);
+        Self {
+            pools: Arc::new(Pools {
+                requests: pool(lanes.requests),
+                lookups: pool(lanes.lookups),
+                ledger: pool(lanes.ledger),
+                health: pool(lanes.health),
+            }),
+            lane: Lane::Requests,
+            lanes,
+            statement_timeout: settings.statement_timeout,
+        }
+    }
+
+    /// Returns a handle that uses the pool of another lane.
+    pub fn on(&self, lane: Lane) -> Self {
+        Self {
+            lane,
+            ..self.clone()
+        }
+    }
+
+    pub fn lanes(&self) -> Lanes {
+        self.lanes
+    }
+
+    /// Gives up work that takes longer than a statement may. Nothing else notices for up to a minute that a
+    /// connection fell silent in the middle of a transaction. Requests have a limit of their own; background work uses
+    /// this one.
+    pub async fn within_limit<T>(
+        &self,
+        work: impl Future<Output = Result<T, DbError>>,
+    ) -> Result<T, DbError> {
+        let limit = self.statement_timeout + FIRST_ANSWER;
+        timeout(limit, work)
+            .await
+            .unwrap_or_else(|_| Err(DbError::Unavailable("PostgreSQL does not respond".into())))
+    }
+
+    fn pool(&self) -> &ConnectionPool {
+        match self.lane {
+            Lane::Requests => &self.pools.requests,
+            Lane::Lookups => &self.pools.lookups,
+            Lane::Ledger => &self.pools.ledger,
+            Lane::Health => &self.pools.health,
+        }
+    }
+
+    /// Begins a transaction that sees and changes only the tenant's rows.
+    pub async fn tenant(&self, tenant: TenantId) -> Result<TenantTx, DbError> {
+        TenantTx::begin(self.pool(), tenant).await
+    }
+
+    /// Begins a transaction of the server itself, across all tenants.
+    pub async fn system(&self) -> Result<SystemTx, DbError> {
+        SystemTx::begin(self.pool()).await
+    }
+
+    /// Returns whether every migration in this binary is applied. Fails if PostgreSQL does not respond.
+    pub async fn ready(&self) -> Result<bool, DbError> {
+        #[derive(diesel::QueryableByName)]
+        struct Applied {
+            #[diesel(sql_type = diesel::sql_types::Text)]
+            version: String,
+        }
+        let mut conn = self.pool().get().await?;
+        let query = diesel::sql_query("SELECT version FROM __diesel_schema_migrations");
+        let Ok(applied) = timeout(FIRST_ANSWER, query.load::<Applied>(&mut conn)).await else {
+            return Err(close_silent(conn));
+        };
+        match applied {
+            Ok(applied) => Ok(versions()
+                .iter()
+                .all(|known| applied.iter().any(|row| &row.version == known))),
+            Err(DieselError::DatabaseError(_, info))
+                if info.message().contains("does not exist") =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Returns how many connections are open, and how many of them are in use, across all lanes.
+    pub fn connections(&self) -> (usize, usize) {
+        self.pools.all().iter().fold((0, 0), |(open, busy), pool| {
+            let status = pool.status();
+            let used = status.size.saturating_sub(status.available);
+            (open + status.size, busy + used)
+        })
+    }
+
+    pub fn close(&self) {
+        for pool in self.pools.all() {
+            pool.close();
+        }
+    }
+}
+
+fn pool(url: &SecretString, settings: &DatabaseSettings, size: usize) -> ConnectionPool {
+    let mut manager = ManagerConfig::default();
+    let (session, limit) = (session(settings), settings.connect_timeout);
+    manager.custom_setup = Box::new(move |url| connect(url, session.clone(), limit));
+    manager.recycling_method = RecyclingMethod::Fast;
+    let manager = AsyncDieselConnectionManager::new_with_config(url.expose_secret(), manager);
+    Pool::builder(manager)
+        .max_size(size)
+        .wait_timeout(Some(settings.wait))
+        .create_timeout(Some(limit))
+        .recycle_timeout(Some(limit))
+        .runtime(deadpool::Runtime::Tokio1)
+        .build()
+        .expect("building fails only without a runtime")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_add_up_to_the_total() {
+        for total in 5..=1000 {
+            let it = Lanes::divide(total);
+            assert_eq!(
+                it.requests + it.lookups + it.ledger + it.health,
+                total,
+                "{it:?}"
+            );
+            assert!(it.requests >= 1 && it.lookups >= 2 && it.ledger >= 1 && it.health >= 1);
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Transactions: of one tenant, or of the server itself.
+
+use std::{
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
+
+use diesel_async::{AsyncPgConnection, SimpleAsyncConnection, pooled_connection::deadpool::Object};
+use quota_common::TenantId;
+use tokio::{runtime::Handle, time::timeout};
+
+use super::{connect::ConnectionPool, error::DbError};
+
+/// How long the first answer on a pooled connection may take. A PostgreSQL that hangs still acknowledges every byte,
+/// so neither TCP's timeouts nor its own end the wait.
+pub(super) const FIRST_ANSWER: Duration = Duration::from_secs(2);
+/// How long a rollback may take.
+const ROLLBACK: Duration = Duration::from_secs(2);
+
+/// Removes a connection that does not respond from its pool.
+pub(super) fn close_silent(conn: Object<AsyncPgConnection>) -> DbError {
+    let _ = Object::take(conn);
+    DbError::Unavailable("PostgreSQL does not respond".into())
+}
+
+/// An open transaction.
+struct Tx {
+    /// `None` once it has ended.
+    conn: Option<Object<AsyncPgConnection>>,
+}
+
+impl Tx {
+    async fn begin(pool: &ConnectionPool, statements: &str) -> Result<Self, DbError> {
+        let conn = pool.get().await?;
+        // If the caller is dropped from here on, dropping this rolls back.
+        let mut tx = Self { conn: Some(conn) };
+        let began = timeout(FIRST_ANSWER, tx.get().batch_execute(statements)).await;
+        match (began, tx.conn.take()) {
+            (Err(_), Some(conn)) => Err(close_silent(conn)),
+            (began, conn) => {
+                tx.conn = conn;
+                began.unwrap_or(Ok(()))?;
+                Ok(tx)
+            }
+        }
+    }
+
+    fn get(&mut self) -> &mut AsyncPgConnection {
+        self.conn.as_mut().expect("only `commit` ends it")
+    }
+
+    async fn commit(mut self) -> Result<(), DbError> {
+        self.get().batch_execute("COMMIT").await?;
+        self.conn = None;
+        Ok(())
+    }
+}
+
+impl Drop for Tx {
+    fn drop(&mut self) {
+        let Some(mut conn) = self.conn.take() else {
+            return;
+        };
+        let Ok(runtime) = Handle::try_current() else {
+            let _ = Object::take(conn);
+            return;
+        };
+        runtime.spawn(async move {
+            let rollback = timeout(ROLLBACK, conn.batch_execute("ROLLBACK")).await;
+            if !matches!(rollback, Ok(Ok(()))) {
+                // Closing the connection also rolls back.
+                let _ = Object::take(conn);
+            }
+        });
+    }
+}
+
+/// A transaction of one tenant. Rolled back when dropped without [`commit`](Self::commit).
+pub struct TenantTx {
+    tx: Tx,
+    tenant: TenantId,
+}
+
+impl TenantTx {
+    pub(super) async fn begin(pool: &ConnectionPool, tenant: TenantId) -> Result<Self, DbError> {
+        // Not an injection: a UUID has only hexadecimal digits and dashes.
+        let begin = format!("BEGIN; SET LOCAL ROLE quota_app; SET LOCAL quota.tenant = '{tenant}'");
+        Ok(Self {
+            tx: Tx::begin(pool, &begin).await?,
+            tenant,
+        })
+    }
+
+    pub const fn tenant(&self) -> TenantId {
+        self.tenant
+    }
+
+    pub async fn commit(self) -> Result<(), DbError> {
+        self.tx.commit().await
+    }
+}
+
+/// A transaction of the server itself. Rolled back when dropped without [`commit`](Self::commit).
+pub struct SystemTx {
+    tx: Tx,
+}
+
+impl SystemTx {
+    pub(super) async fn begin(pool: &ConnectionPool) -> Result<Self, DbError> {
+        Ok(Self {
+            tx: Tx::begin(pool, "BEGIN; SET LOCAL ROLE quota_system").await?,
+        })
+    }
+
+    pub async fn commit(self) -> Result<(), DbError> {
+        self.tx.commit().await
+    }
+}
+
+macro_rules! connection {
+    ($($name:ident),+) => {$(
+        impl Deref for $name {
+            type Target = AsyncPgConnection;
+
+            fn deref(&self) -> &AsyncPgConnection {
+                self.tx.conn.as_ref().expect("only `commit` ends it")
+            }
+        }
+
+        impl DerefMut for $name {
+            fn deref_mut(&mut self) -> &mut AsyncPgConnection {
+                self.tx.get()
+            }
+        }
+    )+};
+}
+connection!(TenantTx, SystemTx);

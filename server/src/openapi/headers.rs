@@ -1,0 +1,94 @@
+//! Headers of responses.
+
+use serde_json::{Map, Value, json};
+
+use super::operation::for_each_operation;
+
+pub(super) fn add_response_headers(document: &mut Value) {
+    for_each_operation(document, |mut operation| {
+        let is_for_gateways = operation.id() == "forward_auth";
+        let is_limited = is_for_gateways || operation.id() == "echo";
+        for (status, response) in operation.responses().into_iter().flatten() {
+            let mut headers = response["headers"].as_object().cloned().unwrap_or_default();
+            if is_limited && matches!(status.as_str(), "200" | "403" | "429") {
+                headers.extend(limit_headers());
+            }
+            if is_for_gateways {
+                headers.insert("X-Quota-Decision".to_owned(), decision_header());
+            }
+            headers.extend(headers_of_status(status));
+            response["headers"] = Value::Object(headers);
+        }
+    });
+}
+
+fn headers_of_status(status: &str) -> Map<String, Value> {
+    let mut headers = Map::new();
+    if matches!(status, "429" | "503") {
+        headers.insert("Retry-After".into(), json!({
+            "description": "Seconds until a retry can succeed, rounded up, at least 1. Absent if the request can never be allowed.",
+            "schema": {"type": "integer", "minimum": 1},
+        }));
+    }
+    if status == "401" {
+        headers.insert("WWW-Authenticate".into(), json!({
+            "description": "`Bearer realm=\"quota\"`, with `error=\"invalid_token\"` if credentials were sent.",
+            "schema": {"type": "string"},
+        }));
+    }
+    headers.insert("X-Request-Id".into(), json!({
+        "description": "ID of the request: the one that was sent, if it is valid, otherwise a new one.",
+        "schema": {"type": "string", "maxLength": 128},
+    }));
+    headers
+}
+
+fn decision_header() -> Value {
+    json!({
+        "description": "Forward a request only if the status is 200 and this is `allowed`.",
+        "schema": {
+            "type": "string",
+            "enum": ["allowed", "limited", "unauthorized", "payment_required", "unavailable"],
+        },
+    })
+}
+
+fn limit_headers() -> Map<String, Value> {
+    let number = |description: &str| json!({"description": description, "schema": {"type": "integer", "minimum": 0}});
+    let text = |description: &str, example: &str| json!({"description": description, "schema": {"type": "string"}, "example": example});
+    Map::from_iter([
+        (
+            "X-RateLimit-Limit".to_owned(),
+            number("Maximum burst: requests an idle key may send at once."),
+        ),
+        (
+            "X-RateLimit-Remaining".to_owned(),
+            number("Requests left in the burst."),
+        ),
+        (
+            "X-RateLimit-Reset".to_owned(),
+            number("Unix time, in seconds, at which the full burst is available again."),
+        ),
+        (
+            "RateLimit-Policy".to_owned(),
+            text(
+                "The key's limits: `q` requests per `w` seconds (draft-ietf-httpapi-ratelimit-headers-11).",
+                "\"rpm\";q=600;w=60, \"daily\";q=50000;w=86400, \"monthly\";q=1000000",
+            ),
+        ),
+        (
+            "RateLimit".to_owned(),
+            text(
+                "The limit closest to exhaustion: `r` requests left, fully available again in `t` seconds.",
+                "\"rpm\";r=412;t=23",
+            ),
+        ),
+        (
+            "X-Quota-Degraded".to_owned(),
+            text(
+                "Only sent while Redis is unreachable and this replica decides without it.",
+                "redis-away",
+            ),
+        ),
+    ])
+}

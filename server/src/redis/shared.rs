@@ -1,0 +1,91 @@
+//! What the supervisors and the callers of connections share.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64},
+    },
+    time::Duration,
+};
+
+use parking_lot::RwLock;
+use redis::RedisError;
+use tokio::sync::Notify;
+
+use super::connection::Connection;
+use crate::config::{RedisServers, RedisSettings};
+
+/// Why a call failed. Except without a connection, it may have been executed anyway.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Failure {
+    /// There is no connection. Nothing was sent.
+    #[error("Redis is not connected")]
+    Away,
+    /// There was no answer in time.
+    #[error("Redis did not respond within {0:?}")]
+    Late(Duration),
+    /// The connection broke, or Redis returned an error.
+    #[error("the Redis call failed")]
+    Failed(#[source] RedisError),
+}
+
+/// A Lua script. Called by its hash; the source is sent only to a server that does not know it.
+#[derive(Debug, Clone)]
+pub struct Script {
+    pub(super) code: &'static str,
+    pub(super) hash: String,
+}
+
+impl Script {
+    pub fn new(code: &'static str) -> Self {
+        Self {
+            code,
+            hash: redis::Script::new(code).get_hash().to_owned(),
+        }
+    }
+}
+
+/// State that supervisors and callers share.
+pub(super) struct Shared {
+    pub(super) settings: RedisSettings,
+    pub(super) slots: Box<[Slot]>,
+    /// Number of connections established so far.
+    pub(super) generation: AtomicU64,
+    pub(super) counts: Counts,
+}
+
+#[derive(Default)]
+pub(super) struct Slot {
+    pub(super) live: RwLock<Option<Live>>,
+    /// Wakes the supervisor, because the connection was discarded or may be dead.
+    pub(super) check: Notify,
+    /// A call found the connection broken. Only set for clusters.
+    pub(super) is_broken: AtomicBool,
+}
+
+/// A connection that has answered.
+#[derive(Clone)]
+pub(super) struct Live {
+    pub(super) connection: Connection,
+    pub(super) generation: u64,
+    pub(super) run_id: Option<Arc<str>>,
+}
+
+/// Totals since startup.
+#[derive(Debug, Default)]
+pub struct Counts {
+    pub calls: AtomicU64,
+    /// Calls without a connection.
+    pub not_connected: AtomicU64,
+    pub timed_out: AtomicU64,
+    /// Calls that failed for another reason.
+    pub failed: AtomicU64,
+    /// Failed attempts to connect.
+    pub connects_failed: AtomicU64,
+}
+
+impl Shared {
+    pub(super) fn is_cluster(&self) -> bool {
+        matches!(self.settings.servers, RedisServers::Cluster(_))
+    }
+}

@@ -1,0 +1,124 @@
+//! Metrics of client connections, labeled with their listener.
+
+use std::{fmt::Write as _, sync::Arc};
+
+use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
+
+/// The limit for which a connection was rejected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// Connections of one address.
+    Address,
+    /// Connections in all, and none could be closed to make room.
+    Full,
+}
+
+/// Connections of one listener.
+#[derive(Debug, Default)]
+pub struct ConnectionMetrics {
+    pub open: Gauge,
+    pub accepted: Counter,
+    refused_address: Counter,
+    refused_full: Counter,
+    /// Closed to make room for another.
+    pub dropped: Counter,
+    pub timed_out_head: Counter,
+    pub timed_out_write: Counter,
+    pub timed_out_idle: Counter,
+    pub accept_errors: Counter,
+}
+
+impl ConnectionMetrics {
+    pub const fn refused(&self, refusal: Refusal) -> &Counter {
+        match refusal {
+            Refusal::Address => &self.refused_address,
+            Refusal::Full => &self.refused_full,
+        }
+    }
+}
+
+type Read = fn(&ConnectionMetrics) -> String;
+
+struct Family {
+    name: &'static str,
+    kind: &'static str,
+    help: &'static str,
+    /// Additional labels, and the value.
+    series: &'static [(&'static str, Read)],
+}
+
+const FAMILIES: [Family; 6] = [
+    Family {
+        name: "quota_connections_open",
+        kind: "gauge",
+        help: "Open client connections",
+        series: &[("", |it| it.open.get().to_string())],
+    },
+    Family {
+        name: "quota_connections_accepted",
+        kind: "counter",
+        help: "Client connections accepted and kept",
+        series: &[("", |it| it.accepted.get().to_string())],
+    },
+    Family {
+        name: "quota_connections_refused",
+        kind: "counter",
+        help: "Client connections closed on arrival, by the limit that was reached",
+        series: &[
+            (",limit=\"address\"", |it| {
+                it.refused_address.get().to_string()
+            }),
+            (",limit=\"total\"", |it| it.refused_full.get().to_string()),
+        ],
+    },
+    Family {
+        name: "quota_connections_dropped",
+        kind: "counter",
+        help: "Client connections without a request in flight that were closed to make room for others",
+        series: &[("", |it| it.dropped.get().to_string())],
+    },
+    Family {
+        name: "quota_connections_timed_out",
+        kind: "counter",
+        help: "Client connections closed because the client took too long, by what it was waited for",
+        series: &[
+            (",waiting_for=\"request\"", |it| {
+                it.timed_out_head.get().to_string()
+            }),
+            (",waiting_for=\"read\"", |it| {
+                it.timed_out_write.get().to_string()
+            }),
+            (",waiting_for=\"next_request\"", |it| {
+                it.timed_out_idle.get().to_string()
+            }),
+        ],
+    },
+    Family {
+        name: "quota_accept_errors",
+        kind: "counter",
+        help: "Failures to accept a client connection",
+        series: &[("", |it| it.accept_errors.get().to_string())],
+    },
+];
+
+pub(super) fn write(text: &mut String, listeners: [(&str, &Arc<ConnectionMetrics>); 2]) {
+    for Family {
+        name,
+        kind,
+        help,
+        series,
+    } in FAMILIES
+    {
+        let _ = writeln!(text, "# HELP {name} {help}.\n# TYPE {name} {kind}");
+        let total = if kind == "counter" { "_total" } else { "" };
+        for (listener, metrics) in listeners {
+            for (label, read) in series {
+                let value = read(metrics);
+                let _ = writeln!(
+                    text,
+                    "{name}{total}{{listener=\"{listener}\"{label}}} {value}"
+                );
+            }
+        }
+    }
+}
