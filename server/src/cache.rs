@@ -301,6 +301,13 @@ where
         self.inner.present.contains_key(key)
     }
 
+    /// Whether this is cached, or being loaded to be cached.
+    pub fn holds_or_loads(&self, key: &K) -> bool {
+        // In this order: a load caches its result before it leaves the loads in progress.
+        let is_loading = self.inner.loading.lock().contains_key(key);
+        is_loading || self.holds(key)
+    }
+
     /// What was known last, if it may still be served without being confirmed.
     fn within_grace(&self, key: &K) -> Option<Arc<T>> {
         let inner = &*self.inner;
@@ -398,17 +405,15 @@ where
         }
     }
 
-    /// Has these loaded again before they are used, and everything that is being loaded now.
-    pub fn forget_these<'a>(&self, keys: impl IntoIterator<Item = &'a K>)
-    where
-        K: 'a,
-    {
+    /// Has these loaded again before they are used, and everything that is being loaded now. `keys` is called once loads
+    /// in progress are bound to be repeated: what is cached later cannot be out of date.
+    pub fn forget_these<I: IntoIterator<Item = K>>(&self, keys: impl FnOnce() -> I) {
         self.inner
             .freshness
             .generation
             .fetch_add(1, Ordering::AcqRel);
-        for key in keys {
-            self.empty(*key);
+        for key in keys() {
+            self.empty(key);
         }
     }
 
@@ -643,7 +648,7 @@ mod tests {
         let it = fixture();
         it.get(Ok(Some("old"))).await.unwrap();
         it.freshness.polled(it.freshness.now());
-        it.cache.forget_these([&1]);
+        it.cache.forget_these(|| [1]);
         assert!(it.cache.holds(&1), "it is known");
         assert!(it.cache.peek(&1).is_none(), "it is not believed");
         assert!(it.get(Err("away")).await.is_err(), "it is not served stale");
@@ -667,7 +672,7 @@ mod tests {
         assert!(!it.cache.holds(&1));
         assert!(matches!(it.cache.peek(&1), Some(None)));
         // What never was known does not become so by a change.
-        it.cache.forget_these([&2]);
+        it.cache.forget_these(|| [2]);
         assert!(!it.cache.holds(&2));
     }
 
@@ -685,6 +690,46 @@ mod tests {
         assert!(!it.freshness.is_suspect());
         let served = it.get(Ok(Some("newer"))).await.unwrap();
         assert_eq!(served.as_deref(), Some("new"));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
+        let it = fixture();
+        let (begun, has_begun) = std::sync::mpsc::channel();
+        let (release, released) = tokio::sync::watch::channel(false);
+        let loads = it.loads.clone();
+        let cache = it.cache.clone();
+        let loading = tokio::spawn(async move {
+            let load = move || {
+                let first = loads.fetch_add(1, Ordering::SeqCst) == 0;
+                let (begun, mut released) = (begun.clone(), released.clone());
+                async move {
+                    if first {
+                        begun.send(()).unwrap();
+                        released.wait_for(|it| *it).await.unwrap();
+                    }
+                    Ok(Some(if first { "old" } else { "new" }.to_owned()))
+                }
+            };
+            cache.get(1, load).await
+        });
+        let cache = it.cache.clone();
+        let forget = tokio::task::spawn_blocking(move || {
+            has_begun.recv().unwrap();
+            cache.forget_these(|| {
+                // The change is not known to concern this key yet, which is only now being cached.
+                release.send(true).unwrap();
+                while cache.inner.loading.lock().contains_key(&1) {
+                    std::thread::yield_now();
+                }
+                []
+            });
+        });
+        forget.await.unwrap();
+        let loaded = loading.await.unwrap().unwrap();
+        assert_eq!(loaded.unwrap().as_str(), "new");
+        assert_eq!(it.cache.peek(&1).unwrap().unwrap().as_str(), "new");
+        assert_eq!(it.loads(), 2);
     }
 
     #[tokio::test]

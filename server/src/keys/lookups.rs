@@ -448,6 +448,28 @@ async fn work<V: Send + 'static>(mut worker: Worker<V>) {
 }
 
 #[cfg(test)]
+impl<V: Send + 'static> Batches<V> {
+    /// Finds secrets by a function, without a database.
+    pub(super) fn of(find: impl Fn(&Hash) -> Option<V> + Send + Sync + 'static) -> Self {
+        let clock = Arc::new(crate::clock::SystemClock::new());
+        let settings = Settings {
+            limit: 1000,
+            wait: Duration::from_secs(5),
+            workers: 2,
+            freshness: Arc::new(Freshness::new(clock)),
+            metrics: Arc::default(),
+        };
+        Self::new(settings, move |hashes: Vec<Hash>| {
+            let found = hashes
+                .iter()
+                .filter_map(|it| Some((it.to_vec(), find(it)?)));
+            let found = found.collect();
+            async move { Ok(found) }.boxed()
+        })
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use std::{net::Ipv4Addr, sync::atomic::AtomicUsize};
 
