@@ -22,6 +22,7 @@ use std::{
     collections::HashMap,
     fmt::Debug,
     hash::Hash,
+    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -31,7 +32,7 @@ use std::{
 
 use futures_util::{
     FutureExt,
-    future::{BoxFuture, Shared},
+    future::{BoxFuture, Shared, WeakShared},
 };
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
@@ -145,7 +146,31 @@ impl<T> From<Option<T>> for Loaded<T> {
     }
 }
 
-type Loading<T> = Shared<BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>>;
+type Load<T> = BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>;
+type Loading<T> = Shared<Load<T>>;
+
+/// A load in progress, as those who want the same find it. They keep it going, and so does a task of its own. Once none
+/// of them is left, as when the runtime ends, it is canceled.
+struct InProgress<T> {
+    id: u64,
+    loading: WeakShared<Load<T>>,
+}
+
+/// Removes a load from those in progress however it ends.
+struct LoadGuard<K: Hash + Eq, T> {
+    inner: Arc<Inner<K, T>>,
+    key: K,
+    id: u64,
+}
+
+impl<K: Hash + Eq, T> Drop for LoadGuard<K, T> {
+    fn drop(&mut self) {
+        let mut all = self.inner.loading.lock();
+        if all.get(&self.key).is_some_and(|it| it.id == self.id) {
+            all.remove(&self.key);
+        }
+    }
+}
 
 struct Entry<T> {
     /// `None`: it was changed since, and must be loaded before it is used.
@@ -184,7 +209,8 @@ impl<K, T> Debug for Cached<K, T> {
 struct Inner<K, T> {
     present: Cache<K, Entry<T>>,
     absent: Cache<K, u64>,
-    loading: Mutex<HashMap<K, Loading<T>>>,
+    loading: Mutex<HashMap<K, InProgress<T>>>,
+    next_load: AtomicU64,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
     grace: u64,
@@ -207,6 +233,7 @@ where
                 present: Cache::new(capacity),
                 absent: Cache::new((capacity / 4).max(100)),
                 loading: Mutex::default(),
+                next_load: AtomicU64::new(0),
                 freshness,
                 metrics,
                 grace: u64::try_from(grace.as_nanos()).unwrap_or(u64::MAX),
@@ -286,12 +313,26 @@ where
         L: Into<Loaded<T>> + Send + 'static,
     {
         let mut all = self.inner.loading.lock();
-        if let Some(loading) = all.get(&key) {
-            return loading.clone();
+        if let Some(loading) = all.get(&key).and_then(|it| it.loading.upgrade()) {
+            return loading;
         }
-        let loading = self.clone().load(key, load).boxed().shared();
-        all.insert(key, loading.clone());
-        // On its own, so that it ends whoever of those who wait goes away.
+        let id = self.inner.next_load.fetch_add(1, Ordering::Relaxed);
+        let guard = LoadGuard {
+            inner: self.inner.clone(),
+            key,
+            id,
+        };
+        // A panic would poison the shared future, and those who wait for it would not be woken.
+        let loading = AssertUnwindSafe(self.clone().load(guard, load))
+            .catch_unwind()
+            .map(|loaded| loaded.unwrap_or_else(|_| Err(Unconfirmed::Failed("a panic".into()))))
+            .boxed()
+            .shared();
+        if let Some(loading) = loading.downgrade() {
+            all.insert(key, InProgress { id, loading });
+        }
+        drop(all);
+        // A task of its own, so that it ends even if its callers go away.
         tokio::spawn(loading.clone());
         loading
     }
@@ -321,13 +362,18 @@ where
         Some(value)
     }
 
-    async fn load<F, Fut, L>(self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
+    async fn load<F, Fut, L>(
+        self,
+        guard: LoadGuard<K, T>,
+        load: F,
+    ) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send,
         Fut: Future<Output = Result<L, Unconfirmed>> + Send,
         L: Into<Loaded<T>>,
     {
         let inner = &*self.inner;
+        let key = guard.key;
         let mut outcome = None;
         for _ in 0..3 {
             let generation = inner.freshness.generation.load(Ordering::Acquire);
@@ -358,7 +404,7 @@ where
                 break;
             }
         }
-        inner.loading.lock().remove(&key);
+        drop(guard);
         match outcome {
             Some(Err(error)) => self.within_grace(&key).map(Some).ok_or(error),
             Some(loaded) => loaded,
@@ -690,6 +736,51 @@ mod tests {
         assert!(!it.freshness.is_suspect());
         let served = it.get(Ok(Some("newer"))).await.unwrap();
         assert_eq!(served.as_deref(), Some("new"));
+    }
+
+    #[tokio::test]
+    async fn panic_in_a_load_fails_it_for_all_who_wait_and_the_next_one_loads_again() {
+        let it = fixture();
+        let all = (0..3).map(|_| {
+            let cache = it.cache.clone();
+            tokio::spawn(async move {
+                let load = || async {
+                    tokio::task::yield_now().await;
+                    assert!(std::hint::black_box(false), "a defect");
+                    Ok::<_, Unconfirmed>(None)
+                };
+                cache.get(1, load).await
+            })
+        });
+        let all = futures_util::future::join_all(all);
+        let all = tokio::time::timeout(Duration::from_secs(5), all).await;
+        for failed in all.expect("nobody waits for ever") {
+            let failed = failed.expect("the panic stays in the load");
+            assert!(matches!(failed, Err(Unconfirmed::Failed(_))), "{failed:?}");
+        }
+        assert_eq!(it.get(Ok(Some("a"))).await.unwrap().as_deref(), Some("a"));
+        assert!(it.cache.inner.loading.lock().is_empty());
+    }
+
+    #[test]
+    fn canceled_load_is_begun_again() {
+        let runtime = || tokio::runtime::Builder::new_current_thread();
+        let it = fixture();
+        let first = runtime().enable_all().build().unwrap();
+        first.block_on(async {
+            let load = it.cache.get(1, hangs());
+            let waited = tokio::time::timeout(Duration::from_millis(10), load).await;
+            assert!(waited.is_err());
+        });
+        // Cancels everything that it runs.
+        drop(first);
+        let second = runtime().enable_all().build().unwrap();
+        let loaded = second.block_on(async {
+            tokio::time::timeout(Duration::from_secs(5), it.get(Ok(Some("a")))).await
+        });
+        let loaded = loaded.expect("the canceled load is not waited for");
+        assert_eq!(loaded.unwrap().as_deref(), Some("a"));
+        assert!(it.cache.inner.loading.lock().is_empty());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
