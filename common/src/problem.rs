@@ -136,8 +136,8 @@ problems! {
     /// seconds in `Retry-After`. Without that header, the cost of the request exceeds the limit itself. Nothing was
     /// charged.
     QuotaExceeded = "quota-exceeded", 429, "Rate limit or quota exceeded";
-    /// Too many requests came from this address or for this account. Retry after the number of seconds in
-    /// `Retry-After`.
+    /// Too many requests came from this address or for this account, or too many changes by one organization at the
+    /// same time. Retry after the number of seconds in `Retry-After`.
     TooManyRequests = "too-many-requests", 429, "Too many requests";
     /// The request's headers exceed the server's limit. Send fewer or shorter headers.
     HeadersTooLarge = "headers-too-large", 431, "Request headers too large";

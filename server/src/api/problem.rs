@@ -28,6 +28,7 @@ use crate::{
     db::{self, DbError},
     keys::KeyRecord,
     limiter::{Decision, LimiterError, Policy, PolicySet},
+    tenant_queue::Busy,
 };
 
 /// For look-ups: no row is 404.
@@ -525,6 +526,22 @@ impl From<DbError> for ApiError {
         match error {
             DbError::Unavailable(_) => Self::unavailable(error),
             error => Self::internal(error),
+        }
+    }
+}
+
+impl From<Busy> for ApiError {
+    fn from(busy: Busy) -> Self {
+        match busy {
+            Busy::QueueFull => Self::wait(
+                "Your organization is making too many changes at the same time.",
+                Duration::from_secs(1),
+            ),
+            // Not logged: the changes in front are, if they fail.
+            Busy::TimedOut => Self {
+                source: None,
+                ..Self::unavailable(String::new())
+            },
         }
     }
 }

@@ -6,6 +6,7 @@ mod doctor;
 mod embedded;
 mod env_example;
 mod every_endpoint;
+mod fairness;
 mod flood;
 mod gateways;
 mod http;
