@@ -10,6 +10,7 @@ mod fairness;
 mod flood;
 mod gateways;
 mod http;
+mod last_used;
 mod layers;
 mod limiter_contract;
 mod limiter_shared;
