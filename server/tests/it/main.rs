@@ -18,6 +18,7 @@ mod migrations;
 mod openapi;
 mod outage;
 mod quota_ledger;
+mod races;
 mod redis;
 mod redis_away;
 mod restarts;
