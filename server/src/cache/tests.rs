@@ -328,7 +328,7 @@ async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
         cache.get(1, load).await
     });
     let cache = it.cache.clone();
-    let forget = tokio::task::spawn_blocking(move || {
+    let forget = std::thread::spawn(move || {
         has_begun.recv().unwrap();
         cache.forget_these(|| {
             // The change is not known to concern this key yet, which is only now being cached.
@@ -339,7 +339,7 @@ async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
             []
         });
     });
-    forget.await.unwrap();
+    forget.join().unwrap();
     let loaded = loading.await.unwrap().unwrap();
     assert_eq!(loaded.unwrap().as_str(), "new");
     assert_eq!(it.cache.peek(&1).unwrap().unwrap().as_str(), "new");
