@@ -35,6 +35,7 @@ use crate::{
     repo::{self, revocation::Revocation},
     revocations::{Announcer, Recent},
     telemetry::{log::Log, metrics::Metrics},
+    tenant_queue::TenantQueues,
 };
 
 /// The number of client addresses that each rate limiter tracks. One takes about 100 bytes.
@@ -67,6 +68,8 @@ pub struct Parts {
     pub auth_guard: Guard,
     pub admin_guard: Guard,
     pub login_attempts: Arc<Attempts>,
+    /// Where changes of one tenant wait for each other.
+    pub changes: TenantQueues,
     draining: AtomicBool,
 }
 
@@ -203,6 +206,7 @@ impl AppState {
             announcer,
             recent,
             login_attempts,
+            changes: TenantQueues::default(),
             draining: AtomicBool::new(false),
         })))
     }

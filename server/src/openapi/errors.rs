@@ -79,6 +79,13 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             )],
         ),
         (
+            "rotate_api_key",
+            &[(
+                P::PreviousKeyActive,
+                "The grace period of an earlier rotation has not ended and `replace_previous` is not true, or a request with this `Idempotency-Key` is still in progress.",
+            )],
+        ),
+        (
             "create_service_token",
             &[
                 (P::Forbidden, BY_ROLE_OR_LIMIT),

@@ -14,7 +14,9 @@ use quota_common::{
 };
 
 use super::ApiError;
-use crate::{auth::AuthError, cache::Unconfirmed, db::DbError, limiter::LimiterError};
+use crate::{
+    auth::AuthError, cache::Unconfirmed, db::DbError, limiter::LimiterError, tenant_queue::Busy,
+};
 
 impl ApiError {
     /// Converts any error that a handler, an extractor or the router returns.
@@ -105,6 +107,22 @@ impl From<DbError> for ApiError {
         match error {
             DbError::Unavailable(_) => Self::unavailable(error),
             error => Self::internal(error),
+        }
+    }
+}
+
+impl From<Busy> for ApiError {
+    fn from(busy: Busy) -> Self {
+        match busy {
+            Busy::QueueFull => Self::wait(
+                "Your organization is making too many changes at the same time.",
+                Duration::from_secs(1),
+            ),
+            // Not logged: the changes in front are, if they fail.
+            Busy::TimedOut => Self {
+                source: None,
+                ..Self::unavailable(String::new())
+            },
         }
     }
 }

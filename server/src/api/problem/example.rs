@@ -26,6 +26,9 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::PlanInUse => "3 keys use this plan. Move or delete them first.",
         ProblemCode::NameTaken => "A plan with this name already exists.",
         ProblemCode::EmailTaken => "An account with this email already exists.",
+        ProblemCode::PreviousKeyActive => {
+            "The previous key is valid until 2026-08-04T06:26:00.000Z. Rotate again after that, or send replace_previous: true to revoke it now."
+        }
         ProblemCode::RequestInProgress => {
             "A request with this Idempotency-Key is still in progress."
         }
@@ -56,6 +59,10 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::EmailTaken => vec![FieldError {
             field: "email".into(),
             message: "is already in use".into(),
+        }],
+        ProblemCode::PreviousKeyActive => vec![FieldError {
+            field: "replace_previous".into(),
+            message: "must be true to revoke the previous key".into(),
         }],
         _ => Vec::new(),
     };
