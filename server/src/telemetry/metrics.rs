@@ -72,6 +72,8 @@ pub struct Metrics {
     pub redis_calls_without_connection: Counter,
     pub redis_calls_late: Counter,
     pub redis_calls_failed: Counter,
+    /// Shared with the log, which counts here.
+    pub log_lines_dropped: Counter,
     pub public_connections: Arc<ConnectionMetrics>,
     pub metrics_connections: Arc<ConnectionMetrics>,
     /// Key and token look-ups that were answered 503 because too many were under way.
@@ -205,6 +207,7 @@ impl Default for Metrics {
             redis_calls_without_connection: Counter::default(),
             redis_calls_late: Counter::default(),
             redis_calls_failed: Counter::default(),
+            log_lines_dropped: Counter::default(),
             public_connections: Arc::default(),
             metrics_connections: Arc::default(),
             lookups_refused: Counter::default(),
@@ -480,6 +483,11 @@ impl Metrics {
             self.requests_in_flight.clone(),
         );
         r.register("panics", "Handlers that panicked", self.panics.clone());
+        r.register(
+            "log_lines_dropped",
+            "Log lines dropped because standard output was blocked",
+            self.log_lines_dropped.clone(),
+        );
         r.register(
             "revocation_polls",
             "Polls for changes of keys and sessions",
