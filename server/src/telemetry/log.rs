@@ -413,18 +413,22 @@ mod tests {
         assert_eq!(written["method"], format!("{}…", "M".repeat(29)).as_str());
     }
 
-    /// Output that takes nothing until it is told to.
+    /// Output that takes nothing until it is opened.
     #[derive(Debug, Clone, Default)]
-    struct Valve {
-        inner: Arc<(Mutex<(bool, Vec<u8>)>, Condvar)>,
+    struct Valve(Arc<ValveState>);
+
+    #[derive(Debug, Default)]
+    struct ValveState {
+        is_open: Mutex<bool>,
+        opened: Condvar,
+        written: Mutex<Vec<u8>>,
     }
 
     impl Write for Valve {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let (state, opened) = &*self.inner;
-            let mut state = state.lock();
-            opened.wait_while(&mut state, |(is_open, _)| !*is_open);
-            state.1.extend_from_slice(bytes);
+            let mut is_open = self.0.is_open.lock();
+            self.0.opened.wait_while(&mut is_open, |is_open| !*is_open);
+            self.0.written.lock().extend_from_slice(bytes);
             Ok(bytes.len())
         }
 
@@ -435,12 +439,12 @@ mod tests {
 
     impl Valve {
         fn open(&self) {
-            self.inner.0.lock().0 = true;
-            self.inner.1.notify_all();
+            *self.0.is_open.lock() = true;
+            self.0.opened.notify_all();
         }
 
         fn text(&self) -> String {
-            String::from_utf8(self.inner.0.lock().1.clone()).unwrap()
+            String::from_utf8(self.0.written.lock().clone()).unwrap()
         }
     }
 
@@ -456,8 +460,9 @@ mod tests {
         log.event(b"{\"event\":1}\n");
         let lines_dropped = log.dropped().get();
         assert!(lines_dropped > 0);
+        let large = "x".repeat(64 * 1024);
         for _ in 0..64 {
-            log.event(&[b'x'; 64 * 1024]);
+            log.event(large.as_bytes());
         }
         let dropped = log.dropped().get();
         assert!(dropped > lines_dropped);
