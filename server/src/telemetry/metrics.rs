@@ -92,6 +92,8 @@ pub struct Metrics {
 pub enum Refusal {
     /// Its address has as many as it may have.
     Address,
+    /// The network of its address has as many as it may have.
+    Network,
     /// There are as many as there may be, and none that could be closed for it.
     Full,
 }
@@ -102,6 +104,7 @@ pub struct ConnectionMetrics {
     pub open: Gauge,
     pub accepted: Counter,
     refused_address: Counter,
+    refused_network: Counter,
     refused_full: Counter,
     /// Closed to make room for another.
     pub dropped: Counter,
@@ -115,6 +118,7 @@ impl ConnectionMetrics {
     pub const fn refused(&self, refusal: Refusal) -> &Counter {
         match refusal {
             Refusal::Address => &self.refused_address,
+            Refusal::Network => &self.refused_network,
             Refusal::Full => &self.refused_full,
         }
     }
@@ -263,13 +267,16 @@ impl Metrics {
                     (",limit=\"address\"", |it| {
                         it.refused_address.get().to_string()
                     }),
+                    (",limit=\"network\"", |it| {
+                        it.refused_network.get().to_string()
+                    }),
                     (",limit=\"total\"", |it| it.refused_full.get().to_string()),
                 ],
             ),
             (
                 "quota_connections_dropped",
                 "counter",
-                "Client connections without a request in flight that were closed to make room for others",
+                "Client connections that were closed to make room for others",
                 &[("", |it| it.dropped.get().to_string())],
             ),
             (
