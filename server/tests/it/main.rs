@@ -13,6 +13,7 @@ mod layers;
 mod limiter_contract;
 mod limiter_shared;
 mod log_output;
+mod malformed;
 mod migrations;
 mod openapi;
 mod outage;
