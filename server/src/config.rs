@@ -60,6 +60,8 @@ pub struct Config {
     pub connections: usize,
     /// 0: no limit.
     pub connections_per_address: usize,
+    /// Per IPv4 /24 or IPv6 /56, and half of what an IPv6 /48 may have; 0: no limit.
+    pub connections_per_network: usize,
     pub key_lookups: usize,
     pub drain_timeout: Duration,
     pub drain_delay: Duration,

@@ -55,11 +55,15 @@ impl Report {
     pub fn connections(&mut self, config: &Config) {
         let limit = file_limit::raise();
         let fit = file_limit::connections(config.connections, limit, config.database.pool);
-        let per_address = match config.connections_per_address {
+        let at_most = |limit: usize| match limit {
             0 => "any number".to_owned(),
             limit => limit.to_string(),
         };
-        let line = format!("{fit} client connections, {per_address} per address");
+        let line = format!(
+            "{fit} client connections, {} per address, {} per network",
+            at_most(config.connections_per_address),
+            at_most(config.connections_per_network)
+        );
         if fit < config.connections {
             self.warning(
                 "QUOTA_CONNECTIONS",

@@ -185,6 +185,11 @@ impl Config {
                 &s.connections_per_address,
                 0..=1_000_000,
             ),
+            connections_per_network: r.count(
+                "QUOTA_CONNECTIONS_PER_NETWORK",
+                &s.connections_per_network,
+                0..=1_000_000,
+            ),
             key_lookups: r.count("QUOTA_KEY_LOOKUPS", &s.key_lookups, 1..=100_000),
             drain_timeout: r.duration("QUOTA_DRAIN_TIMEOUT", &s.drain_timeout, 0..=25),
             drain_delay: r.duration("QUOTA_DRAIN_DELAY", &s.drain_delay, 0..=20),

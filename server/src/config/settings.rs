@@ -95,7 +95,7 @@ settings! {
     /// its share of the limit), open (each admits the whole limit) or closed (every response is 503).
     on_redis_failure: "QUOTA_ON_REDIS_FAILURE", "share", "MODE";
 
-    /// The number of replicas: 1 to 1000. `quota doctor` checks that their connections fit PostgreSQL"s limit.
+    /// The number of replicas: 1 to 1000. `quota doctor` checks that their connections fit PostgreSQL's limit.
     replicas: "QUOTA_REPLICAS", "1", "N";
 
     /// Whether to apply pending migrations at startup: true or false. One replica applies them while the others wait.
@@ -160,16 +160,22 @@ settings! {
     /// idle connections to Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
-    /// How long a client may go without reading any of a response that is being sent, such as 30s.
+    /// How long a client may go without reading any of a response that is being sent, such as 30s. On HTTP/2, less
+    /// than 1 KiB counts as nothing.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
     /// The maximum number of open client connections: 16 to 1000000. The limit of open files may allow fewer. When
-    /// it is reached, connections that have not sent a request are closed first, then idle ones.
+    /// it is reached, connections that have not sent a request are closed first, then idle ones, then those whose
+    /// client does not read its response.
     connections: "QUOTA_CONNECTIONS", "10000", "N";
 
     /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections
-    /// on which a valid API key or service token was sent don"t count, nor do those of QUOTA_TRUSTED_PROXIES.
+    /// on which a valid API key or service token was sent don't count, nor do those of QUOTA_TRUSTED_PROXIES.
     connections_per_address: "QUOTA_CONNECTIONS_PER_ADDRESS", "1000", "N";
+
+    /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
+    /// twice as many); 0 for no limit. Counted like QUOTA_CONNECTIONS_PER_ADDRESS.
+    connections_per_network: "QUOTA_CONNECTIONS_PER_NETWORK", "2500", "N";
 
     /// The maximum number of concurrent look-ups of API keys that are not in memory, and as many of service tokens: 1
     /// to 100000. When it is reached, each client still gets an equal share of it, and the response to further look-ups

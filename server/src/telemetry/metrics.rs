@@ -98,6 +98,8 @@ metrics! {
         "Requests answered with 503 because too many passwords were being hashed";
     requests_in_flight: Gauge, "requests_in_flight", "Requests in flight";
     panics: Counter, "panics", "Handlers that panicked";
+    log_lines_dropped: Counter, "log_lines_dropped",
+        "Log lines dropped because standard output was blocked";
     revocation_polls: Counter, "revocation_polls", "Polls for changes to keys, plans, tokens and sessions";
     revocation_poll_errors: Counter, "revocation_poll_errors", "Polls for changes that failed";
     revocations_published: Counter, "revocations_published", "Changes published to other replicas";

@@ -1,8 +1,9 @@
-//! Logs and metrics.
+//! What the server reports to its operator: logs and metrics.
 //!
-//! Logs are lines on standard output. Access log lines are written by [`log::Log::access`] directly into a buffer,
-//! since they are most of what a busy server logs; everything else goes through `tracing`. Metrics are plain atomics in
-//! [`metrics::Metrics`], formatted on request. Neither may delay a request or contain a key, token, password or email.
+//! Logs are lines on standard output. [`log::Log::access`] formats the line of a request straight into a buffer, since
+//! these are most of what a busy server logs; everything else goes through `tracing`. Metrics are plain atomics in
+//! [`metrics::Metrics`], formatted when scraped. Neither may delay a request or contain a key, token, password or
+//! email.
 
 pub mod log;
 pub mod metrics;

@@ -9,6 +9,8 @@ use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 pub enum Refusal {
     /// Connections of one address.
     Address,
+    /// Connections of the network of one address.
+    Network,
     /// Connections in all, and none could be closed to make room.
     Full,
 }
@@ -19,6 +21,7 @@ pub struct ConnectionMetrics {
     pub open: Gauge,
     pub accepted: Counter,
     refused_address: Counter,
+    refused_network: Counter,
     refused_full: Counter,
     /// Closed to make room for another.
     pub dropped: Counter,
@@ -32,6 +35,7 @@ impl ConnectionMetrics {
     pub const fn refused(&self, refusal: Refusal) -> &Counter {
         match refusal {
             Refusal::Address => &self.refused_address,
+            Refusal::Network => &self.refused_network,
             Refusal::Full => &self.refused_full,
         }
     }
@@ -68,13 +72,16 @@ const FAMILIES: [Family; 6] = [
             (",limit=\"address\"", |it| {
                 it.refused_address.get().to_string()
             }),
+            (",limit=\"network\"", |it| {
+                it.refused_network.get().to_string()
+            }),
             (",limit=\"total\"", |it| it.refused_full.get().to_string()),
         ],
     },
     Family {
         name: "quota_connections_dropped",
         kind: "counter",
-        help: "Client connections without a request in flight that were closed to make room for others",
+        help: "Client connections that were closed to make room for others",
         series: &[("", |it| it.dropped.get().to_string())],
     },
     Family {
