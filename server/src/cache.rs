@@ -1,22 +1,21 @@
-//! What is remembered of rows in PostgreSQL, and for how long it may be believed.
+//! A cache of rows in PostgreSQL that knows how long its entries are valid.
 //!
-//! An entry is believed while the poll for revocations is fresh, since then every change so far has been seen
-//! and its entry forgotten; or, without the poll, for a second after it was loaded. After that it is loaded
-//! again. When PostgreSQL is away an entry is still served for a grace after it was last known to be true,
-//! and then refused: what cannot be confirmed is denied, not admitted.
+//! An entry is valid while the poll for invalidations is fresh, since every change so far has then been seen and its
+//! entry emptied; without a fresh poll, for a second after it was loaded. After that it is loaded again. While
+//! PostgreSQL is unavailable, an entry is still served for a grace period after it was last confirmed. After that the
+//! look-up fails: what cannot be confirmed is denied.
 //!
-//! Once a load or a poll has failed, PostgreSQL is suspected to be unreachable, for all caches at once: until it answers
-//! again, entries within their grace are served without waiting, and only a few are loaded again in the background.
-//! So an outage costs the first few requests a wait, not the first request of each key.
+//! Once a load or a poll has failed, PostgreSQL is suspected to be unreachable, for all caches. Until it responds
+//! again, entries within their grace period are served without waiting, and only a few at a time are reloaded in the
+//! background. So an outage delays the first few requests, not the first request of each key.
 //!
-//! An entry that a change concerns is emptied, not removed: it is never served again, stale or not, but its key still
-//! counts as known, so that loading it again does not compete with look-ups of what strangers make up.
+//! A changed entry is emptied, not removed. It is never served again, but its key still counts as known, so that
+//! reloading it does not compete with look-ups of invented keys.
 //!
-//! A load may also answer what another replica has read: then it tells since when that is known to be true.
+//! A load may also return what another replica has read, with the time at which that was known to be current.
 //!
-//! Loading is single-flight: however many ask for the same thing at once, one query is sent. What does not
-//! exist is remembered too, apart and bounded, so that a flood of guesses neither reaches the database twice
-//! nor drives out what is in use.
+//! Loads are single-flight: concurrent requests for the same key share one query. That a row does not exist is cached
+//! as well, separately and bounded, so that a flood of guesses neither repeats queries nor evicts entries in use.
 
 use std::{
     collections::HashMap,
@@ -40,21 +39,21 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::{clock::Clock, telemetry::metrics::Metrics};
 
-/// How long a loaded entry is believed without the poll.
+/// How long a loaded entry is valid without the poll.
 const TTL: u64 = 1_000_000_000;
-/// How long after the last poll all entries are believed. Polls come at least every 250 ms.
+/// How long all entries are valid after the last poll. Polls come at least every 250 ms.
 const POLL_FRESH: u64 = 750_000_000;
 
-/// Entries of one cache that are loaded in the background at once while PostgreSQL is suspected to be unreachable.
+/// Concurrent background loads of one cache while PostgreSQL is suspected to be unreachable.
 const BACKGROUND_LOADS: usize = 4;
 
-/// When the revocations were last polled, and whether PostgreSQL answers. Shared by all caches.
+/// The time of the last poll for invalidations, and whether PostgreSQL responds. Shared by all caches.
 #[derive(Debug)]
 pub struct Freshness {
     clock: Arc<dyn Clock>,
     /// Monotonic time at which the last successful poll *began*, plus one; 0 for never.
     polled_at: AtomicU64,
-    /// Counts what was forgotten, so that a load that was under way meanwhile is not kept.
+    /// Incremented by every invalidation, so that the result of a load that it overtook is not kept.
     generation: AtomicU64,
     suspected: watch::Sender<bool>,
 }
@@ -69,13 +68,13 @@ impl Freshness {
         }
     }
 
-    /// PostgreSQL may be unreachable. Returns whether this is news.
+    /// Suspects PostgreSQL to be unreachable. Returns whether it was not suspected before.
     pub fn suspect(&self) -> bool {
         self.suspected
             .send_if_modified(|suspected| !std::mem::replace(suspected, true))
     }
 
-    /// PostgreSQL has answered.
+    /// PostgreSQL has responded.
     fn reached(&self) {
         self.suspected.send_if_modified(std::mem::take);
     }
@@ -84,10 +83,10 @@ impl Freshness {
         *self.suspected.borrow()
     }
 
-    /// Ends when PostgreSQL is suspected to be unreachable.
+    /// Completes when PostgreSQL is suspected to be unreachable.
     async fn suspected(&self) {
         let mut suspected = self.suspected.subscribe();
-        // An error would mean that the sender is gone, and it is ours.
+        // Fails only without a sender, which `self` owns.
         let _ = suspected.wait_for(|suspected| *suspected).await;
     }
 
@@ -95,53 +94,53 @@ impl Freshness {
         self.clock.monotonic()
     }
 
-    /// A poll that began at `began` has seen, and forgotten, everything up to then.
+    /// A poll that began at `began` has applied all changes up to then.
     pub fn polled(&self, began: u64) {
         self.polled_at.fetch_max(began + 1, Ordering::AcqRel);
         self.reached();
     }
 
-    /// When an entry was last known to be true.
+    /// Returns when an entry was last confirmed.
     fn confirmed_at(&self, loaded_at: u64) -> u64 {
         loaded_at.max(self.polled_at.load(Ordering::Acquire).saturating_sub(1))
     }
 
-    /// When the last poll began, if that is so lately that it has seen all that counts.
+    /// Returns when the last poll began, if that was recently enough for entries to be valid.
     pub fn polled_lately(&self) -> Option<u64> {
         let polled = self.polled_at.load(Ordering::Acquire).checked_sub(1)?;
         (self.now().saturating_sub(polled) <= POLL_FRESH).then_some(polled)
     }
 
-    fn believes(&self, loaded_at: u64, now: u64) -> bool {
+    fn is_valid(&self, loaded_at: u64, now: u64) -> bool {
         let polled = self.polled_at.load(Ordering::Acquire);
         (polled > 0 && now.saturating_sub(polled - 1) <= POLL_FRESH)
             || now.saturating_sub(loaded_at) <= TTL
     }
 }
 
-/// A load failed. Shared by all who waited for it.
+/// A load failed. Shared by all callers that waited for it.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Unconfirmed {
     #[error("cannot be confirmed: {0}")]
     Failed(Arc<str>),
-    /// Nothing is wrong except that too many loads are under way.
-    #[error("too many look-ups are under way")]
+    /// Too many loads are in progress.
+    #[error("too many look-ups are in progress")]
     TooMany,
 }
 
-/// What a load has found.
+/// The result of a load.
 #[derive(Debug)]
 pub struct Loaded<T> {
     pub value: Option<T>,
-    /// Monotonic time at which it is known to have been true; `None`: at the earliest when the load began.
-    pub true_at: Option<u64>,
+    /// Monotonic time at which it was known to be current. `None`: when the load began.
+    pub current_at: Option<u64>,
 }
 
 impl<T> From<Option<T>> for Loaded<T> {
     fn from(value: Option<T>) -> Self {
         Self {
             value,
-            true_at: None,
+            current_at: None,
         }
     }
 }
@@ -149,14 +148,14 @@ impl<T> From<Option<T>> for Loaded<T> {
 type Load<T> = BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>;
 type Loading<T> = Shared<Load<T>>;
 
-/// A load in progress, as those who want the same find it. They keep it going, and so does a task of its own. Once none
-/// of them is left, as when the runtime ends, it is canceled.
+/// A load in progress, for others that need the same key. They and a task of its own keep it running. Once none is
+/// left, for example when the runtime ends, it is canceled.
 struct InProgress<T> {
     id: u64,
     loading: WeakShared<Load<T>>,
 }
 
-/// Removes a load from those in progress however it ends.
+/// Removes a load from those in progress when it ends for any reason.
 struct LoadGuard<K: Hash + Eq, T> {
     inner: Arc<Inner<K, T>>,
     key: K,
@@ -173,7 +172,7 @@ impl<K: Hash + Eq, T> Drop for LoadGuard<K, T> {
 }
 
 struct Entry<T> {
-    /// `None`: it was changed since, and must be loaded before it is used.
+    /// `None`: it has changed and must be loaded before use.
     value: Option<Arc<T>>,
     loaded_at: u64,
 }
@@ -242,23 +241,23 @@ where
         }
     }
 
-    /// What is known and may be believed now: `Some(None)` is known not to exist. Without waiting.
+    /// Returns the valid entry of a key, if there is one; `Some(None)` if the row is known not to exist. Does not wait.
     pub fn peek(&self, key: &K) -> Option<Option<Arc<T>>> {
         self.peek_at(key, self.inner.freshness.now())
     }
 
-    /// The same for who has just read the monotonic clock.
+    /// The same for a caller that has just read the monotonic clock.
     pub fn peek_at(&self, key: &K, now: u64) -> Option<Option<Arc<T>>> {
         let inner = &*self.inner;
         if let Some(entry) = inner.present.get(key)
             && let Some(value) = entry.value
-            && inner.freshness.believes(entry.loaded_at, now)
+            && inner.freshness.is_valid(entry.loaded_at, now)
         {
             inner.metrics.key_cache_hits.inc();
             return Some(Some(value));
         }
         if let Some(loaded_at) = inner.absent.get(key)
-            && inner.freshness.believes(loaded_at, now)
+            && inner.freshness.is_valid(loaded_at, now)
         {
             inner.metrics.key_cache_negative_hits.inc();
             return Some(None);
@@ -266,7 +265,7 @@ where
         None
     }
 
-    /// What is known, or else what `load` answers.
+    /// Returns the valid entry of a key, or loads it with `load`.
     pub async fn get<F, Fut, L>(&self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send + Sync + 'static,
@@ -298,14 +297,14 @@ where
             loaded = loading.clone() => return loaded,
             () = inner.freshness.suspected() => {}
         }
-        // Not what was there before: it may have been forgotten meanwhile.
+        // The entry is read again, since it may have changed in the meantime.
         match self.within_grace(&key) {
             Some(value) => Ok(Some(value)),
             None => loading.await,
         }
     }
 
-    /// Joins the load of this key that is under way, or begins one.
+    /// Joins the load of this key that is in progress, or starts one.
     fn loading<F, Fut, L>(&self, key: K, load: F) -> Loading<T>
     where
         F: Fn() -> Fut + Send + Sync + 'static,
@@ -322,7 +321,7 @@ where
             key,
             id,
         };
-        // A panic would poison the shared future, and those who wait for it would not be woken.
+        // A panic would poison the shared future without waking its waiters.
         let loading = AssertUnwindSafe(self.clone().load(guard, load))
             .catch_unwind()
             .map(|loaded| loaded.unwrap_or_else(|_| Err(Unconfirmed::Failed("a panic".into()))))
@@ -332,24 +331,24 @@ where
             all.insert(key, InProgress { id, loading });
         }
         drop(all);
-        // A task of its own, so that it ends even if its callers go away.
+        // In a task of its own, so that it completes even if its callers are dropped.
         tokio::spawn(loading.clone());
         loading
     }
 
-    /// Whether this is known to have existed, confirmed or not, changed since or not.
+    /// Whether the key is cached, even if its entry is no longer valid or has been emptied.
     pub fn holds(&self, key: &K) -> bool {
         self.inner.present.contains_key(key)
     }
 
-    /// Whether this is cached, or being loaded to be cached.
+    /// Whether the key is cached or being loaded.
     pub fn holds_or_loads(&self, key: &K) -> bool {
-        // In this order: a load caches its result before it leaves the loads in progress.
+        // In this order, since a load caches its result before it is removed from the loads in progress.
         let is_loading = self.inner.loading.lock().contains_key(key);
         is_loading || self.holds(key)
     }
 
-    /// What was known last, if it may still be served without being confirmed.
+    /// Returns the entry of a key if it may still be served without confirmation.
     fn within_grace(&self, key: &K) -> Option<Arc<T>> {
         let inner = &*self.inner;
         let entry = inner.present.get(key)?;
@@ -379,28 +378,28 @@ where
             let generation = inner.freshness.generation.load(Ordering::Acquire);
             let began = inner.freshness.now();
             let loaded = load().await.map(Into::into);
-            let true_at = loaded.as_ref().ok().and_then(|it| it.true_at);
-            if true_at.is_none() {
+            let current_at = loaded.as_ref().ok().and_then(|it| it.current_at);
+            if current_at.is_none() {
                 inner.metrics.key_loads.inc();
             }
             let loaded = loaded.map(|it| it.value.map(Arc::new));
-            let is_as_before = || inner.freshness.generation.load(Ordering::Acquire) == generation;
-            let mut undisturbed = is_as_before();
-            if loaded.is_ok() && true_at.is_none() {
+            let is_unchanged = || inner.freshness.generation.load(Ordering::Acquire) == generation;
+            let mut is_current = is_unchanged();
+            if loaded.is_ok() && current_at.is_none() {
                 inner.freshness.reached();
             }
-            if let (Ok(value), true) = (&loaded, undisturbed) {
-                self.keep(key, value.clone(), true_at.unwrap_or(began));
-                // Who forgets from here on finds it in its place; who did before this look may not have.
-                undisturbed = is_as_before();
-                if !undisturbed {
+            if let (Ok(value), true) = (&loaded, is_current) {
+                self.keep(key, value.clone(), current_at.unwrap_or(began));
+                // A later invalidation finds the entry. One before this check may have missed it.
+                is_current = is_unchanged();
+                if !is_current {
                     self.empty(key);
                     inner.absent.remove(&key);
                 }
             }
             outcome = Some(loaded);
-            // Something was forgotten while this was on its way: it may have been this, so look once more.
-            if undisturbed || matches!(outcome, Some(Err(_))) {
+            // Something was invalidated during the load, possibly this key, so load again.
+            if is_current || matches!(outcome, Some(Err(_))) {
                 break;
             }
         }
@@ -423,17 +422,17 @@ where
         }
     }
 
-    /// Empties the entry, if there is one.
+    /// Empties the entry of a key, if there is one.
     fn empty(&self, key: K) {
         let emptied = Entry {
             value: None,
             loaded_at: 0,
         };
-        // An error would mean that there is none.
+        // Fails if there is none.
         let _ = self.inner.present.replace(key, emptied, true);
     }
 
-    /// Has what `gone` says loaded again before it is used, and everything that is being loaded now.
+    /// Invalidates the entries that `gone` selects, and all loads in progress.
     pub fn forget(&self, gone: impl Fn(&K, &T) -> bool) {
         self.inner
             .freshness
@@ -451,8 +450,8 @@ where
         }
     }
 
-    /// Has these loaded again before they are used, and everything that is being loaded now. `keys` is called once loads
-    /// in progress are bound to be repeated: what is cached later cannot be out of date.
+    /// Invalidates these keys, and all loads in progress. `keys` is called after loads in progress are bound to be
+    /// repeated, so that nothing outdated is cached afterwards.
     pub fn forget_these<I: IntoIterator<Item = K>>(&self, keys: impl FnOnce() -> I) {
         self.inner
             .freshness
@@ -463,7 +462,7 @@ where
         }
     }
 
-    /// Forgets that something does not exist.
+    /// Drops the entry that says that a key does not exist.
     pub fn forget_absent(&self, key: &K) {
         self.inner
             .freshness

@@ -1,9 +1,8 @@
-//! Changes of one tenant, one at a time.
-//!
+//! Serializes the changes of each tenant.
 //! A change holds a database connection while it waits for a lock, and changes of the same tenant mostly wait for each
 //! other: a burst of them would take every connection of this replica. Here they wait without a connection, in a
 //! bounded queue per tenant, so that other tenants are not delayed. Replicas have separate queues; between replicas the
-//! locks of the database decide.
+//! database's locks decide.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -14,7 +13,7 @@ use tokio::{
     time::timeout,
 };
 
-/// Changes of one tenant that may wait.
+/// The maximum number of waiting changes per tenant.
 const WAITING: usize = 32;
 /// How long a change waits for its turn.
 const WAIT: Duration = Duration::from_secs(5);
@@ -24,11 +23,11 @@ const WAIT: Duration = Duration::from_secs(5);
 pub enum Busy {
     /// The tenant's queue is full.
     QueueFull,
-    /// The changes in front took too long.
+    /// Earlier changes took too long.
     TimedOut,
 }
 
-/// The queues of all tenants that have changes in progress. Cheap to clone.
+/// The queues of tenants with changes in progress. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct TenantQueues(Arc<Mutex<HashMap<TenantId, Queue>>>);
 
@@ -58,10 +57,10 @@ impl Drop for Place {
     }
 }
 
-/// Permission to change something of a tenant, until it is dropped.
+/// Permission to make a change, until it is dropped.
 #[derive(Debug)]
 pub struct Turn {
-    // Released before the place.
+    // Dropped before the place.
     _permit: OwnedSemaphorePermit,
     _place: Place,
 }

@@ -208,7 +208,7 @@ impl ApiKeyApi {
         once.keep(&mut edit, StatusCode::CREATED, &created).await?;
         edit.created(AuditAction::ApiKeyCreate, &created.api_key)
             .await?;
-        self.state.keys.made(&secret);
+        self.state.keys.created(&secret);
         created.key = Some(secret.reveal());
         Ok(Created(created))
     }
@@ -343,7 +343,7 @@ impl ApiKeyApi {
         let action = AuditAction::ApiKeyRotate;
         edit.updated(action, &before, &rotated.api_key, Target::ApiKey(id))
             .await?;
-        self.state.keys.made(&secret);
+        self.state.keys.created(&secret);
         rotated.key = Some(secret.reveal());
         Ok(Json(rotated))
     }

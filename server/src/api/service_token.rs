@@ -113,7 +113,7 @@ impl ServiceTokenApi {
         once.keep(&mut edit, StatusCode::CREATED, &created).await?;
         let action = AuditAction::ServiceTokenCreate;
         edit.created(action, &created.service_token).await?;
-        self.state.keys.made(&secret);
+        self.state.keys.created(&secret);
         created.token = Some(secret.reveal());
         Ok(Created(created))
     }

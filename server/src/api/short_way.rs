@@ -1,9 +1,8 @@
-//! The fast path to a decision.
+//! The fast path for decisions.
 //!
-//! Most requests ask for a decision, at one of three fixed paths. They are recognized by path, in front of the
-//! router and of poem-openapi, whose nested routes, parsed queries and boxed errors cost more than the rest of
-//! such a request. The same code answers them, called in the same order; a request with any other query takes
-//! the normal route.
+//! Most requests ask for a decision, at one of three fixed paths. They are recognized by path before the router and
+//! poem-openapi, whose nested routes, query parsing and boxed errors cost more than the rest of such a request. They
+//! are handled by the same code in the same order. A request with any other query takes the normal route.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
 use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};
@@ -17,7 +16,7 @@ use super::{
     request_context::Visit,
 };
 
-/// The path of forward-auth, which takes every method.
+/// The path of forward-auth, which accepts every method.
 pub const FORWARD_AUTH: &str = "/v1/forward-auth";
 
 /// Wraps the endpoint of all paths.
@@ -55,7 +54,7 @@ impl<E: Endpoint<Output = Response>> Endpoint for ShortWay<E> {
     async fn call(&self, mut request: Request) -> Result<Response> {
         let answer = match Asks::of(&request) {
             None => {
-                // Gateways may pass on the consumer's method, which says nothing about the question.
+                // Gateways may pass on the consumer's method, which does not matter.
                 if request.uri().path() == FORWARD_AUTH {
                     request.set_method(Method::GET);
                 }
@@ -67,7 +66,7 @@ impl<E: Endpoint<Output = Response>> Endpoint for ShortWay<E> {
         };
         match answer {
             Ok(response) => Ok(response),
-            // Here rather than at the edge, where errors arrive boxed: denials are frequent.
+            // Converted here, since denials are frequent and errors are boxed further out.
             Err(error) => {
                 let visit = Visit::of(&request)?;
                 Ok(error.into_response(visit.id(), &visit.state.config.public_url))

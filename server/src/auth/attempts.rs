@@ -1,20 +1,20 @@
 //! Limits failed password attempts, without letting other people lock a user out.
 //!
 //! Attempts are counted per account *and* network, never per account only: guessing from one network slows down that
-//! network. IPv4 counts by address and /24, IPv6 by /64, /56 and /48, the wider ones with more room. Each network
-//! is also counted over all accounts, against lists of leaked passwords. A known device ([`super::device`]) has a
-//! counter of its own and none of these; the devices of one account are counted together as well, with more room, so
-//! that collecting them is no way to more guesses. So are its sign-ins from known devices that succeed, with much more
-//! room: right passwords take time to verify too.
+//! network. IPv4 counts by address and /24, IPv6 by /64, /56 and /48, with higher limits for wider networks. Each
+//! network is also counted across all accounts, against lists of leaked passwords. A known device ([`super::device`])
+//! has its own counter instead. The devices of one account are also counted together, with a higher limit, so that
+//! collecting devices does not allow more guesses. Their successful sign-ins are counted as well, with a much higher
+//! limit, since verifying correct passwords takes time too.
 //!
-//! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_RPM`, or a multiple). After those, each
+//! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_RPM` or a multiple). After those, each
 //! attempt has to wait twice as long as the previous one, and one attempt is forgiven every few minutes. So a lockout
 //! does not last much longer than that, and a guesser gets about one attempt in that time. An attempt is counted before
-//! the password is verified, so parallel attempts gain nothing, and is taken back if the password is correct or was
-//! never judged, because too many were waiting or the client has gone.
+//! the password is verified, so parallel attempts gain nothing. It is taken back if the password is correct or was
+//! never verified, because too many were waiting or the client disconnected.
 //!
-//! With Redis all replicas share the counters, by one script. Every replica also counts for itself: while Redis is
-//! unreachable, that count decides, with half the attempts. Nothing here reveals whether an account exists.
+//! With Redis, all replicas share the counters through a script. Every replica also counts locally. While Redis is
+//! unreachable, the local count decides, with half the attempts. Nothing here reveals whether an account exists.
 
 mod attempt;
 
@@ -35,26 +35,26 @@ use crate::{
 
 /// The longest wait between two attempts.
 const LONGEST: Duration = Duration::from_mins(15);
-/// How long it takes until a failed attempt on one account is forgiven.
+/// The time in which one failed attempt on an account is forgiven.
 const FORGIVE: Duration = Duration::from_mins(5);
-/// The same for attempts of a network on any account.
+/// The same for attempts of a network across all accounts.
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
-/// How many times as many attempts a network has over all accounts as on one.
+/// Attempts of a network across all accounts, as a multiple of those on one account.
 const ACCOUNTS: u32 = 5;
-/// How many times as many attempts the known devices of an account have together as one of them.
+/// Attempts of all known devices of an account together, as a multiple of those of one.
 const DEVICES: u32 = 5;
-/// How many times as many attempts a known account has, successful ones included.
+/// Attempts of all known devices of an account including successful ones, as a multiple of the failed attempts of one.
 const USES: u32 = 20;
-/// How long it takes until one of these is forgiven: ten a minute.
+/// The time in which one of these is forgiven: ten per minute.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
-/// A widest network with this many unforgiven attempts is no longer [ordinary](super::password::Lane::Ordinary).
+/// The number of unforgiven attempts from which on a network is no longer [ordinary](super::password::Lane::Ordinary).
 const CROWD: u64 = 3;
-/// How many counters one replica remembers. One takes about 60 bytes.
+/// The maximum number of local counters. One takes about 60 bytes.
 const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");
-/// KEYS: counters. ARGV: how many of them, from the first, to delete; and when the attempt was counted, which is taken
-/// back from the others. The wait that it began ends as well.
+/// KEYS: counters. ARGV: how many of the first ones to delete; and when the attempt was counted, to take it back from
+/// the others and end the wait that it started.
 const FORGET: &str = "
 for i, key in ipairs(KEYS) do
   if i <= tonumber(ARGV[1]) then
@@ -80,19 +80,19 @@ struct Counter {
     on_success: OnSuccess,
 }
 
-/// What a correct password does to a counter. Counters of one attempt are in this order.
+/// What happens to a counter after a correct password. Counters of one attempt are in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum OnSuccess {
-    /// Forgets everything that was counted.
+    /// The counter is cleared.
     Clear,
-    /// Forgets this attempt.
+    /// This attempt is taken back.
     TakeBack,
-    /// Forgets nothing.
+    /// The attempt stays counted.
     Keep,
 }
 
 impl Counter {
-    /// Returns the first wait: the interval of `free` attempts per minute.
+    /// Returns the first wait: the interval at `free` attempts per minute.
     fn first_wait(&self) -> Duration {
         Duration::from_mins(1) / self.free.max(1)
     }
@@ -113,10 +113,10 @@ impl Count {
     }
 }
 
-/// What counting an attempt has returned.
+/// The result of counting an attempt.
 #[derive(Debug, Clone, Copy)]
 struct Taken {
-    /// Zero: it was counted.
+    /// Zero: the attempt was counted.
     wait: Duration,
     /// Attempts of the widest network before this one.
     crowd: u64,
@@ -124,14 +124,14 @@ struct Taken {
     at: u64,
 }
 
-/// How long an attempt has to wait.
+/// How long the caller has to wait before the next attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wait(pub Duration);
 
-/// Counts. Cheap to share by reference.
+/// Counts attempts.
 #[derive(Debug)]
 pub struct Attempts {
-    /// 0: nothing is limited.
+    /// 0: no limit.
     free: u32,
     names: hmac::Key,
     redis: Option<Redis>,
@@ -202,8 +202,8 @@ impl Attempts {
             .await
     }
 
-    /// Counts an attempt of a signed-in user, such as to change the password, which a stolen session must not be able to
-    /// guess.
+    /// Counts an attempt of a signed-in user, such as to change the password, so that a stolen session cannot be used
+    /// to guess it.
     pub async fn of_user(self: &Arc<Self>, user: &[u8]) -> Result<Attempt, Wait> {
         let own = self.of_one(&[b"user", user], OnSuccess::Clear);
         self.take_known(vec![own, self.uses(&[b"user uses", user])])
@@ -244,7 +244,7 @@ impl Attempts {
         name
     }
 
-    /// In one hash slot: that of the last counter, which is the widest network's.
+    /// All in the hash slot of the last counter, that of the widest network.
     fn keys(redis: &Redis, counters: &[Counter]) -> Vec<String> {
         let text = |counter: &Counter| URL_SAFE_NO_PAD.encode(counter.name);
         let slot = counters.last().map(text).unwrap_or_default();
@@ -269,8 +269,8 @@ impl Attempts {
         if self.redis.is_none() {
             return count.await;
         }
-        // In a task of its own: if the caller goes away in between, it is still known whether Redis has counted the
-        // attempt, which is taken back only if it has.
+        // In a task of its own: if the caller is dropped in between, it is still known whether Redis counted the
+        // attempt, which is taken back only then.
         let counted = tokio::spawn(count).await;
         counted.unwrap_or(Err(Wait(Duration::from_secs(1))))
     }
@@ -295,7 +295,7 @@ impl Attempts {
         Ok(attempt)
     }
 
-    /// `None` without Redis, or if it does not respond.
+    /// Returns `None` without Redis, or if it does not respond.
     async fn take_in_redis(&self, counters: &[Counter]) -> Option<Taken> {
         let redis = self.redis.as_ref()?;
         let keys = Self::keys(redis, counters);
@@ -319,14 +319,14 @@ impl Attempts {
             },
             Ok(_) => None,
             Err(error) => {
-                tracing::debug!(error = %error, "sign-ins are limited by this replica alone");
+                tracing::debug!(error = %error, "Redis did not count a sign-in; using the local count");
                 None
             }
         }
     }
 
-    /// What this replica has counted. Where Redis is configured it only decides while that is unreachable, and then
-    /// with half the tries, since other replicas count for themselves as well.
+    /// Counts locally. If Redis is configured, this result is used only while Redis is unreachable, with half the
+    /// attempts since other replicas count locally as well.
     fn take_here(&self, counters: &[Counter]) -> Taken {
         let now = self.clock.monotonic();
         let free = |counter: &Counter| {
@@ -375,7 +375,7 @@ impl Attempts {
                 .get(&counter.name)
                 .map_or(0.0, |count| count.forgiven(now, counter.forgive))
                 + 1.0;
-            // A part of a try may have been forgiven between two that follow at once.
+            // Part of an attempt may have been forgiven between two immediate attempts.
             let over = tries - free(counter);
             let wait = if over > -0.5 {
                 let over = over.max(0.0);
@@ -395,7 +395,7 @@ impl Attempts {
         taken(Duration::ZERO)
     }
 
-    /// Forgets the counters that are at rest.
+    /// Removes counters that have been forgiven entirely.
     pub fn prune(&self) {
         let now = self.clock.monotonic();
         let longest = FORGIVE.as_secs_f64();
@@ -413,8 +413,8 @@ fn seconds(nanos: u64) -> f64 {
     Duration::from_nanos(nanos).as_secs_f64()
 }
 
-/// The networks that an address is counted in, the narrowest first, and how many times as many tries each has. Callers
-/// without an address are on this machine.
+/// Returns the networks in which an address is counted, narrowest first, and the multiple of attempts that each has.
+/// Callers without an address are on this machine.
 fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     let prefixes: &[(u8, u32)] = match ip.map(|ip| ip.to_canonical()) {
         None => return vec![("local".to_owned(), 1)],
@@ -429,12 +429,12 @@ fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     prefixes.iter().filter_map(network).collect()
 }
 
-/// A number for the widest network of an address.
+/// Returns a number that identifies the widest network of an address.
 pub fn network_number(ip: Option<IpAddr>) -> u64 {
     number(&networks(ip).last())
 }
 
-/// A number for an account.
+/// Returns a number that identifies an account.
 pub fn account_number(email: &str) -> u64 {
     number(&email)
 }
@@ -442,7 +442,7 @@ pub fn account_number(email: &str) -> u64 {
 fn number(of: &impl std::hash::Hash) -> u64 {
     use std::hash::BuildHasher as _;
 
-    // The keys are this process's own: nobody can choose an email with the number of another's.
+    // The hash keys are random per process, so that nobody can choose an email with the number of another's.
     static KEYS: std::sync::LazyLock<std::hash::RandomState> =
         std::sync::LazyLock::new(std::hash::RandomState::new);
     KEYS.hash_one(of)

@@ -18,20 +18,20 @@ use super::{
 };
 use crate::clock::UnixNanos;
 
-/// How long after its last sign-in a device is known.
+/// How long a device is known after its last sign-in.
 pub const LIFETIME: Duration = Duration::from_hours(180 * 24);
-/// How many accounts one value holds.
+/// The maximum number of accounts per value.
 const ACCOUNTS: usize = 4;
 /// Characters of one token.
 const TOKEN: usize = 86;
-/// The longest value that is read.
+/// The maximum length of a value.
 pub const LENGTH_MAX: usize = ACCOUNTS * (TOKEN + 1) - 1;
 const ID: usize = 16;
 const MARK: usize = 8;
 const CONTENT: usize = ID + 8 + MARK;
 const SEPARATOR: char = '.';
 
-/// What is counted as one device.
+/// Identifies a device.
 pub type DeviceId = [u8; ID];
 
 /// A device that an account was signed in on.
@@ -50,8 +50,8 @@ impl Devices {
         Self(secrets)
     }
 
-    /// Returns the device that `value` names for this account, if it was issued here and not too long ago. It is known
-    /// only if it also [has signed in with](Self::is_of_password) the account's password.
+    /// Returns the device in `value` for this account, if it was issued by this installation and has not expired. It is
+    /// a known device only if it also [signed in with the current password](Self::is_of_password).
     pub fn find(&self, email: &str, value: &str, now: UnixNanos) -> Option<Device> {
         self.parse(email, value, now).map(|(_, device)| device)
     }
@@ -86,8 +86,8 @@ impl Devices {
         })
     }
 
-    /// Returns the value to keep after a sign-in with the password that has this hash: `value` with a fresh token for
-    /// this account in front. A known device stays the same one.
+    /// Returns the value to store after a sign-in with the password of this hash: `value` with a new token for this
+    /// account first. A known device keeps its ID.
     pub fn remember(
         &self,
         (email, hash): (&str, &str),

@@ -1,12 +1,12 @@
-//! Passwords: which are good enough, and their hashes (argon2id).
+//! Passwords: their strength and their hashes (argon2id).
 //!
-//! Hashing takes two threads and 92 MiB at most, however many ask. Who waits for a thread waits in one of three
-//! lanes, so that a flood of sign-ins does not keep others out: known devices and people who are signed in; networks
-//! that have not failed lately; and the rest, which includes registrations. Each lane is bounded and gets its share of
-//! the threads. Within a lane, callers take turns by account or network, and when it is full, the one that takes most
-//! of it gives way first.
+//! Hashing uses at most two threads and 92 MiB, regardless of load. Callers wait for a thread in one of three lanes, so
+//! that a flood of sign-ins does not lock out others: known devices and signed-in users; networks without recent
+//! failures; and the rest, including registrations. Each lane is bounded and has its share of the threads. Within a
+//! lane, callers take turns by account or network. When it is full, the account or network with the most waiters loses
+//! one first.
 //!
-//! New passwords are judged on the same threads, since that takes time as well.
+//! The strength of new passwords is estimated on the same threads, since it takes time as well.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -31,13 +31,13 @@ use zxcvbn::Score;
 use super::AuthError;
 use crate::config::PasswordCost;
 
-/// One hash takes about 50 ms and 46 MiB. So many at once.
+/// Concurrent hashes. One takes about 50 ms and 46 MiB.
 const THREADS: usize = 2;
-/// How many wait in each lane: the last of all waits for somewhat more than a second.
+/// The maximum number of waiters per lane. With all lanes full, the last one waits somewhat more than a second.
 const WAITING: [usize; LANES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
 const LANES: usize = 3;
-/// Whose turn it is, again and again. A lane that is empty leaves its turn to the first that is not.
+/// The order in which lanes are served, repeated. An empty lane passes its turn to the first that is not empty.
 const TURNS: [Lane; 8] = [
     Lane::Known,
     Lane::Ordinary,
@@ -49,42 +49,41 @@ const TURNS: [Lane; 8] = [
     Lane::Suspect,
 ];
 
-/// How many characters of a password are judged, without those that repeat others.
+/// How many characters of a password are estimated, not counting repetitions.
 const JUDGED: usize = 64;
 /// How many ways of reading symbols as letters are tried.
 const READINGS: usize = 32;
-/// The bound of what a judgement takes: characters squared, times readings. As many take about 4 ms.
+/// The maximum effort of an estimate: characters squared, times readings. This many take about 4 ms.
 const EFFORT: usize = 16 * 1024;
-/// A text of this length that has occurred before makes a password no harder to guess.
+/// A repetition of this length does not make a password harder to guess.
 const REPEATED: usize = 4;
-/// The symbols that zxcvbn reads as a letter, for each letter.
+/// The symbols that zxcvbn reads as a letter, per letter.
 const SYMBOLS: [&str; 12] = [
     "4@", "8", "({[<", "3", "69", "1!|", "1|7", "0", "$5", "+7", "%", "2",
 ];
-/// How many parts of an email are looked for in its account's password.
+/// How many parts of an account's email are searched for in its password.
 const EMAIL_PARTS: usize = 16;
 
 /// Where a password waits to be hashed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
-    /// A known device, or somebody who is signed in.
+    /// A known device, or a signed-in user.
     Known,
-    /// A network without failures lately.
+    /// A network without recent failures.
     Ordinary,
-    /// A network with failures lately, or a registration.
+    /// A network with recent failures, or a registration.
     Suspect,
 }
 
-/// A place in the queue.
+/// Where to wait in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub lane: Lane,
-    /// Who takes turns with others: in the known lane an account, elsewhere a network. Any number that is the same for
-    /// the same one.
+    /// A number for the account (in the known lane) or the network that takes turns with others.
     pub party: u64,
 }
 
-/// A password in its normal form (NFC): the same characters typed on another keyboard are the same bytes.
+/// A password in Unicode normal form (NFC), so that the same characters typed on another keyboard are the same bytes.
 #[derive(Clone)]
 pub struct Password(String);
 
@@ -99,7 +98,7 @@ impl Password {
         Self(text.nfc().collect())
     }
 
-    /// Whether its length is one that a password may have.
+    /// Checks that the length is allowed.
     pub fn check_length(&self) -> Result<(), AuthError> {
         if PASSWORD_BYTES.contains(&self.0.len()) {
             return Ok(());
@@ -110,8 +109,8 @@ impl Password {
         )))
     }
 
-    /// Whether it may be a new password of the account with this email. Takes some milliseconds, whatever it holds: see
-    /// [`windows`]. One part that is hard to guess makes the whole hard to guess.
+    /// Checks that it is strong enough for the account with this email. Takes a few milliseconds for any content; see
+    /// [`windows`]. One part that is hard to guess makes the whole password hard to guess.
     fn judge(&self, email: &str) -> Result<(), AuthError> {
         self.check_length()?;
         let mut known = vec![email, "quota"];
@@ -119,7 +118,7 @@ impl Password {
         known.extend(parts.filter(|part| part.len() > 2).take(EMAIL_PARTS));
         let mut warning = None;
         for part in windows(&self.0) {
-            // What it cannot judge counts as easy.
+            // A panic counts as easy to guess.
             let judged = catch_unwind(|| {
                 let estimate = zxcvbn::zxcvbn(&part, &known);
                 let warning = estimate
@@ -141,7 +140,7 @@ impl Password {
     }
 }
 
-/// Leaves out what has occurred before.
+/// Returns the text without repetitions.
 fn without_repeats(text: &str) -> String {
     let all = text.chars().collect::<Vec<_>>();
     let mut kept = String::new();
@@ -162,8 +161,8 @@ fn without_repeats(text: &str) -> String {
     kept
 }
 
-/// Cuts a text into parts that can be judged in a bounded time, up to a length. zxcvbn tries every way of reading the
-/// symbols of a text as letters, and their number is the product of those of each letter.
+/// Splits a text, up to a maximum length, into parts that can be estimated in bounded time. zxcvbn tries every way of
+/// reading the symbols of a text as letters, and their number is the product over all letters.
 fn windows(text: &str) -> Vec<String> {
     let mut windows = Vec::new();
     let mut window = Vec::new();
@@ -180,11 +179,11 @@ fn windows(text: &str) -> Vec<String> {
     windows
 }
 
-/// The most ways in which zxcvbn reads the symbols in this text as letters.
+/// Returns the maximum number of ways in which zxcvbn reads the symbols of this text as letters.
 fn readings(text: &[char]) -> usize {
     let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
     let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();
-    // The symbols of `l` are those of `i` and `t` as well: each is read both ways.
+    // The symbols of `l` are also symbols of `i` and `t`, and are read both ways.
     let is_shared = text.iter().any(|c| "1|7".contains(*c));
     if is_shared { 2 * product } else { product }
 }
@@ -193,13 +192,13 @@ type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
 
 struct Waiter<T> {
     party: u64,
-    /// How many of its party had to be served first when it came.
+    /// How many of its party were in front when it arrived.
     round: u64,
     waiter: T,
 }
 
-/// Those who wait, by lane. In a lane, the first of every party comes before the second of any, and those of one round
-/// are in the order of their coming.
+/// The waiters, by lane. In a lane, the first of every party comes before the second of any. Those of one round are in
+/// order of arrival.
 struct Queue<T> {
     lanes: [VecDeque<Waiter<T>>; LANES],
     turn: usize,
@@ -215,8 +214,8 @@ impl<T> Default for Queue<T> {
 }
 
 impl<T> Queue<T> {
-    /// Adds a waiter to its lane. If the lane is full, the party with the most waiters loses its newest; `false` if
-    /// that would be the caller's own.
+    /// Adds a waiter to its lane. If the lane is full, the party with the most waiters loses its newest one. Returns
+    /// `false` if that would be the caller's own.
     fn push(&mut self, turn: Turn, waiter: T) -> bool {
         let lane = &mut self.lanes[turn.lane as usize];
         if lane.len() >= WAITING[turn.lane as usize] {
@@ -232,12 +231,12 @@ impl<T> Queue<T> {
                 return false;
             }
             let newest = lane.iter().rposition(|it| it.party == party);
-            // Dropped, which its caller notices.
+            // Dropping it informs its caller.
             newest.and_then(|at| lane.remove(at));
         }
         let last = lane.iter().rfind(|it| it.party == turn.party);
         let round = last.map_or(0, |it| it.round + 1);
-        // Rounds never fall along a lane.
+        // Rounds are sorted within a lane.
         let at = lane.partition_point(|it| it.round <= round);
         let waiter = Waiter {
             party: turn.party,
@@ -264,8 +263,8 @@ struct Places {
     waiting: Queue<oneshot::Sender<Place>>,
 }
 
-/// One of as many places as there are threads. Whoever holds one may hash, and should do only what belongs to that:
-/// a look-up in the database waits here as well, so that a flood does not take all of its connections.
+/// The right to use a thread; there are as many as threads. Hold it only while needed. Callers also query the account
+/// under it, so that a flood does not take all database connections.
 pub struct Place(Arc<Mutex<Places>>);
 
 impl Drop for Place {
@@ -277,18 +276,18 @@ impl Drop for Place {
         }
         drop(places);
         if let Some(next) = next {
-            // A waiter that has gone returns it, which drops it again.
+            // If the waiter is gone, this drops it again, for the next one.
             let _ = next.send(Self(self.0.clone()));
         }
     }
 }
 
-/// The threads that hash. Cheap to clone.
+/// The threads that hash passwords. Cheap to clone.
 #[derive(Clone)]
 pub struct PasswordPool {
     jobs: SyncSender<Job>,
     places: Arc<Mutex<Places>>,
-    /// The hash of a password that nobody has: unknown emails take as long as wrong passwords.
+    /// The hash of a random password, so that unknown emails take as long as wrong passwords.
     nobody: Arc<str>,
 }
 
@@ -311,14 +310,15 @@ impl PasswordPool {
             .map_err(|e| internal(&e))?
             .to_string();
 
-        // A caller that goes away leaves its place while its hash is still computed.
+        // Larger than the number of threads, since a caller that is dropped frees its place while its hash is still
+        // being computed.
         let (jobs, queue) = sync_channel::<Job>(4 * THREADS);
         let queue = Arc::new(Mutex::new(queue));
         for _ in 0..THREADS {
             let (queue, argon) = (queue.clone(), argon.clone());
             let run = move || {
                 loop {
-                    // The lock is held while waiting only, and released before the work begins.
+                    // The lock is held only while waiting, not during the work.
                     let next = queue.lock().recv();
                     match next {
                         Ok(job) => job(&argon),
@@ -338,7 +338,7 @@ impl PasswordPool {
         })
     }
 
-    /// Waits for a place.
+    /// Waits for a thread.
     pub async fn enter(&self, turn: Turn) -> Result<Place, AuthError> {
         let granted = {
             let mut places = self.places.lock();
@@ -352,7 +352,7 @@ impl PasswordPool {
             }
             granted
         };
-        // A waiter that gave way to another party is dropped without a place.
+        // A waiter that lost its place to another party was dropped.
         match tokio::time::timeout(WAIT, granted).await {
             Ok(Ok(place)) => Ok(place),
             Ok(Err(_)) | Err(_) => Err(AuthError::Busy),
@@ -365,7 +365,7 @@ impl PasswordPool {
     ) -> Result<T, AuthError> {
         let (answer, answered) = oneshot::channel();
         let job: Job = Box::new(move |argon| {
-            // Nothing is done for a caller that has gone.
+            // No work is done for callers that were dropped.
             if !answer.is_closed() {
                 let _ = answer.send(work(argon));
             }
@@ -384,8 +384,8 @@ impl PasswordPool {
         }
     }
 
-    /// Judges a new password of the account with this email. Returns the hash to store, as a PHC string with a salt of
-    /// its own.
+    /// Checks the strength of a new password of the account with this email. Returns the hash to store, as a PHC string
+    /// with its own salt.
     pub async fn hash(
         &self,
         password: Password,
@@ -403,7 +403,7 @@ impl PasswordPool {
         hash.await?
     }
 
-    /// Whether the password is the one with this hash. Without one it takes as long, and is not.
+    /// Returns whether the password has this hash. Without a hash, takes as long and returns `false`.
     pub async fn verify(
         &self,
         password: Password,

@@ -144,7 +144,7 @@ async fn what_another_has_read_is_believed_from_when_it_was_known_to_be_true() {
     let shared = move || async move {
         Ok(Loaded {
             value: Some("shared".to_owned()),
-            true_at: polled,
+            current_at: polled,
         })
     };
     it.cache.get(1, shared).await.unwrap();

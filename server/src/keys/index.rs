@@ -1,8 +1,8 @@
-//! Which cached keys a change concerns, so that a plan edit does not walk the whole cache.
+//! An index of cached keys by what changes affect them, so that a plan edit does not scan the whole cache.
 //!
-//! Lists the hashes of cached keys by tenant, plan and key id. An entry may be out of date, for a key that was evicted
-//! or moved to another plan: that costs one look-up too many, and nothing else. A hash is added before its record is
-//! cached, and kept for as long as the record is being loaded or cached, so none is missing.
+//! Lists the hashes of cached keys by tenant, plan and key ID. An entry may be out of date, because its key was evicted
+//! or moved to another plan; that costs one unnecessary reload. A hash is added before its record is cached and kept
+//! while the record is being loaded or cached, so none is missing.
 
 use std::collections::{HashMap, HashSet};
 
@@ -15,29 +15,29 @@ use crate::{revocations::Gone, secret_text::Hash};
 #[derive(Debug)]
 pub struct KeyIndex {
     owners: Mutex<Owners>,
-    /// How many entries there may be before those of evicted keys are dropped.
+    /// The number of entries above which those of evicted keys are dropped.
     capacity: usize,
 }
 
 #[derive(Debug, Default)]
 struct Owners {
-    /// Of tenants, plans and keys, whose ids are unique over all three.
+    /// By tenant, plan and key. IDs are unique across all three.
     hashes: HashMap<Uuid, HashSet<Hash>>,
     entries: usize,
 }
 
 impl KeyIndex {
-    /// `keys` is how many keys are cached at most.
+    /// `keys` is the maximum number of cached keys.
     pub fn new(keys: usize) -> Self {
         Self {
             owners: Mutex::default(),
-            // Three entries a key, and as many that are out of date.
+            // Three entries per key, and as many that are out of date.
             capacity: keys.saturating_mul(6),
         }
     }
 
-    /// When there are too many hashes, keeps those for which `is_needed` returns true: their keys are cached or being
-    /// loaded.
+    /// Adds a hash. If there are too many, keeps only those for which `is_needed` returns true, because their keys are
+    /// cached or being loaded.
     pub fn add(&self, hash: Hash, owners: [Uuid; 3], is_needed: impl Fn(&Hash) -> bool) {
         let mut all = self.owners.lock();
         let all = &mut *all;
@@ -55,7 +55,7 @@ impl KeyIndex {
         }
     }
 
-    /// Removes and returns the hashes that revocations concern.
+    /// Removes and returns the hashes that invalidations affect.
     pub fn take(&self, gone: &Gone) -> HashSet<Hash> {
         let mut all = self.owners.lock();
         let mut taken = HashSet::new();
@@ -125,7 +125,7 @@ mod tests {
         let (hash, id) = key(2);
         index.add(hash, [TENANT, plan(0), id], |_| true);
         assert_eq!(take(&index, Target::Plan(plan(0))), [2]);
-        // Its secret was rotated: both open it for a while.
+        // Its secret was rotated, so both are valid for a while.
         index.add([99; 32], [TENANT, plan(1), id], |_| true);
         assert_eq!(take(&index, Target::ApiKey(id)), [2, 99]);
     }

@@ -1,4 +1,4 @@
-//! The durable count of calendar quotas, for the limiter.
+//! The ledger of calendar quotas in PostgreSQL.
 
 use std::sync::Arc;
 
@@ -16,8 +16,8 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Takes in one transaction. A transaction locks the windows that it opens, and PostgreSQL has space for 64
-/// such locks for each connection.
+/// The maximum number of requests per transaction. A transaction locks the windows that it opens, and PostgreSQL
+/// reserves space for 64 such locks per connection.
 const TAKES: usize = 50;
 
 #[derive(Debug, Clone)]
@@ -38,31 +38,31 @@ impl PostgresLedger {
 
     fn failed(&self, error: DbError) -> LedgerError {
         self.metrics.ledger_errors.inc();
-        tracing::warn!(error = %db::chain(&error), "a call of the quota ledger failed");
+        tracing::warn!(error = %db::chain(&error), "a call to the quota ledger failed");
         Arc::new(error)
     }
 
-    /// Takes in one transaction, sorted.
+    /// Takes in one transaction. `requests` are sorted.
     async fn take_together(
         &self,
-        from: Source,
+        from: Windows,
         requests: &[TakeRequest],
     ) -> Result<Vec<Option<Taken>>, DbError> {
         let asks: Vec<Ask> = requests.iter().map(ask).collect();
         let mut tx = self.db.system().await?;
         let taken = match from {
-            Source::Used => quota_usage::take(&mut tx, &asks, None).await?,
-            Source::Opened => open_and_take(&mut tx, requests, &asks).await?,
+            Windows::Used => quota_usage::take(&mut tx, &asks, None).await?,
+            Windows::Opened => open_and_take(&mut tx, requests, &asks).await?,
         };
-        // Spent only after this: what is not committed was not taken.
+        // Quotas are spent only after the commit.
         tx.commit().await?;
         Ok(taken.into_iter().map(|it| it.map(granted)).collect())
     }
 
-    /// Takes in one transaction, or one by one where one that cannot be served would stop the others.
+    /// Takes in one transaction. If one request makes it fail, takes one by one.
     async fn take_from(
         &self,
-        from: Source,
+        from: Windows,
         requests: &[TakeRequest],
     ) -> Vec<Result<Option<Taken>, LedgerError>> {
         match self.take_together(from, requests).await {
@@ -88,16 +88,16 @@ impl PostgresLedger {
         }
     }
 
-    /// Takes from windows in use, and then, in another transaction, opens those that are missing: a key that is being
-    /// deleted keeps the second one waiting, which must not hold what others need.
+    /// Takes from windows in use and then, in another transaction, opens missing ones. The second one may have to wait
+    /// for a key that is being deleted, and must not hold locks that others need.
     async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
-        let mut results = self.take_from(Source::Used, requests).await;
+        let mut results = self.take_from(Windows::Used, requests).await;
         let missing: Vec<usize> = (0..results.len())
             .filter(|i| matches!(results[*i], Ok(None)))
             .collect();
         if !missing.is_empty() {
             let requests: Vec<_> = missing.iter().map(|i| requests[*i]).collect();
-            let opened = self.take_from(Source::Opened, &requests).await;
+            let opened = self.take_from(Windows::Opened, &requests).await;
             for (i, opened) in missing.into_iter().zip(opened) {
                 results[i] = opened;
             }
@@ -110,12 +110,12 @@ impl PostgresLedger {
     }
 }
 
-/// Which windows are taken from.
+/// Which windows to take from.
 #[derive(Debug, Clone, Copy)]
-enum Source {
-    /// Those of which something is used.
+enum Windows {
+    /// Windows with usage.
     Used,
-    /// Those that contain the time of the request, opened if there are none.
+    /// Windows that contain the time of the request, opened if necessary.
     Opened,
 }
 
@@ -125,8 +125,8 @@ async fn open_and_take(
     asks: &[Ask],
 ) -> Result<Vec<Option<quota_usage::Taken>>, DbError> {
     let since: Vec<_> = requests.iter().map(|it| time(it.calendar.start)).collect();
-    // From here on no other replica opens a window of these keys, so what is read stays true: a window
-    // that is used can become unused, but not the other way round.
+    // From here on, no other replica opens a window of these keys. A used window can become unused, but not the other
+    // way round.
     quota_usage::lock(tx, asks).await?;
     let used = quota_usage::used_windows(tx, asks, &since).await?;
     let windows: Vec<_> = requests
@@ -171,7 +171,7 @@ fn granted(taken: quota_usage::Taken) -> Taken {
     }
 }
 
-/// The window that a row states. Earlier versions stated no end: theirs is the calendar's.
+/// Returns the window of a row. Rows of earlier versions have no end, and use the calendar's.
 fn stated(row: &StatedWindow, request: &TakeRequest) -> QuotaWindow {
     let start = nanos(row.start);
     match row.end {
@@ -192,12 +192,12 @@ fn stated(row: &StatedWindow, request: &TakeRequest) -> QuotaWindow {
     }
 }
 
-/// The end of a whole day or month in another time zone, which is not known; but for changes of its clocks.
+/// Returns the end of a day or month that began at `start` in an unknown time zone, ignoring daylight saving time.
 fn usual_end(start: DateTime<Utc>, policy: Policy) -> DateTime<Utc> {
     if policy != Policy::Monthly {
         return start + Days::new(1);
     }
-    // A month begins in no zone earlier than 14 hours before it does in UTC, nor half a day after.
+    // A month begins between 14 hours before and 12 hours after it does in UTC.
     let first = (start + TimeDelta::hours(14))
         .date_naive()
         .with_day(1)
@@ -233,7 +233,7 @@ fn amount(n: u64) -> i64 {
 impl QuotaLedger for PostgresLedger {
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         self.metrics.ledger_takes.inc_by(requests.len() as u64);
-        // Every transaction locks rows in the same order.
+        // All transactions lock rows in the same order.
         let mut order: Vec<usize> = (0..requests.len()).collect();
         order.sort_unstable_by_key(|i| {
             let request = &requests[*i];

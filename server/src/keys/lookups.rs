@@ -1,12 +1,12 @@
-//! Look-ups in PostgreSQL by the hash of a secret: batched, limited in number, and shared fairly.
+//! Look-ups in PostgreSQL by the hash of a secret: batched, limited and fair.
 //!
-//! Anybody can make up keys with a valid checksum, each of which has to be looked up. So look-ups have connections of
-//! their own, and one of them is left for secrets that are known and only have to be loaded again. Look-ups that
-//! arrive while all connections are busy share the next statement, so thousands a second need a few connections.
+//! Anyone can invent keys with a valid checksum, each of which requires a look-up. So look-ups have database
+//! connections of their own, and one of these is reserved for reloading known secrets. Look-ups that arrive while all
+//! connections are busy share the next statement, so a few connections suffice for thousands of look-ups per second.
 //!
-//! Look-ups of unknown secrets are limited in number. Once that many are under way, each source still gets an equal
-//! share of it, and sources take turns in every batch: one that floods delays and refuses mostly itself. Keys and
-//! service tokens are counted and batched apart.
+//! The number of look-ups of unknown secrets is limited. When it is reached, each source still gets an equal share, and
+//! sources take turns in every batch, so that a flood mostly affects its own source. Keys and service tokens are
+//! counted and batched separately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -29,22 +29,22 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Look-ups in one statement.
+/// The maximum number of look-ups per statement.
 const BATCH: usize = 200;
 
-/// On whose behalf a secret is looked up. Empty: the server's own.
+/// The source of a look-up. Empty: the server itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Source {
-    /// Whose service token came with the request.
+    /// The tenant whose service token was sent.
     pub tenant: Option<TenantId>,
-    /// Where the request came from.
+    /// The network that the request came from.
     pub address: Option<Caller>,
 }
 
 /// See the module. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    /// With the number of the newest revocation that was there when the facts were read.
+    /// With the number of the newest invalidation when the facts were read.
     pub keys: Batches<(KeyFacts, i64)>,
     pub tokens: Batches<(TenantId, ServiceTokenId)>,
 }
@@ -70,7 +70,7 @@ impl Lookups {
             keys: Batches::new(settings(connections), move |hashes| {
                 keys(for_keys.clone(), hashes).boxed()
             }),
-            // A few tokens are looked up now and then: one connection does, in turn with the keys.
+            // Tokens are few and rarely looked up.
             tokens: Batches::new(settings(2), move |hashes| {
                 tokens(for_tokens.clone(), hashes).boxed()
             }),
@@ -109,11 +109,11 @@ fn slices(hashes: &[Hash]) -> Vec<&[u8]> {
 }
 
 struct Settings {
-    /// Look-ups of unknown secrets that are under way or wait.
+    /// The maximum number of look-ups of unknown secrets.
     limit: usize,
-    /// How long a look-up waits for its batch to begin.
+    /// How long a look-up waits for its batch to start.
     wait: Duration,
-    /// Batches at once; one fewer, but at least one, of unknown secrets.
+    /// Concurrent batches; one fewer, but at least one, with unknown secrets.
     workers: usize,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
@@ -122,7 +122,7 @@ struct Settings {
 type Query<V> = dyn Fn(Vec<Hash>) -> BoxFuture<'static, Result<Answers<V>, DbError>> + Send + Sync;
 
 /// Look-ups of one kind of secret.
-pub struct Batches<V>(Arc<Inner<V>>);
+pub struct Batches<V>(Arc<BatchState<V>>);
 
 impl<V> Clone for Batches<V> {
     fn clone(&self) -> Self {
@@ -136,7 +136,7 @@ impl<V> std::fmt::Debug for Batches<V> {
     }
 }
 
-struct Inner<V> {
+struct BatchState<V> {
     settings: Settings,
     query: Box<Query<V>>,
     queue: Mutex<Queue<V>>,
@@ -152,13 +152,13 @@ struct Queue<V> {
     next_id: u64,
     known: VecDeque<Waiting<V>>,
     unknown: HashMap<Source, VecDeque<Waiting<V>>>,
-    /// Those that have something in `unknown`, the next first.
+    /// The sources in `unknown`, in the order of their turns.
     turns: VecDeque<Source>,
-    /// Look-ups of unknown secrets that have begun, by their sources and in all. They may not be queued yet.
-    begun: HashMap<Source, usize>,
-    begun_in_all: usize,
+    /// Look-ups of unknown secrets in progress, by source and in total, including those not queued yet.
+    started: HashMap<Source, usize>,
+    started_total: usize,
     workers: usize,
-    /// Of these, those whose batch has unknown secrets.
+    /// Workers whose batch has unknown secrets.
     on_unknown: usize,
 }
 
@@ -169,8 +169,8 @@ impl<V> Default for Queue<V> {
             known: VecDeque::new(),
             unknown: HashMap::new(),
             turns: VecDeque::new(),
-            begun: HashMap::new(),
-            begun_in_all: 0,
+            started: HashMap::new(),
+            started_total: 0,
             workers: 0,
             on_unknown: 0,
         }
@@ -178,7 +178,7 @@ impl<V> Default for Queue<V> {
 }
 
 impl<V> Queue<V> {
-    /// The next unknown secret of the source whose turn it is.
+    /// Removes and returns the next look-up of the source whose turn it is.
     fn next_unknown(&mut self) -> Option<Waiting<V>> {
         while let Some(source) = self.turns.pop_front() {
             let Some(waiting) = self.unknown.get_mut(&source) else {
@@ -202,14 +202,14 @@ impl<V> Queue<V> {
             self.known.push_back(waiting);
             return;
         };
-        let of_source = self.unknown.entry(source).or_default();
-        if of_source.is_empty() {
+        let own = self.unknown.entry(source).or_default();
+        if own.is_empty() {
             self.turns.push_back(source);
         }
-        of_source.push_back(waiting);
+        own.push_back(waiting);
     }
 
-    /// Whether it still waited.
+    /// Removes a waiting look-up. Returns whether it was still waiting.
     fn remove(&mut self, source: Option<Source>, id: u64) -> bool {
         let waiting = match source {
             None => Some(&mut self.known),
@@ -218,7 +218,7 @@ impl<V> Queue<V> {
         let Some(waiting) = waiting else {
             return false;
         };
-        // The one that has waited longest is in front, and gives up first.
+        // The first to give up is the one that has waited longest, at the front.
         let Some(at) = waiting.iter().position(|it| it.id == id) else {
             return false;
         };
@@ -233,7 +233,7 @@ impl<V> Queue<V> {
     }
 }
 
-/// A look-up that may begin. Counted until it is dropped.
+/// A permitted look-up. Counted until it is dropped.
 pub struct Lookup<V> {
     batches: Batches<V>,
     /// `None`: the secret is known.
@@ -246,11 +246,11 @@ impl<V> Drop for Lookup<V> {
             return;
         };
         let mut queue = self.batches.0.queue.lock();
-        queue.begun_in_all -= 1;
-        if let Some(n) = queue.begun.get_mut(&source) {
+        queue.started_total -= 1;
+        if let Some(n) = queue.started.get_mut(&source) {
             *n -= 1;
             if *n == 0 {
-                queue.begun.remove(&source);
+                queue.started.remove(&source);
             }
         }
     }
@@ -264,31 +264,30 @@ impl<V: Send + 'static> Batches<V> {
         + Sync
         + 'static,
     ) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(BatchState {
             settings,
             query: Box::new(query),
             queue: Mutex::default(),
         }))
     }
 
-    /// Begins a look-up without waiting, or refuses it because too many are under way. `source`: `None` if the
-    /// secret is known.
+    /// Starts a look-up, or rejects it because too many are in progress. `source` is `None` if the secret is known.
     pub fn begin(&self, source: Option<Source>) -> Result<Lookup<V>, Unconfirmed> {
         if let Some(source) = source {
             let limit = self.0.settings.limit;
             let mut queue = self.0.queue.lock();
-            let own = queue.begun.get(&source).copied().unwrap_or(0);
-            let sources = queue.begun.len() + usize::from(own == 0);
+            let own = queue.started.get(&source).copied().unwrap_or(0);
+            let sources = queue.started.len() + usize::from(own == 0);
             let is_within_share = own < (limit / sources).max(1);
-            // Twice the limit bounds the sum of all shares, however many sources there are.
-            let is_allowed = queue.begun_in_all < limit
-                || (is_within_share && queue.begun_in_all < limit.saturating_mul(2));
+            // Twice the limit bounds the sum of all shares for any number of sources.
+            let is_allowed = queue.started_total < limit
+                || (is_within_share && queue.started_total < limit.saturating_mul(2));
             if !is_allowed {
                 drop(queue);
                 return Err(self.refused());
             }
-            queue.begun_in_all += 1;
-            *queue.begun.entry(source).or_default() += 1;
+            queue.started_total += 1;
+            *queue.started.entry(source).or_default() += 1;
         }
         Ok(Lookup {
             batches: self.clone(),
@@ -343,7 +342,7 @@ impl<V: Send + 'static> Batches<V> {
 }
 
 impl<V: Send + 'static> Lookup<V> {
-    /// Waits for a batch, for as long as `QUOTA_DATABASE_WAIT`, and for its answer.
+    /// Waits up to `QUOTA_DATABASE_WAIT` for a batch, and then for its result.
     pub async fn find(&self, hash: Hash) -> Result<Option<V>, Unconfirmed> {
         let it = &self.batches;
         let (sender, mut answer) = oneshot::channel();
@@ -357,7 +356,7 @@ impl<V: Send + 'static> Lookup<V> {
                     it.failed(&DbError::Unavailable("no connection came free".into()))
                 });
             }
-            // Its batch is under way, which has a limit of its own.
+            // Its batch is in progress, which has a deadline of its own.
             Err(_) => answer.await,
         };
         answered.unwrap_or_else(|_| Err(Unconfirmed::Failed("the look-up was canceled".into())))
@@ -379,7 +378,7 @@ impl<V: Send + 'static> Drop for Worker<V> {
 }
 
 impl<V: Send + 'static> Worker<V> {
-    /// The next batch, known secrets first, or ends the worker.
+    /// Returns the next batch, known secrets first. Without one, ends the worker.
     fn next(&mut self) -> Option<Batch<V>> {
         let batches = self.batches.clone();
         let mut queue = batches.0.queue.lock();
@@ -395,7 +394,7 @@ impl<V: Send + 'static> Worker<V> {
             }
         }
         if list.is_empty() {
-            // Under the same lock, so that whoever comes next starts a worker.
+            // Under the same lock, so that the next look-up starts a worker.
             queue.workers -= 1;
             self.has_ended = true;
             return None;
@@ -410,7 +409,7 @@ impl<V: Send + 'static> Worker<V> {
     }
 }
 
-/// What one statement looks up. Dropped by a panic or with the runtime, its look-ups fail.
+/// The look-ups of one statement. If it is dropped by a panic or with the runtime, they fail.
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,
@@ -427,7 +426,7 @@ impl<V: Send + 'static> Batch<V> {
                 Ok(found) => Ok(found.remove(waiting.hash.as_slice())),
                 Err(error) => Err(error.clone()),
             };
-            // Nobody may wait any more.
+            // The caller may be gone.
             let _ = waiting.answer.send(answer);
         }
     }
@@ -449,7 +448,7 @@ async fn work<V: Send + 'static>(mut worker: Worker<V>) {
 
 #[cfg(test)]
 impl<V: Send + 'static> Batches<V> {
-    /// Finds secrets by a function, without a database.
+    /// Finds secrets with a function instead of a database.
     pub(super) fn of(find: impl Fn(&Hash) -> Option<V> + Send + Sync + 'static) -> Self {
         let clock = Arc::new(crate::clock::SystemClock::new());
         let settings = Settings {

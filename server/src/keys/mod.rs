@@ -1,8 +1,8 @@
-//! API keys and service tokens: what is known of each by its text, and when it was last used.
+//! API keys and service tokens: finding their records by secret, and when they were last used.
 //!
-//! Owns the way from a key's text to its record: hash, memory, what replicas share in Redis, database. Knows no
-//! HTTP. When PostgreSQL is away, keys that were in use stay in use for `QUOTA_STALE_GRACE`, and others cannot be
-//! confirmed. When Redis is away, PostgreSQL is asked instead.
+//! Looks up a secret by its hash: in memory, then in the records that replicas share through Redis, then in PostgreSQL.
+//! Independent of HTTP. While PostgreSQL is unavailable, keys in memory keep working for `QUOTA_STALE_GRACE`, and
+//! others cannot be confirmed. While Redis is unavailable, PostgreSQL is queried instead.
 
 mod index;
 pub mod ledger;

@@ -1,4 +1,4 @@
-//! What is known of a key or token, by the hash of its text.
+//! The records of keys and service tokens, found by secret.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -31,30 +31,30 @@ use super::{
     shared::SharedKeys,
 };
 
-/// Nanoseconds between two notes of a key's use.
+/// How often the use of a key is recorded, in nanoseconds.
 const NOTE_EVERY: u64 = 1_000_000_000;
 
-/// An API key, with its limits and the cell that keeps them.
+/// An API key, with its limits and the handle of their state.
 #[derive(Debug)]
 pub struct KeyRecord {
     pub tenant: TenantId,
     pub id: ApiKeyId,
     pub plan_id: PlanId,
     pub plan: String,
-    /// What may be logged of the text.
+    /// The part of the secret that may be logged.
     pub prefix: String,
     pub is_active: bool,
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
     pub policies: Policies,
     pub cell: Arc<KeyCell>,
-    /// Written by the module that writes the other fields.
+    /// Set by the API module that writes these headers.
     pub fields: OnceLock<LimitFields>,
-    /// When its last use was noted.
+    /// When its use was last recorded.
     noted_at: AtomicU64,
 }
 
-/// The fields of an answer that are the same for every request of a key.
+/// Response header values that are the same for every request of a key.
 #[derive(Debug)]
 pub struct LimitFields {
     /// `X-RateLimit-Limit`
@@ -63,7 +63,7 @@ pub struct LimitFields {
     pub policy: http::HeaderValue,
 }
 
-/// Why a key opens nothing.
+/// Why a key is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     Unknown,
@@ -72,7 +72,7 @@ pub enum Refusal {
 }
 
 impl KeyRecord {
-    /// Whether the key opens anything `now`, which is asked for only where it counts.
+    /// Checks that the key may be used. Calls `now` only if the key expires.
     pub fn usable(&self, now: impl FnOnce() -> UnixNanos) -> Result<(), Refusal> {
         if !self.is_active {
             return Err(Refusal::Inactive);
@@ -85,8 +85,8 @@ impl KeyRecord {
 }
 
 impl KeyRecord {
-    /// Whether a use at `now` is worth noting: the last one noted is a second old, or of a clock that was
-    /// ahead. So a busy key costs no more than an idle one.
+    /// Whether a use at `now` should be recorded: at most once per second, so that a busy key costs no more than
+    /// others.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         let noted_at = self.noted_at.load(Ordering::Relaxed);
         let worth = now.0.abs_diff(noted_at) >= NOTE_EVERY;
@@ -104,7 +104,7 @@ pub struct ServiceRecord {
     pub id: ServiceTokenId,
 }
 
-/// Finds keys and service tokens by their text. Cheap to clone.
+/// Finds keys and service tokens by their secrets. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct KeyStore {
     keys: Cached<Hash, KeyRecord>,
@@ -116,7 +116,7 @@ pub struct KeyStore {
 }
 
 impl KeyStore {
-    /// Without `shared`, what is not in memory is asked of PostgreSQL.
+    /// Without `shared`, all keys that are not in memory are looked up in PostgreSQL.
     pub fn new(
         lookups: Lookups,
         limiter: Limiter,
@@ -141,8 +141,8 @@ impl KeyStore {
         }
     }
 
-    /// The record of the key with this text, usable or not; `None` when there is none. `now` is by the
-    /// monotonic clock. `source` is who causes the look-up of a key that is not known.
+    /// Returns the record of the key with this secret, active or not. `now` is monotonic time. `source` is counted if
+    /// the key is not known.
     pub async fn key(
         &self,
         text: &SecretText,
@@ -161,7 +161,7 @@ impl KeyStore {
         );
         let (index, cached) = (self.index.clone(), self.keys.clone());
         let record = move |facts: KeyFacts, as_of| {
-            // Before it is cached.
+            // Added before the record is cached.
             let owners = [facts.tenant_id, facts.plan_id, facts.id];
             index.add(hash, owners, |hash| cached.holds_or_loads(hash));
             record(facts, as_of, &limiter)
@@ -178,7 +178,7 @@ impl KeyStore {
                         let record = found.facts.map(|facts| record(facts, as_of));
                         return Ok(Loaded {
                             value: record.transpose()?,
-                            true_at: Some(found.true_at),
+                            current_at: Some(found.current_at),
                         });
                     }
                     let facts = lookup.find(hash).await?;
@@ -214,7 +214,7 @@ impl KeyStore {
             .await
     }
 
-    /// Forgets what changes have made untrue.
+    /// Drops records that changes have invalidated.
     pub fn revoke(&self, gone: &Gone) {
         if gone.any_key() {
             // Loads in progress are repeated, including those that the index does not have yet.
@@ -226,14 +226,14 @@ impl KeyStore {
         }
     }
 
-    /// Forgets every key and token.
+    /// Drops all records.
     pub fn forget_all(&self) {
         self.keys.forget(|_, _| true);
         self.tokens.forget(|_, _| true);
     }
 
-    /// A text that was looked up before it existed exists now.
-    pub fn made(&self, text: &SecretText) {
+    /// A key or token with this secret has been created. It may have been looked up before.
+    pub fn created(&self, text: &SecretText) {
         let hash = text.hash();
         self.keys.forget_absent(&hash);
         self.tokens.forget_absent(&hash);
@@ -247,7 +247,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
         .map_err(|error| Unconfirmed::Failed(error.to_string().into()))?;
     let (rpm, burst) = rate(facts.default_rpm, facts.burst, facts.rpm_override);
     let zone = Zone::named(&facts.time_zone).unwrap_or_else(|_| {
-        tracing::error!(zone = facts.time_zone, tenant = %tenant, "an unknown time zone is read as UTC");
+        tracing::error!(zone = facts.time_zone, tenant = %tenant, "unknown time zone; using UTC instead");
         Zone::utc()
     });
     let quota = |limit: Option<i64>| {
@@ -281,7 +281,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
                 .as_deref()
                 .and_then(OnRedisFailure::named),
         )
-        // Grows with every change of anything.
+        // Increases with every change.
         .with_version(u64::try_from(as_of).unwrap_or(0)),
         cell,
         fields: OnceLock::new(),
@@ -289,8 +289,8 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
     })
 }
 
-/// The rate and burst of a key. An override takes the rate's place; the burst follows it where the plan's
-/// burst is its rate, which is what a plan has that names none.
+/// Returns the rate and burst of a key. An override replaces the rate, and also the burst if the plan's burst equals
+/// its rate, which is the default.
 fn rate(default_rpm: i32, burst: i32, rpm_override: Option<i32>) -> (NonZeroU32, NonZeroU32) {
     let positive = |n: i32| {
         u32::try_from(n)

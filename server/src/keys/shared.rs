@@ -1,28 +1,27 @@
-//! Key records that replicas share through Redis, between each one's own memory and PostgreSQL: when a replica
-//! starts, or a plan with many keys is changed, PostgreSQL does not have to answer a look-up for every key.
+//! Key records that replicas share through Redis, between memory and PostgreSQL. So when a replica starts, or a plan
+//! with many keys is edited, PostgreSQL does not have to look up every key.
 //!
-//! **Whether an entry is true** does not depend on its having been deleted in time, nor on who wrote it when.
-//! PostgreSQL numbers revocations in the order of their commits, and a record is read in one statement, so in one
-//! snapshot, together with the highest number there is. An entry with number `n` is then true except for what was
-//! revoked above `n`. It is used only while the poll for revocations is fresh, and only if none above `n` concerns its
-//! key, plan or tenant, as far as this replica has learnt ([`Recent`]); and it is believed from the time of that poll
-//! on, not from when it was found. So:
-//! - a load that began before a change and writes after it writes a number below the change's: readers who know of
-//!   the change refuse it, and those who do not yet learn of it within a poll, as with any copy in memory;
-//! - an invalidation that is lost, or a Redis that was unreachable while one was sent, changes nothing;
-//! - a change makes the entries of all of a plan's keys untrue at once, without naming them.
+//! **Whether an entry is current** does not depend on its deletion, nor on who wrote it when. PostgreSQL numbers
+//! invalidations in commit order, and a record is read in one statement, and so one snapshot, together with the highest
+//! number. An entry with number `n` is therefore current except for invalidations above `n`. It is used only while the
+//! poll for invalidations is fresh, and only if this replica knows of none above `n` for its key, plan or tenant
+//! ([`Recent`]). It then counts as confirmed at the time of that poll, not when it was read. So:
+//! - A load that began before a change and writes after it writes a lower number than the change's. Replicas that know
+//!   of the change reject the entry; others learn of the change with the next poll, as for any record in memory.
+//! - It does no harm if an invalidation is lost or Redis is unreachable.
+//! - A change invalidates the entries of all keys of a plan without listing them.
 //!
-//! That a secret is invalid is remembered too, for a few seconds. This needs no number: secrets are random, so
-//! nobody looks one up before it is created.
+//! That a secret is invalid is cached too, for a few seconds. This needs no number: secrets are random, so none is
+//! looked up before it is created.
 //!
-//! **Who may write entries.** Anyone who can write to Redis. Entries are found by the hash of the key's secret. They
-//! are sealed for that hash, under a key of this installation ([`Seal`]): whoever writes to Redis can make an entry
-//! unreadable, but cannot make a key do what it may not. An entry also holds the time at which it was written, and is
-//! refused once Redis should have forgotten it, so that a saved entry cannot be put back later. Entries that are
-//! unreadable, too old or from the future count as misses.
+//! **Trust.** Anyone with access to Redis can write entries. They are stored under the hash of the key's secret and
+//! sealed for that hash with a key of this installation ([`Seal`]): writing to Redis can make an entry unreadable, but
+//! cannot give a key more rights. An entry also contains the time at which it was written and is rejected after its
+//! lifetime in Redis, so that a saved entry cannot be restored later. Unreadable entries, and those that are too old or
+//! from the future, count as misses.
 //!
-//! While Redis is unreachable everything is a miss, immediately; while it is slow, one look-up waits for
-//! QUOTA_REDIS_TIMEOUT and those of the next second do not ask.
+//! While Redis is unreachable, every look-up is a miss, immediately. While it is slow, one look-up waits for
+//! QUOTA_REDIS_TIMEOUT, and those of the next second skip Redis.
 
 use std::{
     sync::{
@@ -47,50 +46,50 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Raise it with every change of [`KeyFacts`] or of what a field of it means.
+/// Increase with every change to [`KeyFacts`] or to the meaning of a field.
 const VERSION: u8 = 2;
-/// How far the clocks of two replicas may differ, in seconds.
+/// How much the clocks of two replicas may differ, in seconds.
 const SKEW: u64 = 120;
 /// How long an entry is kept.
 const PRESENT: Duration = Duration::from_mins(5);
 const ABSENT: Duration = Duration::from_secs(10);
-/// How many entries about texts that open nothing a replica writes in a second.
-const ABSENT_A_SECOND: u64 = 200;
-/// How long Redis is not asked after it failed.
+/// The maximum number of entries for invalid secrets that a replica writes per second.
+const ABSENT_PER_SECOND: u64 = 200;
+/// How long Redis is skipped after a failure, in nanoseconds.
 const PAUSE: u64 = 1_000_000_000;
 
-/// What the other replicas have read, and are told. Cheap to clone.
+/// The shared records. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct SharedKeys(Arc<Parts>);
+pub struct SharedKeys(Arc<SharedState>);
 
 #[derive(Debug)]
-struct Parts {
+struct SharedState {
     redis: Redis,
     seal: Seal,
     clock: Arc<dyn Clock>,
     recent: Arc<Recent>,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
-    /// Monotonic time before which Redis is not asked.
+    /// Monotonic time until which Redis is skipped.
     paused_until: AtomicU64,
-    /// The second in which entries about nothing were last written, and how many.
+    /// The second in which entries for invalid secrets were last written, and their number.
     absent_written: AtomicU64,
 }
 
-/// What an entry says of a text, and of when it is known to be so by the monotonic clock.
+/// The content of an entry, and the monotonic time at which it was known to be current.
 #[derive(Debug)]
-pub struct Found {
+pub struct SharedRecord {
     pub facts: Option<KeyFacts>,
-    /// The number that the facts were read with.
+    /// The number of the newest invalidation when the facts were read.
     pub as_of: i64,
-    pub true_at: u64,
+    pub current_at: u64,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Entry<F> {
     as_of: i64,
-    /// Seconds since 1970, by the clock of the replica that wrote it.
+    /// Seconds since 1970, by the clock of the replica that wrote the entry.
     at: u64,
     facts: Option<F>,
 }
@@ -104,7 +103,7 @@ impl SharedKeys {
         freshness: Arc<Freshness>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self(Arc::new(Parts {
+        Self(Arc::new(SharedState {
             redis,
             seal,
             clock,
@@ -121,10 +120,10 @@ impl SharedKeys {
         format!("{}:key{VERSION}:{hash}", self.0.redis.prefix())
     }
 
-    /// What is known of a text, if it can be told to be true.
-    pub async fn get(&self, hash: &Hash) -> Option<Found> {
+    /// Returns the entry of a secret, if it is known to be current.
+    pub async fn get(&self, hash: &Hash) -> Option<SharedRecord> {
         let it = &*self.0;
-        let true_at = it.freshness.polled_lately()?;
+        let current_at = it.freshness.polled_lately()?;
         if self.is_paused() {
             return None;
         }
@@ -151,7 +150,7 @@ impl SharedKeys {
             return None;
         }
         if let Some(facts) = &entry.facts {
-            // After the answer, so that nothing that was learnt meanwhile is overlooked.
+            // Checked after the response, so that no invalidation received in the meantime is missed.
             let about = [facts.tenant_id, facts.plan_id, facts.id];
             if !it.recent.unchanged(&about, entry.as_of) {
                 it.metrics.key_shared_outdated.inc();
@@ -161,14 +160,14 @@ impl SharedKeys {
         } else {
             it.metrics.key_shared_negative_hits.inc();
         }
-        Some(Found {
+        Some(SharedRecord {
             facts: entry.facts,
             as_of: entry.as_of,
-            true_at,
+            current_at,
         })
     }
 
-    /// Tells the others what PostgreSQL said, in the background: facts, with the number that they were read with.
+    /// Shares a result of PostgreSQL in the background: the facts with their number, or `None` for an invalid secret.
     pub fn put(&self, hash: &Hash, found: Option<(&KeyFacts, i64)>) {
         let it = &*self.0;
         if self.is_paused() || (found.is_none() && !self.may_write_absent()) {
@@ -200,7 +199,7 @@ impl SharedKeys {
 
     fn failed(&self, failure: &Failure) {
         self.0.metrics.key_shared_errors.inc();
-        // Without a connection the failure costs nothing.
+        // Without a connection, the failure costs no time.
         if !matches!(failure, Failure::Away) {
             let until = self.0.freshness.now() + PAUSE;
             self.0.paused_until.fetch_max(until, Ordering::Relaxed);
@@ -208,7 +207,7 @@ impl SharedKeys {
     }
 
     fn may_write_absent(&self) -> bool {
-        // The second in the upper bits, the count in the lower ones.
+        // The second is in the upper bits, the count in the lower ones.
         let second = self.0.freshness.now() / 1_000_000_000;
         let counted = self
             .0
@@ -220,17 +219,17 @@ impl SharedKeys {
                     second << 16
                 }
             });
-        counted >> 16 != second || counted & 0xffff < ABSENT_A_SECOND
+        counted >> 16 != second || counted & 0xffff < ABSENT_PER_SECOND
     }
 }
 
-/// How long an entry is kept, with facts or without.
+/// Returns how long an entry is kept, with or without facts.
 const fn lifetime(has_facts: bool) -> Duration {
     if has_facts { PRESENT } else { ABSENT }
 }
 
 impl<F> Entry<F> {
-    /// Whether Redis may still have it: it was written within its lifetime, as far as clocks agree.
+    /// Whether it was written within its lifetime, as far as clocks agree.
     fn is_recent(&self, now: u64) -> bool {
         let oldest = now.saturating_sub(lifetime(self.facts.is_some()).as_secs() + SKEW);
         (oldest..=now + SKEW).contains(&self.at)
@@ -292,7 +291,7 @@ mod tests {
         }
     }
 
-    /// An entry outlives the server that wrote it: a new one must not read it as something else.
+    /// An entry outlives the server that wrote it. A newer version must not misread it.
     #[test]
     fn the_form_of_an_entry_changes_with_its_version_alone() {
         assert_eq!(
@@ -339,7 +338,7 @@ mod tests {
         }
     }
 
-    /// A saved entry that is put back after Redis has forgotten it.
+    /// A saved entry may be restored after it has expired in Redis.
     #[test]
     fn an_entry_is_refused_once_it_should_be_gone_and_before_it_was_written() {
         let recent = |now| entry().is_recent(now);

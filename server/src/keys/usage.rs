@@ -1,4 +1,4 @@
-//! When keys and service tokens were last used: noted in memory, written every few seconds.
+//! Records when keys and service tokens were last used: in memory, and every few seconds in PostgreSQL.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -13,15 +13,15 @@ use crate::{
     repo::{api_key, service_token},
 };
 
-/// How many maps the notes are spread over, so that requests of different keys do not wait for one another.
+/// The number of maps, so that requests of different keys do not wait for each other.
 const SHARDS: usize = 16;
 
-/// How many are written in one transaction.
+/// The maximum number of rows per transaction.
 const BATCH: usize = 1_000;
 
 type Notes = [Mutex<HashMap<Uuid, UnixNanos>>; SHARDS];
 
-/// Cheap to clone.
+/// Times of last use that have not been written yet. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct LastUsed {
     keys: Arc<Notes>,
@@ -37,7 +37,7 @@ impl LastUsed {
         note(&self.tokens, id.0, now);
     }
 
-    /// Writes what was noted, in batches that are each a short transaction. What cannot be written is noted again.
+    /// Writes all times, in batches of one short transaction each. Keeps those that could not be written.
     pub async fn flush(&self, db: &Db) -> Result<(), DbError> {
         let keys = flush(db, &self.keys, async |tx, used| {
             api_key::touch(tx, used).await
@@ -51,7 +51,7 @@ impl LastUsed {
     }
 }
 
-/// Stops at the first batch that fails: the next one would most likely wait just as long.
+/// Stops at the first batch that fails, since the next one would most likely wait just as long.
 async fn flush(
     db: &Db,
     notes: &Notes,
@@ -80,7 +80,7 @@ fn note(notes: &Notes, id: Uuid, now: UnixNanos) {
     *at = now.max(*at);
 }
 
-/// In the order of ids, so that two replicas that write at once do not wait for each other in a circle.
+/// Returns them in the order of IDs, so that two replicas that write at the same time cannot deadlock.
 fn take(notes: &Notes) -> Vec<(Uuid, UnixNanos)> {
     let mut all = notes
         .iter()

@@ -1,4 +1,4 @@
-//! How much a tenant has created, for the limits that the operator sets.
+//! Counts what a tenant has created, for the operator's limits.
 
 use diesel::{prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
@@ -8,7 +8,7 @@ use crate::{
     schema::{api_keys, plans, service_tokens},
 };
 
-/// What is limited.
+/// A kind of resource with a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resource {
     Plans,
@@ -16,11 +16,11 @@ pub enum Resource {
     ServiceTokens,
 }
 
-/// Returns how many a tenant has. Call before the insert, in its transaction: until that ends, no other transaction
-/// that calls this adds one.
+/// Returns how many a tenant has. Call before the insert, in the same transaction: until it ends, other transactions
+/// that call this wait.
 pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
     let tenant = tx.tenant().0;
-    // A lock of its own: a lock on the tenant's row could deadlock with a change of the tenant.
+    // An advisory lock, since a lock on the tenant's row could deadlock with a change of the tenant.
     sql_query("SELECT pg_advisory_xact_lock(hashtextextended($1::text, 7226422))")
         .bind::<sql_types::Uuid, _>(tenant)
         .execute(&mut **tx)

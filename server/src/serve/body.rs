@@ -1,4 +1,4 @@
-//! Response bodies on their way to hyper.
+//! Response bodies, as passed to hyper.
 
 use std::{
     pin::Pin,
@@ -10,13 +10,13 @@ use hyper::body::{Body, Frame, SizeHint};
 
 use super::connection::RequestInFlight;
 
-/// The most that a response hands over at once.
+/// The largest part that is passed at once.
 const CHUNK: usize = 16 * 1024;
 
-/// A response body that keeps its request in flight, and is handed over in small parts.
+/// A response body that keeps its request in flight and is passed on in small parts.
 pub(super) struct ResponseBody<B> {
     pub(super) body: B,
-    /// What is left of a large frame: hyper copies a frame whole, and keeps the memory while the connection lives.
+    /// The rest of a large frame. hyper would copy a frame as a whole and keep that memory until the connection closes.
     pub(super) rest: Bytes,
     pub(super) _request: RequestInFlight,
 }

@@ -1,8 +1,8 @@
-//! One connection: what it is waiting for, and for how long it may wait.
+//! The phase of a connection and its deadline.
 //!
-//! A connection is always in one of five phases, each with its own deadline, for HTTP/1 and HTTP/2 alike. Bytes alone
-//! extend none of them: only a complete request head, a finished response or progress in sending one does. Canceling
-//! a request extends none either.
+//! A connection is always in one of five phases, each with its own deadline, over HTTP/1 and HTTP/2. Only a complete
+//! request head, a finished response or progress in sending one extends a deadline. Single bytes and canceled requests
+//! do not.
 
 use std::sync::{
     Arc,
@@ -23,19 +23,19 @@ use crate::authenticated::Authenticated;
 /// What a connection is waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// The first complete request head, from the accept on.
+    /// The first complete request head.
     FirstHead,
-    /// The rest of a later request head, of which the first byte has arrived.
+    /// The rest of a later request head whose first byte has arrived.
     Head,
-    /// The client to take a response.
+    /// The client, to read a response.
     Write,
     /// The next request.
     Idle,
-    /// A handler. Its own limit is `QUOTA_REQUEST_TIMEOUT`.
+    /// A handler, which is limited by `QUOTA_REQUEST_TIMEOUT`.
     Handler,
 }
 
-/// What the table asks of a connection.
+/// What the table tells a connection to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Order {
@@ -46,12 +46,12 @@ pub(super) enum Order {
     Close,
 }
 
-/// State shared by a connection's task, its stream, its requests and the table. Times are nanoseconds since
-/// `accepted`, plus one; 0 means not set.
+/// State shared by a connection's task, its stream, its requests and the table. Times are nanoseconds since `accepted`
+/// plus one; 0 means not set.
 #[derive(Debug)]
 pub(super) struct Connection {
     accepted: Instant,
-    /// When the first byte of a request head arrived. On HTTP/2, only of the first one.
+    /// When the first byte of a request head arrived. HTTP/2: only of the first request.
     head_began: AtomicU64,
     write_blocked: AtomicU64,
     /// HTTP/1: when the last response ended or made progress.
@@ -59,12 +59,12 @@ pub(super) struct Connection {
     has_requested: AtomicBool,
     is_http2: AtomicBool,
     pub(super) authenticated: Authenticated,
-    /// HTTP/1: requests whose handler runs or whose response is being sent.
+    /// HTTP/1: requests whose handler is running or whose response is being sent.
     in_flight: AtomicU32,
     http2: Mutex<Requests>,
-    /// `None`: what it holds does not count.
+    /// `None`: the connection is not counted.
     memory: Option<Arc<Memory>>,
-    /// What it holds as far as `memory` knows.
+    /// What was last reported to `memory`.
     held: AtomicUsize,
     /// HTTP/1: bytes of the request that is arriving or in flight, or of the response that waits for the socket.
     buffered: AtomicUsize,
@@ -76,7 +76,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// `memory` counts what it holds until it has authenticated.
+    /// Reports to `memory` what the connection holds until it has authenticated.
     pub(super) fn accepted_now(memory: Option<Arc<Memory>>) -> Self {
         Self {
             accepted: Instant::now(),
@@ -111,22 +111,22 @@ impl Connection {
         self.is_http2.load(Ordering::Relaxed)
     }
 
-    /// The client speaks HTTP/2, whose frames are passed to [`Self::received`] and [`Self::sent`] from here on.
+    /// The client speaks HTTP/2. From here on, frames are passed to [`Self::received`] and [`Self::sent`].
     pub(super) fn speaks_http2(&self) {
         self.is_http2.store(true, Ordering::Relaxed);
     }
 
-    /// A part of an HTTP/2 frame came from the client.
+    /// An HTTP/2 frame from the client has started or is complete.
     pub(super) fn received(&self, event: Event) {
         self.http2.lock().received(event, self.now());
     }
 
-    /// A part of an HTTP/2 frame went to the client.
+    /// An HTTP/2 frame to the client has started or is complete.
     pub(super) fn sent(&self, event: Event) {
         self.http2.lock().sent(event, self.now());
     }
 
-    /// The phase and when it must be over; `None` where something else limits it.
+    /// Returns the current phase and its deadline. `None`: something else limits it.
     pub(super) fn phase(&self, timeouts: &Timeouts) -> (Phase, Option<Instant>) {
         let blocked = match self.write_blocked.load(Ordering::Relaxed) {
             0 => None,
@@ -138,11 +138,11 @@ impl Connection {
         if self.is_http2() {
             return self.phase_of_http2(timeouts, blocked);
         }
-        // Whatever else: while a response is being sent the connection is not idle, however long it takes.
+        // While a response is being sent, the connection is not idle.
         if let Some((phase, deadline)) = blocked {
             return (phase, Some(deadline));
         }
-        // Acquire: pairs with the release of a request that ends, so that `progressed` is its end or later.
+        // Acquire pairs with the release at the end of a request, so that `progressed` is its end or later.
         if self.in_flight.load(Ordering::Acquire) > 0 {
             return (Phase::Handler, None);
         }
@@ -155,7 +155,7 @@ impl Connection {
         }
     }
 
-    /// The earliest of several deadlines: each request has its own, whatever the connection's other requests do.
+    /// Returns the earliest deadline of all requests. Each has its own, whatever the others do.
     fn phase_of_http2(
         &self,
         timeouts: &Timeouts,
@@ -167,7 +167,7 @@ impl Connection {
             .head
             .map(|since| (Phase::Head, self.at(since) + timeouts.header));
         let response = waiting.response.map(|since| {
-            // What was canceled long ago is no reason for less than a goodbye.
+            // With nothing but canceled requests, the connection is still shut down gracefully.
             let phase = if is_quiet { Phase::Idle } else { Phase::Write };
             (phase, self.at(since) + timeouts.write)
         });
@@ -181,16 +181,16 @@ impl Connection {
             })
     }
 
-    /// The socket had `length` bytes.
+    /// `length` bytes were read from the socket.
     pub(super) fn has_read(&self, length: usize) {
         if self.head_began.load(Ordering::Relaxed) == 0 {
             self.head_began.store(self.now(), Ordering::Relaxed);
         }
-        // hyper's buffer is twice as large, or a handler has collected a copy.
+        // hyper's buffer is twice as large, or a handler has made a copy.
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
-    /// The socket took bytes. What was read before has been answered.
+    /// The socket accepted bytes: the requests read before have been answered.
     pub(super) fn has_written(&self) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -202,7 +202,7 @@ impl Connection {
         }
     }
 
-    /// The socket does not take these `length` bytes now.
+    /// The socket does not accept these `length` bytes now.
     pub(super) fn is_write_blocked(&self, length: usize) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -213,7 +213,7 @@ impl Connection {
         }
     }
 
-    /// Tells `memory` what the connection holds. Returns whether it, or all of them, hold too much.
+    /// Reports what the connection holds to `memory`. Returns whether this connection, or all together, hold too much.
     pub(super) fn account(&self) -> bool {
         let Some(memory) = &self.memory else {
             return false;
@@ -231,30 +231,30 @@ impl Connection {
             let before = self.held.swap(now, Ordering::Relaxed);
             memory.change(before, now);
         }
-        now > 0 && (now > memory.of_one() || memory.is_exceeded())
+        now > 0 && (now > memory.per_connection() || memory.is_exceeded())
     }
 
     pub(super) fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// It is about to be closed.
+    /// Stops counting the connection, which is about to be closed.
     pub(super) fn release_memory(&self) {
         self.is_released.store(true, Ordering::Relaxed);
         self.account();
     }
 
-    /// For how long the connection has been open.
+    /// Returns how long the connection has been open.
     pub(super) fn age(&self, now: Instant) -> std::time::Duration {
         now.saturating_duration_since(self.accepted)
     }
 
-    /// Whether no byte of a first request has arrived.
+    /// Whether no byte of a request has arrived so far.
     pub(super) fn is_silent(&self) -> bool {
         self.head_began.load(Ordering::Relaxed) == 0 && !self.has_requested.load(Ordering::Relaxed)
     }
 
-    /// Since when the connection has been idle between two requests; `None` if it is not.
+    /// Returns since when the connection has been idle between two requests. `None`: it is not idle.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         if !self.has_requested.load(Ordering::Relaxed)
             || self.write_blocked.load(Ordering::Relaxed) > 0
@@ -272,7 +272,7 @@ impl Connection {
         since.map(|since| self.at(since))
     }
 
-    /// Since when the client has not taken a response; `None` if none waits for it.
+    /// Returns since when the client has not read a response. `None`: no response waits for the client.
     pub(super) fn stalled_since(&self) -> Option<Instant> {
         let blocked = self.write_blocked.load(Ordering::Relaxed);
         let blocked = (blocked > 0).then_some(blocked);
@@ -297,7 +297,7 @@ impl Connection {
         }
     }
 
-    /// A request head of about `length` bytes is complete. Returns whether it is the first of the connection.
+    /// A request head of about `length` bytes is complete. Returns whether it is the connection's first.
     pub(super) fn begin_request(self: &Arc<Self>, length: usize) -> (bool, RequestInFlight) {
         let head = if self.is_http2() {
             self.heads.fetch_add(length, Ordering::Relaxed);
@@ -324,8 +324,8 @@ impl Drop for Connection {
     }
 }
 
-/// A request, until its response was handed over completely or given up. On HTTP/2 the client may not have taken it
-/// then; its frames tell.
+/// A request, until its response has been passed on completely or abandoned. Over HTTP/2 the client may not have read
+/// it then; see [`http2`](super::http2).
 #[derive(Debug)]
 pub(super) struct RequestInFlight {
     connection: Arc<Connection>,

@@ -1,19 +1,19 @@
-//! What goes over an HTTP/2 connection, as far as deadlines need it: which requests are open, and which responses move.
+//! Tracks the requests of an HTTP/2 connection for its deadlines: which are open, and which responses make progress.
 //!
-//! h2 takes a small body into its own buffer at once, and nothing tells when the client takes it, or whether it cancels
-//! the request instead. So the frames themselves are watched, as they pass between h2 and the socket. They are not
-//! validated: h2 does that, and closes the connection.
+//! h2 copies a small body into its own buffer at once and does not report when the client reads it, or that the client
+//! cancels the request instead. So the frames between h2 and the socket are observed. They are not validated, since h2
+//! closes the connection on invalid ones.
 
 use super::CONCURRENT_STREAMS;
 
 /// What an HTTP/2 client sends first.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// Fewer bytes of a response than this, without its end, are no progress. So a client cannot hold many responses, and
-/// what they occupy, for a byte now and then.
+/// Fewer bytes of a response, without its end, do not count as progress. So a client cannot keep many responses in
+/// memory by reading a byte now and then.
 const PROGRESS: u32 = 1024;
-/// Requests that are remembered at most. h2 refuses most of what is beyond its own limit, and ignores the rest.
+/// The maximum number of tracked requests. h2 rejects or ignores requests above its own limit.
 const REMEMBERED: usize = 2 * CONCURRENT_STREAMS as usize;
-/// What a request occupies besides its head and body, in bytes: its tasks, and the head of its response.
+/// Bytes that a request occupies besides its head and body: its tasks, and the head of its response.
 const REQUEST: usize = 4 * 1024;
 
 const DATA: u8 = 0;
@@ -62,13 +62,13 @@ pub(super) enum Event {
     Ended(Frame),
 }
 
-/// Finds the frames in a sequence of bytes that comes in pieces.
+/// Finds the frames in a stream of bytes.
 #[derive(Debug, Default)]
 pub(super) struct Frames {
     head: [u8; HEAD],
-    /// How many bytes of the head are known.
+    /// How many bytes of the head have arrived.
     known: usize,
-    /// How many bytes of the payload are missing, once the head is known.
+    /// How many bytes of the payload are missing, once the head is complete.
     missing: usize,
 }
 
@@ -98,28 +98,28 @@ impl Frames {
     }
 }
 
-/// The requests of one connection. Times are those of the connection.
+/// The requests of one connection. Times are those of [`Connection`](super::connection::Connection).
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     last_stream: u32,
     open: Vec<Request>,
-    /// Since when the rest of a request head is missing.
+    /// Since when a request head has been incomplete.
     head_began: Option<u64>,
     /// Bytes of that head so far.
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// Since when a response did not move that was then reset; forgotten once another one moves. Without it, a client
-    /// that resets what it does not read would start over with a new request.
+    /// Since when a response that was then reset had made no progress. Cleared by progress of another one. Without it,
+    /// a client that resets responses instead of reading them would get a new deadline with each request.
     unread: Option<u64>,
-    /// When a request arrived that was reset before its response began; forgotten once another one is answered.
+    /// When a request arrived that was reset before its response began. Cleared when another one is answered.
     cancelled: Option<u64>,
 }
 
 #[derive(Debug)]
 struct Request {
     stream: u32,
-    /// When it arrived, later when its response last made progress.
+    /// When it arrived; later, when its response last made progress.
     since: u64,
     /// Once the response has begun: bytes sent since its last progress.
     sent: Option<u32>,
@@ -127,12 +127,12 @@ struct Request {
     received: usize,
 }
 
-/// What the client has left waiting, since when.
+/// What waits for the client, and since when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiting {
     /// The rest of a request head.
     pub(super) head: Option<u64>,
-    /// The oldest response that it did not take, or reset instead.
+    /// The oldest response that the client has not read, or has reset.
     pub(super) response: Option<u64>,
     /// Whether any request is open.
     pub(super) has_open: bool,
@@ -145,13 +145,13 @@ impl Requests {
         match event {
             Event::Began(frame) if frame.is_of_headers() => {
                 self.head_began.get_or_insert(now);
-                // h2 reserves room for the whole frame, and keeps what it has of the head beside it.
+                // h2 reserves space for the whole frame, and keeps the decoded part of the head in addition.
                 self.head_length += 2 * frame.length as usize;
             }
             Event::Ended(frame) if frame.is_of_headers() && frame.has(END_HEADERS) => {
                 self.head_began = None;
                 self.head_length = 0;
-                // Not the trailers of one that is known.
+                // A lower number means trailers of a known request.
                 if frame.stream > self.last_stream {
                     self.last_stream = frame.stream;
                     if self.open.len() < REMEMBERED {
@@ -175,7 +175,7 @@ impl Requests {
         }
     }
 
-    /// About how many bytes the requests occupy, without their complete heads.
+    /// Returns about how many bytes the requests occupy, without their complete heads.
     pub(super) fn held(&self) -> usize {
         let bodies = self.open.iter().map(|it| it.received).sum::<usize>();
         self.head_length + self.open.len() * REQUEST + bodies
@@ -185,7 +185,7 @@ impl Requests {
         let Event::Ended(frame) = event else { return };
         match frame.kind {
             HEADERS | DATA if frame.has(END_STREAM) => {
-                // An empty frame passes whatever the client's window is.
+                // An empty frame is sent regardless of the client's window.
                 if frame.kind == DATA && frame.length > 0 {
                     self.unread = None;
                 }
@@ -217,7 +217,7 @@ impl Requests {
         }
     }
 
-    /// By whichever side: a client can make the server reset a stream, by breaking the rules on it.
+    /// By either side: a client can make the server reset a stream by violating the protocol on it.
     fn reset(&mut self, stream: u32) {
         let Some(index) = self.open.iter().position(|it| it.stream == stream) else {
             return;

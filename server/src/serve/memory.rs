@@ -1,31 +1,30 @@
-//! How much memory the requests of connections occupy that have not authenticated, in all.
+//! The memory that requests occupy on all connections that have not authenticated.
 //!
-//! An estimate: the bytes of request heads and bodies that have arrived and may still be held, and of responses that
-//! wait for the socket, plus a fixed amount for each request on HTTP/2. Small amounts, such as those of most HTTP/1
-//! requests, are left out.
+//! An estimate: the bytes of request heads and bodies received and possibly still held, and of responses that wait for
+//! the socket, plus a fixed amount per HTTP/2 request. Small amounts, such as most HTTP/1 requests, are ignored.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Amounts up to this do not count.
+/// Amounts up to this are ignored.
 pub(super) const SMALL: usize = 4 * 1024;
 
 #[derive(Debug)]
 pub(super) struct Memory {
     limit: usize,
-    limit_of_one: usize,
+    limit_per_connection: usize,
     held: AtomicUsize,
 }
 
 impl Memory {
-    pub(super) const fn new(limit: usize, limit_of_one: usize) -> Self {
+    pub(super) const fn new(limit: usize, limit_per_connection: usize) -> Self {
         Self {
             limit,
-            limit_of_one,
+            limit_per_connection,
             held: AtomicUsize::new(0),
         }
     }
 
-    /// What a connection held, and holds now.
+    /// Records that a connection held `before` bytes and now holds `now`.
     pub(super) fn change(&self, before: usize, now: usize) {
         if now >= before {
             self.held.fetch_add(now - before, Ordering::Relaxed);
@@ -34,9 +33,9 @@ impl Memory {
         }
     }
 
-    /// The most that one connection may hold.
-    pub(super) const fn of_one(&self) -> usize {
-        self.limit_of_one
+    /// Returns the maximum per connection.
+    pub(super) const fn per_connection(&self) -> usize {
+        self.limit_per_connection
     }
 
     #[cfg(test)]
@@ -48,7 +47,7 @@ impl Memory {
         self.held.load(Ordering::Relaxed) > self.limit
     }
 
-    /// Whether there is less left than there should be after some was freed, so that it is not freed again at once.
+    /// Whether more has to be freed. Leaves a margin, so that the next request does not start this again.
     pub(super) fn is_short(&self) -> bool {
         self.held.load(Ordering::Relaxed) > self.limit / 4 * 3
     }

@@ -1,9 +1,9 @@
-//! Listening: accepting connections, their deadlines, and how they end.
+//! Accepts connections, enforces their deadlines and closes them.
 //!
-//! poem's own server sets no timeout on header fields, and hyper's none on the first bytes of a connection (which
-//! tell HTTP/1 from HTTP/2), on an idle HTTP/2 connection, or on a client that does not read. Here each connection
-//! has one timer, and [`connection`] says what it stands for at any moment, on HTTP/2 by the frames that pass
-//! ([`http2`]). [`table`] limits how many connections there are. Knows nothing of what the endpoint does.
+//! poem's server has no timeout for header fields, and hyper has none for the first bytes of a connection (which
+//! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection or for a client that does not read. Here each
+//! connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the wire
+//! ([`http2`]). [`table`] limits the number of connections. Independent of what the endpoint does.
 
 mod body;
 mod connection;
@@ -38,7 +38,7 @@ use self::{
     body::ResponseBody,
     connection::{Connection, Order, Phase},
     stream::WatchedStream,
-    table::{Admitted, Place, Table},
+    table::{Admitted, Slot, Table},
 };
 pub use self::{
     settings::{ServeSettings, Timeouts},
@@ -46,42 +46,42 @@ pub use self::{
 };
 use crate::telemetry::metrics::ConnectionMetrics;
 
-/// The most that a request's line and header fields may take.
+/// The maximum size of a request line with its header fields.
 const HEADER_BYTES: usize = 32 * 1024;
 const HEADER_FIELDS: usize = 100;
-/// What a field occupies besides its name and value; HTTP/2 reckons the same (RFC 9113, section 6.5.2).
+/// Overhead per field, as HTTP/2 counts it (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
-/// HTTP/2: bytes of request bodies that a client may send before they are read, on one stream and on all of a
-/// connection. A body of the default limit fits; hyper's own defaults would hold 1 MiB for each connection.
+/// HTTP/2: bytes of request bodies that a client may send before they are read, per stream and per connection. A body
+/// of the default size limit fits; hyper's defaults would buffer 1 MiB per connection.
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 128 * 1024;
-/// HTTP/2: bytes of responses that wait for the socket, on one stream.
+/// HTTP/2: bytes of a response that wait for the socket, per stream.
 const SEND_BUFFER: usize = 64 * 1024;
-/// HTTP/2: requests at a time on one connection; each holds some memory until its response is taken.
+/// HTTP/2: concurrent requests per connection. Each holds some memory until the client has received its response.
 const CONCURRENT_STREAMS: u32 = 32;
-/// Connections that the kernel completes before they are accepted; it may allow fewer (net.core.somaxconn).
+/// Connections that the kernel completes before they are accepted. It may allow fewer (net.core.somaxconn).
 const BACKLOG: u32 = 4096;
-/// After a failed accept, such as for want of file descriptors.
+/// Pause after a failed accept, for example without free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Accepting waits while more sockets than this are still being closed to make room.
+/// Accepting pauses while more sockets than this are being closed to make room.
 const CLOSING: usize = 16;
-/// How long an HTTP/2 connection may take to close after it was told to.
+/// How long an HTTP/2 connection may take to close after a graceful shutdown has started.
 const GOODBYE: Duration = Duration::from_secs(5);
 
-/// Listens, with a queue for the kernel's part of accepting that outlasts a burst.
+/// Listens with a backlog large enough for bursts of connections.
 pub fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
     let socket = if addr.is_ipv4() {
         TcpSocket::new_v4()?
     } else {
         TcpSocket::new_v6()?
     };
-    // What every server does: a port that was left a moment ago is free.
+    // As every server does: allow a port that was closed a moment ago.
     socket.set_reuseaddr(true)?;
     socket.bind(addr)?;
     socket.listen(BACKLOG)
 }
 
-/// Serves until `stop` ends, then lets requests in flight finish, for as long as `timeouts.drain`.
+/// Serves until `stop` completes, then waits up to `timeouts.drain` for requests in flight.
 pub async fn serve<E>(
     listener: TcpListener,
     endpoint: E,
@@ -115,10 +115,10 @@ pub async fn serve<E>(
                 if !std::mem::replace(&mut is_failing, true) {
                     tracing::warn!(
                         error = &error as &dyn std::error::Error,
-                        "cannot accept connections"
+                        "connections cannot be accepted"
                     );
                 }
-                table.spare_one();
+                table.close_spare();
                 time::sleep(PAUSE).await;
                 continue;
             }
@@ -126,16 +126,16 @@ pub async fn serve<E>(
         if std::mem::take(&mut is_failing) {
             tracing::info!("connections are accepted again");
         }
-        let Ok(Admitted { connection, place }) = table.admit(peer.ip()) else {
+        let Ok(Admitted { connection, slot }) = table.admit(peer.ip()) else {
             continue;
         };
-        // Answers are small and complete: waiting to fill a packet only delays them.
+        // Responses are small and complete. Waiting to fill a packet would only delay them.
         let _ = stream.set_nodelay(true);
         let stream = WatchedStream::new(stream, connection.clone(), table.clone());
         let (server, metrics) = (server.clone(), settings.metrics.clone());
         tokio::spawn(async move {
             server
-                .connection(stream, peer, connection, place, &metrics)
+                .connection(stream, peer, connection, slot, &metrics)
                 .await;
         });
     }
@@ -144,7 +144,7 @@ pub async fn serve<E>(
         .await
         .is_err()
     {
-        tracing::warn!("some requests were still in flight when their time was over");
+        tracing::warn!("some requests were still in flight when the drain timeout expired");
     }
 }
 
@@ -152,9 +152,9 @@ fn builder() -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
-        // The connection's own timer holds it to its time.
+        // The connection's own timer enforces this deadline.
         .header_read_timeout(None)
-        // One buffer for an answer: its copy costs less than a list of buffers does in the kernel.
+        // Copying a response into one buffer costs less than a list of buffers costs in the kernel.
         .writev(false)
         .max_headers(HEADER_FIELDS)
         .max_buf_size(HEADER_BYTES);
@@ -172,7 +172,8 @@ fn builder() -> auto::Builder<TokioExecutor> {
     builder
 }
 
-/// About how many bytes the head of a request on HTTP/2 occupies. Those of HTTP/1 are counted as they arrive.
+/// Returns about how many bytes the head of an HTTP/2 request occupies. Heads of HTTP/1 requests are counted as they
+/// arrive.
 fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize {
     if !connection.is_http2() {
         return 0;
@@ -183,7 +184,7 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len())
 }
 
-/// What all connections of a listener share.
+/// State shared by all connections of a listener.
 struct Server<E> {
     endpoint: E,
     local: Option<SocketAddr>,
@@ -191,7 +192,7 @@ struct Server<E> {
     timeouts: Timeouts,
 }
 
-/// How a connection ended, other than by itself.
+/// Why the server closed a connection.
 enum End {
     TimedOut(Phase),
     MadeRoom,
@@ -203,7 +204,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         stream: WatchedStream,
         peer: SocketAddr,
         connection: Arc<Connection>,
-        place: Place,
+        slot: Slot,
         metrics: &ConnectionMetrics,
     ) {
         let service =
@@ -211,7 +212,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                 let length = head_length(&connection, &request);
                 let (is_first, in_flight) = connection.begin_request(length);
                 if is_first {
-                    place.has_requested();
+                    slot.has_requested();
                 }
                 if !connection.authenticated.is_set() {
                     let authenticated = connection.authenticated.clone();
@@ -237,8 +238,8 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
             self.builder
                 .serve_connection_with_upgrades(TokioIo::new(stream), service)
         );
-        // One entry in the runtime's timer for the life of the connection. It is moved when its time has come, and
-        // moved forward only when a deadline is earlier: once in a deadline's time instead of twice in a request's.
+        // One timer for the lifetime of the connection. It is reset when it fires, or if a deadline is earlier: about
+        // once per deadline rather than twice per request.
         let mut alarm = pin!(time::sleep(self.timeouts.header));
         let mut is_finishing = false;
         let mut goodbye_until = None;
@@ -258,7 +259,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                 }
                 let (phase, deadline) = connection.phase(&self.timeouts);
                 if is_finishing && phase == Phase::Idle && goodbye_until.is_none() {
-                    // hyper would wait for the client to answer its ping, for as long as that takes.
+                    // hyper would wait indefinitely for the client to answer its ping.
                     goodbye_until = Some(time::Instant::now() + GOODBYE);
                 }
                 let deadline = match phase {
@@ -284,7 +285,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                     continue;
                 }
                 if phase == Phase::Idle && connection.is_http2() && goodbye_until.is_none() {
-                    // A client that is about to send a request learns that it was not taken.
+                    // This informs a client that is about to send a request that the request was not processed.
                     served.as_mut().graceful_shutdown();
                     goodbye_until = Some(time::Instant::now() + GOODBYE);
                     continue;
@@ -294,7 +295,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         });
         match end.await {
             Ok(Ok(())) | Err(End::MadeRoom) => {}
-            // A client that leaves, or does not speak HTTP, is its own affair.
+            // Clients that disconnect or do not speak HTTP are not an error of the server.
             Ok(Err(error)) => tracing::debug!(error = %error, "a connection ended"),
             Err(End::TimedOut(phase)) => {
                 let count = match phase {

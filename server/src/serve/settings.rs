@@ -1,33 +1,33 @@
-//! How a listener treats its connections, from the configuration.
+//! Settings of a listener, derived from the configuration.
 
 use std::{sync::Arc, time::Duration};
 
 use super::table::Limits;
 use crate::{file_limit, state::AppState, telemetry::metrics::ConnectionMetrics};
 
-/// Connections to the metrics listener: a few scrapers, and a person who looks.
+/// The maximum number of connections to the metrics listener: a few scrapers, and a person.
 const METRICS_CONNECTIONS: usize = 64;
-/// Bytes that requests may occupy on connections that have not authenticated. Room for hundreds of the largest request
-/// heads, and for thousands of usual ones.
+/// Bytes that requests may occupy on all connections that have not authenticated: enough for hundreds of the largest
+/// request heads, or thousands of typical ones.
 const MEMORY: usize = 8 * 1024 * 1024;
-/// The same of one connection: more than 32 usual requests at a time over HTTP/2.
-const MEMORY_OF_ONE: usize = 256 * 1024;
+/// The same per connection: enough for 32 concurrent typical requests over HTTP/2.
+const MEMORY_PER_CONNECTION: usize = 256 * 1024;
 const METRICS_MEMORY: usize = 1024 * 1024;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// From the accept to the end of the first request head, and from the first byte of a later one to its end.
+    /// From accepting the connection to the end of the first request head; for later ones, from their first byte.
     pub header: Duration,
-    /// How long a connection may be idle between two requests. Longer than a proxy keeps one, so that the proxy
-    /// closes it: one that is closed here while a request is on its way costs that request.
+    /// How long a connection may be idle between two requests. Longer than the idle timeout of proxies, so that the
+    /// proxy closes it: if the server closed it while a request is on its way, that request would fail.
     pub idle: Duration,
-    /// How long a client may take no byte of its response.
+    /// How long a client may go without reading any of its response.
     pub write: Duration,
-    /// For requests in flight, once the server stops.
+    /// For requests in flight when the server stops.
     pub drain: Duration,
 }
 
-/// How a listener treats its connections.
+/// Settings of a listener.
 #[derive(Debug, Clone)]
 pub struct ServeSettings {
     pub timeouts: Timeouts,
@@ -36,7 +36,7 @@ pub struct ServeSettings {
 }
 
 impl ServeSettings {
-    /// For the API. `file_limit` is what [`file_limit::raise`] returned.
+    /// Returns the settings of the API listener. `file_limit` is the result of [`file_limit::raise`].
     pub fn public(state: &AppState, file_limit: Option<usize>) -> Self {
         let config = &state.config;
         let database = config.database.pool;
@@ -63,14 +63,14 @@ impl ServeSettings {
                 per_address: config.connections_per_address,
                 per_network: config.connections_per_network,
                 memory: MEMORY.max(8 * config.body_limit),
-                memory_of_one: MEMORY_OF_ONE.max(3 * config.body_limit),
+                memory_per_connection: MEMORY_PER_CONNECTION.max(3 * config.body_limit),
                 trusted_proxies: config.trusted_proxies.clone(),
             },
             metrics: state.metrics.public_connections.clone(),
         }
     }
 
-    /// For the metrics listener, which nobody waits for when the server stops.
+    /// Returns the settings of the metrics listener, which stops without waiting for its connections.
     pub fn metrics(state: &AppState) -> Self {
         let public = Self::public(state, None);
         Self {
@@ -80,11 +80,11 @@ impl ServeSettings {
             },
             limits: Limits {
                 connections: METRICS_CONNECTIONS,
-                // Scrapers come from a few addresses. One that holds many connections leaves some to the others.
+                // Scrapers have few addresses. One with many connections leaves some to the others.
                 per_address: METRICS_CONNECTIONS / 2,
                 per_network: METRICS_CONNECTIONS / 4 * 3,
                 memory: METRICS_MEMORY,
-                memory_of_one: MEMORY_OF_ONE,
+                memory_per_connection: MEMORY_PER_CONNECTION,
                 trusted_proxies: Vec::new(),
             },
             metrics: state.metrics.metrics_connections.clone(),

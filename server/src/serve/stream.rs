@@ -1,5 +1,5 @@
-//! A socket that notes for its connection when a request begins to arrive, since when the client takes no bytes, and on
-//! HTTP/2 which frames pass.
+//! A socket that reports to its connection when a request starts to arrive, when the client stops reading, and which
+//! HTTP/2 frames are transferred.
 
 use std::{
     io,
@@ -29,7 +29,7 @@ pub(super) struct WatchedStream {
 
 #[derive(Debug)]
 enum Protocol {
-    /// So many bytes of HTTP/2's preface have arrived, and nothing else.
+    /// This many bytes of the HTTP/2 preface have arrived, and nothing else.
     Unknown(usize),
     Http1,
     Http2 {
@@ -86,7 +86,7 @@ impl AsyncRead for WatchedStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.connection.order() == Order::Close {
-            // Its task may be in the middle of reading all that the socket has.
+            // The connection's task may be busy reading everything the socket has.
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         let before = buffer.filled().len();

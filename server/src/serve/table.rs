@@ -1,20 +1,24 @@
-//! The open connections of one listener: how many there may be, of one address and in all, and which are closed
-//! to make room.
+//! The open connections of one listener: how many are allowed, per address and in total, and which are closed to make
+//! room.
 //!
-//! A newcomer is preferred to a connection that has not sent a request for a second, then to one that is idle between
-//! two requests, then to one whose client has not taken its response for a while, of the address with the most
-//! connections first, then to one that may be about to send a request, unless its address has fewer connections than
-//! the newcomer's. Any other connection with a request in flight is never closed for another. So clients that send
-//! nothing, and clients that read nothing, cannot lock out others, whatever their number.
+//! When the total is reached, a new connection replaces, in this order:
 //!
-//! Connections of one address, and with more room those of its network, are counted until a valid API key or service
-//! token has come over them: a gateway, or many clients behind one address, may have as many as there are places in all.
-//! Once an address or network has its share, a newcomer takes the place of its oldest silent connection, or of the one
-//! that has been idle longest. A connection is not closed for that in its first second, in which its request may be on
-//! its way; instead the address may have twice its share for that second.
+//! 1. one that has not sent a request for a second,
+//! 2. one that is idle between two requests,
+//! 3. one whose client has not read its response for a while, of the address with the most connections,
+//! 4. one that may be about to send its first request, unless its address has fewer connections than the new one's.
 //!
-//! What counted connections hold in memory is limited in all. Beyond that, those that hold most are closed, of the
-//! address that holds most.
+//! Any other connection with a request in flight is never closed for another. So clients that send nothing or read
+//! nothing cannot lock out others, no matter how many there are.
+//!
+//! Connections are counted per address, and with a higher limit per network, until a valid API key or service token was
+//! received on them: a gateway, or many clients behind one address, may have as many connections as the total allows.
+//! At the limit of an address or network, a new connection replaces its oldest silent connection, or the one that has
+//! been idle longest. A connection is not closed for that during its first second, in which its request may be on its
+//! way; instead the address may have twice its limit for that second.
+//!
+//! The memory that counted connections hold is limited in total. Above that limit, the connections that hold most are
+//! closed, of the address that holds most.
 
 mod group;
 
@@ -42,34 +46,33 @@ use crate::telemetry::metrics::{ConnectionMetrics, Refusal};
 
 /// How long a connection must have been idle to be closed for another.
 const IDLE_ENOUGH: Duration = Duration::from_secs(1);
-/// How long a client must not have taken a response for its connection to be closed for another.
+/// How long a client must not have read its response for its connection to be closed for another.
 const STALLED_ENOUGH: Duration = Duration::from_secs(1);
-/// At an address's limit a connection younger than this is left alone: its request may be on its way.
+/// A younger connection is not closed at the limit of its address, since its request may be on its way.
 const YOUNG: Duration = Duration::from_secs(1);
-/// Of how many of the oldest connections without a request the one is closed whose address has most.
+/// How many of the oldest connections without a request are compared by the number of connections of their address.
 const WAITING_SEARCH: usize = 16;
-/// Time between two searches for idle and stalled connections, each of which looks at all of them.
+/// Time between two searches for idle and stalled connections, which check all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
-/// At most this part of all connections is closed after one search.
+/// One search finds at most this fraction of all connections.
 const SEARCH_PART: usize = 4;
-/// How many times as many connections an IPv6 /48 may have as a /56. A site may have either.
+/// How many times the connections of an IPv6 /56 a /48 may have. A site may have either.
 const SITE: usize = 2;
 
-/// How many connections a listener holds.
+/// Limits of a listener's connections.
 #[derive(Debug, Clone)]
 pub struct Limits {
     pub connections: usize,
-    /// Of one address, or one IPv6 /64, without those that have authenticated; for a second, twice as many; 0: no
-    /// limit.
+    /// Per address, or IPv6 /64, not counting those that have authenticated. Twice as many for a second. 0: no limit.
     pub per_address: usize,
-    /// The same of one IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
+    /// The same per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
     pub per_network: usize,
-    /// Exempt from both: many clients are behind each of these addresses.
+    /// Exempt from both, since many clients are behind each of these addresses.
     pub trusted_proxies: Vec<IpNet>,
-    /// Bytes that counted connections may hold for requests, in all.
+    /// Bytes that all counted connections together may hold for requests.
     pub memory: usize,
-    /// The same of one connection.
-    pub memory_of_one: usize,
+    /// The same per connection.
+    pub memory_per_connection: usize,
 }
 
 #[derive(Debug)]
@@ -78,7 +81,7 @@ pub(super) struct Table {
     metrics: Arc<ConnectionMetrics>,
     memory: Arc<Memory>,
     open: Mutex<Open>,
-    /// Connections that were told to close and whose socket is still open.
+    /// Connections that were told to close but whose socket is still open.
     closing: AtomicUsize,
     emptied: Notify,
 }
@@ -89,9 +92,9 @@ struct Open {
     all: HashMap<u64, Entry>,
     /// By address and by network.
     groups: HashMap<IpNet, Group>,
-    /// Those without a request so far, in the order of their accept.
+    /// Connections without a request so far, in the order in which they were accepted.
     waiting: BTreeSet<u64>,
-    /// Those that could be closed when they were last searched for; the last one first.
+    /// Connections that the last search found, to be closed from the end.
     spare: Vec<u64>,
     searched_at: Option<Instant>,
 }
@@ -99,19 +102,20 @@ struct Open {
 #[derive(Debug)]
 struct Entry {
     connection: Arc<Connection>,
-    /// `None`: does not count, or no longer.
+    /// `None`: not counted.
     counted_at: Option<IpAddr>,
     is_proxy: bool,
 }
 
 impl Entry {
-    /// Since when it has been idle, if that is long enough to close it for another.
+    /// Returns since when it has been idle, if long enough to close it for another.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
     }
 
-    /// Since when its client has not taken a response, if that is long enough. Not of those that have authenticated.
+    /// Returns since when its client has not read a response, if long enough. `None` for connections that have
+    /// authenticated.
     fn stalled(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.stalled_since();
         let since = since.filter(|_| self.counted_at.is_some())?;
@@ -141,15 +145,15 @@ impl Open {
         }
     }
 
-    /// How many connections are counted at an address.
+    /// Returns the number of counted connections of an address.
     fn weight(&self, peer: Option<IpAddr>) -> usize {
         peer.and_then(|peer| networks(peer).next())
             .and_then(|(_, address)| self.groups.get(&address))
             .map_or(0, |group| group.counted.len())
     }
 
-    /// Up to `most` that can be closed for others, the first one last: those that have been idle longest, then the
-    /// stalled ones of the addresses that have most.
+    /// Returns up to `most` connections that can be closed for others, the first to close last: those that have been
+    /// idle longest, then stalled ones of the addresses with the most connections.
     fn search(&self, now: Instant, most: usize) -> Vec<u64> {
         let mut found = Vec::new();
         for (id, entry) in &self.all {
@@ -164,7 +168,7 @@ impl Open {
         found.iter().rev().map(|(.., id)| *id).collect()
     }
 
-    /// Stops counting those of a group that have authenticated.
+    /// Stops counting connections of a group that have authenticated.
     fn stop_counting_authenticated(&mut self, network: IpNet) {
         let Some(group) = self.groups.get(&network) else {
             return;
@@ -184,7 +188,7 @@ impl Open {
 impl Table {
     pub(super) fn new(limits: Limits, metrics: Arc<ConnectionMetrics>) -> Arc<Self> {
         Arc::new(Self {
-            memory: Arc::new(Memory::new(limits.memory, limits.memory_of_one)),
+            memory: Arc::new(Memory::new(limits.memory, limits.memory_per_connection)),
             limits,
             metrics,
             open: Mutex::default(),
@@ -193,7 +197,7 @@ impl Table {
         })
     }
 
-    /// Takes in a connection that was just accepted, or refuses it.
+    /// Adds a connection that was just accepted, or rejects it.
     pub(super) fn admit(self: &Arc<Self>, peer: IpAddr) -> Result<Admitted, Refusal> {
         let peer = peer.to_canonical();
         let is_proxy = self
@@ -237,7 +241,7 @@ impl Table {
         self.metrics.open.inc();
         Ok(Admitted {
             connection,
-            place: Place {
+            slot: Slot {
                 table: self.clone(),
                 id,
             },
@@ -249,8 +253,8 @@ impl Table {
         refusal
     }
 
-    /// The process has no file descriptor left: closes a connection if one can be spared.
-    pub(super) fn spare_one(&self) -> bool {
+    /// Closes a connection, if possible, because the process has no free file descriptors.
+    pub(super) fn close_spare(&self) -> bool {
         self.make_room(&mut self.open.lock(), None)
     }
 
@@ -262,7 +266,7 @@ impl Table {
         }
     }
 
-    /// Whether an address or network may have one more, for which one of its others may be closed.
+    /// Whether an address or network may have one more connection. Closes one of its others if necessary.
     fn make_room_in(&self, open: &mut Open, width: Width, network: IpNet) -> bool {
         let limit = self.limit(width);
         let has_room = |open: &Open| {
@@ -299,7 +303,7 @@ impl Table {
         if !is_searched {
             group.searched_at = Some(now);
         }
-        if group.has_room_for_a_moment(limit, now) {
+        if group.has_short_term_room(limit, now) {
             return true;
         }
         match group.slow(now) {
@@ -311,7 +315,8 @@ impl Table {
         }
     }
 
-    /// `newcomer`: who wants a place. A light address is not pushed out by a heavy one.
+    /// Closes a connection for another of `newcomer`. An address with few connections does not lose one to an address
+    /// with many.
     fn make_room(&self, open: &mut Open, newcomer: Option<IpAddr>) -> bool {
         let now = Instant::now();
         let waiting = open
@@ -341,7 +346,7 @@ impl Table {
         }
     }
 
-    /// One that is idle, or whose client does not take a response.
+    /// Returns a connection that is idle or whose client does not read its response.
     fn spare(&self, open: &mut Open, now: Instant) -> Option<u64> {
         let is_searched = open
             .searched_at
@@ -359,7 +364,7 @@ impl Table {
         None
     }
 
-    /// Closes connections that hold more than one may, and while all hold more than they may, those that hold most.
+    /// Closes connections above the limit per connection; and above the total limit, those that hold most.
     pub(super) fn free_memory(&self) {
         let mut open = self.open.lock();
         let mut of_address = HashMap::<IpNet, usize>::new();
@@ -375,7 +380,7 @@ impl Table {
         }
         holding.sort_unstable_by_key(|(address, held, _)| Reverse((of_address[address], *held)));
         for (_, held, id) in holding {
-            if held > self.memory.of_one() || self.memory.is_short() {
+            if held > self.memory.per_connection() || self.memory.is_short() {
                 self.close(&mut open, id);
             }
         }
@@ -390,12 +395,12 @@ impl Table {
         }
     }
 
-    /// How many sockets are still open beyond those that are counted.
+    /// Returns the number of sockets that are being closed and are no longer in the table.
     pub(super) fn closing(&self) -> usize {
         self.closing.load(Ordering::Acquire)
     }
 
-    /// Tells every connection to finish, and waits until all have.
+    /// Tells every connection to finish, and waits until all have closed.
     pub(super) async fn finish(&self) {
         for entry in self.open.lock().all.values() {
             entry.connection.give(Order::Finish);
@@ -410,22 +415,22 @@ impl Table {
     }
 }
 
-/// A connection that was taken in.
+/// A connection that was added.
 #[derive(Debug)]
 pub(super) struct Admitted {
     pub(super) connection: Arc<Connection>,
-    pub(super) place: Place,
+    pub(super) slot: Slot,
 }
 
-/// A place in the table. Given back on drop, after the socket was closed.
+/// A connection's entry in the table. Removed on drop, after the socket has closed.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Slot {
     table: Arc<Table>,
     id: u64,
 }
 
-impl Place {
-    /// The first request head is complete: the connection is no longer among the first to close.
+impl Slot {
+    /// The first request head is complete: the connection is no longer one of the first to close.
     pub(super) fn has_requested(&self) {
         let mut open = self.table.open.lock();
         open.waiting.remove(&self.id);
@@ -438,7 +443,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Slot {
     fn drop(&mut self) {
         self.table.metrics.open.dec();
         let mut open = self.table.open.lock();

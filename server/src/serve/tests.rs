@@ -48,7 +48,7 @@ async fn connect_until(
             per_network: 0,
             trusted_proxies: Vec::new(),
             memory: 16 * 1024 * 1024,
-            memory_of_one: 1024 * 1024,
+            memory_per_connection: 1024 * 1024,
         },
         metrics: Arc::default(),
     };

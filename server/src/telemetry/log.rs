@@ -1,8 +1,8 @@
-//! The log: lines on standard output, as JSON or as text.
+//! The log: lines on standard output, as JSON or text.
 //!
-//! Only the log thread writes to standard output. Everything else appends to a bounded buffer, so a reader that stops
-//! (a paused terminal, a stuck log collector) holds up no request. Lines that do not fit are dropped and counted, and
-//! a line says how many once output flows again.
+//! Only the log thread writes to standard output. Everything else appends to a bounded buffer, so a blocked reader (a
+//! paused terminal, a stuck log collector) delays no request. Lines that do not fit are dropped and counted. Once
+//! output is possible again, a line reports how many.
 
 use std::{
     borrow::Cow,
@@ -21,21 +21,21 @@ use tracing_subscriber::{
 
 use crate::{clock::UnixNanos, config::LogFormat};
 
-/// Access log lines are collected for this long, or up to this many bytes, and written together.
+/// Access log lines are written together, after this time or this many bytes.
 const FLUSH_EVERY: Duration = Duration::from_millis(50);
 const FLUSH_AT: usize = 64 * 1024;
-/// How many bytes wait for standard output. Access log lines beyond this are dropped.
+/// The maximum number of bytes that wait for standard output. Further access log lines are dropped.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
-/// How many more bytes may wait for other events, so that a flood of requests does not push them out.
+/// The same including other events, so that a flood of requests does not displace them.
 const MAX_WAITING_EVENTS: usize = MAX_WAITING + 1024 * 1024;
-/// How long the end of the process waits for standard output to take the last lines.
+/// How long the process waits at its end for the last lines to be written.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
-/// The longest path in a line, in bytes. A client chooses the path, and on HTTP/2 a long one can cost it a byte.
+/// The maximum length of a path in a line, in bytes. Over HTTP/2, a client can send a long path in a single byte.
 const MAX_PATH: usize = 256;
-/// The longest method in a line, in bytes: any token is one.
+/// The maximum length of a method in a line, in bytes. A method can be any token.
 const MAX_METHOD: usize = 32;
 
-/// The target of a request's line, for `RUST_LOG`.
+/// The target of access log lines, for `RUST_LOG`.
 pub const ACCESS: &str = "quota_server::access";
 
 /// One finished request.
@@ -44,17 +44,17 @@ pub struct AccessLine<'a> {
     pub at: UnixNanos,
     pub request_id: &'a str,
     pub method: &'a str,
-    /// Without the query, which can hold what should not be logged. Long paths are shortened in the line.
+    /// Without the query, which may contain secrets. Long paths are shortened.
     pub path: &'a str,
     pub status: u16,
     pub micros: u64,
     pub ip: Option<IpAddr>,
     pub tenant: Option<uuid::Uuid>,
-    /// The prefix of the API key, which is no secret: digits and letters.
+    /// The prefix of the API key, which is not secret: letters and digits.
     pub key: Option<&'a str>,
 }
 
-/// Shortens text to at most `max` bytes, the ellipsis included.
+/// Shortens text to at most `max` bytes, including the ellipsis.
 fn shorten(text: &str, max: usize) -> Cow<'_, str> {
     const ELLIPSIS: char = '…';
     if text.len() <= max {
@@ -67,7 +67,7 @@ fn shorten(text: &str, max: usize) -> Cow<'_, str> {
 }
 
 impl AccessLine<'_> {
-    /// Written by hand, since every request pays for it. `second` is the time up to its second.
+    /// Formatted by hand, since every request pays for it. `second` is the time without its fraction.
     fn json(&self, second: &str, out: &mut Vec<u8>) -> io::Result<()> {
         let mut number = itoa::Buffer::new();
         let mut text = |parts: &[&str]| {
@@ -82,7 +82,7 @@ impl AccessLine<'_> {
             "Z\",\"level\":\"INFO\",\"target\":\"",
             ACCESS,
         ]);
-        // Ids and methods are tokens: nothing in them needs escaping. A path may hold quotes.
+        // IDs and methods are tokens and need no escaping. A path may contain quotes.
         text(&[
             "\",\"request_id\":\"",
             self.request_id,
@@ -150,12 +150,12 @@ impl AccessLine<'_> {
 /// Standard output behind a buffer. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Log {
-    inner: Arc<Inner>,
+    state: Arc<LogState>,
     format: LogFormat,
 }
 
 #[derive(Debug, Default)]
-struct Inner {
+struct LogState {
     buffer: Mutex<Buffer>,
     /// Notified when the log thread should write.
     write: Condvar,
@@ -168,16 +168,16 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Buffer {
     bytes: Vec<u8>,
-    /// Whether `bytes` holds an event, which is written without delay.
+    /// Whether `bytes` contains an event, which is written without delay.
     has_event: bool,
-    /// Dropped lines that no line has reported yet.
+    /// Dropped lines that have not been reported yet.
     unreported: u64,
     stopped: bool,
     all_written: bool,
     second: Second,
 }
 
-/// The text of the second that lines are written in, up to its fraction: the same for thousands of them.
+/// The current time as text, without its fraction: the same for thousands of lines.
 #[derive(Debug, Default)]
 struct Second {
     secs: u64,
@@ -204,13 +204,13 @@ impl Log {
 
     fn start_on(out: impl Write + Send + 'static, format: LogFormat) -> Self {
         let log = Self {
-            inner: Arc::default(),
+            state: Arc::default(),
             format,
         };
-        let inner = log.inner.clone();
+        let state = log.state.clone();
         std::thread::Builder::new()
             .name("log".into())
-            .spawn(move || inner.write_until_stopped(out))
+            .spawn(move || state.write_until_stopped(out))
             .expect("a thread can be started at startup");
         log
     }
@@ -230,16 +230,16 @@ impl Log {
         }
     }
 
-    /// Counts the lines dropped because standard output did not take them.
+    /// Returns the number of lines dropped because standard output was blocked.
     pub fn dropped(&self) -> &Counter {
-        &self.inner.dropped
+        &self.state.dropped
     }
 
     /// Queues the line of a request. Does not block on output.
     pub fn access(&self, line: &AccessLine<'_>) {
-        let mut buffer = self.inner.buffer.lock();
+        let mut buffer = self.state.buffer.lock();
         if buffer.bytes.len() >= MAX_WAITING {
-            self.inner.drop_line(&mut buffer);
+            self.state.drop_line(&mut buffer);
             return;
         }
         let Buffer { bytes, second, .. } = &mut *buffer;
@@ -250,34 +250,34 @@ impl Log {
         };
         debug_assert!(written.is_ok(), "writing to memory does not fail");
         if buffer.bytes.len() >= FLUSH_AT {
-            self.inner.write.notify_one();
+            self.state.write.notify_one();
         }
     }
 
-    /// Queues an event, after the lines that already wait. Does not block on output.
+    /// Queues an event after the lines that already wait. Does not block on output.
     fn event(&self, line: &[u8]) {
-        let mut buffer = self.inner.buffer.lock();
+        let mut buffer = self.state.buffer.lock();
         if buffer.bytes.len() + line.len() > MAX_WAITING_EVENTS {
-            self.inner.drop_line(&mut buffer);
+            self.state.drop_line(&mut buffer);
             return;
         }
         buffer.bytes.extend_from_slice(line);
         buffer.has_event = true;
-        self.inner.write.notify_one();
+        self.state.write.notify_one();
     }
 
-    /// Writes what is left, for at most a second. Call it last.
+    /// Writes what is left, for at most a second. Call last.
     pub fn stop(&self) {
-        let mut buffer = self.inner.buffer.lock();
+        let mut buffer = self.state.buffer.lock();
         buffer.stopped = true;
-        self.inner.write.notify_one();
-        self.inner
+        self.state.write.notify_one();
+        self.state
             .written
             .wait_while_for(&mut buffer, |it| !it.all_written, STOP_WITHIN);
     }
 }
 
-impl Inner {
+impl LogState {
     fn drop_line(&self, buffer: &mut Buffer) {
         buffer.unreported += 1;
         self.dropped.inc();
@@ -297,7 +297,7 @@ impl Inner {
             let is_last = buffer.stopped && dropped == 0;
             drop(buffer);
             if !spare.is_empty() {
-                // A log that cannot be written is no reason to stop serving.
+                // The server continues even if the log cannot be written.
                 let _ = out.write_all(&spare);
                 let _ = out.flush();
             }
@@ -327,7 +327,7 @@ impl<'a> MakeWriter<'a> for Log {
     }
 }
 
-/// Takes whole events.
+/// A writer that receives whole events.
 #[derive(Debug)]
 pub struct EventWriter<'a>(&'a Log);
 
@@ -343,178 +343,4 @@ impl Write for EventWriter<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::{Value, json};
-
-    use super::*;
-
-    fn line(path: &str) -> AccessLine<'_> {
-        AccessLine {
-            at: UnixNanos(1_785_738_360_007_999_999),
-            request_id: "019ab4e1-7c00-7000-8000-0000000000a1",
-            method: "GET",
-            path,
-            status: 200,
-            micros: 41,
-            ip: None,
-            tenant: None,
-            key: None,
-        }
-    }
-
-    fn json(line: &AccessLine<'_>) -> Value {
-        let mut out = Vec::new();
-        line.json(Second::default().of(line.at), &mut out).unwrap();
-        assert_eq!(out.pop(), Some(b'\n'));
-        assert!(!out.contains(&b'\n'));
-        serde_json::from_slice(&out).expect("a line is JSON")
-    }
-
-    #[test]
-    fn a_line_is_json_whatever_the_path_holds() {
-        for path in ["/v1/echo", "/\"},{\"", "/\\", "/a\nb", "/ä"] {
-            let written = json(&line(path));
-            let meant = json!({
-                "timestamp": "2026-08-03T06:26:00.007Z",
-                "level": "INFO",
-                "target": "quota_server::access",
-                "request_id": "019ab4e1-7c00-7000-8000-0000000000a1",
-                "method": "GET",
-                "path": path,
-                "status": 200,
-                "micros": 41,
-            });
-            assert_eq!(written, meant);
-        }
-    }
-
-    #[test]
-    fn a_line_shortens_what_the_client_chose() {
-        for (path, written) in [
-            ("/".repeat(256), "/".repeat(256)),
-            ("/".repeat(3900), format!("{}…", "/".repeat(253))),
-            // Cut between characters: 252 bytes of two-byte characters would end inside of one.
-            (
-                format!("/{}", "ä".repeat(2000)),
-                format!("/{}…", "ä".repeat(126)),
-            ),
-        ] {
-            assert_eq!(json(&line(&path))["path"], written.as_str());
-            let mut out = Vec::new();
-            line(&path).text("2026", &mut out).unwrap();
-            let text = String::from_utf8(out).unwrap();
-            assert!(text.contains(&format!(" {written} 200 ")), "{text}");
-        }
-        let method = "M".repeat(3900);
-        let written = json(&AccessLine {
-            method: &method,
-            ..line("/")
-        });
-        assert_eq!(written["method"], format!("{}…", "M".repeat(29)).as_str());
-    }
-
-    /// Output that takes nothing until it is opened.
-    #[derive(Debug, Clone, Default)]
-    struct Valve(Arc<ValveState>);
-
-    #[derive(Debug, Default)]
-    struct ValveState {
-        is_open: Mutex<bool>,
-        opened: Condvar,
-        written: Mutex<Vec<u8>>,
-    }
-
-    impl Write for Valve {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let mut is_open = self.0.is_open.lock();
-            self.0.opened.wait_while(&mut is_open, |is_open| !*is_open);
-            self.0.written.lock().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl Valve {
-        fn open(&self) {
-            *self.0.is_open.lock() = true;
-            self.0.opened.notify_all();
-        }
-
-        fn text(&self) -> String {
-            String::from_utf8(self.0.written.lock().clone()).unwrap()
-        }
-    }
-
-    #[test]
-    fn blocked_output_blocks_nobody_and_every_line_is_written_or_counted() {
-        const LINES: u64 = 60_000;
-        let valve = Valve::default();
-        let log = Log::start_on(valve.clone(), LogFormat::Json);
-        for _ in 0..LINES {
-            log.access(&line("/v1/echo"));
-        }
-        // An event still has room, in bounds.
-        log.event(b"{\"event\":1}\n");
-        let lines_dropped = log.dropped().get();
-        assert!(lines_dropped > 0);
-        let large = "x".repeat(64 * 1024);
-        for _ in 0..64 {
-            log.event(large.as_bytes());
-        }
-        let dropped = log.dropped().get();
-        assert!(dropped > lines_dropped);
-        assert!(log.inner.buffer.lock().bytes.len() <= MAX_WAITING_EVENTS);
-        // The end of the process does not wait for long either.
-        let began = std::time::Instant::now();
-        log.clone().stop();
-        assert!(began.elapsed() < 10 * STOP_WITHIN);
-
-        valve.open();
-        log.stop();
-        let text = valve.text();
-        let written = text.matches("\"path\":\"/v1/echo\"").count() as u64;
-        assert_eq!(written + lines_dropped, LINES);
-        assert!(text.contains("{\"event\":1}\n"));
-    }
-
-    #[test]
-    fn an_event_and_all_lines_before_it_are_written_without_delay() {
-        let valve = Valve::default();
-        valve.open();
-        let log = Log::start_on(valve.clone(), LogFormat::Json);
-        log.access(&line("/first"));
-        log.event(b"second\n");
-        log.stop();
-        let text = valve.text();
-        assert!(text.find("/first").unwrap() < text.find("second").unwrap());
-    }
-
-    #[test]
-    fn a_line_names_who_it_was_as_far_as_it_is_known() {
-        let tenant = uuid::Uuid::from_u128(7);
-        let known = AccessLine {
-            ip: Some("2001:db8::5".parse().unwrap()),
-            tenant: Some(tenant),
-            key: Some("qk_abcdefgh"),
-            ..line("/")
-        };
-        let written = json(&known);
-        assert_eq!(written["ip"], "2001:db8::5");
-        let ip = Some("203.0.113.7".parse().unwrap());
-        assert_eq!(json(&AccessLine { ip, ..line("/") })["ip"], "203.0.113.7");
-        assert_eq!(written["tenant"], tenant.to_string());
-        assert_eq!(written["key"], "qk_abcdefgh");
-    }
-
-    #[test]
-    fn the_second_is_formatted_again_when_it_changes() {
-        let mut second = Second::default();
-        assert_eq!(second.of(UnixNanos(0)), "1970-01-01T00:00:00");
-        assert_eq!(second.of(UnixNanos(999_999_999)), "1970-01-01T00:00:00");
-        assert_eq!(second.of(UnixNanos(1_000_000_000)), "1970-01-01T00:00:01");
-        assert_eq!(second.of(UnixNanos(0)), "1970-01-01T00:00:00");
-    }
-}
+mod tests;

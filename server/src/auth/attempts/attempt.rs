@@ -1,4 +1,4 @@
-//! One attempt, and what becomes of its count: it stays, is forgotten, or is taken back.
+//! One attempt, and what becomes of its count.
 
 use std::sync::Arc;
 
@@ -6,27 +6,27 @@ use tokio::task::JoinHandle;
 
 use super::{Attempts, Counter, OnSuccess};
 
-/// What is known of an attempt's password.
+/// The state of an attempt's password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Judgment {
-    /// It was not looked at: the attempt does not count.
+    /// Not verified: the attempt does not count.
     Missing,
-    /// It is wrong, or is being judged, so that the caller may learn that it is.
+    /// Wrong, or being verified, so that the caller may learn that it is wrong.
     Wrong,
     Correct,
 }
 
-/// An attempt that may be made. Dropped, it is taken back unless its password was judged.
+/// A permitted attempt. Taken back on drop, unless its password was verified.
 #[derive(Debug)]
 pub struct Attempt {
     pub(super) attempts: Arc<Attempts>,
     pub(super) counters: Vec<Counter>,
-    /// When it was counted on this replica, in monotonic nanoseconds. `None`: it was not.
+    /// Monotonic time at which it was counted locally. `None`: not counted.
     pub(super) counted_here: Option<u64>,
-    /// When it was counted in Redis, by its clock in milliseconds. `None`: it was not, or that is not known.
+    /// When Redis counted it, in milliseconds of its clock. `None`: not counted, or unknown.
     pub(super) counted_in_redis: Option<u64>,
     pub(super) judgment: Judgment,
-    /// Whether the caller's network has failed lately.
+    /// Whether the caller's network had failures recently.
     pub is_suspect: bool,
 }
 
@@ -42,7 +42,7 @@ impl Attempt {
             .count()
     }
 
-    /// The password was correct: forgets what was counted for this account.
+    /// The password was correct: clears the counters of this account.
     pub async fn succeeded(mut self) {
         let (cleared, kept) = (self.count(OnSuccess::Clear), self.count(OnSuccess::Keep));
         let task = self.take_back(cleared, kept);
@@ -53,8 +53,8 @@ impl Attempt {
         }
     }
 
-    /// Clears the first counters, keeps the last ones, and takes the attempt back from those between: here at once, in
-    /// Redis in the task that it returns.
+    /// Clears the first counters, keeps the last ones, and takes the attempt back from those in between: locally at
+    /// once, in Redis in the returned task.
     fn take_back(&self, cleared: usize, kept: usize) -> Option<JoinHandle<()>> {
         let changed = self.counters.len().checked_sub(kept).filter(|n| *n > 0)?;
         {
@@ -67,7 +67,7 @@ impl Attempt {
                 {
                     count.tries = (count.tries - 1.0).max(0.0);
                     if count.at == at {
-                        // The attempt was allowed because no earlier wait was left.
+                        // No earlier wait can be left, since the attempt was allowed.
                         count.until = 0;
                     }
                 }
@@ -88,11 +88,11 @@ impl Attempt {
             u64::try_from(cleared).unwrap_or(u64::MAX),
             self.counted_in_redis.unwrap_or(0),
         ];
-        // Without a runtime the process is about to end.
+        // Without a runtime, the process is about to end.
         let runtime = tokio::runtime::Handle::try_current().ok()?;
         Some(runtime.spawn(async move {
             let keys = keys.iter().map(String::as_str).collect::<Vec<_>>();
-            // What is not taken back is forgiven in a while.
+            // If this fails, the attempt is forgiven later.
             let _ = redis.eval(&attempts.forget, &keys, &args, None).await;
         }))
     }
@@ -103,10 +103,10 @@ impl Drop for Attempt {
         let kept = match self.judgment {
             Judgment::Missing => 0,
             Judgment::Wrong => return,
-            // Verifying it took time all the same.
+            // Verifying it took time, which stays counted.
             Judgment::Correct => self.count(OnSuccess::Keep),
         };
-        // Detached: nothing waits for it.
+        // Detached, since nothing waits for it.
         drop(self.take_back(0, kept));
     }
 }

@@ -1,4 +1,4 @@
-//! The connections of one address or network, and which of them make room for another of theirs.
+//! The connections of one address or network, and which of them to close to make room for another.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{IDLE_ENOUGH, YOUNG};
 use crate::serve::connection::Connection;
 
-/// How many of an address's oldest connections without a request are looked at for a silent one.
+/// How many of the oldest connections without a request are checked for a silent one.
 const SILENT_SEARCH: usize = 16;
 
 /// What connections are counted by.
@@ -23,7 +23,7 @@ pub(super) enum Width {
     Site,
 }
 
-/// The networks that an address is counted in, the narrowest first.
+/// Returns the networks in which an address is counted, narrowest first.
 pub(super) fn networks(peer: IpAddr) -> impl Iterator<Item = (Width, IpNet)> {
     const V4: &[(Width, u8)] = &[(Width::Address, 32), (Width::Network, 24)];
     const V6: &[(Width, u8)] = &[
@@ -39,15 +39,15 @@ pub(super) fn networks(peer: IpAddr) -> impl Iterator<Item = (Width, IpNet)> {
 
 #[derive(Debug, Default)]
 pub(super) struct Group {
-    /// In the order of their accept.
+    /// In the order in which they were accepted.
     pub(super) counted: BTreeMap<u64, Arc<Connection>>,
     pub(super) waiting: BTreeSet<u64>,
-    /// When none was found that could be closed.
+    /// When the last search found none that could be closed.
     pub(super) searched_at: Option<Instant>,
 }
 
 impl Group {
-    /// The oldest silent one, if it is not young.
+    /// Returns the oldest silent connection, if it is old enough.
     pub(super) fn silent(&self, now: Instant) -> Option<u64> {
         self.old_and_waiting(now)
             .take(SILENT_SEARCH)
@@ -55,7 +55,7 @@ impl Group {
             .map(|(id, _)| id)
     }
 
-    /// The oldest without a complete request, if it is not young.
+    /// Returns the oldest connection without a complete request, if it is old enough.
     pub(super) fn slow(&self, now: Instant) -> Option<u64> {
         self.old_and_waiting(now).next().map(|(id, _)| id)
     }
@@ -67,7 +67,7 @@ impl Group {
             .take_while(move |(_, connection)| connection.age(now) >= YOUNG)
     }
 
-    /// The one that has been idle longest, if that is long enough.
+    /// Returns the connection that has been idle longest, if it has been idle long enough.
     pub(super) fn idle(&self, now: Instant) -> Option<u64> {
         self.counted
             .iter()
@@ -77,8 +77,8 @@ impl Group {
             .map(|(_, id)| id)
     }
 
-    /// Whether fewer than `limit` are older than a second, and fewer than twice as many in all.
-    pub(super) fn has_room_for_a_moment(&self, limit: usize, now: Instant) -> bool {
+    /// Whether fewer than `limit` connections are older than a second, and there are fewer than twice `limit` in total.
+    pub(super) fn has_short_term_room(&self, limit: usize, now: Instant) -> bool {
         self.counted.len() < limit.saturating_mul(2)
             && self
                 .counted

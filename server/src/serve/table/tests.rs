@@ -13,7 +13,7 @@ fn table_with(connections: usize, per_address: usize, per_network: usize) -> Arc
         per_network,
         trusted_proxies: vec!["10.0.0.0/8".parse().unwrap()],
         memory: MEMORY,
-        memory_of_one: MEMORY / 32,
+        memory_per_connection: MEMORY / 32,
     };
     Table::new(limits, Arc::default())
 }
@@ -30,7 +30,7 @@ fn is_told_to_close(it: &Admitted) -> bool {
 fn request(it: &Admitted) -> super::super::connection::RequestInFlight {
     let (is_first, request) = it.connection.begin_request(0);
     assert!(is_first);
-    it.place.has_requested();
+    it.slot.has_requested();
     request
 }
 
@@ -50,7 +50,7 @@ async fn the_oldest_that_never_asked_makes_room_and_one_that_asks_stays() {
     let _requests = (request(&second), request(&third));
     assert_eq!(admit(&table, "192.0.2.5").unwrap_err(), Refusal::Full);
     drop(third);
-    assert!(admit(&table, "192.0.2.5").is_ok(), "a place came free");
+    assert!(admit(&table, "192.0.2.5").is_ok(), "a slot came free");
 }
 
 #[tokio::test(start_paused = true)]
@@ -76,7 +76,7 @@ async fn a_stalled_response_makes_room_and_a_running_handler_does_not() {
     let (asked, answered) = ([0, 0, 0, 1, 5, 0, 0, 0, 1], [0, 0, 0, 1, 4, 0, 0, 0, 1]);
     received.scan(&asked, |event| stalled.connection.received(event));
     drop(stalled.connection.begin_request(0));
-    stalled.place.has_requested();
+    stalled.slot.has_requested();
     sent.scan(&answered, |event| stalled.connection.sent(event));
     let busy = admit(&table, "192.0.2.2").unwrap();
     let _request = request(&busy);
