@@ -17,7 +17,7 @@ const NEW_PASSWORD: &str = "granite-meadow-lantern-41";
 const AT_MOST: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Change {
+enum Action {
     /// On the spare plan.
     CreateKey,
     /// To the spare plan.
@@ -42,12 +42,12 @@ enum Change {
     SignIn,
 }
 
-use Change::{
+use Action::{
     ChangePassword, CreateKey, CreatePlan, CreateToken, DeactivateKey, DeleteKey, DeletePlan,
     DeleteToken, EndSession, Logout, MoveKey, Refresh, RenamePlan, RotateKey, SignIn, UpdateTenant,
 };
 
-const ALL: [Change; 16] = [
+const ALL: [Action; 16] = [
     CreateKey,
     MoveKey,
     DeactivateKey,
@@ -67,7 +67,7 @@ const ALL: [Change; 16] = [
 ];
 
 /// Pairs of which exactly one succeeds, whichever comes first.
-const EXCLUSIVE: &[(Change, Change)] = &[
+const EXCLUSIVE: &[(Action, Action)] = &[
     (CreateKey, DeletePlan),
     (MoveKey, DeletePlan),
     (RotateKey, RotateKey),
@@ -81,7 +81,7 @@ const EXCLUSIVE: &[(Change, Change)] = &[
 ];
 
 /// Pairs of which the first fails if the second comes first. All others both succeed.
-const ORDERED: &[(Change, Change)] = &[
+const ORDERED: &[(Action, Action)] = &[
     (MoveKey, DeleteKey),
     (DeactivateKey, DeleteKey),
     (RotateKey, DeleteKey),
@@ -94,7 +94,7 @@ const ORDERED: &[(Change, Change)] = &[
     (SignIn, ChangePassword),
 ];
 
-impl Change {
+impl Action {
     /// The action in the audit log. `None`: not audited.
     const fn action(self) -> Option<&'static str> {
         Some(match self {
@@ -155,7 +155,7 @@ impl World {
         }
     }
 
-    async fn run(&self, app: &TestApp, change: Change) -> Answer {
+    async fn run(&self, app: &TestApp, change: Action) -> Answer {
         let key = format!("/admin/api-keys/{}", self.key.id);
         let spare = format!("/admin/plans/{}", self.spare);
         let refresh = || json!({"refresh_token": self.refresh_token});
@@ -221,7 +221,7 @@ async fn audited(database: &Client, tenant: &str) -> BTreeMap<String, i64> {
 }
 
 /// Until every replica answers a request with a key or token with this status.
-async fn becomes(replicas: [&TestApp; 2], status: u16, pair: (Change, Change), call: Call<'_>) {
+async fn becomes(replicas: [&TestApp; 2], status: u16, pair: (Action, Action), call: Call<'_>) {
     for app in replicas {
         let began = Instant::now();
         loop {
@@ -248,7 +248,7 @@ enum Call<'a> {
     Session(&'a str),
 }
 
-async fn race(replicas: [&TestApp; 2], database: &Client, pair: (Change, Change)) {
+async fn race(replicas: [&TestApp; 2], database: &Client, pair: (Action, Action)) {
     let world = World::new(replicas[0]).await;
     let tenant = &world.account.tenant_id;
     let before = audited(database, tenant).await;
@@ -266,7 +266,7 @@ async fn race(replicas: [&TestApp; 2], database: &Client, pair: (Change, Change)
         );
     }
     let succeeded = answers.map(|(_, answer)| answer.status < 300);
-    let is = |list: &[(Change, Change)]| list.contains(&pair) || list.contains(&(pair.1, pair.0));
+    let is = |list: &[(Action, Action)]| list.contains(&pair) || list.contains(&(pair.1, pair.0));
     let both = succeeded == [true, true];
     if is(EXCLUSIVE) {
         assert!(succeeded[0] != succeeded[1], "{pair:?}: {answers:?}");
@@ -303,7 +303,7 @@ async fn race(replicas: [&TestApp; 2], database: &Client, pair: (Change, Change)
     }
     assert_eq!(after, expected, "{pair:?}: {answers:?}");
 
-    let success_of = |wanted: Change| {
+    let success_of = |wanted: Action| {
         let found = answers.iter().zip(succeeded);
         let mut found = found.filter(|((change, _), success)| *success && *change == wanted);
         found.next().map(|((_, answer), _)| *answer)
