@@ -14,6 +14,7 @@ mod limiter_contract;
 mod limiter_shared;
 mod migrations;
 mod openapi;
+mod operating;
 mod outage;
 mod quota_ledger;
 mod redis;
