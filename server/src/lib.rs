@@ -12,6 +12,7 @@ pub mod demo;
 pub mod doctor;
 mod error_chain;
 pub mod file_limit;
+pub mod health_check;
 pub mod jobs;
 pub mod keys;
 pub mod limiter;

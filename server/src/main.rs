@@ -15,15 +15,15 @@ use quota_server::{
     demo,
     doctor::{self, Report},
     file_limit,
+    health_check::Probe,
     jobs::Jobs,
     openapi, router,
-    serve::{self, ServeSettings, serve},
+    serve::{self, BoundSocket, ServeSettings, serve},
     state::AppState,
     telemetry::log::Log,
 };
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
@@ -58,6 +58,17 @@ enum Command {
     Migrate {
         #[command(flatten)]
         settings: Box<Settings>,
+    },
+    /// Check the health of the server on this machine. Exits with 0 if it is healthy, otherwise with 1
+    Health {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// Check only whether the process responds
+        #[arg(long, conflicts_with = "serving")]
+        live: bool,
+        /// Check whether it serves requests, which it does even while PostgreSQL is unreachable
+        #[arg(long)]
+        serving: bool,
     },
     /// Check the settings and dependencies, and exit
     Doctor {
@@ -113,6 +124,18 @@ fn main() -> ExitCode {
             serve_until_stopped(config, log, demo)
         }),
         Command::Migrate { settings } => run(&settings, migrate),
+        Command::Health {
+            settings,
+            live,
+            serving,
+        } => run(&settings, |config, _log| {
+            let probe = match (live, serving) {
+                (true, _) => Probe::Live,
+                (_, true) => Probe::Serving,
+                _ => Probe::Ready,
+            };
+            async move { probe.check(config.listen).await }
+        }),
         Command::Doctor { settings } => run(&settings, doctor),
         Command::User(command) => {
             let settings = match &command {
@@ -217,17 +240,19 @@ async fn serve_until_stopped(mut config: Config, log: Log, with_demo: bool) -> a
     // First, so that a stop during a slow start is clean.
     let mut stop = std::pin::pin!(stop_requested());
     // Before anything is done to the database: an occupied port is the most common mistake.
-    let listener = serve::listen(config.listen)
-        .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?;
-    let metrics_listener = match config.metrics_listen {
-        Some(addr) => Some(
-            serve::listen(addr)
-                .with_context(|| format!("QUOTA_METRICS_LISTEN: cannot listen on {addr}"))?,
-        ),
-        None => None,
+    let sockets = Sockets {
+        public: serve::bind(config.listen)
+            .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?,
+        metrics: config
+            .metrics_listen
+            .map(|addr| {
+                serve::bind(addr)
+                    .with_context(|| format!("QUOTA_METRICS_LISTEN: cannot listen on {addr}"))
+            })
+            .transpose()?,
     };
-    let metrics_listen = metrics_listener.as_ref().map(TcpListener::local_addr);
-    config.listens_on(listener.local_addr()?, metrics_listen.transpose()?);
+    let metrics_listen = sockets.metrics.as_ref().map(BoundSocket::local_addr);
+    config.listens_on(sockets.public.local_addr()?, metrics_listen.transpose()?);
     let (url, embedded) = tokio::select! {
         database = database(&config) => database?,
         () = &mut stop => return Ok(()),
@@ -237,7 +262,8 @@ async fn serve_until_stopped(mut config: Config, log: Log, with_demo: bool) -> a
         log,
         with_demo,
         &url,
-        (listener, metrics_listener, file_limit),
+        sockets,
+        file_limit,
         stop.as_mut(),
     )
     .await;
@@ -247,16 +273,26 @@ async fn serve_until_stopped(mut config: Config, log: Log, with_demo: bool) -> a
     served
 }
 
+/// The addresses that the server will listen on.
+struct Sockets {
+    public: BoundSocket,
+    metrics: Option<BoundSocket>,
+}
+
 async fn serve_on(
     config: &Config,
     log: Log,
     with_demo: bool,
     url: &SecretString,
-    (listener, metrics_listener, file_limit): (TcpListener, Option<TcpListener>, Option<usize>),
-    stop: std::pin::Pin<&mut impl Future<Output = ()>>,
+    sockets: Sockets,
+    file_limit: Option<usize>,
+    mut stop: std::pin::Pin<&mut impl Future<Output = ()>>,
 ) -> anyhow::Result<()> {
     if config.migrate {
-        apply_migrations(url).await?;
+        tokio::select! {
+            applied = apply_migrations(url) => applied?,
+            () = &mut stop => return Ok(()),
+        }
     }
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let db = Db::new(url, &config.database);
@@ -272,6 +308,16 @@ async fn serve_on(
     }
 
     let public_settings = ServeSettings::public(&state, file_limit);
+    // Only now, since a server must not accept connections before it can decide.
+    let listener = sockets
+        .public
+        .listen()
+        .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?;
+    let metrics_listener = sockets
+        .metrics
+        .map(BoundSocket::listen)
+        .transpose()
+        .context("QUOTA_METRICS_LISTEN: cannot listen")?;
     let (stop_serving, stopping) = watch::channel(false);
     let until = |mut stopping: watch::Receiver<bool>| async move {
         let _ = stopping.wait_for(|stop| *stop).await;

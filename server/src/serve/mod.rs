@@ -68,8 +68,26 @@ const CLOSING: usize = 16;
 /// How long an HTTP/2 connection may take to close after a graceful shutdown has started.
 const GOODBYE: Duration = Duration::from_secs(5);
 
-/// Listens with a backlog large enough for bursts of connections.
-pub fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
+/// An address that is reserved but does not accept connections yet.
+///
+/// A server reserves its address before it starts, so that an occupied port is reported at once, and listens only when
+/// it can respond. Until then connections are refused, and load balancers try another server, also for a POST.
+#[derive(Debug)]
+pub struct BoundSocket(TcpSocket);
+
+impl BoundSocket {
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+
+    /// Listens with a backlog large enough for bursts of connections.
+    pub fn listen(self) -> io::Result<TcpListener> {
+        self.0.listen(BACKLOG)
+    }
+}
+
+/// Reserves an address.
+pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     let socket = if addr.is_ipv4() {
         TcpSocket::new_v4()?
     } else {
@@ -78,7 +96,7 @@ pub fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
     // As every server does: allow a port that was closed a moment ago.
     socket.set_reuseaddr(true)?;
     socket.bind(addr)?;
-    socket.listen(BACKLOG)
+    Ok(BoundSocket(socket))
 }
 
 /// Serves until `stop` completes, then waits up to `timeouts.drain` for requests in flight.

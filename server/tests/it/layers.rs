@@ -12,6 +12,7 @@ const RANKS: &[&[&str]] = &[
         "error_chain",
         "error_chain",
         "file_limit",
+        "health_check",
         "schema",
         "seal",
         "secret_text",

@@ -18,6 +18,7 @@ mod log_output;
 mod malformed;
 mod migrations;
 mod openapi;
+mod operating;
 mod outage;
 mod quota_ledger;
 mod races;
