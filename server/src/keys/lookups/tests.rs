@@ -106,7 +106,7 @@ async fn a_source_that_floods_is_limited_and_the_others_have_their_share() {
         "what is known is not limited"
     );
     drop((flood, others));
-    assert!(it.batches.0.queue.lock().begun.is_empty());
+    assert!(it.batches.0.queue.lock().started.is_empty());
     let alone = (0..100).map(|_| it.batches.begin(Some(from(1))));
     let alone = alone.collect::<Vec<_>>();
     assert_eq!(alone.iter().filter(|it| it.is_ok()).count(), 10);
@@ -159,5 +159,5 @@ async fn who_waits_too_long_for_a_batch_gives_up() {
     assert_eq!(begun.await.unwrap().unwrap(), Some(0));
     let queue = it.batches.0.queue.lock();
     assert!(queue.unknown.is_empty() && queue.turns.is_empty() && queue.known.is_empty());
-    assert_eq!(queue.begun_in_all, 0);
+    assert_eq!(queue.started_total, 0);
 }
