@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn change_that_is_given_up_leaves_its_place() {
+    async fn canceled_change_leaves_its_place() {
         let queues = TenantQueues::default();
         let first = queues.turn(tenant(1)).await.unwrap();
         for _ in 0..100 {

@@ -47,10 +47,6 @@ pub fn origin(request: &Request) -> Origin {
     }
 }
 
-fn scheme(name: &'static str, registry: &mut Registry, scheme: MetaSecurityScheme) {
-    registry.create_security_scheme(name, scheme);
-}
-
 const fn blank(ty: &'static str, description: &'static str) -> MetaSecurityScheme {
     MetaSecurityScheme {
         ty,
@@ -62,6 +58,33 @@ const fn blank(ty: &'static str, description: &'static str) -> MetaSecuritySchem
         flows: None,
         openid_connect_url: None,
     }
+}
+
+/// Makes a caller an extractor that adds its security scheme to the document.
+macro_rules! extract_by_credential {
+    ($caller:ty, $name:literal, $scheme:expr) => {
+        impl<'a> ApiExtractor<'a> for $caller {
+            const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::SecurityScheme];
+            type ParamType = ();
+            type ParamRawType = ();
+
+            fn register(registry: &mut Registry) {
+                registry.create_security_scheme($name, $scheme);
+            }
+
+            fn security_schemes() -> Vec<&'static str> {
+                vec![$name]
+            }
+
+            async fn from_request(
+                request: &'a Request,
+                _: &mut RequestBody,
+                _: ExtractParamOptions<()>,
+            ) -> Result<Self> {
+                Ok(Self::admit(request).await?)
+            }
+        }
+    };
 }
 
 /// The token of `Authorization: Bearer`.
@@ -113,32 +136,8 @@ impl AdmittedTenant {
     pub fn role(&self) -> Role {
         self.session.role
     }
-}
 
-impl<'a> ApiExtractor<'a> for AdmittedTenant {
-    const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::SecurityScheme];
-    type ParamType = ();
-    type ParamRawType = ();
-
-    fn register(registry: &mut Registry) {
-        let mut it = blank(
-            "http",
-            "Access token from `POST /auth/login`. Valid for 15 minutes.",
-        );
-        it.scheme = Some("bearer");
-        it.bearer_format = Some("JWT");
-        scheme("AccessToken", registry, it);
-    }
-
-    fn security_schemes() -> Vec<&'static str> {
-        vec!["AccessToken"]
-    }
-
-    async fn from_request(
-        request: &'a Request,
-        _: &mut RequestBody,
-        _: ExtractParamOptions<()>,
-    ) -> Result<Self> {
+    async fn admit(request: &Request) -> Result<Self, ApiError> {
         let visit = Visit::of(request)?;
         let state = &visit.state;
         let headers = request.headers();
@@ -153,11 +152,7 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
                 };
                 ApiError::unauthorized(false, detail)
             })?;
-        let session = state
-            .sessions
-            .of_access_token(token)
-            .await
-            .map_err(ApiError::from)?;
+        let session = state.sessions.of_access_token(token).await?;
         if from_bearer.is_none() {
             browser::may_change(state, request, session.id)?;
         }
@@ -171,6 +166,19 @@ impl<'a> ApiExtractor<'a> for AdmittedTenant {
         })
     }
 }
+
+extract_by_credential!(
+    AdmittedTenant,
+    "AccessToken",
+    MetaSecurityScheme {
+        scheme: Some("bearer"),
+        bearer_format: Some("JWT"),
+        ..blank(
+            "http",
+            "Access token from `POST /auth/login`. Valid for 15 minutes."
+        )
+    }
+);
 
 /// How often a header field was sent.
 enum Sent<'a> {
@@ -309,33 +317,18 @@ impl AdmittedKey {
     }
 }
 
-impl<'a> ApiExtractor<'a> for AdmittedKey {
-    const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::SecurityScheme];
-    type ParamType = ();
-    type ParamRawType = ();
-
-    fn register(registry: &mut Registry) {
-        let mut it = blank(
+extract_by_credential!(
+    AdmittedKey,
+    "ApiKey",
+    MetaSecurityScheme {
+        name: Some("X-API-Key"),
+        key_in: Some("header"),
+        ..blank(
             "apiKey",
-            "API key (`qk_…`). `Authorization: Bearer` also works.",
-        );
-        it.name = Some("X-API-Key");
-        it.key_in = Some("header");
-        scheme("ApiKey", registry, it);
+            "API key (`qk_…`). `Authorization: Bearer` also works."
+        )
     }
-
-    fn security_schemes() -> Vec<&'static str> {
-        vec!["ApiKey"]
-    }
-
-    async fn from_request(
-        request: &'a Request,
-        _: &mut RequestBody,
-        _: ExtractParamOptions<()>,
-    ) -> Result<Self> {
-        Ok(Self::admit(request).await?)
-    }
-}
+);
 
 /// Looks up a service token.
 async fn service_token(request: &Request, token: &str) -> Result<Arc<ServiceRecord>, ApiError> {
@@ -405,57 +398,27 @@ impl AdmittedGateway {
     }
 }
 
-impl<'a> ApiExtractor<'a> for AdmittedGateway {
-    const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::SecurityScheme];
-    type ParamType = ();
-    type ParamRawType = ();
-
-    fn register(registry: &mut Registry) {
-        let mut it = blank("apiKey", "Service token (`qs_…`) of the gateway.");
-        it.name = Some("X-Service-Token");
-        it.key_in = Some("header");
-        scheme("GatewayToken", registry, it);
+extract_by_credential!(
+    AdmittedGateway,
+    "GatewayToken",
+    MetaSecurityScheme {
+        name: Some("X-Service-Token"),
+        key_in: Some("header"),
+        ..blank("apiKey", "Service token (`qs_…`) of the gateway.")
     }
+);
 
-    fn security_schemes() -> Vec<&'static str> {
-        vec!["GatewayToken"]
-    }
-
-    async fn from_request(
-        request: &'a Request,
-        _: &mut RequestBody,
-        _: ExtractParamOptions<()>,
-    ) -> Result<Self> {
-        Ok(Self::admit(request).await?)
-    }
-}
-
-impl<'a> ApiExtractor<'a> for AdmittedService {
-    const TYPES: &'static [ApiExtractorType] = &[ApiExtractorType::SecurityScheme];
-    type ParamType = ();
-    type ParamRawType = ();
-
-    fn register(registry: &mut Registry) {
-        let mut it = blank(
+extract_by_credential!(
+    AdmittedService,
+    "ServiceToken",
+    MetaSecurityScheme {
+        scheme: Some("bearer"),
+        ..blank(
             "http",
-            "Service token (`qs_…`). `X-Service-Token` also works.",
-        );
-        it.scheme = Some("bearer");
-        scheme("ServiceToken", registry, it);
+            "Service token (`qs_…`). `X-Service-Token` also works."
+        )
     }
-
-    fn security_schemes() -> Vec<&'static str> {
-        vec!["ServiceToken"]
-    }
-
-    async fn from_request(
-        request: &'a Request,
-        _: &mut RequestBody,
-        _: ExtractParamOptions<()>,
-    ) -> Result<Self> {
-        Ok(Self::admit(request).await?)
-    }
-}
+);
 
 /// The consumer's key in a request that a gateway passes on: `X-API-Key`, or `Authorization: Bearer qk_…`.
 ///

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::{
     Tag, allowance,
-    change::Edit,
+    change::{Edit, read},
     idempotency::Once,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -25,7 +25,7 @@ use super::{
     tenant_rights::{ManagingTenant, ReadingTenant},
 };
 use crate::{
-    db::DbError,
+    db::{DbError, TenantTx},
     repo::{
         By, Order,
         allowance::Resource,
@@ -158,9 +158,8 @@ impl ApiKeyApi {
             is_expired: is_expired.0.map(|it| (it, self.now())),
             search: search.as_deref(),
         };
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let rows = api_key::list(&mut tx, &filter, &slice).await?;
-        tx.commit().await?;
+        let list = async |tx: &mut TenantTx| api_key::list(tx, &filter, &slice).await;
+        let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::sorted_page(rows, order)))
     }
 
@@ -226,9 +225,8 @@ impl ApiKeyApi {
         caller: ReadingTenant,
         key_id: Path<ApiKeyId>,
     ) -> Result<Json<ApiKey>, ApiError> {
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let row = api_key::find(&mut tx, key_id.0.0).await.or_not_found()?;
-        tx.commit().await?;
+        let find = async |tx: &mut TenantTx| api_key::find(tx, key_id.0.0).await;
+        let row = read(&self.state, &caller, find).await.or_not_found()?;
         Ok(Json(row.into()))
     }
 

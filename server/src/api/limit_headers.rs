@@ -8,7 +8,7 @@ use std::fmt::Write;
 use poem::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use crate::{
-    keys::{KeyRecord, LimitFields},
+    keys::KeyRecord,
     limiter::{Decision, Policies, Policy},
 };
 
@@ -59,10 +59,16 @@ impl GatewayDecision {
     }
 }
 
+/// The values that are the same for all requests of a key.
+struct FixedValues {
+    limit: HeaderValue,
+    policy: HeaderValue,
+}
+
 /// Writes every field of a decision, including `Retry-After`.
 pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
-    let fixed = record.fields.get_or_init(|| LimitFields {
+    let fixed = record.headers.get_or_init(|| FixedValues {
         limit: HeaderValue::from(rate.limit),
         policy: value(policy_field(&record.policies, None).as_bytes()),
     });

@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_known_to_its_own_account_only() {
+    fn device_is_known_to_its_own_account_only() {
         let devices = devices(1, None);
         let value = devices
             .remember(("ada@example.com", HASH), None, NOW)
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_forgotten_when_it_was_not_used_for_long() {
+    fn device_expires_after_its_lifetime() {
         let devices = devices(1, None);
         let value = devices
             .remember(("a@example.com", HASH), None, NOW)
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_known_with_the_password_that_it_signed_in_with() {
+    fn device_is_known_only_with_its_password() {
         let old = devices(1, None);
         let value = old.remember(("a@example.com", HASH), None, NOW).unwrap();
         for devices in [&old, &devices(2, Some(1))] {
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_forged_or_damaged_token_names_no_device() {
+    fn forged_or_damaged_token_is_no_device() {
         let one = devices(1, None);
         let value = one.remember(("a@example.com", HASH), None, NOW).unwrap();
         assert!(
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_holds_the_newest_accounts() {
+    fn value_contains_the_newest_accounts() {
         let devices = devices(1, None);
         let mut value = None;
         for n in 0..6 {

@@ -51,7 +51,7 @@ impl Fixture {
 }
 
 #[tokio::test]
-async fn many_who_ask_at_once_send_one_query() {
+async fn concurrent_look_ups_share_one_query() {
     let it = fixture();
     let all = futures_util::future::join_all((0..50).map(|_| it.get(Ok(Some("a"))))).await;
     assert!(
@@ -62,7 +62,7 @@ async fn many_who_ask_at_once_send_one_query() {
 }
 
 #[tokio::test]
-async fn without_the_poll_an_entry_is_believed_for_a_second() {
+async fn without_the_poll_an_entry_is_valid_for_a_second() {
     let it = fixture();
     it.get(Ok(Some("old"))).await.unwrap();
     it.clock.advance(Duration::from_secs(1));
@@ -91,7 +91,7 @@ async fn with_a_fresh_poll_nothing_is_loaded_again() {
 }
 
 #[tokio::test]
-async fn what_does_not_exist_is_remembered_too() {
+async fn missing_rows_are_cached() {
     let it = fixture();
     for _ in 0..10 {
         assert_eq!(it.get(Ok(None)).await.unwrap(), None);
@@ -102,7 +102,7 @@ async fn what_does_not_exist_is_remembered_too() {
 }
 
 #[tokio::test]
-async fn what_is_forgotten_is_loaded_again() {
+async fn invalidated_entries_are_loaded_again() {
     let it = fixture();
     it.get(Ok(Some("a"))).await.unwrap();
     it.cache.forget(|_, value| value == "other");
@@ -112,7 +112,7 @@ async fn what_is_forgotten_is_loaded_again() {
 }
 
 #[tokio::test]
-async fn a_load_that_was_overtaken_by_a_change_is_not_kept() {
+async fn load_overtaken_by_a_change_is_not_kept() {
     let it = fixture();
     let cache = it.cache.clone();
     let loads = it.loads.clone();
@@ -135,7 +135,7 @@ async fn a_load_that_was_overtaken_by_a_change_is_not_kept() {
 }
 
 #[tokio::test]
-async fn what_another_has_read_is_believed_from_when_it_was_known_to_be_true() {
+async fn shared_records_are_valid_from_when_they_were_current() {
     let it = fixture();
     it.freshness.polled(it.freshness.now());
     let polled = it.freshness.polled_lately();
@@ -157,7 +157,7 @@ async fn what_another_has_read_is_believed_from_when_it_was_known_to_be_true() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_confirmed_is_served_for_a_grace_and_then_refused() {
+async fn unconfirmed_entries_are_served_for_the_grace_period_only() {
     let it = fixture();
     it.get(Ok(Some("a"))).await.unwrap();
     it.clock.advance(Duration::from_mins(1));
@@ -190,7 +190,7 @@ async fn once_postgres_is_suspected_entries_are_served_without_waiting() {
 }
 
 #[tokio::test]
-async fn who_already_waits_is_served_when_the_suspicion_arises() {
+async fn waiting_callers_are_served_when_an_outage_is_suspected() {
     let it = fixture();
     it.get(Ok(Some("a"))).await.unwrap();
     it.clock.advance(Duration::from_secs(2));
@@ -203,7 +203,7 @@ async fn who_already_waits_is_served_when_the_suspicion_arises() {
 }
 
 #[tokio::test]
-async fn what_was_forgotten_is_not_served_under_suspicion() {
+async fn invalidated_entries_are_not_served_during_an_outage() {
     let it = fixture();
     it.get(Ok(Some("a"))).await.unwrap();
     it.clock.advance(Duration::from_secs(2));
@@ -213,7 +213,7 @@ async fn what_was_forgotten_is_not_served_under_suspicion() {
 }
 
 #[tokio::test]
-async fn what_was_changed_is_known_and_never_served_unconfirmed() {
+async fn changed_entries_stay_known_and_are_never_served_unconfirmed() {
     let it = fixture();
     it.get(Ok(Some("old"))).await.unwrap();
     it.freshness.polled(it.freshness.now());
@@ -232,7 +232,7 @@ async fn what_was_changed_is_known_and_never_served_unconfirmed() {
 }
 
 #[tokio::test]
-async fn what_was_deleted_is_known_no_more_once_that_was_looked_up() {
+async fn deleted_entries_are_unknown_after_the_next_look_up() {
     let it = fixture();
     it.get(Ok(Some("a"))).await.unwrap();
     it.cache.forget(|_, _| true);
@@ -246,7 +246,7 @@ async fn what_was_deleted_is_known_no_more_once_that_was_looked_up() {
 }
 
 #[tokio::test]
-async fn the_background_finds_what_has_changed_and_ends_the_suspicion() {
+async fn background_loads_find_changes_and_end_the_suspicion() {
     let it = fixture();
     it.get(Ok(Some("old"))).await.unwrap();
     it.clock.advance(Duration::from_secs(2));
@@ -262,7 +262,7 @@ async fn the_background_finds_what_has_changed_and_ends_the_suspicion() {
 }
 
 #[tokio::test]
-async fn panic_in_a_load_fails_it_for_all_who_wait_and_the_next_one_loads_again() {
+async fn panic_in_a_load_fails_all_its_waiters_and_no_later_load() {
     let it = fixture();
     let all = (0..3).map(|_| {
         let cache = it.cache.clone();
@@ -286,7 +286,7 @@ async fn panic_in_a_load_fails_it_for_all_who_wait_and_the_next_one_loads_again(
 }
 
 #[test]
-fn canceled_load_is_begun_again() {
+fn canceled_load_is_started_again() {
     let runtime = || tokio::runtime::Builder::new_current_thread();
     let it = fixture();
     let first = runtime().enable_all().build().unwrap();
@@ -347,7 +347,7 @@ async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
 }
 
 #[tokio::test]
-async fn a_poll_ends_the_suspicion() {
+async fn poll_ends_the_suspicion() {
     let it = fixture();
     it.freshness.suspect();
     it.freshness.polled(it.freshness.now());

@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_names_the_keys_that_it_concerns() {
+    fn change_selects_the_keys_it_affects() {
         assert_eq!(take(&filled(), Target::Plan(plan(0))), [0, 2, 4]);
         assert_eq!(take(&filled(), Target::ApiKey(key(3).1)), [3]);
         assert_eq!(take(&filled(), Target::Tenant), [0, 1, 2, 3, 4, 5]);
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_is_loaded_again_is_found_again() {
+    fn key_that_is_loaded_again_is_found_again() {
         let index = filled();
         assert_eq!(take(&index, Target::Plan(plan(0))), [0, 2, 4]);
         assert_eq!(take(&index, Target::Plan(plan(0))), [0_u8; 0]);

@@ -268,7 +268,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_month_of_an_unknown_zone_ends_where_the_next_begins() {
+    fn month_of_an_unknown_zone_ends_where_the_next_begins() {
         for (start, end) in [
             ("2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z"),
             // Tokyo

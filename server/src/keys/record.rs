@@ -1,6 +1,7 @@
 //! The records of keys and service tokens, found by secret.
 
 use std::{
+    any::Any,
     num::{NonZeroU32, NonZeroU64},
     sync::{
         Arc, OnceLock,
@@ -48,19 +49,21 @@ pub struct KeyRecord {
     pub billing: Billing,
     pub policies: Policies,
     pub cell: Arc<KeyCell>,
-    /// Set by the API module that writes these headers.
-    pub fields: OnceLock<LimitFields>,
+    /// Response header values that are the same for all requests of the key, cached by the API layer.
+    pub headers: Attachment,
     /// When its use was last recorded.
     noted_at: AtomicU64,
 }
 
-/// Response header values that are the same for every request of a key.
-#[derive(Debug)]
-pub struct LimitFields {
-    /// `X-RateLimit-Limit`
-    pub limit: http::HeaderValue,
-    /// `RateLimit-Policy`
-    pub policy: http::HeaderValue,
+/// A value that a higher layer computes once per record. All callers must use the same type.
+#[derive(Debug, Default)]
+pub struct Attachment(OnceLock<Box<dyn Any + Send + Sync>>);
+
+impl Attachment {
+    pub fn get_or_init<T: Any + Send + Sync>(&self, init: impl FnOnce() -> T) -> &T {
+        let value = self.0.get_or_init(|| Box::new(init()));
+        value.downcast_ref().expect("all callers use the same type")
+    }
 }
 
 /// Why a key is rejected.
@@ -284,7 +287,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
         // Increases with every change.
         .with_version(u64::try_from(as_of).unwrap_or(0)),
         cell,
-        fields: OnceLock::new(),
+        headers: Attachment::default(),
         noted_at: AtomicU64::new(0),
     })
 }

@@ -293,7 +293,7 @@ mod tests {
 
     /// An entry outlives the server that wrote it. A newer version must not misread it.
     #[test]
-    fn the_form_of_an_entry_changes_with_its_version_alone() {
+    fn format_of_an_entry_changes_only_with_its_version() {
         assert_eq!(
             (VERSION, serde_json::to_value(entry()).unwrap()),
             (
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_closed_can_be_opened_under_its_own_hash_and_key_alone() {
+    fn sealed_entry_opens_only_with_its_own_hash_and_key() {
         let bytes = close(&key(1), &[7; 32], &entry()).unwrap();
         let opened = open::<KeyFacts>(&key(1), &[7; 32], &bytes).unwrap();
         assert_eq!((opened.as_of, opened.facts), (9, Some(facts())));
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_entry_is_none() {
+    fn damaged_entry_is_none() {
         let entry = Entry {
             as_of: 0,
             at: AT,
@@ -340,7 +340,7 @@ mod tests {
 
     /// A saved entry may be restored after it has expired in Redis.
     #[test]
-    fn an_entry_is_refused_once_it_should_be_gone_and_before_it_was_written() {
+    fn entries_from_the_past_or_future_are_rejected() {
         let recent = |now| entry().is_recent(now);
         assert!(recent(AT) && recent(AT + 300) && recent(AT + 420) && recent(AT - 120));
         assert!(!recent(AT + 421) && !recent(AT + 86_400) && !recent(AT - 121));

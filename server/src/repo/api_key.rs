@@ -5,7 +5,7 @@ use diesel::{
     dsl::{now, sql},
     pg::Pg,
     prelude::*,
-    sql_types::{Array, BigInt, Bool, Timestamptz, Uuid as SqlUuid},
+    sql_types::{BigInt, Bool},
 };
 use diesel_async::RunQueryDsl;
 use serde::{Deserialize, Serialize};
@@ -395,15 +395,5 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
 
 /// Moves `last_used_at` of many keys forward in one statement. Never moves it back.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
-    let (ids, times): (Vec<Uuid>, Vec<DateTime<Utc>>) = used.iter().copied().unzip();
-    diesel::sql_query(
-        "UPDATE api_keys k SET last_used_at = u.at \
-         FROM unnest($1, $2) AS u (id, at) \
-         WHERE k.id = u.id AND (k.last_used_at IS NULL OR k.last_used_at < u.at)",
-    )
-    .bind::<Array<SqlUuid>, _>(ids)
-    .bind::<Array<Timestamptz>, _>(times)
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
+    super::touch(tx, "api_keys", used).await
 }

@@ -79,7 +79,7 @@ async fn ended_after(stream: &mut TcpStream) -> Duration {
 }
 
 #[tokio::test]
-async fn a_connection_that_goes_on_asking_is_never_ended() {
+async fn connection_with_continuous_requests_stays_open() {
     let mut stream = connect().await;
     for _ in 0..10 {
         ask(&mut stream).await;
@@ -88,7 +88,7 @@ async fn a_connection_that_goes_on_asking_is_never_ended() {
 }
 
 #[tokio::test]
-async fn header_fields_that_come_too_slowly_end_the_connection() {
+async fn slow_header_fields_close_the_connection() {
     let mut stream = connect().await;
     stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
     let ended = ended_after(&mut stream).await;
@@ -97,7 +97,7 @@ async fn header_fields_that_come_too_slowly_end_the_connection() {
 
 /// Also when the alarm still stood at an earlier request's deadline.
 #[tokio::test]
-async fn every_request_gets_the_whole_time() {
+async fn every_request_gets_the_full_header_timeout() {
     let mut stream = connect().await;
     time::sleep(HEADER / 2).await;
     ask(&mut stream).await;
@@ -107,7 +107,7 @@ async fn every_request_gets_the_whole_time() {
 }
 
 #[tokio::test]
-async fn a_connection_may_rest_for_longer_than_a_request_may_take_to_arrive() {
+async fn connection_may_be_idle_longer_than_the_header_timeout() {
     let mut stream = connect().await;
     ask(&mut stream).await;
     time::sleep(HEADER * 2).await;
@@ -117,7 +117,7 @@ async fn a_connection_may_rest_for_longer_than_a_request_may_take_to_arrive() {
 }
 
 #[tokio::test]
-async fn a_connection_that_sends_nothing_is_closed() {
+async fn connection_that_sends_nothing_is_closed() {
     let mut stream = connect().await;
     let ended = ended_after(&mut stream).await;
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
@@ -125,7 +125,7 @@ async fn a_connection_that_sends_nothing_is_closed() {
 
 /// One byte that HTTP/1 and HTTP/2 have in common, then a byte now and then.
 #[tokio::test]
-async fn a_first_request_that_arrives_too_slowly_is_closed_whatever_its_protocol() {
+async fn slow_first_request_is_closed_for_any_protocol() {
     for (first, rest) in [
         ("P", "OST / HT"),
         ("GET / HTTP/1.1\r\n", "A: bcdefgh"),
@@ -153,7 +153,7 @@ async fn a_first_request_that_arrives_too_slowly_is_closed_whatever_its_protocol
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_read_its_response_is_closed() {
+async fn client_that_does_not_read_its_response_is_closed() {
     let mut stream = connect().await;
     stream
         .write_all(b"GET /large HTTP/1.1\r\nHost: q\r\n\r\n")
@@ -168,7 +168,7 @@ async fn a_client_that_does_not_read_its_response_is_closed() {
 }
 
 #[tokio::test]
-async fn a_client_that_reads_slowly_gets_its_whole_response() {
+async fn client_that_reads_slowly_gets_its_whole_response() {
     let mut stream = connect().await;
     stream
         .write_all(b"GET /large HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n")
@@ -259,7 +259,7 @@ mod http2 {
     }
 
     #[tokio::test]
-    async fn a_connection_without_a_request_is_closed() {
+    async fn connection_without_a_request_is_closed() {
         let mut stream = connect().await;
         stream.write_all(&hello(&[])).await.unwrap();
         let (ended, _) = until_closed(&mut stream).await;
@@ -267,7 +267,7 @@ mod http2 {
     }
 
     #[tokio::test]
-    async fn an_idle_connection_is_closed_with_a_goodbye() {
+    async fn idle_connection_is_shut_down_gracefully() {
         let mut stream = connect().await;
         stream
             .write_all(&[hello(&[]), get(1)].concat())
@@ -280,7 +280,7 @@ mod http2 {
     }
 
     #[tokio::test]
-    async fn a_connection_that_goes_on_asking_is_kept() {
+    async fn http2_connection_with_continuous_requests_stays_open() {
         let mut stream = connect().await;
         stream.write_all(&hello(&[])).await.unwrap();
         let began = time::Instant::now();
@@ -298,7 +298,7 @@ mod http2 {
     }
 
     #[tokio::test]
-    async fn an_idle_client_that_answers_no_ping_does_not_delay_a_stop() {
+    async fn idle_client_that_ignores_pings_does_not_delay_a_stop() {
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let stopped = async move {
             let _ = stopped.await;
@@ -317,7 +317,7 @@ mod http2 {
 
     /// The socket stays writable and pings are answered: only the response does not move.
     #[tokio::test]
-    async fn a_client_that_opens_no_window_for_its_response_is_closed() {
+    async fn client_that_opens_no_window_is_closed() {
         let mut stream = connect().await;
         let no_window = [0, 4, 0, 0, 0, 0];
         stream
@@ -333,7 +333,7 @@ mod http2 {
     }
 
     /// Sends a new request every now and then, and cancels the one before. Returns how long the server allows that.
-    async fn cancels_what_it_does_not_read(size: u32, path: &str) -> Duration {
+    async fn cancel_unread_responses(size: u32, path: &str) -> Duration {
         let (mut reader, mut writer) = connect().await.into_split();
         let began = time::Instant::now();
         let canceling = async {
@@ -360,7 +360,7 @@ mod http2 {
     }
 
     #[tokio::test]
-    async fn canceling_what_is_not_read_gains_no_time() {
+    async fn canceling_unread_responses_gains_no_time() {
         for (size, path) in [
             (0, "/"),
             (0, "/large"),
@@ -368,14 +368,14 @@ mod http2 {
             (1, "/large"),
             (0, "/never"),
         ] {
-            let ended = cancels_what_it_does_not_read(size, path).await;
+            let ended = cancel_unread_responses(size, path).await;
             assert!(ended >= WRITE * 9 / 10, "{path} with {size}: {ended:?}");
         }
     }
 
     /// h2 takes such a body at once, and hyper is done with it.
     #[tokio::test]
-    async fn a_client_that_takes_one_byte_of_a_small_response_is_closed() {
+    async fn client_that_reads_one_byte_of_a_small_response_is_closed() {
         let mut stream = connect().await;
         stream
             .write_all(&[hello(&window(1)), get(1)].concat())
@@ -387,7 +387,7 @@ mod http2 {
     }
 
     #[tokio::test]
-    async fn a_client_that_opens_its_window_slowly_gets_its_whole_response() {
+    async fn client_that_opens_its_window_slowly_gets_its_whole_response() {
         const STEP: u32 = 2048;
         let mut stream = connect().await;
         let began = time::Instant::now();
@@ -421,7 +421,7 @@ mod http2 {
 
     /// Canceling alone does not end a connection that reads what it does not cancel.
     #[tokio::test]
-    async fn a_client_that_cancels_some_requests_and_reads_others_is_kept() {
+    async fn client_that_cancels_some_requests_and_reads_others_stays_connected() {
         let mut stream = connect().await;
         stream.write_all(&hello(&[])).await.unwrap();
         for n in 0..12 {
@@ -437,7 +437,7 @@ mod http2 {
     }
 
     #[tokio::test]
-    async fn a_later_request_head_that_arrives_slowly_ends_the_connection() {
+    async fn slow_later_request_head_closes_the_connection() {
         let mut stream = connect().await;
         stream
             .write_all(&[hello(&[]), get(1)].concat())

@@ -47,7 +47,7 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ),
     ("repo", &["poem", "poem_openapi", "http", "hyper"]),
     ("auth", &["poem", "poem_openapi", "http", "hyper"]),
-    ("keys", &["poem", "poem_openapi"]),
+    ("keys", &["poem", "poem_openapi", "http", "hyper"]),
     ("jobs", &["poem", "poem_openapi", "http", "hyper"]),
     ("api", &["diesel", "diesel_async", "tokio_postgres"]),
 ];

@@ -32,7 +32,7 @@ async fn fail_on_device(
 }
 
 #[tokio::test]
-async fn a_network_that_guesses_waits_longer_and_longer_and_no_other_does() {
+async fn guessing_network_waits_longer_and_longer_and_no_other_does() {
     let (attempts, clock) = attempts(10);
     for _ in 0..10 {
         fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
@@ -96,7 +96,7 @@ async fn neighboring_networks_are_counted_together_with_more_room() {
 }
 
 #[tokio::test]
-async fn a_network_that_tries_many_accounts_waits_too() {
+async fn network_that_tries_many_accounts_waits_too() {
     let (attempts, _) = attempts(10);
     let mut tried = 0;
     for n in 0..200 {
@@ -110,7 +110,7 @@ async fn a_network_that_tries_many_accounts_waits_too() {
 }
 
 #[tokio::test]
-async fn a_known_device_has_tries_of_its_own() {
+async fn known_device_has_its_own_attempts() {
     let (attempts, _) = attempts(10);
     while fail(&attempts, "a@example.com", "192.0.2.1").await.is_ok() {}
     for _ in 0..10 {
@@ -126,7 +126,7 @@ async fn a_known_device_has_tries_of_its_own() {
 }
 
 #[tokio::test]
-async fn the_devices_of_an_account_have_a_limit_together() {
+async fn devices_of_an_account_share_a_limit() {
     let (attempts, _) = attempts(10);
     let mut tried = 0;
     for device in 0..100 {
@@ -141,7 +141,7 @@ async fn the_devices_of_an_account_have_a_limit_together() {
 }
 
 #[tokio::test]
-async fn right_passwords_of_known_devices_have_a_generous_limit() {
+async fn correct_passwords_of_known_devices_have_a_generous_limit() {
     let (attempts, clock) = attempts(10);
     let sign_in = async |device: u8| {
         let attempt = attempts.of_device("a@example.com", &[device; 16]).await;
@@ -168,7 +168,7 @@ async fn right_passwords_of_known_devices_have_a_generous_limit() {
 }
 
 #[tokio::test]
-async fn a_right_password_is_counted_nowhere() {
+async fn correct_password_is_not_counted() {
     let (attempts, _) = attempts(10);
     for _ in 0..500 {
         let attempt = fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
@@ -178,7 +178,7 @@ async fn a_right_password_is_counted_nowhere() {
 }
 
 #[tokio::test]
-async fn attempt_whose_password_was_never_judged_is_not_counted() {
+async fn attempt_whose_password_was_never_verified_is_not_counted() {
     let (attempts, _) = attempts(10);
     for _ in 0..9 {
         fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
@@ -200,7 +200,7 @@ async fn attempt_whose_password_was_never_judged_is_not_counted() {
 }
 
 #[tokio::test]
-async fn a_network_is_suspect_after_a_few_failures_and_not_for_long() {
+async fn network_is_suspect_after_a_few_failures_and_not_for_long() {
     let (attempts, clock) = attempts(10);
     for n in 0..5 {
         let email = format!("{n}@example.com");
@@ -226,7 +226,7 @@ async fn zero_switches_it_off() {
 }
 
 #[tokio::test]
-async fn counters_at_rest_are_forgotten() {
+async fn forgiven_counters_are_removed() {
     let (attempts, clock) = attempts(10);
     for n in 0..100 {
         let ip = format!("10.{n}.0.1");

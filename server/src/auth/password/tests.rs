@@ -13,7 +13,7 @@ fn refused(password: &str) -> bool {
 }
 
 #[test]
-fn easy_passwords_are_refused_and_hard_ones_are_not() {
+fn weak_passwords_are_rejected_and_strong_ones_accepted() {
     assert!(refused("short"));
     assert!(refused("password1234"));
     assert!(refused("aaaaaaaaaaaaaaaa"));
@@ -25,7 +25,7 @@ fn easy_passwords_are_refused_and_hard_ones_are_not() {
 
 /// zxcvbn's time grows with the readings of symbols as letters, and it overflows on long keyboard patterns.
 #[test]
-fn what_is_costly_to_judge_is_judged_in_parts() {
+fn costly_passwords_are_estimated_in_parts() {
     let costly = "4@8({[<369&#!1|0$5+7%2".repeat(5);
     let overflowing = "o0O0o0".repeat(17);
     let digits = "0123456789".repeat(8);
@@ -48,7 +48,7 @@ fn what_is_costly_to_judge_is_judged_in_parts() {
 }
 
 #[test]
-fn weak_passwords_are_refused_whatever_symbols_they_hold() {
+fn weak_passwords_with_symbols_are_rejected() {
     for password in [
         "1234567890!@#$%^&*()",
         "qwertyuiop[]1234567890-=",
@@ -77,7 +77,7 @@ fn turn(lane: Lane, party: u64) -> Turn {
 }
 
 #[tokio::test]
-async fn a_password_is_verified_in_any_normal_form() {
+async fn password_is_verified_in_any_normal_form() {
     let pool = PasswordPool::start(CHEAP).unwrap();
     let place = &pool.enter(turn(Lane::Known, 0)).await.unwrap();
     let hash = pool
@@ -99,7 +99,7 @@ async fn a_password_is_verified_in_any_normal_form() {
 }
 
 #[tokio::test]
-async fn a_flood_is_turned_away_at_once_and_those_inside_are_served() {
+async fn flood_is_rejected_at_once_and_earlier_waiters_are_served() {
     let pool = PasswordPool::start(PasswordCost {
         memory_kib: 8192,
         passes: 4,
@@ -132,7 +132,7 @@ fn order(turns: &[Turn]) -> (Vec<bool>, Vec<usize>) {
 }
 
 #[tokio::test]
-async fn a_waiter_that_goes_away_leaves_its_place_to_the_next() {
+async fn dropped_waiter_passes_its_place_to_the_next() {
     let pool = PasswordPool::start(CHEAP).unwrap();
     let ordinary = turn(Lane::Ordinary, 1);
     let first = pool.enter(ordinary).await.unwrap();
@@ -147,7 +147,7 @@ async fn a_waiter_that_goes_away_leaves_its_place_to_the_next() {
 }
 
 #[test]
-fn a_full_lane_makes_room_for_a_network_that_is_not_in_it() {
+fn full_lane_makes_room_for_a_new_network() {
     let room = WAITING[Lane::Ordinary as usize];
     let mut turns = vec![turn(Lane::Ordinary, 1); room];
     // One more of the same network is refused; another network gets in, and the flood loses its newest.
@@ -160,7 +160,7 @@ fn a_full_lane_makes_room_for_a_network_that_is_not_in_it() {
 }
 
 #[test]
-fn an_account_with_many_waiters_lets_every_other_one_go_first() {
+fn account_with_many_waiters_goes_last() {
     let room = WAITING[Lane::Known as usize];
     let mut turns = vec![turn(Lane::Known, 1); room - 2];
     turns.extend([turn(Lane::Known, 2), turn(Lane::Known, 3)]);

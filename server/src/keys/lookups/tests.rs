@@ -62,7 +62,7 @@ impl Fixture {
 }
 
 #[tokio::test(start_paused = true)]
-async fn those_who_come_while_one_is_under_way_share_the_next_statement() {
+async fn look_ups_during_a_statement_share_the_next_one() {
     let it = fixture(1000, 1);
     let first = it.find(0, Some(from(1)));
     tokio::task::yield_now().await;
@@ -79,7 +79,7 @@ async fn those_who_come_while_one_is_under_way_share_the_next_statement() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_connection_is_left_for_what_is_known() {
+async fn one_connection_is_reserved_for_known_secrets() {
     let it = fixture(1000, 3);
     for n in 0..10 {
         it.find(n, Some(from(1)));
@@ -92,7 +92,7 @@ async fn one_connection_is_left_for_what_is_known() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_source_that_floods_is_limited_and_the_others_have_their_share() {
+async fn flooding_source_is_limited_and_others_keep_their_share() {
     let it = fixture(10, 2);
     let flood = (0..100).map(|n| it.batches.begin(Some(from(n % 2))));
     let flood = flood.collect::<Vec<_>>();
@@ -144,7 +144,7 @@ async fn sources_take_turns() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_waits_too_long_for_a_batch_gives_up() {
+async fn look_up_that_waits_too_long_for_a_batch_fails() {
     let it = fixture(1000, 1);
     let begun = it.find(0, Some(from(1)));
     tokio::task::yield_now().await;

@@ -106,7 +106,7 @@ fn facts(id: u16, plan_id: Uuid, plan_name: &str) -> KeyFacts {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
-async fn key_that_is_being_cached_while_the_index_is_pruned_is_reached_by_a_plan_edit() {
+async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
     const CAPACITY: usize = 100;
     let (plan, other_plan) = (Uuid::from_u128(2), Uuid::from_u128(3));
     let clock: Arc<dyn Clock> = Arc::new(TestClock::at(UnixNanos::from_secs(1_785_738_360)));

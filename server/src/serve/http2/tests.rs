@@ -48,7 +48,7 @@ impl Wire {
 }
 
 #[test]
-fn frames_are_found_however_the_bytes_are_split() {
+fn frames_are_found_for_any_split_of_the_bytes() {
     let bytes = [
         frame(HEADERS, END_HEADERS, 1, b"head"),
         frame(PING, 0, 0, &[9; 8]),
@@ -83,7 +83,7 @@ fn frames_are_found_however_the_bytes_are_split() {
 }
 
 #[test]
-fn a_response_waits_from_its_head_on_and_until_its_end() {
+fn response_waits_from_its_head_to_its_end() {
     let mut wire = Wire::default();
     wire.request(10, 1);
     assert_eq!(wire.waits_since(), None, "its handler runs");
@@ -98,7 +98,7 @@ fn a_response_waits_from_its_head_on_and_until_its_end() {
 }
 
 #[test]
-fn a_response_without_a_body_never_waits() {
+fn response_without_a_body_never_waits() {
     let mut wire = Wire::default();
     wire.request(10, 1);
     wire.send(20, &frame(HEADERS, END_HEADERS | END_STREAM, 1, b"head"));
@@ -107,7 +107,7 @@ fn a_response_without_a_body_never_waits() {
 }
 
 #[test]
-fn a_byte_now_and_then_is_no_progress_and_a_kilobyte_is() {
+fn single_bytes_are_no_progress_and_a_kilobyte_is() {
     let mut wire = Wire::default();
     wire.request(1, 1);
     wire.begin_response(2, 1);
@@ -120,7 +120,7 @@ fn a_byte_now_and_then_is_no_progress_and_a_kilobyte_is() {
 }
 
 #[test]
-fn resetting_a_response_does_not_end_its_wait_and_reading_another_does() {
+fn resetting_a_response_does_not_end_its_wait_but_reading_another_does() {
     for by_client in [true, false] {
         let mut wire = Wire::default();
         wire.request(1, 1);
@@ -147,7 +147,7 @@ fn resetting_a_response_does_not_end_its_wait_and_reading_another_does() {
 }
 
 #[test]
-fn each_response_waits_by_itself() {
+fn each_response_waits_separately() {
     let mut wire = Wire::default();
     for stream in [1, 3] {
         wire.request(1, stream);
@@ -176,7 +176,7 @@ fn canceling_unanswered_requests_counts_until_one_is_answered() {
 }
 
 #[test]
-fn a_request_head_is_open_until_its_last_frame_is_complete() {
+fn request_head_is_open_until_its_last_frame_is_complete() {
     let mut wire = Wire::default();
     let head = frame(HEADERS, END_STREAM, 1, b"the first part");
     wire.receive(10, &head[..9]);
@@ -196,7 +196,7 @@ fn a_request_head_is_open_until_its_last_frame_is_complete() {
 }
 
 #[test]
-fn a_bounded_number_of_requests_is_remembered() {
+fn number_of_tracked_requests_is_bounded() {
     let mut wire = Wire::default();
     for n in 0..1000 {
         wire.request(1, 2 * n + 1);

@@ -35,7 +35,7 @@ fn request(it: &Admitted) -> super::super::connection::RequestInFlight {
 }
 
 #[tokio::test]
-async fn the_oldest_that_never_asked_makes_room_and_one_that_asks_stays() {
+async fn oldest_connection_without_a_request_makes_room() {
     let table = table(3, 0);
     let busy = admit(&table, "192.0.2.1").unwrap();
     let _request = request(&busy);
@@ -54,7 +54,7 @@ async fn the_oldest_that_never_asked_makes_room_and_one_that_asks_stays() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn idle_connections_make_room_when_none_waits_for_a_first_request() {
+async fn idle_connections_make_room_if_all_have_sent_a_request() {
     let table = table(2, 0);
     let idle = admit(&table, "192.0.2.1").unwrap();
     drop(request(&idle));
@@ -67,7 +67,7 @@ async fn idle_connections_make_room_when_none_waits_for_a_first_request() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stalled_response_makes_room_and_a_running_handler_does_not() {
+async fn stalled_response_makes_room_and_a_running_handler_does_not() {
     let table = table(2, 0);
     let stalled = admit(&table, "192.0.2.1").unwrap();
     stalled.connection.speaks_http2();
@@ -88,7 +88,7 @@ async fn a_stalled_response_makes_room_and_a_running_handler_does_not() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_address_has_its_own_limit_which_spares_the_others() {
+async fn limit_of_one_address_does_not_affect_others() {
     let table = table(100, 2);
     let all = ["198.51.100.1", "198.51.100.1"].map(|peer| admit(&table, peer).unwrap());
     let _requests = all.iter().map(request).collect::<Vec<_>>();
@@ -118,7 +118,7 @@ async fn ipv6_counts_by_its_64() {
 }
 
 #[tokio::test]
-async fn a_trusted_proxy_counts_in_the_total_alone() {
+async fn trusted_proxy_counts_only_in_the_total() {
     let table = table(3, 1);
     let all = (0..3)
         .map(|_| admit(&table, "10.1.2.3").unwrap())
@@ -128,7 +128,7 @@ async fn a_trusted_proxy_counts_in_the_total_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn at_its_limit_an_address_loses_what_it_never_used_and_not_what_others_have() {
+async fn address_at_its_limit_loses_its_own_unused_connections() {
     let table = table(100, 2);
     let other = admit(&table, "203.0.113.9").unwrap();
     let first = admit(&table, "203.0.113.1").unwrap();
@@ -140,7 +140,7 @@ async fn at_its_limit_an_address_loses_what_it_never_used_and_not_what_others_ha
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_burst_of_one_address_is_let_in_and_no_more_than_twice_its_share() {
+async fn burst_of_one_address_may_have_twice_its_limit() {
     let table = table(100, 3);
     let burst = (0..6)
         .map(|_| admit(&table, "203.0.113.1").unwrap())
@@ -154,7 +154,7 @@ async fn a_burst_of_one_address_is_let_in_and_no_more_than_twice_its_share() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn at_its_limit_an_address_loses_what_is_silent_before_what_sends() {
+async fn address_at_its_limit_loses_silent_connections_first() {
     let table = table(100, 2);
     let sends = admit(&table, "203.0.113.1").unwrap();
     sends.connection.has_read(1);
@@ -165,7 +165,7 @@ async fn at_its_limit_an_address_loses_what_is_silent_before_what_sends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn at_its_limit_an_address_loses_what_has_been_idle_longest() {
+async fn address_at_its_limit_loses_the_longest_idle_connection() {
     let table = table(100, 3);
     let all = (0..3)
         .map(|_| admit(&table, "203.0.113.1").unwrap())
@@ -183,7 +183,7 @@ async fn at_its_limit_an_address_loses_what_has_been_idle_longest() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_has_authenticated_does_not_count_against_its_address() {
+async fn authenticated_connections_do_not_count_against_their_address() {
     let table = table(12, 2);
     let mut gateway = Vec::new();
     for _ in 0..10 {
@@ -208,7 +208,7 @@ async fn what_has_authenticated_does_not_count_against_its_address() {
 }
 
 #[tokio::test]
-async fn finish_waits_for_the_last() {
+async fn finish_waits_for_the_last_connection() {
     let table = table(10, 0);
     let one = admit(&table, "192.0.2.1").unwrap();
     let finishing = tokio::spawn({
@@ -236,7 +236,7 @@ const NETWORKS: [([&str; 3], usize); 3] = [
 ];
 
 #[tokio::test(start_paused = true)]
-async fn a_network_has_its_own_limit_which_spares_the_others() {
+async fn limit_of_one_network_does_not_affect_others() {
     for ([one, other, elsewhere], limit) in NETWORKS {
         let table = table_with(100, 0, 3);
         let mut all = Vec::new();
@@ -260,7 +260,7 @@ async fn a_network_has_its_own_limit_which_spares_the_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_has_authenticated_does_not_count_against_its_network() {
+async fn authenticated_connections_do_not_count_against_their_network() {
     let table = table_with(100, 0, 2);
     let mut gateway = Vec::new();
     for n in 0..20 {
@@ -276,7 +276,7 @@ async fn what_has_authenticated_does_not_count_against_its_network() {
 }
 
 #[tokio::test]
-async fn what_holds_most_is_closed_when_memory_is_short_and_nothing_else() {
+async fn largest_connections_are_closed_when_memory_is_short() {
     let table = table(1000, 0);
     let hold = |peer: &str, bytes: usize| {
         let it = admit(&table, peer).unwrap();
@@ -311,7 +311,7 @@ async fn what_holds_most_is_closed_when_memory_is_short_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn one_connection_may_hold_a_part_of_the_memory() {
+async fn memory_per_connection_is_limited() {
     let table = table(10, 0);
     let greedy = admit(&table, "192.0.2.1").unwrap();
     let other = admit(&table, "192.0.2.1").unwrap();
@@ -325,7 +325,7 @@ async fn one_connection_may_hold_a_part_of_the_memory() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_light_address_is_not_pushed_out_by_a_heavy_one() {
+async fn address_with_few_connections_is_not_displaced_by_one_with_many() {
     let table = table(3, 0);
     let heavy = ["192.0.2.1", "192.0.2.1"].map(|peer| admit(&table, peer).unwrap());
     let _requests = heavy.iter().map(request).collect::<Vec<_>>();
@@ -340,7 +340,7 @@ async fn a_light_address_is_not_pushed_out_by_a_heavy_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn stalled_clients_give_way_before_one_that_may_be_about_to_send_a_request() {
+async fn stalled_clients_are_closed_before_new_ones() {
     let table = table(8, 0);
     let stalled = [(); 7].map(|()| admit(&table, "192.0.2.1").unwrap());
     for it in &stalled {

@@ -25,7 +25,7 @@ fn json(line: &AccessLine<'_>) -> Value {
 }
 
 #[test]
-fn an_access_line_is_valid_json_for_any_path() {
+fn access_line_is_valid_json_for_any_path() {
     for path in ["/v1/echo", "/\"},{\"", "/\\", "/a\nb", "/ä"] {
         let written = json(&line(path));
         let meant = json!({
@@ -43,7 +43,7 @@ fn an_access_line_is_valid_json_for_any_path() {
 }
 
 #[test]
-fn an_access_line_shortens_long_paths_and_methods() {
+fn access_line_shortens_long_paths_and_methods() {
     for (path, written) in [
         ("/".repeat(256), "/".repeat(256)),
         ("/".repeat(3900), format!("{}…", "/".repeat(253))),
@@ -135,7 +135,7 @@ fn blocked_output_blocks_no_caller_and_every_line_is_written_or_counted() {
 }
 
 #[test]
-fn an_event_and_all_lines_before_it_are_written_without_delay() {
+fn event_and_all_lines_before_it_are_written_without_delay() {
     let valve = Valve::default();
     valve.open();
     let log = Log::start_on(valve.clone(), LogFormat::Json);
@@ -147,7 +147,7 @@ fn an_event_and_all_lines_before_it_are_written_without_delay() {
 }
 
 #[test]
-fn an_access_line_has_the_client_tenant_and_key_if_known() {
+fn access_line_has_the_client_tenant_and_key_if_known() {
     let tenant = uuid::Uuid::from_u128(7);
     let known = AccessLine {
         ip: Some("2001:db8::5".parse().unwrap()),
@@ -164,7 +164,7 @@ fn an_access_line_has_the_client_tenant_and_key_if_known() {
 }
 
 #[test]
-fn the_second_is_formatted_again_when_it_changes() {
+fn second_is_formatted_again_when_it_changes() {
     let mut second = Second::default();
     assert_eq!(second.of(UnixNanos(0)), "1970-01-01T00:00:00");
     assert_eq!(second.of(UnixNanos(999_999_999)), "1970-01-01T00:00:00");
