@@ -27,3 +27,4 @@ pub mod secret_text;
 pub mod serve;
 pub mod state;
 pub mod telemetry;
+pub mod tenant_queue;

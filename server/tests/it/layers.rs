@@ -14,6 +14,7 @@ const RANKS: &[&[&str]] = &[
         "schema",
         "seal",
         "secret_text",
+        "tenant_queue",
     ],
     &["db", "redis", "telemetry"],
     &["cache", "limiter", "readiness", "repo"],
