@@ -1,6 +1,6 @@
-//! `quota health`: asks a running server for its health, as container engines and service managers do.
+//! `quota health`: queries the health of a running server, for container engines and service managers.
 //!
-//! A program of its own in an image that has no shell and no HTTP client.
+//! Part of the program, since its image has no shell and no HTTP client.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -14,17 +14,17 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
 
-/// A health check that takes longer than this has failed. Engines give a check a few seconds.
+/// The time limit of a health check. Engines allow a few seconds.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// The most that is read of an answer.
+/// The maximum size of a response.
 const MAX_BODY: usize = 16 << 10;
 
-/// What to ask.
+/// What to check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Probe {
     /// Whether the process responds.
     Live,
-    /// Whether it can do everything, with its database.
+    /// Whether it can do everything, including its database.
     Ready,
     /// Whether it serves requests.
     Serving,
@@ -39,16 +39,15 @@ impl Probe {
         }
     }
 
-    /// Asks the server that listens on `listen`.
+    /// Queries the server that listens on `listen`.
     ///
     /// # Errors
-    ///
-    /// If the server cannot be reached in time, or answers anything but 200. The error carries the answer's body.
+    /// If the server cannot be reached in time or its response is not 200. The error contains the response's body.
     pub async fn check(self, listen: SocketAddr) -> anyhow::Result<()> {
         let addr = reachable(listen);
         timeout(TIMEOUT, self.ask(addr))
             .await
-            .with_context(|| format!("{addr} did not answer within {} s", TIMEOUT.as_secs()))?
+            .with_context(|| format!("{addr} did not respond within {} s", TIMEOUT.as_secs()))?
     }
 
     async fn ask(self, addr: SocketAddr) -> anyhow::Result<()> {
@@ -77,7 +76,7 @@ impl Probe {
     }
 }
 
-/// The address at which this machine reaches a server that listens on `listen`.
+/// Returns the address at which this machine reaches a server that listens on `listen`.
 fn reachable(listen: SocketAddr) -> SocketAddr {
     let ip = match listen.ip() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),

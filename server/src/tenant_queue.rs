@@ -1,4 +1,5 @@
 //! Serializes the changes of each tenant.
+//!
 //! A change holds a database connection while it waits for a lock, and changes of the same tenant mostly wait for each
 //! other: a burst of them would take every connection of this replica. Here they wait without a connection, in a
 //! bounded queue per tenant, so that other tenants are not delayed. Replicas have separate queues; between replicas the

@@ -1,4 +1,4 @@
-//! `cargo xtask image`, `cargo xtask containers`: the image and what is composed of it. See `xtask/containers`.
+//! `cargo xtask image`, `cargo xtask containers`: the image and its Compose files. See `xtask/containers`.
 
 use std::{ffi::OsString, process::ExitCode};
 

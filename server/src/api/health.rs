@@ -20,7 +20,7 @@ fn ok() -> Json<Health> {
     })
 }
 
-/// Not an error of the server's, so it has no source that would be logged.
+/// Not an error of the server, so it has no source to be logged.
 fn stopping() -> ApiError {
     ApiError {
         retry_after: Some(Duration::from_secs(1)),

@@ -1,5 +1,5 @@
-//! Who is let in when many come at once: keys in use after their plan was changed, keys that are not in memory yet,
-//! and connections of one address; each also while a stranger asks for keys that do not exist.
+//! Who is admitted under load: keys in use after their plan was changed, keys that are not in memory yet, and
+//! connections from one address. Each also while a stranger requests keys that do not exist.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -24,7 +24,7 @@ use crate::{
     support::app::{Account, Key, TestApp},
 };
 
-/// A PostgreSQL that is some way off: an exchange takes twice as long.
+/// A remote PostgreSQL: a round trip takes twice as long.
 const FAR: Fault = Fault::Delay(Duration::from_millis(15));
 const AT_MOST: Duration = Duration::from_secs(10);
 
@@ -55,7 +55,7 @@ async fn world(keys: usize, lookups: usize) -> World {
 }
 
 impl World {
-    /// A replica that has just started, with nothing in memory, whose PostgreSQL is far.
+    /// A replica that has just started, with nothing in memory and a remote PostgreSQL.
     async fn cold_replica(&self, lookups: usize) -> (Arc<TestApp>, FaultProxy) {
         let (proxy, url) = through_proxy(&self.app.database).await;
         let cold = TestApp::setup()
@@ -82,7 +82,7 @@ fn count(statuses: &[u16], status: u16) -> usize {
     statuses.iter().filter(|it| **it == status).count()
 }
 
-/// Asks for keys that nobody created, from an address of its own.
+/// Requests keys that do not exist, from its own address.
 fn stranger(app: &Arc<TestApp>, at_once: usize) -> Vec<JoinHandle<Vec<u16>>> {
     let from = IpAddr::V4(Ipv4Addr::new(127, 0, 3, 1));
     let http = Client::builder().local_address(from).build();
@@ -109,7 +109,7 @@ async fn answers(stranger: Vec<JoinHandle<Vec<u16>>>) -> Vec<u16> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_in_use_go_on_when_their_plan_is_renamed() {
+async fn keys_in_use_keep_working_when_their_plan_is_renamed() {
     const KEYS: usize = 60;
     let world = world(KEYS, 5).await;
     let (app, _proxy) = world.cold_replica(5).await;
@@ -126,7 +126,7 @@ async fn keys_in_use_go_on_when_their_plan_is_renamed() {
     assert_eq!(count(&statuses, 200), KEYS, "{statuses:?}");
     assert!(app.metric("quota_key_loads_total").await >= 2.0 * 60.0);
 
-    // What does end a key still does so at once.
+    // Deactivating a key still takes effect immediately.
     let gone = app.request(Method::DELETE, &deleted).bearer(token);
     assert_eq!(gone.send().await.status, 204);
     let statuses = echo_all(&app, &world.keys).await;
@@ -139,7 +139,7 @@ async fn keys_in_use_go_on_when_their_plan_is_renamed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_starts_serves_many_keys_at_once() {
+async fn starting_replica_serves_many_keys_at_once() {
     const KEYS: usize = 120;
     let world = world(KEYS, 1000).await;
     let (app, _proxy) = world.cold_replica(1000).await;
@@ -147,13 +147,13 @@ async fn a_replica_that_starts_serves_many_keys_at_once() {
     let statuses = echo_all(&app, &world.keys).await;
     println!("{KEYS} keys in {:?}", began.elapsed());
     assert_eq!(count(&statuses, 200), KEYS, "{statuses:?}");
-    // Batches answer each with its own key.
+    // Each request of a batch gets its own key.
     let made_up = SecretText::generate(Kind::ApiKey).expect("randomness");
     assert_eq!(echo(&app, &app.http, &made_up.reveal()).await, 401);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stranger_who_makes_up_keys_does_not_starve_others() {
+async fn look_ups_of_invented_keys_do_not_starve_others() {
     const KEYS: usize = 40;
     let world = world(KEYS, 20).await;
     let service_token = world.app.service_token(&world.account).await;
@@ -166,7 +166,7 @@ async fn a_stranger_who_makes_up_keys_does_not_starve_others() {
     let check = check.json(&json!({"key": world.keys[0].text}));
     let status = check.send().await.expect("it answers").status();
     assert_eq!(status, 200, "the service token and a key");
-    // Some at once, within a share.
+    // Some concurrently, within its share.
     let mut statuses = Vec::new();
     for some in world.keys.chunks(5) {
         statuses.extend(echo_all(&app, some).await);
@@ -187,7 +187,7 @@ async fn connect_from(last: u8, app: &TestApp) -> TcpStream {
     socket.connect(app.addr).await.expect("it listens")
 }
 
-/// The status of an answer; `None` if the connection was closed instead.
+/// Returns the status of the response. `None` if the connection was closed instead.
 async fn ask(stream: &mut TcpStream, path: &str, key: &str) -> Option<u16> {
     let request = format!("GET {path} HTTP/1.1\r\nHost: q\r\nX-API-Key: {key}\r\n\r\n");
     stream.write_all(request.as_bytes()).await.ok()?;
@@ -199,7 +199,7 @@ async fn ask(stream: &mut TcpStream, path: &str, key: &str) -> Option<u16> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_gateway_may_have_more_connections_than_an_address_may() {
+async fn gateway_may_have_more_connections_than_the_limit_per_address() {
     const LIMIT: usize = 20;
     let app = TestApp::setup()
         .flag(format!("--connections-per-address={LIMIT}"))
@@ -209,14 +209,14 @@ async fn a_gateway_may_have_more_connections_than_an_address_may() {
     let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
     let key = app.key(&account, &plan).await;
 
-    // All at once, each with a request right behind its opening.
+    // All at once, each with a request right after connecting.
     let mut gateway = join_all((0..LIMIT * 3 / 2).map(|_| connect_from(1, &app))).await;
     let asked = gateway
         .iter_mut()
         .map(|stream| ask(stream, "/v1/echo", &key.text));
     let statuses = join_all(asked).await;
     assert!(statuses.iter().all(|it| *it == Some(200)), "{statuses:?}");
-    // And many more, one after another, while the others are idle.
+    // Many more follow one after another while the others are idle.
     sleep(Duration::from_millis(1200)).await;
     for _ in 0..3 * LIMIT {
         let mut stream = connect_from(1, &app).await;
@@ -227,7 +227,7 @@ async fn a_gateway_may_have_more_connections_than_an_address_may() {
         assert_eq!(ask(stream, "/v1/echo", &key.text).await, Some(200));
     }
 
-    // Those who have not authenticated are limited.
+    // Unauthenticated connections are limited.
     let mut strangers = Vec::new();
     let mut refused = 0;
     for _ in 0..3 * LIMIT {
@@ -239,7 +239,7 @@ async fn a_gateway_may_have_more_connections_than_an_address_may() {
     }
     assert!(strangers.len() >= LIMIT, "{}", strangers.len());
     assert!(refused >= LIMIT / 2, "{refused}");
-    // A newcomer takes the place of one that is idle, once that has been so for a while.
+    // A new connection replaces one that has been idle for a while.
     sleep(Duration::from_millis(1500)).await;
     let mut newcomer = connect_from(2, &app).await;
     assert_eq!(ask(&mut newcomer, "/health/live", "").await, Some(200));

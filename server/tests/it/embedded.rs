@@ -1,5 +1,5 @@
-//! The embedded PostgreSQL: it starts from nothing, keeps its data, outlives its own crashes, and never
-//! outlives us.
+//! The embedded PostgreSQL: it starts from nothing, keeps its data, recovers from crashes, and never outlives the
+//! server.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use tokio_postgres::{Client, NoTls};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A data directory that root's PostgreSQL may enter, which `/root/…` would not be.
+/// A data directory that root's PostgreSQL may enter, unlike `/root/…`.
 fn data_dir() -> tempfile::TempDir {
     let dir = tempfile::Builder::new()
         .prefix("quota-embedded-")
@@ -37,7 +37,7 @@ async fn connect(url: &str) -> Client {
     client
 }
 
-/// The processes whose working directory is the cluster: every process of its PostgreSQL.
+/// Returns the processes whose working directory is the cluster: every process of its PostgreSQL.
 fn processes_of(data_dir: &Path) -> Vec<i32> {
     let cluster = fs::canonicalize(data_dir)
         .expect("it is there")
@@ -69,7 +69,7 @@ async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 #[tokio::test]
-async fn a_second_start_keeps_the_data_of_the_first() {
+async fn second_start_keeps_the_data_of_the_first() {
     let dir = data_dir();
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
@@ -95,7 +95,7 @@ async fn a_second_start_keeps_the_data_of_the_first() {
 }
 
 #[tokio::test]
-async fn it_listens_on_a_private_socket_alone_and_loses_nothing_at_a_power_cut() {
+async fn listens_only_on_a_private_socket_and_loses_nothing_in_a_power_failure() {
     let dir = data_dir();
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
@@ -130,7 +130,7 @@ async fn it_listens_on_a_private_socket_alone_and_loses_nothing_at_a_power_cut()
 }
 
 #[tokio::test]
-async fn dropping_it_ends_it() {
+async fn dropping_it_stops_it() {
     let dir = data_dir();
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
@@ -141,7 +141,7 @@ async fn dropping_it_ends_it() {
 }
 
 #[tokio::test]
-async fn a_second_server_on_the_same_data_directory_is_refused() {
+async fn second_server_on_the_same_data_directory_is_rejected() {
     let dir = data_dir();
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
@@ -161,7 +161,7 @@ async fn a_second_server_on_the_same_data_directory_is_refused() {
 }
 
 #[tokio::test]
-async fn it_is_started_again_when_it_dies() {
+async fn it_is_restarted_when_it_crashes() {
     let dir = data_dir();
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
@@ -195,9 +195,9 @@ async fn it_is_started_again_when_it_dies() {
     assert_eq!(processes_of(dir.path()), Vec::<i32>::new());
 }
 
-/// The keeper may be anywhere in starting it again when it is told to stop.
+/// The supervisor may be at any point of a restart when it is to stop.
 #[tokio::test]
-async fn stopping_while_it_is_started_again_still_ends_it() {
+async fn stopping_during_a_restart_stops_it() {
     let dir = data_dir();
     for wait in [0, 100, 120, 140, 160, 200] {
         let postgres = EmbeddedPostgres::start(dir.path())
@@ -206,7 +206,7 @@ async fn stopping_while_it_is_started_again_still_ends_it() {
         kill(Pid::from_raw(postmaster(dir.path())), Signal::SIGKILL).expect("it was alive");
         tokio::time::sleep(Duration::from_millis(wait)).await;
         postgres.stop().await;
-        // Sessions of the killed postmaster notice its end by themselves, in their own time.
+        // Sessions of the killed postmaster notice its death after a while.
         let guarded = fs::read_to_string(dir.path().join("postgres/postmaster.pid"))
             .ok()
             .and_then(|text| text.lines().next()?.parse::<i32>().ok())
@@ -216,23 +216,23 @@ async fn stopping_while_it_is_started_again_still_ends_it() {
 }
 
 #[tokio::test]
-async fn killing_the_server_ends_its_postgres() {
+async fn killing_the_server_stops_its_postgres() {
     let dir = data_dir();
     let (mut owner, url) = start_owner(dir.path());
     connect(&url).await;
     kill_and_reap(&mut owner);
     eventually("PostgreSQL ends", || processes_of(dir.path()).is_empty()).await;
-    // In order, and not by a crash of its own: nothing is left to recover from.
+    // A clean shutdown, not a crash: there is nothing to recover.
     assert!(!dir.path().join("postgres/postmaster.pid").exists());
 }
 
 #[tokio::test]
-async fn a_server_started_right_after_a_kill_takes_over() {
+async fn server_started_right_after_a_kill_takes_over() {
     let dir = data_dir();
     let (mut owner, url) = start_owner(dir.path());
     let orphan = postmaster(dir.path());
-    // Without its guard PostgreSQL stays: the worst that a crash can leave. The owner is frozen first, or
-    // it would mend that.
+    // Without its guard, PostgreSQL keeps running: the worst state that a crash can leave. The owner is frozen first,
+    // or it would fix that.
     let owner_pid = Pid::from_raw(owner.id().cast_signed());
     kill(owner_pid, Signal::SIGSTOP).expect("the owner was alive");
     let guard = parent_of(orphan);
@@ -254,7 +254,7 @@ async fn a_server_started_right_after_a_kill_takes_over() {
 }
 
 #[tokio::test]
-async fn a_stale_pid_file_that_names_another_process_harms_neither() {
+async fn stale_pid_file_with_the_pid_of_another_process_does_no_harm() {
     let dir = data_dir();
     EmbeddedPostgres::start(dir.path())
         .await
@@ -281,7 +281,7 @@ async fn a_stale_pid_file_that_names_another_process_harms_neither() {
 }
 
 #[tokio::test]
-async fn a_crash_in_the_making_of_the_cluster_is_forgotten() {
+async fn crash_while_creating_the_cluster_leaves_nothing_behind() {
     let dir = data_dir();
     let leftover = dir.path().join("postgres.new-1");
     fs::create_dir(&leftover).expect("made");
@@ -296,7 +296,7 @@ async fn a_crash_in_the_making_of_the_cluster_is_forgotten() {
 }
 
 #[tokio::test]
-async fn a_data_directory_with_a_long_or_odd_path_works() {
+async fn data_directory_with_a_long_or_unusual_path_works() {
     let dir = data_dir();
     let deep = dir.path().join("ä b%".repeat(20)).join("x".repeat(80));
     let postgres = EmbeddedPostgres::start(&deep).await.expect("it starts");
@@ -319,7 +319,7 @@ async fn a_data_directory_with_a_long_or_odd_path_works() {
 }
 
 #[tokio::test]
-async fn a_cluster_of_a_version_that_is_not_installed_is_named() {
+async fn cluster_of_a_version_that_is_not_installed_is_reported() {
     let dir = data_dir();
     EmbeddedPostgres::start(dir.path())
         .await
@@ -334,7 +334,7 @@ async fn a_cluster_of_a_version_that_is_not_installed_is_named() {
 }
 
 #[tokio::test]
-async fn what_postgres_said_is_in_the_error_when_it_does_not_start() {
+async fn error_contains_the_output_of_a_postgres_that_does_not_start() {
     let dir = data_dir();
     EmbeddedPostgres::start(dir.path())
         .await
@@ -348,7 +348,7 @@ async fn what_postgres_said_is_in_the_error_when_it_does_not_start() {
     assert!(error.to_string().contains("pg_control"), "{error}");
 }
 
-/// Not a test: the server that the tests above kill.
+/// Not a test: this is the server that the tests above kill.
 #[tokio::test]
 #[ignore = "run by other tests, in a process of its own"]
 #[expect(
@@ -363,7 +363,7 @@ async fn owner() {
         .await
         .expect("it starts");
     println!("\nurl={}", postgres.database_url());
-    // Bounded, should the test that started us be gone.
+    // Limited, in case the test that started this process is gone.
     tokio::time::sleep(Duration::from_mins(2)).await;
 }
 
@@ -400,7 +400,7 @@ fn parent_of(pid: i32) -> i32 {
 }
 
 fn parent(pid: i32) -> Option<i32> {
-    // The fields after the name, which is in brackets: state, parent.
+    // The fields after the name in parentheses: state, parent.
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_whitespace().nth(1)?.parse().ok()
@@ -415,9 +415,9 @@ fn children_of(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// Root's checkouts often lie under `/root`, into which no other user gets. Only root meets this.
+/// Root's checkouts are often below `/root`, which other users cannot enter. Only applies to root.
 #[tokio::test]
-async fn root_keeps_the_database_elsewhere_when_its_user_may_not_enter() {
+async fn root_moves_the_database_if_its_user_cannot_enter_the_directory() {
     if !nix::unistd::geteuid().is_root() {
         return;
     }
@@ -433,7 +433,7 @@ async fn root_keeps_the_database_elsewhere_when_its_user_may_not_enter() {
             .await
             .expect("a setting");
         clusters.push(PathBuf::from(row.get::<_, &str>(0)));
-        // Open or not by now, the data is where it is.
+        // Even if the directory is accessible now, the data remains where it is.
         fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o755))
             .expect("its mode is set");
         postgres.stop().await;

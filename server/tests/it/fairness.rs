@@ -10,12 +10,12 @@ use tokio::task::JoinSet;
 
 use crate::support::app::{Account, Answer, TestApp};
 
-/// Requests at once, many times the number of connections.
+/// The number of concurrent requests: many times the number of connections.
 const BURST: usize = 64;
 /// The changes that one tenant may have in progress or waiting on a replica.
 const ADMITTED: usize = 33;
 
-/// Starts that many creations of plans.
+/// Starts to create `count` plans.
 fn create_plans(app: &Arc<TestApp>, account: &Arc<Account>, count: usize) -> JoinSet<Answer> {
     let mut creations = JoinSet::new();
     for n in 0..count {
@@ -99,7 +99,7 @@ async fn burst_of_updates_of_one_plan_does_not_delay_another_tenant() {
         let (app, a, path) = (app.clone(), a.clone(), format!("/admin/plans/{plan}"));
         updates.spawn(async move { app.act(&a, "PATCH", &path, json!({"burst": n})).await });
     }
-    // All of them wait by now, or soon.
+    // All of them are waiting, or will be soon.
     tokio::time::sleep(Duration::from_millis(300)).await;
     for _ in 0..10 {
         app.plan(&b, json!({})).await;
@@ -113,7 +113,7 @@ async fn burst_of_updates_of_one_plan_does_not_delay_another_tenant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn changes_of_clients_that_have_gone_leave_the_queue() {
+async fn changes_of_disconnected_clients_leave_the_queue() {
     let app = patient().await;
     let a = Arc::new(app.register().await);
     let database = app.database.connect().await;

@@ -1,4 +1,4 @@
-//! The configurations in `deploy/gateways`, unchanged, in the real gateways, with Quota behind verified TLS.
+//! The unchanged configurations of `deploy/gateways` in the real gateways, with Quota behind verified TLS.
 
 mod programs;
 mod upstreams;
@@ -16,7 +16,7 @@ use self::{
 };
 use crate::support::app::TestApp;
 
-/// A gateway's response reports these of Quota's.
+/// The headers of Quota that a gateway forwards.
 const LIMITS: [&str; 5] = [
     "x-ratelimit-limit",
     "x-ratelimit-remaining",
@@ -33,7 +33,7 @@ struct Setting {
     api: Api,
     http: Client,
     token: String,
-    /// Holds the authority's certificate, which Caddy reads with its first connection.
+    /// Contains the authority's certificate, which Caddy reads on its first connection.
     _dir: Option<TempDir>,
 }
 
@@ -49,7 +49,7 @@ impl Setting {
         }
     }
 
-    /// HAProxy with a mistake in its script, and a Quota that admits everything.
+    /// HAProxy with a bug in its script, and a Quota that admits everything.
     async fn with_script_fault(fault: Option<(&str, &str)>) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let authority = Authority::new(dir.path(), "authority");
@@ -107,7 +107,7 @@ impl Setting {
         response
     }
 
-    /// Sends a request with what a consumer might hope to be admitted by.
+    /// Sends a request with headers that a consumer might try to get admitted with.
     async fn forged(&self, key: &str) -> Response {
         self.send(with_forgeries(self.get("/orders").header("x-api-key", key)))
             .await
@@ -146,9 +146,9 @@ fn has_limits(response: &Response, remaining: &str) {
     assert_eq!(field(response, "x-ratelimit-remaining"), Some(remaining));
 }
 
-/// Admissions, denials, and everything that a consumer may send to change them.
+/// Admissions, denials, and everything that a consumer may send to change the decision.
 async fn enforces_decisions(program: Program) {
-    // A page's `Origin` is not among the allowed ones, and is none of the gateway's business.
+    // A page's `Origin` that is not allowed, which does not concern the gateway.
     let app = TestApp::setup()
         .flag("--allowed-origins=https://app.example.com")
         .start()
@@ -174,12 +174,12 @@ async fn enforces_decisions(program: Program) {
         field(&unknown, "www-authenticate"),
         Some("Bearer realm=\"quota\", error=\"invalid_token\"")
     );
-    // Another tenant's service token in the consumer's own fields.
+    // Another tenant's service token in the consumer's headers.
     let bearer = setting.get("/orders").bearer_auth(&other_token);
     assert_eq!(setting.send(bearer).await.status(), 401);
     assert_eq!(setting.api.requests().len(), 0);
 
-    // The consumer's method, path, query, body and origin reach the API, and change no decision.
+    // The consumer's method, path, query, body and origin reach the API and do not affect the decision.
     let order = setting
         .http
         .post(format!("{}/orders?deny=x&a=b", setting.gateway.url))
@@ -203,7 +203,7 @@ async fn enforces_decisions(program: Program) {
         assert!(seen.values(name).is_empty(), "{seen:?}");
     }
 
-    // What the API itself refuses or breaks stays as it says.
+    // Errors of the API itself are passed through.
     for status in ["403", "500"] {
         let path = format!("/status/{status}");
         let own = setting.get(&path).bearer_auth(&key);
@@ -218,11 +218,11 @@ async fn enforces_decisions(program: Program) {
     let wait: u64 = field(&denied, "retry-after").unwrap().parse().unwrap();
     assert!((1..=60).contains(&wait), "{wait}");
     assert_eq!(setting.api.requests().len(), before, "the API saw a denial");
-    // Another status of denials is nothing that a consumer can ask for.
+    // A consumer cannot choose the status of denials.
     let query = setting.get("/?deny=403").header("x-api-key", &key);
     assert_eq!(setting.send(query).await.status(), 429);
 
-    // The API sees at most the one key that Quota has checked.
+    // The API sees at most the key that Quota has checked.
     let other = app.key(&account, &plan).await.text;
     let both = setting
         .get("/two")
@@ -235,7 +235,7 @@ async fn enforces_decisions(program: Program) {
             || (both == 200 && seen.values("x-api-key") == [&other]),
         "{both} {seen:?}"
     );
-    // Fields named in `Connection` are removed by proxies: the gateway's own token must not be.
+    // Proxies remove headers named in `Connection`. The gateway's own token must not be among them.
     let hop = setting
         .get("/connection")
         .header("x-api-key", &other)
@@ -245,7 +245,7 @@ async fn enforces_decisions(program: Program) {
     assert_eq!(setting.send(hop).await.status(), 401);
 }
 
-/// Every kind of response, over a connection that stays open.
+/// Every kind of response, over a persistent connection.
 async fn keeps_connections(program: Program) {
     let app = TestApp::start().await;
     let account = app.register().await;
@@ -270,7 +270,7 @@ async fn keeps_connections(program: Program) {
     );
 }
 
-/// Without Redis: a plan that goes on says so, and one that does not is 503.
+/// Without Redis, a plan that continues says so, and one that does not gets 503.
 async fn reports_degraded_decisions(program: Program) {
     let app = TestApp::setup()
         .flag(format!("--redis-url=redis://127.0.0.1:{}", free_port()))
@@ -283,7 +283,7 @@ async fn reports_degraded_decisions(program: Program) {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let plan = app.plan(&account, plan).await;
         let key = app.key(&account, &plan).await.text;
-        // The first calls are late rather than lost: Redis is given up after them.
+        // The first calls are late. After them, the circuit breaker opens.
         let mut response = setting.forged(&key).await;
         for _ in 0..50 {
             if response.status() == status {
@@ -309,7 +309,7 @@ fn empty_200(_: &Head) -> &'static str {
 }
 
 fn echoed_200(head: &Head) -> &'static str {
-    // A proxy that reflects what it was sent.
+    // A proxy that echoes the request.
     if head.values("x-quota-decision").contains(&"allowed") {
         "200 OK\r\nx-quota-decision: allowed\r\ncontent-length: 0"
     } else {
@@ -337,7 +337,7 @@ fn allowed_200(_: &Head) -> &'static str {
     "200 OK\r\nx-quota-decision: allowed\r\ncontent-length: 0"
 }
 
-/// As Quota will deny a key whose plan has to be paid for.
+/// How Quota denies a key whose plan needs a subscription.
 fn payment_required(head: &Head) -> &'static str {
     if head.line.contains("deny=403") {
         "403 Forbidden\r\nx-quota-decision: payment_required\r\ncontent-length: 0"
@@ -346,10 +346,10 @@ fn payment_required(head: &Head) -> &'static str {
     }
 }
 
-/// A response that is not an admission by Quota, whatever the consumer sends.
+/// Responses that are not admissions by Quota, whatever the consumer sends.
 async fn admits_only_what_quota_admits(program: Program) {
     type Answer = fn(&Head) -> &'static str;
-    // nginx goes by the decision where it does not admit.
+    // nginx follows the decision if it is not an admission.
     let limited = if program == Program::Nginx { 429 } else { 503 };
     let answers: [(&str, Answer, u16); 7] = [
         ("empty 200", empty_200, 503),
@@ -367,13 +367,13 @@ async fn admits_only_what_quota_admits(program: Program) {
         assert_eq!(setting.api.requests().len(), 0, "{name} was admitted");
         assert_eq!(response.status(), status, "{name}: {response:?}");
     }
-    // The same arrangement admits what carries the marker.
+    // The same setup admits a response with the header.
     let setting = Setting::new(program, "qs_gateway", Behind::Other(allowed_200)).await;
     assert_eq!(setting.forged("qk_any").await.status(), 200);
     assert_eq!(setting.api.requests().len(), 1);
 }
 
-/// A certificate that nobody vouches for, and a Quota that is not there.
+/// An untrusted certificate, and a Quota that is not running.
 async fn fails_closed_without_quota(program: Program) {
     let dir = tempfile::tempdir().expect("a directory");
     let (right, wrong) = (
@@ -404,9 +404,9 @@ async fn fails_closed_without_quota(program: Program) {
     assert_eq!(setting.api.requests().len(), 0);
 }
 
-/// HAProxy goes on with its next rule after an error in a script.
+/// HAProxy continues with its next rule after a script error.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_script_that_fails_or_says_nothing_admits_nothing() {
+async fn failing_or_silent_script_admits_nothing() {
     let ask = "local answer = core.httpclient()";
     let admit = "if answer and answer.status == 200";
     let faults = [
@@ -468,7 +468,7 @@ for_each_gateway! {
 }
 
 #[test]
-fn every_configuration_names_what_to_fill_in() {
+fn every_configuration_marks_what_to_fill_in() {
     for file in ["Caddyfile", "nginx.conf", "haproxy.cfg", "traefik.yml"] {
         let text = fs::read_to_string(folder().join(file)).expect("the file is there");
         for part in [

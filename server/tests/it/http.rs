@@ -1,4 +1,4 @@
-//! HTTP itself: what is too large, too slow or no HTTP at all, the pages, and how the server stops.
+//! HTTP: requests that are too large, too slow or not HTTP, the pages, and stopping the server.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -22,10 +22,10 @@ use crate::support::app::{Account, TestApp};
 
 const LONG: Duration = Duration::from_secs(20);
 
-/// Sends bytes and reads until the server closes, or for as long as `LONG`.
+/// Sends bytes and reads until the server closes the connection, for `LONG` at most.
 async fn raw(addr: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(addr).await.expect("it listens");
-    // The server may answer and close before it has read all.
+    // The server may respond and close before it has read everything.
     let _ = stream.write_all(bytes).await;
     let mut answer = Vec::new();
     let read = timeout(LONG, stream.read_to_end(&mut answer)).await;
@@ -91,7 +91,7 @@ async fn a_body_over_the_limit_is_413_announced_or_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_is_no_json_is_told_what_it_is() {
+async fn body_that_is_not_json_gets_a_clear_problem() {
     let (app, account) = app_and_account().await;
     let send = async |media_type: &str, body: Vec<u8>| {
         let call = app.request(reqwest::Method::POST, "/admin/service-tokens");
@@ -138,13 +138,13 @@ async fn a_body_that_is_no_json_is_told_what_it_is() {
         let shown = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
         assert_eq!(send("application/json", body).await, 400, "{shown}");
     }
-    // No body and no type is an empty object, for where every field may be left out.
+    // No body and no media type means an empty object, for bodies without required fields.
     let none = app.request(reqwest::Method::POST, "/admin/service-tokens");
     assert_eq!(none.bearer(&account.access_token).send().await.status, 422);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn header_fields_that_are_too_many_or_too_large_are_refused() {
+async fn too_many_or_too_large_headers_are_rejected() {
     let app = TestApp::start().await;
     let get = |fields: &str| {
         format!("GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{fields}\r\n")
@@ -167,12 +167,12 @@ async fn header_fields_that_are_too_many_or_too_large_are_refused() {
         answer.is_empty() || [400, 414, 431].contains(&status(&answer)),
         "{answer}"
     );
-    // It goes on serving others.
+    // It continues to serve others.
     assert_eq!(app.get("/health/live").send().await.status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_no_http_is_refused_and_hurts_nobody() {
+async fn non_http_traffic_is_rejected_and_does_no_harm() {
     let app = TestApp::start().await;
     for bytes in [
         &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"[..],
@@ -191,7 +191,7 @@ async fn what_is_no_http_is_refused_and_hurts_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn header_fields_that_arrive_too_slowly_are_cut_in_time() {
+async fn slow_headers_are_cut_off_in_time() {
     let app = TestApp::setup().flag("--header-timeout=1s").start().await;
     let began = Instant::now();
     let mut stream = TcpStream::connect(app.addr).await.expect("it listens");
@@ -200,7 +200,7 @@ async fn header_fields_that_arrive_too_slowly_are_cut_in_time() {
         .await
         .expect("sent");
     let (mut reader, mut writer) = stream.into_split();
-    // A byte now and then does not extend it.
+    // An occasional byte does not extend the deadline.
     let drip = tokio::spawn(async move {
         while writer.write_all(b"a").await.is_ok() {
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -218,7 +218,7 @@ async fn header_fields_that_arrive_too_slowly_are_cut_in_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_stops_arriving_is_answered_in_time() {
+async fn stalled_body_is_answered_in_time() {
     let app = TestApp::setup().flag("--request-timeout=1s").start().await;
     let began = Instant::now();
     let head = "POST /auth/login HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 90\r\nConnection: close\r\n\r\n{";
@@ -232,7 +232,7 @@ async fn a_body_that_stops_arriving_is_answered_in_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_id_is_taken_over_only_when_it_is_harmless() {
+async fn only_harmless_request_ids_are_kept() {
     let app = TestApp::start().await;
     let ask = async |id: &[u8]| {
         let value = reqwest::header::HeaderValue::from_bytes(id).expect("a field's value");
@@ -272,14 +272,14 @@ async fn a_request_id_is_taken_over_only_when_it_is_harmless() {
         let given = ask(bad.as_bytes()).await;
         assert!(uuid::Uuid::parse_str(&given).is_ok(), "{bad:?}: {given}");
     }
-    // Every answer has one, also where nothing was understood.
+    // Every response has one, even to a malformed request.
     for path in ["/", "/nope", "/docs", "/openapi.json", "/admin/plans"] {
         assert!(app.get(path).send().await.header("x-request-id").is_some());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_pages_are_there_and_load_nothing_from_elsewhere() {
+async fn pages_exist_and_load_nothing_from_other_hosts() {
     let app = TestApp::start().await;
     let slugs = ProblemCode::ALL
         .iter()
@@ -315,7 +315,7 @@ async fn the_pages_are_there_and_load_nothing_from_elsewhere() {
                 assets.insert(target.to_owned());
             }
         }
-        // Links within the server lead somewhere.
+        // Links within the server resolve.
         for rest in answer.text.split("<a href=\"").skip(1) {
             let target = rest.split('"').next().unwrap_or_default();
             if target.starts_with('/') {
@@ -336,7 +336,7 @@ async fn the_pages_are_there_and_load_nothing_from_elsewhere() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_type_of_every_problem_leads_to_a_page() {
+async fn every_problem_type_links_to_a_page() {
     let app = TestApp::start().await;
     for code in ProblemCode::ALL {
         let uri = code.type_uri("");
@@ -352,7 +352,7 @@ async fn the_type_of_every_problem_leads_to_a_page() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metrics_are_on_their_own_port_alone() {
+async fn metrics_are_only_on_their_own_port() {
     let app = TestApp::start().await;
     assert_eq!(app.get("/metrics").send().await.status, 404);
     let metrics = app
@@ -371,7 +371,7 @@ async fn metrics_are_on_their_own_port_alone() {
 
 // The real binary. ------------------------------------------------------------------------------------
 
-/// `quota serve`, ended with the value.
+/// `quota serve`, stopped on drop.
 struct Serving {
     child: Child,
     addr: SocketAddr,
@@ -402,7 +402,7 @@ async fn serving(database_url: &str, flags: &[&str]) -> Serving {
         .stderr(Stdio::inherit())
         .spawn()
         .expect("the binary starts");
-    // Its log is read on, so that it never waits for a full pipe.
+    // Its log is read to the end, so that it never blocks on a full pipe.
     let log = BufReader::new(child.stdout.take().expect("it is piped"));
     std::thread::spawn(move || log.lines().map_while(Result::ok).for_each(drop));
     let serving = Serving { child, addr };
@@ -417,12 +417,12 @@ async fn serving(database_url: &str, flags: &[&str]) -> Serving {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stop_says_not_ready_finishes_what_is_in_flight_and_ends_well() {
+async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     let app = TestApp::setup().without_jobs().start().await;
     let mut serving = serving(app.database.url(), &["--drain-delay=2s"]).await;
     let addr = serving.addr;
 
-    // A request whose body is still on its way.
+    // A request whose body is incomplete.
     let body = r#"{"email":"nobody@example.com","password":"violet-harbour-quilt-93"}"#;
     let mut flight = std::net::TcpStream::connect(addr).expect("it listens");
     write!(
@@ -454,7 +454,7 @@ async fn a_stop_says_not_ready_finishes_what_is_in_flight_and_ends_well() {
     }
     assert!(said_not_ready);
 
-    // After it stopped listening the one in flight is still answered.
+    // After it stopped listening, the request in flight is still answered.
     tokio::time::sleep(Duration::from_millis(2500).saturating_sub(told.elapsed())).await;
     assert!(
         std::net::TcpStream::connect(addr).is_err(),

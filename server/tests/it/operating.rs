@@ -1,5 +1,5 @@
-//! What service managers, container engines and balancers see of the real `quota`: when it listens, what its health
-//! checks say, what it logs of them.
+//! How the `quota` program behaves for service managers, container engines and load balancers: when it listens, what
+//! its health checks return, and what it logs of them.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -18,7 +18,7 @@ use quota_testkit::proxy::Fault;
 
 use crate::{outage::through_proxy, support::postgres::TestDatabase};
 
-/// A server process and its log. It is killed with the test that drops it.
+/// A server process and its log. Killed on drop.
 struct Process {
     child: Child,
     addr: SocketAddr,
@@ -103,7 +103,7 @@ fn free_address() -> SocketAddr {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_starting_server_refuses_connections_and_stops_when_asked() {
+async fn starting_server_refuses_connections_and_stops_on_request() {
     let nobody = free_address();
     let mut process = Process::start(&format!("postgres://quota@{nobody}/quota"), &[]);
     process
@@ -122,7 +122,7 @@ async fn a_starting_server_refuses_connections_and_stops_when_asked() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn health_checks_tell_ready_from_serving_and_live() {
+async fn health_checks_distinguish_ready_serving_and_live() {
     let database = TestDatabase::create_empty().await;
     let (proxy, url) = through_proxy(&database).await;
     let mut process = Process::start(&url, &["--drain-delay=3s"]);
@@ -140,7 +140,7 @@ async fn health_checks_tell_ready_from_serving_and_live() {
     assert!(process.logged("/health/ready"), "a failure is logged");
     proxy.set(Fault::Pass);
 
-    // While it stops, it is alive only. That is no error.
+    // While it stops, only the liveness probe succeeds. That is not an error.
     let errors = || {
         let log = process.log.lock().expect("no panic");
         log.iter().filter(|line| line.contains("/health/")).count()
@@ -171,8 +171,8 @@ async fn routine_probes_are_not_in_the_access_log() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_data_directory_that_cannot_be_created_names_both_settings() {
-    // A file is in the way: that stops root as well, as a read-only file system would.
+async fn error_of_a_data_directory_that_cannot_be_created_names_both_settings() {
+    // A file in its place stops root as well, like a read-only file system.
     let dir = tempfile::tempdir().expect("a directory");
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("ours");
     let file = dir.path().join("file");

@@ -1,4 +1,4 @@
-//! The ledger of calendar quotas on a real PostgreSQL: what the limiter's tests assume of it.
+//! The ledger of calendar quotas in a real PostgreSQL: what the limiter's tests assume about it.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -98,7 +98,7 @@ impl World {
         row.get(0)
     }
 
-    /// How many pairs of windows overlap of which something is used.
+    /// Returns how many pairs of windows with usage overlap.
     async fn overlaps(&self) -> i64 {
         let sql = "SELECT count(*) FROM quota_usage a JOIN quota_usage b USING (tenant_id, key_id, policy) \
             WHERE a.used > 0 AND b.used > 0 AND a.window_start < b.window_start \
@@ -118,9 +118,9 @@ async fn take(ledger: &PostgresLedger, request: TakeRequest) -> Taken {
     taken.remove(0).expect("it is answered")
 }
 
-/// The replicas know different zones, and all open the first window of each key at the same moment.
+/// The replicas know different time zones, and all open the first window of each key at the same moment.
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_that_open_a_window_at_once_agree_on_one() {
+async fn replicas_that_open_a_window_concurrently_agree_on_one() {
     let world = World::with_keys(30).await;
     let now = at("2026-11-24T10:00:00Z");
     let zones = ["UTC", "Asia/Tokyo", "Pacific/Honolulu", "Asia/Kolkata"];
@@ -152,9 +152,9 @@ async fn replicas_that_open_a_window_at_once_agree_on_one() {
     assert_eq!(world.overlaps().await, 0);
 }
 
-/// Of many keys with two blocks each, as a clean stop returns them. `DRAIN_KEYS=100000` measures it.
+/// Many keys with two blocks each, as in a clean stop. `DRAIN_KEYS=100000` measures a large number.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_drain_returns_the_blocks_of_many_keys_exactly() {
+async fn drain_returns_the_blocks_of_many_keys_exactly() {
     let count = drain_keys();
     let world = World::with_keys(count).await;
     let clock = Arc::new(SystemClock::new());
@@ -190,9 +190,9 @@ async fn a_drain_returns_the_blocks_of_many_keys_exactly() {
     assert_eq!(world.used().await, 2 * admitted);
 }
 
-/// A random schedule on PostgreSQL and on the ledger that the limiter's tests use: the same answers.
+/// A random schedule gets the same results from PostgreSQL and from the limiter's test ledger.
 #[tokio::test(flavor = "multi_thread")]
-async fn postgres_answers_as_the_ledger_of_the_tests_does() {
+async fn postgres_behaves_like_the_test_ledger() {
     let world = World::with_keys(4).await;
     let (postgres, model) = (world.ledger(), TestLedger::new());
     let mut random = fastrand::Rng::with_seed(7);
@@ -219,13 +219,13 @@ async fn postgres_answers_as_the_ledger_of_the_tests_does() {
                 id: Uuid::now_v7(),
                 rows: vec![(row, all.map(|(_, n)| n).sum())],
             };
-            // The second time changes nothing.
+            // The repetition has no effect.
             for _ in 0..2 {
                 postgres.give_back(&batch).await.expect("it is applied");
                 model.give_back(&batch).await.expect("it is applied");
             }
         }
-        // Sometimes a little later, as a block of the next window is taken.
+        // Sometimes a little later, as for a block of the next window.
         let later = now.saturating_add(random.u64(0..2) * random.u64(0..20 * 3_600_000_000_000));
         let mut keys: Vec<_> = (0..world.keys.len()).collect();
         random.shuffle(&mut keys);
@@ -271,7 +271,7 @@ async fn postgres_answers_as_the_ledger_of_the_tests_does() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_was_deleted_fails_alone() {
+async fn deleted_key_fails_without_affecting_others() {
     let world = World::with_keys(3).await;
     let ledger = world.ledger();
     let now = at("2026-11-24T10:00:00Z");
@@ -289,7 +289,7 @@ async fn a_key_that_was_deleted_fails_alone() {
         .map(|it| it.as_ref().ok().map(|taken| taken.granted))
         .collect();
     assert_eq!(granted, [Some(5), None, Some(5)]);
-    // Nor does what is returned for it stop the others.
+    // Returns for it do not affect the others either.
     let taken = *answers[0].as_ref().expect("it is answered");
     let batch = ReturnBatch {
         id: Uuid::now_v7(),
@@ -300,7 +300,7 @@ async fn a_key_that_was_deleted_fails_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_that_is_sent_twice_at_once_is_applied_once() {
+async fn batch_sent_twice_concurrently_is_applied_once() {
     let world = World::with_keys(1).await;
     let ledger = world.ledger();
     let now = at("2026-11-24T10:00:00Z");
@@ -314,7 +314,7 @@ async fn a_batch_that_is_sent_twice_at_once_is_applied_once() {
     assert_eq!(world.used().await, 3);
 }
 
-/// What the previous version does while this one is being rolled out.
+/// Behaves like the previous version, during a rolling upgrade.
 async fn take_as_before(world: &World, key: usize, start: &str, want: i64) {
     let sql = format!(
         "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used) \
@@ -329,12 +329,12 @@ async fn take_as_before(world: &World, key: usize, start: &str, want: i64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_previous_version_counts_in_the_same_windows() {
+async fn previous_version_counts_in_the_same_windows() {
     let world = World::with_keys(2).await;
     let ledger = world.ledger();
     let now = at("2026-11-24T10:00:00Z");
     let midnight = "2026-11-24T00:00:00Z";
-    // It was first: this version takes from its row, whatever the zone is now.
+    // The previous version came first: this one takes from its row, whatever the zone is now.
     take_as_before(&world, 0, midnight, 30).await;
     for zone in ["UTC", "Asia/Tokyo", "Pacific/Honolulu"] {
         let taken = take(&ledger, world.request(0, Policy::Daily, zone, now)).await;
@@ -342,17 +342,16 @@ async fn the_previous_version_counts_in_the_same_windows() {
         assert_eq!(taken.window.span.end, at("2026-11-25T00:00:00Z"), "{zone}");
     }
     assert_eq!(world.used().await, 45);
-    // This version was first: the previous one takes from its row.
+    // This version came first: the previous one takes from its row.
     take(&ledger, world.request(1, Policy::Daily, "UTC", now)).await;
     take_as_before(&world, 1, midnight, 40).await;
     let taken = take(&ledger, world.request(1, Policy::Daily, "UTC", now)).await;
     assert_eq!((taken.granted, taken.used), (5, 50));
 }
 
-/// A key's deletion and a call of the ledger for it and for others: neither fails the other, in whichever order they
-/// begin.
+/// Deleting a key and calling the ledger for it and others do not make each other fail, in either order.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deletion_and_the_ledger_do_not_wait_for_each_other() {
+async fn deletion_and_ledger_do_not_deadlock() {
     let world = World::with_keys(3).await;
     let ledger = world.ledger();
     let now = at("2026-11-24T10:00:00Z");

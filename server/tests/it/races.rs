@@ -1,5 +1,5 @@
-//! Every pair of changes at the same time, on two replicas: none is an error of the server, each that succeeds is in
-//! the audit log once, and what is left is what one order or the other would have left.
+//! Every pair of changes, made at the same time on two replicas: none is an error of the server, each that succeeds is
+//! in the audit log once, and the result is that of one order or the other.
 
 use std::{
     collections::BTreeMap,
@@ -220,7 +220,7 @@ async fn audited(database: &Client, tenant: &str) -> BTreeMap<String, i64> {
     rows.iter().map(|row| (row.get(0), row.get(1))).collect()
 }
 
-/// Until every replica answers a request with a key or token with this status.
+/// Waits until every replica responds with this status to a request with a key or token.
 async fn becomes(replicas: [&TestApp; 2], status: u16, pair: (Action, Action), call: Call<'_>) {
     for app in replicas {
         let began = Instant::now();
@@ -334,7 +334,7 @@ async fn race(replicas: [&TestApp; 2], database: &Client, pair: (Action, Action)
         let token = signed_in.text("access_token");
         becomes(replicas, status, pair, Call::Session(&token)).await;
     }
-    // The session that made the changes goes on.
+    // The session that made the changes stays active.
     let own = Call::Session(&world.account.access_token);
     becomes(replicas, 200, pair, own).await;
 }

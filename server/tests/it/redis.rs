@@ -1,4 +1,4 @@
-//! The connections to Redis: that they are made, break, come back, and never make a call wait.
+//! Connections to Redis: they connect, break and recover, and never make a call wait.
 
 use std::{
     sync::atomic::Ordering,
@@ -18,7 +18,7 @@ use redis::{Cmd, FromRedisValue, Value};
 use tokio::time::{sleep, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(15);
-/// Takes what stands in KEYS[1], adds, and tells how much there is.
+/// Adds to KEYS[1] and returns the sum.
 const ADD: &str = "return redis.call('INCRBY', KEYS[1], ARGV[1])";
 
 #[derive(Parser)]
@@ -29,7 +29,7 @@ struct Flags {
 
 fn connect(url: &str, flags: &[&str]) -> Redis {
     let url = format!("--redis-url={url}");
-    // A machine that is busy with other tests answers late.
+    // Responses may be late while other tests run.
     let all = [
         "test",
         &url,
@@ -47,7 +47,7 @@ async fn add(redis: &Redis, key: &str, n: i64) -> Result<i64, Failure> {
     Ok(i64::from_redis_value(value).expect("a number"))
 }
 
-/// Tries until it succeeds.
+/// Retries until it succeeds.
 async fn eventually(redis: &Redis, key: &str) -> i64 {
     let began = Instant::now();
     loop {
@@ -66,7 +66,7 @@ fn set(key: &str, value: &str) -> Cmd {
 }
 
 #[tokio::test]
-async fn without_redis_a_call_fails_at_once_and_with_it_soon_succeeds() {
+async fn call_fails_immediately_without_redis_and_soon_succeeds_with_it() {
     let mut server = RedisServer::start().await;
     let url = server.url();
     server.kill().await;
@@ -82,7 +82,7 @@ async fn without_redis_a_call_fails_at_once_and_with_it_soon_succeeds() {
 }
 
 #[tokio::test]
-async fn a_script_is_known_by_its_hash_and_sent_again_after_redis_forgot_it() {
+async fn script_is_called_by_hash_and_resent_after_redis_lost_it() {
     let server = RedisServer::start().await;
     let redis = connect(&server.url(), &[]);
     assert!(redis.connected(PATIENCE).await);
@@ -97,7 +97,7 @@ async fn a_script_is_known_by_its_hash_and_sent_again_after_redis_forgot_it() {
 }
 
 #[tokio::test]
-async fn a_restart_is_another_generation_and_another_process() {
+async fn restart_changes_the_generation_and_the_run_id() {
     let mut server = RedisServer::start().await;
     let redis = connect(&server.url(), &["--redis-connections=3"]);
     assert_eq!(eventually(&redis, "k").await, 1);
@@ -116,7 +116,7 @@ async fn a_restart_is_another_generation_and_another_process() {
     assert!(after.generation() > before.generation());
     assert_ne!(after.run_id(), before.run_id());
 
-    // All three come back, and the old one stays dead.
+    // All three reconnect, and the old link remains broken.
     let began = Instant::now();
     while redis.status().connected < 3 {
         assert!(began.elapsed() < PATIENCE);
@@ -126,7 +126,7 @@ async fn a_restart_is_another_generation_and_another_process() {
 }
 
 #[tokio::test]
-async fn who_has_patience_hears_the_answer_that_is_late() {
+async fn patient_caller_gets_a_late_answer() {
     let mut server = RedisServer::start().await;
     let redis = connect_with(&server.url(), &["--redis-timeout=50ms"]);
     assert!(redis.connected(PATIENCE).await);
@@ -148,7 +148,7 @@ async fn who_has_patience_hears_the_answer_that_is_late() {
 }
 
 #[tokio::test]
-async fn a_redis_that_falls_silent_is_late_and_then_away_and_then_back() {
+async fn silent_redis_times_out_then_disconnects_and_recovers() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
     let url = format!("redis://{}", proxy.addr());
@@ -168,7 +168,7 @@ async fn a_redis_that_falls_silent_is_late_and_then_away_and_then_back() {
     eventually(&redis, "k").await;
 }
 
-/// With the time limits of the flags alone.
+/// With the timeouts of the flags.
 fn connect_with(url: &str, flags: &[&str]) -> Redis {
     let url = format!("--redis-url={url}");
     let flags = ["test", &url].into_iter().chain(flags.iter().copied());
@@ -178,7 +178,7 @@ fn connect_with(url: &str, flags: &[&str]) -> Redis {
 }
 
 #[tokio::test]
-async fn a_dropped_handle_ends_its_connections() {
+async fn dropping_the_handle_closes_its_connections() {
     let server = RedisServer::start().await;
     let redis = connect(&server.url(), &["--redis-connections=4"]);
     let subscription = redis.subscribe("c".into());
@@ -204,7 +204,7 @@ async fn a_dropped_handle_ends_its_connections() {
 }
 
 #[tokio::test]
-async fn a_password_is_needed_and_enough() {
+async fn password_is_required_and_sufficient() {
     let server = RedisServer::start_with(&["--requirepass", "hunter2"]).await;
     let redis = connect(&server.url(), &[]);
     assert_eq!(eventually(&redis, "k").await, 1);
@@ -220,7 +220,7 @@ async fn a_password_is_needed_and_enough() {
 }
 
 #[tokio::test]
-async fn a_replica_is_not_taken_for_a_master() {
+async fn replica_is_not_used_as_a_master() {
     let master = RedisServer::start().await;
     let port = master.addr().port().to_string();
     let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port]).await;
@@ -229,7 +229,7 @@ async fn a_replica_is_not_taken_for_a_master() {
     replica.command("REPLICAOF NO ONE").await;
     eventually(&redis, "k").await;
 
-    // And one that becomes a replica is left.
+    // A master that becomes a replica is abandoned.
     replica
         .command(&format!("REPLICAOF 127.0.0.1 {port}"))
         .await;
@@ -246,7 +246,7 @@ async fn kept_up(redis: &Redis, key: &str) -> Link {
 }
 
 #[tokio::test]
-async fn sentinel_is_asked_for_the_master_anew_after_a_failover() {
+async fn sentinel_is_asked_for_the_master_again_after_a_failover() {
     let mut group = SentinelGroup::start().await;
     let redis = connect(&group.url(), &[]);
     let before = kept_up(&redis, "k").await;
@@ -271,7 +271,7 @@ async fn sentinel_is_asked_for_the_master_anew_after_a_failover() {
 }
 
 #[tokio::test]
-async fn a_master_that_sentinel_replaces_without_its_end_is_left() {
+async fn connections_leave_a_master_that_sentinel_demotes() {
     let mut group = SentinelGroup::start().await;
     let redis = connect_with(&group.url(), &["--redis-connect-timeout=300ms"]);
     let before = kept_up(&redis, "k").await;
@@ -280,14 +280,14 @@ async fn a_master_that_sentinel_replaces_without_its_end_is_left() {
     let after = kept_up(&redis, "k").await;
     assert_ne!(after.run_id(), before.run_id());
     group.servers[0].cont();
-    // It is made a replica, and nobody goes back to it.
+    // It becomes a replica, and nothing reconnects to it.
     sleep(Duration::from_millis(500)).await;
     let still = kept_up(&redis, "k").await;
     assert_eq!(still.run_id(), after.run_id());
 }
 
 #[tokio::test]
-async fn a_cluster_keeps_each_key_on_its_node() {
+async fn cluster_keeps_each_key_on_its_node() {
     let cluster = RedisCluster::start().await;
     let redis = connect(&cluster.url(), &[]);
     assert!(redis.connected(PATIENCE).await);
@@ -306,11 +306,11 @@ async fn a_cluster_keeps_each_key_on_its_node() {
 }
 
 #[tokio::test]
-async fn a_key_that_moves_within_a_cluster_is_followed() {
+async fn key_that_moves_to_another_node_is_found() {
     let cluster = RedisCluster::start().await;
     let redis = connect(&cluster.url(), &[]);
     assert!(redis.connected(PATIENCE).await);
-    // The slot of {moved}, from whoever has it to another.
+    // Moves the slot of {moved} to another node.
     let slot = cluster.nodes[0].command("CLUSTER KEYSLOT {moved}").await;
     let slot: u16 = slot
         .trim_start_matches(':')
@@ -334,7 +334,7 @@ async fn a_key_that_moves_within_a_cluster_is_followed() {
 }
 
 #[tokio::test]
-async fn a_cluster_that_was_away_is_found_again() {
+async fn connection_to_a_cluster_recovers_after_an_outage() {
     let mut cluster = RedisCluster::start().await;
     let redis = connect(&cluster.url(), &[]);
     eventually(&redis, "{a}").await;
@@ -377,7 +377,7 @@ async fn subscribed(subscription: &mut Subscription) {
     assert_eq!(next(subscription).await, Event::Subscribed);
 }
 
-/// How often it was lost until it was there again.
+/// Returns the number of losses until it was subscribed again.
 async fn lost_then_subscribed(subscription: &mut Subscription) -> usize {
     let mut lost = 0;
     loop {
@@ -390,7 +390,7 @@ async fn lost_then_subscribed(subscription: &mut Subscription) -> usize {
 }
 
 #[tokio::test]
-async fn messages_arrive_in_order_and_a_loss_is_told() {
+async fn messages_arrive_in_order_and_losses_are_reported() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
     let redis = connect(&server.url(), &[]);
@@ -412,7 +412,7 @@ async fn messages_arrive_in_order_and_a_loss_is_told() {
 
     proxy.cut();
     assert_eq!(lost_then_subscribed(&mut subscription).await, 1);
-    // Silence is noticed too, though nothing was to come.
+    // Silence is also noticed when there are no messages.
     proxy.set(Fault::BlackHole);
     assert_eq!(next(&mut subscription).await, Event::Lost);
     proxy.set(Fault::Pass);

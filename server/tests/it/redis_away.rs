@@ -1,4 +1,4 @@
-//! What consumers are answered while Redis is away, by what the plan says.
+//! Responses while Redis is unreachable, by the plan's choice.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::support::app::TestApp;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_plan_is_served_as_it_says_and_every_answer_tells() {
+async fn each_plan_is_served_as_configured_and_every_response_says_so() {
     let mut server = RedisServer::start().await;
     let app = TestApp::setup()
         .flag(format!("--redis-url={}", server.url()))
@@ -24,7 +24,7 @@ async fn each_plan_is_served_as_it_says_and_every_answer_tells() {
         let plan = app.plan(&account, plan).await;
         keys.push(app.key(&account, &plan).await.text);
     }
-    // With Redis nobody sees a difference, and the block of the day is in hand.
+    // With Redis there is no difference, and a block of the day is available locally.
     for key in &keys {
         let began = Instant::now();
         loop {
@@ -39,7 +39,7 @@ async fn each_plan_is_served_as_it_says_and_every_answer_tells() {
 
     server.kill().await;
     let began = Instant::now();
-    // Until it is given up, a call that fails is a share just begun.
+    // Until the circuit breaker opens, a failed call is treated like a share that has just started.
     while app.metric("quota_counter_outages_total").await < 1.0 {
         assert!(began.elapsed() < PATIENCE);
         app.echo(&keys[2]).await;
@@ -55,7 +55,7 @@ async fn each_plan_is_served_as_it_says_and_every_answer_tells() {
     assert_eq!(closed.header("retry-after"), Some("1"));
     assert_eq!(closed.header("x-quota-degraded"), Some("redis-away"));
     let began = Instant::now();
-    // The share fills from empty on, once the replicas are counted.
+    // The share starts to fill, from empty, when the replicas have been counted.
     loop {
         let share = app.echo(&keys[0]).await;
         assert!(share.status == 200 || share.status == 429, "{}", share.text);
@@ -63,7 +63,7 @@ async fn each_plan_is_served_as_it_says_and_every_answer_tells() {
         if share.status == 200 {
             break;
         }
-        // Whether the limit is reached is not known, and is not claimed.
+        // Whether the limit is reached is unknown, and not claimed.
         assert_eq!(share.problem(), "temporary-reduced-capacity");
         assert!(!share.text.contains("violated-policies"), "{}", share.text);
         assert!(share.header("retry-after").is_some());

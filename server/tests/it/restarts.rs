@@ -1,4 +1,4 @@
-//! What was spent stays spent, however the server ends.
+//! Usage survives, however the server ends.
 
 use std::time::Instant;
 
@@ -19,10 +19,10 @@ use crate::support::{
 };
 
 const QUOTA: u64 = 1000;
-/// Of what one run spends. The last run spends all that is left.
+/// The share of the quota that one run spends. The last run spends the rest.
 const PART: u64 = 250;
 
-/// Spends up to `most`, and answers how many requests were served.
+/// Spends up to `most`. Returns how many requests were allowed.
 async fn spend(quota: &Quota, http: &Client, key: &str, most: u64) -> u64 {
     let url = format!("http://{}/v1/echo", quota.addr);
     for served in 0..most {
@@ -67,13 +67,13 @@ async fn spend_through_restarts() -> u64 {
 }
 
 #[tokio::test]
-async fn a_daily_quota_is_neither_forgotten_nor_doubled_by_restarts_and_a_kill() {
+async fn restarts_and_a_kill_neither_lose_nor_double_a_daily_quota() {
     let clock = SystemClock::new();
     let today = || clock.now().secs() / 86_400;
     loop {
         let day = today();
         let served = spend_through_restarts().await;
-        // A new day has a quota of its own, and says nothing of this.
+        // A new day has a new quota and would prove nothing.
         if today() == day {
             assert!(served <= QUOTA, "{served} of {QUOTA} were served");
             assert!(
@@ -85,7 +85,7 @@ async fn a_daily_quota_is_neither_forgotten_nor_doubled_by_restarts_and_a_kill()
     }
 }
 
-/// Adds `count` keys to the plan of the only key that the database has, and returns their secrets.
+/// Adds `count` keys to the plan of the only key in the database. Returns their secrets.
 async fn add_keys(database: &TestDatabase, count: usize) -> Vec<String> {
     let secrets: Vec<_> = (0..count)
         .map(|_| SecretText::generate(Kind::ApiKey).expect("random bytes"))
@@ -107,7 +107,7 @@ async fn add_keys(database: &TestDatabase, count: usize) -> Vec<String> {
     secrets.iter().map(SecretText::reveal).collect()
 }
 
-/// How many keys hold blocks when the server stops. `DRAIN_KEYS=100000` measures a large deployment.
+/// The number of keys with blocks when the server stops. `DRAIN_KEYS=100000` measures a large deployment.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement is no setting of the server"
@@ -117,7 +117,7 @@ pub(crate) fn drain_keys() -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_clean_stop_returns_every_block() {
+async fn clean_stop_returns_every_block() {
     let count = drain_keys();
     let database =
         TestDatabase::create(
@@ -164,7 +164,7 @@ async fn a_clean_stop_returns_every_block() {
         "{count} keys with two blocks each: stopped in {:?}",
         stopping.elapsed()
     );
-    // Of each policy, over both days where midnight passed meanwhile.
+    // For each policy, across both days if midnight has passed.
     let rows = client
         .query(
             "SELECT policy, sum(used)::bigint, max(used) FROM quota_usage GROUP BY policy ORDER BY policy",

@@ -1,4 +1,4 @@
-//! What replicas share of keys in Redis: it saves look-ups, and is never believed when it is not true.
+//! Key records that replicas share in Redis: they save look-ups, and an outdated one is never used.
 
 use std::{
     sync::Arc,
@@ -54,7 +54,7 @@ impl World {
         }
     }
 
-    /// Another replica, with nothing in its memory.
+    /// Another replica, with nothing in memory.
     async fn another(&self) -> TestApp {
         let app = TestApp::setup()
             .database(self.first.database.clone())
@@ -73,7 +73,7 @@ impl World {
         connection.expect("it is there")
     }
 
-    /// The one record that is shared, by its name.
+    /// Returns the Redis key of the only shared record.
     async fn only_record(&self) -> (String, Vec<u8>) {
         let mut redis = self.redis().await;
         let began = Instant::now();
@@ -93,12 +93,12 @@ fn redis_flag(server: &RedisServer) -> String {
     format!("--redis-url={}", server.url())
 }
 
-/// A machine that is busy with other tests answers late.
+/// Responses may be late while other tests run.
 fn slow() -> &'static str {
     "--redis-timeout=2s"
 }
 
-/// Until it may believe what others have read, and is connected.
+/// Waits until it is connected and may use shared records.
 async fn polled(app: &TestApp) {
     let began = Instant::now();
     let redis = app.state.redis.as_ref().expect("it has Redis");
@@ -117,7 +117,7 @@ async fn eventually(app: &TestApp, metric: &str, at_least: f64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_one_replica_has_read_another_finds() {
+async fn record_read_by_one_replica_is_found_by_another() {
     let world = World::start().await;
     assert_eq!(world.first.echo(&world.key.text).await.status, 200);
     world.only_record().await;
@@ -131,7 +131,7 @@ async fn what_one_replica_has_read_another_finds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_opens_nothing_is_shared_too() {
+async fn unknown_keys_are_shared_too() {
     let world = World::start().await;
     let unknown = SecretText::generate(Kind::ApiKey).expect("chance").reveal();
     assert_eq!(world.first.echo(&unknown).await.status, 401);
@@ -141,9 +141,9 @@ async fn what_opens_nothing_is_shared_too() {
     assert!(second.metric("quota_key_shared_negative_hits_total").await >= 1.0);
 }
 
-/// A load that began before a change, and wrote what it had read long after it.
+/// A load that began before a change and was written long after it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_record_from_before_a_change_is_not_believed_whenever_it_was_written() {
+async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
     let world = World::start().await;
     let (first, path) = (&world.first, format!("/admin/api-keys/{}", world.key.id));
     assert_eq!(first.echo(&world.key.text).await.status, 200);
@@ -156,7 +156,7 @@ async fn a_record_from_before_a_change_is_not_believed_whenever_it_was_written()
     assert_eq!(changed.status, 200, "{}", changed.body);
     let mut redis = world.redis().await;
     for app in [first, &second, &world.another().await] {
-        // As if it were written just now, for each anew.
+        // As if it had just been written, each time.
         redis
             .set::<_, _, ()>(&name, &before)
             .await
@@ -174,7 +174,7 @@ async fn a_record_from_before_a_change_is_not_believed_whenever_it_was_written()
             .expect("it is written");
         assert_eq!(app.echo(&world.key.text).await.status, 401);
     }
-    // A replica that has just started knows of the change as well.
+    // A replica that has just started also knows about the change.
     redis
         .set::<_, _, ()>(&name, &before)
         .await
@@ -185,7 +185,7 @@ async fn a_record_from_before_a_change_is_not_believed_whenever_it_was_written()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_of_a_plan_or_the_tenant_makes_every_record_untrue() {
+async fn change_to_a_plan_or_tenant_invalidates_every_record() {
     let world = World::start().await;
     let first = &world.first;
     let mut limit = 60_000;
@@ -237,7 +237,7 @@ async fn a_change_of_a_plan_or_the_tenant_makes_every_record_untrue() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_damaged_or_forged_is_as_good_as_nothing() {
+async fn damaged_or_forged_record_is_ignored() {
     let world = World::start().await;
     assert_eq!(world.first.echo(&world.key.text).await.status, 200);
     let (name, whole) = world.only_record().await;
@@ -253,7 +253,7 @@ async fn what_is_damaged_or_forged_is_as_good_as_nothing() {
         assert_eq!(app.echo(&world.key.text).await.status, 200);
         assert!(app.metric("quota_key_shared_unreadable_total").await >= 1.0);
     }
-    // A record in another key's place opens nothing.
+    // A record under another key's name is rejected.
     let unknown = SecretText::generate(Kind::ApiKey).expect("chance");
     redis.del::<_, ()>(&name).await.expect("it is gone");
     assert_eq!(world.first.echo(&unknown.reveal()).await.status, 401);
@@ -265,7 +265,7 @@ async fn what_is_damaged_or_forged_is_as_good_as_nothing() {
     let app = world.another().await;
     assert_eq!(app.echo(&unknown.reveal()).await.status, 401);
     assert!(app.metric("quota_key_shared_unreadable_total").await >= 1.0);
-    // And something that is no text at all.
+    // Binary garbage.
     redis.del::<_, ()>(&name).await.expect("it is gone");
     redis
         .rpush::<_, _, ()>(&name, "list")
@@ -278,7 +278,7 @@ async fn what_is_damaged_or_forged_is_as_good_as_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_is_away_is_a_miss() {
+async fn unreachable_redis_is_a_miss() {
     let mut world = World::start().await;
     world.server.kill().await;
     let key = {
@@ -291,17 +291,17 @@ async fn a_redis_that_is_away_is_a_miss() {
     assert_eq!(world.first.echo(&key.text).await.status, 200);
     assert_eq!(world.first.echo(&world.key.text).await.status, 200);
     eventually(&world.first, "quota_key_shared_errors_total", 1.0).await;
-    // And is used again when it is back.
+    // It is used again after it recovers.
     world.server.restart().await;
     let redis = world.first.state.redis.clone().expect("it has Redis");
     assert!(redis.connected(PATIENCE).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_falls_silent_delays_one_look_up_and_not_the_next() {
+async fn silent_redis_delays_one_look_up_and_not_the_next() {
     let world = World::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(world.server.addr())).await;
-    // Time stands still, so that the pause after the first failure does not end.
+    // The clock is stopped, so that the pause after the first failure does not end.
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .database(world.first.database.clone())
@@ -344,9 +344,9 @@ async fn a_redis_that_falls_silent_delays_one_look_up_and_not_the_next() {
     assert_eq!(look_up(&keys[4]).await, 2, "and is tried again");
 }
 
-/// It cannot tell what has been revoked since.
+/// It cannot know what has changed since.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_is_cut_off_from_postgres_believes_no_shared_record() {
+async fn replica_cut_off_from_postgres_trusts_no_shared_record() {
     let world = World::start().await;
     let (proxy, url) = through_proxy(&world.first.database).await;
     let cut_off = TestApp::setup()
@@ -378,7 +378,7 @@ async fn a_replica_that_is_cut_off_from_postgres_believes_no_shared_record() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_text_and_no_hash_of_ours_alone_is_written_to_redis() {
+async fn no_secret_and_no_plain_hash_is_written_to_redis() {
     let world = World::start().await;
     assert_eq!(world.first.echo(&world.key.text).await.status, 200);
     let (name, bytes) = world.only_record().await;
@@ -391,12 +391,12 @@ async fn no_text_and_no_hash_of_ours_alone_is_written_to_redis() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_is_told_to_the_other_replicas() {
+async fn change_is_published_to_other_replicas() {
     let world = World::start().await;
     let second = world.another().await;
     assert_eq!(second.echo(&world.key.text).await.status, 200);
     let path = format!("/admin/api-keys/{}", world.key.id);
-    // Until the subscription stands, messages are lost, as they may be.
+    // Messages before the subscription are lost, which is allowed.
     let began = Instant::now();
     while second.metric("quota_revocations_received_total").await < 1.0 {
         assert!(began.elapsed() < PATIENCE);
@@ -411,7 +411,7 @@ async fn a_change_is_told_to_the_other_replicas() {
     }
     eventually(&world.first, "quota_revocations_published_total", 1.0).await;
     eventually(&second, "quota_revocation_lag_seconds_count", 1.0).await;
-    // Nonsense on the channel is counted, and harms nothing.
+    // Garbage on the channel is counted and does no harm.
     let mut redis = world.redis().await;
     redis
         .publish::<_, _, ()>("quota:revoked", "nonsense")
@@ -421,7 +421,7 @@ async fn a_change_is_told_to_the_other_replicas() {
     assert_eq!(second.echo(&world.key.text).await.status, 200);
 }
 
-/// The highest number that PostgreSQL has assigned.
+/// Returns the highest number that PostgreSQL has assigned.
 async fn newest_revocation(app: &TestApp) -> i64 {
     let client = app.database.connect().await;
     let row = client
@@ -430,15 +430,15 @@ async fn newest_revocation(app: &TestApp) -> i64 {
     row.expect("it is read").get(0)
 }
 
-/// A message as anyone can write it who has seen one, before they were sealed.
+/// A message without a seal, which anyone who has seen one could write.
 fn unsealed(seq: i64, id: uuid::Uuid) -> String {
     let at = SystemClock::new().now().0 / 1000;
     json!({"seq": seq, "tenant": id, "target": "tenant", "id": id, "at": at}).to_string()
 }
 
-/// Whoever may publish in Redis takes the numbers of revocations to come. The real ones must count nevertheless.
+/// Someone with access to Redis announces future numbers. The real changes with these numbers must still count.
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_with_future_numbers_do_not_bring_a_deleted_key_back() {
+async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
     let world = World::start().await;
     let second = world.another().await;
     for app in [&world.first, &second] {
@@ -454,7 +454,7 @@ async fn messages_with_future_numbers_do_not_bring_a_deleted_key_back() {
             .expect("it is sent");
         assert!(heard <= 2);
     }
-    // Both have taken them, believed or not.
+    // Both have received them, accepted or not.
     for app in [&world.first, &second] {
         let began = Instant::now();
         loop {
@@ -463,7 +463,7 @@ async fn messages_with_future_numbers_do_not_bring_a_deleted_key_back() {
             if taken >= 199.0 {
                 break;
             }
-            // Until it subscribes, it misses them.
+            // It misses messages until it has subscribed.
             redis
                 .publish::<_, _, ()>("quota:revoked", unsealed(newest + 1, uuid::Uuid::now_v7()))
                 .await
@@ -486,7 +486,7 @@ async fn messages_with_future_numbers_do_not_bring_a_deleted_key_back() {
             sleep(Duration::from_millis(5)).await;
         }
     }
-    // What is remembered of an invalid key is forgotten with any change of the cache; the saved record is there.
+    // Any change clears the negative cache entry of the key, but the saved record remains.
     for app in [&world.first, &second] {
         app.state
             .keys
@@ -504,9 +504,9 @@ async fn messages_with_future_numbers_do_not_bring_a_deleted_key_back() {
     }
 }
 
-/// Revocations are deleted from PostgreSQL after a day. A replica that starts then has never seen them.
+/// Rows are deleted from the table after a day. A replica that starts after that has never seen them.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_starts_refuses_records_of_keys_deleted_long_ago() {
+async fn starting_replica_rejects_records_of_keys_deleted_long_ago() {
     let world = World::start().await;
     assert_eq!(world.first.echo(&world.key.text).await.status, 200);
     let (name, record) = world.only_record().await;
@@ -558,9 +558,9 @@ async fn a_replica_that_starts_refuses_records_of_keys_deleted_long_ago() {
     assert!(fresh.metric("quota_key_shared_outdated_total").await >= 1.0);
 }
 
-/// Two installations on one Redis with one prefix, and even one secret: neither believes the other.
+/// Two installations with the same Redis, prefix and secret do not trust each other.
 #[tokio::test(flavor = "multi_thread")]
-async fn two_installations_with_one_prefix_do_not_believe_each_other() {
+async fn two_installations_with_one_prefix_do_not_trust_each_other() {
     let server = RedisServer::start().await;
     let start = async || {
         let app = TestApp::setup()
@@ -611,7 +611,7 @@ async fn two_installations_with_one_prefix_do_not_believe_each_other() {
         sleep(Duration::from_millis(20)).await;
     }
     assert!(other.metric("quota_revocations_received_total").await < 0.5);
-    // A replica of the same installation does.
+    // A replica of the same installation accepts it.
     let replica = TestApp::setup()
         .database(one.database.clone())
         .flag(redis_flag(&server))
@@ -637,9 +637,9 @@ async fn two_installations_with_one_prefix_do_not_believe_each_other() {
     assert!(replica.metric("quota_key_shared_hits_total").await >= 1.0);
 }
 
-/// What a replica has sent can be captured and sent again, whole or in part.
+/// A captured message can be replayed, whole or truncated.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_captured_message_that_is_sent_again_does_nothing() {
+async fn replayed_message_has_no_effect() {
     let world = World::start().await;
     let client = redis::Client::open(world.server.url()).expect("a URL");
     let mut pubsub = client.get_async_pubsub().await.expect("it is there");
@@ -689,7 +689,7 @@ async fn a_captured_message_that_is_sent_again_does_nothing() {
     }
     eventually(&second, "quota_revocations_unreadable_total", 6.0).await;
     assert_eq!(newest_revocation(&world.first).await, before);
-    // And the next honest change is in force.
+    // The next genuine change applies.
     change(2000).await;
     let began = Instant::now();
     while second

@@ -1,4 +1,4 @@
-//! Rows whose time has passed are deleted, however many there are and whatever becomes of one kind of them.
+//! Expired rows are deleted, however many there are and even if one kind cannot be.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,13 +10,14 @@ use crate::support::app::{Account, TestApp};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 struct World {
-    /// Without workers.
+    /// Without background jobs.
     app: TestApp,
     account: Account,
     client: Client,
 }
 
-/// A database with `many` expired idempotency keys, a few expired rows of each other kind, and a fresh one of each.
+/// Fills a database with `many` expired idempotency keys, a few expired rows of every other kind, and one current row
+/// of each.
 async fn world(many: i32) -> World {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
@@ -24,7 +25,7 @@ async fn world(many: i32) -> World {
     let key = app.key(&account, &plan).await;
     let fresh = app.key(&account, &plan).await;
     let client = app.database.connect().await;
-    // Ids that the server made: they are safe inside of SQL.
+    // IDs of the server, which are safe in SQL.
     let (tenant, user) = (&account.tenant_id, &account.user_id);
     let (key, fresh) = (&key.id, &fresh.id);
     let rows = format!(
@@ -58,7 +59,7 @@ async fn world(many: i32) -> World {
 }
 
 impl World {
-    /// Expired rows of each kind that are still there.
+    /// Returns the expired rows of each kind that remain.
     async fn left(&self) -> Vec<i64> {
         let row = self
             .client
@@ -76,7 +77,7 @@ impl World {
         (0..6).map(|i| row.get(i)).collect()
     }
 
-    /// What must not be swept: one of each kind, and the account's own session.
+    /// Returns the rows that must not be swept: one of each kind, and the account's session.
     async fn assert_fresh_rows_are_kept(&self) {
         let row = self
             .client
@@ -94,7 +95,7 @@ impl World {
         assert_eq!(kept, [1, 1, 1, 1, 1]);
     }
 
-    /// Starts the workers, on connections with a short timeout.
+    /// Starts the background jobs, with a short statement timeout.
     async fn start(&self) -> TestApp {
         TestApp::setup()
             .database(Arc::clone(&self.app.database))
@@ -115,12 +116,12 @@ impl World {
     }
 }
 
-/// So many that one statement could not delete them within the timeout.
+/// Too many for one statement within the timeout.
 #[tokio::test(flavor = "multi_thread")]
-async fn more_rows_than_one_statement_can_delete_are_deleted_all_the_same() {
+async fn more_rows_than_one_statement_can_delete_are_deleted() {
     const MANY: i32 = 3000;
     let world = world(MANY).await;
-    // A millisecond and more for each row: three seconds for all.
+    // More than a millisecond per row: three seconds in all.
     world
         .client
         .batch_execute(
@@ -146,7 +147,7 @@ async fn more_rows_than_one_statement_can_delete_are_deleted_all_the_same() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_kind_that_cannot_be_deleted_does_not_keep_the_others() {
+async fn kind_that_cannot_be_deleted_does_not_hold_up_others() {
     let world = world(50).await;
     world
         .client
@@ -157,7 +158,7 @@ async fn a_kind_that_cannot_be_deleted_does_not_keep_the_others() {
         )
         .await
         .expect("a trigger");
-    // Another transaction holds one of the expired sessions.
+    // Another transaction has locked an expired session.
     let mut other = world.app.database.connect().await;
     let held = other.transaction().await.expect("a transaction");
     held.execute(

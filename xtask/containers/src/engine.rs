@@ -1,4 +1,4 @@
-//! The container engine: one that runs already, or a private one that ends with us.
+//! The container engine: one that is already running, or a private one that stops with this program.
 
 use std::{
     fs,
@@ -21,10 +21,10 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Returns the engine that the environment names. If there is none, starts one of its own with its data in
-    /// `folder`, where images stay for the next run.
+    /// Returns the engine of the environment. If there is none, starts one with its data in `folder`, which keeps
+    /// images for the next run.
     pub fn start(folder: &Path) -> Result<Self> {
-        // Debian's client builds with BuildKit as it is; newer ones on the PATH require a plugin for it.
+        // Debian's client supports BuildKit by default; newer ones on the PATH require a plugin for it.
         let client = ["/usr/bin/docker", "/usr/local/bin/docker"].map(PathBuf::from);
         let client = client.into_iter().find(|path| path.exists());
         let mut engine = Self {
@@ -85,19 +85,19 @@ impl Engine {
         command
     }
 
-    /// A call of the client.
+    /// Returns a command of the client.
     pub fn docker(&self, arguments: &[&str]) -> Command {
         let mut command = self.with_host(&self.client);
         command.args(arguments);
         command
     }
 
-    /// A call of compose.
+    /// Returns a command of Compose.
     pub fn compose(&self) -> Command {
         self.with_host(&self.compose)
     }
 
-    /// A program that calls the client itself, such as a script.
+    /// Returns a command of a program that calls the client itself, such as a script.
     pub fn script(&self, program: &Path) -> Command {
         let mut command = self.with_host(program);
         if let (Some(folder), Some(path)) = (self.client.parent(), std::env::var_os("PATH")) {
@@ -119,7 +119,7 @@ impl Engine {
         status.is_ok_and(|status| status.success())
     }
 
-    /// Returns what a call of the client prints.
+    /// Runs the client and returns its output.
     pub fn read(&self, arguments: &[&str]) -> Result<String> {
         read(&mut self.docker(arguments))
     }
@@ -138,12 +138,12 @@ impl Drop for Engine {
     }
 }
 
-/// Runs a command to its end. An error carries what it printed.
+/// Runs a command. An error contains its output.
 pub fn succeed(command: &mut Command) -> Result<()> {
     read(command).map(drop)
 }
 
-/// Returns what a command prints.
+/// Runs a command and returns its output.
 pub fn read(command: &mut Command) -> Result<String> {
     let shown = format!("{command:?}");
     let Output {

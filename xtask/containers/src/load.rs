@@ -1,4 +1,4 @@
-//! Requests at a steady rate, and what became of each.
+//! Requests at a steady rate, and their results.
 
 use std::{
     sync::{
@@ -13,7 +13,7 @@ use reqwest::Client;
 use serde_json::json;
 use tokio::{task::JoinSet, time};
 
-/// Requests a second, every other one a POST.
+/// Requests per second, every other one a POST.
 pub const RATE: u32 = 180;
 
 /// What is requested.
@@ -25,18 +25,18 @@ pub struct Target {
     pub service_token: String,
 }
 
-/// What became of the requests.
+/// The results of the requests.
 #[derive(Debug, Default)]
 pub struct Outcome {
     pub sent: u64,
     pub admitted: u64,
     pub denied: u64,
-    /// When, and how, those failed that were neither.
+    /// When and how the other requests failed.
     pub failures: Vec<(Duration, String)>,
     pub slowest: Duration,
 }
 
-/// A load that goes on until it is stopped.
+/// A load that continues until it is stopped.
 #[derive(Debug)]
 pub struct Load {
     running: Arc<AtomicBool>,
@@ -83,7 +83,7 @@ impl Load {
     }
 }
 
-/// One request: whether it was admitted.
+/// Sends one request. Returns whether it was allowed.
 async fn send(target: &Target, post: bool) -> Result<bool, String> {
     let request = if post {
         target

@@ -1,4 +1,4 @@
-//! Builds the image, brings up `deploy/compose.prod.yml`, and goes through what an operator does with it under load.
+//! Builds the image, starts `deploy/compose.prod.yml`, and performs an operator's tasks under load.
 
 #![expect(
     clippy::disallowed_methods,
@@ -102,7 +102,7 @@ fn image(engine: &Engine, binary: Option<&Path>, tag: &str) -> Result<()> {
     Ok(())
 }
 
-/// `compose.prod.yml`, running under a name of its own. Everything is removed when this is dropped.
+/// `compose.prod.yml`, running under its own project name. Everything is removed on drop.
 struct Production<'a> {
     engine: &'a Engine,
     project: String,
@@ -213,7 +213,7 @@ impl<'a> Production<'a> {
         self.under_load(&client, &account).await
     }
 
-    /// Which path leads where.
+    /// Checks where each path leads.
     async fn routes(&self, client: &Client) -> Result<()> {
         let base = self.base();
         for (path, expected, content) in [
@@ -258,7 +258,7 @@ impl<'a> Production<'a> {
         Ok(())
     }
 
-    /// A strict key's burst over both replicas, all at once.
+    /// Sends a strict key's burst to both replicas at once.
     async fn is_exact(&self, client: &Client, account: &Account) -> Result<()> {
         let plan = json!({"name": "Exact", "default_rpm": 60, "burst": 100, "strict": true});
         let key = account.key(client, plan).await?;
@@ -386,7 +386,7 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-/// An account made for the test.
+/// An account created for the test.
 struct Account {
     base: String,
     token: String,

@@ -1,4 +1,4 @@
-//! The gateways themselves, as Debian packages them, each with its configuration from `deploy/gateways`.
+//! The gateways as packaged by Debian, each with its configuration from `deploy/gateways`.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use quota_testkit::Process;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
-/// A test's machine may be busy.
+/// The machine may be busy.
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,13 +22,13 @@ pub(super) enum Program {
     HaProxy,
 }
 
-/// What its user fills in.
+/// The values that a user fills in.
 pub(super) struct Filled<'a> {
     pub(super) quota_port: u16,
     pub(super) root: &'a Path,
     pub(super) token: &'a str,
     pub(super) api: String,
-    /// A part of HAProxy's script, and the mistake that takes its place.
+    /// A part of HAProxy's script, and the bug that replaces it.
     pub(super) script_fault: Option<(&'a str, &'a str)>,
 }
 
@@ -48,7 +48,7 @@ fn free_port() -> u16 {
     listener.local_addr().expect("it is bound").port()
 }
 
-/// Debian installs servers where only root looks.
+/// Debian installs servers in root's path only.
 fn command(name: &str) -> Command {
     let system = Path::new("/usr/sbin").join(name);
     Command::new(if system.exists() {
@@ -81,11 +81,11 @@ impl Filled<'_> {
 }
 
 impl Program {
-    /// Starts it, and waits until it listens.
+    /// Starts it and waits until it listens.
     pub(super) async fn start(self, filled: &Filled<'_>) -> Gateway {
         let dir = tempfile::tempdir().expect("a directory");
         let output = dir.path().join("output");
-        // Another process may take a port between our look and the gateway's own.
+        // Another process may have taken the port in the meantime.
         for _ in 0..5 {
             let port = free_port();
             let command = self.command(dir.path(), filled, port);
@@ -126,7 +126,7 @@ impl Program {
                 caddy
                     .args(["run", "--adapter", "caddyfile", "--config"])
                     .arg(file)
-                    // The roots of the machine that it verifies Quota's certificate with.
+                    // The trusted roots that it verifies Quota's certificate with.
                     .env("SSL_CERT_FILE", filled.root)
                     .env("HOME", dir)
                     .env("XDG_DATA_HOME", dir)
@@ -143,7 +143,7 @@ impl Program {
                 let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
                     .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))
                     .concat();
-                // One process, so that its end is the end of it.
+                // A single process, so that nothing is left when it ends.
                 let text = format!(
                     "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n\
                      access_log off;\n{temporary}{server}}}\n",

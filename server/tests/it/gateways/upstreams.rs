@@ -1,4 +1,4 @@
-//! What stands behind a gateway: the API it protects, and Quota, or something in its place, behind TLS.
+//! The upstreams of a gateway: the API that it protects, and Quota or a substitute behind TLS.
 
 use std::{
     fs,
@@ -27,7 +27,7 @@ use tokio_rustls::{
     },
 };
 
-/// The API behind a gateway. It returns the body it received. A path can ask for another status: `/status/403`.
+/// The API behind a gateway. It returns the body it received. The path can select another status: `/status/403`.
 pub(super) struct Api {
     pub(super) addr: SocketAddr,
     requests: Arc<Mutex<Vec<Head>>>,
@@ -70,7 +70,7 @@ impl Api {
                             .unwrap_or("200")
                             .to_owned();
                         received.lock().push(head);
-                        // Fields that only Quota's own may take the place of.
+                        // Headers that only Quota's may replace.
                         let answer = format!(
                             "HTTP/1.1 {status} Status\r\ncontent-length: {}\r\nx-ratelimit-limit: api\r\n\
                              ratelimit: api\r\nx-quota-degraded: api\r\nx-own: kept\r\n\r\n",
@@ -93,7 +93,7 @@ impl Api {
     }
 }
 
-/// The next request of a connection; `None` at its end.
+/// Returns the next request of a connection, or `None` at its end.
 async fn read_request(
     stream: &mut (impl AsyncBufRead + AsyncWrite + Unpin),
 ) -> Option<(Head, Vec<u8>)> {
@@ -125,9 +125,9 @@ async fn read_request(
     Some((head, body))
 }
 
-/// A certificate authority, and a certificate of it for `localhost`.
+/// A certificate authority, and its certificate for `localhost`.
 pub(super) struct Authority {
-    /// The authority's own certificate, in a file.
+    /// The file with the authority's certificate.
     pub(super) root: PathBuf,
     config: Arc<ServerConfig>,
 }
@@ -164,11 +164,11 @@ impl Authority {
     }
 }
 
-/// What a gateway finds at Quota's address.
+/// What a gateway reaches at Quota's address.
 #[derive(Clone, Copy)]
 pub(super) enum Behind {
     Quota(SocketAddr),
-    /// Something else, which answers each request with this status line and these header fields.
+    /// A substitute that answers each request with this status line and these headers.
     Other(fn(&Head) -> &'static str),
 }
 
@@ -189,7 +189,7 @@ impl TlsHop {
             while let Ok((stream, _)) = listener.accept().await {
                 let (acceptor, counted) = (acceptor.clone(), Arc::clone(&counted));
                 tokio::spawn(async move {
-                    // A gateway that does not trust the certificate ends it here.
+                    // A gateway that does not trust the certificate disconnects here.
                     let Ok(mut stream) = acceptor.accept(stream).await else {
                         return;
                     };
@@ -217,7 +217,7 @@ impl TlsHop {
         Self { port, connections }
     }
 
-    /// How many connections were made to it.
+    /// Returns the number of connections made to it.
     pub(super) fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
     }

@@ -38,7 +38,7 @@ async fn refresh(app: &TestApp, token: &str) -> Answer {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_registers_is_signed_in_as_owner_of_a_tenant_of_their_own() {
+async fn new_user_is_signed_in_as_owner_of_a_new_tenant() {
     let app = TestApp::start().await;
     let body = json!({"email": "Ada@Example.com", "password": PASSWORD, "tenant_name": "Engines"});
     let made = app.post("/auth/register", body).send().await;
@@ -78,7 +78,7 @@ async fn who_registers_is_signed_in_as_owner_of_a_tenant_of_their_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_password_that_is_easy_to_guess_is_refused_by_name() {
+async fn easily_guessed_password_is_rejected_by_field() {
     let app = TestApp::start().await;
     for (email, password, field) in [
         ("ada@example.com", "short", "password"),
@@ -106,7 +106,7 @@ async fn a_password_that_is_easy_to_guess_is_refused_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_email_and_a_wrong_password_are_answered_alike() {
+async fn unknown_email_and_wrong_password_get_the_same_response() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let wrong = login(&app, &account.email, "violet-harbour-quilt-94").await;
@@ -124,7 +124,7 @@ async fn an_unknown_email_and_a_wrong_password_are_answered_alike() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_access_token_ends_after_fifteen_minutes() {
+async fn access_token_expires_after_fifteen_minutes() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock.clone()))
@@ -140,13 +140,13 @@ async fn an_access_token_ends_after_fifteen_minutes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refresh_token_works_once_and_its_predecessor_gets_the_same_successor() {
+async fn refresh_token_works_once_and_its_predecessor_gets_the_same_successor() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let second = refresh(&app, &account.refresh_token).await;
     assert_eq!(second.status, 200);
     assert_ne!(second.text("refresh_token"), account.refresh_token);
-    // Two tabs, or an answer that was lost.
+    // Two tabs, or a lost response.
     let both = futures_util::future::join(
         refresh(&app, &account.refresh_token),
         refresh(&app, &account.refresh_token),
@@ -160,7 +160,7 @@ async fn a_refresh_token_works_once_and_its_predecessor_gets_the_same_successor(
     let third = refresh(&app, &second.text("refresh_token")).await;
     assert_eq!(third.status, 200);
 
-    // Not the predecessor any more: somebody has a copy, and the whole family ends.
+    // No longer the predecessor, so it was copied: the whole family ends.
     assert_eq!(refresh(&app, &account.refresh_token).await.status, 401);
     assert_eq!(
         refresh(&app, &third.text("refresh_token")).await.status,
@@ -186,7 +186,7 @@ async fn a_refresh_token_works_once_and_its_predecessor_gets_the_same_successor(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_predecessor_after_its_ten_seconds_ends_the_family() {
+async fn reuse_of_the_previous_refresh_token_after_ten_seconds_revokes_the_session() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let second = refresh(&app, &account.refresh_token).await;
@@ -217,7 +217,7 @@ async fn what_is_no_refresh_token_is_401_and_ends_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn signing_out_ends_access_at_once() {
+async fn signing_out_ends_access_immediately() {
     let app = TestApp::start().await;
     let account = app.register().await;
     assert_eq!(me(&app, &account.access_token).await, 200);
@@ -241,7 +241,7 @@ async fn signing_out_ends_access_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_changed_password_ends_every_other_session() {
+async fn changed_password_revokes_every_other_session() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let other = login(&app, &account.email, PASSWORD).await;
@@ -284,7 +284,7 @@ async fn a_changed_password_ends_every_other_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sessions_are_listed_and_ended_by_their_user_alone() {
+async fn only_their_user_lists_and_revokes_sessions() {
     let app = TestApp::start().await;
     let (account, stranger) = (app.register().await, app.register().await);
     let other = login(&app, &account.email, PASSWORD).await;
@@ -329,7 +329,7 @@ async fn sessions_are_listed_and_ended_by_their_user_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_own_account_is_changed() {
+async fn current_user_can_be_updated() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let change = json!({"name": "Ada", "tenant_name": "Engines", "time_zone": "Europe/Berlin"});
@@ -353,7 +353,7 @@ async fn the_own_account_is_changed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_role_may_do_what_it_may() {
+async fn role_may_do_exactly_what_it_allows() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -368,7 +368,7 @@ async fn a_role_may_do_what_it_may() {
             .execute("UPDATE memberships SET role = $1", &[&role])
             .await
             .unwrap();
-        // A session remembers its role for no longer than other replicas take to hear of a change.
+        // A session caches its role no longer than changes take to reach other replicas.
         let token = login(&app, &account.email, PASSWORD)
             .await
             .text("access_token");
@@ -430,7 +430,7 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
         (429, "too-many-requests")
     );
     assert!((1..=30).contains(&refused.number("retry-after")));
-    // A console shows a person the words alone.
+    // A console shows only the message.
     let wait = format!("Try again in {} second", refused.number("retry-after"));
     assert!(refused.text("detail").contains(&wait), "{}", refused.body);
     assert_eq!(
@@ -464,7 +464,7 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_is_no_trusted_proxy_cannot_choose_its_address() {
+async fn untrusted_peer_cannot_choose_its_address() {
     let app = TestApp::setup().flag("--admin-rpm=2").start().await;
     let Account { access_token, .. } = app.register().await;
     let mut last = 0;
@@ -482,7 +482,7 @@ async fn who_is_no_trusted_proxy_cannot_choose_its_address() {
     assert_eq!(last, 429);
 }
 
-/// The token of a new session, with what its client calls itself.
+/// Returns the token of a new session with this user agent.
 async fn login_from(app: &TestApp, account: &Account, user_agent: &str) -> Answer {
     let body = json!({"email": account.email, "password": PASSWORD});
     let call = app.post("/auth/login", body);
@@ -490,7 +490,7 @@ async fn login_from(app: &TestApp, account: &Account, user_agent: &str) -> Answe
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_many_who_register_one_email_at_once_one_gets_it() {
+async fn concurrent_registrations_of_one_email_create_one_account() {
     let app = TestApp::start().await;
     let register = async |email: &str| {
         app.post(
@@ -523,7 +523,7 @@ async fn of_many_who_register_one_email_at_once_one_gets_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_password_is_the_same_however_its_characters_were_composed() {
+async fn password_matches_in_any_unicode_composition() {
     let app = TestApp::start().await;
     let (composed, decomposed) = (
         "caf\u{e9} w\u{fc}rfel 93 zebra",
@@ -547,7 +547,7 @@ async fn a_password_is_the_same_however_its_characters_were_composed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_a_password_is_refused_at_the_door_without_a_hint() {
+async fn impossible_password_is_rejected_without_a_hint() {
     let app = TestApp::start().await;
     let account = app.register().await;
     for (email, password, status) in [
@@ -569,7 +569,7 @@ async fn what_cannot_be_a_password_is_refused_at_the_door_without_a_hint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_tabs_that_refresh_at_once_stay_signed_in_together() {
+async fn tabs_that_refresh_concurrently_stay_signed_in() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let answers =
@@ -602,7 +602,7 @@ async fn many_tabs_that_refresh_at_once_stay_signed_in_together() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stolen_refresh_token_ends_its_own_session_alone() {
+async fn stolen_refresh_token_revokes_only_its_own_session() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let elsewhere = login(&app, &account.email, PASSWORD).await;
@@ -637,7 +637,7 @@ async fn a_stolen_refresh_token_ends_its_own_session_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_session_lasts_for_as_long_as_it_is_used_and_no_longer() {
+async fn session_lasts_as_long_as_it_is_used() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let idle = login(&app, &account.email, PASSWORD).await;
@@ -668,7 +668,7 @@ async fn a_session_lasts_for_as_long_as_it_is_used_and_no_longer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_replica_refuses_a_session_that_has_ended_within_a_second() {
+async fn other_replica_rejects_a_revoked_session_within_a_second() {
     let one = TestApp::start().await;
     let other = TestApp::setup()
         .database(one.database.clone())
@@ -693,7 +693,7 @@ async fn another_replica_refuses_a_session_that_has_ended_within_a_second() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn signing_out_ends_the_own_session_alone_and_needs_its_token() {
+async fn signing_out_revokes_only_its_own_session_and_needs_its_token() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let other = login(&app, &account.email, PASSWORD).await;
@@ -709,7 +709,7 @@ async fn signing_out_ends_the_own_session_alone_and_needs_its_token() {
         );
     }
     assert_eq!(me(&app, &account.access_token).await, 200);
-    // The first of the family ends it as well as the last does: it is no theft to sign out.
+    // Any token of the family can sign out; reuse is not theft here.
     let next = refresh(&app, &account.refresh_token).await;
     let out = json!({"refresh_token": account.refresh_token});
     assert_eq!(app.post("/auth/logout", out).send().await.status, 204);
@@ -719,7 +719,7 @@ async fn signing_out_ends_the_own_session_alone_and_needs_its_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_list_of_sessions_tells_them_apart_in_pages() {
+async fn list_of_sessions_is_paginated_and_distinguishes_them() {
     let app = TestApp::start().await;
     let account = app.register().await;
     for n in 0..4 {
@@ -730,7 +730,7 @@ async fn the_list_of_sessions_tells_them_apart_in_pages() {
             200
         );
     }
-    // A session that is renewed stays the one it is.
+    // A refreshed session keeps its identity.
     let renewed = refresh(&app, &account.refresh_token).await;
     let token = renewed.text("access_token");
     let (mut agents, mut cursor) = (Vec::new(), String::new());
@@ -760,7 +760,7 @@ async fn the_list_of_sessions_tells_them_apart_in_pages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_of_the_account_that_is_refused_changes_nothing_of_it() {
+async fn rejected_update_changes_nothing_in_the_account() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let token = &account.access_token;
@@ -820,7 +820,7 @@ async fn a_change_of_the_account_that_is_refused_changes_nothing_of_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_address_that_was_refused_passes_after_exactly_what_it_was_told() {
+async fn rejected_address_is_admitted_exactly_after_retry_after() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock.clone()))
@@ -860,7 +860,7 @@ async fn an_address_that_was_refused_passes_after_exactly_what_it_was_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tries_to_sign_in_are_limited_by_account_whether_it_exists_or_not() {
+async fn sign_in_attempts_are_limited_per_account_whether_it_exists_or_not() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock.clone()))
@@ -928,7 +928,7 @@ async fn addresses_of_one_ipv6_network_are_counted_together() {
     assert_eq!(from("2001:db8:1:2:ffff::9, 10.1.2.3").await, 200);
     assert_eq!(from("[2001:db8:1:2::7]:4711").await, 429);
     assert_eq!(from("2001:db8:1:3::1").await, 200, "another network");
-    // What cannot be read ends the walk at the proxy before it, and chooses no address.
+    // An unparsable address ends the search at the proxy before it.
     assert_eq!(from("2001:db8:1:4::1, nonsense").await, 200);
     assert_eq!(from("2001:db8:1:5::1, nonsense").await, 200);
     assert_eq!(from("2001:db8:1:6::1, nonsense").await, 429);
@@ -943,7 +943,7 @@ async fn login_from_network(app: &TestApp, ip: &str, email: &str, password: &str
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stranger_cannot_lock_an_owner_out() {
+async fn stranger_cannot_lock_out_an_owner() {
     let app = TestApp::setup()
         .flag("--login-rpm=10")
         .flag("--trusted-proxies=127.0.0.0/8")
@@ -960,12 +960,12 @@ async fn a_stranger_cannot_lock_an_owner_out() {
         (429, "too-many-requests")
     );
     assert!(refused.number("retry-after") >= 1);
-    // The owner, on a device that was never signed in, in another network.
+    // The owner, on a new device in another network.
     let owner_signs_in = login_from_network(&app, "203.0.113.9", &owner.email, PASSWORD).await;
     assert_eq!(owner_signs_in.status, 200, "{}", owner_signs_in.body);
 }
 
-/// Keeps the two password threads busy for a while, with accounts whose hashes take `passes` to verify.
+/// Keeps both password threads busy for a while, with accounts whose hashes take `passes` to verify.
 async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task::JoinHandle<u16>> {
     let costly = format!(
         "$argon2id$v=19$m=65536,t={passes},p=1$c29tZXNhbHRzb21lc2FsdA$\
@@ -989,13 +989,13 @@ async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task:
             answer.expect("it answers").status().as_u16()
         }));
     }
-    // Long enough for both to be at work, and short of their end.
+    // Long enough for both to be busy, but not to finish.
     tokio::time::sleep(std::time::Duration::from_millis(150)).await;
     busy
 }
 
-/// Signs in with `old` while the password threads are busy, and changes the password to `new` meanwhile. Returns the
-/// response and whether it came after the change.
+/// Signs in with `old` while the password threads are busy, and changes the password to `new` in the meantime. Returns
+/// the response and whether it came after the change.
 async fn sign_in_during_reset(
     app: &TestApp,
     other: &TestApp,
@@ -1024,9 +1024,9 @@ async fn sign_in_during_reset(
     (status, body, answered_at > reset_at)
 }
 
-/// The old password is correct when the sign-in looks it up, and wrong when the session would begin.
+/// The old password is correct when the sign-in looks it up, and wrong when the session would be created.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sign_in_that_waits_while_the_password_changes_begins_no_session() {
+async fn sign_in_during_a_password_change_creates_no_session() {
     let app = TestApp::start().await;
     let other = TestApp::setup()
         .database(app.database.clone())
@@ -1035,7 +1035,7 @@ async fn a_sign_in_that_waits_while_the_password_changes_begins_no_session() {
     let owner = app.register().await;
     let client = app.database.connect().await;
     let mut old = PASSWORD.to_owned();
-    // Hashes as costly as it takes on this machine for the sign-in to wait until after the change.
+    // Hashes costly enough on this machine for the sign-in to wait until after the change.
     for passes in [6, 12, 24, 48, 96] {
         let new = format!("seven orchards under frost {passes}");
         let (status, body, waited) =
@@ -1062,7 +1062,7 @@ async fn a_sign_in_that_waits_while_the_password_changes_begins_no_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_many_changes_of_one_password_at_once_one_is_made() {
+async fn one_of_many_concurrent_password_changes_succeeds() {
     let app = TestApp::start().await;
     let owner = app.register().await;
     let sessions =
@@ -1099,7 +1099,7 @@ async fn of_many_changes_of_one_password_at_once_one_is_made() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_known_device_signs_in_during_an_attack_from_many_networks() {
+async fn known_device_signs_in_during_an_attack_from_many_networks() {
     let app = TestApp::setup()
         .flag("--login-rpm=2")
         .flag("--trusted-proxies=127.0.0.0/8")
@@ -1127,7 +1127,7 @@ async fn a_known_device_signs_in_during_an_attack_from_many_networks() {
         let call = app.post("/auth/login", body).header("X-Forwarded-For", ip);
         call.send().await
     };
-    // Even from a network that was slowed down.
+    // Even from a network that is slowed down.
     let known = with_device("198.51.1.7", PASSWORD, &device).await;
     assert_eq!(known.status, 200, "{}", known.body);
     let renewed = known.text("device_token");
@@ -1137,7 +1137,7 @@ async fn a_known_device_signs_in_during_an_attack_from_many_networks() {
     );
     let new_device = login_from_network(&app, "203.0.113.77", &owner.email, PASSWORD).await;
     assert_eq!(new_device.status, 200);
-    // What no server has issued is no device.
+    // A token that no server has issued is not a device.
     let mut forged = renewed.clone();
     let last = if forged.ends_with('A') { 'B' } else { 'A' };
     forged.replace_range(40..41, &last.to_string());
@@ -1174,9 +1174,9 @@ async fn networks_of_ipv6_are_counted_together_at_sign_in() {
     assert_eq!(elsewhere.status, 200);
 }
 
-/// Four replicas are no four times as many tries.
+/// Four replicas do not allow four times as many attempts.
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_share_what_they_count_and_are_stricter_alone() {
+async fn replicas_share_counts_and_are_stricter_without_redis() {
     let mut redis = quota_testkit::redis::RedisServer::start().await;
     let setup = || {
         TestApp::setup()
@@ -1202,12 +1202,12 @@ async fn replicas_share_what_they_count_and_are_stricter_alone() {
     let second = one.register().await;
     assert_eq!(login(&one, &second.email, "wrong").await.status, 401);
     assert_eq!(login(&other, &second.email, PASSWORD).await.status, 200);
-    // A right password is forgotten everywhere.
+    // A correct password resets the count everywhere.
     for _ in 0..6 {
         assert_eq!(login(&one, &second.email, "wrong").await.status, 401);
     }
 
-    // Without Redis each counts for itself, with half the tries.
+    // Without Redis each replica counts on its own, with half the attempts.
     let third = one.register().await;
     redis.kill().await;
     let mut statuses = Vec::new();
@@ -1219,9 +1219,9 @@ async fn replicas_share_what_they_count_and_are_stricter_alone() {
     assert_eq!(fourth.status, 200, "{}", fourth.body);
 }
 
-/// Two threads hash passwords. Sign-ins from many networks do not keep a known device out.
+/// Two threads hash passwords. Sign-ins from many networks do not lock out a known device.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_known_device_is_served_while_the_password_threads_are_flooded() {
+async fn known_device_is_served_while_the_password_threads_are_flooded() {
     let app = TestApp::setup()
         .flag("--trusted-proxies=127.0.0.0/8")
         .flag("--login-rpm=10")
@@ -1289,15 +1289,15 @@ async fn registration_can_be_closed() {
     );
     let kept = app.everything_kept().await;
     assert!(!kept.contains(email));
-    // The operator creates accounts nevertheless, and they sign in.
+    // The operator can still create accounts, and they can sign in.
     let created = app.state.accounts.create(email, PASSWORD, None).await;
     created.expect("it is created");
     assert_eq!(login(&app, email, PASSWORD).await.status, 200);
 }
 
-/// Many at once: the last place is given once.
+/// Concurrently: only one gets the last one.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tenant_creates_as_much_as_the_operator_allows_and_no_more() {
+async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
     let app = TestApp::setup()
         .flag("--max-plans=3")
         .flag("--max-api-keys=4")
@@ -1330,11 +1330,11 @@ async fn a_tenant_creates_as_much_as_the_operator_allows_and_no_more() {
             assert_eq!((refused.status, refused.problem()), (403, "limit-reached"));
             assert!(refused.text("detail").contains(named), "{}", refused.body);
         }
-        // Another tenant is not concerned, except that the plan of a key is not theirs.
+        // Another tenant is not affected, but cannot use the plan.
         if path != "/admin/api-keys" {
             assert_eq!(create(0, &other).await.status, 201, "{path}");
         }
-        // What is deleted makes room.
+        // Deleting makes room.
         let body = &created[0].body;
         let id = ["api_key", "service_token"]
             .iter()
@@ -1350,9 +1350,9 @@ async fn a_tenant_creates_as_much_as_the_operator_allows_and_no_more() {
     }
 }
 
-/// What a judgement of a password costs does not depend on who writes it.
+/// The cost of checking a password's strength does not depend on who chose it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_password_that_is_costly_to_judge_holds_nobody_up() {
+async fn password_that_is_costly_to_check_does_not_delay_others() {
     let app = TestApp::start().await;
     let register = async |n: usize, password: &str| {
         let email = format!("ada{n}@example.com");
@@ -1382,9 +1382,9 @@ async fn a_password_that_is_costly_to_judge_holds_nobody_up() {
     );
 }
 
-/// Registrations wait like sign-ins, and are turned away like them.
+/// Registrations wait and are rejected like sign-ins.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flood_of_registrations_is_turned_away_and_known_devices_are_served() {
+async fn flood_of_registrations_is_rejected_while_known_devices_are_served() {
     let app = TestApp::start().await;
     let owner = app.register().await;
     let device = login(&app, &owner.email, PASSWORD)
@@ -1423,9 +1423,9 @@ async fn a_flood_of_registrations_is_turned_away_and_known_devices_are_served() 
     assert!(of(201) > 0 && of(503) >= 20, "{statuses:?}");
 }
 
-/// Who knows the old secret and a used refresh token can compute all that follow from it.
+/// Anyone who knows the old secret and a used refresh token can compute its successors.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_secret_alone_ends_every_session_and_a_rotation_ends_none() {
+async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
     let (old, new) = ("old-".repeat(8), "new-".repeat(8));
     let with = |database: &Arc<_>, current: &str, previous: Option<&str>| {
         let setup = TestApp::setup()
@@ -1446,7 +1446,7 @@ async fn a_new_secret_alone_ends_every_session_and_a_rotation_ends_none() {
         futures_util::future::join_all((0..4).map(|_| login(&first, &account.email, PASSWORD)))
             .await;
     let token = |n: usize| sessions[n].text("refresh_token");
-    // As an earlier version has written it, which knew nothing of secrets.
+    // As an earlier version wrote it, without a secret.
     let client = database.connect().await;
     let unmarked = "UPDATE sessions SET secret_id = NULL WHERE id IN \
                     (SELECT session_id FROM refresh_tokens WHERE token_hash = sha256($1))";
@@ -1467,7 +1467,7 @@ async fn a_new_secret_alone_ends_every_session_and_a_rotation_ends_none() {
     let unmarked = refresh(&two, &token(2)).await;
     assert_eq!(unmarked.status, 200, "{}", unmarked.body);
 
-    // The new one alone: what has moved to it stays, and what has not ends, whoever wrote it.
+    // Only the new secret: sessions that have moved to it remain, and others end.
     let alone = with(&database, &new, None).start().await;
     for (name, token, status) in [
         ("moved", rotated.text("refresh_token"), 200),
@@ -1483,7 +1483,7 @@ async fn a_new_secret_alone_ends_every_session_and_a_rotation_ends_none() {
         let answer = refresh(&alone, &token).await;
         assert_eq!(answer.status, status, "{name}: {}", answer.body);
     }
-    // They have ended for good: the old secret brings none of them back.
+    // They have ended permanently: the old secret does not restore them.
     let back = with(&database, &old, Some(&new)).start().await;
     for n in [1, 3] {
         assert_eq!(refresh(&back, &token(n)).await.status, 401);
@@ -1502,7 +1502,7 @@ async fn a_new_secret_alone_ends_every_session_and_a_rotation_ends_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_changed_password_makes_known_devices_unknown() {
+async fn changed_password_makes_known_devices_unknown() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock))
@@ -1521,7 +1521,7 @@ async fn a_changed_password_makes_known_devices_unknown() {
     let token = session.text("access_token");
     let changed = send(&app, &token, "POST", "/auth/password", body).await;
     assert_eq!(changed.status, 204);
-    // This network has used up its tries. The device does not get around that any more.
+    // This network has used up its attempts. The device no longer bypasses that.
     for _ in 0..2 {
         assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
     }
@@ -1531,7 +1531,7 @@ async fn a_changed_password_makes_known_devices_unknown() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_devices_of_an_account_are_counted_together() {
+async fn devices_of_an_account_are_counted_together() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock))
@@ -1560,9 +1560,9 @@ async fn the_devices_of_an_account_are_counted_together() {
     assert_eq!(guesses, 10);
 }
 
-/// Somebody who writes to Redis can delay sign-ins, and not for longer than Quota itself would.
+/// Someone who writes to Redis can delay sign-ins, but not for longer than Quota itself would.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_redis_holds_delays_nobody_for_longer_than_the_longest_wait() {
+async fn contents_of_redis_delay_nobody_longer_than_the_longest_wait() {
     let redis = quota_testkit::redis::RedisServer::start().await;
     let app = TestApp::setup()
         .flag(format!("--redis-url={}", redis.url()))

@@ -1,4 +1,4 @@
-//! Sessions in cookies, and the console that they are for.
+//! Sessions in cookies, and the console that uses them.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::support::app::{PASSWORD, TestApp};
 struct Browser<'a> {
     server: &'a TestApp,
     cookies: BTreeMap<String, String>,
-    /// What the browser says of where a request comes from.
+    /// What the browser states about the origin of a request.
     site: Option<&'static str>,
     origin: Option<String>,
     csrf: bool,
@@ -101,7 +101,7 @@ fn plan(name: &str) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_browser_gets_its_tokens_in_cookies_alone() {
+async fn browser_gets_its_tokens_only_in_cookies() {
     let server = TestApp::start().await;
     let mut browser = Browser::new(&server);
     let made = browser.register().await;
@@ -136,7 +136,7 @@ async fn a_browser_gets_its_tokens_in_cookies_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn others_get_them_in_the_body_alone() {
+async fn other_clients_get_tokens_only_in_the_body() {
     let server = TestApp::start().await;
     let body = json!({"email": "ada@example.com", "password": PASSWORD});
     let made = server
@@ -152,7 +152,7 @@ async fn others_get_them_in_the_body_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn behind_tls_cookies_are_bound_to_the_host() {
+async fn cookies_are_bound_to_the_host_behind_tls() {
     let server = TestApp::setup()
         .flag("--public-url=https://quota.example.com")
         .start()
@@ -171,7 +171,7 @@ async fn behind_tls_cookies_are_bound_to_the_host() {
     );
     assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
 
-    // A cookie that a neighbouring host could have set is not the session's.
+    // A cookie that a sibling host could have set is ignored.
     let plain = browser
         .cookies
         .iter()
@@ -182,7 +182,7 @@ async fn behind_tls_cookies_are_bound_to_the_host() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pages_of_others_change_nothing() {
+async fn pages_of_other_origins_cannot_change_anything() {
     let server = TestApp::start().await;
     let mut browser = Browser::registered(&server).await;
     for site in ["cross-site", "same-site", "none"] {
@@ -208,7 +208,7 @@ async fn pages_of_others_change_nothing() {
         );
         assert_eq!(browser.register().await.status(), 403, "{site}");
     }
-    // A browser that does not tell the site tells the origin.
+    // A browser that does not send the site sends the origin.
     browser.site = None;
     for origin in [
         None,
@@ -233,7 +233,7 @@ async fn pages_of_others_change_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_by_cookie_carries_the_field_of_its_session() {
+async fn change_with_cookies_requires_the_csrf_header_of_its_session() {
     let server = TestApp::start().await;
     let other = Browser::registered(&server).await;
     let mut browser = Browser::registered(&server).await;
@@ -293,7 +293,7 @@ async fn a_change_by_cookie_carries_the_field_of_its_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_tabs_that_refresh_at_once_both_stay_signed_in() {
+async fn two_tabs_that_refresh_concurrently_stay_signed_in() {
     let server = TestApp::start().await;
     let mut first = Browser::registered(&server).await;
     let mut second = Browser::new(&server);
@@ -318,7 +318,7 @@ async fn two_tabs_that_refresh_at_once_both_stay_signed_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn signing_out_ends_the_session_and_takes_its_cookies() {
+async fn signing_out_revokes_the_session_and_deletes_its_cookies() {
     let server = TestApp::start().await;
     let mut browser = Browser::registered(&server).await;
     let before = browser.cookies.clone();
@@ -328,7 +328,7 @@ async fn signing_out_ends_the_session_and_takes_its_cookies() {
             .await,
         204
     );
-    // The browser stays a known device, for the next sign-in.
+    // The browser remains a known device for the next sign-in.
     let left = browser.cookies.keys().map(String::as_str);
     assert_eq!(left.collect::<Vec<_>>(), ["quota_device"]);
     browser.cookies = before;
@@ -342,7 +342,7 @@ async fn signing_out_ends_the_session_and_takes_its_cookies() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_answer_carries_its_protection() {
+async fn every_response_has_its_security_headers() {
     let server = TestApp::start().await;
     for path in [
         "/",
@@ -387,7 +387,7 @@ async fn every_answer_carries_its_protection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_console_is_served_or_says_how_to_build_it() {
+async fn console_is_served_or_says_how_to_build_it() {
     let server = TestApp::start().await;
     let get = async |path: &str, codings: &str| {
         server
@@ -412,7 +412,7 @@ async fn the_console_is_served_or_says_how_to_build_it() {
     if index.contains("cargo xtask console") {
         return;
     }
-    // Pages of the console exist; files of an older build do not.
+    // Pages of the console exist. Files of an older build do not.
     assert_eq!(get("/console/plans", "gzip").await.status(), 200);
     let old = get("/console/boot-0000000000000000.js", "gzip").await;
     assert_eq!(old.status(), 404);
@@ -470,7 +470,7 @@ impl Browser<'_> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rotated_secret_keeps_browser_sessions() {
+async fn rotated_secret_keeps_browser_sessions() {
     let [old, new] = SECRETS;
     let before = TestApp::setup()
         .flag(format!("--secret={old}"))
@@ -478,7 +478,7 @@ async fn a_rotated_secret_keeps_browser_sessions() {
         .await;
     let browser = Browser::registered(&before).await;
     let desktop = before.register().await;
-    // Two tabs: one has refreshed just before, and its answer was lost.
+    // Two tabs, one of which has just refreshed and lost the response.
     let mut first_tab = browser.on(&before);
     let refresh = Some(json!({}));
     assert_eq!(
@@ -527,7 +527,7 @@ async fn a_rotated_secret_keeps_browser_sessions() {
         .await;
     assert_eq!(renewed.status, 200, "{}", renewed.body);
 
-    // What was signed by a secret that is not accepted any more is refused.
+    // Tokens signed with a secret that is no longer accepted are rejected.
     let forgotten = TestApp::setup()
         .database(before.database.clone())
         .flag("--secret=another-secret-of-32-characters!")
@@ -537,9 +537,9 @@ async fn a_rotated_secret_keeps_browser_sessions() {
     assert_eq!(third.status(Method::GET, "/auth/me", None).await, 401);
 }
 
-/// nginx sends the name of its upstream as Host when it is not told otherwise.
+/// By default, nginx sends the name of its upstream as `Host`.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_proxy_that_says_localhost_does_not_weaken_cookies() {
+async fn proxy_that_sends_localhost_does_not_weaken_cookies() {
     let server = TestApp::setup().start().await;
     let register = async |fields: &[(&str, &str)]| {
         let email = format!("{}@example.com", uuid::Uuid::now_v7().simple());
@@ -575,7 +575,7 @@ async fn a_proxy_that_says_localhost_does_not_weaken_cookies() {
             );
         }
     }
-    // A browser on the same machine, without TLS, would refuse such cookies.
+    // A browser on the same machine without TLS would reject such cookies.
     let local: [&[(&str, &str)]; 3] = [
         &[
             ("host", "localhost:8080"),
@@ -594,9 +594,9 @@ async fn a_proxy_that_says_localhost_does_not_weaken_cookies() {
     }
 }
 
-/// Such a proxy sends no Origin with a GET: the cookies that were set are read nevertheless.
+/// Such a proxy sends no `Origin` with a GET. The cookies are read anyway.
 #[tokio::test(flavor = "multi_thread")]
-async fn cookies_that_a_proxied_browser_was_given_are_read() {
+async fn cookies_set_through_a_proxy_are_read() {
     let server = TestApp::setup().start().await;
     let mut browser = Browser::new(&server);
     browser.origin = Some("https://quota.example.com".into());
@@ -611,9 +611,9 @@ async fn cookies_that_a_proxied_browser_was_given_are_read() {
     assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
 }
 
-/// A stranger in the same network, or many in many, does not keep a browser out that was signed in before.
+/// Strangers, in the same network or in many, do not lock out a browser that has signed in before.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_known_browser_signs_in_while_its_network_is_slowed_down() {
+async fn known_browser_signs_in_while_its_network_is_slowed_down() {
     let server = TestApp::setup().flag("--login-rpm=3").start().await;
     let mut browser = Browser::new(&server);
     let email = format!("{}@example.com", uuid::Uuid::now_v7().simple());
@@ -648,7 +648,7 @@ async fn a_known_browser_signs_in_while_its_network_is_slowed_down() {
     assert_eq!(status, 200);
     assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
 
-    // Whoever steals the cookie has a few tries, too.
+    // Someone who steals the cookie also gets only a few attempts.
     let mut thief = Browser::new(&server);
     thief.cookies = browser.cookies.clone();
     thief.cookies.retain(|name, _| name.ends_with("device"));
@@ -660,7 +660,7 @@ async fn a_known_browser_signs_in_while_its_network_is_slowed_down() {
         statuses.push(status.as_u16());
     }
     assert_eq!(statuses, [401, 401, 401, 429, 429]);
-    // And it is of no use for another account.
+    // It is useless for another account.
     let other = server.register().await;
     let mut thief = Browser::new(&server);
     thief.cookies = browser.cookies.clone();

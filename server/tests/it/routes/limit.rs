@@ -1,4 +1,4 @@
-//! Decisions, by every way in.
+//! Decisions, on every endpoint.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -21,7 +21,7 @@ use crate::{
     support::app::{Account, Answer, Key, TestApp},
 };
 
-/// A server whose clock moves only when told to, with an account.
+/// A server with a test clock, and an account.
 async fn still() -> (TestApp, TestClock, Account) {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
@@ -116,7 +116,7 @@ async fn over_the_limit_429_tells_when_the_next_request_passes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_daily_quota_ends_with_the_day_in_every_way_in() {
+async fn daily_quota_resets_with_the_day_on_every_endpoint() {
     let (app, clock, account) = still().await;
     let token = app.service_token(&account).await;
     let key = key(
@@ -147,7 +147,7 @@ async fn a_daily_quota_ends_with_the_day_in_every_way_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_way_in_draws_from_one_bucket_and_answers_the_same() {
+async fn all_endpoints_share_a_bucket_and_respond_alike() {
     let (app, _clock, account) = still().await;
     let token = app.service_token(&account).await;
     let key = key(&app, &account, json!({"default_rpm": 60, "burst": 3})).await;
@@ -195,7 +195,7 @@ async fn every_way_in_draws_from_one_bucket_and_answers_the_same() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cost_above_the_burst_is_never_admitted_and_takes_nothing() {
+async fn cost_above_the_burst_is_never_allowed_and_consumes_nothing() {
     let (app, _clock, account) = still().await;
     let token = app.service_token(&account).await;
     let key = key(&app, &account, json!({"default_rpm": 60, "burst": 5})).await;
@@ -223,7 +223,7 @@ async fn a_cost_above_the_burst_is_never_admitted_and_takes_nothing() {
     }
 }
 
-/// What a key that opens nothing is answered, and that nothing was decided for it.
+/// Asserts the responses to an invalid key, and that nothing was decided.
 async fn refused(app: &TestApp, token: &str, key: &str, code: &str) {
     let decided = async || {
         app.metric("quota_decisions_allowed_total").await
@@ -315,7 +315,7 @@ async fn a_key_that_opens_nothing_is_401_and_charged_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bad_checksum_is_refused_without_any_look_up() {
+async fn wrong_checksum_is_rejected_without_a_look_up() {
     let app = TestApp::setup().without_jobs().start().await;
     let lookups = async || {
         app.metric("quota_key_cache_hits_total").await
@@ -331,7 +331,7 @@ async fn a_bad_checksum_is_refused_without_any_look_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_tenants_key_is_answered_like_one_that_never_was() {
+async fn another_tenants_key_is_like_one_that_never_existed() {
     let app = TestApp::start().await;
     let (ours, theirs) = (app.register().await, app.register().await);
     let token = app.service_token(&ours).await;
@@ -355,7 +355,7 @@ async fn another_tenants_key_is_answered_like_one_that_never_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_is_taken_from_one_place_only() {
+async fn key_is_read_from_one_place_only() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let one = key(&app, &account, json!({})).await;
@@ -418,7 +418,7 @@ async fn a_gateway_without_a_token_is_401() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_gateway_hands_on_any_method_and_a_bearer_key() {
+async fn gateway_may_forward_any_method_and_a_bearer_key() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let token = app.service_token(&account).await;
@@ -446,7 +446,7 @@ async fn a_gateway_hands_on_any_method_and_a_bearer_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_changed_plan_is_in_force_at_once_and_hands_out_no_new_burst() {
+async fn changed_plan_applies_immediately_and_grants_no_new_burst() {
     let (app, _clock, account) = still().await;
     let plan = app
         .plan(&account, json!({"default_rpm": 60, "burst": 10}))
@@ -480,7 +480,7 @@ async fn a_changed_plan_is_in_force_at_once_and_hands_out_no_new_burst() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_override_takes_the_place_of_the_plans_rate() {
+async fn override_replaces_the_plans_rate() {
     let (app, _clock, account) = still().await;
     let key = key(&app, &account, json!({"default_rpm": 60})).await;
     let set = async |rpm: Value| {
@@ -509,7 +509,7 @@ async fn an_override_takes_the_place_of_the_plans_rate() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn both_texts_work_within_the_grace_of_a_rotation_and_share_one_bucket() {
+async fn both_secrets_work_within_the_grace_period_and_share_a_bucket() {
     let (app, clock, account) = still().await;
     let key = key(&app, &account, json!({"default_rpm": 60, "burst": 10})).await;
     let rotate = async |body: Value| {
@@ -536,7 +536,7 @@ async fn both_texts_work_within_the_grace_of_a_rotation_and_share_one_bucket() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_replica_refuses_a_deactivated_key_within_a_second() {
+async fn other_replica_rejects_a_deactivated_key_within_a_second() {
     let one = TestApp::start().await;
     let other = TestApp::setup()
         .database(one.database.clone())
@@ -569,7 +569,7 @@ async fn another_replica_refuses_a_deactivated_key_within_a_second() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_quota_goes_on_where_it_was_after_a_restart() {
+async fn quota_continues_after_a_restart() {
     let first = TestApp::start().await;
     let account = first.register().await;
     let key = key(
@@ -592,7 +592,7 @@ async fn a_quota_goes_on_where_it_was_after_a_restart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_many_requests_at_once_just_the_burst_passes() {
+async fn exactly_the_burst_of_many_concurrent_requests_is_allowed() {
     let (app, _clock, account) = still().await;
     let token = app.service_token(&account).await;
     let key = key(
@@ -618,7 +618,7 @@ async fn of_many_requests_at_once_just_the_burst_passes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_gateway_reads_the_same_fields_and_an_empty_body_by_every_method() {
+async fn gateway_gets_the_same_headers_and_an_empty_body_with_every_method() {
     let (app, _clock, account) = still().await;
     let token = app.service_token(&account).await;
     let key = key(&app, &account, json!({"default_rpm": 60, "burst": 1})).await;
@@ -653,7 +653,7 @@ async fn a_gateway_reads_the_same_fields_and_an_empty_body_by_every_method() {
             }
         }
     }
-    // The status of a denial is chosen; that of a key that opens nothing is not.
+    // The status of a denial can be chosen, that of an invalid key cannot.
     let unknown = forward(&app, &token, "x", "?deny=403").await;
     assert_eq!(
         (unknown.status, unknown.header("content-length")),
@@ -671,7 +671,7 @@ async fn a_gateway_reads_the_same_fields_and_an_empty_body_by_every_method() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_question_that_is_not_allowed_names_its_fields_and_takes_nothing() {
+async fn invalid_check_names_its_fields_and_consumes_nothing() {
     let (app, _clock, account) = still().await;
     let token = app.service_token(&account).await;
     let key = key(&app, &account, json!({"default_rpm": 60})).await;
@@ -710,7 +710,7 @@ async fn a_question_that_is_not_allowed_names_its_fields_and_takes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_that_denies_is_named_and_the_longest_wait_is_told() {
+async fn every_violated_policy_is_named_with_the_longest_wait() {
     let (app, clock, account) = still().await;
     let token = app.service_token(&account).await;
     let key = key(
@@ -758,7 +758,7 @@ async fn all_that_denies_is_named_and_the_longest_wait_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_moves_to_another_plan_takes_what_it_used_along() {
+async fn key_that_moves_to_another_plan_keeps_its_usage() {
     let (app, _clock, account) = still().await;
     let small = app
         .plan(
@@ -786,7 +786,7 @@ async fn a_key_that_moves_to_another_plan_takes_what_it_used_along() {
         passed
     };
     assert_eq!(pass().await, 3);
-    // Off and on again, and a new text, are no ways to a new burst either.
+    // Disabling and enabling the key, or rotating it, grants no new burst either.
     patch(json!({"is_active": false})).await;
     assert_eq!(app.echo(&key.text).await.status, 401);
     patch(json!({"is_active": true})).await;
@@ -809,7 +809,7 @@ async fn a_key_that_moves_to_another_plan_takes_what_it_used_along() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_day_of_a_quota_is_that_of_the_tenants_time_zone() {
+async fn daily_quota_uses_the_tenants_time_zone() {
     let now = SystemClock::new().now().secs();
     let evening = now - now % 86_400 + 20 * 3600;
     let clock = TestClock::at(quota_server::clock::UnixNanos::from_secs(evening));
@@ -821,7 +821,7 @@ async fn the_day_of_a_quota_is_that_of_the_tenants_time_zone() {
     let plan = app
         .plan(&account, json!({"default_rpm": 6000, "daily_quota": 1}))
         .await;
-    // 20:00 UTC is 05:00 of the next day in Tokyo and 10:00 of the same in Honolulu; neither has summer time.
+    // 20:00 UTC is 05:00 of the next day in Tokyo and 10:00 in Honolulu. Neither has daylight saving time.
     for (zone, hours) in [("UTC", 4), ("Asia/Tokyo", 19), ("Pacific/Honolulu", 14)] {
         let set = app
             .act(&account, "PATCH", "/auth/me", json!({"time_zone": zone}))
@@ -839,7 +839,7 @@ async fn the_day_of_a_quota_is_that_of_the_tenants_time_zone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_of_time_zone_takes_effect_when_the_day_ends_and_the_headers_say_so() {
+async fn change_of_time_zone_applies_when_the_day_ends_and_headers_say_so() {
     let now = SystemClock::new().now().secs();
     let evening = now - now % 86_400 + 20 * 3600;
     let clock = TestClock::at(quota_server::clock::UnixNanos::from_secs(evening));
@@ -880,7 +880,7 @@ async fn a_change_of_time_zone_takes_effect_when_the_day_ends_and_the_headers_sa
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_replica_learns_of_a_changed_plan_and_a_rotated_key_within_a_second() {
+async fn other_replica_applies_a_changed_plan_and_a_rotated_key_within_a_second() {
     let one = TestApp::start().await;
     let other = TestApp::setup()
         .database(one.database.clone())
@@ -923,7 +923,7 @@ async fn another_replica_learns_of_a_changed_plan_and_a_rotated_key_within_a_sec
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_is_switched_off_and_on_is_believed_at_once_each_time() {
+async fn disabling_and_enabling_a_key_applies_immediately() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let first = key(&app, &account, json!({})).await;
@@ -943,7 +943,7 @@ async fn a_key_that_is_switched_off_and_on_is_believed_at_once_each_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_is_sent_twice_is_no_key() {
+async fn key_that_is_sent_twice_is_rejected() {
     let (app, _clock, account) = still().await;
     let token = app.service_token(&account).await;
     let (one, other) = (
@@ -957,7 +957,7 @@ async fn a_key_that_is_sent_twice_is_no_key() {
         .send()
         .await;
     assert_eq!((twice.status, twice.problem()), (400, "malformed"));
-    // What stands behind the gateway may read the other one: neither is let through.
+    // The API behind the gateway may read the other one, so neither is accepted.
     let forwarded = app
         .get("/v1/forward-auth")
         .header("X-Service-Token", &token)
@@ -984,7 +984,7 @@ async fn a_key_that_is_sent_twice_is_no_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_grace_of_a_rotation_is_for_one_text_and_outlives_no_key() {
+async fn grace_period_is_for_one_secret_and_does_not_outlive_the_key() {
     let (app, clock, account) = still().await;
     let first = key(&app, &account, json!({"default_rpm": 6000})).await;
     let path = format!("/admin/api-keys/{}", first.id);
@@ -1007,7 +1007,7 @@ async fn the_grace_of_a_rotation_is_for_one_text_and_outlives_no_key() {
         assert_eq!(app.echo(text).await.status, 200);
     }
 
-    // The key's own end comes before that of the grace, and ends both.
+    // The key expires before the grace period ends, which ends both secrets.
     let end = i64::try_from(clock.now().secs()).unwrap() + 60;
     let end = chrono::DateTime::from_timestamp(end, 0).unwrap();
     let until = json!({"expires_at": end.to_rfc3339()});
@@ -1023,10 +1023,9 @@ async fn the_grace_of_a_rotation_is_for_one_text_and_outlives_no_key() {
     }
 }
 
-/// The three ways in are told by their path alone, in front of the router; a query that says nothing leads
-/// through it.
+/// The three endpoints are recognized by path before the router. An empty query takes the router's path.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_short_way_and_the_router_answer_alike() {
+async fn fast_path_and_router_respond_alike() {
     let (app, _clock, account) = still().await;
     let plan = json!({"default_rpm": 60, "burst": 2, "daily_quota": 100});
     let plan = app.plan(&account, plan).await;
@@ -1060,7 +1059,7 @@ async fn the_short_way_and_the_router_answer_alike() {
             seen.push((answer.status, headers, body));
         };
 
-        // Without a credential, with one that is none, and with a body that is none.
+        // Without credentials, with invalid ones, and with an invalid body.
         shows(echo().send().await);
         shows(echo().header("X-API-Key", "qk_none").send().await);
         shows(forward("").send().await);
@@ -1074,7 +1073,7 @@ async fn the_short_way_and_the_router_answer_alike() {
                 .send()
                 .await,
         );
-        // Admitted by each way, and denied; the daily quota gives them all the fields there are.
+        // Allowed and denied on each path. The daily quota makes all headers appear.
         for _ in 0..2 {
             shows(echo().header("X-API-Key", &key.text).send().await);
             for query in ["", "?deny=403", "?deny=429"] {
@@ -1100,13 +1099,13 @@ async fn the_short_way_and_the_router_answer_alike() {
     }
 }
 
-/// The header that a gateway admits by.
+/// The header that gateways rely on.
 fn decision(answer: &Answer) -> &str {
     answer.header("x-quota-decision").unwrap_or("none")
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn forward_auth_takes_exactly_one_service_token_from_its_own_field() {
+async fn forward_auth_accepts_exactly_one_service_token_in_its_header() {
     let (app, _clock, account) = still().await;
     let key = key(&app, &account, json!({"default_rpm": 60})).await;
     let token = app.service_token(&account).await;
@@ -1150,12 +1149,12 @@ async fn forward_auth_takes_exactly_one_service_token_from_its_own_field() {
         59,
         "nothing was charged before"
     );
-    // A service's own credential does not hinder a decision about the consumer's key.
+    // Other credentials of the service do not affect the decision about the consumer's key.
     let both = ask(vec![&token], Some(&other)).await;
     assert_eq!((both.status, decision(&both)), (200, "allowed"));
 }
 
-/// `POST /v1/check` is called by a service that chooses its own header fields: two tokens are still none.
+/// `POST /v1/check` is called by a service that controls its headers. Two tokens are rejected all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_with_two_service_tokens_is_401() {
     let app = TestApp::start().await;
@@ -1217,7 +1216,7 @@ async fn every_response_of_forward_auth_states_the_decision() {
         )
         .await;
     }
-    // Another key, which only the database knows.
+    // Another key, which is only in the database.
     let cold = app
         .key(&account, &app.plan(&account, json!({})).await)
         .await
@@ -1235,7 +1234,7 @@ async fn every_response_of_forward_auth_states_the_decision() {
     assert_eq!(decision(&app.echo(&key.text).await), "none");
 }
 
-/// Without the shared counters a denial may be no reason to say that a limit was reached.
+/// Without the shared counters, a denial does not show that a limit was reached.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_denial_that_names_no_policy_is_429_and_reduced_capacity() {
     let (app, _clock, account) = still().await;
@@ -1283,7 +1282,7 @@ async fn a_denial_that_names_no_policy_is_429_and_reduced_capacity() {
     }
 }
 
-/// What a browser adds to a consumer's request reaches Quota through gateways that pass on every field.
+/// Headers that a browser adds reach Quota through gateways that forward all headers.
 #[tokio::test(flavor = "multi_thread")]
 async fn cross_origin_rules_do_not_apply_to_forward_auth() {
     let app = TestApp::setup()
@@ -1305,7 +1304,7 @@ async fn cross_origin_rules_do_not_apply_to_forward_auth() {
             "{origin}"
         );
         assert!(asked.header("access-control-allow-origin").is_none());
-        // A preflight is a request like any other: without a key it is not admitted.
+        // A preflight is a request like any other and needs a key.
         let preflight = app
             .request(reqwest::Method::OPTIONS, "/v1/forward-auth")
             .header("Origin", origin)
@@ -1319,7 +1318,7 @@ async fn cross_origin_rules_do_not_apply_to_forward_auth() {
             "{origin}"
         );
     }
-    // They do apply to everything else.
+    // They apply to everything else.
     let elsewhere = app
         .http
         .get(app.url("/v1/echo"))
@@ -1353,9 +1352,9 @@ async fn forward_from(app: &TestApp, token: &str, key: &str, origin: &str) -> An
         .await
 }
 
-/// What stands behind the gateway may read another of them than the one that was checked.
+/// The API behind the gateway may read another one than was checked.
 #[tokio::test(flavor = "multi_thread")]
-async fn two_credentials_of_a_consumer_are_none() {
+async fn two_consumer_credentials_are_rejected() {
     let (app, _clock, account) = still().await;
     let token = app.service_token(&account).await;
     let one = key(&app, &account, json!({})).await;
@@ -1382,7 +1381,7 @@ async fn two_credentials_of_a_consumer_are_none() {
         let asked = asked.send().await;
         assert_eq!((asked.status, decision(&asked)), (401, "unauthorized"));
     }
-    // An API's own credential beside the key is the API's affair.
+    // Other credentials for the API do not concern Quota.
     let own = app
         .get("/v1/forward-auth")
         .header("X-Service-Token", &token)

@@ -1,4 +1,4 @@
-//! What the operations do, one file for each noun: acting through HTTP, asserting on HTTP, then on the database.
+//! What each operation does, one file per noun. Tests act through HTTP, then assert on HTTP and on the database.
 
 mod api_key;
 mod audit;

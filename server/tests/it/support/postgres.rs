@@ -1,9 +1,8 @@
-//! A database for each test, fresh and migrated, made by copying a template.
+//! A migrated database for each test, copied from a template.
 //!
-//! The cluster is that of `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without
-//! it each test process runs one of its own, from the first free slot of a few that are kept between runs
-//! under `/tmp`, and ends it with itself: `cargo test` and `cargo nextest run` work as they are, the latter
-//! more slowly.
+//! The cluster is that of `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without it, each
+//! test process runs its own cluster, in the first free slot of a few that are kept under `/tmp` between runs. So
+//! `cargo test` and `cargo nextest run` also work without setup, the latter more slowly.
 
 use std::{
     fs, io,
@@ -18,10 +17,10 @@ use quota_server::db::embedded::{EmbeddedError, EmbeddedPostgres};
 use tokio_postgres::{Client, Config, NoTls, error::SqlState};
 use uuid::Uuid;
 
-/// Any number that is the same in all tests: the lock that the maker of the template holds.
+/// The advisory lock that is held while the template is created.
 const TEMPLATE_LOCK: i64 = 0x7155_6f74_6154;
 
-/// A database of the test's own. Dropped with the value.
+/// A test's own database, which is dropped with the value.
 #[derive(Debug)]
 pub(crate) struct TestDatabase {
     name: String,
@@ -29,8 +28,8 @@ pub(crate) struct TestDatabase {
 }
 
 impl TestDatabase {
-    /// Copies the template; the first test of a cluster makes it, with `migrate`, which is given the URL of
-    /// an empty database.
+    /// Copies the template. The first test of a cluster creates it by running `migrate` with the URL of an empty
+    /// database.
     pub(crate) async fn create<F, E>(migrate: impl FnOnce(String) -> F) -> Self
     where
         F: Future<Output = Result<(), E>>,
@@ -38,7 +37,7 @@ impl TestDatabase {
     {
         let admin = connect(admin_url()).await;
         let template = format!("quota_template_{:016x}", migrations_hash());
-        // Held by the session, and so gone with it, however the test ends.
+        // Held by the session, so it is released however the test ends.
         admin
             .execute("SELECT pg_advisory_lock($1)", &[&TEMPLATE_LOCK])
             .await
@@ -63,7 +62,7 @@ impl TestDatabase {
         }
     }
 
-    /// An empty database, for tests of the migrations themselves.
+    /// Creates an empty database, for tests of migrations.
     pub(crate) async fn create_empty() -> Self {
         let admin = connect(admin_url()).await;
         let name = format!("quota_test_{}", Uuid::now_v7().simple());
@@ -78,12 +77,12 @@ impl TestDatabase {
         }
     }
 
-    /// As superuser, who owns the tables.
+    /// Returns the URL for the superuser, who owns the tables.
     pub(crate) fn url(&self) -> &str {
         &self.url
     }
 
-    /// A connection as superuser, past row-level security.
+    /// Connects as superuser, who bypasses row-level security.
     pub(crate) async fn connect(&self) -> Client {
         connect(&self.url).await
     }
@@ -92,7 +91,7 @@ impl TestDatabase {
 impl Drop for TestDatabase {
     fn drop(&mut self) {
         let sql = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
-        // The test's runtime cannot be waited on from here. Best effort: a leftover goes with its cluster.
+        // The test's runtime cannot be awaited here. This is best effort: leftovers are removed with the cluster.
         let _ = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -120,7 +119,7 @@ async fn exists(admin: &Client, name: &str) -> bool {
         .is_some()
 }
 
-/// Under another name until it is whole: a template that bears its name is a good one.
+/// Created under another name and renamed when complete, so that an existing template is always valid.
 async fn make_template<F, E>(admin: &Client, template: &str, migrate: impl FnOnce(String) -> F)
 where
     F: Future<Output = Result<(), E>>,
@@ -147,7 +146,7 @@ where
     .await;
 }
 
-/// Runs SQL that needs a database to itself, for as long as another session is still on its way out of it.
+/// Runs SQL that needs exclusive access to a database, and retries while other sessions are closing.
 async fn run(admin: &Client, sql: &str) {
     for _ in 0..200 {
         match admin.batch_execute(sql).await {
@@ -169,7 +168,7 @@ async fn connect(url: &str) -> Client {
     client
 }
 
-/// The cluster's URL with another database.
+/// Returns the cluster's URL with another database.
 fn url_of(database: &str) -> String {
     let (cluster, _) = admin_url()
         .rsplit_once('/')
@@ -177,7 +176,7 @@ fn url_of(database: &str) -> String {
     format!("{cluster}/{database}")
 }
 
-/// The URL of a database that is nobody's, as superuser.
+/// Returns the URL of the maintenance database, as superuser.
 fn admin_url() -> &'static str {
     static URL: OnceLock<String> = OnceLock::new();
     URL.get_or_init(|| {
@@ -190,7 +189,7 @@ fn admin_url() -> &'static str {
     })
 }
 
-/// Starts a cluster that ends with this process. It needs a runtime that outlives each test's own.
+/// Starts a cluster that ends with this process. It needs a runtime that outlives those of the tests.
 fn start_own() -> String {
     let (url, started) = std::sync::mpsc::channel();
     thread::spawn(move || {
@@ -230,7 +229,7 @@ async fn first_free_slot() -> EmbeddedPostgres {
     panic!("256 test processes have a database each already");
 }
 
-/// Ours alone: names in `/tmp` are anyone's.
+/// Must belong to this user: anyone can create files in `/tmp`.
 fn slots() -> PathBuf {
     let me = nix::unistd::geteuid();
     let path = PathBuf::from(format!("/tmp/quota-test-slots-{me}"));
@@ -248,7 +247,7 @@ fn slots() -> PathBuf {
     path
 }
 
-/// Databases that an earlier owner of the slot had no time to drop, and templates of other migrations.
+/// Drops databases that an earlier owner of the slot left behind, and templates of other migrations.
 async fn drop_leftovers(admin_url: &str) {
     let admin = connect(admin_url).await;
     let template = format!("quota_template_{:016x}", migrations_hash());
@@ -266,7 +265,7 @@ async fn drop_leftovers(admin_url: &str) {
     }
 }
 
-/// Changes with any migration, so that no test runs on tables of yesterday. FNV-1a: nobody attacks it.
+/// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template.
 fn migrations_hash() -> u64 {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)
@@ -286,7 +285,7 @@ fn migrations_hash() -> u64 {
 }
 
 #[tokio::test]
-async fn each_database_is_a_copy_of_one_migrated_template() {
+async fn each_database_is_a_copy_of_the_migrated_template() {
     async fn migrate(url: String) -> Result<(), tokio_postgres::Error> {
         let client = connect(&url).await;
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
@@ -323,7 +322,7 @@ async fn each_database_is_a_copy_of_one_migrated_template() {
 }
 
 #[tokio::test]
-async fn an_empty_database_has_no_tables() {
+async fn empty_database_has_no_tables() {
     let database = TestDatabase::create_empty().await;
     let client = connect(database.url()).await;
     let row = client
