@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_zone_is_refused() {
+    fn an_unknown_zone_is_refused() {
         for name in ["Europe/Atlantis", "", "../etc/passwd", "+02:00"] {
             assert_eq!(Zone::named(name), Err(UnknownZone(name.to_owned())));
         }
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn day_lasts_23_24_or_25_hours_where_clocks_change() {
+    fn a_day_lasts_23_24_or_25_hours_where_clocks_change() {
         for (now, hours) in [
             ("2026-03-28T12:00Z", 24),
             ("2026-03-29T12:00Z", 23),
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn month_is_a_month() {
+    fn a_month_is_a_month() {
         for (now, days) in [
             ("2026-01-31T23:59:59Z", 31),
             ("2026-02-01T00:00:00Z", 28),
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn day_whose_midnight_was_skipped_begins_when_it_first_shows() {
+    fn a_day_whose_midnight_was_skipped_begins_when_it_first_shows() {
         // Beirut: 2026-03-29 00:00 was skipped, the day began at 01:00.
         let window = day("Asia/Beirut", "2026-03-29T12:00Z");
         assert_eq!(window.start, at("2026-03-28T22:00Z"));
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn day_begins_once_where_midnight_comes_twice() {
+    fn a_day_begins_once_where_midnight_comes_twice() {
         // St. John's 2010: at 00:01 clocks went back to 23:01 of the day before.
         let begins = at("2010-11-07T02:30Z");
         for now in [
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn date_that_was_skipped_has_no_window() {
+    fn a_date_that_was_skipped_has_no_window() {
         // Samoa had no 30 December 2011.
         let before = day("Pacific/Apia", "2011-12-30T09:59:59Z");
         let after = day("Pacific/Apia", "2011-12-30T10:00:00Z");
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn ends_of_the_time_line_are_answered() {
+    fn the_ends_of_the_time_line_are_answered() {
         for now in [UnixNanos(0), UnixNanos(u64::MAX)] {
             for policy in [Policy::Daily, Policy::Monthly] {
                 for name in ["UTC", "Pacific/Kiritimati", "Pacific/Pago_Pago"] {

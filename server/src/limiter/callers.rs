@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn caller_over_the_limit_may_come_again_when_it_was_told() {
+    fn a_caller_over_the_limit_may_come_again_when_it_was_told() {
         let (guard, clock) = guard(2, 100);
         let (one, other) = (caller("192.0.2.1"), caller("192.0.2.2"));
         assert_eq!(guard.admit(one), Ok(()));
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn customer_with_many_networks_is_limited_too() {
+    fn a_customer_with_many_networks_is_limited_too() {
         let (guard, _) = guard(2, 10_000);
         let admitted = |networks: Box<dyn Fn(u32) -> String>| {
             let all = (0..1000).map(networks);
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn flood_of_addresses_does_not_grow_the_guard() {
+    fn a_flood_of_addresses_does_not_grow_the_guard() {
         let (guard, clock) = guard(1, 100);
         for i in 0..1000_u32 {
             let _ = guard.admit(Caller::address(IpAddr::V4(i.into())));

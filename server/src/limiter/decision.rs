@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn smallest_share_left_is_nearest() {
+    fn the_smallest_share_left_is_nearest() {
         let mut decision = decision(Outcome::Allowed);
         assert_eq!(decision.nearest().policy, Policy::Rpm);
         assert_eq!(decision.seconds_to_reset(decision.rate), 19);
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn denial_shows_a_policy_that_denied() {
+    fn a_denial_shows_a_policy_that_denied() {
         let mut decision = decision(Outcome::Denied {
             violated: PolicySet::EMPTY.with(Policy::Daily),
             retry_after: NonZeroU64::new(1),

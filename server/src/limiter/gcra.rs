@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn rested_bucket_gives_its_burst_at_once_and_not_one_more() {
+    fn a_rested_bucket_gives_its_burst_at_once_and_not_one_more() {
         let gcra = gcra(60, 10);
         let mut tat = 0;
         for left in (0..10).rev() {
@@ -162,14 +162,14 @@ mod tests {
     }
 
     #[test]
-    fn cost_above_the_burst_never_fits() {
+    fn a_cost_above_the_burst_never_fits() {
         let gcra = gcra(600, 10);
         assert_eq!(gcra.decide(0, NOW, cost(11)), Verdict::NeverFits);
         assert!(fits(gcra.decide(0, NOW, cost(10))));
     }
 
     #[test]
-    fn extremes_of_rate_and_burst_do_not_overflow() {
+    fn the_extremes_of_rate_and_burst_do_not_overflow() {
         let other = RatePolicy {
             rpm: NonZeroU32::new(7).unwrap(),
             burst: NonZeroU32::new(3).unwrap(),
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn clock_that_was_hours_ahead_locks_nobody_out() {
+    fn a_clock_that_was_hours_ahead_locks_nobody_out() {
         let gcra = gcra(60, 10);
         let ahead = NOW.saturating_add(7_200_000_000_000);
         let Verdict::Fits { tat } = gcra.decide(0, ahead, cost(10)) else {
@@ -212,7 +212,7 @@ mod tests {
     proptest! {
         /// The wait is exact: one nanosecond earlier is too early, and after it the request fits.
         #[test]
-        fn wait_is_exact(
+        fn the_wait_is_exact(
             rpm in 1..=60_000_000u32,
             burst in 1..=1_000_000u32,
             debt in any::<u64>(),
@@ -251,7 +251,7 @@ mod tests {
         /// An edit never gives more than the new burst less what was used, and a detour over another plan never fills
         /// the bucket.
         #[test]
-        fn edit_carries_what_was_used(
+        fn an_edit_carries_what_was_used(
             (rpm_a, rpm_b) in (1..=60_000_000u32, 1..=60_000_000u32),
             (burst_a, burst_b) in (1..=100_000u32, 1..=100_000u32),
             debt in any::<u64>(),

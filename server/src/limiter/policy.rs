@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn set_holds_what_was_put_in() {
+    fn a_set_holds_what_was_put_in() {
         for bits in 0..8u8 {
             let chosen: Vec<_> = Policy::ALL
                 .into_iter()

@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn answer_now_and_then_does_not_help() {
+    fn an_answer_now_and_then_does_not_help() {
         let partition = Partition::new(0);
         let mut opened = false;
         for call in 0..CALLS {
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn late_answer_does_not_turn_time_back() {
+    fn a_late_answer_does_not_turn_time_back() {
         let partition = Partition::new(0);
         partition.succeeded(5_000_000, 100 * MS);
         partition.succeeded(4_700_000, 120 * MS);
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn outage_is_told_by_the_counters_clock() {
+    fn the_outage_is_told_by_the_counters_clock() {
         let partition = Partition::new(0);
         assert_eq!(partition.away_since(true), 0);
         assert_eq!(partition.away_since(false), NEVER_HEARD);

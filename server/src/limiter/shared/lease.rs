@@ -578,7 +578,7 @@ mod tests {
     }
 
     #[test]
-    fn share_keeps_its_tokens_when_the_plan_is_edited() {
+    fn a_share_keeps_its_tokens_when_the_plan_is_edited() {
         let mut share = Share::default();
         let full = 9 * SECOND;
         assert!(

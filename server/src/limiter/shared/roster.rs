@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn place_is_acted_on_when_settled_and_while_confirmed() {
+    fn a_place_is_acted_on_when_settled_and_while_confirmed() {
         let roster = Roster::default();
         assert_eq!(roster.sharers(), 1);
         assert_eq!(roster.place(0), None);
@@ -177,7 +177,7 @@ mod tests {
     /// Replicas come, go, lose PostgreSQL and get slow answers. The replicas count as the database would have them;
     /// what each then takes of a burst is summed up all the time.
     #[test]
-    fn shares_of_all_replicas_never_exceed_the_whole() {
+    fn the_shares_of_all_replicas_never_exceed_the_whole() {
         const TICK: u64 = SECOND / 10;
         struct Replica {
             id: u32,
