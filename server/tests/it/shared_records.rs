@@ -490,7 +490,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
     for app in [&world.first, &second] {
         app.state
             .keys
-            .made(&SecretText::parse(Kind::ApiKey, world.key.text.as_bytes()).expect("a key"));
+            .created(&SecretText::parse(Kind::ApiKey, world.key.text.as_bytes()).expect("a key"));
         redis
             .set::<_, _, ()>(&name, &record)
             .await
