@@ -10,7 +10,6 @@ const RANKS: &[&[&str]] = &[
         "config",
         "deadline",
         "error_chain",
-        "error_chain",
         "file_limit",
         "health_check",
         "schema",
