@@ -45,6 +45,7 @@ pub struct Config {
     pub secret: Option<SecretString>,
     pub secret_previous: Option<SecretString>,
     pub registration: Registration,
+    pub landing: Landing,
     pub allowances: Allowances,
     pub allowed_origins: Vec<String>,
     pub trusted_proxies: Vec<IpNet>,
@@ -101,6 +102,15 @@ pub enum Registration {
     Open,
     /// Only the operator.
     Closed,
+}
+
+/// The page at `/`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Landing {
+    /// About Quota, for those who consider running it.
+    Full,
+    /// For the operator's own customers: signing in and the API docs, under the operator's name.
+    Door { operator: String },
 }
 
 impl Registration {
@@ -306,6 +316,32 @@ impl Config {
                     _ => Err("must be open or closed".into()),
                 },
             ),
+            landing: {
+                let operator = r.read(
+                    "QUOTA_OPERATOR_NAME",
+                    &s.operator_name,
+                    "Quota".to_owned(),
+                    |text| {
+                        let fits =
+                            text.chars().count() <= 100 && !text.chars().any(char::is_control);
+                        fits.then(|| text.trim().to_owned()).ok_or(
+                            "must be at most 100 characters, without control characters".into(),
+                        )
+                    },
+                );
+                r.read(
+                    "QUOTA_LANDING",
+                    &s.landing,
+                    Landing::Full,
+                    |text| match text {
+                        "full" => Ok(Landing::Full),
+                        "door" => Ok(Landing::Door {
+                            operator: operator.clone(),
+                        }),
+                        _ => Err("must be full or door".into()),
+                    },
+                )
+            },
             allowances: Allowances {
                 plans: r.number("QUOTA_MAX_PLANS", &s.max_plans, 1..=1_000_000),
                 api_keys: r.number("QUOTA_MAX_API_KEYS", &s.max_api_keys, 1..=10_000_000),

@@ -262,6 +262,24 @@ pub struct Settings {
     )]
     pub registration: String,
 
+    /// The page at /: full (about Quota) or door (only signing in and the API docs, for your own customers).
+    #[arg(
+        long,
+        env = "QUOTA_LANDING",
+        default_value = "full",
+        value_name = "PAGE"
+    )]
+    pub landing: String,
+
+    /// Your name, at most 100 characters: the title of the page at / with QUOTA_LANDING=door. Default: Quota.
+    #[arg(
+        long,
+        env = "QUOTA_OPERATOR_NAME",
+        default_value = "",
+        value_name = "NAME"
+    )]
+    pub operator_name: String,
+
     /// How many plans one tenant may have: 1 to 1000000.
     #[arg(
         long,

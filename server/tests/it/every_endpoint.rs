@@ -620,6 +620,8 @@ async fn unsupported_method_is_405_with_allow() {
         "/problems",
         "/problems/not-found",
         "/page.css",
+        "/page.js",
+        "/icon.svg",
     ];
     let mut paths = operations()
         .iter()
