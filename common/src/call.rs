@@ -12,6 +12,7 @@ use crate::{
     page::{ApiKeyOrder, PlanOrder},
     plan::{CreatePlan, UpdatePlan},
     service_token::CreateServiceToken,
+    time::Timestamp,
 };
 
 /// A page of a list.
@@ -39,6 +40,14 @@ pub struct KeyFilter {
 pub struct AuditFilter {
     pub action: Option<AuditAction>,
     pub target_type: Option<AuditTarget>,
+    pub target_id: Option<String>,
+    /// Substring of the actor's email.
+    pub actor: Option<String>,
+    /// Substring of the resource's name.
+    pub search: Option<String>,
+    pub from: Option<Timestamp>,
+    /// Exclusive.
+    pub to: Option<Timestamp>,
 }
 
 /// A call. In the desktop app, the page hands it to the host as JSON, and the host sends the request.
@@ -168,6 +177,11 @@ impl Call {
             Self::ListAudit(filter, page) => get("/admin/audit")
                 .with("action", filter.action)
                 .with("target_type", filter.target_type)
+                .with("target_id", filter.target_id.as_ref())
+                .with("actor", filter.actor.as_ref())
+                .with("search", filter.search.as_ref())
+                .with("from", filter.from)
+                .with("to", filter.to)
                 .page(page),
             Self::Echo => get("/v1/echo"),
         }

@@ -4,6 +4,7 @@
 
 import assert from "node:assert/strict";
 import { join } from "node:path";
+import { actions } from "./actions.mjs";
 import { errors } from "./errors.mjs";
 import { guard } from "./guard.mjs";
 import { keyboard } from "./keyboard.mjs";
@@ -18,7 +19,7 @@ import { widths } from "./widths.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...selected] = process.argv.slice(2);
-const parts = { tour, keyboard, once, many, lists, names, guard, pages, errors, widths, pictures };
+const parts = { tour, keyboard, once, many, actions, lists, names, guard, pages, errors, widths, pictures };
 
 const world = await World.start(executablePath, base, shots);
 try {

@@ -85,13 +85,13 @@ export async function names(world) {
   await inspect("names-bulk");
   await page.keyboard.press("Escape");
   await page.keyboard.press("Control+k");
-  await my.field("Type a command or the name of an API key").fill("ww");
+  await my.field("Type a command, or the name of an API key or plan").fill("ww");
   await page.getByRole("listbox").getByRole("option", { name: "WWW" }).waitFor();
   await inspect("names-palette");
   await page.keyboard.press("Escape");
   await my.navigate("Audit log").click();
   await page.getByRole("row").nth(NAMES.length).waitFor();
-  for (const it of await page.locator("summary").all()) await it.click();
+  for (const it of await page.getByRole("button", { name: /^Details of/ }).all()) await it.click();
   await inspect("names-audit");
   await my.navigate("Settings").click();
   await page.getByText("This device").waitFor();

@@ -151,6 +151,11 @@ fn samples() -> Vec<Call> {
             AuditFilter {
                 action: Some(AuditAction::PlanUpdate),
                 target_type: Some(AuditTarget::Plan),
+                target_id: Some(plan.to_string()),
+                actor: Some("ada@".into()),
+                search: Some("50% off".into()),
+                from: Some(at),
+                to: Some(at),
             },
             page(),
         ),

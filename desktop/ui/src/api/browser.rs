@@ -16,7 +16,10 @@ use quota_common::{
 };
 use wasm_bindgen::JsCast;
 use wasm_bindgen_futures::JsFuture;
-use web_sys::{HtmlDocument, RequestCredentials, RequestInit, Response, window};
+use web_sys::{
+    Blob, BlobPropertyBag, HtmlAnchorElement, HtmlDocument, RequestCredentials, RequestInit,
+    Response, Url, window,
+};
 
 use super::error::{CallError, CallResult, TestResponse};
 use crate::model::address::Query;
@@ -196,13 +199,18 @@ async fn refresh() -> CallResult<bool> {
 pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     let fields = [("x-api-key", key)];
     let response = request(&Call::Echo, RequestCredentials::Omit, &fields).await?;
-    let headers = response.headers();
+    let (status, headers) = (response.status(), response.headers());
+    let problem = match read_body(response).await {
+        Err(CallError::Problem(problem)) => Some(problem),
+        _ => None,
+    };
     Ok(TestResponse {
-        status: response.status(),
+        status,
         headers: LIMIT_FIELDS
             .iter()
             .filter_map(|name| Some((*name, headers.get(name).ok()??)))
             .collect(),
+        problem,
     })
 }
 
@@ -212,4 +220,23 @@ pub async fn copy(text: &str) -> bool {
     JsFuture::from(window.navigator().clipboard().write_text(text))
         .await
         .is_ok()
+}
+
+/// Saves a text file. The browser decides where, and says so itself.
+pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
+    start_download(name, text).ok_or(CallError::Unreadable)?;
+    Ok(None)
+}
+
+fn start_download(name: &str, text: &str) -> Option<()> {
+    let kind = BlobPropertyBag::new();
+    kind.set_type("text/csv;charset=utf-8");
+    let blob = Blob::new_with_str_sequence_and_options(&js_sys::Array::of1(&text.into()), &kind);
+    let address = Url::create_object_url_with_blob(&blob.ok()?).ok()?;
+    let link = window()?.document()?.create_element("a").ok()?;
+    let link = link.dyn_into::<HtmlAnchorElement>().ok()?;
+    link.set_href(&address);
+    link.set_download(name);
+    link.click();
+    Url::revoke_object_url(&address).ok()
 }

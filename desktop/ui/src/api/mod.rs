@@ -27,7 +27,7 @@ use serde::de::DeserializeOwned;
 pub use error::{CallError, CallResult, TestResponse};
 #[cfg(feature = "desktop")]
 pub use transport::{add_server, forget_server, host_status, ready, use_server};
-pub use transport::{copy, is_secure, origin, try_key};
+pub use transport::{copy, is_secure, origin, save_file, try_key};
 
 /// A call in progress. Boxed, so that pages do not each contain the state machine of a whole call.
 pub type PendingCall<T> = Pin<Box<dyn Future<Output = CallResult<T>>>>;

@@ -23,6 +23,8 @@ pub enum LoadState<T> {
 pub struct Loader<T: Send + Sync + 'static> {
     pub state: RwSignal<LoadState<T>>,
     version: RwSignal<u32>,
+    /// Whether the data on the page is about to be replaced.
+    pending: RwSignal<bool>,
 }
 
 impl<T: Send + Sync + 'static> Clone for Loader<T> {
@@ -69,6 +71,7 @@ where
 {
     let state = RwSignal::new(LoadState::Loading);
     let version = RwSignal::new(0_u32);
+    let pending_reload = RwSignal::new(false);
     let latest = StoredValue::new(0_u32);
     let toasts = use_context::<Toasts>();
     let start = move |own: u32, is_reload: bool| -> LocalFuture {
@@ -82,10 +85,12 @@ where
         if had_failed {
             state.set(LoadState::Loading);
         }
+        pending_reload.set(was_ready);
         Box::pin(async move {
             let result = pending.await;
             if latest.try_get_value() == Some(own) {
                 keep_focus();
+                let _ = pending_reload.try_set(false);
                 let _ = match result {
                     Ok(value) => state.try_set(LoadState::Ready(value)),
                     Err(error) if is_reload && was_ready && !error.is(ProblemCode::NotFound) => {
@@ -100,7 +105,11 @@ where
         })
     };
     start_on_change(version, latest, Box::new(start));
-    Loader { state, version }
+    Loader {
+        state,
+        version,
+        pending: pending_reload,
+    }
 }
 
 /// Loads the page of a list that the address names. If that page has become empty, for example because its last item
@@ -165,24 +174,30 @@ where
     V: IntoView + 'static,
 {
     let is_loading = move || {
-        loader
-            .state
-            .with(|state| matches!(state, LoadState::Loading))
+        loader.pending.get()
+            || loader
+                .state
+                .with(|state| matches!(state, LoadState::Loading))
     };
     let content = move || match loader.state.get() {
         LoadState::Loading => skeleton(),
         LoadState::Ready(value) => show(value).into_any(),
         LoadState::Failed(error) => failure(&error, loader.version),
     };
-    frame(Box::new(is_loading), Box::new(content))
+    frame(loader.pending, Box::new(is_loading), Box::new(content))
 }
 
 fn frame(
+    pending: RwSignal<bool>,
     is_loading: Box<dyn Fn() -> bool + Send>,
     content: Box<dyn Fn() -> AnyView + Send>,
 ) -> AnyView {
-    view! { <div class="async" aria-busy=move || is_loading().to_string()>{move || content()}</div> }
-        .into_any()
+    view! {
+        <div class="async" class:pending=pending aria-busy=move || is_loading().to_string()>
+            {move || content()}
+        </div>
+    }
+    .into_any()
 }
 
 fn skeleton() -> AnyView {

@@ -57,12 +57,16 @@ pub const COMMANDS: &[Command] = &[
 
 /// Returns the commands whose names contain every typed word, ignoring ASCII case. Unicode case tables would add to the
 /// download.
-pub fn matching(typed: &str) -> impl Iterator<Item = &'static Command> {
-    let typed = typed.to_ascii_lowercase();
-    COMMANDS.iter().filter(move |command| {
-        let name = command.name.to_ascii_lowercase();
-        typed.split_whitespace().all(|word| name.contains(word))
-    })
+pub fn matching(typed: &str) -> impl Iterator<Item = &'static Command> + use<'_> {
+    COMMANDS
+        .iter()
+        .filter(move |command| contains_words(command.name, typed))
+}
+
+/// Whether a name contains every typed word, ignoring ASCII case.
+pub fn contains_words(name: &str, typed: &str) -> bool {
+    let (name, typed) = (name.to_ascii_lowercase(), typed.to_ascii_lowercase());
+    typed.split_whitespace().all(|word| name.contains(word))
 }
 
 /// The part of a shortcut that has been pressed so far.

@@ -13,7 +13,7 @@ use super::{
     key_status::{key_status, time_or},
     plan_list::{PlansError, find_plan, load_plans, plan_name},
     rotate_api_key::RotateDialog,
-    try_it::TryIt,
+    try_it::{TryIt, other_key},
 };
 use crate::{
     api::{self, CallError},
@@ -60,20 +60,12 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     let set_active = Callback::new(move |active: bool| {
         dialogs.busy.set(true);
         spawn_local(async move {
-            let body = UpdateApiKey {
-                is_active: Some(active),
-                ..UpdateApiKey::default()
-            };
-            match api::update_api_key(id, body).await {
-                Ok(_) => {
-                    toasts.succeed(if active {
-                        "Key activated"
-                    } else {
-                        "Key deactivated"
+            if change_status(id, active, loader, toasts).await && !active {
+                toasts.succeed_with_undo("Key deactivated", move || {
+                    spawn_local(async move {
+                        change_status(id, true, loader, toasts).await;
                     });
-                    loader.reload();
-                }
-                Err(error) => toasts.fail(&error),
+                });
             }
             let _ = dialogs.busy.try_set(false);
             let _ = dialogs.deactivating.try_set(false);
@@ -86,7 +78,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         <PageHeader title/>
         <PlansError plans/>
         <Async loader show=move |key| view! { <KeyDetails key plans dialogs set_active/> }/>
-        <TrySection id on_sent=Callback::new(move |()| loader.reload_after_requests())/>
+        <TrySection id loader on_sent=Callback::new(move |()| loader.reload_after_requests())/>
         <EditDialog loader plans open=dialogs.editing/>
         <RotateDialog id loader open=dialogs.rotating rotated/>
         <Confirm
@@ -104,8 +96,24 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     }
 }
 
+/// Activates or deactivates the key. Reports activation and errors; returns whether it succeeded.
+async fn change_status(id: ApiKeyId, active: bool, loader: Loader<ApiKey>, toasts: Toasts) -> bool {
+    let body = UpdateApiKey {
+        is_active: Some(active),
+        ..UpdateApiKey::default()
+    };
+    let result = api::update_api_key(id, body).await;
+    match &result {
+        Ok(_) if active => toasts.succeed("Key activated"),
+        Ok(_) => {}
+        Err(error) => toasts.fail(error),
+    }
+    loader.reload();
+    result.is_ok()
+}
+
 #[component]
-fn TrySection(id: ApiKeyId, on_sent: Callback<()>) -> impl IntoView {
+fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> impl IntoView {
     let known_keys = session().known_keys;
     let pasted = RwSignal::new(String::new());
     let known = Memo::new(move |_| {
@@ -115,6 +123,16 @@ fn TrySection(id: ApiKeyId, on_sent: Callback<()>) -> impl IntoView {
         })
     });
     let secret = Signal::derive(move || known.get().unwrap_or_else(|| pasted.get()));
+    // A key pasted by mistake would be charged in place of this one.
+    let mistake = move || {
+        let key = loader.ready()?;
+        let pasted = pasted.get();
+        let pasted = pasted.trim();
+        let is_other = !pasted.is_empty()
+            && !pasted.starts_with(&*key.prefix)
+            && !key.prefix.starts_with(pasted);
+        is_other.then(|| other_key(&key))
+    };
     view! {
         <section class="card" aria-labelledby="try-title">
             <h2 id="try-title">"Try it"</h2>
@@ -128,11 +146,12 @@ fn TrySection(id: ApiKeyId, on_sent: Callback<()>) -> impl IntoView {
                 } else {
                     view! {
                         <Field form=FormState::new() name="pasted_key" label="Key" kind="password" value=pasted placeholder="qk_…" hint="Keys aren't stored. Paste yours to test."/>
+                        <div role="status">{move || mistake().map(|text| view! { <p class="alert warn">{text}</p> })}</div>
                     }
                         .into_any()
                 }
             }}
-            <TryIt secret on_sent/>
+            <TryIt secret key=Signal::derive(move || loader.ready()) on_sent/>
         </section>
     }
 }
@@ -146,6 +165,7 @@ fn KeyDetails(
 ) -> impl IntoView {
     let can_manage = session().can_manage();
     let plan_id = key.plan_id;
+    let id = key.id.to_string();
     let (is_active, busy) = (key.is_active, dialogs.busy);
     let previous = key
         .previous_expires_at
@@ -159,6 +179,7 @@ fn KeyDetails(
                 <div><dt>"Created"</dt><dd><RelativeTime at=key.created_at/></dd></div>
                 <div><dt>"Last used"</dt><dd>{time_or(key.last_used_at, "Never used")}</dd></div>
                 <div><dt>"Expires"</dt><dd>{time_or(key.expires_at, "Never")}</dd></div>
+                <div class="id"><dt>"Key ID"</dt><dd><code>{id.clone()}</code> <CopyButton text=Signal::derive(move || id.clone()) what="key ID"/></dd></div>
                 {previous.map(|at| view! { <div><dt>"Previous key"</dt><dd>"Expires " <RelativeTime at/></dd></div> })}
             </dl>
             <LimitDetails key=key.clone() plans/>

@@ -93,7 +93,7 @@ pub fn ApiKeys() -> impl IntoView {
                     {can_manage
                         .then(|| {
                             let on_changed = Callback::new(move |()| loader.reload());
-                            view! { <BulkActions shown=page.items.iter().map(|key| key.id).collect() total=page.total selected on_changed/> }
+                            view! { <BulkActions shown=page.items.iter().map(|key| key.id).collect() total=page.total selected plans on_changed/> }
                         })}
                     <table class="table">
                         <caption class="visually-hidden">"API keys"</caption>

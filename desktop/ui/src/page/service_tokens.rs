@@ -49,7 +49,7 @@ pub fn ServiceTokens() -> impl IntoView {
             <h2 id="gateways">"Gateway configuration"</h2>
             <Configuration token="qs_…"/>
         </section>
-        <Modal open=creating title="New service token" locked=form.busy>
+        <Modal open=creating panel=true title="New service token" locked=form.busy>
             <CreateForm open=creating form new loader/>
         </Modal>
         <NewTokenDialog new/>
@@ -226,7 +226,7 @@ fn CreateForm(
             <Field form name="name" id="token_name" label="Name" value=name required=true hint="Which gateway uses it?"/>
             <div class="actions end">
                 <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy)>"Create token"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Create token"</button>
             </div>
         </form>
     }
