@@ -68,6 +68,7 @@ impl Tenant {
             .header("Idempotency-Key", "once")
             .bearer(&account.access_token);
         assert_eq!(once.send().await.status, 201);
+        record_usage(&app.database.connect().await, &account, &plan, &key).await;
 
         let ids = HashMap::from([
             ("plan_id", plan.clone()),
@@ -113,12 +114,28 @@ impl Tenant {
     }
 }
 
-/// The tables of the database, without the record of its migrations.
+/// A decision in the log and in the rollups.
+async fn record_usage(client: &Client, account: &Account, plan: &str, key: &Key) {
+    let (tenant, key) = (&account.tenant_id, &key.id);
+    let sql = format!(
+        "INSERT INTO usage_tenants VALUES ('{tenant}', 1);
+         INSERT INTO usage_log (tenant_id, seq, timestamp, event_id, key_id, plan_id, cost, was_rejected, billing,
+             endpoint, request_id)
+             VALUES ('{tenant}', 1, now(), gen_random_uuid(), '{key}', '{plan}', 1, false, 'free', 'GET /', 'r');
+         INSERT INTO usage_quarters VALUES ('{tenant}', '{key}', 'GET /', '{plan}', now(), '', 1, 1);
+         INSERT INTO usage_days VALUES ('{tenant}', '{key}', 'GET /', '{plan}', now(), '', 1, 1, now());
+         INSERT INTO usage_endpoints VALUES ('{tenant}', '{key}', 'GET /')"
+    );
+    client.batch_execute(&sql).await.expect("the rows fit");
+}
+
+/// The tables of the database, without the record of its migrations. A partition is a part of its table.
 async fn tables(client: &Client) -> Vec<String> {
     let rows = client
         .query(
             "SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace \
-             AND relkind IN ('r', 'p') AND relname <> '__diesel_schema_migrations' ORDER BY relname",
+             AND relkind IN ('r', 'p') AND NOT relispartition AND relname <> '__diesel_schema_migrations' \
+             ORDER BY relname",
             &[],
         )
         .await
@@ -522,11 +539,13 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
 }
 
 /// Tables that hold nothing of any tenant.
-const OF_NO_TENANT: [&str; 4] = [
+const OF_NO_TENANT: [&str; 6] = [
     "quota_returns",
     "replicas",
     "server_secrets",
     "shared_counters",
+    "usage_segments",
+    "usage_shippers",
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -654,14 +673,65 @@ async fn every_table_has_row_level_security_and_the_servers_roles_are_bound_by_i
         .await
         .expect("the catalog is readable");
     assert_eq!(member.get::<_, i64>(0), 0);
-    // A view or function that runs as its owner would be a way around.
+    // A view or function that runs as its owner would be a way around. Those that create and drop partitions return
+    // no rows, and only the server itself may call them.
     let ways_around = client
-        .query_one(
-            "SELECT (SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef) + \
-             (SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('v', 'm'))",
+        .query(
+            "SELECT proname::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef \
+             UNION ALL SELECT relname::text FROM pg_class \
+             WHERE relnamespace = 'public'::regnamespace AND relkind IN ('v', 'm') ORDER BY 1",
             &[],
         )
         .await
         .expect("the catalog is readable");
-    assert_eq!(ways_around.get::<_, i64>(0), 0);
+    let ways_around = ways_around
+        .iter()
+        .map(|row| row.get(0))
+        .collect::<Vec<String>>();
+    assert_eq!(
+        ways_around,
+        ["usage_create_partitions", "usage_drop_partitions"]
+    );
+    let callers = client
+        .query_one(
+            "SELECT bool_or(has_function_privilege('quota_app', oid, 'EXECUTE')), \
+             bool_and(has_function_privilege('quota_system', oid, 'EXECUTE')) \
+             FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef",
+            &[],
+        )
+        .await
+        .expect("the catalog is readable");
+    assert!(!callers.get::<_, bool>(0), "a tenant may drop partitions");
+    assert!(callers.get::<_, bool>(1), "the server may not");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_is_reached_through_its_table_alone() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let tenant = Tenant::new(&app).await;
+    let mut client = app.database.connect().await;
+    client
+        .batch_execute("SELECT usage_create_partitions(current_date, current_date + 1)")
+        .await
+        .expect("the superuser may");
+    let partitions = client
+        .query(
+            "SELECT relname::text, relrowsecurity FROM pg_class WHERE relnamespace = 'public'::regnamespace \
+             AND relkind IN ('r', 'p') AND relispartition",
+            &[],
+        )
+        .await
+        .expect("the catalog is readable");
+    // Of two tables: the default one, today's and tomorrow's.
+    assert_eq!(partitions.len(), 6);
+    let own = tenant.account.tenant_id.as_str();
+    for row in partitions {
+        let (name, secured): (&str, bool) = (row.get(0), row.get(1));
+        assert!(secured, "{name}: row-level security is not enabled");
+        let sql = format!("SELECT 1 FROM {name}");
+        assert_eq!(as_app(&mut client, Some(own), &sql).await, None, "{sql}");
+    }
+    // The rows from before the partitions have moved there.
+    let sql = "SELECT 1 FROM usage_log WHERE tableoid <> 'usage_log_default'::regclass";
+    assert_eq!(as_app(&mut client, Some(own), sql).await, Some(1));
 }
