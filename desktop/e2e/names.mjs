@@ -77,6 +77,7 @@ export async function names(world) {
   await page.getByRole("row").nth(NAMES.length).waitFor();
   await page.locator("tbody tr").first().getByRole("button", { name: /^Edit/ }).click();
   await inspect("names-plan-edit");
+  await page.keyboard.press("Escape");
   await my.navigate("API keys").click();
   await page.getByRole("row").nth(NAMES.length).waitFor();
   await my.field("Select all on this page").check();

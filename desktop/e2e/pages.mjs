@@ -146,7 +146,7 @@ async function changes(world) {
   assert.equal(lines.length, 6);
   assert.match(lines[0], /^time,action,summary,/);
   assert.match(lines[5], /,api_key\.create,Plan Starter,api_key,Mobile app,/);
-  await page.getByRole("link", { name: "Mobile app" }).click();
+  await page.getByRole("link", { name: "Mobile app" }).first().click();
   await my.heading("Mobile app").waitFor();
   await my.context.close();
 }
