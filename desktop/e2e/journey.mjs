@@ -15,11 +15,12 @@ import { once } from "./once.mjs";
 import { pages } from "./pages.mjs";
 import { pictures } from "./pictures.mjs";
 import { tour } from "./tour.mjs";
+import { usage } from "./usage.mjs";
 import { widths } from "./widths.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...selected] = process.argv.slice(2);
-const parts = { tour, keyboard, once, many, actions, lists, names, guard, pages, errors, widths, pictures };
+const parts = { tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, widths, pictures };
 
 const world = await World.start(executablePath, base, shots);
 try {

@@ -76,6 +76,8 @@ enum Chore {
     Bundle,
     /// Build all and go through the console in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER keeps pictures of every page
     Journey,
+    /// Build all and take the pictures of the README and the landing page anew
+    Pictures,
     /// Check formatting, lints, documentation, unused dependencies, links and generated files
     Check,
     /// Write all generated files: server/src/schema.rs, openapi.json, .env.example
@@ -91,6 +93,7 @@ fn main() -> ExitCode {
         Chore::Desktop { arguments } => desktop::start(&arguments),
         Chore::Bundle => desktop::bundle().map(|()| ExitCode::SUCCESS),
         Chore::Journey => journey::alone(),
+        Chore::Pictures => journey::pictures(),
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
         Chore::Generate => generate::write().map(|()| ExitCode::SUCCESS),
     };

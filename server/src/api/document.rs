@@ -100,8 +100,8 @@ fn error_page(code: ProblemCode, base: &str) -> Response {
         code.title(),
         &format!(
             "<h1>{title}</h1>\n<p><code>{slug}</code> · HTTP {status}</p>\n<p>{explanation}</p>\n\
-             <h2>Example response</h2>\n<pre>HTTP/1.1 {status}\ncontent-type: {MEDIA_TYPE}\n{wait}\n{example}</pre>\n\
-             <h2>Retry</h2>\n<p>{advice}</p>\n<pre>{snippet}</pre>\n\
+             <h2>Example response</h2>\n<pre tabindex=\"0\" aria-label=\"Example response\">HTTP/1.1 {status}\ncontent-type: {MEDIA_TYPE}\n{wait}\n{example}</pre>\n\
+             <h2>Retry</h2>\n<p>{advice}</p>\n<pre tabindex=\"0\" aria-label=\"Example of a retry\">{snippet}</pre>\n\
              <p>Every response includes its request ID in <code>X-Request-Id</code>. Use it to find the request in the \
              server's log.</p>\n<p><a href=\"/problems\">All errors</a> · <a href=\"/docs\">API docs</a></p>",
             title = code.title(),
@@ -376,6 +376,10 @@ mod tests {
     fn front_page_has_no_placeholder_left_and_escapes_what_it_is_given() {
         let full = front_page(&Landing::Full, "https://quota.example.com");
         assert!(!full.contains("{{"), "{full}");
+        assert!(
+            full.contains("git clone https://"),
+            "the address of the source"
+        );
         assert!(full.contains("X-Service-Token qs_YOUR_SERVICE_TOKEN"));
         assert!(
             !full.contains("Caddy 2.6 or later"),

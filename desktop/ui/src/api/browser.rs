@@ -22,7 +22,7 @@ use web_sys::{
 };
 
 use super::error::{CallError, CallResult, TestResponse};
-use crate::model::address::Query;
+use crate::model::{address::Query, json};
 
 /// Whether the session's cookies reach the server: over TLS, or on this computer.
 pub fn is_secure() -> bool {
@@ -116,7 +116,7 @@ async fn read_body(response: Response) -> CallResult<String> {
     if response.ok() {
         return Ok(body);
     }
-    match serde_json::from_str::<Problem>(&body) {
+    match json::read::<Problem>(&body) {
         Ok(problem) => Err(CallError::Problem(Box::new(problem))),
         // A proxy answered in place of an unreachable server.
         Err(_) if response.status() >= 500 => Err(CallError::Unreachable),
@@ -136,7 +136,7 @@ pub async fn send(call: &Call) -> CallResult<String> {
         let csrf_token = csrf_token();
         let body = send_once(next).await?;
         if matches!(next, Call::Me) {
-            let me: Me = serde_json::from_str(&body).map_err(|_| CallError::Unreadable)?;
+            let me: Me = json::read(&body).map_err(|_| CallError::Unreadable)?;
             let account = (me.user.id, me.tenant.id);
             PAGE_OWNER.set(Some(PageOwner {
                 csrf_token,

@@ -14,7 +14,7 @@ use super::{
     form_state::FormState,
     toast::Toasts,
 };
-use crate::{api::CallError, model::bulk::is_phrase};
+use crate::{api::CallError, model::bulk::is_phrase, reactive::effect};
 
 #[component]
 pub fn Modal(
@@ -42,7 +42,7 @@ pub fn Modal(
             toasts.place();
         }
     };
-    Effect::new(move |_| {
+    effect(move || {
         let is_open = open.get();
         let Some(dialog) = dialog.get() else { return };
         if is_open && !dialog.open() {

@@ -27,6 +27,7 @@ use crate::{
         text::quoted,
     },
     preferences::{Preferences, preferences},
+    reactive::effect,
     route::{Route, route},
 };
 
@@ -183,7 +184,7 @@ fn Palette(commands: Commands) -> impl IntoView {
         }
     });
     let selected = RwSignal::new(0_usize);
-    let choices = Memo::new(move |_| {
+    let choices = Signal::derive(move || {
         let text = typed.get();
         let text = text.trim();
         let mut choices: Vec<Choice> = matching(text)
@@ -203,7 +204,7 @@ fn Palette(commands: Commands) -> impl IntoView {
         choices
     });
     let latest = StoredValue::new(0_u32);
-    Effect::new(move |_| {
+    effect(move || {
         let text = typed.get();
         selected.set(0);
         latest.update_value(|latest| *latest = latest.wrapping_add(1));
@@ -266,7 +267,7 @@ fn Palette(commands: Commands) -> impl IntoView {
         ev.prevent_default();
     };
     focus_soon(".palette-input");
-    Effect::new(move |_| {
+    effect(move || {
         let choice = document().get_element_by_id(&format!("choice-{}", selected.get()));
         if let Some(choice) = choice {
             choice.scroll_into_view_with_bool(false);

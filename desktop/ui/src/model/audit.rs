@@ -3,7 +3,11 @@
 use quota_common::audit::AuditEvent;
 use serde_json::{Map, Value};
 
-use super::text::{capitalized, date_time, number, quoted};
+use super::{
+    key::time_markup,
+    markup::{Markup, element, with_text},
+    text::{capitalized, date_time, number, quoted},
+};
 
 /// The label of an action such as `api_key.rotate`.
 pub fn action_label(action: &str) -> String {
@@ -178,6 +182,158 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     }
 }
 
+/// Events as a table. Each is summed up in one line; a row below, hidden at first, has its details in the full width.
+pub fn event_table(
+    events: &[AuditEvent],
+    plan_name: &dyn Fn(&str) -> Option<String>,
+    now: i64,
+) -> Markup {
+    let is_deleted = |id: &str| {
+        events
+            .iter()
+            .any(|it| it.action.ends_with(".delete") && it.target_id.as_deref() == Some(id))
+    };
+    let rows: Markup = events
+        .iter()
+        .flat_map(|event| {
+            let id = event.target_id.as_deref().unwrap_or_default();
+            // Without a page of its own, the resource leads to its history.
+            let href = match &*event.target_type {
+                "api_key" if !is_deleted(id) => format!("/console/api-keys/{id}"),
+                "api_key" | "plan" | "service_token" => format!("/console/audit?target_id={id}"),
+                _ => String::new(),
+            };
+            event_rows(event, &href, plan_name, now)
+        })
+        .collect();
+    let head = ["Change", "Resource", "Actor", "IP address", "Time"]
+        .map(|name| with_text("th", &[("scope", "col")], name));
+    let details = element(
+        "th",
+        &[("scope", "col")],
+        &[with_text(
+            "span",
+            &[("class", "visually-hidden")],
+            "Details",
+        )],
+    );
+    let head = [head.into_iter().collect(), details];
+    let parts = [
+        with_text(
+            "caption",
+            &[("class", "visually-hidden")],
+            "Events, newest first",
+        ),
+        element("thead", &[], &[element("tr", &[], &head)]),
+        element("tbody", &[], &[rows]),
+    ];
+    element("table", &[("class", "table events")], &parts)
+}
+
+fn event_rows(
+    event: &AuditEvent,
+    href: &str,
+    plan_name: &dyn Fn(&str) -> Option<String>,
+    now: i64,
+) -> [Markup; 2] {
+    let label = action_label(&event.action);
+    // Accounts and sessions have no name of their own; the actor identifies them.
+    let name = event.target_name.as_deref().unwrap_or("–");
+    let changes = field_changes(event, plan_name);
+    let row_id = format!("details-{}", event.id);
+    let button_label = format!("Details of {label}: {name}");
+    let cell = |label: &str, class: &str, content: Markup| {
+        element(
+            "td",
+            &[("data-label", label), ("class", class), ("dir", "auto")],
+            &[content],
+        )
+    };
+    let change = [
+        Markup::text(&label),
+        Markup::text(" "),
+        with_text(
+            "span",
+            &[("class", "summary"), ("dir", "auto")],
+            &summary(event, plan_name),
+        ),
+    ];
+    let resource = match href {
+        "" => with_text("span", &[("class", "clamp")], name),
+        href => with_text("a", &[("class", "clamp"), ("href", href)], name),
+    };
+    let exact = with_text(
+        "span",
+        &[("class", "exact")],
+        &date_time(event.at.inner().timestamp_millis()),
+    );
+    let time = element("div", &[], &[time_markup(event.at, now), exact]);
+    let button = if changes.is_empty() {
+        Markup::default()
+    } else {
+        with_text(
+            "button",
+            &[
+                ("type", "button"),
+                ("class", "button small"),
+                ("aria-label", &button_label),
+                ("aria-expanded", "false"),
+                ("aria-controls", &row_id),
+            ],
+            "Details",
+        )
+    };
+    let cells = [
+        element("th", &[("scope", "row")], &change),
+        cell("Resource", "name-cell", resource),
+        cell(
+            "Actor",
+            "actor",
+            Markup::text(event.user_email.as_deref().unwrap_or("System")),
+        ),
+        cell(
+            "IP address",
+            "",
+            with_text("code", &[], event.ip.as_deref().unwrap_or("–")),
+        ),
+        cell("Time", "", time),
+        element("td", &[("class", "row-actions")], &[button]),
+    ];
+    let details: Markup = changes.iter().map(change_row).collect();
+    let details = element("dl", &[("class", "details")], &[details]);
+    let details = element("td", &[("colspan", "6")], &[details]);
+    [
+        element("tr", &[], &cells),
+        element(
+            "tr",
+            &[
+                ("id", &row_id),
+                ("class", "detail-row"),
+                ("hidden", "hidden"),
+            ],
+            &[details],
+        ),
+    ]
+}
+
+fn change_row(change: &FieldChange) -> Markup {
+    let value = match (&change.before, &change.after) {
+        (Some(before), Some(after)) => vec![
+            with_text("del", &[], before),
+            Markup::text(" → "),
+            with_text("ins", &[], after),
+        ],
+        (before, after) => vec![Markup::text(
+            after.as_ref().or(before.as_ref()).map_or("", |it| it),
+        )],
+    };
+    let parts = [
+        with_text("dt", &[], &change.label),
+        element("dd", &[("dir", "auto")], &value),
+    ];
+    element("div", &[], &parts)
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -296,6 +452,24 @@ mod tests {
             after: Some("20".into()),
         };
         assert_eq!(field_changes(&updated, &plan_name), [burst]);
+    }
+
+    #[test]
+    fn resource_leads_to_its_page_or_else_to_its_history() {
+        let mut all = [
+            event("api_key.delete", json!({"name": "<App>"}), Value::Null),
+            event("api_key.create", Value::Null, json!({"name": "<App>"})),
+        ];
+        for event in &mut all {
+            event.target_type = "api_key".to_owned();
+            event.target_name = Some("<App>".to_owned());
+        }
+        let table = |events: &[AuditEvent]| event_table(events, &plan_name, 0).to_string();
+        assert!(table(&all[1..]).contains(&format!("href=\"/console/api-keys/{ID}\"")));
+        assert!(!table(&all).contains("/console/api-keys/"));
+        assert!(table(&all).contains(&format!("href=\"/console/audit?target_id={ID}\"")));
+        assert!(table(&all).contains("&lt;App&gt;") && !table(&all).contains("<App>"));
+        assert!(!table(&all).contains("<del>"), "neither is a difference");
     }
 
     #[test]

@@ -27,6 +27,7 @@ const fn command(name: &'static str, keys: &'static str, action: Action) -> Comm
 
 pub const COMMANDS: &[Command] = &[
     command("Go to Home", "gh", Action::Go("/console")),
+    command("Go to Usage", "gu", Action::Go("/console/usage")),
     command("Go to Plans", "gp", Action::Go("/console/plans")),
     command("Go to API keys", "gk", Action::Go("/console/api-keys")),
     command(
@@ -47,6 +48,7 @@ pub const COMMANDS: &[Command] = &[
         "nt",
         Action::Go("/console/service-tokens?new=1"),
     ),
+    command("Open live tail", "", Action::Go("/console/usage?live=1")),
     command("Search API keys", "/", Action::Search),
     command("Show keyboard shortcuts", "?", Action::Help),
     command("Use light theme", "", Action::Theme("light")),

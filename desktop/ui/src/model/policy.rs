@@ -14,20 +14,13 @@ pub struct PolicyState {
     pub denied: bool,
 }
 
-const fn wire_name(policy: PolicyName) -> &'static str {
-    match policy {
-        PolicyName::Rpm => "rpm",
-        PolicyName::Daily => "daily",
-        PolicyName::Monthly => "monthly",
-    }
-}
-
 /// The label of a policy.
 pub fn policy_label(policy: &str) -> &str {
     match policy {
         "rpm" => "Rate limit",
         "daily" => "Daily quota",
         "monthly" => "Monthly quota",
+        "reduced_capacity" => "Reduced capacity",
         "tenant_monthly" => "Organization's monthly quota",
         other => other,
     }
@@ -68,7 +61,7 @@ pub fn policy_states(headers: LimitHeaders<'_>, violated: &[PolicyName]) -> Vec<
     items("q", headers.policies)
         .into_iter()
         .filter_map(|(policy, limit)| {
-            let denied = violated.iter().any(|it| wire_name(*it) == policy);
+            let denied = violated.iter().any(|it| it.as_str() == policy);
             let (limit, remaining) = if policy == "rpm" {
                 (headers.burst.parse().ok(), headers.remaining.parse().ok())
             } else {

@@ -1,6 +1,6 @@
 //! The audit log.
 
-use leptos::{prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
     Page, Timestamp,
     audit::{AuditAction, AuditEvent, AuditTarget},
@@ -8,21 +8,23 @@ use quota_common::{
     page::MAX_LIMIT,
     plan::Plan,
 };
+use wasm_bindgen::JsCast;
+use web_sys::Element;
 
 use super::plan_list::load_plans;
 use crate::{
     api,
+    clock::now,
     component::{
-        Async, EmptyState, ExportButton, LoadState, Loader, PageHeader, Pager, RelativeTime, Shape,
-        load_page,
+        Async, EmptyState, ExportButton, Loader, PageHeader, Pager, Shape, input_filter, load_page,
+        select_filter, set_filter,
     },
     model::{
         address::Query,
-        audit::{FieldChange, action_label, field_changes, summary},
+        audit::{action_label, event_table, summary},
         csv::csv,
-        text::date_time,
     },
-    route::{Route, route},
+    route::route,
 };
 
 /// How many events an export contains at most.
@@ -39,21 +41,28 @@ const fn resource_label(target: AuditTarget) -> &'static str {
     }
 }
 
-fn resources(_: &Query) -> Vec<(&'static str, String)> {
-    let all = AuditTarget::ALL.iter();
-    all.map(|it| (it.as_str(), resource_label(*it).to_owned()))
-        .collect()
+fn resources() -> Signal<Vec<(String, String)>> {
+    Signal::derive(|| {
+        let all = AuditTarget::ALL.iter();
+        let all = all.map(|it| (it.as_str().to_owned(), resource_label(*it).to_owned()));
+        std::iter::once((String::new(), "All resources".to_owned()))
+            .chain(all)
+            .collect()
+    })
 }
 
 /// The actions on the selected resource.
-fn actions(query: &Query) -> Vec<(&'static str, String)> {
-    let noun = query.get("target_type").unwrap_or_default();
-    AuditAction::ALL
-        .iter()
-        .map(|it| it.as_str())
-        .filter(|it| it.starts_with(&noun))
-        .map(|it| (it, action_label(it)))
-        .collect()
+fn actions(query: RwSignal<Query>) -> Signal<Vec<(String, String)>> {
+    Signal::derive(move || {
+        let noun = query
+            .with(|query| query.get("target_type"))
+            .unwrap_or_default();
+        let all = AuditAction::ALL.iter().map(|it| it.as_str());
+        let all = all.filter(|it| it.starts_with(&noun));
+        std::iter::once((String::new(), "All actions".to_owned()))
+            .chain(all.map(|it| (it.to_owned(), action_label(it))))
+            .collect()
+    })
 }
 
 /// The parameters of the address that restrict the list.
@@ -87,83 +96,6 @@ fn filter(query: &Query) -> AuditFilter {
     }
 }
 
-/// Puts a filter into the address.
-fn set_filter(route: Route, name: &'static str, value: &str) {
-    let mut query = route.query.get_untracked().with("cursor", "");
-    if name == "target_type" {
-        query = query.with("action", "");
-    }
-    route.replace(&format!("/console/audit{}", query.with(name, value)));
-}
-
-#[component]
-fn SelectFilter(
-    name: &'static str,
-    label: &'static str,
-    all: &'static str,
-    options: fn(&Query) -> Vec<(&'static str, String)>,
-) -> impl IntoView {
-    let route = route();
-    let query = route.query;
-    view! {
-        <div class="field">
-            <label for=name>{label}</label>
-            <select id=name on:change=move |ev| set_filter(route, name, &event_target_value(&ev))>
-                {move || {
-                    query
-                        .with(|query| {
-                            let current = query.get(name).unwrap_or_default();
-                            let mut all = vec![("", all.to_owned())];
-                            all.append(&mut options(query));
-                            all.into_iter()
-                                .map(|(value, text)| view! { <option value=value selected=value == current>{text}</option> })
-                                .collect_view()
-                        })
-                }}
-            </select>
-        </div>
-    }
-}
-
-/// A text or date filter. A text applies once typing pauses.
-#[component]
-fn InputFilter(
-    name: &'static str,
-    label: &'static str,
-    kind: &'static str,
-    #[prop(optional)] placeholder: &'static str,
-) -> impl IntoView {
-    let route = route();
-    let query = route.query;
-    let latest = StoredValue::new(0_u32);
-    let pause_ms = if kind == "search" { 250 } else { 0 };
-    let change = move |ev| {
-        let value = event_target_value(&ev);
-        latest.update_value(|n| *n = n.wrapping_add(1));
-        let own = latest.get_value();
-        spawn_local(async move {
-            gloo_timers::future::TimeoutFuture::new(pause_ms).await;
-            if latest.try_get_value() == Some(own) {
-                set_filter(route, name, &value);
-            }
-        });
-    };
-    view! {
-        <div class="field">
-            <label for=name>{label}</label>
-            <input
-                id=name
-                type=kind
-                dir=(kind == "search").then_some("auto")
-                maxlength=(kind == "search").then_some("200")
-                placeholder=placeholder
-                prop:value=move || query.with(|query| query.get(name)).unwrap_or_default()
-                on:input=change
-            />
-        </div>
-    }
-}
-
 #[component]
 pub fn AuditLog() -> impl IntoView {
     let route = route();
@@ -181,12 +113,12 @@ pub fn AuditLog() -> impl IntoView {
             <ExportButton export/>
         </PageHeader>
         <search class="filters audit">
-            <InputFilter name="search" label="Resource name" kind="search" placeholder="Name"/>
-            <InputFilter name="actor" label="Actor" kind="search" placeholder="Email"/>
-            <SelectFilter name="target_type" label="Resource" all="All resources" options=resources/>
-            <SelectFilter name="action" label="Action" all="All actions" options=actions/>
-            <InputFilter name="from" label="From (UTC)" kind="date"/>
-            <InputFilter name="to" label="To (UTC)" kind="date"/>
+            {input_filter("search", "Resource name", "search", "Name")}
+            {input_filter("actor", "Actor", "search", "Email")}
+            {select_filter("target_type", "target_type", "Resource", resources())}
+            {select_filter("action", "action", "Action", actions(query))}
+            {input_filter("from", "From (UTC)", "date", "")}
+            {input_filter("to", "To (UTC)", "date", "")}
         </search>
         {move || {
             query
@@ -236,14 +168,12 @@ struct PlanNames(Loader<Vec<Plan>>);
 
 impl PlanNames {
     fn find(self, id: &str) -> Option<String> {
-        self.0.state.with(|state| match state {
-            LoadState::Ready(plans) => plans
-                .iter()
-                .find(|plan| plan.id.to_string() == id)
-                .map(|plan| plan.name.clone()),
-            // Not known to be deleted.
-            _ => Some("…".to_owned()),
-        })
+        let found = self.0.with(|plans| {
+            let plan = plans.iter().find(|plan| plan.id.to_string() == id);
+            plan.map(|plan| plan.name.clone())
+        });
+        // Until plans are loaded, none is known to be deleted.
+        found.unwrap_or_else(|| Some("…".to_owned()))
     }
 
     fn summary(self, event: &AuditEvent) -> String {
@@ -295,121 +225,26 @@ async fn exported(filter: AuditFilter, names: PlanNames) -> api::CallResult<Stri
 #[component]
 fn Events(page: Page<AuditEvent>, plans: Loader<Vec<Plan>>) -> impl IntoView {
     let shown = page.items.len();
-    let deleted = page
-        .items
-        .iter()
-        .filter(|it| it.action.ends_with(".delete"))
-        .filter_map(|it| it.target_id.clone())
-        .collect::<Vec<_>>();
-    let rows = page
-        .items
-        .into_iter()
-        .map(|event| {
-            let id = event.target_id.clone().unwrap_or_default();
-            let has_page = event.target_type == "api_key" && !deleted.contains(&id);
-            // Without a page of its own, the resource leads to its history.
-            let href = match &*event.target_type {
-                "api_key" if has_page => Some(format!("/console/api-keys/{id}")),
-                "api_key" | "plan" | "service_token" => Some(format!(
-                    "/console/audit{}",
-                    Query::default().with("target_id", &id)
-                )),
-                _ => None,
-            };
-            view! { <EventRows event href plans/> }
-        })
-        .collect_view();
-    view! {
-        <table class="table events">
-            <caption class="visually-hidden">"Events, newest first"</caption>
-            <thead>
-                <tr>
-                    <th scope="col">"Change"</th>
-                    <th scope="col">"Resource"</th>
-                    <th scope="col">"Actor"</th>
-                    <th scope="col">"IP address"</th>
-                    <th scope="col">"Time"</th>
-                    <th scope="col"><span class="visually-hidden">"Details"</span></th>
-                </tr>
-            </thead>
-            <tbody>{rows}</tbody>
-        </table>
-        <Pager total=page.total shown next=page.next_cursor/>
-    }
-}
-
-/// An event in one line, and below it, when asked for, its details in the full width of the table.
-#[component]
-fn EventRows(event: AuditEvent, href: Option<String>, plans: Loader<Vec<Plan>>) -> impl IntoView {
-    let open = RwSignal::new(false);
+    let (total, next) = (page.total, page.next_cursor);
+    let events = page.items;
     let names = PlanNames(plans);
-    let id = format!("details-{}", event.id);
-    // Accounts and sessions have no name of their own; the actor identifies them.
-    let name = event.target_name.clone().unwrap_or_else(|| "–".to_owned());
-    let label = action_label(&event.action);
-    let button = format!("Details of {label}: {name}");
-    let at = event.at;
-    let has_details = event.before.is_some() || event.after.is_some();
-    let event = StoredValue::new(event);
-    let line = move || event.with_value(|event| names.summary(event));
-    let changes = move || event.with_value(|event| field_changes(event, &|id| names.find(id)));
-    let (actor, ip) = event.with_value(|it| (it.user_email.clone(), it.ip.clone()));
-    let controls = id.clone();
+    let table = move || event_table(&events, &|id| names.find(id), now()).to_string();
+    // Each button shows or hides the row below its own.
+    let on_click = move |ev: web_sys::MouseEvent| {
+        let target = ev.target().and_then(|it| it.dyn_into::<Element>().ok());
+        let button = target.and_then(|it| it.closest("button[aria-controls]").ok()?);
+        let Some(button) = button else { return };
+        let row = button
+            .get_attribute("aria-controls")
+            .and_then(|id| document().get_element_by_id(&id));
+        if let Some(row) = row {
+            let is_hidden = row.has_attribute("hidden");
+            let _ = row.toggle_attribute("hidden");
+            let _ = button.set_attribute("aria-expanded", if is_hidden { "true" } else { "false" });
+        }
+    };
     view! {
-        <tr>
-            <th scope="row">{label} <span class="summary" dir="auto">{line}</span></th>
-            <td data-label="Resource" class="name-cell"><a class="clamp" dir="auto" href=href>{name}</a></td>
-            <td class="actor" data-label="Actor" dir="auto">{actor.unwrap_or_else(|| "System".to_owned())}</td>
-            <td data-label="IP address"><code>{ip.unwrap_or_else(|| "–".to_owned())}</code></td>
-            <td data-label="Time"><div><RelativeTime at with_exact=true/></div></td>
-            <td class="row-actions">
-                {has_details
-                    .then(|| {
-                        view! {
-                            <button
-                                type="button"
-                                class="button small"
-                                aria-label=button
-                                aria-expanded=move || open.get().to_string()
-                                aria-controls=controls
-                                on:click=move |_| open.update(|open| *open = !*open)
-                            >
-                                "Details"
-                            </button>
-                        }
-                    })}
-            </td>
-        </tr>
-        <tr id=id class="detail-row" hidden=move || !open.get()>
-            <td colspan="6">{move || open.get().then(|| view! { <EventDetails at changes=changes()/> })}</td>
-        </tr>
-    }
-}
-
-#[component]
-fn EventDetails(at: Timestamp, changes: Vec<FieldChange>) -> impl IntoView {
-    let rows = changes
-        .into_iter()
-        .map(
-            |FieldChange {
-                 label,
-                 before,
-                 after,
-             }| {
-                let value = match (before, after) {
-                    (Some(before), Some(after)) => {
-                        view! { <del>{before}</del> " → " <ins>{after}</ins> }.into_any()
-                    }
-                    (before, after) => after.or(before).into_any(),
-                };
-                view! { <div><dt>{label}</dt><dd dir="auto">{value}</dd></div> }
-            },
-        )
-        .collect_view();
-    view! {
-        <dl class="details">
-            {rows}
-            <div><dt>"Time"</dt><dd>{date_time(at.inner().timestamp_millis())}</dd></div>
-        </dl>
+        <div inner_html=table on:click=on_click></div>
+        <Pager total shown next/>
     }
 }

@@ -15,6 +15,7 @@ use crate::{
         bulk::{BulkAction, moved},
         text,
     },
+    reactive::effect,
 };
 
 const DAY_MS: i64 = 24 * 60 * 60 * 1000;
@@ -77,7 +78,7 @@ pub fn BulkActions(
     let count = Signal::derive(move || selected.with(Vec::len));
     let shown_count = shown.len();
     // Deselect keys that are no longer shown.
-    Effect::new(move |_| {
+    effect(move || {
         if selected.with_untracked(|it| it.iter().any(|key| !shown.contains(&key.id))) {
             selected.update(|it| it.retain(|key| shown.contains(&key.id)));
         }

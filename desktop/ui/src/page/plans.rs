@@ -18,6 +18,7 @@ use crate::{
         form::plan_changes,
         text::{self, count},
     },
+    reactive::effect,
     route::route,
     session::session,
 };
@@ -42,7 +43,7 @@ pub fn Plans() -> impl IntoView {
     let session = session();
     // The plan whose settings a new plan starts with.
     let template = RwSignal::new(None::<Plan>);
-    Effect::new(move |_| {
+    effect(move || {
         if !creating.get() {
             template.set(None);
         }
@@ -160,12 +161,12 @@ fn PlanRow(
 #[component]
 fn EditPanel(editing: RwSignal<Option<Plan>>, on_updated: Callback<Plan>) -> impl IntoView {
     let open = RwSignal::new(false);
-    Effect::new(move |_| {
+    effect(move || {
         if editing.with(Option::is_some) {
             open.set(true);
         }
     });
-    Effect::new(move |_| {
+    effect(move || {
         if !open.get() {
             editing.set(None);
         }
@@ -261,7 +262,7 @@ fn DeleteDialog(plan: RwSignal<Option<Plan>>, on_deleted: Callback<Plan>) -> imp
     let in_use = RwSignal::new(false);
     let busy = RwSignal::new(false);
     let failure = RwSignal::new(None::<CallError>);
-    Effect::new(move |_| {
+    effect(move || {
         if let Some(plan) = plan.get() {
             failure.set(None);
             if plan.key_count > 0 {
@@ -271,7 +272,7 @@ fn DeleteDialog(plan: RwSignal<Option<Plan>>, on_deleted: Callback<Plan>) -> imp
             }
         }
     });
-    Effect::new(move |_| {
+    effect(move || {
         if !confirming.get() && !in_use.get() {
             plan.set(None);
         }

@@ -11,7 +11,7 @@ use crate::{
     api::{self, CallError},
     component::{
         Alert, Async, CodeBlock, Confirm, EmptyState, Field, FormState, Loader, Modal, NewSecret,
-        PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, busy_attr, load_page,
+        PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, busy_attr, load, load_page,
         open_from_query,
     },
     model::text::{Gateway, quoted},
@@ -170,7 +170,14 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
 #[component]
 fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
     let selected = RwSignal::new(Gateway::Caddy);
-    let text = Signal::derive(move || selected.get().configuration(&api::origin(), &token.get()));
+    // A file of the console. Without it, only the command for curl is shown.
+    let files = load(api::gateway_files);
+    let text = Signal::derive(move || {
+        let files = files.ready().unwrap_or_default();
+        selected
+            .get()
+            .configuration(&files, &api::origin(), &token.get())
+    });
     view! {
         <fieldset class="choice">
             <legend class="visually-hidden">"Gateway"</legend>

@@ -12,7 +12,7 @@ use crate::{
     api::{self, CallError},
     component::{
         Alert, Async, Confirm, Field, FormState, Loader, PageHeader, RelativeTime, Toasts,
-        busy_attr, load,
+        browser_time_zone, busy_attr, load,
     },
     preferences::preferences,
     servers,
@@ -89,14 +89,6 @@ fn Profile() -> impl IntoView {
             </form>
         </section>
     }
-}
-
-fn browser_time_zone() -> String {
-    let options = js_sys::Intl::DateTimeFormat::default().resolved_options();
-    js_sys::Reflect::get(&options, &"timeZone".into())
-        .ok()
-        .and_then(|zone| zone.as_string())
-        .unwrap_or_else(|| "UTC".to_owned())
 }
 
 /// The time zones that the browser knows.

@@ -9,9 +9,11 @@ use quota_common::api_key::ApiKey;
 use crate::{
     api::{self, CallError, TestResponse},
     clock::now,
-    component::{Alert, Meter, busy_attr},
+    component::{Alert, busy_attr},
     model::{
         bucket::{Bucket, History},
+        markup::Markup,
+        meter::Meter,
         policy::{LimitHeaders, PolicyState, policy_label, policy_states},
         text::{count, countdown, number},
     },
@@ -256,22 +258,27 @@ fn ResponseSummary(
 /// A bar for each quota that the last response reported. The rate has a chart of its own, unless it denied.
 #[component]
 fn Policies(results: RwSignal<Results>) -> impl IntoView {
-    move || {
+    let meters = move || {
         let policies = results.with(Results::policies);
-        let rows = policies
-            .into_iter()
-            .filter(|it| it.policy != "rpm" || it.denied)
+        let shown = policies.iter().filter(|it| it.policy != "rpm" || it.denied);
+        let meters: Markup = shown
             .filter_map(|it| {
                 let remaining = it.remaining?;
-                let used = it.limit.saturating_sub(remaining);
-                let share = used.saturating_mul(1000) / it.limit.max(1);
                 let text = format!("{} of {} left", number(remaining), number(it.limit));
-                let label = policy_label(&it.policy).to_owned();
-                Some(view! { <Meter label share=Signal::derive(move || share) text=Signal::derive(move || text.clone()) denied=Signal::derive(move || it.denied)/> })
+                let meter = Meter {
+                    label: policy_label(&it.policy),
+                    used: it.limit.saturating_sub(remaining),
+                    limit: it.limit,
+                    text: &text,
+                    denied: it.denied,
+                    ..Meter::default()
+                };
+                Some(meter.markup())
             })
-            .collect_view();
-        view! { <div class="meters">{rows}</div> }
-    }
+            .collect();
+        meters.to_string()
+    };
+    view! { <div class="meters" inner_html=meters></div> }
 }
 
 #[component]
