@@ -281,7 +281,11 @@ pub struct BurnDown {
 mod examples {
     use poem_openapi::types::Example;
 
-    use super::*;
+    use super::{
+        Attention, AttentionKind, BurnDown, BurnDownPoint, KeyLimits, LimitState, PolicyName,
+        QuotaStatus, Stats, Timestamp, Usage, UsageBucket, UsageBucketSize, UsageCounts,
+        UsageGroup, UsageGroupBy,
+    };
     use crate::id::example;
 
     fn at(seconds: u64) -> Timestamp {

@@ -26,3 +26,4 @@ pub mod secret_text;
 pub mod serve;
 pub mod state;
 pub mod telemetry;
+pub mod usage_report;

@@ -15,9 +15,11 @@ use poem_openapi::{
 use quota_common::{
     FieldError, Problem, ProblemCode,
     audit::{AuditAction, AuditTarget},
+    decision::DecisionOutcome,
     limit::PolicyName,
     page::{ApiKeyOrder, PlanOrder},
     problem::MEDIA_TYPE,
+    usage::{UsageBucketSize, UsageGroupBy},
 };
 use serde::{Serialize, Serializer};
 
@@ -118,6 +120,11 @@ impl ApiError {
 
     pub fn too_many(retry_after: Duration) -> Self {
         Self::wait("Too many requests from this address.", retry_after)
+    }
+
+    /// For streams, which stay open for as long as somebody watches.
+    pub fn too_many_streams() -> Self {
+        Self::wait("Too many open streams.", Duration::from_secs(10))
     }
 
     /// Also states the wait in the detail, for people who see no headers.
@@ -485,6 +492,10 @@ fn choices(kind: &str) -> Option<Vec<&'static str>> {
         "PlanOrder" => PlanOrder::ALL.iter().map(|it| it.as_str()).collect(),
         "AuditAction" => AuditAction::ALL.iter().map(|it| it.as_str()).collect(),
         "AuditTarget" => AuditTarget::ALL.iter().map(|it| it.as_str()).collect(),
+        "UsageBucketSize" => UsageBucketSize::ALL.iter().map(|it| it.as_str()).collect(),
+        "UsageGroupBy" => UsageGroupBy::ALL.iter().map(|it| it.as_str()).collect(),
+        "DecisionOutcome" => DecisionOutcome::ALL.iter().map(|it| it.as_str()).collect(),
+        "QuotaPolicy" => vec!["daily", "monthly"],
         _ => return None,
     })
 }

@@ -19,7 +19,7 @@ use crate::{
     cache::{Cached, Freshness, Loaded, Unconfirmed},
     clock::UnixNanos,
     limiter::{KeyCell, Limiter, Policies, RatePolicy, Zone},
-    repo::api_key::KeyFacts,
+    repo::api_key::{FoundKey, KeyFacts},
     revocations::Gone,
     secret_text::{Hash, SecretText},
     telemetry::metrics::Metrics,
@@ -224,6 +224,11 @@ impl KeyStore {
             self.tokens
                 .forget(|_, token| gone.token(token.tenant.0, token.id.0));
         }
+    }
+
+    /// The record of a key that was found by its ID. It has the same limiter state as the one that requests find.
+    pub fn described(&self, found: FoundKey) -> Result<KeyRecord, Unconfirmed> {
+        record(found.facts, found.as_of, &self.limiter)
     }
 
     /// Forgets every key and token.

@@ -20,7 +20,7 @@ const RANKS: &[&[&str]] = &[
     &["auth", "keys"],
     &["state"],
     &["api", "demo", "jobs"],
-    &["doctor", "openapi", "serve"],
+    &["doctor", "openapi", "serve", "usage_report"],
     &["router"],
     &["lib", "main"],
 ];

@@ -25,4 +25,5 @@ mod shared_records;
 mod support;
 mod sweep;
 mod tenancy;
+mod usage;
 mod wording;
