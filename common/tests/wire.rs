@@ -171,9 +171,17 @@ fn api_keys_match_their_golden_json() {
     );
     golden!(
         api_key::RotateApiKey {
-            grace_seconds: Some(60.into())
+            grace_seconds: Some(60.into()),
+            replace_previous: None,
         },
         json!({"grace_seconds": 60})
+    );
+    golden!(
+        api_key::RotateApiKey {
+            grace_seconds: None,
+            replace_previous: Some(true),
+        },
+        json!({"replace_previous": true})
     );
     golden!(
         api_key::CreatedApiKey {

@@ -163,7 +163,7 @@ impl KeyStore {
         let record = move |facts: KeyFacts, as_of| {
             // Before it is cached.
             let owners = [facts.tenant_id, facts.plan_id, facts.id];
-            index.add(hash, owners, |hash| cached.holds(hash));
+            index.add(hash, owners, |hash| cached.holds_or_loads(hash));
             record(facts, as_of, &limiter)
         };
         self.keys
@@ -217,8 +217,8 @@ impl KeyStore {
     /// Forgets what changes have made untrue.
     pub fn revoke(&self, gone: &Gone) {
         if gone.any_key() {
-            // Loads under way are begun again, also those that the index does not have yet.
-            self.keys.forget_these(&self.index.take(gone));
+            // Loads in progress are repeated, including those that the index does not have yet.
+            self.keys.forget_these(|| self.index.take(gone));
         }
         if gone.any_token() {
             self.tokens
@@ -317,3 +317,6 @@ fn nanos(at: DateTime<Utc>) -> UnixNanos {
             .unwrap_or(u64::MAX),
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -141,6 +141,7 @@ fn samples() -> Vec<Call> {
             key,
             RotateApiKey {
                 grace_seconds: Some(60.into()),
+                replace_previous: Some(true),
             },
         ),
         Call::DeleteApiKey(key),
