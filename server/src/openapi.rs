@@ -27,6 +27,7 @@ use crate::{
         plan::PlanApi,
         problem,
         service_token::ServiceTokenApi,
+        stats::StatsApi,
         usage::UsageApi,
     },
     state::AppState,
@@ -39,6 +40,7 @@ pub type Apis = (
     ApiKeyApi,
     KeyLimitsApi,
     ServiceTokenApi,
+    StatsApi,
     UsageApi,
     DecisionApi,
     AuditApi,
@@ -73,6 +75,7 @@ pub fn service(state: &AppState) -> OpenApiService<Apis, ()> {
         ApiKeyApi { state: state() },
         KeyLimitsApi { state: state() },
         ServiceTokenApi { state: state() },
+        StatsApi { state: state() },
         UsageApi { state: state() },
         DecisionApi {
             state: state(),

@@ -21,16 +21,16 @@ use super::{
     json::Json,
     problem::{ApiError, OrNotFound},
     tenant_rights::{ReadingTenant, UsageTenant},
-    usage::{nanos, policy_name, tenant_zone, time},
+    usage::{nanos, policy_name, tenant_zone, time, times},
 };
 use crate::{
-    db::{DbError, TenantTx},
+    db::TenantTx,
     keys::KeyRecord,
     limiter::{Policy, PolicyState, QuotaWindow, window},
     repo::{
         api_key,
         usage::{self, Filter},
-        usage_shipper, usage_status,
+        usage_status,
     },
     state::AppState,
 };
@@ -69,13 +69,6 @@ impl KeyLimitsApi {
     async fn key(&self, tx: &mut TenantTx, id: ApiKeyId) -> Result<KeyRecord, ApiError> {
         let facts = api_key::facts_of(tx, id.0).await.or_not_found()?;
         self.state.keys.described(facts).map_err(ApiError::from)
-    }
-
-    async fn times(&self) -> Result<usage_shipper::Times, DbError> {
-        let mut tx = self.state.db.system().await?;
-        let times = usage_shipper::times(&mut tx).await?;
-        tx.commit().await?;
-        Ok(times)
     }
 
     /// The current window of a key's quota: the one that the ledger states, or else the calendar's.
@@ -205,7 +198,7 @@ impl KeyLimitsApi {
         /// The quota, which the key's plan must have. Default: `daily` if it has one, otherwise `monthly`.
         policy: Query<Option<QuotaPolicy>>,
     ) -> Result<Json<BurnDown>, ApiError> {
-        let times = self.times().await?;
+        let times = times(&self.state).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;
         let policy = policy.0.map_or_else(

@@ -31,6 +31,7 @@ pub mod request_context;
 pub mod request_log;
 pub mod service_token;
 pub mod short_way;
+pub mod stats;
 pub mod tenant_rights;
 pub mod usage;
 

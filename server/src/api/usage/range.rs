@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// The resolution of rollups.
-pub(super) const QUARTER: TimeDelta = TimeDelta::minutes(15);
+pub(in crate::api) const QUARTER: TimeDelta = TimeDelta::minutes(15);
 /// Longer ranges have days by default.
 const HOURS_UP_TO: TimeDelta = TimeDelta::days(7);
 
@@ -42,11 +42,11 @@ impl Buckets {
     }
 }
 
-pub(super) fn floor(at: DateTime<Utc>) -> DateTime<Utc> {
+pub(in crate::api) fn floor(at: DateTime<Utc>) -> DateTime<Utc> {
     at.duration_trunc(QUARTER).unwrap_or(at)
 }
 
-pub(super) fn ceil(at: DateTime<Utc>) -> DateTime<Utc> {
+pub(in crate::api) fn ceil(at: DateTime<Utc>) -> DateTime<Utc> {
     let floor = floor(at);
     if floor < at { floor + QUARTER } else { floor }
 }
