@@ -68,6 +68,10 @@ pub struct Config {
     pub stale_grace: Duration,
     pub key_cache: usize,
     pub session_days: u32,
+    /// How long the log of decisions is kept: whole days.
+    pub usage_retention: Duration,
+    /// How long rollups of it are kept: whole days.
+    pub usage_rollup_retention: Duration,
     pub log_format: LogFormat,
     pub log: String,
     /// What argon2id costs; tests lower it.
@@ -391,6 +395,12 @@ impl Config {
             .unwrap_or(100_000),
             session_days: u32::try_from(r.number("QUOTA_SESSION_DAYS", &s.session_days, 1..=365))
                 .unwrap_or(14),
+            usage_retention: r.days("QUOTA_USAGE_RETENTION", &s.usage_retention, 2..=3650),
+            usage_rollup_retention: r.days(
+                "QUOTA_USAGE_ROLLUP_RETENTION",
+                &s.usage_rollup_retention,
+                2..=3650,
+            ),
             log_format: r.read(
                 "QUOTA_LOG_FORMAT",
                 &s.log_format,

@@ -35,6 +35,7 @@ use crate::{
     repo::{self, revocation::Revocation},
     revocations::{Announcer, Recent},
     telemetry::{log::Log, metrics::Metrics},
+    tenant_queue::TenantQueues,
 };
 
 /// How many client addresses each guard remembers. One takes about 100 bytes.
@@ -67,6 +68,8 @@ pub struct Parts {
     pub auth_guard: Guard,
     pub admin_guard: Guard,
     pub login_attempts: Arc<Attempts>,
+    /// Where changes of one tenant wait for each other.
+    pub changes: TenantQueues,
     draining: AtomicBool,
 }
 
@@ -204,6 +207,7 @@ impl AppState {
             announcer,
             recent,
             login_attempts,
+            changes: TenantQueues::default(),
             draining: AtomicBool::new(false),
         })))
     }

@@ -11,6 +11,7 @@ mod advisories;
 mod bench;
 mod check;
 mod console;
+mod containers;
 mod dependencies;
 mod desktop;
 mod generate;
@@ -57,7 +58,8 @@ enum Chore {
     /// Measure what a request costs, next to a bare poem and a bare hyper server; prints a table.
     /// `bench replicas` measures what holds over several replicas on one Redis, `bench simulation`
     /// plays the limiter in simulated time (`bench simulation 20000`: so many seeds), `bench desktop`
-    /// measures the desktop app's memory and start next to an empty window
+    /// measures the desktop app's memory and start next to an empty window, `bench usage` how fast usage is appended and
+    /// read at 10 million rows (`bench usage 1000000`: so many)
     Bench {
         /// Options for the measurement: `--rounds N`, `--millis N`; after `replicas` its own, such as
         /// `--only faults`; `--help` lists them
@@ -78,6 +80,14 @@ enum Chore {
     Journey,
     /// Build all and take the pictures of the README and the landing page anew
     Pictures,
+    /// Build the container image `quota:local`
+    Image,
+    /// Build the image, run the production compose file with Caddy, PostgreSQL and Redis, and test it under load
+    Containers {
+        /// Options: `--binary FILE` puts that binary into the image in place of compiling one inside
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Check formatting, lints, documentation, unused dependencies, links and generated files
     Check,
     /// Write all generated files: server/src/schema.rs, openapi.json, .env.example
@@ -94,6 +104,8 @@ fn main() -> ExitCode {
         Chore::Bundle => desktop::bundle().map(|()| ExitCode::SUCCESS),
         Chore::Journey => journey::alone(),
         Chore::Pictures => journey::pictures(),
+        Chore::Image => containers::run(&["--image-only".into()]),
+        Chore::Containers { arguments } => containers::run(&arguments),
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
         Chore::Generate => generate::write().map(|()| ExitCode::SUCCESS),
     };

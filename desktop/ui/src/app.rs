@@ -10,7 +10,7 @@ use crate::{
     clock,
     component::{
         Commands, CommandsView, EmptyState, Icon, Logo, PaletteButton, Shape, Toasts, ToastsView,
-        ignore_clicks_on_busy_buttons,
+        ignore_clicks_on_busy_buttons, watch_presses,
     },
     host,
     model::address::{ConsolePage, Query},
@@ -30,6 +30,7 @@ pub fn App() -> impl IntoView {
     let route = Route::provide();
     let session = Session::provide(route, toasts);
     ignore_clicks_on_busy_buttons();
+    watch_presses();
     session.load();
     let current = Memo::new(move |_| ConsolePage::of(&route.path.get()));
     // Empty inside the frame, so that moving between its pages does not render it again.

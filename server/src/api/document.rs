@@ -196,6 +196,12 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
 
 curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
+        ProblemCode::PreviousKeyActive => (
+            "The same request fails again until the previous key has expired. To revoke it now, set `replace_previous`.",
+            r#"curl {base}/admin/api-keys/$KEY_ID/rotate \
+  -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
+  -d '{"replace_previous": true}'"#,
+        ),
         ProblemCode::NameTaken => (
             "Send the request with another name.",
             r#"curl {base}/admin/plans \

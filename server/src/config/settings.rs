@@ -444,6 +444,24 @@ pub struct Settings {
     )]
     pub session_days: String,
 
+    /// How many days the log of decisions is kept: 2 to 3650. A day of 10 million requests takes about 4 GB.
+    #[arg(
+        long,
+        env = "QUOTA_USAGE_RETENTION",
+        default_value = "90",
+        value_name = "DAYS"
+    )]
+    pub usage_retention: String,
+
+    /// How many days usage is kept as totals for each quarter of an hour and each day: 2 to 3650.
+    #[arg(
+        long,
+        env = "QUOTA_USAGE_ROLLUP_RETENTION",
+        default_value = "400",
+        value_name = "DAYS"
+    )]
+    pub usage_rollup_retention: String,
+
     /// How logs are written: json or text.
     #[arg(
         long,

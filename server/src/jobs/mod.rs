@@ -6,6 +6,7 @@
 mod replicas;
 mod revocations;
 mod sweep;
+mod usage;
 
 use std::time::Duration;
 
@@ -37,6 +38,8 @@ impl Jobs {
         }
         running.spawn(prune(state.clone(), stopping.clone()));
         running.spawn(write_last_used(state.clone(), stopping.clone()));
+        running.spawn(usage::maintain(state.clone(), stopping.clone()));
+        running.spawn(usage::compare(state.clone(), stopping.clone()));
         running.spawn(sweep::run(state.clone(), stopping));
         Self { stop, running }
     }

@@ -78,6 +78,15 @@ pub struct Metrics {
     pub lookups_refused: Counter,
     /// Times that PostgreSQL was suspected to be unreachable.
     pub database_suspected: Counter,
+    /// Decisions that streams skipped because more were made than can be sent.
+    pub decisions_not_streamed: Counter,
+    /// What the last comparison of log, rollups and quota ledger found.
+    pub usage_log_rollup_difference: Gauge,
+    pub usage_ledger_excess: Gauge,
+    pub usage_rollup_excess: Gauge,
+    /// Unix seconds of the last reconciliation that finished.
+    pub usage_reconciled_at: Gauge,
+    pub usage_partition_errors: Counter,
     pub readiness_checks: Counter,
     pub sweep_errors: Counter,
     /// By the name of what was swept.
@@ -209,6 +218,12 @@ impl Default for Metrics {
             metrics_connections: Arc::default(),
             lookups_refused: Counter::default(),
             database_suspected: Counter::default(),
+            decisions_not_streamed: Counter::default(),
+            usage_log_rollup_difference: Gauge::default(),
+            usage_ledger_excess: Gauge::default(),
+            usage_rollup_excess: Gauge::default(),
+            usage_reconciled_at: Gauge::default(),
+            usage_partition_errors: Counter::default(),
             readiness_checks: Counter::default(),
             sweep_errors: Counter::default(),
             swept: Mutex::default(),
@@ -580,6 +595,36 @@ impl Metrics {
             "sweep_errors",
             "Batches of expired rows that could not be deleted",
             self.sweep_errors.clone(),
+        );
+        r.register(
+            "decisions_not_streamed",
+            "Decisions that streams skipped because more were made than can be sent",
+            self.decisions_not_streamed.clone(),
+        );
+        r.register(
+            "usage_log_rollup_difference",
+            "Requests of yesterday (UTC) by which the log and its rollups differ, summed over tenants",
+            self.usage_log_rollup_difference.clone(),
+        );
+        r.register(
+            "usage_ledger_excess",
+            "Cost that the quota ledger counted beyond recorded usage, in windows that ended the day before",
+            self.usage_ledger_excess.clone(),
+        );
+        r.register(
+            "usage_rollup_excess",
+            "Cost that was recorded beyond what the quota ledger counted, in windows that ended the day before",
+            self.usage_rollup_excess.clone(),
+        );
+        r.register(
+            "usage_reconciled_at_seconds",
+            "Unix time of the last comparison of log, rollups and quota ledger on this server",
+            self.usage_reconciled_at.clone(),
+        );
+        r.register(
+            "usage_partition_errors",
+            "Times that partitions of usage could not be created or dropped",
+            self.usage_partition_errors.clone(),
         );
         let mut text = String::with_capacity(8192);
         // The end mark is written last, below.

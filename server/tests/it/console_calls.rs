@@ -149,6 +149,7 @@ fn samples() -> Vec<Call> {
             key,
             RotateApiKey {
                 grace_seconds: Some(60.into()),
+                replace_previous: Some(true),
             },
         ),
         Call::DeleteApiKey(key),

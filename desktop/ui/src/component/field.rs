@@ -2,7 +2,10 @@
 
 use leptos::prelude::*;
 
-use super::form_state::{Check, FormState};
+use super::{
+    form_state::{Check, FormState},
+    press::after_press,
+};
 
 #[component]
 pub fn Field(
@@ -47,7 +50,7 @@ pub fn Field(
                 aria-invalid=move || is_invalid().then_some("true")
                 bind:value=value
                 on:input=move |_| form.clear(name)
-                on:blur=move |_| form.check(name)
+                on:blur=move |_| after_press(move || form.check(name))
             />
             {list
                 .map(|list| {
