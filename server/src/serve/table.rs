@@ -390,6 +390,11 @@ impl Table {
         }
     }
 
+    /// Whether much memory of closed connections is still to be freed.
+    pub(super) fn is_backlogged(&self) -> bool {
+        self.memory.is_backlogged()
+    }
+
     /// How many sockets are still open beyond those that are counted.
     pub(super) fn closing(&self) -> usize {
         self.closing.load(Ordering::Acquire)
