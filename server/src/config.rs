@@ -61,6 +61,8 @@ pub struct Config {
     pub connections: usize,
     /// Of one address, or one IPv6 /64; 0: no limit.
     pub connections_per_address: usize,
+    /// Of one IPv4 /24 or IPv6 /56, and half of what one IPv6 /48 may have; 0: no limit.
+    pub connections_per_network: usize,
     /// Look-ups under way at most, of keys and tokens that are not in memory.
     pub key_lookups: usize,
     pub drain_timeout: Duration,
@@ -381,6 +383,11 @@ impl Config {
             connections_per_address: r.count(
                 "QUOTA_CONNECTIONS_PER_ADDRESS",
                 &s.connections_per_address,
+                0..=1_000_000,
+            ),
+            connections_per_network: r.count(
+                "QUOTA_CONNECTIONS_PER_NETWORK",
+                &s.connections_per_network,
                 0..=1_000_000,
             ),
             key_lookups: r.count("QUOTA_KEY_LOOKUPS", &s.key_lookups, 1..=100_000),

@@ -89,7 +89,9 @@ impl AppState {
         clock: Arc<dyn Clock>,
         log: Log,
     ) -> Result<Self, AuthError> {
-        let metrics = Arc::new(Metrics::default());
+        let mut metrics = Metrics::default();
+        metrics.log_lines_dropped = log.dropped().clone();
+        let metrics = Arc::new(metrics);
         let freshness = Arc::new(Freshness::new(clock.clone()));
         let redis = config.redis.clone().map(Redis::connect_lazy);
         let recent = Arc::new(Recent::default());

@@ -358,7 +358,8 @@ pub struct Settings {
     )]
     pub idle_timeout: String,
 
-    /// How long a client may go without reading any of a response that is being sent, such as 30s.
+    /// How long a client may go without reading any of a response that is being sent, such as 30s. On HTTP/2, less
+    /// than 1 KiB counts as nothing.
     #[arg(
         long,
         env = "QUOTA_WRITE_TIMEOUT",
@@ -368,7 +369,8 @@ pub struct Settings {
     pub write_timeout: String,
 
     /// The maximum number of open client connections: 16 to 1000000. The limit of open files may allow fewer. When
-    /// it is reached, connections that have not sent a request are closed first, then idle ones.
+    /// it is reached, connections that have not sent a request are closed first, then idle ones, then those whose
+    /// client does not read its response.
     #[arg(
         long,
         env = "QUOTA_CONNECTIONS",
@@ -386,6 +388,16 @@ pub struct Settings {
         value_name = "N"
     )]
     pub connections_per_address: String,
+
+    /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
+    /// twice as many); 0 for no limit. Counted like QUOTA_CONNECTIONS_PER_ADDRESS.
+    #[arg(
+        long,
+        env = "QUOTA_CONNECTIONS_PER_NETWORK",
+        default_value = "2500",
+        value_name = "N"
+    )]
+    pub connections_per_network: String,
 
     /// The maximum number of concurrent look-ups of API keys that are not in memory, and as many of service tokens: 1
     /// to 100000. Once it is reached, each client still gets an equal share of it, and further look-ups are answered

@@ -72,6 +72,8 @@ pub struct Metrics {
     pub redis_calls_without_connection: Counter,
     pub redis_calls_late: Counter,
     pub redis_calls_failed: Counter,
+    /// Shared with the log, which counts here.
+    pub log_lines_dropped: Counter,
     pub public_connections: Arc<ConnectionMetrics>,
     pub metrics_connections: Arc<ConnectionMetrics>,
     /// Key and token look-ups that were answered 503 because too many were under way.
@@ -99,6 +101,8 @@ pub struct Metrics {
 pub enum Refusal {
     /// Its address has as many as it may have.
     Address,
+    /// The network of its address has as many as it may have.
+    Network,
     /// There are as many as there may be, and none that could be closed for it.
     Full,
 }
@@ -109,6 +113,7 @@ pub struct ConnectionMetrics {
     pub open: Gauge,
     pub accepted: Counter,
     refused_address: Counter,
+    refused_network: Counter,
     refused_full: Counter,
     /// Closed to make room for another.
     pub dropped: Counter,
@@ -122,6 +127,7 @@ impl ConnectionMetrics {
     pub const fn refused(&self, refusal: Refusal) -> &Counter {
         match refusal {
             Refusal::Address => &self.refused_address,
+            Refusal::Network => &self.refused_network,
             Refusal::Full => &self.refused_full,
         }
     }
@@ -214,6 +220,7 @@ impl Default for Metrics {
             redis_calls_without_connection: Counter::default(),
             redis_calls_late: Counter::default(),
             redis_calls_failed: Counter::default(),
+            log_lines_dropped: Counter::default(),
             public_connections: Arc::default(),
             metrics_connections: Arc::default(),
             lookups_refused: Counter::default(),
@@ -275,13 +282,16 @@ impl Metrics {
                     (",limit=\"address\"", |it| {
                         it.refused_address.get().to_string()
                     }),
+                    (",limit=\"network\"", |it| {
+                        it.refused_network.get().to_string()
+                    }),
                     (",limit=\"total\"", |it| it.refused_full.get().to_string()),
                 ],
             ),
             (
                 "quota_connections_dropped",
                 "counter",
-                "Client connections without a request in flight that were closed to make room for others",
+                "Client connections that were closed to make room for others",
                 &[("", |it| it.dropped.get().to_string())],
             ),
             (
@@ -495,6 +505,11 @@ impl Metrics {
             self.requests_in_flight.clone(),
         );
         r.register("panics", "Handlers that panicked", self.panics.clone());
+        r.register(
+            "log_lines_dropped",
+            "Log lines dropped because standard output was blocked",
+            self.log_lines_dropped.clone(),
+        );
         r.register(
             "revocation_polls",
             "Polls for changes of keys and sessions",

@@ -14,6 +14,8 @@ mod last_used;
 mod layers;
 mod limiter_contract;
 mod limiter_shared;
+mod log_output;
+mod malformed;
 mod migrations;
 mod openapi;
 mod operating;
