@@ -14,6 +14,7 @@ pub mod file_limit;
 pub mod jobs;
 pub mod keys;
 pub mod limiter;
+pub mod metering;
 pub mod openapi;
 pub mod readiness;
 pub mod redis;

@@ -1,6 +1,7 @@
 //! `quota`: the one binary.
 
 use std::{
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
@@ -16,7 +17,7 @@ use quota_server::{
     doctor::{self, Report},
     file_limit,
     jobs::Jobs,
-    openapi, router,
+    metering, openapi, router,
     serve::{self, ServeSettings, serve},
     state::AppState,
     telemetry::log::Log,
@@ -67,6 +68,9 @@ enum Command {
     /// Accounts, for the operator
     #[command(subcommand)]
     User(UserCommand),
+    /// Recorded usage, for the operator
+    #[command(subcommand)]
+    Usage(UsageCommand),
     /// Print the OpenAPI document
     Openapi,
     /// Print every setting with its default and meaning, as .env.example has them
@@ -99,6 +103,19 @@ enum UserCommand {
     },
 }
 
+#[derive(Subcommand)]
+enum UsageCommand {
+    /// Write the usage that a replica has left behind to PostgreSQL. For a replica that does not come back: one that
+    /// starts with the same QUOTA_DATA_DIR does this by itself. Running it twice, or while the replica runs, counts
+    /// nothing twice
+    Replay {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// A replica's directory in `usage`, or the `usage` directory itself for all of them
+        directory: PathBuf,
+    },
+}
+
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Openapi => {
@@ -114,6 +131,12 @@ fn main() -> ExitCode {
         }
         Command::Migrate { settings } => run(&settings, migrate),
         Command::Doctor { settings } => run(&settings, doctor),
+        Command::Usage(UsageCommand::Replay {
+            settings,
+            directory,
+        }) => run(&settings, move |config, log| {
+            replay_usage(config, log, directory)
+        }),
         Command::User(command) => {
             let settings = match &command {
                 UserCommand::Create { settings, .. }
@@ -354,6 +377,61 @@ async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
         report.faults
     );
     Ok(())
+}
+
+async fn replay_usage(config: Config, _log: Log, directory: PathBuf) -> anyhow::Result<()> {
+    let directories = metering::directories(&directory)
+        .with_context(|| format!("cannot read {}", directory.display()))?;
+    anyhow::ensure!(
+        !directories.is_empty(),
+        "{} is not a directory of usage",
+        directory.display()
+    );
+    let (url, embedded) = database(&config).await?;
+    let done = async {
+        apply_migrations(&url).await?;
+        let db = Db::new(&url, &config.database);
+        for directory in directories {
+            let replayed = replay_patiently(&config, &db, &directory).await?;
+            let rest = if replayed.is_owned {
+                ", the rest by the process that is using it"
+            } else {
+                ""
+            };
+            println!(
+                "{}: {} records written{rest}",
+                directory.display(),
+                replayed.records
+            );
+        }
+        anyhow::Ok(())
+    };
+    let done = done.await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
+    done
+}
+
+/// The directory's owner, or another replay, may hold the cursor for longer than a lock is waited for.
+async fn replay_patiently(
+    config: &Config,
+    db: &Db,
+    directory: &Path,
+) -> anyhow::Result<metering::Replayed> {
+    let patience = Instant::now() + Duration::from_secs(30);
+    loop {
+        match metering::replay(config, db, directory).await {
+            Ok(replayed) => return Ok(replayed),
+            Err(metering::ShipError::Database(db::DbError::Unavailable(error)))
+                if Instant::now() < patience =>
+            {
+                tracing::warn!(error = %db::chain(error.as_ref()), "PostgreSQL does not take usage now; trying again");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            Err(error) => anyhow::bail!("{}", db::chain(&error)),
+        }
+    }
 }
 
 async fn user(config: Config, log: Log, command: UserCommand) -> anyhow::Result<()> {

@@ -39,6 +39,7 @@ pub mod usage;
 pub mod usage_log;
 pub mod usage_partition;
 pub mod usage_shipper;
+pub mod usage_shipping;
 pub mod usage_status;
 
 use chrono::{DateTime, Utc};

@@ -12,6 +12,7 @@ mod http;
 mod layers;
 mod limiter_contract;
 mod limiter_shared;
+mod metering;
 mod migrations;
 mod openapi;
 mod outage;
