@@ -11,6 +11,7 @@ pub mod deadline;
 pub mod demo;
 pub mod doctor;
 pub mod file_limit;
+pub mod health_check;
 pub mod jobs;
 pub mod keys;
 pub mod limiter;

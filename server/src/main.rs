@@ -16,15 +16,15 @@ use quota_server::{
     demo,
     doctor::{self, Report},
     file_limit,
+    health_check::Probe,
     jobs::Jobs,
     metering, openapi, router,
-    serve::{self, ServeSettings, serve},
+    serve::{self, BoundSocket, ServeSettings, serve},
     state::AppState,
     telemetry::log::Log,
 };
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
@@ -59,6 +59,17 @@ enum Command {
     Migrate {
         #[command(flatten)]
         settings: Box<Settings>,
+    },
+    /// Ask the server on this machine for its health. Exits with 0 if it is healthy, otherwise with 1
+    Health {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// Ask only whether the process responds
+        #[arg(long, conflicts_with = "serving")]
+        live: bool,
+        /// Ask whether it serves requests, which it does while PostgreSQL is unreachable
+        #[arg(long)]
+        serving: bool,
     },
     /// Check the settings and what the server depends on, and end
     Doctor {
@@ -130,6 +141,18 @@ fn main() -> ExitCode {
             run(&settings, |config, log| serve_until_told(config, log, demo))
         }
         Command::Migrate { settings } => run(&settings, migrate),
+        Command::Health {
+            settings,
+            live,
+            serving,
+        } => run(&settings, |config, _log| {
+            let probe = match (live, serving) {
+                (true, _) => Probe::Live,
+                (_, true) => Probe::Serving,
+                _ => Probe::Ready,
+            };
+            async move { probe.check(config.listen).await }
+        }),
         Command::Doctor { settings } => run(&settings, doctor),
         Command::Usage(UsageCommand::Replay {
             settings,
@@ -239,18 +262,20 @@ async fn serve_until_told(mut config: Config, log: Log, with_demo: bool) -> anyh
     let file_limit = file_limit::raise();
     // Listened for from the first moment on, so that a stop during a slow start is a clean one.
     let mut stop = std::pin::pin!(told_to_stop());
-    // Before the database is touched: a port that is taken is the commonest mistake.
-    let listener = serve::listen(config.listen)
-        .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?;
-    let metrics_listener = match config.metrics_listen {
-        Some(addr) => Some(
-            serve::listen(addr)
-                .with_context(|| format!("QUOTA_METRICS_LISTEN: cannot listen on {addr}"))?,
-        ),
-        None => None,
+    // Before the database is touched: a port that is in use is the most common mistake.
+    let sockets = Sockets {
+        public: serve::bind(config.listen)
+            .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?,
+        metrics: config
+            .metrics_listen
+            .map(|addr| {
+                serve::bind(addr)
+                    .with_context(|| format!("QUOTA_METRICS_LISTEN: cannot listen on {addr}"))
+            })
+            .transpose()?,
     };
-    let metrics_listen = metrics_listener.as_ref().map(TcpListener::local_addr);
-    config.listens_on(listener.local_addr()?, metrics_listen.transpose()?);
+    let metrics_listen = sockets.metrics.as_ref().map(BoundSocket::local_addr);
+    config.listens_on(sockets.public.local_addr()?, metrics_listen.transpose()?);
     let (url, embedded) = tokio::select! {
         database = database(&config) => database?,
         () = &mut stop => return Ok(()),
@@ -260,7 +285,8 @@ async fn serve_until_told(mut config: Config, log: Log, with_demo: bool) -> anyh
         log,
         with_demo,
         &url,
-        (listener, metrics_listener, file_limit),
+        sockets,
+        file_limit,
         stop.as_mut(),
     )
     .await;
@@ -270,16 +296,26 @@ async fn serve_until_told(mut config: Config, log: Log, with_demo: bool) -> anyh
     served
 }
 
+/// The addresses that the server will listen on.
+struct Sockets {
+    public: BoundSocket,
+    metrics: Option<BoundSocket>,
+}
+
 async fn serve_on(
     config: &Config,
     log: Log,
     with_demo: bool,
     url: &SecretString,
-    (listener, metrics_listener, file_limit): (TcpListener, Option<TcpListener>, Option<usize>),
-    stop: std::pin::Pin<&mut impl Future<Output = ()>>,
+    sockets: Sockets,
+    file_limit: Option<usize>,
+    mut stop: std::pin::Pin<&mut impl Future<Output = ()>>,
 ) -> anyhow::Result<()> {
     if config.migrate {
-        apply_migrations(url).await?;
+        tokio::select! {
+            applied = apply_migrations(url) => applied?,
+            () = &mut stop => return Ok(()),
+        }
     }
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let db = Db::new(url, &config.database);
@@ -295,6 +331,16 @@ async fn serve_on(
     }
 
     let public_settings = ServeSettings::public(&state, file_limit);
+    // Only now: until it can decide, a server must not accept connections.
+    let listener = sockets
+        .public
+        .listen()
+        .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?;
+    let metrics_listener = sockets
+        .metrics
+        .map(BoundSocket::listen)
+        .transpose()
+        .context("QUOTA_METRICS_LISTEN: cannot listen")?;
     let (stop_serving, stopping) = watch::channel(false);
     let until = |mut stopping: watch::Receiver<bool>| async move {
         let _ = stopping.wait_for(|stop| *stop).await;

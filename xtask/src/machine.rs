@@ -108,6 +108,24 @@ pub(crate) const KEYRING: Need = Need {
     is_there: || on_path("gnome-keyring-daemon").is_some(),
 };
 
+pub(crate) const DOCKER: Need = Need {
+    name: "a container engine (`docker`, `dockerd`)",
+    package: "docker.io",
+    is_there: || on_path("docker").is_some() && on_path("dockerd").is_some(),
+};
+
+pub(crate) const COMPOSE: Need = Need {
+    name: "Compose (`docker-compose`)",
+    package: "docker-compose",
+    is_there: || on_path("docker-compose").is_some(),
+};
+
+pub(crate) const DEBOOTSTRAP: Need = Need {
+    name: "debootstrap, for base images where no registry can be reached",
+    package: "debootstrap",
+    is_there: || on_path("debootstrap").is_some() || Path::new("/usr/sbin/debootstrap").exists(),
+};
+
 /// What a build of everything writes, debug and release of each part, and what one does that finds most of it done.
 const BUILD: u64 = 7 << 30;
 const REBUILD: u64 = 2 << 30;

@@ -11,6 +11,7 @@ mod advisories;
 mod bench;
 mod check;
 mod console;
+mod containers;
 mod dependencies;
 mod desktop;
 mod generate;
@@ -78,6 +79,14 @@ enum Chore {
     Bundle,
     /// Build all and go through the console in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER keeps pictures of every page
     Journey,
+    /// Build the container image `quota:local`
+    Image,
+    /// Build the image, run the production compose file with Caddy, PostgreSQL and Redis, and test it under load
+    Containers {
+        /// Options: `--binary FILE` puts that binary into the image in place of compiling one inside
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Check formatting, lints, documentation, unused dependencies, links and generated files
     Check,
     /// Write all generated files: server/src/schema.rs, openapi.json, .env.example
@@ -93,6 +102,8 @@ fn main() -> ExitCode {
         Chore::Desktop { arguments } => desktop::start(&arguments),
         Chore::Bundle => desktop::bundle().map(|()| ExitCode::SUCCESS),
         Chore::Journey => journey::alone(),
+        Chore::Image => containers::run(&["--image-only".into()]),
+        Chore::Containers { arguments } => containers::run(&arguments),
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),
         Chore::Generate => generate::write().map(|()| ExitCode::SUCCESS),
     };

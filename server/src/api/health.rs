@@ -1,8 +1,10 @@
 //! `/health`.
 
+use std::time::Duration;
+
 use poem::Result;
 use poem_openapi::OpenApi;
-use quota_common::health::Health;
+use quota_common::{ProblemCode, health::Health};
 
 use super::{Tag, json::Json, problem::ApiError};
 use crate::{readiness::Readiness, state::AppState};
@@ -18,6 +20,14 @@ fn ok() -> Json<Health> {
     })
 }
 
+/// Not an error of the server's, so it has no source that would be logged.
+fn stopping() -> ApiError {
+    ApiError {
+        retry_after: Some(Duration::from_secs(1)),
+        ..ApiError::new(ProblemCode::Unavailable, "The server is stopping.")
+    }
+}
+
 #[OpenApi(prefix_path = "/health", tag = "Tag::Health")]
 impl HealthApi {
     /// Liveness
@@ -28,13 +38,25 @@ impl HealthApi {
         ok()
     }
 
+    /// Serving
+    ///
+    /// Returns 503 only while the server is stopping. Known keys are served without PostgreSQL, so balancers and
+    /// Kubernetes should send requests by this check.
+    #[oai(path = "/serving", method = "get", operation_id = "serving")]
+    async fn serving(&self) -> Result<Json<Health>, ApiError> {
+        if self.state.is_draining() {
+            return Err(stopping());
+        }
+        Ok(ok())
+    }
+
     /// Readiness
     ///
     /// Returns 503 while PostgreSQL is unreachable, migrations are pending, or the server is stopping.
     #[oai(path = "/ready", method = "get", operation_id = "ready")]
     async fn ready(&self) -> Result<Json<Health>, ApiError> {
         if self.state.is_draining() {
-            return Err(ApiError::unavailable("the server is stopping"));
+            return Err(stopping());
         }
         match self.state.readiness.check().await {
             Readiness::Ready => Ok(ok()),

@@ -125,7 +125,12 @@ impl<E: Endpoint> Endpoint for Edge<E> {
         let status = response.status().as_u16();
         let nanos = state.clock.monotonic() - began;
         state.metrics.answered(status);
-        if tracing::enabled!(target: "quota_server::access", tracing::Level::INFO) {
+        // Probes arrive every few seconds for as long as the server runs.
+        let is_routine_probe =
+            uri.path().starts_with("/health/") && (status < 500 || state.is_draining());
+        if !is_routine_probe
+            && tracing::enabled!(target: "quota_server::access", tracing::Level::INFO)
+        {
             visit.log(&method, &uri, status, nanos);
         }
 

@@ -73,6 +73,15 @@ pub enum EmbeddedError {
         found: Vec<String>,
     },
     #[error(
+        "cannot create the data directory {} for the embedded database: set DATABASE_URL to a PostgreSQL \
+         server of yours, or QUOTA_DATA_DIR to a directory that can be written",
+        path.display()
+    )]
+    NoDataDir {
+        path: PathBuf,
+        source: Box<EmbeddedError>,
+    },
+    #[error(
         "another server is using the data directory {}: stop it first, or set QUOTA_DATA_DIR",
         .0.display()
     )]

@@ -129,8 +129,26 @@ impl ServeSettings {
     }
 }
 
-/// Listens, with a queue for the kernel's part of accepting that outlasts a burst.
-pub fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
+/// An address that is reserved but does not accept connections yet.
+///
+/// A server takes its address before it starts, so that a port in use is reported at once, and listens only when it
+/// can answer. Until then connections are refused, and balancers try another server, also with a POST.
+#[derive(Debug)]
+pub struct BoundSocket(TcpSocket);
+
+impl BoundSocket {
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+
+    /// Starts to accept connections, with a queue in the kernel that outlasts a burst.
+    pub fn listen(self) -> io::Result<TcpListener> {
+        self.0.listen(BACKLOG)
+    }
+}
+
+/// Reserves an address.
+pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     let socket = if addr.is_ipv4() {
         TcpSocket::new_v4()?
     } else {
@@ -139,7 +157,7 @@ pub fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
     // What every server does: a port that was left a moment ago is free.
     socket.set_reuseaddr(true)?;
     socket.bind(addr)?;
-    socket.listen(BACKLOG)
+    Ok(BoundSocket(socket))
 }
 
 /// Serves until `stop` ends, then lets requests in flight finish, for as long as `timeouts.drain`.

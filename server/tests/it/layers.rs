@@ -10,6 +10,7 @@ const RANKS: &[&[&str]] = &[
         "config",
         "deadline",
         "file_limit",
+        "health_check",
         "schema",
         "seal",
         "secret_text",

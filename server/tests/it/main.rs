@@ -15,6 +15,7 @@ mod limiter_shared;
 mod metering;
 mod migrations;
 mod openapi;
+mod operating;
 mod outage;
 mod quota_ledger;
 mod redis;

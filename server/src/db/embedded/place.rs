@@ -198,7 +198,10 @@ impl Place {
 pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
     // Root's PostgreSQL runs as another user, which has to pass through to its own directory.
     let mode = if geteuid().is_root() { 0o711 } else { 0o700 };
-    make_dir(data_dir, mode)?;
+    make_dir(data_dir, mode).map_err(|error| EmbeddedError::NoDataDir {
+        path: data_dir.to_owned(),
+        source: Box::new(error),
+    })?;
     fs::canonicalize(data_dir).map_err(EmbeddedError::file("cannot look at", data_dir))
 }
 

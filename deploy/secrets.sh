@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Creates the secrets that compose.prod.yml reads, in deploy/secrets or the folder given. Keeps what exists.
+set -euo pipefail
+folder=${1:-$(dirname "${BASH_SOURCE[0]}")/secrets}
+
+# Containers read these files as their own users, so the files are world-readable and their folder is not.
+mkdir -p "$folder"
+chmod 700 "$folder"
+random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'; }
+write() {
+  if [ -e "$folder/$1" ]; then
+    echo "kept     $folder/$1"
+  else
+    printf '%s' "$2" > "$folder/$1"
+    chmod 644 "$folder/$1"
+    echo "created  $folder/$1"
+  fi
+}
+
+write postgres_password "$(random)"
+write database_url "postgres://quota:$(cat "$folder/postgres_password")@postgres/quota"
+write redis.conf "requirepass $(random)
+"
+write redis_url "redis://:$(sed -n 's/^requirepass //p' "$folder/redis.conf")@redis"
+write quota_secret "$(random)"

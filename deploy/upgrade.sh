@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Replaces the running replicas by ones of a new image, without a failed request: new replicas start beside the old ones,
+# and the old ones stop when the new ones are healthy. Compose has no rolling update of its own.
+#
+#   QUOTA_IMAGE=quota:0.2.0 deploy/upgrade.sh
+#
+# If a new replica does not become healthy, the old ones continue and the new ones are removed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+environment=${ENV_FILE:-.env.prod}
+if docker compose version > /dev/null 2>&1; then compose=(docker compose); else compose=(docker-compose); fi
+compose+=(--file compose.prod.yml --project-name "${PROJECT:-quota}")
+if [ -f "$environment" ]; then compose+=(--env-file "$environment"); fi
+
+old=$("${compose[@]}" ps --quiet quota)
+replicas=$(wc -w <<< "$old")
+if [ "$replicas" = 0 ]; then
+  echo "no replica is running; start with: ${compose[*]} up --detach" >&2
+  exit 1
+fi
+
+health() { docker inspect --format '{{.State.Health.Status}}' "$1"; }
+is_old() { grep -q "$1" <<< "$old"; }
+
+"${compose[@]}" up --detach --no-deps --no-recreate --scale quota=$((replicas * 2)) quota
+for id in $("${compose[@]}" ps --quiet quota); do
+  is_old "$id" && continue
+  for _ in $(seq 90); do
+    [ "$(health "$id")" = healthy ] && break
+    sleep 1
+  done
+  if [ "$(health "$id")" != healthy ]; then
+    echo "$id does not become healthy; the old replicas continue. Its log:" >&2
+    docker logs --tail 20 "$id" >&2
+    for new in $("${compose[@]}" ps --quiet quota); do
+      is_old "$new" || { docker stop --time 30 "$new"; docker rm "$new"; } > /dev/null
+    done
+    exit 1
+  fi
+done
+for id in $old; do
+  docker stop --time 30 "$id" > /dev/null
+  docker rm "$id" > /dev/null
+done
+echo "upgraded $replicas replicas"

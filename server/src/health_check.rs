@@ -1,0 +1,106 @@
+//! `quota health`: asks a running server for its health, as container engines and service managers do.
+//!
+//! A program of its own in an image that has no shell and no HTTP client.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+use http::{Request, header};
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use tokio::{net::TcpStream, time::timeout};
+
+/// A health check that takes longer than this has failed. Engines give a check a few seconds.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// The most that is read of an answer.
+const MAX_BODY: usize = 16 << 10;
+
+/// What to ask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Probe {
+    /// Whether the process responds.
+    Live,
+    /// Whether it can do everything, with its database.
+    Ready,
+    /// Whether it serves requests.
+    Serving,
+}
+
+impl Probe {
+    fn path(self) -> &'static str {
+        match self {
+            Self::Live => "/health/live",
+            Self::Ready => "/health/ready",
+            Self::Serving => "/health/serving",
+        }
+    }
+
+    /// Asks the server that listens on `listen`.
+    ///
+    /// # Errors
+    ///
+    /// If the server cannot be reached in time, or answers anything but 200. The error carries the answer's body.
+    pub async fn check(self, listen: SocketAddr) -> anyhow::Result<()> {
+        let addr = reachable(listen);
+        timeout(TIMEOUT, self.ask(addr))
+            .await
+            .with_context(|| format!("{addr} did not answer within {} s", TIMEOUT.as_secs()))?
+    }
+
+    async fn ask(self, addr: SocketAddr) -> anyhow::Result<()> {
+        let stream = TcpStream::connect(addr)
+            .await
+            .with_context(|| format!("cannot connect to {addr}"))?;
+        let (mut client, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        let connection = tokio::spawn(connection);
+        let request = Request::get(self.path())
+            .header(header::HOST, addr.to_string())
+            .body(Empty::<&[u8]>::new())?;
+        let response = client.send_request(request).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
+        connection.abort();
+        let body = body.map(|body| body.to_bytes()).unwrap_or_default();
+        ensure!(
+            status == 200,
+            "{} answered {status}: {}",
+            self.path(),
+            String::from_utf8_lossy(&body).trim()
+        );
+        Ok(())
+    }
+}
+
+/// The address at which this machine reaches a server that listens on `listen`.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    let ip = match listen.ip() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listen.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reachable;
+
+    #[test]
+    fn an_unspecified_address_is_reached_by_loopback() {
+        for (listen, reached) in [
+            ("0.0.0.0:8080", "127.0.0.1:8080"),
+            ("[::]:8080", "[::1]:8080"),
+            ("10.1.2.3:80", "10.1.2.3:80"),
+        ] {
+            assert_eq!(
+                reachable(listen.parse().unwrap()),
+                reached.parse().unwrap(),
+                "{listen}"
+            );
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! What service managers, container engines and balancers see of the real `quota`: when it listens, what its health
+//! checks say, what it logs of them.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::PermissionsExt as _,
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use quota_testkit::proxy::Fault;
+
+use crate::{outage::through_proxy, support::postgres::TestDatabase};
+
+/// A server process and its log. It is killed with the test that drops it.
+struct Process {
+    child: Child,
+    addr: SocketAddr,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Process {
+    fn start(database_url: &str, flags: &[&str]) -> Self {
+        let addr = free_address();
+        let mut child = quota(addr)
+            .arg("serve")
+            .args(flags)
+            .env("QUOTA_METRICS_LISTEN", "off")
+            .env("DATABASE_URL", database_url)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let lines = BufReader::new(child.stdout.take().expect("its output is piped"));
+        let written = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for line in lines.lines().map_while(Result::ok) {
+                written.lock().expect("no panic").push(line);
+            }
+        });
+        Self { child, addr, log }
+    }
+
+    fn logged(&self, text: &str) -> bool {
+        let log = self.log.lock().expect("no panic");
+        log.iter().any(|line| line.contains(text))
+    }
+
+    async fn until_logged(&self, text: &str) {
+        for _ in 0..600 {
+            if self.logged(text) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("{text:?} is not in the log: {:#?}", self.log);
+    }
+
+    fn health(&self, flags: &[&str]) -> Output {
+        let output = quota(self.addr).arg("health").args(flags).output();
+        output.expect("the binary runs")
+    }
+
+    async fn stop(&mut self) -> ExitStatus {
+        let pid = i32::try_from(self.child.id()).expect("a process ID");
+        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it runs");
+        let told = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is ours") {
+                return status;
+            }
+            assert!(told.elapsed() < Duration::from_secs(30), "it does not exit");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn quota(addr: SocketAddr) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quota"));
+    command
+        .env_clear()
+        .env("QUOTA_LISTEN", addr.to_string())
+        .stdin(Stdio::null());
+    command
+}
+
+fn free_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    listener.local_addr().expect("it is bound")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_starting_server_refuses_connections_and_stops_when_asked() {
+    let nobody = free_address();
+    let mut process = Process::start(&format!("postgres://quota@{nobody}/quota"), &[]);
+    process
+        .until_logged("PostgreSQL cannot be reached yet")
+        .await;
+
+    let refused = TcpStream::connect(process.addr).expect_err("it does not listen yet");
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    for flags in [&[][..], &["--live"], &["--serving"]] {
+        let health = process.health(flags);
+        assert_eq!(health.status.code(), Some(1), "{flags:?}");
+        let message = String::from_utf8_lossy(&health.stderr);
+        assert!(message.contains("cannot connect to"), "{message}");
+    }
+    assert_eq!(process.stop().await.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_checks_tell_ready_from_serving_and_live() {
+    let database = TestDatabase::create_empty().await;
+    let (proxy, url) = through_proxy(&database).await;
+    let mut process = Process::start(&url, &["--drain-delay=3s"]);
+    process.until_logged("\"ready\"").await;
+    let codes = |process: &Process| {
+        [&[][..], &["--serving"], &["--live"]].map(|flags| process.health(flags).status.code())
+    };
+    assert_eq!(codes(&process), [Some(0), Some(0), Some(0)]);
+
+    // Without PostgreSQL it still serves known keys.
+    proxy.set(Fault::Refuse);
+    proxy.cut();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(codes(&process), [Some(1), Some(0), Some(0)]);
+    assert!(process.logged("/health/ready"), "a failure is logged");
+    proxy.set(Fault::Pass);
+
+    // While it stops, it is alive only. That is no error.
+    let errors = || {
+        let log = process.log.lock().expect("no panic");
+        log.iter().filter(|line| line.contains("/health/")).count()
+    };
+    let before = errors();
+    let pid = i32::try_from(process.child.id()).expect("a process ID");
+    kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it runs");
+    process.until_logged("stopping").await;
+    assert_eq!(codes(&process), [Some(1), Some(1), Some(0)]);
+    assert_eq!(errors(), before);
+    assert!(!process.logged("the server is stopping"));
+    assert_eq!(process.stop().await.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn routine_probes_are_not_in_the_access_log() {
+    let database = TestDatabase::create_empty().await;
+    let mut process = Process::start(database.url(), &[]);
+    process.until_logged("\"ready\"").await;
+    for _ in 0..3 {
+        assert!(process.health(&[]).status.success());
+    }
+    let other = reqwest::get(format!("http://{}/v1/echo", process.addr)).await;
+    assert_eq!(other.expect("it answers").status(), 401);
+    assert_eq!(process.stop().await.code(), Some(0));
+    assert!(process.logged("/v1/echo"));
+    assert!(!process.logged("/health/"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_directory_that_cannot_be_created_names_both_settings() {
+    // A file is in the way: that stops root as well, as a read-only file system would.
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("ours");
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").expect("written");
+    let output = quota(free_address())
+        .arg("serve")
+        .env("QUOTA_METRICS_LISTEN", "off")
+        .env("QUOTA_DATA_DIR", file.join("data"))
+        .output()
+        .expect("the binary runs");
+    assert_eq!(output.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        message.contains("DATABASE_URL") && message.contains("QUOTA_DATA_DIR"),
+        "{message}"
+    );
+}

