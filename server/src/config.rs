@@ -39,6 +39,12 @@ pub struct Config {
     pub redis: Option<RedisSettings>,
     pub lease_ttl: Duration,
     pub on_redis_failure: OnRedisFailure,
+    /// Whether decisions are recorded.
+    pub metering: bool,
+    pub durability: Durability,
+    /// Bytes of recorded usage that is not in PostgreSQL yet, at most.
+    pub usage_backlog_max: u64,
+    pub usage_ship_every: Duration,
     /// How many replicas the operator runs.
     pub replicas: usize,
     pub migrate: bool,
@@ -100,6 +106,15 @@ impl std::fmt::Debug for Config {
 pub enum LogFormat {
     Json,
     Text,
+}
+
+/// What recorded usage survives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// The end of the process.
+    Process,
+    /// Also the failure of the machine.
+    Machine,
 }
 
 /// Who may create an account.
@@ -231,9 +246,9 @@ impl Config {
                     pool: usize::try_from(r.number(
                         "QUOTA_DATABASE_POOL",
                         &s.database_pool,
-                        5..=1000,
+                        6..=1000,
                     ))
-                    .unwrap_or(5),
+                    .unwrap_or(6),
                     wait: r.duration_within(
                         "QUOTA_DATABASE_WAIT",
                         &s.database_wait,
@@ -302,6 +317,31 @@ impl Config {
                 &s.on_redis_failure,
                 OnRedisFailure::default(),
                 |text| OnRedisFailure::named(text).ok_or("must be share, open or closed".into()),
+            ),
+            metering: r.read("QUOTA_METERING", &s.metering, true, |text| match text {
+                "on" => Ok(true),
+                "off" => Ok(false),
+                _ => Err("must be on or off".into()),
+            }),
+            durability: r.read(
+                "QUOTA_DURABILITY",
+                &s.durability,
+                Durability::Process,
+                |text| match text {
+                    "process" => Ok(Durability::Process),
+                    "machine" => Ok(Durability::Machine),
+                    _ => Err("must be process or machine".into()),
+                },
+            ),
+            usage_backlog_max: r.number(
+                "QUOTA_USAGE_BACKLOG_MAX",
+                &s.usage_backlog_max,
+                1_048_576..=1_000_000_000_000,
+            ),
+            usage_ship_every: r.duration_within(
+                "QUOTA_USAGE_SHIP_EVERY",
+                &s.usage_ship_every,
+                Duration::from_millis(10)..=Duration::from_secs(60),
             ),
             replicas: usize::try_from(r.number("QUOTA_REPLICAS", &s.replicas, 1..=1000))
                 .unwrap_or(1),
@@ -442,6 +482,11 @@ impl Config {
         } else {
             Err(Faults(reader.0))
         }
+    }
+
+    /// How long usage is kept in the log.
+    pub const fn usage_retention(&self) -> Duration {
+        Duration::from_secs(90 * 24 * 60 * 60)
     }
 
     pub fn secret_bytes(secret: &SecretString) -> &[u8] {

@@ -15,6 +15,7 @@ pub mod health_check;
 pub mod jobs;
 pub mod keys;
 pub mod limiter;
+pub mod metering;
 pub mod openapi;
 pub mod readiness;
 pub mod redis;

@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: what a request costs, next to servers that do nothing; `cargo xtask bench replicas`: what
 //! holds over several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the promises of the limiter in
-//! simulated time, over many seeds. `cargo xtask bench desktop`: what the desktop app costs, next to an empty window.
-//! See `xtask/desktop`. `cargo xtask bench usage`: how fast usage is appended and read.
+//! simulated time, over many seeds. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask
+//! bench metering`: what recording usage costs. `cargo xtask bench usage`: how fast usage is appended and read. `cargo
+//! xtask bench desktop`: what the desktop app costs, next to an empty window. See `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -10,7 +11,11 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, desktop, journey, machine, postgres::Throwaway, say, succeed, target};
+use crate::{
+    cargo, desktop, journey, machine,
+    postgres::{self, Throwaway},
+    say, succeed, target,
+};
 
 /// Seeds of the simulation where none are given.
 const SEEDS: &str = "20000";
@@ -81,7 +86,8 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     {
         return usage(rest);
     }
-    let replicas = arguments.first().is_some_and(|it| it == "replicas");
+    let is = |name: &str| arguments.first().is_some_and(|it| it == name);
+    let replicas = is("replicas");
     machine::install(&[machine::POSTGRES, machine::REDIS])?;
     say("building the server and the measurement for release (a first build takes some minutes)");
     let mut build = cargo();
@@ -103,6 +109,18 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .args(["--postgres", &database.url()])
             .args(&arguments[1..]);
         Some(database)
+    } else if is("crash") {
+        let programs = postgres::binaries().context("no PostgreSQL is installed")?;
+        command
+            .arg("crash")
+            .arg("--programs")
+            .arg(programs)
+            .arg(quota)
+            .args(&arguments[1..]);
+        None
+    } else if is("metering") {
+        command.arg("metering").arg(quota).args(&arguments[1..]);
+        None
     } else {
         command.arg("run").arg(quota).args(arguments);
         None

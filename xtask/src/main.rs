@@ -59,7 +59,8 @@ enum Chore {
     /// `bench replicas` measures what holds over several replicas on one Redis, `bench simulation`
     /// plays the limiter in simulated time (`bench simulation 20000`: so many seeds), `bench desktop`
     /// measures the desktop app's memory and start next to an empty window, `bench usage` how fast usage is appended and
-    /// read at 10 million rows (`bench usage 1000000`: so many)
+    /// read at 10 million rows (`bench usage 1000000`: so many), `bench crash 300` kills servers, Redis and PostgreSQL so
+    /// often under load and recounts the usage, `bench metering` measures what recording usage costs
     Bench {
         /// Options for the measurement: `--rounds N`, `--millis N`; after `replicas` its own, such as
         /// `--only faults`; `--help` lists them

@@ -124,6 +124,7 @@ const fn waits(code: ProblemCode) -> bool {
             | ProblemCode::TooManyRequests
             | ProblemCode::Unavailable
             | ProblemCode::ReducedCapacity
+            | ProblemCode::InsufficientStorage
     )
 }
 
@@ -134,7 +135,8 @@ const fn retry(code: ProblemCode) -> (&'static str, &'static str) {
         | ProblemCode::QuotaExceeded
         | ProblemCode::TooManyRequests
         | ProblemCode::Unavailable
-        | ProblemCode::ReducedCapacity => (
+        | ProblemCode::ReducedCapacity
+        | ProblemCode::InsufficientStorage => (
             "Wait for the number of seconds in `Retry-After`, then send the same request again.",
             RETRY_AFTER,
         ),

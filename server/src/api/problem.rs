@@ -63,6 +63,9 @@ pub struct ApiError {
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
+const USAGE_UNRECORDABLE: &str =
+    "Usage can't be recorded right now. Nothing was charged. Try again in a few seconds.";
+
 /// A database constraint, and the problem for violating it.
 pub type Named = (&'static str, fn() -> ApiError);
 
@@ -149,6 +152,13 @@ impl ApiError {
                 ProblemCode::Unavailable,
                 "Temporarily unavailable. Try again in a few seconds.",
             )
+        }
+    }
+
+    pub fn unrecordable() -> Self {
+        Self {
+            retry_after: Some(Duration::from_secs(1)),
+            ..Self::new(ProblemCode::InsufficientStorage, USAGE_UNRECORDABLE)
         }
     }
 
@@ -246,9 +256,10 @@ impl ApiError {
     }
 
     /// Returns the response. Logs the error, once, if the server failed. Being busy is not a failure: it has no source,
-    /// and metrics count it.
+    /// and metrics count it. Nor is a lack of space for usage logged with every request: the recorder logs it once.
     pub fn into_response(self, request_id: &str, base: &str) -> Response {
-        let is_busy = self.code == ProblemCode::Unavailable && self.source.is_none();
+        let is_busy = self.code == ProblemCode::InsufficientStorage
+            || self.code == ProblemCode::Unavailable && self.source.is_none();
         if self.http_status() >= 500 && !is_busy {
             let source = self
                 .source
@@ -382,6 +393,7 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::ReducedCapacity => {
             "Rate limits can't be checked right now. Try again in a few seconds."
         }
+        ProblemCode::InsufficientStorage => USAGE_UNRECORDABLE,
     };
     let errors = match code {
         ProblemCode::Invalid => vec![FieldError {

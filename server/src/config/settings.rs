@@ -29,7 +29,8 @@ pub struct Settings {
     #[arg(long, env = "QUOTA_PUBLIC_URL", default_value = "", value_name = "URL")]
     pub public_url: String,
 
-    /// Where the embedded database and its log are kept.
+    /// Where the embedded database and its log are kept, and usage that was not written to PostgreSQL yet. Replicas may
+    /// share it.
     #[arg(
         long,
         env = "QUOTA_DATA_DIR",
@@ -58,9 +59,9 @@ pub struct Settings {
     )]
     pub database_url_file: String,
 
-    /// The maximum number of PostgreSQL connections per replica: 5 to 1000. They are divided into four pools that
-    /// never wait for each other: invalidations and readiness, the quota ledger, key look-ups (a quarter), and
-    /// everything else.
+    /// The maximum number of PostgreSQL connections per replica: 6 to 1000. They are divided into five pools that
+    /// never wait for each other: invalidations and readiness, the quota ledger, key look-ups (a quarter), usage (one
+    /// connection), and everything else.
     #[arg(
         long,
         env = "QUOTA_DATABASE_POOL",
@@ -177,6 +178,46 @@ pub struct Settings {
         value_name = "MODE"
     )]
     pub on_redis_failure: String,
+
+    /// Record the usage of API keys: on or off. Each decision is recorded on this machine, in `usage` below
+    /// QUOTA_DATA_DIR, before the response is sent, and written to PostgreSQL soon after.
+    #[arg(
+        long,
+        env = "QUOTA_METERING",
+        default_value = "on",
+        value_name = "MODE"
+    )]
+    pub metering: String,
+
+    /// What recorded usage survives: process (`kill -9` and crashes of the server) or machine (also power failures).
+    /// With machine, each response waits for the disk (fdatasync), together with others.
+    #[arg(
+        long,
+        env = "QUOTA_DURABILITY",
+        default_value = "process",
+        value_name = "MODE"
+    )]
+    pub durability: String,
+
+    /// How much disk space recorded usage may take while PostgreSQL is unreachable, in bytes: 1048576 to
+    /// 1000000000000. The log warns at half of it. When it is used up, decisions are answered 503. 1 GiB is enough for
+    /// about 6,000,000 requests.
+    #[arg(
+        long,
+        env = "QUOTA_USAGE_BACKLOG_MAX",
+        default_value = "4294967296",
+        value_name = "BYTES"
+    )]
+    pub usage_backlog_max: String,
+
+    /// How often recorded usage is written to PostgreSQL: 10ms to 60s.
+    #[arg(
+        long,
+        env = "QUOTA_USAGE_SHIP_EVERY",
+        default_value = "250ms",
+        value_name = "DURATION"
+    )]
+    pub usage_ship_every: String,
 
     /// How many replicas the operator runs: 1 to 1000. `quota doctor` checks that their connections fit PostgreSQL's
     /// limit.

@@ -114,6 +114,8 @@ pub enum Lane {
     Lookups,
     /// The quota ledger.
     Ledger,
+    /// Writing usage.
+    Shipping,
     /// What the health of the whole depends on: the poll for invalidations, counting replicas, readiness.
     Health,
 }
@@ -124,20 +126,26 @@ pub struct Lanes {
     pub requests: usize,
     pub lookups: usize,
     pub ledger: usize,
+    pub shipping: usize,
     pub health: usize,
 }
 
 impl Lanes {
-    /// Divides `total` connections, of which there are at least five.
+    /// Divides `total` connections, of which there are at least six.
     pub fn divide(total: usize) -> Self {
         let health = if total < 8 { 1 } else { 2 };
         // Two, so that returned tokens never keep a take waiting, unless others had none then.
-        let ledger = (total * 3 / 16).max(if total < 7 { 1 } else { 2 });
+        let ledger = (total * 3 / 16).max(if total < 8 { 1 } else { 2 });
+        // Batches are written one after the other.
+        let shipping = 1;
         let lookups = (total / 4).max(2);
         Self {
-            requests: total.saturating_sub(health + ledger + lookups).max(1),
+            requests: total
+                .saturating_sub(health + ledger + lookups + shipping)
+                .max(1),
             lookups,
             ledger,
+            shipping,
             health,
         }
     }
@@ -147,8 +155,8 @@ impl std::fmt::Display for Lanes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} for requests, {} for key look-ups, {} for the quota ledger, {} for invalidations and readiness",
-            self.requests, self.lookups, self.ledger, self.health
+            "{} for requests, {} for key look-ups, {} for the quota ledger, {} for usage, {} for invalidations and readiness",
+            self.requests, self.lookups, self.ledger, self.shipping, self.health
         )
     }
 }
@@ -159,12 +167,19 @@ struct Pools {
     requests: ConnectionPool,
     lookups: ConnectionPool,
     ledger: ConnectionPool,
+    shipping: ConnectionPool,
     health: ConnectionPool,
 }
 
 impl Pools {
-    fn all(&self) -> [&ConnectionPool; 4] {
-        [&self.requests, &self.lookups, &self.ledger, &self.health]
+    fn all(&self) -> [&ConnectionPool; 5] {
+        [
+            &self.requests,
+            &self.lookups,
+            &self.ledger,
+            &self.shipping,
+            &self.health,
+        ]
     }
 }
 
@@ -195,6 +210,7 @@ impl Db {
                 requests: pool(lanes.requests),
                 lookups: pool(lanes.lookups),
                 ledger: pool(lanes.ledger),
+                shipping: pool(lanes.shipping),
                 health: pool(lanes.health),
             }),
             lane: Lane::Requests,
@@ -233,6 +249,7 @@ impl Db {
             Lane::Requests => &self.pools.requests,
             Lane::Lookups => &self.pools.lookups,
             Lane::Ledger => &self.pools.ledger,
+            Lane::Shipping => &self.pools.shipping,
             Lane::Health => &self.pools.health,
         }
     }
@@ -643,14 +660,15 @@ mod tests {
 
     #[test]
     fn lanes_share_out_exactly_what_there_is() {
-        for total in 5..=1000 {
+        for total in 6..=1000 {
             let it = Lanes::divide(total);
             assert_eq!(
-                it.requests + it.lookups + it.ledger + it.health,
+                it.requests + it.lookups + it.ledger + it.shipping + it.health,
                 total,
                 "{it:?}"
             );
             assert!(it.requests >= 1 && it.lookups >= 2 && it.ledger >= 1 && it.health >= 1);
+            assert_eq!(it.shipping, 1);
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Each is a loop that ends when told to, and that goes on after a failure: what could not be done this time
 //! is done the next. Knows no poem.
 
+mod metering;
 mod replicas;
 mod revocations;
 mod sweep;
@@ -40,6 +41,12 @@ impl Jobs {
         running.spawn(write_last_used(state.clone(), stopping.clone()));
         running.spawn(usage::maintain(state.clone(), stopping.clone()));
         running.spawn(usage::compare(state.clone(), stopping.clone()));
+        if state.metering.is_on() {
+            running.spawn(metering::ship(state.clone(), stopping.clone()));
+            running.spawn(metering::adopt(state.clone(), stopping.clone()));
+            running.spawn(metering::prepare(state.clone(), stopping.clone()));
+            running.spawn(metering::measure_time(state.clone(), stopping.clone()));
+        }
         running.spawn(sweep::run(state.clone(), stopping));
         Self { stop, running }
     }

@@ -40,6 +40,7 @@ pub mod usage_check;
 pub mod usage_log;
 pub mod usage_partition;
 pub mod usage_shipper;
+pub mod usage_shipping;
 pub mod usage_status;
 pub mod usage_top;
 

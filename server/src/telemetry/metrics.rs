@@ -91,6 +91,19 @@ pub struct Metrics {
     pub usage_partition_errors: Counter,
     pub readiness_checks: Counter,
     pub sweep_errors: Counter,
+    pub usage_records_shipped: Counter,
+    pub usage_records_replayed: Counter,
+    pub usage_records_damaged: Counter,
+    pub usage_segments_refused: Counter,
+    pub usage_refused_decisions: Counter,
+    pub usage_ship_errors: Counter,
+    pub usage_sync_errors: Counter,
+    pub usage_endpoints_folded: Counter,
+    pub usage_backlog_records: Gauge,
+    pub usage_backlog_bytes: Gauge,
+    pub usage_unrecordable: Gauge,
+    /// When the oldest record of the backlog was taken, in Unix seconds; 0: none.
+    pub usage_oldest_seconds: Gauge,
     /// By the name of what was swept.
     swept: Mutex<BTreeMap<&'static str, u64>>,
     statuses: Box<[AtomicU64; 600]>,
@@ -233,6 +246,18 @@ impl Default for Metrics {
             usage_partition_errors: Counter::default(),
             readiness_checks: Counter::default(),
             sweep_errors: Counter::default(),
+            usage_records_shipped: Counter::default(),
+            usage_records_replayed: Counter::default(),
+            usage_records_damaged: Counter::default(),
+            usage_segments_refused: Counter::default(),
+            usage_refused_decisions: Counter::default(),
+            usage_ship_errors: Counter::default(),
+            usage_sync_errors: Counter::default(),
+            usage_endpoints_folded: Counter::default(),
+            usage_backlog_records: Gauge::default(),
+            usage_backlog_bytes: Gauge::default(),
+            usage_unrecordable: Gauge::default(),
+            usage_oldest_seconds: Gauge::default(),
             swept: Mutex::default(),
             statuses: Box::new([const { AtomicU64::new(0) }; 600]),
         }
@@ -640,6 +665,66 @@ impl Metrics {
             "usage_partition_errors",
             "Times that partitions of usage could not be created or dropped",
             self.usage_partition_errors.clone(),
+        );
+        r.register(
+            "usage_records_shipped",
+            "Usage records written to PostgreSQL",
+            self.usage_records_shipped.clone(),
+        );
+        r.register(
+            "usage_records_replayed",
+            "Of these, records that replicas which have ended had left behind",
+            self.usage_records_replayed.clone(),
+        );
+        r.register(
+            "usage_records_damaged",
+            "Places in segments where a record was expected and could not be read",
+            self.usage_records_damaged.clone(),
+        );
+        r.register(
+            "usage_segments_refused",
+            "Segments that are older than the usage log and were not shipped",
+            self.usage_segments_refused.clone(),
+        );
+        r.register(
+            "usage_refused_decisions",
+            "Requests answered 503 because usage could not be recorded",
+            self.usage_refused_decisions.clone(),
+        );
+        r.register(
+            "usage_ship_errors",
+            "Batches of usage records that PostgreSQL did not take",
+            self.usage_ship_errors.clone(),
+        );
+        r.register(
+            "usage_sync_errors",
+            "Usage records that could not be written to disk in time for their responses",
+            self.usage_sync_errors.clone(),
+        );
+        r.register(
+            "usage_endpoints_folded",
+            "Usage records counted under `other`, above the limit of endpoints",
+            self.usage_endpoints_folded.clone(),
+        );
+        r.register(
+            "usage_backlog_records",
+            "Usage records that this process has not written to PostgreSQL yet",
+            self.usage_backlog_records.clone(),
+        );
+        r.register(
+            "usage_backlog_bytes",
+            "Bytes of these",
+            self.usage_backlog_bytes.clone(),
+        );
+        r.register(
+            "usage_unrecordable",
+            "Whether usage cannot be recorded now, and decisions are answered 503",
+            self.usage_unrecordable.clone(),
+        );
+        r.register(
+            "usage_oldest_record_timestamp_seconds",
+            "Time of the oldest record of the backlog; 0 if there is none",
+            self.usage_oldest_seconds.clone(),
         );
         let mut text = String::with_capacity(8192);
         // The end mark is written last, below.

@@ -20,6 +20,7 @@ const RANKS: &[&[&str]] = &[
     &["cache", "limiter", "readiness", "repo"],
     &["revocations"],
     &["auth", "keys"],
+    &["metering"],
     &["state"],
     &["api", "demo", "jobs"],
     &["doctor", "openapi", "serve", "usage_report"],
@@ -46,6 +47,17 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("repo", &["poem", "poem_openapi", "http", "hyper"]),
     ("auth", &["poem", "poem_openapi", "http", "hyper"]),
     ("keys", &["poem", "poem_openapi"]),
+    (
+        "metering",
+        &[
+            "poem",
+            "poem_openapi",
+            "http",
+            "hyper",
+            "diesel",
+            "diesel_async",
+        ],
+    ),
     ("jobs", &["poem", "poem_openapi", "http", "hyper"]),
     ("api", &["diesel", "diesel_async", "tokio_postgres"]),
 ];

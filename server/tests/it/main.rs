@@ -16,6 +16,7 @@ mod limiter_contract;
 mod limiter_shared;
 mod log_output;
 mod malformed;
+mod metering;
 mod migrations;
 mod openapi;
 mod operating;

@@ -7,9 +7,11 @@
 //! the machine does meets all of them alike. Read the ratios: absolute figures are the machine's.
 //! What holds over replicas is in [`replicas`].
 
+mod crash;
 mod floor;
 mod http1;
 mod load;
+mod metering;
 mod process;
 mod replicas;
 mod rounds;
@@ -39,6 +41,19 @@ enum Command {
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=5000))]
         millis: u64,
     },
+    /// Measure what recording usage costs, and print a table
+    Metering {
+        /// The `quota` binary, built for release
+        quota: PathBuf,
+        /// How many rounds each case gets
+        #[arg(long, default_value_t = 41, value_parser = clap::value_parser!(u32).range(1..=60))]
+        rounds: u32,
+        /// How long a round is, in milliseconds
+        #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=300))]
+        millis: u64,
+    },
+    /// Kill servers, Redis and PostgreSQL under load, and recount the usage
+    Crash(crash::Options),
     /// Measure what holds over several replicas, and print tables
     Replicas(replicas::Options),
     /// A bare poem handler, on a port of its own
@@ -54,6 +69,12 @@ fn main() -> Result<ExitCode> {
             rounds,
             millis,
         } => rounds::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
+        Command::Metering {
+            quota,
+            rounds,
+            millis,
+        } => metering::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
+        Command::Crash(options) => return crash::run(&options),
         Command::Replicas(options) => return replicas::run(&options),
         Command::Poem => floor::serve(floor::poem)?,
         Command::Hyper => floor::serve(floor::hyper)?,
