@@ -65,7 +65,7 @@ id!(AuditEventId);
 /// The resources in the OpenAPI document's examples.
 #[cfg(feature = "openapi")]
 pub(crate) mod example {
-    use uuid::uuid;
+    use uuid::{Uuid, uuid};
 
     use super::{ApiKeyId, AuditEventId, PlanId, ServiceTokenId, SessionId, TenantId, UserId};
     use crate::time::Timestamp;
@@ -90,6 +90,9 @@ pub(crate) mod example {
     }
     pub(crate) fn audit_event() -> AuditEventId {
         AuditEventId(uuid!("019ab4e1-7c00-7000-8000-000000000101"))
+    }
+    pub(crate) fn decision() -> Uuid {
+        uuid!("019ab4e1-7c00-7000-8000-000000000201")
     }
     pub(crate) fn at() -> Timestamp {
         Timestamp::from_unix_secs(1_785_738_360).expect("a time in 2026")

@@ -9,6 +9,7 @@ pub mod audit;
 pub mod auth;
 pub mod bounds;
 pub mod call;
+pub mod decision;
 pub mod field;
 pub mod health;
 pub mod id;
@@ -19,6 +20,7 @@ pub mod plan;
 pub mod problem;
 pub mod service_token;
 pub mod time;
+pub mod usage;
 
 mod patch;
 

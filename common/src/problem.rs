@@ -149,6 +149,11 @@ problems! {
     /// Rate limits can't be checked right now, because the shared counters or the database are unreachable. Nothing
     /// was charged. Retry after the number of seconds in `Retry-After`.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
+    /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage waits to be
+    /// written to the database. Requests that are not recorded are not admitted. Nothing was charged. Retry after the
+    /// number of seconds in `Retry-After`. Operators: free disk space in `QUOTA_DATA_DIR`, or see why usage is not
+    /// written to PostgreSQL.
+    InsufficientStorage = "insufficient-storage", 503, "Usage can't be recorded";
 }
 
 impl ProblemCode {

@@ -116,9 +116,9 @@ export async function errors(world) {
   await my.button("Edit").click();
   await my.field("Name").fill("Renamed");
   await my.button("Save changes").click();
-  await dialog.getByText(id).waitFor();
+  await dialog.locator(".alert").getByText(id).waitFor();
   await my.inspect("key-internal-error");
-  await dialog.getByRole("button", { name: "Copy request ID" }).click();
+  await dialog.locator(".alert").getByRole("button", { name: "Copy request ID" }).click();
   assert.equal(await page.evaluate(() => navigator.clipboard.readText()), id);
   await page.keyboard.press("Escape");
   await my.navigate("Plans").click();

@@ -41,11 +41,17 @@ pub struct Config {
     pub redis: Option<RedisSettings>,
     pub lease_ttl: Duration,
     pub on_redis_failure: OnRedisFailure,
+    pub metering: bool,
+    pub durability: Durability,
+    /// In bytes.
+    pub usage_backlog_max: u64,
+    pub usage_ship_every: Duration,
     pub replicas: usize,
     pub migrate: bool,
     pub secret: Option<SecretString>,
     pub secret_previous: Option<SecretString>,
     pub registration: Registration,
+    pub landing: Landing,
     pub allowances: Allowances,
     pub allowed_origins: Vec<String>,
     pub trusted_proxies: Vec<IpNet>,
@@ -68,6 +74,10 @@ pub struct Config {
     pub stale_grace: Duration,
     pub key_cache: usize,
     pub session_days: u32,
+    /// Whole days.
+    pub usage_retention: Duration,
+    /// Whole days.
+    pub usage_rollup_retention: Duration,
     pub log_format: LogFormat,
     pub log: String,
     /// Not a setting: tests lower it.
@@ -96,12 +106,30 @@ pub enum LogFormat {
     Text,
 }
 
+/// What recorded usage survives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// The end of the process.
+    Process,
+    /// Also a failure of the machine.
+    Machine,
+}
+
 /// Who may create an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Registration {
     Open,
     /// Only the operator.
     Closed,
+}
+
+/// The page at `/`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Landing {
+    /// About Quota, for those who consider running it.
+    Full,
+    /// For the operator's own customers: signing in and the API docs, under the operator's name.
+    Door { operator: String },
 }
 
 impl Registration {

@@ -1,6 +1,7 @@
 //! The `quota` binary: its commands, and how a server starts and stops.
 
 use std::{
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
@@ -17,10 +18,11 @@ use quota_server::{
     file_limit,
     health_check::Probe,
     jobs::Jobs,
-    openapi, router,
+    metering, openapi, router,
     serve::{self, BoundSocket, ServeSettings, serve},
     state::AppState,
     telemetry::log::Log,
+    usage_report,
 };
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
@@ -78,6 +80,20 @@ enum Command {
     /// Manage accounts
     #[command(subcommand)]
     User(UserCommand),
+    /// Show the tenants and keys with the most requests, and what servers have not delivered yet
+    #[command(args_conflicts_with_subcommands = true)]
+    Usage {
+        #[command(subcommand)]
+        command: Option<UsageCommand>,
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// Hours to look back
+        #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=8760))]
+        hours: u16,
+        /// Tenants and keys to list
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+        top: u16,
+    },
     /// Print the OpenAPI document
     Openapi,
     /// Print every setting with its default and description, as in .env.example
@@ -110,6 +126,19 @@ enum UserCommand {
     },
 }
 
+#[derive(Subcommand)]
+enum UsageCommand {
+    /// Write the usage that a replica has left behind to PostgreSQL. For a replica that does not come back: one that
+    /// starts with the same QUOTA_DATA_DIR does this by itself. Running it twice, or while the replica runs, counts
+    /// nothing twice
+    Replay {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// A replica's directory in `usage`, or the `usage` directory itself for all of them
+        directory: PathBuf,
+    },
+}
+
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Openapi => {
@@ -137,6 +166,22 @@ fn main() -> ExitCode {
             async move { probe.check(config.listen).await }
         }),
         Command::Doctor { settings } => run(&settings, doctor),
+        Command::Usage {
+            command:
+                Some(UsageCommand::Replay {
+                    settings,
+                    directory,
+                }),
+            ..
+        } => run(&settings, move |config, log| {
+            replay_usage(config, log, directory)
+        }),
+        Command::Usage {
+            command: None,
+            settings,
+            hours,
+            top,
+        } => run(&settings, move |config, _| usage(config, hours, top)),
         Command::User(command) => {
             let settings = match &command {
                 UserCommand::Create { settings, .. }
@@ -400,6 +445,75 @@ async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
         failed => anyhow::bail!("{failed} checks failed"),
     }
     Ok(())
+}
+
+/// Prints what is recorded, and what is not yet.
+async fn usage(config: Config, hours: u16, top: u16) -> anyhow::Result<()> {
+    let (url, embedded) = database(&config).await?;
+    let report = usage_report::report(&Db::new(&url, &config.database), hours, top).await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
+    match report {
+        Ok(report) => print!("{report}"),
+        Err(error) => anyhow::bail!("cannot read usage: {}", db::chain(&error)),
+    }
+    Ok(())
+}
+
+async fn replay_usage(config: Config, _log: Log, directory: PathBuf) -> anyhow::Result<()> {
+    let directories = metering::directories(&directory)
+        .with_context(|| format!("cannot read {}", directory.display()))?;
+    anyhow::ensure!(
+        !directories.is_empty(),
+        "{} is not a directory of usage",
+        directory.display()
+    );
+    let (url, embedded) = database(&config).await?;
+    let done = async {
+        apply_migrations(&url).await?;
+        let db = Db::new(&url, &config.database);
+        for directory in directories {
+            let replayed = replay_patiently(&config, &db, &directory).await?;
+            let rest = if replayed.is_owned {
+                ", the rest by the process that is using it"
+            } else {
+                ""
+            };
+            println!(
+                "{}: {} records written{rest}",
+                directory.display(),
+                replayed.records
+            );
+        }
+        anyhow::Ok(())
+    };
+    let done = done.await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
+    done
+}
+
+/// The directory's owner, or another replay, may hold the cursor for longer than a lock is waited for.
+async fn replay_patiently(
+    config: &Config,
+    db: &Db,
+    directory: &Path,
+) -> anyhow::Result<metering::Replayed> {
+    let patience = Instant::now() + Duration::from_secs(30);
+    loop {
+        match metering::replay(config, db, directory).await {
+            Ok(replayed) => return Ok(replayed),
+            Err(metering::ShipError::Database(db::DbError::Unavailable(error)))
+                if Instant::now() < patience =>
+            {
+                tracing::warn!(error = %db::chain(error.as_ref()), "PostgreSQL does not take usage now; trying again");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            Err(error) => anyhow::bail!("{}", db::chain(&error)),
+        }
+    }
 }
 
 async fn user(config: Config, log: Log, command: UserCommand) -> anyhow::Result<()> {

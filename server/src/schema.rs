@@ -174,6 +174,86 @@ diesel::table! {
 }
 
 diesel::table! {
+    usage_days (tenant_id, endpoint, key_id, plan_id, start, policy) {
+        tenant_id -> Uuid,
+        key_id -> Uuid,
+        endpoint -> Text,
+        plan_id -> Uuid,
+        start -> Timestamptz,
+        policy -> Text,
+        requests -> Int8,
+        cost -> Int8,
+        last_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    usage_endpoints (tenant_id, key_id, endpoint) {
+        tenant_id -> Uuid,
+        key_id -> Uuid,
+        endpoint -> Text,
+    }
+}
+
+diesel::table! {
+    usage_log (tenant_id, seq, timestamp) {
+        tenant_id -> Uuid,
+        seq -> Int8,
+        timestamp -> Timestamptz,
+        event_id -> Uuid,
+        key_id -> Uuid,
+        plan_id -> Uuid,
+        cost -> Int8,
+        retry_after_seconds -> Nullable<Int4>,
+        was_rejected -> Bool,
+        billing -> Text,
+        policy -> Nullable<Text>,
+        endpoint -> Text,
+        request_id -> Text,
+    }
+}
+
+diesel::table! {
+    usage_quarters (tenant_id, endpoint, key_id, plan_id, start, policy) {
+        tenant_id -> Uuid,
+        key_id -> Uuid,
+        endpoint -> Text,
+        plan_id -> Uuid,
+        start -> Timestamptz,
+        policy -> Text,
+        requests -> Int8,
+        cost -> Int8,
+    }
+}
+
+diesel::table! {
+    usage_segments (segment_id) {
+        segment_id -> Uuid,
+        position -> Int8,
+        started_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    usage_shippers (directory_id) {
+        directory_id -> Uuid,
+        host -> Text,
+        reported_at -> Timestamptz,
+        pending_records -> Int8,
+        pending_bytes -> Int8,
+        oldest_pending_at -> Nullable<Timestamptz>,
+    }
+}
+
+diesel::table! {
+    usage_tenants (tenant_id) {
+        tenant_id -> Uuid,
+        last_seq -> Int8,
+    }
+}
+
+diesel::table! {
     users (id) {
         id -> Uuid,
         email -> Text,
@@ -210,5 +290,12 @@ diesel::allow_tables_to_appear_in_same_query!(
     sessions,
     shared_counters,
     tenants,
+    usage_days,
+    usage_endpoints,
+    usage_log,
+    usage_quarters,
+    usage_segments,
+    usage_shippers,
+    usage_tenants,
     users,
 );

@@ -30,6 +30,7 @@ use crate::{
         CellSettings, Guard, LimitStore, Limiter, MemoryStore, RedisCounters, Roster,
         SharedSettings, SharedStore,
     },
+    metering::Metering,
     readiness::ReadinessProbe,
     redis::Redis,
     repo::{self, revocation::Revocation},
@@ -58,6 +59,7 @@ pub struct Parts {
     pub roster: Arc<Roster>,
     pub keys: KeyStore,
     pub last_used: LastUsed,
+    pub metering: Metering,
     pub sessions: Sessions,
     pub accounts: Accounts,
     pub freshness: Arc<Freshness>,
@@ -179,6 +181,11 @@ impl AppState {
             clock.clone(),
             metrics.clone(),
         ));
+        let metering = Metering::new(&config, &db, clock.clone(), metrics.clone())
+            .map_err(|error| AuthError::Internal(error.to_string()))?;
+        if metering.is_on() {
+            metering.measure_time(&db).await?;
+        }
         let accounts = Accounts {
             db: db.clone(),
             passwords: PasswordPool::start(config.password_cost)?,
@@ -201,6 +208,7 @@ impl AppState {
             roster,
             keys,
             last_used: LastUsed::default(),
+            metering,
             sessions,
             accounts,
             freshness,

@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: the cost of a request, compared with servers that do nothing; `cargo xtask bench replicas`:
 //! what holds across replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's promises in simulated
-//! time, with many seeds. `cargo xtask bench desktop`: the cost of the desktop app, compared with an empty window. See
-//! `xtask/desktop`.
+//! time, with many seeds. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench
+//! metering`: the cost of recording usage. `cargo xtask bench usage`: how fast usage is written and read. `cargo xtask
+//! bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -10,12 +11,43 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{cargo, desktop, journey, machine, postgres::Throwaway, say, succeed, target};
+use crate::{
+    cargo, desktop, journey, machine,
+    postgres::{self, Throwaway},
+    say, succeed, target,
+};
 
 /// The default number of seeds for the simulation.
 const SEEDS: &str = "20000";
 /// The test that runs them.
 const SIMULATION: &str = "limiter_shared::simulation::every_promise_holds_in_every_seed";
+
+/// The measurement of usage.
+const USAGE: &str = "usage::bench::ten_million_rows";
+
+fn usage(arguments: &[OsString]) -> Result<ExitCode> {
+    machine::install(&[machine::POSTGRES])?;
+    let mut test = cargo();
+    test.args(["test", "--release", "--quiet", "--package", "quota-server"])
+        .args([
+            "--test",
+            "it",
+            "--",
+            "--ignored",
+            "--exact",
+            USAGE,
+            "--nocapture",
+        ]);
+    if let Some(rows) = arguments.first() {
+        test.env("QUOTA_USAGE_ROWS", rows);
+    }
+    let status = test.status().context("cannot run the measurement")?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
 
 /// Runs this many seeds, from the first on.
 fn simulation(arguments: &[OsString]) -> Result<ExitCode> {
@@ -49,7 +81,13 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     {
         return simulation(rest);
     }
-    let replicas = arguments.first().is_some_and(|it| it == "replicas");
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "usage"
+    {
+        return usage(rest);
+    }
+    let is = |name: &str| arguments.first().is_some_and(|it| it == name);
+    let replicas = is("replicas");
     machine::install(&[machine::POSTGRES, machine::REDIS])?;
     say("building the server and the measurement for release (a first build takes some minutes)");
     let mut build = cargo();
@@ -71,6 +109,18 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .args(["--postgres", &database.url()])
             .args(&arguments[1..]);
         Some(database)
+    } else if is("crash") {
+        let programs = postgres::binaries().context("no PostgreSQL is installed")?;
+        command
+            .arg("crash")
+            .arg("--programs")
+            .arg(programs)
+            .arg(quota)
+            .args(&arguments[1..]);
+        None
+    } else if is("metering") {
+        command.arg("metering").arg(quota).args(&arguments[1..]);
+        None
     } else {
         command.arg("run").arg(quota).args(arguments);
         None

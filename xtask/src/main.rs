@@ -57,7 +57,10 @@ enum Chore {
     },
     /// Measure the cost of a request, compared with a plain poem and a plain hyper server. `bench replicas` measures
     /// what holds across replicas, `bench simulation 20000` runs the limiter in simulated time with this many seeds,
-    /// and `bench desktop` measures memory and startup of the desktop app, compared with an empty window
+    /// `bench desktop` measures memory and startup of the desktop app, compared with an empty window, `bench usage`
+    /// measures writing and reading usage at 10 million rows (or `bench usage 1000000`), `bench crash 300` kills
+    /// servers, Redis and PostgreSQL this many times under load and recounts the usage, and `bench metering` measures
+    /// the cost of recording usage
     Bench {
         /// Options of the benchmark, such as `--rounds N` and `--millis N`, or `--only faults` after `replicas`;
         /// `--help` lists them
@@ -77,6 +80,8 @@ enum Chore {
     /// Build everything and run the end-to-end tests in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER saves
     /// a screenshot of every page
     Journey,
+    /// Build all and take the pictures of the README and the landing page anew
+    Pictures,
     /// Build the container image `quota:local`
     Image,
     /// Build the image, run the production compose file with Caddy, PostgreSQL and Redis, and test it under load
@@ -100,6 +105,7 @@ fn main() -> ExitCode {
         Chore::Desktop { arguments } => desktop::start(&arguments),
         Chore::Bundle => desktop::bundle().map(|()| ExitCode::SUCCESS),
         Chore::Journey => journey::alone(),
+        Chore::Pictures => journey::pictures(),
         Chore::Image => containers::run(&["--image-only".into()]),
         Chore::Containers { arguments } => containers::run(&arguments),
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),

@@ -15,6 +15,7 @@ use poem_openapi::{
     registry::{MetaSecurityScheme, Registry},
 };
 use quota_common::{ProblemCode, SessionId, TenantId, UserId, auth::Role};
+use secrecy::SecretString;
 
 use super::{
     browser::{self, Kept},
@@ -137,6 +138,15 @@ impl AdmittedTenant {
         self.session.role
     }
 
+    /// Returns the access token of the request, to check later whether it is still valid.
+    pub fn token(&self, request: &Request) -> Result<SecretString, ApiError> {
+        let visit = Visit::of(request)?;
+        let token = bearer(request.headers())?
+            .or_else(|| browser::cookie(&visit.state, request, Kept::Access))
+            .ok_or_else(|| ApiError::internal("an admitted caller has a token"))?;
+        Ok(SecretString::from(token))
+    }
+
     async fn admit(request: &Request) -> Result<Self, ApiError> {
         let visit = Visit::of(request)?;
         let state = &visit.state;
@@ -234,12 +244,14 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
     }
 }
 
-/// Looks up the key and asks the limiter. A key that is not valid is rejected without being charged.
+/// Looks up the key, asks the limiter, and records the decision for `endpoint`, which may be empty. A key that is not
+/// valid is rejected without being charged.
 pub async fn decide(
     visit: &Visit,
     text: &str,
     cost: NonZeroU32,
     tenant: Option<TenantId>,
+    endpoint: &str,
 ) -> Result<Result<(Arc<KeyRecord>, Decision), KeyRefused>, ApiError> {
     let state = &visit.state;
     let began = state.clock.monotonic();
@@ -262,6 +274,11 @@ pub async fn decide(
         return refused(refusal, Some(record));
     }
     visit.has_authenticated();
+    // Without space for its record there is no decision, and nothing is consumed.
+    let reservation = state
+        .metering
+        .reserve(endpoint, visit.id())
+        .map_err(|_| ApiError::unrecordable())?;
     let decision = state
         .limiter
         .admit(&record.cell, &record.policies, cost)
@@ -275,6 +292,11 @@ pub async fn decide(
         &state.metrics.denied
     }
     .inc();
+    state
+        .metering
+        .record(reservation, &record, &decision, cost.get(), began)
+        .await
+        .map_err(ApiError::unavailable)?;
     if record.is_worth_noting(decision.at) {
         state.last_used.key(record.id, decision.at);
     }
@@ -302,10 +324,15 @@ pub struct AdmittedKey {
 
 impl AdmittedKey {
     /// Consumes one request from the limits of the request's key.
+    ///
+    /// The endpoint that is recorded is the request's own.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let text = key_text(request)?
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
-        match decide(Visit::of(request)?, text, NonZeroU32::MIN, None).await? {
+        // Of Quota's own endpoints, one is limited.
+        let endpoint = "GET /v1/echo";
+        let visit = Visit::of(request)?;
+        match decide(visit, text, NonZeroU32::MIN, None, endpoint).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
             // The same detail for every reason, so that it does not help to guess keys.

@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 
 use poem::{
     IntoResponse, Request, Response, Result,
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
 };
 use poem_openapi::{
     ApiResponse, Enum, OpenApi,
@@ -156,6 +156,19 @@ fn limits(decision: &Decision) -> Vec<LimitState> {
     show.collect()
 }
 
+/// The endpoint that a gateway forwards a request for, by `X-Forwarded-Method` and the path of `X-Forwarded-Uri`. Empty
+/// if it does not say. The query is left out: it can hold anything.
+fn forwarded_endpoint(headers: &HeaderMap) -> String {
+    let field = |name| headers.get(name).and_then(|it| it.to_str().ok());
+    let path =
+        field("x-forwarded-uri").map_or("", |uri| uri.split(['?', '#']).next().unwrap_or(""));
+    match (field("x-forwarded-method").unwrap_or(""), path) {
+        ("", path) => path.to_owned(),
+        (method, "") => method.to_owned(),
+        (method, path) => format!("{method} {path}"),
+    }
+}
+
 #[OpenApi(prefix_path = "/v1", tag = "Tag::RateLimiting")]
 impl LimitApi {
     /// Echo (test an API key)
@@ -196,7 +209,9 @@ impl LimitApi {
             .and_then(|cost| NonZeroU32::new(cost.into()))
             .unwrap_or(NonZeroU32::MIN);
         let tenant = Some(caller.token.tenant);
-        let decided = decide(Visit::of(request)?, &body.0.key, cost, tenant).await?;
+        let endpoint: &str = body.0.endpoint.as_ref().map_or("", |it| it);
+        let visit = Visit::of(request)?;
+        let decided = decide(visit, &body.0.key, cost, tenant, endpoint).await?;
         Ok(Json(match decided {
             Ok((record, decision)) => CheckResult {
                 allowed: decision.is_allowed(),
@@ -259,8 +274,10 @@ impl LimitApi {
             return Ok(Bare::unauthorized(false));
         };
         let tenant = Some(caller.token.tenant);
+        let endpoint = forwarded_endpoint(request.headers());
+        let visit = Visit::of(request)?;
         Ok(
-            match decide(Visit::of(request)?, key, NonZeroU32::MIN, tenant).await? {
+            match decide(visit, key, NonZeroU32::MIN, tenant, &endpoint).await? {
                 Ok((record, decision)) => Bare::decided(&record, &decision, denied),
                 Err(_) => Bare::unauthorized(true),
             },

@@ -116,6 +116,11 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
+    /// For streams, which stay open while they are watched.
+    pub fn too_many_streams() -> Self {
+        Self::wait("Too many open streams.", Duration::from_secs(10))
+    }
+
     /// Also states the wait in the detail, for people who see no headers.
     fn wait(why: &str, retry_after: Duration) -> Self {
         let secs = whole_secs(retry_after);
@@ -136,6 +141,16 @@ impl ApiError {
             ..Self::new(
                 ProblemCode::Unavailable,
                 "Temporarily unavailable. Try again in a few seconds.",
+            )
+        }
+    }
+
+    pub fn unrecordable() -> Self {
+        Self {
+            retry_after: Some(Duration::from_secs(1)),
+            ..Self::new(
+                ProblemCode::InsufficientStorage,
+                example::USAGE_UNRECORDABLE,
             )
         }
     }
@@ -200,7 +215,8 @@ impl ApiError {
     /// Returns the response. Logs the error, once, if the server failed. Being busy is not a failure: it has no source,
     /// and metrics count it.
     pub fn into_response(self, request_id: &str, base: &str) -> Response {
-        let is_busy = self.code == ProblemCode::Unavailable && self.source.is_none();
+        let is_busy = self.code == ProblemCode::InsufficientStorage
+            || self.code == ProblemCode::Unavailable && self.source.is_none();
         if self.http_status() >= 500 && !is_busy {
             let source = self
                 .source

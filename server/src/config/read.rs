@@ -6,8 +6,8 @@ use quota_common::plan::OnRedisFailure;
 use secrecy::ExposeSecret;
 
 use super::{
-    Allowances, Config, ConfigErrors, DatabaseSettings, LogFormat, PasswordCost, RedisSettings,
-    Registration, Settings,
+    Allowances, Config, ConfigErrors, DatabaseSettings, Durability, Landing, LogFormat,
+    PasswordCost, RedisSettings, Registration, Settings,
     reader::{
         Reader, Sourced, address, boolean, database_url, list, network, origin, prefix, public_url,
     },
@@ -59,9 +59,9 @@ impl Config {
                     pool: usize::try_from(r.number(
                         "QUOTA_DATABASE_POOL",
                         &s.database_pool,
-                        5..=1000,
+                        6..=1000,
                     ))
-                    .unwrap_or(5),
+                    .unwrap_or(6),
                     wait: r.duration_within(
                         "QUOTA_DATABASE_WAIT",
                         &s.database_wait,
@@ -131,6 +131,29 @@ impl Config {
                 OnRedisFailure::default(),
                 |text| OnRedisFailure::named(text).ok_or("must be share, open or closed".into()),
             ),
+            metering: r.choice(
+                "QUOTA_METERING",
+                &s.metering,
+                &[("on", true), ("off", false)],
+            ),
+            durability: r.choice(
+                "QUOTA_DURABILITY",
+                &s.durability,
+                &[
+                    ("process", Durability::Process),
+                    ("machine", Durability::Machine),
+                ],
+            ),
+            usage_backlog_max: r.number(
+                "QUOTA_USAGE_BACKLOG_MAX",
+                &s.usage_backlog_max,
+                1_048_576..=1_000_000_000_000,
+            ),
+            usage_ship_every: r.duration_within(
+                "QUOTA_USAGE_SHIP_EVERY",
+                &s.usage_ship_every,
+                Duration::from_millis(10)..=Duration::from_secs(60),
+            ),
             replicas: usize::try_from(r.number("QUOTA_REPLICAS", &s.replicas, 1..=1000))
                 .unwrap_or(1),
             migrate: r.read("QUOTA_MIGRATE", &s.migrate, true, boolean),
@@ -148,6 +171,7 @@ impl Config {
                     ("closed", Registration::Closed),
                 ],
             ),
+            landing: landing(r, s),
             allowances: Allowances {
                 plans: r.number("QUOTA_MAX_PLANS", &s.max_plans, 1..=1_000_000),
                 api_keys: r.number("QUOTA_MAX_API_KEYS", &s.max_api_keys, 1..=10_000_000),
@@ -202,6 +226,12 @@ impl Config {
             .unwrap_or(100_000),
             session_days: u32::try_from(r.number("QUOTA_SESSION_DAYS", &s.session_days, 1..=365))
                 .unwrap_or(14),
+            usage_retention: r.days("QUOTA_USAGE_RETENTION", &s.usage_retention, 2..=3650),
+            usage_rollup_retention: r.days(
+                "QUOTA_USAGE_ROLLUP_RETENTION",
+                &s.usage_rollup_retention,
+                2..=3650,
+            ),
             log_format: r.choice(
                 "QUOTA_LOG_FORMAT",
                 &s.log_format,
@@ -233,4 +263,29 @@ impl Config {
             Err(ConfigErrors(reader.0))
         }
     }
+}
+
+fn landing(r: &mut Reader, s: &Settings) -> Landing {
+    let operator = r.read(
+        "QUOTA_OPERATOR_NAME",
+        &s.operator_name,
+        "Quota".to_owned(),
+        |text| {
+            let fits = text.chars().count() <= 100 && !text.chars().any(char::is_control);
+            fits.then(|| text.trim().to_owned())
+                .ok_or("must be at most 100 characters, without control characters".into())
+        },
+    );
+    r.read(
+        "QUOTA_LANDING",
+        &s.landing,
+        Landing::Full,
+        |text| match text {
+            "full" => Ok(Landing::Full),
+            "door" => Ok(Landing::Door {
+                operator: operator.clone(),
+            }),
+            _ => Err("must be full or door".into()),
+        },
+    )
 }

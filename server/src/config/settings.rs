@@ -39,7 +39,8 @@ settings! {
     /// by QUOTA_LISTEN.
     public_url: "QUOTA_PUBLIC_URL", "", "URL";
 
-    /// The directory of the embedded database and its log.
+    /// The directory of the embedded database and its log, and of usage that has not been written to PostgreSQL yet.
+    /// Replicas may share it.
     data_dir: "QUOTA_DATA_DIR", "./.quota", "DIR";
 
     /// The PostgreSQL database, as postgres://user:password@host/database. Unset: the server runs a private PostgreSQL
@@ -49,9 +50,9 @@ settings! {
     /// A file that contains DATABASE_URL, such as a mounted secret. Use either this or DATABASE_URL.
     database_url_file: "DATABASE_URL_FILE", "", "PATH";
 
-    /// The maximum number of PostgreSQL connections per replica: 5 to 1000. They are divided into four pools that
-    /// never wait for each other: invalidations and readiness, the quota ledger, key look-ups (a quarter), and
-    /// everything else.
+    /// The maximum number of PostgreSQL connections per replica: 6 to 1000. They are divided into five pools that
+    /// never wait for each other: invalidations and readiness, the quota ledger, key look-ups (a quarter), usage (one
+    /// connection), and everything else.
     database_pool: "QUOTA_DATABASE_POOL", "16", "N";
 
     /// How long a request waits for a free PostgreSQL connection before the response is 503: 10ms to 10s.
@@ -95,6 +96,22 @@ settings! {
     /// its share of the limit), open (each admits the whole limit) or closed (every response is 503).
     on_redis_failure: "QUOTA_ON_REDIS_FAILURE", "share", "MODE";
 
+    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in `usage` below
+    /// QUOTA_DATA_DIR, before the response is sent, and written to PostgreSQL soon after.
+    metering: "QUOTA_METERING", "on", "MODE";
+
+    /// What recorded usage survives: process (`kill -9` and crashes of the server) or machine (also power failures).
+    /// With machine, each response waits for the disk (fdatasync), together with others.
+    durability: "QUOTA_DURABILITY", "process", "MODE";
+
+    /// How much disk space recorded usage may take while PostgreSQL is unreachable, in bytes: 1048576 to
+    /// 1000000000000. The log warns at half of it. When it is used up, the response to decisions is 503. 1 GiB is
+    /// enough for about 6,000,000 requests.
+    usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
+
+    /// How often recorded usage is written to PostgreSQL: 10ms to 60s.
+    usage_ship_every: "QUOTA_USAGE_SHIP_EVERY", "250ms", "DURATION";
+
     /// The number of replicas: 1 to 1000. `quota doctor` checks that their connections fit PostgreSQL's limit.
     replicas: "QUOTA_REPLICAS", "1", "N";
 
@@ -126,6 +143,12 @@ settings! {
 
     /// Who may create an account: open (anyone) or closed (only the operator, with `quota user create`).
     registration: "QUOTA_REGISTRATION", "open", "MODE";
+
+    /// The page at /: full (about Quota) or door (only signing in and the API docs, for your own customers).
+    landing: "QUOTA_LANDING", "full", "PAGE";
+
+    /// Your name, at most 100 characters: the title of the page at / with QUOTA_LANDING=door. Default: Quota.
+    operator_name: "QUOTA_OPERATOR_NAME", "", "NAME";
 
     /// The maximum number of plans per tenant: 1 to 1000000.
     max_plans: "QUOTA_MAX_PLANS", "1000", "N";
@@ -197,6 +220,13 @@ settings! {
 
     /// The number of days after which an unused session expires: 1 to 365.
     session_days: "QUOTA_SESSION_DAYS", "14", "DAYS";
+
+    /// The number of days for which the log of decisions is kept: 2 to 3650. A day of 10 million requests takes about
+    /// 4 GB.
+    usage_retention: "QUOTA_USAGE_RETENTION", "90", "DAYS";
+
+    /// The number of days for which usage is kept as totals per quarter of an hour and per day: 2 to 3650.
+    usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
 
     /// The format of logs: json or text.
     log_format: "QUOTA_LOG_FORMAT", "json", "FORMAT";

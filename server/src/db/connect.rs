@@ -25,7 +25,7 @@ const UNACKNOWLEDGED: Duration = Duration::from_secs(5);
 /// query running.
 pub(super) fn session(settings: &DatabaseSettings) -> String {
     format!(
-        "SET timezone = 'UTC'; SET statement_timeout = {}; SET lock_timeout = {}; \
+        "SET timezone = 'UTC'; SET jit = off; SET statement_timeout = {}; SET lock_timeout = {}; \
          SET idle_in_transaction_session_timeout = {}; SET application_name = 'quota'",
         settings.statement_timeout.as_millis(),
         settings.lock_timeout.as_millis(),

@@ -30,6 +30,8 @@ pub enum Lane {
     Lookups,
     /// The quota ledger.
     Ledger,
+    /// Writing usage.
+    Shipping,
     /// What the health of the whole depends on: the poll for invalidations, counting replicas, readiness.
     Health,
 }
@@ -40,20 +42,26 @@ pub struct Lanes {
     pub requests: usize,
     pub lookups: usize,
     pub ledger: usize,
+    pub shipping: usize,
     pub health: usize,
 }
 
 impl Lanes {
-    /// Divides `total` connections, at least five, among the lanes.
+    /// Divides `total` connections, at least six, among the lanes.
     pub fn divide(total: usize) -> Self {
         let health = if total < 8 { 1 } else { 2 };
         // Two where there are enough connections, so that returning tokens does not delay taking them.
-        let ledger = (total * 3 / 16).max(if total < 7 { 1 } else { 2 });
+        let ledger = (total * 3 / 16).max(if total < 8 { 1 } else { 2 });
+        // Batches are written one after another.
+        let shipping = 1;
         let lookups = (total / 4).max(2);
         Self {
-            requests: total.saturating_sub(health + ledger + lookups).max(1),
+            requests: total
+                .saturating_sub(health + ledger + lookups + shipping)
+                .max(1),
             lookups,
             ledger,
+            shipping,
             health,
         }
     }
@@ -63,8 +71,8 @@ impl fmt::Display for Lanes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} for requests, {} for key look-ups, {} for the quota ledger, {} for invalidations and readiness",
-            self.requests, self.lookups, self.ledger, self.health
+            "{} for requests, {} for key look-ups, {} for the quota ledger, {} for usage, {} for invalidations and readiness",
+            self.requests, self.lookups, self.ledger, self.shipping, self.health
         )
     }
 }
@@ -73,12 +81,19 @@ struct Pools {
     requests: ConnectionPool,
     lookups: ConnectionPool,
     ledger: ConnectionPool,
+    shipping: ConnectionPool,
     health: ConnectionPool,
 }
 
 impl Pools {
-    fn all(&self) -> [&ConnectionPool; 4] {
-        [&self.requests, &self.lookups, &self.ledger, &self.health]
+    fn all(&self) -> [&ConnectionPool; 5] {
+        [
+            &self.requests,
+            &self.lookups,
+            &self.ledger,
+            &self.shipping,
+            &self.health,
+        ]
     }
 }
 
@@ -109,6 +124,7 @@ impl Db {
                 requests: pool(lanes.requests),
                 lookups: pool(lanes.lookups),
                 ledger: pool(lanes.ledger),
+                shipping: pool(lanes.shipping),
                 health: pool(lanes.health),
             }),
             lane: Lane::Requests,
@@ -147,6 +163,7 @@ impl Db {
             Lane::Requests => &self.pools.requests,
             Lane::Lookups => &self.pools.lookups,
             Lane::Ledger => &self.pools.ledger,
+            Lane::Shipping => &self.pools.shipping,
             Lane::Health => &self.pools.health,
         }
     }
@@ -224,14 +241,15 @@ mod tests {
 
     #[test]
     fn lanes_add_up_to_the_total() {
-        for total in 5..=1000 {
+        for total in 6..=1000 {
             let it = Lanes::divide(total);
             assert_eq!(
-                it.requests + it.lookups + it.ledger + it.health,
+                it.requests + it.lookups + it.ledger + it.shipping + it.health,
                 total,
                 "{it:?}"
             );
             assert!(it.requests >= 1 && it.lookups >= 2 && it.ledger >= 1 && it.health >= 1);
+            assert_eq!(it.shipping, 1);
         }
     }
 }

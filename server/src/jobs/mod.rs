@@ -3,9 +3,11 @@
 //! Each job is a loop that ends on request and continues after a failure: what failed is retried in the next iteration.
 //! Does not know HTTP.
 
+mod metering;
 mod replicas;
 mod revocations;
 mod sweep;
+mod usage;
 
 use std::time::Duration;
 
@@ -38,6 +40,14 @@ impl Jobs {
         }
         running.spawn(prune(state.clone(), stopping.clone()));
         running.spawn(write_last_used(state.clone(), stopping.clone()));
+        running.spawn(usage::maintain(state.clone(), stopping.clone()));
+        running.spawn(usage::compare(state.clone(), stopping.clone()));
+        if state.metering.is_on() {
+            running.spawn(metering::ship(state.clone(), stopping.clone()));
+            running.spawn(metering::adopt(state.clone(), stopping.clone()));
+            running.spawn(metering::prepare(state.clone(), stopping.clone()));
+            running.spawn(metering::measure_time(state.clone(), stopping.clone()));
+        }
         running.spawn(sweep::run(state.clone(), stopping));
         Self { stop, running }
     }

@@ -20,7 +20,7 @@ use crate::{
     cache::{Cached, Freshness, Loaded, Unconfirmed},
     clock::UnixNanos,
     limiter::{KeyCell, Limiter, Policies, RatePolicy, Zone},
-    repo::api_key::KeyFacts,
+    repo::api_key::{FoundKey, KeyFacts},
     revocations::Gone,
     secret_text::{Hash, SecretText},
     telemetry::metrics::Metrics,
@@ -227,6 +227,11 @@ impl KeyStore {
             self.tokens
                 .forget(|_, token| gone.token(token.tenant.0, token.id.0));
         }
+    }
+
+    /// Returns the record of a key that was found by its ID, with the same limiter state as the one that requests use.
+    pub fn described(&self, found: FoundKey) -> Result<KeyRecord, Unconfirmed> {
+        record(found.facts, found.as_of, &self.limiter)
     }
 
     /// Drops all records.

@@ -207,3 +207,14 @@ pub async fn update_tenant(
         .returning(TenantRow::as_returning());
     Ok(query.get_result(&mut **tx).await?)
 }
+
+/// Returns the tenant's time zone.
+pub async fn time_zone(tx: &mut TenantTx) -> Result<Option<String>, DbError> {
+    let tenant = tx.tenant().0;
+    Ok(tenants::table
+        .find(tenant)
+        .select(tenants::time_zone)
+        .first(&mut **tx)
+        .await
+        .optional()?)
+}

@@ -66,6 +66,7 @@ pub(super) struct Connection {
     memory: Option<Arc<Memory>>,
     /// What was last reported to `memory`.
     held: AtomicUsize,
+    occupied: AtomicUsize,
     /// HTTP/1: bytes of the request that is arriving or in flight, or of the response that waits for the socket.
     buffered: AtomicUsize,
     /// HTTP/2: bytes of request heads in flight.
@@ -90,6 +91,7 @@ impl Connection {
             http2: Mutex::default(),
             memory,
             held: AtomicUsize::new(0),
+            occupied: AtomicUsize::new(0),
             buffered: AtomicUsize::new(0),
             heads: AtomicUsize::new(0),
             is_released: AtomicBool::new(false),
@@ -218,20 +220,42 @@ impl Connection {
         let Some(memory) = &self.memory else {
             return false;
         };
-        let is_exempt = self.is_released.load(Ordering::Relaxed) || self.authenticated.is_set();
-        let now = if is_exempt {
+        let occupied = if self.authenticated.is_set() {
             0
         } else if self.is_http2() {
             self.http2.lock().held() + self.heads.load(Ordering::Relaxed)
         } else {
             self.buffered.load(Ordering::Relaxed)
         };
-        let now = if now <= memory::SMALL { 0 } else { now };
-        if now != self.held.load(Ordering::Relaxed) {
-            let before = self.held.swap(now, Ordering::Relaxed);
-            memory.change(before, now);
+        self.account_as(memory, occupied)
+    }
+
+    fn account_as(&self, memory: &Memory, occupied: usize) -> bool {
+        let occupied = if occupied <= memory::SMALL {
+            0
+        } else {
+            occupied
+        };
+        if occupied != self.occupied.load(Ordering::Relaxed) {
+            let before = self.occupied.swap(occupied, Ordering::Relaxed);
+            memory.change_occupied(before, occupied);
         }
-        now > 0 && (now > memory.per_connection() || memory.is_exceeded())
+        let held = if self.is_released.load(Ordering::Relaxed) {
+            0
+        } else {
+            occupied
+        };
+        if held != self.held.load(Ordering::Relaxed) {
+            let before = self.held.swap(held, Ordering::Relaxed);
+            memory.change_held(before, held);
+        }
+        held > 0 && (held > memory.per_connection() || memory.is_exceeded())
+    }
+
+    /// Whether reading should wait until memory of others is free.
+    pub(super) fn should_pause(&self) -> bool {
+        let memory = self.memory.as_ref();
+        memory.is_some_and(|memory| memory.is_backlogged()) && !self.authenticated.is_set()
     }
 
     pub(super) fn held(&self) -> usize {
@@ -320,7 +344,10 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.release_memory();
+        self.is_released.store(true, Ordering::Relaxed);
+        if let Some(memory) = &self.memory {
+            self.account_as(memory, 0);
+        }
     }
 }
 

@@ -8,11 +8,21 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Amounts up to this are ignored.
 pub(super) const SMALL: usize = 4 * 1024;
 
+fn change(total: &AtomicUsize, before: usize, now: usize) {
+    if now >= before {
+        total.fetch_add(now - before, Ordering::Relaxed);
+    } else {
+        total.fetch_sub(before - now, Ordering::Relaxed);
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Memory {
     limit: usize,
     limit_per_connection: usize,
     held: AtomicUsize,
+    /// Like `held`, with connections that were told to close: their handlers end a moment later.
+    occupied: AtomicUsize,
 }
 
 impl Memory {
@@ -21,16 +31,18 @@ impl Memory {
             limit,
             limit_per_connection,
             held: AtomicUsize::new(0),
+            occupied: AtomicUsize::new(0),
         }
     }
 
-    /// Records that a connection held `before` bytes and now holds `now`.
-    pub(super) fn change(&self, before: usize, now: usize) {
-        if now >= before {
-            self.held.fetch_add(now - before, Ordering::Relaxed);
-        } else {
-            self.held.fetch_sub(before - now, Ordering::Relaxed);
-        }
+    /// Records that a connection that stays open held `before` bytes and now holds `now`.
+    pub(super) fn change_held(&self, before: usize, now: usize) {
+        change(&self.held, before, now);
+    }
+
+    /// Records that a connection occupied `before` bytes and now occupies `now`.
+    pub(super) fn change_occupied(&self, before: usize, now: usize) {
+        change(&self.occupied, before, now);
     }
 
     /// Returns the maximum per connection.
@@ -41,6 +53,11 @@ impl Memory {
     #[cfg(test)]
     pub(super) fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
+    }
+
+    /// Whether so much is still to be freed that nothing more should be read.
+    pub(super) fn is_backlogged(&self) -> bool {
+        self.occupied.load(Ordering::Relaxed) > self.limit / 4 * 5
     }
 
     pub(super) fn is_exceeded(&self) -> bool {

@@ -119,7 +119,7 @@ pub async fn serve<E>(
 
     tokio::pin!(stop);
     loop {
-        while table.closing() > CLOSING {
+        while table.closing() > CLOSING || table.is_backlogged() {
             task::yield_now().await;
         }
         let accepted = tokio::select! {

@@ -89,6 +89,11 @@ impl AsyncRead for WatchedStream {
             // The connection's task may be busy reading everything the socket has.
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
+        if self.connection.should_pause() {
+            // Others go first, among them the handlers of connections that were just closed.
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
         let bytes = &buffer.filled()[before..];

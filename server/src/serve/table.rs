@@ -395,6 +395,11 @@ impl Table {
         }
     }
 
+    /// Whether much memory of closed connections is still to be freed.
+    pub(super) fn is_backlogged(&self) -> bool {
+        self.memory.is_backlogged()
+    }
+
     /// Returns the number of sockets that are being closed and are no longer in the table.
     pub(super) fn closing(&self) -> usize {
         self.closing.load(Ordering::Acquire)

@@ -126,6 +126,40 @@ metrics! {
     database_suspected: Counter, "database_suspected", "Times that PostgreSQL was suspected to be unreachable";
     readiness_checks: Counter, "readiness_checks", "Readiness checks that queried PostgreSQL";
     sweep_errors: Counter, "sweep_errors", "Batches of expired rows that could not be deleted";
+    decisions_not_streamed: Counter, "decisions_not_streamed",
+        "Decisions that streams skipped because there were more than can be sent";
+    usage_log_rollup_difference: Gauge, "usage_log_rollup_difference",
+        "Requests of yesterday (UTC) by which the log and its rollups differ, summed over tenants";
+    usage_ledger_excess: Gauge, "usage_ledger_excess",
+        "Cost that the quota ledger counted beyond recorded usage, in windows that ended the day before";
+    usage_rollup_excess: Gauge, "usage_rollup_excess",
+        "Cost that was recorded beyond what the quota ledger counted, in windows that ended the day before";
+    usage_reconciled_at: Gauge, "usage_reconciled_at_seconds",
+        "Unix time of the last comparison of log, rollups and quota ledger on this server";
+    usage_partition_errors: Counter, "usage_partition_errors",
+        "Times that partitions of usage could not be created or dropped";
+    usage_records_shipped: Counter, "usage_records_shipped", "Usage records written to PostgreSQL";
+    usage_records_replayed: Counter, "usage_records_replayed",
+        "Usage records written to PostgreSQL that stopped replicas had left behind";
+    usage_records_damaged: Counter, "usage_records_damaged",
+        "Places in segments where a record was expected but could not be read";
+    usage_segments_refused: Counter, "usage_segments_refused",
+        "Segments that are older than the usage log and were not shipped";
+    usage_refused_decisions: Counter, "usage_refused_decisions",
+        "Requests answered with 503 because usage could not be recorded";
+    usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that PostgreSQL did not accept";
+    usage_sync_errors: Counter, "usage_sync_errors",
+        "Usage records that could not be written to disk in time for their responses";
+    usage_endpoints_folded: Counter, "usage_endpoints_folded",
+        "Usage records counted under `other`, above the limit of endpoints";
+    usage_backlog_records: Gauge, "usage_backlog_records",
+        "Usage records that this process has not written to PostgreSQL yet";
+    usage_backlog_bytes: Gauge, "usage_backlog_bytes",
+        "Bytes of usage records that this process has not written to PostgreSQL yet";
+    usage_unrecordable: Gauge, "usage_unrecordable",
+        "Whether usage cannot be recorded now, so that decisions are answered with 503";
+    usage_oldest_seconds: Gauge, "usage_oldest_record_timestamp_seconds",
+        "Time of the oldest record of the backlog; 0 if there is none";
 }
 
 /// Responses by status code.

@@ -111,7 +111,10 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_PUBLIC_URL" => "ftp://example.com",
         "QUOTA_DATA_DIR" => " ",
         "DATABASE_URL" => "mysql://root:hunter2@host/db",
-        "QUOTA_DATABASE_POOL" => "4",
+        "QUOTA_DATABASE_POOL" => "5",
+        "QUOTA_DURABILITY" => "disk",
+        "QUOTA_USAGE_BACKLOG_MAX" => "4 GiB",
+        "QUOTA_USAGE_SHIP_EVERY" => "5ms",
         "QUOTA_CONNECTIONS" => "15",
         "QUOTA_DATABASE_WAIT" => "9ms",
         "QUOTA_DATABASE_CONNECT_TIMEOUT" => "31s",
@@ -130,7 +133,7 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_REDIS_CONNECT_TIMEOUT" => "250",
         "QUOTA_LEASE_TTL" => "1001ms",
         "QUOTA_ON_REDIS_FAILURE" => "fail",
-        "QUOTA_MIGRATE" => "yes",
+        "QUOTA_METERING" | "QUOTA_MIGRATE" => "yes",
         "QUOTA_SECRET" | "QUOTA_SECRET_PREVIOUS" => "hunter2",
         "DATABASE_URL_FILE"
         | "REDIS_URL_FILE"

@@ -21,9 +21,10 @@ const RANKS: &[&[&str]] = &[
     &["cache", "limiter", "readiness", "repo"],
     &["revocations"],
     &["auth", "keys"],
+    &["metering"],
     &["state"],
     &["api", "demo", "jobs"],
-    &["doctor", "openapi", "serve"],
+    &["doctor", "openapi", "serve", "usage_report"],
     &["router"],
     &["lib", "main"],
 ];
@@ -47,6 +48,17 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("repo", &["poem", "poem_openapi", "http", "hyper"]),
     ("auth", &["poem", "poem_openapi", "http", "hyper"]),
     ("keys", &["poem", "poem_openapi", "http", "hyper"]),
+    (
+        "metering",
+        &[
+            "poem",
+            "poem_openapi",
+            "http",
+            "hyper",
+            "diesel",
+            "diesel_async",
+        ],
+    ),
     ("jobs", &["poem", "poem_openapi", "http", "hyper"]),
     ("api", &["diesel", "diesel_async", "tokio_postgres"]),
 ];

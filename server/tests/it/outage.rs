@@ -274,7 +274,7 @@ async fn a_quota_whose_ledger_is_away_is_reduced_capacity_and_never_over() {
 /// Clients that go away in the middle of a request, at many points of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_that_go_away_leave_no_broken_connection_behind() {
-    let world = world(|setup| setup.flag("--database-pool=5")).await;
+    let world = world(|setup| setup.flag("--database-pool=6")).await;
     world.proxy.set(Fault::Delay(Duration::from_millis(3)));
     let token = &world.account.access_token;
     for step in 0..40_u64 {

@@ -56,7 +56,7 @@ impl World {
             ("DATABASE_URL", database.url()),
             ("REDIS_URL", &url),
             ("QUOTA_ADMIN_RPM", "0"),
-            ("QUOTA_DATABASE_POOL", "6"),
+            ("QUOTA_DATABASE_POOL", "7"),
             // What is asked here is who is let in, not how often.
             ("QUOTA_ON_REDIS_FAILURE", "open"),
         ];

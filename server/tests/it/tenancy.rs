@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::{
     every_endpoint::{Operation, operations, resolve},
     support::app::{Account, Answer, Key, PASSWORD, TestApp},
+    usage,
 };
 
 /// A tenant with one of everything, and more of what is listed.
@@ -68,8 +69,13 @@ impl Tenant {
             .header("Idempotency-Key", "once")
             .bearer(&account.access_token);
         assert_eq!(once.send().await.status, 201);
+        let record = usage::record(&account, &key.id, &plan, chrono::Utc::now());
+        let request_id = record.request_id.clone();
+        let earlier = usage::record(&account, &key.id, &plan, chrono::Utc::now());
+        usage::append(app, &[record, earlier]).await;
 
         let ids = HashMap::from([
+            ("request_id", request_id),
             ("plan_id", plan.clone()),
             ("key_id", key.id.clone()),
             ("target_id", key.id.clone()),
@@ -113,12 +119,13 @@ impl Tenant {
     }
 }
 
-/// The tables of the database, without the record of its migrations.
+/// The tables of the database, without the record of its migrations. A partition is a part of its table.
 async fn tables(client: &Client) -> Vec<String> {
     let rows = client
         .query(
             "SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace \
-             AND relkind IN ('r', 'p') AND relname <> '__diesel_schema_migrations' ORDER BY relname",
+             AND relkind IN ('r', 'p') AND NOT relispartition AND relname <> '__diesel_schema_migrations' \
+             ORDER BY relname",
             &[],
         )
         .await
@@ -375,6 +382,8 @@ async fn lists_show_nothing_of_another_tenant_by_filter_or_cursor() {
                 theirs = list(&a, operation.path, &format!("limit=1&cursor={cursor}")).await;
             }
             assert!(cursors > 0, "{} has only one page", operation.id);
+        } else {
+            continue;
         }
         for name in parameters.iter().filter(|name| name.ends_with("_id")) {
             let theirs = list(&b, operation.path, &format!("{name}={}", a.id(name))).await;
@@ -529,11 +538,13 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
 }
 
 /// Tables that hold nothing of any tenant.
-const OF_NO_TENANT: [&str; 4] = [
+const OF_NO_TENANT: [&str; 6] = [
     "quota_returns",
     "replicas",
     "server_secrets",
     "shared_counters",
+    "usage_segments",
+    "usage_shippers",
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -661,14 +672,65 @@ async fn every_table_has_row_level_security_and_the_servers_roles_are_bound_by_i
         .await
         .expect("the catalog is readable");
     assert_eq!(member.get::<_, i64>(0), 0);
-    // A view or function that runs as its owner would be a way around.
+    // A view or function that runs as its owner would be a way around. Those that create and drop partitions return
+    // no rows, and only the server itself may call them.
     let ways_around = client
-        .query_one(
-            "SELECT (SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef) + \
-             (SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('v', 'm'))",
+        .query(
+            "SELECT proname::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef \
+             UNION ALL SELECT relname::text FROM pg_class \
+             WHERE relnamespace = 'public'::regnamespace AND relkind IN ('v', 'm') ORDER BY 1",
             &[],
         )
         .await
         .expect("the catalog is readable");
-    assert_eq!(ways_around.get::<_, i64>(0), 0);
+    let ways_around = ways_around
+        .iter()
+        .map(|row| row.get(0))
+        .collect::<Vec<String>>();
+    assert_eq!(
+        ways_around,
+        ["usage_create_partitions", "usage_drop_partitions"]
+    );
+    let callers = client
+        .query_one(
+            "SELECT bool_or(has_function_privilege('quota_app', oid, 'EXECUTE')), \
+             bool_and(has_function_privilege('quota_system', oid, 'EXECUTE')) \
+             FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef",
+            &[],
+        )
+        .await
+        .expect("the catalog is readable");
+    assert!(!callers.get::<_, bool>(0), "a tenant may drop partitions");
+    assert!(callers.get::<_, bool>(1), "the server may not");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_is_reached_through_its_table_alone() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let tenant = Tenant::new(&app).await;
+    let mut client = app.database.connect().await;
+    client
+        .batch_execute("SELECT usage_create_partitions(current_date, current_date + 1)")
+        .await
+        .expect("the superuser may");
+    let partitions = client
+        .query(
+            "SELECT relname::text, relrowsecurity FROM pg_class WHERE relnamespace = 'public'::regnamespace \
+             AND relkind IN ('r', 'p') AND relispartition",
+            &[],
+        )
+        .await
+        .expect("the catalog is readable");
+    // Of three tables: the default one, today's and tomorrow's.
+    assert_eq!(partitions.len(), 9);
+    let own = tenant.account.tenant_id.as_str();
+    for row in partitions {
+        let (name, secured): (&str, bool) = (row.get(0), row.get(1));
+        assert!(secured, "{name}: row-level security is not enabled");
+        let sql = format!("SELECT 1 FROM {name}");
+        assert_eq!(as_app(&mut client, Some(own), &sql).await, None, "{sql}");
+    }
+    // The rows from before the partitions have moved there.
+    let sql = "SELECT 1 FROM usage_log WHERE tableoid <> 'usage_log_default'::regclass";
+    assert_eq!(as_app(&mut client, Some(own), sql).await, Some(2));
 }

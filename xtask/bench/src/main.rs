@@ -7,9 +7,11 @@
 //! machine affects all of them equally. Compare ratios: absolute figures depend on the machine. What holds across
 //! replicas is in [`replicas`].
 
+mod crash;
 mod floor;
 mod http1;
 mod load;
+mod metering;
 mod process;
 mod replicas;
 mod rounds;
@@ -39,6 +41,19 @@ enum Command {
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=5000))]
         millis: u64,
     },
+    /// Measure the cost of recording usage, and print a table
+    Metering {
+        /// The `quota` binary, built for release
+        quota: PathBuf,
+        /// The number of rounds per case
+        #[arg(long, default_value_t = 41, value_parser = clap::value_parser!(u32).range(1..=60))]
+        rounds: u32,
+        /// The length of a round in milliseconds
+        #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=300))]
+        millis: u64,
+    },
+    /// Kill servers, Redis and PostgreSQL under load, and recount the usage
+    Crash(crash::Options),
     /// Measure what holds across replicas, and print tables
     Replicas(replicas::Options),
     /// Run a plain poem handler on a free port
@@ -54,6 +69,12 @@ fn main() -> Result<ExitCode> {
             rounds,
             millis,
         } => rounds::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
+        Command::Metering {
+            quota,
+            rounds,
+            millis,
+        } => metering::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
+        Command::Crash(options) => return crash::run(&options),
         Command::Replicas(options) => return replicas::run(&options),
         Command::Poem => floor::serve(floor::poem)?,
         Command::Hyper => floor::serve(floor::hyper)?,

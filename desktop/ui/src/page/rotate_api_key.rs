@@ -100,7 +100,7 @@ fn RotateForm(
             <SelectField form name="grace_seconds" id="grace" label="Old key" value=grace options/>
             <div class="actions end">
                 <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy)>"Rotate key"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Rotate key"</button>
             </div>
         </form>
     }

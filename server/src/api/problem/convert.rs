@@ -10,7 +10,9 @@ use poem_openapi::error::{ParseParamError, ParsePathError};
 use quota_common::{
     FieldError, ProblemCode,
     audit::{AuditAction, AuditTarget},
+    decision::DecisionOutcome,
     page::{ApiKeyOrder, PlanOrder},
+    usage::{UsageBucketSize, UsageGroupBy},
 };
 
 use super::ApiError;
@@ -98,6 +100,10 @@ fn choices(kind: &str) -> Option<Vec<&'static str>> {
         "PlanOrder" => PlanOrder::ALL.iter().map(|it| it.as_str()).collect(),
         "AuditAction" => AuditAction::ALL.iter().map(|it| it.as_str()).collect(),
         "AuditTarget" => AuditTarget::ALL.iter().map(|it| it.as_str()).collect(),
+        "UsageBucketSize" => UsageBucketSize::ALL.iter().map(|it| it.as_str()).collect(),
+        "UsageGroupBy" => UsageGroupBy::ALL.iter().map(|it| it.as_str()).collect(),
+        "DecisionOutcome" => DecisionOutcome::ALL.iter().map(|it| it.as_str()).collect(),
+        "QuotaPolicy" => vec!["daily", "monthly"],
         _ => return None,
     })
 }

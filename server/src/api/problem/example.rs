@@ -2,6 +2,9 @@
 
 use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName};
 
+pub(super) const USAGE_UNRECORDABLE: &str =
+    "Usage can't be recorded right now. Nothing was charged. Try again in a few seconds.";
+
 /// Returns a typical problem of this kind.
 pub fn example(code: ProblemCode, base: &str) -> Problem {
     let detail = match code {
@@ -50,6 +53,7 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::ReducedCapacity => {
             "Rate limits can't be checked right now. Try again in a few seconds."
         }
+        ProblemCode::InsufficientStorage => USAGE_UNRECORDABLE,
     };
     let errors = match code {
         ProblemCode::Invalid => vec![FieldError {

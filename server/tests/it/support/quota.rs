@@ -164,6 +164,10 @@ impl Quota {
         body
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Resident memory in bytes.
     pub(crate) fn memory(&self) -> u64 {
         let status = format!("/proc/{}/status", self.child.id());

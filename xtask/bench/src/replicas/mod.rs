@@ -21,7 +21,7 @@ mod schedule;
 mod stage;
 mod stalls;
 mod table;
-mod tenant;
+pub(crate) mod tenant;
 mod weighted;
 
 use std::{fmt::Write as _, fs, path::PathBuf, process::ExitCode, time::Duration};

@@ -1,0 +1,422 @@
+//! Usage: how many requests were made and denied, of what, and when.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    id::{ApiKeyId, PlanId},
+    limit::{LimitState, PolicyName},
+    page::in_address,
+    time::Timestamp,
+};
+
+/// The most buckets that one response may have for each group.
+pub const MAX_BUCKETS: usize = 1000;
+/// The most groups that one response may have. The rest is `other`.
+pub const MAX_GROUPS: usize = 20;
+
+in_address!(
+    /// The length of a bucket.
+    UsageBucketSize {
+        Hour = "hour",
+        Day = "day",
+    }
+);
+
+in_address!(
+    /// What requests are grouped by.
+    UsageGroupBy {
+        Key = "key",
+        Endpoint = "endpoint",
+        /// The policy that denied them. Allowed requests are in no group.
+        Policy = "policy",
+        Plan = "plan",
+    }
+);
+
+/// Requests and their cost. Requests count once each; a request costs 1 unless the caller says otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
+pub struct UsageCounts {
+    /// Requests that were allowed.
+    pub allowed: u64,
+    /// Requests that were denied.
+    pub rejected: u64,
+    /// Cost of the allowed requests: what they consumed of quotas.
+    pub allowed_cost: u64,
+    /// Cost that the denied requests would have had. They consumed nothing.
+    pub rejected_cost: u64,
+}
+
+/// The requests of one hour or day, of all or of one group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
+pub struct UsageBucket {
+    /// The start of the bucket. It ends where the next one starts, the last one at `to`.
+    pub start: Timestamp,
+    /// With `group_by=key`: the key. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub key_id: Option<ApiKeyId>,
+    /// With `group_by=endpoint`: the endpoint; empty for requests that named none. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub endpoint: Option<String>,
+    /// With `group_by=policy`: the policy that denied the requests. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub policy: Option<String>,
+    /// With `group_by=plan`: the plan. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub plan_id: Option<PlanId>,
+    /// Whether this is the sum of all groups that are not listed.
+    pub other: bool,
+    /// Requests that were allowed.
+    pub allowed: u64,
+    /// Requests that were denied.
+    pub rejected: u64,
+    /// Cost of the allowed requests: what they consumed of quotas.
+    pub allowed_cost: u64,
+    /// Cost that the denied requests would have had. They consumed nothing.
+    pub rejected_cost: u64,
+}
+
+/// A key, endpoint, policy or plan, with its requests in the whole range.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
+pub struct UsageGroup {
+    /// With `group_by=key`: the key. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub key_id: Option<ApiKeyId>,
+    /// With `group_by=endpoint`: the endpoint; empty for requests that named none. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub endpoint: Option<String>,
+    /// With `group_by=policy`: the policy that denied the requests, `rpm`, `daily` or `monthly`; `reduced_capacity` if
+    /// limits could not be checked. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub policy: Option<String>,
+    /// With `group_by=plan`: the plan. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub plan_id: Option<PlanId>,
+    /// The key's or plan's current name. `null` if it was deleted, and for other groups.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub name: Option<String>,
+    /// Whether this is the sum of all groups that are not listed.
+    pub other: bool,
+    /// Requests that were allowed.
+    pub allowed: u64,
+    /// Requests that were denied.
+    pub rejected: u64,
+    /// Cost of the allowed requests: what they consumed of quotas.
+    pub allowed_cost: u64,
+    /// Cost that the denied requests would have had. They consumed nothing.
+    pub rejected_cost: u64,
+    /// Time of the latest request in the range. `null` for `other`, and if later requests followed after `to`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub last_seen_at: Option<Timestamp>,
+}
+
+/// Requests over time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
+pub struct Usage {
+    /// The start of the range, rounded down to a quarter of an hour.
+    pub from: Timestamp,
+    /// The end of the range, exclusive, rounded up to a quarter of an hour.
+    pub to: Timestamp,
+    /// The length of a bucket. A day has 23 to 25 hours where clocks change.
+    pub bucket: UsageBucketSize,
+    /// The time zone in which hours and days start.
+    pub time_zone: String,
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub group_by: Option<UsageGroupBy>,
+    /// Requests before this time are all counted; later ones may be missing. Before `to` if the range reaches into the
+    /// present, or if a server has not delivered its records yet.
+    pub complete_until: Timestamp,
+    /// All requests in the range that match the filters.
+    pub total: UsageCounts,
+    /// Without `group_by`: every bucket of the range. With it: the buckets of each group that had requests.
+    pub buckets: Vec<UsageBucket>,
+    /// With `group_by`: the 20 groups with the most requests, and `other` if there are more. Otherwise empty.
+    pub groups: Vec<UsageGroup>,
+}
+
+/// The number of requests today, and yesterday up to the same time of day.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
+pub struct Stats {
+    pub total_keys: u64,
+    /// Keys that are enabled and have not expired.
+    pub active_keys: u64,
+    /// Keys that were never used.
+    pub unused_keys: u64,
+    pub total_plans: u64,
+    /// Requests today, allowed and denied.
+    pub requests_today: u64,
+    /// Requests today that were denied.
+    pub rejected_today: u64,
+    /// Requests yesterday up to the same time of day. The quarter of an hour that has not ended counts in proportion.
+    pub requests_yesterday: u64,
+    /// Denied requests yesterday up to the same time of day.
+    pub rejected_yesterday: u64,
+    /// When today started.
+    pub today: Timestamp,
+    /// The organization's time zone, in which days start.
+    pub time_zone: String,
+    /// Requests before this time are all counted.
+    pub complete_until: Timestamp,
+    /// The quota that is closest to its limit. `null` if none was used.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub closest_to_limit: Option<QuotaStatus>,
+    /// What needs attention, the most urgent first, at most 20 of each kind.
+    pub attention: Vec<Attention>,
+}
+
+/// How much of a key's quota is used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
+pub struct QuotaStatus {
+    pub key_id: ApiKeyId,
+    pub key_name: String,
+    pub policy: PolicyName,
+    /// Includes what servers hold for requests to come, at most 1 % of the quota each.
+    pub used: u64,
+    pub limit: u64,
+    /// When the day or month ends.
+    pub reset_at: Timestamp,
+}
+
+/// Why a key needs attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[cfg_attr(
+    feature = "openapi",
+    derive(poem_openapi::Enum),
+    oai(rename_all = "snake_case")
+)]
+pub enum AttentionKind {
+    /// At least 80 % of a quota is used. `at` is when it resets.
+    Quota,
+    /// The key expires within 7 days. `at` is when.
+    Expiring,
+    /// The previous secret of a rotated key stops working within 24 hours. `at` is when.
+    GraceEnding,
+    /// The key is active and was not used for 30 days. `at` is when it was last used, or created.
+    Idle,
+}
+
+/// A key that needs attention.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
+pub struct Attention {
+    pub kind: AttentionKind,
+    pub key_id: ApiKeyId,
+    pub key_name: String,
+    pub at: Timestamp,
+    /// With `quota`: the policy. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub policy: Option<PolicyName>,
+    /// With `quota`: how much is used. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub used: Option<u64>,
+    /// With `quota`: the quota. Otherwise `null`.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub limit: Option<u64>,
+}
+
+/// Where a key stands now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
+pub struct KeyLimits {
+    pub key_id: ApiKeyId,
+    pub plan_id: PlanId,
+    /// Name of the key's plan.
+    pub plan: String,
+    /// Sustained requests per minute: the key's own, or its plan's.
+    pub rpm: u32,
+    /// Maximum burst: requests that an idle key may make at once.
+    pub burst: u32,
+    /// The state of each limit.
+    pub limits: Vec<LimitState>,
+    /// When this was true.
+    pub at: Timestamp,
+}
+
+/// A point of a burn-down.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
+pub struct BurnDownPoint {
+    pub at: Timestamp,
+    /// What was left of the quota at that time.
+    pub remaining: u64,
+    /// What would have been left if the quota were used at an even pace over the whole window.
+    pub ideal_remaining: u64,
+}
+
+/// How a quota is used up over its day or month.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
+pub struct BurnDown {
+    pub key_id: ApiKeyId,
+    pub policy: PolicyName,
+    /// The quota of this day or month.
+    pub limit: u64,
+    /// Cost of the requests that were allowed so far.
+    pub used: u64,
+    pub remaining: u64,
+    /// When the day or month started.
+    pub starts_at: Timestamp,
+    /// When it ends and the quota is available again.
+    pub resets_at: Timestamp,
+    /// From the start until now, at equal steps; the last point is at `complete_until`.
+    pub points: Vec<BurnDownPoint>,
+    /// Cost per hour over the last quarter of the time so far, at least one hour.
+    pub pace_per_hour: f64,
+    /// When the quota is used up at that pace. `null` if not before it resets; in the past or present if it is used up.
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub used_up_at: Option<Timestamp>,
+    /// What will be left when the quota resets, at that pace.
+    pub projected_remaining: u64,
+    /// Requests before this time are all counted.
+    pub complete_until: Timestamp,
+}
+
+#[cfg(feature = "openapi")]
+mod examples {
+    use poem_openapi::types::Example;
+
+    use super::{
+        Attention, AttentionKind, BurnDown, BurnDownPoint, KeyLimits, LimitState, PolicyName,
+        QuotaStatus, Stats, Timestamp, Usage, UsageBucket, UsageBucketSize, UsageCounts,
+        UsageGroup, UsageGroupBy,
+    };
+    use crate::id::example;
+
+    fn at(seconds: u64) -> Timestamp {
+        Timestamp::from_unix_secs(1_785_715_200 + seconds).expect("a time in 2026")
+    }
+
+    impl Example for Usage {
+        fn example() -> Self {
+            Self {
+                from: at(0),
+                to: at(3600),
+                bucket: UsageBucketSize::Hour,
+                time_zone: "Europe/Berlin".into(),
+                group_by: Some(UsageGroupBy::Key),
+                complete_until: at(3600),
+                total: UsageCounts {
+                    allowed: 1204,
+                    rejected: 38,
+                    allowed_cost: 1204,
+                    rejected_cost: 38,
+                },
+                buckets: vec![UsageBucket {
+                    start: at(0),
+                    key_id: Some(example::api_key()),
+                    endpoint: None,
+                    policy: None,
+                    plan_id: None,
+                    other: false,
+                    allowed: 1204,
+                    rejected: 38,
+                    allowed_cost: 1204,
+                    rejected_cost: 38,
+                }],
+                groups: vec![UsageGroup {
+                    key_id: Some(example::api_key()),
+                    endpoint: None,
+                    policy: None,
+                    plan_id: None,
+                    name: Some("Mobile app".into()),
+                    other: false,
+                    allowed: 1204,
+                    rejected: 38,
+                    allowed_cost: 1204,
+                    rejected_cost: 38,
+                    last_seen_at: Some(at(3581)),
+                }],
+            }
+        }
+    }
+
+    impl Example for Stats {
+        fn example() -> Self {
+            Self {
+                total_keys: 15,
+                active_keys: 12,
+                unused_keys: 3,
+                total_plans: 4,
+                requests_today: 18_231,
+                rejected_today: 204,
+                requests_yesterday: 16_900,
+                rejected_yesterday: 180,
+                today: at(0),
+                time_zone: "Europe/Berlin".into(),
+                complete_until: example::at(),
+                closest_to_limit: Some(QuotaStatus {
+                    key_id: example::api_key(),
+                    key_name: "Mobile app".into(),
+                    policy: PolicyName::Daily,
+                    used: 46_000,
+                    limit: 50_000,
+                    reset_at: at(86_400),
+                }),
+                attention: vec![Attention {
+                    kind: AttentionKind::Quota,
+                    key_id: example::api_key(),
+                    key_name: "Mobile app".into(),
+                    at: at(86_400),
+                    policy: Some(PolicyName::Daily),
+                    used: Some(46_000),
+                    limit: Some(50_000),
+                }],
+            }
+        }
+    }
+
+    impl Example for KeyLimits {
+        fn example() -> Self {
+            Self {
+                key_id: example::api_key(),
+                plan_id: example::plan(),
+                plan: "Starter".into(),
+                rpm: 600,
+                burst: 600,
+                limits: vec![LimitState {
+                    policy: PolicyName::Rpm,
+                    limit: 600,
+                    remaining: 412,
+                    reset_at: example::at(),
+                }],
+                at: example::at(),
+            }
+        }
+    }
+
+    impl Example for BurnDown {
+        fn example() -> Self {
+            Self {
+                key_id: example::api_key(),
+                policy: PolicyName::Daily,
+                limit: 50_000,
+                used: 20_000,
+                remaining: 30_000,
+                starts_at: at(0),
+                resets_at: at(86_400),
+                points: vec![
+                    BurnDownPoint {
+                        at: at(0),
+                        remaining: 50_000,
+                        ideal_remaining: 50_000,
+                    },
+                    BurnDownPoint {
+                        at: at(21_600),
+                        remaining: 30_000,
+                        ideal_remaining: 37_500,
+                    },
+                ],
+                pace_per_hour: 4000.0,
+                used_up_at: Some(at(48_600)),
+                projected_remaining: 0,
+                complete_until: at(21_600),
+            }
+        }
+    }
+}

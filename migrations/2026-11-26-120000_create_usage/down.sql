@@ -1,0 +1,11 @@
+DROP POLICY quota_usage_own ON quota_usage;
+REVOKE SELECT ON quota_usage FROM quota_app;
+DROP FUNCTION usage_drop_partitions(text, date);
+DROP FUNCTION usage_create_partitions(date, date);
+DROP TABLE usage_shippers;
+DROP TABLE usage_segments;
+DROP TABLE usage_endpoints;
+DROP TABLE usage_days;
+DROP TABLE usage_quarters;
+DROP TABLE usage_tenants;
+DROP TABLE usage_log;

@@ -1,0 +1,101 @@
+//! Shipping usage, creating segments ahead of need, and following PostgreSQL's clock.
+
+use std::time::Duration;
+
+use tokio::{sync::watch, time::timeout};
+
+use super::{every, next};
+use crate::{
+    db,
+    metering::{Metering, ShipError},
+    state::AppState,
+};
+
+const PREPARE: Duration = Duration::from_millis(100);
+const MEASURE: Duration = Duration::from_secs(10);
+/// How long to wait after a failure.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long a stopping server ships what is left. The rest stays in its directory, and the next start ships it.
+const FINISH: Duration = Duration::from_secs(3);
+
+pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let metering = &state.metering;
+    let mut ticks = every(state.config.usage_ship_every);
+    let mut outage = Outage::default();
+    while next(&mut ticks, &mut stopping).await {
+        let shipped = metering.ship().await;
+        if outage.note(&state, shipped) {
+            let pause = async {
+                let _ = stopping.wait_for(|stop| *stop).await;
+            };
+            let _ = timeout(PAUSE, pause).await;
+        }
+    }
+    match timeout(FINISH, metering.finish()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(error = %db::chain(&error), "some usage is not written yet; the next start writes it");
+        }
+        Err(_) => tracing::warn!("some usage is not written yet; the next start writes it"),
+    }
+}
+
+/// Separate from [`ship`], so that a long backlog of another replica does not hold up this one's records.
+pub(super) async fn adopt(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(PAUSE);
+    let mut outage = Outage::default();
+    while next(&mut ticks, &mut stopping).await {
+        let shipped = state.metering.ship_adopted().await;
+        outage.note(&state, shipped);
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "one call at a time, which takes one thread of the pool"
+)]
+pub(super) async fn prepare(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(PREPARE);
+    while next(&mut ticks, &mut stopping).await {
+        if state.metering.wants_preparation() {
+            let metering: Metering = state.metering.clone();
+            let _ = tokio::task::spawn_blocking(move || metering.prepare()).await;
+        }
+    }
+}
+
+pub(super) async fn measure_time(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(MEASURE);
+    while next(&mut ticks, &mut stopping).await {
+        if let Err(error) = state.metering.measure_time(&state.db).await {
+            tracing::debug!(error = %db::chain(&error), "PostgreSQL's time cannot be read");
+        }
+    }
+}
+
+/// Logs the first of several failures.
+#[derive(Default)]
+struct Outage {
+    is_open: bool,
+}
+
+impl Outage {
+    /// Returns whether it failed.
+    fn note(&mut self, state: &AppState, shipped: Result<u64, ShipError>) -> bool {
+        match shipped {
+            Ok(_) => {
+                if std::mem::take(&mut self.is_open) {
+                    tracing::info!("usage is written to PostgreSQL again");
+                }
+                false
+            }
+            Err(error) => {
+                state.metrics.usage_ship_errors.inc();
+                if !std::mem::replace(&mut self.is_open, true) {
+                    tracing::warn!(error = %db::chain(&error), "usage is not written to PostgreSQL now; it is kept");
+                }
+                true
+            }
+        }
+    }
+}

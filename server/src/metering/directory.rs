@@ -1,0 +1,159 @@
+//! The directory of one replica's segments, and the lock that says whether its replica is running.
+//!
+//! All of them are in `usage` below `QUOTA_DATA_DIR`, which replicas may share. A directory belongs to whoever holds the
+//! lock on its lock file; the kernel releases the lock of a process that ends, in whatever way.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
+    io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use uuid::Uuid;
+
+use super::segment::{EXTENSION, UNFINISHED};
+
+/// The folder of all directories, below `QUOTA_DATA_DIR`.
+pub const FOLDER: &str = "usage";
+const LOCK: &str = "lock";
+/// How the name of a segment ends that was refused.
+const REFUSED: &str = "refused";
+
+/// A directory whose lock this process holds.
+#[derive(Debug)]
+pub(super) struct Directory {
+    pub id: Uuid,
+    pub path: PathBuf,
+    /// Released when it is closed.
+    _lock: File,
+}
+
+impl Directory {
+    /// A new directory below `root`.
+    pub fn create(root: &Path) -> io::Result<Self> {
+        let folder = |path: &Path, recursive| {
+            DirBuilder::new()
+                .mode(0o700)
+                .recursive(recursive)
+                .create(path)
+        };
+        folder(root, true)?;
+        let id = Uuid::now_v7();
+        let (unfinished, path) = (
+            root.join(format!("{id}.{UNFINISHED}")),
+            root.join(id.to_string()),
+        );
+        folder(&unfinished, false)?;
+        let locked = (|| {
+            let lock = open_lock(&unfinished)?;
+            lock.try_lock()?;
+            // Others see it only now that it is locked.
+            fs::rename(&unfinished, &path)?;
+            Ok(lock)
+        })();
+        match locked {
+            Ok(lock) => Ok(Self {
+                id,
+                path,
+                _lock: lock,
+            }),
+            Err(error) => {
+                let _ = fs::remove_dir_all(&unfinished);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes over an existing directory. `None` if a running process holds it, or if it is gone.
+    pub fn adopt(path: &Path) -> io::Result<Option<Self>> {
+        let Some(id) = id_of(path) else {
+            return Ok(None);
+        };
+        let lock = match open_lock(path) {
+            Ok(lock) => lock,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        Ok(Some(Self {
+            id,
+            path: path.to_owned(),
+            _lock: lock,
+        }))
+    }
+
+    /// Deletes what was never finished. Only its owner creates files here, and that is us.
+    pub fn delete_unfinished(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.path)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|it| it == UNFINISHED) {
+                fs::remove_file(path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes the directory, unless something is left in it besides the lock file.
+    pub fn remove(self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.path)? {
+            if entry?.file_name() != LOCK {
+                return Ok(());
+            }
+        }
+        fs::remove_file(self.path.join(LOCK))?;
+        fs::remove_dir(&self.path)
+    }
+}
+
+fn open_lock(directory: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(directory.join(LOCK))
+}
+
+/// The ID of a replica's directory; `None` if it is none.
+pub(super) fn id_of(path: &Path) -> Option<Uuid> {
+    Uuid::try_parse(path.file_name()?.to_str()?).ok()
+}
+
+/// The directories below `root`, oldest first.
+pub(super) fn list(root: &Path) -> io::Result<Vec<PathBuf>> {
+    paths(root, |path| id_of(path).is_some())
+}
+
+/// The segments in a directory, oldest first.
+pub(super) fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    paths(directory, |path| {
+        path.extension().is_some_and(|it| it == EXTENSION)
+    })
+}
+
+/// Renames a segment so that it is not read again, and keeps it for the operator.
+pub(super) fn set_aside(segment: &Path) -> io::Result<()> {
+    fs::rename(segment, segment.with_extension(REFUSED))
+}
+
+fn paths(directory: &Path, is_wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        if is_wanted(&path) {
+            found.push(path);
+        }
+    }
+    // Named by UUIDv7.
+    found.sort();
+    Ok(found)
+}

@@ -1,0 +1,363 @@
+//! Metering: one record for each decision on a known key, which reaches PostgreSQL exactly once.
+//!
+//! A record is written to a *segment*, a file on this machine, before the response leaves: recording waits for no
+//! network. Space is reserved before the decision is taken; without space there is no decision. A *shipper* moves
+//! records to PostgreSQL. Its *cursor* says, for each segment, how far it came; it moves in the transaction that inserts
+//! the records. What was not shipped yet is the *backlog*.
+//!
+//! ```text
+//! reserve -> decision -> fill, or void        one word, then the record, in a mapped file
+//!                 |
+//!              shipper -> cursor + usage_log + rollups, in one transaction
+//! ```
+//!
+//! | file | what it owns |
+//! |---|---|
+//! | `record.rs` | the layout of a record, its CRC and its ID |
+//! | `segment.rs` | a segment that is written: reserving, filling, sealing |
+//! | `scan.rs` | reading a segment, also one that a crash left behind |
+//! | `directory.rs` | a replica's directory and the lock on it |
+//! | `recorder.rs` | which segment is in use; what to do when there is no space |
+//! | `sync.rs` | `fdatasync` for groups of records |
+//! | `shipper.rs` | batches, cursors, directories of replicas that have ended |
+//! | `time.rs` | the time of events |
+//! | `denials.rs` | the log line of a denial |
+//!
+//! Does not know HTTP. When PostgreSQL is unreachable segments grow, up to `QUOTA_USAGE_BACKLOG_MAX`. When the disk is
+//! full or read-only, nothing is recorded and so nothing is decided, until it is writable again.
+
+mod denials;
+mod directory;
+mod record;
+mod recorder;
+mod scan;
+mod segment;
+mod shipper;
+mod sync;
+#[cfg(test)]
+mod tests;
+mod time;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use quota_common::{ApiKeyId, PlanId, TenantId, plan::Billing};
+use uuid::Uuid;
+
+use self::{
+    denials::DenialLog,
+    recorder::Recorder,
+    segment::{ReservedRecord, Segment},
+    shipper::{Adopter, Context, Shipper},
+    time::EventClock,
+};
+pub use self::{
+    record::{DecisionRecord, ENDPOINT_MAX, RecordedOutcome},
+    recorder::Unrecordable,
+    shipper::{Replayed, ShipError},
+};
+use crate::{
+    clock::Clock,
+    config::{Config, Durability},
+    db::{Db, DbError, Lane},
+    keys::KeyRecord,
+    limiter::{Decision, Outcome},
+    repo::usage_shipping,
+    telemetry::metrics::Metrics,
+};
+
+/// Records decisions. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Metering(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    /// `None`: metering is off.
+    recorder: Option<Arc<Recorder>>,
+    is_durable: bool,
+    /// The folder of all directories.
+    root: PathBuf,
+    backlog_max: u64,
+    context: Context,
+    clock: Arc<dyn Clock>,
+    time: Arc<EventClock>,
+    denials: DenialLog,
+    /// Each ships in one place at a time.
+    shipper: tokio::sync::Mutex<Shipper>,
+    adopter: tokio::sync::Mutex<Adopter>,
+    /// Whether the log has warned of the backlog.
+    has_warned: AtomicBool,
+}
+
+/// Space for the record of a decision that is about to be taken. Becomes void if it is dropped.
+#[derive(Debug)]
+#[must_use = "a decision that is not recorded is lost"]
+pub struct Reservation<'a> {
+    reserved: Option<ReservedRecord>,
+    endpoint: &'a str,
+    request_id: &'a str,
+}
+
+/// The record may be lost if the machine fails now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the record of a decision could not be written to disk")]
+pub struct NotDurable;
+
+impl Metering {
+    pub fn new(
+        config: &Config,
+        db: &Db,
+        clock: Arc<dyn Clock>,
+        metrics: Arc<Metrics>,
+    ) -> io::Result<Self> {
+        let root = config.data_dir.join(directory::FOLDER);
+        let time = Arc::new(EventClock::new(clock.now(), clock.monotonic()));
+        let recorder = if config.metering {
+            Some(Recorder::new(
+                root.clone(),
+                config.usage_backlog_max,
+                config.durability,
+                clock.clone(),
+                time.clone(),
+                metrics.clone(),
+            )?)
+        } else {
+            None
+        };
+        Ok(Self(Arc::new(Inner {
+            recorder,
+            is_durable: config.durability == Durability::Machine,
+            root,
+            backlog_max: config.usage_backlog_max,
+            context: Context::new(db, config.usage_retention, metrics),
+            clock,
+            time,
+            denials: DenialLog::default(),
+            shipper: tokio::sync::Mutex::default(),
+            adopter: tokio::sync::Mutex::default(),
+            has_warned: AtomicBool::new(false),
+        })))
+    }
+
+    /// Reserves space for the record of a decision. Call before the decision is taken: if this fails, none may be.
+    #[inline]
+    pub fn reserve<'a>(
+        &self,
+        endpoint: &'a str,
+        request_id: &'a str,
+    ) -> Result<Reservation<'a>, Unrecordable> {
+        let endpoint = record::cut(endpoint, ENDPOINT_MAX);
+        let request_id = record::cut(request_id, record::REQUEST_ID_MAX);
+        let reserved = match &self.0.recorder {
+            None => None,
+            Some(recorder) => {
+                let reserved = recorder.reserve(endpoint.len(), request_id.len());
+                Some(reserved.inspect_err(|_| {
+                    self.0.context.metrics.usage_refused_decisions.inc();
+                })?)
+            }
+        };
+        Ok(Reservation {
+            reserved,
+            endpoint,
+            request_id,
+        })
+    }
+
+    /// Records the decision that was taken at `at` of the monotonic clock. Call before the response leaves.
+    #[inline]
+    pub async fn record(
+        &self,
+        reservation: Reservation<'_>,
+        key: &KeyRecord,
+        decision: &Decision,
+        cost: u32,
+        at: u64,
+    ) -> Result<(), NotDurable> {
+        let is_allowed = decision.is_allowed();
+        let outcome = match decision.outcome {
+            Outcome::Allowed => RecordedOutcome::Allowed,
+            Outcome::Denied { violated, .. } if violated.is_empty() => {
+                RecordedOutcome::Denied(None)
+            }
+            Outcome::Denied { .. } => RecordedOutcome::Denied(Some(decision.nearest().policy)),
+        };
+        if !is_allowed {
+            self.0.denials.log(key, reservation.endpoint, outcome, at);
+        }
+        let Some(reserved) = reservation.reserved else {
+            return Ok(());
+        };
+        let retry_after = if is_allowed {
+            None
+        } else {
+            decision.retry_after_secs()
+        };
+        let segment = reserved.fill(&DecisionRecord {
+            tenant: key.tenant,
+            key: key.id,
+            plan: key.plan_id,
+            billing: key.billing,
+            at: self.0.time.at(at),
+            cost,
+            outcome,
+            retry_after_secs: retry_after.map_or(0, |it| u32::try_from(it).unwrap_or(u32::MAX)),
+            endpoint: reservation.endpoint,
+            request_id: reservation.request_id,
+        });
+        if self.0.is_durable
+            && let Some(recorder) = &self.0.recorder
+            && !recorder.made_durable(segment).await
+        {
+            return Err(NotDurable);
+        }
+        Ok(())
+    }
+
+    /// Whether decisions are recorded.
+    pub fn is_on(&self) -> bool {
+        self.0.recorder.is_some()
+    }
+
+    /// Whether [`Self::prepare`] has something to do.
+    pub fn wants_preparation(&self) -> bool {
+        let recorder = self.0.recorder.as_ref();
+        recorder.is_some_and(|recorder| recorder.wants_spare())
+    }
+
+    /// Creates the segments that decisions will need soon. Blocks.
+    pub fn prepare(&self) {
+        if let Some(recorder) = &self.0.recorder {
+            recorder.create_spare();
+        }
+    }
+
+    /// Sets the time of events by PostgreSQL's clock. Returns whether the measurement was exact enough.
+    pub async fn measure_time(&self, db: &Db) -> Result<bool, DbError> {
+        let db = db.on(Lane::Health);
+        let measured = async {
+            let mut tx = db.system().await?;
+            // The connection is there: what is measured is one round trip.
+            let asked = self.0.clock.monotonic();
+            let now = usage_shipping::now(&mut tx).await?;
+            let answered = self.0.clock.monotonic();
+            tx.commit().await?;
+            Ok(self.0.time.measured(now, asked, answered))
+        };
+        db.within_limit(measured).await
+    }
+
+    /// Ships what was recorded so far. Returns the number of records.
+    pub async fn ship(&self) -> Result<u64, ShipError> {
+        let Some(recorder) = &self.0.recorder else {
+            return Ok(0);
+        };
+        let mut shipper = self.0.shipper.lock().await;
+        let shipped = shipper.ship(&self.0.context, recorder).await;
+        self.watch_backlog();
+        shipped
+    }
+
+    /// Ships what replicas that have ended left in the same data directory. Returns the number of records.
+    pub async fn ship_adopted(&self) -> Result<u64, ShipError> {
+        if !self.is_on() {
+            return Ok(0);
+        }
+        let mut adopter = self.0.adopter.lock().await;
+        adopter.ship(&self.0.context, &self.0.root).await
+    }
+
+    /// Ships the rest and deletes the segments: after the last request.
+    pub async fn finish(&self) -> Result<(), ShipError> {
+        let Some(recorder) = &self.0.recorder else {
+            return Ok(());
+        };
+        recorder.close();
+        // It takes milliseconds, and the directory is not empty before.
+        for _ in 0..100 {
+            if !recorder.is_creating() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let mut shipper = self.0.shipper.lock().await;
+        shipper.finish(&self.0.context, recorder).await
+    }
+
+    /// Warns once for each time that the backlog grows to half of what it may be.
+    fn watch_backlog(&self) {
+        let metrics = &self.0.context.metrics;
+        let bytes = u64::try_from(metrics.usage_backlog_bytes.get()).unwrap_or(0);
+        let has_warned = self.0.has_warned.load(Ordering::Relaxed);
+        if bytes >= self.0.backlog_max / 2 {
+            if !has_warned {
+                tracing::warn!(
+                    bytes,
+                    limit = self.0.backlog_max,
+                    "the backlog of usage has reached half of QUOTA_USAGE_BACKLOG_MAX"
+                );
+            }
+            self.0.has_warned.store(true, Ordering::Relaxed);
+        } else if has_warned && bytes < self.0.backlog_max / 4 {
+            self.0.has_warned.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Measures how long it takes to reserve and fill `count` records, with the segments that they need.
+pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
+    const SIZE: u64 = 8 << 20;
+    let clock = crate::clock::SystemClock::new();
+    let record = DecisionRecord {
+        tenant: TenantId(Uuid::from_u128(1)),
+        key: ApiKeyId(Uuid::from_u128(2)),
+        plan: PlanId(Uuid::from_u128(3)),
+        billing: Billing::Free,
+        at: clock.now(),
+        cost: 1,
+        outcome: RecordedOutcome::Allowed,
+        retry_after_secs: 0,
+        endpoint: "GET /v1/echo",
+        request_id: "019ab4e1-7c00-7000-8000-000000000001",
+    };
+    let began = clock.monotonic();
+    let mut segment = None::<Arc<Segment>>;
+    let mut left = count;
+    while left > 0 {
+        let reserved = segment
+            .as_ref()
+            .and_then(|segment| segment.reserve(record.endpoint.len(), record.request_id.len()));
+        if let Some(reserved) = reserved {
+            reserved.fill(&record);
+            left -= 1;
+            continue;
+        }
+        let next = Segment::create(directory, SIZE, clock.now(), false)?;
+        std::fs::remove_file(&next.path)?;
+        segment = Some(Arc::new(next));
+    }
+    Ok(Duration::from_nanos(clock.monotonic() - began))
+}
+
+/// The directories that a path means: one replica's, or all of those in it. None of usage: an empty list.
+pub fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let path = path.canonicalize()?;
+    if directory::id_of(&path).is_some() {
+        return Ok(vec![path]);
+    }
+    directory::list(&path)
+}
+
+/// Ships the directory of a replica that does not come back, for `quota usage replay`. Does no harm if it is still
+/// running, or if the directory is shipped elsewhere at the same time.
+pub async fn replay(config: &Config, db: &Db, directory: &Path) -> Result<Replayed, ShipError> {
+    let context = Context::new(db, config.usage_retention, Arc::default());
+    shipper::replay(&context, directory).await
+}

@@ -1,0 +1,241 @@
+//! A usage record, and how it is written in a segment.
+//!
+//! A segment is a sequence of 64-bit words. Every record begins with one header word:
+//!
+//! ```text
+//! bits 0..16   length of the record in words, header included; 0 for a seal
+//! bits 16..24  state: open, done, void or sealed
+//! bits 24..32  version of the layout
+//! bits 32..64  CRC-32 of the segment's ID, the position, the other half of this word, and the body
+//! ```
+//!
+//! A header word of zero means that nothing was written there yet. The CRC covers the segment's random ID, so that no
+//! text a client sends can pass for a record.
+
+use chrono::DateTime;
+use quota_common::{ApiKeyId, PlanId, TenantId, plan::Billing};
+use uuid::{Builder, Uuid};
+
+use crate::{clock::UnixNanos, limiter::Policy, repo::usage_log::UsageRecord};
+
+/// The longest name of an endpoint that is recorded, in bytes.
+pub const ENDPOINT_MAX: usize = 128;
+/// The longest request ID that is recorded, in bytes.
+pub const REQUEST_ID_MAX: usize = 128;
+
+const VERSION: u8 = 1;
+pub(super) const WORD: usize = 8;
+/// The header word and the fields of fixed length.
+const FIXED_WORDS: usize = 10;
+/// Where the texts begin in the body, in bytes.
+const TEXTS_AT: usize = (FIXED_WORDS - 1) * WORD;
+/// The longest record, in words.
+pub(super) const RECORD_WORDS_MAX: usize = FIXED_WORDS + (ENDPOINT_MAX + REQUEST_ID_MAX) / WORD;
+
+/// What became of the space of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum RecordState {
+    /// Reserved; the decision is still being taken.
+    Open = 1,
+    /// Filled.
+    Done = 2,
+    /// No decision was taken.
+    Void = 3,
+    /// Nothing follows in this segment.
+    Sealed = 4,
+}
+
+/// A header word, taken apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Header {
+    pub state: RecordState,
+    /// Length of the record in words; 0 for a seal.
+    pub words: usize,
+    pub crc: u32,
+}
+
+impl Header {
+    /// `None`: no record begins with this word.
+    pub fn parse(word: u64) -> Option<Self> {
+        let [a, b, state, version, crc @ ..] = word.to_le_bytes();
+        let state = match state {
+            1 => RecordState::Open,
+            2 => RecordState::Done,
+            3 => RecordState::Void,
+            4 => RecordState::Sealed,
+            _ => return None,
+        };
+        let words = usize::from(u16::from_le_bytes([a, b]));
+        let fits = match state {
+            RecordState::Sealed => words == 0,
+            _ => (FIXED_WORDS..=RECORD_WORDS_MAX).contains(&words),
+        };
+        (version == VERSION && fits).then_some(Self {
+            state,
+            words,
+            crc: u32::from_le_bytes(crc),
+        })
+    }
+}
+
+/// The header word of a record of `words` words at `position`, a byte offset. `body` is empty unless the record is
+/// done.
+pub(super) fn header_word(
+    segment: Uuid,
+    position: usize,
+    state: RecordState,
+    words: usize,
+    body: &[u8],
+) -> u64 {
+    let [a, b] = u16::try_from(words).unwrap_or(0).to_le_bytes();
+    let mut head = [a, b, state as u8, VERSION, 0, 0, 0, 0];
+    let mut crc = crc32fast::Hasher::new();
+    let mut salt = [0; 28];
+    salt[..16].copy_from_slice(segment.as_bytes());
+    salt[16..24].copy_from_slice(&(position as u64).to_le_bytes());
+    salt[24..].copy_from_slice(&head[..4]);
+    crc.update(&salt);
+    crc.update(body);
+    head[4..].copy_from_slice(&crc.finalize().to_le_bytes());
+    u64::from_le_bytes(head)
+}
+
+/// One decision on a known key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecisionRecord<'a> {
+    pub tenant: TenantId,
+    pub key: ApiKeyId,
+    pub plan: PlanId,
+    pub billing: Billing,
+    pub at: UnixNanos,
+    pub cost: u32,
+    pub outcome: RecordedOutcome,
+    /// `Retry-After` of a denial; 0 if it had none.
+    pub retry_after_secs: u32,
+    /// At most [`ENDPOINT_MAX`] bytes.
+    pub endpoint: &'a str,
+    /// At most [`REQUEST_ID_MAX`] bytes.
+    pub request_id: &'a str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RecordedOutcome {
+    Allowed,
+    /// By this policy; `None` if the shared counters could not be asked and no limit is known to be reached.
+    Denied(Option<Policy>),
+}
+
+impl RecordedOutcome {
+    const fn code(self) -> u8 {
+        match self {
+            Self::Allowed => 0,
+            Self::Denied(None) => 1,
+            Self::Denied(Some(policy)) => 2 + policy as u8,
+        }
+    }
+
+    fn of_code(code: u8) -> Option<Self> {
+        match code {
+            0 => Some(Self::Allowed),
+            1 => Some(Self::Denied(None)),
+            _ => Policy::ALL
+                .into_iter()
+                .map(|policy| Self::Denied(Some(policy)))
+                .find(|it| it.code() == code),
+        }
+    }
+}
+
+/// The length in words of a record with texts of these lengths in bytes.
+pub(super) const fn words(endpoint: usize, request_id: usize) -> usize {
+    FIXED_WORDS + (endpoint + request_id).div_ceil(WORD)
+}
+
+/// `text`, cut off at a character boundary after at most `max` bytes.
+pub(super) fn cut(text: &str, max: usize) -> &str {
+    if text.len() <= max {
+        return text;
+    }
+    let end = (0..=max).rev().find(|at| text.is_char_boundary(*at));
+    &text[..end.unwrap_or(0)]
+}
+
+/// The body of a record: everything but its header word.
+pub(super) struct Body {
+    bytes: [u8; (RECORD_WORDS_MAX - 1) * WORD],
+    len: usize,
+}
+
+impl Body {
+    /// The texts must have the lengths that the space was reserved for.
+    pub fn of(record: &DecisionRecord<'_>) -> Self {
+        let (endpoint, request_id) = (record.endpoint.as_bytes(), record.request_id.as_bytes());
+        let len = (words(endpoint.len(), request_id.len()) - 1) * WORD;
+        let mut bytes = [0; (RECORD_WORDS_MAX - 1) * WORD];
+        bytes[..16].copy_from_slice(record.tenant.0.as_bytes());
+        bytes[16..32].copy_from_slice(record.key.0.as_bytes());
+        bytes[32..48].copy_from_slice(record.plan.0.as_bytes());
+        bytes[48..56].copy_from_slice(&record.at.0.to_le_bytes());
+        bytes[56..60].copy_from_slice(&record.cost.to_le_bytes());
+        bytes[60] = record.outcome.code();
+        bytes[61] = u8::from(record.billing == Billing::Paid);
+        bytes[62] = u8::try_from(endpoint.len()).unwrap_or(0);
+        bytes[63] = u8::try_from(request_id.len()).unwrap_or(0);
+        bytes[64..68].copy_from_slice(&record.retry_after_secs.to_le_bytes());
+        let texts = &mut bytes[TEXTS_AT..];
+        texts[..endpoint.len()].copy_from_slice(endpoint);
+        texts[endpoint.len()..][..request_id.len()].copy_from_slice(request_id);
+        Self { bytes, len }
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+/// Reads the body of a record at `position`. `None` if no version of Quota wrote it.
+pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageRecord> {
+    let uuid = |at: usize| Uuid::from_slice(body.get(at..at + 16)?).ok();
+    let half = |at: usize| Some(u32::from_le_bytes(body.get(at..at + 4)?.try_into().ok()?));
+    let [outcome, is_paid, endpoint, request_id] = *body.get(60..64)?.first_chunk()?;
+    let (endpoint, texts) = body
+        .get(TEXTS_AT..)?
+        .split_at_checked(usize::from(endpoint))?;
+    let request_id = texts.get(..usize::from(request_id))?;
+    let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
+    let outcome = RecordedOutcome::of_code(outcome)?;
+    let at = UnixNanos(u64::from_le_bytes(body.get(48..56)?.try_into().ok()?));
+    let retry_after = i32::try_from(half(64)?).unwrap_or(i32::MAX);
+    Some(UsageRecord {
+        event_id: event_id(segment, position, at),
+        tenant_id: uuid(0)?,
+        key_id: uuid(16)?,
+        plan_id: uuid(32)?,
+        at: DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX)),
+        billing: if is_paid == 0 { "free" } else { "paid" },
+        endpoint: text(endpoint)?,
+        was_rejected: outcome != RecordedOutcome::Allowed,
+        policy: match outcome {
+            RecordedOutcome::Denied(policy) => policy.map(Policy::name),
+            RecordedOutcome::Allowed => None,
+        },
+        retry_after_seconds: (retry_after > 0).then_some(retry_after),
+        cost: half(56)?.into(),
+        request_id: text(request_id)?,
+    })
+}
+
+/// The ID of a record: a UUIDv7 of its time whose other bits follow from where it was written, so that reading the
+/// record again gives the same ID.
+fn event_id(segment: Uuid, position: usize, at: UnixNanos) -> Uuid {
+    let (high, low) = segment.as_u64_pair();
+    // No two positions of a segment share these bits, and segments differ in at least 60 random ones.
+    let rest = (high ^ low.rotate_left(17))
+        .wrapping_add((position as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let mut bytes = [0; 10];
+    let index = u16::try_from((position / WORD) & 0xfff).unwrap_or(0);
+    bytes[..2].copy_from_slice(&index.to_be_bytes());
+    bytes[2..].copy_from_slice(&rest.to_be_bytes());
+    Builder::from_unix_timestamp_millis(at.0 / 1_000_000, &bytes).into_uuid()
+}

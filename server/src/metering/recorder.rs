@@ -1,0 +1,332 @@
+//! Where decisions are recorded: the segment in use, the next one, and those that wait to be shipped.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
+
+use super::{
+    Durability,
+    directory::Directory,
+    segment::{ReservedRecord, Segment},
+    sync::Syncer,
+    time::EventClock,
+};
+use crate::{clock::Clock, telemetry::metrics::Metrics};
+
+/// Segments are as large as this unless the backlog may not even take eight of them.
+const SEGMENT_MAX: u64 = 8 << 20;
+/// Enough for more than a hundred records of the greatest length.
+const SEGMENT_MIN: u64 = 64 << 10;
+/// Nanoseconds between two tries to create a segment after one failed.
+const RETRY: u64 = 100_000_000;
+
+/// Why a decision cannot be recorded now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unrecordable {
+    #[error("the backlog of usage has reached QUOTA_USAGE_BACKLOG_MAX")]
+    BacklogFull,
+    #[error("no space is left for usage in QUOTA_DATA_DIR")]
+    DiskFull,
+    #[error("QUOTA_DATA_DIR is read-only")]
+    ReadOnly,
+    #[error("usage cannot be written to QUOTA_DATA_DIR")]
+    Failed,
+}
+
+impl From<&io::Error> for Unrecordable {
+    fn from(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull,
+            io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly,
+            _ => Self::Failed,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Recorder {
+    /// The folder of all directories.
+    root: PathBuf,
+    segment_size: u64,
+    /// Segments at most, with the spare one.
+    max_segments: usize,
+    durability: Durability,
+    clock: Arc<dyn Clock>,
+    time: Arc<EventClock>,
+    metrics: Arc<Metrics>,
+    /// The segment that decisions are recorded in.
+    current: ArcSwapOption<Segment>,
+    files: Mutex<Files>,
+    syncer: Option<Syncer>,
+}
+
+#[derive(Debug, Default)]
+struct Files {
+    directory: Option<Arc<Directory>>,
+    spare: Option<Arc<Segment>>,
+    /// Full segments that are not shipped yet, oldest first.
+    sealed: Vec<Arc<Segment>>,
+    /// All segments that exist, and one more while the spare is being created.
+    count: usize,
+    /// The last try to create a segment, if it failed: why, and when the next may be.
+    failed: Option<(Unrecordable, u64)>,
+    is_creating_spare: bool,
+    /// Nothing is created ahead of need any more.
+    is_closed: bool,
+}
+
+impl Recorder {
+    pub fn new(
+        root: PathBuf,
+        backlog_max: u64,
+        durability: Durability,
+        clock: Arc<dyn Clock>,
+        time: Arc<EventClock>,
+        metrics: Arc<Metrics>,
+    ) -> io::Result<Arc<Self>> {
+        let segment_size = (backlog_max / 8).clamp(SEGMENT_MIN, SEGMENT_MAX) & !0xfff;
+        let max_segments = usize::try_from(backlog_max / segment_size).unwrap_or(usize::MAX);
+        let syncer = match durability {
+            Durability::Process => None,
+            Durability::Machine => {
+                let metrics = metrics.clone();
+                Some(Syncer::start(move |segment, error| {
+                    metrics.usage_sync_errors.inc();
+                    tracing::error!(
+                        %error,
+                        segment = %segment.head.id,
+                        "usage records could not be written to disk"
+                    );
+                    // What the kernel failed to write once, later calls may pass over in silence.
+                    segment.seal();
+                })?)
+            }
+        };
+        Ok(Arc::new(Self {
+            root,
+            segment_size,
+            max_segments: max_segments.max(2),
+            durability,
+            clock,
+            time,
+            metrics,
+            current: ArcSwapOption::empty(),
+            files: Mutex::default(),
+            syncer,
+        }))
+    }
+
+    /// Reserves space for a record with texts of these lengths in bytes.
+    #[inline]
+    pub fn reserve(
+        &self,
+        endpoint: usize,
+        request_id: usize,
+    ) -> Result<ReservedRecord, Unrecordable> {
+        let current = self.current.load();
+        if let Some(segment) = current.as_ref()
+            && let Some(reserved) = segment.reserve(endpoint, request_id)
+        {
+            return Ok(reserved);
+        }
+        drop(current);
+        self.reserve_in_next(endpoint, request_id)
+    }
+
+    #[cold]
+    fn reserve_in_next(
+        &self,
+        endpoint: usize,
+        request_id: usize,
+    ) -> Result<ReservedRecord, Unrecordable> {
+        let mut files = self.files.lock();
+        // Another writer may have been here before.
+        let current = self.current.load_full();
+        if let Some(segment) = &current
+            && let Some(reserved) = segment.reserve(endpoint, request_id)
+        {
+            return Ok(reserved);
+        }
+        let next = match files.spare.take() {
+            Some(spare) => spare,
+            None => self.create_now(&mut files)?,
+        };
+        if let Some(full) = current {
+            full.seal();
+            files.sealed.push(full);
+        }
+        self.current.store(Some(next.clone()));
+        next.reserve(endpoint, request_id)
+            .ok_or(Unrecordable::Failed)
+    }
+
+    fn create_now(&self, files: &mut Files) -> Result<Arc<Segment>, Unrecordable> {
+        let now = self.clock.monotonic();
+        if let Some((reason, retry_at)) = files.failed
+            && now < retry_at
+        {
+            return Err(reason);
+        }
+        let created = if files.count >= self.max_segments {
+            Err(Unrecordable::BacklogFull)
+        } else {
+            self.directory(files)
+                .and_then(|directory| self.create_in(&directory))
+                .map_err(|error| {
+                    self.log_failure(files, &error);
+                    Unrecordable::from(&error)
+                })
+        };
+        match created {
+            Ok(segment) => {
+                files.count += 1;
+                if files.failed.take().is_some() {
+                    self.metrics.usage_unrecordable.set(0);
+                    tracing::info!("usage is recorded again");
+                }
+                Ok(segment)
+            }
+            Err(reason) => {
+                if files.failed.is_none() {
+                    self.metrics.usage_unrecordable.set(1);
+                    tracing::error!(%reason, "usage cannot be recorded: decisions are answered 503");
+                }
+                files.failed = Some((reason, now + RETRY));
+                Err(reason)
+            }
+        }
+    }
+
+    /// Logs the cause once for each outage.
+    fn log_failure(&self, files: &Files, error: &io::Error) {
+        if files.failed.is_none() {
+            tracing::error!(%error, path = %self.root.display(), "cannot create a segment for usage");
+        }
+    }
+
+    /// The directory of this process, created when first needed.
+    fn directory(&self, files: &mut Files) -> io::Result<Arc<Directory>> {
+        if let Some(directory) = &files.directory {
+            return Ok(directory.clone());
+        }
+        let directory = Arc::new(Directory::create(&self.root)?);
+        files.directory = Some(directory.clone());
+        Ok(directory)
+    }
+
+    fn create_in(&self, directory: &Directory) -> io::Result<Arc<Segment>> {
+        let started_at = self.time.at(self.clock.monotonic());
+        let durable = self.durability == Durability::Machine;
+        Segment::create(&directory.path, self.segment_size, started_at, durable).map(Arc::new)
+    }
+
+    pub fn wants_spare(&self) -> bool {
+        let files = self.files.lock();
+        files.spare.is_none() && !files.is_closed && files.count < self.max_segments
+    }
+
+    /// Creates the next segment ahead of need. Blocks; decisions go on meanwhile.
+    pub fn create_spare(&self) {
+        let directory = {
+            let mut files = self.files.lock();
+            if files.is_closed {
+                return;
+            }
+            if self.current.load().is_none() {
+                // The first one, so that no decision waits for it.
+                if let Ok(first) = self.create_now(&mut files) {
+                    self.current.store(Some(first));
+                }
+            }
+            let is_needed = files.spare.is_none()
+                && !files.is_creating_spare
+                && files.count < self.max_segments;
+            let Some(directory) = files.directory.clone().filter(|_| is_needed) else {
+                return;
+            };
+            files.is_creating_spare = true;
+            files.count += 1;
+            directory
+        };
+        let spare = self.create_in(&directory);
+        let mut files = self.files.lock();
+        files.is_creating_spare = false;
+        match spare {
+            Ok(spare) if files.spare.is_none() && !files.is_closed => files.spare = Some(spare),
+            // Decisions still have what is left of the current segment.
+            Ok(unused) => {
+                files.count -= 1;
+                let _ = std::fs::remove_file(&unused.path);
+            }
+            Err(_) => files.count -= 1,
+        }
+    }
+
+    /// Waits until the record is as durable as the operator wants it. `false`: it may be lost with the machine.
+    pub async fn made_durable(&self, segment: Arc<Segment>) -> bool {
+        match &self.syncer {
+            None => true,
+            Some(syncer) => syncer.sync(segment).await,
+        }
+    }
+
+    /// The segments that may hold records, oldest first.
+    pub fn segments(&self) -> Vec<Arc<Segment>> {
+        let files = self.files.lock();
+        let mut segments = files.sealed.clone();
+        segments.extend(self.current.load_full());
+        segments
+    }
+
+    /// The directory of this process, once there is one.
+    pub fn own_directory(&self) -> Option<Arc<Directory>> {
+        self.files.lock().directory.clone()
+    }
+
+    /// Deletes a segment that was shipped in full. The caller has seen its end.
+    pub fn delete(&self, segment: &Segment) -> io::Result<()> {
+        let mut files = self.files.lock();
+        if let Some(at) = files
+            .sealed
+            .iter()
+            .position(|it| it.head.id == segment.head.id)
+        {
+            std::fs::remove_file(&segment.path)?;
+            files.sealed.remove(at);
+            files.count -= 1;
+        }
+        Ok(())
+    }
+
+    /// Ends recording: after the last request. What was recorded can still be shipped.
+    pub fn close(&self) {
+        let mut files = self.files.lock();
+        files.is_closed = true;
+        if let Some(last) = self.current.swap(None) {
+            last.seal();
+            files.sealed.push(last);
+        }
+        if let Some(spare) = files.spare.take() {
+            files.count -= 1;
+            let _ = std::fs::remove_file(&spare.path);
+        }
+    }
+
+    /// Whether the next segment is being created right now.
+    pub fn is_creating(&self) -> bool {
+        self.files.lock().is_creating_spare
+    }
+
+    /// Deletes the directory of this process, if nothing is left in it.
+    pub fn remove_directory(&self) -> io::Result<()> {
+        let mut files = self.files.lock();
+        if files.count > 0 || self.current.load().is_some() {
+            return Ok(());
+        }
+        match files.directory.take().map(Arc::try_unwrap) {
+            Some(Ok(directory)) => directory.remove(),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Reading a segment's file: which records are in it, and up to where.
+//!
+//! Works on bytes, without the map, so that a segment of another process is read the same way as one of this process.
+
+use std::{fs::File, io, os::unix::fs::FileExt};
+
+use super::{
+    record::{self, Header, RECORD_WORDS_MAX, RecordState, WORD, header_word},
+    segment::SegmentHead,
+};
+use crate::repo::usage_log::UsageRecord;
+
+/// Whether the process that writes the segment may still be running.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writer {
+    /// It may still fill what it has reserved, so reading stops at the first open record.
+    Running,
+    /// It has ended. What it left unfinished never was a response, and is skipped.
+    Ended,
+}
+
+/// Records that follow one another in a segment.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub rows: Vec<UsageRecord>,
+    /// Byte offset behind the last of them.
+    pub end: u64,
+    /// Whether nothing can follow.
+    pub is_complete: bool,
+    /// Places that hold no readable record although one was written there.
+    pub damaged: u64,
+}
+
+/// Bytes read at once: many records of the greatest length.
+const CHUNK: usize = 1 << 20;
+const _: () = assert!(RECORD_WORDS_MAX * WORD * 100 < CHUNK);
+
+/// Reads at most `max` records from `position` on.
+pub(super) fn read(
+    file: &File,
+    head: &SegmentHead,
+    position: u64,
+    writer: Writer,
+    max: usize,
+) -> io::Result<Batch> {
+    let mut batch = Batch {
+        end: position,
+        ..Batch::default()
+    };
+    let mut bytes = vec![0; CHUNK];
+    while batch.rows.len() < max && !batch.is_complete {
+        let left = head.size.saturating_sub(batch.end);
+        let wanted = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+        let read = read_at(file, &mut bytes[..wanted], batch.end)?;
+        let is_last = read as u64 == left || read < wanted;
+        let mut scan = Scan {
+            head,
+            base: batch.end,
+            bytes: &bytes[..read],
+            is_last,
+            writer,
+        };
+        if !scan.collect(max, &mut batch) {
+            break;
+        }
+    }
+    Ok(batch)
+}
+
+/// Reads until `bytes` is full or the file ends.
+fn read_at(file: &File, bytes: &mut [u8], position: u64) -> io::Result<usize> {
+    let mut read = 0;
+    while read < bytes.len() {
+        match file.read_at(&mut bytes[read..], position + read as u64) {
+            Ok(0) => break,
+            Ok(n) => read += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(read)
+}
+
+/// What stands at a place of a segment.
+enum Found {
+    Record {
+        row: Box<UsageRecord>,
+        len: usize,
+    },
+    /// Open or void.
+    Nothing {
+        state: RecordState,
+        len: usize,
+    },
+    Sealed,
+    /// Nothing was written here.
+    Empty,
+    Damaged,
+    /// The record does not end within what was read.
+    Cut,
+}
+
+struct Scan<'a> {
+    head: &'a SegmentHead,
+    /// Position of `bytes` in the segment.
+    base: u64,
+    bytes: &'a [u8],
+    /// Whether the segment ends with `bytes`.
+    is_last: bool,
+    writer: Writer,
+}
+
+impl Scan<'_> {
+    fn word(&self, at: usize) -> Option<u64> {
+        let bytes = self.bytes.get(at..at + WORD)?;
+        Some(u64::from_le_bytes(bytes.try_into().ok()?))
+    }
+
+    fn at(&self, at: usize) -> Found {
+        let Some(word) = self.word(at) else {
+            return Found::Cut;
+        };
+        if word == 0 {
+            return Found::Empty;
+        }
+        let Some(header) = Header::parse(word) else {
+            return Found::Damaged;
+        };
+        let len = header.words * WORD;
+        let body = match header.state {
+            RecordState::Done => match self.bytes.get(at + WORD..at + len) {
+                Some(body) => body,
+                None => return Found::Cut,
+            },
+            _ => &[],
+        };
+        let position = usize::try_from(self.base).unwrap_or(usize::MAX) + at;
+        if header_word(self.head.id, position, header.state, header.words, body) != word {
+            return Found::Damaged;
+        }
+        match header.state {
+            RecordState::Done => match record::read(self.head.id, position, body) {
+                Some(row) => Found::Record {
+                    row: Box::new(row),
+                    len,
+                },
+                None => Found::Damaged,
+            },
+            RecordState::Sealed => Found::Sealed,
+            state => Found::Nothing { state, len },
+        }
+    }
+
+    /// Adds what follows in `bytes` to the batch. `false`: stop reading.
+    fn collect(&mut self, max: usize, batch: &mut Batch) -> bool {
+        let is_running = self.writer == Writer::Running;
+        let mut at = 0;
+        // Whether the place before was unreadable, so that one gap counts once.
+        let mut is_lost = false;
+        let goes_on = loop {
+            if batch.rows.len() >= max {
+                break false;
+            }
+            match self.at(at) {
+                Found::Record { row, len } => {
+                    batch.rows.push(*row);
+                    at += len;
+                    is_lost = false;
+                }
+                Found::Nothing { state, len } => {
+                    if is_running && state == RecordState::Open {
+                        break false;
+                    }
+                    at += len;
+                    is_lost = false;
+                }
+                Found::Sealed => {
+                    batch.is_complete = true;
+                    break false;
+                }
+                Found::Cut if self.is_last => {
+                    at = self.bytes.len();
+                    // Too little was left for another record.
+                    batch.is_complete = true;
+                    break false;
+                }
+                Found::Cut => {
+                    // Reading goes on from `at`, unless that brings nothing new.
+                    break at > 0;
+                }
+                // A record that is being written can look damaged for a moment.
+                Found::Empty | Found::Damaged if is_running => break false,
+                found @ (Found::Empty | Found::Damaged) => {
+                    // The machine may have lost this page and kept later ones. Only a record with a matching CRC ends
+                    // the search.
+                    if matches!(found, Found::Damaged) && !is_lost {
+                        batch.damaged += 1;
+                        is_lost = true;
+                    }
+                    at = self.next_record(at + WORD);
+                }
+            }
+        };
+        batch.end = self.base + at as u64;
+        goes_on
+    }
+
+    /// The next place with a whole record. If there is none, a place from which the next chunk finds one that begins
+    /// in this chunk, or the end.
+    fn next_record(&self, from: usize) -> usize {
+        let mut at = from;
+        while at + WORD <= self.bytes.len() {
+            // Most of what is left of a segment is empty.
+            let is_header = self
+                .word(at)
+                .and_then(Header::parse)
+                .is_some_and(|it| it.state == RecordState::Done);
+            if is_header {
+                match self.at(at) {
+                    Found::Record { .. } => return at,
+                    Found::Cut if !self.is_last && at > 0 => return at,
+                    _ => {}
+                }
+            }
+            at += WORD;
+        }
+        self.bytes.len()
+    }
+}

@@ -1,0 +1,279 @@
+//! A segment: a file of fixed size that decisions are recorded in.
+//!
+//! The file is allocated in full before it is used, then mapped into memory. A record is a plain write to that memory:
+//! the kernel keeps it when the process is killed, and no write of a record can fail for lack of space.
+//!
+//! Writers share a segment without a lock. A writer reserves space by a compare-and-swap of the header word at the tail
+//! from zero to an open header with the record's length. So the length is there from the moment the space is taken:
+//! whatever instruction a writer is killed at, every reserved record can be stepped over.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FallocateFlags, fallocate};
+use uuid::Uuid;
+
+use super::record::{Body, DecisionRecord, Header, RecordState, WORD, header_word, words};
+use crate::clock::UnixNanos;
+
+/// How a segment's file name ends.
+pub(super) const EXTENSION: &str = "segment";
+/// How the name of a file ends that is still being prepared.
+pub(super) const UNFINISHED: &str = "new";
+/// Where the records begin, in bytes.
+pub(super) const RECORDS_AT: usize = 64;
+const MAGIC: [u8; 8] = *b"quotause";
+
+/// What the head of a segment's file says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SegmentHead {
+    pub id: Uuid,
+    pub started_at: UnixNanos,
+    /// Bytes of the file.
+    pub size: u64,
+}
+
+impl SegmentHead {
+    fn bytes(self) -> [u8; RECORDS_AT] {
+        let mut bytes = [0; RECORDS_AT];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..24].copy_from_slice(self.id.as_bytes());
+        bytes[24..32].copy_from_slice(&self.started_at.0.to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.size.to_le_bytes());
+        let crc = crc32fast::hash(&bytes[..40]);
+        bytes[40..44].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// `None` if this is not the head of a segment.
+    pub fn parse(bytes: &[u8; RECORDS_AT]) -> Option<Self> {
+        let number = |at: usize| Some(u64::from_le_bytes(bytes[at..at + 8].try_into().ok()?));
+        let head = Self {
+            id: Uuid::from_slice(&bytes[8..24]).ok()?,
+            started_at: UnixNanos(number(24)?),
+            size: number(32)?,
+        };
+        (head.bytes() == *bytes).then_some(head)
+    }
+
+    pub fn read(file: &File) -> io::Result<Option<Self>> {
+        let mut bytes = [0; RECORDS_AT];
+        match file.read_exact_at(&mut bytes, 0) {
+            Ok(()) => Ok(Self::parse(&bytes)),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// A segment that this process writes.
+#[derive(Debug)]
+pub(super) struct Segment {
+    pub head: SegmentHead,
+    pub path: PathBuf,
+    pub file: File,
+    map: MmapRaw,
+    /// Index of the word at which the next record may begin. May lag behind; whoever finds a header there moves it on.
+    tail: AtomicUsize,
+    /// Records filled so far.
+    pub records: AtomicU64,
+}
+
+impl Segment {
+    /// Creates and allocates the file. With `durable`, it also survives a crash of the machine.
+    pub fn create(
+        directory: &Path,
+        size: u64,
+        started_at: UnixNanos,
+        durable: bool,
+    ) -> io::Result<Self> {
+        let head = SegmentHead {
+            id: Uuid::now_v7(),
+            started_at,
+            size,
+        };
+        let unfinished = directory.join(format!("{}.{UNFINISHED}", head.id));
+        let path = directory.join(format!("{}.{EXTENSION}", head.id));
+        let created = (|| {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(&unfinished)?;
+            // Allocates every block now. Writing to a hole of a map when the disk is full would end the process.
+            let length = i64::try_from(size).map_err(io::Error::other)?;
+            fallocate(&file, FallocateFlags::empty(), 0, length)?;
+            file.write_all_at(&head.bytes(), 0)?;
+            if durable {
+                file.sync_all()?;
+            }
+            std::fs::rename(&unfinished, &path)?;
+            if durable {
+                File::open(directory)?.sync_all()?;
+            }
+            // Reads the pages in, so that the first writes do not wait for it.
+            let map = MmapOptions::new().populate().map_raw(&file)?;
+            Ok((file, map))
+        })();
+        match created {
+            Ok((file, map)) => Ok(Self {
+                head,
+                path,
+                file,
+                map,
+                tail: AtomicUsize::new(RECORDS_AT / WORD),
+                records: AtomicU64::new(0),
+            }),
+            Err(error) => {
+                // Not to hold the space that others need.
+                let _ = std::fs::remove_file(&unfinished);
+                let _ = std::fs::remove_file(&path);
+                Err(error)
+            }
+        }
+    }
+
+    #[expect(
+        unsafe_code,
+        clippy::cast_ptr_alignment,
+        reason = "memory that a file is mapped to can only be reached by a pointer, which is aligned to a page"
+    )]
+    fn words(&self) -> &[AtomicU64] {
+        let count = self.map.len() / WORD;
+        // SAFETY:
+        // - Valid: `map` owns `map.len()` bytes of mapped memory, mapped read-write, until it is dropped; the returned
+        //   slice borrows `self`. The file was allocated to at least that length and nobody truncates it, so no access
+        //   is beyond its end.
+        // - Aligned: a map begins at a page, and an `AtomicU64` needs 8 bytes.
+        // - Initialized: every bit pattern is a `u64`.
+        // - No data races: all accesses in this process go through these atomics, which may be shared. No reference to
+        //   the memory that is not atomic exists. Other processes only read the file with system calls.
+        unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast::<AtomicU64>(), count) }
+    }
+
+    fn header(&self, index: usize, state: RecordState, words: usize, body: &[u8]) -> u64 {
+        header_word(self.head.id, index * WORD, state, words, body)
+    }
+
+    /// Takes `len` words. `None`: there are not as many left.
+    fn take(&self, len: usize) -> Option<usize> {
+        let words = self.words();
+        loop {
+            let index = self.tail.load(Ordering::Acquire);
+            if index + len > words.len() {
+                return None;
+            }
+            let open = self.header(index, RecordState::Open, len, &[]);
+            let found = words[index].compare_exchange(0, open, Ordering::AcqRel, Ordering::Acquire);
+            let next = match found {
+                Ok(_) => index + len,
+                Err(taken) => self.after(index, taken),
+            };
+            // Fails if another writer has moved it on already.
+            let _ = self
+                .tail
+                .compare_exchange(index, next, Ordering::AcqRel, Ordering::Acquire);
+            if found.is_ok() {
+                return Some(index);
+            }
+        }
+    }
+
+    /// The index behind the record at `index`, whose header is `word`.
+    fn after(&self, index: usize, word: u64) -> usize {
+        match Header::parse(word) {
+            Some(header) if header.state != RecordState::Sealed => index + header.words,
+            // A seal. Nothing else but a valid header is ever written here.
+            _ => self.words().len(),
+        }
+    }
+
+    /// Reserves space for a record with texts of these lengths in bytes. `None` if the segment is full or sealed.
+    pub fn reserve(self: &Arc<Self>, endpoint: usize, request_id: usize) -> Option<ReservedRecord> {
+        let words = words(endpoint, request_id);
+        let index = self.take(words)?;
+        Some(ReservedRecord {
+            segment: self.clone(),
+            index,
+            words,
+            is_open: true,
+        })
+    }
+
+    /// Ends the segment: nothing can be reserved in it afterwards.
+    pub fn seal(&self) {
+        let words = self.words();
+        loop {
+            let index = self.tail.load(Ordering::Acquire);
+            if index >= words.len() {
+                return;
+            }
+            let seal = self.header(index, RecordState::Sealed, 0, &[]);
+            let next =
+                match words[index].compare_exchange(0, seal, Ordering::AcqRel, Ordering::Acquire) {
+                    Ok(_) => words.len(),
+                    Err(taken) => self.after(index, taken),
+                };
+            let _ = self
+                .tail
+                .compare_exchange(index, next, Ordering::AcqRel, Ordering::Acquire);
+        }
+    }
+
+    /// Bytes up to the tail: an upper bound of where records end.
+    pub fn tail(&self) -> u64 {
+        (self.tail.load(Ordering::Acquire) * WORD) as u64
+    }
+}
+
+/// Space for a record. It becomes void if it is dropped without having been filled.
+#[derive(Debug)]
+pub struct ReservedRecord {
+    pub(super) segment: Arc<Segment>,
+    index: usize,
+    words: usize,
+    is_open: bool,
+}
+
+impl ReservedRecord {
+    /// Writes the record. Its texts have the lengths that the space was reserved for.
+    pub fn fill(mut self, record: &DecisionRecord<'_>) -> Arc<Segment> {
+        let body = Body::of(record);
+        let bytes = body.bytes();
+        debug_assert_eq!(bytes.len(), (self.words - 1) * WORD);
+        if bytes.len() == (self.words - 1) * WORD {
+            let target = &self.segment.words()[self.index + 1..][..self.words - 1];
+            for (word, chunk) in target.iter().zip(bytes.chunks_exact(WORD)) {
+                let chunk = chunk.try_into().map_or(0, u64::from_le_bytes);
+                word.store(chunk, Ordering::Relaxed);
+            }
+            // The body is there before the header says so.
+            self.close(RecordState::Done, bytes);
+            self.segment.records.fetch_add(1, Ordering::Relaxed);
+        }
+        self.segment.clone()
+    }
+
+    fn close(&mut self, state: RecordState, body: &[u8]) {
+        let header = self.segment.header(self.index, state, self.words, body);
+        self.segment.words()[self.index].store(header, Ordering::Release);
+        self.is_open = false;
+    }
+}
+
+impl Drop for ReservedRecord {
+    fn drop(&mut self) {
+        if self.is_open {
+            self.close(RecordState::Void, &[]);
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Making records survive a crash of the machine: one `fdatasync` for all that wait for it.
+
+use std::{sync::Arc, thread};
+
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::watch;
+
+use super::segment::Segment;
+
+/// A group of records that one call makes durable.
+#[derive(Debug)]
+struct Group {
+    segments: Vec<Arc<Segment>>,
+    /// `None` until the call has returned; then whether it succeeded.
+    done: watch::Sender<Option<bool>>,
+}
+
+impl Default for Group {
+    fn default() -> Self {
+        Self {
+            segments: Vec::new(),
+            done: watch::channel(None).0,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    next: Mutex<Next>,
+    wake: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Next {
+    group: Group,
+    is_stopping: bool,
+}
+
+/// A thread that calls `fdatasync`, for as long as records wait for it.
+#[derive(Debug)]
+pub(super) struct Syncer(Arc<Shared>);
+
+impl Syncer {
+    /// `on_failure` is called with the segment that could not be written to disk.
+    pub fn start(
+        on_failure: impl Fn(&Segment, &std::io::Error) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let shared = Arc::<Shared>::default();
+        let syncer = Self(shared.clone());
+        thread::Builder::new()
+            .name("usage-sync".into())
+            .spawn(move || run(&shared, &on_failure))?;
+        Ok(syncer)
+    }
+
+    /// Waits until everything that was written to the segment before is on disk. `false`: it could not be written.
+    pub async fn sync(&self, segment: Arc<Segment>) -> bool {
+        let mut done = {
+            let mut next = self.0.next.lock();
+            let segments = &mut next.group.segments;
+            if !segments.iter().any(|it| Arc::ptr_eq(it, &segment)) {
+                segments.push(segment);
+            }
+            next.group.done.subscribe()
+        };
+        self.0.wake.notify_one();
+        match done.wait_for(Option::is_some).await {
+            Ok(synced) => *synced == Some(true),
+            Err(_) => false,
+        }
+    }
+}
+
+impl Drop for Syncer {
+    fn drop(&mut self) {
+        self.0.next.lock().is_stopping = true;
+        self.0.wake.notify_one();
+    }
+}
+
+fn run(shared: &Shared, on_failure: &impl Fn(&Segment, &std::io::Error)) {
+    loop {
+        let group = {
+            let mut next = shared.next.lock();
+            while next.group.segments.is_empty() {
+                if next.is_stopping {
+                    return;
+                }
+                shared.wake.wait(&mut next);
+            }
+            std::mem::take(&mut next.group)
+        };
+        let mut synced = true;
+        for segment in &group.segments {
+            // The kernel writes back pages that were changed through a map like any others.
+            if let Err(error) = segment.file.sync_data() {
+                on_failure(segment, &error);
+                synced = false;
+            }
+        }
+        group.done.send_replace(Some(synced));
+    }
+}

@@ -1,0 +1,419 @@
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use fastrand::Rng;
+use quota_common::{ApiKeyId, PlanId, TenantId, plan::Billing};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use super::{
+    directory::{self, Directory},
+    record::{DecisionRecord, RecordedOutcome, cut},
+    scan::{self, Batch, Writer},
+    segment::{RECORDS_AT, ReservedRecord, Segment, SegmentHead},
+};
+use crate::{clock::UnixNanos, limiter::Policy};
+
+const SIZE: u64 = 64 << 10;
+const ENDPOINT: &str = "GET /orders/{id}";
+
+fn segment(directory: &Path) -> Arc<Segment> {
+    let started_at = UnixNanos(1_790_000_000_000_000_000);
+    Arc::new(Segment::create(directory, SIZE, started_at, false).expect("there is space"))
+}
+
+fn record(request_id: &str) -> DecisionRecord<'_> {
+    DecisionRecord {
+        tenant: TenantId(Uuid::from_u128(1)),
+        key: ApiKeyId(Uuid::from_u128(2)),
+        plan: PlanId(Uuid::from_u128(3)),
+        billing: Billing::Paid,
+        at: UnixNanos(1_790_000_000_123_456_000),
+        cost: 7,
+        outcome: RecordedOutcome::Denied(Some(Policy::Daily)),
+        retry_after_secs: 42,
+        endpoint: ENDPOINT,
+        request_id,
+    }
+}
+
+fn reserve(segment: &Arc<Segment>, request_id: &str) -> Option<ReservedRecord> {
+    segment.reserve(ENDPOINT.len(), request_id.len())
+}
+
+fn write(segment: &Arc<Segment>, request_id: &str) {
+    let reserved = reserve(segment, request_id).expect("there is space");
+    reserved.fill(&record(request_id));
+}
+
+fn read(file: &File, writer: Writer) -> Batch {
+    let head = SegmentHead::read(file)
+        .expect("it is readable")
+        .expect("it is a segment");
+    scan::read(file, &head, RECORDS_AT as u64, writer, usize::MAX).expect("it is readable")
+}
+
+fn request_ids(batch: &Batch) -> Vec<&str> {
+    let ids = batch.rows.iter().map(|row| row.request_id.as_str());
+    ids.collect()
+}
+
+fn bytes_of(segment: &Segment) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(SIZE).expect("it fits")];
+    segment
+        .file
+        .read_exact_at(&mut bytes, 0)
+        .expect("it is readable");
+    bytes
+}
+
+fn image(directory: &Path, bytes: &[u8]) -> File {
+    let path = directory.join("image");
+    std::fs::write(&path, bytes).expect("there is space");
+    File::open(path).expect("it was written")
+}
+
+#[test]
+fn a_record_is_read_as_it_was_written() {
+    let directory = TempDir::new().unwrap();
+    let segment = segment(directory.path());
+    write(&segment, "a");
+    let allowed = DecisionRecord {
+        outcome: RecordedOutcome::Allowed,
+        billing: Billing::Free,
+        retry_after_secs: 0,
+        endpoint: "",
+        request_id: "b",
+        ..record("")
+    };
+    let reserved = segment.reserve(0, 1).unwrap();
+    reserved.fill(&allowed);
+    let batch = read(&segment.file, Writer::Running);
+    let [a, b] = &batch.rows[..] else {
+        panic!("{batch:?}");
+    };
+    assert_eq!(a.tenant_id, Uuid::from_u128(1));
+    assert_eq!(a.key_id, Uuid::from_u128(2));
+    assert_eq!(a.plan_id, Uuid::from_u128(3));
+    assert_eq!(a.at.timestamp_nanos_opt(), Some(1_790_000_000_123_456_000));
+    assert_eq!((a.billing, a.cost, a.was_rejected), ("paid", 7, true));
+    assert_eq!((a.policy, a.retry_after_seconds), (Some("daily"), Some(42)));
+    assert_eq!(
+        (a.endpoint.as_str(), a.request_id.as_str()),
+        (ENDPOINT, "a")
+    );
+    assert_eq!((b.billing, b.was_rejected, b.policy), ("free", false, None));
+    assert_eq!((b.retry_after_seconds, b.endpoint.as_str()), (None, ""));
+    assert_ne!(a.event_id, b.event_id);
+    assert_eq!(a.event_id.get_version_num(), 7);
+    assert_eq!(read(&segment.file, Writer::Ended).rows, batch.rows);
+}
+
+#[test]
+fn every_outcome_survives() {
+    let directory = TempDir::new().unwrap();
+    let segment = segment(directory.path());
+    let mut outcomes = vec![RecordedOutcome::Allowed, RecordedOutcome::Denied(None)];
+    outcomes.extend(Policy::ALL.map(|policy| RecordedOutcome::Denied(Some(policy))));
+    for outcome in &outcomes {
+        let reserved = reserve(&segment, "x").unwrap();
+        reserved.fill(&DecisionRecord {
+            outcome: *outcome,
+            ..record("x")
+        });
+    }
+    let read = read(&segment.file, Writer::Running);
+    let read = read.rows.iter().map(|row| (row.was_rejected, row.policy));
+    assert_eq!(
+        read.collect::<Vec<_>>(),
+        [
+            (false, None),
+            (true, None),
+            (true, Some("rpm")),
+            (true, Some("daily")),
+            (true, Some("monthly"))
+        ]
+    );
+}
+
+#[test]
+fn texts_are_cut_at_a_character() {
+    assert_eq!(cut("abc", 3), "abc");
+    assert_eq!(cut("abcd", 3), "abc");
+    assert_eq!(cut("aäöü", 4), "aä");
+    assert_eq!(cut("ä", 1), "");
+}
+
+#[test]
+fn reading_beside_the_writer_stops_at_the_first_open_record() {
+    let directory = TempDir::new().unwrap();
+    let segment = segment(directory.path());
+    write(&segment, "a");
+    let open = reserve(&segment, "b").unwrap();
+    write(&segment, "c");
+    drop(reserve(&segment, "void"));
+    write(&segment, "d");
+    let before = read(&segment.file, Writer::Running);
+    assert_eq!(request_ids(&before), ["a"]);
+    assert!(!before.is_complete);
+    // If the writer has ended, the open record never was a response.
+    let after = read(&segment.file, Writer::Ended);
+    assert_eq!(request_ids(&after), ["a", "c", "d"]);
+    assert_eq!(after.damaged, 0);
+
+    open.fill(&record("b"));
+    let head = segment.head;
+    let rest = scan::read(&segment.file, &head, before.end, Writer::Running, 2).unwrap();
+    assert_eq!(request_ids(&rest), ["b", "c"]);
+    let rest = scan::read(&segment.file, &head, rest.end, Writer::Running, 2).unwrap();
+    assert_eq!(request_ids(&rest), ["d"]);
+}
+
+#[test]
+fn a_full_segment_takes_nothing_and_a_sealed_one_is_complete() {
+    let directory = TempDir::new().unwrap();
+    let full = segment(directory.path());
+    let mut written = 0_u64;
+    while let Some(reserved) = reserve(&full, "a") {
+        reserved.fill(&record("a"));
+        written += 1;
+    }
+    assert!(written > 400, "{written}");
+    full.seal();
+    let batch = read(&full.file, Writer::Running);
+    assert_eq!(batch.rows.len() as u64, written);
+    assert!(batch.is_complete);
+
+    let sealed = segment(directory.path());
+    write(&sealed, "a");
+    sealed.seal();
+    sealed.seal();
+    assert!(reserve(&sealed, "b").is_none());
+    let batch = read(&sealed.file, Writer::Running);
+    assert_eq!((request_ids(&batch), batch.is_complete), (vec!["a"], true));
+}
+
+#[test]
+fn a_damaged_record_is_left_out_and_later_ones_are_kept() {
+    let directory = TempDir::new().unwrap();
+    let segment = segment(directory.path());
+    let mut ends = Vec::new();
+    for id in ["a", "b", "c"] {
+        write(&segment, id);
+        ends.push(usize::try_from(segment.tail()).unwrap());
+    }
+    let whole = bytes_of(&segment);
+    // Every bit of the second record, its header included.
+    for at in ends[0]..ends[1] {
+        for bit in 0..8 {
+            let mut torn = whole.clone();
+            torn[at] ^= 1 << bit;
+            let batch = read(&image(directory.path(), &torn), Writer::Ended);
+            assert_eq!(request_ids(&batch), ["a", "c"], "byte {at}, bit {bit}");
+            assert_eq!(batch.damaged, 1, "byte {at}, bit {bit}");
+        }
+    }
+}
+
+#[test]
+fn a_clients_text_does_not_pass_for_a_record() {
+    let directory = TempDir::new().unwrap();
+    let (victim, forger) = (segment(directory.path()), segment(directory.path()));
+    write(&forger, "forged");
+    let end = usize::try_from(forger.tail()).unwrap();
+    let forged = bytes_of(&forger)[RECORDS_AT..end].to_vec();
+    write(&victim, "a");
+    write(&victim, "b");
+    // As if the machine had lost the header before a text that is a whole record of another segment.
+    let mut bytes = bytes_of(&victim);
+    let second = RECORDS_AT + (usize::try_from(victim.tail()).unwrap() - RECORDS_AT) / 2;
+    bytes[second..second + forged.len()].copy_from_slice(&forged);
+    let batch = read(&image(directory.path(), &bytes), Writer::Ended);
+    assert_eq!(request_ids(&batch), ["a"]);
+}
+
+/// Several threads write while copies of the file are taken, which are what a killed process would leave.
+#[test]
+fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() {
+    for seed in 0..20 {
+        let directory = TempDir::new().unwrap();
+        let segment = segment(directory.path());
+        let finished = Mutex::new(BTreeSet::new());
+        let mut copies = Vec::new();
+        thread::scope(|scope| {
+            let writers = (0..4_u64).map(|writer| {
+                let (segment, finished) = (segment.clone(), &finished);
+                scope.spawn(move || {
+                    let mut random = Rng::with_seed(seed * 10 + writer);
+                    let mut open = Vec::new();
+                    for n in 0_u32.. {
+                        let id = format!("{writer}-{n}{}", "x".repeat(random.usize(..40)));
+                        let Some(reserved) = reserve(&segment, &id) else {
+                            break;
+                        };
+                        match random.u8(..10) {
+                            0 => drop(reserved),
+                            1 => open.push(reserved),
+                            _ => {
+                                reserved.fill(&record(&id));
+                                finished.lock().unwrap().insert(id);
+                            }
+                        }
+                    }
+                    // They stay open, as those of a killed process.
+                    open.into_iter().for_each(std::mem::forget);
+                })
+            });
+            let writers = writers.collect::<Vec<_>>();
+            while writers.iter().any(|writer| !writer.is_finished()) {
+                let before = finished.lock().unwrap().clone();
+                copies.push((before, bytes_of(&segment)));
+                if copies.len() > 50 {
+                    copies.remove(fastrand::usize(..copies.len()));
+                }
+            }
+        });
+        let all = finished.into_inner().unwrap();
+        assert!(all.len() > 200, "{}", all.len());
+        copies.push((all.clone(), bytes_of(&segment)));
+        for (before, bytes) in copies {
+            let batch = read(&image(directory.path(), &bytes), Writer::Ended);
+            let found = request_ids(&batch);
+            let unique = found.iter().copied().collect::<BTreeSet<_>>();
+            assert_eq!(unique.len(), found.len(), "none twice");
+            for id in &before {
+                assert!(unique.contains(id.as_str()), "seed {seed}: {id} is lost");
+            }
+        }
+        // What is there at the end is what was finished, and nothing else.
+        let batch = read(&segment.file, Writer::Ended);
+        let found = request_ids(&batch).into_iter().map(str::to_owned);
+        assert_eq!(found.collect::<BTreeSet<_>>(), all);
+    }
+}
+
+/// What a disk may hold after the machine failed. A disk keeps what it has confirmed. Of what was written since, it may
+/// hold any part, down to single sectors, and a page that was never written back may read as zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Kept,
+    Dropped,
+    Torn,
+}
+
+fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
+    const PAGE: usize = 4096;
+    const SECTOR: usize = 512;
+    let mut bytes = Vec::with_capacity(current.len());
+    for (old, new) in synced.chunks(PAGE).zip(current.chunks(PAGE)) {
+        match random.choice([Fate::Kept, Fate::Dropped, Fate::Torn]) {
+            Some(Fate::Kept) | None => bytes.extend_from_slice(new),
+            Some(Fate::Dropped) => bytes.extend_from_slice(old),
+            Some(Fate::Torn) => {
+                for (old, new) in old.chunks(SECTOR).zip(new.chunks(SECTOR)) {
+                    bytes.extend_from_slice(if random.bool() { new } else { old });
+                }
+            }
+        }
+    }
+    bytes
+}
+
+/// `CRASH_IMAGES=10000` checks more of them.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a measurement is no setting of the server"
+)]
+fn crash_images() -> u64 {
+    std::env::var("CRASH_IMAGES").map_or(500, |images| images.parse().expect("a number of images"))
+}
+
+#[test]
+fn no_record_that_was_synced_is_lost_in_any_crash_of_the_machine() {
+    let images = crash_images();
+    let directory = TempDir::new().unwrap();
+    let (mut checked, mut kept_unsynced) = (0_u64, 0_u64);
+    for seed in 0..images {
+        let mut random = Rng::with_seed(seed);
+        let segment = segment(directory.path());
+        std::fs::remove_file(&segment.path).unwrap();
+        let mut synced = bytes_of(&segment);
+        let (mut confirmed, mut written) = (BTreeSet::new(), BTreeSet::new());
+        let mut open = Vec::new();
+        for n in 0..random.u32(20..400) {
+            let id = format!("{n}-{}", "x".repeat(random.usize(..60)));
+            match random.u8(..20) {
+                0 => {
+                    synced = bytes_of(&segment);
+                    confirmed = written.clone();
+                }
+                1 | 2 if !open.is_empty() => {
+                    let (id, reserved): (String, ReservedRecord) =
+                        open.swap_remove(random.usize(..open.len()));
+                    reserved.fill(&record(&id));
+                    written.insert(id);
+                }
+                3 => drop(reserve(&segment, &id)),
+                4..=6 => {
+                    if let Some(reserved) = reserve(&segment, &id) {
+                        open.push((id, reserved));
+                    }
+                }
+                _ => {
+                    if let Some(reserved) = reserve(&segment, &id) {
+                        reserved.fill(&record(&id));
+                        written.insert(id);
+                    }
+                }
+            }
+        }
+        let bytes = crashed(&synced, &bytes_of(&segment), &mut random);
+        let batch = read(&image(directory.path(), &bytes), Writer::Ended);
+        let found = request_ids(&batch);
+        let unique = found.iter().copied().collect::<BTreeSet<_>>();
+        assert_eq!(unique.len(), found.len(), "seed {seed}: none twice");
+        for id in &confirmed {
+            assert!(unique.contains(id.as_str()), "seed {seed}: {id} is lost");
+        }
+        for id in &unique {
+            assert!(written.contains(*id), "seed {seed}: {id} was never written");
+        }
+        checked += confirmed.len() as u64;
+        kept_unsynced += (unique.len() - confirmed.len()) as u64;
+    }
+    assert!(checked > images * 20, "{checked} records were synced");
+    assert!(kept_unsynced > 0, "some of the others are recovered");
+    println!("{images} images, {checked} synced records, 0 lost; {kept_unsynced} others recovered");
+}
+
+#[test]
+fn a_directory_has_one_owner_and_is_adopted_after_it() {
+    let root = TempDir::new().unwrap();
+    let owner = Directory::create(root.path()).unwrap();
+    write(&segment(&owner.path), "a");
+    assert_eq!(
+        directory::list(root.path()).unwrap(),
+        std::slice::from_ref(&owner.path)
+    );
+    assert!(Directory::adopt(&owner.path).unwrap().is_none());
+    let (path, id) = (owner.path.clone(), owner.id);
+    drop(owner);
+    let adopted = Directory::adopt(&path).unwrap().expect("nobody holds it");
+    assert_eq!(adopted.id, id);
+    assert!(Directory::adopt(&path).unwrap().is_none());
+    // It is kept as long as there are segments in it.
+    let segments = directory::segments(&path).unwrap();
+    assert_eq!(segments.len(), 1);
+    adopted.remove().unwrap();
+    assert!(path.exists());
+    std::fs::remove_file(&segments[0]).unwrap();
+    Directory::adopt(&path).unwrap().unwrap().remove().unwrap();
+    assert!(!path.exists());
+    assert!(Directory::adopt(&path).unwrap().is_none());
+}

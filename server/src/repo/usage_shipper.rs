@@ -1,0 +1,63 @@
+//! What servers have not delivered yet, by their own reports.
+//!
+//! A server reports every second or so about each usage directory it owns. A report that is older is of a server that
+//! is slow, cut off from PostgreSQL, or ended without delivering everything.
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    prelude::*,
+    sql_types::{BigInt, Nullable, Text, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::RunQueryDsl;
+use uuid::Uuid;
+
+use crate::db::{DbError, SystemTx};
+
+/// The report about one usage directory.
+#[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
+pub struct ShipperReport {
+    #[diesel(sql_type = SqlUuid)]
+    pub directory_id: Uuid,
+    #[diesel(sql_type = Text)]
+    pub host: String,
+    /// By PostgreSQL's clock.
+    #[diesel(sql_type = BigInt)]
+    pub seconds_since_report: i64,
+    #[diesel(sql_type = BigInt)]
+    pub pending_records: i64,
+    #[diesel(sql_type = BigInt)]
+    pub pending_bytes: i64,
+    #[diesel(sql_type = Nullable<Timestamptz>)]
+    pub oldest_pending_at: Option<DateTime<Utc>>,
+}
+
+/// Returns all reports, the longest silent first.
+pub async fn reports(tx: &mut SystemTx) -> Result<Vec<ShipperReport>, DbError> {
+    Ok(diesel::sql_query(
+        "SELECT directory_id, host, extract(epoch FROM now() - reported_at)::bigint AS seconds_since_report, \
+         pending_records, pending_bytes, oldest_pending_at \
+         FROM usage_shippers ORDER BY reported_at",
+    )
+    .load(&mut **tx)
+    .await?)
+}
+
+/// PostgreSQL's time, by which usage is recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
+pub struct Times {
+    #[diesel(sql_type = Timestamptz)]
+    pub now: DateTime<Utc>,
+    /// All requests before it are counted: no server has an older record that it has not delivered.
+    #[diesel(sql_type = Timestamptz)]
+    pub complete_until: DateTime<Utc>,
+}
+
+pub async fn times(tx: &mut SystemTx) -> Result<Times, DbError> {
+    Ok(diesel::sql_query(
+        "SELECT now() AS now, least(now(), coalesce(min(coalesce(oldest_pending_at, reported_at)), now())) \
+             AS complete_until \
+         FROM usage_shippers",
+    )
+    .get_result(&mut **tx)
+    .await?)
+}

@@ -1,0 +1,162 @@
+//! Where a tenant's keys stand: how many there are, how much of their quotas is used, and which need attention.
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    prelude::*,
+    sql_types::{BigInt, Text, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::RunQueryDsl;
+use uuid::Uuid;
+
+use crate::db::{DbError, TenantTx};
+
+/// Rows of each kind that need attention at most.
+const ATTENTION: i64 = 20;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
+pub struct Numbers {
+    #[diesel(sql_type = BigInt)]
+    total_keys: i64,
+    #[diesel(sql_type = BigInt)]
+    active_keys: i64,
+    #[diesel(sql_type = BigInt)]
+    unused_keys: i64,
+    #[diesel(sql_type = BigInt)]
+    total_plans: i64,
+}
+
+fn count(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or(0)
+}
+
+impl Numbers {
+    pub fn total_keys(&self) -> u64 {
+        count(self.total_keys)
+    }
+
+    pub fn active_keys(&self) -> u64 {
+        count(self.active_keys)
+    }
+
+    pub fn unused_keys(&self) -> u64 {
+        count(self.unused_keys)
+    }
+
+    pub fn total_plans(&self) -> u64 {
+        count(self.total_plans)
+    }
+}
+
+pub async fn numbers(tx: &mut TenantTx) -> Result<Numbers, DbError> {
+    let tenant = tx.tenant().0;
+    Ok(diesel::sql_query(
+        "SELECT count(*) AS total_keys, \
+             count(*) FILTER (WHERE is_active AND (expires_at IS NULL OR expires_at > now())) AS active_keys, \
+             count(*) FILTER (WHERE last_used_at IS NULL) AS unused_keys, \
+             (SELECT count(*) FROM plans WHERE tenant_id = $1) AS total_plans \
+         FROM api_keys WHERE tenant_id = $1",
+    )
+    .bind::<SqlUuid, _>(tenant)
+    .get_result(&mut **tx)
+    .await?)
+}
+
+/// How much of a quota is used in its current window, by the ledger: what replicas hold counts as used.
+#[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
+pub struct QuotaRow {
+    #[diesel(sql_type = SqlUuid)]
+    pub key_id: Uuid,
+    #[diesel(sql_type = Text)]
+    pub key_name: String,
+    /// `daily` or `monthly`.
+    #[diesel(sql_type = Text)]
+    pub policy: String,
+    #[diesel(sql_type = BigInt)]
+    pub used: i64,
+    /// Of this window.
+    #[diesel(sql_type = BigInt)]
+    pub quota: i64,
+    #[diesel(sql_type = Timestamptz)]
+    pub window_start: DateTime<Utc>,
+    #[diesel(sql_type = Timestamptz)]
+    pub window_end: DateTime<Utc>,
+}
+
+/// The current windows of the active keys' quotas of which something is used. A shortened window has a quota in
+/// proportion to its length, as in [`quota_usage::take`](super::quota_usage::take).
+const QUOTAS: &str = "\
+    SELECT k.id AS key_id, k.name AS key_name, v.policy, least(w.used, w.quota) AS used, w.quota, w.window_start, \
+        w.window_end \
+    FROM api_keys k \
+    JOIN plans p ON p.tenant_id = k.tenant_id AND p.id = k.plan_id \
+    CROSS JOIN LATERAL (VALUES ('daily', p.daily_quota), ('monthly', p.monthly_quota)) v (policy, quota) \
+    CROSS JOIN LATERAL ( \
+        SELECT q.used, q.window_start, q.window_end, greatest(1, ceil(v.quota \
+            * extract(epoch FROM q.window_end - q.window_start) / q.period_seconds)::bigint) AS quota \
+        FROM quota_usage q \
+        WHERE q.tenant_id = k.tenant_id AND q.key_id = k.id AND q.policy = v.policy AND q.used > 0 \
+            AND q.window_start <= now() AND q.window_end > now() \
+        ORDER BY q.window_start DESC LIMIT 1 \
+    ) w \
+    WHERE k.tenant_id = $1 AND v.quota IS NOT NULL";
+
+/// Returns the quotas that are closest to their limit, the closest first.
+pub async fn quotas(tx: &mut TenantTx) -> Result<Vec<QuotaRow>, DbError> {
+    let tenant = tx.tenant().0;
+    Ok(diesel::sql_query(format!(
+        "{QUOTAS} AND k.is_active ORDER BY w.used::double precision / w.quota DESC, w.window_end DESC, k.id LIMIT $2"
+    ))
+    .bind::<SqlUuid, _>(tenant)
+    .bind::<BigInt, _>(ATTENTION)
+    .load(&mut **tx)
+    .await?)
+}
+
+/// Returns the current windows of a key's quotas.
+pub async fn quotas_of(tx: &mut TenantTx, key: Uuid) -> Result<Vec<QuotaRow>, DbError> {
+    let tenant = tx.tenant().0;
+    Ok(diesel::sql_query(format!("{QUOTAS} AND k.id = $2"))
+        .bind::<SqlUuid, _>(tenant)
+        .bind::<SqlUuid, _>(key)
+        .load(&mut **tx)
+        .await?)
+}
+
+/// A key that needs attention for another reason than a quota.
+#[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
+pub struct Standing {
+    /// `expiring`, `grace_ending` or `idle`.
+    #[diesel(sql_type = Text)]
+    pub kind: String,
+    #[diesel(sql_type = SqlUuid)]
+    pub key_id: Uuid,
+    #[diesel(sql_type = Text)]
+    pub key_name: String,
+    #[diesel(sql_type = Timestamptz)]
+    pub at: DateTime<Utc>,
+}
+
+/// Returns keys that expire within 7 days, rotated keys whose previous secret stops working within a day, and active
+/// keys without use for 30 days.
+pub async fn standings(tx: &mut TenantTx) -> Result<Vec<Standing>, DbError> {
+    let tenant = tx.tenant().0;
+    Ok(diesel::sql_query(
+        "(SELECT 'expiring' AS kind, id AS key_id, name AS key_name, expires_at AS at FROM api_keys \
+             WHERE tenant_id = $1 AND is_active AND expires_at > now() AND expires_at < now() + interval '7 days' \
+             ORDER BY expires_at LIMIT $2) \
+         UNION ALL \
+         (SELECT 'grace_ending', id, name, previous_expires_at FROM api_keys \
+             WHERE tenant_id = $1 AND is_active AND previous_expires_at > now() \
+                 AND previous_expires_at < now() + interval '1 day' \
+             ORDER BY previous_expires_at LIMIT $2) \
+         UNION ALL \
+         (SELECT 'idle', id, name, coalesce(last_used_at, created_at) FROM api_keys \
+             WHERE tenant_id = $1 AND is_active AND (expires_at IS NULL OR expires_at > now()) \
+                 AND coalesce(last_used_at, created_at) < now() - interval '30 days' \
+             ORDER BY coalesce(last_used_at, created_at) LIMIT $2)",
+    )
+    .bind::<SqlUuid, _>(tenant)
+    .bind::<BigInt, _>(ATTENTION)
+    .load(&mut **tx)
+    .await?)
+}

@@ -1,0 +1,712 @@
+//! Every decision on a known key reaches `usage_log` exactly once, whatever fails on the way.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use quota_server::{
+    clock::{Clock as _, SystemClock, TestClock, UnixNanos},
+    db::{self, Db},
+    metering,
+};
+use quota_testkit::proxy::Fault;
+use reqwest::{Client, Method};
+use secrecy::SecretString;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::{
+    outage::through_proxy,
+    support::{
+        app::{Account, Key, Setup, TestApp},
+        postgres::TestDatabase,
+        quota::{Quota, data_dir},
+    },
+};
+
+async fn database() -> Arc<TestDatabase> {
+    let migrate =
+        |url: String| async move { db::migrate(&SecretString::from(url)).await.map(drop) };
+    Arc::new(TestDatabase::create(migrate).await)
+}
+
+/// A row of `usage_log`, by the ID of its request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Logged {
+    key_id: String,
+    endpoint: String,
+    was_rejected: bool,
+    policy: Option<String>,
+    cost: i64,
+    retry_after: Option<i32>,
+    billing: String,
+}
+
+/// Panics if a request has two rows.
+async fn logged(database: &TestDatabase) -> BTreeMap<String, Logged> {
+    let client = database.connect().await;
+    let rows = client
+        .query(
+            "SELECT request_id, key_id::text, endpoint, was_rejected, policy, cost, retry_after_seconds, billing \
+             FROM usage_log",
+            &[],
+        )
+        .await
+        .expect("the log is readable");
+    let mut found = BTreeMap::new();
+    for row in rows {
+        let id: String = row.get(0);
+        let it = Logged {
+            key_id: row.get(1),
+            endpoint: row.get(2),
+            was_rejected: row.get(3),
+            policy: row.get(4),
+            cost: row.get(5),
+            retry_after: row.get(6),
+            billing: row.get(7),
+        };
+        assert_eq!(found.insert(id.clone(), it), None, "{id} was counted twice");
+    }
+    found
+}
+
+/// A number of `/metrics`, as text.
+async fn metric(app: &TestApp, name: &str) -> String {
+    app.metric(name).await.to_string()
+}
+
+/// A server with a key, without workers: records are shipped when the test says so.
+struct World {
+    app: TestApp,
+    account: Account,
+    key: Key,
+}
+
+impl World {
+    async fn start(change: impl FnOnce(Setup) -> Setup) -> Self {
+        let app = change(TestApp::setup().without_jobs()).start().await;
+        let account = app.register().await;
+        let plan = json!({"default_rpm": 1_000_000, "burst": 1_000_000});
+        let plan = app.plan(&account, plan).await;
+        let key = app.key(&account, &plan).await;
+        Self { app, account, key }
+    }
+
+    /// Sends one request, and returns its ID and status.
+    async fn echo(&self) -> (String, u16) {
+        let answer = self.app.echo(&self.key.text).await;
+        let id = answer.header("x-request-id").expect("every answer has one");
+        (id.to_owned(), answer.status)
+    }
+
+    async fn echoes(&self, count: usize) -> BTreeSet<String> {
+        let mut ids = BTreeSet::new();
+        for _ in 0..count {
+            let (id, status) = self.echo().await;
+            assert_eq!(status, 200);
+            ids.insert(id);
+        }
+        ids
+    }
+
+    async fn logged(&self) -> BTreeSet<String> {
+        logged(&self.app.database).await.into_keys().collect()
+    }
+
+    fn usage_directory(&self) -> PathBuf {
+        let root = self.app.state.config.data_dir.join("usage");
+        let found = metering::directories(&root).expect("it is readable");
+        assert_eq!(found.len(), 1, "{found:?}");
+        found[0].clone()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_decision_is_recorded_by_every_way_in() {
+    let world = World::start(|setup| setup).await;
+    let (app, account) = (&world.app, &world.account);
+    let plan = json!({"default_rpm": 60, "burst": 3, "daily_quota": 2});
+    let key = app.key(account, &app.plan(account, plan).await).await;
+    let token = app.service_token(account).await;
+
+    let echo = app.get("/v1/echo").header("X-API-Key", &key.text);
+    let echo = echo.header("X-Request-Id", "way-echo").send().await;
+    assert_eq!(echo.status, 200);
+    let check = json!({"key": key.text, "cost": 1, "endpoint": "GET /orders"});
+    let check = app.post("/v1/check", check).bearer(&token);
+    let check = check.header("X-Request-Id", "way-check").send().await;
+    assert_eq!(check.body["allowed"], true, "{}", check.text);
+    let forward = |id: &'static str| {
+        app.request(Method::PUT, "/v1/forward-auth")
+            .header("X-Service-Token", &token)
+            .header("X-API-Key", &key.text)
+            .header("X-Forwarded-Method", "DELETE")
+            .header("X-Forwarded-Uri", "/items/7?secret=1")
+            .header("X-Request-Id", id)
+    };
+    let denied = forward("way-forward").send().await;
+    assert_eq!(denied.status, 429);
+    let costly = json!({"key": key.text, "cost": 2});
+    let costly = app.post("/v1/check", costly).bearer(&token);
+    let costly = costly.header("X-Request-Id", "way-costly").send().await;
+    assert_eq!(costly.body["allowed"], false, "{}", costly.text);
+
+    // No decisions: keys that do not exist, or that may not be used.
+    assert_eq!(app.echo("qk_nothing").await.status, 401);
+    let path = format!("/admin/api-keys/{}", key.id);
+    let off = app.act(account, "PATCH", &path, json!({"is_active": false}));
+    assert_eq!(off.await.status, 200);
+    assert_eq!(app.echo(&key.text).await.status, 401);
+
+    assert_eq!(logged(&app.database).await, BTreeMap::new());
+    app.ship_usage().await;
+    let row = |endpoint: &str, policy: Option<&str>, cost| Logged {
+        key_id: key.id.clone(),
+        endpoint: endpoint.to_owned(),
+        was_rejected: policy.is_some(),
+        policy: policy.map(str::to_owned),
+        cost,
+        retry_after: None,
+        billing: "free".to_owned(),
+    };
+    let mut rows = logged(&app.database).await;
+    let forwarded = rows.get_mut("way-forward").expect("it is there");
+    let retry_after = forwarded.retry_after.take().expect("it was told when");
+    assert_eq!(
+        denied.number("retry-after").to_string(),
+        retry_after.to_string()
+    );
+    rows.get_mut("way-costly").expect("it is there").retry_after = None;
+    let expected = [
+        ("way-echo", row("GET /v1/echo", None, 1)),
+        ("way-check", row("GET /orders", None, 1)),
+        ("way-forward", row("DELETE /items/7", Some("daily"), 1)),
+        ("way-costly", row("", Some("daily"), 2)),
+    ];
+    let expected = expected.map(|(id, row)| (id.to_owned(), row));
+    assert_eq!(rows, BTreeMap::from(expected));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_metering_nothing_is_recorded() {
+    let world = World::start(|setup| setup.flag("--metering=off")).await;
+    world.echoes(3).await;
+    world.app.ship_usage().await;
+    assert_eq!(world.logged().await, BTreeSet::new());
+    assert!(!world.app.state.config.data_dir.join("usage").exists());
+}
+
+/// The connection is cut after every number of bytes that a batch's transaction brings back, also after PostgreSQL has
+/// committed and before its answer has arrived.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_without_an_answer_counts_nothing_twice() {
+    let database = database().await;
+    let (proxy, url) = through_proxy(&database).await;
+    let setup = |setup: Setup| setup.database(database.clone()).url(url);
+    let world = World::start(setup).await;
+    world.echoes(1).await;
+    world.app.ship_usage().await;
+    let (mut sent, mut failed, mut unanswered) = (1, 0, 0);
+    for bytes in 0..200 {
+        world.echoes(1).await;
+        sent += 1;
+        proxy.set(Fault::CutAfter(bytes * 9));
+        let shipped = world.app.state.metering.ship().await;
+        proxy.set(Fault::Pass);
+        if shipped.is_err() {
+            failed += 1;
+            if world.logged().await.len() == sent {
+                unanswered += 1;
+            }
+        }
+        world.app.ship_usage().await;
+        if shipped.is_ok() && failed > 20 {
+            break;
+        }
+    }
+    assert_eq!(world.logged().await.len(), sent, "each exactly once");
+    assert!(failed >= 20, "{failed} batches failed");
+    assert!(unanswered >= 1, "{unanswered} had been committed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_postgresql_decisions_go_on_and_are_shipped_later() {
+    let database = database().await;
+    let (proxy, url) = through_proxy(&database).await;
+    let setup = |setup: Setup| setup.database(database.clone()).url(url);
+    let world = World::start(setup).await;
+    let mut ids = world.echoes(5).await;
+    proxy.set(Fault::Refuse);
+    proxy.cut();
+    ids.extend(world.echoes(300).await);
+    assert!(world.app.state.metering.ship().await.is_err());
+    assert_eq!(
+        metric(&world.app, "quota_usage_backlog_records").await,
+        "305"
+    );
+    assert!(world.app.metric("quota_usage_backlog_bytes").await > 10_000.0);
+    let oldest = world
+        .app
+        .metric("quota_usage_oldest_record_timestamp_seconds");
+    assert!(oldest.await > 1_700_000_000.0);
+    proxy.set(Fault::Pass);
+    world.app.ship_usage().await;
+    assert_eq!(world.logged().await, ids);
+    assert_eq!(metric(&world.app, "quota_usage_backlog_records").await, "0");
+    assert_eq!(
+        metric(&world.app, "quota_usage_records_shipped_total").await,
+        "305"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
+    let world = World::start(|setup| setup).await;
+    let app = &world.app;
+    let mut ids = world.echoes(1).await;
+    let directory = world.usage_directory();
+    let writing = AtomicBool::new(true);
+    // With connections of its own, as another process.
+    let replay = async || {
+        let url = SecretString::from(app.database.url());
+        let db = Db::new(&url, &app.state.config.database);
+        let (mut records, mut rounds) = (0, 0);
+        while writing.load(Ordering::Relaxed) {
+            let config = &app.state.config;
+            // It may wait too long for another one's transaction.
+            if let Ok(replayed) = metering::replay(config, &db, &directory).await {
+                assert!(replayed.is_owned);
+                records += replayed.records;
+            }
+            rounds += 1;
+        }
+        (records, rounds)
+    };
+    let owner = async || {
+        let mut records = 0;
+        while writing.load(Ordering::Relaxed) {
+            records += app.state.metering.ship().await.unwrap_or(0);
+        }
+        records
+    };
+    let load = async {
+        ids.extend(world.echoes(1_000).await);
+        writing.store(false, Ordering::Relaxed);
+    };
+    let (owner, first, second, ()) = tokio::join!(owner(), replay(), replay(), load);
+    app.ship_usage().await;
+    assert_eq!(world.logged().await, ids);
+    let shares = [owner, first.0, second.0];
+    let busy = shares.iter().filter(|records| **records > 0).count();
+    assert!(busy >= 2, "{shares:?}, {} and {} rounds", first.1, second.1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
+    let flag = "--usage-backlog-max=1048576";
+    let world = World::start(|setup| setup.flag(flag)).await;
+    let (app, account) = (&world.app, &world.account);
+    let plan = json!({"default_rpm": 1, "burst": 1_000_000, "monthly_quota": 1_000_000});
+    let key = app.key(account, &app.plan(account, plan).await).await;
+    let long = "x".repeat(120);
+    let mut allowed = 0_u64;
+    let refused = loop {
+        let answer = app.get("/v1/echo").header("X-API-Key", &key.text);
+        let id = format!("{long}{allowed}");
+        let answer = answer.header("X-Request-Id", &id).send().await;
+        if answer.status != 200 {
+            break answer;
+        }
+        allowed += 1;
+        assert!(allowed < 20_000, "it is never full");
+    };
+    // 240 bytes a record.
+    assert!(allowed > 3_000, "{allowed}");
+    assert_eq!(
+        (refused.status, refused.problem()),
+        (503, "insufficient-storage")
+    );
+    assert!(refused.number("retry-after") >= 1);
+    let token = app.service_token(account).await;
+    let forward = app
+        .get("/v1/forward-auth")
+        .header("X-Service-Token", &token)
+        .header("X-API-Key", &key.text);
+    let forward = forward.send().await;
+    assert_eq!(
+        (forward.status, forward.header("x-quota-decision")),
+        (503, Some("unavailable"))
+    );
+    assert_eq!(metric(app, "quota_usage_unrecordable").await, "1");
+    assert!(app.metric("quota_usage_refused_decisions_total").await >= 2.0);
+
+    app.ship_usage().await;
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let again = app.echo(&key.text).await;
+    assert_eq!(again.status, 200, "{}", again.text);
+    let remaining = again.number("x-ratelimit-remaining");
+    // Only what was allowed was consumed.
+    assert!(remaining >= 1_000_000 - allowed - 1, "{remaining}");
+    app.ship_usage().await;
+    assert_eq!(world.logged().await.len() as u64, allowed + 1);
+    assert_eq!(metric(app, "quota_usage_unrecordable").await, "0");
+}
+
+/// A file system of its own, of this many bytes.
+struct SmallDisk(TempDir);
+
+impl SmallDisk {
+    /// `None` where the test may not mount.
+    fn mount(bytes: u64) -> Option<Self> {
+        let directory = data_dir();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"])
+            .arg(directory.path())
+            .status();
+        mounted
+            .is_ok_and(|it| it.success())
+            .then_some(Self(directory))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn grow(&self, bytes: u64) {
+        let mut mount = Command::new("mount");
+        mount.args(["-o", &format!("remount,size={bytes}")]);
+        let remounted = mount.arg(self.path()).status().expect("it runs");
+        assert!(remounted.success(), "{remounted}");
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount")
+            .arg("--lazy")
+            .arg(self.path())
+            .status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_stops_decisions_loses_nothing_and_recovers() {
+    let Some(disk) = SmallDisk::mount(3 << 20) else {
+        println!("skipped: mounting is not permitted here");
+        return;
+    };
+    // Segments of 1 MiB.
+    let setup = |setup: Setup| {
+        setup
+            .data_dir(disk.path())
+            .flag("--usage-backlog-max=8388608")
+    };
+    let world = World::start(setup).await;
+    let mut ids = world.echoes(10).await;
+    let ballast = disk.path().join("ballast");
+    let fill = || {
+        let mut bytes = 4 << 20;
+        while bytes > 0 {
+            let written = std::fs::read(&ballast).unwrap_or_default().len();
+            if std::fs::write(&ballast, vec![1; written + bytes]).is_err() {
+                bytes /= 2;
+            }
+        }
+    };
+    fill();
+    let refused = loop {
+        let (id, status) = world.echo().await;
+        if status != 200 {
+            break status;
+        }
+        ids.insert(id);
+        assert!(ids.len() < 20_000, "it is never full");
+    };
+    assert_eq!(refused, 503);
+    assert!(ids.len() > 5_000, "{}", ids.len());
+    assert_eq!(metric(&world.app, "quota_usage_unrecordable").await, "1");
+    // Everything else goes on.
+    let plans = world
+        .app
+        .act(&world.account, "GET", "/admin/plans", json!(null));
+    assert_eq!(plans.await.status, 200);
+
+    std::fs::remove_file(&ballast).expect("it is there");
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    ids.extend(world.echoes(10).await);
+    world.app.ship_usage().await;
+    assert_eq!(world.logged().await, ids);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_starts_on_a_full_disk_and_serves_everything_else() {
+    let Some(disk) = SmallDisk::mount(64 << 10) else {
+        println!("skipped: mounting is not permitted here");
+        return;
+    };
+    let world = World::start(|setup| setup.data_dir(disk.path())).await;
+    assert_eq!(world.echo().await.1, 503);
+    disk.grow(64 << 20);
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let ids = world.echoes(3).await;
+    world.app.ship_usage().await;
+    assert_eq!(world.logged().await, ids);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_have_postgresqls_time_whatever_the_machines_clock_says() {
+    for seconds_off in [-120_i64, 120] {
+        let now = SystemClock::new().now().0;
+        let off = now.saturating_add_signed(seconds_off * 1_000_000_000);
+        let clock = Arc::new(TestClock::at(UnixNanos(off)));
+        let world = World::start(|setup| setup.clock(clock.clone())).await;
+        world.echoes(1).await;
+        world.app.ship_usage().await;
+        let client = world.app.database.connect().await;
+        let error = client
+            .query_one(
+                "SELECT extract(epoch FROM now() - timestamp)::float8 FROM usage_log",
+                &[],
+            )
+            .await
+            .expect("one row")
+            .get::<_, f64>(0);
+        // The clock of the test stands still from the start on.
+        assert!((-1.0..30.0).contains(&error), "{seconds_off}: {error} s");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_stop_leaves_nothing_behind() {
+    let data = data_dir();
+    let app = TestApp::setup().data_dir(data.path()).start().await;
+    let database = app.database.clone();
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
+    let key = app.key(&account, &plan).await;
+    for _ in 0..20 {
+        assert_eq!(app.echo(&key.text).await.status, 200);
+    }
+    app.stop().await;
+    assert_eq!(logged(&database).await.len(), 20);
+    let left = metering::directories(&data.path().join("usage")).expect("it is readable");
+    assert_eq!(left, Vec::<PathBuf>::new());
+    let client = database.connect().await;
+    let reports = client.query("SELECT 1 FROM usage_shippers", &[]).await;
+    assert_eq!(reports.expect("it is readable").len(), 0);
+}
+
+async fn wait_for<T>(what: &str, mut ask: impl AsyncFnMut() -> Result<T, String>) -> T {
+    let began = Instant::now();
+    loop {
+        match ask().await {
+            Ok(it) => return it,
+            Err(now) => assert!(began.elapsed() < Duration::from_secs(60), "{what}: {now}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
+    let database = database().await;
+    let (data, http) = (data_dir(), Client::new());
+    let settings = [
+        ("DATABASE_URL", database.url()),
+        // The first one ships nothing by itself.
+        ("QUOTA_USAGE_SHIP_EVERY", "60s"),
+    ];
+    let first = Quota::start_with(data.path(), &settings);
+    let plan = json!({"name": "p", "default_rpm": 1_000_000, "burst": 100_000});
+    let key = first.key_on(&http, plan).await;
+    // The first tick is at the start.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let url = format!("http://{}/v1/echo", first.addr);
+    for n in 0..200 {
+        let answer = http.get(&url).header("X-API-Key", &key);
+        let answer = answer.header("X-Request-Id", format!("left-{n}")).send();
+        assert_eq!(answer.await.expect("it answers").status(), 200);
+    }
+    assert_eq!(logged(&database).await.len(), 0);
+    first.kill();
+    let settings = [("DATABASE_URL", database.url())];
+    let second = Quota::start_with(data.path(), &settings);
+    let rows = wait_for("the second ships them", async || {
+        let rows = logged(&database).await;
+        if rows.len() < 200 {
+            return Err(format!("{} rows", rows.len()));
+        }
+        Ok(rows)
+    });
+    assert_eq!(rows.await.len(), 200);
+    wait_for("they are counted", async || {
+        let name = "quota_usage_records_replayed_total";
+        match second.counter(&http, name).await {
+            200 => Ok(()),
+            other => Err(other.to_string()),
+        }
+    })
+    .await;
+    second.stop();
+    let left = metering::directories(&data.path().join("usage")).expect("it is readable");
+    assert_eq!(left, Vec::<PathBuf>::new());
+}
+
+/// The real server is killed again and again under load. Every answered request is counted once, and what is counted
+/// besides was in flight at a kill.
+#[tokio::test(flavor = "multi_thread")]
+async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() {
+    const KILLS: usize = 5;
+    const CLIENTS: u64 = 16;
+    let database = database().await;
+    let (data, http) = (data_dir(), Client::new());
+    let settings = [
+        ("DATABASE_URL", database.url()),
+        ("QUOTA_USAGE_SHIP_EVERY", "20ms"),
+    ];
+    let mut quota = Quota::start_with(data.path(), &settings);
+    let plan = json!({"name": "p", "default_rpm": 60_000_000, "burst": 10_000_000});
+    let key = quota.key_on(&http, plan).await;
+    let (mut answered, mut in_flight) = (BTreeSet::new(), 0);
+    for kill in 0..KILLS {
+        let url = format!("http://{}/v1/echo", quota.addr);
+        let sent = Arc::new(AtomicU64::new(0));
+        let clients = (0..CLIENTS).map(|client| {
+            let (url, key, sent) = (url.clone(), key.clone(), sent.clone());
+            let http = Client::new();
+            tokio::spawn(async move {
+                let mut ids = Vec::new();
+                for n in 0.. {
+                    let id = format!("{kill}-{client}-{n}");
+                    let call = http.get(&url).header("X-API-Key", &key);
+                    sent.fetch_add(1, Ordering::Relaxed);
+                    match call.header("X-Request-Id", &id).send().await {
+                        Ok(answer) => {
+                            assert_eq!(answer.status(), 200);
+                            ids.push(id);
+                        }
+                        Err(_) => return ids,
+                    }
+                }
+                ids
+            })
+        });
+        let clients = clients.collect::<Vec<_>>();
+        tokio::time::sleep(Duration::from_millis(700 + 97 * kill as u64)).await;
+        quota.kill();
+        let before = answered.len() as u64;
+        for client in clients {
+            answered.extend(client.await.expect("it ends well"));
+        }
+        in_flight += sent.load(Ordering::Relaxed) - (answered.len() as u64 - before);
+        quota = Quota::start_with(data.path(), &settings);
+    }
+    assert!(answered.len() > 1_000, "{} were answered", answered.len());
+    assert!(in_flight > 0, "none was in flight at a kill");
+    // Whatever is left of the killed ones is taken over.
+    let url = format!("http://{}/v1/echo", quota.addr);
+    let last = http.get(&url).header("X-API-Key", &key);
+    let last = last.header("X-Request-Id", "last").send().await;
+    assert_eq!(last.expect("it answers").status(), 200);
+    answered.insert("last".to_owned());
+    let usage = data.path().join("usage");
+    wait_for("everything is shipped", async || {
+        let left = metering::directories(&usage).map_err(|error| error.to_string())?;
+        let rows = logged(&database).await;
+        if left.len() > 1 || !rows.contains_key("last") {
+            return Err(format!("{left:?}, {} rows", rows.len()));
+        }
+        Ok(())
+    })
+    .await;
+    quota.stop();
+    let rows = logged(&database).await.into_keys().collect::<BTreeSet<_>>();
+    let lost = answered.difference(&rows).collect::<Vec<_>>();
+    let unanswered = rows.difference(&answered).count() as u64;
+    println!(
+        "{KILLS} kills, {} answered, {} rows, {in_flight} in flight, {unanswered} rows without an answer",
+        answered.len(),
+        rows.len()
+    );
+    assert_eq!(lost, Vec::<&String>::new());
+    assert!(unanswered <= in_flight, "{unanswered} of {in_flight}");
+}
+
+/// The system calls that matter, in order, while requests are sent one after the other.
+async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
+    let database = database().await;
+    let (data, http) = (data_dir(), Client::new());
+    let settings = [
+        ("DATABASE_URL", database.url()),
+        ("QUOTA_DURABILITY", durability),
+    ];
+    let quota = Quota::start_with(data.path(), &settings);
+    let plan = json!({"name": "p", "default_rpm": 1_000_000, "burst": 1_000_000});
+    let key = quota.key_on(&http, plan).await;
+    let trace = data.path().join("trace");
+    let strace = Command::new("strace")
+        .args(["-f", "-q", "-s", "4096", "-e"])
+        .arg("trace=fdatasync,read,recvfrom,write,writev,sendto")
+        .args(["-p", &quota.pid().to_string(), "-o"])
+        .arg(&trace)
+        .stderr(std::process::Stdio::null())
+        .spawn();
+    let Ok(mut strace) = strace else {
+        println!("skipped: there is no strace");
+        return None;
+    };
+    wait_for("strace is attached", async || {
+        let text = std::fs::read_to_string(&trace).unwrap_or_default();
+        (!text.is_empty()).then_some(()).ok_or_else(String::new)
+    })
+    .await;
+    let url = format!("http://{}/v1/echo", quota.addr);
+    for n in 0..requests {
+        let call = http.get(&url).header("X-API-Key", &key);
+        let call = call.header("X-Request-Id", format!("traced-{n}-")).send();
+        assert_eq!(call.await.expect("it answers").status(), 200);
+    }
+    let last = format!("traced-{}-", requests - 1);
+    wait_for("the trace is written", async || {
+        let text = std::fs::read_to_string(&trace).unwrap_or_default();
+        let lines = text.lines().filter(|line| line.contains(&last)).count();
+        (lines >= 2).then_some(()).ok_or_else(String::new)
+    })
+    .await;
+    strace.kill().expect("it runs");
+    strace.wait().expect("it ends");
+    quota.stop();
+    let text = std::fs::read_to_string(&trace).expect("it was written");
+    Some(text.lines().map(str::to_owned).collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_machine_durability_each_response_waits_for_the_disk() {
+    const REQUESTS: usize = 50;
+    for (durability, expected) in [("machine", REQUESTS), ("process", 0)] {
+        let Some(trace) = traced(durability, REQUESTS).await else {
+            return;
+        };
+        let synced = (0..REQUESTS).filter(|n| {
+            let id = format!("traced-{n}-");
+            let at = |line: &String| line.contains(&id);
+            let read = trace.iter().position(at).expect("it was read");
+            let written = trace.iter().rposition(at).expect("it was written");
+            let between = &trace[read + 1..written];
+            let begins = between.iter().position(|line| line.contains("fdatasync("));
+            begins.is_some_and(|begins| {
+                between[begins..]
+                    .iter()
+                    .any(|line| line.contains("fdatasync") && line.trim_end().ends_with("= 0"))
+            })
+        });
+        assert_eq!(synced.count(), expected, "{durability}");
+    }
+}
