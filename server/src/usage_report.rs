@@ -1,6 +1,6 @@
-//! `quota usage`: what operators want to know of usage.
+//! `quota usage`: a report on usage for operators.
 //!
-//! Reads PostgreSQL alone, so it works while no server runs.
+//! Reads only PostgreSQL, so it works while no server is running.
 
 use std::fmt::Write as _;
 
@@ -12,7 +12,7 @@ use crate::{
     },
 };
 
-/// A server that has not reported for so long has ended, or is cut off from PostgreSQL.
+/// A server that has not reported for this long has stopped or is cut off from PostgreSQL.
 const SILENT_SECONDS: i64 = 30;
 
 /// Returns the report as text.

@@ -124,7 +124,7 @@ impl DecisionApi {
             .map(|cursor| read_position(&cursor).ok_or_else(malformed));
         let before = before.transpose()?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        // Before the rows, so that none is missing between them and a stream from here.
+        // Read before the rows, so that none is missing between them and a stream from this position.
         let newest = usage_log::last_seq(&mut tx).await?;
         let page = usage_log::list(&mut tx, &filter, before, page::size(limit.0)).await?;
         let total = usage_log::total(&mut tx, &filter).await?;
@@ -185,7 +185,7 @@ impl DecisionApi {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let newest = usage_log::last_seq(&mut tx).await?;
         tx.commit().await?;
-        // A position beyond the end is of a log that was restored to an earlier state.
+        // A position beyond the end belongs to a log that was restored to an earlier state.
         let after = after.map_or(newest, |it| it.min(newest));
         let tail = Tail {
             state: self.state.clone(),

@@ -1,8 +1,8 @@
-//! `/admin/api-keys/{key_id}/limits` and `/burn-down`: where a key stands now, and how it got there.
+//! `/admin/api-keys/{key_id}/limits` and `/burn-down`: the state of a key's limits, now and over time.
 //!
-//! Several sources are combined. The shared counters know what all replicas have taken of a rate. Of a quota, the limiter
-//! of this replica knows what it has decided itself up to this moment, and the rollups have everything that all replicas
-//! decided until a second or so ago.
+//! Combines several sources. The shared counters know the usage of a rate by all replicas. For a quota, this replica's
+//! limiter knows its own decisions up to this moment, and the rollups contain those of all replicas up to about a
+//! second ago.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use poem::Result;
@@ -65,13 +65,13 @@ struct Quota {
 }
 
 impl KeyLimitsApi {
-    /// The key with its limits, as a request would find it.
+    /// Returns the key with its limits, as requests use it.
     async fn key(&self, tx: &mut TenantTx, id: ApiKeyId) -> Result<KeyRecord, ApiError> {
         let facts = api_key::facts_of(tx, id.0).await.or_not_found()?;
         self.state.keys.described(facts).map_err(ApiError::from)
     }
 
-    /// The current window of a key's quota: the one that the ledger states, or else the calendar's.
+    /// Returns the current window of a key's quota: that of the ledger, or else the calendar's.
     async fn quota(
         &self,
         tx: &mut TenantTx,
@@ -104,7 +104,7 @@ impl KeyLimitsApi {
         }))
     }
 
-    /// Cost of the key's allowed requests in each span between two of `starts`, the last one until `to`.
+    /// Returns the cost of the key's allowed requests in each span between two of `starts`; the last one ends at `to`.
     async fn spent(
         tx: &mut TenantTx,
         key: ApiKeyId,
@@ -159,7 +159,7 @@ impl KeyLimitsApi {
         for state in decision.states() {
             let mut limit = limit_state(state);
             if let Some(quota) = self.quota(&mut tx, &record, state.policy, now).await? {
-                // The replica may not have counted in this window yet, and others may have.
+                // Other replicas may have counted in this window although this one has not yet.
                 let spent = Self::spent(&mut tx, key_id.0, &[quota.start], quota.end).await?;
                 limit.limit = quota.limit;
                 limit.remaining = limit
@@ -223,10 +223,11 @@ impl KeyLimitsApi {
     }
 }
 
-/// Points of a burn-down at most, without the one at the end.
+/// The maximum number of points of a burn-down, without the one at the end.
 const POINTS: i32 = 192;
 
-/// The starts of equal steps from the start of the window, in whole quarters of an hour. The last one is before `until`.
+/// Returns the starts of equal steps from the start of the window, in whole quarters of an hour. The last one is before
+/// `until`.
 fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     let quarter = TimeDelta::minutes(15);
     let quarters = (quota.end - quota.start).num_minutes() / 15;
@@ -240,7 +241,7 @@ fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     starts
 }
 
-/// `part` of `limit`, which has passed of a window of `whole`.
+/// Returns the share of `limit` for `part` of a window of `whole`.
 fn ideal(quota: Quota, at: DateTime<Utc>) -> u64 {
     let whole = u128::try_from((quota.end - quota.start).num_milliseconds())
         .unwrap_or(1)
@@ -282,7 +283,8 @@ fn burn_down(
     }
     let remaining = quota.limit.saturating_sub(used);
 
-    // Over the last quarter of the time so far: long enough not to jump, and it follows a change of pace.
+    // Measured over the last quarter of the elapsed time: long enough to be stable, and short enough to follow a change
+    // of pace.
     let so_far = until - quota.start;
     let recent = (so_far / 4).max(TimeDelta::hours(1)).min(so_far);
     let since = until - recent;

@@ -29,10 +29,10 @@ pub struct StatsApi {
     pub state: AppState,
 }
 
-/// Yesterday at the same time of day, for a comparison.
+/// Yesterday at the same time of day, for comparison.
 struct Yesterday {
     start: DateTime<Utc>,
-    /// The start of the quarter of an hour that this time is in.
+    /// The start of the quarter of an hour that contains this time.
     quarter: DateTime<Utc>,
     /// How much of it has passed.
     part: f64,
@@ -48,7 +48,7 @@ impl Yesterday {
             )
             .start,
         );
-        // No later than the day's end, where today is longer than yesterday was.
+        // No later than the day's end, if today is longer than yesterday.
         let at = zone.day_before(nanos(now)).map_or(today, time).min(today);
         let quarter = range::floor(at).max(start);
         let part = (at - quarter).as_seconds_f64() / range::QUARTER.as_seconds_f64();
@@ -60,7 +60,7 @@ impl Yesterday {
     }
 }
 
-/// A part of a count, rounded.
+/// Returns part of a count, rounded.
 fn part_of(count: u64, part: f64) -> u64 {
     // A count of one quarter of an hour is far below 2^52.
     #[expect(
@@ -90,7 +90,7 @@ impl From<QuotaRow> for QuotaStatus {
     }
 }
 
-/// From where on a quota needs attention: used by this many hundredths.
+/// The percentage of a quota from which on it needs attention.
 const ATTENTION_PERCENT: i64 = 80;
 
 fn attention(quotas: Vec<QuotaRow>, standings: Vec<Standing>) -> Vec<Attention> {

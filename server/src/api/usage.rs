@@ -95,7 +95,7 @@ const fn group_by(by: UsageGroupBy) -> GroupBy {
     }
 }
 
-/// What identifies a group, in the one field of the four that its kind has.
+/// Identifies a group, in the field of its kind.
 #[derive(Default)]
 struct GroupFields {
     key_id: Option<ApiKeyId>,
@@ -153,7 +153,7 @@ fn bucket(
     }
 }
 
-/// The counts of each bucket, zeros included.
+/// Returns the counts of each bucket, including zeros.
 pub(super) fn dense(rows: &[Row], buckets: usize) -> Vec<Counts> {
     let mut all = vec![Counts::default(); buckets];
     for row in rows {
@@ -172,13 +172,13 @@ pub(super) fn sum<'a>(counts: impl IntoIterator<Item = &'a Counts>) -> Counts {
     total
 }
 
-/// The buckets of the largest groups and of all others together, and what they sum up to.
+/// The buckets of the largest groups and of all others together, with their totals.
 struct Grouped {
     buckets: Vec<UsageBucket>,
     groups: Vec<UsageGroup>,
 }
 
-/// `all` are the counts of each bucket, of whatever is in any group.
+/// `all` are the counts of each bucket across all groups.
 async fn grouped(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -263,7 +263,7 @@ fn usage_group(
     }
 }
 
-/// Nanoseconds since 1970, for the calendar.
+/// Returns nanoseconds since 1970, for the calendar.
 pub(super) fn nanos(at: DateTime<Utc>) -> UnixNanos {
     UnixNanos(
         at.timestamp_nanos_opt()
@@ -276,7 +276,7 @@ pub(super) fn time(at: UnixNanos) -> DateTime<Utc> {
     DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
 }
 
-/// The tenant's time zone. One that this version does not know is read as UTC.
+/// Returns the tenant's time zone, or UTC if this version does not know it.
 pub(super) async fn tenant_zone(tx: &mut TenantTx) -> Result<Zone, ApiError> {
     let name = account::time_zone(tx).await.or_not_found()?;
     Ok(Zone::named(&name).unwrap_or_default())
@@ -291,7 +291,7 @@ pub(super) const fn policy_name(policy: Policy) -> PolicyName {
 }
 
 fn wants_csv(request: &Request) -> bool {
-    // The first media type that we have.
+    // The first supported media type.
     let accept = request.headers().get_all(poem::http::header::ACCEPT);
     let types = accept
         .iter()
@@ -307,7 +307,7 @@ fn wants_csv(request: &Request) -> bool {
         .unwrap_or(false)
 }
 
-/// PostgreSQL's time, and until when all requests are counted.
+/// Returns PostgreSQL's time, and the time until which all requests are counted.
 pub(super) async fn times(state: &AppState) -> Result<usage_shipper::Times, ApiError> {
     let mut tx = state.db.system().await?;
     let times = usage_shipper::times(&mut tx).await?;
@@ -389,7 +389,7 @@ impl UsageApi {
                 }
             }
             Some(by) => {
-                // Groups of policies are of denied requests.
+                // Groups by policy contain only denied requests.
                 let of_groups: Vec<Counts> = match by {
                     UsageGroupBy::Policy => all.iter().map(Counts::only_rejected).collect(),
                     _ => all,
@@ -426,14 +426,14 @@ fn bucket_of_all(start: DateTime<Utc>, counts: &Counts) -> UsageBucket {
     bucket(start, None, None, false, counts)
 }
 
-/// Reads an endpoint to filter by. An empty one is that of requests that named none.
+/// Parses an endpoint filter. An empty one selects requests without an endpoint.
 pub(super) fn endpoint_filter(endpoint: Option<String>) -> Result<Option<String>, ApiError> {
     match endpoint {
         Some(it) if it.chars().count() > ENDPOINT_MAX => Err(ApiError::invalid(
             "endpoint",
             format!("must be at most {ENDPOINT_MAX} characters"),
         )),
-        // These stand for all endpoints, and for those above the limit.
+        // These represent all endpoints, and those above the limit.
         Some(it) if it.chars().any(char::is_control) => Err(ApiError::invalid(
             "endpoint",
             "must not contain control characters",

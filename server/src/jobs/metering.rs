@@ -1,4 +1,4 @@
-//! Shipping usage, creating segments ahead of need, and following PostgreSQL's clock.
+//! Ships usage, creates segments ahead of need, and follows PostgreSQL's clock.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ const PREPARE: Duration = Duration::from_millis(100);
 const MEASURE: Duration = Duration::from_secs(10);
 /// How long to wait after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long a stopping server ships what is left. The rest stays in its directory, and the next start ships it.
+/// How long a stopping server continues to ship. The next start ships the rest from its directory.
 const FINISH: Duration = Duration::from_secs(3);
 
 pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
@@ -34,13 +34,15 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
     match timeout(FINISH, metering.finish()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
-            tracing::warn!(error = %db::chain(&error), "some usage is not written yet; the next start writes it");
+            tracing::warn!(error = %db::chain(&error), "some usage has not been written to PostgreSQL yet; the next start writes it");
         }
-        Err(_) => tracing::warn!("some usage is not written yet; the next start writes it"),
+        Err(_) => tracing::warn!(
+            "some usage has not been written to PostgreSQL yet; the next start writes it"
+        ),
     }
 }
 
-/// Separate from [`ship`], so that a long backlog of another replica does not hold up this one's records.
+/// Separate from [`ship`], so that a long backlog of another replica does not delay this one's records.
 pub(super) async fn adopt(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(PAUSE);
     let mut outage = Outage::default();
@@ -92,7 +94,7 @@ impl Outage {
             Err(error) => {
                 state.metrics.usage_ship_errors.inc();
                 if !std::mem::replace(&mut self.is_open, true) {
-                    tracing::warn!(error = %db::chain(&error), "usage is not written to PostgreSQL now; it is kept");
+                    tracing::warn!(error = %db::chain(&error), "usage cannot be written to PostgreSQL; it is kept");
                 }
                 true
             }

@@ -1,8 +1,7 @@
-//! Looking after the tables of usage: partitions ahead of need, retention, and a regular comparison of everything that
-//! counts the same requests.
+//! Maintains the usage tables: creates partitions ahead of need, deletes old ones, and regularly compares everything
+//! that counts the same requests.
 //!
-//! Without partitions rows still have a place, in the default partition; so a failure here is a warning and is tried
-//! again.
+//! Without its partition, a row goes to the default partition. So a failure here is a warning and is retried.
 
 use std::time::Duration;
 
@@ -22,9 +21,9 @@ use crate::{
 
 const EVERY: Duration = Duration::from_mins(10);
 const COMPARE_EVERY: Duration = Duration::from_hours(6);
-/// Days for which there are partitions ahead of time.
+/// The number of days for which partitions are created ahead.
 const AHEAD: u64 = 7;
-/// The wait before a failure is tried again, which is often only a busy table.
+/// The wait before a retry. Often, a table was just busy.
 const RETRY: Duration = Duration::from_secs(2);
 const TRIES: u32 = 5;
 
@@ -84,7 +83,7 @@ async fn maintain_once(state: &AppState, stopping: &watch::Receiver<bool>) -> Re
     state.db.within_limit(forget_segments(state)).await
 }
 
-/// Creates partitions and returns the day, by PostgreSQL's clock. From yesterday on: records may be late.
+/// Creates partitions, starting with yesterday's since records may be late. Returns the day, by PostgreSQL's clock.
 async fn create(state: &AppState) -> Result<NaiveDate, DbError> {
     let mut tx = state.db.system().await?;
     let today = usage_shipper::times(&mut tx).await?.now.date_naive();

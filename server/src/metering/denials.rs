@@ -1,20 +1,20 @@
 //! The log line of a denial: which key, which plan, which endpoint, which policy.
 //!
-//! A client that is denied a thousand times a second must not write a thousand lines a second, so there are at most a
-//! few each second, and the next line says how many were left out.
+//! A client that is denied a thousand times per second must not cause a thousand lines per second. So there are at most
+//! a few per second, and the next line says how many were left out.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::record::RecordedOutcome;
 use crate::keys::KeyRecord;
 
-/// Lines in a second at most.
+/// The maximum number of lines per second.
 const LINES: u64 = 10;
 const SECOND: u64 = 1_000_000_000;
 
 #[derive(Debug, Default)]
 pub(super) struct DenialLog {
-    /// When the current second began, by the monotonic clock.
+    /// When the current second began, in monotonic time.
     began: AtomicU64,
     lines: AtomicU64,
     suppressed: AtomicU64,
@@ -44,7 +44,7 @@ impl DenialLog {
         );
     }
 
-    /// Whether there is room for a line, and how many were left out since the last one.
+    /// Returns whether a line may be written, and how many were left out since the last one.
     fn admit(&self, now: u64) -> Option<u64> {
         let began = self.began.load(Ordering::Relaxed);
         if now.saturating_sub(began) >= SECOND

@@ -1,7 +1,7 @@
-//! The directory of one replica's segments, and the lock that says whether its replica is running.
+//! The directory of a replica's segments, and the lock that shows whether the replica is running.
 //!
-//! All of them are in `usage` below `QUOTA_DATA_DIR`, which replicas may share. A directory belongs to whoever holds the
-//! lock on its lock file; the kernel releases the lock of a process that ends, in whatever way.
+//! All of them are in `usage` below `QUOTA_DATA_DIR`, which replicas may share. A directory belongs to the process that
+//! holds the lock on its lock file. The kernel releases the lock when the process ends for any reason.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
@@ -17,7 +17,7 @@ use super::segment::{EXTENSION, UNFINISHED};
 /// The folder of all directories, below `QUOTA_DATA_DIR`.
 pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
-/// How the name of a segment ends that was refused.
+/// The suffix of a rejected segment's file name.
 const REFUSED: &str = "refused";
 
 /// A directory whose lock this process holds.
@@ -30,7 +30,7 @@ pub(super) struct Directory {
 }
 
 impl Directory {
-    /// A new directory below `root`.
+    /// Creates a new directory below `root`.
     pub fn create(root: &Path) -> io::Result<Self> {
         let folder = |path: &Path, recursive| {
             DirBuilder::new()
@@ -48,7 +48,7 @@ impl Directory {
         let locked = (|| {
             let lock = open_lock(&unfinished)?;
             lock.try_lock()?;
-            // Others see it only now that it is locked.
+            // Other processes see it only from here on, when it is locked.
             fs::rename(&unfinished, &path)?;
             Ok(lock)
         })();
@@ -65,7 +65,7 @@ impl Directory {
         }
     }
 
-    /// Takes over an existing directory. `None` if a running process holds it, or if it is gone.
+    /// Takes over an existing directory. Returns `None` if a running process holds it or it does not exist.
     pub fn adopt(path: &Path) -> io::Result<Option<Self>> {
         let Some(id) = id_of(path) else {
             return Ok(None);
@@ -87,7 +87,7 @@ impl Directory {
         }))
     }
 
-    /// Deletes what was never finished. Only its owner creates files here, and that is us.
+    /// Deletes unfinished files. Only the owner, this process, creates files here.
     pub fn delete_unfinished(&self) -> io::Result<()> {
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();
@@ -98,7 +98,7 @@ impl Directory {
         Ok(())
     }
 
-    /// Deletes the directory, unless something is left in it besides the lock file.
+    /// Deletes the directory, unless it contains more than the lock file.
     pub fn remove(self) -> io::Result<()> {
         for entry in fs::read_dir(&self.path)? {
             if entry?.file_name() != LOCK {
@@ -118,17 +118,17 @@ fn open_lock(directory: &Path) -> io::Result<File> {
         .open(directory.join(LOCK))
 }
 
-/// The ID of a replica's directory; `None` if it is none.
+/// Returns the ID of a replica's directory. `None`: it is not one.
 pub(super) fn id_of(path: &Path) -> Option<Uuid> {
     Uuid::try_parse(path.file_name()?.to_str()?).ok()
 }
 
-/// The directories below `root`, oldest first.
+/// Returns the directories below `root`, oldest first.
 pub(super) fn list(root: &Path) -> io::Result<Vec<PathBuf>> {
     paths(root, |path| id_of(path).is_some())
 }
 
-/// The segments in a directory, oldest first.
+/// Returns the segments in a directory, oldest first.
 pub(super) fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
     paths(directory, |path| {
         path.extension().is_some_and(|it| it == EXTENSION)
@@ -153,7 +153,7 @@ fn paths(directory: &Path, is_wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<
             found.push(path);
         }
     }
-    // Named by UUIDv7.
+    // Named after UUIDv7.
     found.sort();
     Ok(found)
 }

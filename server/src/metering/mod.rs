@@ -1,9 +1,9 @@
 //! Metering: one record for each decision on a known key, which reaches PostgreSQL exactly once.
 //!
-//! A record is written to a *segment*, a file on this machine, before the response leaves: recording waits for no
-//! network. Space is reserved before the decision is taken; without space there is no decision. A *shipper* moves
-//! records to PostgreSQL. Its *cursor* says, for each segment, how far it came; it moves in the transaction that inserts
-//! the records. What was not shipped yet is the *backlog*.
+//! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
+//! for the network. Space is reserved before the decision; without space there is no decision. A *shipper* moves
+//! records to PostgreSQL. The *cursor* of each segment says how far it was shipped, and moves in the transaction that
+//! inserts the records. Records that were not shipped yet are the *backlog*.
 //!
 //! ```text
 //! reserve -> decision -> fill, or void        one word, then the record, in a mapped file
@@ -23,8 +23,8 @@
 //! | `time.rs` | the time of events |
 //! | `denials.rs` | the log line of a denial |
 //!
-//! Does not know HTTP. When PostgreSQL is unreachable segments grow, up to `QUOTA_USAGE_BACKLOG_MAX`. When the disk is
-//! full or read-only, nothing is recorded and so nothing is decided, until it is writable again.
+//! Independent of HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`. While the disk
+//! is full or read-only, nothing can be recorded, and so there are no decisions.
 
 mod denials;
 mod directory;
@@ -92,11 +92,11 @@ struct Inner {
     /// Each ships in one place at a time.
     shipper: tokio::sync::Mutex<Shipper>,
     adopter: tokio::sync::Mutex<Adopter>,
-    /// Whether the log has warned of the backlog.
+    /// Whether a warning about the backlog has been logged.
     has_warned: AtomicBool,
 }
 
-/// Space for the record of a decision that is about to be taken. Becomes void if it is dropped.
+/// Space for the record of a decision that is about to be made. Void if dropped.
 #[derive(Debug)]
 #[must_use = "a decision that is not recorded is lost"]
 pub struct Reservation<'a> {
@@ -105,7 +105,7 @@ pub struct Reservation<'a> {
     request_id: &'a str,
 }
 
-/// The record may be lost if the machine fails now.
+/// The record would be lost if the machine failed now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the record of a decision could not be written to disk")]
 pub struct NotDurable;
@@ -146,7 +146,7 @@ impl Metering {
         })))
     }
 
-    /// Reserves space for the record of a decision. Call before the decision is taken: if this fails, none may be.
+    /// Reserves space for the record of a decision. Call before the decision; if this fails, there must be none.
     #[inline]
     pub fn reserve<'a>(
         &self,
@@ -171,7 +171,7 @@ impl Metering {
         })
     }
 
-    /// Records the decision that was taken at `at` of the monotonic clock. Call before the response leaves.
+    /// Records the decision that was made at the monotonic time `at`. Call before the response is sent.
     #[inline]
     pub async fn record(
         &self,
@@ -221,12 +221,12 @@ impl Metering {
         Ok(())
     }
 
-    /// Whether decisions are recorded.
+    /// Returns whether decisions are recorded.
     pub fn is_on(&self) -> bool {
         self.0.recorder.is_some()
     }
 
-    /// Whether [`Self::prepare`] has something to do.
+    /// Returns whether [`Self::prepare`] has something to do.
     pub fn wants_preparation(&self) -> bool {
         let recorder = self.0.recorder.as_ref();
         recorder.is_some_and(|recorder| recorder.wants_spare())
@@ -239,12 +239,12 @@ impl Metering {
         }
     }
 
-    /// Sets the time of events by PostgreSQL's clock. Returns whether the measurement was exact enough.
+    /// Measures PostgreSQL's clock, for the time of events. Returns whether the measurement was exact enough.
     pub async fn measure_time(&self, db: &Db) -> Result<bool, DbError> {
         let db = db.on(Lane::Health);
         let measured = async {
             let mut tx = db.system().await?;
-            // The connection is there: what is measured is one round trip.
+            // The connection exists, so one round trip is measured.
             let asked = self.0.clock.monotonic();
             let now = usage_shipping::now(&mut tx).await?;
             let answered = self.0.clock.monotonic();
@@ -265,7 +265,7 @@ impl Metering {
         shipped
     }
 
-    /// Ships what replicas that have ended left in the same data directory. Returns the number of records.
+    /// Ships the records of stopped replicas in the same data directory. Returns the number of records.
     pub async fn ship_adopted(&self) -> Result<u64, ShipError> {
         if !self.is_on() {
             return Ok(0);
@@ -274,7 +274,7 @@ impl Metering {
         adopter.ship(&self.0.context, &self.0.root).await
     }
 
-    /// Ships the rest and deletes the segments: after the last request.
+    /// Ships the rest and deletes the segments. Call after the last request.
     pub async fn finish(&self) -> Result<(), ShipError> {
         let Some(recorder) = &self.0.recorder else {
             return Ok(());
@@ -291,7 +291,7 @@ impl Metering {
         shipper.finish(&self.0.context, recorder).await
     }
 
-    /// Warns once for each time that the backlog grows to half of what it may be.
+    /// Warns once each time the backlog reaches half its maximum.
     fn watch_backlog(&self) {
         let metrics = &self.0.context.metrics;
         let bytes = u64::try_from(metrics.usage_backlog_bytes.get()).unwrap_or(0);
@@ -311,7 +311,7 @@ impl Metering {
     }
 }
 
-/// Measures how long it takes to reserve and fill `count` records, with the segments that they need.
+/// Measures how long it takes to reserve and fill `count` records, including their segments.
 pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
     const SIZE: u64 = 8 << 20;
     let clock = crate::clock::SystemClock::new();
@@ -346,7 +346,7 @@ pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
     Ok(Duration::from_nanos(clock.monotonic() - began))
 }
 
-/// The directories that a path means: one replica's, or all of those in it. None of usage: an empty list.
+/// Returns the usage directories at a path: that of one replica, or all those in it. Empty if there are none.
 pub fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
     let path = path.canonicalize()?;
     if directory::id_of(&path).is_some() {
@@ -355,8 +355,8 @@ pub fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
     directory::list(&path)
 }
 
-/// Ships the directory of a replica that does not come back, for `quota usage replay`. Does no harm if it is still
-/// running, or if the directory is shipped elsewhere at the same time.
+/// Ships the directory of a replica that will not return, for `quota usage replay`. Harmless if the replica is still
+/// running or the directory is shipped elsewhere at the same time.
 pub async fn replay(config: &Config, db: &Db, directory: &Path) -> Result<Replayed, ShipError> {
     let context = Context::new(db, config.usage_retention, Arc::default());
     shipper::replay(&context, directory).await

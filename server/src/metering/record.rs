@@ -1,4 +1,4 @@
-//! A usage record, and how it is written in a segment.
+//! The layout of a usage record in a segment.
 //!
 //! A segment is a sequence of 64-bit words. Every record begins with one header word:
 //!
@@ -10,7 +10,7 @@
 //! ```
 //!
 //! A header word of zero means that nothing was written there yet. The CRC covers the segment's random ID, so that no
-//! text a client sends can pass for a record.
+//! text from a client can look like a record.
 
 use chrono::DateTime;
 use quota_common::{ApiKeyId, PlanId, TenantId, plan::Billing};
@@ -18,9 +18,9 @@ use uuid::{Builder, Uuid};
 
 use crate::{clock::UnixNanos, limiter::Policy, repo::usage_log::UsageRecord};
 
-/// The longest name of an endpoint that is recorded, in bytes.
+/// The maximum length of a recorded endpoint, in bytes.
 pub const ENDPOINT_MAX: usize = 128;
-/// The longest request ID that is recorded, in bytes.
+/// The maximum length of a recorded request ID, in bytes.
 pub const REQUEST_ID_MAX: usize = 128;
 
 const VERSION: u8 = 1;
@@ -29,14 +29,14 @@ pub(super) const WORD: usize = 8;
 const FIXED_WORDS: usize = 10;
 /// Where the texts begin in the body, in bytes.
 const TEXTS_AT: usize = (FIXED_WORDS - 1) * WORD;
-/// The longest record, in words.
+/// The maximum length of a record, in words.
 pub(super) const RECORD_WORDS_MAX: usize = FIXED_WORDS + (ENDPOINT_MAX + REQUEST_ID_MAX) / WORD;
 
-/// What became of the space of a record.
+/// The state of a record's space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum RecordState {
-    /// Reserved; the decision is still being taken.
+    /// Reserved. The decision is in progress.
     Open = 1,
     /// Filled.
     Done = 2,
@@ -46,7 +46,7 @@ pub(super) enum RecordState {
     Sealed = 4,
 }
 
-/// A header word, taken apart.
+/// A parsed header word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
     pub state: RecordState,
@@ -56,7 +56,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// `None`: no record begins with this word.
+    /// Returns `None` if no record begins with this word.
     pub fn parse(word: u64) -> Option<Self> {
         let [a, b, state, version, crc @ ..] = word.to_le_bytes();
         let state = match state {
@@ -79,8 +79,8 @@ impl Header {
     }
 }
 
-/// The header word of a record of `words` words at `position`, a byte offset. `body` is empty unless the record is
-/// done.
+/// Returns the header word of a record of `words` words at `position`, a byte offset. `body` is empty unless the record
+/// is done.
 pub(super) fn header_word(
     segment: Uuid,
     position: usize,
@@ -122,7 +122,7 @@ pub struct DecisionRecord<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RecordedOutcome {
     Allowed,
-    /// By this policy; `None` if the shared counters could not be asked and no limit is known to be reached.
+    /// The policy that denied it. `None` if the shared counters were unavailable and no limit is known to be reached.
     Denied(Option<Policy>),
 }
 
@@ -147,12 +147,12 @@ impl RecordedOutcome {
     }
 }
 
-/// The length in words of a record with texts of these lengths in bytes.
+/// Returns the length in words of a record with texts of these lengths in bytes.
 pub(super) const fn words(endpoint: usize, request_id: usize) -> usize {
     FIXED_WORDS + (endpoint + request_id).div_ceil(WORD)
 }
 
-/// `text`, cut off at a character boundary after at most `max` bytes.
+/// Returns `text`, truncated at a character boundary to at most `max` bytes.
 pub(super) fn cut(text: &str, max: usize) -> &str {
     if text.len() <= max {
         return text;
@@ -161,14 +161,14 @@ pub(super) fn cut(text: &str, max: usize) -> &str {
     &text[..end.unwrap_or(0)]
 }
 
-/// The body of a record: everything but its header word.
+/// Returns the body of a record: everything but its header word.
 pub(super) struct Body {
     bytes: [u8; (RECORD_WORDS_MAX - 1) * WORD],
     len: usize,
 }
 
 impl Body {
-    /// The texts must have the lengths that the space was reserved for.
+    /// The texts must have the lengths for which the space was reserved.
     pub fn of(record: &DecisionRecord<'_>) -> Self {
         let (endpoint, request_id) = (record.endpoint.as_bytes(), record.request_id.as_bytes());
         let len = (words(endpoint.len(), request_id.len()) - 1) * WORD;
@@ -194,7 +194,7 @@ impl Body {
     }
 }
 
-/// Reads the body of a record at `position`. `None` if no version of Quota wrote it.
+/// Parses the body of a record at `position`. Returns `None` if it has an unknown format.
 pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageRecord> {
     let uuid = |at: usize| Uuid::from_slice(body.get(at..at + 16)?).ok();
     let half = |at: usize| Some(u32::from_le_bytes(body.get(at..at + 4)?.try_into().ok()?));
@@ -226,8 +226,8 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
     })
 }
 
-/// The ID of a record: a UUIDv7 of its time whose other bits follow from where it was written, so that reading the
-/// record again gives the same ID.
+/// Returns the ID of a record: a UUIDv7 of its time whose other bits depend on where it was written, so that reading
+/// the record again gives the same ID.
 fn event_id(segment: Uuid, position: usize, at: UnixNanos) -> Uuid {
     let (high, low) = segment.as_u64_pair();
     // No two positions of a segment share these bits, and segments differ in at least 60 random ones.

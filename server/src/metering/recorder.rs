@@ -1,4 +1,4 @@
-//! Where decisions are recorded: the segment in use, the next one, and those that wait to be shipped.
+//! The segments of this process: the one in use, the next one, and those that wait to be shipped.
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -14,14 +14,14 @@ use super::{
 };
 use crate::{clock::Clock, telemetry::metrics::Metrics};
 
-/// Segments are as large as this unless the backlog may not even take eight of them.
+/// The size of a segment, unless the maximum backlog is smaller than eight of them.
 const SEGMENT_MAX: u64 = 8 << 20;
-/// Enough for more than a hundred records of the greatest length.
+/// Enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
-/// Nanoseconds between two tries to create a segment after one failed.
+/// Nanoseconds between two attempts to create a segment after one failed.
 const RETRY: u64 = 100_000_000;
 
-/// Why a decision cannot be recorded now.
+/// Why decisions cannot be recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unrecordable {
     #[error("the backlog of usage has reached QUOTA_USAGE_BACKLOG_MAX")]
@@ -49,13 +49,13 @@ pub(super) struct Recorder {
     /// The folder of all directories.
     root: PathBuf,
     segment_size: u64,
-    /// Segments at most, with the spare one.
+    /// The maximum number of segments, including the spare one.
     max_segments: usize,
     durability: Durability,
     clock: Arc<dyn Clock>,
     time: Arc<EventClock>,
     metrics: Arc<Metrics>,
-    /// The segment that decisions are recorded in.
+    /// The segment in use.
     current: ArcSwapOption<Segment>,
     files: Mutex<Files>,
     syncer: Option<Syncer>,
@@ -69,10 +69,10 @@ struct Files {
     sealed: Vec<Arc<Segment>>,
     /// All segments that exist, and one more while the spare is being created.
     count: usize,
-    /// The last try to create a segment, if it failed: why, and when the next may be.
+    /// The last attempt to create a segment, if it failed: why, and when the next one is allowed.
     failed: Option<(Unrecordable, u64)>,
     is_creating_spare: bool,
-    /// Nothing is created ahead of need any more.
+    /// No more segments are created ahead of need.
     is_closed: bool,
 }
 
@@ -98,7 +98,7 @@ impl Recorder {
                         segment = %segment.head.id,
                         "usage records could not be written to disk"
                     );
-                    // What the kernel failed to write once, later calls may pass over in silence.
+                    // After a failed write, later calls may report success without writing the data.
                     segment.seal();
                 })?)
             }
@@ -141,7 +141,7 @@ impl Recorder {
         request_id: usize,
     ) -> Result<ReservedRecord, Unrecordable> {
         let mut files = self.files.lock();
-        // Another writer may have been here before.
+        // Another thread may have done this already.
         let current = self.current.load_full();
         if let Some(segment) = &current
             && let Some(reserved) = segment.reserve(endpoint, request_id)
@@ -190,7 +190,7 @@ impl Recorder {
             Err(reason) => {
                 if files.failed.is_none() {
                     self.metrics.usage_unrecordable.set(1);
-                    tracing::error!(%reason, "usage cannot be recorded: decisions are answered 503");
+                    tracing::error!(%reason, "usage cannot be recorded; decisions are answered with 503");
                 }
                 files.failed = Some((reason, now + RETRY));
                 Err(reason)
@@ -226,7 +226,7 @@ impl Recorder {
         files.spare.is_none() && !files.is_closed && files.count < self.max_segments
     }
 
-    /// Creates the next segment ahead of need. Blocks; decisions go on meanwhile.
+    /// Creates the next segment ahead of need. Blocks, but decisions continue in the meantime.
     pub fn create_spare(&self) {
         let directory = {
             let mut files = self.files.lock();
@@ -234,7 +234,7 @@ impl Recorder {
                 return;
             }
             if self.current.load().is_none() {
-                // The first one, so that no decision waits for it.
+                // The first segment, so that no decision waits for it.
                 if let Ok(first) = self.create_now(&mut files) {
                     self.current.store(Some(first));
                 }
@@ -254,7 +254,7 @@ impl Recorder {
         files.is_creating_spare = false;
         match spare {
             Ok(spare) if files.spare.is_none() && !files.is_closed => files.spare = Some(spare),
-            // Decisions still have what is left of the current segment.
+            // Decisions can still use the rest of the current segment.
             Ok(unused) => {
                 files.count -= 1;
                 let _ = std::fs::remove_file(&unused.path);
@@ -263,7 +263,7 @@ impl Recorder {
         }
     }
 
-    /// Waits until the record is as durable as the operator wants it. `false`: it may be lost with the machine.
+    /// Waits until the record is as durable as configured. Returns `false` if it may be lost with the machine.
     pub async fn made_durable(&self, segment: Arc<Segment>) -> bool {
         match &self.syncer {
             None => true,
@@ -271,7 +271,7 @@ impl Recorder {
         }
     }
 
-    /// The segments that may hold records, oldest first.
+    /// Returns the segments that may contain records, oldest first.
     pub fn segments(&self) -> Vec<Arc<Segment>> {
         let files = self.files.lock();
         let mut segments = files.sealed.clone();
@@ -279,12 +279,12 @@ impl Recorder {
         segments
     }
 
-    /// The directory of this process, once there is one.
+    /// Returns the directory of this process, if it has been created.
     pub fn own_directory(&self) -> Option<Arc<Directory>> {
         self.files.lock().directory.clone()
     }
 
-    /// Deletes a segment that was shipped in full. The caller has seen its end.
+    /// Deletes a segment that was shipped completely.
     pub fn delete(&self, segment: &Segment) -> io::Result<()> {
         let mut files = self.files.lock();
         if let Some(at) = files
@@ -299,7 +299,7 @@ impl Recorder {
         Ok(())
     }
 
-    /// Ends recording: after the last request. What was recorded can still be shipped.
+    /// Ends recording. Call after the last request. Existing records can still be shipped.
     pub fn close(&self) {
         let mut files = self.files.lock();
         files.is_closed = true;
@@ -313,12 +313,12 @@ impl Recorder {
         }
     }
 
-    /// Whether the next segment is being created right now.
+    /// Returns whether the next segment is being created.
     pub fn is_creating(&self) -> bool {
         self.files.lock().is_creating_spare
     }
 
-    /// Deletes the directory of this process, if nothing is left in it.
+    /// Deletes the directory of this process if it is empty.
     pub fn remove_directory(&self) -> io::Result<()> {
         let mut files = self.files.lock();
         if files.count > 0 || self.current.load().is_some() {

@@ -1,6 +1,6 @@
-//! Reading a segment's file: which records are in it, and up to where.
+//! Reads the records of a segment's file.
 //!
-//! Works on bytes, without the map, so that a segment of another process is read the same way as one of this process.
+//! Works on bytes rather than the memory map, so that segments of other processes are read the same way.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
@@ -13,25 +13,25 @@ use crate::repo::usage_log::UsageRecord;
 /// Whether the process that writes the segment may still be running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Writer {
-    /// It may still fill what it has reserved, so reading stops at the first open record.
+    /// It may still fill reserved records, so reading stops at the first open one.
     Running,
-    /// It has ended. What it left unfinished never was a response, and is skipped.
+    /// It has ended. No response was sent for unfinished records, which are skipped.
     Ended,
 }
 
-/// Records that follow one another in a segment.
+/// Consecutive records of a segment.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     pub rows: Vec<UsageRecord>,
-    /// Byte offset behind the last of them.
+    /// The byte offset after the last of them.
     pub end: u64,
-    /// Whether nothing can follow.
+    /// Whether this is the end of the segment.
     pub is_complete: bool,
-    /// Places that hold no readable record although one was written there.
+    /// The number of places with an unreadable record.
     pub damaged: u64,
 }
 
-/// Bytes read at once: many records of the greatest length.
+/// Bytes per read: many records of maximum length.
 const CHUNK: usize = 1 << 20;
 const _: () = assert!(RECORD_WORDS_MAX * WORD * 100 < CHUNK);
 
@@ -81,7 +81,7 @@ fn read_at(file: &File, bytes: &mut [u8], position: u64) -> io::Result<usize> {
     Ok(read)
 }
 
-/// What stands at a place of a segment.
+/// What a place of a segment contains.
 enum Found {
     Record {
         row: Box<UsageRecord>,
@@ -96,13 +96,13 @@ enum Found {
     /// Nothing was written here.
     Empty,
     Damaged,
-    /// The record does not end within what was read.
+    /// The record ends beyond the bytes that were read.
     Cut,
 }
 
 struct Scan<'a> {
     head: &'a SegmentHead,
-    /// Position of `bytes` in the segment.
+    /// The position of `bytes` in the segment.
     base: u64,
     bytes: &'a [u8],
     /// Whether the segment ends with `bytes`.
@@ -151,11 +151,11 @@ impl Scan<'_> {
         }
     }
 
-    /// Adds what follows in `bytes` to the batch. `false`: stop reading.
+    /// Adds the records in `bytes` to the batch. Returns `false` to stop reading.
     fn collect(&mut self, max: usize, batch: &mut Batch) -> bool {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
-        // Whether the place before was unreadable, so that one gap counts once.
+        // Whether the previous place was unreadable, so that one gap counts once.
         let mut is_lost = false;
         let goes_on = loop {
             if batch.rows.len() >= max {
@@ -180,12 +180,12 @@ impl Scan<'_> {
                 }
                 Found::Cut if self.is_last => {
                     at = self.bytes.len();
-                    // Too little was left for another record.
+                    // There was not enough space for another record.
                     batch.is_complete = true;
                     break false;
                 }
                 Found::Cut => {
-                    // Reading goes on from `at`, unless that brings nothing new.
+                    // Reading continues from `at`, unless there is nothing new.
                     break at > 0;
                 }
                 // A record that is being written can look damaged for a moment.
@@ -205,8 +205,8 @@ impl Scan<'_> {
         goes_on
     }
 
-    /// The next place with a whole record. If there is none, a place from which the next chunk finds one that begins
-    /// in this chunk, or the end.
+    /// Returns the next place with a complete record. If there is none, returns a place from which the next chunk finds
+    /// one that begins in this chunk, or the end.
     fn next_record(&self, from: usize) -> usize {
         let mut at = from;
         while at + WORD <= self.bytes.len() {

@@ -1,11 +1,11 @@
-//! A segment: a file of fixed size that decisions are recorded in.
+//! A segment: a file of fixed size in which decisions are recorded.
 //!
-//! The file is allocated in full before it is used, then mapped into memory. A record is a plain write to that memory:
-//! the kernel keeps it when the process is killed, and no write of a record can fail for lack of space.
+//! The file is allocated completely before use and mapped into memory. A record is a plain write to that memory: the
+//! kernel keeps it when the process is killed, and writing a record cannot fail for lack of space.
 //!
-//! Writers share a segment without a lock. A writer reserves space by a compare-and-swap of the header word at the tail
-//! from zero to an open header with the record's length. So the length is there from the moment the space is taken:
-//! whatever instruction a writer is killed at, every reserved record can be stepped over.
+//! Writers share a segment without a lock. A writer reserves space by a compare-and-swap of the header word at the
+//! tail, from zero to an open header with the record's length. So the length exists from the moment the space is
+//! reserved, and every reserved record can be skipped, no matter when its writer is killed.
 
 use std::{
     fs::{File, OpenOptions},
@@ -25,20 +25,20 @@ use uuid::Uuid;
 use super::record::{Body, DecisionRecord, Header, RecordState, WORD, header_word, words};
 use crate::clock::UnixNanos;
 
-/// How a segment's file name ends.
+/// The suffix of a segment's file name.
 pub(super) const EXTENSION: &str = "segment";
-/// How the name of a file ends that is still being prepared.
+/// The suffix of a file that is being prepared.
 pub(super) const UNFINISHED: &str = "new";
 /// Where the records begin, in bytes.
 pub(super) const RECORDS_AT: usize = 64;
 const MAGIC: [u8; 8] = *b"quotause";
 
-/// What the head of a segment's file says.
+/// The head of a segment's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SegmentHead {
     pub id: Uuid,
     pub started_at: UnixNanos,
-    /// Bytes of the file.
+    /// The size of the file in bytes.
     pub size: u64,
 }
 
@@ -54,7 +54,7 @@ impl SegmentHead {
         bytes
     }
 
-    /// `None` if this is not the head of a segment.
+    /// Returns `None` if this is not the head of a segment.
     pub fn parse(bytes: &[u8; RECORDS_AT]) -> Option<Self> {
         let number = |at: usize| Some(u64::from_le_bytes(bytes[at..at + 8].try_into().ok()?));
         let head = Self {
@@ -82,7 +82,8 @@ pub(super) struct Segment {
     pub path: PathBuf,
     pub file: File,
     map: MmapRaw,
-    /// Index of the word at which the next record may begin. May lag behind; whoever finds a header there moves it on.
+    /// The index of the word where the next record begins. May lag behind; a writer that finds a header there advances
+    /// it.
     tail: AtomicUsize,
     /// Records filled so far.
     pub records: AtomicU64,
@@ -120,7 +121,7 @@ impl Segment {
             if durable {
                 File::open(directory)?.sync_all()?;
             }
-            // Reads the pages in, so that the first writes do not wait for it.
+            // Loads the pages, so that the first writes do not wait for it.
             let map = MmapOptions::new().populate().map_raw(&file)?;
             Ok((file, map))
         })();
@@ -134,7 +135,7 @@ impl Segment {
                 records: AtomicU64::new(0),
             }),
             Err(error) => {
-                // Not to hold the space that others need.
+                // So that the space is available to others.
                 let _ = std::fs::remove_file(&unfinished);
                 let _ = std::fs::remove_file(&path);
                 Err(error)
@@ -164,7 +165,7 @@ impl Segment {
         header_word(self.head.id, index * WORD, state, words, body)
     }
 
-    /// Takes `len` words. `None`: there are not as many left.
+    /// Takes `len` words. Returns `None` if fewer are left.
     fn take(&self, len: usize) -> Option<usize> {
         let words = self.words();
         loop {
@@ -178,7 +179,7 @@ impl Segment {
                 Ok(_) => index + len,
                 Err(taken) => self.after(index, taken),
             };
-            // Fails if another writer has moved it on already.
+            // Fails if another writer has already advanced it.
             let _ = self
                 .tail
                 .compare_exchange(index, next, Ordering::AcqRel, Ordering::Acquire);
@@ -188,7 +189,7 @@ impl Segment {
         }
     }
 
-    /// The index behind the record at `index`, whose header is `word`.
+    /// Returns the index after the record at `index`, whose header is `word`.
     fn after(&self, index: usize, word: u64) -> usize {
         match Header::parse(word) {
             Some(header) if header.state != RecordState::Sealed => index + header.words,
@@ -197,7 +198,8 @@ impl Segment {
         }
     }
 
-    /// Reserves space for a record with texts of these lengths in bytes. `None` if the segment is full or sealed.
+    /// Reserves space for a record with texts of these lengths in bytes. Returns `None` if the segment is full or
+    /// sealed.
     pub fn reserve(self: &Arc<Self>, endpoint: usize, request_id: usize) -> Option<ReservedRecord> {
         let words = words(endpoint, request_id);
         let index = self.take(words)?;
@@ -229,13 +231,13 @@ impl Segment {
         }
     }
 
-    /// Bytes up to the tail: an upper bound of where records end.
+    /// Returns the bytes up to the tail: an upper bound for the end of all records.
     pub fn tail(&self) -> u64 {
         (self.tail.load(Ordering::Acquire) * WORD) as u64
     }
 }
 
-/// Space for a record. It becomes void if it is dropped without having been filled.
+/// Space for a record. Void if dropped without having been filled.
 #[derive(Debug)]
 pub struct ReservedRecord {
     pub(super) segment: Arc<Segment>,
@@ -245,7 +247,7 @@ pub struct ReservedRecord {
 }
 
 impl ReservedRecord {
-    /// Writes the record. Its texts have the lengths that the space was reserved for.
+    /// Writes the record. Its texts must have the lengths for which the space was reserved.
     pub fn fill(mut self, record: &DecisionRecord<'_>) -> Arc<Segment> {
         let body = Body::of(record);
         let bytes = body.bytes();
@@ -256,7 +258,7 @@ impl ReservedRecord {
                 let chunk = chunk.try_into().map_or(0, u64::from_le_bytes);
                 word.store(chunk, Ordering::Relaxed);
             }
-            // The body is there before the header says so.
+            // The body is written before the header.
             self.close(RecordState::Done, bytes);
             self.segment.records.fetch_add(1, Ordering::Relaxed);
         }

@@ -1,8 +1,8 @@
-//! Moving records from segments to PostgreSQL, each exactly once.
+//! Moves records from segments to PostgreSQL, each exactly once.
 //!
-//! A batch is one transaction: the segment's cursor moves from where the batch begins to where it ends, and the records
-//! are inserted. If the cursor was elsewhere, or nobody knows whether the COMMIT succeeded, the cursor is read again.
-//! While PostgreSQL is unreachable the segments grow, and nothing else happens.
+//! A batch is one transaction: the segment's cursor moves from the start of the batch to its end, and the records are
+//! inserted. If the cursor was elsewhere, or it is unknown whether the COMMIT succeeded, the cursor is read again.
+//! While PostgreSQL is unreachable, the segments just grow.
 
 use std::{
     fs::File,
@@ -29,16 +29,16 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Records in one transaction, at first and at most.
+/// The initial and the maximum number of records per transaction.
 const FIRST: usize = 2_000;
 const MOST: usize = 20_000;
 const LEAST: usize = 50;
-/// Batches are kept near this time.
+/// The intended duration of a batch.
 const SHORT: Duration = Duration::from_millis(150);
 const LONG: Duration = Duration::from_millis(600);
 /// How often a directory's backlog is reported.
 const REPORT: Duration = Duration::from_secs(1);
-/// How often directories of replicas that have ended are looked for.
+/// How often to search for directories of stopped replicas.
 const ADOPT: Duration = Duration::from_secs(30);
 
 /// A segment that is being shipped.
@@ -47,12 +47,12 @@ struct Source {
     head: SegmentHead,
     file: Arc<File>,
     writer: Writer,
-    /// Where the next batch begins; `None`: as far as the cursor says.
+    /// Where the next batch begins. `None`: at the cursor.
     position: Option<u64>,
-    /// The cursor as last read: behind `position` only by space without records.
+    /// The cursor as last read. Only space without records is between it and `position`.
     cursor: u64,
     shipped: u64,
-    /// Time of the oldest record that was read and not shipped yet.
+    /// The time of the oldest record that was read but not shipped yet.
     oldest: Option<DateTime<Utc>>,
     state: SourceState,
 }
@@ -95,20 +95,20 @@ impl Source {
     }
 }
 
-/// Why records could not be shipped now.
+/// Why records could not be shipped.
 #[derive(Debug, thiserror::Error)]
 pub enum ShipError {
-    #[error("PostgreSQL did not take usage records")]
+    #[error("PostgreSQL did not accept usage records")]
     Database(#[from] DbError),
     #[error("a segment could not be read")]
     Read(#[from] io::Error),
 }
 
-/// What a shipper needs.
+/// Dependencies of a shipper.
 #[derive(Debug)]
 pub(super) struct Context {
     pub db: Db,
-    /// Older segments without a cursor are refused.
+    /// Older segments without a cursor are rejected.
     pub retention: Duration,
     pub metrics: Arc<Metrics>,
     pub host: String,
@@ -145,7 +145,7 @@ impl Context {
         Ok(position.map(|it| u64::try_from(it).unwrap_or(0)))
     }
 
-    /// `false`: the cursor was not at `from`.
+    /// Returns `false` if the cursor was not at `from`.
     async fn commit(&self, head: &SegmentHead, from: u64, batch: &Batch) -> Result<bool, DbError> {
         let position = |it: u64| i64::try_from(it).unwrap_or(i64::MAX);
         let shipped = async {
@@ -181,7 +181,7 @@ impl Context {
     }
 }
 
-/// Sizes batches by how long they take.
+/// Adapts the size of batches to their duration.
 #[derive(Debug)]
 struct BatchSize(usize);
 
@@ -205,7 +205,7 @@ impl BatchSize {
     }
 }
 
-/// Ships one segment as far as it goes. Returns the number of records.
+/// Ships one segment as far as possible. Returns the number of records.
 async fn ship(
     context: &Context,
     source: &mut Source,
@@ -213,7 +213,7 @@ async fn ship(
 ) -> Result<u64, ShipError> {
     let mut shipped = 0;
     while source.state == SourceState::Open {
-        // Before PostgreSQL is asked, so that the age of the backlog is known also while it is unreachable.
+        // Before PostgreSQL is queried, so that the age of the backlog is known even while it is unreachable.
         let max = size.0;
         let batch = source.read(max).await?;
         source.oldest = batch.rows.first().map(|row| row.at);
@@ -259,10 +259,10 @@ async fn ship(
                     return Ok(shipped);
                 }
             }
-            // Someone else ships this segment too.
+            // Another process ships this segment too.
             Ok(false) => source.position = None,
             Err(error) => {
-                // Nobody knows whether it was committed.
+                // It is unknown whether it was committed.
                 source.position = None;
                 size.failed();
                 return Err(error.into());
@@ -272,7 +272,7 @@ async fn ship(
     Ok(shipped)
 }
 
-/// The directory of a replica that has ended.
+/// The directory of a stopped replica.
 #[derive(Debug)]
 struct Adopted {
     directory: Directory,
@@ -300,7 +300,7 @@ fn sources(directory: &Path, writer: Writer) -> io::Result<Vec<(Source, PathBuf)
         match SegmentHead::read(&file)? {
             Some(head) => sources.push((Source::new(head, Arc::new(file), writer), path)),
             None => {
-                tracing::error!(path = %path.display(), "this is not a segment of usage records");
+                tracing::error!(path = %path.display(), "not a segment of usage records");
                 if writer == Writer::Ended {
                     directory::set_aside(&path)?;
                 }
@@ -318,7 +318,7 @@ pub(super) struct Shipper {
     reported_at: Option<Instant>,
 }
 
-/// Ships what replicas that have ended have left.
+/// Ships the records of stopped replicas.
 #[derive(Debug, Default)]
 pub(super) struct Adopter {
     adopted: Vec<Adopted>,
@@ -331,7 +331,7 @@ fn is_due(last: Option<Instant>, every: Duration) -> bool {
 }
 
 impl Shipper {
-    /// Ships what there is. Returns the number of records.
+    /// Ships all available records. Returns their number.
     pub async fn ship(&mut self, context: &Context, recorder: &Recorder) -> Result<u64, ShipError> {
         self.find_segments(recorder);
         let mut shipped = 0;
@@ -374,7 +374,7 @@ impl Shipper {
         }
     }
 
-    /// What this process has recorded and not shipped yet.
+    /// Returns what this process has recorded but not shipped yet.
     fn pending(&self) -> Pending {
         let (mut records, mut bytes, mut oldest) = (0, 0, None::<DateTime<Utc>>);
         for (source, segment) in &self.own {
@@ -417,7 +417,7 @@ impl Shipper {
         Ok(())
     }
 
-    /// Deletes what is left of a process that has shipped everything: after [`Recorder::close`].
+    /// Deletes the files of a process that has shipped everything. Call after [`Recorder::close`].
     pub async fn finish(
         &mut self,
         context: &Context,
@@ -439,13 +439,13 @@ impl Shipper {
 }
 
 impl Adopter {
-    /// Ships what replicas that have ended left in `root`. Returns the number of records.
+    /// Ships the records of stopped replicas in `root`. Returns their number.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
         if is_due(self.looked_at, ADOPT) {
             self.looked_at = Some(Instant::now());
             for path in directory::list(root)? {
                 if let Some(directory) = Directory::adopt(&path)? {
-                    tracing::info!(path = %path.display(), "took over the usage of a replica that has ended");
+                    tracing::info!(path = %path.display(), "took over the usage of a stopped replica");
                     self.adopted.push(Adopted::open(directory)?);
                 }
             }
@@ -455,7 +455,7 @@ impl Adopter {
             match ship_directory(context, adopted, &mut self.size).await {
                 Ok(records) => shipped += records,
                 Err(error) => {
-                    // The others first, the next time.
+                    // The next time, others come first.
                     self.adopted.rotate_left(1);
                     return Err(error);
                 }
@@ -501,16 +501,16 @@ fn delete(path: &Path) -> io::Result<()> {
     }
 }
 
-/// What `quota usage replay` did.
+/// The result of `quota usage replay`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Replayed {
     pub records: u64,
-    /// Whether a running process holds the directory, which ships the rest itself.
+    /// Whether a running process holds the directory. It ships the rest itself.
     pub is_owned: bool,
 }
 
-/// Ships the directory of a replica that does not come back. Does no harm if it is still running: then what is finished
-/// is shipped, and nothing is deleted.
+/// Ships the directory of a replica that will not return. Harmless if it is still running: finished records are shipped
+/// and nothing is deleted.
 pub(super) async fn replay(context: &Context, path: &Path) -> Result<Replayed, ShipError> {
     let mut size = BatchSize::default();
     if let Some(directory) = Directory::adopt(path)? {

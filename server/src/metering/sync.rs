@@ -1,4 +1,4 @@
-//! Making records survive a crash of the machine: one `fdatasync` for all that wait for it.
+//! Makes records survive a crash of the machine: one `fdatasync` for all waiting records.
 
 use std::{sync::Arc, thread};
 
@@ -11,7 +11,7 @@ use super::segment::Segment;
 #[derive(Debug)]
 struct Group {
     segments: Vec<Arc<Segment>>,
-    /// `None` until the call has returned; then whether it succeeded.
+    /// `None` until the call returns; then whether it succeeded.
     done: watch::Sender<Option<bool>>,
 }
 
@@ -36,12 +36,12 @@ struct Next {
     is_stopping: bool,
 }
 
-/// A thread that calls `fdatasync`, for as long as records wait for it.
+/// A thread that calls `fdatasync` while records wait for it.
 #[derive(Debug)]
 pub(super) struct Syncer(Arc<Shared>);
 
 impl Syncer {
-    /// `on_failure` is called with the segment that could not be written to disk.
+    /// Calls `on_failure` with a segment that could not be written to disk.
     pub fn start(
         on_failure: impl Fn(&Segment, &std::io::Error) + Send + 'static,
     ) -> std::io::Result<Self> {
@@ -53,7 +53,7 @@ impl Syncer {
         Ok(syncer)
     }
 
-    /// Waits until everything that was written to the segment before is on disk. `false`: it could not be written.
+    /// Waits until everything written to the segment before is on disk. Returns `false` if writing failed.
     pub async fn sync(&self, segment: Arc<Segment>) -> bool {
         let mut done = {
             let mut next = self.0.next.lock();
@@ -92,7 +92,7 @@ fn run(shared: &Shared, on_failure: &impl Fn(&Segment, &std::io::Error)) {
         };
         let mut synced = true;
         for segment in &group.segments {
-            // The kernel writes back pages that were changed through a map like any others.
+            // The kernel writes back pages that were changed through a memory map like any others.
             if let Err(error) = segment.file.sync_data() {
                 on_failure(segment, &error);
                 synced = false;

@@ -1,10 +1,10 @@
-//! Reading the rollups of usage.
+//! Reads the rollups of usage.
 //!
-//! A row of a rollup is about one key or all, one endpoint or all, one plan or all; see the migration. A query picks
-//! the rows that are about what it asks for, so it never adds up more of them than it has to. Long ranges are ranked by
-//! the whole days in UTC that they contain, and by quarter hours at both ends.
+//! A row of a rollup covers one key or all, one endpoint or all, one plan or all; see the migration. A query selects
+//! the rows of its combination, so it adds up no more rows than necessary. For ranking, long ranges are read as the
+//! whole UTC days that they contain and the quarter hours at both ends.
 //!
-//! Statements are built from fixed texts; whatever comes from a caller is bound.
+//! Statements consist of constant text; everything from callers is bound.
 
 use std::fmt::Write as _;
 
@@ -18,14 +18,14 @@ use uuid::Uuid;
 
 use crate::db::{DbError, TenantTx};
 
-/// Endpoints of one key that have rollups of their own.
+/// The maximum number of endpoints of a key with their own rollups.
 pub const ENDPOINTS_OF_KEY: i64 = 256;
-/// Endpoints of one tenant that have rollups of their own, over all keys.
+/// The maximum number of endpoints of a tenant with their own rollups, across all keys.
 pub const ENDPOINTS_OF_TENANT: i64 = 4096;
 
-/// The zero UUID: the row is about all keys, or all plans.
+/// The zero UUID: the row covers all keys or all plans.
 const ALL: &str = "'00000000-0000-0000-0000-000000000000'";
-/// The row is about all endpoints.
+/// The row covers all endpoints.
 const ALL_ENDPOINTS: &str = r"E'\x01'";
 
 /// Restricts what is counted.
@@ -74,7 +74,7 @@ impl Counts {
         }
     }
 
-    /// What is left without `other`, which is a part of it.
+    /// Returns the difference to `other`, which is part of it.
     #[must_use]
     pub fn without(&self, other: &Self) -> Self {
         Self {
@@ -91,7 +91,7 @@ impl Counts {
 pub struct Row {
     /// The key's or plan's ID, the endpoint or the policy; `None` without groups.
     pub group: Option<String>,
-    /// Index of the bucket.
+    /// The index of the bucket.
     pub bucket: usize,
     pub counts: Counts,
 }
@@ -111,7 +111,7 @@ pub struct Range {
 }
 
 impl Range {
-    /// The whole days in UTC within the range; empty, at its end, if there are none.
+    /// Returns the whole UTC days within the range, or an empty range at its end.
     fn whole_days(self) -> Self {
         let day = TimeDelta::days(1);
         let floor = |at: DateTime<Utc>| at.duration_trunc(day).unwrap_or(at);
@@ -174,7 +174,7 @@ impl Filter {
     }
 }
 
-/// The value that rows are grouped by, as text.
+/// Returns the value by which rows are grouped, as text.
 const fn group_value(group: Option<GroupBy>) -> &'static str {
     match group {
         None => "NULL::text",
@@ -225,7 +225,7 @@ impl CountsRow {
 fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
     let chosen = match group {
         None => "",
-        // Of the column's own type, so that an index can be used.
+        // Of the column's type, so that an index can be used.
         Some(GroupBy::Key) => " AND u.key_id = ANY($8::uuid[])",
         Some(GroupBy::Endpoint) => " AND u.endpoint = ANY($8)",
         Some(GroupBy::Policy) => " AND u.policy = ANY($8)",

@@ -1,8 +1,8 @@
 //! Compares what counts the same requests in different ways: the log, its rollups, and the quota ledger.
 //!
-//! Log and rollups are written in one transaction, so any difference is an error. The ledger counts what was handed out
-//! to replicas: after a window has ended, what it counts beyond recorded usage was lost in a crash, at most one block for
-//! each; recorded usage beyond it would have been admitted without it.
+//! Log and rollups are written in one transaction, so any difference is an error. The ledger counts what replicas took:
+//! after a window has ended, its excess over recorded usage was lost in crashes, at most one block each. Recorded usage
+//! above it would have been allowed without the ledger.
 
 use chrono::NaiveDate;
 use diesel::{
@@ -13,7 +13,7 @@ use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
 
 use crate::db::{DbError, SystemTx};
 
-/// Only one replica compares at a time.
+/// Ensures that only one replica compares at a time.
 const CHECK_LOCK: i64 = 7_226_424;
 
 /// The differences that were found.

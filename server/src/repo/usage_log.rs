@@ -1,4 +1,4 @@
-//! The log of decisions: appending to it, together with the rollups, and reading it.
+//! The log of decisions: appends to it and the rollups, and reads it.
 //!
 //! **Order.** The rows of a tenant are numbered without gaps in the order in which they become visible: [`append`]
 //! takes the numbers under a lock on the tenant's row of `usage_tenants` that is held until the commit. So a reader who
@@ -32,14 +32,14 @@ pub struct UsageRecord {
     pub was_rejected: bool,
     /// The policy that denied it. `None` if it was admitted, or denied while capacity was reduced.
     pub policy: Option<&'static str>,
-    /// Only of rejections.
+    /// Only for rejections.
     pub retry_after_seconds: Option<i32>,
     /// At least 1.
     pub cost: i64,
     pub request_id: String,
 }
 
-/// What became of the records.
+/// The result of appending records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Appended {
     pub rows: u64,
@@ -263,7 +263,7 @@ impl Filter {
     }
 }
 
-/// Rows that one page of a list looks through for matches at most.
+/// The maximum number of rows that one page of a list searches for matches.
 pub const SEARCHED_ROWS: i64 = 50_000;
 
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
@@ -332,7 +332,7 @@ macro_rules! bind_filter {
 #[derive(Debug)]
 pub struct Page {
     pub rows: Vec<DecisionRow>,
-    /// Where the next page begins: before this number. `None` if this is the last one.
+    /// The next page begins before this number. `None`: this is the last page.
     pub before: Option<i64>,
 }
 

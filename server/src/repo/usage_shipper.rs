@@ -1,7 +1,7 @@
-//! What servers have not delivered yet, by their own reports.
+//! Reports of servers about usage that they have not shipped yet.
 //!
-//! A server reports every second or so about each usage directory it owns. A report that is older is of a server that
-//! is slow, cut off from PostgreSQL, or ended without delivering everything.
+//! A server reports about once per second on each usage directory it owns. An older report means that its server is
+//! slow, cut off from PostgreSQL, or stopped without shipping everything.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -31,7 +31,7 @@ pub struct ShipperReport {
     pub oldest_pending_at: Option<DateTime<Utc>>,
 }
 
-/// Returns all reports, the longest silent first.
+/// Returns all reports, oldest first.
 pub async fn reports(tx: &mut SystemTx) -> Result<Vec<ShipperReport>, DbError> {
     Ok(diesel::sql_query(
         "SELECT directory_id, host, extract(epoch FROM now() - reported_at)::bigint AS seconds_since_report, \

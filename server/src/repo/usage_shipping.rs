@@ -1,7 +1,8 @@
-//! How far each segment of usage was shipped, and what is left in each replica's directory.
+//! How far each usage segment was shipped, and what is left in each replica's directory.
 //!
-//! A cursor moves in the transaction that inserts the records before it, and only from the position that the shipper
-//! read from. So whoever else ships the same segment, and however a COMMIT ends, each record is inserted once.
+//! A cursor moves in the transaction that inserts the records before it, and only from the position at which the
+//! shipper started to read. So each record is inserted once, even if several processes ship the same segment or the
+//! result of a COMMIT is unknown.
 
 use std::time::Duration;
 
@@ -80,7 +81,7 @@ pub struct Pending {
     pub oldest: Option<DateTime<Utc>>,
 }
 
-/// Says what is left in a directory.
+/// Reports what is left in a directory.
 pub async fn report(
     tx: &mut SystemTx,
     directory: Uuid,
@@ -105,7 +106,7 @@ pub async fn report(
     Ok(())
 }
 
-/// Says that a directory is gone.
+/// Reports that a directory was deleted.
 pub async fn remove_report(tx: &mut SystemTx, directory: Uuid) -> Result<(), DbError> {
     diesel::sql_query("DELETE FROM usage_shippers WHERE directory_id = $1")
         .bind::<SqlUuid, _>(directory)

@@ -1,4 +1,4 @@
-//! Where a tenant's keys stand: how many there are, how much of their quotas is used, and which need attention.
+//! The state of a tenant's keys: their number, how much of their quotas is used, and which need attention.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, TenantTx};
 
-/// Rows of each kind that need attention at most.
+/// The maximum number of rows per kind that need attention.
 const ATTENTION: i64 = 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]

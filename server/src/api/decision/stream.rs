@@ -1,10 +1,10 @@
 //! Decisions as server-sent events.
 //!
-//! A stream reads the log in the order of its numbers, in which rows become visible, so it shows what every replica has
-//! shipped, and any replica can go on where another ended. It holds one batch at a time and reads the next one when the
-//! client has taken it; a client that falls too far behind is told how much it missed.
+//! A stream reads the log in the order of its numbers, in which rows become visible. So it contains what every replica
+//! has shipped, and any replica can resume it. It holds one batch at a time and reads the next one when the client has
+//! read it. A client that falls too far behind is informed how much it missed.
 //!
-//! PostgreSQL being unreachable only delays events.
+//! An unreachable PostgreSQL only delays events.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -37,17 +37,17 @@ use crate::{
 };
 
 const MEDIA_TYPE: &str = "text/event-stream";
-/// Between two looks at the log. Half a second for that, and a second from a decision to its row.
+/// How often the log is read. A decision takes up to a second to get there.
 const EVERY: Duration = Duration::from_millis(500);
-/// A comment is sent when there was nothing else for so long, for proxies that close idle connections.
+/// Without events for this long, a comment is sent, for proxies that close idle connections.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
-/// Rows of one look.
+/// The maximum number of rows per read.
 const BATCH: i64 = 500;
-/// Open streams at most.
+/// The maximum numbers of open streams.
 const STREAMS: usize = 200;
 const STREAMS_OF_TENANT: usize = 20;
 
-/// How many streams are open on this replica. Cheap to clone.
+/// The open streams of this replica. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Streams(Arc<Mutex<HashMap<TenantId, usize>>>);
 
@@ -86,11 +86,11 @@ impl Drop for Place {
     }
 }
 
-/// Where a stream is in a tenant's log.
+/// The position of a stream in a tenant's log.
 pub(super) struct Tail {
     pub(super) state: AppState,
     pub(super) tenant: TenantId,
-    /// Checked before each look: a session that was revoked reads nothing more.
+    /// Checked before each read, so that a revoked session receives nothing more.
     pub(super) token: SecretString,
     pub(super) filter: Filter,
     /// The last number that was read.
@@ -117,7 +117,7 @@ fn event(name: &str, id: Option<i64>, data: &impl serde::Serialize) -> String {
     let id = id
         .map(|id| format!("id: {}\n", write_position(id)))
         .unwrap_or_default();
-    // JSON has no line breaks outside of strings, and escapes them inside.
+    // JSON has no line breaks outside strings, and escapes them inside.
     let data = serde_json::to_string(data).unwrap_or_default();
     format!("event: {name}\n{id}data: {data}\n\n")
 }
@@ -140,13 +140,13 @@ impl Tail {
         }
     }
 
-    /// Returns the events of what was appended to the log since the last look.
+    /// Returns the events that were appended to the log since the last read.
     async fn look(&mut self) -> Result<String, DbError> {
         let mut tx = self.state.db.tenant(self.tenant).await?;
         let newest = usage_log::last_seq(&mut tx).await?;
         if newest <= self.after {
             tx.commit().await?;
-            // Only less if PostgreSQL was restored to an earlier state.
+            // Lower only if PostgreSQL was restored to an earlier state.
             self.after = newest;
             return Ok(String::new());
         }
@@ -168,7 +168,7 @@ impl Tail {
     }
 }
 
-/// One step after another, each when the client has taken what came before.
+/// Runs one step after another, each when the client has read what came before.
 fn events(tail: Tail, place: Place) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
     struct Running {
         tail: Tail,
@@ -178,7 +178,7 @@ fn events(tail: Tail, place: Place) -> impl Stream<Item = std::io::Result<Bytes>
         keep_alive: Duration,
         is_over: bool,
     }
-    // Well before HTTP/2 gives up on a response that makes no progress.
+    // Well before the deadline of HTTP/2 responses without progress.
     let keep_alive = KEEP_ALIVE.min(tail.state.config.write_timeout / 3);
     let now = Instant::now();
     let running = Running {
@@ -189,7 +189,7 @@ fn events(tail: Tail, place: Place) -> impl Stream<Item = std::io::Result<Bytes>
         keep_alive,
         is_over: false,
     };
-    // Lets a client know at once that it is connected, and how soon to come back when it is not.
+    // Informs the client that it is connected, and how soon to reconnect.
     let hello = stream::iter([Ok(Bytes::from_static(b"retry: 1000\n: connected\n\n"))]);
     let rest = stream::unfold(running, |mut it| async move {
         if it.is_over {
@@ -247,7 +247,7 @@ impl IntoResponse for DecisionStream {
         let mut response = Response::builder().body(self.0);
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-        // nginx would hold events back otherwise; Caddy does not hold back this media type.
+        // nginx would buffer events otherwise. Caddy does not buffer this media type.
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         response
     }

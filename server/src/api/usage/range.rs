@@ -12,10 +12,10 @@ use crate::{
 
 /// The resolution of rollups.
 pub(in crate::api) const QUARTER: TimeDelta = TimeDelta::minutes(15);
-/// Longer ranges have days by default.
+/// Longer ranges use days by default.
 const HOURS_UP_TO: TimeDelta = TimeDelta::days(7);
 
-/// Parameters as they were sent.
+/// The parameters as sent.
 #[derive(Debug)]
 pub(super) struct RangeQuery {
     pub(super) from: Option<DateTime<Utc>>,
@@ -29,7 +29,7 @@ pub(super) struct Buckets {
     pub(super) from: DateTime<Utc>,
     pub(super) to: DateTime<Utc>,
     pub(super) bucket: UsageBucketSize,
-    /// In order; the first one is `from`.
+    /// In order. The first one is `from`.
     pub(super) starts: Vec<DateTime<Utc>>,
 }
 
@@ -168,7 +168,7 @@ mod tests {
         );
         let error = hours("2026-02-11T16:01:00Z").expect_err("1,001 hours");
         assert_eq!(error.errors[0].field, "to");
-        // A range of thousands of years is refused without counting them.
+        // A range of thousands of years is rejected without enumerating its buckets.
         let error = buckets(
             "UTC",
             "1970-01-01T00:00:00Z",
