@@ -1,4 +1,4 @@
-//! Settings: that the example lists them all, and that a wrong one stops the start.
+//! Settings: the example lists all of them, and an invalid one prevents startup.
 
 use std::{
     collections::BTreeSet,
@@ -10,7 +10,7 @@ use std::{
 
 use quota_server::config;
 
-/// The binary with nothing in its environment but what is given.
+/// Runs the binary with only these environment variables.
 fn quota(arguments: &[&str], variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quota"));
     command
@@ -24,7 +24,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Each variable of the example, with its comment and its value.
+/// Returns each variable of the example with its comment and value.
 fn variables(example: &str) -> Vec<(String, String, String)> {
     let (mut all, mut comment) = (Vec::new(), Vec::new());
     for line in example.lines() {
@@ -40,7 +40,7 @@ fn variables(example: &str) -> Vec<(String, String, String)> {
     all
 }
 
-/// The lines of a refused start that name one variable each.
+/// Returns the lines that name a variable, of a server that did not start.
 fn faults(output: &Output) -> Vec<String> {
     let stderr = text(&output.stderr);
     let lines = stderr.lines().filter(|line| !line.starts_with("quota: "));
@@ -48,7 +48,7 @@ fn faults(output: &Output) -> Vec<String> {
 }
 
 #[test]
-fn the_committed_example_is_the_servers() {
+fn committed_example_is_up_to_date() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.env.example");
     let committed = fs::read_to_string(path).expect(".env.example is committed");
     assert_eq!(
@@ -60,7 +60,7 @@ fn the_committed_example_is_the_servers() {
 }
 
 #[test]
-fn every_variable_is_explained_and_known_to_the_binary() {
+fn every_variable_is_described_and_known_to_the_binary() {
     let variables = variables(&config::env_example());
     assert!(variables.len() >= 24, "{}", variables.len());
     let help = text(&quota(&["serve", "--help"], &[]).stdout);
@@ -73,20 +73,20 @@ fn every_variable_is_explained_and_known_to_the_binary() {
         );
         assert!(names.insert(name), "{name} is there twice");
     }
-    // No variable is read that is not in the example: nothing else in the server reads the environment.
+    // Every variable that is read is in the example: nothing else in the server reads the environment.
     let listed = help.matches("[env: ").count();
     assert_eq!(listed, variables.len());
 }
 
-/// The README's users paste it into the environment.
+/// Users copy it into their environment.
 #[test]
-fn the_example_itself_is_a_valid_environment() {
+fn example_is_a_valid_environment() {
     let example = variables(&config::env_example());
     let given = example
         .iter()
         .map(|(name, _, value)| (name.as_str(), value.as_str()));
     let mut given = given.collect::<Vec<_>>();
-    // An address that is taken stops the start after the settings were found to be valid.
+    // An occupied address prevents startup after the settings have been accepted.
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let addr = taken.local_addr().expect("it is bound").to_string();
     for (name, value) in &mut given {
@@ -104,7 +104,7 @@ fn the_example_itself_is_a_valid_environment() {
     assert!(!stderr.contains("invalid settings"), "{stderr}");
 }
 
-/// A value that is wrong for each variable.
+/// Returns an invalid value for each variable.
 fn wrong(name: &str) -> &'static str {
     match name {
         "QUOTA_LISTEN" | "QUOTA_METRICS_LISTEN" => "8080",
@@ -163,7 +163,7 @@ fn wrong(name: &str) -> &'static str {
 }
 
 #[test]
-fn a_wrong_value_of_any_variable_stops_the_start_with_one_line_that_names_it() {
+fn invalid_value_prevents_startup_with_one_line_that_names_the_variable() {
     let dir = tempfile::tempdir().expect("a directory");
     let data = dir.path().join("data");
     let data = data.to_str().expect("it is text");
@@ -192,7 +192,7 @@ fn a_wrong_value_of_any_variable_stops_the_start_with_one_line_that_names_it() {
 }
 
 #[test]
-fn every_wrong_value_is_told_at_once_in_every_command_that_reads_settings() {
+fn all_invalid_values_are_reported_together_by_every_command() {
     let all = variables(&config::env_example());
     let given = all.iter().map(|(name, _, _)| (name.as_str(), wrong(name)));
     let given = given.collect::<Vec<_>>();
@@ -211,14 +211,14 @@ fn every_wrong_value_is_told_at_once_in_every_command_that_reads_settings() {
 }
 
 #[test]
-fn what_needs_no_settings_ignores_wrong_ones() {
+fn commands_without_settings_ignore_invalid_ones() {
     for command in ["openapi", "env-example"] {
         let output = quota(&[command], &[("QUOTA_LISTEN", "nonsense")]);
         assert!(output.status.success(), "{command}");
     }
 }
 
-/// Starts the server with these variables; answers the lines that name one.
+/// Starts the server with these variables. Returns the lines that name one.
 fn refused(given: &[(&str, &str)]) -> Vec<String> {
     let output = quota(&["serve"], given);
     assert_eq!(output.status.code(), Some(1), "{given:?}");
@@ -227,7 +227,7 @@ fn refused(given: &[(&str, &str)]) -> Vec<String> {
 }
 
 #[test]
-fn a_misspelled_setting_stops_the_start_and_a_kubernetes_link_does_not() {
+fn misspelled_setting_prevents_startup_and_a_kubernetes_link_does_not() {
     let lines = refused(&[
         ("QUOTA_DATABASE_URL", "postgres://root:hunter2@host/db"),
         ("QUOTA_LISTEN_FILE", "/run/secrets/listen"),
@@ -243,7 +243,7 @@ fn a_misspelled_setting_stops_the_start_and_a_kubernetes_link_does_not() {
     assert!(starting("QUOTA_LOG_FORMAT: "), "{lines:#?}");
     assert!(!lines.join("").contains("hunter2"), "{lines:#?}");
 
-    // Links alone are no reason: the start goes on to the settings themselves.
+    // Links alone are accepted: startup continues with the settings.
     let lines = refused(&[
         ("QUOTA_SERVICE_HOST", "10.0.0.1"),
         ("QUOTA_PORT", "tcp://10.0.0.1:8080"),
@@ -253,16 +253,16 @@ fn a_misspelled_setting_stops_the_start_and_a_kubernetes_link_does_not() {
     assert_eq!(lines.len(), 1, "{lines:#?}");
 }
 
-/// Mounted secrets, as Docker and Kubernetes give them.
+/// Mounted secrets, as in Docker and Kubernetes.
 #[test]
-fn a_secret_is_read_from_its_file_and_a_wrong_file_stops_the_start() {
+fn secret_is_read_from_its_file_and_an_invalid_file_prevents_startup() {
     let dir = tempfile::tempdir().expect("a directory");
     let file = |name: &str, content: &[u8]| {
         let path = dir.path().join(name);
         fs::write(&path, content).expect("it is written");
         path.to_str().expect("it is text").to_owned()
     };
-    // A name that is on no network: the start fails later, at the database that the file names.
+    // A host that does not exist: startup fails later, at the database that the file names.
     let database = file(
         "database",
         b"postgres://quota:hunter2@database.invalid/quota\n",

@@ -1,4 +1,4 @@
-//! What strangers can send without an account: keys that nobody ever created, and connections that send nothing.
+//! What strangers can send without an account: keys that were never created, and connections that send nothing.
 
 use std::{
     io::{Read as _, Write as _},
@@ -21,10 +21,10 @@ use crate::support::{
 };
 
 const KEYS: u32 = 100_000;
-/// Requests that one connection sends before it reads the first answer.
+/// Requests that a connection sends before it reads the first response.
 const BATCH: u32 = 100;
 
-/// A key in which all but the checksum is right.
+/// Returns a key that is valid except for its checksum.
 fn forged(n: u32) -> String {
     let mut bytes = [7; 32];
     bytes[..4].copy_from_slice(&n.to_be_bytes());
@@ -38,7 +38,7 @@ fn count(bytes: &[u8], what: &[u8]) -> usize {
     bytes.windows(what.len()).filter(|it| *it == what).count()
 }
 
-/// Sends the keys from `first` on, and answers how many were refused with 401.
+/// Sends the keys from `first` on. Returns how many were rejected with 401.
 fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
     let mut refused = 0;
     for batch in (first..first + keys).step_by(BATCH as usize) {
@@ -64,7 +64,7 @@ fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
 }
 
 #[tokio::test]
-async fn a_flood_of_keys_with_wrong_checksums_looks_nothing_up() {
+async fn flood_of_keys_with_wrong_checksums_causes_no_look_ups() {
     const LOOK_UPS: [&str; 4] = [
         "quota_key_cache_hits_total",
         "quota_key_cache_negative_hits_total",
@@ -96,13 +96,13 @@ async fn a_flood_of_keys_with_wrong_checksums_looks_nothing_up() {
     quota.stop();
 }
 
-/// Files of this process that are not silent sockets.
+/// Open files of this process besides the silent sockets.
 const OWN_FILES: usize = 600;
 const SILENT: usize = 20_000;
 /// Connections from one address, and addresses in one network: fewer than may be, so that only the total limits them.
 const FROM_ONE_ADDRESS: usize = 500;
 const ADDRESSES: usize = 4;
-/// No request takes longer, on a busy machine.
+/// No request takes longer, even on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Where the hostile connection of this number comes from.
@@ -134,10 +134,10 @@ fn client_at(source: Ipv4Addr) -> Client {
 
 /// As many as the limit of open files allows, up to 20,000.
 #[tokio::test(flavor = "multi_thread")]
-async fn silent_connections_do_not_lock_anybody_out() {
+async fn silent_connections_do_not_lock_out_others() {
     let limit = file_limit::raise().unwrap_or(1024);
     let silent = SILENT.min(limit.saturating_sub(OWN_FILES));
-    // Fewer than there are silent ones.
+    // Fewer than the silent ones.
     let places = (silent / 2).to_string();
     let (data, http) = (data_dir(), Client::new());
     let settings = [("QUOTA_CONNECTIONS", places.as_str())];
@@ -148,7 +148,7 @@ async fn silent_connections_do_not_lock_anybody_out() {
     let flood = tokio::spawn(async move {
         let mut held = Vec::with_capacity(silent);
         for n in 0..silent {
-            // One in a hundred goes to the metrics.
+            // One in a hundred goes to the metrics listener.
             let to = if n % 100 == 0 { metrics } else { server };
             match connect_from(hostile(n), to).await {
                 Ok(stream) => held.push(stream),
@@ -157,7 +157,7 @@ async fn silent_connections_do_not_lock_anybody_out() {
         }
         held
     });
-    // A newcomer each time: from an address of its own, and from one that the flood comes from.
+    // A new connection each time: from its own address, and from one of the flood's.
     let clients = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 1, 1)].map(client_at);
     let began = Instant::now();
     let (mut answered, mut slowest) = (0, Duration::ZERO);
@@ -191,7 +191,7 @@ async fn silent_connections_do_not_lock_anybody_out() {
     assert!(answered >= 30, "{answered}");
     assert!(grown < 150, "{grown} MiB");
 
-    // They are closed in time, also without others that want their place.
+    // They are closed in time even if nobody else needs the room.
     for listener in ["public", "metrics"] {
         let open = format!("quota_connections_open{{listener=\"{listener}\"}}");
         let ended = Instant::now();
@@ -377,7 +377,7 @@ async fn slow_connections_hold_little_memory() {
     }
 }
 
-/// Sends a request and keeps the connection; `None` if the server closed it instead of answering.
+/// Sends a request and keeps the connection. `None` if the server closed it without a response.
 async fn ask_on(stream: &mut tokio::net::TcpStream) -> Option<String> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let request = b"GET /health/live HTTP/1.1\r\nHost: q\r\n\r\n";
@@ -389,7 +389,7 @@ async fn ask_on(stream: &mut tokio::net::TcpStream) -> Option<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_address_that_has_its_share_of_connections_does_not_touch_the_others() {
+async fn address_at_its_connection_limit_does_not_affect_others() {
     let app = TestApp::setup()
         .flag("--connections-per-address=5")
         .flag("--trusted-proxies=127.0.2.9")
@@ -405,7 +405,7 @@ async fn an_address_that_has_its_share_of_connections_does_not_touch_the_others(
     for _ in 0..5 {
         held.push(at(1).await.expect("within its share"));
     }
-    // For a moment twice its share.
+    // Briefly twice its limit.
     let mut refused = 0;
     for _ in 0..15 {
         match at(1).await {
@@ -418,7 +418,7 @@ async fn an_address_that_has_its_share_of_connections_does_not_touch_the_others(
     for _ in 0..20 {
         held.push(at(9).await.expect("a trusted proxy carries many clients"));
     }
-    // Those it has go on working.
+    // Its existing connections keep working.
     assert!(ask_on(&mut held[0]).await.is_some());
     held.remove(0);
     let again = async {
@@ -432,12 +432,12 @@ async fn an_address_that_has_its_share_of_connections_does_not_touch_the_others(
     assert!(app.metric(refused).await >= 1.0);
 }
 
-/// Anybody may ask whether the server is ready, and PostgreSQL is not asked each time.
+/// Anyone may check readiness, and not every check queries PostgreSQL.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flood_of_readiness_checks_asks_postgres_rarely() {
+async fn flood_of_readiness_checks_rarely_queries_postgres() {
     let app = TestApp::setup().without_jobs().start().await;
     let client = app.database.connect().await;
-    // What PostgreSQL itself counts, once it has written that down.
+    // PostgreSQL's own statistics, after it has written them.
     let scans = async || {
         tokio::time::sleep(Duration::from_millis(1500)).await;
         let sql = "SELECT coalesce(sum(seq_scan + coalesce(idx_scan, 0)), 0)::bigint FROM pg_stat_user_tables \

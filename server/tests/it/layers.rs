@@ -1,8 +1,8 @@
-//! Who may know whom: a module imports only from a lower rank, or from its own folder.
+//! Which module may import which: only from a lower rank, or from its own folder.
 
 use std::{fs, path::Path};
 
-/// Every module of the server, from the ground up. `main` and `lib` stand above all.
+/// Every module of the server, lowest rank first. `main` and `lib` are above all.
 const RANKS: &[&[&str]] = &[
     &[
         "authenticated",
@@ -29,7 +29,7 @@ const RANKS: &[&[&str]] = &[
     &["lib", "main"],
 ];
 
-/// What the modules of a folder do not name, whatever its rank: crates and modules.
+/// Crates and modules that the modules of a folder must not name, regardless of rank.
 const FOREIGN: &[(&str, &[&str])] = &[
     (
         "limiter",
@@ -67,7 +67,7 @@ fn rank(module: &str) -> Option<usize> {
     RANKS.iter().position(|modules| modules.contains(&module))
 }
 
-/// `api/plan.rs` is of the module `api`.
+/// `api/plan.rs` belongs to the module `api`.
 fn module_of(path: &str) -> &str {
     path.split('/')
         .next()
@@ -75,8 +75,7 @@ fn module_of(path: &str) -> &str {
         .trim_end_matches(".rs")
 }
 
-/// The code without its line comments, where modules are named as well. A `//` in a text ends the line too
-/// early for nothing that is looked for here.
+/// Removes line comments, which name modules too. A `//` in a string cuts off nothing that matters here.
 fn code(source: &str) -> String {
     let lines = source
         .lines()
@@ -89,7 +88,7 @@ fn name_at(text: &str) -> &str {
     &text[..end.unwrap_or(text.len())]
 }
 
-/// The first names of everything after `crate::`, also of each in a group.
+/// Returns the first segment of every path after `crate::`, including those in groups.
 fn imports(code: &str) -> Vec<&str> {
     let mut found = Vec::new();
     for (at, _) in code.match_indices("crate::") {
@@ -121,7 +120,7 @@ fn imports(code: &str) -> Vec<&str> {
     found
 }
 
-/// Whether the code names a crate: in a path, or in a `use` of all of it.
+/// Returns whether the code names a crate, in a path or in a `use`.
 fn names(code: &str, krate: &str) -> bool {
     code.match_indices(krate).any(|(at, _)| {
         let before = code[..at].trim_end_matches(' ');
@@ -174,7 +173,7 @@ fn walk(dir: &Path, root: &Path, found: &mut Vec<(String, String)>) {
 }
 
 #[test]
-fn a_module_imports_only_from_lower_ranks_or_its_own_folder() {
+fn module_imports_only_from_lower_ranks_or_its_own_folder() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     walk(&root, &root, &mut files);
@@ -193,7 +192,7 @@ fn a_module_imports_only_from_lower_ranks_or_its_own_folder() {
         .collect::<Vec<_>>();
     assert!(found.is_empty(), "{found:#?}");
 
-    // A rank of something that is gone would hide that its name came back with another meaning.
+    // A leftover rank would be wrong if the name were used again for something else.
     for module in RANKS.iter().copied().flatten() {
         assert!(
             files.iter().any(|(path, _)| module_of(path) == *module),
@@ -203,7 +202,7 @@ fn a_module_imports_only_from_lower_ranks_or_its_own_folder() {
 }
 
 #[test]
-fn a_planted_violation_is_caught() {
+fn planted_violation_is_found() {
     let one = |path: &str, source: &str| {
         let found = faults(path, source);
         assert_eq!(found.len(), 1, "{path}: {source}: {found:?}");

@@ -1,4 +1,4 @@
-//! The migrations: there and back, together, and by a role that may not do everything.
+//! Migrations: up and down, concurrently, and by a restricted role.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ async fn migrate(url: &str) -> Vec<String> {
         .expect("the migrations apply")
 }
 
-/// As another process would: applying blocks its task.
+/// On another thread, since applying blocks.
 async fn migrate_apart(url: &str) -> Vec<String> {
     let url = url.to_owned();
     tokio::spawn(async move { migrate(&url).await })
@@ -22,8 +22,8 @@ async fn migrate_apart(url: &str) -> Vec<String> {
         .expect("it does not panic")
 }
 
-/// Everything that a migration makes, as text: columns, constraints, indexes, policies, functions, triggers,
-/// rights and comments.
+/// Returns everything that migrations create, as text: columns, constraints, indexes, policies, functions, triggers,
+/// privileges and comments.
 async fn shape(client: &Client) -> Vec<String> {
     let sql = "
         SELECT format('column %s.%s %s %s %s', c.relname, a.attname, format_type(a.atttypid, a.atttypmod),
@@ -54,7 +54,7 @@ async fn shape(client: &Client) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn up_down_and_up_again_is_up() {
+async fn up_after_down_restores_the_schema() {
     let database = TestDatabase::create_empty().await;
     let client = database.connect().await;
     let empty = shape(&client).await;
@@ -86,7 +86,7 @@ async fn up_down_and_up_again_is_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_replicas_that_migrate_at_once_both_succeed() {
+async fn concurrent_migrations_both_succeed() {
     let database = TestDatabase::create_empty().await;
     let (one, other, third) = tokio::join!(
         migrate_apart(database.url()),
@@ -102,12 +102,12 @@ async fn two_replicas_that_migrate_at_once_both_succeed() {
     );
 }
 
-/// The roles belong to the cluster: two databases of it make them at once.
+/// Roles belong to the cluster, and two of its databases create them concurrently.
 #[tokio::test(flavor = "multi_thread")]
-async fn two_databases_of_one_cluster_do_not_get_in_each_others_way() {
+async fn two_databases_in_one_cluster_do_not_interfere() {
     let (one, other) = tokio::join!(TestDatabase::create_empty(), TestDatabase::create_empty());
     tokio::join!(migrate_apart(one.url()), migrate_apart(other.url()));
-    // And taking one back leaves the other at work.
+    // Reverting one does not affect the other.
     db::revert_all(&SecretString::from(one.url()))
         .await
         .expect("it can be taken back");
@@ -118,7 +118,7 @@ async fn two_databases_of_one_cluster_do_not_get_in_each_others_way() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_constraint_has_a_name_of_ours_and_every_table_says_what_it_is_for() {
+async fn every_constraint_is_named_and_every_table_has_a_comment() {
     let database = TestDatabase::create_empty().await;
     migrate(database.url()).await;
     let client = database.connect().await;
@@ -163,7 +163,7 @@ async fn every_constraint_has_a_name_of_ours_and_every_table_says_what_it_is_for
         .collect::<Vec<_>>();
     assert!(silent.is_empty(), "without a comment: {silent:?}");
 
-    // A foreign key without an index makes every delete of what it refers to read the whole table.
+    // Without an index on a foreign key, every delete of a referenced row reads the whole table.
     let sql = "SELECT conname::text FROM pg_constraint f WHERE contype = 'f' \
         AND connamespace = 'public'::regnamespace AND NOT EXISTS (SELECT FROM pg_index i \
             WHERE i.indrelid = f.conrelid AND f.conkey @> (i.indkey::int2[])[0:cardinality(f.conkey) - 1] \
@@ -176,7 +176,7 @@ async fn every_constraint_has_a_name_of_ours_and_every_table_says_what_it_is_for
         .iter()
         .map(|row| row.get::<_, &str>(0))
         .collect::<Vec<_>>();
-    // Users are never deleted one by one, and a key's plan is found by its own index.
+    // Users are never deleted individually, and a key's plan has its own index.
     let known = [
         "api_keys_plan_fkey",
         "audit_events_user_fkey",
@@ -189,9 +189,9 @@ async fn every_constraint_has_a_name_of_ours_and_every_table_says_what_it_is_for
     assert!(bare.is_empty(), "without an index: {bare:?}");
 }
 
-/// What a hosted PostgreSQL gives: an owner of the database that may make roles and is no superuser.
+/// As with hosted PostgreSQL: the owner of the database may create roles and is not a superuser.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_role_that_is_no_superuser_migrates_and_serves() {
+async fn role_without_superuser_migrates_and_serves() {
     let database = TestDatabase::create_empty().await;
     let admin = database.connect().await;
     let role = format!("quota_owner_{}", uuid::Uuid::now_v7().simple());
@@ -200,8 +200,7 @@ async fn a_role_that_is_no_superuser_migrates_and_serves() {
         .await
         .expect("an answer")
         .get(0);
-    // The two roles may be there already, made by another: then this one has to be let into them, as the
-    // migration says.
+    // If another role has created the two roles, this one must be made a member, as the migration says.
     let version: i32 = admin
         .query_one("SELECT current_setting('server_version_num')::int", &[])
         .await
@@ -266,7 +265,7 @@ async fn a_role_that_is_no_superuser_migrates_and_serves() {
         .expect("nothing of it is left");
 }
 
-/// The same database, signed in to as another role.
+/// The same database with another role.
 fn as_role(url: &str, role: &str) -> String {
     let mut url = url.to_owned();
     if let Ok(mut parsed) = url::Url::parse(&url)

@@ -1,5 +1,5 @@
-//! PostgreSQL goes away, and comes back. Who is known goes on being served for a while, nobody is let in
-//! unconfirmed, nothing hangs, and nothing is an error of the server's.
+//! PostgreSQL becomes unreachable and recovers. Known keys are served for a while, nobody is admitted unconfirmed,
+//! nothing hangs, and nothing is an internal error.
 
 use std::{
     path::PathBuf,
@@ -21,10 +21,10 @@ use crate::support::{
     postgres::TestDatabase,
 };
 
-/// No answer takes longer, whatever PostgreSQL does.
+/// No response takes longer, whatever PostgreSQL does.
 const AT_MOST: Duration = Duration::from_secs(5);
 
-/// A server whose way to PostgreSQL can be made to fail.
+/// A server whose connections to PostgreSQL can be made to fail.
 struct World {
     app: TestApp,
     proxy: FaultProxy,
@@ -32,7 +32,7 @@ struct World {
     key: Key,
 }
 
-/// Where the test's PostgreSQL listens, and the URL by which it is reached through the proxy.
+/// Returns the address of the test's PostgreSQL, and its URL through the proxy.
 pub(crate) async fn through_proxy(database: &TestDatabase) -> (FaultProxy, String) {
     let config: tokio_postgres::Config = database.url().parse().expect("a URL");
     let port = config.get_ports().first().copied().unwrap_or(5432);
@@ -77,7 +77,7 @@ async fn world(change: impl FnOnce(Setup) -> Setup) -> World {
 }
 
 impl World {
-    /// Cuts every connection; new ones fail as `fault` says.
+    /// Resets every connection. New ones have this fault.
     fn lose(&self, fault: Fault) {
         self.proxy.set(fault);
         if fault == Fault::Refuse {
@@ -87,7 +87,7 @@ impl World {
 
     fn find(&self) {
         self.proxy.set(Fault::Pass);
-        // What went silent stays so for the connections that were open.
+        // Open connections remain silent.
         self.proxy.cut();
     }
 
@@ -95,7 +95,7 @@ impl World {
         self.app.get("/health/ready").send().await.status
     }
 
-    /// Until the server serves as before.
+    /// Waits until the server has recovered.
     async fn recovers(&self) {
         let began = Instant::now();
         loop {
@@ -123,7 +123,7 @@ fn assert_unavailable(answer: &Answer, what: &str) {
     assert!(answer.number("retry-after") >= 1, "{what}");
 }
 
-/// A key of the right form that is nobody's.
+/// Returns a well-formed key that does not exist.
 fn unknown_key() -> String {
     use quota_server::secret_text::{Kind, SecretText};
     SecretText::generate(Kind::ApiKey).expect("chance").reveal()
@@ -136,7 +136,7 @@ async fn an_outage(fault: Fault) {
     assert_eq!(world.ready().await, 200);
 
     world.lose(fault);
-    // Readiness is remembered for a quarter of a second.
+    // Readiness is cached for a quarter of a second.
     tokio::time::sleep(Duration::from_millis(300)).await;
     let began = Instant::now();
     assert_unavailable(&app.get("/health/ready").send().await, "ready");
@@ -147,7 +147,7 @@ async fn an_outage(fault: Fault) {
         "it lives all the same"
     );
 
-    // Long enough for what is remembered to be stale: then it takes the grace to be served.
+    // Long enough for cached records to be stale. From then on they are served only during the grace period.
     tokio::time::sleep(Duration::from_millis(1500)).await;
     let token = &world.account.access_token;
     let unknown = unknown_key();
@@ -189,17 +189,17 @@ async fn an_outage(fault: Fault) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgres_that_refuses_is_survived() {
+async fn postgres_that_rejects_connections_is_survived() {
     an_outage(Fault::Refuse).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgres_that_falls_silent_is_survived() {
+async fn silent_postgres_is_survived() {
     an_outage(Fault::BlackHole).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_in_use_is_served_no_longer_than_the_grace() {
+async fn key_in_use_is_served_no_longer_than_the_grace_period() {
     let world = world(|setup| setup.flag("--stale-grace=2s")).await;
     assert_eq!(world.app.echo(&world.key.text).await.status, 200);
     world.lose(Fault::Refuse);
@@ -217,7 +217,7 @@ async fn a_key_in_use_is_served_no_longer_than_the_grace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_quota_whose_ledger_is_away_is_reduced_capacity_and_never_over() {
+async fn unreachable_ledger_reduces_capacity_and_never_exceeds_a_quota() {
     let world = world(|setup| setup).await;
     let plan = world
         .app
@@ -227,7 +227,7 @@ async fn a_quota_whose_ledger_is_away_is_reduced_capacity_and_never_over() {
         )
         .await;
     let key = world.app.key(&world.account, &plan).await;
-    // A block is at most a hundredth of the quota: three.
+    // A block is at most a hundredth of the quota: three tokens.
     assert_eq!(world.app.echo(&key.text).await.status, 200);
     world.lose(Fault::Refuse);
     let (mut served, mut refused) = (1, 0);
@@ -246,7 +246,7 @@ async fn a_quota_whose_ledger_is_away_is_reduced_capacity_and_never_over() {
             break;
         }
     }
-    // What was in hand, and what was fetched ahead of need.
+    // Tokens that were available locally or prefetched.
     assert!(
         served <= 9 && refused == 3,
         "{served} served, {refused} refused"
@@ -271,9 +271,9 @@ async fn a_quota_whose_ledger_is_away_is_reduced_capacity_and_never_over() {
     );
 }
 
-/// Clients that go away in the middle of a request, at many points of it.
+/// Clients that disconnect at various points of a request.
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_that_go_away_leave_no_broken_connection_behind() {
+async fn canceled_requests_leave_no_broken_connection_behind() {
     let world = world(|setup| setup.flag("--database-pool=6")).await;
     world.proxy.set(Fault::Delay(Duration::from_millis(3)));
     let token = &world.account.access_token;
@@ -295,7 +295,7 @@ async fn clients_that_go_away_leave_no_broken_connection_behind() {
     }
     world.proxy.set(Fault::Pass);
     world.recovers().await;
-    // Each connection of the pool is its own again: no role, tenant or transaction is left on it.
+    // The pool's connections have no leftover role, tenant or transaction.
     let other = world.app.register().await;
     for _ in 0..6 {
         let plans = world
@@ -307,7 +307,7 @@ async fn clients_that_go_away_leave_no_broken_connection_behind() {
         assert_eq!((plans.status, &plans.body["total"]), (200, &json!(0)));
         world.app.plan(&world.account, json!({})).await;
     }
-    // What was done was done whole: a plan with its audit event, or neither.
+    // Changes are complete: a plan with its audit event, or neither.
     let client = world.app.database.connect().await;
     let halves = client
         .query_one(
@@ -325,9 +325,9 @@ async fn clients_that_go_away_leave_no_broken_connection_behind() {
     assert_eq!(counts, [0, 0, 0]);
 }
 
-/// Every key has to be confirmed again once the poll is late; only the first requests may wait for that.
+/// When the poll is late, every key needs to be confirmed again. Only the first requests may wait for that.
 #[tokio::test(flavor = "multi_thread")]
-async fn of_many_keys_only_the_first_wait_when_postgres_falls_silent() {
+async fn only_the_first_requests_wait_when_postgres_goes_silent() {
     const KEYS: usize = 30;
     const AT_ONCE: Duration = Duration::from_millis(300);
     let world = world(|setup| setup).await;
@@ -341,7 +341,7 @@ async fn of_many_keys_only_the_first_wait_when_postgres_falls_silent() {
         assert_eq!(app.echo(&key.text).await.status, 200);
         keys.push(key);
     }
-    // Another replica, which reaches PostgreSQL all the time.
+    // Another replica, which can always reach PostgreSQL.
     let other = TestApp::setup()
         .database(Arc::clone(&app.database))
         .start()
@@ -359,7 +359,7 @@ async fn of_many_keys_only_the_first_wait_when_postgres_falls_silent() {
     }
     assert!(waited.len() <= 3, "{} waited: {waited:?}", waited.len());
     assert!(app.metric("quota_key_stale_served_total").await >= 20.0);
-    // One that is not known is not admitted for that.
+    // An unknown key is still not admitted.
     assert_unavailable(&app.echo(&unknown_key()).await, "an unknown key");
 
     let token = &world.account.access_token;
@@ -385,9 +385,9 @@ async fn of_many_keys_only_the_first_wait_when_postgres_falls_silent() {
     }
 }
 
-/// Keys that nobody created, but of the right form: each has to be looked up.
+/// Well-formed keys that do not exist, each of which has to be looked up.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flood_of_unknown_keys_leaves_the_poll_the_ledger_and_known_keys_alone() {
+async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys() {
     const FLOOD: usize = 60;
     let world = world(|setup| setup.flag("--key-lookups=20")).await;
     let app = Arc::new(world.app);
@@ -410,7 +410,7 @@ async fn a_flood_of_unknown_keys_leaves_the_poll_the_ledger_and_known_keys_alone
         tokio::spawn(async move {
             let mut answers = Vec::new();
             while Instant::now() < until {
-                // Not checked against the document: that takes longer than the server does.
+                // Not validated against the document, which takes longer than the request.
                 let call = app.http.get(app.url("/v1/echo"));
                 let answer = call.header("x-api-key", unknown_key()).send().await;
                 answers.push(answer.expect("it answers").status().as_u16());
@@ -428,7 +428,7 @@ async fn a_flood_of_unknown_keys_leaves_the_poll_the_ledger_and_known_keys_alone
         app.metric("quota_revocation_polls_total").await,
     );
     let (mut known, mut ready) = (0, 0);
-    // A block of the quota is five requests.
+    // A block of the quota is five tokens.
     for _ in 0..25 {
         let began = Instant::now();
         assert_eq!(app.echo(&world.key.text).await.status, 200);
@@ -440,7 +440,7 @@ async fn a_flood_of_unknown_keys_leaves_the_poll_the_ledger_and_known_keys_alone
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert!(known == 25 && ready >= 20, "{known} known, {ready} ready");
-    // A change is noticed in the middle of it.
+    // A change is noticed during the flood.
     let path = format!("/admin/api-keys/{}", deleted.id);
     let gone = other.request(reqwest::Method::DELETE, &path);
     let gone = gone.bearer(&world.account.access_token).send().await;
@@ -452,7 +452,7 @@ async fn a_flood_of_unknown_keys_leaves_the_poll_the_ledger_and_known_keys_alone
     }
     let errors = app.metric(failed).await - errors;
     let polls = app.metric("quota_revocation_polls_total").await - polls;
-    // On a busy machine one may come too late; behind the flood nearly all would.
+    // On a busy machine one may be late. If the flood had an effect, nearly all would be.
     assert!(
         polls >= 3.0 && errors <= polls / 4.0,
         "{errors} of {polls} polls failed"
@@ -473,13 +473,13 @@ async fn a_flood_of_unknown_keys_leaves_the_poll_the_ledger_and_known_keys_alone
         "{counts:?} looked up and refused"
     );
     assert!(app.metric("quota_lookups_refused_total").await >= 5.0);
-    // Without the flood a key that is not in memory is looked up as ever, at the same slow PostgreSQL.
+    // Without the flood, a key that is not in memory is looked up in the same slow PostgreSQL.
     assert_eq!(app.echo(&unknown_key()).await.status, 401);
 }
 
-/// Whoever loses to another transaction may try again: that is no failure of the server's.
+/// A transaction that loses a race can be retried. It is not an internal error.
 #[tokio::test]
-async fn a_change_that_waits_too_long_for_a_lock_is_asked_to_come_again() {
+async fn change_that_waits_too_long_for_a_lock_is_503() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -498,9 +498,9 @@ async fn a_change_that_waits_too_long_for_a_lock_is_asked_to_come_again() {
     assert_eq!(patch().send().await.status, 200);
 }
 
-/// The numbers of changes begin again below what was polled, as after a restore of a backup.
+/// Numbers of changes restart below those that were polled, as after restoring a backup.
 #[tokio::test]
-async fn changes_are_noticed_after_postgres_was_restored_to_an_earlier_state() {
+async fn changes_are_noticed_after_postgres_was_restored() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
@@ -510,7 +510,7 @@ async fn changes_are_noticed_after_postgres_was_restored_to_an_earlier_state() {
         let call = call.json(json!({"burst": 10 + burst}));
         assert_eq!(call.bearer(&account.access_token).send().await.status, 200);
     }
-    // Several polls.
+    // Wait for several polls.
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(app.echo(&key.text).await.status, 200);
 

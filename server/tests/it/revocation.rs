@@ -1,8 +1,8 @@
-//! Three replicas as an operator runs them: what is changed on one is in force on all, with the messages between
-//! them, without them, and without Redis at all.
+//! Three replicas as operators run them: a change on one reaches all, with messages between them, without messages, and
+//! without Redis.
 //!
-//! How long it takes is printed, and held against a bound that a busy machine keeps: the contract's second is
-//! measured by the load runs.
+//! Prints how long it takes, and asserts a bound that holds on a busy machine. The benchmarks measure the promised
+//! second.
 
 use std::{
     sync::Arc,
@@ -27,10 +27,10 @@ use crate::support::{
     quota::{Quota, data_dir},
 };
 
-/// Nothing may take longer, however busy the machine is.
+/// The bound, on any machine.
 const AT_MOST: Duration = Duration::from_secs(5);
 const CHANGES: usize = 120;
-/// How many changes are watched at once.
+/// The number of changes in progress.
 const AT_ONCE: usize = 5;
 
 struct World {
@@ -57,7 +57,7 @@ impl World {
             ("REDIS_URL", &url),
             ("QUOTA_ADMIN_RPM", "0"),
             ("QUOTA_DATABASE_POOL", "7"),
-            // What is asked here is who is let in, not how often.
+            // This is about who is admitted, not how often.
             ("QUOTA_ON_REDIS_FAILURE", "open"),
         ];
         let replicas = (0..3)
@@ -79,7 +79,7 @@ impl World {
         world
     }
 
-    /// A call on the first replica.
+    /// Sends a request to the first replica.
     async fn act(&self, method: Method, path: &str, body: Value) -> Value {
         let url = format!("http://{}{path}", self.replicas[0].addr);
         let answer = self
@@ -96,7 +96,7 @@ impl World {
         serde_json::from_str(&text).unwrap_or(Value::Null)
     }
 
-    /// The status of a use of the key, and its limit where it tells one.
+    /// Returns the status of a request with the key, and its limit if there is one.
     async fn used(&self, replica: &Quota, key: &str) -> (u16, Option<String>) {
         let url = format!("http://{}/v1/echo", replica.addr);
         let answer = self.http.get(url).header("X-API-Key", key).send().await;
@@ -106,8 +106,8 @@ impl World {
         (answer.status().as_u16(), limit)
     }
 
-    /// Makes a plan and a key, lets every replica remember them, changes something, and answers how long after
-    /// the answer each replica acted on it.
+    /// Creates a plan and a key, lets every replica cache them, changes something, and returns how long after the
+    /// response each replica applied the change.
     async fn change(&self, n: usize) -> Vec<Duration> {
         let plan =
             json!({"name": format!("Plan {n} {}", uuid::Uuid::now_v7()), "default_rpm": 600_000});
@@ -157,7 +157,7 @@ impl World {
                 sleep(Duration::from_millis(10)).await;
             }
             let lag = answered.elapsed();
-            // And stays so.
+            // It remains applied.
             sleep(Duration::from_millis(300)).await;
             assert_eq!(self.used(replica, key).await, expected, "change {n}");
             lag
@@ -165,7 +165,7 @@ impl World {
         join_all(watch).await
     }
 
-    /// Many changes; prints how long they took.
+    /// Makes many changes, and prints how long they took.
     async fn many(&self, what: &str) {
         let mut lags = Vec::new();
         for group in (0..CHANGES).collect::<Vec<_>>().chunks(AT_ONCE) {
@@ -190,7 +190,7 @@ impl World {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_change_is_in_force_on_every_replica() {
+async fn every_change_reaches_every_replica() {
     let world = World::start().await;
     world.many("with messages").await;
     let received = world.counted("quota_revocations_received_total").await;
@@ -199,9 +199,9 @@ async fn every_change_is_in_force_on_every_replica() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_change_is_in_force_though_no_message_gets_through() {
+async fn every_change_reaches_every_replica_without_messages() {
     let world = World::start().await;
-    // Nobody may publish or listen; everything else in Redis goes on.
+    // Nobody may publish or subscribe. Everything else in Redis works.
     let done = world
         .redis
         .command("ACL SETUSER default resetchannels")
@@ -216,7 +216,7 @@ async fn every_change_is_in_force_though_no_message_gets_through() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_change_is_in_force_though_redis_is_away() {
+async fn every_change_reaches_every_replica_while_redis_is_unreachable() {
     let world = World::start().await;
     world.proxy.set(Fault::Refuse);
     world.proxy.cut();

@@ -1,5 +1,5 @@
-//! Nobody reaches what is another tenant's: not through any operation, generated from the document, and not
-//! in the database, generated from its catalog.
+//! Tenants are isolated in every operation, generated from the document, and in every table, generated from the
+//! database's catalog.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -15,13 +15,13 @@ use crate::{
     usage,
 };
 
-/// A tenant with one of everything, and more of what is listed.
+/// A tenant with one of everything, and several of what can be listed.
 struct Tenant {
     account: Account,
     plan: String,
     key: Key,
     service_token: String,
-    /// By the name that a parameter has for it.
+    /// By parameter name.
     ids: HashMap<&'static str, String>,
 }
 
@@ -45,7 +45,7 @@ impl Tenant {
             .send()
             .await;
 
-        // A second sign-in: the one that is ended must not be the caller's own.
+        // A second sign-in, since the revoked session must not be the caller's own.
         let login = json!({"email": account.email, "password": PASSWORD});
         assert_eq!(app.post("/auth/login", login).send().await.status, 200);
         let sessions = app
@@ -59,7 +59,7 @@ impl Tenant {
             .find(|it| it["current"] == false)
             .expect("the second one");
 
-        // What it did: quotas used, a change to forget, a request to repeat.
+        // Its activity: usage, an invalidation, a request to replay.
         assert_eq!(app.echo(&key.text).await.status, 200);
         let path = format!("/admin/plans/{plan}");
         let patch = app.request(Method::PATCH, &path).json(json!({"burst": 7}));
@@ -100,14 +100,14 @@ impl Tenant {
         }
     }
 
-    /// The id of this tenant's that a parameter or field of this name means.
+    /// Returns this tenant's ID for a parameter or field with this name.
     fn id(&self, name: &str) -> &str {
         self.ids
             .get(name)
             .unwrap_or_else(|| panic!("say here what {name} is an id of"))
     }
 
-    /// Everything that tells a row or an answer to be of this tenant.
+    /// Returns everything that identifies a row or response as this tenant's.
     fn marks(&self) -> Vec<&str> {
         let mut marks = self.ids.values().map(String::as_str).collect::<Vec<_>>();
         marks.extend([
@@ -135,12 +135,12 @@ async fn tables(client: &Client) -> Vec<String> {
     tables
 }
 
-/// Every row, in every table, that mentions the tenant: as text, whole.
+/// Returns every row of every table that mentions the tenant, as text.
 async fn rows_of(client: &Client, tenant: &Tenant) -> BTreeMap<String, Vec<String>> {
     let pattern = tenant.marks().join("|");
     let mut rows = BTreeMap::new();
     for table in tables(client).await {
-        // Refresh tokens know their session only.
+        // Refresh tokens only reference their session.
         let sessions = if table == "refresh_tokens" {
             "OR session_id IN (SELECT id FROM sessions s WHERE to_jsonb(s)::text ~ $1)"
         } else {
@@ -158,7 +158,7 @@ async fn rows_of(client: &Client, tenant: &Tenant) -> BTreeMap<String, Vec<Strin
     rows
 }
 
-/// An answer without what differs from request to request.
+/// Returns a response without what differs between requests.
 fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
     let id = answer.header("x-request-id").expect("every answer has one");
     let mut fields = answer
@@ -171,15 +171,15 @@ fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
     (answer.status, answer.text.replace(id, "ID"), fields)
 }
 
-/// Makes the body of a request from the id that it names.
+/// Creates a request body from the ID in it.
 type Body = Box<dyn Fn(&str) -> Option<Value>>;
 
-/// One way in which an operation can be given an id.
+/// One place in which an operation takes an ID.
 struct Attempt {
     operation: Operation,
     path: Box<dyn Fn(&str) -> String>,
     body: Body,
-    /// The name of what the id is of.
+    /// The type of the resource.
     names: &'static str,
 }
 
@@ -194,8 +194,7 @@ impl Attempt {
     }
 }
 
-/// Every id that an operation takes, in its path and in its body, each once. What else the operation needs
-/// is `own`'s.
+/// Returns a request for each ID that an operation takes in its path or body. Everything else in it belongs to `own`.
 fn attempts(own: &Tenant) -> Vec<Attempt> {
     let mut all = Vec::new();
     for operation in operations() {
@@ -242,7 +241,7 @@ fn attempts(own: &Tenant) -> Vec<Attempt> {
     all
 }
 
-/// An example of a body whose ids are the tenant's own.
+/// Returns an example body with the tenant's own IDs.
 fn mine(body: Option<Value>, own: &Tenant) -> Option<Value> {
     let mut body = body?;
     for (name, value) in body.as_object_mut().into_iter().flatten() {
@@ -254,7 +253,7 @@ fn mine(body: Option<Value>, own: &Tenant) -> Option<Value> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_tenants_id_is_answered_as_one_that_never_was_and_changes_nothing() {
+async fn another_tenants_id_is_like_one_that_never_existed_and_changes_nothing() {
     let app = TestApp::setup().without_jobs().start().await;
     let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
     let database = app.database.connect().await;
@@ -285,7 +284,7 @@ async fn another_tenants_id_is_answered_as_one_that_never_was_and_changes_nothin
     }
     assert_eq!(before, rows_of(&database, &a).await);
 
-    // The same attempts with A's own token do reach something, so that the 404 above was about whose it is.
+    // The same requests with A's own token succeed, so the 404 above was because of the tenant.
     for attempt in attempts
         .iter()
         .filter(|it| it.operation.method != Method::DELETE)
@@ -304,7 +303,7 @@ async fn another_tenants_id_is_answered_as_one_that_never_was_and_changes_nothin
     }
 }
 
-/// Random enough to be nobody's id.
+/// A random ID that does not exist.
 fn rand() -> u128 {
     Uuid::now_v7()
         .as_u128()
@@ -312,7 +311,7 @@ fn rand() -> u128 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_method_on_another_tenants_id_is_answered_as_on_one_that_never_was() {
+async fn every_method_treats_another_tenants_id_like_one_that_never_existed() {
     let app = TestApp::setup().without_jobs().start().await;
     let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
     let database = app.database.connect().await;
@@ -367,7 +366,7 @@ async fn lists_show_nothing_of_another_tenant_by_filter_or_cursor() {
             let mut theirs = list(&a, operation.path, "limit=1").await;
             let ours = own.body["items"].as_array().expect("items").clone();
             assert!(!ours.is_empty(), "{}", operation.id);
-            // Along all of A's cursors.
+            // With all of A's cursors.
             let mut cursors = 0;
             while let Some(cursor) = theirs.body["next_cursor"].as_str().map(str::to_owned) {
                 cursors += 1;
@@ -408,7 +407,7 @@ async fn lists_show_nothing_of_another_tenant_by_filter_or_cursor() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_idempotency_key_of_one_tenant_means_nothing_to_another() {
+async fn idempotency_keys_of_tenants_are_separate() {
     let app = TestApp::setup().without_jobs().start().await;
     let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
     let mut tried = 0;
@@ -471,7 +470,7 @@ async fn an_idempotency_key_of_one_tenant_means_nothing_to_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_tenants_key_is_unknown_to_a_gateway_and_is_not_charged() {
+async fn another_tenants_key_is_unknown_to_a_gateway_and_not_charged() {
     let app = TestApp::start().await;
     let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
     let remaining = async || app.echo(&a.key.text).await.number("x-ratelimit-remaining");
@@ -498,7 +497,7 @@ async fn another_tenants_key_is_unknown_to_a_gateway_and_is_not_charged() {
         assert_eq!(theirs.0, 401);
         assert_eq!(theirs, forward(&never).await);
     }
-    // Refilled at most once in between.
+    // At most one token was refilled in between.
     assert!(remaining().await + 1 >= before, "the key was charged");
     let own = app
         .post("/v1/check", json!({"key": b.key.text}))
@@ -512,8 +511,7 @@ async fn another_tenants_key_is_unknown_to_a_gateway_and_is_not_charged() {
 
 // In the database: what a query forgot, row-level security refuses. ------------------------------------
 
-/// How many rows a statement touched as `quota_app` for a tenant, rolled back after; `None` where it was
-/// refused.
+/// Returns how many rows a statement affects as `quota_app` for a tenant, and rolls back. `None` if it is denied.
 async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<u64> {
     let transaction = client.transaction().await.expect("a transaction");
     transaction
@@ -537,7 +535,7 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
     }
 }
 
-/// Tables that hold nothing of any tenant.
+/// Tables without tenant data.
 const OF_NO_TENANT: [&str; 6] = [
     "quota_returns",
     "replicas",
@@ -548,7 +546,7 @@ const OF_NO_TENANT: [&str; 6] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_database_refuses_a_tenant_every_row_of_another_in_every_table() {
+async fn database_denies_a_tenant_every_row_of_another() {
     let app = TestApp::setup().without_jobs().start().await;
     let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
     let mut client = app.database.connect().await;
@@ -557,7 +555,7 @@ async fn the_database_refuses_a_tenant_every_row_of_another_in_every_table() {
     let pattern = a.marks().join("|");
     let mut reachable = 0;
     for (table, rows) in &theirs {
-        // A table without a row proves nothing: whoever adds one gives a tenant something in it.
+        // An empty table proves nothing: a new table needs a row for each tenant here.
         assert!(
             !rows.is_empty() || OF_NO_TENANT.contains(&table.as_str()),
             "{table} has no row of A's"
@@ -592,7 +590,7 @@ async fn the_database_refuses_a_tenant_every_row_of_another_in_every_table() {
             );
         }
 
-        // Nothing at all without a tenant, and what is B's with B's.
+        // Nothing without a tenant, and B's rows with B's.
         let all = format!("SELECT 1 FROM {table}");
         for unset in [None, Some("")] {
             assert!(
@@ -602,7 +600,7 @@ async fn the_database_refuses_a_tenant_every_row_of_another_in_every_table() {
         }
         reachable += usize::from(as_app(&mut client, Some(tenant_b), &all).await > Some(0));
 
-        // The own row, given away.
+        // A row of its own, moved to another tenant.
         if column == "tenant_id" {
             let tenant_a = &a.account.tenant_id;
             let give = format!("UPDATE {table} SET tenant_id = '{tenant_a}'");
@@ -621,7 +619,7 @@ async fn the_database_refuses_a_tenant_every_row_of_another_in_every_table() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_table_has_row_level_security_and_the_servers_roles_are_bound_by_it() {
+async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
     let app = TestApp::setup().without_jobs().start().await;
     let client = app.database.connect().await;
     for table in tables(&client).await {
@@ -663,7 +661,7 @@ async fn every_table_has_row_level_security_and_the_servers_roles_are_bound_by_i
             role.get::<_, &str>(0)
         );
     }
-    // Neither is a member of anything, so neither can become somebody who may more.
+    // Neither role is a member of another, so neither can gain privileges.
     let member = client
         .query_one(
             "SELECT count(*) FROM pg_auth_members WHERE member IN ('quota_app'::regrole, 'quota_system'::regrole)",

@@ -1,7 +1,7 @@
-//! A server of the test's own, in this process, on a database of its own, spoken to over HTTP.
+//! A server in the test's process, with its own database, used over HTTP.
 //!
-//! Every answer is held against the OpenAPI document: its status has to be one that the document names for the
-//! operation, and its body has to fit the schema that stands there. A test that only acts proves that much.
+//! Every response is validated against the OpenAPI document: the operation must document its status, and its body must
+//! match the schema.
 
 use std::{
     collections::HashMap,
@@ -30,11 +30,11 @@ use tokio::{net::TcpListener, sync::watch};
 
 use super::{postgres::TestDatabase, quota::data_dir};
 
-/// The document that the server shows.
+/// The server's OpenAPI document.
 pub(crate) static DOCUMENT: LazyLock<Value> =
     LazyLock::new(|| serde_json::from_str(&openapi::text()).expect("the document is JSON"));
 
-/// A password that is good enough.
+/// An acceptable password.
 pub(crate) const PASSWORD: &str = "violet-harbour-quilt-93";
 
 #[derive(Parser)]
@@ -58,7 +58,7 @@ pub(crate) struct TestApp {
     _data: Option<TempDir>,
 }
 
-/// What a test changes about a server.
+/// What a test configures.
 pub(crate) struct Setup {
     flags: Vec<String>,
     clock: Arc<dyn Clock>,
@@ -80,13 +80,13 @@ impl Setup {
         self
     }
 
-    /// The database of another server: a second replica, or the same one after a restart.
+    /// Uses the database of another server, as a second replica or after a restart.
     pub(crate) fn database(mut self, database: Arc<TestDatabase>) -> Self {
         self.database = Some(database);
         self
     }
 
-    /// Another way to the database, such as through a proxy that fails.
+    /// Uses another URL for the database, such as that of a proxy.
     pub(crate) fn url(mut self, url: impl Into<String>) -> Self {
         self.url = Some(url.into());
         self
@@ -98,7 +98,7 @@ impl Setup {
         self
     }
 
-    /// Without the workers: no poll for revocations, no pruning, no `last_used_at`.
+    /// Runs no background jobs: no polling for invalidations, no pruning, no `last_used_at`.
     pub(crate) fn without_jobs(mut self) -> Self {
         self.with_jobs = false;
         self
@@ -114,7 +114,7 @@ impl Setup {
                 .await,
             ),
         };
-        // Limits by address would make one test of the others' business: all come from one.
+        // All tests use the same address, so limits per address would make them interfere.
         let mut flags = vec![
             "test".to_owned(),
             "--auth-rpm=0".into(),
@@ -123,7 +123,7 @@ impl Setup {
         ];
         flags.push("--database-pool=12".into());
         flags.push("--usage-backlog-max=67108864".into());
-        // What the test sets itself takes the place of these.
+        // The test's own settings override these.
         let name = |flag: &str| flag.split('=').next().unwrap_or_default().to_owned();
         flags.retain(|flag| !self.flags.iter().any(|it| name(it) == name(flag)));
         flags.extend(self.flags);
@@ -216,7 +216,7 @@ impl TestApp {
         Self::setup().start().await
     }
 
-    /// Stops as SIGTERM would: requests finish, quotas in hand go back.
+    /// Stops as after SIGTERM: requests finish and unused tokens are returned.
     pub(crate) async fn stop(mut self) {
         self.state.drain();
         let _ = self.stop.send(true);
@@ -258,7 +258,7 @@ impl TestApp {
         self.request(Method::POST, path).json(body)
     }
 
-    /// A new account, by its own email.
+    /// Creates an account with a new email.
     pub(crate) async fn register(&self) -> Account {
         let email = format!("user-{}@example.com", uuid::Uuid::now_v7().simple());
         let made = self
@@ -281,7 +281,7 @@ impl TestApp {
         }
     }
 
-    /// A new plan of the account's; answers its id.
+    /// Creates a plan. Returns its ID.
     pub(crate) async fn plan(&self, account: &Account, plan: Value) -> String {
         let mut body = json!({"name": format!("Plan {}", uuid::Uuid::now_v7()), "default_rpm": 60});
         for (field, value) in plan.as_object().expect("an object") {
@@ -296,7 +296,7 @@ impl TestApp {
         made.text("id")
     }
 
-    /// A new key on a plan.
+    /// Creates a key on a plan.
     pub(crate) async fn key(&self, account: &Account, plan_id: &str) -> Key {
         let body = json!({"name": "Key", "plan_id": plan_id});
         let made = self
@@ -314,7 +314,7 @@ impl TestApp {
         }
     }
 
-    /// A new service token; answers its text.
+    /// Creates a service token. Returns its secret.
     pub(crate) async fn service_token(&self, account: &Account) -> String {
         let made = self
             .post("/admin/service-tokens", json!({"name": "Gateway"}))
@@ -325,7 +325,7 @@ impl TestApp {
         made.text("token")
     }
 
-    /// A request by an account; `Null` is no body.
+    /// Creates a request of an account. `Null` means no body.
     pub(crate) async fn act(
         &self,
         account: &Account,
@@ -342,7 +342,7 @@ impl TestApp {
         }
     }
 
-    /// Every row of every table, as JSON: what a test searches for what must not be kept.
+    /// Returns every row of every table as JSON, to search for what must not be stored.
     pub(crate) async fn everything_kept(&self) -> String {
         let client = self.database.connect().await;
         let tables = client
@@ -373,7 +373,7 @@ impl TestApp {
         self.get("/v1/echo").header("X-API-Key", key).send().await
     }
 
-    /// One number of `/metrics`; 0 when it is not there.
+    /// Returns a value of `/metrics`, or 0 if it is missing.
     pub(crate) async fn metric(&self, name: &str) -> f64 {
         let url = format!("http://{}/metrics", self.metrics_addr);
         let text = self
@@ -416,7 +416,7 @@ pub(crate) struct Key {
     pub(crate) id: String,
 }
 
-/// A request that is being made.
+/// A request under construction.
 pub(crate) struct Call {
     request: RequestBuilder,
     method: Method,
@@ -445,7 +445,7 @@ impl Call {
         self
     }
 
-    /// Sends it, and holds the answer against the document.
+    /// Sends the request and validates the response.
     pub(crate) async fn send(self) -> Answer {
         let response = self.request.send().await.expect("the server answers");
         let (status, headers) = (response.status(), response.headers().clone());
@@ -483,12 +483,12 @@ fn media_type(headers: &HeaderMap) -> &str {
         .unwrap_or_default()
 }
 
-/// An answer, held against the document.
+/// A validated response.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: HeaderMap,
-    /// `Null` where it is no JSON.
+    /// `Null` if it is not JSON.
     pub(crate) body: Value,
     pub(crate) text: String,
 }
@@ -509,7 +509,7 @@ impl Answer {
             .unwrap_or_else(|_| panic!("{name} is {value}"))
     }
 
-    /// A text of the body.
+    /// Returns a string field of the body.
     pub(crate) fn text(&self, field: &str) -> String {
         self.body[field]
             .as_str()
@@ -517,7 +517,7 @@ impl Answer {
             .to_owned()
     }
 
-    /// The last part of the problem's type.
+    /// Returns the last segment of the problem's type.
     pub(crate) fn problem(&self) -> &str {
         let kind = self.body["type"].as_str().unwrap_or_default();
         kind.rsplit(['/', '#']).next().unwrap_or_default()
@@ -587,7 +587,7 @@ impl Answer {
     }
 }
 
-/// The operation of the document that a request is of.
+/// Finds the operation of a request in the document.
 pub(crate) fn operation(method: &Method, path: &str) -> Option<(String, &'static Value)> {
     let parts = path.split('/').collect::<Vec<_>>();
     let paths = DOCUMENT["paths"].as_object().expect("paths");
@@ -599,14 +599,14 @@ pub(crate) fn operation(method: &Method, path: &str) -> Option<(String, &'static
                 .zip(&parts)
                 .all(|(name, part)| name.starts_with('{') || name == part)
     };
-    // A path that is written out goes before one with a name in it.
+    // A literal path takes precedence over one with parameters.
     let mut found = paths
         .iter()
         .filter(|(template, _)| fits(template))
         .collect::<Vec<_>>();
     found.sort_by_key(|(template, _)| template.matches('{').count());
     let (template, operations) = found.first()?;
-    // Accepts any method, and is documented once.
+    // Accepts any method but is documented for one.
     let is_documented = !matches!(method.as_str(), "TRACE" | "BREW");
     let method = match path {
         "/v1/forward-auth" if is_documented => "get".to_owned(),
@@ -616,8 +616,8 @@ pub(crate) fn operation(method: &Method, path: &str) -> Option<(String, &'static
     (!operation.is_null()).then(|| ((*template).clone(), operation))
 }
 
-/// What of a value does not fit a schema of the document. OpenAPI 3.0 says `nullable` where JSON Schema has a
-/// type `null`.
+/// Returns how a value violates a schema of the document. OpenAPI 3.0 uses `nullable` instead of JSON Schema's type
+/// `null`.
 pub(crate) fn faults(schema: &Value, value: &Value) -> Vec<String> {
     static COMPONENTS: LazyLock<Value> = LazyLock::new(|| {
         let mut components = DOCUMENT["components"].clone();

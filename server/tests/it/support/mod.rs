@@ -1,4 +1,4 @@
-//! What tests stand on.
+//! Test support.
 
 pub(crate) mod app;
 pub(crate) mod http2;

@@ -1,5 +1,4 @@
-//! The real `quota`, as an operator runs it: its own process, on the embedded default or as one of several
-//! replicas.
+//! The real `quota` in its own process, with the embedded database or as one of several replicas.
 
 use std::{
     fs,
@@ -22,9 +21,9 @@ use tempfile::TempDir;
 
 use super::app::PASSWORD;
 
-/// A first start creates a database; the machine may be busy.
+/// The first start creates a database, and the machine may be busy.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
-/// What the contract with operators says of SIGTERM.
+/// How long a stop after SIGTERM may take.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 
 /// A data directory that root's PostgreSQL may enter.
@@ -36,7 +35,7 @@ pub(crate) fn data_dir() -> TempDir {
         .expect("a directory")
 }
 
-/// A running server. It is killed with the test that leaves it.
+/// A running server, which is killed when the test ends.
 pub(crate) struct Quota {
     child: Child,
     pub(crate) addr: SocketAddr,
@@ -44,7 +43,7 @@ pub(crate) struct Quota {
 }
 
 impl Quota {
-    /// Starts it, and waits until it says that it is ready.
+    /// Starts it and waits until it logs that it is ready.
     pub(crate) fn start(data_dir: &Path) -> Self {
         Self::start_with(data_dir, &[])
     }
@@ -118,7 +117,7 @@ impl Quota {
         kill(Pid::from_raw(pid), signal).expect("it is there");
     }
 
-    /// Stops it as an operator does.
+    /// Stops it with SIGTERM.
     pub(crate) fn stop(mut self) {
         self.signal(Signal::SIGTERM);
         let deadline = Instant::now() + STOPPED_WITHIN;
@@ -132,13 +131,13 @@ impl Quota {
         }
     }
 
-    /// `kill -9`: it gets no chance to do anything.
+    /// Kills it with `kill -9`.
     pub(crate) fn kill(mut self) {
         self.signal(Signal::SIGKILL);
         self.child.wait().expect("it ends");
     }
 
-    /// Registers, makes a plan, and answers the text of a key on it.
+    /// Registers and creates a plan with a key. Returns the key.
     pub(crate) async fn key_on(&self, http: &Client, plan: Value) -> String {
         let account = json!({"email": "owner@example.com", "password": PASSWORD});
         let account = self.post(http, "/auth/register", "", account).await;
@@ -168,7 +167,7 @@ impl Quota {
         self.child.id()
     }
 
-    /// Resident memory in bytes.
+    /// Returns the resident memory in bytes.
     pub(crate) fn memory(&self) -> u64 {
         let status = format!("/proc/{}/status", self.child.id());
         let status = fs::read_to_string(status).expect("it runs");
@@ -177,7 +176,7 @@ impl Quota {
         kib.parse::<u64>().expect("a number") * 1024
     }
 
-    /// A counter of `/metrics`.
+    /// Returns a value of `/metrics`.
     pub(crate) async fn counter(&self, http: &Client, name: &str) -> u64 {
         let url = format!("http://{}/metrics", self.metrics_addr);
         let text = http.get(url).send().await.expect("it answers");
