@@ -1,39 +1,18 @@
-//! The `quota` binary: its commands, and how a server starts and stops.
+//! The `quota` binary: its command line.
 
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+mod commands;
 
-use anyhow::Context;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 use quota_server::{
-    clock::{Clock, SystemClock},
-    config::{self, Config, LogFormat, Settings},
-    db::{self, Db, embedded::EmbeddedPostgres},
-    demo,
-    doctor::{self, Report},
-    file_limit,
+    config::{self, Config, Settings},
     health_check::Probe,
-    jobs::Jobs,
-    metering, openapi, router,
-    serve::{self, BoundSocket, ServeSettings, serve},
-    state::AppState,
+    openapi,
     telemetry::log::Log,
-    usage_report,
-};
-use secrecy::{ExposeSecret, SecretString};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::watch,
 };
 
-/// Unused quota tokens must be returned within this time after SIGTERM, which leaves 5 of the usual 30 s for the rest.
-const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
-/// The least time for returning tokens, even if requests in flight took longer than the above.
-const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
+use self::commands::{serve, usage, usage::UsageCommand, user, user::UserCommand};
 
 #[derive(Parser)]
 #[command(
@@ -100,45 +79,6 @@ enum Command {
     EnvExample,
 }
 
-#[derive(Subcommand)]
-enum UserCommand {
-    /// Create a user with their own tenant. The password is read from standard input
-    Create {
-        #[command(flatten)]
-        settings: Box<Settings>,
-        /// The email address to sign in with
-        email: String,
-        /// The tenant's name. Default: the part of the email address before the @
-        #[arg(long)]
-        tenant: Option<String>,
-    },
-    /// Set a user's password, read from standard input, and revoke their sessions
-    SetPassword {
-        #[command(flatten)]
-        settings: Box<Settings>,
-        /// The email address of the user
-        email: String,
-    },
-    /// List users and their tenants
-    List {
-        #[command(flatten)]
-        settings: Box<Settings>,
-    },
-}
-
-#[derive(Subcommand)]
-enum UsageCommand {
-    /// Write the usage that a replica has left behind to PostgreSQL. For a replica that does not come back: one that
-    /// starts with the same QUOTA_DATA_DIR does this by itself. Running it twice, or while the replica runs, counts
-    /// nothing twice
-    Replay {
-        #[command(flatten)]
-        settings: Box<Settings>,
-        /// A replica's directory in `usage`, or the `usage` directory itself for all of them
-        directory: PathBuf,
-    },
-}
-
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Openapi => {
@@ -149,10 +89,10 @@ fn main() -> ExitCode {
             print!("{}", config::env_example());
             Ok(())
         }
-        Command::Serve { settings, demo } => run(&settings, |config, log| {
-            serve_until_stopped(config, log, demo)
-        }),
-        Command::Migrate { settings } => run(&settings, migrate),
+        Command::Serve { settings, demo } => {
+            run(&settings, |config, log| serve::run(config, log, demo))
+        }
+        Command::Migrate { settings } => run(&settings, commands::migrate),
         Command::Health {
             settings,
             live,
@@ -165,7 +105,7 @@ fn main() -> ExitCode {
             };
             async move { probe.check(config.listen).await }
         }),
-        Command::Doctor { settings } => run(&settings, doctor),
+        Command::Doctor { settings } => run(&settings, commands::doctor),
         Command::Usage {
             command:
                 Some(UsageCommand::Replay {
@@ -174,21 +114,21 @@ fn main() -> ExitCode {
                 }),
             ..
         } => run(&settings, move |config, log| {
-            replay_usage(config, log, directory)
+            usage::replay(config, log, directory)
         }),
         Command::Usage {
             command: None,
             settings,
             hours,
             top,
-        } => run(&settings, move |config, _| usage(config, hours, top)),
+        } => run(&settings, move |config, _| {
+            usage::report(config, hours, top)
+        }),
         Command::User(command) => {
-            let settings = match &command {
-                UserCommand::Create { settings, .. }
-                | UserCommand::SetPassword { settings, .. }
-                | UserCommand::List { settings } => settings.clone(),
-            };
-            run(&settings, move |config, log| user(config, log, command))
+            let settings = command.settings().clone();
+            run(&settings, move |config, log| {
+                user::run(config, log, command)
+            })
         }
     };
     match done {
@@ -230,335 +170,4 @@ where
     let done = runtime.block_on(command(config, log.clone()));
     log.stop();
     done
-}
-
-/// Returns the URL of the configured database, or starts the embedded one.
-async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<EmbeddedPostgres>)> {
-    if let Some(url) = &config.database_url {
-        Ok((url.clone(), None))
-    } else {
-        let embedded = EmbeddedPostgres::start(&config.data_dir).await?;
-        Ok((SecretString::from(embedded.database_url()), Some(embedded)))
-    }
-}
-
-/// Applies pending migrations. Waits up to 30 s for a database that is starting.
-async fn apply_migrations(url: &SecretString) -> anyhow::Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    loop {
-        match db::migrate(url).await {
-            Ok(applied) => {
-                for version in applied {
-                    tracing::info!(version, "migration applied");
-                }
-                return Ok(());
-            }
-            Err(db::MigrateError::Connect(error)) if Instant::now() < deadline => {
-                tracing::warn!(error = %db::chain(&error), "cannot reach PostgreSQL, retrying");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
-            Err(error) => anyhow::bail!("{}", db::chain(&error)),
-        }
-    }
-}
-
-/// Completes on SIGTERM or SIGINT. The handlers are installed by the call, not by the first poll: a signal in between
-/// would kill the process.
-fn stop_requested() -> impl Future<Output = ()> {
-    let signals = (
-        signal(SignalKind::terminate()),
-        signal(SignalKind::interrupt()),
-    );
-    async move {
-        let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
-            return std::future::pending().await;
-        };
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    }
-}
-
-async fn serve_until_stopped(mut config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
-    let file_limit = file_limit::raise();
-    // First, so that a stop during a slow start is clean.
-    let mut stop = std::pin::pin!(stop_requested());
-    // Before anything is done to the database: an occupied port is the most common mistake.
-    let sockets = Sockets {
-        public: serve::bind(config.listen)
-            .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?,
-        metrics: config
-            .metrics_listen
-            .map(|addr| {
-                serve::bind(addr)
-                    .with_context(|| format!("QUOTA_METRICS_LISTEN: cannot listen on {addr}"))
-            })
-            .transpose()?,
-    };
-    let metrics_listen = sockets.metrics.as_ref().map(BoundSocket::local_addr);
-    config.listens_on(sockets.public.local_addr()?, metrics_listen.transpose()?);
-    let (url, embedded) = tokio::select! {
-        database = database(&config) => database?,
-        () = &mut stop => return Ok(()),
-    };
-    let served = serve_on(
-        &config,
-        log,
-        with_demo,
-        &url,
-        sockets,
-        file_limit,
-        stop.as_mut(),
-    )
-    .await;
-    if let Some(embedded) = embedded {
-        embedded.stop().await;
-    }
-    served
-}
-
-/// The addresses that the server will listen on.
-struct Sockets {
-    public: BoundSocket,
-    metrics: Option<BoundSocket>,
-}
-
-async fn serve_on(
-    config: &Config,
-    log: Log,
-    with_demo: bool,
-    url: &SecretString,
-    sockets: Sockets,
-    file_limit: Option<usize>,
-    mut stop: std::pin::Pin<&mut impl Future<Output = ()>>,
-) -> anyhow::Result<()> {
-    if config.migrate {
-        tokio::select! {
-            applied = apply_migrations(url) => applied?,
-            () = &mut stop => return Ok(()),
-        }
-    }
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
-    let db = Db::new(url, &config.database);
-    let state = AppState::new(config.clone(), db, clock, log.clone()).await?;
-    let jobs = Jobs::start(&state);
-    doctor::warn_of_too_many_connections(config, url).await;
-    if with_demo {
-        let shown = demo::create_once(&state).await?;
-        if config.log_format == LogFormat::Json {
-            tracing::info!("demo created");
-        }
-        println!("{shown}");
-    }
-
-    let public_settings = ServeSettings::public(&state, file_limit);
-    // Only now, since a server must not accept connections before it can decide.
-    let listener = sockets
-        .public
-        .listen()
-        .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?;
-    let metrics_listener = sockets
-        .metrics
-        .map(BoundSocket::listen)
-        .transpose()
-        .context("QUOTA_METRICS_LISTEN: cannot listen")?;
-    let (stop_serving, stopping) = watch::channel(false);
-    let until = |mut stopping: watch::Receiver<bool>| async move {
-        let _ = stopping.wait_for(|stop| *stop).await;
-    };
-    let public = tokio::spawn(serve(
-        listener,
-        router::public(&state),
-        public_settings,
-        until(stopping.clone()),
-    ));
-    let metrics = metrics_listener.map(|listener| {
-        tokio::spawn(serve(
-            listener,
-            router::metrics(&state),
-            ServeSettings::metrics(&state),
-            until(stopping),
-        ))
-    });
-    let metrics_listen = config.metrics_listen.map(tracing::field::display);
-    tracing::info!(listen = %config.listen, metrics_listen, public_url = config.public_url, "ready");
-
-    stop.await;
-    tracing::info!("stopping");
-    let stopping_at = Instant::now();
-    state.drain();
-    tokio::time::sleep(config.drain_delay).await;
-    let _ = stop_serving.send(true);
-    public.await?;
-    if let Some(metrics) = metrics {
-        metrics.await?;
-    }
-    // So that other replicas can use them.
-    let left = RETURN_TOKENS_WITHIN
-        .saturating_sub(stopping_at.elapsed())
-        .max(RETURN_TOKENS_MIN);
-    match tokio::time::timeout(left, state.limiter.drain()).await {
-        Ok(drained) if drained.lost == 0 => {
-            tracing::info!(tokens = drained.given_back, "unused quota tokens returned");
-        }
-        Ok(drained) => tracing::warn!(
-            tokens = drained.lost,
-            "some unused quota tokens could not be returned"
-        ),
-        Err(_) => tracing::warn!("unused quota tokens could not be returned in time"),
-    }
-    jobs.stop().await;
-    state.db.close();
-    tracing::info!("stopped");
-    Ok(())
-}
-
-async fn migrate(config: Config, _log: Log) -> anyhow::Result<()> {
-    let (url, embedded) = database(&config).await?;
-    let applied = apply_migrations(&url).await;
-    if let Some(embedded) = embedded {
-        embedded.stop().await;
-    }
-    applied
-}
-
-/// Checks the settings and dependencies, and prints the findings.
-async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
-    let mut report = Report::default();
-    report.ok("settings", "valid");
-    report.addresses(&config).await;
-    report.connections(&config);
-    match database(&config).await {
-        Err(error) => report.failure("database", format!("{error:#}")),
-        Ok((url, embedded)) => {
-            report.dependencies(&config, &url).await;
-            if let Some(embedded) = embedded {
-                embedded.stop().await;
-            }
-        }
-    }
-    print!("{}", report.text);
-    match report.failed {
-        0 => {}
-        1 => anyhow::bail!("1 check failed"),
-        failed => anyhow::bail!("{failed} checks failed"),
-    }
-    Ok(())
-}
-
-/// Prints what is recorded, and what is not yet.
-async fn usage(config: Config, hours: u16, top: u16) -> anyhow::Result<()> {
-    let (url, embedded) = database(&config).await?;
-    let report = usage_report::report(&Db::new(&url, &config.database), hours, top).await;
-    if let Some(embedded) = embedded {
-        embedded.stop().await;
-    }
-    match report {
-        Ok(report) => print!("{report}"),
-        Err(error) => anyhow::bail!("cannot read usage: {}", db::chain(&error)),
-    }
-    Ok(())
-}
-
-async fn replay_usage(config: Config, _log: Log, directory: PathBuf) -> anyhow::Result<()> {
-    let directories = metering::directories(&directory)
-        .with_context(|| format!("cannot read {}", directory.display()))?;
-    anyhow::ensure!(
-        !directories.is_empty(),
-        "{} is not a directory of usage",
-        directory.display()
-    );
-    let (url, embedded) = database(&config).await?;
-    let done = async {
-        apply_migrations(&url).await?;
-        let db = Db::new(&url, &config.database);
-        for directory in directories {
-            let replayed = replay_patiently(&config, &db, &directory).await?;
-            let rest = if replayed.is_owned {
-                ", the rest by the process that is using it"
-            } else {
-                ""
-            };
-            println!(
-                "{}: {} records written{rest}",
-                directory.display(),
-                replayed.records
-            );
-        }
-        anyhow::Ok(())
-    };
-    let done = done.await;
-    if let Some(embedded) = embedded {
-        embedded.stop().await;
-    }
-    done
-}
-
-/// The directory's owner, or another replay, may hold the cursor for longer than a lock is waited for.
-async fn replay_patiently(
-    config: &Config,
-    db: &Db,
-    directory: &Path,
-) -> anyhow::Result<metering::Replayed> {
-    let patience = Instant::now() + Duration::from_secs(30);
-    loop {
-        match metering::replay(config, db, directory).await {
-            Ok(replayed) => return Ok(replayed),
-            Err(metering::ShipError::Database(db::DbError::Unavailable(error)))
-                if Instant::now() < patience =>
-            {
-                tracing::warn!(error = %db::chain(error.as_ref()), "PostgreSQL does not take usage now; trying again");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
-            Err(error) => anyhow::bail!("{}", db::chain(&error)),
-        }
-    }
-}
-
-async fn user(config: Config, log: Log, command: UserCommand) -> anyhow::Result<()> {
-    let (url, embedded) = database(&config).await?;
-    let done = async {
-        apply_migrations(&url).await?;
-        let db = Db::new(&url, &config.database);
-        let state = AppState::new(config.clone(), db, Arc::new(SystemClock::new()), log).await?;
-        match command {
-            UserCommand::Create { email, tenant, .. } => {
-                let password = read_password()?;
-                let (user, tenant) = state
-                    .accounts
-                    .create(&email, password.expose_secret(), tenant.as_deref())
-                    .await?;
-                println!("user {user} of tenant {tenant}");
-            }
-            UserCommand::SetPassword { email, .. } => {
-                let password = read_password()?;
-                state
-                    .accounts
-                    .reset_password(&email, password.expose_secret())
-                    .await?;
-                println!("password set; all sessions of the user are revoked");
-            }
-            UserCommand::List { .. } => {
-                for (email, tenant, role) in state.accounts.list().await? {
-                    println!("{email}\t{role}\t{tenant}");
-                }
-            }
-        }
-        anyhow::Ok(())
-    };
-    let done = done.await;
-    if let Some(embedded) = embedded {
-        embedded.stop().await;
-    }
-    done
-}
-
-/// Reads the first line of standard input. An argument would be visible to every user of the machine.
-fn read_password() -> anyhow::Result<SecretString> {
-    let mut line = String::new();
-    std::io::stdin()
-        .read_line(&mut line)
-        .context("cannot read the password from standard input")?;
-    Ok(SecretString::from(line.trim_end_matches(['\n', '\r'])))
 }

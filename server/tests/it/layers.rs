@@ -26,7 +26,7 @@ const RANKS: &[&[&str]] = &[
     &["api", "demo", "jobs"],
     &["doctor", "openapi", "serve", "usage_report"],
     &["router"],
-    &["lib", "main"],
+    &["commands", "lib", "main"],
 ];
 
 /// Crates and modules that the modules of a folder must not name, regardless of rank.

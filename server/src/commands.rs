@@ -1,0 +1,86 @@
+//! The commands of the `quota` binary.
+
+pub mod serve;
+pub mod usage;
+pub mod user;
+
+use std::time::{Duration, Instant};
+
+use quota_server::{
+    config::Config,
+    db::{self, embedded::EmbeddedPostgres},
+    doctor::Report,
+    telemetry::log::Log,
+};
+use secrecy::SecretString;
+
+/// Returns the URL of the configured database, or starts the embedded one.
+async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<EmbeddedPostgres>)> {
+    if let Some(url) = &config.database_url {
+        Ok((url.clone(), None))
+    } else {
+        let embedded = EmbeddedPostgres::start(&config.data_dir).await?;
+        Ok((SecretString::from(embedded.database_url()), Some(embedded)))
+    }
+}
+
+/// Runs `work` with the URL of the configured database, or of the embedded one, which it starts and stops.
+async fn with_database<T>(
+    config: &Config,
+    work: impl AsyncFnOnce(&SecretString) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let (url, embedded) = database(config).await?;
+    let result = work(&url).await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
+    result
+}
+
+/// Applies pending migrations. Waits up to 30 s for a database that is starting.
+async fn apply_migrations(url: &SecretString) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match db::migrate(url).await {
+            Ok(applied) => {
+                for version in applied {
+                    tracing::info!(version, "migration applied");
+                }
+                return Ok(());
+            }
+            Err(db::MigrateError::Connect(error)) if Instant::now() < deadline => {
+                tracing::warn!(error = %db::chain(&error), "cannot reach PostgreSQL, retrying");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            Err(error) => anyhow::bail!("{}", db::chain(&error)),
+        }
+    }
+}
+
+pub async fn migrate(config: Config, _log: Log) -> anyhow::Result<()> {
+    with_database(&config, apply_migrations).await
+}
+
+/// Checks the settings and dependencies, and prints the findings.
+pub async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
+    let mut report = Report::default();
+    report.ok("settings", "valid");
+    report.addresses(&config).await;
+    report.connections(&config);
+    match database(&config).await {
+        Err(error) => report.failure("database", format!("{error:#}")),
+        Ok((url, embedded)) => {
+            report.dependencies(&config, &url).await;
+            if let Some(embedded) = embedded {
+                embedded.stop().await;
+            }
+        }
+    }
+    print!("{}", report.text);
+    match report.failed {
+        0 => {}
+        1 => anyhow::bail!("1 check failed"),
+        failed => anyhow::bail!("{failed} checks failed"),
+    }
+    Ok(())
+}

@@ -1,0 +1,184 @@
+//! `quota serve`: how a server starts and stops.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use quota_server::{
+    clock::{Clock, SystemClock},
+    config::{Config, LogFormat},
+    db::Db,
+    demo, doctor, file_limit,
+    jobs::Jobs,
+    router,
+    serve::{self, BoundSocket, ServeSettings, serve},
+    state::AppState,
+    telemetry::log::Log,
+};
+use secrecy::SecretString;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+use super::{apply_migrations, database};
+
+/// Unused quota tokens must be returned within this time after SIGTERM, which leaves 5 of the usual 30 s for the rest.
+const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
+/// The least time for returning tokens, even if requests in flight took longer than the above.
+const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
+
+/// Completes on SIGTERM or SIGINT. The handlers are installed by the call, not by the first poll: a signal in between
+/// would kill the process.
+fn stop_requested() -> impl Future<Output = ()> {
+    let signals = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    );
+    async move {
+        let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
+}
+
+/// Runs the server until it is told to stop.
+pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
+    let file_limit = file_limit::raise();
+    // First, so that a stop during a slow start is clean.
+    let mut stop = std::pin::pin!(stop_requested());
+    // Before anything is done to the database: an occupied port is the most common mistake.
+    let sockets = Sockets {
+        public: serve::bind(config.listen)
+            .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?,
+        metrics: config
+            .metrics_listen
+            .map(|addr| {
+                serve::bind(addr)
+                    .with_context(|| format!("QUOTA_METRICS_LISTEN: cannot listen on {addr}"))
+            })
+            .transpose()?,
+    };
+    let metrics_listen = sockets.metrics.as_ref().map(BoundSocket::local_addr);
+    config.listens_on(sockets.public.local_addr()?, metrics_listen.transpose()?);
+    let (url, embedded) = tokio::select! {
+        database = database(&config) => database?,
+        () = &mut stop => return Ok(()),
+    };
+    let served = serve_on(
+        &config,
+        log,
+        with_demo,
+        &url,
+        sockets,
+        file_limit,
+        stop.as_mut(),
+    )
+    .await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
+    served
+}
+
+/// The addresses that the server will listen on.
+struct Sockets {
+    public: BoundSocket,
+    metrics: Option<BoundSocket>,
+}
+
+async fn serve_on(
+    config: &Config,
+    log: Log,
+    with_demo: bool,
+    url: &SecretString,
+    sockets: Sockets,
+    file_limit: Option<usize>,
+    mut stop: std::pin::Pin<&mut impl Future<Output = ()>>,
+) -> anyhow::Result<()> {
+    if config.migrate {
+        tokio::select! {
+            applied = apply_migrations(url) => applied?,
+            () = &mut stop => return Ok(()),
+        }
+    }
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let db = Db::new(url, &config.database);
+    let state = AppState::new(config.clone(), db, clock, log.clone()).await?;
+    let jobs = Jobs::start(&state);
+    doctor::warn_of_too_many_connections(config, url).await;
+    if with_demo {
+        let shown = demo::create_once(&state).await?;
+        if config.log_format == LogFormat::Json {
+            tracing::info!("demo created");
+        }
+        println!("{shown}");
+    }
+
+    let public_settings = ServeSettings::public(&state, file_limit);
+    // Only now, since a server must not accept connections before it can decide.
+    let listener = sockets
+        .public
+        .listen()
+        .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?;
+    let metrics_listener = sockets
+        .metrics
+        .map(BoundSocket::listen)
+        .transpose()
+        .context("QUOTA_METRICS_LISTEN: cannot listen")?;
+    let (stop_serving, stopping) = watch::channel(false);
+    let until = |mut stopping: watch::Receiver<bool>| async move {
+        let _ = stopping.wait_for(|stop| *stop).await;
+    };
+    let public = tokio::spawn(serve(
+        listener,
+        router::public(&state),
+        public_settings,
+        until(stopping.clone()),
+    ));
+    let metrics = metrics_listener.map(|listener| {
+        tokio::spawn(serve(
+            listener,
+            router::metrics(&state),
+            ServeSettings::metrics(&state),
+            until(stopping),
+        ))
+    });
+    let metrics_listen = config.metrics_listen.map(tracing::field::display);
+    tracing::info!(listen = %config.listen, metrics_listen, public_url = config.public_url, "ready");
+
+    stop.await;
+    tracing::info!("stopping");
+    let stopping_at = Instant::now();
+    state.drain();
+    tokio::time::sleep(config.drain_delay).await;
+    let _ = stop_serving.send(true);
+    public.await?;
+    if let Some(metrics) = metrics {
+        metrics.await?;
+    }
+    // So that other replicas can use them.
+    let left = RETURN_TOKENS_WITHIN
+        .saturating_sub(stopping_at.elapsed())
+        .max(RETURN_TOKENS_MIN);
+    match tokio::time::timeout(left, state.limiter.drain()).await {
+        Ok(drained) if drained.lost == 0 => {
+            tracing::info!(tokens = drained.given_back, "unused quota tokens returned");
+        }
+        Ok(drained) => tracing::warn!(
+            tokens = drained.lost,
+            "some unused quota tokens could not be returned"
+        ),
+        Err(_) => tracing::warn!("unused quota tokens could not be returned in time"),
+    }
+    jobs.stop().await;
+    state.db.close();
+    tracing::info!("stopped");
+    Ok(())
+}

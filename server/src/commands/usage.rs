@@ -1,0 +1,94 @@
+//! `quota usage`.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use clap::Subcommand;
+use quota_server::{
+    config::{Config, Settings},
+    db::{self, Db},
+    metering,
+    telemetry::log::Log,
+    usage_report,
+};
+
+use super::{apply_migrations, with_database};
+
+#[derive(Subcommand)]
+pub enum UsageCommand {
+    /// Write the usage that a replica has left behind to PostgreSQL. For a replica that will not return: one that starts
+    /// with the same QUOTA_DATA_DIR does this itself. Running it twice, or while the replica is running, counts nothing
+    /// twice
+    Replay {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// A replica's directory in `usage`, or the `usage` directory itself for all of them
+        directory: PathBuf,
+    },
+}
+
+/// Prints the report on usage.
+pub async fn report(config: Config, hours: u16, top: u16) -> anyhow::Result<()> {
+    with_database(&config, async |url| {
+        let db = Db::new(url, &config.database);
+        match usage_report::report(&db, hours, top).await {
+            Ok(report) => print!("{report}"),
+            Err(error) => anyhow::bail!("cannot read usage: {}", db::chain(&error)),
+        }
+        Ok(())
+    })
+    .await
+}
+
+pub async fn replay(config: Config, _log: Log, directory: PathBuf) -> anyhow::Result<()> {
+    let directories = metering::directories(&directory)
+        .with_context(|| format!("cannot read {}", directory.display()))?;
+    anyhow::ensure!(
+        !directories.is_empty(),
+        "{} is not a directory of usage",
+        directory.display()
+    );
+    with_database(&config, async |url| {
+        apply_migrations(url).await?;
+        let db = Db::new(url, &config.database);
+        for directory in directories {
+            let replayed = replay_patiently(&config, &db, &directory).await?;
+            let rest = if replayed.is_owned {
+                ", the rest by the process that is using it"
+            } else {
+                ""
+            };
+            println!(
+                "{}: {} records written{rest}",
+                directory.display(),
+                replayed.records
+            );
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Replays a directory. Retries, since its owner or another replay may hold the cursor longer than the lock timeout.
+async fn replay_patiently(
+    config: &Config,
+    db: &Db,
+    directory: &Path,
+) -> anyhow::Result<metering::Replayed> {
+    let patience = Instant::now() + Duration::from_secs(30);
+    loop {
+        match metering::replay(config, db, directory).await {
+            Ok(replayed) => return Ok(replayed),
+            Err(metering::ShipError::Database(db::DbError::Unavailable(error)))
+                if Instant::now() < patience =>
+            {
+                tracing::warn!(error = %db::chain(error.as_ref()), "PostgreSQL does not accept usage, retrying");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            Err(error) => anyhow::bail!("{}", db::chain(&error)),
+        }
+    }
+}
