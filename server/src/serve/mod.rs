@@ -199,7 +199,8 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len())
+    // The parts share the memory of the frames they came in, which are larger.
+    2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 
 /// State shared by all connections of a listener.
