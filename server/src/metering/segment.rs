@@ -80,7 +80,7 @@ impl SegmentHead {
 pub(super) struct Segment {
     pub head: SegmentHead,
     pub path: PathBuf,
-    pub file: File,
+    pub file: Arc<File>,
     map: MmapRaw,
     /// Index of the word at which the next record may begin. May lag behind; whoever finds a header there moves it on.
     tail: AtomicUsize,
@@ -128,7 +128,7 @@ impl Segment {
             Ok((file, map)) => Ok(Self {
                 head,
                 path,
-                file,
+                file: Arc::new(file),
                 map,
                 tail: AtomicUsize::new(RECORDS_AT / WORD),
                 records: AtomicU64::new(0),

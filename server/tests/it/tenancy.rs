@@ -118,13 +118,13 @@ impl Tenant {
 async fn record_usage(client: &Client, account: &Account, plan: &str, key: &Key) {
     let (tenant, key) = (&account.tenant_id, &key.id);
     let sql = format!(
-        "INSERT INTO usage_tenants VALUES ('{tenant}', 1);
+        "INSERT INTO usage_tenants VALUES ('{tenant}', 1) ON CONFLICT DO NOTHING;
          INSERT INTO usage_log (tenant_id, seq, timestamp, event_id, key_id, plan_id, cost, was_rejected, billing,
              endpoint, request_id)
-             VALUES ('{tenant}', 1, now(), gen_random_uuid(), '{key}', '{plan}', 1, false, 'free', 'GET /', 'r');
-         INSERT INTO usage_quarters VALUES ('{tenant}', '{key}', 'GET /', '{plan}', now(), '', 1, 1);
-         INSERT INTO usage_days VALUES ('{tenant}', '{key}', 'GET /', '{plan}', now(), '', 1, 1, now());
-         INSERT INTO usage_endpoints VALUES ('{tenant}', '{key}', 'GET /')"
+             VALUES ('{tenant}', 1000, now(), gen_random_uuid(), '{key}', '{plan}', 1, false, 'free', 'GET /', 'r');
+         INSERT INTO usage_quarters VALUES ('{tenant}', '{key}', 'GET /', '{plan}', now(), '', 1, 1) ON CONFLICT DO NOTHING;
+         INSERT INTO usage_days VALUES ('{tenant}', '{key}', 'GET /', '{plan}', now(), '', 1, 1, now()) ON CONFLICT DO NOTHING;
+         INSERT INTO usage_endpoints VALUES ('{tenant}', '{key}', 'GET /') ON CONFLICT DO NOTHING"
     );
     client.batch_execute(&sql).await.expect("the rows fit");
 }
