@@ -107,12 +107,18 @@ pub struct UpdateApiKey {
     oai(example, deny_unknown_fields)
 )]
 pub struct RotateApiKey {
-    /// Seconds until the old key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default: 86,400
-    /// (24 hours). A key from an earlier rotation stops working immediately.
+    /// Seconds until the current key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default: 86,400
+    /// (24 hours).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(dive)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub grace_seconds: Option<GraceSeconds>,
+    /// Whether to revoke the previous key now if the grace period of an earlier rotation has not ended. Default:
+    /// false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[garde(skip)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub replace_previous: Option<bool>,
 }
 
 /// An API key that was just created or rotated, with its secret.
@@ -184,6 +190,7 @@ mod examples {
         fn example() -> Self {
             Self {
                 grace_seconds: Some(3600.into()),
+                replace_previous: None,
             }
         }
     }

@@ -32,6 +32,14 @@ impl Role {
         !matches!(self, Self::Billing)
     }
 
+    /// Whether the role may read usage: requests, denials and decisions.
+    pub const fn may_read_usage(self) -> bool {
+        matches!(
+            self,
+            Self::Owner | Self::Admin | Self::Developer | Self::Billing | Self::Viewer
+        )
+    }
+
     /// Whether the role may create, update and delete plans, API keys and service tokens.
     pub const fn may_manage(self) -> bool {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)

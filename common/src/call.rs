@@ -8,10 +8,14 @@ use crate::{
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
     audit::{AuditAction, AuditTarget},
     auth::{ChangePassword, Login, Refresh, Register, UpdateMe},
+    decision::DecisionOutcome,
     id::{ApiKeyId, PlanId, ServiceTokenId, SessionId},
+    limit::PolicyName,
     page::{ApiKeyOrder, PlanOrder},
     plan::{CreatePlan, UpdatePlan},
     service_token::CreateServiceToken,
+    time::Timestamp,
+    usage::{UsageBucketSize, UsageGroupBy},
 };
 
 /// A page of a list.
@@ -39,6 +43,37 @@ pub struct KeyFilter {
 pub struct AuditFilter {
     pub action: Option<AuditAction>,
     pub target_type: Option<AuditTarget>,
+    pub target_id: Option<String>,
+    /// Substring of the actor's email.
+    pub actor: Option<String>,
+    /// Substring of the resource's name.
+    pub search: Option<String>,
+    pub from: Option<Timestamp>,
+    /// Exclusive.
+    pub to: Option<Timestamp>,
+}
+
+/// What usage to count, and how.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsageFilter {
+    pub from: Option<Timestamp>,
+    /// Exclusive.
+    pub to: Option<Timestamp>,
+    pub bucket: Option<UsageBucketSize>,
+    /// The time zone in which hours and days start.
+    pub tz: Option<String>,
+    pub key_id: Option<ApiKeyId>,
+    pub endpoint: Option<String>,
+    pub group_by: Option<UsageGroupBy>,
+}
+
+/// Restricts a list of decisions.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DecisionFilter {
+    pub key_id: Option<ApiKeyId>,
+    pub endpoint: Option<String>,
+    pub outcome: Option<DecisionOutcome>,
+    pub request_id: Option<String>,
 }
 
 /// A call. In the desktop app, the page hands it to the host as JSON, and the host sends the request.
@@ -69,6 +104,11 @@ pub enum Call {
     CreateServiceToken(CreateServiceToken),
     DeleteServiceToken(ServiceTokenId),
     ListAudit(AuditFilter, PageOf),
+    Stats,
+    Usage(UsageFilter),
+    ListDecisions(DecisionFilter, PageOf),
+    KeyLimits(ApiKeyId),
+    BurnDown(ApiKeyId, PolicyName),
     /// With an API key in `X-API-Key` instead of the session's credentials.
     Echo,
 }
@@ -168,7 +208,30 @@ impl Call {
             Self::ListAudit(filter, page) => get("/admin/audit")
                 .with("action", filter.action)
                 .with("target_type", filter.target_type)
+                .with("target_id", filter.target_id.as_ref())
+                .with("actor", filter.actor.as_ref())
+                .with("search", filter.search.as_ref())
+                .with("from", filter.from)
+                .with("to", filter.to)
                 .page(page),
+            Self::Stats => get("/admin/stats"),
+            Self::Usage(filter) => get("/admin/usage")
+                .with("from", filter.from)
+                .with("to", filter.to)
+                .with("bucket", filter.bucket)
+                .with("tz", filter.tz.as_ref())
+                .with("key_id", filter.key_id)
+                .with("endpoint", filter.endpoint.as_ref())
+                .with("group_by", filter.group_by),
+            Self::ListDecisions(filter, page) => get("/admin/decisions")
+                .with("key_id", filter.key_id)
+                .with("endpoint", filter.endpoint.as_ref())
+                .with("outcome", filter.outcome)
+                .with("request_id", filter.request_id.as_ref())
+                .page(page),
+            Self::KeyLimits(id) => get(&format!("/admin/api-keys/{id}/limits")),
+            Self::BurnDown(id, policy) => get(&format!("/admin/api-keys/{id}/burn-down"))
+                .with("policy", Some(policy.as_str())),
             Self::Echo => get("/v1/echo"),
         }
     }

@@ -57,6 +57,8 @@ pub struct DecisionPage {
     /// `other`.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub total: Option<u64>,
+    /// Pass as `last_event_id` to `GET /admin/decisions/stream` to receive what follows this page. Opaque.
+    pub last_event_id: String,
 }
 
 /// The data of a `dropped` event: decisions that were not sent because there were too many.
@@ -97,6 +99,7 @@ mod examples {
                 items: vec![Decision::example()],
                 next_cursor: None,
                 total: Some(1),
+                last_event_id: "AwAAAAAAAAAB".into(),
             }
         }
     }

@@ -34,6 +34,8 @@ pub struct TestResponse {
     pub status: u16,
     /// The response's [`LIMIT_FIELDS`](crate::call::LIMIT_FIELDS).
     pub headers: Vec<(String, String)>,
+    /// What the server says about a rejection.
+    pub problem: Option<Box<Problem>>,
 }
 
 /// A server in the app's list.

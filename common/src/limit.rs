@@ -84,6 +84,17 @@ pub enum PolicyName {
     Monthly,
 }
 
+impl PolicyName {
+    /// Returns the name as it appears in headers and query strings.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Rpm => "rpm",
+            Self::Daily => "daily",
+            Self::Monthly => "monthly",
+        }
+    }
+}
+
 /// The current state of one limit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]

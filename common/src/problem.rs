@@ -117,6 +117,10 @@ problems! {
     NameTaken = "name-taken", 409, "Name already in use";
     /// An account with this email already exists. Sign in, or use another address.
     EmailTaken = "email-taken", 409, "Email already in use";
+    /// The key was rotated before, and the grace period of that rotation has not ended; `detail` says when the previous
+    /// key expires. Rotating again would revoke it, because a key has at most one previous key. Wait until it has
+    /// expired, or send `replace_previous: true`.
+    PreviousKeyActive = "previous-key-active", 409, "Previous key still active";
     /// A request with the same `Idempotency-Key` is still being processed. Retry after the number of seconds in
     /// `Retry-After` to get its response.
     RequestInProgress = "request-in-progress", 409, "Request already in progress";
@@ -132,8 +136,8 @@ problems! {
     /// seconds in `Retry-After`. Without that header, the cost of the request exceeds the limit itself. Nothing was
     /// charged.
     QuotaExceeded = "quota-exceeded", 429, "Rate limit or quota exceeded";
-    /// Too many requests came from this address or for this account. Retry after the number of seconds in
-    /// `Retry-After`.
+    /// Too many requests came from this address or for this account, or too many changes by one organization at the
+    /// same time. Retry after the number of seconds in `Retry-After`.
     TooManyRequests = "too-many-requests", 429, "Too many requests";
     /// The request's headers exceed the server's limit. Send fewer or shorter headers.
     HeadersTooLarge = "headers-too-large", 431, "Request headers too large";

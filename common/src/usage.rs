@@ -230,7 +230,7 @@ pub struct KeyLimits {
     pub plan: String,
     /// Sustained requests per minute: the key's own, or its plan's.
     pub rpm: u32,
-    /// Requests that a rested key may make at once.
+    /// Maximum burst: requests that an idle key may make at once.
     pub burst: u32,
     /// The state of each limit.
     pub limits: Vec<LimitState>,
@@ -281,7 +281,11 @@ pub struct BurnDown {
 mod examples {
     use poem_openapi::types::Example;
 
-    use super::*;
+    use super::{
+        Attention, AttentionKind, BurnDown, BurnDownPoint, KeyLimits, LimitState, PolicyName,
+        QuotaStatus, Stats, Timestamp, Usage, UsageBucket, UsageBucketSize, UsageCounts,
+        UsageGroup, UsageGroupBy,
+    };
     use crate::id::example;
 
     fn at(seconds: u64) -> Timestamp {

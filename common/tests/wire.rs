@@ -3,7 +3,7 @@
 
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,
-    Timestamp, UserId, api_key, audit, auth, health, limit, plan, service_token,
+    Timestamp, UserId, api_key, audit, auth, decision, health, limit, plan, service_token, usage,
 };
 use serde_json::{Value, json};
 
@@ -171,9 +171,17 @@ fn api_keys_match_their_golden_json() {
     );
     golden!(
         api_key::RotateApiKey {
-            grace_seconds: Some(60.into())
+            grace_seconds: Some(60.into()),
+            replace_previous: None,
         },
         json!({"grace_seconds": 60})
+    );
+    golden!(
+        api_key::RotateApiKey {
+            grace_seconds: None,
+            replace_previous: Some(true),
+        },
+        json!({"replace_previous": true})
     );
     golden!(
         api_key::CreatedApiKey {
@@ -432,6 +440,195 @@ fn other_types_match_their_golden_json() {
             "type": "https://q.example/problems/invalid", "title": "t", "status": 422, "detail": "d",
             "request_id": ID, "errors": [{"field": "name", "message": "m"}],
             "violated-policies": ["daily"],
+        })
+    );
+}
+
+const AT: &str = "2026-08-03T06:26:00.000Z";
+
+#[test]
+fn usage_matches_its_golden_json() {
+    let (allowed, rejected, allowed_cost, rejected_cost) = (7, 2, 14, 4);
+    golden!(
+        usage::Usage {
+            from: at(),
+            to: at(),
+            bucket: usage::UsageBucketSize::Day,
+            time_zone: "Asia/Kolkata".into(),
+            group_by: Some(usage::UsageGroupBy::Endpoint),
+            complete_until: at(),
+            total: usage::UsageCounts {
+                allowed,
+                rejected,
+                allowed_cost,
+                rejected_cost,
+            },
+            buckets: vec![usage::UsageBucket {
+                start: at(),
+                key_id: None,
+                endpoint: Some("GET /".into()),
+                policy: None,
+                plan_id: None,
+                other: false,
+                allowed,
+                rejected,
+                allowed_cost,
+                rejected_cost,
+            }],
+            groups: vec![usage::UsageGroup {
+                key_id: Some(id()),
+                endpoint: None,
+                policy: Some("rpm".into()),
+                plan_id: Some(id()),
+                name: Some("Mobile".into()),
+                other: true,
+                allowed,
+                rejected,
+                allowed_cost,
+                rejected_cost,
+                last_seen_at: Some(at()),
+            }],
+        },
+        json!({
+            "from": AT, "to": AT, "bucket": "day", "time_zone": "Asia/Kolkata", "group_by": "endpoint",
+            "complete_until": AT,
+            "total": {"allowed": 7, "rejected": 2, "allowed_cost": 14, "rejected_cost": 4},
+            "buckets": [{
+                "start": AT, "key_id": null, "endpoint": "GET /", "policy": null, "plan_id": null, "other": false,
+                "allowed": 7, "rejected": 2, "allowed_cost": 14, "rejected_cost": 4,
+            }],
+            "groups": [{
+                "key_id": ID, "endpoint": null, "policy": "rpm", "plan_id": ID, "name": "Mobile", "other": true,
+                "allowed": 7, "rejected": 2, "allowed_cost": 14, "rejected_cost": 4, "last_seen_at": AT,
+            }],
+        })
+    );
+}
+
+#[test]
+fn stats_match_their_golden_json() {
+    golden!(
+        usage::Stats {
+            total_keys: 1,
+            active_keys: 2,
+            unused_keys: 3,
+            total_plans: 4,
+            requests_today: 5,
+            rejected_today: 6,
+            requests_yesterday: 7,
+            rejected_yesterday: 8,
+            today: at(),
+            time_zone: "UTC".into(),
+            complete_until: at(),
+            closest_to_limit: Some(usage::QuotaStatus {
+                key_id: id(),
+                key_name: "Mobile".into(),
+                policy: limit::PolicyName::Monthly,
+                used: 9,
+                limit: 10,
+                reset_at: at(),
+            }),
+            attention: vec![usage::Attention {
+                kind: usage::AttentionKind::GraceEnding,
+                key_id: id(),
+                key_name: "Mobile".into(),
+                at: at(),
+                policy: None,
+                used: None,
+                limit: None,
+            }],
+        },
+        json!({
+            "total_keys": 1, "active_keys": 2, "unused_keys": 3, "total_plans": 4, "requests_today": 5,
+            "rejected_today": 6, "requests_yesterday": 7, "rejected_yesterday": 8, "today": AT, "time_zone": "UTC",
+            "complete_until": AT,
+            "closest_to_limit": {
+                "key_id": ID, "key_name": "Mobile", "policy": "monthly", "used": 9, "limit": 10, "reset_at": AT,
+            },
+            "attention": [{
+                "kind": "grace_ending", "key_id": ID, "key_name": "Mobile", "at": AT, "policy": null, "used": null,
+                "limit": null,
+            }],
+        })
+    );
+}
+
+#[test]
+fn limits_and_burn_downs_match_their_golden_json() {
+    golden!(
+        usage::KeyLimits {
+            key_id: id(),
+            plan_id: id(),
+            plan: "Starter".into(),
+            rpm: 600,
+            burst: 60,
+            limits: vec![limit::LimitState {
+                policy: limit::PolicyName::Rpm,
+                limit: 60,
+                remaining: 12,
+                reset_at: at(),
+            }],
+            at: at(),
+        },
+        json!({
+            "key_id": ID, "plan_id": ID, "plan": "Starter", "rpm": 600, "burst": 60,
+            "limits": [{"policy": "rpm", "limit": 60, "remaining": 12, "reset_at": AT}], "at": AT,
+        })
+    );
+    golden!(
+        usage::BurnDown {
+            key_id: id(),
+            policy: limit::PolicyName::Daily,
+            limit: 100,
+            used: 40,
+            remaining: 60,
+            starts_at: at(),
+            resets_at: at(),
+            points: vec![usage::BurnDownPoint {
+                at: at(),
+                remaining: 60,
+                ideal_remaining: 50,
+            }],
+            pace_per_hour: 2.5,
+            used_up_at: None,
+            projected_remaining: 0,
+            complete_until: at(),
+        },
+        json!({
+            "key_id": ID, "policy": "daily", "limit": 100, "used": 40, "remaining": 60, "starts_at": AT,
+            "resets_at": AT, "points": [{"at": AT, "remaining": 60, "ideal_remaining": 50}], "pace_per_hour": 2.5,
+            "used_up_at": null, "projected_remaining": 0, "complete_until": AT,
+        })
+    );
+}
+
+#[test]
+fn decisions_match_their_golden_json() {
+    golden!(
+        decision::DecisionPage {
+            items: vec![decision::Decision {
+                id: ID.parse().expect("an id"),
+                at: at(),
+                key_id: id(),
+                key_name: None,
+                plan_id: id(),
+                endpoint: String::new(),
+                outcome: decision::DecisionOutcome::Rejected,
+                policy: Some("rpm".into()),
+                retry_after: Some(2),
+                cost: 1,
+                request_id: "r".into(),
+            }],
+            next_cursor: None,
+            total: Some(1),
+            last_event_id: "A".into(),
+        },
+        json!({
+            "items": [{
+                "id": ID, "at": AT, "key_id": ID, "key_name": null, "plan_id": ID, "endpoint": "",
+                "outcome": "rejected", "policy": "rpm", "retry_after": 2, "cost": 1, "request_id": "r",
+            }],
+            "next_cursor": null, "total": 1, "last_event_id": "A",
         })
     );
 }

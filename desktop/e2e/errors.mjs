@@ -21,7 +21,7 @@ export async function errors(world) {
   // Errors appear when a field is left or submitted, in the page's own words, and disappear on input.
   await page.getByRole("link", { name: "Create a plan first" }).click();
   await my.heading("New plan").waitFor();
-  await my.field("Name").press("Enter");
+  await my.button("Create plan").click();
   await page.locator(".field.invalid").getByText("Required").waitFor();
   await page.waitForFunction(() => document.activeElement.id === "name");
   await my.field("Name").fill("Starter");
@@ -32,7 +32,21 @@ export async function errors(world) {
   await my.inspect("plan-invalid");
   await my.field("Burst").fill("70,000,000");
   await page.locator(".field.invalid").waitFor({ state: "detached" });
-  await my.button("Create plan").click();
+  // The message of the field that is left does not move the button while it is pressed: the form is submitted.
+  await my.field("Burst").focus();
+  await my.button("Create plan").scrollIntoViewIfNeeded();
+  const button = await my.button("Create plan").boundingBox();
+  await page.mouse.move(button.x + button.width / 2, button.y + button.height - 2);
+  await page.mouse.down();
+  await page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve))));
+  assert.deepEqual(await my.button("Create plan").boundingBox(), button, "it does not move while it is pressed");
+  await page.mouse.up();
+  await page.locator(".field.invalid").getByText("Must be at most 60,000,000").waitFor();
+  await page.waitForFunction(() => document.activeElement.id === "burst", undefined, { timeout: 5000 });
+  // Leaving the field for nothing else shows the message as well.
+  await my.field("Burst").fill("80,000,000");
+  await page.locator(".field.invalid").waitFor({ state: "detached" });
+  await my.heading("New plan").click();
   await page.locator(".field.invalid").getByText("Must be at most 60,000,000").waitFor();
   await my.field("Burst").fill("10");
   await my.button("Create plan").click();
@@ -102,9 +116,9 @@ export async function errors(world) {
   await my.button("Edit").click();
   await my.field("Name").fill("Renamed");
   await my.button("Save changes").click();
-  await dialog.getByText(id).waitFor();
+  await dialog.locator(".alert").getByText(id).waitFor();
   await my.inspect("key-internal-error");
-  await dialog.getByRole("button", { name: "Copy request ID" }).click();
+  await dialog.locator(".alert").getByRole("button", { name: "Copy request ID" }).click();
   assert.equal(await page.evaluate(() => navigator.clipboard.readText()), id);
   await page.keyboard.press("Escape");
   await my.navigate("Plans").click();

@@ -4,6 +4,7 @@
 
 import assert from "node:assert/strict";
 import { join } from "node:path";
+import { actions } from "./actions.mjs";
 import { errors } from "./errors.mjs";
 import { guard } from "./guard.mjs";
 import { keyboard } from "./keyboard.mjs";
@@ -14,11 +15,12 @@ import { once } from "./once.mjs";
 import { pages } from "./pages.mjs";
 import { pictures } from "./pictures.mjs";
 import { tour } from "./tour.mjs";
+import { usage } from "./usage.mjs";
 import { widths } from "./widths.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...selected] = process.argv.slice(2);
-const parts = { tour, keyboard, once, many, lists, names, guard, pages, errors, widths, pictures };
+const parts = { tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, widths, pictures };
 
 const world = await World.start(executablePath, base, shots);
 try {

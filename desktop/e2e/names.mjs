@@ -77,6 +77,7 @@ export async function names(world) {
   await page.getByRole("row").nth(NAMES.length).waitFor();
   await page.locator("tbody tr").first().getByRole("button", { name: /^Edit/ }).click();
   await inspect("names-plan-edit");
+  await page.keyboard.press("Escape");
   await my.navigate("API keys").click();
   await page.getByRole("row").nth(NAMES.length).waitFor();
   await my.field("Select all on this page").check();
@@ -85,13 +86,13 @@ export async function names(world) {
   await inspect("names-bulk");
   await page.keyboard.press("Escape");
   await page.keyboard.press("Control+k");
-  await my.field("Type a command or the name of an API key").fill("ww");
+  await my.field("Type a command, or the name of an API key or plan").fill("ww");
   await page.getByRole("listbox").getByRole("option", { name: "WWW" }).waitFor();
   await inspect("names-palette");
   await page.keyboard.press("Escape");
   await my.navigate("Audit log").click();
   await page.getByRole("row").nth(NAMES.length).waitFor();
-  for (const it of await page.locator("summary").all()) await it.click();
+  for (const it of await page.getByRole("button", { name: /^Details of/ }).all()) await it.click();
   await inspect("names-audit");
   await my.navigate("Settings").click();
   await page.getByText("This device").waitFor();

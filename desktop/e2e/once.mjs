@@ -111,7 +111,26 @@ export async function once(world) {
   await my.button("Rotate").click();
   await page.getByText("This key was rotated recently. The key from before that rotation, which expires in 23 hours, will be revoked now.").waitFor();
   await my.inspect("key-rotate-again");
-  await my.button("Cancel").click();
+  await my.button("Rotate key").click();
+  await my.heading(`Save your key for ${quoted("App")}`).waitFor();
+  await save();
+
+  // If the key was rotated elsewhere since the page was loaded, the warning appears before anything is revoked.
+  const { items: [app] } = await my.api("GET", "/admin/api-keys");
+  await my.api("POST", `/admin/api-keys/${app.id}/rotate`, { grace_seconds: 0, replace_previous: true });
+  await page.reload();
+  await my.heading("App").waitFor();
+  await my.button("Rotate").click();
+  assert.equal(await page.getByText("This key was rotated recently").count(), 0);
+  await my.api("POST", `/admin/api-keys/${app.id}/rotate`, { grace_seconds: 3600 });
+  world.expected = /status of 409/;
+  await my.button("Rotate key").click();
+  await page.getByRole("alert").getByText("This key was rotated recently.").waitFor();
+  world.expected = undefined;
+  assert.equal((await my.api("GET", "/admin/audit?action=api_key.rotate")).total, 4, "nothing was rotated");
+  await my.button("Rotate key").click();
+  await my.heading(`Save your key for ${quoted("App")}`).waitFor();
+  await save();
   await page.reload();
   assert.equal(path().split("/").length, 4, "without a locked dialog the page reloads");
   await page.getByText("Keys aren't stored.").waitFor();

@@ -1,6 +1,7 @@
 // Accounts in several windows, the audit log, trying a key, relative times, themes, and failures to start.
 
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { password } from "./world.mjs";
 
 export async function pages(world) {
@@ -85,23 +86,67 @@ async function changes(world) {
   await row("API key updated", "Mobile app").waitFor();
   await row("API key updated", "Partner").waitFor();
   await row("API key deleted", "Partner").waitFor();
-  assert.equal(await page.getByRole("link", { name: "Partner" }).count(), 0, "deleted keys are not links");
+  await row("API key updated", "Partner").getByText("Deactivated").waitFor();
+  // A deleted key has no page: its name leads to its history.
+  const history = row("API key deleted", "Partner").getByRole("link", { name: "Partner" });
+  assert.match(await history.getAttribute("href"), /^\/console\/audit\?target_id=/);
   // The exact time is visible without hovering.
   assert.match(await row("API key deleted", "Partner").innerText(), new RegExp(`${new Date().getFullYear()}`));
+  await my.button("Details of API key deleted: Partner").click();
+  await page.locator(".detail-row").getByText("Starter").waitFor();
+  assert.equal(await page.locator(".detail-row del").count(), 0, "a deletion is no difference");
   await my.inspect("audit-named");
-  await my.field("Resource").selectOption({ label: "Plans" });
-  await page.waitForFunction(() => document.querySelectorAll("tbody tr").length === 1);
+  const resource = page.locator("#target_type");
+  const action = page.locator("#action");
+  const events = (count) =>
+    page.waitForFunction((count) => document.querySelectorAll("tbody tr:not(.detail-row)").length === count, count);
+  await resource.selectOption({ label: "Plans" });
+  await events(1);
   await row("Plan created", "Starter").waitFor();
   assert.match(page.url(), /\?target_type=plan$/);
-  await my.field("Resource").selectOption({ label: "API keys" });
-  await my.field("Action").selectOption({ label: "API key rotated" });
+  await resource.selectOption({ label: "API keys" });
+  await action.selectOption({ label: "API key rotated" });
   await my.heading("No matching events").waitFor();
-  await my.field("Action").selectOption({ label: "API key updated" });
-  await page.waitForFunction(() => document.querySelectorAll("tbody tr").length === 2);
+  await action.selectOption({ label: "API key updated" });
+  await events(2);
   await page.reload();
-  await page.waitForFunction(() => document.querySelectorAll("tbody tr").length === 2);
-  assert.equal(await my.field("Action").inputValue(), "api_key.update");
-  await page.getByRole("link", { name: "Mobile app" }).click();
+  await events(2);
+  assert.equal(await action.inputValue(), "api_key.update");
+  // Name, actor and dates.
+  await my.field("Resource name").fill("partner");
+  await events(1);
+  await my.field("Resource name").fill("");
+  await events(2);
+  await my.field("Actor").fill("somebody-else");
+  await my.heading("No matching events").waitFor();
+  await my.field("Actor").fill(my.email.slice(0, 12));
+  await events(2);
+  const today = new Date().toISOString().slice(0, 10);
+  await my.field("From (UTC)").fill(today);
+  await my.field("To (UTC)").fill(today);
+  await page.waitForFunction(() => location.search.includes("to="));
+  await events(2);
+  await my.field("To (UTC)").fill("2020-01-01");
+  await my.field("From (UTC)").fill("2019-01-01");
+  await my.heading("No matching events").waitFor();
+  await page.getByRole("link", { name: "Clear filters" }).click();
+  await row("API key deleted", "Partner").getByRole("link", { name: "Partner" }).click();
+  await events(3);
+  await page.getByText("Changes to").waitFor();
+  await my.button("Show all").click();
+  await row("Plan created", "Starter").getByText("60/min").waitFor();
+  // The export contains all events that match, with names in place of IDs.
+  await page.locator("#target_type").selectOption({ label: "API keys" });
+  await events(5);
+  const download = page.waitForEvent("download");
+  await my.button("Export CSV").click();
+  const saved = await download;
+  assert.equal(saved.suggestedFilename(), "audit-log.csv");
+  const lines = readFileSync(await saved.path(), "utf8").trim().split("\r\n");
+  assert.equal(lines.length, 6);
+  assert.match(lines[0], /^time,action,summary,/);
+  assert.match(lines[5], /,api_key\.create,Plan Starter,api_key,Mobile app,/);
+  await page.getByRole("link", { name: "Mobile app" }).first().click();
   await my.heading("Mobile app").waitFor();
   await my.context.close();
 }
@@ -140,6 +185,10 @@ async function running(world) {
   await my.button("Send until 429").click();
   await my.status(429);
   await page.getByText("Daily quota reached.").waitFor();
+  const denied = page.locator(".meter.denied");
+  await denied.getByText("0 of 3 left").waitFor();
+  assert.match(await denied.innerText(), /Daily quota[\s\S]*Denied the request/);
+  assert.equal(await denied.getByRole("meter").getAttribute("aria-valuenow"), "100");
   // The wait until midnight is in hours, except in the last two.
   assert.match(await page.locator(".countdown strong").textContent(), /^\d+ (h \d+ min|min \d+ s|s)$/);
   await my.inspect("key-daily");

@@ -121,6 +121,7 @@ export async function tour(world) {
   await page.waitForTimeout(1000);
   await my.button("Send 1").click();
   await page.locator(".status[data-status='401']").waitFor();
+  await page.getByText("This key is inactive.").waitFor();
   await my.button("Activate").click();
   await my.button("Deactivate").waitFor();
   await page.waitForTimeout(3000);
@@ -138,7 +139,7 @@ export async function tour(world) {
 
   // A plan that is in use cannot be deleted; the dialog says why.
   await my.navigate("Plans").click();
-  await my.button("Delete Starter").click();
+  await my.choose("Starter", "Delete");
   await my.heading("This plan is in use").waitFor();
   await my.inspect("plan-in-use");
   await page.getByRole("link", { name: "View keys" }).click();
@@ -147,7 +148,7 @@ export async function tour(world) {
   await my.button("Delete key").click();
   await my.heading("No keys yet").waitFor();
   await my.navigate("Plans").click();
-  await my.button("Delete Starter").click();
+  await my.choose("Starter", "Delete");
   await my.heading(`Delete plan ${quoted("Starter")}?`).waitFor();
   await my.inspect("plan-delete");
   await my.button("Delete plan").click();
@@ -186,10 +187,10 @@ export async function tour(world) {
   await page.getByText("Get started").waitFor();
   await my.inspect("home");
   await page.getByRole("button", { name: "Search or jump to…" }).click();
-  await my.field("Type a command or the name of an API key").fill("plan");
+  await my.field("Type a command, or the name of an API key or plan").fill("plan");
   await page.getByRole("option", { name: "Search API keys for" }).waitFor();
   await my.inspect("palette");
-  await my.field("Type a command or the name of an API key").fill("shortcuts");
+  await my.field("Type a command, or the name of an API key or plan").fill("shortcuts");
   await page.getByRole("option", { name: "Show keyboard shortcuts" }).click();
   await my.heading("Keyboard shortcuts").waitFor();
   await my.inspect("shortcuts");

@@ -77,6 +77,12 @@ export class Visitor {
   field = (name) => this.page.getByLabel(name);
   status = (code) => this.page.locator(`.status[data-status='${code}']`).waitFor();
 
+  /** Chooses an action from the menu of a row. */
+  async choose(row, action) {
+    await this.button(`More actions for ${row}`).click();
+    await this.page.getByRole("menuitem", { name: action, exact: true }).click();
+  }
+
   /** Calls the API directly, with a bearer token instead of cookies. */
   async api(method, path, body) {
     const headers = { "content-type": "application/json" };

@@ -7,6 +7,7 @@ fn main() {
         "call",
         "try_key",
         "copy",
+        "save_file",
         "host_status",
         "add_server",
         "use_server",

@@ -85,11 +85,13 @@ CREATE TABLE usage_days (
     cost bigint NOT NULL,
     last_at timestamptz NOT NULL,
     CONSTRAINT usage_days_pkey PRIMARY KEY (tenant_id, endpoint, key_id, plan_id, start, policy)
-) WITH (fillfactor = 80);
-CREATE INDEX usage_days_endpoint_idx ON usage_days (tenant_id, endpoint, start);
-CREATE INDEX usage_days_start_idx ON usage_days USING brin (start) WITH (pages_per_range = 32);
-COMMENT ON TABLE usage_days IS 'The same as usage_quarters, for each day in UTC: ranks keys and endpoints over long ranges';
+) PARTITION BY RANGE (start);
+COMMENT ON TABLE usage_days IS
+    'The same as usage_quarters, for each day in UTC: ranks keys and endpoints over long ranges. Partitioned by day';
 COMMENT ON COLUMN usage_days.last_at IS 'Time of the newest request';
+
+CREATE TABLE usage_days_default PARTITION OF usage_days DEFAULT;
+COMMENT ON TABLE usage_days_default IS 'Rows of days that have no partition';
 
 CREATE TABLE usage_endpoints (
     tenant_id uuid NOT NULL,
@@ -142,7 +144,7 @@ DECLARE
     created integer := 0;
 BEGIN
     PERFORM pg_advisory_xact_lock(7226423);
-    FOREACH parent IN ARRAY ARRAY['usage_log', 'usage_quarters'] LOOP
+    FOREACH parent IN ARRAY ARRAY['usage_log', 'usage_quarters', 'usage_days'] LOOP
         by_column := CASE parent WHEN 'usage_log' THEN 'timestamp' ELSE 'start' END;
         FOR day IN SELECT generate_series(first::timestamp, last::timestamp, interval '1 day')::date LOOP
             name := format('%s_%s', parent, to_char(day, 'YYYYMMDD'));
@@ -173,7 +175,7 @@ DECLARE
     name text;
     dropped integer := 0;
 BEGIN
-    IF parent NOT IN ('usage_log', 'usage_quarters') THEN
+    IF parent NOT IN ('usage_log', 'usage_quarters', 'usage_days') THEN
         RAISE EXCEPTION 'not a table of usage: %', parent;
     END IF;
     PERFORM pg_advisory_xact_lock(7226423);
@@ -207,6 +209,7 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON
 -- Partitions have policies of nobody: they are reached through their parent alone.
 ALTER TABLE usage_log_default ENABLE ROW LEVEL SECURITY;
 ALTER TABLE usage_quarters_default ENABLE ROW LEVEL SECURITY;
+ALTER TABLE usage_days_default ENABLE ROW LEVEL SECURITY;
 DO $$
 DECLARE
     name text;

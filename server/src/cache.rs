@@ -22,6 +22,7 @@ use std::{
     collections::HashMap,
     fmt::Debug,
     hash::Hash,
+    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -31,7 +32,7 @@ use std::{
 
 use futures_util::{
     FutureExt,
-    future::{BoxFuture, Shared},
+    future::{BoxFuture, Shared, WeakShared},
 };
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
@@ -145,7 +146,31 @@ impl<T> From<Option<T>> for Loaded<T> {
     }
 }
 
-type Loading<T> = Shared<BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>>;
+type Load<T> = BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>;
+type Loading<T> = Shared<Load<T>>;
+
+/// A load in progress, as those who want the same find it. They keep it going, and so does a task of its own. Once none
+/// of them is left, as when the runtime ends, it is canceled.
+struct InProgress<T> {
+    id: u64,
+    loading: WeakShared<Load<T>>,
+}
+
+/// Removes a load from those in progress however it ends.
+struct LoadGuard<K: Hash + Eq, T> {
+    inner: Arc<Inner<K, T>>,
+    key: K,
+    id: u64,
+}
+
+impl<K: Hash + Eq, T> Drop for LoadGuard<K, T> {
+    fn drop(&mut self) {
+        let mut all = self.inner.loading.lock();
+        if all.get(&self.key).is_some_and(|it| it.id == self.id) {
+            all.remove(&self.key);
+        }
+    }
+}
 
 struct Entry<T> {
     /// `None`: it was changed since, and must be loaded before it is used.
@@ -184,7 +209,8 @@ impl<K, T> Debug for Cached<K, T> {
 struct Inner<K, T> {
     present: Cache<K, Entry<T>>,
     absent: Cache<K, u64>,
-    loading: Mutex<HashMap<K, Loading<T>>>,
+    loading: Mutex<HashMap<K, InProgress<T>>>,
+    next_load: AtomicU64,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
     grace: u64,
@@ -207,6 +233,7 @@ where
                 present: Cache::new(capacity),
                 absent: Cache::new((capacity / 4).max(100)),
                 loading: Mutex::default(),
+                next_load: AtomicU64::new(0),
                 freshness,
                 metrics,
                 grace: u64::try_from(grace.as_nanos()).unwrap_or(u64::MAX),
@@ -286,12 +313,26 @@ where
         L: Into<Loaded<T>> + Send + 'static,
     {
         let mut all = self.inner.loading.lock();
-        if let Some(loading) = all.get(&key) {
-            return loading.clone();
+        if let Some(loading) = all.get(&key).and_then(|it| it.loading.upgrade()) {
+            return loading;
         }
-        let loading = self.clone().load(key, load).boxed().shared();
-        all.insert(key, loading.clone());
-        // On its own, so that it ends whoever of those who wait goes away.
+        let id = self.inner.next_load.fetch_add(1, Ordering::Relaxed);
+        let guard = LoadGuard {
+            inner: self.inner.clone(),
+            key,
+            id,
+        };
+        // A panic would poison the shared future, and those who wait for it would not be woken.
+        let loading = AssertUnwindSafe(self.clone().load(guard, load))
+            .catch_unwind()
+            .map(|loaded| loaded.unwrap_or_else(|_| Err(Unconfirmed::Failed("a panic".into()))))
+            .boxed()
+            .shared();
+        if let Some(loading) = loading.downgrade() {
+            all.insert(key, InProgress { id, loading });
+        }
+        drop(all);
+        // A task of its own, so that it ends even if its callers go away.
         tokio::spawn(loading.clone());
         loading
     }
@@ -299,6 +340,13 @@ where
     /// Whether this is known to have existed, confirmed or not, changed since or not.
     pub fn holds(&self, key: &K) -> bool {
         self.inner.present.contains_key(key)
+    }
+
+    /// Whether this is cached, or being loaded to be cached.
+    pub fn holds_or_loads(&self, key: &K) -> bool {
+        // In this order: a load caches its result before it leaves the loads in progress.
+        let is_loading = self.inner.loading.lock().contains_key(key);
+        is_loading || self.holds(key)
     }
 
     /// What was known last, if it may still be served without being confirmed.
@@ -314,13 +362,18 @@ where
         Some(value)
     }
 
-    async fn load<F, Fut, L>(self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
+    async fn load<F, Fut, L>(
+        self,
+        guard: LoadGuard<K, T>,
+        load: F,
+    ) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send,
         Fut: Future<Output = Result<L, Unconfirmed>> + Send,
         L: Into<Loaded<T>>,
     {
         let inner = &*self.inner;
+        let key = guard.key;
         let mut outcome = None;
         for _ in 0..3 {
             let generation = inner.freshness.generation.load(Ordering::Acquire);
@@ -351,7 +404,7 @@ where
                 break;
             }
         }
-        inner.loading.lock().remove(&key);
+        drop(guard);
         match outcome {
             Some(Err(error)) => self.within_grace(&key).map(Some).ok_or(error),
             Some(loaded) => loaded,
@@ -398,17 +451,15 @@ where
         }
     }
 
-    /// Has these loaded again before they are used, and everything that is being loaded now.
-    pub fn forget_these<'a>(&self, keys: impl IntoIterator<Item = &'a K>)
-    where
-        K: 'a,
-    {
+    /// Has these loaded again before they are used, and everything that is being loaded now. `keys` is called once loads
+    /// in progress are bound to be repeated: what is cached later cannot be out of date.
+    pub fn forget_these<I: IntoIterator<Item = K>>(&self, keys: impl FnOnce() -> I) {
         self.inner
             .freshness
             .generation
             .fetch_add(1, Ordering::AcqRel);
-        for key in keys {
-            self.empty(*key);
+        for key in keys() {
+            self.empty(key);
         }
     }
 
@@ -423,275 +474,4 @@ where
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::AtomicUsize;
-
-    use super::*;
-    use crate::clock::{TestClock, UnixNanos};
-
-    struct Fixture {
-        clock: TestClock,
-        freshness: Arc<Freshness>,
-        cache: Cached<u8, String>,
-        loads: Arc<AtomicUsize>,
-    }
-
-    fn fixture() -> Fixture {
-        let clock = TestClock::at(UnixNanos::from_secs(1_785_738_360));
-        let freshness = Arc::new(Freshness::new(Arc::new(clock.clone())));
-        let cache = Cached::new(
-            1000,
-            Duration::from_mins(1),
-            freshness.clone(),
-            Arc::default(),
-        );
-        Fixture {
-            clock,
-            freshness,
-            cache,
-            loads: Arc::default(),
-        }
-    }
-
-    impl Fixture {
-        async fn get(
-            &self,
-            found: Result<Option<&'static str>, &'static str>,
-        ) -> Result<Option<String>, Unconfirmed> {
-            let loads = self.loads.clone();
-            let load = move || {
-                loads.fetch_add(1, Ordering::SeqCst);
-                async move {
-                    tokio::task::yield_now().await;
-                    found
-                        .map(|it| it.map(str::to_owned))
-                        .map_err(|it| Unconfirmed::Failed(it.into()))
-                }
-            };
-            Ok(self.cache.get(1, load).await?.map(|value| (*value).clone()))
-        }
-
-        fn loads(&self) -> usize {
-            self.loads.load(Ordering::SeqCst)
-        }
-    }
-
-    #[tokio::test]
-    async fn many_who_ask_at_once_send_one_query() {
-        let it = fixture();
-        let all = futures_util::future::join_all((0..50).map(|_| it.get(Ok(Some("a"))))).await;
-        assert!(
-            all.into_iter()
-                .all(|got| got.unwrap().as_deref() == Some("a"))
-        );
-        assert_eq!(it.loads(), 1);
-    }
-
-    #[tokio::test]
-    async fn without_the_poll_an_entry_is_believed_for_a_second() {
-        let it = fixture();
-        it.get(Ok(Some("old"))).await.unwrap();
-        it.clock.advance(Duration::from_secs(1));
-        assert_eq!(
-            it.get(Ok(Some("new"))).await.unwrap().as_deref(),
-            Some("old")
-        );
-        it.clock.advance(Duration::from_millis(1));
-        assert_eq!(
-            it.get(Ok(Some("new"))).await.unwrap().as_deref(),
-            Some("new")
-        );
-        assert_eq!(it.loads(), 2);
-    }
-
-    #[tokio::test]
-    async fn with_a_fresh_poll_nothing_is_loaded_again() {
-        let it = fixture();
-        it.get(Ok(Some("a"))).await.unwrap();
-        for _ in 0..100 {
-            it.clock.advance(Duration::from_millis(250));
-            it.freshness.polled(it.freshness.now());
-        }
-        it.get(Ok(Some("b"))).await.unwrap();
-        assert_eq!(it.loads(), 1);
-    }
-
-    #[tokio::test]
-    async fn what_does_not_exist_is_remembered_too() {
-        let it = fixture();
-        for _ in 0..10 {
-            assert_eq!(it.get(Ok(None)).await.unwrap(), None);
-        }
-        assert_eq!(it.loads(), 1);
-        it.cache.forget_absent(&1);
-        assert_eq!(it.get(Ok(Some("a"))).await.unwrap().as_deref(), Some("a"));
-    }
-
-    #[tokio::test]
-    async fn what_is_forgotten_is_loaded_again() {
-        let it = fixture();
-        it.get(Ok(Some("a"))).await.unwrap();
-        it.cache.forget(|_, value| value == "other");
-        assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("a"));
-        it.cache.forget(|_, value| value == "a");
-        assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
-    }
-
-    #[tokio::test]
-    async fn a_load_that_was_overtaken_by_a_change_is_not_kept() {
-        let it = fixture();
-        let cache = it.cache.clone();
-        let loads = it.loads.clone();
-        let got = it
-            .cache
-            .get(1, move || {
-                let first = loads.fetch_add(1, Ordering::SeqCst) == 0;
-                let cache = cache.clone();
-                async move {
-                    if first {
-                        cache.forget(|_, _| true);
-                    }
-                    Ok(Some(if first { "old" } else { "new" }.to_owned()))
-                }
-            })
-            .await
-            .unwrap();
-        assert_eq!(got.unwrap().as_str(), "new");
-        assert_eq!(it.loads(), 2);
-    }
-
-    #[tokio::test]
-    async fn what_another_has_read_is_believed_from_when_it_was_known_to_be_true() {
-        let it = fixture();
-        it.freshness.polled(it.freshness.now());
-        let polled = it.freshness.polled_lately();
-        it.clock.advance(Duration::from_millis(700));
-        assert_eq!(it.freshness.polled_lately(), polled);
-        let shared = move || async move {
-            Ok(Loaded {
-                value: Some("shared".to_owned()),
-                true_at: polled,
-            })
-        };
-        it.cache.get(1, shared).await.unwrap();
-        // A second after the poll, not after the look-up; and the poll is not fresh any more.
-        it.clock.advance(Duration::from_millis(300));
-        assert_eq!(it.freshness.polled_lately(), None);
-        assert!(it.cache.peek(&1).is_some());
-        it.clock.advance(Duration::from_millis(1));
-        assert!(it.cache.peek(&1).is_none());
-    }
-
-    #[tokio::test]
-    async fn what_cannot_be_confirmed_is_served_for_a_grace_and_then_refused() {
-        let it = fixture();
-        it.get(Ok(Some("a"))).await.unwrap();
-        it.clock.advance(Duration::from_mins(1));
-        assert_eq!(it.get(Err("away")).await.unwrap().as_deref(), Some("a"));
-        it.clock.advance(Duration::from_secs(1));
-        assert!(it.get(Err("away")).await.is_err());
-        assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
-    }
-
-    /// A load that never ends, as when PostgreSQL takes every byte and answers nothing.
-    fn hangs() -> impl Fn() -> std::future::Pending<Result<Option<String>, Unconfirmed>> {
-        std::future::pending
-    }
-
-    #[tokio::test]
-    async fn once_postgres_is_suspected_entries_are_served_without_waiting() {
-        let it = fixture();
-        it.get(Ok(Some("a"))).await.unwrap();
-        it.clock.advance(Duration::from_secs(2));
-        assert!(it.freshness.suspect());
-        assert!(!it.freshness.suspect(), "that is no news");
-        // More than are loaded in the background at once.
-        for _ in 0..3 * BACKGROUND_LOADS {
-            let value = it.cache.get(1, hangs()).await.unwrap();
-            assert_eq!(value.unwrap().as_str(), "a");
-        }
-        it.clock.advance(Duration::from_mins(1));
-        let refused = tokio::time::timeout(Duration::from_millis(50), it.cache.get(1, hangs()));
-        assert!(refused.await.is_err(), "the grace is over");
-    }
-
-    #[tokio::test]
-    async fn who_already_waits_is_served_when_the_suspicion_arises() {
-        let it = fixture();
-        it.get(Ok(Some("a"))).await.unwrap();
-        it.clock.advance(Duration::from_secs(2));
-        let cache = it.cache.clone();
-        let waiting = tokio::spawn(async move { cache.get(1, hangs()).await });
-        tokio::task::yield_now().await;
-        assert!(!waiting.is_finished());
-        it.freshness.suspect();
-        assert_eq!(waiting.await.unwrap().unwrap().unwrap().as_str(), "a");
-    }
-
-    #[tokio::test]
-    async fn what_was_forgotten_is_not_served_under_suspicion() {
-        let it = fixture();
-        it.get(Ok(Some("a"))).await.unwrap();
-        it.clock.advance(Duration::from_secs(2));
-        it.freshness.suspect();
-        it.cache.forget(|_, _| true);
-        assert!(it.get(Err("away")).await.is_err());
-    }
-
-    #[tokio::test]
-    async fn what_was_changed_is_known_and_never_served_unconfirmed() {
-        let it = fixture();
-        it.get(Ok(Some("old"))).await.unwrap();
-        it.freshness.polled(it.freshness.now());
-        it.cache.forget_these([&1]);
-        assert!(it.cache.holds(&1), "it is known");
-        assert!(it.cache.peek(&1).is_none(), "it is not believed");
-        assert!(it.get(Err("away")).await.is_err(), "it is not served stale");
-        it.freshness.suspect();
-        assert!(it.get(Err("away")).await.is_err(), "nor under suspicion");
-        assert!(it.cache.holds(&1), "it is still known");
-        assert_eq!(
-            it.get(Ok(Some("new"))).await.unwrap().as_deref(),
-            Some("new")
-        );
-        assert!(it.cache.peek(&1).is_some());
-    }
-
-    #[tokio::test]
-    async fn what_was_deleted_is_known_no_more_once_that_was_looked_up() {
-        let it = fixture();
-        it.get(Ok(Some("a"))).await.unwrap();
-        it.cache.forget(|_, _| true);
-        assert!(it.cache.holds(&1));
-        assert_eq!(it.get(Ok(None)).await.unwrap(), None);
-        assert!(!it.cache.holds(&1));
-        assert!(matches!(it.cache.peek(&1), Some(None)));
-        // What never was known does not become so by a change.
-        it.cache.forget_these([&2]);
-        assert!(!it.cache.holds(&2));
-    }
-
-    #[tokio::test]
-    async fn the_background_finds_what_has_changed_and_ends_the_suspicion() {
-        let it = fixture();
-        it.get(Ok(Some("old"))).await.unwrap();
-        it.clock.advance(Duration::from_secs(2));
-        it.freshness.suspect();
-        let served = it.get(Ok(Some("new"))).await.unwrap();
-        assert_eq!(served.as_deref(), Some("old"));
-        for _ in 0..10 {
-            tokio::task::yield_now().await;
-        }
-        assert!(!it.freshness.is_suspect());
-        let served = it.get(Ok(Some("newer"))).await.unwrap();
-        assert_eq!(served.as_deref(), Some("new"));
-    }
-
-    #[tokio::test]
-    async fn a_poll_ends_the_suspicion() {
-        let it = fixture();
-        it.freshness.suspect();
-        it.freshness.polled(it.freshness.now());
-        assert!(!it.freshness.is_suspect());
-    }
-}
+mod tests;

@@ -51,6 +51,7 @@ pub struct Config {
     pub secret: Option<SecretString>,
     pub secret_previous: Option<SecretString>,
     pub registration: Registration,
+    pub landing: Landing,
     pub allowances: Allowances,
     pub allowed_origins: Vec<String>,
     pub trusted_proxies: Vec<IpNet>,
@@ -66,6 +67,8 @@ pub struct Config {
     pub connections: usize,
     /// Of one address, or one IPv6 /64; 0: no limit.
     pub connections_per_address: usize,
+    /// Of one IPv4 /24 or IPv6 /56, and half of what one IPv6 /48 may have; 0: no limit.
+    pub connections_per_network: usize,
     /// Look-ups under way at most, of keys and tokens that are not in memory.
     pub key_lookups: usize,
     pub drain_timeout: Duration,
@@ -73,6 +76,10 @@ pub struct Config {
     pub stale_grace: Duration,
     pub key_cache: usize,
     pub session_days: u32,
+    /// How long the log of decisions is kept: whole days.
+    pub usage_retention: Duration,
+    /// How long rollups of it are kept: whole days.
+    pub usage_rollup_retention: Duration,
     pub log_format: LogFormat,
     pub log: String,
     /// What argon2id costs; tests lower it.
@@ -116,6 +123,15 @@ pub enum Registration {
     Open,
     /// Only the operator.
     Closed,
+}
+
+/// The page at `/`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Landing {
+    /// About Quota, for those who consider running it.
+    Full,
+    /// For the operator's own customers: signing in and the API docs, under the operator's name.
+    Door { operator: String },
 }
 
 impl Registration {
@@ -346,6 +362,32 @@ impl Config {
                     _ => Err("must be open or closed".into()),
                 },
             ),
+            landing: {
+                let operator = r.read(
+                    "QUOTA_OPERATOR_NAME",
+                    &s.operator_name,
+                    "Quota".to_owned(),
+                    |text| {
+                        let fits =
+                            text.chars().count() <= 100 && !text.chars().any(char::is_control);
+                        fits.then(|| text.trim().to_owned()).ok_or(
+                            "must be at most 100 characters, without control characters".into(),
+                        )
+                    },
+                );
+                r.read(
+                    "QUOTA_LANDING",
+                    &s.landing,
+                    Landing::Full,
+                    |text| match text {
+                        "full" => Ok(Landing::Full),
+                        "door" => Ok(Landing::Door {
+                            operator: operator.clone(),
+                        }),
+                        _ => Err("must be full or door".into()),
+                    },
+                )
+            },
             allowances: Allowances {
                 plans: r.number("QUOTA_MAX_PLANS", &s.max_plans, 1..=1_000_000),
                 api_keys: r.number("QUOTA_MAX_API_KEYS", &s.max_api_keys, 1..=10_000_000),
@@ -383,6 +425,11 @@ impl Config {
                 &s.connections_per_address,
                 0..=1_000_000,
             ),
+            connections_per_network: r.count(
+                "QUOTA_CONNECTIONS_PER_NETWORK",
+                &s.connections_per_network,
+                0..=1_000_000,
+            ),
             key_lookups: r.count("QUOTA_KEY_LOOKUPS", &s.key_lookups, 1..=100_000),
             drain_timeout: r.duration("QUOTA_DRAIN_TIMEOUT", &s.drain_timeout, 0..=25),
             drain_delay: r.duration("QUOTA_DRAIN_DELAY", &s.drain_delay, 0..=20),
@@ -395,6 +442,12 @@ impl Config {
             .unwrap_or(100_000),
             session_days: u32::try_from(r.number("QUOTA_SESSION_DAYS", &s.session_days, 1..=365))
                 .unwrap_or(14),
+            usage_retention: r.days("QUOTA_USAGE_RETENTION", &s.usage_retention, 2..=3650),
+            usage_rollup_retention: r.days(
+                "QUOTA_USAGE_ROLLUP_RETENTION",
+                &s.usage_rollup_retention,
+                2..=3650,
+            ),
             log_format: r.read(
                 "QUOTA_LOG_FORMAT",
                 &s.log_format,
@@ -429,11 +482,6 @@ impl Config {
         } else {
             Err(Faults(reader.0))
         }
-    }
-
-    /// How long usage is kept in the log.
-    pub const fn usage_retention(&self) -> Duration {
-        Duration::from_secs(90 * 24 * 60 * 60)
     }
 
     pub fn secret_bytes(secret: &SecretString) -> &[u8] {

@@ -57,11 +57,15 @@ impl Report {
     pub fn connections(&mut self, config: &Config) {
         let limit = file_limit::raise();
         let fit = file_limit::connections(config.connections, limit, config.database.pool);
-        let of_one = match config.connections_per_address {
+        let at_most = |limit: usize| match limit {
             0 => "any number".to_owned(),
             limit => limit.to_string(),
         };
-        let line = format!("{fit} client connections, {of_one} from one address");
+        let line = format!(
+            "{fit} client connections, {} from one address and {} from one network",
+            at_most(config.connections_per_address),
+            at_most(config.connections_per_network)
+        );
         if fit < config.connections {
             self.warning(
                 "QUOTA_CONNECTIONS",

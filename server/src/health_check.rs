@@ -64,7 +64,9 @@ impl Probe {
         let status = response.status();
         let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
         connection.abort();
-        let body = body.map(|body| body.to_bytes()).unwrap_or_default();
+        let body = body
+            .map(http_body_util::Collected::to_bytes)
+            .unwrap_or_default();
         ensure!(
             status == 200,
             "{} answered {status}: {}",

@@ -28,3 +28,5 @@ pub mod secret_text;
 pub mod serve;
 pub mod state;
 pub mod telemetry;
+pub mod tenant_queue;
+pub mod usage_report;

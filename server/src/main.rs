@@ -22,6 +22,7 @@ use quota_server::{
     serve::{self, BoundSocket, ServeSettings, serve},
     state::AppState,
     telemetry::log::Log,
+    usage_report,
 };
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
@@ -79,9 +80,20 @@ enum Command {
     /// Accounts, for the operator
     #[command(subcommand)]
     User(UserCommand),
-    /// Recorded usage, for the operator
-    #[command(subcommand)]
-    Usage(UsageCommand),
+    /// Show the tenants and keys with the most requests, and what servers have not delivered yet
+    #[command(args_conflicts_with_subcommands = true)]
+    Usage {
+        #[command(subcommand)]
+        command: Option<UsageCommand>,
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// Hours to look back
+        #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=8760))]
+        hours: u16,
+        /// Tenants and keys to list
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+        top: u16,
+    },
     /// Print the OpenAPI document
     Openapi,
     /// Print every setting with its default and meaning, as .env.example has them
@@ -154,12 +166,22 @@ fn main() -> ExitCode {
             async move { probe.check(config.listen).await }
         }),
         Command::Doctor { settings } => run(&settings, doctor),
-        Command::Usage(UsageCommand::Replay {
-            settings,
-            directory,
-        }) => run(&settings, move |config, log| {
+        Command::Usage {
+            command:
+                Some(UsageCommand::Replay {
+                    settings,
+                    directory,
+                }),
+            ..
+        } => run(&settings, move |config, log| {
             replay_usage(config, log, directory)
         }),
+        Command::Usage {
+            command: None,
+            settings,
+            hours,
+            top,
+        } => run(&settings, move |config, _| usage(config, hours, top)),
         Command::User(command) => {
             let settings = match &command {
                 UserCommand::Create { settings, .. }
@@ -422,6 +444,20 @@ async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
         "{} of these need mending",
         report.faults
     );
+    Ok(())
+}
+
+/// Prints what is recorded, and what is not yet.
+async fn usage(config: Config, hours: u16, top: u16) -> anyhow::Result<()> {
+    let (url, embedded) = database(&config).await?;
+    let report = usage_report::report(&Db::new(&url, &config.database), hours, top).await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
+    match report {
+        Ok(report) => print!("{report}"),
+        Err(error) => anyhow::bail!("cannot read usage: {}", db::chain(&error)),
+    }
     Ok(())
 }
 

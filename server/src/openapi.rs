@@ -16,8 +16,19 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     api::{
-        allow::Methods, api_key::ApiKeyApi, audit::AuditApi, auth::AuthApi, health::HealthApi,
-        limit::LimitApi, plan::PlanApi, problem, service_token::ServiceTokenApi,
+        allow::Methods,
+        api_key::ApiKeyApi,
+        audit::AuditApi,
+        auth::AuthApi,
+        decision::{DecisionApi, Streams},
+        health::HealthApi,
+        key_limits::KeyLimitsApi,
+        limit::LimitApi,
+        plan::PlanApi,
+        problem,
+        service_token::ServiceTokenApi,
+        stats::StatsApi,
+        usage::UsageApi,
     },
     state::AppState,
 };
@@ -27,7 +38,11 @@ pub type Apis = (
     AuthApi,
     PlanApi,
     ApiKeyApi,
+    KeyLimitsApi,
     ServiceTokenApi,
+    StatsApi,
+    UsageApi,
+    DecisionApi,
     AuditApi,
     LimitApi,
     HealthApi,
@@ -38,7 +53,7 @@ Self-hosted API keys, plans, rate limits and quotas.\n\n\
 Requests and responses are JSON. Timestamps are RFC 3339 in UTC. Lists are paginated: pass `limit` and `cursor`; each \
 page returns `{items, next_cursor, total}`. Errors are `application/problem+json` (RFC 9457); each `type` links to a \
 page that explains the error. Every response includes `X-Request-Id`.\n\n\
-Unknown fields are rejected. Creating requests accept an `Idempotency-Key`.";
+Unknown fields are rejected. Requests that create or rotate something accept an `Idempotency-Key`.";
 
 /// The order in which the document lists the groups of operations.
 const TAGS: &[&str] = &[
@@ -46,6 +61,7 @@ const TAGS: &[&str] = &[
     "API keys",
     "Plans",
     "Service tokens",
+    "Usage",
     "Audit",
     "Auth",
     "Health",
@@ -57,7 +73,14 @@ pub fn service(state: &AppState) -> OpenApiService<Apis, ()> {
         AuthApi { state: state() },
         PlanApi { state: state() },
         ApiKeyApi { state: state() },
+        KeyLimitsApi { state: state() },
         ServiceTokenApi { state: state() },
+        StatsApi { state: state() },
+        UsageApi { state: state() },
+        DecisionApi {
+            state: state(),
+            streams: Streams::default(),
+        },
         AuditApi { state: state() },
         LimitApi,
         HealthApi { state: state() },
@@ -254,6 +277,13 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[(
                 P::NotFound,
                 "The key or the plan was not found in your organization.",
+            )],
+        ),
+        (
+            "rotate_api_key",
+            &[(
+                P::PreviousKeyActive,
+                "The grace period of an earlier rotation has not ended and `replace_previous` is not true, or a request with this `Idempotency-Key` is still in progress.",
             )],
         ),
         (

@@ -31,7 +31,8 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     let document = openapi::document(&service);
     let viewer = service.swagger_ui_html();
     let methods = openapi::methods(&service);
-    let pages = document::routes(&state.config.public_url, document, &viewer);
+    let (config, landing) = (&state.config, &state.config.landing);
+    let pages = document::routes(landing, &config.public_url, document, &viewer);
     let service = Arc::new(service.into_endpoint());
     let guard = |guard: fn(&Parts) -> &_| IpGuard {
         state: state.clone(),

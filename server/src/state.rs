@@ -36,6 +36,7 @@ use crate::{
     repo::{self, revocation::Revocation},
     revocations::{Announcer, Recent},
     telemetry::{log::Log, metrics::Metrics},
+    tenant_queue::TenantQueues,
 };
 
 /// How many client addresses each guard remembers. One takes about 100 bytes.
@@ -69,6 +70,8 @@ pub struct Parts {
     pub auth_guard: Guard,
     pub admin_guard: Guard,
     pub login_attempts: Arc<Attempts>,
+    /// Where changes of one tenant wait for each other.
+    pub changes: TenantQueues,
     draining: AtomicBool,
 }
 
@@ -88,7 +91,9 @@ impl AppState {
         clock: Arc<dyn Clock>,
         log: Log,
     ) -> Result<Self, AuthError> {
-        let metrics = Arc::new(Metrics::default());
+        let mut metrics = Metrics::default();
+        metrics.log_lines_dropped = log.dropped().clone();
+        let metrics = Arc::new(metrics);
         let freshness = Arc::new(Freshness::new(clock.clone()));
         let redis = config.redis.clone().map(Redis::connect_lazy);
         let recent = Arc::new(Recent::default());
@@ -212,6 +217,7 @@ impl AppState {
             announcer,
             recent,
             login_attempts,
+            changes: TenantQueues::default(),
             draining: AtomicBool::new(false),
         })))
     }

@@ -1,8 +1,8 @@
 //! `cargo xtask bench`: what a request costs, next to servers that do nothing; `cargo xtask bench replicas`: what
 //! holds over several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the promises of the limiter in
 //! simulated time, over many seeds. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask
-//! bench metering`: what recording usage costs. `cargo xtask bench desktop`: what the desktop app costs, next to an empty window.
-//! See `xtask/desktop`.
+//! bench metering`: what recording usage costs. `cargo xtask bench usage`: how fast usage is appended and read. `cargo
+//! xtask bench desktop`: what the desktop app costs, next to an empty window. See `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -21,6 +21,33 @@ use crate::{
 const SEEDS: &str = "20000";
 /// The test that runs them.
 const SIMULATION: &str = "limiter_shared::simulation::every_promise_holds_in_every_seed";
+
+/// The measurement of usage, at so many rows.
+const USAGE: &str = "usage::bench::ten_million_rows";
+
+fn usage(arguments: &[OsString]) -> Result<ExitCode> {
+    machine::install(&[machine::POSTGRES])?;
+    let mut test = cargo();
+    test.args(["test", "--release", "--quiet", "--package", "quota-server"])
+        .args([
+            "--test",
+            "it",
+            "--",
+            "--ignored",
+            "--exact",
+            USAGE,
+            "--nocapture",
+        ]);
+    if let Some(rows) = arguments.first() {
+        test.env("QUOTA_USAGE_ROWS", rows);
+    }
+    let status = test.status().context("cannot run the measurement")?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
 
 /// Runs so many seeds, from the first on.
 fn simulation(arguments: &[OsString]) -> Result<ExitCode> {
@@ -53,6 +80,11 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
         && first == "simulation"
     {
         return simulation(rest);
+    }
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "usage"
+    {
+        return usage(rest);
     }
     let is = |name: &str| arguments.first().is_some_and(|it| it == name);
     let replicas = is("replicas");

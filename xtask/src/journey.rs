@@ -2,12 +2,13 @@
 //! default.
 
 use std::{
+    ffi::OsStr,
     fs,
     io::Write as _,
     net::{TcpListener, TcpStream},
     os::unix::fs::DirBuilderExt as _,
     path::PathBuf,
-    process::{Child, Command, ExitCode, Stdio},
+    process::{Child, Command, ExitCode, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -36,8 +37,55 @@ pub(crate) fn alone() -> Result<ExitCode> {
     })
 }
 
+/// `cargo xtask pictures`: takes the pictures in desktop/pictures anew.
+pub(crate) fn pictures() -> Result<ExitCode> {
+    let needs = [
+        machine::POSTGRES,
+        machine::CHROMIUM,
+        machine::NODE,
+        machine::NPM,
+    ];
+    machine::install(&needs)?;
+    console::build()?;
+    install_packages()?;
+    let folder = root().join("desktop/pictures");
+    let status = on_server(|address| browse(address, Some(folder.as_os_str()), &["pictures"]))?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
 /// Runs it; `false` when it went wrong, which it then has said itself.
 pub(crate) fn run() -> Result<bool> {
+    install_packages()?;
+    succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
+    let server = Server::start()?;
+    say("the journey through the console, in Chromium");
+    let screenshots = std::env::var_os("QUOTA_SCREENSHOTS");
+    let status = browse(&server.address, screenshots.as_deref(), &[])?;
+    // Both, also when the first goes wrong.
+    let in_app = desktop::journey(&server.address)?;
+    Ok(status.success() && in_app)
+}
+
+/// Runs parts of the journey, or all, against a server.
+fn browse(address: &str, screenshots: Option<&OsStr>, parts: &[&str]) -> Result<ExitStatus> {
+    let chromium = system::on_path("chromium").context("there is no chromium")?;
+    Command::new("node")
+        .current_dir(root().join("desktop/e2e"))
+        .arg("journey.mjs")
+        .arg(chromium)
+        .arg(address)
+        .args(screenshots)
+        .args(parts)
+        .status()
+        .context("cannot run node")
+}
+
+/// Installs the packages that the tests in the browser need, if they are missing or have changed.
+fn install_packages() -> Result<()> {
     let folder = root().join("desktop/e2e");
     let lock = folder.join("package-lock.json");
     let installed = folder.join("node_modules/.package-lock.json");
@@ -51,21 +99,7 @@ pub(crate) fn run() -> Result<bool> {
         ]))
         .context("the browser tests need two packages of npm's")?;
     }
-    let chromium = system::on_path("chromium").context("there is no chromium")?;
-    succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
-    let server = Server::start()?;
-    say("the journey through the console, in Chromium");
-    let status = Command::new("node")
-        .current_dir(&folder)
-        .arg("journey.mjs")
-        .arg(chromium)
-        .arg(&server.address)
-        .args(std::env::var_os("QUOTA_SCREENSHOTS"))
-        .status()
-        .context("cannot run node")?;
-    // Both, also when the first goes wrong.
-    let in_app = desktop::journey(&server.address)?;
-    Ok(status.success() && in_app)
+    Ok(())
 }
 
 /// Runs something on a server with nothing in it.

@@ -58,9 +58,9 @@ enum Chore {
     /// Measure what a request costs, next to a bare poem and a bare hyper server; prints a table.
     /// `bench replicas` measures what holds over several replicas on one Redis, `bench simulation`
     /// plays the limiter in simulated time (`bench simulation 20000`: so many seeds), `bench desktop`
-    /// measures the desktop app's memory and start next to an empty window, `bench crash 300` kills servers,
-    /// Redis and PostgreSQL so often under load and recounts the usage, `bench metering` measures what recording
-    /// usage costs
+    /// measures the desktop app's memory and start next to an empty window, `bench usage` how fast usage is appended and
+    /// read at 10 million rows (`bench usage 1000000`: so many), `bench crash 300` kills servers, Redis and PostgreSQL so
+    /// often under load and recounts the usage, `bench metering` measures what recording usage costs
     Bench {
         /// Options for the measurement: `--rounds N`, `--millis N`; after `replicas` its own, such as
         /// `--only faults`; `--help` lists them
@@ -79,6 +79,8 @@ enum Chore {
     Bundle,
     /// Build all and go through the console in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER keeps pictures of every page
     Journey,
+    /// Build all and take the pictures of the README and the landing page anew
+    Pictures,
     /// Build the container image `quota:local`
     Image,
     /// Build the image, run the production compose file with Caddy, PostgreSQL and Redis, and test it under load
@@ -102,6 +104,7 @@ fn main() -> ExitCode {
         Chore::Desktop { arguments } => desktop::start(&arguments),
         Chore::Bundle => desktop::bundle().map(|()| ExitCode::SUCCESS),
         Chore::Journey => journey::alone(),
+        Chore::Pictures => journey::pictures(),
         Chore::Image => containers::run(&["--image-only".into()]),
         Chore::Containers { arguments } => containers::run(&arguments),
         Chore::Check => check::check().map(|()| ExitCode::SUCCESS),

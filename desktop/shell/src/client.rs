@@ -102,9 +102,17 @@ impl Client {
             let value = response.headers().get(name)?.to_str().ok()?;
             Some((name.to_owned(), value.to_owned()))
         };
+        let status = response.status();
+        let headers = LIMIT_FIELDS.iter().filter_map(|name| field(name)).collect();
+        let problem = if status.is_success() {
+            None
+        } else {
+            serde_json::from_str(&read_body(response).await?).ok()
+        };
         Ok(TestResponse {
-            status: response.status().as_u16(),
-            headers: LIMIT_FIELDS.iter().filter_map(|name| field(name)).collect(),
+            status: status.as_u16(),
+            headers,
+            problem,
         })
     }
 

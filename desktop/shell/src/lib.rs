@@ -52,6 +52,7 @@ pub fn run() -> ExitCode {
             commands::profile::use_server,
             commands::profile::forget_server,
             commands::system::copy,
+            commands::system::save_file,
             commands::system::ready,
         ])
         .setup(move |app| {

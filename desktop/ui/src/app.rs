@@ -10,12 +10,13 @@ use crate::{
     clock,
     component::{
         Commands, CommandsView, EmptyState, Icon, Logo, PaletteButton, Shape, Toasts, ToastsView,
-        ignore_clicks_on_busy_buttons,
+        ignore_clicks_on_busy_buttons, watch_presses,
     },
     host,
     model::address::{ConsolePage, Query},
     page,
     preferences::Preferences,
+    reactive::{effect, text_memo},
     route::{Route, route},
     servers,
     session::{AuthState, Session, session},
@@ -29,32 +30,55 @@ pub fn App() -> impl IntoView {
     let route = Route::provide();
     let session = Session::provide(route, toasts);
     ignore_clicks_on_busy_buttons();
+    watch_presses();
     session.load();
     let current = Memo::new(move |_| ConsolePage::of(&route.path.get()));
-    // All pages inside the frame map to `None`, so that moving between them does not render the frame again.
-    let outside_frame = Memo::new(move |_| {
-        Some(current.get())
-            .filter(|page| matches!(page, ConsolePage::SignIn | ConsolePage::Register))
+    // Empty inside the frame, so that moving between its pages does not render it again.
+    let outside_frame = text_memo(move || {
+        match current.get() {
+            ConsolePage::SignIn => "sign-in",
+            ConsolePage::Register => "register",
+            _ => "",
+        }
+        .to_owned()
     });
     servers::report_first_paint(session);
     view! {
         <servers::Banners/>
-        {move || match outside_frame.get() {
-            Some(ConsolePage::SignIn) => view! { <page::SignIn/> }.into_any(),
-            Some(_) => view! { <page::Register/> }.into_any(),
-            None => view! { <AuthGate current/> }.into_any(),
+        {move || match &*outside_frame.get() {
+            "sign-in" => view! { <page::SignIn/> }.into_any(),
+            "register" => view! { <page::Register/> }.into_any(),
+            _ => view! { <AuthGate current/> }.into_any(),
         }}
         <ToastsView toasts/>
     }
 }
 
-const NAVIGATION: [(&str, &str, Shape); 6] = [
-    ("/console", "Home", Shape::Home),
-    ("/console/plans", "Plans", Shape::Plans),
-    ("/console/api-keys", "API keys", Shape::Key),
-    ("/console/service-tokens", "Service tokens", Shape::Token),
-    ("/console/audit", "Audit log", Shape::Audit),
-    ("/console/settings", "Settings", Shape::Settings),
+/// A page in the navigation: its address, name and icon.
+type NavigationLink = (&'static str, &'static str, Shape);
+
+/// The groups of the navigation.
+const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
+    (
+        "Observe",
+        &[
+            ("/console", "Home", Shape::Home),
+            ("/console/usage", "Usage", Shape::Usage),
+            ("/console/audit", "Audit log", Shape::Audit),
+        ],
+    ),
+    (
+        "Configure",
+        &[
+            ("/console/plans", "Plans", Shape::Plans),
+            ("/console/api-keys", "API keys", Shape::Key),
+            ("/console/service-tokens", "Service tokens", Shape::Token),
+        ],
+    ),
+    (
+        "Account",
+        &[("/console/settings", "Settings", Shape::Settings)],
+    ),
 ];
 
 /// Shows the frame to those who are signed in.
@@ -62,7 +86,7 @@ const NAVIGATION: [(&str, &str, Shape); 6] = [
 fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
     let session = session();
     let route = route();
-    Effect::new(move |_| {
+    effect(move || {
         if session.auth.get() == AuthState::SignedOut {
             let here = format!(
                 "{}{}",
@@ -159,24 +183,28 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
                     </button>
                 </div>
                 <nav id="navigation" aria-label="Console">
-                    <ul>
-                        {NAVIGATION
-                            .into_iter()
-                            .map(|(href, name, shape)| {
-                                view! {
-                                    <li>
-                                        <a
-                                            href=href
-                                            aria-current=move || is_current(href).then_some("page")
-                                        >
-                                            <Icon shape/>
-                                            {name}
-                                        </a>
-                                    </li>
-                                }
-                            })
-                            .collect_view()}
-                    </ul>
+                    {NAVIGATION
+                        .into_iter()
+                        .map(|(group, pages)| {
+                            let links = pages
+                                .iter()
+                                .map(|&(href, name, shape)| {
+                                    view! {
+                                        <li>
+                                            <a href=href aria-current=move || is_current(href).then_some("page")>
+                                                <Icon shape/>
+                                                {name}
+                                            </a>
+                                        </li>
+                                    }
+                                })
+                                .collect_view();
+                            view! {
+                                <p class="nav-group" aria-hidden="true">{group}</p>
+                                <ul aria-label=group>{links}</ul>
+                            }
+                        })
+                        .collect_view()}
                     <p class="account">
                         <span class="organization" dir="auto">
                             {move || session.me.get().map(|me| me.tenant.name)}
@@ -191,6 +219,7 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
             <main id="content" tabindex="-1" node_ref=content>
                 {move || match current.get() {
                     ConsolePage::Home => view! { <page::Home/> }.into_any(),
+                    ConsolePage::Usage => view! { <page::UsagePage/> }.into_any(),
                     ConsolePage::Plans => view! { <page::Plans/> }.into_any(),
                     ConsolePage::ApiKeys => view! { <page::ApiKeys/> }.into_any(),
                     ConsolePage::ApiKey(id) => view! { <page::ApiKeyPage id/> }.into_any(),

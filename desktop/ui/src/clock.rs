@@ -1,8 +1,13 @@
-//! The current time, and a signal that changes as time passes.
+//! The current time, a signal that changes as time passes, and the relative times on the page.
 
 use std::time::Duration;
 
 use leptos::prelude::*;
+use quota_common::Timestamp;
+use wasm_bindgen::JsCast;
+use web_sys::Element;
+
+use crate::model::text::relative;
 
 /// Half the smallest unit that relative times show, so that no time on the page is off by more than that.
 const TICK: Duration = Duration::from_secs(30);
@@ -14,8 +19,30 @@ struct Ticks(RwSignal<u32>);
 /// Starts the ticks. Call once, above everything that shows a relative time.
 pub fn provide_ticks() {
     let ticks = RwSignal::new(0_u32);
-    set_interval(move || ticks.update(|it| *it = it.wrapping_add(1)), TICK);
+    set_interval(
+        move || {
+            ticks.update(|it| *it = it.wrapping_add(1));
+            update_times();
+        },
+        TICK,
+    );
     provide_context(Ticks(ticks));
+}
+
+/// Makes every relative time on the page current: each is a `time` element that has its exact time as a title.
+fn update_times() {
+    let Ok(times) = document().query_selector_all("time[title][datetime]") else {
+        return;
+    };
+    for at in 0..times.length() {
+        let time = times.item(at).and_then(|it| it.dyn_into::<Element>().ok());
+        let Some(time) = time else { continue };
+        let exact = time.get_attribute("datetime");
+        if let Some(exact) = exact.and_then(|it| it.parse::<Timestamp>().ok()) {
+            let text = relative(exact.inner().timestamp_millis(), now());
+            time.set_text_content(Some(&text));
+        }
+    }
 }
 
 /// Makes the caller's effect or view run again on the next tick.

@@ -9,6 +9,7 @@
 //! ```text
 //! model                       values and texts, without a browser
 //! clock host preferences      state that belongs to no page
+//! reactive                    effects and memos
 //! api route                   calls to the server; the address bar
 //! component                   building blocks of pages
 //! session                     the signed-in account
@@ -38,6 +39,8 @@ mod model;
 mod page;
 #[cfg(target_arch = "wasm32")]
 mod preferences;
+#[cfg(target_arch = "wasm32")]
+mod reactive;
 #[cfg(target_arch = "wasm32")]
 mod route;
 #[cfg(target_arch = "wasm32")]

@@ -9,7 +9,7 @@ use std::{
 /// The modules of the console from the ground up. A module imports only from lower ranks, or from its own folder.
 const RANKS: &[&[&str]] = &[
     &["model"],
-    &["clock", "host", "preferences"],
+    &["clock", "host", "preferences", "reactive"],
     &["api", "route"],
     &["component"],
     &["session"],

@@ -15,6 +15,7 @@ use poem_openapi::{
     registry::{MetaSecurityScheme, Registry},
 };
 use quota_common::{ProblemCode, SessionId, TenantId, UserId, auth::Role};
+use secrecy::SecretString;
 
 use super::{
     browser::{self, Kept},
@@ -112,6 +113,15 @@ impl AdmittedTenant {
 
     pub fn role(&self) -> Role {
         self.session.role
+    }
+
+    /// The access token of the request, for checking again later whether it is still valid.
+    pub fn token(&self, request: &Request) -> Result<SecretString, ApiError> {
+        let visit = Visit::of(request)?;
+        let token = bearer(request.headers())?
+            .or_else(|| browser::cookie(&visit.state, request, Kept::Access))
+            .ok_or_else(|| ApiError::internal("an admitted caller has a token"))?;
+        Ok(SecretString::from(token))
     }
 }
 

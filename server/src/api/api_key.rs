@@ -1,13 +1,13 @@
 //! `/admin/api-keys`.
 
 use chrono::{DateTime, TimeDelta, Utc};
-use poem::Result;
+use poem::{Result, http::StatusCode};
 use poem_openapi::{
     OpenApi,
     param::{Header, Path, Query},
 };
 use quota_common::{
-    ApiKeyId, FieldError, Page, PlanId, Timestamp,
+    ApiKeyId, FieldError, Page, PlanId, ProblemCode, Timestamp,
     api_key::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
     audit::AuditAction,
     bounds::GRACE_DEFAULT,
@@ -68,6 +68,25 @@ fn order(sort: ApiKeyOrder) -> Order {
         ApiKeyOrder::LeastRecentlyUsed => (By::LastUsed, false),
     };
     Order { by, descending }
+}
+
+/// Returns when the previous key expires: at the end of its grace period, or with the key if that is earlier.
+fn previous_expiry(key: &ApiKey) -> Option<Timestamp> {
+    let grace = key.previous_expires_at?;
+    Some(key.expires_at.map_or(grace, |own| own.min(grace)))
+}
+
+fn previous_key_active(until: Timestamp) -> ApiError {
+    let detail = format!(
+        "The previous key is valid until {until}. Rotate again after that, or send replace_previous: true to revoke it now."
+    );
+    ApiError {
+        errors: vec![FieldError {
+            field: "replace_previous".into(),
+            message: "must be true to revoke the previous key".into(),
+        }],
+        ..ApiError::new(ProblemCode::PreviousKeyActive, detail)
+    }
 }
 
 /// The problem for a plan that does not exist or belongs to another tenant.
@@ -186,7 +205,7 @@ impl ApiKeyApi {
             api_key: row.into(),
         };
         // Without the secret, which must not be stored.
-        once.keep(&mut edit, &created).await?;
+        once.keep(&mut edit, StatusCode::CREATED, &created).await?;
         edit.created(AuditAction::ApiKeyCreate, &created.api_key)
             .await?;
         self.state.keys.made(&secret);
@@ -277,8 +296,10 @@ impl ApiKeyApi {
 
     /// Rotate an API key
     ///
-    /// Returns a new key. This is the only time it is available. The previous key keeps working for `grace_seconds`;
-    /// both count against the same limits.
+    /// Returns a new key. This is the only time it is available: a replay with the same `Idempotency-Key` returns
+    /// everything except the key. The previous key keeps working for `grace_seconds`; both count against the same
+    /// limits. Until then, another rotation fails with 409 unless `replace_previous` is true, because a key has at most
+    /// one previous key.
     #[oai(
         path = "/api-keys/:key_id/rotate",
         method = "post",
@@ -288,24 +309,42 @@ impl ApiKeyApi {
         &self,
         caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
+        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
+        /// without the API key.
+        #[oai(name = "Idempotency-Key")]
+        idempotency_key: Header<Option<String>>,
         body: Json<RotateApiKey>,
     ) -> Result<Json<CreatedApiKey>, ApiError> {
         let id = key_id.0.0;
+        let body = body.0;
+        let once = Once::new("rotate_api_key", idempotency_key.0, &(id, &body))?;
         let mut edit = Edit::begin(&self.state, &caller).await?;
+        if let Some(first) = once.replay(&mut edit).await? {
+            return Ok(Json(first));
+        }
         let before = ApiKey::from(api_key::lock(&mut edit, id).await.or_not_found()?);
+        let now = Timestamp::from(self.now());
+        if let Some(until) = previous_expiry(&before).filter(|until| *until > now)
+            && body.replace_previous != Some(true)
+        {
+            return Err(previous_key_active(until));
+        }
         let secret = SecretText::generate(Kind::ApiKey)?;
-        let grace = body.0.grace_seconds.map_or(GRACE_DEFAULT, Into::into);
+        let grace = body.grace_seconds.map_or(GRACE_DEFAULT, Into::into);
         let until = (grace > 0).then(|| self.now() + TimeDelta::seconds(grace.into()));
         let (prefix, hash) = (secret.prefix(), secret.hash());
         let row = api_key::rotate(&mut edit, id, &prefix, &hash, until).await;
-        let after = ApiKey::from(row.or_not_found()?);
+        let mut rotated = CreatedApiKey {
+            key: None,
+            api_key: ApiKey::from(row.or_not_found()?),
+        };
+        // Without the secret, which must not be stored.
+        once.keep(&mut edit, StatusCode::OK, &rotated).await?;
         let action = AuditAction::ApiKeyRotate;
-        edit.updated(action, &before, &after, Target::ApiKey(id))
+        edit.updated(action, &before, &rotated.api_key, Target::ApiKey(id))
             .await?;
         self.state.keys.made(&secret);
-        Ok(Json(CreatedApiKey {
-            key: Some(secret.reveal()),
-            api_key: after,
-        }))
+        rotated.key = Some(secret.reveal());
+        Ok(Json(rotated))
     }
 }

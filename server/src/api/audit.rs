@@ -3,7 +3,7 @@
 use poem::Result;
 use poem_openapi::{OpenApi, param::Query};
 use quota_common::{
-    AuditEventId, Page, UserId,
+    AuditEventId, Page, Timestamp, UserId,
     audit::{AuditAction, AuditEvent, AuditTarget},
 };
 
@@ -63,6 +63,16 @@ impl AuditApi {
         /// Only changes to the resource with this ID.
         #[oai(validator(max_length = 64))]
         target_id: Query<Option<String>>,
+        /// Substring of the actor's email.
+        #[oai(validator(max_length = 200))]
+        actor: Query<Option<String>>,
+        /// Substring of the resource's name.
+        #[oai(validator(max_length = 200))]
+        search: Query<Option<String>>,
+        /// Only events at or after this time.
+        from: Query<Option<Timestamp>>,
+        /// Only events before this time.
+        to: Query<Option<Timestamp>>,
         /// Page size, 1–100. Default 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
@@ -70,10 +80,21 @@ impl AuditApi {
     ) -> Result<Json<Page<AuditEvent>>, ApiError> {
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
         let target_id = page::filter("target_id", target_id.0)?;
+        let actor = page::filter("actor", actor.0)?;
+        let search = page::filter("search", search.0)?;
+        if let (Some(from), Some(to)) = (from.0, to.0)
+            && to <= from
+        {
+            return Err(ApiError::invalid("to", "must be after from"));
+        }
         let filter = Filter {
             action: action.0.map(AuditAction::as_str),
             target_type: target_type.0.map(AuditTarget::as_str),
             target_id: target_id.as_deref(),
+            actor: actor.as_deref(),
+            search: search.as_deref(),
+            from: from.0.map(Timestamp::inner),
+            to: to.0.map(Timestamp::inner),
         };
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let rows = audit::list(&mut tx, &filter, slice).await?;

@@ -21,6 +21,7 @@ use crate::{
         revocation::{self, Target},
     },
     state::AppState,
+    tenant_queue::{Busy, Turn},
 };
 
 /// A resource whose changes are audited.
@@ -56,14 +57,25 @@ pub struct Edit<'a> {
     tx: TenantTx,
     state: &'a AppState,
     caller: &'a AdmittedTenant,
+    // After the transaction, so that the next change begins when this one has ended.
+    _turn: Turn,
 }
 
 impl<'a> Edit<'a> {
+    /// Waits for the tenant's other changes on this replica, and only then takes a connection: see
+    /// [`tenant_queue`](crate::tenant_queue).
     pub async fn begin(state: &'a AppState, caller: &'a AdmittedTenant) -> Result<Self, ApiError> {
+        let turn = state.changes.turn(caller.tenant()).await;
+        let turn = turn.inspect_err(|busy| {
+            if *busy == Busy::QueueFull {
+                state.metrics.guard_refusals.inc();
+            }
+        })?;
         Ok(Self {
             tx: state.db.tenant(caller.tenant()).await?,
             state,
             caller,
+            _turn: turn,
         })
     }
 

@@ -9,11 +9,16 @@ use poem::{
 use quota_common::{ProblemCode, problem::MEDIA_TYPE};
 
 use super::problem::{self, ApiError};
+use crate::config::Landing;
 
 const JS: &str = "text/javascript; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
+const SVG: &str = "image/svg+xml";
 const STYLE: &str = include_str!("document/page.css");
+const SCRIPT: &str = include_str!("document/page.js");
 const LANDING: &str = include_str!("document/landing.html");
+const DOOR: &str = include_str!("document/door.html");
+const ICON: &str = include_str!("../../../desktop/ui/icon.svg");
 /// These URLs name no version, so they are not cached for longer.
 const HOUR: &str = "public, max-age=3600";
 /// Allows nothing from other origins and nothing inline.
@@ -23,22 +28,8 @@ const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; s
 const DOCS_CSP: &str = "default-src 'none'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; script-src 'self'; \
     connect-src 'self'; base-uri 'none'; frame-ancestors 'none'";
 
-const DOCS: &str = r#"<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Quota API</title>
-<link rel="stylesheet" href="/docs/swagger-ui.css">
-<link rel="icon" href="data:,">
-</head>
-<body>
-<div id="ui"></div>
-<script src="/docs/swagger-ui-bundle.js"></script>
-<script src="/docs/start.js"></script>
-</body>
-</html>
-"#;
+const DOCS: &str = include_str!("document/docs.html");
+const DOCS_STYLE: &str = include_str!("document/docs.css");
 
 const START: &str = r##"SwaggerUIBundle({
   url: "/openapi.json",
@@ -74,8 +65,9 @@ pub(super) fn page(title: &str, body: &str) -> Response {
     html(format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title} · Quota</title>\n\
-         <link rel=\"stylesheet\" href=\"/page.css\">\n<link rel=\"icon\" href=\"data:,\">\n</head>\n<body>\n\
-         <main class=\"narrow\">\n<p class=\"up\"><a href=\"/\">Quota</a></p>\n{body}\n</main>\n</body>\n</html>\n"
+         <link rel=\"stylesheet\" href=\"/page.css\">\n<link rel=\"icon\" type=\"image/svg+xml\" href=\"/icon.svg\">\n</head>\n<body>\n\
+         <main class=\"narrow\">\n<p class=\"up\"><a class=\"brand\" href=\"/\"><img src=\"/icon.svg\" alt=\"\" width=\"24\" \
+         height=\"24\">Quota</a></p>\n{body}\n</main>\n</body>\n</html>\n"
     ))
 }
 
@@ -108,8 +100,8 @@ fn error_page(code: ProblemCode, base: &str) -> Response {
         code.title(),
         &format!(
             "<h1>{title}</h1>\n<p><code>{slug}</code> · HTTP {status}</p>\n<p>{explanation}</p>\n\
-             <h2>Example response</h2>\n<pre>HTTP/1.1 {status}\ncontent-type: {MEDIA_TYPE}\n{wait}\n{example}</pre>\n\
-             <h2>Retry</h2>\n<p>{advice}</p>\n<pre>{snippet}</pre>\n\
+             <h2>Example response</h2>\n<pre tabindex=\"0\" aria-label=\"Example response\">HTTP/1.1 {status}\ncontent-type: {MEDIA_TYPE}\n{wait}\n{example}</pre>\n\
+             <h2>Retry</h2>\n<p>{advice}</p>\n<pre tabindex=\"0\" aria-label=\"Example of a retry\">{snippet}</pre>\n\
              <p>Every response includes its request ID in <code>X-Request-Id</code>. Use it to find the request in the \
              server's log.</p>\n<p><a href=\"/problems\">All errors</a> · <a href=\"/docs\">API docs</a></p>",
             title = code.title(),
@@ -206,6 +198,12 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
 
 curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
+        ProblemCode::PreviousKeyActive => (
+            "The same request fails again until the previous key has expired. To revoke it now, set `replace_previous`.",
+            r#"curl {base}/admin/api-keys/$KEY_ID/rotate \
+  -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
+  -d '{"replace_previous": true}'"#,
+        ),
         ProblemCode::NameTaken => (
             "Send the request with another name.",
             r#"curl {base}/admin/plans \
@@ -271,8 +269,61 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
     Some((style, script))
 }
 
+/// A gateway configuration without the comment at its start.
+fn configuration(file: &str) -> String {
+    let text = match file.split_once("\n\n") {
+        Some((_, body)) if file.starts_with('#') => body,
+        _ => file,
+    };
+    escape(text.trim_end())
+}
+
+/// The page at `/`: about Quota, or a short door to the operator's console.
+fn front_page(landing: &Landing, base: &str) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    match landing {
+        Landing::Door { operator } => DOOR
+            .replace("{{version}}", version)
+            .replace("{{operator}}", &escape(operator)),
+        Landing::Full => {
+            let values = [
+                ("{{version}}", version.to_owned()),
+                ("{{base}}", escape(base)),
+                ("{{source}}", env!("CARGO_PKG_REPOSITORY").to_owned()),
+                ("{{pictures}}", String::new()),
+                (
+                    "{{caddy}}",
+                    configuration(include_str!("../../../deploy/gateways/Caddyfile")),
+                ),
+                (
+                    "{{nginx}}",
+                    configuration(include_str!("../../../deploy/gateways/nginx.conf")),
+                ),
+                (
+                    "{{haproxy}}",
+                    configuration(include_str!("../../../deploy/gateways/haproxy.cfg")),
+                ),
+                (
+                    "{{traefik}}",
+                    configuration(include_str!("../../../deploy/gateways/traefik.yml")),
+                ),
+            ];
+            values
+                .iter()
+                .fold(LANDING.to_owned(), |page, (name, value)| {
+                    page.replace(name, value)
+                })
+        }
+    }
+}
+
 /// Serves `/`, `/page.css`, `/problems`, `/docs` and `/openapi.json`.
-pub fn routes(base: &str, document: String, service_html: &str) -> impl Endpoint + use<> {
+pub fn routes(
+    landing: &Landing,
+    base: &str,
+    document: String,
+    service_html: &str,
+) -> impl Endpoint + use<> {
     let (style, script) = viewer(service_html).unwrap_or_default();
     let text = |body: String, media_type: &'static str, cache: &'static str, csp: &'static str| {
         let body = bytes::Bytes::from(body);
@@ -280,13 +331,14 @@ pub fn routes(base: &str, document: String, service_html: &str) -> impl Endpoint
             respond(body.clone(), media_type, cache, csp)
         }))
     };
+    let landing = front_page(landing, base);
+    let docs = DOCS.replace("{{base}}", &escape(base));
     let base = base.to_owned();
-    let landing = LANDING
-        .replace("{{version}}", env!("CARGO_PKG_VERSION"))
-        .replace("{{base}}", &escape(&base));
     Route::new()
         .at("/", get(make_sync(move |_| html(landing.clone()))))
         .at("/page.css", text(STYLE.to_owned(), CSS, HOUR, CSP))
+        .at("/page.js", text(SCRIPT.to_owned(), JS, HOUR, CSP))
+        .at("/icon.svg", text(ICON.to_owned(), SVG, HOUR, CSP))
         .at("/problems", get(make_sync(|_| error_list())))
         .at(
             "/problems/:slug",
@@ -306,14 +358,13 @@ pub fn routes(base: &str, document: String, service_html: &str) -> impl Endpoint
         )
         .at(
             "/docs",
-            text(
-                DOCS.to_owned(),
-                "text/html; charset=utf-8",
-                "no-cache",
-                DOCS_CSP,
-            ),
+            text(docs, "text/html; charset=utf-8", "no-cache", DOCS_CSP),
         )
         .at("/docs/swagger-ui.css", text(style, CSS, HOUR, DOCS_CSP))
+        .at(
+            "/docs/docs.css",
+            text(DOCS_STYLE.to_owned(), CSS, HOUR, DOCS_CSP),
+        )
         .at(
             "/docs/swagger-ui-bundle.js",
             text(script, JS, HOUR, DOCS_CSP),
@@ -328,6 +379,41 @@ pub fn routes(base: &str, document: String, service_html: &str) -> impl Endpoint
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn front_page_has_no_placeholder_left_and_escapes_what_it_is_given() {
+        let full = front_page(&Landing::Full, "https://quota.example.com");
+        assert!(!full.contains("{{"), "{full}");
+        assert!(
+            full.contains("git clone https://"),
+            "the address of the source"
+        );
+        assert!(full.contains("X-Service-Token qs_YOUR_SERVICE_TOKEN"));
+        assert!(
+            !full.contains("Caddy 2.6 or later"),
+            "opening comments are left out"
+        );
+        let operator = "<b>Northwind</b> & Sons".to_owned();
+        let door = front_page(&Landing::Door { operator }, "https://quota.example.com");
+        assert!(!door.contains("{{") && !door.contains("<b>"), "{door}");
+        assert!(door.contains("&lt;b&gt;Northwind&lt;/b&gt; &amp; Sons"));
+        assert!(door.contains("href=\"/console\"") && door.contains("href=\"/docs\""));
+    }
+
+    #[test]
+    fn files_that_the_landing_page_links_to_exist() {
+        let root = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+        let paths: Vec<_> = LANDING
+            .split("{{source}}/")
+            .skip(1)
+            .filter_map(|rest| rest.split('"').next()?.split_once("/main/"))
+            .map(|(_, path)| path)
+            .collect();
+        assert!(paths.len() > 8, "{paths:?}");
+        for path in paths {
+            assert!(root.join(path).exists(), "{path}");
+        }
+    }
 
     #[test]
     fn viewer_splits_into_style_and_script() {

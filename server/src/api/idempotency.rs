@@ -1,6 +1,6 @@
 //! `Idempotency-Key`: a request that is sent twice is processed once and gets the same response twice.
 
-use poem::http::HeaderMap;
+use poem::http::{HeaderMap, StatusCode};
 use quota_common::ProblemCode;
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -33,7 +33,8 @@ pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
 }
 
 impl Once {
-    /// `key` is the header, if it was sent.
+    /// `key` is the header, if it was sent. `body` is everything that the response depends on: for an operation on one
+    /// resource, also the resource's ID.
     pub fn new<T: Serialize>(
         operation: &'static str,
         key: Option<String>,
@@ -46,7 +47,7 @@ impl Once {
                 return Err(ApiError::invalid("Idempotency-Key", message));
             }
         }
-        // Of the parsed body: the order of its fields does not matter.
+        // A hash of the parsed body: the order of its fields does not matter.
         let body = serde_json::to_vec(body).map_err(ApiError::internal)?;
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &body);
         Ok(Self {
@@ -86,10 +87,17 @@ impl Once {
     }
 
     /// Stores the response in the same transaction. It must not contain a secret.
-    pub async fn keep<T: Serialize>(&self, tx: &mut TenantTx, answer: &T) -> Result<(), ApiError> {
+    pub async fn keep<T: Serialize>(
+        &self,
+        tx: &mut TenantTx,
+        status: StatusCode,
+        answer: &T,
+    ) -> Result<(), ApiError> {
         if let Some(key) = &self.key {
             let answer = serde_json::to_value(answer).map_err(ApiError::internal)?;
-            idempotency::store(tx, self.operation, key, &self.request_hash, 201, &answer).await?;
+            let status = status.as_u16();
+            idempotency::store(tx, self.operation, key, &self.request_hash, status, &answer)
+                .await?;
         }
         Ok(())
     }

@@ -194,6 +194,9 @@ fn check_media_type(request: &Request) -> Result<(), ApiError> {
     }
 }
 
+/// The most that is reserved for a body before it arrives.
+const RESERVED: usize = 4 * 1024;
+
 async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiError> {
     let settings = &Visit::of(request)?.state.config;
     let (limit, patience) = (settings.body_limit, settings.header_timeout);
@@ -215,7 +218,8 @@ async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiE
         .map_err(|error| ApiError::internal(error.to_string()))?;
     let mut stream = body.into_bytes_stream();
     let arriving = async {
-        let mut bytes = Vec::with_capacity(announced.unwrap_or(0));
+        // A client can announce much and send nothing.
+        let mut bytes = Vec::with_capacity(announced.unwrap_or(0).min(RESERVED));
         while let Some(chunk) = stream.next().await {
             let chunk = chunk.map_err(|_| {
                 ApiError::new(

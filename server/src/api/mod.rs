@@ -15,11 +15,13 @@ pub mod browser;
 pub mod change;
 pub mod client_ip;
 pub mod console;
+pub mod decision;
 pub mod document;
 pub mod health;
 pub mod idempotency;
 pub mod ip_guard;
 pub mod json;
+pub mod key_limits;
 pub mod limit;
 pub mod limit_headers;
 pub mod page;
@@ -29,7 +31,9 @@ pub mod request_context;
 pub mod request_log;
 pub mod service_token;
 pub mod short_way;
+pub mod stats;
 pub mod tenant_rights;
+pub mod usage;
 
 /// Groups of operations in the OpenAPI document, in the order in which it lists them.
 #[derive(poem_openapi::Tags)]
@@ -45,6 +49,8 @@ pub enum Tag {
     /// Credentials your gateways use to call the check endpoints.
     #[oai(rename = "Service tokens")]
     ServiceTokens,
+    /// How many requests were allowed and denied, and why.
+    Usage,
     /// Audit log of configuration changes.
     Audit,
     /// Sign in, and manage your account and sessions.

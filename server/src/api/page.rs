@@ -86,7 +86,7 @@ pub fn sorted(
     })
 }
 
-fn size(limit: Option<PageSize>) -> u32 {
+pub fn size(limit: Option<PageSize>) -> u32 {
     limit.map_or(DEFAULT_LIMIT, |limit| limit.0)
 }
 

@@ -1,6 +1,6 @@
 //! `/admin/plans`.
 
-use poem::Result;
+use poem::{Result, http::StatusCode};
 use poem_openapi::{
     OpenApi,
     param::{Header, Path, Query},
@@ -166,7 +166,7 @@ impl PlanApi {
         };
         let plan = plan::insert(&mut edit, &new).await.map_err(name_taken)?;
         let plan = Plan::from(PlanWithKeys { plan, key_count: 0 });
-        once.keep(&mut edit, &plan).await?;
+        once.keep(&mut edit, StatusCode::CREATED, &plan).await?;
         edit.created(AuditAction::PlanCreate, &plan).await?;
         Ok(Created(plan))
     }

@@ -15,9 +15,11 @@ use poem_openapi::{
 use quota_common::{
     FieldError, Problem, ProblemCode,
     audit::{AuditAction, AuditTarget},
+    decision::DecisionOutcome,
     limit::PolicyName,
     page::{ApiKeyOrder, PlanOrder},
     problem::MEDIA_TYPE,
+    usage::{UsageBucketSize, UsageGroupBy},
 };
 use serde::{Serialize, Serializer};
 
@@ -28,6 +30,7 @@ use crate::{
     db::{self, DbError},
     keys::KeyRecord,
     limiter::{Decision, LimiterError, Policy, PolicySet},
+    tenant_queue::Busy,
 };
 
 /// For look-ups: no row is 404.
@@ -121,6 +124,11 @@ impl ApiError {
 
     pub fn too_many(retry_after: Duration) -> Self {
         Self::wait("Too many requests from this address.", retry_after)
+    }
+
+    /// For streams, which stay open for as long as somebody watches.
+    pub fn too_many_streams() -> Self {
+        Self::wait("Too many open streams.", Duration::from_secs(10))
     }
 
     /// Also states the wait in the detail, for people who see no headers.
@@ -361,6 +369,9 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::PlanInUse => "3 keys use this plan. Move or delete them first.",
         ProblemCode::NameTaken => "A plan with this name already exists.",
         ProblemCode::EmailTaken => "An account with this email already exists.",
+        ProblemCode::PreviousKeyActive => {
+            "The previous key is valid until 2026-08-04T06:26:00.000Z. Rotate again after that, or send replace_previous: true to revoke it now."
+        }
         ProblemCode::RequestInProgress => {
             "A request with this Idempotency-Key is still in progress."
         }
@@ -392,6 +403,10 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::EmailTaken => vec![FieldError {
             field: "email".into(),
             message: "is already in use".into(),
+        }],
+        ProblemCode::PreviousKeyActive => vec![FieldError {
+            field: "replace_previous".into(),
+            message: "must be true to revoke the previous key".into(),
         }],
         _ => Vec::new(),
     };
@@ -497,6 +512,10 @@ fn choices(kind: &str) -> Option<Vec<&'static str>> {
         "PlanOrder" => PlanOrder::ALL.iter().map(|it| it.as_str()).collect(),
         "AuditAction" => AuditAction::ALL.iter().map(|it| it.as_str()).collect(),
         "AuditTarget" => AuditTarget::ALL.iter().map(|it| it.as_str()).collect(),
+        "UsageBucketSize" => UsageBucketSize::ALL.iter().map(|it| it.as_str()).collect(),
+        "UsageGroupBy" => UsageGroupBy::ALL.iter().map(|it| it.as_str()).collect(),
+        "DecisionOutcome" => DecisionOutcome::ALL.iter().map(|it| it.as_str()).collect(),
+        "QuotaPolicy" => vec!["daily", "monthly"],
         _ => return None,
     })
 }
@@ -530,6 +549,22 @@ impl From<DbError> for ApiError {
         match error {
             DbError::Unavailable(_) => Self::unavailable(error),
             error => Self::internal(error),
+        }
+    }
+}
+
+impl From<Busy> for ApiError {
+    fn from(busy: Busy) -> Self {
+        match busy {
+            Busy::QueueFull => Self::wait(
+                "Your organization is making too many changes at the same time.",
+                Duration::from_secs(1),
+            ),
+            // Not logged: the changes in front are, if they fail.
+            Busy::TimedOut => Self {
+                source: None,
+                ..Self::unavailable(String::new())
+            },
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `/admin/service-tokens`.
 
-use poem::Result;
+use poem::{Result, http::StatusCode};
 use poem_openapi::{
     OpenApi,
     param::{Header, Path, Query},
@@ -110,7 +110,7 @@ impl ServiceTokenApi {
             service_token: row.into(),
         };
         // Without the secret, which must not be stored.
-        once.keep(&mut edit, &created).await?;
+        once.keep(&mut edit, StatusCode::CREATED, &created).await?;
         let action = AuditAction::ServiceTokenCreate;
         edit.created(action, &created.service_token).await?;
         self.state.keys.made(&secret);

@@ -78,6 +78,8 @@ macro_rules! callers_with_a_right {
 callers_with_a_right! {
     /// A caller who may read plans, API keys, service tokens and the audit log.
     ReadingTenant requires may_read;
+    /// A caller who may read usage.
+    UsageTenant requires may_read_usage;
     /// A caller who may create, update and delete plans, API keys and service tokens.
     ManagingTenant requires may_manage;
 }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::{
     AuthError,
-    attempts::{Attempt, Attempts, Wait, account_number, network_number},
+    attempts::{Attempt, Attempts, Judgment, Wait, account_number, network_number},
     device::{Device, Devices},
     password::{Lane, Password, PasswordPool, Place, Turn},
     session::{Origin, Sessions, Tokens},
@@ -245,7 +245,7 @@ impl Accounts {
                 party: network_number(origin.ip),
             },
         };
-        let place = self.enter(&attempt, turn).await?;
+        let place = self.passwords.enter(turn).await?;
         let mut tx = self.db.system().await?;
         let found = account::for_login(&mut tx, &email).await?;
         tx.commit().await?;
@@ -258,13 +258,13 @@ impl Accounts {
             hash.is_some_and(|hash| self.devices.is_of_password(device, hash))
         };
         if known.as_ref().is_some_and(|device| !is_current(device)) {
-            // The password has changed since: it is a try like any other, and what it took as a device stays counted.
+            // The password has changed since: it is an attempt like any other, and stays counted for the device too.
+            attempt.set_judgment(Judgment::Wrong);
             let network = self.attempts.of_network(&email, origin.ip).await;
             attempt = network.map_err(refused)?;
         }
         let verified = self
-            .passwords
-            .verify(Password::new(password), hash.clone(), &place)
+            .verify(&mut attempt, password, hash.clone(), &place)
             .await?;
         drop(place);
         let (Some(user), Some(hash), true) = (user, hash, verified) else {
@@ -273,6 +273,7 @@ impl Accounts {
         };
         let mut tx = self.db.system().await?;
         if !account::hold_password(&mut tx, user.id, &hash).await? {
+            attempt.set_judgment(Judgment::Wrong);
             self.metrics.logins_failed.inc();
             return Err(AuthError::WrongCredentials);
         }
@@ -296,7 +297,7 @@ impl Accounts {
         };
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
-        self.attempts.succeeded(&attempt).await;
+        attempt.succeeded().await;
         Ok(SignedIn {
             tokens,
             device: self
@@ -325,13 +326,24 @@ impl Accounts {
         Ok((attempt.map_err(refused)?, None))
     }
 
-    /// Waits for a password thread. Takes the attempt back if none becomes available.
-    async fn enter(&self, attempt: &Attempt, turn: Turn) -> Result<Place, AuthError> {
-        let entered = self.passwords.enter(turn).await;
-        if entered.is_err() {
-            self.attempts.not_made(attempt).await;
-        }
-        entered
+    /// Verifies a password. From the moment it is handed over, the attempt stays counted even if its caller goes away,
+    /// unless the password turns out to be correct or was not judged.
+    async fn verify(
+        &self,
+        attempt: &mut Attempt,
+        password: &str,
+        hash: Option<String>,
+        place: &Place,
+    ) -> Result<bool, AuthError> {
+        attempt.set_judgment(Judgment::Wrong);
+        let password = Password::new(password);
+        let verified = self.passwords.verify(password, hash, place).await;
+        attempt.set_judgment(match verified {
+            Ok(true) => Judgment::Correct,
+            Ok(false) => Judgment::Wrong,
+            Err(_) => Judgment::Missing,
+        });
+        verified
     }
 
     /// Changes the password and revokes all other sessions of the user.
@@ -344,9 +356,9 @@ impl Accounts {
         let new = Password::new(new);
         new.check_length()?;
         let attempt = self.attempts.of_user(user.0.as_bytes()).await;
-        let attempt = attempt.map_err(refused)?;
+        let mut attempt = attempt.map_err(refused)?;
         let turn = known_turn(&user.to_string());
-        let place = self.enter(&attempt, turn).await?;
+        let place = self.passwords.enter(turn).await?;
         let mut tx = self.db.system().await?;
         let old = account::password_hash(&mut tx, user.0).await?;
         let member = account::member(&mut tx, user.0, tenant.0).await?;
@@ -355,13 +367,12 @@ impl Accounts {
             return Err(AuthError::Unauthorized);
         };
         let verified = self
-            .passwords
-            .verify(Password::new(current), Some(old.clone()), &place)
+            .verify(&mut attempt, current, Some(old.clone()), &place)
             .await?;
         if !verified {
             return Err(AuthError::WrongCredentials);
         }
-        self.attempts.succeeded(&attempt).await;
+        attempt.succeeded().await;
         let hash = self.passwords.hash(new, &row.email, &place).await?;
         drop(place);
 

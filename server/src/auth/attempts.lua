@@ -3,7 +3,7 @@
 -- KEYS     the counters, narrowest first, in one hash slot
 -- ARGV     for each counter: attempts without a wait, milliseconds after which one is forgiven,
 --          milliseconds of the first wait; and at last the longest wait
--- returns  {milliseconds to wait, attempts of the last counter before this one}
+-- returns  {milliseconds to wait, attempts of the last counter before this one, the time}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local longest = tonumber(ARGV[#ARGV])
@@ -24,7 +24,7 @@ for i, key in ipairs(KEYS) do
 end
 local crowd = math.floor(counts[#KEYS])
 if wait > 0 then
-  return {math.ceil(wait), crowd}
+  return {math.ceil(wait), crowd, now}
 end
 for i, key in ipairs(KEYS) do
   local free, forgive, first = tonumber(ARGV[3 * i - 2]), tonumber(ARGV[3 * i - 1]), tonumber(ARGV[3 * i])
@@ -37,4 +37,4 @@ for i, key in ipairs(KEYS) do
   redis.call('HSET', key, 'n', tostring(n), 'at', tostring(now), 'until', tostring(now + delay))
   redis.call('PEXPIRE', key, math.ceil(n * forgive) + delay)
 end
-return {0, crowd}
+return {0, crowd, now}

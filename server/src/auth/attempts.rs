@@ -10,10 +10,13 @@
 //! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_RPM`, or a multiple). After those, each
 //! attempt has to wait twice as long as the previous one, and one attempt is forgiven every few minutes. So a lockout
 //! does not last much longer than that, and a guesser gets about one attempt in that time. An attempt is counted before
-//! the password is verified, so parallel attempts gain nothing, and is removed if the password is correct.
+//! the password is verified, so parallel attempts gain nothing, and is taken back if the password is correct or was
+//! never judged, because too many were waiting or the client has gone.
 //!
 //! With Redis all replicas share the counters, by one script. Every replica also counts for itself: while Redis is
 //! unreachable, that count decides, with half the attempts. Nothing here reveals whether an account exists.
+
+mod attempt;
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
@@ -22,6 +25,7 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use parking_lot::Mutex;
 use redis::Value;
 
+pub use self::attempt::{Attempt, Judgment};
 use super::device::DeviceId;
 use crate::{
     clock::Clock,
@@ -49,13 +53,17 @@ const CROWD: u64 = 3;
 const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");
-/// KEYS: counters. ARGV: how many of them, from the first, to forget. Of the others one try is taken back.
+/// KEYS: counters. ARGV: how many of them, from the first, to delete; and when the attempt was counted, which is taken
+/// back from the others. The wait that it began ends as well.
 const FORGET: &str = "
 for i, key in ipairs(KEYS) do
   if i <= tonumber(ARGV[1]) then
     redis.call('DEL', key)
   elseif redis.call('EXISTS', key) == 1 then
     redis.call('HINCRBYFLOAT', key, 'n', '-1')
+    if redis.call('HGET', key, 'at') == ARGV[2] then
+      redis.call('HSET', key, 'until', '0')
+    end
   end
 end
 return 0";
@@ -105,12 +113,15 @@ impl Count {
     }
 }
 
-/// An attempt that may be made. Counts as failed unless its outcome is reported.
-#[derive(Debug)]
-pub struct Attempt {
-    counters: Vec<Counter>,
-    /// Whether the caller's network has failed lately.
-    pub is_suspect: bool,
+/// What counting an attempt has returned.
+#[derive(Debug, Clone, Copy)]
+struct Taken {
+    /// Zero: it was counted.
+    wait: Duration,
+    /// Attempts of the widest network before this one.
+    crowd: u64,
+    /// When it was counted.
+    at: u64,
 }
 
 /// How long an attempt has to wait.
@@ -152,7 +163,11 @@ impl Attempts {
     }
 
     /// Counts a sign-in from a network.
-    pub async fn of_network(&self, email: &str, ip: Option<IpAddr>) -> Result<Attempt, Wait> {
+    pub async fn of_network(
+        self: &Arc<Self>,
+        email: &str,
+        ip: Option<IpAddr>,
+    ) -> Result<Attempt, Wait> {
         let networks = networks(ip);
         let counters = networks
             .iter()
@@ -172,7 +187,11 @@ impl Attempts {
     }
 
     /// Counts a sign-in from a known device.
-    pub async fn of_device(&self, email: &str, device: &DeviceId) -> Result<Attempt, Wait> {
+    pub async fn of_device(
+        self: &Arc<Self>,
+        email: &str,
+        device: &DeviceId,
+    ) -> Result<Attempt, Wait> {
         let email = email.as_bytes();
         let device = self.of_one(&[b"device", device, email], OnSuccess::Clear);
         let devices = Counter {
@@ -185,7 +204,7 @@ impl Attempts {
 
     /// Counts an attempt of a signed-in user, such as to change the password, which a stolen session must not be able to
     /// guess.
-    pub async fn of_user(&self, user: &[u8]) -> Result<Attempt, Wait> {
+    pub async fn of_user(self: &Arc<Self>, user: &[u8]) -> Result<Attempt, Wait> {
         let own = self.of_one(&[b"user", user], OnSuccess::Clear);
         self.take_known(vec![own, self.uses(&[b"user uses", user])])
             .await
@@ -208,7 +227,7 @@ impl Attempts {
         }
     }
 
-    async fn take_known(&self, counters: Vec<Counter>) -> Result<Attempt, Wait> {
+    async fn take_known(self: &Arc<Self>, counters: Vec<Counter>) -> Result<Attempt, Wait> {
         let mut attempt = self.take(counters).await?;
         attempt.is_suspect = false;
         Ok(attempt)
@@ -234,30 +253,50 @@ impl Attempts {
         counters.iter().map(key).collect()
     }
 
-    async fn take(&self, counters: Vec<Counter>) -> Result<Attempt, Wait> {
+    async fn take(self: &Arc<Self>, counters: Vec<Counter>) -> Result<Attempt, Wait> {
         if self.free == 0 {
             return Ok(Attempt {
+                attempts: self.clone(),
                 counters: Vec::new(),
+                counted_here: None,
+                counted_in_redis: None,
+                judgment: Judgment::Missing,
                 is_suspect: false,
             });
         }
+        let attempts = self.clone();
+        let count = async move { attempts.count(counters).await };
+        if self.redis.is_none() {
+            return count.await;
+        }
+        // In a task of its own: if the caller goes away in between, it is still known whether Redis has counted the
+        // attempt, which is taken back only if it has.
+        let counted = tokio::spawn(count).await;
+        counted.unwrap_or(Err(Wait(Duration::from_secs(1))))
+    }
+
+    async fn count(self: &Arc<Self>, counters: Vec<Counter>) -> Result<Attempt, Wait> {
         let here = self.take_here(&counters);
-        let (wait, crowd) = match self.take_in_redis(&counters).await {
-            Some(answer) => answer,
-            None => here,
+        let in_redis = self.take_in_redis(&counters).await;
+        let counted_at = |taken: &Taken| taken.wait.is_zero().then_some(taken.at);
+        let Taken { wait, crowd, .. } = in_redis.unwrap_or(here);
+        let attempt = Attempt {
+            attempts: self.clone(),
+            counters,
+            counted_here: counted_at(&here),
+            counted_in_redis: in_redis.as_ref().and_then(counted_at),
+            judgment: Judgment::Missing,
+            is_suspect: crowd >= CROWD,
         };
         if wait > Duration::ZERO {
             self.metrics.guard_refusals.inc();
             return Err(Wait(wait));
         }
-        Ok(Attempt {
-            counters,
-            is_suspect: crowd >= CROWD,
-        })
+        Ok(attempt)
     }
 
-    /// `None` without Redis, or when it does not answer.
-    async fn take_in_redis(&self, counters: &[Counter]) -> Option<(Duration, u64)> {
+    /// `None` without Redis, or if it does not respond.
+    async fn take_in_redis(&self, counters: &[Counter]) -> Option<Taken> {
         let redis = self.redis.as_ref()?;
         let keys = Self::keys(redis, counters);
         let keys = keys.iter().map(String::as_str).collect::<Vec<_>>();
@@ -271,10 +310,11 @@ impl Attempts {
         args.push(millis(LONGEST));
         match redis.eval(&self.take, &keys, &args, None).await {
             Ok(Value::Array(answer)) => match &*answer {
-                [Value::Int(wait), Value::Int(crowd)] => Some((
-                    Duration::from_millis(u64::try_from(*wait).ok()?).min(LONGEST),
-                    u64::try_from(*crowd).ok()?,
-                )),
+                [Value::Int(wait), Value::Int(crowd), Value::Int(at)] => Some(Taken {
+                    wait: Duration::from_millis(u64::try_from(*wait).ok()?).min(LONGEST),
+                    crowd: u64::try_from(*crowd).ok()?,
+                    at: u64::try_from(*at).ok()?,
+                }),
                 _ => None,
             },
             Ok(_) => None,
@@ -287,7 +327,7 @@ impl Attempts {
 
     /// What this replica has counted. Where Redis is configured it only decides while that is unreachable, and then
     /// with half the tries, since other replicas count for themselves as well.
-    fn take_here(&self, counters: &[Counter]) -> (Duration, u64) {
+    fn take_here(&self, counters: &[Counter]) -> Taken {
         let now = self.clock.monotonic();
         let free = |counter: &Counter| {
             let free = if self.redis.is_some() {
@@ -313,8 +353,13 @@ impl Attempts {
             reason = "never negative, and the cast saturates"
         )]
         let crowd = crowd as u64;
+        let taken = |wait| Taken {
+            wait,
+            crowd,
+            at: now,
+        };
         if until > now {
-            return (Duration::from_nanos(until - now), crowd);
+            return taken(Duration::from_nanos(until - now));
         }
         if local.len() + counters.len() > REMEMBERED {
             let longest = FORGIVE.as_secs_f64();
@@ -322,7 +367,7 @@ impl Attempts {
                 count.until > now || count.tries * longest > seconds(now - count.at)
             });
             if local.len() + counters.len() > REMEMBERED {
-                return (Duration::from_secs(1), crowd);
+                return taken(Duration::from_secs(1));
             }
         }
         for counter in counters {
@@ -347,45 +392,7 @@ impl Attempts {
             };
             local.insert(counter.name, count);
         }
-        (Duration::ZERO, crowd)
-    }
-
-    /// The password was right: what was counted for this account is forgotten.
-    pub async fn succeeded(&self, attempt: &Attempt) {
-        let of = |what| move |counter: &&Counter| counter.on_success == what;
-        let cleared = attempt.counters.iter().filter(of(OnSuccess::Clear)).count();
-        let kept = attempt.counters.iter().filter(of(OnSuccess::Keep)).count();
-        self.take_back(attempt, cleared, kept).await;
-    }
-
-    /// The password was not looked at.
-    pub async fn not_made(&self, attempt: &Attempt) {
-        self.take_back(attempt, 0, 0).await;
-    }
-
-    /// Clears the first counters, keeps the last ones, and takes one try back from those between.
-    async fn take_back(&self, attempt: &Attempt, cleared: usize, kept: usize) {
-        let changed = attempt.counters.len() - kept;
-        if changed == 0 {
-            return;
-        }
-        {
-            let mut local = self.local.lock();
-            for (n, counter) in attempt.counters[..changed].iter().enumerate() {
-                if n < cleared {
-                    local.remove(&counter.name);
-                } else if let Some(count) = local.get_mut(&counter.name) {
-                    count.tries = (count.tries - 1.0).max(0.0);
-                }
-            }
-        }
-        if let Some(redis) = &self.redis {
-            let keys = Self::keys(redis, &attempt.counters);
-            let keys = keys[..changed].iter().map(String::as_str);
-            let keys = keys.collect::<Vec<_>>();
-            // What is not taken back is forgiven in a while.
-            let _ = redis.eval(&self.forget, &keys, &[cleared], None).await;
-        }
+        taken(Duration::ZERO)
     }
 
     /// Forgets the counters that are at rest.
@@ -442,209 +449,4 @@ fn number(of: &impl std::hash::Hash) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::clock::{TestClock, UnixNanos};
-
-    fn attempts(free: u32) -> (Attempts, TestClock) {
-        let clock = TestClock::at(UnixNanos::from_secs(1_785_738_360));
-        let attempts = Attempts::new(
-            free,
-            &[1; 32],
-            None,
-            Arc::new(clock.clone()),
-            Arc::default(),
-        );
-        (attempts, clock)
-    }
-
-    async fn fail(attempts: &Attempts, email: &str, ip: &str) -> Result<Attempt, Duration> {
-        let ip = ip.parse().unwrap();
-        let tried = attempts.of_network(email, Some(ip)).await;
-        tried.map_err(|wait| wait.0)
-    }
-
-    #[tokio::test]
-    async fn a_network_that_guesses_waits_longer_and_longer_and_no_other_does() {
-        let (attempts, clock) = attempts(10);
-        for _ in 0..10 {
-            fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
-        }
-        let mut waits = Vec::new();
-        for _ in 0..6 {
-            let wait = fail(&attempts, "a@example.com", "192.0.2.1").await;
-            let wait = wait.unwrap_err();
-            waits.push(wait.as_secs_f64());
-            clock.advance(wait);
-            fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
-        }
-        assert!((waits[0] - 6.0).abs() < 0.01, "{waits:?}");
-        assert!(
-            waits.windows(2).all(|pair| pair[1] > 1.5 * pair[0]),
-            "{waits:?}"
-        );
-        // Elsewhere, and for another account, nothing has happened.
-        for _ in 0..10 {
-            fail(&attempts, "a@example.com", "198.51.100.1")
-                .await
-                .unwrap();
-        }
-        fail(&attempts, "b@example.com", "192.0.2.1").await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn nobody_waits_for_long() {
-        let (attempts, clock) = attempts(10);
-        let mut slept = Duration::ZERO;
-        let mut tries = 0;
-        while slept < Duration::from_hours(24) {
-            match fail(&attempts, "a@example.com", "192.0.2.1").await {
-                Ok(_) => tries += 1,
-                Err(wait) => {
-                    assert!(wait <= LONGEST);
-                    clock.advance(wait);
-                    slept += wait;
-                }
-            }
-        }
-        // Ten at first, and then about one in five minutes.
-        assert!((200..400).contains(&tries), "{tries} tries in a day");
-    }
-
-    #[tokio::test]
-    async fn neighboring_networks_are_counted_together_with_more_room() {
-        for (networks, end, room) in [
-            ("192.0.2.", "", 20),
-            ("2001:db8:1:", "::1", 20),
-            ("2001:db8:1:", "00::1", 40),
-        ] {
-            let (attempts, _) = attempts(10);
-            let mut tried = 0;
-            for n in 0..100 {
-                let ip = format!("{networks}{}{end}", n % 8 + 1);
-                tried += u32::from(fail(&attempts, "a@example.com", &ip).await.is_ok());
-            }
-            assert_eq!(tried, room, "{networks}N{end}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_network_that_tries_many_accounts_waits_too() {
-        let (attempts, _) = attempts(10);
-        let mut tried = 0;
-        for n in 0..200 {
-            let email = format!("{n}@example.com");
-            tried += u32::from(fail(&attempts, &email, "192.0.2.1").await.is_ok());
-        }
-        assert_eq!(tried, 10 * ACCOUNTS);
-        fail(&attempts, "0@example.com", "198.51.100.1")
-            .await
-            .unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_known_device_has_tries_of_its_own() {
-        let (attempts, _) = attempts(10);
-        while fail(&attempts, "a@example.com", "192.0.2.1").await.is_ok() {}
-        for _ in 0..10 {
-            let attempt = attempts.of_device("a@example.com", &[7; 16]).await;
-            assert!(!attempt.unwrap().is_suspect);
-        }
-        assert!(attempts.of_device("a@example.com", &[7; 16]).await.is_err());
-        assert!(attempts.of_device("a@example.com", &[8; 16]).await.is_ok());
-    }
-
-    #[tokio::test]
-    async fn the_devices_of_an_account_have_a_limit_together() {
-        let (attempts, _) = attempts(10);
-        let mut tried = 0;
-        for device in 0..100 {
-            for _ in 0..10 {
-                let attempt = attempts.of_device("a@example.com", &[device; 16]).await;
-                tried += u32::from(attempt.is_ok());
-            }
-        }
-        assert_eq!(tried, 10 * DEVICES);
-        assert!(attempts.of_device("b@example.com", &[1; 16]).await.is_ok());
-        fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn right_passwords_of_known_devices_have_a_generous_limit() {
-        let (attempts, clock) = attempts(10);
-        let sign_in = async |device: u8| {
-            let attempt = attempts.of_device("a@example.com", &[device; 16]).await;
-            if let Ok(attempt) = &attempt {
-                attempts.succeeded(attempt).await;
-            }
-            attempt.is_ok()
-        };
-        let mut made = 0;
-        for n in 0..250 {
-            made += u32::from(sign_in(n).await);
-        }
-        assert_eq!(made, 200);
-        // Then about ten a minute.
-        let mut later = 0;
-        for n in 0..600 {
-            clock.advance(Duration::from_secs(1));
-            later += u32::from(sign_in(u8::try_from(n % 200).unwrap()).await);
-        }
-        assert!((60..=130).contains(&later), "{later} in ten minutes");
-        let other = attempts.of_device("b@example.com", &[1; 16]).await;
-        assert!(other.is_ok());
-    }
-
-    #[tokio::test]
-    async fn a_right_password_is_counted_nowhere() {
-        let (attempts, _) = attempts(10);
-        for _ in 0..500 {
-            let attempt = fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
-            attempts.succeeded(&attempt).await;
-            assert!(!attempt.is_suspect);
-        }
-        for _ in 0..500 {
-            let attempt = fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
-            attempts.not_made(&attempt).await;
-        }
-    }
-
-    #[tokio::test]
-    async fn a_network_is_suspect_after_a_few_failures_and_not_for_long() {
-        let (attempts, clock) = attempts(10);
-        for n in 0..5 {
-            let email = format!("{n}@example.com");
-            let attempt = fail(&attempts, &email, "192.0.2.1").await.unwrap();
-            assert_eq!(attempt.is_suspect, n >= CROWD, "{n}");
-        }
-        // Another address of the same /24 is; another network is not.
-        let neighbor = fail(&attempts, "x@example.com", "192.0.2.2").await.unwrap();
-        assert!(neighbor.is_suspect);
-        let other = fail(&attempts, "x@example.com", "192.0.3.2").await.unwrap();
-        assert!(!other.is_suspect);
-        clock.advance(Duration::from_mins(4));
-        let later = fail(&attempts, "y@example.com", "192.0.2.1").await.unwrap();
-        assert!(!later.is_suspect);
-    }
-
-    #[tokio::test]
-    async fn zero_switches_it_off() {
-        let (attempts, _) = attempts(0);
-        for _ in 0..1000 {
-            fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
-        }
-    }
-
-    #[tokio::test]
-    async fn counters_at_rest_are_forgotten() {
-        let (attempts, clock) = attempts(10);
-        for n in 0..100 {
-            let ip = format!("10.{n}.0.1");
-            fail(&attempts, "a@example.com", &ip).await.unwrap();
-        }
-        assert!(attempts.local.lock().len() >= 200);
-        clock.advance(Duration::from_mins(10));
-        attempts.prune();
-        assert_eq!(attempts.local.lock().len(), 0);
-    }
-}
+mod tests;

@@ -259,10 +259,11 @@ impl Sessions {
         let Some(row) = session::of_token(&mut tx, &token.hash()).await? else {
             return Ok(());
         };
-        self.end_in(tx, &row, origin).await
+        self.end_in(tx, &row, origin).await?;
+        Ok(())
     }
 
-    /// Ends a session of a user's; `false` when they have no such one.
+    /// Ends a session of a user. Returns `false` if they have no such active session.
     pub async fn end(
         &self,
         user: UserId,
@@ -271,20 +272,18 @@ impl Sessions {
     ) -> Result<bool, AuthError> {
         let mut tx = self.db.system().await?;
         match session::find_live(&mut tx, id.0).await? {
-            Some(row) if row.user_id == user.0 => {
-                self.end_in(tx, &row, origin).await?;
-                Ok(true)
-            }
+            Some(row) if row.user_id == user.0 => self.end_in(tx, &row, origin).await,
             _ => Ok(false),
         }
     }
 
+    /// Returns `false` if another request has ended it meanwhile.
     async fn end_in(
         &self,
         mut tx: SystemTx,
         row: &SessionRow,
         origin: &Origin,
-    ) -> Result<(), AuthError> {
+    ) -> Result<bool, AuthError> {
         let mut ended = Vec::new();
         if session::end(&mut tx, row.user_id, row.id).await? {
             audit::insert_system(&mut tx, &event(row, "session.end", origin)).await?;
@@ -294,7 +293,7 @@ impl Sessions {
         tx.commit().await?;
         self.forget(SessionId(row.id));
         self.ended(&ended);
-        Ok(())
+        Ok(!ended.is_empty())
     }
 
     /// The living sessions of a user.

@@ -66,6 +66,16 @@ impl Reader {
         u32::try_from(self.number(variable, text, 0..=1_000_000)).unwrap_or_default()
     }
 
+    /// In days.
+    pub(super) fn days(
+        &mut self,
+        variable: &str,
+        text: &str,
+        range: RangeInclusive<u64>,
+    ) -> Duration {
+        Duration::from_secs(self.number(variable, text, range) * 24 * 60 * 60)
+    }
+
     /// In seconds.
     pub(super) fn duration(
         &mut self,

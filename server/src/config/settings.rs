@@ -303,6 +303,24 @@ pub struct Settings {
     )]
     pub registration: String,
 
+    /// The page at /: full (about Quota) or door (only signing in and the API docs, for your own customers).
+    #[arg(
+        long,
+        env = "QUOTA_LANDING",
+        default_value = "full",
+        value_name = "PAGE"
+    )]
+    pub landing: String,
+
+    /// Your name, at most 100 characters: the title of the page at / with QUOTA_LANDING=door. Default: Quota.
+    #[arg(
+        long,
+        env = "QUOTA_OPERATOR_NAME",
+        default_value = "",
+        value_name = "NAME"
+    )]
+    pub operator_name: String,
+
     /// How many plans one tenant may have: 1 to 1000000.
     #[arg(
         long,
@@ -381,7 +399,8 @@ pub struct Settings {
     )]
     pub idle_timeout: String,
 
-    /// How long a client may go without reading any of a response that is being sent, such as 30s.
+    /// How long a client may go without reading any of a response that is being sent, such as 30s. On HTTP/2, less
+    /// than 1 KiB counts as nothing.
     #[arg(
         long,
         env = "QUOTA_WRITE_TIMEOUT",
@@ -391,7 +410,8 @@ pub struct Settings {
     pub write_timeout: String,
 
     /// The maximum number of open client connections: 16 to 1000000. The limit of open files may allow fewer. When
-    /// it is reached, connections that have not sent a request are closed first, then idle ones.
+    /// it is reached, connections that have not sent a request are closed first, then idle ones, then those whose
+    /// client does not read its response.
     #[arg(
         long,
         env = "QUOTA_CONNECTIONS",
@@ -409,6 +429,16 @@ pub struct Settings {
         value_name = "N"
     )]
     pub connections_per_address: String,
+
+    /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
+    /// twice as many); 0 for no limit. Counted like QUOTA_CONNECTIONS_PER_ADDRESS.
+    #[arg(
+        long,
+        env = "QUOTA_CONNECTIONS_PER_NETWORK",
+        default_value = "2500",
+        value_name = "N"
+    )]
+    pub connections_per_network: String,
 
     /// The maximum number of concurrent look-ups of API keys that are not in memory, and as many of service tokens: 1
     /// to 100000. Once it is reached, each client still gets an equal share of it, and further look-ups are answered
@@ -466,6 +496,24 @@ pub struct Settings {
         value_name = "DAYS"
     )]
     pub session_days: String,
+
+    /// How many days the log of decisions is kept: 2 to 3650. A day of 10 million requests takes about 4 GB.
+    #[arg(
+        long,
+        env = "QUOTA_USAGE_RETENTION",
+        default_value = "90",
+        value_name = "DAYS"
+    )]
+    pub usage_retention: String,
+
+    /// How many days usage is kept as totals for each quarter of an hour and each day: 2 to 3650.
+    #[arg(
+        long,
+        env = "QUOTA_USAGE_ROLLUP_RETENTION",
+        default_value = "400",
+        value_name = "DAYS"
+    )]
+    pub usage_rollup_retention: String,
 
     /// How logs are written: json or text.
     #[arg(

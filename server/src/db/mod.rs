@@ -343,10 +343,10 @@ pub fn versions() -> Vec<String> {
 }
 
 /// What every connection of the pool is set to. Timeouts of the server itself end a query there, where a
-/// future that is dropped would leave it running.
+/// future that is dropped would leave it running. No statement runs long enough to be worth compiling.
 fn session(settings: &DatabaseSettings) -> String {
     format!(
-        "SET timezone = 'UTC'; SET statement_timeout = {}; SET lock_timeout = {}; \
+        "SET timezone = 'UTC'; SET jit = off; SET statement_timeout = {}; SET lock_timeout = {}; \
          SET idle_in_transaction_session_timeout = {}; SET application_name = 'quota'",
         settings.statement_timeout.as_millis(),
         settings.lock_timeout.as_millis(),

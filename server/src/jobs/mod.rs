@@ -7,6 +7,7 @@ mod metering;
 mod replicas;
 mod revocations;
 mod sweep;
+mod usage;
 
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ impl Jobs {
         }
         running.spawn(prune(state.clone(), stopping.clone()));
         running.spawn(write_last_used(state.clone(), stopping.clone()));
+        running.spawn(usage::maintain(state.clone(), stopping.clone()));
+        running.spawn(usage::compare(state.clone(), stopping.clone()));
         if state.metering.is_on() {
             running.spawn(metering::ship(state.clone(), stopping.clone()));
             running.spawn(metering::adopt(state.clone(), stopping.clone()));

@@ -2,7 +2,7 @@
 //!
 //! Lists the hashes of cached keys by tenant, plan and key id. An entry may be out of date, for a key that was evicted
 //! or moved to another plan: that costs one look-up too many, and nothing else. A hash is added before its record is
-//! cached, so none is missing.
+//! cached, and kept for as long as the record is being loaded or cached, so none is missing.
 
 use std::collections::{HashMap, HashSet};
 
@@ -36,8 +36,9 @@ impl KeyIndex {
         }
     }
 
-    /// `is_cached` tells which hashes are still of use when there are too many.
-    pub fn add(&self, hash: Hash, owners: [Uuid; 3], is_cached: impl Fn(&Hash) -> bool) {
+    /// When there are too many hashes, keeps those for which `is_needed` returns true: their keys are cached or being
+    /// loaded.
+    pub fn add(&self, hash: Hash, owners: [Uuid; 3], is_needed: impl Fn(&Hash) -> bool) {
         let mut all = self.owners.lock();
         let all = &mut *all;
         for owner in owners {
@@ -46,7 +47,7 @@ impl KeyIndex {
         }
         if all.entries > self.capacity {
             all.hashes.retain(|_, hashes| {
-                hashes.retain(|it| *it == hash || is_cached(it));
+                hashes.retain(|it| *it == hash || is_needed(it));
                 hashes.shrink_to_fit();
                 !hashes.is_empty()
             });

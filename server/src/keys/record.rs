@@ -19,7 +19,7 @@ use crate::{
     cache::{Cached, Freshness, Loaded, Unconfirmed},
     clock::UnixNanos,
     limiter::{KeyCell, Limiter, Policies, RatePolicy, Zone},
-    repo::api_key::KeyFacts,
+    repo::api_key::{FoundKey, KeyFacts},
     revocations::Gone,
     secret_text::{Hash, SecretText},
     telemetry::metrics::Metrics,
@@ -163,7 +163,7 @@ impl KeyStore {
         let record = move |facts: KeyFacts, as_of| {
             // Before it is cached.
             let owners = [facts.tenant_id, facts.plan_id, facts.id];
-            index.add(hash, owners, |hash| cached.holds(hash));
+            index.add(hash, owners, |hash| cached.holds_or_loads(hash));
             record(facts, as_of, &limiter)
         };
         self.keys
@@ -217,13 +217,18 @@ impl KeyStore {
     /// Forgets what changes have made untrue.
     pub fn revoke(&self, gone: &Gone) {
         if gone.any_key() {
-            // Loads under way are begun again, also those that the index does not have yet.
-            self.keys.forget_these(&self.index.take(gone));
+            // Loads in progress are repeated, including those that the index does not have yet.
+            self.keys.forget_these(|| self.index.take(gone));
         }
         if gone.any_token() {
             self.tokens
                 .forget(|_, token| gone.token(token.tenant.0, token.id.0));
         }
+    }
+
+    /// The record of a key that was found by its ID. It has the same limiter state as the one that requests find.
+    pub fn described(&self, found: FoundKey) -> Result<KeyRecord, Unconfirmed> {
+        record(found.facts, found.as_of, &self.limiter)
     }
 
     /// Forgets every key and token.
@@ -312,3 +317,6 @@ fn nanos(at: DateTime<Utc>) -> UnixNanos {
             .unwrap_or(u64::MAX),
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -45,6 +45,21 @@ impl Zone {
     pub fn name(&self) -> &str {
         self.0.iana_name().unwrap_or("UTC")
     }
+
+    /// Returns the same time of day on the day before; a later one if it was skipped then.
+    pub fn day_before(&self, at: UnixNanos) -> Option<UnixNanos> {
+        let at = Timestamp::from_nanosecond(i128::from(at.0)).ok()?;
+        let local = self.0.to_datetime(at);
+        let before = local.date().yesterday().ok()?.to_datetime(local.time());
+        let before = self.0.to_timestamp(before).ok()?.as_nanosecond();
+        u64::try_from(before).ok().map(UnixNanos)
+    }
+
+    /// Returns the local time with its offset, such as `2026-11-24T10:18:42+01:00`.
+    pub fn local(&self, at: UnixNanos) -> String {
+        let at = Timestamp::from_nanosecond(i128::from(at.0)).unwrap_or(Timestamp::MAX);
+        at.display_with_offset(self.0.to_offset(at)).to_string()
+    }
 }
 
 impl Default for Zone {
@@ -178,6 +193,25 @@ pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
     }
 }
 
+/// The end of the clock hour that `now` is in: the next full hour on the wall, or an earlier change of the clocks. So
+/// an hour that comes twice counts as two, and one that was skipped not at all.
+pub fn hour_end(zone: &Zone, now: UnixNanos) -> UnixNanos {
+    const HOUR: i128 = 3_600_000_000_000;
+    let nanos = i128::from(now.0);
+    let at = Timestamp::from_nanosecond(nanos).unwrap_or(Timestamp::MAX);
+    let offset = zone.0.to_offset(at);
+    let local = nanos + i128::from(offset.seconds()) * 1_000_000_000;
+    let full = nanos - local.rem_euclid(HOUR) + HOUR;
+    let change = zone
+        .0
+        .following(at)
+        .find(|transition| transition.offset() != offset)
+        .map_or(i128::MAX, |transition| {
+            transition.timestamp().as_nanosecond()
+        });
+    UnixNanos(u64::try_from(full.min(change)).unwrap_or(u64::MAX))
+}
+
 fn around(
     zone: &Zone,
     now: UnixNanos,
@@ -244,6 +278,40 @@ mod tests {
 
     fn day(zone_name: &str, now: &str) -> Window {
         window(Policy::Daily, &zone(zone_name), at(now))
+    }
+
+    /// The starts of all hours of a day.
+    fn hours(zone_name: &str, now: &str) -> Vec<String> {
+        let (zone, day) = (zone(zone_name), day(zone_name, now));
+        let mut starts = vec![day.start];
+        while let Some(end) = starts.last().map(|at| hour_end(&zone, *at))
+            && end < day.end
+        {
+            starts.push(end);
+        }
+        let text = |at: &UnixNanos| {
+            let at = Timestamp::from_nanosecond(i128::from(at.0)).unwrap();
+            zone.0.to_datetime(at).time().to_string()
+        };
+        starts.iter().map(text).collect()
+    }
+
+    #[test]
+    fn a_day_has_as_many_hours_as_its_clock_shows() {
+        assert_eq!(hours("Europe/Berlin", "2026-11-26T12:00:00Z").len(), 24);
+        let spring = hours("Europe/Berlin", "2026-03-29T12:00:00Z");
+        assert_eq!(spring.len(), 23);
+        assert_eq!(spring[1..3], ["01:00:00", "03:00:00"]);
+        let autumn = hours("Europe/Berlin", "2026-10-25T12:00:00Z");
+        assert_eq!(autumn.len(), 25);
+        assert_eq!(autumn[1..4], ["01:00:00", "02:00:00", "02:00:00"]);
+        assert_eq!(hours("Asia/Kolkata", "2026-11-26T12:00:00Z").len(), 24);
+        assert_eq!(hours("Asia/Kathmandu", "2026-11-26T12:00:00Z").len(), 24);
+        // By half an hour: it is repeated, and skipped.
+        let autumn = hours("Australia/Lord_Howe", "2026-04-05T02:00:00Z");
+        assert_eq!(autumn[1..4], ["01:00:00", "01:30:00", "02:00:00"]);
+        let spring = hours("Australia/Lord_Howe", "2026-10-04T02:00:00Z");
+        assert_eq!(spring[1..4], ["01:00:00", "02:30:00", "03:00:00"]);
     }
 
     fn month(zone_name: &str, now: &str) -> Window {

@@ -29,7 +29,7 @@ use quota_common::id::{ApiKeyId, TenantId};
 
 pub use self::{
     blocks::{LedgerError, LedgerRow, QuotaLedger, ReturnBatch, TakeRequest, Taken},
-    calendar::{QuotaWindow, UnknownZone, Window, Zone, window, window_at},
+    calendar::{QuotaWindow, UnknownZone, Window, Zone, hour_end, window, window_at},
     callers::{Caller, Guard, Refused},
     cells::CellSettings,
     decision::{Decision, Outcome, PolicyState},
@@ -127,6 +127,12 @@ impl Limiter {
     /// [`Outcome::Allowed`]. A quota not asked for in its window yet reads as full.
     pub fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
         self.store.peek(cell, policies)
+    }
+
+    /// Where the key stands, with its rate by what all replicas have taken. Takes nothing; asks the shared counters, if
+    /// there are any. A quota not asked for in its window yet reads as full.
+    pub async fn inspect(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+        self.store.inspect(cell, policies).await
     }
 
     /// Call every ten seconds or so. Drops cells that cannot be told from new ones, and fetches quotas for

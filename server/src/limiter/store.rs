@@ -113,6 +113,12 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Where the key stands by what is known here, taking nothing.
     fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision;
 
+    /// Where the key stands by what all replicas know of its rate, taking nothing. The same as [`peek`](Self::peek) where
+    /// that is known here, and where the counters do not answer in time.
+    async fn inspect(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+        self.peek(cell, policies)
+    }
+
     /// Whether a decision is as cheap as a look at this replica's own memory. If so nothing is kept in front
     /// of the store.
     fn is_local(&self) -> bool;

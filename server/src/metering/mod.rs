@@ -136,7 +136,7 @@ impl Metering {
             is_durable: config.durability == Durability::Machine,
             root,
             backlog_max: config.usage_backlog_max,
-            context: Context::new(db, config.usage_retention(), metrics),
+            context: Context::new(db, config.usage_retention, metrics),
             clock,
             time,
             denials: DenialLog::default(),
@@ -358,6 +358,6 @@ pub fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
 /// Ships the directory of a replica that does not come back, for `quota usage replay`. Does no harm if it is still
 /// running, or if the directory is shipped elsewhere at the same time.
 pub async fn replay(config: &Config, db: &Db, directory: &Path) -> Result<Replayed, ShipError> {
-    let context = Context::new(db, config.usage_retention(), Arc::default());
+    let context = Context::new(db, config.usage_retention, Arc::default());
     shipper::replay(&context, directory).await
 }

@@ -393,6 +393,35 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
     Ok(rows.into_iter().flat_map(|row| row.found(hashes)).collect())
 }
 
+/// Finds one key of the tenant with its plan, as [`facts`] does.
+pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, DbError> {
+    let tenant = tx.tenant().0;
+    let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
+    let row = api_keys::table
+        .inner_join(
+            plans::table.on(plans::tenant_id
+                .eq(api_keys::tenant_id)
+                .and(plans::id.eq(api_keys::plan_id))),
+        )
+        .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
+        .filter(api_keys::tenant_id.eq(tenant))
+        .filter(api_keys::id.eq(id))
+        .select((
+            KeyColumns::as_select(),
+            PlanColumns::as_select(),
+            tenants::time_zone,
+            sql::<Bool>("false"),
+            as_of,
+        ))
+        .first::<FactsRow>(&mut **tx)
+        .await
+        .optional()?;
+    Ok(row.and_then(|row| {
+        let hash = row.key.key_hash.clone();
+        row.found(&[&hash]).next()
+    }))
+}
+
 /// Moves `last_used_at` of many keys forward in one statement. Never moves it back.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
     let (ids, times): (Vec<Uuid>, Vec<DateTime<Utc>>) = used.iter().copied().unzip();

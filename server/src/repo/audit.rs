@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Rows, Slice};
+use super::{Rows, Slice, containing};
 use crate::{
     db::{DbError, SystemTx, TenantTx},
     schema::{audit_events, users},
@@ -41,6 +41,13 @@ pub struct Filter<'a> {
     pub action: Option<&'a str>,
     pub target_type: Option<&'a str>,
     pub target_id: Option<&'a str>,
+    /// Substring of the actor's email.
+    pub actor: Option<&'a str>,
+    /// Substring of the resource's name.
+    pub search: Option<&'a str>,
+    pub from: Option<DateTime<Utc>>,
+    /// Exclusive.
+    pub to: Option<DateTime<Utc>>,
 }
 
 #[derive(Debug, Insertable)]
@@ -95,6 +102,18 @@ pub async fn list(
         }
         if let Some(target_id) = filter.target_id {
             query = query.filter(audit_events::target_id.eq(target_id));
+        }
+        if let Some(actor) = filter.actor {
+            query = query.filter(users::email.ilike(containing(actor)));
+        }
+        if let Some(search) = filter.search {
+            query = query.filter(audit_events::target_name.ilike(containing(search)));
+        }
+        if let Some(from) = filter.from {
+            query = query.filter(audit_events::at.ge(from));
+        }
+        if let Some(to) = filter.to {
+            query = query.filter(audit_events::at.lt(to));
         }
         query
     };

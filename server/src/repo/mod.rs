@@ -36,11 +36,13 @@ pub mod service_token;
 pub mod session;
 pub mod sweep;
 pub mod usage;
+pub mod usage_check;
 pub mod usage_log;
 pub mod usage_partition;
 pub mod usage_shipper;
 pub mod usage_shipping;
 pub mod usage_status;
+pub mod usage_top;
 
 use chrono::{DateTime, Utc};
 use diesel::{

@@ -221,6 +221,40 @@ impl CountsRow {
     }
 }
 
+/// The statement of [`series`].
+fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
+    let chosen = match group {
+        None => "",
+        // Of the column's own type, so that an index can be used.
+        Some(GroupBy::Key) => " AND u.key_id = ANY($8::uuid[])",
+        Some(GroupBy::Endpoint) => " AND u.endpoint = ANY($8)",
+        Some(GroupBy::Policy) => " AND u.policy = ANY($8)",
+        Some(GroupBy::Plan) => " AND u.plan_id = ANY($8::uuid[])",
+    };
+    format!(
+        "SELECT {value} AS grouped, width_bucket(u.start, $7) AS bucket, {SUMS} \
+         FROM usage_quarters u \
+         WHERE {condition}{chosen} AND u.start >= $5 AND u.start < $6 \
+         GROUP BY 1, 2 ORDER BY 2, 1",
+        value = group_value(group),
+        condition = filter.condition(group),
+    )
+}
+
+macro_rules! bind_series {
+    ($sql:expr, $tx:expr, $filter:expr, $values:expr, $starts:expr, $to:expr) => {
+        diesel::sql_query($sql)
+            .bind::<SqlUuid, _>($tx.tenant().0)
+            .bind::<Nullable<SqlUuid>, _>($filter.key)
+            .bind::<Nullable<SqlUuid>, _>($filter.plan)
+            .bind::<Nullable<Text>, _>($filter.endpoint.as_deref())
+            .bind::<Timestamptz, _>($starts.first().copied().unwrap_or($to))
+            .bind::<Timestamptz, _>($to)
+            .bind::<Array<Timestamptz>, _>($starts)
+            .bind::<Array<Text>, _>($values)
+    };
+}
+
 /// Counts requests by bucket, and with `groups` by each of those. `starts` are the starts of the buckets, in order; the
 /// last one ends at `to`. Buckets without requests are left out.
 pub async fn series(
@@ -230,42 +264,13 @@ pub async fn series(
     starts: &[DateTime<Utc>],
     to: DateTime<Utc>,
 ) -> Result<Vec<Row>, DbError> {
-    let Some(from) = starts.first().copied() else {
-        return Ok(Vec::new());
-    };
-    let group = groups.map(|(group, _)| group);
-    let chosen = match group {
-        None => "",
-        // Of the column's own type, so that an index can be used.
-        Some(GroupBy::Key) => " AND u.key_id = ANY($8::uuid[])",
-        Some(GroupBy::Endpoint) => " AND u.endpoint = ANY($8)",
-        Some(GroupBy::Policy) => " AND u.policy = ANY($8)",
-        Some(GroupBy::Plan) => " AND u.plan_id = ANY($8::uuid[])",
-    };
-    let sql = format!(
-        "SELECT {value} AS grouped, width_bucket(u.start, $7) AS bucket, {SUMS} \
-         FROM usage_quarters u \
-         WHERE {condition}{chosen} AND u.start >= $5 AND u.start < $6 \
-         GROUP BY 1, 2 ORDER BY 2, 1",
-        value = group_value(group),
-        condition = filter.condition(group),
-    );
-    let tenant = tx.tenant().0;
+    let sql = series_sql(filter, groups.map(|(group, _)| group));
     let values: Vec<&str> = groups
         .into_iter()
         .flat_map(|(_, values)| values.iter().map(String::as_str))
         .collect();
-    let rows = diesel::sql_query(sql)
-        .bind::<SqlUuid, _>(tenant)
-        .bind::<Nullable<SqlUuid>, _>(filter.key)
-        .bind::<Nullable<SqlUuid>, _>(filter.plan)
-        .bind::<Nullable<Text>, _>(filter.endpoint.as_deref())
-        .bind::<Timestamptz, _>(from)
-        .bind::<Timestamptz, _>(to)
-        .bind::<Array<Timestamptz>, _>(starts)
-        .bind::<Array<Text>, _>(values)
-        .load::<CountsRow>(&mut **tx)
-        .await?;
+    let query = bind_series!(sql, tx, filter, values, starts, to);
+    let rows = query.load::<CountsRow>(&mut **tx).await?;
     Ok(rows
         .into_iter()
         .map(|row| Row {
@@ -274,6 +279,27 @@ pub async fn series(
             group: row.grouped,
         })
         .collect())
+}
+
+/// Runs the statement of [`series`] without groups and returns PostgreSQL's plan, for measurements.
+pub async fn explain_series(
+    tx: &mut TenantTx,
+    filter: &Filter,
+    starts: &[DateTime<Utc>],
+    to: DateTime<Utc>,
+) -> Result<Vec<String>, DbError> {
+    #[derive(QueryableByName)]
+    struct Line {
+        #[diesel(sql_type = Text, column_name = "QUERY PLAN")]
+        line: String,
+    }
+    let sql = format!(
+        "EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF) {}",
+        series_sql(filter, None)
+    );
+    let query = bind_series!(sql, tx, filter, Vec::<&str>::new(), starts, to);
+    let lines = query.load::<Line>(&mut **tx).await?;
+    Ok(lines.into_iter().map(|it| it.line).collect())
 }
 
 /// Returns the groups with the most requests in the range, the largest first.

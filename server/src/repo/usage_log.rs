@@ -47,9 +47,14 @@ pub struct Appended {
     pub folded: u64,
 }
 
-/// The batch, on this connection alone. Statements on it are never prepared ahead: plans depend on its size.
+/// The batch and its counts, on this connection alone. Plans depend on their size, so statements on them are never
+/// prepared ahead. Sorting a large batch on disk would take longer than the rest. A large batch may take longer than a
+/// request may, and waits for others of the same tenants: giving up would only mean doing it again.
 const CREATE_BATCH: &str = r#"
 SET LOCAL client_min_messages = warning;
+SET LOCAL work_mem = '64MB';
+SET LOCAL statement_timeout = '30s';
+SET LOCAL lock_timeout = '10s';
 CREATE TEMP TABLE IF NOT EXISTS usage_batch (
     tenant_id uuid NOT NULL,
     "timestamp" timestamptz NOT NULL,
@@ -63,6 +68,20 @@ CREATE TEMP TABLE IF NOT EXISTS usage_batch (
     policy text,
     endpoint text COLLATE "C" NOT NULL,
     request_id text COLLATE "C" NOT NULL
+) ON COMMIT DELETE ROWS;
+CREATE TEMP TABLE IF NOT EXISTS usage_batch_counts (
+    tenant_id uuid NOT NULL,
+    key_id uuid NOT NULL,
+    plan_id uuid NOT NULL,
+    endpoint text COLLATE "C" NOT NULL,
+    start timestamptz NOT NULL,
+    policy text COLLATE "C" NOT NULL,
+    requests bigint NOT NULL,
+    cost bigint NOT NULL,
+    first_at timestamptz NOT NULL,
+    last_at timestamptz NOT NULL,
+    is_of_key boolean NOT NULL,
+    is_of_tenant boolean NOT NULL
 ) ON COMMIT DELETE ROWS"#;
 
 const FILL_BATCH: &str = r#"
@@ -76,19 +95,29 @@ INSERT INTO usage_tenants AS t (tenant_id, last_seq)
 SELECT tenant_id, count(*) FROM usage_batch GROUP BY tenant_id ORDER BY tenant_id
 ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq";
 
+/// Counts the batch by quarter hour, key, plan, endpoint and policy, and notes which endpoints have rollups of their own.
+const COUNT_BATCH: &str = r#"
+INSERT INTO usage_batch_counts (tenant_id, key_id, plan_id, endpoint, start, policy, requests, cost, first_at, last_at,
+    is_of_key, is_of_tenant)
+SELECT b.*, k.tenant_id IS NOT NULL, t.tenant_id IS NOT NULL
+FROM (
+    SELECT tenant_id, key_id, plan_id, endpoint, date_bin('15 minutes', "timestamp", '2000-01-01 00:00:00+00'),
+        CASE WHEN was_rejected THEN coalesce(policy, 'reduced_capacity') ELSE '' END,
+        count(*), sum(cost)::bigint, min("timestamp"), max("timestamp")
+    FROM usage_batch GROUP BY 1, 2, 3, 4, 5, 6
+) b
+LEFT JOIN usage_endpoints k ON k.tenant_id = b.tenant_id AND k.key_id = b.key_id AND k.endpoint = b.endpoint
+LEFT JOIN usage_endpoints t ON t.tenant_id = b.tenant_id
+    AND t.key_id = '00000000-0000-0000-0000-000000000000' AND t.endpoint = b.endpoint"#;
+
 /// Gives new endpoints rollups of their own, as long as their key and tenant have few enough. The oldest come first.
-const ADD_ENDPOINTS: &str = r#"
-WITH named AS (
-    SELECT tenant_id, key_id, endpoint, min("timestamp") AS first_at FROM usage_batch GROUP BY 1, 2, 3
-), new AS MATERIALIZED (
-    SELECT n.* FROM (
-        SELECT * FROM named
-        UNION ALL
-        SELECT tenant_id, '00000000-0000-0000-0000-000000000000', endpoint, min(first_at) FROM named GROUP BY 1, 3
-    ) n
-    WHERE NOT EXISTS (
-        SELECT FROM usage_endpoints e
-        WHERE e.tenant_id = n.tenant_id AND e.key_id = n.key_id AND e.endpoint = n.endpoint)
+const ADD_ENDPOINTS: &str = r"
+WITH new AS MATERIALIZED (
+    SELECT tenant_id, key_id, endpoint, min(first_at) AS first_at FROM usage_batch_counts WHERE NOT is_of_key
+    GROUP BY 1, 2, 3
+    UNION ALL
+    SELECT tenant_id, '00000000-0000-0000-0000-000000000000', endpoint, min(first_at)
+    FROM usage_batch_counts WHERE NOT is_of_tenant GROUP BY 1, 3
 ), known AS (
     SELECT tenant_id, key_id, count(*) AS number FROM usage_endpoints
     WHERE (tenant_id, key_id) IN (SELECT tenant_id, key_id FROM new) GROUP BY 1, 2
@@ -99,7 +128,18 @@ WITH named AS (
 )
 INSERT INTO usage_endpoints (tenant_id, key_id, endpoint)
 SELECT tenant_id, key_id, endpoint FROM numbered
-WHERE number <= CASE key_id WHEN '00000000-0000-0000-0000-000000000000' THEN $1 ELSE $2 END"#;
+WHERE number <= CASE key_id WHEN '00000000-0000-0000-0000-000000000000' THEN $1 ELSE $2 END";
+
+/// Notes which of the new endpoints fitted. Their rows are few, except in a flood of new endpoints.
+const NOTE_ENDPOINTS: [&str; 2] = [
+    r"
+UPDATE usage_batch_counts b SET is_of_key = true FROM usage_endpoints e
+WHERE NOT b.is_of_key AND e.tenant_id = b.tenant_id AND e.key_id = b.key_id AND e.endpoint = b.endpoint",
+    r"
+UPDATE usage_batch_counts b SET is_of_tenant = true FROM usage_endpoints e
+WHERE NOT b.is_of_tenant AND e.tenant_id = b.tenant_id AND e.key_id = '00000000-0000-0000-0000-000000000000'
+    AND e.endpoint = b.endpoint",
+];
 
 const ADD_ROWS: &str = r#"
 INSERT INTO usage_log (tenant_id, seq, "timestamp", event_id, key_id, plan_id, cost, retry_after_seconds, was_rejected,
@@ -111,23 +151,14 @@ SELECT b.tenant_id,
     b.endpoint, b.request_id
 FROM usage_batch b JOIN usage_tenants t USING (tenant_id)"#;
 
-/// `counted` has a row for each quarter hour, key, plan, endpoint and policy; `quarters` its sums over everything that
-/// can be asked for. See the migration for what the zero UUID and the control characters stand for.
+/// `quarters` has the sums over everything that can be asked for. See the migration for what the zero UUID and the
+/// control characters stand for.
 const ADD_ROLLUPS: &str = r#"
 WITH counted AS MATERIALIZED (
-    SELECT b.tenant_id, b.key_id, b.plan_id,
-        coalesce(k.endpoint, E'\x02') AS of_key, coalesce(t.endpoint, E'\x02') AS of_tenant,
-        b.start, b.policy, b.requests, b.cost, b.last_at
-    FROM (
-        SELECT tenant_id, key_id, plan_id, endpoint,
-            date_bin('15 minutes', "timestamp", '2000-01-01 00:00:00+00') AS start,
-            CASE WHEN was_rejected THEN coalesce(policy, 'reduced_capacity') ELSE '' END AS policy,
-            count(*) AS requests, sum(cost) AS cost, max("timestamp") AS last_at
-        FROM usage_batch GROUP BY 1, 2, 3, 4, 5, 6
-    ) b
-    LEFT JOIN usage_endpoints k ON k.tenant_id = b.tenant_id AND k.key_id = b.key_id AND k.endpoint = b.endpoint
-    LEFT JOIN usage_endpoints t ON t.tenant_id = b.tenant_id
-        AND t.key_id = '00000000-0000-0000-0000-000000000000' AND t.endpoint = b.endpoint
+    SELECT tenant_id, key_id, plan_id, start, policy, requests, cost, last_at,
+        CASE WHEN is_of_key THEN endpoint ELSE E'\x02' END AS of_key,
+        CASE WHEN is_of_tenant THEN endpoint ELSE E'\x02' END AS of_tenant
+    FROM usage_batch_counts
 ), quarters AS MATERIALIZED (
     SELECT tenant_id,
         CASE WHEN grouping(of_key) = 0 THEN of_key WHEN grouping(of_tenant) = 0 THEN of_tenant ELSE E'\x01' END
@@ -158,10 +189,11 @@ WITH counted AS MATERIALIZED (
     SET requests = u.requests + excluded.requests, cost = u.cost + excluded.cost,
         last_at = greatest(u.last_at, excluded.last_at)
 )
-SELECT coalesce(sum(requests) FILTER (WHERE of_key = E'\x02'), 0)::bigint AS folded FROM counted"#;
+SELECT coalesce(sum(requests) FILTER (WHERE NOT is_of_key), 0)::bigint AS folded FROM usage_batch_counts"#;
 
 /// Adds the records to the log and to every rollup. A transaction does this once, and commits soon: the tenants are
-/// locked until then. A larger batch takes less time for each record.
+/// locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for a
+/// statement and 10 s for a lock.
 pub async fn append(tx: &mut SystemTx, records: &[UsageRecord]) -> Result<Appended, DbError> {
     #[derive(QueryableByName)]
     struct Folded {
@@ -193,11 +225,17 @@ pub async fn append(tx: &mut SystemTx, records: &[UsageRecord]) -> Result<Append
         .execute(&mut **tx)
         .await?;
     diesel::sql_query(TAKE_NUMBERS).execute(&mut **tx).await?;
-    diesel::sql_query(ADD_ENDPOINTS)
+    diesel::sql_query(COUNT_BATCH).execute(&mut **tx).await?;
+    let added = diesel::sql_query(ADD_ENDPOINTS)
         .bind::<BigInt, _>(ENDPOINTS_OF_TENANT)
         .bind::<BigInt, _>(ENDPOINTS_OF_KEY)
         .execute(&mut **tx)
         .await?;
+    if added > 0 {
+        for statement in NOTE_ENDPOINTS {
+            diesel::sql_query(statement).execute(&mut **tx).await?;
+        }
+    }
     diesel::sql_query(ADD_ROWS).execute(&mut **tx).await?;
     let folded = diesel::sql_query(ADD_ROLLUPS)
         .get_result::<Folded>(&mut **tx)

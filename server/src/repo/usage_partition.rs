@@ -17,15 +17,17 @@ use crate::db::{DbError, SystemTx};
 pub enum Partitioned {
     Log,
     Quarters,
+    Days,
 }
 
 impl Partitioned {
-    pub const ALL: [Self; 2] = [Self::Log, Self::Quarters];
+    pub const ALL: [Self; 3] = [Self::Log, Self::Quarters, Self::Days];
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Log => "usage_log",
             Self::Quarters => "usage_quarters",
+            Self::Days => "usage_days",
         }
     }
 }
@@ -62,24 +64,6 @@ pub async fn drop_oldest(
         .get_result::<Number>(&mut **tx)
         .await?;
     Ok(dropped.number > 0)
-}
-
-/// Deletes rows of `usage_days` before `before`, in one batch. Returns how many.
-pub async fn delete_days(
-    tx: &mut SystemTx,
-    before: NaiveDate,
-    limit: i64,
-) -> Result<usize, DbError> {
-    let deleted = diesel::sql_query(
-        "DELETE FROM usage_days WHERE ctid = ANY(ARRAY( \
-             SELECT ctid FROM usage_days WHERE start < $1::timestamp AT TIME ZONE 'UTC' \
-             LIMIT $2 FOR UPDATE SKIP LOCKED))",
-    )
-    .bind::<Date, _>(before)
-    .bind::<BigInt, _>(limit)
-    .execute(&mut **tx)
-    .await?;
-    Ok(deleted)
 }
 
 /// Deletes cursors of segments whose records would be refused by their age, and reports of servers that have been silent

@@ -1,41 +1,31 @@
-//! One connection: what it is doing, and until when it may go on doing it.
+//! One connection: what it is waiting for, and for how long it may wait.
 //!
-//! A connection is always in one of five phases, each with its own deadline, for HTTP/1 and HTTP/2 alike. Bytes
-//! alone extend none of them: only a complete request head, a finished response or progress in writing one does.
+//! A connection is always in one of five phases, each with its own deadline, for HTTP/1 and HTTP/2 alike. Bytes alone
+//! extend none of them: only a complete request head, a finished response or progress in sending one does. Canceling
+//! a request extends none either.
 
-use std::{
-    io,
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering},
-    },
-    task::{Context, Poll},
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
 };
 
-use bytes::Bytes;
 use futures_util::task::AtomicWaker;
-use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-    time::Instant,
+use tokio::time::Instant;
+
+use super::{
+    http2::{Event, Requests},
+    memory::{self, Memory},
+    settings::Timeouts,
 };
-
-use super::Timeouts;
 use crate::authenticated::Authenticated;
-
-/// The most that a response hands over at once.
-const CHUNK: usize = 16 * 1024;
 
 /// What a connection is waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
     /// The first complete request head, from the accept on.
     FirstHead,
-    /// The rest of a later request head, of which the first byte has arrived. HTTP/1 only: on HTTP/2 a slow head
-    /// counts as an idle connection.
+    /// The rest of a later request head, of which the first byte has arrived.
     Head,
     /// The client to take a response.
     Write,
@@ -61,37 +51,34 @@ pub(super) enum Order {
 #[derive(Debug)]
 pub(super) struct Connection {
     accepted: Instant,
+    /// When the first byte of a request head arrived. On HTTP/2, only of the first one.
     head_began: AtomicU64,
     write_blocked: AtomicU64,
-    /// When the last response ended or made progress.
+    /// HTTP/1: when the last response ended or made progress.
     progressed: AtomicU64,
     has_requested: AtomicBool,
     is_http2: AtomicBool,
     pub(super) authenticated: Authenticated,
-    /// Requests whose handler runs. On HTTP/1, also those whose response is being written.
-    handlers: AtomicU32,
-    /// HTTP/2 responses that are being written.
-    responses: AtomicU32,
-    stalls: Mutex<Stalls>,
+    /// HTTP/1: requests whose handler runs or whose response is being sent.
+    in_flight: AtomicU32,
+    http2: Mutex<Requests>,
+    /// `None`: what it holds does not count.
+    memory: Option<Arc<Memory>>,
+    /// What it holds and occupies as far as `memory` knows.
+    held: AtomicUsize,
+    occupied: AtomicUsize,
+    /// HTTP/1: bytes of the request that is arriving or in flight, or of the response that waits for the socket.
+    buffered: AtomicUsize,
+    /// HTTP/2: bytes of request heads in flight.
+    heads: AtomicUsize,
+    is_released: AtomicBool,
     order: AtomicU8,
     pub(super) waker: AtomicWaker,
 }
 
-/// When each HTTP/2 response being written last made progress.
-#[derive(Debug, Default)]
-struct Stalls {
-    next_id: u64,
-    progress: Vec<(u64, u64)>,
-}
-
-impl Stalls {
-    fn oldest(&self) -> Option<u64> {
-        self.progress.iter().map(|(_, at)| *at).min()
-    }
-}
-
 impl Connection {
-    pub(super) fn accepted_now() -> Self {
+    /// `memory` counts what it holds until it has authenticated.
+    pub(super) fn accepted_now(memory: Option<Arc<Memory>>) -> Self {
         Self {
             accepted: Instant::now(),
             head_began: AtomicU64::new(0),
@@ -100,9 +87,14 @@ impl Connection {
             has_requested: AtomicBool::new(false),
             is_http2: AtomicBool::new(false),
             authenticated: Authenticated::default(),
-            handlers: AtomicU32::new(0),
-            responses: AtomicU32::new(0),
-            stalls: Mutex::default(),
+            in_flight: AtomicU32::new(0),
+            http2: Mutex::default(),
+            memory,
+            held: AtomicUsize::new(0),
+            occupied: AtomicUsize::new(0),
+            buffered: AtomicUsize::new(0),
+            heads: AtomicUsize::new(0),
+            is_released: AtomicBool::new(false),
             order: AtomicU8::new(Order::Continue as u8),
             waker: AtomicWaker::new(),
         }
@@ -121,40 +113,159 @@ impl Connection {
         self.is_http2.load(Ordering::Relaxed)
     }
 
-    /// The phase and when it must be over; `None` where something else limits it.
-    pub(super) fn phase(&self, timeouts: &Timeouts) -> (Phase, Option<Instant>) {
-        match self.write_blocked.load(Ordering::Relaxed) {
-            0 => self.phase_of_requests(timeouts),
-            // Whatever else: while a response is being sent the connection is not idle, however long it takes.
-            since => (Phase::Write, Some(self.at(since) + timeouts.write)),
-        }
+    /// The client speaks HTTP/2, whose frames are passed to [`Self::received`] and [`Self::sent`] from here on.
+    pub(super) fn speaks_http2(&self) {
+        self.is_http2.store(true, Ordering::Relaxed);
     }
 
-    fn phase_of_requests(&self, timeouts: &Timeouts) -> (Phase, Option<Instant>) {
+    /// A part of an HTTP/2 frame came from the client.
+    pub(super) fn received(&self, event: Event) {
+        self.http2.lock().received(event, self.now());
+    }
+
+    /// A part of an HTTP/2 frame went to the client.
+    pub(super) fn sent(&self, event: Event) {
+        self.http2.lock().sent(event, self.now());
+    }
+
+    /// The phase and when it must be over; `None` where something else limits it.
+    pub(super) fn phase(&self, timeouts: &Timeouts) -> (Phase, Option<Instant>) {
+        let blocked = match self.write_blocked.load(Ordering::Relaxed) {
+            0 => None,
+            since => Some((Phase::Write, self.at(since) + timeouts.write)),
+        };
         if !self.has_requested.load(Ordering::Relaxed) {
             return (Phase::FirstHead, Some(self.accepted + timeouts.header));
         }
-        // Each response has its own deadline, whatever the connection's other requests do.
-        if let Some(since) = self.stalled_response() {
-            return (Phase::Write, Some(self.at(since) + timeouts.write));
+        if self.is_http2() {
+            return self.phase_of_http2(timeouts, blocked);
+        }
+        // Whatever else: while a response is being sent the connection is not idle, however long it takes.
+        if let Some((phase, deadline)) = blocked {
+            return (phase, Some(deadline));
         }
         // Acquire: pairs with the release of a request that ends, so that `progressed` is its end or later.
-        if self.handlers.load(Ordering::Acquire) > 0 {
+        if self.in_flight.load(Ordering::Acquire) > 0 {
             return (Phase::Handler, None);
         }
         match self.head_began.load(Ordering::Relaxed) {
-            since if since > 0 && !self.is_http2() => {
-                (Phase::Head, Some(self.at(since) + timeouts.header))
-            }
-            _ => {
+            0 => {
                 let since = self.at(self.progressed.load(Ordering::Relaxed));
                 (Phase::Idle, Some(since + timeouts.idle))
             }
+            since => (Phase::Head, Some(self.at(since) + timeouts.header)),
         }
     }
 
-    pub(super) fn bytes_arrived(&self) {
-        self.head_began.store(self.now(), Ordering::Relaxed);
+    /// The earliest of several deadlines: each request has its own, whatever the connection's other requests do.
+    fn phase_of_http2(
+        &self,
+        timeouts: &Timeouts,
+        blocked: Option<(Phase, Instant)>,
+    ) -> (Phase, Option<Instant>) {
+        let waiting = self.http2.lock().waiting();
+        let is_quiet = !waiting.has_open && blocked.is_none();
+        let head = waiting
+            .head
+            .map(|since| (Phase::Head, self.at(since) + timeouts.header));
+        let response = waiting.response.map(|since| {
+            // What was canceled long ago is no reason for less than a goodbye.
+            let phase = if is_quiet { Phase::Idle } else { Phase::Write };
+            (phase, self.at(since) + timeouts.write)
+        });
+        let idle = is_quiet.then(|| (Phase::Idle, self.at(waiting.progressed) + timeouts.idle));
+        [blocked, head, response, idle]
+            .into_iter()
+            .flatten()
+            .min_by_key(|(_, deadline)| *deadline)
+            .map_or((Phase::Handler, None), |(phase, deadline)| {
+                (phase, Some(deadline))
+            })
+    }
+
+    /// The socket had `length` bytes.
+    pub(super) fn has_read(&self, length: usize) {
+        if self.head_began.load(Ordering::Relaxed) == 0 {
+            self.head_began.store(self.now(), Ordering::Relaxed);
+        }
+        // hyper's buffer is twice as large, or a handler has collected a copy.
+        self.buffered.fetch_add(2 * length, Ordering::Relaxed);
+    }
+
+    /// The socket took bytes. What was read before has been answered.
+    pub(super) fn has_written(&self) {
+        if !self.is_http2() {
+            self.head_began.store(0, Ordering::Relaxed);
+            self.buffered.store(0, Ordering::Relaxed);
+        }
+        if self.write_blocked.load(Ordering::Relaxed) > 0 {
+            self.write_blocked.store(0, Ordering::Relaxed);
+            self.progressed.store(self.now(), Ordering::Relaxed);
+        }
+    }
+
+    /// The socket does not take these `length` bytes now.
+    pub(super) fn is_write_blocked(&self, length: usize) {
+        if !self.is_http2() {
+            self.head_began.store(0, Ordering::Relaxed);
+        }
+        if self.write_blocked.load(Ordering::Relaxed) == 0 {
+            self.write_blocked.store(self.now(), Ordering::Relaxed);
+            self.buffered.fetch_add(length, Ordering::Relaxed);
+        }
+    }
+
+    /// Tells `memory` what the connection holds. Returns whether it, or all of them, hold too much.
+    pub(super) fn account(&self) -> bool {
+        let Some(memory) = &self.memory else {
+            return false;
+        };
+        let occupied = if self.authenticated.is_set() {
+            0
+        } else if self.is_http2() {
+            self.http2.lock().held() + self.heads.load(Ordering::Relaxed)
+        } else {
+            self.buffered.load(Ordering::Relaxed)
+        };
+        self.account_as(memory, occupied)
+    }
+
+    fn account_as(&self, memory: &Memory, occupied: usize) -> bool {
+        let occupied = if occupied <= memory::SMALL {
+            0
+        } else {
+            occupied
+        };
+        if occupied != self.occupied.load(Ordering::Relaxed) {
+            let before = self.occupied.swap(occupied, Ordering::Relaxed);
+            memory.change_occupied(before, occupied);
+        }
+        let held = if self.is_released.load(Ordering::Relaxed) {
+            0
+        } else {
+            occupied
+        };
+        if held != self.held.load(Ordering::Relaxed) {
+            let before = self.held.swap(held, Ordering::Relaxed);
+            memory.change_held(before, held);
+        }
+        held > 0 && (held > memory.of_one() || memory.is_exceeded())
+    }
+
+    /// Whether reading should wait until memory of others is free.
+    pub(super) fn should_pause(&self) -> bool {
+        let memory = self.memory.as_ref();
+        memory.is_some_and(|memory| memory.is_backlogged()) && !self.authenticated.is_set()
+    }
+
+    pub(super) fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// It is about to be closed.
+    pub(super) fn release_memory(&self) {
+        self.is_released.store(true, Ordering::Relaxed);
+        self.account();
     }
 
     /// For how long the connection has been open.
@@ -169,26 +280,31 @@ impl Connection {
 
     /// Since when the connection has been idle between two requests; `None` if it is not.
     pub(super) fn idle_since(&self) -> Option<Instant> {
-        let is_idle = self.has_requested.load(Ordering::Relaxed)
-            && self.handlers.load(Ordering::Acquire) == 0
-            && self.responses.load(Ordering::Acquire) == 0
-            && self.write_blocked.load(Ordering::Relaxed) == 0
-            && (self.is_http2() || self.head_began.load(Ordering::Relaxed) == 0);
-        is_idle.then(|| self.at(self.progressed.load(Ordering::Relaxed)))
-    }
-
-    fn stalled_response(&self) -> Option<u64> {
-        if self.responses.load(Ordering::Acquire) == 0 {
+        if !self.has_requested.load(Ordering::Relaxed)
+            || self.write_blocked.load(Ordering::Relaxed) > 0
+        {
             return None;
         }
-        self.stalls.lock().oldest()
+        let since = if self.is_http2() {
+            let waiting = self.http2.lock().waiting();
+            (!waiting.has_open && waiting.head.is_none()).then_some(waiting.progressed)
+        } else {
+            let is_idle = self.in_flight.load(Ordering::Acquire) == 0
+                && self.head_began.load(Ordering::Relaxed) == 0;
+            is_idle.then(|| self.progressed.load(Ordering::Relaxed))
+        };
+        since.map(|since| self.at(since))
     }
 
     /// Since when the client has not taken a response; `None` if none waits for it.
     pub(super) fn stalled_since(&self) -> Option<Instant> {
         let blocked = self.write_blocked.load(Ordering::Relaxed);
         let blocked = (blocked > 0).then_some(blocked);
-        let oldest = blocked.into_iter().chain(self.stalled_response()).min()?;
+        let response = self
+            .is_http2()
+            .then(|| self.http2.lock().waiting().response)
+            .flatten();
+        let oldest = blocked.into_iter().chain(response).min()?;
         Some(self.at(oldest))
     }
 
@@ -205,177 +321,54 @@ impl Connection {
         }
     }
 
-    /// Counts a request from its complete head to the end of its response. Returns whether it is the first.
-    pub(super) fn begin_request(self: &Arc<Self>, is_http2: bool) -> (RequestInFlight, bool) {
+    /// A request head of about `length` bytes is complete. Returns whether it is the first of the connection.
+    pub(super) fn begin_request(self: &Arc<Self>, length: usize) -> (bool, RequestInFlight) {
+        let head = if self.is_http2() {
+            self.heads.fetch_add(length, Ordering::Relaxed);
+            length
+        } else {
+            self.in_flight.fetch_add(1, Ordering::Relaxed);
+            0
+        };
         let is_first = !self.has_requested.load(Ordering::Relaxed);
-        self.handlers.fetch_add(1, Ordering::Relaxed);
         if is_first {
-            self.is_http2.store(is_http2, Ordering::Relaxed);
             self.has_requested.store(true, Ordering::Relaxed);
         }
         let request = RequestInFlight {
             connection: self.clone(),
-            response: None,
+            head,
         };
-        (request, is_first)
+        (is_first, request)
     }
 }
 
-/// Ends when the response was handed over completely, or was given up.
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.is_released.store(true, Ordering::Relaxed);
+        if let Some(memory) = &self.memory {
+            self.account_as(memory, 0);
+        }
+    }
+}
+
+/// A request, until its response was handed over completely or given up. On HTTP/2 the client may not have taken it
+/// then; its frames tell.
 #[derive(Debug)]
 pub(super) struct RequestInFlight {
     connection: Arc<Connection>,
-    /// HTTP/2 only: its number under `stalls`, once it counts under `responses`.
-    response: Option<u64>,
-}
-
-impl RequestInFlight {
-    /// The handler has answered.
-    pub(super) fn respond(&mut self) {
-        let it = &self.connection;
-        if !it.is_http2() {
-            // The connection is not used for anything else meanwhile, and a client that does not read is noticed
-            // by its socket.
-            return;
-        }
-        it.progressed.store(it.now(), Ordering::Relaxed);
-        let mut stalls = it.stalls.lock();
-        let id = stalls.next_id;
-        stalls.next_id += 1;
-        stalls.progress.push((id, it.now()));
-        drop(stalls);
-        it.responses.fetch_add(1, Ordering::Release);
-        it.handlers.fetch_sub(1, Ordering::Release);
-        self.response = Some(id);
-    }
-
-    fn progress(&self) {
-        let Some(id) = self.response else { return };
-        let it = &self.connection;
-        let now = it.now();
-        it.progressed.store(now, Ordering::Relaxed);
-        let mut stalls = it.stalls.lock();
-        if let Some((_, at)) = stalls.progress.iter_mut().find(|(other, _)| *other == id) {
-            *at = now;
-        }
-    }
+    /// HTTP/2: bytes of its head.
+    head: usize,
 }
 
 impl Drop for RequestInFlight {
     fn drop(&mut self) {
         let it = &self.connection;
-        it.progressed.store(it.now(), Ordering::Relaxed);
-        let count = if let Some(id) = self.response {
-            let mut stalls = it.stalls.lock();
-            if let Some(index) = stalls.progress.iter().position(|(other, _)| *other == id) {
-                stalls.progress.swap_remove(index);
-            }
-            &it.responses
+        if it.is_http2() {
+            it.heads.fetch_sub(self.head, Ordering::Relaxed);
+            it.account();
         } else {
-            &it.handlers
-        };
-        count.fetch_sub(1, Ordering::Release);
-    }
-}
-
-/// A response body that keeps its request in flight and, on HTTP/2, notes progress: there a client can stop a
-/// single response by flow control while the socket stays writable.
-pub(super) struct TrackedBody<B> {
-    pub(super) body: B,
-    /// What is left of a large frame: hyper copies a frame whole, and keeps the memory while the connection lives.
-    pub(super) rest: Bytes,
-    pub(super) request: RequestInFlight,
-}
-
-impl<B: Body<Data = Bytes> + Unpin> Body for TrackedBody<B> {
-    type Data = Bytes;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        let mut frame = if self.rest.is_empty() {
-            Pin::new(&mut self.body).poll_frame(context)
-        } else {
-            Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut self.rest)))))
-        };
-        if let Poll::Ready(Some(Ok(frame))) = &mut frame
-            && let Some(data) = frame.data_mut()
-            && data.len() > CHUNK
-        {
-            self.rest = data.split_off(CHUNK);
+            it.progressed.store(it.now(), Ordering::Relaxed);
+            it.in_flight.fetch_sub(1, Ordering::Release);
         }
-        if matches!(&frame, Poll::Ready(Some(Ok(_)))) {
-            self.request.progress();
-        }
-        frame
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.rest.is_empty() && self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        let rest = self.rest.len() as u64;
-        let hint = self.body.size_hint();
-        let mut with_rest = SizeHint::new();
-        with_rest.set_lower(hint.lower() + rest);
-        if let Some(upper) = hint.upper() {
-            with_rest.set_upper(upper + rest);
-        }
-        with_rest
-    }
-}
-
-/// A socket that notes when a request begins to arrive, and since when the client takes no bytes.
-#[derive(Debug)]
-pub(super) struct WatchedStream {
-    pub(super) stream: TcpStream,
-    pub(super) connection: Arc<Connection>,
-}
-
-impl AsyncRead for WatchedStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        let it = &self.connection;
-        if buffer.filled().len() > before && it.head_began.load(Ordering::Relaxed) == 0 {
-            it.bytes_arrived();
-        }
-        read
-    }
-}
-
-impl AsyncWrite for WatchedStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        let it = &self.connection;
-        it.head_began.store(0, Ordering::Relaxed);
-        if written.is_ready() {
-            if it.write_blocked.load(Ordering::Relaxed) > 0 {
-                it.write_blocked.store(0, Ordering::Relaxed);
-                it.progressed.store(it.now(), Ordering::Relaxed);
-            }
-        } else if it.write_blocked.load(Ordering::Relaxed) == 0 {
-            it.write_blocked.store(it.now(), Ordering::Relaxed);
-        }
-        written
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }

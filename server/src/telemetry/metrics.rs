@@ -72,12 +72,23 @@ pub struct Metrics {
     pub redis_calls_without_connection: Counter,
     pub redis_calls_late: Counter,
     pub redis_calls_failed: Counter,
+    /// Shared with the log, which counts here.
+    pub log_lines_dropped: Counter,
     pub public_connections: Arc<ConnectionMetrics>,
     pub metrics_connections: Arc<ConnectionMetrics>,
     /// Key and token look-ups that were answered 503 because too many were under way.
     pub lookups_refused: Counter,
     /// Times that PostgreSQL was suspected to be unreachable.
     pub database_suspected: Counter,
+    /// Decisions that streams skipped because more were made than can be sent.
+    pub decisions_not_streamed: Counter,
+    /// What the last comparison of log, rollups and quota ledger found.
+    pub usage_log_rollup_difference: Gauge,
+    pub usage_ledger_excess: Gauge,
+    pub usage_rollup_excess: Gauge,
+    /// Unix seconds of the last reconciliation that finished.
+    pub usage_reconciled_at: Gauge,
+    pub usage_partition_errors: Counter,
     pub readiness_checks: Counter,
     pub sweep_errors: Counter,
     pub usage_records_shipped: Counter,
@@ -103,6 +114,8 @@ pub struct Metrics {
 pub enum Refusal {
     /// Its address has as many as it may have.
     Address,
+    /// The network of its address has as many as it may have.
+    Network,
     /// There are as many as there may be, and none that could be closed for it.
     Full,
 }
@@ -113,6 +126,7 @@ pub struct ConnectionMetrics {
     pub open: Gauge,
     pub accepted: Counter,
     refused_address: Counter,
+    refused_network: Counter,
     refused_full: Counter,
     /// Closed to make room for another.
     pub dropped: Counter,
@@ -126,6 +140,7 @@ impl ConnectionMetrics {
     pub const fn refused(&self, refusal: Refusal) -> &Counter {
         match refusal {
             Refusal::Address => &self.refused_address,
+            Refusal::Network => &self.refused_network,
             Refusal::Full => &self.refused_full,
         }
     }
@@ -218,10 +233,17 @@ impl Default for Metrics {
             redis_calls_without_connection: Counter::default(),
             redis_calls_late: Counter::default(),
             redis_calls_failed: Counter::default(),
+            log_lines_dropped: Counter::default(),
             public_connections: Arc::default(),
             metrics_connections: Arc::default(),
             lookups_refused: Counter::default(),
             database_suspected: Counter::default(),
+            decisions_not_streamed: Counter::default(),
+            usage_log_rollup_difference: Gauge::default(),
+            usage_ledger_excess: Gauge::default(),
+            usage_rollup_excess: Gauge::default(),
+            usage_reconciled_at: Gauge::default(),
+            usage_partition_errors: Counter::default(),
             readiness_checks: Counter::default(),
             sweep_errors: Counter::default(),
             usage_records_shipped: Counter::default(),
@@ -285,13 +307,16 @@ impl Metrics {
                     (",limit=\"address\"", |it| {
                         it.refused_address.get().to_string()
                     }),
+                    (",limit=\"network\"", |it| {
+                        it.refused_network.get().to_string()
+                    }),
                     (",limit=\"total\"", |it| it.refused_full.get().to_string()),
                 ],
             ),
             (
                 "quota_connections_dropped",
                 "counter",
-                "Client connections without a request in flight that were closed to make room for others",
+                "Client connections that were closed to make room for others",
                 &[("", |it| it.dropped.get().to_string())],
             ),
             (
@@ -506,6 +531,11 @@ impl Metrics {
         );
         r.register("panics", "Handlers that panicked", self.panics.clone());
         r.register(
+            "log_lines_dropped",
+            "Log lines dropped because standard output was blocked",
+            self.log_lines_dropped.clone(),
+        );
+        r.register(
             "revocation_polls",
             "Polls for changes of keys and sessions",
             self.revocation_polls.clone(),
@@ -605,6 +635,36 @@ impl Metrics {
             "sweep_errors",
             "Batches of expired rows that could not be deleted",
             self.sweep_errors.clone(),
+        );
+        r.register(
+            "decisions_not_streamed",
+            "Decisions that streams skipped because more were made than can be sent",
+            self.decisions_not_streamed.clone(),
+        );
+        r.register(
+            "usage_log_rollup_difference",
+            "Requests of yesterday (UTC) by which the log and its rollups differ, summed over tenants",
+            self.usage_log_rollup_difference.clone(),
+        );
+        r.register(
+            "usage_ledger_excess",
+            "Cost that the quota ledger counted beyond recorded usage, in windows that ended the day before",
+            self.usage_ledger_excess.clone(),
+        );
+        r.register(
+            "usage_rollup_excess",
+            "Cost that was recorded beyond what the quota ledger counted, in windows that ended the day before",
+            self.usage_rollup_excess.clone(),
+        );
+        r.register(
+            "usage_reconciled_at_seconds",
+            "Unix time of the last comparison of log, rollups and quota ledger on this server",
+            self.usage_reconciled_at.clone(),
+        );
+        r.register(
+            "usage_partition_errors",
+            "Times that partitions of usage could not be created or dropped",
+            self.usage_partition_errors.clone(),
         );
         r.register(
             "usage_records_shipped",

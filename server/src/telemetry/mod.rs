@@ -1,9 +1,9 @@
-//! What the server tells its operator: logs and metrics.
+//! What the server reports to its operator: logs and metrics.
 //!
-//! Logs are lines on standard output. Requests are written by [`log::Log::access`], straight into a buffer,
-//! since a line for each of them is most of what a busy server logs; everything else goes through `tracing`.
-//! Metrics are kept as plain atomics in [`metrics::Metrics`] and written out when asked for. Neither may hold
-//! up a request or hold a key, token, password or email.
+//! Logs are lines on standard output. [`log::Log::access`] formats the line of a request straight into a buffer, since
+//! these are most of what a busy server logs; everything else goes through `tracing`. Metrics are plain atomics in
+//! [`metrics::Metrics`], formatted when scraped. Neither may delay a request or contain a key, token, password or
+//! email.
 
 pub mod log;
 pub mod metrics;

@@ -8,10 +8,13 @@ use quota_common::{
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
     audit::{AuditAction, AuditTarget},
     auth::{ChangePassword, Login, Register, UpdateMe},
-    call::{AuditFilter, Call, KeyFilter, PageOf, Sent},
+    call::{AuditFilter, Call, DecisionFilter, KeyFilter, PageOf, Sent, UsageFilter},
+    decision::DecisionOutcome,
+    limit::PolicyName,
     page::{ApiKeyOrder, PlanOrder},
     plan::{Billing, CreatePlan, OnRedisFailure, UpdatePlan},
     service_token::CreateServiceToken,
+    usage::{UsageBucketSize, UsageGroupBy},
 };
 use serde_json::{Value, json};
 
@@ -44,7 +47,12 @@ const fn kinds(call: &Call) -> usize {
         | Call::CreateServiceToken(_)
         | Call::DeleteServiceToken(_)
         | Call::ListAudit(..)
-        | Call::Echo => 24,
+        | Call::Stats
+        | Call::Usage(_)
+        | Call::ListDecisions(..)
+        | Call::KeyLimits(_)
+        | Call::BurnDown(..)
+        | Call::Echo => 29,
     }
 }
 
@@ -141,6 +149,7 @@ fn samples() -> Vec<Call> {
             key,
             RotateApiKey {
                 grace_seconds: Some(60.into()),
+                replace_previous: Some(true),
             },
         ),
         Call::DeleteApiKey(key),
@@ -151,9 +160,35 @@ fn samples() -> Vec<Call> {
             AuditFilter {
                 action: Some(AuditAction::PlanUpdate),
                 target_type: Some(AuditTarget::Plan),
+                target_id: Some(plan.to_string()),
+                actor: Some("ada@".into()),
+                search: Some("50% off".into()),
+                from: Some(at),
+                to: Some(at),
             },
             page(),
         ),
+        Call::Stats,
+        Call::Usage(UsageFilter {
+            from: Some(at),
+            to: Some(at),
+            bucket: Some(UsageBucketSize::Day),
+            tz: Some("Europe/Berlin".into()),
+            key_id: Some(key),
+            endpoint: Some("GET /orders?a=b".into()),
+            group_by: Some(UsageGroupBy::Policy),
+        }),
+        Call::ListDecisions(
+            DecisionFilter {
+                key_id: Some(key),
+                endpoint: Some("GET /orders".into()),
+                outcome: Some(DecisionOutcome::Rejected),
+                request_id: Some("r-1".into()),
+            },
+            page(),
+        ),
+        Call::KeyLimits(key),
+        Call::BurnDown(key, PolicyName::Monthly),
         Call::Echo,
     ]
 }
@@ -245,6 +280,11 @@ const fn answer(call: &Call) -> Option<&'static str> {
         Call::ListServiceTokens(_) => "Page_ServiceToken",
         Call::CreateServiceToken(_) => "CreatedServiceToken",
         Call::ListAudit(..) => "Page_AuditEvent",
+        Call::Stats => "Stats",
+        Call::Usage(_) => "Usage",
+        Call::ListDecisions(..) => "DecisionPage",
+        Call::KeyLimits(_) => "KeyLimits",
+        Call::BurnDown(..) => "BurnDown",
         Call::Echo => "Echo",
         Call::Logout
         | Call::ChangePassword(_)

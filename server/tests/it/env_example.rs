@@ -145,7 +145,8 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_AUTH_RPM"
         | "QUOTA_ADMIN_RPM"
         | "QUOTA_LOGIN_RPM"
-        | "QUOTA_CONNECTIONS_PER_ADDRESS" => "-1",
+        | "QUOTA_CONNECTIONS_PER_ADDRESS"
+        | "QUOTA_CONNECTIONS_PER_NETWORK" => "-1",
         "QUOTA_BODY_LIMIT" => "64k",
         "QUOTA_DRAIN_TIMEOUT" => "26s",
         "QUOTA_DRAIN_DELAY" => "21s",

@@ -29,6 +29,7 @@ enum Right {
     /// Nothing: it is about the caller's own account.
     Own,
     Read,
+    Usage,
     Manage,
     /// With the document's example as the body.
     Administer,
@@ -38,7 +39,7 @@ impl Right {
     /// By the table of roles in the documentation, not by `Role`, which is under test.
     const fn roles(self) -> &'static [&'static str] {
         match self {
-            Self::Own => &ROLES,
+            Self::Own | Self::Usage => &ROLES,
             Self::Read => &["owner", "admin", "developer", "viewer"],
             Self::Manage => &["owner", "admin", "developer"],
             Self::Administer => &["owner", "admin"],
@@ -57,15 +58,21 @@ const RIGHTS: &[(&str, Right)] = &[
     ("delete_service_token", Right::Manage),
     ("end_session", Right::Own),
     ("get_api_key", Right::Read),
+    ("get_api_key_limits", Right::Read),
+    ("get_burn_down", Right::Usage),
     ("get_me", Right::Own),
     ("get_plan", Right::Read),
     ("get_service_token", Right::Read),
+    ("get_stats", Right::Usage),
+    ("get_usage", Right::Usage),
     ("list_api_keys", Right::Read),
     ("list_audit_events", Right::Read),
+    ("list_decisions", Right::Usage),
     ("list_plans", Right::Read),
     ("list_service_tokens", Right::Read),
     ("list_sessions", Right::Own),
     ("rotate_api_key", Right::Manage),
+    ("stream_decisions", Right::Usage),
     ("update_api_key", Right::Manage),
     ("update_me", Right::Administer),
     ("update_plan", Right::Manage),
@@ -295,7 +302,7 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
     let app = TestApp::setup().without_jobs().start().await;
     let owner = app.register().await;
     let client = app.database.connect().await;
-    let shared_plan = app.plan(&owner, json!({})).await;
+    let shared_plan = app.plan(&owner, json!({"daily_quota": 1000})).await;
     let mut allowed = 0;
     let mut denied = 0;
     for role in ROLES {
@@ -392,7 +399,7 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
     }
     assert_eq!(allowed + denied, ROLES.len() * RIGHTS.len());
     assert!(
-        allowed >= 70 && denied >= 28,
+        allowed >= 99 && denied >= 29,
         "{allowed} allowed, {denied} denied"
     );
 }
@@ -620,6 +627,8 @@ async fn unsupported_method_is_405_with_allow() {
         "/problems",
         "/problems/not-found",
         "/page.css",
+        "/page.js",
+        "/icon.svg",
     ];
     let mut paths = operations()
         .iter()

@@ -3,6 +3,7 @@
 use std::{
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,6 +16,7 @@ use tokio::net::TcpSocket;
 
 use crate::support::{
     app::TestApp,
+    http2::{self, CONTINUATION, DATA, END_HEADERS, HEADERS, cancel, field, frame, hello},
     quota::{Quota, data_dir},
 };
 
@@ -97,10 +99,23 @@ async fn a_flood_of_keys_with_wrong_checksums_looks_nothing_up() {
 /// Files of this process that are not silent sockets.
 const OWN_FILES: usize = 600;
 const SILENT: usize = 20_000;
-/// Silent connections from one address: fewer than an address may have, so that only the total limits them.
+/// Connections from one address, and addresses in one network: fewer than may be, so that only the total limits them.
 const FROM_ONE_ADDRESS: usize = 500;
+const ADDRESSES: usize = 4;
 /// No request takes longer, on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(5);
+
+/// Where the hostile connection of this number comes from.
+fn hostile(n: usize) -> Ipv4Addr {
+    let address = n / FROM_ONE_ADDRESS;
+    let octet = |n: usize| u8::try_from(n % 250 + 1).expect("below 256");
+    Ipv4Addr::new(
+        127,
+        0,
+        octet(address / ADDRESSES),
+        octet(address % ADDRESSES),
+    )
+}
 
 async fn connect_from(
     source: Ipv4Addr,
@@ -133,10 +148,9 @@ async fn silent_connections_do_not_lock_anybody_out() {
     let flood = tokio::spawn(async move {
         let mut held = Vec::with_capacity(silent);
         for n in 0..silent {
-            let last = u8::try_from(n / FROM_ONE_ADDRESS % 250).expect("below 250");
             // One in a hundred goes to the metrics.
             let to = if n % 100 == 0 { metrics } else { server };
-            match connect_from(Ipv4Addr::new(127, 0, 1, last + 1), to).await {
+            match connect_from(hostile(n), to).await {
                 Ok(stream) => held.push(stream),
                 Err(error) => panic!("connection {n}: {error}"),
             }
@@ -178,20 +192,189 @@ async fn silent_connections_do_not_lock_anybody_out() {
     assert!(grown < 150, "{grown} MiB");
 
     // They are closed in time, also without others that want their place.
-    let open = "quota_connections_open{listener=\"public\"}";
-    let ended = Instant::now();
-    while quota.counter(&http, open).await > 10 {
-        assert!(
-            ended.elapsed() < Duration::from_secs(30),
-            "they are held open"
-        );
-        tokio::time::sleep(Duration::from_millis(200)).await;
+    for listener in ["public", "metrics"] {
+        let open = format!("quota_connections_open{{listener=\"{listener}\"}}");
+        let ended = Instant::now();
+        while quota.counter(&http, &open).await > 10 {
+            assert!(
+                ended.elapsed() < Duration::from_secs(30),
+                "{listener}: they are held open"
+            );
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
     }
     let timed_out =
         "quota_connections_timed_out_total{listener=\"public\",waiting_for=\"request\"}";
     assert!(quota.counter(&http, timed_out).await > 0);
     drop(held);
     quota.stop();
+}
+
+/// Over HTTP/2: opens no window, sends a request now and then and cancels the one before; comes back when it is closed.
+async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
+    use tokio::io::AsyncWriteExt as _;
+    loop {
+        let Ok(mut stream) = connect_from(source, server).await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let mut next = [hello(0), http2::get(1, "/health/live")].concat();
+        for id in (3..).step_by(2) {
+            if stream.write_all(&next).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(400)).await;
+            next = [http2::get(id, "/openapi.json"), cancel(id - 2)].concat();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_cancel_what_they_do_not_read_lock_nobody_out() {
+    const PLACES: usize = 200;
+    let data = data_dir();
+    let places = PLACES.to_string();
+    let settings = [("QUOTA_CONNECTIONS", places.as_str())];
+    let quota = Quota::start_with(data.path(), &settings);
+    let (server, http) = (quota.addr, Client::new());
+    let flood = (0..2 * PLACES)
+        .map(|n| tokio::spawn(cancels_and_comes_back(hostile(10 * n), server)))
+        .collect::<Vec<_>>();
+    let client = client_at(Ipv4Addr::LOCALHOST);
+    let (began, mut answered, mut slowest) = (Instant::now(), 0, Duration::ZERO);
+    while began.elapsed() < Duration::from_secs(8) {
+        let asked = Instant::now();
+        // While all places are taken a newcomer may have to try again.
+        let mut status = None;
+        while status.is_none() && asked.elapsed() < ANSWERED_WITHIN {
+            let answer = client.get(format!("http://{server}/health/live")).send();
+            status = answer.await.ok().map(|answer| answer.status().as_u16());
+        }
+        assert_eq!(status, Some(200), "after {:?}", began.elapsed());
+        slowest = slowest.max(asked.elapsed());
+        answered += 1;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    println!("{answered} requests answered, the slowest in {slowest:?}");
+    assert!(answered >= 10, "{answered}");
+    let dropped = "quota_connections_dropped_total{listener=\"public\"}";
+    assert!(quota.counter(&http, dropped).await > 0);
+    for client in flood {
+        client.abort();
+    }
+    quota.stop();
+}
+
+/// Connections that hold as much as they can, and end nothing.
+const SLOW: usize = 2000;
+const LARGE: usize = 31 * 1024;
+
+/// What one connection of each kind sends. Bodies go where no account is needed.
+fn slow_clients() -> [(&'static str, Vec<u8>); 7] {
+    let value = |length: usize| "v".repeat(length);
+    let body = format!("{{{}", " ".repeat(60_000));
+    let json = || field("content-type", "application/json");
+    let streams = || (1..64).step_by(2);
+    let reads = |window, path| {
+        let requests = streams().flat_map(|id| http2::get(id, path));
+        [hello(window), requests.collect()].concat()
+    };
+    let login = |id| {
+        let head = [
+            http2::head("POST", "/auth/login"),
+            json(),
+            field("a", &value(15_000)),
+        ];
+        frame(HEADERS, END_HEADERS, id, &head.concat())
+    };
+    let logins = [
+        hello(0),
+        streams().flat_map(login).collect(),
+        streams()
+            .flat_map(|id| frame(DATA, 0, id, &body.as_bytes()[..1900]))
+            .collect(),
+    ];
+    let slow_head = [
+        hello(0),
+        http2::get(1, "/health/live"),
+        frame(HEADERS, 0, 3, &field("a", &value(LARGE / 2))),
+        frame(CONTINUATION, 0, 3, &field("b", &value(LARGE / 2 - 64))),
+    ];
+    [
+        (
+            "slow heads",
+            format!("GET / HTTP/1.1\r\nHost: q\r\nA: {}", value(LARGE)).into_bytes(),
+        ),
+        (
+            "slow bodies",
+            format!(
+                "POST /auth/login HTTP/1.1\r\nHost: q\r\nContent-Type: application/json\r\n\
+                 Content-Length: 65000\r\n\r\n{body}"
+            )
+            .into_bytes(),
+        ),
+        (
+            "stalled reads",
+            "GET /openapi.json HTTP/1.1\r\nHost: q\r\n\r\n"
+                .repeat(100)
+                .into_bytes(),
+        ),
+        ("HTTP/2, slow heads", slow_head.concat()),
+        ("HTTP/2, slow bodies", logins.concat()),
+        ("HTTP/2, stalled reads of nothing", reads(0, "/health/live")),
+        ("HTTP/2, stalled reads of a byte", reads(1, "/openapi.json")),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_connections_hold_little_memory() {
+    use tokio::io::AsyncWriteExt as _;
+    const MOST: u64 = 64;
+    let limit = file_limit::raise().unwrap_or(1024);
+    let slow = SLOW.min(limit.saturating_sub(OWN_FILES));
+    let (data, http) = (data_dir(), Client::new());
+    // Limits of sign-in attempts would keep the bodies out.
+    let settings = [("QUOTA_AUTH_RPM", "0"), ("QUOTA_LOGIN_RPM", "0")];
+    let accepted = "quota_connections_accepted_total{listener=\"public\"}";
+    for (kind, bytes) in slow_clients() {
+        let quota = Quota::start_with(data.path(), &settings);
+        quota.counter(&http, accepted).await;
+        let before = quota.memory();
+        let (bytes, server) = (Arc::new(bytes), quota.addr);
+        let first = quota.counter(&http, accepted).await;
+        let mut clients = Vec::new();
+        for n in 0..slow {
+            let bytes = bytes.clone();
+            clients.push(tokio::spawn(async move {
+                let stream = connect_from(hostile(n), server).await;
+                if let Ok(mut stream) = stream {
+                    // The server may close it, or read no further.
+                    let _ = stream.write_all(&bytes).await;
+                    std::future::pending::<()>().await;
+                }
+            }));
+        }
+        let (began, mut peak) = (Instant::now(), 0);
+        let mut all = None;
+        while all.is_none_or(|all: Instant| all.elapsed() < Duration::from_secs(2)) {
+            peak = peak.max(quota.memory());
+            let seen = quota.counter(&http, accepted).await - first;
+            if all.is_none() && seen >= slow as u64 {
+                all = Some(Instant::now());
+            }
+            assert!(began.elapsed() < Duration::from_secs(120), "{kind}: {seen}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let grown = peak.saturating_sub(before) / (1 << 20);
+        println!("{slow} connections, {kind}: at most {grown} MiB more");
+        assert!(grown < MOST, "{kind}: {grown} MiB");
+        let answer = http.get(format!("http://{server}/health/live")).send();
+        assert_eq!(answer.await.expect("it answers").status(), 200);
+        for client in clients {
+            client.abort();
+        }
+        quota.stop();
+    }
 }
 
 /// Sends a request and keeps the connection; `None` if the server closed it instead of answering.

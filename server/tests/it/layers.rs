@@ -14,6 +14,7 @@ const RANKS: &[&[&str]] = &[
         "schema",
         "seal",
         "secret_text",
+        "tenant_queue",
     ],
     &["db", "redis", "telemetry"],
     &["cache", "limiter", "readiness", "repo"],
@@ -22,7 +23,7 @@ const RANKS: &[&[&str]] = &[
     &["metering"],
     &["state"],
     &["api", "demo", "jobs"],
-    &["doctor", "openapi", "serve"],
+    &["doctor", "openapi", "serve", "usage_report"],
     &["router"],
     &["lib", "main"],
 ];

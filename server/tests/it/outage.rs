@@ -8,13 +8,16 @@ use std::{
 };
 
 use quota_server::db;
-use quota_testkit::proxy::{Fault, FaultProxy, Upstream};
+use quota_testkit::{
+    proxy::{Fault, FaultProxy, Upstream},
+    redis::RedisServer,
+};
 use secrecy::SecretString;
 use serde_json::json;
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 
 use crate::support::{
-    app::{Account, Answer, Key, Setup, TestApp},
+    app::{Account, Answer, Key, PASSWORD, Setup, TestApp},
     postgres::TestDatabase,
 };
 
@@ -530,4 +533,46 @@ async fn changes_are_noticed_after_postgres_was_restored_to_an_earlier_state() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!((401..=403).contains(&app.echo(&key.text).await.status));
+}
+
+/// A sign-in whose client leaves before the password was judged is no failed attempt.
+#[tokio::test(flavor = "multi_thread")]
+async fn sign_ins_given_up_during_an_outage_do_not_count_as_failed() {
+    give_up_sign_ins(world(|setup| setup.flag("--login-rpm=5")).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sign_ins_given_up_during_an_outage_do_not_count_as_failed_in_redis() {
+    let redis = RedisServer::start().await;
+    let url = format!("--redis-url={}", redis.url());
+    give_up_sign_ins(world(|setup| setup.flag("--login-rpm=5").flag(url)).await).await;
+}
+
+async fn give_up_sign_ins(world: World) {
+    let app = &world.app;
+    let email = &world.account.email;
+    world.lose(Fault::BlackHole);
+    let impatient = reqwest::Client::builder()
+        .timeout(Duration::from_millis(150))
+        .build()
+        .unwrap();
+    for n in 0..20 {
+        let body = json!({"email": email, "password": "incorrect-harbour-quilt"});
+        let gone = impatient.post(app.url("/auth/login")).json(&body).send();
+        let gone = gone.await;
+        let is_given_up = gone.as_ref().is_err_and(reqwest::Error::is_timeout);
+        assert!(is_given_up, "sign-in {n}: {gone:?}");
+    }
+    world.find();
+    world.recovers().await;
+    let sign_in = async |password: &str| {
+        let body = json!({"email": email, "password": password});
+        app.post("/auth/login", body).send().await.status
+    };
+    assert_eq!(sign_in(PASSWORD).await, 200);
+    // Those that were judged do count.
+    for _ in 0..5 {
+        assert_eq!(sign_in("incorrect-harbour-quilt").await, 401);
+    }
+    assert_eq!(sign_in("incorrect-harbour-quilt").await, 429);
 }

@@ -189,6 +189,7 @@ fn conflicts_are_named_per_operation() {
             ("create_service_token", "request-in-progress"),
             ("delete_plan", "plan-in-use"),
             ("register", "email-taken"),
+            ("rotate_api_key", "previous-key-active"),
             ("update_plan", "name-taken"),
         ]
     );

@@ -17,8 +17,11 @@ use brotli::enc::BrotliEncoderParams;
 use sha2::{Digest as _, Sha256};
 use wasm_bindgen_cli_support::Bindgen;
 
-/// The limit for all files together, compressed with brotli: what a first visit transfers.
+/// The limit for all files together that a first visit transfers, compressed with brotli.
 const MAX_SIZE: usize = 300_000;
+
+/// The beginning of the names of files that a first visit does not load.
+const ON_DEMAND: &str = "gateways";
 
 fn main() -> Result<()> {
     let arguments: Vec<PathBuf> = env::args_os().skip(1).map(PathBuf::from).collect();
@@ -41,18 +44,12 @@ fn main() -> Result<()> {
         .context("wasm-bindgen")?;
 
     let mut files = BTreeMap::new();
-    let wasm = add_hashed(
-        &mut files,
-        "quota-ui",
-        "wasm",
-        &without_streams(&work.join("quota-ui_bg.wasm"))?,
-    );
-    let glue = add_hashed(
-        &mut files,
-        "quota-ui",
-        "js",
-        without_comments(&read_text(&work.join("quota-ui.js"))?)?.as_bytes(),
-    );
+    let mut module = walrus::Module::from_file(work.join("quota-ui_bg.wasm"))?;
+    remove_streams(&mut module);
+    let glue = without_comments(&read_text(&work.join("quota-ui.js"))?)?;
+    let glue = shorten_names(&mut module, &glue);
+    let wasm = add_hashed(&mut files, "quota-ui", "wasm", &module.emit_wasm());
+    let glue = add_hashed(&mut files, "quota-ui", "js", glue.as_bytes());
     add_snippets(&mut files, &work, &work.join("snippets"))?;
     let style = add_hashed(
         &mut files,
@@ -61,7 +58,11 @@ fn main() -> Result<()> {
         compact_css(&read_text(&source.join("style/console.css"))?).as_bytes(),
     );
     let icon = add_hashed(&mut files, "icon", "svg", &read(&source.join("icon.svg"))?);
+    // Loaded when a page shows them.
+    let gateways = gateway_files(&source.join("../../deploy/gateways"))?;
+    let gateways = add_hashed(&mut files, ON_DEMAND, "txt", gateways.as_bytes());
     let names = [
+        ("{{gateways}}", &gateways),
         ("{{wasm}}", &wasm),
         ("{{glue}}", &glue),
         ("{{style}}", &style),
@@ -86,8 +87,10 @@ fn main() -> Result<()> {
     let (mut brotli_size, mut gzip_size) = (0, 0);
     for (name, bytes) in &files {
         let (brotli, gzip) = (compress_brotli(bytes)?, compress_gzip(bytes)?);
-        brotli_size += brotli.len();
-        gzip_size += gzip.len();
+        if !name.starts_with(ON_DEMAND) {
+            brotli_size += brotli.len();
+            gzip_size += gzip.len();
+        }
         compressed.insert(format!("{name}.br"), brotli);
         compressed.insert(format!("{name}.gz"), gzip);
     }
@@ -127,8 +130,7 @@ fn compress_gzip(bytes: &[u8]) -> Result<Vec<u8>> {
 
 /// Removes exported classes of the streams crate, a dependency of Leptos. The console never constructs them, but as
 /// exports they keep their code in the module.
-fn without_streams(path: &Path) -> Result<Vec<u8>> {
-    let mut module = walrus::Module::from_file(path)?;
+fn remove_streams(module: &mut walrus::Module) {
     let unused: Vec<_> = module
         .exports
         .iter()
@@ -138,11 +140,48 @@ fn without_streams(path: &Path) -> Result<Vec<u8>> {
     for export in unused {
         module.exports.delete(export);
     }
-    walrus::passes::gc::run(&mut module);
-    Ok(module.emit_wasm())
+    walrus::passes::gc::run(module);
 }
 
-/// Removes comments, indentation, and the classes whose exports [`without_streams`] removes.
+/// Shortens the names by which the module and its glue script know each other. Most contain a hash, which does not
+/// compress, in both files.
+fn shorten_names(module: &mut walrus::Module, script: &str) -> String {
+    let is_generated = |name: &str| name.starts_with("__wb") || name.starts_with("wasm_bindgen__");
+    let mut short = BTreeMap::new();
+    let mut shorten = |name: &mut String| {
+        if is_generated(name) {
+            let next = format!("w{}", short.len());
+            let entry = short.entry(std::mem::take(name));
+            name.clone_from(entry.or_insert(next));
+        }
+    };
+    for import in module.imports.iter_mut() {
+        shorten(&mut import.name);
+    }
+    for export in module.exports.iter_mut() {
+        shorten(&mut export.name);
+    }
+    replace_names(script, &short)
+}
+
+/// Replaces whole identifiers.
+fn replace_names(script: &str, names: &BTreeMap<String, String>) -> String {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '$');
+    let mut out = String::with_capacity(script.len());
+    let mut rest = script;
+    while let Some(start) = rest.find(is_part) {
+        out.push_str(&rest[..start]);
+        rest = &rest[start..];
+        let end = rest.find(|c| !is_part(c)).unwrap_or(rest.len());
+        let name = &rest[..end];
+        out.push_str(names.get(name).map_or(name, String::as_str));
+        rest = &rest[end..];
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Removes comments, indentation, and the classes whose exports [`remove_streams`] removes.
 fn without_comments(script: &str) -> Result<String> {
     let mut out = String::new();
     let mut unused_class = false;
@@ -184,6 +223,23 @@ fn compact_css(css: &str) -> String {
         })
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+/// The gateway configurations in one file, each after a line with its name.
+fn gateway_files(folder: &Path) -> Result<String> {
+    let names = [
+        "Caddyfile",
+        "nginx.conf",
+        "haproxy.cfg",
+        "quota.lua",
+        "traefik.yml",
+    ];
+    let mut all = String::new();
+    for name in names {
+        let text = read_text(&folder.join(name))?;
+        all.push_str(&format!("=== {name}\n{}\n", text.trim_end()));
+    }
+    Ok(all)
 }
 
 fn read_text(path: &Path) -> Result<String> {
@@ -273,7 +329,7 @@ fn remove_stale(out: &Path, folder: &Path, files: &BTreeMap<String, Vec<u8>>) ->
 mod tests {
     use std::fs;
 
-    use super::{compact_css, compress_brotli, without_comments, write};
+    use super::{compact_css, compress_brotli, replace_names, without_comments, write};
 
     #[test]
     fn brotli_restores_the_file() {
@@ -292,6 +348,19 @@ mod tests {
         assert_eq!(
             compact_css(css),
             ".card{color:red;margin:0 auto}\n.x::after{content: \": a\"}"
+        );
+    }
+
+    #[test]
+    fn only_whole_names_are_replaced() {
+        let names = [("__wbg_log_1f", "w0"), ("__wbg_log_1f2", "w1")]
+            .map(|(long, short)| (long.to_owned(), short.to_owned()));
+        assert_eq!(
+            replace_names(
+                "a.__wbg_log_1f2(__wbg_log_1f, x__wbg_log_1f); \"é\"",
+                &names.into()
+            ),
+            "a.w1(w0, x__wbg_log_1f); \"é\""
         );
     }
 

@@ -1,7 +1,14 @@
-//! System commands: the clipboard, and startup timing.
+//! System commands: the clipboard, saving a file, and startup timing.
+
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    path::{Path, PathBuf},
+};
 
 use parking_lot::Mutex;
 use quota_common::ipc::CallError;
+use tauri::{AppHandle, Manager as _};
 
 use crate::STARTED;
 
@@ -27,6 +34,51 @@ pub async fn copy(text: String) -> Result<(), CallError> {
     })
 }
 
+/// Far above the size of any export.
+const MAX_FILE: usize = 16 * 1024 * 1024;
+
+/// Saves an export among the user's downloads, under a name that is not in use. Returns its path.
+#[tauri::command]
+pub async fn save_file(app: AppHandle, name: String, text: String) -> Result<String, CallError> {
+    let folder = app.path().download_dir().or_else(|_| app.path().home_dir());
+    let saved = folder
+        .map_err(std::io::Error::other)
+        .and_then(|folder| save_new(&folder, &name, &text));
+    match saved {
+        Ok(path) => Ok(path.display().to_string()),
+        Err(error) => {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "cannot save a file"
+            );
+            Err(CallError::Unreadable)
+        }
+    }
+}
+
+/// Never overwrites a file, and never leaves the folder.
+fn save_new(folder: &Path, name: &str, text: &str) -> std::io::Result<PathBuf> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    let stem = name.strip_suffix(".csv").unwrap_or_default();
+    if stem.is_empty() || stem.len() > 100 || !stem.chars().all(is_plain) || text.len() > MAX_FILE {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    }
+    fs::create_dir_all(folder)?;
+    for attempt in 1..1000 {
+        let name = match attempt {
+            1 => format!("{stem}.csv"),
+            n => format!("{stem} ({n}).csv"),
+        };
+        let path = folder.join(name);
+        match File::create_new(&path) {
+            Ok(mut file) => return file.write_all(text.as_bytes()).map(|()| path),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(std::io::ErrorKind::AlreadyExists.into())
+}
+
 /// The page reports that it is usable.
 #[tauri::command]
 pub async fn ready() {
@@ -37,4 +89,31 @@ pub async fn ready() {
         ms = u64::try_from(ms).unwrap_or(u64::MAX),
         "first page painted"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn export_never_overwrites_a_file_or_leaves_its_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = save_new(folder.path(), "usage.csv", "a").unwrap();
+        let second = save_new(folder.path(), "usage.csv", "b").unwrap();
+        assert_eq!(fs::read_to_string(&first).unwrap(), "a");
+        assert_eq!(fs::read_to_string(&second).unwrap(), "b");
+        assert_eq!(second, folder.path().join("usage (2).csv"));
+        for name in [
+            "../usage.csv",
+            "/tmp/usage.csv",
+            ".csv",
+            "usage.sh",
+            "a/b.csv",
+            ".bashrc",
+            "usage",
+        ] {
+            assert!(save_new(folder.path(), name, "x").is_err(), "{name}");
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
 }

@@ -16,10 +16,13 @@ use quota_common::{
 };
 use wasm_bindgen::JsCast;
 use wasm_bindgen_futures::JsFuture;
-use web_sys::{HtmlDocument, RequestCredentials, RequestInit, Response, window};
+use web_sys::{
+    Blob, BlobPropertyBag, HtmlAnchorElement, HtmlDocument, RequestCredentials, RequestInit,
+    Response, Url, window,
+};
 
 use super::error::{CallError, CallResult, TestResponse};
-use crate::model::address::Query;
+use crate::model::{address::Query, json};
 
 /// Whether the session's cookies reach the server: over TLS, or on this computer.
 pub fn is_secure() -> bool {
@@ -113,7 +116,7 @@ async fn read_body(response: Response) -> CallResult<String> {
     if response.ok() {
         return Ok(body);
     }
-    match serde_json::from_str::<Problem>(&body) {
+    match json::read::<Problem>(&body) {
         Ok(problem) => Err(CallError::Problem(Box::new(problem))),
         // A proxy answered in place of an unreachable server.
         Err(_) if response.status() >= 500 => Err(CallError::Unreachable),
@@ -133,7 +136,7 @@ pub async fn send(call: &Call) -> CallResult<String> {
         let csrf_token = csrf_token();
         let body = send_once(next).await?;
         if matches!(next, Call::Me) {
-            let me: Me = serde_json::from_str(&body).map_err(|_| CallError::Unreadable)?;
+            let me: Me = json::read(&body).map_err(|_| CallError::Unreadable)?;
             let account = (me.user.id, me.tenant.id);
             PAGE_OWNER.set(Some(PageOwner {
                 csrf_token,
@@ -196,13 +199,18 @@ async fn refresh() -> CallResult<bool> {
 pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     let fields = [("x-api-key", key)];
     let response = request(&Call::Echo, RequestCredentials::Omit, &fields).await?;
-    let headers = response.headers();
+    let (status, headers) = (response.status(), response.headers());
+    let problem = match read_body(response).await {
+        Err(CallError::Problem(problem)) => Some(problem),
+        _ => None,
+    };
     Ok(TestResponse {
-        status: response.status(),
+        status,
         headers: LIMIT_FIELDS
             .iter()
             .filter_map(|name| Some((*name, headers.get(name).ok()??)))
             .collect(),
+        problem,
     })
 }
 
@@ -212,4 +220,23 @@ pub async fn copy(text: &str) -> bool {
     JsFuture::from(window.navigator().clipboard().write_text(text))
         .await
         .is_ok()
+}
+
+/// Saves a text file. The browser decides where, and says so itself.
+pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
+    start_download(name, text).ok_or(CallError::Unreadable)?;
+    Ok(None)
+}
+
+fn start_download(name: &str, text: &str) -> Option<()> {
+    let kind = BlobPropertyBag::new();
+    kind.set_type("text/csv;charset=utf-8");
+    let blob = Blob::new_with_str_sequence_and_options(&js_sys::Array::of1(&text.into()), &kind);
+    let address = Url::create_object_url_with_blob(&blob.ok()?).ok()?;
+    let link = window()?.document()?.create_element("a").ok()?;
+    let link = link.dyn_into::<HtmlAnchorElement>().ok()?;
+    link.set_href(&address);
+    link.set_download(name);
+    link.click();
+    Url::revoke_object_url(&address).ok()
 }

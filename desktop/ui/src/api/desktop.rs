@@ -81,12 +81,20 @@ pub async fn try_key(key: &str) -> CallResult<TestResponse> {
             .iter()
             .filter_map(|name| Some((*name, value(name)?)))
             .collect(),
+        problem: response.problem,
     })
 }
 
 /// Copies text to the clipboard. Returns whether that succeeded.
 pub async fn copy(text: &str) -> bool {
     invoke::<()>("copy", &json!({ "text": text })).await.is_ok()
+}
+
+/// Saves a text file among the user's downloads. Returns its path.
+pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
+    invoke("save_file", &json!({ "name": name, "text": text }))
+        .await
+        .map(Some)
 }
 
 pub async fn host_status() -> CallResult<HostStatus> {

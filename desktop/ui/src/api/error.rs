@@ -57,6 +57,8 @@ impl CallError {
 pub struct TestResponse {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
+    /// What the server says about a rejection.
+    pub problem: Option<Box<Problem>>,
 }
 
 impl TestResponse {

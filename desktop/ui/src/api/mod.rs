@@ -17,17 +17,24 @@ use quota_common::{
     api_key::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
     audit::AuditEvent,
     auth::{ChangePassword, Login, Me, Register, Session, SignedIn, UpdateMe},
-    call::{AuditFilter, Call, KeyFilter, PageOf},
+    call::{AuditFilter, Call, DecisionFilter, KeyFilter, PageOf, UsageFilter},
+    decision::DecisionPage,
+    limit::PolicyName,
     page::PlanOrder,
     plan::{CreatePlan, Plan, UpdatePlan},
     service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken},
+    usage::{BurnDown, KeyLimits, Stats, Usage},
 };
 use serde::de::DeserializeOwned;
+use wasm_bindgen::JsCast;
+use wasm_bindgen_futures::JsFuture;
+
+use crate::model::json;
 
 pub use error::{CallError, CallResult, TestResponse};
 #[cfg(feature = "desktop")]
 pub use transport::{add_server, forget_server, host_status, ready, use_server};
-pub use transport::{copy, is_secure, origin, try_key};
+pub use transport::{copy, is_secure, origin, save_file, try_key};
 
 /// A call in progress. Boxed, so that pages do not each contain the state machine of a whole call.
 pub type PendingCall<T> = Pin<Box<dyn Future<Output = CallResult<T>>>>;
@@ -61,7 +68,7 @@ fn send(call: Call) -> PendingCall<String> {
 /// A call whose response has a body.
 fn fetch<T: DeserializeOwned>(call: Call) -> PendingCall<T> {
     let body = send(call);
-    Box::pin(async move { serde_json::from_str(&body.await?).map_err(|_| CallError::Unreadable) })
+    Box::pin(async move { json::read(&body.await?).map_err(|_| CallError::Unreadable) })
 }
 
 /// A call whose response has none.
@@ -156,4 +163,42 @@ pub fn delete_service_token(id: ServiceTokenId) -> PendingCall<()> {
 
 pub fn list_audit(filter: AuditFilter, page: PageOf) -> PendingCall<Page<AuditEvent>> {
     fetch(Call::ListAudit(filter, page))
+}
+
+pub fn stats() -> PendingCall<Stats> {
+    fetch(Call::Stats)
+}
+
+pub fn usage(filter: UsageFilter) -> PendingCall<Usage> {
+    fetch(Call::Usage(filter))
+}
+
+pub fn list_decisions(filter: DecisionFilter, page: PageOf) -> PendingCall<DecisionPage> {
+    fetch(Call::ListDecisions(filter, page))
+}
+
+pub fn key_limits(id: ApiKeyId) -> PendingCall<KeyLimits> {
+    fetch(Call::KeyLimits(id))
+}
+
+/// Loads the gateway configurations, which are a file of the console.
+pub fn gateway_files() -> PendingCall<String> {
+    Box::pin(async {
+        let text = load_text("meta[name=gateways]").await;
+        text.ok_or(CallError::Unreachable)
+    })
+}
+
+/// Loads the file of the console whose address is the content of a `meta` element.
+async fn load_text(selector: &str) -> Option<String> {
+    let window = web_sys::window()?;
+    let meta = window.document()?.query_selector(selector).ok()??;
+    let response = JsFuture::from(window.fetch_with_str(&meta.get_attribute("content")?));
+    let response: web_sys::Response = response.await.ok()?.dyn_into().ok()?;
+    let text = response.ok().then(|| response.text())?.ok()?;
+    JsFuture::from(text).await.ok()?.as_string()
+}
+
+pub fn burn_down(id: ApiKeyId, policy: PolicyName) -> PendingCall<BurnDown> {
+    fetch(Call::BurnDown(id, policy))
 }

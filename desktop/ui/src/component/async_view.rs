@@ -1,6 +1,9 @@
 //! Data from the server: loading it, showing it, and trying again after a failure.
+//!
+//! The type of the data is erased wherever it does not matter: a copy of this code for each type would add a quarter to
+//! the download.
 
-use std::pin::Pin;
+use std::{any::Any, marker::PhantomData, pin::Pin, sync::Arc};
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{Page, ProblemCode, call::PageOf};
@@ -8,57 +11,113 @@ use quota_common::{Page, ProblemCode, call::PageOf};
 use super::{alert::request_id, focus::keep_focus, toast::Toasts};
 use crate::{
     api::{CallError, CallResult, PendingCall},
+    clock::{now, track_ticks},
     host,
+    model::text::relative,
+    reactive::effect,
     route::{Route, route},
 };
 
-#[derive(Debug, Clone, PartialEq)]
-pub enum LoadState<T> {
+/// Loaded data of any type.
+type Data = Arc<dyn Any + Send + Sync>;
+
+#[derive(Clone)]
+enum LoadState {
     Loading,
-    Ready(T),
+    Ready(Data),
     Failed(CallError),
 }
 
-/// Data that can be loaded again. The previous data stays on the page while loading.
-pub struct Loader<T: Send + Sync + 'static> {
-    pub state: RwSignal<LoadState<T>>,
+#[derive(Clone, Copy)]
+struct Core {
+    state: RwSignal<LoadState>,
     version: RwSignal<u32>,
+    /// Whether the data on the page is about to be replaced.
+    pending: RwSignal<bool>,
+    /// Whether the next load happens unnoticed.
+    quiet: StoredValue<bool>,
+    /// Since when loading unnoticed fails, in milliseconds since 1970: the data on the page is older.
+    stale_since: RwSignal<Option<i64>>,
 }
 
-impl<T: Send + Sync + 'static> Clone for Loader<T> {
+impl Core {
+    fn reload(self) {
+        self.version
+            .try_update(|version| *version = version.wrapping_add(1));
+    }
+
+    /// Loads again without showing it. If that fails, [`StaleNote`] says so.
+    fn refresh(self) {
+        let is_ready = self
+            .state
+            .try_with_untracked(|state| matches!(state, LoadState::Ready(_)));
+        if is_ready == Some(true) && self.pending.try_get_untracked() == Some(false) {
+            self.quiet.set_value(true);
+            self.reload();
+        }
+    }
+
+    fn reload_after_requests(self) {
+        spawn_local(async move {
+            for pause_ms in [500, 2000, 4000] {
+                gloo_timers::future::TimeoutFuture::new(pause_ms).await;
+                self.reload();
+            }
+        });
+    }
+
+    fn data(self) -> Option<Data> {
+        self.state.with(|state| match state {
+            LoadState::Ready(data) => Some(data.clone()),
+            _ => None,
+        })
+    }
+}
+
+/// Data that can be loaded again. The previous data stays on the page while loading.
+pub struct Loader<T> {
+    core: Core,
+    of: PhantomData<fn() -> T>,
+}
+
+impl<T> Clone for Loader<T> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<T: Send + Sync + 'static> Copy for Loader<T> {}
+impl<T> Copy for Loader<T> {}
 
 impl<T: Clone + Send + Sync + 'static> Loader<T> {
     /// Loads again. Does nothing once the page that owns this has been left.
     pub fn reload(self) {
-        reload(self.version);
+        self.core.reload();
     }
 
     /// Reloads until the server has recorded requests that were just sent: it does so within seconds.
     pub fn reload_after_requests(self) {
-        let version = self.version;
-        spawn_local(async move {
-            for pause_ms in [0, 2000, 4000] {
-                gloo_timers::future::TimeoutFuture::new(pause_ms).await;
-                reload(version);
-            }
-        });
+        self.core.reload_after_requests();
     }
 
     pub fn ready(self) -> Option<T> {
-        match self.state.get() {
-            LoadState::Ready(value) => Some(value),
+        self.with(T::clone)
+    }
+
+    /// Applies a function to the data once it is loaded.
+    pub fn with<R>(self, of: impl FnOnce(&T) -> R) -> Option<R> {
+        self.core.data()?.downcast_ref::<T>().map(of)
+    }
+
+    /// Why loading failed.
+    pub fn error(self) -> Option<CallError> {
+        self.core.state.with(|state| match state {
+            LoadState::Failed(error) => Some(error.clone()),
             _ => None,
-        }
+        })
     }
 }
 
-type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
+type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
 
 /// Loads now, and again whenever a signal that `fetch` reads changes. Ignores responses that arrive out of order. If
 /// reloading the same data fails, the previous data stays and a toast reports the error.
@@ -67,40 +126,78 @@ where
     T: Clone + Send + Sync + 'static,
     F: Future<Output = CallResult<T>> + 'static,
 {
-    let state = RwSignal::new(LoadState::Loading);
-    let version = RwSignal::new(0_u32);
+    let fetch = move || {
+        let pending = fetch();
+        let erased = async move { pending.await.map(|data| Arc::new(data) as Data) };
+        Box::pin(erased) as LocalFuture<CallResult<Data>>
+    };
+    Loader {
+        core: load_data(Box::new(fetch)),
+        of: PhantomData,
+    }
+}
+
+fn load_data(fetch: Box<dyn Fn() -> LocalFuture<CallResult<Data>>>) -> Core {
+    let core = Core {
+        state: RwSignal::new(LoadState::Loading),
+        version: RwSignal::new(0),
+        pending: RwSignal::new(false),
+        quiet: StoredValue::new(false),
+        stale_since: RwSignal::new(None),
+    };
     let latest = StoredValue::new(0_u32);
     let toasts = use_context::<Toasts>();
-    let start = move |own: u32, is_reload: bool| -> LocalFuture {
+    Effect::new(move |previous: Option<u32>| {
+        let current = core.version.get();
+        host::track_retries();
+        let is_reload = previous.is_some_and(|previous| previous != current);
+        latest.update_value(|latest| *latest = latest.wrapping_add(1));
+        let own = latest.get_value();
         let pending = fetch();
-        let (was_ready, had_failed) = state.with_untracked(|state| {
+        let (was_ready, had_failed) = core.state.with_untracked(|state| {
             (
                 matches!(state, LoadState::Ready(_)),
                 matches!(state, LoadState::Failed(_)),
             )
         });
         if had_failed {
-            state.set(LoadState::Loading);
+            core.state.set(LoadState::Loading);
         }
-        Box::pin(async move {
+        let is_quiet = core
+            .quiet
+            .try_update_value(std::mem::take)
+            .unwrap_or_default();
+        core.pending.set(was_ready && !is_quiet);
+        spawn_local(async move {
             let result = pending.await;
-            if latest.try_get_value() == Some(own) {
-                keep_focus();
-                let _ = match result {
-                    Ok(value) => state.try_set(LoadState::Ready(value)),
-                    Err(error) if is_reload && was_ready && !error.is(ProblemCode::NotFound) => {
-                        if let Some(toasts) = toasts {
-                            toasts.fail(&error);
-                        }
-                        None
-                    }
-                    Err(error) => state.try_set(LoadState::Failed(error)),
-                };
+            if latest.try_get_value() != Some(own) {
+                return;
             }
-        })
-    };
-    start_on_change(version, latest, Box::new(start));
-    Loader { state, version }
+            keep_focus();
+            let _ = core.pending.try_set(false);
+            match result {
+                Ok(data) => {
+                    let _ = core.stale_since.try_set(None);
+                    let _ = core.state.try_set(LoadState::Ready(data));
+                }
+                Err(_) if is_quiet && was_ready => {
+                    core.stale_since.try_update(|since| {
+                        since.get_or_insert_with(now);
+                    });
+                }
+                Err(error) if is_reload && was_ready && !error.is(ProblemCode::NotFound) => {
+                    if let Some(toasts) = toasts {
+                        toasts.fail(&error);
+                    }
+                }
+                Err(error) => {
+                    let _ = core.state.try_set(LoadState::Failed(error));
+                }
+            }
+        });
+        current
+    });
+    core
 }
 
 /// Loads the page of a list that the address names. If that page has become empty, for example because its last item
@@ -116,38 +213,20 @@ where
             cursor: route.query.with(|query| query.get("cursor")),
         })
     });
-    let state = loader.state;
-    let is_empty = move || {
-        state.with(|state| matches!(state, LoadState::Ready(page) if page.items.is_empty()))
+    let is_empty = |data: &Data| {
+        let page = data.downcast_ref::<Page<T>>();
+        page.is_some_and(|page| page.items.is_empty())
     };
-    let show_loading = move || state.set(LoadState::Loading);
-    leave_empty_page(route, Box::new(is_empty), Box::new(show_loading));
+    leave_empty_page(route, loader.core, is_empty);
     loader
 }
 
-// Whatever does not depend on the type of the data is compiled once: every copy would add to the download.
-
-fn start_on_change(
-    version: RwSignal<u32>,
-    latest: StoredValue<u32>,
-    start: Box<dyn Fn(u32, bool) -> LocalFuture>,
-) {
-    Effect::new(move |previous: Option<u32>| {
-        let current = version.get();
-        host::track_retries();
-        let is_reload = previous.is_some_and(|previous| previous != current);
-        latest.update_value(|latest| *latest = latest.wrapping_add(1));
-        spawn_local(start(latest.get_value(), is_reload));
-        current
-    });
-}
-
-fn leave_empty_page(route: Route, is_empty: Box<dyn Fn() -> bool>, show_loading: Box<dyn Fn()>) {
-    Effect::new(move |_| {
-        let is_empty = is_empty();
+fn leave_empty_page(route: Route, core: Core, is_empty: fn(&Data) -> bool) {
+    effect(move || {
+        let is_empty = core.data().is_some_and(|data| is_empty(&data));
         let query = route.query.get_untracked();
         if is_empty && query.get("cursor").is_some() {
-            show_loading();
+            core.state.set(LoadState::Loading);
             let query = query.with("cursor", "");
             route.replace(&format!("{}{query}", route.path.get_untracked()));
         }
@@ -164,25 +243,27 @@ where
     T: Clone + Send + Sync + 'static,
     V: IntoView + 'static,
 {
-    let is_loading = move || {
-        loader
-            .state
-            .with(|state| matches!(state, LoadState::Loading))
+    let show = move |data: &Data| {
+        let data = data.downcast_ref::<T>().cloned();
+        data.map(|data| show(data).into_any()).into_any()
     };
-    let content = move || match loader.state.get() {
-        LoadState::Loading => skeleton(),
-        LoadState::Ready(value) => show(value).into_any(),
-        LoadState::Failed(error) => failure(&error, loader.version),
-    };
-    frame(Box::new(is_loading), Box::new(content))
+    view_data(loader.core, Box::new(show))
 }
 
-fn frame(
-    is_loading: Box<dyn Fn() -> bool + Send>,
-    content: Box<dyn Fn() -> AnyView + Send>,
-) -> AnyView {
-    view! { <div class="async" aria-busy=move || is_loading().to_string()>{move || content()}</div> }
-        .into_any()
+fn view_data(core: Core, show: Box<dyn Fn(&Data) -> AnyView + Send + Sync>) -> AnyView {
+    let is_loading =
+        move || core.pending.get() || core.state.with(|state| matches!(state, LoadState::Loading));
+    let content = move || match core.state.get() {
+        LoadState::Loading => skeleton(),
+        LoadState::Ready(data) => show(&data),
+        LoadState::Failed(error) => failure(&error, core),
+    };
+    view! {
+        <div class="async" class:pending=core.pending aria-busy=move || is_loading().to_string()>
+            {content}
+        </div>
+    }
+    .into_any()
 }
 
 fn skeleton() -> AnyView {
@@ -195,19 +276,53 @@ fn skeleton() -> AnyView {
     .into_any()
 }
 
-fn failure(error: &CallError, version: RwSignal<u32>) -> AnyView {
+fn failure(error: &CallError, core: Core) -> AnyView {
     let id = error.request_id().map(str::to_owned);
     view! {
         <div class="empty" role="alert">
             <h2>"Couldn't load this page"</h2>
             <p class="muted">{error.message()}</p>
             {request_id(id)}
-            <button class="button" on:click=move |_| reload(version)>"Try again"</button>
+            <button class="button" on:click=move |_| core.reload()>"Try again"</button>
         </div>
     }
     .into_any()
 }
 
-fn reload(version: RwSignal<u32>) {
-    version.try_update(|version| *version = version.wrapping_add(1));
+/// Loads again every half minute while the page is visible.
+pub fn refresh_regularly<T>(loader: Loader<T>) {
+    let core = loader.core;
+    Effect::new(move |previous: Option<()>| {
+        track_ticks();
+        if previous.is_some() && !document().hidden() {
+            core.refresh();
+        }
+    });
+}
+
+/// Says that the data on the page could not be refreshed.
+#[component]
+pub fn StaleNote<T>(loader: Loader<T>) -> impl IntoView {
+    stale_note(loader.core)
+}
+
+fn stale_note(core: Core) -> AnyView {
+    view! {
+        <div role="status">
+            {move || {
+                track_ticks();
+                core.stale_since
+                    .get()
+                    .map(|since| {
+                        view! {
+                            <p class="alert warn stale">
+                                {format!("Couldn't refresh. This was loaded {}. ", relative(since, now()))}
+                                <button type="button" class="link" on:click=move |_| core.reload()>"Try again"</button>
+                            </p>
+                        }
+                    })
+            }}
+        </div>
+    }
+    .into_any()
 }

@@ -2,7 +2,10 @@
 
 use leptos::prelude::*;
 
-use super::form_state::{Check, FormState};
+use super::{
+    form_state::{Check, FormState},
+    press::after_press,
+};
 
 #[component]
 pub fn Field(
@@ -21,9 +24,13 @@ pub fn Field(
     #[prop(optional)] required: bool,
     #[prop(optional)] numeric: bool,
     #[prop(optional)] check: Option<Check>,
+    /// Values to choose from while typing.
+    #[prop(optional)]
+    suggestions: Vec<String>,
 ) -> impl IntoView {
     form.register(name, value, required, check);
     let id = id.unwrap_or(name);
+    let list = (!suggestions.is_empty()).then(|| format!("{id}-list"));
     let note = format!("{id}-note");
     let is_invalid = move || form.error(name).is_some();
     view! {
@@ -38,12 +45,18 @@ pub fn Field(
                 placeholder=placeholder
                 autocomplete=autocomplete
                 required=required
+                list=list.clone()
                 aria-describedby=note.clone()
                 aria-invalid=move || is_invalid().then_some("true")
                 bind:value=value
                 on:input=move |_| form.clear(name)
-                on:blur=move |_| form.check(name)
+                on:blur=move |_| after_press(move || form.check(name))
             />
+            {list
+                .map(|list| {
+                    let options = suggestions.into_iter().map(|it| view! { <option value=it></option> });
+                    view! { <datalist id=list>{options.collect_view()}</datalist> }
+                })}
             <p class="note" id=note aria-live="polite">
                 {move || form.error(name).unwrap_or_else(|| hint.clone())}
             </p>

@@ -25,7 +25,7 @@ fn focus(selector: &str) -> bool {
 }
 
 /// Runs after the current rendering.
-fn after_render(then: impl FnOnce() + 'static) {
+pub fn after_render(then: impl FnOnce() + 'static) {
     set_timeout(then, Duration::ZERO);
 }
 

@@ -1,7 +1,8 @@
 //! The state of a form: its submission, and the errors of its fields.
 //!
 //! Fields register themselves. An error appears when a field is left or the form is submitted, and disappears as soon
-//! as the field changes.
+//! as the field changes. If a field is left by pressing the mouse button, its error waits for the release, so that it
+//! does not move the button that is being clicked.
 
 use leptos::prelude::*;
 

@@ -15,6 +15,8 @@ pub enum Shape {
     Close,
     Menu,
     Search,
+    More,
+    Usage,
 }
 
 impl Shape {
@@ -32,6 +34,8 @@ impl Shape {
             Self::Copy => "M9 9h11v11H9zM5 15H4V4h11v1",
             Self::Close => "M6 6l12 12M18 6L6 18",
             Self::Menu => "M4 7h16M4 12h16M4 17h16",
+            Self::Usage => "M4 20h16M7 16v-5M12 16V6M17 16v-8",
+            Self::More => "M5 12h.01M12 12h.01M19 12h.01",
             Self::Search => "M11 5a6 6 0 1 0 0 12 6 6 0 0 0 0-12zM15.5 15.5L20 20",
         }
     }

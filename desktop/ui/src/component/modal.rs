@@ -7,9 +7,14 @@ use leptos::{
 };
 
 use super::{
-    alert::Alert, busy::busy_attr, field::Field, focus::rescue_focus, form_state::FormState,
+    alert::Alert,
+    busy::busy_attr,
+    field::Field,
+    focus::{after_render, rescue_focus},
+    form_state::FormState,
+    toast::Toasts,
 };
-use crate::{api::CallError, model::bulk::is_phrase};
+use crate::{api::CallError, model::bulk::is_phrase, reactive::effect};
 
 #[component]
 pub fn Modal(
@@ -22,34 +27,49 @@ pub fn Modal(
     #[prop(optional)]
     on_escape: Option<Callback<()>>,
     #[prop(optional)] wide: bool,
+    /// At the side of the page and as high as the window: for the forms that create and edit.
+    #[prop(optional)]
+    panel: bool,
     /// Without padding, and with a title only for screen readers.
     #[prop(optional)]
     bare: bool,
     children: ChildrenFn,
 ) -> impl IntoView {
     let dialog = NodeRef::<html::Dialog>::new();
-    Effect::new(move |_| {
+    let toasts = use_context::<Toasts>();
+    let place_toasts = move || {
+        if let Some(toasts) = toasts {
+            toasts.place();
+        }
+    };
+    effect(move || {
         let is_open = open.get();
         let Some(dialog) = dialog.get() else { return };
         if is_open && !dialog.open() {
             let _ = dialog.show_modal();
+            place_toasts();
         } else if !is_open && dialog.open() {
             dialog.close();
+            place_toasts();
             rescue_focus();
         }
     });
+    // A page that is left takes its open dialog with it.
+    on_cleanup(move || after_render(place_toasts));
     view! {
         <dialog
             node_ref=dialog
             class="modal"
             class:wide=wide
             class:bare=bare
+            class:panel=panel
             aria-label=move || title.get()
             data-locked=move || locked.get().then_some("")
             // Fires asynchronously, when the dialog may be open again.
             on:close=move |_| {
                 if dialog.get_untracked().is_none_or(|dialog| !dialog.open()) {
                     open.set(false);
+                    place_toasts();
                 }
             }
             on:cancel=move |ev: web_sys::Event| {
@@ -134,7 +154,7 @@ pub fn Confirm(
                                 view! { <button type="button" class="button" aria-disabled=busy_attr(busy) on:click=move |_| run.run(())>{label}</button> }
                             })
                     }}
-                    <button class="button" class:danger=danger class:primary=move || !danger.get() disabled=is_unconfirmed aria-disabled=busy_attr(busy)>{action}</button>
+                    <button class="button" class:danger=danger class:primary=move || !danger.get() disabled=is_unconfirmed aria-disabled=busy_attr(busy) data-busy=busy_attr(busy)>{action}</button>
                 </div>
             </form>
         </Modal>

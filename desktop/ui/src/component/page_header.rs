@@ -2,6 +2,8 @@
 
 use leptos::prelude::*;
 
+use crate::reactive::effect;
+
 /// Shows the page's title and sets the window's title to it.
 #[component]
 pub fn PageHeader(
@@ -9,7 +11,7 @@ pub fn PageHeader(
     #[prop(optional, into)] about: String,
     #[prop(optional)] children: Option<Children>,
 ) -> impl IntoView {
-    Effect::new(move |_| {
+    effect(move || {
         document().set_title(&format!("{} · Quota", title.get()));
     });
     view! {

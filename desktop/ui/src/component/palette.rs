@@ -6,8 +6,9 @@ use leptos::{
     task::spawn_local,
 };
 use quota_common::{
-    ApiKeyId,
+    ApiKeyId, PlanId,
     call::{KeyFilter, PageOf},
+    page::{MAX_LIMIT, PlanOrder},
 };
 use wasm_bindgen::JsCast;
 use web_sys::Element;
@@ -22,15 +23,16 @@ use crate::{
     clock::now,
     model::{
         address::Query,
-        command::{Action, COMMANDS, Keys, matching},
+        command::{Action, COMMANDS, Keys, contains_words, matching},
         text::quoted,
     },
     preferences::{Preferences, preferences},
+    reactive::effect,
     route::{Route, route},
 };
 
-/// How many API keys the palette lists.
-const MAX_KEYS: u32 = 5;
+/// How many API keys, and how many plans, the palette lists.
+const MAX_FOUND: u32 = 5;
 /// How long typing must pause before the palette searches.
 const DEBOUNCE_MS: u32 = 200;
 
@@ -136,6 +138,7 @@ pub fn PaletteButton(commands: Commands) -> impl IntoView {
 enum Choice {
     Command(&'static str, &'static str, Action),
     Key(ApiKeyId, String),
+    Plan(PlanId, String),
     SearchFor(String),
 }
 
@@ -143,7 +146,7 @@ impl Choice {
     fn text(&self) -> String {
         match self {
             Self::Command(name, ..) => (*name).to_owned(),
-            Self::Key(_, name) => name.clone(),
+            Self::Key(_, name) | Self::Plan(_, name) => name.clone(),
             Self::SearchFor(text) => format!("Search API keys for {}", quoted(text)),
         }
     }
@@ -168,8 +171,20 @@ pub fn CommandsView(commands: Commands) -> impl IntoView {
 fn Palette(commands: Commands) -> impl IntoView {
     let typed = RwSignal::new(String::new());
     let keys = RwSignal::new(Vec::<Choice>::new());
+    let plans = RwSignal::new(Vec::<(PlanId, String)>::new());
+    spawn_local(async move {
+        let page = PageOf {
+            limit: Some(MAX_LIMIT),
+            cursor: None,
+        };
+        // Without plans, the commands and keys are still listed.
+        if let Ok(page) = api::list_plans(Some(PlanOrder::Name), page).await {
+            let names = page.items.into_iter().map(|plan| (plan.id, plan.name));
+            let _ = plans.try_set(names.collect());
+        }
+    });
     let selected = RwSignal::new(0_usize);
-    let choices = Memo::new(move |_| {
+    let choices = Signal::derive(move || {
         let text = typed.get();
         let text = text.trim();
         let mut choices: Vec<Choice> = matching(text)
@@ -177,12 +192,19 @@ fn Palette(commands: Commands) -> impl IntoView {
             .collect();
         choices.extend(keys.get());
         if !text.is_empty() {
+            choices.extend(plans.with(|plans| {
+                let found = plans.iter().filter(|(_, name)| contains_words(name, text));
+                let found = found.take(MAX_FOUND as usize);
+                found
+                    .map(|(id, name)| Choice::Plan(*id, name.clone()))
+                    .collect::<Vec<_>>()
+            }));
             choices.push(Choice::SearchFor(text.to_owned()));
         }
         choices
     });
     let latest = StoredValue::new(0_u32);
-    Effect::new(move |_| {
+    effect(move || {
         let text = typed.get();
         selected.set(0);
         latest.update_value(|latest| *latest = latest.wrapping_add(1));
@@ -200,7 +222,7 @@ fn Palette(commands: Commands) -> impl IntoView {
                 ..KeyFilter::default()
             };
             let page = PageOf {
-                limit: Some(MAX_KEYS),
+                limit: Some(MAX_FOUND),
                 cursor: None,
             };
             // If this fails, the commands are still listed.
@@ -220,6 +242,7 @@ fn Palette(commands: Commands) -> impl IntoView {
             move || match choice {
                 Choice::Command(.., action) => commands.run(action),
                 Choice::Key(id, _) => route.go(&format!("/console/api-keys/{id}")),
+                Choice::Plan(id, _) => route.go(&format!("/console/api-keys?plan_id={id}")),
                 Choice::SearchFor(text) => {
                     let query = Query::default().with("search", &text);
                     route.go(&format!("/console/api-keys{query}"));
@@ -244,7 +267,7 @@ fn Palette(commands: Commands) -> impl IntoView {
         ev.prevent_default();
     };
     focus_soon(".palette-input");
-    Effect::new(move |_| {
+    effect(move || {
         let choice = document().get_element_by_id(&format!("choice-{}", selected.get()));
         if let Some(choice) = choice {
             choice.scroll_into_view_with_bool(false);
@@ -256,13 +279,13 @@ fn Palette(commands: Commands) -> impl IntoView {
             type="text"
             role="combobox"
             dir="auto"
-            aria-label="Type a command or the name of an API key"
+            aria-label="Type a command, or the name of an API key or plan"
             aria-expanded="true"
             aria-controls="palette"
             aria-activedescendant=move || format!("choice-{}", selected.get())
             autocomplete="off"
             maxlength="200"
-            placeholder="Type a command or the name of an API key"
+            placeholder="Type a command, or the name of an API key or plan"
             bind:value=typed
             on:keydown=on_keydown
         />
@@ -277,7 +300,11 @@ fn Palette(commands: Commands) -> impl IntoView {
                             Choice::Command(_, keys, _) => *keys,
                             _ => "",
                         });
-                        let is_key = matches!(choice, Choice::Key(..));
+                        let kind = match &choice {
+                            Choice::Key(..) => Some("API key"),
+                            Choice::Plan(..) => Some("Plan"),
+                            _ => None,
+                        };
                         view! {
                             <li
                                 id=format!("choice-{at}")
@@ -287,7 +314,7 @@ fn Palette(commands: Commands) -> impl IntoView {
                                 on:click=move |_| run(choice.clone())
                             >
                                 <span class="clamp" dir="auto">{text}</span>
-                                {is_key.then(|| view! { <span class="badge">"API key"</span> })}
+                                {kind.map(|kind| view! { <span class="badge">{kind}</span> })}
                                 <Keycaps keys/>
                             </li>
                         }

@@ -2,13 +2,13 @@
 
 use leptos::prelude::*;
 
-use crate::route::route;
+use crate::{reactive::effect, route::route};
 
 /// Opens a dialog when the address has `new` in its query, and removes that from the address.
 pub fn open_from_query(open: RwSignal<bool>) {
     let route = route();
     let own_path = route.path.get_untracked();
-    Effect::new(move |_| {
+    effect(move || {
         // While the user navigates away, this page already sees the next page's query.
         if route.path.with_untracked(|path| *path == own_path)
             && route.query.with(|query| query.get("new")).is_some()

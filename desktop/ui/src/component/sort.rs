@@ -2,6 +2,7 @@
 
 use leptos::prelude::*;
 
+use super::filter::{fixed_options, select_filter};
 use crate::route::route;
 
 /// The address of the list in another order, from its first page.
@@ -21,25 +22,7 @@ fn current() -> String {
 /// Selects a sort order. The first option is the default.
 #[component]
 pub fn SortSelect(options: &'static [(&'static str, &'static str)]) -> impl IntoView {
-    let route = route();
-    view! {
-        <div class="field">
-            <label for="sort">"Sort"</label>
-            <select
-                id="sort"
-                on:change=move |ev| {
-                    let sort = event_target_value(&ev);
-                    let query = route.query.get_untracked().with("cursor", "").with("sort", &sort);
-                    route.replace(&format!("{}{query}", route.path.get_untracked()));
-                }
-            >
-                {options
-                    .iter()
-                    .map(|&(value, name)| view! { <option value=value prop:selected=move || current() == value>{name}</option> })
-                    .collect_view()}
-            </select>
-        </div>
-    }
+    select_filter("sort", "sort", "Sort", fixed_options(options))
 }
 
 /// The header of a sortable column. Clicking it again reverses the order.

@@ -9,6 +9,7 @@ pub enum ConsolePage {
     SignIn,
     Register,
     Home,
+    Usage,
     Plans,
     ApiKeys,
     ApiKey(ApiKeyId),
@@ -25,6 +26,7 @@ impl ConsolePage {
             ["console"] => Self::Home,
             ["console", "sign-in"] => Self::SignIn,
             ["console", "register"] => Self::Register,
+            ["console", "usage"] => Self::Usage,
             ["console", "plans"] => Self::Plans,
             ["console", "api-keys"] => Self::ApiKeys,
             ["console", "api-keys", id] => id.parse().map_or(Self::NotFound, Self::ApiKey),
@@ -131,6 +133,7 @@ mod tests {
         assert_eq!(ConsolePage::of("/console"), ConsolePage::Home);
         assert_eq!(ConsolePage::of("/console/"), ConsolePage::Home);
         assert_eq!(ConsolePage::of("/console/plans"), ConsolePage::Plans);
+        assert_eq!(ConsolePage::of("/console/usage"), ConsolePage::Usage);
         let id = "019ab4e1-7c00-7000-8000-0000000000b1";
         let page = ConsolePage::of(&format!("/console/api-keys/{id}"));
         assert_eq!(page, ConsolePage::ApiKey(id.parse().expect("valid ID")));

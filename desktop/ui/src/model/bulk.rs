@@ -80,6 +80,15 @@ impl BulkAction {
     }
 }
 
+/// The result of moving keys to another plan.
+pub fn moved(done: usize, plan: &str, failed: usize, error: &str) -> String {
+    let done = format!("{} moved to {}", count_keys(done), quoted(plan));
+    match failed {
+        0 => done,
+        n => format!("{done}, {n} failed: {error}"),
+    }
+}
+
 fn count_keys(keys: usize) -> String {
     count(keys as u64, "key", "keys")
 }
@@ -128,6 +137,16 @@ mod tests {
             text.starts_with(&format!("{}: ", quoted("a"))) && text.ends_with("last 24 hours."),
             "{text}"
         );
+    }
+
+    #[test]
+    fn move_names_the_plan() {
+        assert_eq!(
+            moved(1, "Pro", 0, ""),
+            format!("1 key moved to {}", quoted("Pro"))
+        );
+        let text = moved(2, "Pro", 1, "Not found.");
+        assert!(text.ends_with(", 1 failed: Not found."), "{text}");
     }
 
     #[test]

@@ -27,6 +27,7 @@ const fn command(name: &'static str, keys: &'static str, action: Action) -> Comm
 
 pub const COMMANDS: &[Command] = &[
     command("Go to Home", "gh", Action::Go("/console")),
+    command("Go to Usage", "gu", Action::Go("/console/usage")),
     command("Go to Plans", "gp", Action::Go("/console/plans")),
     command("Go to API keys", "gk", Action::Go("/console/api-keys")),
     command(
@@ -47,6 +48,7 @@ pub const COMMANDS: &[Command] = &[
         "nt",
         Action::Go("/console/service-tokens?new=1"),
     ),
+    command("Open live tail", "", Action::Go("/console/usage?live=1")),
     command("Search API keys", "/", Action::Search),
     command("Show keyboard shortcuts", "?", Action::Help),
     command("Use light theme", "", Action::Theme("light")),
@@ -57,12 +59,16 @@ pub const COMMANDS: &[Command] = &[
 
 /// Returns the commands whose names contain every typed word, ignoring ASCII case. Unicode case tables would add to the
 /// download.
-pub fn matching(typed: &str) -> impl Iterator<Item = &'static Command> {
-    let typed = typed.to_ascii_lowercase();
-    COMMANDS.iter().filter(move |command| {
-        let name = command.name.to_ascii_lowercase();
-        typed.split_whitespace().all(|word| name.contains(word))
-    })
+pub fn matching(typed: &str) -> impl Iterator<Item = &'static Command> + use<'_> {
+    COMMANDS
+        .iter()
+        .filter(move |command| contains_words(command.name, typed))
+}
+
+/// Whether a name contains every typed word, ignoring ASCII case.
+pub fn contains_words(name: &str, typed: &str) -> bool {
+    let (name, typed) = (name.to_ascii_lowercase(), typed.to_ascii_lowercase());
+    typed.split_whitespace().all(|word| name.contains(word))
 }
 
 /// The part of a shortcut that has been pressed so far.

@@ -1,7 +1,7 @@
 //! The values of form fields.
 
 use quota_common::{
-    bounds::RPM_MAX,
+    bounds::{NAME_MAX, RPM_MAX},
     plan::{CreatePlan, UpdatePlan},
 };
 
@@ -62,6 +62,14 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
         on_redis_failure: changed(&was.on_redis_failure, now.on_redis_failure),
         billing: None,
     }
+}
+
+/// The name of a plan's copy. At most as long as a name may be.
+pub fn copy_name(name: &str) -> String {
+    const SUFFIX: &str = " (copy)";
+    let kept = NAME_MAX - SUFFIX.len();
+    let start: String = name.chars().take(kept).collect();
+    format!("{start}{SUFFIX}")
 }
 
 /// The page to open after signing in. Always within the console, whatever the address asks for.
@@ -130,6 +138,14 @@ mod tests {
             ..was
         };
         assert_eq!(plan_changes(&before, now).burst, Some(120.into()));
+    }
+
+    #[test]
+    fn copy_has_a_valid_name() {
+        assert_eq!(copy_name("Starter"), "Starter (copy)");
+        let longest = "é".repeat(NAME_MAX);
+        assert_eq!(copy_name(&longest).chars().count(), NAME_MAX);
+        assert!(copy_name(&longest).ends_with("é (copy)"));
     }
 
     #[test]

@@ -1,9 +1,21 @@
 //! Values and texts that need no browser, so that they are tested on the host.
 
 pub mod address;
+pub mod audit;
 pub mod bucket;
 pub mod bulk;
+pub mod burn_down;
+pub mod chart;
 pub mod command;
+pub mod csv;
+pub mod decision;
 pub mod form;
+pub mod json;
+pub mod key;
 pub mod limits;
+pub mod markup;
+pub mod meter;
+pub mod policy;
 pub mod text;
+pub mod usage;
+pub mod zoned;

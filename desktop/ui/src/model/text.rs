@@ -130,18 +130,24 @@ impl Gateway {
         }
     }
 
-    /// Returns the configuration for the server at `origin`, such as `https://quota.example.com`.
-    pub fn configuration(self, origin: &str, token: &str) -> String {
+    /// Returns the configuration for the server at `origin`, such as `https://quota.example.com`. `files` contains the
+    /// configurations of all gateways, each after a line with its name.
+    pub fn configuration(self, files: &str, origin: &str, token: &str) -> String {
         // The server's tests run these files with real gateways. Their opening comments are left out.
+        let file = |name: &str| {
+            let start = format!("=== {name}\n");
+            let text = files.split_once(&*start).map_or("", |(_, text)| text);
+            text.split("\n=== ").next().unwrap_or_default()
+        };
         let text = match self {
-            Self::Caddy => body(include_str!("../../../../deploy/gateways/Caddyfile")).to_owned(),
-            Self::Nginx => body(include_str!("../../../../deploy/gateways/nginx.conf")).to_owned(),
+            Self::Caddy => body(file("Caddyfile")).to_owned(),
+            Self::Nginx => body(file("nginx.conf")).to_owned(),
             Self::HaProxy => format!(
                 "{}\n\n# /etc/haproxy/quota.lua:\n\n{}",
-                body(include_str!("../../../../deploy/gateways/haproxy.cfg")),
-                include_str!("../../../../deploy/gateways/quota.lua").trim_end(),
+                body(file("haproxy.cfg")),
+                file("quota.lua").trim_end(),
             ),
-            Self::Traefik => body(include_str!("../../../../deploy/gateways/traefik.yml")).to_owned(),
+            Self::Traefik => body(file("traefik.yml")).to_owned(),
             Self::Curl => {
                 "curl https://quota.example.com/v1/check \\\n  -H \"Authorization: Bearer qs_YOUR_SERVICE_TOKEN\" \\\n  \
                  -H \"Content-Type: application/json\" \\\n  -d '{\"key\": \"qk_…\", \"endpoint\": \"GET /orders\"}'"
@@ -178,13 +184,26 @@ impl Gateway {
 fn body(text: &str) -> &str {
     match text.split_once("\n\n") {
         Some((_, body)) if text.starts_with('#') => body.trim_end(),
-        _ => text,
+        _ => text.trim_end(),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const FILES: &str = concat!(
+        "=== Caddyfile\n",
+        include_str!("../../../../deploy/gateways/Caddyfile"),
+        "\n=== nginx.conf\n",
+        include_str!("../../../../deploy/gateways/nginx.conf"),
+        "\n=== haproxy.cfg\n",
+        include_str!("../../../../deploy/gateways/haproxy.cfg"),
+        "\n=== quota.lua\n",
+        include_str!("../../../../deploy/gateways/quota.lua"),
+        "\n=== traefik.yml\n",
+        include_str!("../../../../deploy/gateways/traefik.yml"),
+    );
 
     #[test]
     fn thousands_are_separated() {
@@ -239,7 +258,7 @@ mod tests {
     #[test]
     fn every_configuration_contains_the_token_and_the_address() {
         for gateway in Gateway::ALL {
-            let text = gateway.configuration("http://localhost:8080", "qs_secret");
+            let text = gateway.configuration(FILES, "http://localhost:8080", "qs_secret");
             assert!(text.contains("qs_secret"), "{text}");
             assert!(
                 text.contains("localhost:8080") && text.contains("/v1/"),
@@ -255,7 +274,7 @@ mod tests {
 
     #[test]
     fn a_gateway_verifies_the_certificate_of_a_server_with_tls() {
-        let nginx = Gateway::Nginx.configuration("https://quota.corp.example", "qs_secret");
+        let nginx = Gateway::Nginx.configuration(FILES, "https://quota.corp.example", "qs_secret");
         for line in [
             "server quota.corp.example:443;",
             "proxy_pass https://quota/v1/forward-auth?deny=403;",
@@ -265,15 +284,15 @@ mod tests {
             assert!(nginx.contains(line), "{line} is not in\n{nginx}");
         }
         let haproxy =
-            Gateway::HaProxy.configuration("https://quota.corp.example:8443", "qs_secret");
+            Gateway::HaProxy.configuration(FILES, "https://quota.corp.example:8443", "qs_secret");
         assert!(
             haproxy.contains("server quota quota.corp.example:8443 ssl verify required")
                 && haproxy.contains("verifyhost quota.corp.example\n"),
             "{haproxy}"
         );
-        let plain = Gateway::HaProxy.configuration("http://127.0.0.1:8080", "qs_secret");
+        let plain = Gateway::HaProxy.configuration(FILES, "http://127.0.0.1:8080", "qs_secret");
         assert!(plain.contains("server quota 127.0.0.1:8080\n"), "{plain}");
-        let plain = Gateway::Nginx.configuration("http://127.0.0.1:8080", "qs_secret");
+        let plain = Gateway::Nginx.configuration(FILES, "http://127.0.0.1:8080", "qs_secret");
         assert!(!plain.contains("ssl"), "{plain}");
     }
 }

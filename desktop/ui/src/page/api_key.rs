@@ -10,19 +10,20 @@ use quota_common::{
 use super::{
     create_api_key::NewKeyDialog,
     edit_api_key::EditDialog,
-    key_status::{key_status, time_or},
-    plan_list::{PlansError, find_plan, load_plans, plan_name},
+    key_usage::{KeyActivity, KeyUsage, LimitMeters},
+    plan_list::{PlansError, find_plan, load_plans},
     rotate_api_key::RotateDialog,
-    try_it::TryIt,
+    try_it::{TryIt, other_key},
 };
 use crate::{
     api::{self, CallError},
     clock::now,
     component::{
-        Async, Confirm, CopyButton, Field, FormState, Loader, NewSecret, PageHeader, RelativeTime,
-        Toasts, busy_attr, load,
+        Async, Confirm, CopyButton, Field, FormState, Loader, NewSecret, PageHeader, Toasts,
+        busy_attr, load,
     },
-    model::{limits::EffectiveLimits, text},
+    model::{key::key_details, text},
+    reactive::text_memo,
     route::route,
     session::session,
 };
@@ -44,6 +45,11 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let loader = load(move || api::get_api_key(id));
     let plans = load_plans();
+    let usage = KeyUsage::load(id);
+    let on_sent = Callback::new(move |()| {
+        loader.reload_after_requests();
+        usage.reload_after_requests();
+    });
     let name = Signal::derive(move || loader.ready().map(|key| key.name).unwrap_or_default());
     let title = Signal::derive(move || {
         Some(name.get())
@@ -60,20 +66,12 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     let set_active = Callback::new(move |active: bool| {
         dialogs.busy.set(true);
         spawn_local(async move {
-            let body = UpdateApiKey {
-                is_active: Some(active),
-                ..UpdateApiKey::default()
-            };
-            match api::update_api_key(id, body).await {
-                Ok(_) => {
-                    toasts.succeed(if active {
-                        "Key activated"
-                    } else {
-                        "Key deactivated"
+            if change_status(id, active, loader, toasts).await && !active {
+                toasts.succeed_with_undo("Key deactivated", move || {
+                    spawn_local(async move {
+                        change_status(id, true, loader, toasts).await;
                     });
-                    loader.reload();
-                }
-                Err(error) => toasts.fail(&error),
+                });
             }
             let _ = dialogs.busy.try_set(false);
             let _ = dialogs.deactivating.try_set(false);
@@ -85,8 +83,9 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         <p class="breadcrumb"><a href="/console/api-keys">"API keys"</a></p>
         <PageHeader title/>
         <PlansError plans/>
-        <Async loader show=move |key| view! { <KeyDetails key plans dialogs set_active/> }/>
-        <TrySection id on_sent=Callback::new(move |()| loader.reload_after_requests())/>
+        <Async loader show=move |key| view! { <KeyDetails key plans usage dialogs set_active/> }/>
+        <KeyActivity id usage/>
+        <TrySection id loader on_sent/>
         <EditDialog loader plans open=dialogs.editing/>
         <RotateDialog id loader open=dialogs.rotating rotated/>
         <Confirm
@@ -100,26 +99,60 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             run=Callback::new(move |()| set_active.run(false))
         />
         <DeleteDialog id loader dialogs set_active/>
-        <NewKeyDialog new=rotated on_close=Callback::new(move |()| loader.reload_after_requests())/>
+        <NewKeyDialog new=rotated on_close=on_sent/>
     }
 }
 
+/// Activates or deactivates the key. Reports activation and errors; returns whether it succeeded.
+async fn change_status(id: ApiKeyId, active: bool, loader: Loader<ApiKey>, toasts: Toasts) -> bool {
+    let body = UpdateApiKey {
+        is_active: Some(active),
+        ..UpdateApiKey::default()
+    };
+    let result = api::update_api_key(id, body).await;
+    match &result {
+        Ok(_) if active => toasts.succeed("Key activated"),
+        Ok(_) => {}
+        Err(error) => toasts.fail(error),
+    }
+    loader.reload();
+    result.is_ok()
+}
+
 #[component]
-fn TrySection(id: ApiKeyId, on_sent: Callback<()>) -> impl IntoView {
+fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> impl IntoView {
     let known_keys = session().known_keys;
     let pasted = RwSignal::new(String::new());
-    let known = Memo::new(move |_| {
+    // Empty if the key is not known.
+    let known = text_memo(move || {
         known_keys.with(|keys| {
             let own = keys.iter().find(|(it, _)| *it == id);
-            own.map(|(_, secret)| secret.clone())
+            own.map(|(_, secret)| secret.clone()).unwrap_or_default()
         })
     });
-    let secret = Signal::derive(move || known.get().unwrap_or_else(|| pasted.get()));
+    let is_known = move || known.with(|known| !known.is_empty());
+    let secret = Signal::derive(move || {
+        if is_known() {
+            known.get()
+        } else {
+            pasted.get()
+        }
+    });
+    // A key pasted by mistake would be charged in place of this one.
+    let mistake = move || {
+        let key = loader.ready()?;
+        let pasted = pasted.get();
+        let pasted = pasted.trim();
+        let is_other = !pasted.is_empty()
+            && !pasted.starts_with(&*key.prefix)
+            && !key.prefix.starts_with(pasted);
+        is_other.then(|| other_key(&key))
+    };
     view! {
         <section class="card" aria-labelledby="try-title">
             <h2 id="try-title">"Try it"</h2>
             {move || {
-                if known.get().is_some() {
+                if is_known() {
                     view! {
                         <p class="muted">"The full key is available until you close this tab."</p>
                         <p class="known-key"><CopyButton text=secret what="key"/></p>
@@ -128,11 +161,12 @@ fn TrySection(id: ApiKeyId, on_sent: Callback<()>) -> impl IntoView {
                 } else {
                     view! {
                         <Field form=FormState::new() name="pasted_key" label="Key" kind="password" value=pasted placeholder="qk_…" hint="Keys aren't stored. Paste yours to test."/>
+                        <div role="status">{move || mistake().map(|text| view! { <p class="alert warn">{text}</p> })}</div>
                     }
                         .into_any()
                 }
             }}
-            <TryIt secret on_sent/>
+            <TryIt secret key=Signal::derive(move || loader.ready()) on_sent/>
         </section>
     }
 }
@@ -141,27 +175,27 @@ fn TrySection(id: ApiKeyId, on_sent: Callback<()>) -> impl IntoView {
 fn KeyDetails(
     key: ApiKey,
     plans: Loader<Vec<Plan>>,
+    usage: KeyUsage,
     dialogs: Dialogs,
     set_active: Callback<bool>,
 ) -> impl IntoView {
     let can_manage = session().can_manage();
-    let plan_id = key.plan_id;
+    let id = key.id.to_string();
     let (is_active, busy) = (key.is_active, dialogs.busy);
-    let previous = key
-        .previous_expires_at
-        .filter(|at| at.inner().timestamp_millis() > now());
+    let time_zone = session().time_zone();
+    let details = move || {
+        let plan = find_plan(plans, key.plan_id);
+        key_details(&key, plan.as_ref(), &time_zone, now()).to_string()
+    };
     view! {
         <section class="card">
-            <dl class="details">
-                <div><dt>"Status"</dt><dd>{key_status(&key)}</dd></div>
-                <div><dt>"Key"</dt><dd><code>{key.prefix.clone()}"…"</code></dd></div>
-                <div><dt>"Plan"</dt><dd dir="auto"><span class="clamp">{move || plan_name(plans, plan_id)}</span></dd></div>
-                <div><dt>"Created"</dt><dd><RelativeTime at=key.created_at/></dd></div>
-                <div><dt>"Last used"</dt><dd>{time_or(key.last_used_at, "Never used")}</dd></div>
-                <div><dt>"Expires"</dt><dd>{time_or(key.expires_at, "Never")}</dd></div>
-                {previous.map(|at| view! { <div><dt>"Previous key"</dt><dd>"Expires " <RelativeTime at/></dd></div> })}
-            </dl>
-            <LimitDetails key=key.clone() plans/>
+            <div inner_html=details></div>
+            <p class="key-id">
+                <span class="muted small-text">"Key ID"</span>
+                <code>{id.clone()}</code>
+                <CopyButton text=Signal::derive(move || id.clone()) what="key ID"/>
+            </p>
+            <LimitMeters limits=usage.limits/>
             {can_manage
                 .then(|| {
                     view! {
@@ -178,69 +212,6 @@ fn KeyDetails(
                     }
                 })}
         </section>
-    }
-}
-
-/// The limits that apply to the key, once its plan has been loaded.
-#[component]
-fn LimitDetails(key: ApiKey, plans: Loader<Vec<Plan>>) -> impl IntoView {
-    let time_zone = session().time_zone();
-    move || {
-        let plan = find_plan(plans, key.plan_id)?;
-        let limits = EffectiveLimits::new(&plan, &key);
-        let rate_source = if key.rpm_override.is_some() {
-            format!(
-                "Override (plan: {}/min)",
-                text::number(plan.default_rpm.into())
-            )
-        } else {
-            "From the plan".to_owned()
-        };
-        let quota = |quota: Option<u64>, reset: String| match quota {
-            Some(quota) => (text::number(quota), reset),
-            None => ("Unlimited".to_owned(), String::new()),
-        };
-        let daily = quota(
-            limits.daily_quota,
-            format!("Resets at midnight, {time_zone}"),
-        );
-        let monthly = quota(
-            limits.monthly_quota,
-            format!("Resets on the 1st, {time_zone}"),
-        );
-        let rows = [
-            (
-                "Rate limit",
-                (
-                    format!("{}/min", text::number(limits.rate.into())),
-                    rate_source,
-                ),
-            ),
-            (
-                "Burst",
-                (
-                    text::number(limits.burst.into()),
-                    "Requests in one burst".to_owned(),
-                ),
-            ),
-            ("Daily quota", daily),
-            ("Monthly quota", monthly),
-        ];
-        Some(view! {
-            <dl class="details limits">
-                {rows
-                    .map(|(name, (value, note))| {
-                        view! {
-                            <div>
-                                <dt>{name}</dt>
-                                <dd><strong>{value}</strong> <span class="muted small-text">{note}</span></dd>
-                            </div>
-                        }
-                    })
-                    .into_iter()
-                    .collect_view()}
-            </dl>
-        })
     }
 }
 

@@ -1,6 +1,6 @@
 //! The list of API keys.
 
-use leptos::{prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{api_key::ApiKey, call::KeyFilter, page::ApiKeyOrder, plan::Plan};
 
 use super::{
@@ -12,9 +12,10 @@ use super::{
 use crate::{
     api,
     component::{
-        Async, EmptyState, Loader, PageHeader, Pager, Shape, SortHead, SortSelect, load_page,
-        open_from_query,
+        Async, EmptyState, Loader, PageHeader, Pager, Shape, SortHead, SortSelect, fixed_options,
+        input_filter, load_page, open_from_query, select_filter,
     },
+    reactive::effect,
     route::route,
     session::session,
 };
@@ -70,7 +71,7 @@ pub fn ApiKeys() -> impl IntoView {
     let creating = RwSignal::new(false);
     open_from_query(creating);
     let selected = RwSignal::new(Vec::<ApiKey>::new());
-    Effect::new(move |_| {
+    effect(move || {
         query.track();
         selected.set(Vec::new());
     });
@@ -93,7 +94,7 @@ pub fn ApiKeys() -> impl IntoView {
                     {can_manage
                         .then(|| {
                             let on_changed = Callback::new(move |()| loader.reload());
-                            view! { <BulkActions shown=page.items.iter().map(|key| key.id).collect() total=page.total selected on_changed/> }
+                            view! { <BulkActions shown=page.items.iter().map(|key| key.id).collect() total=page.total selected plans on_changed/> }
                         })}
                     <table class="table">
                         <caption class="visually-hidden">"API keys"</caption>
@@ -184,28 +185,11 @@ fn NoKeys(is_filtered: bool, plans: Loader<Vec<Plan>>, creating: RwSignal<bool>)
     .into_any()
 }
 
-/// The filters of the list. They are part of the address, so that it can be shared.
+/// The filters of the list.
 #[component]
 fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
-    let route = route();
-    let query = route.query;
-    let parameter = move |name: &str| query.with(|query| query.get(name));
-    let set = move |name: &'static str, value: String| {
-        let query = query.get_untracked().with("cursor", "");
-        route.replace(&format!("/console/api-keys{}", query.with(name, &value)));
-    };
-    let latest = StoredValue::new(0_u32);
-    let search = move |value: String| {
-        latest.update_value(|n| *n = n.wrapping_add(1));
-        let own = latest.get_value();
-        spawn_local(async move {
-            gloo_timers::future::TimeoutFuture::new(250).await;
-            if latest.try_get_value() == Some(own) {
-                set("search", value);
-            }
-        });
-    };
-    let plan_options = move || {
+    let query = route().query;
+    let plan_options = Signal::derive(move || {
         let mut options = vec![(String::new(), "All plans".to_owned())];
         if let Some(plans) = plans.ready() {
             options.extend(
@@ -214,53 +198,18 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
                     .map(|plan| (plan.id.to_string(), plan.name)),
             );
             // A filter by a deleted plan still applies.
-            if let Some(id) =
-                parameter("plan_id").filter(|id| !options.iter().any(|(it, _)| it == id))
-            {
+            let current = query.with(|query| query.get("plan_id"));
+            if let Some(id) = current.filter(|id| !options.iter().any(|(it, _)| it == id)) {
                 options.push((id, "Deleted plan".to_owned()));
             }
         }
         options
-    };
+    });
     view! {
         <search class="filters">
-            <div class="field">
-                <label for="search">"Search"</label>
-                <input
-                    id="search"
-                    type="search"
-                    dir="auto"
-                    placeholder="Search by name or key prefix"
-                    maxlength="200"
-                    prop:value=move || parameter("search").unwrap_or_default()
-                    on:input=move |ev| search(event_target_value(&ev))
-                />
-            </div>
-            <div class="field">
-                <label for="plan_filter">"Plan"</label>
-                <select id="plan_filter" on:change=move |ev| set("plan_id", event_target_value(&ev))>
-                    {move || {
-                        plan_options()
-                            .into_iter()
-                            .map(|(id, name)| {
-                                let same = id.clone();
-                                view! { <option value=id prop:selected=move || parameter("plan_id").unwrap_or_default() == same>{name}</option> }
-                            })
-                            .collect_view()
-                    }}
-                </select>
-            </div>
-            <div class="field">
-                <label for="status_filter">"Status"</label>
-                <select id="status_filter" on:change=move |ev| set("status", event_target_value(&ev))>
-                    {STATUSES
-                        .map(|(value, label)| {
-                            view! { <option value=value prop:selected=move || parameter("status").unwrap_or_default() == value>{label}</option> }
-                        })
-                        .into_iter()
-                        .collect_view()}
-                </select>
-            </div>
+            {input_filter("search", "Search", "search", "Search by name or key prefix")}
+            {select_filter("plan_id", "plan_filter", "Plan", plan_options)}
+            {select_filter("status", "status_filter", "Status", fixed_options(&STATUSES))}
             <SortSelect options=ORDERS/>
         </search>
     }

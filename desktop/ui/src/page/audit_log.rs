@@ -2,41 +2,33 @@
 
 use leptos::prelude::*;
 use quota_common::{
+    Page, Timestamp,
     audit::{AuditAction, AuditEvent, AuditTarget},
-    call::AuditFilter,
+    call::{AuditFilter, PageOf},
+    page::MAX_LIMIT,
+    plan::Plan,
 };
+use wasm_bindgen::JsCast;
+use web_sys::Element;
 
+use super::plan_list::load_plans;
 use crate::{
     api,
-    component::{Async, EmptyState, PageHeader, Pager, RelativeTime, Shape, load_page},
-    model::{address::Query, text::count},
+    clock::now,
+    component::{
+        Async, EmptyState, ExportButton, Loader, PageHeader, Pager, Shape, input_filter, load_page,
+        select_filter, set_filter,
+    },
+    model::{
+        address::Query,
+        audit::{action_label, event_table, summary},
+        csv::csv,
+    },
     route::route,
 };
 
-/// The label of an action such as `api_key.rotate`.
-fn action_label(text: &str) -> String {
-    match text {
-        "session.begin" => "Signed in",
-        "session.end" => "Signed out",
-        "session.reuse_detected" => "Session revoked: refresh token reused",
-        "user.register" => "Account created",
-        "user.update" => "Profile updated",
-        "user.change_password" => "Password changed",
-        "user.reset_password" => "Password reset",
-        "tenant.update" => "Organization updated",
-        _ => {
-            let (noun, verb) = text.split_once('.').unwrap_or((text, ""));
-            let noun = match noun {
-                "plan" => "Plan",
-                "api_key" => "API key",
-                "service_token" => "Service token",
-                other => other,
-            };
-            return format!("{noun} {verb}d");
-        }
-    }
-    .to_owned()
-}
+/// How many events an export contains at most.
+const MAX_EXPORTED: usize = 10_000;
 
 const fn resource_label(target: AuditTarget) -> &'static str {
     match target {
@@ -49,199 +41,210 @@ const fn resource_label(target: AuditTarget) -> &'static str {
     }
 }
 
-fn resources(_: &Query) -> Vec<(&'static str, String)> {
-    let all = AuditTarget::ALL.iter();
-    all.map(|it| (it.as_str(), resource_label(*it).to_owned()))
-        .collect()
+fn resources() -> Signal<Vec<(String, String)>> {
+    Signal::derive(|| {
+        let all = AuditTarget::ALL.iter();
+        let all = all.map(|it| (it.as_str().to_owned(), resource_label(*it).to_owned()));
+        std::iter::once((String::new(), "All resources".to_owned()))
+            .chain(all)
+            .collect()
+    })
 }
 
 /// The actions on the selected resource.
-fn actions(query: &Query) -> Vec<(&'static str, String)> {
-    let noun = query.get("target_type").unwrap_or_default();
-    AuditAction::ALL
-        .iter()
-        .map(|it| it.as_str())
-        .filter(|it| it.starts_with(&noun))
-        .map(|it| (it, action_label(it)))
-        .collect()
+fn actions(query: RwSignal<Query>) -> Signal<Vec<(String, String)>> {
+    Signal::derive(move || {
+        let noun = query
+            .with(|query| query.get("target_type"))
+            .unwrap_or_default();
+        let all = AuditAction::ALL.iter().map(|it| it.as_str());
+        let all = all.filter(|it| it.starts_with(&noun));
+        std::iter::once((String::new(), "All actions".to_owned()))
+            .chain(all.map(|it| (it.to_owned(), action_label(it))))
+            .collect()
+    })
 }
 
-/// A filter that is part of the address.
-#[component]
-fn Filter(
-    name: &'static str,
-    label: &'static str,
-    all: &'static str,
-    options: fn(&Query) -> Vec<(&'static str, String)>,
-) -> impl IntoView {
-    let route = route();
-    let change = move |ev| {
-        let mut query = route.query.get_untracked().with("cursor", "");
-        if name == "target_type" {
-            query = query.with("action", "");
-        }
-        let query = query.with(name, &event_target_value(&ev));
-        route.replace(&format!("/console/audit{query}"));
+/// The parameters of the address that restrict the list.
+const FILTERS: [&str; 7] = [
+    "target_type",
+    "action",
+    "search",
+    "actor",
+    "from",
+    "to",
+    "target_id",
+];
+
+/// Reads the filter from the address. Its dates are days in UTC, both inclusive.
+fn filter(query: &Query) -> AuditFilter {
+    const DAY_MS: f64 = 86_400_000.0;
+    let midnight = |name: &str, days_later: f64| -> Option<Timestamp> {
+        let date = js_sys::Date::new(&format!("{}T00:00:00Z", query.get(name)?).into());
+        let time = date.get_time() + days_later * DAY_MS;
+        date.set_time(time);
+        (!time.is_nan()).then(|| date.to_iso_string().as_string()?.parse().ok())?
     };
-    view! {
-        <div class="field">
-            <label for=name>{label}</label>
-            <select id=name on:change=change>
-                {move || {
-                    route
-                        .query
-                        .with(|query| {
-                            let current = query.get(name).unwrap_or_default();
-                            let mut all = vec![("", all.to_owned())];
-                            all.append(&mut options(query));
-                            all.into_iter()
-                                .map(|(value, text)| view! { <option value=value selected=value == current>{text}</option> })
-                                .collect_view()
-                        })
-                }}
-            </select>
-        </div>
+    AuditFilter {
+        action: query.get("action").and_then(|it| AuditAction::of(&it)),
+        target_type: query.get("target_type").and_then(|it| AuditTarget::of(&it)),
+        target_id: query.get("target_id"),
+        actor: query.get("actor"),
+        search: query.get("search"),
+        from: midnight("from", 0.0),
+        to: midnight("to", 1.0),
     }
-}
-
-/// The changed fields with their values before and after.
-fn changed_fields(event: &AuditEvent) -> Vec<(String, String, String)> {
-    let fields = |value: &Option<serde_json::Value>| {
-        value
-            .as_ref()
-            .and_then(|it| it.as_object().cloned())
-            .unwrap_or_default()
-    };
-    let (before, after) = (fields(&event.before), fields(&event.after));
-    let text = |value: Option<&serde_json::Value>| match value {
-        None => String::new(),
-        Some(serde_json::Value::String(text)) => text.clone(),
-        Some(serde_json::Value::Null) => "none".to_owned(),
-        Some(other) => serde_json::to_string(other).unwrap_or_default(),
-    };
-    let added = after.keys().filter(|name| !before.contains_key(*name));
-    before
-        .keys()
-        .chain(added)
-        .map(|name| {
-            (
-                name.replace('_', " "),
-                text(before.get(name)),
-                text(after.get(name)),
-            )
-        })
-        .collect()
 }
 
 #[component]
 pub fn AuditLog() -> impl IntoView {
-    let query = route().query;
-    let parameter = move |name: &str| query.with(|query| query.get(name));
-    let loader = load_page(move |page| {
-        let filter = AuditFilter {
-            action: parameter("action").and_then(|it| AuditAction::of(&it)),
-            target_type: parameter("target_type").and_then(|it| AuditTarget::of(&it)),
-        };
-        api::list_audit(filter, page)
+    let route = route();
+    let query = route.query;
+    let loader = load_page(move |page| api::list_audit(query.with(filter), page));
+    let plans = load_plans();
+    let export = Callback::new(move |()| {
+        let filter = query.with_untracked(filter);
+        let names = PlanNames(plans);
+        Box::pin(async move { Ok(("audit-log.csv".to_owned(), exported(filter, names).await?)) })
+            as api::PendingCall<(String, String)>
     });
     view! {
-        <PageHeader title="Audit log" about="Every change: what was changed, by whom, when, and from where."/>
-        <search class="filters two">
-            <Filter name="target_type" label="Resource" all="All resources" options=resources/>
-            <Filter name="action" label="Action" all="All actions" options=actions/>
+        <PageHeader title="Audit log" about="Every change: what was changed, by whom, when, and from where.">
+            <ExportButton export/>
+        </PageHeader>
+        <search class="filters audit">
+            {input_filter("search", "Resource name", "search", "Name")}
+            {input_filter("actor", "Actor", "search", "Email")}
+            {select_filter("target_type", "target_type", "Resource", resources())}
+            {select_filter("action", "action", "Action", actions(query))}
+            {input_filter("from", "From (UTC)", "date", "")}
+            {input_filter("to", "To (UTC)", "date", "")}
         </search>
+        {move || {
+            query
+                .with(|query| query.get("target_id"))
+                .map(|id| {
+                    view! {
+                        <p class="filter-note">
+                            "Changes to " <code>{id}</code> " only. "
+                            <button type="button" class="link" on:click=move |_| set_filter(route, "target_id", "")>"Show all"</button>
+                        </p>
+                    }
+                })
+        }}
         <Async
             loader
             show=move |page| {
-                if page.items.is_empty() && (parameter("target_type").is_some() || parameter("action").is_some()) {
-                    return view! {
-                        <EmptyState shape=Shape::Search title="No matching events" about="Try other filters.">
-                            <a class="button" href="/console/audit">"Clear filters"</a>
-                        </EmptyState>
-                    }
-                        .into_any();
-                }
                 if page.items.is_empty() {
-                    return view! {
-                        <EmptyState shape=Shape::Audit title="No events yet" about="Changes to plans, keys, tokens and sessions appear here."/>
-                    }
-                        .into_any();
+                    let is_filtered = query.with(|query| FILTERS.iter().any(|name| query.get(name).is_some()));
+                    return view! { <NoEvents is_filtered/> }.into_any();
                 }
-                let shown = page.items.len();
-                let deleted_keys = page
-                    .items
-                    .iter()
-                    .filter(|it| it.action == "api_key.delete")
-                    .map(|it| it.target_id.clone())
-                    .collect::<Vec<_>>();
-                view! {
-                    <table class="table">
-                        <caption class="visually-hidden">"Events, newest first"</caption>
-                        <thead>
-                            <tr>
-                                <th scope="col">"Action"</th>
-                                <th scope="col">"Resource"</th>
-                                <th scope="col">"Actor"</th>
-                                <th scope="col">"IP address"</th>
-                                <th scope="col">"Time"</th>
-                                <th scope="col">"Details"</th>
-                            </tr>
-                        </thead>
-                        <tbody>
-                            {page
-                                .items
-                                .into_iter()
-                                .map(|event| {
-                                    let changes = changed_fields(&event);
-                                    let has_page = event.target_type == "api_key" && !deleted_keys.contains(&event.target_id);
-                                    let id = event.target_id.clone().filter(|_| has_page);
-                                    let href = id.map(|id| format!("/console/api-keys/{id}"));
-                                    // Accounts and sessions have no name of their own; the actor identifies them.
-                                    let name = event.target_name.clone().unwrap_or_else(|| "–".to_owned());
-                                    view! {
-                                        <tr>
-                                            <th scope="row">{action_label(&event.action)}</th>
-                                            // Without an `href`, as for deleted keys, this is plain text.
-                                            <td data-label="Resource" class="name-cell"><a class="clamp" dir="auto" href=href>{name}</a></td>
-                                            <td class="actor" data-label="Actor" dir="auto">{event.user_email.clone().unwrap_or_else(|| "System".to_owned())}</td>
-                                            <td data-label="IP address"><code>{event.ip.clone().unwrap_or_else(|| "–".to_owned())}</code></td>
-                                            <td data-label="Time"><div><RelativeTime at=event.at with_exact=true/></div></td>
-                                            <td data-label="Details">
-                                                {if changes.is_empty() {
-                                                    view! { <span class="muted">"–"</span> }.into_any()
-                                                } else {
-                                                    view! {
-                                                        <details>
-                                                            <summary>{count(changes.len() as u64, "field", "fields")}</summary>
-                                                            <dl class="changes">
-                                                                {changes
-                                                                    .into_iter()
-                                                                    .map(|(name, before, after)| view! {
-                                                                        <div>
-                                                                            <dt>{name}</dt>
-                                                                            <dd dir="auto">
-                                                                                {(!before.is_empty()).then(|| view! { <del>{before}</del> " " })}
-                                                                                {(!after.is_empty()).then(|| view! { <ins>{after}</ins> })}
-                                                                            </dd>
-                                                                        </div>
-                                                                    })
-                                                                    .collect_view()}
-                                                            </dl>
-                                                        </details>
-                                                    }
-                                                        .into_any()
-                                                }}
-                                            </td>
-                                        </tr>
-                                    }
-                                })
-                                .collect_view()}
-                        </tbody>
-                    </table>
-                    <Pager total=page.total shown next=page.next_cursor/>
-                }
-                    .into_any()
+                view! { <Events page plans/> }.into_any()
             }
         />
+    }
+}
+
+#[component]
+fn NoEvents(is_filtered: bool) -> impl IntoView {
+    if is_filtered {
+        view! {
+            <EmptyState shape=Shape::Search title="No matching events" about="Try other filters.">
+                <a class="button" href="/console/audit">"Clear filters"</a>
+            </EmptyState>
+        }
+        .into_any()
+    } else {
+        view! {
+            <EmptyState shape=Shape::Audit title="No events yet" about="Changes to plans, keys, tokens and sessions appear here."/>
+        }
+        .into_any()
+    }
+}
+
+/// The names of plans, as far as they have been loaded.
+#[derive(Clone, Copy)]
+struct PlanNames(Loader<Vec<Plan>>);
+
+impl PlanNames {
+    fn find(self, id: &str) -> Option<String> {
+        let found = self.0.with(|plans| {
+            let plan = plans.iter().find(|plan| plan.id.to_string() == id);
+            plan.map(|plan| plan.name.clone())
+        });
+        // Until plans are loaded, none is known to be deleted.
+        found.unwrap_or_else(|| Some("…".to_owned()))
+    }
+
+    fn summary(self, event: &AuditEvent) -> String {
+        summary(event, &|id| self.find(id))
+    }
+}
+
+/// Fetches all events that match, page by page, as CSV.
+async fn exported(filter: AuditFilter, names: PlanNames) -> api::CallResult<String> {
+    let header = [
+        "time",
+        "action",
+        "summary",
+        "resource_type",
+        "resource_name",
+        "resource_id",
+        "actor",
+        "ip",
+    ];
+    let mut rows = vec![header.map(str::to_owned).to_vec()];
+    let mut cursor = None;
+    while rows.len() <= MAX_EXPORTED {
+        let page = PageOf {
+            limit: Some(MAX_LIMIT),
+            cursor,
+        };
+        let page = api::list_audit(filter.clone(), page).await?;
+        rows.extend(page.items.into_iter().map(|event| {
+            let summary = untrack(|| names.summary(&event));
+            vec![
+                event.at.to_string(),
+                event.action,
+                summary,
+                event.target_type,
+                event.target_name.unwrap_or_default(),
+                event.target_id.unwrap_or_default(),
+                event.user_email.unwrap_or_default(),
+                event.ip.unwrap_or_default(),
+            ]
+        }));
+        cursor = page.next_cursor;
+        if cursor.is_none() {
+            break;
+        }
+    }
+    Ok(csv(rows))
+}
+
+#[component]
+fn Events(page: Page<AuditEvent>, plans: Loader<Vec<Plan>>) -> impl IntoView {
+    let shown = page.items.len();
+    let (total, next) = (page.total, page.next_cursor);
+    let events = page.items;
+    let names = PlanNames(plans);
+    let table = move || event_table(&events, &|id| names.find(id), now()).to_string();
+    // Each button shows or hides the row below its own.
+    let on_click = move |ev: web_sys::MouseEvent| {
+        let target = ev.target().and_then(|it| it.dyn_into::<Element>().ok());
+        let button = target.and_then(|it| it.closest("button[aria-controls]").ok()?);
+        let Some(button) = button else { return };
+        let row = button
+            .get_attribute("aria-controls")
+            .and_then(|id| document().get_element_by_id(&id));
+        if let Some(row) = row {
+            let is_hidden = row.has_attribute("hidden");
+            let _ = row.toggle_attribute("hidden");
+            let _ = button.set_attribute("aria-expanded", if is_hidden { "true" } else { "false" });
+        }
+    };
+    view! {
+        <div inner_html=table on:click=on_click></div>
+        <Pager total shown next/>
     }
 }

@@ -1,34 +1,54 @@
 //! Actions on several API keys at once.
 
-use leptos::{prelude::*, task::spawn_local};
+use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 use quota_common::{
-    ApiKeyId,
+    ApiKeyId, PlanId,
     api_key::{ApiKey, UpdateApiKey},
+    plan::Plan,
 };
 
 use crate::{
     api::{self, CallError, CallResult},
     clock::now,
-    component::{Confirm, Toasts, focus_soon},
-    model::{bulk::BulkAction, text},
+    component::{Confirm, FormState, Loader, Modal, SelectField, Toasts, busy_attr, focus_soon},
+    model::{
+        bulk::{BulkAction, moved},
+        text,
+    },
+    reactive::effect,
 };
 
 const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 
 async fn apply(action: BulkAction, key: &ApiKey) -> CallResult<()> {
-    let set_active = |active| UpdateApiKey {
+    match action {
+        BulkAction::Activate => set_active(key.id, true).await,
+        BulkAction::Deactivate => set_active(key.id, false).await,
+        BulkAction::Delete => api::delete_api_key(key.id).await,
+    }
+}
+
+async fn set_active(id: ApiKeyId, active: bool) -> CallResult<()> {
+    let body = UpdateApiKey {
         is_active: Some(active),
         ..UpdateApiKey::default()
     };
-    match action {
-        BulkAction::Activate => api::update_api_key(key.id, set_active(true))
-            .await
-            .map(drop),
-        BulkAction::Deactivate => api::update_api_key(key.id, set_active(false))
-            .await
-            .map(drop),
-        BulkAction::Delete => api::delete_api_key(key.id).await,
-    }
+    api::update_api_key(id, body).await.map(drop)
+}
+
+/// Activates keys again that were just deactivated.
+fn undo(keys: Vec<ApiKeyId>, toasts: Toasts, on_changed: Callback<()>) {
+    spawn_local(async move {
+        let mut last_error = None;
+        for id in &keys {
+            last_error = set_active(*id, true).await.err().or(last_error);
+        }
+        match last_error {
+            Some(error) => toasts.fail(&error),
+            None => toasts.succeed(BulkAction::Activate.outcome(keys.len(), 0, "")),
+        }
+        let _ = on_changed.try_run(());
+    });
 }
 
 fn consequences(action: BulkAction, keys: &[ApiKey]) -> String {
@@ -47,8 +67,10 @@ pub fn BulkActions(
     /// The number of keys on all pages.
     total: u64,
     selected: RwSignal<Vec<ApiKey>>,
+    plans: Loader<Vec<Plan>>,
     on_changed: Callback<()>,
 ) -> impl IntoView {
+    let moving = RwSignal::new(false);
     let toasts = expect_context::<Toasts>();
     let action = RwSignal::new(BulkAction::Activate);
     let confirming = RwSignal::new(false);
@@ -56,7 +78,7 @@ pub fn BulkActions(
     let count = Signal::derive(move || selected.with(Vec::len));
     let shown_count = shown.len();
     // Deselect keys that are no longer shown.
-    Effect::new(move |_| {
+    effect(move || {
         if selected.with_untracked(|it| it.iter().any(|key| !shown.contains(&key.id))) {
             selected.update(|it| it.retain(|key| shown.contains(&key.id)));
         }
@@ -74,7 +96,13 @@ pub fn BulkActions(
                 }
             }
             let outcome = action.outcome(keys.len() - failed.len(), failed.len(), &last_error);
-            if failed.is_empty() {
+            let was_active =
+                |key: &&ApiKey| key.is_active && failed.iter().all(|it| it.id != key.id);
+            let changed: Vec<_> = keys.iter().filter(was_active).map(|key| key.id).collect();
+            if failed.is_empty() && action == BulkAction::Deactivate && !changed.is_empty() {
+                toasts
+                    .succeed_with_undo(outcome, move || undo(changed.clone(), toasts, on_changed));
+            } else if failed.is_empty() {
                 toasts.succeed(outcome);
             } else {
                 toasts.fail_with(outcome);
@@ -118,7 +146,9 @@ pub fn BulkActions(
                             .collect_view()
                     })
             }}
+            {move || (count.get() > 0).then(|| view! { <button class="button small" on:click=move |_| moving.set(true)>"Change plan"</button> })}
         </div>
+        <MoveDialog open=moving selected plans on_changed/>
         <Confirm
             open=confirming
             title=Signal::derive(move || action.get().title(count.get()))
@@ -130,6 +160,91 @@ pub fn BulkActions(
             failure=Signal::derive(|| None::<CallError>)
             run
         />
+    }
+}
+
+/// Moves the selected keys to another plan.
+#[component]
+fn MoveDialog(
+    open: RwSignal<bool>,
+    selected: RwSignal<Vec<ApiKey>>,
+    plans: Loader<Vec<Plan>>,
+    on_changed: Callback<()>,
+) -> impl IntoView {
+    let title = move || {
+        let count = selected.with(Vec::len) as u64;
+        format!("Move {} to another plan", text::count(count, "key", "keys"))
+    };
+    view! {
+        <Modal open panel=true title=Signal::derive(title)>
+            <MoveForm open selected plans on_changed/>
+        </Modal>
+    }
+}
+
+#[component]
+fn MoveForm(
+    open: RwSignal<bool>,
+    selected: RwSignal<Vec<ApiKey>>,
+    plans: Loader<Vec<Plan>>,
+    on_changed: Callback<()>,
+) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let form = FormState::new();
+    let plan = RwSignal::new(String::new());
+    let options = Signal::derive(move || {
+        let choose = (String::new(), "Choose a plan".to_owned());
+        let plans = plans.ready().unwrap_or_default();
+        let plans = plans
+            .into_iter()
+            .map(|plan| (plan.id.to_string(), plan.name));
+        [choose].into_iter().chain(plans).collect::<Vec<_>>()
+    });
+    let submit = move |ev: SubmitEvent| {
+        ev.prevent_default();
+        if !form.begin() {
+            return;
+        }
+        let id = plan.get_untracked();
+        let Ok(plan_id) = id.parse::<PlanId>() else {
+            return;
+        };
+        let name = options.with_untracked(|all| all.iter().find(|(it, _)| *it == id).cloned());
+        let name = name.map(|(_, name)| name).unwrap_or_default();
+        let keys = selected.get_untracked();
+        spawn_local(async move {
+            let (mut failed, mut last_error) = (Vec::new(), String::new());
+            for key in &keys {
+                let body = UpdateApiKey {
+                    plan_id: Some(plan_id),
+                    ..UpdateApiKey::default()
+                };
+                if let Err(error) = api::update_api_key(key.id, body).await {
+                    last_error = error.message();
+                    failed.push(key.clone());
+                }
+            }
+            let text = moved(keys.len() - failed.len(), &name, failed.len(), &last_error);
+            if failed.is_empty() {
+                toasts.succeed(text);
+            } else {
+                toasts.fail_with(text);
+            }
+            let _ = form.busy.try_set(false);
+            let _ = open.try_set(false);
+            let _ = selected.try_set(failed);
+            let _ = on_changed.try_run(());
+        });
+    };
+    view! {
+        <form novalidate on:submit=submit>
+            <SelectField form name="plan_id" id="move_plan" label="Plan" value=plan options required=true/>
+            <p class="muted">"The plan's limits apply within a second. Usage isn't reset. Rate overrides are kept."</p>
+            <div class="actions end">
+                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Change plan"</button>
+            </div>
+        </form>
     }
 }
 

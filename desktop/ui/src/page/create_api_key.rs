@@ -32,7 +32,7 @@ pub fn CreateDialog(
     // Outside the form, which is rendered again with the plans: a response in progress contains the key only once.
     let form = FormState::new();
     view! {
-        <Modal open title="New API key" locked=form.busy>
+        <Modal open panel=true title="New API key" locked=form.busy>
             <Async
                 loader=plans
                 show=move |plans| {
@@ -122,7 +122,7 @@ fn CreateForm(
             </div>
             <div class="actions end">
                 <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy)>"Create key"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Create key"</button>
             </div>
         </form>
     }

@@ -20,7 +20,7 @@ pub fn EditDialog(
     open: RwSignal<bool>,
 ) -> impl IntoView {
     view! {
-        <Modal open title="Edit key">
+        <Modal open panel=true title="Edit key">
             {untrack(move || loader.ready()).map(|key| view! { <EditForm key plans open loader/> })}
         </Modal>
     }
@@ -102,7 +102,7 @@ fn EditForm(
             </div>
             <div class="actions end">
                 <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy)>"Save changes"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Save changes"</button>
             </div>
         </form>
     }

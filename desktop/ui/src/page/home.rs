@@ -1,200 +1,423 @@
-//! Home: an overview and the first steps.
+//! Home: what is happening, what needs attention, and the first steps.
 
-use std::time::Duration;
+use std::fmt::Write as _;
 
-use leptos::{prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
-    Page, Timestamp,
+    Page,
     api_key::ApiKey,
-    call::{KeyFilter, PageOf},
-    page::ApiKeyOrder,
-    plan::Plan,
+    call::{KeyFilter, PageOf, UsageFilter},
+    page::{ApiKeyOrder, MAX_LIMIT},
+    service_token::ServiceToken,
+    usage::{Attention, AttentionKind, Stats, Usage, UsageGroupBy},
 };
 
+use super::usage_data::{bars, load_day};
 use crate::{
     api::{self, CallResult, PendingCall},
-    component::{Async, Icon, PageHeader, RelativeTime, Shape, load},
-    model::text::number,
+    clock::now,
+    component::{Async, Chart, ChartState, PageHeader, StaleNote, load, refresh_regularly},
+    model::{
+        burn_down,
+        chart::{percent, sparkline},
+        markup::{Markup, element, with_text},
+        text::{count, number, relative},
+        usage::{group_name, stat},
+    },
+    reactive::text_memo,
+    session::session,
 };
-
-/// How often to look for the first request.
-const POLL: Duration = Duration::from_secs(5);
 
 #[derive(Clone)]
 struct Overview {
-    plans: Page<Plan>,
-    /// Contains the most recently used key.
-    keys: Page<ApiKey>,
-    active_keys: u64,
-    tokens: u64,
+    stats: Stats,
+    /// The last 24 hours.
+    day: Usage,
+    /// The same, by key.
+    keys: Usage,
+    /// Contains the most recently used key, or else the newest.
+    key: Option<ApiKey>,
+    tokens: Page<ServiceToken>,
 }
 
 impl Overview {
-    fn last_request(&self) -> Option<Timestamp> {
-        last_request(&self.keys)
+    fn has_requests(&self) -> bool {
+        self.key
+            .as_ref()
+            .is_some_and(|key| key.last_used_at.is_some())
     }
 }
 
-fn last_request(keys: &Page<ApiKey>) -> Option<Timestamp> {
-    keys.items.first()?.last_used_at
-}
-
-const fn one_item() -> PageOf {
-    PageOf {
-        limit: Some(1),
-        cursor: None,
-    }
-}
-
-fn most_recently_used() -> PendingCall<Page<ApiKey>> {
+async fn load_overview(zone: String) -> CallResult<Overview> {
     let filter = KeyFilter {
         sort: Some(ApiKeyOrder::LastUsed),
         ..KeyFilter::default()
     };
-    api::list_api_keys(filter, one_item())
-}
-
-async fn overview() -> CallResult<Overview> {
-    let active = KeyFilter {
-        is_active: Some(true),
-        is_expired: Some(false),
-        ..KeyFilter::default()
+    let page = |limit| PageOf {
+        limit: Some(limit),
+        cursor: None,
     };
+    let stats = api::stats().await?;
+    let day = load_day(None, zone.clone()).await?;
+    let keys = api::usage(UsageFilter {
+        from: Some(day.from),
+        to: Some(day.to),
+        bucket: Some(day.bucket),
+        tz: Some(zone),
+        group_by: Some(UsageGroupBy::Key),
+        ..UsageFilter::default()
+    });
     Ok(Overview {
-        plans: api::list_plans(None, one_item()).await?,
-        keys: most_recently_used().await?,
-        active_keys: api::list_api_keys(active, one_item()).await?.total,
-        tokens: api::list_service_tokens(one_item()).await?.total,
+        stats,
+        day,
+        keys: keys.await?,
+        key: api::list_api_keys(filter, page(1))
+            .await?
+            .items
+            .into_iter()
+            .next(),
+        tokens: api::list_service_tokens(page(MAX_LIMIT)).await?,
     })
 }
 
 #[component]
-fn Stat(
-    name: &'static str,
-    value: u64,
-    #[prop(into)] about: String,
-    href: &'static str,
-) -> impl IntoView {
+pub fn Home() -> impl IntoView {
+    let session = session();
+    let zone = text_memo(move || session.time_zone());
+    let loader = load(move || Box::pin(load_overview(zone.get())) as PendingCall<_>);
+    refresh_regularly(loader);
+    // Outside of what is loaded, so that it survives a reload.
+    let state = ChartState::new();
+    let is_open = RwSignal::new(None::<bool>);
     view! {
-        <a class="stat card" href=href>
-            <span class="muted">{name}</span>
-            <strong>{number(value)}</strong>
-            <span class="muted small-text">{about}</span>
-        </a>
+        <PageHeader title="Home"/>
+        <StaleNote loader/>
+        <Async loader show=move |it| view! { <Dashboard it state is_open/> }/>
     }
 }
 
 #[component]
-fn Step(
+fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -> impl IntoView {
+    let has_requests = it.has_requests();
+    let chart = bars(&it.day, false);
+    let title = format!("Requests per hour, {}", it.day.time_zone);
+    let hours: Vec<u64> = chart.iter().map(|bar| bar.allowed + bar.rejected).collect();
+    let cards = cards(&it.stats, &hours).to_string();
+    let lists = lists(&it.stats, &it.keys).to_string();
+    view! {
+        {(!has_requests).then(|| view! { <GetStarted it=it.clone() is_open/> })}
+        <div inner_html=cards></div>
+        {has_requests
+            .then(|| {
+                view! {
+                    <section class="card" aria-labelledby="last-day">
+                        <div class="card-head">
+                            <h2 id="last-day">"Last 24 hours"</h2>
+                            <a href="/console/usage">"Open usage"</a>
+                        </div>
+                        <Chart bars=chart title state/>
+                    </section>
+                    <div class="columns" inner_html=lists></div>
+                    <GetStarted it=it.clone() is_open/>
+                }
+            })}
+    }
+}
+
+/// `n` against yesterday at the same time.
+fn since_yesterday(now: u64, before: u64) -> String {
+    if now == before {
+        return "Same as yesterday by now".to_owned();
+    }
+    let sign = if now > before { '+' } else { '−' };
+    match percent(now.abs_diff(before), before) {
+        Some(text) => format!("{sign}{text} on yesterday by now"),
+        None => "None yesterday by now".to_owned(),
+    }
+}
+
+fn cards(stats: &Stats, hours: &[u64]) -> Markup {
+    let rejected = percent(stats.rejected_today, stats.requests_today).map_or_else(
+        || "No requests yet".to_owned(),
+        |rate| format!("{rate} of requests"),
+    );
+    let unused = match stats.unused_keys {
+        0 => String::new(),
+        n => format!(", {} never used", number(n)),
+    };
+    let closest = match &stats.closest_to_limit {
+        Some(quota) => {
+            let share = percent(quota.used, quota.limit).unwrap_or_default();
+            let share = share.split('.').next().unwrap_or_default().to_owned();
+            let reset = relative(quota.reset_at.inner().timestamp_millis(), now());
+            let note = format!(
+                "{}, {} of {} {}, resets {reset}",
+                quota.key_name,
+                number(quota.used),
+                number(quota.limit),
+                if matches!(quota.policy, quota_common::limit::PolicyName::Daily) {
+                    "today"
+                } else {
+                    "this month"
+                },
+            );
+            let href = format!("/console/api-keys/{}", quota.key_id);
+            stat("Closest to its limit", &format!("{share} %"), &note, &href)
+        }
+        None => stat("Closest to its limit", "–", "No quota is in use", ""),
+    };
+    let requests = element(
+        "a",
+        &[("class", "stat card"), ("href", "/console/usage")],
+        &[
+            with_text("span", &[("class", "muted")], "Requests today"),
+            with_text("strong", &[], &number(stats.requests_today)),
+            with_text(
+                "span",
+                &[("class", "muted small-text")],
+                &since_yesterday(stats.requests_today, stats.requests_yesterday),
+            ),
+            element("span", &[("class", "spark")], &[sparkline(hours)]),
+        ],
+    );
+    let all = [
+        requests,
+        stat(
+            "Rejected today",
+            &number(stats.rejected_today),
+            &rejected,
+            "/console/usage?group=policy&hide=allowed",
+        ),
+        stat(
+            "Active keys",
+            &number(stats.active_keys),
+            &format!("of {}{unused}", number(stats.total_keys)),
+            "/console/api-keys",
+        ),
+        closest,
+    ];
+    element("div", &[("class", "stats")], &all)
+}
+
+fn attention_text(it: &Attention) -> String {
+    let at = relative(it.at.inner().timestamp_millis(), now());
+    match it.kind {
+        AttentionKind::Quota => {
+            let share = percent(it.used.unwrap_or_default(), it.limit.unwrap_or_default());
+            let share = share.unwrap_or_default();
+            let share = share.split('.').next().unwrap_or_default();
+            let policy = it
+                .policy
+                .map_or("quota", burn_down::name)
+                .to_ascii_lowercase();
+            format!("{share} % of the {policy} used, resets {at}")
+        }
+        AttentionKind::Expiring => format!("Expires {at}"),
+        AttentionKind::GraceEnding => format!("Previous key stops working {at}"),
+        AttentionKind::Idle => format!("No requests for 30 days; last {at}"),
+    }
+}
+
+/// *Needs attention* beside *Top keys*.
+fn lists(stats: &Stats, keys: &Usage) -> Markup {
+    let row = |href: &str, name: &str, note: &str, class: &str| {
+        let name = with_text("span", &[("class", "clamp"), ("dir", "auto")], name);
+        let name = if href.is_empty() {
+            name
+        } else {
+            element("a", &[("href", href)], &[name])
+        };
+        let note = with_text("span", &[("class", class)], note);
+        element("li", &[], &[name, note])
+    };
+    let attention: Vec<Markup> = stats
+        .attention
+        .iter()
+        .map(|it| {
+            let class = match it.kind {
+                AttentionKind::Quota if it.used >= it.limit => "note full",
+                AttentionKind::Quota | AttentionKind::Expiring | AttentionKind::GraceEnding => {
+                    "note near"
+                }
+                AttentionKind::Idle => "note",
+            };
+            let href = format!("/console/api-keys/{}", it.key_id);
+            row(&href, &it.key_name, &attention_text(it), class)
+        })
+        .collect();
+    let top: Vec<Markup> = keys
+        .groups
+        .iter()
+        .filter(|group| !group.other)
+        .take(5)
+        .map(|group| {
+            let requests = group.allowed + group.rejected;
+            let mut note = count(requests, "request", "requests");
+            if group.rejected > 0 {
+                let _ = write!(note, ", {} rejected", number(group.rejected));
+            }
+            let href = match group.key_id {
+                Some(id) if group.name.is_some() => {
+                    format!("/console/usage?key_id={id}&group=endpoint")
+                }
+                _ => String::new(),
+            };
+            row(&href, &group_name(group), &note, "note")
+        })
+        .collect();
+    let card = |title: &str, rows: Vec<Markup>, none: &str| {
+        let list = if rows.is_empty() {
+            with_text("p", &[("class", "muted")], none)
+        } else {
+            element("ul", &[("class", "rows")], &rows)
+        };
+        element(
+            "section",
+            &[("class", "card")],
+            &[with_text("h2", &[], title), list],
+        )
+    };
+    [
+        card(
+            "Needs attention",
+            attention,
+            "Nothing: no quota is nearly used up and no key is about to expire.",
+        ),
+        card(
+            "Top keys in 24 hours",
+            top,
+            "No requests in the last 24 hours.",
+        ),
+    ]
+    .into_iter()
+    .collect()
+}
+
+/// A step, with a link to where it is done once those before it are.
+fn step(
     done: bool,
-    /// Whether the steps before it are done.
-    available: bool,
-    title: &'static str,
-    about: &'static str,
-    #[prop(into)] href: String,
-    action: &'static str,
-) -> impl IntoView {
-    view! {
-        <li class="step" class:done=done>
-            <span class="tick">{done.then(|| view! { <Icon shape=Shape::Check/> })}</span>
-            <div>
-                <h3>{title} {done.then(|| view! { <span class="visually-hidden">" (done)"</span> })}</h3>
-                <p class="muted">{about}</p>
-            </div>
-            {(available && !done).then(|| view! { <a class="button small" href=href>{action}</a> })}
-        </li>
-    }
+    is_available: bool,
+    title: &str,
+    about: &str,
+    href: &str,
+    action: &str,
+) -> Markup {
+    let check = element("path", &[("d", "M5 12.5l4.5 4.5L19 7.5")], &[]);
+    let check = element(
+        "svg",
+        &[
+            ("class", "icon"),
+            ("viewBox", "0 0 24 24"),
+            ("aria-hidden", "true"),
+        ],
+        &[check],
+    );
+    let none = Markup::default;
+    let title = [
+        Markup::text(title),
+        if done {
+            with_text("span", &[("class", "visually-hidden")], " (done)")
+        } else {
+            none()
+        },
+    ];
+    let parts = [
+        element(
+            "span",
+            &[("class", "tick")],
+            &[if done { check } else { none() }],
+        ),
+        element(
+            "div",
+            &[],
+            &[
+                element("h3", &[], &title),
+                with_text("p", &[("class", "muted")], about),
+            ],
+        ),
+        if is_available && !done {
+            with_text("a", &[("class", "button small"), ("href", href)], action)
+        } else {
+            none()
+        },
+    ];
+    element(
+        "li",
+        &[("class", if done { "step done" } else { "step" })],
+        &parts,
+    )
 }
 
+/// The first steps: open until a request was sent, then folded away.
 #[component]
-fn GetStarted(overview: Overview) -> impl IntoView {
-    let key_page = overview.keys.items.first().map_or_else(
+fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
+    let key_page = it.key.as_ref().map_or_else(
         || "/console/api-keys".to_owned(),
         |key| format!("/console/api-keys/{}", key.id),
     );
-    let (has_plan, has_key) = (overview.plans.total > 0, overview.keys.total > 0);
+    let has_plan = it.stats.total_plans > 0;
+    let has_key = it.stats.total_keys > 0;
+    let has_request = it.has_requests();
+    let has_gateway = it
+        .tokens
+        .items
+        .iter()
+        .any(|token| token.last_used_at.is_some());
+    let done = [has_plan, has_key, has_request, has_gateway]
+        .iter()
+        .filter(|it| **it)
+        .count();
+    let steps = [
+        step(
+            has_plan,
+            true,
+            "Create a plan",
+            "Set a rate limit and, if you like, daily and monthly quotas.",
+            "/console/plans?new=1",
+            "New plan",
+        ),
+        step(
+            has_key,
+            has_plan,
+            "Create an API key",
+            "Shown once. Clients send it in X-API-Key.",
+            "/console/api-keys?new=1",
+            "New key",
+        ),
+        step(
+            has_request,
+            has_key,
+            "Send a request",
+            "Try the key here or use curl. We'll detect your first request.",
+            &key_page,
+            "Try it",
+        ),
+        step(
+            has_gateway,
+            has_key,
+            "Put Quota in front of your API",
+            "Create a service token, and let your gateway check each request.",
+            "/console/service-tokens?new=1",
+            "New token",
+        ),
+    ];
+    let steps: Markup = steps.into_iter().collect();
+    let open = move || is_open.get().unwrap_or(!has_request);
     view! {
-        <section class="card" aria-labelledby="get-started">
-            <h2 id="get-started">"Get started"</h2>
-            <ol class="steps">
-                <Step
-                    done=has_plan
-                    available=true
-                    title="Create a plan"
-                    about="Set a rate limit and, if you like, daily and monthly quotas."
-                    href="/console/plans?new=1"
-                    action="New plan"
-                />
-                <Step
-                    done=has_key
-                    available=has_plan
-                    title="Create an API key"
-                    about="Shown once. Clients send it in X-API-Key."
-                    href="/console/api-keys?new=1"
-                    action="New key"
-                />
-                <Step
-                    done=overview.last_request().is_some()
-                    available=has_key
-                    title="Send a request"
-                    about="Try the key here or use curl. We'll detect your first request."
-                    href=key_page
-                    action="Try it"
-                />
-            </ol>
+        <section class="card get-started" aria-labelledby="get-started">
+            <div class="card-head">
+                <h2 id="get-started">"Get started"</h2>
+                <button
+                    type="button"
+                    class="button small"
+                    data-focus-key="get-started"
+                    aria-expanded=move || open().to_string()
+                    on:click=move |_| is_open.set(Some(!untrack(open)))
+                >
+                    {format!("{done} of 4 done")}
+                </button>
+            </div>
+            <ol class="steps" hidden=move || !open() inner_html=steps.to_string()></ol>
         </section>
-    }
-}
-
-#[component]
-pub fn Home() -> impl IntoView {
-    let loader = load(overview);
-    let is_waiting = move || {
-        loader
-            .ready()
-            .is_some_and(|it| it.keys.total > 0 && it.last_request().is_none())
-    };
-    let poll = set_interval_with_handle(
-        move || {
-            if untrack(is_waiting) && !document().hidden() {
-                spawn_local(async move {
-                    if most_recently_used()
-                        .await
-                        .is_ok_and(|keys| last_request(&keys).is_some())
-                    {
-                        loader.reload();
-                    }
-                });
-            }
-        },
-        POLL,
-    );
-    on_cleanup(move || {
-        if let Ok(poll) = poll {
-            poll.clear();
-        }
-    });
-    view! {
-        <PageHeader title="Home"/>
-        <Async
-            loader
-            show=move |it| {
-                let last_request = it.last_request();
-                let is_set_up = it.plans.total > 0 && it.keys.total > 0 && last_request.is_some();
-                view! {
-                    <div class="stats">
-                        <Stat name="API keys" value=it.keys.total about=format!("{} active", number(it.active_keys)) href="/console/api-keys"/>
-                        <Stat name="Plans" value=it.plans.total about="Limits for your keys" href="/console/plans"/>
-                        <Stat name="Service tokens" value=it.tokens about="Used by your gateways" href="/console/service-tokens"/>
-                    </div>
-                    {if is_set_up {
-                        view! { <p class="muted">"Last request: " {last_request.map(|at| view! { <RelativeTime at/> })}</p> }
-                            .into_any()
-                    } else {
-                        view! { <GetStarted overview=it/> }.into_any()
-                    }}
-                }
-            }
-        />
     }
 }

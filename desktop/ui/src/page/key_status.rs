@@ -3,24 +3,16 @@
 use leptos::prelude::*;
 use quota_common::{Timestamp, api_key::ApiKey};
 
-use crate::{clock::now, component::RelativeTime};
+use crate::{
+    clock::now,
+    model::key::{self, status_badge},
+};
 
 pub fn key_status(key: &ApiKey) -> AnyView {
-    let is_expired = key
-        .expires_at
-        .is_some_and(|at| at.inner().timestamp_millis() <= now());
-    let (class, status) = match (key.is_active, is_expired) {
-        (false, _) => ("badge", "Inactive"),
-        (true, true) => ("badge off", "Expired"),
-        (true, false) => ("badge on", "Active"),
-    };
-    view! { <span class=class>{status}</span> }.into_any()
+    view! { <span inner_html=status_badge(key, now()).to_string()></span> }.into_any()
 }
 
 /// A time that may be missing.
 pub fn time_or(at: Option<Timestamp>, missing: &'static str) -> AnyView {
-    match at {
-        Some(at) => view! { <RelativeTime at/> }.into_any(),
-        None => view! { <span class="muted">{missing}</span> }.into_any(),
-    }
+    view! { <span inner_html=key::time_or(at, missing, now()).to_string()></span> }.into_any()
 }

@@ -5,7 +5,7 @@ use quota_common::plan::{CreatePlan, OnRedisFailure, Plan};
 
 use crate::{
     component::{Alert, Field, FormState, SelectField},
-    model::form::{check_number, check_rate, optional_number, optional_rate},
+    model::form::{check_number, check_rate, copy_name, optional_number, optional_rate},
 };
 
 #[derive(Clone, Copy)]
@@ -47,6 +47,13 @@ impl PlanForm {
         }
     }
 
+    /// A form for a new plan with the settings of another.
+    pub fn copy_of(plan: &Plan) -> Self {
+        let form = Self::new(Some(plan));
+        form.name.set(copy_name(&plan.name));
+        form
+    }
+
     /// Returns the form's values. Invalid numbers count as blank; [`FormState::begin`] reports them.
     pub fn values(self) -> CreatePlan {
         let rate = |field: RwSignal<String>| {
@@ -75,37 +82,8 @@ const ON_REDIS_FAILURE: [(&str, &str); 4] = [
     ("closed", "Reject all (503)"),
 ];
 
-/// The IDs of a form's elements, in the order of its fields.
-type Ids = [&'static str; 6];
-
-pub const NEW: Ids = [
-    "name",
-    "default_rpm",
-    "burst",
-    "daily_quota",
-    "monthly_quota",
-    "on_redis_failure",
-];
-/// Differs from [`NEW`] because both forms can be open at once.
-pub const EDITED: Ids = [
-    "edit_name",
-    "edit_default_rpm",
-    "edit_burst",
-    "edit_daily_quota",
-    "edit_monthly_quota",
-    "edit_on_redis_failure",
-];
-
 #[component]
-pub fn PlanFields(plan: PlanForm, ids: Ids) -> impl IntoView {
-    let [
-        name,
-        rate,
-        burst,
-        daily_quota,
-        monthly_quota,
-        on_redis_failure,
-    ] = ids;
+pub fn PlanFields(plan: PlanForm) -> impl IntoView {
     let form = plan.state;
     let is_advanced =
         plan.strict.get_untracked() || !plan.on_redis_failure.with_untracked(String::is_empty);
@@ -114,14 +92,14 @@ pub fn PlanFields(plan: PlanForm, ids: Ids) -> impl IntoView {
         .to_vec();
     view! {
         <Alert error=form.failure()/>
-        <Field form name="name" id=name label="Name" value=plan.name required=true/>
+        <Field form name="name" label="Name" value=plan.name required=true/>
         <div class="pair">
-            <Field form name="default_rpm" id=rate label="Requests per minute" value=plan.rate required=true numeric=true check=check_rate/>
-            <Field form name="burst" id=burst label="Burst" value=plan.burst numeric=true check=check_rate hint="Maximum burst. Defaults to the rate."/>
+            <Field form name="default_rpm" label="Requests per minute" value=plan.rate required=true numeric=true check=check_rate/>
+            <Field form name="burst" label="Burst" value=plan.burst numeric=true check=check_rate hint="Maximum burst. Defaults to the rate."/>
         </div>
         <div class="pair">
-            <Field form name="daily_quota" id=daily_quota label="Daily quota" value=plan.daily_quota numeric=true check=check_number hint="Leave blank for unlimited."/>
-            <Field form name="monthly_quota" id=monthly_quota label="Monthly quota" value=plan.monthly_quota numeric=true check=check_number hint="Leave blank for unlimited."/>
+            <Field form name="daily_quota" label="Daily quota" value=plan.daily_quota numeric=true check=check_number hint="Leave blank for unlimited."/>
+            <Field form name="monthly_quota" label="Monthly quota" value=plan.monthly_quota numeric=true check=check_number hint="Leave blank for unlimited."/>
         </div>
         <details class="advanced" open=is_advanced>
             <summary>"Advanced"</summary>
@@ -132,7 +110,7 @@ pub fn PlanFields(plan: PlanForm, ids: Ids) -> impl IntoView {
             <SelectField
                 form
                 name="on_redis_failure"
-                id=on_redis_failure
+                id="on_redis_failure"
                 label="If Redis is unavailable"
                 value=plan.on_redis_failure
                 options

@@ -10,7 +10,7 @@ use quota_common::{
 
 use crate::{
     api,
-    component::{LoadState, Loader, load, request_id},
+    component::{Loader, load, request_id},
 };
 
 /// Loads all plans, from as many pages as there are.
@@ -35,10 +35,9 @@ pub fn load_plans() -> Loader<Vec<Plan>> {
 
 /// Returns a plan if it has been loaded.
 pub fn find_plan(plans: Loader<Vec<Plan>>, id: PlanId) -> Option<Plan> {
-    plans.state.with(|state| match state {
-        LoadState::Ready(plans) => plans.iter().find(|plan| plan.id == id).cloned(),
-        _ => None,
-    })
+    plans
+        .with(|plans| plans.iter().find(|plan| plan.id == id).cloned())
+        .flatten()
 }
 
 /// The name of a plan, or an ellipsis until it has been loaded.
@@ -49,17 +48,15 @@ pub fn plan_name(plans: Loader<Vec<Plan>>, id: PlanId) -> String {
 /// Reports that plans could not be loaded, so that their names are missing.
 #[component]
 pub fn PlansError(plans: Loader<Vec<Plan>>) -> impl IntoView {
-    move || match plans.state.get() {
-        LoadState::Failed(error) => {
-            let id = error.request_id().map(str::to_owned);
-            Some(view! {
-                <div class="alert" role="alert">
-                    <p>"Couldn't load plans. " {error.message()}</p>
-                    {request_id(id)}
-                    <button class="button small" on:click=move |_| plans.reload()>"Reload plans"</button>
-                </div>
-            })
-        }
-        _ => None,
+    move || {
+        let error = plans.error()?;
+        let id = error.request_id().map(str::to_owned);
+        Some(view! {
+            <div class="alert" role="alert">
+                <p>"Couldn't load plans. " {error.message()}</p>
+                {request_id(id)}
+                <button class="button small" on:click=move |_| plans.reload()>"Reload plans"</button>
+            </div>
+        })
     }
 }

@@ -7,17 +7,18 @@ use quota_common::{
     plan::{Billing, Plan, UpdatePlan},
 };
 
-use super::plan_form::{EDITED, NEW, PlanFields, PlanForm};
+use super::plan_form::{PlanFields, PlanForm};
 use crate::{
     api::{self, CallError},
     component::{
-        Async, Confirm, EmptyState, Loader, Modal, PageHeader, Pager, Shape, SortHead, SortSelect,
-        Toasts, busy_attr, focus_soon, load_page, open_from_query,
+        Async, Confirm, EmptyState, Loader, Menu, MenuItem, Modal, PageHeader, Pager, Shape,
+        SortHead, SortSelect, Toasts, busy_attr, load_page, open_from_query,
     },
     model::{
         form::plan_changes,
         text::{self, count},
     },
+    reactive::effect,
     route::route,
     session::session,
 };
@@ -40,6 +41,13 @@ pub fn Plans() -> impl IntoView {
     let creating = RwSignal::new(false);
     open_from_query(creating);
     let session = session();
+    // The plan whose settings a new plan starts with.
+    let template = RwSignal::new(None::<Plan>);
+    effect(move || {
+        if !creating.get() {
+            template.set(None);
+        }
+    });
     let editing = RwSignal::new(None::<Plan>);
     let deleting = RwSignal::new(None::<Plan>);
     let report = move |what: &'static str| {
@@ -48,7 +56,10 @@ pub fn Plans() -> impl IntoView {
             loader.reload();
         })
     };
-    let on_updated = report("updated");
+    let duplicate = Callback::new(move |plan: Plan| {
+        template.set(Some(plan));
+        creating.set(true);
+    });
     view! {
         <PageHeader title="Plans" about="Rate limits and quotas for the keys on each plan.">
             {move || session.can_manage().then(|| view! { <button class="button primary" on:click=move |_| creating.set(true)>"New plan"</button> })}
@@ -69,7 +80,7 @@ pub fn Plans() -> impl IntoView {
                 let rows = page
                     .items
                     .into_iter()
-                    .map(|plan| view! { <PlanRow plan editing deleting can_manage on_updated/> })
+                    .map(|plan| view! { <PlanRow plan editing deleting duplicate can_manage/> })
                     .collect_view();
                 view! {
                     {(page.total > 1)
@@ -94,9 +105,10 @@ pub fn Plans() -> impl IntoView {
                     .into_any()
             }
         />
-        <Modal open=creating title="New plan">
-            <CreateForm open=creating on_created=report("created")/>
+        <Modal open=creating panel=true title="New plan">
+            <CreateForm open=creating template on_created=report("created")/>
         </Modal>
+        <EditPanel editing on_updated=report("updated")/>
         <DeleteDialog plan=deleting on_deleted=report("deleted")/>
     }
 }
@@ -106,61 +118,68 @@ fn PlanRow(
     plan: Plan,
     editing: RwSignal<Option<Plan>>,
     deleting: RwSignal<Option<Plan>>,
+    duplicate: Callback<Plan>,
     can_manage: bool,
-    on_updated: Callback<Plan>,
 ) -> impl IntoView {
-    let plan = StoredValue::new(plan);
-    let is_edited = Memo::new(move |_| {
-        editing.with(|it| it.as_ref().map(|it| it.id)) == Some(plan.with_value(|it| it.id))
-    });
     let quota = |n: Option<u64>| n.map_or_else(|| "Unlimited".to_owned(), text::number);
-    move || {
-        let it = plan.get_value();
-        if is_edited.get() {
-            return view! {
-                <tr class="editing">
-                    <td colspan="7"><EditForm plan=it editing on_updated/></td>
-                </tr>
-            }
-            .into_any();
-        }
-        view! {
-            <tr>
-                <th scope="row" dir="auto">
-                    <span class="clamp">{it.name.clone()}</span>
-                    {it.strict.then(|| view! { <span class="badge">"Strict"</span> })}
-                    {(it.billing == Billing::Paid).then(|| view! { <span class="badge">"Paid"</span> })}
-                </th>
-                <td class="num" data-label="Req/min">{text::number(it.default_rpm.into())}</td>
-                <td class="num" data-label="Burst">{text::number(it.burst.into())}</td>
-                <td class="num" data-label="Daily quota">{quota(it.daily_quota)}</td>
-                <td class="num" data-label="Monthly quota">{quota(it.monthly_quota)}</td>
-                <td class="num" data-label="Keys">
-                    <a href=format!("/console/api-keys?plan_id={}", it.id) aria-label=format!("{} on {}", count(it.key_count, "key", "keys"), it.name)>
-                        {text::number(it.key_count)}
-                    </a>
-                </td>
-                <td class="row-actions">
-                    {can_manage
-                        .then(|| {
-                            view! {
-                                <button class="button small" data-focus-key=format!("edit-{}", it.id) aria-label=format!("Edit {}", it.name) on:click=move |_| editing.set(Some(plan.get_value()))>"Edit"</button>
-                                <button class="button small" aria-label=format!("Delete {}", it.name) on:click=move |_| deleting.set(Some(plan.get_value()))>"Delete"</button>
-                            }
-                        })}
-                </td>
-            </tr>
-        }
-            .into_any()
+    let keys = format!("/console/api-keys?plan_id={}", plan.id);
+    let (edited, copied, deleted) = (plan.clone(), plan.clone(), plan.clone());
+    let items = vec![
+        MenuItem::open("View keys", keys.clone()),
+        MenuItem::run("Duplicate", move || duplicate.run(copied.clone())),
+        MenuItem::danger("Delete", move || deleting.set(Some(deleted.clone()))),
+    ];
+    view! {
+        <tr>
+            <th scope="row" dir="auto">
+                <span class="clamp">{plan.name.clone()}</span>
+                {plan.strict.then(|| view! { <span class="badge">"Strict"</span> })}
+                {(plan.billing == Billing::Paid).then(|| view! { <span class="badge">"Paid"</span> })}
+            </th>
+            <td class="num" data-label="Req/min">{text::number(plan.default_rpm.into())}</td>
+            <td class="num" data-label="Burst">{text::number(plan.burst.into())}</td>
+            <td class="num" data-label="Daily quota">{quota(plan.daily_quota)}</td>
+            <td class="num" data-label="Monthly quota">{quota(plan.monthly_quota)}</td>
+            <td class="num" data-label="Keys">
+                <a href=keys aria-label=format!("{} on {}", count(plan.key_count, "key", "keys"), plan.name)>
+                    {text::number(plan.key_count)}
+                </a>
+            </td>
+            <td class="row-actions">
+                {can_manage
+                    .then(|| {
+                        view! {
+                            <button class="button small" data-focus-key=format!("edit-{}", plan.id) aria-label=format!("Edit {}", plan.name) on:click=move |_| editing.set(Some(edited.clone()))>"Edit"</button>
+                            <Menu label=format!("More actions for {}", plan.name) focus_key=format!("more-{}", plan.id) items/>
+                        }
+                    })}
+            </td>
+        </tr>
     }
 }
 
 #[component]
-fn EditForm(
-    plan: Plan,
-    editing: RwSignal<Option<Plan>>,
-    on_updated: Callback<Plan>,
-) -> impl IntoView {
+fn EditPanel(editing: RwSignal<Option<Plan>>, on_updated: Callback<Plan>) -> impl IntoView {
+    let open = RwSignal::new(false);
+    effect(move || {
+        if editing.with(Option::is_some) {
+            open.set(true);
+        }
+    });
+    effect(move || {
+        if !open.get() {
+            editing.set(None);
+        }
+    });
+    view! {
+        <Modal open panel=true title="Edit plan">
+            {move || editing.get().map(|plan| view! { <EditForm plan open on_updated/> })}
+        </Modal>
+    }
+}
+
+#[component]
+fn EditForm(plan: Plan, open: RwSignal<bool>, on_updated: Callback<Plan>) -> impl IntoView {
     let form = PlanForm::new(Some(&plan));
     let before = form.values();
     let effect = match plan.key_count {
@@ -171,11 +190,6 @@ fn EditForm(
         ),
     };
     let id = plan.id;
-    focus_soon("#edit-plan input");
-    let close = move || {
-        editing.set(None);
-        focus_soon(format!("[data-focus-key=\"edit-{id}\"]"));
-    };
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
         if !form.state.begin() {
@@ -183,31 +197,39 @@ fn EditForm(
         }
         let body = plan_changes(&before, form.values());
         if body == UpdatePlan::default() {
-            return close();
+            form.state.busy.set(false);
+            return open.set(false);
         }
         spawn_local(async move {
             let result = api::update_plan(id, body).await;
             if let Some(plan) = form.state.finish(result) {
-                close();
+                let _ = open.try_set(false);
                 let _ = on_updated.try_run(plan);
             }
         });
     };
     view! {
-        <form class="inline-form" id="edit-plan" novalidate aria-label=format!("Edit {}", plan.name) on:submit=submit>
-            <PlanFields plan=form ids=EDITED/>
+        <form novalidate on:submit=submit>
+            <PlanFields plan=form/>
             <p class="muted">{effect}</p>
-            <div class="actions">
-                <button class="button primary" aria-disabled=busy_attr(form.state.busy)>"Save changes"</button>
-                <button type="button" class="button" on:click=move |_| close()>"Cancel"</button>
+            <div class="actions end">
+                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.state.busy) data-busy=busy_attr(form.state.busy)>"Save changes"</button>
             </div>
         </form>
     }
 }
 
 #[component]
-fn CreateForm(open: RwSignal<bool>, on_created: Callback<Plan>) -> impl IntoView {
-    let form = PlanForm::new(None);
+fn CreateForm(
+    open: RwSignal<bool>,
+    template: RwSignal<Option<Plan>>,
+    on_created: Callback<Plan>,
+) -> impl IntoView {
+    let form = template.with_untracked(|plan| match plan {
+        Some(plan) => PlanForm::copy_of(plan),
+        None => PlanForm::new(None),
+    });
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
         if !form.state.begin() {
@@ -225,10 +247,10 @@ fn CreateForm(open: RwSignal<bool>, on_created: Callback<Plan>) -> impl IntoView
     };
     view! {
         <form novalidate on:submit=submit>
-            <PlanFields plan=form ids=NEW/>
+            <PlanFields plan=form/>
             <div class="actions end">
                 <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.state.busy)>"Create plan"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.state.busy) data-busy=busy_attr(form.state.busy)>"Create plan"</button>
             </div>
         </form>
     }
@@ -240,7 +262,7 @@ fn DeleteDialog(plan: RwSignal<Option<Plan>>, on_deleted: Callback<Plan>) -> imp
     let in_use = RwSignal::new(false);
     let busy = RwSignal::new(false);
     let failure = RwSignal::new(None::<CallError>);
-    Effect::new(move |_| {
+    effect(move || {
         if let Some(plan) = plan.get() {
             failure.set(None);
             if plan.key_count > 0 {
@@ -250,7 +272,7 @@ fn DeleteDialog(plan: RwSignal<Option<Plan>>, on_deleted: Callback<Plan>) -> imp
             }
         }
     });
-    Effect::new(move |_| {
+    effect(move || {
         if !confirming.get() && !in_use.get() {
             plan.set(None);
         }

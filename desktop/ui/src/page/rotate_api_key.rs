@@ -2,7 +2,7 @@
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 use quota_common::{
-    ApiKeyId,
+    ApiKeyId, ProblemCode,
     api_key::{ApiKey, RotateApiKey},
 };
 
@@ -66,9 +66,17 @@ fn RotateForm(
         }
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
+            // Only what the warning below has announced.
+            replace_previous: untrack(previous_expiry).map(|_| true),
         };
         spawn_local(async move {
             let result = api::rotate_api_key(id, body).await;
+            if matches!(&result, Err(error) if error.is(ProblemCode::PreviousKeyActive)) {
+                // The key was rotated elsewhere. Shows the warning, so that the next attempt is an informed one.
+                let _ = form.busy.try_set(false);
+                loader.reload();
+                return;
+            }
             if let Some(key) = form.finish(result) {
                 let _ = open.try_set(false);
                 show_key(rotated, key, session);
@@ -82,7 +90,7 @@ fn RotateForm(
                 previous_expiry()
                     .map(|at| {
                         view! {
-                            <p class="alert warn">
+                            <p class="alert warn" role="alert">
                                 "This key was rotated recently. The key from before that rotation, which expires " <RelativeTime at/> ", will be revoked now."
                             </p>
                         }
@@ -92,7 +100,7 @@ fn RotateForm(
             <SelectField form name="grace_seconds" id="grace" label="Old key" value=grace options/>
             <div class="actions end">
                 <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy)>"Rotate key"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Rotate key"</button>
             </div>
         </form>
     }

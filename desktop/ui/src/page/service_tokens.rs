@@ -11,7 +11,7 @@ use crate::{
     api::{self, CallError},
     component::{
         Alert, Async, CodeBlock, Confirm, EmptyState, Field, FormState, Loader, Modal, NewSecret,
-        PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, busy_attr, load_page,
+        PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, busy_attr, load, load_page,
         open_from_query,
     },
     model::text::{Gateway, quoted},
@@ -49,7 +49,7 @@ pub fn ServiceTokens() -> impl IntoView {
             <h2 id="gateways">"Gateway configuration"</h2>
             <Configuration token="qs_…"/>
         </section>
-        <Modal open=creating title="New service token" locked=form.busy>
+        <Modal open=creating panel=true title="New service token" locked=form.busy>
             <CreateForm open=creating form new loader/>
         </Modal>
         <NewTokenDialog new/>
@@ -170,7 +170,14 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
 #[component]
 fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
     let selected = RwSignal::new(Gateway::Caddy);
-    let text = Signal::derive(move || selected.get().configuration(&api::origin(), &token.get()));
+    // A file of the console. Without it, only the command for curl is shown.
+    let files = load(api::gateway_files);
+    let text = Signal::derive(move || {
+        let files = files.ready().unwrap_or_default();
+        selected
+            .get()
+            .configuration(&files, &api::origin(), &token.get())
+    });
     view! {
         <fieldset class="choice">
             <legend class="visually-hidden">"Gateway"</legend>
@@ -226,7 +233,7 @@ fn CreateForm(
             <Field form name="name" id="token_name" label="Name" value=name required=true hint="Which gateway uses it?"/>
             <div class="actions end">
                 <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy)>"Create token"</button>
+                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Create token"</button>
             </div>
         </form>
     }

@@ -6,12 +6,13 @@ use quota_common::{
     auth::{ChangePassword, Session, UpdateMe},
     call::PageOf,
 };
+use wasm_bindgen::JsCast;
 
 use crate::{
     api::{self, CallError},
     component::{
         Alert, Async, Confirm, Field, FormState, Loader, PageHeader, RelativeTime, Toasts,
-        busy_attr, load,
+        browser_time_zone, busy_attr, load,
     },
     preferences::preferences,
     servers,
@@ -79,22 +80,32 @@ fn Profile() -> impl IntoView {
                                 label="Quota time zone"
                                 value=zone
                                 required=true
+                                suggestions=time_zones()
                                 hint=format!("Decides when a day or month starts. This browser's time zone is {browser_zone}.")
                             />
                         }
                     })}
-                <div class="actions"><button class="button primary" aria-disabled=busy_attr(form.busy)>"Save changes"</button></div>
+                <div class="actions"><button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Save changes"</button></div>
             </form>
         </section>
     }
 }
 
-fn browser_time_zone() -> String {
-    let options = js_sys::Intl::DateTimeFormat::default().resolved_options();
-    js_sys::Reflect::get(&options, &"timeZone".into())
+/// The time zones that the browser knows.
+fn time_zones() -> Vec<String> {
+    // Older browsers have no list; the field then takes a name without suggesting any.
+    let intl = js_sys::Reflect::get(&js_sys::global(), &"Intl".into()).unwrap_or_default();
+    let list = js_sys::Reflect::get(&intl, &"supportedValuesOf".into())
         .ok()
-        .and_then(|zone| zone.as_string())
-        .unwrap_or_else(|| "UTC".to_owned())
+        .and_then(|it| it.dyn_into::<js_sys::Function>().ok())
+        .and_then(|it| it.call1(&intl, &"timeZone".into()).ok())
+        .map(|it| js_sys::Array::from(&it))
+        .unwrap_or_default();
+    let utc = "UTC".to_owned();
+    [utc]
+        .into_iter()
+        .chain(list.iter().filter_map(|it| it.as_string()))
+        .collect()
 }
 
 const THEMES: [(&str, &str); 3] = [("system", "System"), ("light", "Light"), ("dark", "Dark")];
@@ -163,7 +174,7 @@ fn Password() -> impl IntoView {
                         hint="At least 12 characters. Try a few unrelated words."
                     />
                 </div>
-                <div class="actions"><button class="button primary" aria-disabled=busy_attr(form.busy)>"Change password"</button></div>
+                <div class="actions"><button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Change password"</button></div>
             </form>
         </section>
     }

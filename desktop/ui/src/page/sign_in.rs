@@ -13,6 +13,7 @@ use crate::{
         address::Query,
         form::{check_email, next_page},
     },
+    reactive::effect,
     route::route,
     servers,
     session::{AuthState, session},
@@ -22,7 +23,7 @@ use crate::{
 fn redirect_when_signed_in() {
     let session = session();
     let route = route();
-    Effect::new(move |_| {
+    effect(move || {
         if session.auth.get() == AuthState::SignedIn {
             let next = route.query.with_untracked(|query| query.get("next"));
             route.replace(&next_page(next.as_deref()));

@@ -4,12 +4,17 @@ use std::time::Duration;
 
 use leptos::{prelude::*, task::spawn_local};
 
+use quota_common::api_key::ApiKey;
+
 use crate::{
     api::{self, CallError, TestResponse},
     clock::now,
     component::{Alert, busy_attr},
     model::{
         bucket::{Bucket, History},
+        markup::Markup,
+        meter::Meter,
+        policy::{LimitHeaders, PolicyState, policy_label, policy_states},
         text::{count, countdown, number},
     },
 };
@@ -31,21 +36,76 @@ struct Results {
     never_limited: bool,
 }
 
-/// Names the policy in a `RateLimit` header. After a 429, that is the policy that denied the request.
-fn policy(rate_limit: &str) -> Option<&'static str> {
-    let name = rate_limit.split('"').nth(1)?;
-    Some(match name {
-        "rpm" => "Rate limit reached.",
-        "daily" => "Daily quota reached.",
-        "monthly" => "Monthly quota reached.",
-        _ => return None,
-    })
+impl Results {
+    /// The state of each policy after the last response.
+    fn policies(&self) -> Vec<PolicyState> {
+        let Some(last) = &self.last else {
+            return Vec::new();
+        };
+        let header = |name| last.header(name).unwrap_or_default();
+        let headers = LimitHeaders {
+            burst: header("X-RateLimit-Limit"),
+            remaining: header("X-RateLimit-Remaining"),
+            policies: header("RateLimit-Policy"),
+            nearest: header("RateLimit"),
+        };
+        let violated = last.problem.as_ref().map(|it| &it.violated_policies[..]);
+        policy_states(headers, violated.unwrap_or_default())
+    }
+}
+
+/// Why the last request was not allowed.
+fn reason(
+    last: &TestResponse,
+    policies: &[PolicyState],
+    key: Option<&ApiKey>,
+    sent: &str,
+) -> String {
+    let detail = || last.problem.as_ref().map(|it| it.detail.clone());
+    match last.status {
+        200 => String::new(),
+        429 => {
+            let denying: Vec<_> = policies
+                .iter()
+                .filter(|it| it.denied)
+                .map(|it| policy_label(&it.policy).to_owned())
+                .collect();
+            match &denying[..] {
+                [] => detail().unwrap_or_default(),
+                names => format!("{} reached.", names.join(" and ")),
+            }
+        }
+        401 => {
+            let is_expired = |key: &ApiKey| {
+                key.expires_at
+                    .is_some_and(|at| at.inner().timestamp_millis() <= now())
+            };
+            match key {
+                Some(key) if !sent.starts_with(&*key.prefix) => other_key(key),
+                Some(key) if !key.is_active => "This key is inactive.".to_owned(),
+                Some(key) if is_expired(key) => "This key has expired.".to_owned(),
+                _ => detail().unwrap_or_default(),
+            }
+        }
+        _ => detail().unwrap_or_default(),
+    }
+}
+
+/// Says that the key in the field is not the one on the page.
+pub fn other_key(key: &ApiKey) -> String {
+    format!(
+        "This is another key. The key on this page starts with {}.",
+        key.prefix
+    )
 }
 
 #[component]
 pub fn TryIt(
     /// The full key.
     secret: Signal<String>,
+    /// The key that `secret` should belong to.
+    #[prop(optional, into)]
+    key: MaybeProp<ApiKey>,
     /// Called after requests were sent.
     #[prop(optional)]
     on_sent: Option<Callback<()>>,
@@ -148,7 +208,8 @@ pub fn TryIt(
             </div>
             <p class="muted small-text">"Sends real requests to GET /v1/echo. They count against this key's limits and quotas."</p>
             <Alert error=Signal::derive(move || results.get().failure)/>
-            <ResponseSummary results/>
+            <ResponseSummary results secret key/>
+            <Policies results/>
             {move || {
                 retry_at
                     .get()
@@ -164,18 +225,22 @@ pub fn TryIt(
 }
 
 #[component]
-fn ResponseSummary(results: RwSignal<Results>) -> impl IntoView {
+fn ResponseSummary(
+    results: RwSignal<Results>,
+    secret: Signal<String>,
+    key: MaybeProp<ApiKey>,
+) -> impl IntoView {
     move || {
         let it = results.get();
+        let policies = it.policies();
         let last = it.last?;
         let (class, outcome) = match last.status {
             200 => ("badge on", "Allowed"),
             429 => ("badge limited", "Rate limited"),
             _ => ("badge off", "Rejected"),
         };
-        let reason = (last.status == 429)
-            .then(|| policy(last.header("RateLimit")?))
-            .flatten();
+        let sent = secret.get_untracked();
+        let reason = key.with_untracked(|key| reason(&last, &policies, key.as_ref(), sent.trim()));
         Some(view! {
             <p class="outcome" role="status">
                 <strong class="status" data-status=last.status.to_string()>{last.status}</strong>
@@ -183,11 +248,37 @@ fn ResponseSummary(results: RwSignal<Results>) -> impl IntoView {
                 <span class="muted">
                     {format!("{} allowed, {} rate limited", count(it.allowed, "request", "requests"), number(it.limited))}
                 </span>
-                {reason}
+                <span class="reason">{reason}</span>
                 {it.never_limited.then(|| format!("{MAX_REQUESTS} requests sent, none rate limited."))}
             </p>
         })
     }
+}
+
+/// A bar for each quota that the last response reported. The rate has a chart of its own, unless it denied.
+#[component]
+fn Policies(results: RwSignal<Results>) -> impl IntoView {
+    let meters = move || {
+        let policies = results.with(Results::policies);
+        let shown = policies.iter().filter(|it| it.policy != "rpm" || it.denied);
+        let meters: Markup = shown
+            .filter_map(|it| {
+                let remaining = it.remaining?;
+                let text = format!("{} of {} left", number(remaining), number(it.limit));
+                let meter = Meter {
+                    label: policy_label(&it.policy),
+                    used: it.limit.saturating_sub(remaining),
+                    limit: it.limit,
+                    text: &text,
+                    denied: it.denied,
+                    ..Meter::default()
+                };
+                Some(meter.markup())
+            })
+            .collect();
+        meters.to_string()
+    };
+    view! { <div class="meters" inner_html=meters></div> }
 }
 
 #[component]

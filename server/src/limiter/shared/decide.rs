@@ -324,7 +324,7 @@ pub(super) fn decision(
 }
 
 /// The rate as it stands with so many nanoseconds to a full bucket.
-fn rate(policies: &Policies, now: UnixNanos, debt: u64) -> PolicyState {
+pub(super) fn rate(policies: &Policies, now: UnixNanos, debt: u64) -> PolicyState {
     let gcra = policies.gcra();
     PolicyState {
         policy: Policy::Rpm,

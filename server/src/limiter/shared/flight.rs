@@ -187,6 +187,20 @@ impl Inner {
         self.ask_until(call, || ()).await;
     }
 
+    /// Returns how many nanoseconds the bucket takes to fill, by the counters. `None` if they do not answer in time.
+    pub(super) async fn look_up_debt(&self, cell: &KeyCell, terms: Terms) -> Option<u64> {
+        if self.partition(cell).is_away() {
+            return None;
+        }
+        match self.ask_until(self.call(cell, terms, None), || ()).await {
+            Answer::InTime(TakeReply {
+                state: BucketState::Known { debt, .. },
+                ..
+            }) => Some(debt),
+            _ => None,
+        }
+    }
+
     async fn answer(&self, call: TakeCall, on_late: impl FnOnce()) -> Answer {
         let partition = &self.partitions[usize::from(call.partition)];
         partition.used(self.clock.monotonic());

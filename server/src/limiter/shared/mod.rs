@@ -76,6 +76,7 @@ pub use self::{
 use self::{
     decide::{LocalOutcome, decision},
     health::Partition,
+    lease::Terms,
 };
 use super::{
     blocks::QuotaLedger,
@@ -209,6 +210,28 @@ impl LimitStore for SharedStore {
         let (mut state, now) = self.0.cells.current(cell, policies);
         let times = (now, self.0.clock.monotonic());
         decision(&mut state, policies, times, Outcome::Allowed)
+    }
+
+    async fn inspect(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+        let debt = self
+            .0
+            .look_up_debt(cell, Terms::new(policies, self.0.ttl))
+            .await;
+        let (mut state, now) = self.0.cells.current(cell, policies);
+        match debt {
+            Some(debt) => state.decision_with(
+                policies,
+                now,
+                Outcome::Allowed,
+                decide::rate(policies, now, debt),
+            ),
+            None => decision(
+                &mut state,
+                policies,
+                (now, self.0.clock.monotonic()),
+                Outcome::Allowed,
+            ),
+        }
     }
 
     fn is_local(&self) -> bool {

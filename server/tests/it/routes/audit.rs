@@ -459,3 +459,56 @@ async fn every_recorded_action_is_a_valid_filter() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_are_filtered_by_actor_name_and_time() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    app.plan(&account, json!({"name": "100% Starter_1"})).await;
+    app.plan(&account, json!({"name": "Pro"})).await;
+    let names = async |query: &str| -> Vec<String> {
+        let path = format!("/admin/audit?target_type=plan&{query}");
+        let page = app.act(&account, "GET", &path, Value::Null).await;
+        assert_eq!(page.status, 200, "{query}: {}", page.body);
+        let items = page.body["items"].as_array().unwrap().clone();
+        assert_eq!(page.body["total"], items.len(), "{query}");
+        items
+            .iter()
+            .map(|it| it["target_name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let both = ["Pro", "100% Starter_1"];
+    assert_eq!(names("").await, both);
+    assert_eq!(names("search=starter").await, [both[1]]);
+    // Wildcards are ordinary characters.
+    assert_eq!(names("search=0%25%20S").await, [both[1]]);
+    assert_eq!(names("search=%25").await, [both[1]]);
+    assert_eq!(names("search=Starter-1").await, [""; 0]);
+    let events = log(&app, &account).await;
+    let email = events[0]["user_email"].as_str().unwrap();
+    assert_eq!(
+        names(&format!("actor={}", email.to_uppercase())).await,
+        both
+    );
+    assert_eq!(names("actor=nobody-else").await, [""; 0]);
+    // `from` is inclusive and `to` is exclusive.
+    let at = |name: &str| {
+        let event = events.iter().find(|it| it["target_name"] == name);
+        event.unwrap()["at"].as_str().unwrap().to_owned()
+    };
+    let (first, second) = (at(both[1]), at(both[0]));
+    assert_eq!(names(&format!("from={second}")).await, [both[0]]);
+    assert_eq!(names(&format!("from={first}&to={second}")).await, [both[1]]);
+    assert_eq!(names(&format!("to={first}")).await, [""; 0]);
+    for (query, field) in [
+        (format!("from={second}&to={first}"), "to"),
+        (format!("from={first}&to={first}"), "to"),
+        ("from=yesterday".to_owned(), "from"),
+        ("search=%00".to_owned(), "search"),
+    ] {
+        let path = format!("/admin/audit?{query}");
+        let rejected = app.act(&account, "GET", &path, Value::Null).await;
+        assert_eq!(rejected.status, 422, "{query}");
+        assert_eq!(rejected.body["errors"][0]["field"], field, "{query}");
+    }
+}

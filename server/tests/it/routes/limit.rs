@@ -990,7 +990,7 @@ async fn the_grace_of_a_rotation_is_for_one_text_and_outlives_no_key() {
     let path = format!("/admin/api-keys/{}", first.id);
     let rotate = async |seconds: u32| {
         let rotate = format!("{path}/rotate");
-        let body = json!({"grace_seconds": seconds});
+        let body = json!({"grace_seconds": seconds, "replace_previous": true});
         let rotated = app.act(&account, "POST", &rotate, body).await;
         assert_eq!(rotated.status, 200);
         rotated.text("key")

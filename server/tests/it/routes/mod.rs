@@ -6,4 +6,5 @@ mod auth;
 mod browser_session;
 mod limit;
 mod plan;
+mod rotation;
 mod service_token;

@@ -1,5 +1,6 @@
 //! What tests stand on.
 
 pub(crate) mod app;
+pub(crate) mod http2;
 pub(crate) mod postgres;
 pub(crate) mod quota;

@@ -3,11 +3,11 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Read as _},
     net::SocketAddr,
     os::unix::fs::PermissionsExt as _,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
     sync::mpsc,
     time::{Duration, Instant},
 };
@@ -49,8 +49,19 @@ impl Quota {
         Self::start_with(data_dir, &[])
     }
 
-    /// With these settings besides.
+    /// With these settings as well.
     pub(crate) fn start_with(data_dir: &Path, settings: &[(&str, &str)]) -> Self {
+        let (quota, out) = Self::start_unread(data_dir, settings);
+        // Read to the end, so that its log is never blocked.
+        std::thread::spawn(move || out.bytes().map_while(Result::ok).for_each(drop));
+        quota
+    }
+
+    /// Leaves everything unread that it prints once it is ready.
+    pub(crate) fn start_unread(
+        data_dir: &Path,
+        settings: &[(&str, &str)],
+    ) -> (Self, BufReader<ChildStdout>) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quota"));
         for (name, _) in std::env::vars_os() {
             if name.to_str().is_some_and(|it| it.starts_with("QUOTA_")) {
@@ -69,15 +80,19 @@ impl Quota {
             .stdout(Stdio::piped())
             .spawn()
             .expect("the binary runs");
-        let out = BufReader::new(child.stdout.take().expect("its output is piped"));
+        let mut out = BufReader::new(child.stdout.take().expect("its output is piped"));
         let (found, ready) = mpsc::channel();
         std::thread::spawn(move || {
-            // Read to the end, so that it never waits for a reader.
-            for line in out.lines().map_while(Result::ok) {
+            loop {
+                let mut line = String::new();
+                if out.read_line(&mut line).is_ok_and(|length| length == 0) {
+                    return;
+                }
                 if let Ok(line) = serde_json::from_str::<Value>(&line)
                     && line["message"] == "ready"
                 {
-                    let _ = found.send(line);
+                    let _ = found.send((line, out));
+                    return;
                 }
             }
         });
@@ -87,7 +102,7 @@ impl Quota {
             addr: nowhere,
             metrics_addr: nowhere,
         };
-        let line = ready
+        let (line, out) = ready
             .recv_timeout(STARTED_WITHIN)
             .expect("it says when it is ready");
         let address = |name: &str| {
@@ -95,7 +110,7 @@ impl Quota {
             text.parse().expect("it is an address")
         };
         (quota.addr, quota.metrics_addr) = (address("listen"), address("metrics_listen"));
-        quota
+        (quota, out)
     }
 
     fn signal(&self, signal: Signal) {

@@ -1,0 +1,141 @@
+// Undoing, duplicating and moving; menus; messages above dialogs; keys pasted by mistake; slow responses.
+
+import assert from "node:assert/strict";
+import { quoted } from "./world.mjs";
+
+export async function actions(world) {
+  const my = await world.visitor();
+  const { page, base } = my;
+  await my.registered("Actions");
+  const dialog = page.locator("dialog[open]");
+  const toast = page.locator(".toast");
+  const starter = await my.api("POST", "/admin/plans", { name: "Starter", default_rpm: 60, burst: 7, daily_quota: 900 });
+  const pro = await my.api("POST", "/admin/plans", { name: "Pro", default_rpm: 6000 });
+  const created = [];
+  for (const name of ["One", "Two", "Three"]) {
+    created.push(await my.api("POST", "/admin/api-keys", { name, plan_id: starter.id }));
+  }
+  const key = async (at) => my.api("GET", `/admin/api-keys/${created[at].api_key.id}`);
+
+  // Deactivating a key can be undone, also after leaving its page.
+  await page.goto(`${base}/console/api-keys/${created[0].api_key.id}`);
+  await my.heading("One").waitFor();
+  await my.button("Deactivate").click();
+  await my.button("Deactivate key").click();
+  await toast.getByText("Key deactivated").waitFor();
+  assert.equal((await key(0)).is_active, false);
+  await my.inspect("toast-undo");
+  await my.navigate("Plans").click();
+  await my.heading("Plans").waitFor();
+  await my.button("Undo").click();
+  await toast.getByText("Key activated").waitFor();
+  assert.equal((await key(0)).is_active, true);
+  assert.equal(await toast.count(), 1, "one message at a time");
+  await my.button("Dismiss").click();
+  await toast.waitFor({ state: "detached" });
+
+  // A row's menu works with the keyboard and gives the focus back.
+  const more = my.button("More actions for Starter");
+  await more.focus();
+  await page.keyboard.press("ArrowDown");
+  const focused = () => page.evaluate(() => document.activeElement.textContent || document.activeElement.ariaLabel);
+  await page.getByRole("menu").waitFor();
+  await page.waitForFunction(() => document.activeElement.textContent === "View keys");
+  await my.inspect("menu");
+  await page.keyboard.press("ArrowUp");
+  assert.equal(await focused(), "Delete");
+  await page.keyboard.press("ArrowUp");
+  assert.equal(await focused(), "Duplicate");
+  await page.keyboard.press("Escape");
+  await page.getByRole("menu").waitFor({ state: "detached" });
+  assert.equal(await focused(), "More actions for Starter");
+  await more.click();
+  await page.getByRole("heading", { name: "Plans" }).click();
+  await page.getByRole("menu").waitFor({ state: "detached" });
+
+  // A duplicate starts with the settings of the original.
+  await my.choose("Starter", "Duplicate");
+  await my.heading("New plan").waitFor();
+  const value = (id) => dialog.locator(`#${id}`).inputValue();
+  assert.deepEqual(
+    [await value("name"), await value("default_rpm"), await value("burst"), await value("daily_quota")],
+    ["Starter (copy)", "60", "7", "900"],
+  );
+  await my.inspect("plan-duplicate");
+  // An error in an open dialog is above its backdrop and can be dismissed there.
+  await page.evaluate(() => {
+    Object.defineProperty(navigator.clipboard, "writeText", { configurable: true, value: () => Promise.reject(new Error("no")) });
+  });
+  await my.button("Create plan").click();
+  await toast.getByText(`Plan ${quoted("Starter (copy)")} created`).waitFor();
+  await my.button("New plan").click();
+  await my.heading("New plan").waitFor();
+  assert.equal(await dialog.locator("#name").inputValue(), "", "a new plan does not start with the last duplicate");
+  assert.equal(await dialog.locator(".toast").count(), 1, "the message is in the dialog, not behind it");
+  await my.button("Dismiss").click();
+  await toast.waitFor({ state: "detached" });
+  await my.button("Cancel").click();
+
+  // Several keys are moved to another plan.
+  await page.goto(`${base}/console/api-keys`);
+  await my.field("Select One").check();
+  await my.field("Select Three").check();
+  await my.button("Change plan").click();
+  await my.heading("Move 2 keys to another plan").waitFor();
+  await dialog.getByRole("button", { name: "Change plan" }).click();
+  await dialog.locator(".field.invalid").getByText("Required").waitFor();
+  await dialog.locator("#move_plan").selectOption({ label: "Pro" });
+  await my.inspect("keys-move");
+  await dialog.getByRole("button", { name: "Change plan" }).click();
+  await toast.getByText(`2 keys moved to ${quoted("Pro")}`).waitFor();
+  assert.deepEqual([(await key(0)).plan_id, (await key(1)).plan_id, (await key(2)).plan_id], [pro.id, starter.id, pro.id]);
+
+  // Deactivating several keys can be undone; one that was inactive before stays inactive.
+  await my.api("PATCH", `/admin/api-keys/${created[1].api_key.id}`, { is_active: false });
+  await page.reload();
+  await my.field("Select all on this page").check();
+  await my.button("Deactivate").click();
+  await my.field('Type "deactivate 3 keys" to confirm').fill("deactivate 3 keys");
+  await dialog.getByRole("button", { name: "Deactivate" }).click();
+  await toast.getByText("3 keys deactivated").waitFor();
+  await my.button("Undo").click();
+  await toast.getByText("2 keys activated").waitFor();
+  assert.deepEqual([(await key(0)).is_active, (await key(1)).is_active, (await key(2)).is_active], [true, false, true]);
+
+  // A key that belongs to another page is noticed before it is used.
+  await page.goto(`${base}/console/api-keys/${created[0].api_key.id}`);
+  await my.heading("One").waitFor();
+  await page.locator("#pasted_key").fill(created[2].key);
+  await page.getByText(`This is another key. The key on this page starts with ${created[0].api_key.prefix}.`).waitFor();
+  await my.inspect("key-other");
+  await page.locator("#pasted_key").fill(created[0].key);
+  await page.getByText("This is another key.").waitFor({ state: "detached" });
+  await my.button("Copy key ID").click().catch(() => {});
+
+  // Slow responses: the old rows are dimmed, and a button shows that it works.
+  let release;
+  const released = new Promise((resolve) => (release = resolve));
+  await my.navigate("API keys").click();
+  await page.getByRole("row").nth(3).waitFor();
+  await page.route(/\/admin\/api-keys\?/, async (route) => {
+    await released;
+    await route.continue();
+  });
+  await page.getByRole("searchbox", { name: "Search" }).fill("Two");
+  await page.locator(".async.pending[aria-busy=true]").waitFor({ state: "attached" });
+  await page.waitForTimeout(600);
+  assert.ok(Number(await page.locator("table.table").evaluate((it) => getComputedStyle(it).opacity)) < 1);
+  release();
+  await page.getByRole("row").nth(2).waitFor({ state: "detached" });
+  await page.locator(".async.pending").waitFor({ state: "detached" });
+  await page.unroute(/\/admin\/api-keys\?/);
+
+  // The palette finds plans.
+  await page.keyboard.press("Escape");
+  await page.getByRole("button", { name: "Search or jump to…" }).click();
+  await my.field("Type a command, or the name of an API key or plan").fill("pro");
+  await page.getByRole("option", { name: "Pro Plan" }).click();
+  await page.waitForFunction((id) => location.search === `?plan_id=${id}`, pro.id);
+  await page.getByRole("row").nth(2).waitFor();
+  await my.context.close();
+}

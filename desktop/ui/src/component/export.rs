@@ -1,0 +1,38 @@
+//! Saving data as a file.
+
+use leptos::{prelude::*, task::spawn_local};
+
+use super::{busy::busy_attr, toast::Toasts};
+use crate::api::{self, PendingCall};
+
+/// A button that saves a CSV file.
+#[component]
+pub fn ExportButton(
+    /// Returns the file's name and content.
+    export: Callback<(), PendingCall<(String, String)>>,
+) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let busy = RwSignal::new(false);
+    let run = move |_| {
+        busy.set(true);
+        let file = export.run(());
+        spawn_local(async move {
+            let saved = match file.await {
+                Ok((name, text)) => api::save_file(&name, &text).await,
+                Err(error) => Err(error),
+            };
+            match saved {
+                Ok(Some(path)) => toasts.succeed(format!("Saved to {path}")),
+                // The browser says where.
+                Ok(None) => {}
+                Err(error) => toasts.fail(&error),
+            }
+            let _ = busy.try_set(false);
+        });
+    };
+    view! {
+        <button type="button" class="button" aria-disabled=busy_attr(busy) data-busy=busy_attr(busy) on:click=run>
+            "Export CSV"
+        </button>
+    }
+}

@@ -1,0 +1,95 @@
+//! Filters of a page, which are part of its address. They apply as soon as they change.
+
+use leptos::{prelude::*, task::spawn_local};
+
+use crate::route::{Route, route};
+
+/// How long typing must pause before a search applies.
+const DEBOUNCE_MS: u32 = 250;
+
+/// Puts a filter into the address, and goes to the first page of the list.
+pub fn set_filter(route: Route, name: &str, value: &str) {
+    let mut query = route.query.get_untracked().with("cursor", "");
+    if name == "target_type" {
+        // Each type of resource has actions of its own.
+        query = query.with("action", "");
+    }
+    let query = query.with(name, value);
+    route.replace(&format!("{}{query}", route.path.get_untracked()));
+}
+
+/// Selects one of some values, by the parameter's name in the address.
+pub fn select_filter(
+    name: &'static str,
+    id: &'static str,
+    label: &'static str,
+    options: Signal<Vec<(String, String)>>,
+) -> AnyView {
+    let route = route();
+    view! {
+        <div class="field">
+            <label for=id>{label}</label>
+            <select id=id on:change=move |ev| set_filter(route, name, &event_target_value(&ev))>
+                {move || {
+                    let current = route.query.with(|query| query.get(name)).unwrap_or_default();
+                    options
+                        .get()
+                        .into_iter()
+                        .map(|(value, text)| view! { <option value=value.clone() prop:selected=value == current>{text}</option> }.into_any())
+                        .collect_view()
+                }}
+            </select>
+        </div>
+    }
+    .into_any()
+}
+
+/// The options of a filter that are always the same.
+pub fn fixed_options(
+    options: &'static [(&'static str, &'static str)],
+) -> Signal<Vec<(String, String)>> {
+    Signal::derive(move || {
+        let options = options.iter();
+        options
+            .map(|&(value, text)| (value.to_owned(), text.to_owned()))
+            .collect()
+    })
+}
+
+/// A text or a date. A text applies once typing pauses.
+pub fn input_filter(
+    name: &'static str,
+    label: &'static str,
+    kind: &'static str,
+    placeholder: &'static str,
+) -> AnyView {
+    let route = route();
+    let latest = StoredValue::new(0_u32);
+    let pause_ms = if kind == "search" { DEBOUNCE_MS } else { 0 };
+    let change = move |ev| {
+        let value = event_target_value(&ev);
+        latest.update_value(|n| *n = n.wrapping_add(1));
+        let own = latest.get_value();
+        spawn_local(async move {
+            gloo_timers::future::TimeoutFuture::new(pause_ms).await;
+            if latest.try_get_value() == Some(own) {
+                set_filter(route, name, &value);
+            }
+        });
+    };
+    view! {
+        <div class="field">
+            <label for=name>{label}</label>
+            <input
+                id=name
+                type=kind
+                dir=(kind == "search").then_some("auto")
+                maxlength=(kind == "search").then_some("200")
+                placeholder=placeholder
+                prop:value=move || route.query.with(|query| query.get(name)).unwrap_or_default()
+                on:input=change
+            />
+        </div>
+    }
+    .into_any()
+}

@@ -1,0 +1,66 @@
+//! Local times of a time zone, which only the browser knows.
+
+use std::{cell::RefCell, collections::BTreeMap};
+
+use wasm_bindgen::{JsCast, JsValue};
+
+use crate::model::zoned::LocalTime;
+
+thread_local! {
+    /// Formatters by time zone: creating one is slow.
+    static FORMATTERS: RefCell<BTreeMap<String, Option<js_sys::Intl::DateTimeFormat>>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+/// Creates a formatter. `None` for a time zone that the browser does not know.
+fn formatter(zone: &str) -> Option<js_sys::Intl::DateTimeFormat> {
+    let options = js_sys::Object::new();
+    for (name, value) in [
+        ("timeZone", zone),
+        ("hourCycle", "h23"),
+        ("weekday", "short"),
+        ("year", "numeric"),
+        ("month", "numeric"),
+        ("day", "numeric"),
+        ("hour", "2-digit"),
+        ("minute", "2-digit"),
+        ("timeZoneName", "short"),
+    ] {
+        let _ = js_sys::Reflect::set(&options, &name.into(), &value.into());
+    }
+    let intl = js_sys::Reflect::get(&js_sys::global(), &"Intl".into()).ok()?;
+    let class = js_sys::Reflect::get(&intl, &"DateTimeFormat".into()).ok()?;
+    let class: &js_sys::Function = class.dyn_ref()?;
+    let arguments = js_sys::Array::of2(&"en-GB".into(), &options);
+    // Through `construct`, which reports the exception for an unknown time zone.
+    let made = js_sys::Reflect::construct(class, &arguments).ok()?;
+    made.dyn_into().ok()
+}
+
+/// Converts a time, in milliseconds since 1970. In UTC if the browser does not know the time zone.
+pub fn local_time(at: i64, zone: &str) -> Option<LocalTime> {
+    FORMATTERS.with_borrow_mut(|all| {
+        let mut format = |zone: &str| -> Option<LocalTime> {
+            let formatter = all
+                .entry(zone.to_owned())
+                .or_insert_with(|| formatter(zone))
+                .as_ref()?;
+            #[expect(
+                clippy::cast_precision_loss,
+                reason = "milliseconds since 1970 are exact in a double"
+            )]
+            let date = js_sys::Date::new(&JsValue::from_f64(at as f64));
+            let text = formatter.format().call1(&JsValue::UNDEFINED, &date).ok()?;
+            LocalTime::read(&text.as_string()?)
+        };
+        format(zone).or_else(|| format("UTC"))
+    })
+}
+
+/// The browser's own time zone.
+pub fn browser_time_zone() -> String {
+    let options = js_sys::Intl::DateTimeFormat::default().resolved_options();
+    js_sys::Reflect::get(&options, &"timeZone".into())
+        .ok()
+        .and_then(|zone| zone.as_string())
+        .unwrap_or_else(|| "UTC".to_owned())
+}

@@ -1,0 +1,507 @@
+//! A bar chart of allowed and rejected requests, as SVG.
+//!
+//! Horizontal positions are percentages and vertical ones are pixels, so that the chart fills any width undistorted.
+
+use super::{
+    markup::{Markup, element, with_text},
+    text::number,
+};
+
+/// The height of the plot in pixels, with the labels below it.
+const HEIGHT: u64 = 240;
+const TOP: u64 = 10;
+/// Where bars stand.
+const BASE: u64 = 214;
+const GRIDLINES: u64 = 4;
+const MAX_LABELS: usize = 8;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Completeness {
+    Complete,
+    /// The bar can still grow.
+    SoFar,
+    /// Nothing is known yet, which is not the same as zero.
+    Missing,
+}
+
+/// An hour or a day.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bar {
+    /// Below the bar.
+    pub label: String,
+    /// The time from its start to its end, in full.
+    pub time: String,
+    pub allowed: u64,
+    pub rejected: u64,
+    pub completeness: Completeness,
+}
+
+impl Bar {
+    /// What the bar says, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1 %)`.
+    pub fn text(&self) -> String {
+        let Self {
+            time,
+            allowed,
+            rejected,
+            ..
+        } = self;
+        let counts = format!(
+            "{} allowed · {} rejected",
+            number(*allowed),
+            number(*rejected)
+        );
+        let rate = match percent(*rejected, allowed + rejected) {
+            Some(rate) if *rejected > 0 => format!(" ({rate})"),
+            _ => String::new(),
+        };
+        match self.completeness {
+            Completeness::Complete => format!("{time} · {counts}{rate}"),
+            Completeness::SoFar => format!("{time} · {counts}{rate} so far"),
+            Completeness::Missing => format!("{time} · no data yet"),
+        }
+    }
+}
+
+/// Formats a part of a whole in percent with one decimal place. `None` of nothing.
+pub fn percent(part: u64, whole: u64) -> Option<String> {
+    let tenths = u128::from(part) * 1000 + u128::from(whole) / 2;
+    let tenths = u64::try_from(tenths.checked_div(u128::from(whole))?).ok()?;
+    Some(format!("{}.{} %", number(tenths / 10), tenths % 10))
+}
+
+/// Returns the distance between gridlines: 1, 2 or 5 times a power of ten.
+fn grid_step(max: u64) -> u64 {
+    let mut power = 1_u64;
+    loop {
+        for factor in [1, 2, 5] {
+            let step = power.saturating_mul(factor);
+            if step.saturating_mul(GRIDLINES) >= max {
+                return step;
+            }
+        }
+        power = power.saturating_mul(10);
+    }
+}
+
+/// Formats a round number shortly: `1.5k`, `20M`.
+pub fn short(n: u64) -> String {
+    for (unit, suffix) in [(1_000_000_000, "G"), (1_000_000, "M"), (1000, "k")] {
+        if n >= unit {
+            let tenths = n / (unit / 10);
+            return if tenths.is_multiple_of(10) {
+                format!("{}{suffix}", tenths / 10)
+            } else {
+                format!("{}.{}{suffix}", tenths / 10, tenths % 10)
+            };
+        }
+    }
+    n.to_string()
+}
+
+/// `part` of `whole` as a percentage for an attribute.
+fn position(part: u64, whole: u64) -> String {
+    let thousandths = part * 100_000 / whole.max(1);
+    format!("{}.{:03}%", thousandths / 1000, thousandths % 1000)
+}
+
+/// What is visible of a chart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Visible {
+    pub allowed: bool,
+    pub rejected: bool,
+    /// The bar that is pointed at.
+    pub selected: Option<usize>,
+}
+
+/// Returns the plot and, for the column to its left, the labels of the gridlines.
+pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
+    let shown = |bar: &Bar| {
+        let allowed = if visible.allowed { bar.allowed } else { 0 };
+        let rejected = if visible.rejected { bar.rejected } else { 0 };
+        (allowed, rejected)
+    };
+    let highest = bars.iter().map(|bar| {
+        let (allowed, rejected) = shown(bar);
+        allowed + rejected
+    });
+    let step = grid_step(highest.max().unwrap_or(0));
+    let top = step * GRIDLINES;
+    // At least a pixel for anything that is not zero.
+    let height = |n: u64| {
+        let pixels = u128::from(n) * u128::from(BASE - TOP) / u128::from(top);
+        u64::try_from(pixels)
+            .unwrap_or(BASE - TOP)
+            .max(u64::from(n > 0))
+    };
+    let (mut plot, mut axis) = (Markup::default(), Markup::default());
+    plot.push(hatch());
+    for line in 0..=GRIDLINES {
+        let y = (BASE - height(step * line)).to_string();
+        let y_text = (BASE - height(step * line) + 4).to_string();
+        plot.push(element(
+            "line",
+            &[("class", "grid"), ("x2", "100%"), ("y1", &y), ("y2", &y)],
+            &[],
+        ));
+        axis.push(with_text(
+            "text",
+            &[("x", "34"), ("y", &y_text)],
+            &short(step * line),
+        ));
+    }
+    // Ten units for each bar, of which one on either side is space.
+    let units = bars.len() as u64 * 10;
+    for (at, bar) in bars.iter().enumerate() {
+        let left = at as u64 * 10;
+        if visible.selected == Some(at) {
+            let (x, width) = (position(left, units), position(10, units));
+            plot.push(element(
+                "rect",
+                &[
+                    ("class", "band"),
+                    ("x", &x),
+                    ("y", "0"),
+                    ("width", &width),
+                    ("height", &BASE.to_string()),
+                ],
+                &[],
+            ));
+        }
+        if bar.completeness == Completeness::Missing {
+            continue;
+        }
+        let paler = if bar.completeness == Completeness::SoFar {
+            " so-far"
+        } else {
+            ""
+        };
+        let (x, width) = (position(left + 1, units), position(8, units));
+        let (allowed, rejected) = shown(bar);
+        let mut rect = |class: &str, y: u64, height: u64| {
+            let class = format!("{class}{paler}");
+            let (y, height) = (y.to_string(), height.to_string());
+            plot.push(element(
+                "rect",
+                &[
+                    ("class", &class),
+                    ("x", &x),
+                    ("y", &y),
+                    ("width", &width),
+                    ("height", &height),
+                ],
+                &[],
+            ));
+        };
+        let allowed_height = height(allowed);
+        if allowed > 0 {
+            rect("allowed", BASE - allowed_height, allowed_height);
+        }
+        if rejected > 0 {
+            // One pixel of space between the series.
+            let gap = u64::from(allowed > 0);
+            let rejected_height = height(rejected).saturating_sub(gap).max(1);
+            rect(
+                "rejected",
+                (BASE - allowed_height).saturating_sub(rejected_height + gap),
+                rejected_height,
+            );
+        }
+    }
+    for at in label_positions(bars.len()) {
+        let x = position(at as u64 * 10 + 5, units);
+        let anchor = match at {
+            0 => "start",
+            at if at + 1 == bars.len() => "end",
+            _ => "middle",
+        };
+        let x = match anchor {
+            "start" => position(1, units),
+            "end" => position(units - 1, units),
+            _ => x,
+        };
+        plot.push(with_text(
+            "text",
+            &[
+                ("class", "label"),
+                ("x", &x),
+                ("y", "234"),
+                ("text-anchor", anchor),
+            ],
+            &bars[at].label,
+        ));
+    }
+    let height = HEIGHT.to_string();
+    let plot = element(
+        "svg",
+        &[
+            ("width", "100%"),
+            ("height", &height),
+            ("aria-hidden", "true"),
+        ],
+        &[plot],
+    );
+    let axis = element(
+        "svg",
+        &[
+            ("width", "40"),
+            ("height", &height),
+            ("aria-hidden", "true"),
+        ],
+        &[axis],
+    );
+    (plot, axis)
+}
+
+/// The pattern of rejected requests, which tells them apart without color.
+fn hatch() -> Markup {
+    let parts = [
+        element(
+            "rect",
+            &[("class", "hatch-ground"), ("width", "6"), ("height", "6")],
+            &[],
+        ),
+        element("path", &[("class", "hatch-line"), ("d", "M0 0v6")], &[]),
+    ];
+    let pattern = element(
+        "pattern",
+        &[
+            ("id", "hatch"),
+            ("width", "6"),
+            ("height", "6"),
+            ("patternUnits", "userSpaceOnUse"),
+            ("patternTransform", "rotate(45)"),
+        ],
+        &parts,
+    );
+    element("defs", &[], &[pattern])
+}
+
+/// Which bars have a label: evenly spaced, the first always.
+fn label_positions(bars: usize) -> impl Iterator<Item = usize> {
+    let step = bars.div_ceil(MAX_LABELS).max(1);
+    (0..bars).step_by(step)
+}
+
+/// The same data as a table.
+pub fn bar_table(caption: &str, bars: &[Bar]) -> Markup {
+    let head = ["Time", "Allowed", "Rejected", "Rejection rate"];
+    let head = head.map(|name| {
+        let class = if name == "Time" { "" } else { "num" };
+        with_text("th", &[("scope", "col"), ("class", class)], name)
+    });
+    let rows: Markup = bars
+        .iter()
+        .map(|bar| {
+            let cell = |label: &str, text: &str| {
+                with_text("td", &[("class", "num"), ("data-label", label)], text)
+            };
+            let total = bar.allowed + bar.rejected;
+            let time = match bar.completeness {
+                Completeness::SoFar => format!("{} (so far)", bar.time),
+                _ => bar.time.clone(),
+            };
+            let is_missing = bar.completeness == Completeness::Missing;
+            let count = |n: u64| {
+                if is_missing {
+                    "–".to_owned()
+                } else {
+                    number(n)
+                }
+            };
+            let cells = [
+                with_text("th", &[("scope", "row")], &time),
+                cell("Allowed", &count(bar.allowed)),
+                cell("Rejected", &count(bar.rejected)),
+                cell(
+                    "Rejection rate",
+                    &percent(bar.rejected, total).unwrap_or_else(|| "–".to_owned()),
+                ),
+            ];
+            element("tr", &[], &cells)
+        })
+        .collect();
+    let parts = [
+        with_text("caption", &[], caption),
+        element("thead", &[], &[element("tr", &[], &head)]),
+        element("tbody", &[], &[rows]),
+    ];
+    element("table", &[("class", "table data")], &parts)
+}
+
+/// The heights of a row of small bars, without axes.
+pub fn sparkline(values: &[u64]) -> Markup {
+    let highest = values.iter().copied().max().unwrap_or(0).max(1);
+    let units = values.len() as u64 * 10;
+    let bars: Markup = values
+        .iter()
+        .enumerate()
+        .map(|(at, value)| {
+            let height = (value.saturating_mul(28) / highest).max(u64::from(*value > 0));
+            let (x, width) = (position(at as u64 * 10 + 1, units), position(8, units));
+            let (y, height) = ((28 - height).to_string(), height.to_string());
+            element(
+                "rect",
+                &[
+                    ("class", "allowed"),
+                    ("x", &x),
+                    ("y", &y),
+                    ("width", &width),
+                    ("height", &height),
+                ],
+                &[],
+            )
+        })
+        .collect();
+    element(
+        "svg",
+        &[("width", "100%"), ("height", "28"), ("aria-hidden", "true")],
+        &[bars],
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bar(allowed: u64, rejected: u64) -> Bar {
+        Bar {
+            label: "14:00".into(),
+            time: "14:00–15:00 CET".into(),
+            allowed,
+            rejected,
+            completeness: Completeness::Complete,
+        }
+    }
+
+    const ALL: Visible = Visible {
+        allowed: true,
+        rejected: true,
+        selected: None,
+    };
+
+    fn attribute(svg: &str, class: &str, name: &str) -> Vec<u64> {
+        svg.split("<rect ")
+            .filter(|it| it.starts_with(&format!("class=\"{class}\"")))
+            .map(|it| {
+                let (_, rest) = it.split_once(&format!(" {name}=\"")).expect("an attribute");
+                rest.split('"')
+                    .next()
+                    .expect("a value")
+                    .parse()
+                    .expect("a number")
+            })
+            .collect()
+    }
+
+    #[test]
+    fn gridlines_are_round_numbers_above_the_highest_bar() {
+        for (max, step) in [
+            (0, 1),
+            (4, 1),
+            (5, 2),
+            (9, 5),
+            (37, 10),
+            (41, 20),
+            (1204, 500),
+            (3_999_999, 1_000_000),
+        ] {
+            assert_eq!(grid_step(max), step, "{max}");
+        }
+        assert!(grid_step(u64::MAX) > 1_000_000);
+    }
+
+    #[test]
+    fn numbers_are_shortened() {
+        let texts = [0, 999, 1000, 1500, 20_000, 1_000_000, 2_500_000_000].map(short);
+        assert_eq!(texts, ["0", "999", "1k", "1.5k", "20k", "1M", "2.5G"]);
+    }
+
+    #[test]
+    fn percentages_are_rounded() {
+        assert_eq!(percent(38, 1242).as_deref(), Some("3.1 %"));
+        assert_eq!(percent(1, 3).as_deref(), Some("33.3 %"));
+        assert_eq!(percent(2, 3).as_deref(), Some("66.7 %"));
+        assert_eq!(percent(0, 5).as_deref(), Some("0.0 %"));
+        assert_eq!(percent(23_017, 1).as_deref(), Some("2,301,700.0 %"));
+        assert_eq!(percent(0, 0), None);
+        assert_eq!(percent(u64::MAX, u64::MAX).as_deref(), Some("100.0 %"));
+    }
+
+    #[test]
+    fn bars_are_as_high_as_their_numbers_and_stacked_with_a_gap() {
+        let (plot, axis) = bar_chart(&[bar(200, 100), bar(0, 0), bar(400, 0)], ALL);
+        let plot = plot.to_string();
+        assert_eq!(attribute(&plot, "allowed", "height"), [102, 204]);
+        assert_eq!(attribute(&plot, "rejected", "height"), [50]);
+        let (allowed_top, rejected_top) = (
+            attribute(&plot, "allowed", "y")[0],
+            attribute(&plot, "rejected", "y")[0],
+        );
+        assert_eq!(rejected_top + 50 + 1, allowed_top);
+        assert!(axis.to_string().contains(">400<"));
+    }
+
+    #[test]
+    fn anything_but_zero_is_visible() {
+        let (plot, _) = bar_chart(&[bar(1, 0), bar(1_000_000, 1)], ALL);
+        let plot = plot.to_string();
+        assert_eq!(attribute(&plot, "allowed", "height")[0], 1);
+        assert_eq!(attribute(&plot, "rejected", "height")[0], 1);
+    }
+
+    #[test]
+    fn hidden_series_does_not_count() {
+        let visible = Visible {
+            rejected: false,
+            ..ALL
+        };
+        let (plot, axis) = bar_chart(&[bar(4, 4000)], visible);
+        assert!(attribute(&plot.to_string(), "rejected", "height").is_empty());
+        assert!(axis.to_string().contains(">4<"), "{axis}");
+    }
+
+    #[test]
+    fn missing_data_is_a_gap_and_says_so() {
+        let missing = Bar {
+            completeness: Completeness::Missing,
+            ..bar(0, 0)
+        };
+        assert_eq!(missing.text(), "14:00–15:00 CET · no data yet");
+        let table = bar_table("Requests", &[missing]).to_string();
+        assert!(table.contains("–") && !table.contains(">0<"), "{table}");
+        let so_far = Bar {
+            completeness: Completeness::SoFar,
+            ..bar(3, 1)
+        };
+        assert_eq!(
+            so_far.text(),
+            "14:00–15:00 CET · 3 allowed · 1 rejected (25.0 %) so far"
+        );
+        let (plot, _) = bar_chart(&[so_far], ALL);
+        assert!(plot.to_string().contains("allowed so-far"));
+    }
+
+    #[test]
+    fn at_most_eight_bars_have_a_label() {
+        for bars in [1, 7, 8, 9, 24, 25, 31, 168, 720] {
+            let labels: Vec<_> = label_positions(bars).collect();
+            assert!(
+                labels.len() <= MAX_LABELS && labels[0] == 0,
+                "{bars}: {labels:?}"
+            );
+            assert!(labels.len() >= bars.min(4), "{bars}: {labels:?}");
+        }
+        assert_eq!(label_positions(0).count(), 0);
+    }
+
+    #[test]
+    fn nothing_to_show_is_an_empty_plot() {
+        let (plot, _) = bar_chart(&[], ALL);
+        assert!(plot.to_string().contains("class=\"grid\""));
+        assert!(sparkline(&[]).to_string().starts_with("<svg"));
+        assert_eq!(
+            attribute(&sparkline(&[0, 7, 14]).to_string(), "allowed", "height"),
+            [0, 14, 28]
+        );
+    }
+}

@@ -1,0 +1,174 @@
+//! The details of an API key.
+
+use quota_common::{Timestamp, api_key::ApiKey, plan::Plan};
+
+use super::{
+    limits::EffectiveLimits,
+    markup::{Markup, element, with_text},
+    text::{date_time, number, relative},
+};
+
+/// A relative time, whose exact time is its tooltip. The page keeps it current.
+pub fn time_markup(at: Timestamp, now: i64) -> Markup {
+    let millis = at.inner().timestamp_millis();
+    with_text(
+        "time",
+        &[("datetime", &at.to_string()), ("title", &date_time(millis))],
+        &relative(millis, now),
+    )
+}
+
+/// A time that may be missing.
+pub fn time_or(at: Option<Timestamp>, missing: &str, now: i64) -> Markup {
+    at.map_or_else(
+        || with_text("span", &[("class", "muted")], missing),
+        |at| time_markup(at, now),
+    )
+}
+
+fn row(label: &str, content: &[Markup]) -> Markup {
+    let parts = [with_text("dt", &[], label), element("dd", &[], content)];
+    element("div", &[], &parts)
+}
+
+/// Whether the key can be used.
+pub fn status_badge(key: &ApiKey, now: i64) -> Markup {
+    let is_expired = key
+        .expires_at
+        .is_some_and(|at| at.inner().timestamp_millis() <= now);
+    let (class, status) = match (key.is_active, is_expired) {
+        (false, _) => ("badge", "Inactive"),
+        (true, true) => ("badge off", "Expired"),
+        (true, false) => ("badge on", "Active"),
+    };
+    with_text("span", &[("class", class)], status)
+}
+
+/// The key's status, times and plan, and the limits that apply to it once its plan is known.
+pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64) -> Markup {
+    let plan_name = plan.map_or("…", |plan| &plan.name);
+    let mut rows = vec![
+        row("Status", &[status_badge(key, now)]),
+        row(
+            "Key",
+            &[with_text("code", &[], &format!("{}…", key.prefix))],
+        ),
+        row(
+            "Plan",
+            &[with_text(
+                "span",
+                &[("class", "clamp"), ("dir", "auto")],
+                plan_name,
+            )],
+        ),
+        row("Created", &[time_markup(key.created_at, now)]),
+        row("Last used", &[time_or(key.last_used_at, "Never used", now)]),
+        row("Expires", &[time_or(key.expires_at, "Never", now)]),
+    ];
+    let previous = key.previous_expires_at;
+    if let Some(at) = previous.filter(|at| at.inner().timestamp_millis() > now) {
+        rows.push(row(
+            "Previous key",
+            &[Markup::text("Expires "), time_markup(at, now)],
+        ));
+    }
+    let mut all = element("dl", &[("class", "details")], &rows);
+    if let Some(plan) = plan {
+        all.push(limit_details(key, plan, time_zone));
+    }
+    all
+}
+
+fn limit_details(key: &ApiKey, plan: &Plan, time_zone: &str) -> Markup {
+    let limits = EffectiveLimits::new(plan, key);
+    let source = match key.rpm_override {
+        Some(_) => format!("Override (plan: {}/min)", number(plan.default_rpm.into())),
+        None => "From the plan".to_owned(),
+    };
+    let quota = |label: &str, quota: Option<u64>, reset: &str| {
+        let (value, note) = match quota {
+            Some(quota) => (number(quota), format!("Resets {reset}, {time_zone}")),
+            None => ("Unlimited".to_owned(), String::new()),
+        };
+        limit_row(label, &value, &note)
+    };
+    let rows = [
+        limit_row(
+            "Rate limit",
+            &format!("{}/min", number(limits.rate.into())),
+            &source,
+        ),
+        limit_row(
+            "Burst",
+            &number(limits.burst.into()),
+            "Requests in one burst",
+        ),
+        quota("Daily quota", limits.daily_quota, "at midnight"),
+        quota("Monthly quota", limits.monthly_quota, "on the 1st"),
+    ];
+    element("dl", &[("class", "details limits")], &rows)
+}
+
+fn limit_row(label: &str, value: &str, note: &str) -> Markup {
+    let content = [
+        with_text("strong", &[], value),
+        Markup::text(" "),
+        with_text("span", &[("class", "muted small-text")], note),
+    ];
+    row(label, &content)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const AT: &str = "2026-08-03T06:26:00.000Z";
+    const ID: &str = "019ab4e1-7c00-7000-8000-0000000000b1";
+    const NOW: i64 = 1_785_738_420_000;
+
+    fn key(active: bool, expires_at: Option<&str>) -> ApiKey {
+        serde_json::from_value(json!({
+            "id": ID, "name": "App", "plan_id": ID, "prefix": "qk_12345678", "is_active": active, "expires_at": expires_at,
+            "rpm_override": null, "last_used_at": null, "previous_expires_at": null, "created_at": AT, "updated_at": AT,
+        }))
+        .expect("a key")
+    }
+
+    #[test]
+    fn status_says_whether_the_key_can_be_used() {
+        let text = |key: &ApiKey| status_badge(key, NOW).to_string();
+        assert!(text(&key(true, None)).contains(">Active<"));
+        assert!(text(&key(true, Some(AT))).contains(">Expired<"));
+        assert!(text(&key(false, Some(AT))).contains(">Inactive<"));
+        assert!(text(&key(true, Some("2027-01-01T00:00:00Z"))).contains(">Active<"));
+    }
+
+    #[test]
+    fn details_name_the_plan_and_its_limits_once_it_is_known() {
+        let before = key_details(&key(true, None), None, "UTC", NOW).to_string();
+        assert!(
+            before.contains(">…<") && !before.contains("Rate limit"),
+            "{before}"
+        );
+        assert!(
+            before.contains(">1 minute ago<") && before.contains(">Never used<"),
+            "{before}"
+        );
+        let plan: Plan = serde_json::from_value(json!({
+            "id": ID, "name": "<Pro>", "default_rpm": 600, "burst": 600, "daily_quota": 1000, "monthly_quota": null,
+            "strict": false, "on_redis_failure": null, "billing": "free", "key_count": 1, "created_at": AT, "updated_at": AT,
+        }))
+        .expect("a plan");
+        let after = key_details(&key(true, None), Some(&plan), "UTC", NOW).to_string();
+        assert!(
+            after.contains("&lt;Pro&gt;") && after.contains("600/min"),
+            "{after}"
+        );
+        assert!(
+            after.contains("Resets at midnight, UTC") && after.contains("Unlimited"),
+            "{after}"
+        );
+    }
+}

@@ -1,0 +1,138 @@
+//! The policies of a key, as the headers of a response report them.
+
+use quota_common::limit::PolicyName;
+
+/// Where a policy stood after a response.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyState {
+    /// `rpm`, `daily`, `monthly` or `tenant_monthly`.
+    pub policy: String,
+    pub limit: u64,
+    /// `None` if the response does not say: it reports only the rate and the policy nearest exhaustion.
+    pub remaining: Option<u64>,
+    /// Whether this policy denied the request.
+    pub denied: bool,
+}
+
+/// The label of a policy.
+pub fn policy_label(policy: &str) -> &str {
+    match policy {
+        "rpm" => "Rate limit",
+        "daily" => "Daily quota",
+        "monthly" => "Monthly quota",
+        "reduced_capacity" => "Reduced capacity",
+        "tenant_monthly" => "Organization's monthly quota",
+        other => other,
+    }
+}
+
+/// The header fields that report limits.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LimitHeaders<'a> {
+    /// `X-RateLimit-Limit`.
+    pub burst: &'a str,
+    /// `X-RateLimit-Remaining`.
+    pub remaining: &'a str,
+    /// `RateLimit-Policy`.
+    pub policies: &'a str,
+    /// `RateLimit`.
+    pub nearest: &'a str,
+}
+
+/// Returns the value of a parameter of a structured field's item, such as `q` in `"rpm";q=60;w=60`.
+fn parameter(item: &str, name: &str) -> Option<u64> {
+    let mut parameters = item.split(';').skip(1);
+    let value = parameters.find_map(|it| it.trim().strip_prefix(name)?.strip_prefix('='));
+    value?.parse().ok()
+}
+
+fn item_name(item: &str) -> Option<&str> {
+    item.split('"').nth(1)
+}
+
+/// Returns the state of every policy. `violated` names those that denied the request.
+pub fn policy_states(headers: LimitHeaders<'_>, violated: &[PolicyName]) -> Vec<PolicyState> {
+    let items = |field: &'static str, text: &str| -> Vec<(String, Option<u64>)> {
+        text.split(',')
+            .filter_map(|item| Some((item_name(item)?.to_owned(), parameter(item, field))))
+            .collect()
+    };
+    let reported = items("r", headers.nearest);
+    items("q", headers.policies)
+        .into_iter()
+        .filter_map(|(policy, limit)| {
+            let denied = violated.iter().any(|it| it.as_str() == policy);
+            let (limit, remaining) = if policy == "rpm" {
+                (headers.burst.parse().ok(), headers.remaining.parse().ok())
+            } else {
+                let found = reported.iter().find(|(name, _)| *name == policy);
+                (limit, found.and_then(|(_, remaining)| *remaining))
+            };
+            Some(PolicyState {
+                limit: limit?,
+                // A quota that denies a request of cost 1 is used up.
+                remaining: if denied { Some(0) } else { remaining },
+                policy,
+                denied,
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADERS: LimitHeaders<'_> = LimitHeaders {
+        burst: "10",
+        remaining: "7",
+        policies: "\"rpm\";q=600;w=60, \"daily\";q=500;w=86400, \"monthly\";q=9000",
+        nearest: "\"daily\";r=3;t=5400",
+    };
+
+    fn summary(states: &[PolicyState]) -> Vec<(&str, u64, Option<u64>, bool)> {
+        states
+            .iter()
+            .map(|it| (&*it.policy, it.limit, it.remaining, it.denied))
+            .collect()
+    }
+
+    #[test]
+    fn every_policy_has_a_state() {
+        assert_eq!(
+            summary(&policy_states(HEADERS, &[])),
+            [
+                ("rpm", 10, Some(7), false),
+                ("daily", 500, Some(3), false),
+                ("monthly", 9000, None, false),
+            ]
+        );
+    }
+
+    #[test]
+    fn denying_policy_is_marked_although_the_bucket_is_full() {
+        let states = policy_states(
+            LimitHeaders {
+                remaining: "10",
+                nearest: "\"daily\";r=0;t=60",
+                ..HEADERS
+            },
+            &[PolicyName::Daily],
+        );
+        assert_eq!(
+            summary(&states)[..2],
+            [("rpm", 10, Some(10), false), ("daily", 500, Some(0), true)]
+        );
+    }
+
+    #[test]
+    fn malformed_headers_have_no_states() {
+        for policies in ["", "rpm;q=1", "\"daily\"", "\"daily\";q=x"] {
+            let headers = LimitHeaders {
+                policies,
+                ..LimitHeaders::default()
+            };
+            assert_eq!(policy_states(headers, &[]), [], "{policies}");
+        }
+    }
+}

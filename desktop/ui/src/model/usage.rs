@@ -1,0 +1,545 @@
+//! Usage: what the address asks for, and the numbers in words and tables.
+
+use std::cmp::Reverse;
+
+use quota_common::{
+    ApiKeyId,
+    usage::{Usage, UsageBucketSize, UsageCounts, UsageGroup, UsageGroupBy},
+};
+
+use super::{
+    address::Query,
+    chart::percent,
+    csv::csv,
+    markup::{Markup, element, with_text},
+    policy::policy_label,
+    text::{number, relative},
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Range {
+    Day,
+    Week,
+    Month,
+    /// Between two dates.
+    Custom,
+}
+
+impl Range {
+    pub const ALL: [(&'static str, &'static str); 4] = [
+        ("", "Last 24 hours"),
+        ("7d", "Last 7 days"),
+        ("30d", "Last 30 days"),
+        ("custom", "Custom"),
+    ];
+
+    fn of(text: Option<&str>) -> Self {
+        match text {
+            Some("7d") => Self::Week,
+            Some("30d") => Self::Month,
+            Some("custom") => Self::Custom,
+            _ => Self::Day,
+        }
+    }
+}
+
+/// In which time zone hours and days begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ZoneChoice {
+    Organization,
+    Utc,
+    Browser,
+}
+
+/// What the address asks to be loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UsageRequest {
+    pub range: Range,
+    /// With [`Range::Custom`]: the first and the last day.
+    pub dates: (String, String),
+    /// `None`: hours for up to three days, else days.
+    pub bucket: Option<UsageBucketSize>,
+    pub key_id: Option<ApiKeyId>,
+    pub endpoint: Option<String>,
+    pub zone: ZoneChoice,
+    pub group_by: UsageGroupBy,
+}
+
+impl UsageRequest {
+    /// The parameters of an address that say what to load, as an address.
+    pub fn parameters(query: &Query) -> String {
+        let names = [
+            "range", "from", "to", "bucket", "key_id", "endpoint", "tz", "group",
+        ];
+        let all = names.iter().fold(Query::default(), |all, name| {
+            all.with(name, &query.get(name).unwrap_or_default())
+        });
+        all.to_string()
+    }
+
+    pub fn read(query: &Query) -> Self {
+        let get = |name: &str| query.get(name);
+        Self {
+            range: Range::of(get("range").as_deref()),
+            dates: (
+                get("from").unwrap_or_default(),
+                get("to").unwrap_or_default(),
+            ),
+            bucket: get("bucket").and_then(|it| UsageBucketSize::of(&it)),
+            key_id: get("key_id").and_then(|it| it.parse().ok()),
+            endpoint: get("endpoint"),
+            zone: match get("tz").as_deref() {
+                Some("utc") => ZoneChoice::Utc,
+                Some("browser") => ZoneChoice::Browser,
+                _ => ZoneChoice::Organization,
+            },
+            group_by: match get("group").as_deref() {
+                Some("endpoint") => UsageGroupBy::Endpoint,
+                Some("policy") => UsageGroupBy::Policy,
+                _ => UsageGroupBy::Key,
+            },
+        }
+    }
+}
+
+/// Allowed and rejected, in requests or in cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pair {
+    pub allowed: u64,
+    pub rejected: u64,
+}
+
+impl Pair {
+    pub const fn total(self) -> u64 {
+        self.allowed.saturating_add(self.rejected)
+    }
+}
+
+pub const fn pair(counts: &UsageCounts, by_cost: bool) -> Pair {
+    if by_cost {
+        Pair {
+            allowed: counts.allowed_cost,
+            rejected: counts.rejected_cost,
+        }
+    } else {
+        Pair {
+            allowed: counts.allowed,
+            rejected: counts.rejected,
+        }
+    }
+}
+
+const fn group_pair(group: &UsageGroup, by_cost: bool) -> Pair {
+    let counts = UsageCounts {
+        allowed: group.allowed,
+        rejected: group.rejected,
+        allowed_cost: group.allowed_cost,
+        rejected_cost: group.rejected_cost,
+    };
+    pair(&counts, by_cost)
+}
+
+/// The change since the period before, such as `+12.5 %`.
+pub fn change(now: u64, before: u64) -> String {
+    if now == before {
+        return "Same as before".to_owned();
+    }
+    let sign = if now > before { '+' } else { '−' };
+    match percent(now.abs_diff(before), before) {
+        Some(text) => format!("{sign}{text} on the period before"),
+        None => "None in the period before".to_owned(),
+    }
+}
+
+/// A number with its label and a note below.
+pub fn stat(label: &str, value: &str, note: &str, href: &str) -> Markup {
+    let tag = if href.is_empty() { "div" } else { "a" };
+    let parts = [
+        with_text("span", &[("class", "muted")], label),
+        with_text("strong", &[], value),
+        with_text("span", &[("class", "muted small-text")], note),
+    ];
+    element(tag, &[("class", "stat card"), ("href", href)], &parts)
+}
+
+/// Allowed, rejected, the rate of rejection and the busiest hour or day.
+pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &str) -> Markup {
+    let rate = |pair: Pair| percent(pair.rejected, pair.total()).unwrap_or_else(|| "–".to_owned());
+    let (peak_time, peak_count) = match peak {
+        Some((time, count)) => (time, number(count)),
+        None => ("No requests".to_owned(), "–".to_owned()),
+    };
+    let stats = [
+        stat(
+            "Allowed",
+            &number(now.allowed),
+            &change(now.allowed, before.allowed),
+            "",
+        ),
+        stat(
+            "Rejected",
+            &number(now.rejected),
+            &change(now.rejected, before.rejected),
+            "",
+        ),
+        stat(
+            "Rejection rate",
+            &rate(now),
+            &format!("{} in the period before", rate(before)),
+            "",
+        ),
+        stat(peak_name, &peak_count, &peak_time, ""),
+    ];
+    element("div", &[("class", "stats")], &stats)
+}
+
+/// What identifies a group, for people.
+pub fn group_name(group: &UsageGroup) -> String {
+    if group.other {
+        return "Other".to_owned();
+    }
+    match (&group.name, &group.endpoint, &group.policy) {
+        (Some(name), ..) => name.clone(),
+        (None, Some(endpoint), _) if endpoint.is_empty() => "(no endpoint)".to_owned(),
+        (None, Some(endpoint), _) => endpoint.clone(),
+        (None, None, Some(policy)) => policy_label(policy).to_owned(),
+        (None, None, None) => "(deleted)".to_owned(),
+    }
+}
+
+/// The columns that a table of groups can be sorted by.
+const COLUMNS: [(&str, &str); 4] = [
+    ("allowed", "Allowed"),
+    ("rejected", "Rejected"),
+    ("rate", "Rejection rate"),
+    ("last", "Last seen"),
+];
+
+/// Sorts groups by a column; `Other` comes last. Without one, by requests.
+fn sort_groups(groups: &mut [UsageGroup], sort: &str, by_cost: bool) {
+    let (column, ascending) = match sort.strip_prefix('-') {
+        Some(column) => (column, false),
+        None => (sort, !sort.is_empty()),
+    };
+    let key = |group: &UsageGroup| {
+        let pair = group_pair(group, by_cost);
+        match column {
+            "allowed" => pair.allowed,
+            "rejected" => pair.rejected,
+            "rate" => u64::try_from(
+                u128::from(pair.rejected) * 1_000_000 / u128::from(pair.total().max(1)),
+            )
+            .unwrap_or(u64::MAX),
+            "last" => group
+                .last_seen_at
+                .map_or(0, |at| at.inner().timestamp_millis().unsigned_abs()),
+            _ => pair.total(),
+        }
+    };
+    if ascending {
+        groups.sort_by_key(|group| (group.other, key(group)));
+    } else {
+        groups.sort_by_key(|group| (group.other, Reverse(key(group))));
+    }
+}
+
+/// The groups of a response as a table. A row's name filters the page by it.
+pub fn group_table(usage: &Usage, query: &Query, by_cost: bool, now: i64) -> Markup {
+    let group_by = usage.group_by.unwrap_or(UsageGroupBy::Key);
+    let sort = query.get("sort").unwrap_or_default();
+    let mut groups = usage.groups.clone();
+    sort_groups(&mut groups, &sort, by_cost);
+    let is_policy = group_by == UsageGroupBy::Policy;
+    let name = match group_by {
+        UsageGroupBy::Key => "Key",
+        UsageGroupBy::Endpoint => "Endpoint",
+        UsageGroupBy::Policy => "Denied by",
+        UsageGroupBy::Plan => "Plan",
+    };
+    // Policies have only rejected requests.
+    let columns = COLUMNS
+        .into_iter()
+        .filter(|(id, _)| !is_policy || matches!(*id, "rejected" | "last"));
+    let mut head = vec![
+        with_text("th", &[("scope", "col")], name),
+        with_text("th", &[("scope", "col"), ("class", "share")], "Share"),
+    ];
+    head.extend(columns.map(|(id, label)| sort_head(id, label, &sort, query)));
+    let highest = groups
+        .iter()
+        .map(|it| group_pair(it, by_cost).total())
+        .max();
+    let rows: Markup = groups
+        .iter()
+        .map(|group| {
+            let pair = group_pair(group, by_cost);
+            let mut cells = vec![
+                element(
+                    "th",
+                    &[("scope", "row"), ("dir", "auto")],
+                    &[group_link(group, query)],
+                ),
+                element(
+                    "td",
+                    &[("class", "share"), ("data-label", "Share")],
+                    &[share_bar(pair, highest.unwrap_or(0))],
+                ),
+            ];
+            let mut cell = |label: &str, text: &str| {
+                cells.push(with_text(
+                    "td",
+                    &[("class", "num"), ("data-label", label)],
+                    text,
+                ));
+            };
+            if !is_policy {
+                cell("Allowed", &number(pair.allowed));
+            }
+            cell("Rejected", &number(pair.rejected));
+            if !is_policy {
+                cell(
+                    "Rejection rate",
+                    &percent(pair.rejected, pair.total()).unwrap_or_else(|| "–".to_owned()),
+                );
+            }
+            let last = group
+                .last_seen_at
+                .map(|at| relative(at.inner().timestamp_millis(), now));
+            cell("Last seen", &last.unwrap_or_else(|| "–".to_owned()));
+            element("tr", &[], &cells)
+        })
+        .collect();
+    let caption = format!("Usage by {}", name.to_ascii_lowercase());
+    let parts = [
+        with_text("caption", &[("class", "visually-hidden")], &caption),
+        element("thead", &[], &[element("tr", &[], &head)]),
+        element("tbody", &[], &[rows]),
+    ];
+    element("table", &[("class", "table data groups")], &parts)
+}
+
+fn sort_head(id: &str, label: &str, sort: &str, query: &Query) -> Markup {
+    let descending = format!("-{id}");
+    let (direction, next, arrow) = match sort {
+        it if it == id => ("ascending", descending.as_str(), "↑"),
+        it if it == descending => ("descending", id, "↓"),
+        _ => ("", descending.as_str(), "↕"),
+    };
+    let href = format!("/console/usage{}", query.clone().with("sort", next));
+    let key = format!("sort-{id}");
+    let arrow = with_text(
+        "span",
+        &[("class", "arrow"), ("aria-hidden", "true")],
+        arrow,
+    );
+    let link = element(
+        "a",
+        &[("class", "sort"), ("data-focus-key", &key), ("href", &href)],
+        &[Markup::text(label), arrow],
+    );
+    element(
+        "th",
+        &[("scope", "col"), ("class", "num"), ("aria-sort", direction)],
+        &[link],
+    )
+}
+
+/// The name of a group, which filters the page if the page can be filtered by it.
+fn group_link(group: &UsageGroup, query: &Query) -> Markup {
+    let name = group_name(group);
+    let filter = match (group.key_id, &group.endpoint) {
+        _ if group.other => None,
+        (Some(id), _) => Some(("key_id", id.to_string(), "endpoint")),
+        (None, Some(endpoint)) if !endpoint.is_empty() => Some(("endpoint", endpoint.clone(), "")),
+        _ => None,
+    };
+    let text = with_text("span", &[("class", "clamp")], &name);
+    match filter {
+        Some((parameter, value, next_group)) => {
+            let mut query = query.clone().with(parameter, &value).with("sort", "");
+            if !next_group.is_empty() {
+                // What is left to split one key by.
+                query = query.with("group", next_group);
+            }
+            let key = format!("group-{value}");
+            let href = format!("/console/usage{query}");
+            element("a", &[("href", &href), ("data-focus-key", &key)], &[text])
+        }
+        None => text,
+    }
+}
+
+fn share_bar(pair: Pair, highest: u64) -> Markup {
+    let width = |n: u64| {
+        let thousandths = u128::from(n) * 100_000 / u128::from(highest.max(1));
+        format!("{}.{:03}%", thousandths / 1000, thousandths % 1000)
+    };
+    let (allowed, rejected) = (width(pair.allowed), width(pair.rejected));
+    let bars = [
+        element(
+            "rect",
+            &[("class", "allowed"), ("width", &allowed), ("height", "8")],
+            &[],
+        ),
+        element(
+            "rect",
+            &[
+                ("class", "rejected-solid"),
+                ("x", &allowed),
+                ("width", &rejected),
+                ("height", "8"),
+            ],
+            &[],
+        ),
+    ];
+    element(
+        "svg",
+        &[("width", "100%"), ("height", "8"), ("aria-hidden", "true")],
+        &bars,
+    )
+}
+
+/// The buckets of a response as a file.
+pub fn usage_csv(usage: &Usage) -> String {
+    let header = [
+        "start",
+        "allowed",
+        "rejected",
+        "allowed_cost",
+        "rejected_cost",
+    ];
+    let rows = usage.buckets.iter().map(|it| {
+        let counts = [it.allowed, it.rejected, it.allowed_cost, it.rejected_cost];
+        std::iter::once(it.start.to_string())
+            .chain(counts.iter().map(u64::to_string))
+            .collect()
+    });
+    csv(std::iter::once(header.map(str::to_owned).to_vec()).chain(rows))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn group(name: &str, allowed: u64, rejected: u64, other: bool) -> serde_json::Value {
+        json!({
+            "key_id": if other { None } else { Some(format!("019ab4e1-7c00-7000-8000-0000000000{:02x}", allowed % 256)) },
+            "endpoint": null, "policy": null, "plan_id": null, "name": if other { None } else { Some(name) }, "other": other,
+            "allowed": allowed, "rejected": rejected, "allowed_cost": allowed * 2, "rejected_cost": rejected * 2,
+            "last_seen_at": if other { None } else { Some("2026-11-26T04:00:00.000Z") },
+        })
+    }
+
+    fn usage(groups: &[serde_json::Value]) -> Usage {
+        serde_json::from_value(json!({
+            "from": "2026-11-25T05:00:00.000Z", "to": "2026-11-26T05:00:00.000Z", "bucket": "hour", "time_zone": "UTC",
+            "group_by": "key", "complete_until": "2026-11-26T04:30:00.000Z",
+            "total": {"allowed": 5, "rejected": 1, "allowed_cost": 5, "rejected_cost": 1},
+            "buckets": [{
+                "start": "2026-11-25T05:00:00.000Z", "key_id": null, "endpoint": null, "policy": null, "plan_id": null,
+                "other": false, "allowed": 5, "rejected": 1, "allowed_cost": 7, "rejected_cost": 2,
+            }],
+            "groups": groups,
+        }))
+        .expect("usage")
+    }
+
+    #[test]
+    fn address_says_what_to_load() {
+        let query = Query::read(
+            "?range=custom&from=2026-11-01&to=2026-11-03&bucket=day&tz=utc&group=policy&endpoint=GET+/a",
+        );
+        let request = UsageRequest::read(&query);
+        assert_eq!(
+            (request.range, request.zone),
+            (Range::Custom, ZoneChoice::Utc)
+        );
+        assert_eq!(request.dates, ("2026-11-01".into(), "2026-11-03".into()));
+        assert_eq!(
+            (request.bucket, request.group_by),
+            (Some(UsageBucketSize::Day), UsageGroupBy::Policy)
+        );
+        assert_eq!(request.endpoint.as_deref(), Some("GET /a"));
+        let parameters =
+            UsageRequest::parameters(&query.clone().with("sort", "-rate").with("view", "table"));
+        assert_eq!(UsageRequest::read(&Query::read(&parameters)), request);
+        assert!(!parameters.contains("sort") && !parameters.contains("view"));
+        let none = UsageRequest::read(&Query::read("?range=x&key_id=y&tz=z&bucket=year"));
+        assert_eq!(none, UsageRequest::read(&Query::default()));
+    }
+
+    #[test]
+    fn change_is_relative_to_the_period_before() {
+        assert_eq!(change(9, 8), "+12.5 % on the period before");
+        assert_eq!(change(4, 8), "−50.0 % on the period before");
+        assert_eq!(change(3, 3), "Same as before");
+        assert_eq!(change(3, 0), "None in the period before");
+    }
+
+    #[test]
+    fn rows_are_sorted_with_other_last() {
+        let all = usage(&[
+            group("A", 1, 9, false),
+            group("B", 20, 0, false),
+            group("", 500, 500, true),
+        ]);
+        let order = |sort: &str| {
+            let query = Query::default().with("sort", sort);
+            let table = group_table(&all, &query, false, 1_795_667_400_000).to_string();
+            ["A", "B", "Other"].map(|name| table.find(&format!("clamp\">{name}<")).expect("a row"))
+        };
+        let [a, b, other] = order("");
+        assert!(b < a && a < other);
+        let [a, b, other] = order("-rejected");
+        assert!(a < b && b < other);
+        let [a, b, other] = order("allowed");
+        assert!(a < b && b < other);
+        let [a, b, other] = order("rate");
+        assert!(b < a && a < other);
+    }
+
+    #[test]
+    fn rows_filter_the_page_and_keep_the_range() {
+        let query = Query::read("?range=7d&sort=-rate");
+        let table = group_table(
+            &usage(&[group("<b>A</b>", 1, 9, false)]),
+            &query,
+            false,
+            1_795_667_400_000,
+        )
+        .to_string();
+        assert!(table.contains("href=\"/console/usage?range=7d&amp;key_id=019ab4e1-7c00-7000-8000-000000000001&amp;group=endpoint\""), "{table}");
+        assert!(
+            table.contains("&lt;b&gt;A&lt;/b&gt;") && !table.contains("<b>"),
+            "{table}"
+        );
+        assert!(
+            table.contains(">90.0 %<") && table.contains(">30 minutes ago<"),
+            "{table}"
+        );
+        assert!(table.contains("aria-sort=\"descending\""));
+    }
+
+    #[test]
+    fn cost_takes_the_place_of_requests() {
+        let table = group_table(
+            &usage(&[group("A", 10, 3, false)]),
+            &Query::default(),
+            true,
+            0,
+        )
+        .to_string();
+        assert!(table.contains(">20<") && table.contains(">6<"), "{table}");
+    }
+
+    #[test]
+    fn export_has_a_row_for_each_bucket() {
+        let file = usage_csv(&usage(&[]));
+        assert_eq!(
+            file,
+            "start,allowed,rejected,allowed_cost,rejected_cost\r\n2026-11-25T05:00:00.000Z,5,1,7,2\r\n"
+        );
+    }
+}

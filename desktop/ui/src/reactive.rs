@@ -1,0 +1,31 @@
+//! Effects and memos that box their closures: each closure as a type of its own would add a copy of the reactive graph's
+//! code to the download.
+
+use leptos::prelude::*;
+
+/// Runs now, and again whenever a signal that it reads changes.
+pub fn effect(run: impl Fn() + 'static) {
+    boxed_effect(Box::new(run));
+}
+
+fn boxed_effect(run: Box<dyn Fn()>) {
+    Effect::new(move |_| run());
+}
+
+/// A text that notifies only when it changes.
+pub fn text_memo(of: impl Fn() -> String + Send + Sync + 'static) -> Memo<String> {
+    boxed_text_memo(Box::new(of))
+}
+
+fn boxed_text_memo(of: Box<dyn Fn() -> String + Send + Sync>) -> Memo<String> {
+    Memo::new(move |_| of())
+}
+
+/// A condition that notifies only when it changes.
+pub fn flag_memo(of: impl Fn() -> bool + Send + Sync + 'static) -> Memo<bool> {
+    boxed_flag_memo(Box::new(of))
+}
+
+fn boxed_flag_memo(of: Box<dyn Fn() -> bool + Send + Sync>) -> Memo<bool> {
+    Memo::new(move |_| of())
+}

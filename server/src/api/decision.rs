@@ -1,0 +1,220 @@
+//! `/admin/decisions`: the log of decisions, as a list and as a stream.
+
+mod stream;
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use poem::{Request, Result};
+use poem_openapi::{
+    OpenApi,
+    param::{Header, Query},
+};
+use quota_common::{
+    ApiKeyId, PlanId, ProblemCode,
+    decision::{Decision, DecisionOutcome, DecisionPage},
+};
+
+pub use self::stream::Streams;
+use self::stream::{DecisionStream, Tail};
+use super::{
+    Tag,
+    json::Json,
+    page::{self, PageSize},
+    problem::ApiError,
+    tenant_rights::UsageTenant,
+    usage::endpoint_filter,
+};
+use crate::{
+    repo::usage_log::{self, DecisionRow, Filter},
+    state::AppState,
+};
+
+pub struct DecisionApi {
+    pub state: AppState,
+    pub streams: Streams,
+}
+
+/// The first byte of a position in the log.
+const POSITION: u8 = 3;
+
+fn write_position(seq: i64) -> String {
+    let mut bytes = vec![POSITION];
+    bytes.extend_from_slice(&seq.to_be_bytes());
+    URL_SAFE_NO_PAD.encode(bytes)
+}
+
+fn read_position(text: &str) -> Option<i64> {
+    let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
+    let seq = bytes.strip_prefix(&[POSITION])?.try_into().ok()?;
+    Some(i64::from_be_bytes(seq)).filter(|seq| *seq >= 0)
+}
+
+impl From<DecisionRow> for Decision {
+    fn from(row: DecisionRow) -> Self {
+        let (outcome, policy) = if row.was_rejected {
+            let policy = row.policy.unwrap_or_else(|| "reduced_capacity".to_owned());
+            (DecisionOutcome::Rejected, Some(policy))
+        } else {
+            (DecisionOutcome::Allowed, None)
+        };
+        Self {
+            id: row.event_id,
+            at: row.timestamp.into(),
+            key_id: ApiKeyId(row.key_id),
+            key_name: row.key_name,
+            plan_id: PlanId(row.plan_id),
+            endpoint: row.endpoint,
+            outcome,
+            policy,
+            retry_after: row
+                .retry_after_seconds
+                .and_then(|it| u32::try_from(it).ok()),
+            cost: u64::try_from(row.cost).unwrap_or(0),
+            request_id: row.request_id,
+        }
+    }
+}
+
+fn filter(
+    key_id: Option<ApiKeyId>,
+    endpoint: Option<String>,
+    outcome: Option<DecisionOutcome>,
+    request_id: Option<String>,
+) -> Result<Filter, ApiError> {
+    Ok(Filter {
+        key: key_id.map(Into::into),
+        endpoint: endpoint_filter(endpoint)?,
+        was_rejected: outcome.map(|it| it == DecisionOutcome::Rejected),
+        request_id: page::filter("request_id", request_id)?,
+    })
+}
+
+#[OpenApi(prefix_path = "/admin", tag = "Tag::Usage")]
+impl DecisionApi {
+    /// List decisions
+    ///
+    /// Returns decisions on requests with a known key, newest first: which key called which endpoint, whether it was
+    /// allowed, and which policy denied it. Filter by `request_id`, the response's `X-Request-Id`, to find out why a
+    /// request was denied. A page that looks for rare matches may have fewer items than `limit` and still have a
+    /// `next_cursor`.
+    #[oai(path = "/decisions", method = "get", operation_id = "list_decisions")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a handler has one argument per parameter"
+    )]
+    async fn list(
+        &self,
+        caller: UsageTenant,
+        /// Only requests with this key.
+        key_id: Query<Option<ApiKeyId>>,
+        /// Only requests to this endpoint.
+        endpoint: Query<Option<String>>,
+        /// Only allowed or only denied requests.
+        outcome: Query<Option<DecisionOutcome>>,
+        /// Only requests with this ID.
+        #[oai(validator(max_length = 128))]
+        request_id: Query<Option<String>>,
+        /// Page size, 1–100. Default 20.
+        limit: Query<Option<PageSize>>,
+        /// `next_cursor` from the previous page.
+        cursor: Query<Option<String>>,
+    ) -> Result<Json<DecisionPage>, ApiError> {
+        let filter = filter(key_id.0, endpoint.0, outcome.0, request_id.0)?;
+        let before = cursor
+            .0
+            .map(|cursor| read_position(&cursor).ok_or_else(malformed));
+        let before = before.transpose()?;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        // Before the rows, so that none is missing between them and a stream from here.
+        let newest = usage_log::last_seq(&mut tx).await?;
+        let page = usage_log::list(&mut tx, &filter, before, page::size(limit.0)).await?;
+        let total = usage_log::total(&mut tx, &filter).await?;
+        tx.commit().await?;
+        Ok(Json(DecisionPage {
+            items: page.rows.into_iter().map(Into::into).collect(),
+            next_cursor: page.before.map(write_position),
+            total,
+            last_event_id: write_position(newest),
+        }))
+    }
+
+    /// Stream decisions
+    ///
+    /// Sends decisions as server-sent events while they are made, by all servers, usually within a second. A `decision`
+    /// event has a decision as its data, and an ID from which the stream can be resumed on any server: as the
+    /// `Last-Event-ID` header, which browsers send by themselves, or as `last_event_id`. A `dropped` event says how many
+    /// decisions were skipped, whether they match the filters or not, because more were made than can be sent. The
+    /// stream ends with an `end` event when the access token expires, the session is revoked or the server stops.
+    #[oai(
+        path = "/decisions/stream",
+        method = "get",
+        operation_id = "stream_decisions"
+    )]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a handler has one argument per parameter"
+    )]
+    async fn stream(
+        &self,
+        caller: UsageTenant,
+        request: &Request,
+        /// Only requests with this key.
+        key_id: Query<Option<ApiKeyId>>,
+        /// Only requests to this endpoint.
+        endpoint: Query<Option<String>>,
+        /// Only allowed or only denied requests.
+        outcome: Query<Option<DecisionOutcome>>,
+        /// Only requests with this ID.
+        #[oai(validator(max_length = 128))]
+        request_id: Query<Option<String>>,
+        /// The ID of the last event that was received, or `last_event_id` of a list. Default: only new decisions.
+        #[oai(name = "last_event_id")]
+        from: Query<Option<String>>,
+        /// The ID of the last event that was received. It takes precedence over the parameter.
+        #[oai(name = "Last-Event-ID")]
+        resumed: Header<Option<String>>,
+    ) -> Result<DecisionStream, ApiError> {
+        let filter = filter(key_id.0, endpoint.0, outcome.0, request_id.0)?;
+        let invalid = |field| ApiError::invalid(field, "is not the ID of an event");
+        let after = match (resumed.0, from.0) {
+            (Some(id), _) => Some(read_position(&id).ok_or_else(|| invalid("Last-Event-ID"))?),
+            (None, Some(id)) => Some(read_position(&id).ok_or_else(|| invalid("last_event_id"))?),
+            (None, None) => None,
+        };
+        let place = self.streams.begin(caller.tenant())?;
+        let token = caller.token(request)?;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let newest = usage_log::last_seq(&mut tx).await?;
+        tx.commit().await?;
+        // A position beyond the end is of a log that was restored to an earlier state.
+        let after = after.map_or(newest, |it| it.min(newest));
+        let tail = Tail {
+            state: self.state.clone(),
+            tenant: caller.tenant(),
+            token,
+            filter,
+            after,
+        };
+        Ok(DecisionStream::new(tail, place))
+    }
+}
+
+fn malformed() -> ApiError {
+    ApiError::new(ProblemCode::Malformed, "Invalid cursor for this list.")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_position_reads_back_and_nothing_else_does(seq in 0..=i64::MAX, text: String) {
+            prop_assert_eq!(read_position(&write_position(seq)), Some(seq));
+            if let Some(read) = read_position(&text) {
+                prop_assert_eq!(write_position(read), text);
+            }
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! Decisions as server-sent events.
+//!
+//! A stream reads the log in the order of its numbers, in which rows become visible, so it shows what every replica has
+//! shipped, and any replica can go on where another ended. It holds one batch at a time and reads the next one when the
+//! client has taken it; a client that falls too far behind is told how much it missed.
+//!
+//! PostgreSQL being unreachable only delays events.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::{Stream, stream};
+use parking_lot::Mutex;
+use poem::{
+    Body, IntoResponse, Response,
+    http::{HeaderValue, header},
+};
+use poem_openapi::{
+    ApiResponse,
+    registry::{MetaMediaType, MetaResponse, MetaResponses, MetaSchema, MetaSchemaRef, Registry},
+    types::{Example, Type},
+};
+use quota_common::{
+    TenantId,
+    decision::{Decision, DroppedDecisions},
+};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::time::{Instant, sleep_until};
+
+use super::write_position;
+use crate::{
+    api::problem::ApiError,
+    auth::AuthError,
+    db::DbError,
+    repo::usage_log::{self, Filter},
+    state::AppState,
+};
+
+const MEDIA_TYPE: &str = "text/event-stream";
+/// Between two looks at the log. Half a second for that, and a second from a decision to its row.
+const EVERY: Duration = Duration::from_millis(500);
+/// A comment is sent when there was nothing else for so long, for proxies that close idle connections.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Rows of one look.
+const BATCH: i64 = 500;
+/// Open streams at most.
+const STREAMS: usize = 200;
+const STREAMS_OF_TENANT: usize = 20;
+
+/// How many streams are open on this replica. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Streams(Arc<Mutex<HashMap<TenantId, usize>>>);
+
+/// One of the open streams.
+#[derive(Debug)]
+pub(super) struct Place {
+    streams: Streams,
+    tenant: TenantId,
+}
+
+impl Streams {
+    pub(super) fn begin(&self, tenant: TenantId) -> Result<Place, ApiError> {
+        let mut open = self.0.lock();
+        let own = open.get(&tenant).copied().unwrap_or(0);
+        if own >= STREAMS_OF_TENANT || open.values().sum::<usize>() >= STREAMS {
+            return Err(ApiError::too_many_streams());
+        }
+        *open.entry(tenant).or_default() += 1;
+        drop(open);
+        Ok(Place {
+            streams: self.clone(),
+            tenant,
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.streams.0.lock();
+        if let Some(count) = open.get_mut(&self.tenant) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.tenant);
+            }
+        }
+    }
+}
+
+/// Where a stream is in a tenant's log.
+pub(super) struct Tail {
+    pub(super) state: AppState,
+    pub(super) tenant: TenantId,
+    /// Checked before each look: a session that was revoked reads nothing more.
+    pub(super) token: SecretString,
+    pub(super) filter: Filter,
+    /// The last number that was read.
+    pub(super) after: i64,
+}
+
+/// Why a stream ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    SessionEnded,
+    ServerStopping,
+}
+
+impl End {
+    const fn reason(self) -> &'static str {
+        match self {
+            Self::SessionEnded => "session_ended",
+            Self::ServerStopping => "server_stopping",
+        }
+    }
+}
+
+fn event(name: &str, id: Option<i64>, data: &impl serde::Serialize) -> String {
+    let id = id
+        .map(|id| format!("id: {}\n", write_position(id)))
+        .unwrap_or_default();
+    // JSON has no line breaks outside of strings, and escapes them inside.
+    let data = serde_json::to_string(data).unwrap_or_default();
+    format!("event: {name}\n{id}data: {data}\n\n")
+}
+
+impl Tail {
+    async fn end(&self) -> Option<End> {
+        if self.state.is_draining() {
+            return Some(End::ServerStopping);
+        }
+        let session = self
+            .state
+            .sessions
+            .of_access_token(self.token.expose_secret())
+            .await;
+        match session {
+            Ok(session) if session.role.may_read_usage() => None,
+            Ok(_) | Err(AuthError::Unauthorized) => Some(End::SessionEnded),
+            // Nothing can be read then either.
+            Err(_) => None,
+        }
+    }
+
+    /// Returns the events of what was appended to the log since the last look.
+    async fn look(&mut self) -> Result<String, DbError> {
+        let mut tx = self.state.db.tenant(self.tenant).await?;
+        let newest = usage_log::last_seq(&mut tx).await?;
+        if newest <= self.after {
+            tx.commit().await?;
+            // Only less if PostgreSQL was restored to an earlier state.
+            self.after = newest;
+            return Ok(String::new());
+        }
+        let dropped = (newest - self.after - BATCH).max(0);
+        let after = self.after + dropped;
+        let rows = usage_log::between(&mut tx, &self.filter, after, newest).await?;
+        tx.commit().await?;
+        let mut text = String::new();
+        if let Ok(count @ 1..) = u64::try_from(dropped) {
+            self.state.metrics.decisions_not_streamed.inc_by(count);
+            text = event("dropped", Some(after), &DroppedDecisions { count });
+        }
+        for row in rows {
+            let seq = row.seq;
+            text.push_str(&event("decision", Some(seq), &Decision::from(row)));
+        }
+        self.after = newest;
+        Ok(text)
+    }
+}
+
+/// One step after another, each when the client has taken what came before.
+fn events(tail: Tail, place: Place) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
+    struct Running {
+        tail: Tail,
+        _place: Place,
+        next: Instant,
+        sent: Instant,
+        keep_alive: Duration,
+        is_over: bool,
+    }
+    // Well before HTTP/2 gives up on a response that makes no progress.
+    let keep_alive = KEEP_ALIVE.min(tail.state.config.write_timeout / 3);
+    let now = Instant::now();
+    let running = Running {
+        tail,
+        _place: place,
+        next: now,
+        sent: now,
+        keep_alive,
+        is_over: false,
+    };
+    // Lets a client know at once that it is connected, and how soon to come back when it is not.
+    let hello = stream::iter([Ok(Bytes::from_static(b"retry: 1000\n: connected\n\n"))]);
+    let rest = stream::unfold(running, |mut it| async move {
+        if it.is_over {
+            return None;
+        }
+        loop {
+            sleep_until(it.next).await;
+            it.next = Instant::now() + EVERY;
+            if let Some(end) = it.tail.end().await {
+                it.is_over = true;
+                let text = event("end", None, &serde_json::json!({ "reason": end.reason() }));
+                return Some((Ok(Bytes::from(text)), it));
+            }
+            let db = it.tail.state.db.clone();
+            let text = match db.within_limit(it.tail.look()).await {
+                Ok(text) => text,
+                Err(error) => {
+                    tracing::debug!(error = %crate::db::chain(&error), "the log of decisions cannot be read");
+                    String::new()
+                }
+            };
+            if !text.is_empty() || it.sent.elapsed() >= it.keep_alive {
+                it.sent = Instant::now();
+                let text = if text.is_empty() {
+                    ":\n\n".into()
+                } else {
+                    text
+                };
+                return Some((Ok(Bytes::from(text)), it));
+            }
+        }
+    });
+    futures_util::StreamExt::chain(hello, rest)
+}
+
+/// The schema of a stream, with an example of an event.
+fn schema() -> MetaSchemaRef {
+    MetaSchemaRef::Inline(Box::new(MetaSchema {
+        example: Some(event("decision", Some(1), &Decision::example()).into()),
+        ..MetaSchema::new("string")
+    }))
+}
+
+/// A stream as a response.
+pub struct DecisionStream(Body);
+
+impl DecisionStream {
+    pub(super) fn new(tail: Tail, place: Place) -> Self {
+        Self(Body::from_bytes_stream(events(tail, place)))
+    }
+}
+
+impl IntoResponse for DecisionStream {
+    fn into_response(self) -> Response {
+        let mut response = Response::builder().body(self.0);
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+        // nginx would hold events back otherwise; Caddy does not hold back this media type.
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        response
+    }
+}
+
+impl ApiResponse for DecisionStream {
+    fn meta() -> MetaResponses {
+        MetaResponses {
+            responses: vec![MetaResponse {
+                description: "Server-sent events: `decision`, `dropped` and `end`.",
+                status: Some(200),
+                status_range: None,
+                content: vec![MetaMediaType {
+                    content_type: MEDIA_TYPE,
+                    schema: schema(),
+                }],
+                headers: vec![],
+            }],
+        }
+    }
+
+    fn register(registry: &mut Registry) {
+        Decision::register(registry);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_tenant_leaves_streams_for_others() {
+        let streams = Streams::default();
+        let tenant = |n| TenantId(uuid::Uuid::from_u128(n));
+        let mut places = Vec::new();
+        for _ in 0..STREAMS_OF_TENANT {
+            places.push(streams.begin(tenant(1)).expect("there is room"));
+        }
+        assert!(streams.begin(tenant(1)).is_err());
+        for n in 0..STREAMS - STREAMS_OF_TENANT {
+            places.push(streams.begin(tenant(2 + n as u128)).expect("there is room"));
+        }
+        assert!(streams.begin(tenant(9999)).is_err(), "more than {STREAMS}");
+        drop(places);
+        assert!(streams.begin(tenant(1)).is_ok());
+        assert!(streams.0.lock().is_empty() || streams.0.lock().len() <= 1);
+    }
+
+    #[test]
+    fn an_event_is_one_line_of_data() {
+        let text = event(
+            "decision",
+            Some(1),
+            &serde_json::json!({"endpoint": "a\nb\r\n: c"}),
+        );
+        assert_eq!(text.lines().count(), 4);
+        assert!(text.ends_with("\n\n"));
+    }
+}

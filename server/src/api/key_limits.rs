@@ -1,0 +1,325 @@
+//! `/admin/api-keys/{key_id}/limits` and `/burn-down`: where a key stands now, and how it got there.
+//!
+//! Several sources are combined. The shared counters know what all replicas have taken of a rate. Of a quota, the limiter
+//! of this replica knows what it has decided itself up to this moment, and the rollups have everything that all replicas
+//! decided until a second or so ago.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use poem::Result;
+use poem_openapi::{
+    Enum, OpenApi,
+    param::{Path, Query},
+};
+use quota_common::{
+    ApiKeyId, Timestamp,
+    limit::LimitState,
+    usage::{BurnDown, BurnDownPoint, KeyLimits},
+};
+
+use super::{
+    Tag,
+    json::Json,
+    problem::{ApiError, OrNotFound},
+    tenant_rights::{ReadingTenant, UsageTenant},
+    usage::{nanos, policy_name, tenant_zone, time, times},
+};
+use crate::{
+    db::TenantTx,
+    keys::KeyRecord,
+    limiter::{Policy, PolicyState, QuotaWindow, window},
+    repo::{
+        api_key,
+        usage::{self, Filter},
+        usage_status,
+    },
+    state::AppState,
+};
+
+pub struct KeyLimitsApi {
+    pub state: AppState,
+}
+
+/// A quota of a calendar window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Enum)]
+#[oai(rename_all = "snake_case")]
+pub enum QuotaPolicy {
+    Daily,
+    Monthly,
+}
+
+impl QuotaPolicy {
+    const fn policy(self) -> Policy {
+        match self {
+            Self::Daily => Policy::Daily,
+            Self::Monthly => Policy::Monthly,
+        }
+    }
+}
+
+/// A key's quota in the current window.
+#[derive(Debug, Clone, Copy)]
+struct Quota {
+    limit: u64,
+    start: DateTime<Utc>,
+    end: DateTime<Utc>,
+}
+
+impl KeyLimitsApi {
+    /// The key with its limits, as a request would find it.
+    async fn key(&self, tx: &mut TenantTx, id: ApiKeyId) -> Result<KeyRecord, ApiError> {
+        let facts = api_key::facts_of(tx, id.0).await.or_not_found()?;
+        self.state.keys.described(facts).map_err(ApiError::from)
+    }
+
+    /// The current window of a key's quota: the one that the ledger states, or else the calendar's.
+    async fn quota(
+        &self,
+        tx: &mut TenantTx,
+        record: &KeyRecord,
+        policy: Policy,
+        now: DateTime<Utc>,
+    ) -> Result<Option<Quota>, ApiError> {
+        let limit = match policy {
+            Policy::Rpm => None,
+            Policy::Daily => record.policies.daily(),
+            Policy::Monthly => record.policies.monthly(),
+        };
+        let Some(limit) = limit else {
+            return Ok(None);
+        };
+        let stated = usage_status::quotas_of(tx, record.id.0).await?;
+        if let Some(row) = stated.into_iter().find(|row| row.policy == policy.name()) {
+            return Ok(Some(Quota {
+                limit: u64::try_from(row.quota).unwrap_or(0),
+                start: row.window_start,
+                end: row.window_end,
+            }));
+        }
+        let zone = tenant_zone(tx).await?;
+        let calendar = QuotaWindow::whole(window(policy, &zone, nanos(now)));
+        Ok(Some(Quota {
+            limit: limit.get(),
+            start: time(calendar.span.start),
+            end: time(calendar.span.end),
+        }))
+    }
+
+    /// Cost of the key's allowed requests in each span between two of `starts`, the last one until `to`.
+    async fn spent(
+        tx: &mut TenantTx,
+        key: ApiKeyId,
+        starts: &[DateTime<Utc>],
+        to: DateTime<Utc>,
+    ) -> Result<Vec<u64>, ApiError> {
+        let filter = Filter {
+            key: Some(key.0),
+            ..Filter::default()
+        };
+        let mut spent = vec![0; starts.len()];
+        for row in usage::series(tx, &filter, None, starts, to).await? {
+            if let Some(spent) = spent.get_mut(row.bucket) {
+                *spent += row.counts.allowed_cost;
+            }
+        }
+        Ok(spent)
+    }
+}
+
+fn limit_state(state: PolicyState) -> LimitState {
+    LimitState {
+        policy: policy_name(state.policy),
+        limit: state.limit,
+        remaining: state.remaining,
+        reset_at: time(state.reset_at).into(),
+    }
+}
+
+#[OpenApi(prefix_path = "/admin", tag = "Tag::ApiKeys")]
+impl KeyLimitsApi {
+    /// Get an API key's limits
+    ///
+    /// Returns what is left of each of the key's limits and when it resets. Consumes nothing. With several servers, what
+    /// others took of a quota within the last second may be missing.
+    #[oai(
+        path = "/api-keys/:key_id/limits",
+        method = "get",
+        operation_id = "get_api_key_limits"
+    )]
+    async fn limits(
+        &self,
+        caller: ReadingTenant,
+        key_id: Path<ApiKeyId>,
+    ) -> Result<Json<KeyLimits>, ApiError> {
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let record = self.key(&mut tx, key_id.0).await?;
+        let limiter = &self.state.limiter;
+        let decision = limiter.inspect(&record.cell, &record.policies).await;
+        let now = time(decision.at);
+        let mut limits = Vec::new();
+        for state in decision.states() {
+            let mut limit = limit_state(state);
+            if let Some(quota) = self.quota(&mut tx, &record, state.policy, now).await? {
+                // The replica may not have counted in this window yet, and others may have.
+                let spent = Self::spent(&mut tx, key_id.0, &[quota.start], quota.end).await?;
+                limit.limit = quota.limit;
+                limit.remaining = limit
+                    .remaining
+                    .min(quota.limit.saturating_sub(spent.iter().sum()));
+                limit.reset_at = quota.end.into();
+            }
+            limits.push(limit);
+        }
+        tx.commit().await?;
+        let rate = record.policies.rate();
+        Ok(Json(KeyLimits {
+            key_id: record.id,
+            plan_id: record.plan_id,
+            plan: record.plan,
+            rpm: rate.rpm.get(),
+            burst: rate.burst.get(),
+            limits,
+            at: now.into(),
+        }))
+    }
+
+    /// Get a quota's burn-down
+    ///
+    /// Returns what was left of the key's daily or monthly quota over the current day or month, what would have been left
+    /// at an even pace, and when the quota will be used up at the recent pace.
+    #[oai(
+        path = "/api-keys/:key_id/burn-down",
+        method = "get",
+        operation_id = "get_burn_down"
+    )]
+    async fn burn_down(
+        &self,
+        caller: UsageTenant,
+        key_id: Path<ApiKeyId>,
+        /// The quota, which the key's plan must have. Default: `daily` if it has one, otherwise `monthly`.
+        policy: Query<Option<QuotaPolicy>>,
+    ) -> Result<Json<BurnDown>, ApiError> {
+        let times = times(&self.state).await?;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
+        let record = self.key(&mut tx, key_id.0).await?;
+        let policy = policy.0.map_or_else(
+            || match record.policies.daily() {
+                None if record.policies.monthly().is_some() => Policy::Monthly,
+                _ => Policy::Daily,
+            },
+            QuotaPolicy::policy,
+        );
+        let quota = self.quota(&mut tx, &record, policy, times.now).await?;
+        let quota = quota.ok_or_else(|| {
+            let message = format!("the key's plan has no {} quota", policy.name());
+            ApiError::invalid("policy", message)
+        })?;
+        let until = times.complete_until.clamp(quota.start, quota.end);
+        let starts = steps(quota, until);
+        let spent = Self::spent(&mut tx, key_id.0, &starts, quota.end).await?;
+        tx.commit().await?;
+        Ok(Json(burn_down(
+            &record, policy, quota, until, &starts, &spent,
+        )))
+    }
+}
+
+/// Points of a burn-down at most, without the one at the end.
+const POINTS: i32 = 192;
+
+/// The starts of equal steps from the start of the window, in whole quarters of an hour. The last one is before `until`.
+fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
+    let quarter = TimeDelta::minutes(15);
+    let quarters = (quota.end - quota.start).num_minutes() / 15;
+    let step = quarter * i32::try_from(quarters.div_euclid(i64::from(POINTS)) + 1).unwrap_or(1);
+    let mut starts = vec![quota.start];
+    let mut next = quota.start + step;
+    while next < until {
+        starts.push(next);
+        next += step;
+    }
+    starts
+}
+
+/// `part` of `limit`, which has passed of a window of `whole`.
+fn ideal(quota: Quota, at: DateTime<Utc>) -> u64 {
+    let whole = u128::try_from((quota.end - quota.start).num_milliseconds())
+        .unwrap_or(1)
+        .max(1);
+    let left = u128::try_from((quota.end - at).num_milliseconds()).unwrap_or(0);
+    u64::try_from(u128::from(quota.limit) * left / whole).unwrap_or(quota.limit)
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a projection is an estimate; a quota is below 2^50"
+)]
+fn burn_down(
+    record: &KeyRecord,
+    policy: Policy,
+    quota: Quota,
+    until: DateTime<Utc>,
+    starts: &[DateTime<Utc>],
+    spent: &[u64],
+) -> BurnDown {
+    let mut used = 0;
+    let mut points: Vec<BurnDownPoint> = Vec::with_capacity(starts.len() + 1);
+    let point = |at: DateTime<Utc>, used: u64| BurnDownPoint {
+        at: at.into(),
+        remaining: quota.limit.saturating_sub(used),
+        ideal_remaining: ideal(quota, at),
+    };
+    for (start, spent) in starts.iter().zip(spent) {
+        points.push(point(*start, used));
+        used += spent;
+    }
+    if points
+        .last()
+        .is_some_and(|last| last.at < Timestamp::from(until))
+    {
+        points.push(point(until, used));
+    }
+    let remaining = quota.limit.saturating_sub(used);
+
+    // Over the last quarter of the time so far: long enough not to jump, and it follows a change of pace.
+    let so_far = until - quota.start;
+    let recent = (so_far / 4).max(TimeDelta::hours(1)).min(so_far);
+    let since = until - recent;
+    let before = starts
+        .iter()
+        .zip(spent)
+        .filter(|(start, _)| **start >= since);
+    let first = before.clone().map(|(start, _)| *start).next();
+    let recently: u64 = before.map(|(_, spent)| spent).sum();
+    let hours = first.map_or(0.0, |first| (until - first).as_seconds_f64() / 3600.0);
+    let pace = if hours > 0.0 {
+        recently as f64 / hours
+    } else {
+        0.0
+    };
+    let hours_left = (quota.end - until).as_seconds_f64() / 3600.0;
+    let projected = (remaining as f64 - pace * hours_left).max(0.0);
+    let used_up_at = if remaining == 0 {
+        Some(until)
+    } else if pace > 0.0 && remaining as f64 / pace < hours_left {
+        let seconds = remaining as f64 / pace * 3600.0;
+        Some(until + TimeDelta::seconds(seconds as i64))
+    } else {
+        None
+    };
+    BurnDown {
+        key_id: record.id,
+        policy: policy_name(policy),
+        limit: quota.limit,
+        used,
+        remaining,
+        starts_at: quota.start.into(),
+        resets_at: quota.end.into(),
+        points,
+        pace_per_hour: (pace * 100.0).round() / 100.0,
+        used_up_at: used_up_at.map(Into::into),
+        projected_remaining: projected as u64,
+        complete_until: until.into(),
+    }
+}

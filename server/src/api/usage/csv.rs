@@ -1,0 +1,120 @@
+//! Usage as CSV (RFC 4180), for spreadsheets.
+//!
+//! A spreadsheet runs a cell that begins like a formula, and endpoints are named by whoever calls the API. So such cells
+//! begin with an apostrophe, which makes them text.
+
+use std::borrow::Cow;
+
+use poem::{
+    Response,
+    http::{HeaderValue, header},
+};
+use poem_openapi::registry::{MetaSchema, MetaSchemaRef};
+use quota_common::usage::Usage;
+
+use crate::{api::problem::ApiError, limiter::Zone};
+
+pub(super) const ESSENCE: &str = "text/csv";
+pub(super) const MEDIA_TYPE: &str = "text/csv; charset=utf-8";
+
+const COLUMNS: [&str; 12] = [
+    "start",
+    "local_start",
+    "key_id",
+    "name",
+    "endpoint",
+    "policy",
+    "plan_id",
+    "other",
+    "allowed",
+    "rejected",
+    "allowed_cost",
+    "rejected_cost",
+];
+
+/// The schema of a file, with an example.
+pub(super) fn schema() -> MetaSchemaRef {
+    let line =
+        "2026-08-03T00:00:00.000Z,2026-08-03T02:00:00+02:00,,,GET /orders,,,false,1204,38,1204,38";
+    MetaSchemaRef::Inline(Box::new(MetaSchema {
+        example: Some(format!("{}\r\n{line}\r\n", COLUMNS.join(",")).into()),
+        ..MetaSchema::new("string")
+    }))
+}
+
+/// Makes text of what a spreadsheet would run.
+fn cell(text: &str) -> Cow<'_, str> {
+    let is_formula =
+        text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n', '＝', '＋', '－', '＠']);
+    if is_formula {
+        Cow::Owned(format!("'{text}"))
+    } else {
+        Cow::Borrowed(text)
+    }
+}
+
+/// Returns one line for each bucket.
+pub(super) fn write(usage: &Usage, zone: &Zone) -> Result<String, ApiError> {
+    let failed = |error: ::csv::Error| ApiError::internal(error);
+    let mut writer = ::csv::WriterBuilder::new()
+        .terminator(::csv::Terminator::CRLF)
+        .from_writer(Vec::new());
+    writer.write_record(COLUMNS).map_err(failed)?;
+    for it in &usage.buckets {
+        let group = usage.groups.iter().find(|group| {
+            group.other == it.other && (group.key_id, group.plan_id) == (it.key_id, it.plan_id)
+        });
+        let name = group
+            .and_then(|group| group.name.as_deref())
+            .unwrap_or_default();
+        let text = |value: &Option<String>| value.as_deref().map(|it| cell(it).into_owned());
+        writer
+            .write_record([
+                it.start.to_string(),
+                zone.local(super::nanos(it.start.inner())),
+                it.key_id.map(|id| id.to_string()).unwrap_or_default(),
+                cell(name).into_owned(),
+                text(&it.endpoint).unwrap_or_default(),
+                text(&it.policy).unwrap_or_default(),
+                it.plan_id.map(|id| id.to_string()).unwrap_or_default(),
+                it.other.to_string(),
+                it.allowed.to_string(),
+                it.rejected.to_string(),
+                it.allowed_cost.to_string(),
+                it.rejected_cost.to_string(),
+            ])
+            .map_err(failed)?;
+    }
+    let bytes = writer
+        .into_inner()
+        .map_err(|error| ApiError::internal(error.to_string()))?;
+    String::from_utf8(bytes).map_err(ApiError::internal)
+}
+
+pub(super) fn respond(text: String) -> Response {
+    let mut response = Response::builder().body(text);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+    headers.insert(
+        header::CONTENT_DISPOSITION,
+        HeaderValue::from_static("attachment; filename=\"usage.csv\""),
+    );
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_spreadsheet_would_run_becomes_text() {
+        for formula in [
+            "=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1",
+        ] {
+            assert_eq!(cell(formula), format!("'{formula}"));
+        }
+        for harmless in ["", "GET /orders", "a=b", "1-2", "'=1"] {
+            assert_eq!(cell(harmless), harmless);
+        }
+    }
+}

@@ -1,0 +1,197 @@
+use super::*;
+
+const CHEAP: PasswordCost = PasswordCost {
+    memory_kib: 64,
+    passes: 1,
+};
+
+fn refused(password: &str) -> bool {
+    matches!(
+        Password::new(password).judge("ada.lovelace@example.com"),
+        Err(AuthError::WeakPassword(_))
+    )
+}
+
+#[test]
+fn easy_passwords_are_refused_and_hard_ones_are_not() {
+    assert!(refused("short"));
+    assert!(refused("password1234"));
+    assert!(refused("aaaaaaaaaaaaaaaa"));
+    assert!(refused("ada.lovelace@example.com"));
+    assert!(refused(&"ö4$zK".repeat(60)));
+    assert!(!refused("violet-harbour-quilt-93"));
+    assert!(!refused("correct horse battery staple"));
+}
+
+/// zxcvbn's time grows with the readings of symbols as letters, and it overflows on long keyboard patterns.
+#[test]
+fn what_is_costly_to_judge_is_judged_in_parts() {
+    let costly = "4@8({[<369&#!1|0$5+7%2".repeat(5);
+    let overflowing = "o0O0o0".repeat(17);
+    let digits = "0123456789".repeat(8);
+    for text in [&costly[..100], &overflowing[..100], &digits[..]] {
+        for part in windows(text) {
+            let part = part.chars().collect::<Vec<_>>();
+            assert!(readings(&part) <= READINGS && part.len() <= JUDGED);
+            assert!(part.len().pow(2) * readings(&part) <= EFFORT);
+        }
+    }
+    assert_eq!(windows(&costly).concat(), &costly[..22]);
+    assert_eq!(windows(&overflowing), ["o0O0o0"]);
+    let ordinary = "correct horse battery staple 1!";
+    assert_eq!(windows(ordinary), [ordinary]);
+    let password = Password::new(&costly[..100]);
+    let began = std::time::Instant::now();
+    let _ = password.judge("ada@example.com");
+    // Alone it took most of a second, and takes some milliseconds.
+    assert!(began.elapsed() < Duration::from_millis(500));
+}
+
+#[test]
+fn weak_passwords_are_refused_whatever_symbols_they_hold() {
+    for password in [
+        "1234567890!@#$%^&*()",
+        "qwertyuiop[]1234567890-=",
+        "4@4@4@4@4@4@4@4@8(8(8(8(",
+        "pa55w0rd!pa55w0rd!pa55w0rd!pa55w0rd!",
+        "p@$$w0rd1!p@$$w0rd1!p@$$w0rd1!p@$$w",
+        &"o0O0o0".repeat(17)[..100],
+        &"12345678".repeat(12),
+        &"pa55w0rd!".repeat(11)[..97],
+    ] {
+        assert!(refused(password), "{password}");
+    }
+    for password in [
+        // Random, from all printable characters, and from digits and symbols alone.
+        "k7(Q|2z$X9@v%e!R",
+        "4[7!9$%0<2@8{5+|6",
+        "83920174650938271640",
+        "violet-harbour-quilt-93-{[<(!)>]}",
+    ] {
+        assert!(!refused(password), "{password}");
+    }
+}
+
+fn turn(lane: Lane, party: u64) -> Turn {
+    Turn { lane, party }
+}
+
+#[tokio::test]
+async fn a_password_is_verified_in_any_normal_form() {
+    let pool = PasswordPool::start(CHEAP).unwrap();
+    let place = &pool.enter(turn(Lane::Known, 0)).await.unwrap();
+    let hash = pool
+        .hash(
+            Password::new("caf\u{e9} und Tee, violet harbour"),
+            "ada@example.com",
+            place,
+        )
+        .await
+        .unwrap();
+    assert!(hash.starts_with("$argon2id$v=19$m=64,t=1,p=1$"), "{hash}");
+    let verify = async |password: &str, hash: Option<&String>| {
+        let verified = pool.verify(Password::new(password), hash.cloned(), place);
+        verified.await.unwrap()
+    };
+    assert!(verify("cafe\u{301} und Tee, violet harbour", Some(&hash)).await);
+    assert!(!verify("cafe und Tee, violet harbour", Some(&hash)).await);
+    assert!(!verify("anything", None).await);
+}
+
+#[tokio::test]
+async fn a_flood_is_turned_away_at_once_and_those_inside_are_served() {
+    let pool = PasswordPool::start(PasswordCost {
+        memory_kib: 8192,
+        passes: 4,
+    })
+    .unwrap();
+    let ordinary = turn(Lane::Ordinary, 1);
+    let all = (0..200).map(async |_| {
+        let place = pool.enter(ordinary).await?;
+        pool.verify(Password::new("x"), None, &place).await
+    });
+    let all = futures_util::future::join_all(all).await;
+    let busy = all
+        .iter()
+        .filter(|it| matches!(it, Err(AuthError::Busy)))
+        .count();
+    let served = all.iter().filter(|it| matches!(it, Ok(false))).count();
+    assert_eq!(busy + served, 200);
+    let room = WAITING[Lane::Ordinary as usize];
+    assert!(served >= room, "{served} served");
+    assert!(busy >= 200 - room - THREADS - 4, "{busy} turned away");
+}
+
+/// Who of those that come gets in, and in which order they are served.
+fn order(turns: &[Turn]) -> (Vec<bool>, Vec<usize>) {
+    let mut queue = Queue::default();
+    let taken = turns.iter().enumerate();
+    let taken = taken.map(|(n, turn)| queue.push(*turn, n)).collect();
+    let served = std::iter::from_fn(|| queue.pop()).collect();
+    (taken, served)
+}
+
+#[tokio::test]
+async fn a_waiter_that_goes_away_leaves_its_place_to_the_next() {
+    let pool = PasswordPool::start(CHEAP).unwrap();
+    let ordinary = turn(Lane::Ordinary, 1);
+    let first = pool.enter(ordinary).await.unwrap();
+    let second = pool.enter(ordinary).await.unwrap();
+    for _ in 0..20 {
+        let gone = tokio::time::timeout(Duration::from_millis(1), pool.enter(ordinary)).await;
+        assert!(gone.is_err());
+    }
+    let (next, ()) = tokio::join!(pool.enter(turn(Lane::Suspect, 2)), async { drop(first) });
+    drop((next.unwrap(), second));
+    assert_eq!(pool.places.lock().taken, 0);
+}
+
+#[test]
+fn a_full_lane_makes_room_for_a_network_that_is_not_in_it() {
+    let room = WAITING[Lane::Ordinary as usize];
+    let mut turns = vec![turn(Lane::Ordinary, 1); room];
+    // One more of the same network is refused; another network gets in, and the flood loses its newest.
+    turns.extend([turn(Lane::Ordinary, 1), turn(Lane::Ordinary, 2)]);
+    let (taken, done) = order(&turns);
+    assert!(!taken[room] && taken[room + 1], "{taken:?}");
+    assert_eq!(done.len(), room);
+    assert!(done.contains(&(room + 1)) && !done.contains(&(room - 1)));
+    assert!(done.contains(&0), "who waited longest is served");
+}
+
+#[test]
+fn an_account_with_many_waiters_lets_every_other_one_go_first() {
+    let room = WAITING[Lane::Known as usize];
+    let mut turns = vec![turn(Lane::Known, 1); room - 2];
+    turns.extend([turn(Lane::Known, 2), turn(Lane::Known, 3)]);
+    // Full: the next ones take the room of the first account.
+    turns.extend([
+        turn(Lane::Known, 4),
+        turn(Lane::Known, 1),
+        turn(Lane::Known, 2),
+    ]);
+    let (taken, done) = order(&turns);
+    let of_others = room - 2..room + 1;
+    assert!(of_others.clone().all(|n| taken[n]) && !taken[room + 1] && taken[room + 2]);
+    assert_eq!(done.len(), room);
+    // One of each, and then the second ones.
+    assert_eq!(done[..6], [0, room - 2, room - 1, room, 1, room + 2]);
+}
+
+#[test]
+fn no_lane_starves_and_known_devices_wait_for_at_most_one_other() {
+    let mut turns = Vec::new();
+    for network in 0..24 {
+        turns.push(turn(Lane::Ordinary, network));
+    }
+    turns.extend((0..8).map(|network| turn(Lane::Suspect, network)));
+    let known = turns.len();
+    turns.extend((0..4).map(|_| turn(Lane::Known, 99)));
+    let (taken, done) = order(&turns);
+    assert!(taken.iter().all(|taken| *taken));
+    assert_eq!(done.len(), turns.len());
+    let places = (known..known + 4).map(|n| done.iter().position(|it| *it == n).unwrap());
+    assert_eq!(places.collect::<Vec<_>>(), [0, 2, 4, 6]);
+    let first_suspect = done.iter().position(|n| (24..32).contains(n)).unwrap();
+    assert_eq!(first_suspect, 7);
+}

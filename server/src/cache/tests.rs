@@ -1,0 +1,355 @@
+use std::sync::atomic::AtomicUsize;
+
+use super::*;
+use crate::clock::{TestClock, UnixNanos};
+
+struct Fixture {
+    clock: TestClock,
+    freshness: Arc<Freshness>,
+    cache: Cached<u8, String>,
+    loads: Arc<AtomicUsize>,
+}
+
+fn fixture() -> Fixture {
+    let clock = TestClock::at(UnixNanos::from_secs(1_785_738_360));
+    let freshness = Arc::new(Freshness::new(Arc::new(clock.clone())));
+    let cache = Cached::new(
+        1000,
+        Duration::from_mins(1),
+        freshness.clone(),
+        Arc::default(),
+    );
+    Fixture {
+        clock,
+        freshness,
+        cache,
+        loads: Arc::default(),
+    }
+}
+
+impl Fixture {
+    async fn get(
+        &self,
+        found: Result<Option<&'static str>, &'static str>,
+    ) -> Result<Option<String>, Unconfirmed> {
+        let loads = self.loads.clone();
+        let load = move || {
+            loads.fetch_add(1, Ordering::SeqCst);
+            async move {
+                tokio::task::yield_now().await;
+                found
+                    .map(|it| it.map(str::to_owned))
+                    .map_err(|it| Unconfirmed::Failed(it.into()))
+            }
+        };
+        Ok(self.cache.get(1, load).await?.map(|value| (*value).clone()))
+    }
+
+    fn loads(&self) -> usize {
+        self.loads.load(Ordering::SeqCst)
+    }
+}
+
+#[tokio::test]
+async fn many_who_ask_at_once_send_one_query() {
+    let it = fixture();
+    let all = futures_util::future::join_all((0..50).map(|_| it.get(Ok(Some("a"))))).await;
+    assert!(
+        all.into_iter()
+            .all(|got| got.unwrap().as_deref() == Some("a"))
+    );
+    assert_eq!(it.loads(), 1);
+}
+
+#[tokio::test]
+async fn without_the_poll_an_entry_is_believed_for_a_second() {
+    let it = fixture();
+    it.get(Ok(Some("old"))).await.unwrap();
+    it.clock.advance(Duration::from_secs(1));
+    assert_eq!(
+        it.get(Ok(Some("new"))).await.unwrap().as_deref(),
+        Some("old")
+    );
+    it.clock.advance(Duration::from_millis(1));
+    assert_eq!(
+        it.get(Ok(Some("new"))).await.unwrap().as_deref(),
+        Some("new")
+    );
+    assert_eq!(it.loads(), 2);
+}
+
+#[tokio::test]
+async fn with_a_fresh_poll_nothing_is_loaded_again() {
+    let it = fixture();
+    it.get(Ok(Some("a"))).await.unwrap();
+    for _ in 0..100 {
+        it.clock.advance(Duration::from_millis(250));
+        it.freshness.polled(it.freshness.now());
+    }
+    it.get(Ok(Some("b"))).await.unwrap();
+    assert_eq!(it.loads(), 1);
+}
+
+#[tokio::test]
+async fn what_does_not_exist_is_remembered_too() {
+    let it = fixture();
+    for _ in 0..10 {
+        assert_eq!(it.get(Ok(None)).await.unwrap(), None);
+    }
+    assert_eq!(it.loads(), 1);
+    it.cache.forget_absent(&1);
+    assert_eq!(it.get(Ok(Some("a"))).await.unwrap().as_deref(), Some("a"));
+}
+
+#[tokio::test]
+async fn what_is_forgotten_is_loaded_again() {
+    let it = fixture();
+    it.get(Ok(Some("a"))).await.unwrap();
+    it.cache.forget(|_, value| value == "other");
+    assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("a"));
+    it.cache.forget(|_, value| value == "a");
+    assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
+}
+
+#[tokio::test]
+async fn a_load_that_was_overtaken_by_a_change_is_not_kept() {
+    let it = fixture();
+    let cache = it.cache.clone();
+    let loads = it.loads.clone();
+    let got = it
+        .cache
+        .get(1, move || {
+            let first = loads.fetch_add(1, Ordering::SeqCst) == 0;
+            let cache = cache.clone();
+            async move {
+                if first {
+                    cache.forget(|_, _| true);
+                }
+                Ok(Some(if first { "old" } else { "new" }.to_owned()))
+            }
+        })
+        .await
+        .unwrap();
+    assert_eq!(got.unwrap().as_str(), "new");
+    assert_eq!(it.loads(), 2);
+}
+
+#[tokio::test]
+async fn what_another_has_read_is_believed_from_when_it_was_known_to_be_true() {
+    let it = fixture();
+    it.freshness.polled(it.freshness.now());
+    let polled = it.freshness.polled_lately();
+    it.clock.advance(Duration::from_millis(700));
+    assert_eq!(it.freshness.polled_lately(), polled);
+    let shared = move || async move {
+        Ok(Loaded {
+            value: Some("shared".to_owned()),
+            true_at: polled,
+        })
+    };
+    it.cache.get(1, shared).await.unwrap();
+    // A second after the poll, not after the look-up; and the poll is not fresh any more.
+    it.clock.advance(Duration::from_millis(300));
+    assert_eq!(it.freshness.polled_lately(), None);
+    assert!(it.cache.peek(&1).is_some());
+    it.clock.advance(Duration::from_millis(1));
+    assert!(it.cache.peek(&1).is_none());
+}
+
+#[tokio::test]
+async fn what_cannot_be_confirmed_is_served_for_a_grace_and_then_refused() {
+    let it = fixture();
+    it.get(Ok(Some("a"))).await.unwrap();
+    it.clock.advance(Duration::from_mins(1));
+    assert_eq!(it.get(Err("away")).await.unwrap().as_deref(), Some("a"));
+    it.clock.advance(Duration::from_secs(1));
+    assert!(it.get(Err("away")).await.is_err());
+    assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
+}
+
+/// A load that never ends, as when PostgreSQL takes every byte and answers nothing.
+fn hangs() -> impl Fn() -> std::future::Pending<Result<Option<String>, Unconfirmed>> {
+    std::future::pending
+}
+
+#[tokio::test]
+async fn once_postgres_is_suspected_entries_are_served_without_waiting() {
+    let it = fixture();
+    it.get(Ok(Some("a"))).await.unwrap();
+    it.clock.advance(Duration::from_secs(2));
+    assert!(it.freshness.suspect());
+    assert!(!it.freshness.suspect(), "that is no news");
+    // More than are loaded in the background at once.
+    for _ in 0..3 * BACKGROUND_LOADS {
+        let value = it.cache.get(1, hangs()).await.unwrap();
+        assert_eq!(value.unwrap().as_str(), "a");
+    }
+    it.clock.advance(Duration::from_mins(1));
+    let refused = tokio::time::timeout(Duration::from_millis(50), it.cache.get(1, hangs()));
+    assert!(refused.await.is_err(), "the grace is over");
+}
+
+#[tokio::test]
+async fn who_already_waits_is_served_when_the_suspicion_arises() {
+    let it = fixture();
+    it.get(Ok(Some("a"))).await.unwrap();
+    it.clock.advance(Duration::from_secs(2));
+    let cache = it.cache.clone();
+    let waiting = tokio::spawn(async move { cache.get(1, hangs()).await });
+    tokio::task::yield_now().await;
+    assert!(!waiting.is_finished());
+    it.freshness.suspect();
+    assert_eq!(waiting.await.unwrap().unwrap().unwrap().as_str(), "a");
+}
+
+#[tokio::test]
+async fn what_was_forgotten_is_not_served_under_suspicion() {
+    let it = fixture();
+    it.get(Ok(Some("a"))).await.unwrap();
+    it.clock.advance(Duration::from_secs(2));
+    it.freshness.suspect();
+    it.cache.forget(|_, _| true);
+    assert!(it.get(Err("away")).await.is_err());
+}
+
+#[tokio::test]
+async fn what_was_changed_is_known_and_never_served_unconfirmed() {
+    let it = fixture();
+    it.get(Ok(Some("old"))).await.unwrap();
+    it.freshness.polled(it.freshness.now());
+    it.cache.forget_these(|| [1]);
+    assert!(it.cache.holds(&1), "it is known");
+    assert!(it.cache.peek(&1).is_none(), "it is not believed");
+    assert!(it.get(Err("away")).await.is_err(), "it is not served stale");
+    it.freshness.suspect();
+    assert!(it.get(Err("away")).await.is_err(), "nor under suspicion");
+    assert!(it.cache.holds(&1), "it is still known");
+    assert_eq!(
+        it.get(Ok(Some("new"))).await.unwrap().as_deref(),
+        Some("new")
+    );
+    assert!(it.cache.peek(&1).is_some());
+}
+
+#[tokio::test]
+async fn what_was_deleted_is_known_no_more_once_that_was_looked_up() {
+    let it = fixture();
+    it.get(Ok(Some("a"))).await.unwrap();
+    it.cache.forget(|_, _| true);
+    assert!(it.cache.holds(&1));
+    assert_eq!(it.get(Ok(None)).await.unwrap(), None);
+    assert!(!it.cache.holds(&1));
+    assert!(matches!(it.cache.peek(&1), Some(None)));
+    // What never was known does not become so by a change.
+    it.cache.forget_these(|| [2]);
+    assert!(!it.cache.holds(&2));
+}
+
+#[tokio::test]
+async fn the_background_finds_what_has_changed_and_ends_the_suspicion() {
+    let it = fixture();
+    it.get(Ok(Some("old"))).await.unwrap();
+    it.clock.advance(Duration::from_secs(2));
+    it.freshness.suspect();
+    let served = it.get(Ok(Some("new"))).await.unwrap();
+    assert_eq!(served.as_deref(), Some("old"));
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!it.freshness.is_suspect());
+    let served = it.get(Ok(Some("newer"))).await.unwrap();
+    assert_eq!(served.as_deref(), Some("new"));
+}
+
+#[tokio::test]
+async fn panic_in_a_load_fails_it_for_all_who_wait_and_the_next_one_loads_again() {
+    let it = fixture();
+    let all = (0..3).map(|_| {
+        let cache = it.cache.clone();
+        tokio::spawn(async move {
+            let load = || async {
+                tokio::task::yield_now().await;
+                assert!(std::hint::black_box(false), "a defect");
+                Ok::<_, Unconfirmed>(None)
+            };
+            cache.get(1, load).await
+        })
+    });
+    let all = futures_util::future::join_all(all);
+    let all = tokio::time::timeout(Duration::from_secs(5), all).await;
+    for failed in all.expect("nobody waits for ever") {
+        let failed = failed.expect("the panic stays in the load");
+        assert!(matches!(failed, Err(Unconfirmed::Failed(_))), "{failed:?}");
+    }
+    assert_eq!(it.get(Ok(Some("a"))).await.unwrap().as_deref(), Some("a"));
+    assert!(it.cache.inner.loading.lock().is_empty());
+}
+
+#[test]
+fn canceled_load_is_begun_again() {
+    let runtime = || tokio::runtime::Builder::new_current_thread();
+    let it = fixture();
+    let first = runtime().enable_all().build().unwrap();
+    first.block_on(async {
+        let load = it.cache.get(1, hangs());
+        let waited = tokio::time::timeout(Duration::from_millis(10), load).await;
+        assert!(waited.is_err());
+    });
+    // Cancels everything that it runs.
+    drop(first);
+    let second = runtime().enable_all().build().unwrap();
+    let loaded = second.block_on(async {
+        tokio::time::timeout(Duration::from_secs(5), it.get(Ok(Some("a")))).await
+    });
+    let loaded = loaded.expect("the canceled load is not waited for");
+    assert_eq!(loaded.unwrap().as_deref(), Some("a"));
+    assert!(it.cache.inner.loading.lock().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
+    let it = fixture();
+    let (begun, has_begun) = std::sync::mpsc::channel();
+    let (release, released) = tokio::sync::watch::channel(false);
+    let loads = it.loads.clone();
+    let cache = it.cache.clone();
+    let loading = tokio::spawn(async move {
+        let load = move || {
+            let first = loads.fetch_add(1, Ordering::SeqCst) == 0;
+            let (begun, mut released) = (begun.clone(), released.clone());
+            async move {
+                if first {
+                    begun.send(()).unwrap();
+                    released.wait_for(|it| *it).await.unwrap();
+                }
+                Ok(Some(if first { "old" } else { "new" }.to_owned()))
+            }
+        };
+        cache.get(1, load).await
+    });
+    let cache = it.cache.clone();
+    let forget = std::thread::spawn(move || {
+        has_begun.recv().unwrap();
+        cache.forget_these(|| {
+            // The change is not known to concern this key yet, which is only now being cached.
+            release.send(true).unwrap();
+            while cache.inner.loading.lock().contains_key(&1) {
+                std::thread::yield_now();
+            }
+            []
+        });
+    });
+    forget.join().unwrap();
+    let loaded = loading.await.unwrap().unwrap();
+    assert_eq!(loaded.unwrap().as_str(), "new");
+    assert_eq!(it.cache.peek(&1).unwrap().unwrap().as_str(), "new");
+    assert_eq!(it.loads(), 2);
+}
+
+#[tokio::test]
+async fn a_poll_ends_the_suspicion() {
+    let it = fixture();
+    it.freshness.suspect();
+    it.freshness.polled(it.freshness.now());
+    assert!(!it.freshness.is_suspect());
+}

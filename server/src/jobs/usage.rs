@@ -1,0 +1,162 @@
+//! Looking after the tables of usage: partitions ahead of need, retention, and a regular comparison of everything that
+//! counts the same requests.
+//!
+//! Without partitions rows still have a place, in the default partition; so a failure here is a warning and is tried
+//! again.
+
+use std::time::Duration;
+
+use chrono::{Days, NaiveDate, Utc};
+use tokio::sync::watch;
+
+use super::{every, next};
+use crate::{
+    db::{self, DbError},
+    repo::{
+        usage_check,
+        usage_partition::{self, Partitioned},
+        usage_shipper,
+    },
+    state::AppState,
+};
+
+const EVERY: Duration = Duration::from_mins(10);
+const COMPARE_EVERY: Duration = Duration::from_hours(6);
+/// Days for which there are partitions ahead of time.
+const AHEAD: u64 = 7;
+/// The wait before a failure is tried again, which is often only a busy table.
+const RETRY: Duration = Duration::from_secs(2);
+const TRIES: u32 = 5;
+
+fn days(retention: Duration) -> u64 {
+    retention.as_secs() / (24 * 60 * 60)
+}
+
+fn before(today: NaiveDate, retention: Duration) -> NaiveDate {
+    let days = Days::new(days(retention));
+    today.checked_sub_days(days).unwrap_or(NaiveDate::MIN)
+}
+
+pub(super) async fn maintain(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(EVERY);
+    while next(&mut ticks, &mut stopping).await {
+        for attempt in 1..=TRIES {
+            match maintain_once(&state, &stopping).await {
+                Ok(()) => break,
+                Err(error) => {
+                    state.metrics.usage_partition_errors.inc();
+                    if attempt == TRIES {
+                        tracing::warn!(
+                            error = %db::chain(&error),
+                            "partitions of usage could not be created or dropped; tried again later"
+                        );
+                        break;
+                    }
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+            if *stopping.borrow() {
+                return;
+            }
+        }
+    }
+}
+
+async fn maintain_once(state: &AppState, stopping: &watch::Receiver<bool>) -> Result<(), DbError> {
+    let today = state.db.within_limit(create(state)).await?;
+    let log_before = before(today, state.config.usage_retention);
+    let rollups_before = before(today, state.config.usage_rollup_retention);
+    for table in Partitioned::ALL {
+        let before = match table {
+            Partitioned::Log => log_before,
+            Partitioned::Quarters | Partitioned::Days => rollups_before,
+        };
+        while state
+            .db
+            .within_limit(drop_oldest(state, table, before))
+            .await?
+        {
+            if *stopping.borrow() {
+                return Ok(());
+            }
+        }
+    }
+    state.db.within_limit(forget_segments(state)).await
+}
+
+/// Creates partitions and returns the day, by PostgreSQL's clock. From yesterday on: records may be late.
+async fn create(state: &AppState) -> Result<NaiveDate, DbError> {
+    let mut tx = state.db.system().await?;
+    let today = usage_shipper::times(&mut tx).await?.now.date_naive();
+    let first = today.pred_opt().unwrap_or(today);
+    let last = today.checked_add_days(Days::new(AHEAD)).unwrap_or(today);
+    let created = usage_partition::create(&mut tx, first, last).await?;
+    tx.commit().await?;
+    if created > 0 {
+        tracing::info!(created, until = %last, "created partitions of usage");
+    }
+    Ok(today)
+}
+
+async fn drop_oldest(
+    state: &AppState,
+    table: Partitioned,
+    before: NaiveDate,
+) -> Result<bool, DbError> {
+    let mut tx = state.db.system().await?;
+    let dropped = usage_partition::drop_oldest(&mut tx, table, before).await?;
+    tx.commit().await?;
+    if dropped {
+        tracing::info!(table = table.name(), %before, "dropped a partition of usage");
+    }
+    Ok(dropped)
+}
+
+async fn forget_segments(state: &AppState) -> Result<(), DbError> {
+    let days = i64::try_from(days(state.config.usage_retention)).unwrap_or(i64::MAX);
+    let mut tx = state.db.system().await?;
+    usage_partition::forget_segments(&mut tx, days).await?;
+    tx.commit().await
+}
+
+pub(super) async fn compare(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(COMPARE_EVERY);
+    while next(&mut ticks, &mut stopping).await {
+        let stopped = async {
+            let _ = stopping.clone().wait_for(|stop| *stop).await;
+        };
+        let compared = tokio::select! {
+            biased;
+            () = stopped => return,
+            compared = compare_once(&state) => compared,
+        };
+        if let Err(error) = compared {
+            tracing::warn!(error = %db::chain(&error), "log, rollups and quota ledger could not be compared");
+        }
+    }
+}
+
+async fn compare_once(state: &AppState) -> Result<(), DbError> {
+    let mut tx = state.db.system().await?;
+    let yesterday = usage_shipper::times(&mut tx).await?.now.date_naive();
+    let yesterday = yesterday.pred_opt().unwrap_or(yesterday);
+    let found = usage_check::differences(&mut tx, yesterday).await?;
+    tx.commit().await?;
+    let Some(found) = found else { return Ok(()) };
+    let metrics = &state.metrics;
+    metrics
+        .usage_log_rollup_difference
+        .set(found.log_and_rollups);
+    metrics.usage_ledger_excess.set(found.ledger_excess);
+    metrics.usage_rollup_excess.set(found.rollup_excess);
+    metrics.usage_reconciled_at.set(Utc::now().timestamp());
+    if found.log_and_rollups != 0 || found.rollup_excess != 0 {
+        tracing::error!(
+            day = %yesterday,
+            log_and_rollups = found.log_and_rollups,
+            rollup_excess = found.rollup_excess,
+            "usage does not add up"
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,163 @@
+use std::{net::Ipv4Addr, sync::atomic::AtomicUsize};
+
+use futures_util::future::join_all;
+use tokio::sync::Semaphore;
+
+use super::*;
+use crate::clock::SystemClock;
+
+/// A database that answers a batch for each permit: what was asked, and how many statements there were.
+struct Fixture {
+    batches: Batches<u8>,
+    permits: Arc<Semaphore>,
+    statements: Arc<Mutex<Vec<usize>>>,
+}
+
+fn fixture(limit: usize, workers: usize) -> Fixture {
+    let permits = Arc::new(Semaphore::new(0));
+    let statements = Arc::new(Mutex::new(Vec::new()));
+    let settings = Settings {
+        limit,
+        wait: Duration::from_millis(500),
+        workers,
+        freshness: Arc::new(Freshness::new(Arc::new(SystemClock::new()))),
+        metrics: Arc::default(),
+    };
+    let (of_query, counted) = (permits.clone(), statements.clone());
+    let batches = Batches::new(settings, move |hashes: Vec<Hash>| {
+        counted.lock().push(hashes.len());
+        let permits = of_query.clone();
+        async move {
+            let permit = permits.acquire().await;
+            permit.expect("it is not closed").forget();
+            // Even ones exist.
+            let found = hashes.iter().filter(|hash| hash[0] % 2 == 0);
+            Ok(found.map(|hash| (hash.to_vec(), hash[0])).collect())
+        }
+        .boxed()
+    });
+    Fixture {
+        batches,
+        permits,
+        statements,
+    }
+}
+
+fn from(last: u8) -> Source {
+    Source {
+        tenant: None,
+        address: Some(Caller::address(Ipv4Addr::new(192, 0, 2, last).into())),
+    }
+}
+
+impl Fixture {
+    fn find(
+        &self,
+        n: u8,
+        source: Option<Source>,
+    ) -> tokio::task::JoinHandle<Result<Option<u8>, Unconfirmed>> {
+        let lookup = self.batches.begin(source);
+        tokio::spawn(async move { lookup?.find([n; 32]).await })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn those_who_come_while_one_is_under_way_share_the_next_statement() {
+    let it = fixture(1000, 1);
+    let first = it.find(0, Some(from(1)));
+    tokio::task::yield_now().await;
+    let others = (1..=100).map(|n| it.find(n, Some(from(1))));
+    let others = others.collect::<Vec<_>>();
+    tokio::task::yield_now().await;
+    it.permits.add_permits(2);
+    assert_eq!(first.await.unwrap().unwrap(), Some(0));
+    for (n, found) in (1..=100).zip(join_all(others).await) {
+        let expected = (n % 2 == 0).then_some(n);
+        assert_eq!(found.unwrap().unwrap(), expected);
+    }
+    assert_eq!(*it.statements.lock(), [1, 100]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_connection_is_left_for_what_is_known() {
+    let it = fixture(1000, 3);
+    for n in 0..10 {
+        it.find(n, Some(from(1)));
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(it.statements.lock().len(), 2);
+    it.find(10, None);
+    tokio::task::yield_now().await;
+    assert_eq!(*it.statements.lock(), [1, 1, 1], "it alone");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_floods_is_limited_and_the_others_have_their_share() {
+    let it = fixture(10, 2);
+    let flood = (0..100).map(|n| it.batches.begin(Some(from(n % 2))));
+    let flood = flood.collect::<Vec<_>>();
+    assert_eq!(flood.iter().filter(|it| it.is_ok()).count(), 10);
+    let others = (0..5).map(|_| it.batches.begin(Some(from(9))));
+    let others = others.collect::<Vec<_>>();
+    // A third of ten.
+    assert_eq!(others.iter().filter(|it| it.is_ok()).count(), 3);
+    assert!(
+        it.batches.begin(None).is_ok(),
+        "what is known is not limited"
+    );
+    drop((flood, others));
+    assert!(it.batches.0.queue.lock().begun.is_empty());
+    let alone = (0..100).map(|_| it.batches.begin(Some(from(1))));
+    let alone = alone.collect::<Vec<_>>();
+    assert_eq!(alone.iter().filter(|it| it.is_ok()).count(), 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_sources_together_are_limited_too() {
+    let it = fixture(10, 2);
+    let all = (0..200).map(|n| it.batches.begin(Some(from(n))));
+    let all = all.collect::<Vec<_>>();
+    assert_eq!(all.iter().filter(|it| it.is_ok()).count(), 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn sources_take_turns() {
+    let it = fixture(1000, 1);
+    let _first = it.find(0, Some(from(1)));
+    tokio::task::yield_now().await;
+    // More than a batch of one source, then one of another.
+    let counted = Arc::new(AtomicUsize::new(0));
+    for _ in 0..2 * BATCH {
+        let (found, counted) = (it.find(2, Some(from(1))), counted.clone());
+        tokio::spawn(async move {
+            let _ = found.await;
+            counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        });
+    }
+    let other = it.find(4, Some(from(2)));
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    it.permits.add_permits(2);
+    assert_eq!(other.await.unwrap().unwrap(), Some(4));
+    assert_eq!(*it.statements.lock(), [1, BATCH, BATCH]);
+    let answered = counted.load(std::sync::atomic::Ordering::SeqCst);
+    assert!(answered < BATCH, "{answered} of the other source");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_too_long_for_a_batch_gives_up() {
+    let it = fixture(1000, 1);
+    let begun = it.find(0, Some(from(1)));
+    tokio::task::yield_now().await;
+    let waiting = it.find(2, Some(from(1)));
+    let known = it.find(4, None);
+    let refused = waiting.await.unwrap();
+    assert!(matches!(refused, Err(Unconfirmed::TooMany)), "{refused:?}");
+    assert!(matches!(known.await.unwrap(), Err(Unconfirmed::Failed(_))));
+    assert!(it.batches.0.settings.freshness.is_suspect());
+    // One whose batch is under way has its answer.
+    it.permits.add_permits(1);
+    assert_eq!(begun.await.unwrap().unwrap(), Some(0));
+    let queue = it.batches.0.queue.lock();
+    assert!(queue.unknown.is_empty() && queue.turns.is_empty() && queue.known.is_empty());
+    assert_eq!(queue.begun_in_all, 0);
+}

@@ -1,0 +1,183 @@
+use std::{
+    num::NonZeroU32,
+    sync::{atomic::AtomicUsize, mpsc},
+};
+
+use async_trait::async_trait;
+use chrono::DateTime;
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use super::*;
+use crate::{
+    clock::{Clock, TestClock},
+    config::DatabaseSettings,
+    db::Db,
+    keys::{ledger::PostgresLedger, lookups::Batches},
+    limiter::{CellSettings, Decision, Drained, LimitStore, LimiterError, MemoryStore},
+    repo::revocation::{Revocation, Target},
+    secret_text::Kind,
+};
+
+const TENANT: Uuid = Uuid::from_u128(1);
+
+/// A store that pauses while it creates the cell of one key: its record is built but not cached yet.
+#[derive(Debug)]
+struct PausingStore {
+    inner: Arc<MemoryStore>,
+    key: ApiKeyId,
+    pause: Mutex<Option<(mpsc::Sender<()>, mpsc::Receiver<()>)>>,
+}
+
+#[async_trait]
+impl LimitStore for PausingStore {
+    fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError> {
+        if key == self.key
+            && let Some((reached, resume)) = self.pause.lock().take()
+        {
+            reached.send(()).unwrap();
+            resume.recv().unwrap();
+        }
+        self.inner.cell(tenant, key)
+    }
+
+    fn try_take(
+        &self,
+        cell: &Arc<KeyCell>,
+        policies: &Policies,
+        cost: NonZeroU32,
+    ) -> Option<Decision> {
+        self.inner.try_take(cell, policies, cost)
+    }
+
+    async fn take(
+        &self,
+        cell: &Arc<KeyCell>,
+        policies: &Policies,
+        cost: NonZeroU32,
+    ) -> Result<Decision, LimiterError> {
+        self.inner.take(cell, policies, cost).await
+    }
+
+    fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+        self.inner.peek(cell, policies)
+    }
+
+    fn is_local(&self) -> bool {
+        self.inner.is_local()
+    }
+
+    fn prune(&self) -> usize {
+        self.inner.prune()
+    }
+
+    async fn drain(&self) -> Drained {
+        self.inner.drain().await
+    }
+}
+
+fn secret(n: u16) -> SecretText {
+    let mut bytes = [7; 32];
+    // Digits of base 62.
+    bytes[0] = u8::try_from(n / 62).unwrap();
+    bytes[1] = u8::try_from(n % 62).unwrap();
+    SecretText::from_bytes(Kind::ApiKey, &bytes)
+}
+
+fn facts(id: u16, plan_id: Uuid, plan_name: &str) -> KeyFacts {
+    KeyFacts {
+        tenant_id: TENANT,
+        id: Uuid::from_u128(1000 + u128::from(id)),
+        plan_id,
+        prefix: "qk_00000000".into(),
+        is_active: true,
+        expires_at: None,
+        rpm_override: None,
+        plan_name: plan_name.into(),
+        default_rpm: 60,
+        burst: 60,
+        daily_quota: None,
+        monthly_quota: None,
+        strict: false,
+        on_redis_failure: None,
+        billing: "free".into(),
+        time_zone: "UTC".into(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn key_that_is_being_cached_while_the_index_is_pruned_is_reached_by_a_plan_edit() {
+    const CAPACITY: usize = 100;
+    let (plan, other_plan) = (Uuid::from_u128(2), Uuid::from_u128(3));
+    let clock: Arc<dyn Clock> = Arc::new(TestClock::at(UnixNanos::from_secs(1_785_738_360)));
+    let metrics = Arc::<Metrics>::default();
+    let freshness = Arc::new(Freshness::new(clock.clone()));
+    // Connects to nothing: the keys have no quotas.
+    let db = Db::new(
+        &"postgres://localhost/none".into(),
+        &DatabaseSettings::default(),
+    );
+    let ledger = Arc::new(PostgresLedger::new(db, metrics.clone()));
+    let (reached, has_reached) = mpsc::channel();
+    let (resume, has_resumed) = mpsc::channel();
+    let store = Arc::new(PausingStore {
+        inner: MemoryStore::new(clock.clone(), ledger, CellSettings::default()),
+        key: ApiKeyId(facts(0, plan, "").id),
+        pause: Mutex::new(Some((reached, has_resumed))),
+    });
+    let hash = secret(0).hash();
+    let loads = Arc::new(AtomicUsize::new(0));
+    let lookups = Lookups {
+        keys: Batches::of(move |it| {
+            if *it == hash {
+                let name = match loads.fetch_add(1, Ordering::SeqCst) {
+                    0 => "old",
+                    _ => "new",
+                };
+                return Some((facts(0, plan, name), 1));
+            }
+            let n = (1..=3 * 100).find(|n| secret(*n).hash() == *it)?;
+            Some((facts(n, other_plan, "other"), 1))
+        }),
+        tokens: Batches::of(|_| None),
+    };
+    let keys = KeyStore::new(
+        lookups,
+        Limiter::new(store, clock.clone()),
+        None,
+        CAPACITY,
+        Duration::from_mins(1),
+        &freshness,
+        &metrics,
+    );
+
+    let paused = {
+        let keys = keys.clone();
+        tokio::spawn(async move { keys.key(&secret(0), 0, Source::default()).await })
+    };
+    // Blocks the thread of the test, on which no load runs.
+    has_reached.recv().unwrap();
+    // Many more than fit, so that entries of the index are dropped.
+    for n in 1..=300 {
+        let (secret, now) = (secret(n), clock.monotonic());
+        let found = keys.key(&secret, now, Source::default()).await;
+        assert!(found.unwrap().is_some());
+    }
+    resume.send(()).unwrap();
+    let cached = paused.await.unwrap().unwrap().unwrap();
+    assert_eq!(cached.plan, "old");
+    let name = async || {
+        let (secret, now) = (secret(0), clock.monotonic());
+        let found = keys.key(&secret, now, Source::default()).await;
+        found.unwrap().unwrap().plan.clone()
+    };
+    assert_eq!(name().await, "old", "it is cached");
+    let edit = Revocation {
+        seq: 2,
+        tenant: TENANT,
+        target: Some(Target::Plan(plan)),
+        at: DateTime::UNIX_EPOCH,
+    };
+    keys.revoke(&std::iter::once(&edit).collect());
+    assert_eq!(name().await, "new");
+}

@@ -1,0 +1,120 @@
+//! Compares what counts the same requests in different ways: the log, its rollups, and the quota ledger.
+//!
+//! Log and rollups are written in one transaction, so any difference is an error. The ledger counts what was handed out
+//! to replicas: after a window has ended, what it counts beyond recorded usage was lost in a crash, at most one block for
+//! each; recorded usage beyond it would have been admitted without it.
+
+use chrono::NaiveDate;
+use diesel::{
+    prelude::*,
+    sql_types::{BigInt, Bool, Date},
+};
+use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
+
+use crate::db::{DbError, SystemTx};
+
+/// Only one replica compares at a time.
+const CHECK_LOCK: i64 = 7_226_424;
+
+/// The differences that were found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Differences {
+    /// Requests by which the log and any level of the rollups differ, summed over tenants.
+    pub log_and_rollups: i64,
+    /// Cost that the ledger counted and nothing recorded.
+    pub ledger_excess: i64,
+    /// Cost that was recorded and the ledger did not count.
+    pub rollup_excess: i64,
+}
+
+#[derive(QueryableByName)]
+struct Flag {
+    #[diesel(sql_type = Bool)]
+    flag: bool,
+}
+
+#[derive(QueryableByName)]
+struct Difference {
+    #[diesel(sql_type = BigInt)]
+    difference: i64,
+}
+
+#[derive(QueryableByName)]
+struct Excess {
+    #[diesel(sql_type = BigInt)]
+    ledger: i64,
+    #[diesel(sql_type = BigInt)]
+    rollups: i64,
+}
+
+/// `log` against every level: the tenant's total by day and by quarter hour, its keys, endpoints, plans, and endpoints of
+/// keys.
+const LOG_AND_ROLLUPS: &str = r#"
+WITH day AS (SELECT $1::timestamp AT TIME ZONE 'UTC' AS start, ($1 + 1)::timestamp AT TIME ZONE 'UTC' AS until),
+levels AS (
+    SELECT tenant_id, 'log' AS level, count(*) AS requests FROM usage_log, day
+    WHERE "timestamp" >= day.start AND "timestamp" < day.until GROUP BY 1
+    UNION ALL
+    SELECT tenant_id, CASE
+            WHEN key_id <> none AND endpoint <> E'\x01' THEN 'endpoints of keys'
+            WHEN key_id <> none THEN 'keys'
+            WHEN endpoint <> E'\x01' AND plan_id <> none THEN 'endpoints of plans'
+            WHEN endpoint <> E'\x01' THEN 'endpoints'
+            WHEN plan_id <> none THEN 'plans'
+            ELSE 'days' END,
+        sum(requests)::bigint
+    FROM usage_days u, day, (SELECT '00000000-0000-0000-0000-000000000000'::uuid AS none) zero
+    WHERE u.start = day.start GROUP BY 1, 2
+    UNION ALL
+    SELECT tenant_id, 'quarters', sum(requests)::bigint FROM usage_quarters u, day
+    WHERE u.start >= day.start AND u.start < day.until AND key_id = '00000000-0000-0000-0000-000000000000'
+        AND plan_id = '00000000-0000-0000-0000-000000000000' AND endpoint = E'\x01' GROUP BY 1
+)
+SELECT coalesce(sum(difference), 0)::bigint AS difference FROM (
+    -- A level that is missing counts as 0.
+    SELECT max(requests) - CASE WHEN count(*) = 8 THEN min(requests) ELSE 0 END AS difference
+    FROM levels GROUP BY tenant_id
+) t"#;
+
+/// Windows that ended the day before, and an hour ago at least: what replicas held was returned since.
+const LEDGER_AND_ROLLUPS: &str = r"
+SELECT coalesce(sum(greatest(used - spent, 0)), 0)::bigint AS ledger,
+    coalesce(sum(greatest(spent - used, 0)), 0)::bigint AS rollups
+FROM (
+    SELECT q.used, coalesce((
+        SELECT sum(u.cost) FROM usage_quarters u
+        WHERE u.tenant_id = q.tenant_id AND u.endpoint = E'\x01' AND u.key_id = q.key_id AND u.policy = ''
+            AND u.start >= q.window_start AND u.start < q.window_end
+    ), 0)::bigint AS spent
+    FROM quota_usage q
+    WHERE q.window_end <= now() - interval '1 hour' AND q.window_end > now() - interval '25 hours'
+) w";
+
+/// Compares the log and the rollups of a day in UTC, and recorded usage with the ledger. `None` if another replica is
+/// comparing. May take minutes.
+pub async fn differences(
+    tx: &mut SystemTx,
+    day: NaiveDate,
+) -> Result<Option<Differences>, DbError> {
+    tx.batch_execute("SET LOCAL statement_timeout = '5min'")
+        .await?;
+    let alone = diesel::sql_query("SELECT pg_try_advisory_xact_lock($1) AS flag")
+        .bind::<BigInt, _>(CHECK_LOCK)
+        .get_result::<Flag>(&mut **tx)
+        .await?;
+    if !alone.flag {
+        return Ok(None);
+    }
+    let log = diesel::sql_query(LOG_AND_ROLLUPS)
+        .bind::<Date, _>(day)
+        .get_result::<Difference>(&mut **tx)
+        .await?;
+    let ledger = diesel::sql_query(LEDGER_AND_ROLLUPS)
+        .get_result::<Excess>(&mut **tx)
+        .await?;
+    Ok(Some(Differences {
+        log_and_rollups: log.difference,
+        ledger_excess: ledger.ledger,
+        rollup_excess: ledger.rollups,
+    }))
+}

@@ -1,0 +1,246 @@
+//! What goes over an HTTP/2 connection, as far as deadlines need it: which requests are open, and which responses move.
+//!
+//! h2 takes a small body into its own buffer at once, and nothing tells when the client takes it, or whether it cancels
+//! the request instead. So the frames themselves are watched, as they pass between h2 and the socket. They are not
+//! validated: h2 does that, and closes the connection.
+
+use super::CONCURRENT_STREAMS;
+
+/// What an HTTP/2 client sends first.
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Fewer bytes of a response than this, without its end, are no progress. So a client cannot hold many responses, and
+/// what they occupy, for a byte now and then.
+const PROGRESS: u32 = 1024;
+/// Requests that are remembered at most. h2 refuses most of what is beyond its own limit, and ignores the rest.
+const REMEMBERED: usize = 2 * CONCURRENT_STREAMS as usize;
+/// What a request occupies besides its head and body, in bytes: its tasks, and the head of its response.
+const REQUEST: usize = 4 * 1024;
+
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const CONTINUATION: u8 = 9;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+const HEAD: usize = 9;
+
+/// The head of a frame (RFC 9113, section 4.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Frame {
+    length: u32,
+    kind: u8,
+    flags: u8,
+    stream: u32,
+}
+
+impl Frame {
+    fn parse(head: [u8; HEAD]) -> Self {
+        let [a, b, c, kind, flags, s0, s1, s2, s3] = head;
+        Self {
+            length: u32::from_be_bytes([0, a, b, c]),
+            kind,
+            flags,
+            // The first bit is reserved.
+            stream: u32::from_be_bytes([s0, s1, s2, s3]) & (u32::MAX >> 1),
+        }
+    }
+
+    const fn has(self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    const fn is_of_headers(self) -> bool {
+        matches!(self.kind, HEADERS | CONTINUATION)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Event {
+    /// The head of a frame is complete.
+    Began(Frame),
+    /// The whole frame is complete.
+    Ended(Frame),
+}
+
+/// Finds the frames in a sequence of bytes that comes in pieces.
+#[derive(Debug, Default)]
+pub(super) struct Frames {
+    head: [u8; HEAD],
+    /// How many bytes of the head are known.
+    known: usize,
+    /// How many bytes of the payload are missing, once the head is known.
+    missing: usize,
+}
+
+impl Frames {
+    pub(super) fn scan(&mut self, mut bytes: &[u8], mut on: impl FnMut(Event)) {
+        while !bytes.is_empty() {
+            if self.known < HEAD {
+                let taken = bytes.len().min(HEAD - self.known);
+                self.head[self.known..self.known + taken].copy_from_slice(&bytes[..taken]);
+                self.known += taken;
+                bytes = &bytes[taken..];
+                if self.known < HEAD {
+                    return;
+                }
+                let frame = Frame::parse(self.head);
+                self.missing = frame.length as usize;
+                on(Event::Began(frame));
+            }
+            let taken = bytes.len().min(self.missing);
+            self.missing -= taken;
+            bytes = &bytes[taken..];
+            if self.missing == 0 {
+                self.known = 0;
+                on(Event::Ended(Frame::parse(self.head)));
+            }
+        }
+    }
+}
+
+/// The requests of one connection. Times are those of the connection.
+#[derive(Debug, Default)]
+pub(super) struct Requests {
+    last_stream: u32,
+    open: Vec<Request>,
+    /// Since when the rest of a request head is missing.
+    head_began: Option<u64>,
+    /// Bytes of that head so far.
+    head_length: usize,
+    /// When a response last ended or made progress.
+    progressed: u64,
+    /// Since when a response did not move that was then reset; forgotten once another one moves. Without it, a client
+    /// that resets what it does not read would start over with a new request.
+    unread: Option<u64>,
+    /// When a request arrived that was reset before its response began; forgotten once another one is answered.
+    cancelled: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Request {
+    stream: u32,
+    /// When it arrived, later when its response last made progress.
+    since: u64,
+    /// Once the response has begun: bytes sent since its last progress.
+    sent: Option<u32>,
+    /// Bytes of its body so far.
+    received: usize,
+}
+
+/// What the client has left waiting, since when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Waiting {
+    /// The rest of a request head.
+    pub(super) head: Option<u64>,
+    /// The oldest response that it did not take, or reset instead.
+    pub(super) response: Option<u64>,
+    /// Whether any request is open.
+    pub(super) has_open: bool,
+    /// When a response last ended or made progress.
+    pub(super) progressed: u64,
+}
+
+impl Requests {
+    pub(super) fn received(&mut self, event: Event, now: u64) {
+        match event {
+            Event::Began(frame) if frame.is_of_headers() => {
+                self.head_began.get_or_insert(now);
+                // h2 reserves room for the whole frame, and keeps what it has of the head beside it.
+                self.head_length += 2 * frame.length as usize;
+            }
+            Event::Ended(frame) if frame.is_of_headers() && frame.has(END_HEADERS) => {
+                self.head_began = None;
+                self.head_length = 0;
+                // Not the trailers of one that is known.
+                if frame.stream > self.last_stream {
+                    self.last_stream = frame.stream;
+                    if self.open.len() < REMEMBERED {
+                        self.open.push(Request {
+                            stream: frame.stream,
+                            since: now,
+                            sent: None,
+                            received: 0,
+                        });
+                    }
+                }
+            }
+            Event::Ended(frame) if frame.kind == RST_STREAM => self.reset(frame.stream),
+            Event::Began(frame) if frame.kind == DATA => {
+                let request = self.open.iter_mut().find(|it| it.stream == frame.stream);
+                if let Some(request) = request {
+                    request.received += frame.length as usize;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// About how many bytes the requests occupy, without their complete heads.
+    pub(super) fn held(&self) -> usize {
+        let bodies = self.open.iter().map(|it| it.received).sum::<usize>();
+        self.head_length + self.open.len() * REQUEST + bodies
+    }
+
+    pub(super) fn sent(&mut self, event: Event, now: u64) {
+        let Event::Ended(frame) = event else { return };
+        match frame.kind {
+            HEADERS | DATA if frame.has(END_STREAM) => {
+                // An empty frame passes whatever the client's window is.
+                if frame.kind == DATA && frame.length > 0 {
+                    self.unread = None;
+                }
+                self.cancelled = None;
+                self.progressed = now;
+                self.open.retain(|it| it.stream != frame.stream);
+            }
+            HEADERS | DATA => {
+                let request = self.open.iter_mut().find(|it| it.stream == frame.stream);
+                let Some(request) = request else { return };
+                match &mut request.sent {
+                    None => {
+                        request.sent = Some(0);
+                        request.since = now;
+                    }
+                    Some(sent) => {
+                        *sent = sent.saturating_add(frame.length);
+                        if *sent >= PROGRESS {
+                            *sent = 0;
+                            request.since = now;
+                            self.progressed = now;
+                            self.unread = None;
+                        }
+                    }
+                }
+            }
+            RST_STREAM => self.reset(frame.stream),
+            _ => {}
+        }
+    }
+
+    /// By whichever side: a client can make the server reset a stream, by breaking the rules on it.
+    fn reset(&mut self, stream: u32) {
+        let Some(index) = self.open.iter().position(|it| it.stream == stream) else {
+            return;
+        };
+        let request = self.open.swap_remove(index);
+        let oldest = match request.sent {
+            Some(_) => &mut self.unread,
+            None => &mut self.cancelled,
+        };
+        *oldest = Some(oldest.map_or(request.since, |since| since.min(request.since)));
+    }
+
+    pub(super) fn waiting(&self) -> Waiting {
+        let begun = self.open.iter().filter(|it| it.sent.is_some());
+        let begun = begun.map(|it| it.since);
+        Waiting {
+            head: self.head_began,
+            response: begun.chain(self.unread).chain(self.cancelled).min(),
+            has_open: !self.open.is_empty(),
+            progressed: self.progressed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,89 @@
+//! The connections of one address or network, and which of them make room for another of theirs.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use tokio::time::Instant;
+
+use super::{IDLE_ENOUGH, YOUNG};
+use crate::serve::connection::Connection;
+
+/// How many of an address's oldest connections without a request are looked at for a silent one.
+const SILENT_SEARCH: usize = 16;
+
+/// What connections are counted by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Width {
+    Address,
+    Network,
+    Site,
+}
+
+/// The networks that an address is counted in, the narrowest first.
+pub(super) fn networks(peer: IpAddr) -> impl Iterator<Item = (Width, IpNet)> {
+    const V4: &[(Width, u8)] = &[(Width::Address, 32), (Width::Network, 24)];
+    const V6: &[(Width, u8)] = &[
+        (Width::Address, 64),
+        (Width::Network, 56),
+        (Width::Site, 48),
+    ];
+    let widths = if peer.is_ipv4() { V4 } else { V6 };
+    widths
+        .iter()
+        .filter_map(move |(width, length)| Some((*width, IpNet::new(peer, *length).ok()?.trunc())))
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Group {
+    /// In the order of their accept.
+    pub(super) counted: BTreeMap<u64, Arc<Connection>>,
+    pub(super) waiting: BTreeSet<u64>,
+    /// When none was found that could be closed.
+    pub(super) searched_at: Option<Instant>,
+}
+
+impl Group {
+    /// The oldest silent one, if it is not young.
+    pub(super) fn silent(&self, now: Instant) -> Option<u64> {
+        self.old_and_waiting(now)
+            .take(SILENT_SEARCH)
+            .find(|(_, connection)| connection.is_silent())
+            .map(|(id, _)| id)
+    }
+
+    /// The oldest without a complete request, if it is not young.
+    pub(super) fn slow(&self, now: Instant) -> Option<u64> {
+        self.old_and_waiting(now).next().map(|(id, _)| id)
+    }
+
+    fn old_and_waiting(&self, now: Instant) -> impl Iterator<Item = (u64, &Connection)> {
+        self.waiting
+            .iter()
+            .filter_map(|id| Some((*id, &**self.counted.get(id)?)))
+            .take_while(move |(_, connection)| connection.age(now) >= YOUNG)
+    }
+
+    /// The one that has been idle longest, if that is long enough.
+    pub(super) fn idle(&self, now: Instant) -> Option<u64> {
+        self.counted
+            .iter()
+            .filter_map(|(id, connection)| Some((connection.idle_since()?, *id)))
+            .min()
+            .filter(|(since, _)| now.saturating_duration_since(*since) >= IDLE_ENOUGH)
+            .map(|(_, id)| id)
+    }
+
+    /// Whether fewer than `limit` are older than a second, and fewer than twice as many in all.
+    pub(super) fn has_room_for_a_moment(&self, limit: usize, now: Instant) -> bool {
+        self.counted.len() < limit.saturating_mul(2)
+            && self
+                .counted
+                .values()
+                .nth(limit - 1)
+                .is_none_or(|connection| connection.age(now) < YOUNG)
+    }
+}

@@ -1,0 +1,355 @@
+use super::{super::http2::Frames, *};
+
+const MEMORY: usize = 16 * 1024 * 1024;
+
+fn table(connections: usize, per_address: usize) -> Arc<Table> {
+    table_with(connections, per_address, 0)
+}
+
+fn table_with(connections: usize, per_address: usize, per_network: usize) -> Arc<Table> {
+    let limits = Limits {
+        connections,
+        per_address,
+        per_network,
+        trusted_proxies: vec!["10.0.0.0/8".parse().unwrap()],
+        memory: MEMORY,
+        memory_of_one: MEMORY / 32,
+    };
+    Table::new(limits, Arc::default())
+}
+
+fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, Refusal> {
+    table.admit(peer.parse().unwrap())
+}
+
+/// As its task does when told to.
+fn is_told_to_close(it: &Admitted) -> bool {
+    it.connection.order() == Order::Close
+}
+
+fn request(it: &Admitted) -> super::super::connection::RequestInFlight {
+    let (is_first, request) = it.connection.begin_request(0);
+    assert!(is_first);
+    it.place.has_requested();
+    request
+}
+
+#[tokio::test]
+async fn the_oldest_that_never_asked_makes_room_and_one_that_asks_stays() {
+    let table = table(3, 0);
+    let busy = admit(&table, "192.0.2.1").unwrap();
+    let _request = request(&busy);
+    let first = admit(&table, "192.0.2.2").unwrap();
+    let second = admit(&table, "192.0.2.3").unwrap();
+    let third = admit(&table, "192.0.2.4").unwrap();
+    assert!(is_told_to_close(&first));
+    assert!(!is_told_to_close(&busy) && !is_told_to_close(&second));
+    assert_eq!(table.closing(), 1);
+    drop(first);
+    assert_eq!(table.closing(), 0);
+    let _requests = (request(&second), request(&third));
+    assert_eq!(admit(&table, "192.0.2.5").unwrap_err(), Refusal::Full);
+    drop(third);
+    assert!(admit(&table, "192.0.2.5").is_ok(), "a place came free");
+}
+
+#[tokio::test(start_paused = true)]
+async fn idle_connections_make_room_when_none_waits_for_a_first_request() {
+    let table = table(2, 0);
+    let idle = admit(&table, "192.0.2.1").unwrap();
+    drop(request(&idle));
+    let busy = admit(&table, "192.0.2.2").unwrap();
+    let _request = request(&busy);
+    assert_eq!(admit(&table, "192.0.2.3").unwrap_err(), Refusal::Full);
+    tokio::time::advance(Duration::from_secs(2)).await;
+    let _new = admit(&table, "192.0.2.3").unwrap();
+    assert!(is_told_to_close(&idle) && !is_told_to_close(&busy));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stalled_response_makes_room_and_a_running_handler_does_not() {
+    let table = table(2, 0);
+    let stalled = admit(&table, "192.0.2.1").unwrap();
+    stalled.connection.speaks_http2();
+    let (mut received, mut sent) = (Frames::default(), Frames::default());
+    // Heads of a request and of its response, on the same stream.
+    let (asked, answered) = ([0, 0, 0, 1, 5, 0, 0, 0, 1], [0, 0, 0, 1, 4, 0, 0, 0, 1]);
+    received.scan(&asked, |event| stalled.connection.received(event));
+    drop(stalled.connection.begin_request(0));
+    stalled.place.has_requested();
+    sent.scan(&answered, |event| stalled.connection.sent(event));
+    let busy = admit(&table, "192.0.2.2").unwrap();
+    let _request = request(&busy);
+    tokio::time::advance(STALLED_ENOUGH / 2).await;
+    assert_eq!(admit(&table, "192.0.2.3").unwrap_err(), Refusal::Full);
+    tokio::time::advance(STALLED_ENOUGH).await;
+    let _new = admit(&table, "192.0.2.3").unwrap();
+    assert!(is_told_to_close(&stalled) && !is_told_to_close(&busy));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_has_its_own_limit_which_spares_the_others() {
+    let table = table(100, 2);
+    let all = ["198.51.100.1", "198.51.100.1"].map(|peer| admit(&table, peer).unwrap());
+    let _requests = all.iter().map(request).collect::<Vec<_>>();
+    tokio::time::advance(YOUNG).await;
+    assert_eq!(admit(&table, "198.51.100.1").unwrap_err(), Refusal::Address);
+    // The same address, written as IPv6.
+    assert_eq!(
+        admit(&table, "::ffff:198.51.100.1").unwrap_err(),
+        Refusal::Address
+    );
+    assert!(admit(&table, "198.51.100.2").is_ok());
+    drop(all);
+    assert!(admit(&table, "198.51.100.1").is_ok(), "places came free");
+}
+
+#[tokio::test(start_paused = true)]
+async fn ipv6_counts_by_its_64() {
+    let table = table(100, 1);
+    let one = admit(&table, "2001:db8:0:1::1").unwrap();
+    let _request = request(&one);
+    tokio::time::advance(YOUNG).await;
+    assert_eq!(
+        admit(&table, "2001:db8:0:1:ffff::2").unwrap_err(),
+        Refusal::Address
+    );
+    assert!(admit(&table, "2001:db8:0:2::1").is_ok());
+}
+
+#[tokio::test]
+async fn a_trusted_proxy_counts_in_the_total_alone() {
+    let table = table(3, 1);
+    let all = (0..3)
+        .map(|_| admit(&table, "10.1.2.3").unwrap())
+        .collect::<Vec<_>>();
+    let _requests = all.iter().map(request).collect::<Vec<_>>();
+    assert_eq!(admit(&table, "10.1.2.3").unwrap_err(), Refusal::Full);
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_its_limit_an_address_loses_what_it_never_used_and_not_what_others_have() {
+    let table = table(100, 2);
+    let other = admit(&table, "203.0.113.9").unwrap();
+    let first = admit(&table, "203.0.113.1").unwrap();
+    let second = admit(&table, "203.0.113.1").unwrap();
+    tokio::time::advance(YOUNG).await;
+    let _third = admit(&table, "203.0.113.1").unwrap();
+    assert!(is_told_to_close(&first));
+    assert!(!is_told_to_close(&second) && !is_told_to_close(&other));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_of_one_address_is_let_in_and_no_more_than_twice_its_share() {
+    let table = table(100, 3);
+    let burst = (0..6)
+        .map(|_| admit(&table, "203.0.113.1").unwrap())
+        .collect::<Vec<_>>();
+    assert_eq!(admit(&table, "203.0.113.1").unwrap_err(), Refusal::Address);
+    assert!(!burst.iter().any(is_told_to_close));
+    // What is silent makes room as soon as it is not young.
+    tokio::time::advance(YOUNG).await;
+    assert!(admit(&table, "203.0.113.1").is_ok());
+    assert!(is_told_to_close(&burst[0]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_its_limit_an_address_loses_what_is_silent_before_what_sends() {
+    let table = table(100, 2);
+    let sends = admit(&table, "203.0.113.1").unwrap();
+    sends.connection.has_read(1);
+    let silent = admit(&table, "203.0.113.1").unwrap();
+    tokio::time::advance(YOUNG).await;
+    let _newcomer = admit(&table, "203.0.113.1").unwrap();
+    assert!(is_told_to_close(&silent) && !is_told_to_close(&sends));
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_its_limit_an_address_loses_what_has_been_idle_longest() {
+    let table = table(100, 3);
+    let all = (0..3)
+        .map(|_| admit(&table, "203.0.113.1").unwrap())
+        .collect::<Vec<_>>();
+    let _busy = request(&all[0]);
+    drop(request(&all[2]));
+    tokio::time::advance(Duration::from_millis(10)).await;
+    drop(request(&all[1]));
+    tokio::time::advance(IDLE_ENOUGH).await;
+    let _newcomer = admit(&table, "203.0.113.1").unwrap();
+    assert_eq!(
+        all.iter().map(is_told_to_close).collect::<Vec<_>>(),
+        [false, false, true]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_authenticated_does_not_count_against_its_address() {
+    let table = table(12, 2);
+    let mut gateway = Vec::new();
+    for _ in 0..10 {
+        let one = admit(&table, "203.0.113.1").unwrap();
+        drop(request(&one));
+        one.connection.authenticated.set();
+        gateway.push(one);
+        tokio::time::advance(2 * IDLE_ENOUGH).await;
+    }
+    assert!(!gateway.iter().any(is_told_to_close));
+    // The others of the address have its share.
+    let strangers = [(), ()].map(|()| admit(&table, "203.0.113.1").unwrap());
+    tokio::time::advance(YOUNG).await;
+    let _newcomer = admit(&table, "203.0.113.1").unwrap();
+    assert!(is_told_to_close(&strangers[0]) && !is_told_to_close(&strangers[1]));
+    drop(strangers);
+    // In the total it still counts.
+    let _new = admit(&table, "203.0.113.2").unwrap();
+    let _newest = admit(&table, "203.0.113.2").unwrap();
+    drop(gateway);
+    assert!(table.open.lock().groups.len() <= 3);
+}
+
+#[tokio::test]
+async fn finish_waits_for_the_last() {
+    let table = table(10, 0);
+    let one = admit(&table, "192.0.2.1").unwrap();
+    let finishing = tokio::spawn({
+        let table = table.clone();
+        async move { table.finish().await }
+    });
+    tokio::task::yield_now().await;
+    assert_eq!(one.connection.order(), Order::Finish);
+    assert!(!finishing.is_finished());
+    drop(one);
+    finishing.await.unwrap();
+}
+
+/// Two addresses of the first network, then one that is in none of its networks; and how many the first may have.
+const NETWORKS: [([&str; 3], usize); 3] = [
+    (["203.0.113.1", "203.0.113.200", "203.0.112.1"], 3),
+    (
+        ["2001:db8:0:100::1", "2001:db8:0:1ff::1", "2001:db8:1::1"],
+        3,
+    ),
+    (
+        ["2001:db8:0:100::1", "2001:db8:0:200::1", "2001:db8:1::1"],
+        6,
+    ),
+];
+
+#[tokio::test(start_paused = true)]
+async fn a_network_has_its_own_limit_which_spares_the_others() {
+    for ([one, other, elsewhere], limit) in NETWORKS {
+        let table = table_with(100, 0, 3);
+        let mut all = Vec::new();
+        for n in 0..limit {
+            let peer = if n % 2 == 0 { one } else { other };
+            all.push(admit(&table, peer).unwrap());
+        }
+        let requests = all.iter().map(request).collect::<Vec<_>>();
+        tokio::time::advance(YOUNG).await;
+        for peer in [one, other] {
+            assert_eq!(admit(&table, peer).unwrap_err(), Refusal::Network, "{peer}");
+        }
+        let _elsewhere = admit(&table, elsewhere).unwrap();
+        assert!(!all.iter().any(is_told_to_close));
+        // What is idle makes room.
+        drop(requests);
+        tokio::time::advance(IDLE_ENOUGH).await;
+        let _newcomer = admit(&table, other).unwrap();
+        assert_eq!(all.iter().filter(|it| is_told_to_close(it)).count(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_authenticated_does_not_count_against_its_network() {
+    let table = table_with(100, 0, 2);
+    let mut gateway = Vec::new();
+    for n in 0..20 {
+        let one = admit(&table, &format!("203.0.113.{n}")).unwrap();
+        drop(request(&one));
+        one.connection.authenticated.set();
+        gateway.push(one);
+        tokio::time::advance(2 * IDLE_ENOUGH).await;
+    }
+    assert!(!gateway.iter().any(is_told_to_close));
+    let proxies = (0..20).map(|n| admit(&table, &format!("10.0.0.{n}")));
+    assert!(proxies.into_iter().all(|it| it.is_ok()));
+}
+
+#[tokio::test]
+async fn what_holds_most_is_closed_when_memory_is_short_and_nothing_else() {
+    let table = table(1000, 0);
+    let hold = |peer: &str, bytes: usize| {
+        let it = admit(&table, peer).unwrap();
+        it.connection.has_read(bytes / 2);
+        if it.connection.account() {
+            table.free_memory();
+        }
+        it
+    };
+    let usual = hold("192.0.2.1", 20_000);
+    let proxy = hold("10.0.0.1", MEMORY);
+    let known = admit(&table, "192.0.2.2").unwrap();
+    known.connection.authenticated.set();
+    known.connection.has_read(MEMORY);
+    assert!(!known.connection.account());
+    assert_eq!(table.memory.held(), 20_000);
+
+    let hostile = (0..MEMORY / 30_000 + 10)
+        .map(|_| hold("198.51.100.1", 30_000))
+        .collect::<Vec<_>>();
+    let closed = hostile.iter().filter(|it| is_told_to_close(it)).count();
+    assert!((100..hostile.len()).contains(&closed), "{closed}");
+    assert!(table.memory.held() <= MEMORY);
+    assert!(![&usual, &proxy, &known].into_iter().any(is_told_to_close));
+
+    // What ends gives back all of it, also what was told to close before.
+    drop((hostile, known, proxy));
+    assert_eq!(table.memory.held(), 20_000);
+    usual.connection.has_written();
+    assert!(!usual.connection.account());
+    assert_eq!(table.memory.held(), 0);
+}
+
+#[tokio::test]
+async fn one_connection_may_hold_a_part_of_the_memory() {
+    let table = table(10, 0);
+    let greedy = admit(&table, "192.0.2.1").unwrap();
+    let other = admit(&table, "192.0.2.1").unwrap();
+    for (it, bytes) in [(&other, MEMORY / 64), (&greedy, MEMORY / 64 + 1)] {
+        it.connection.has_read(bytes);
+        if it.connection.account() {
+            table.free_memory();
+        }
+    }
+    assert!(is_told_to_close(&greedy) && !is_told_to_close(&other));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_light_address_is_not_pushed_out_by_a_heavy_one() {
+    let table = table(3, 0);
+    let heavy = ["192.0.2.1", "192.0.2.1"].map(|peer| admit(&table, peer).unwrap());
+    let _requests = heavy.iter().map(request).collect::<Vec<_>>();
+    let light = admit(&table, "198.51.100.1").unwrap();
+    for _ in 0..3 {
+        assert_eq!(admit(&table, "192.0.2.1").unwrap_err(), Refusal::Full);
+    }
+    assert!(!is_told_to_close(&light));
+    // An address that has none yet is lighter still.
+    let _lighter = admit(&table, "203.0.113.1").unwrap();
+    assert!(is_told_to_close(&light));
+}
+
+#[tokio::test(start_paused = true)]
+async fn stalled_clients_give_way_before_one_that_may_be_about_to_send_a_request() {
+    let table = table(8, 0);
+    let stalled = [(); 7].map(|()| admit(&table, "192.0.2.1").unwrap());
+    for it in &stalled {
+        let _request = request(it);
+        it.connection.is_write_blocked(1);
+    }
+    tokio::time::advance(STALLED_ENOUGH).await;
+    let waiting = admit(&table, "192.0.2.2").unwrap();
+    let _newcomers = [(); 2].map(|()| admit(&table, "192.0.2.3").unwrap());
+    assert!(!is_told_to_close(&waiting));
+    assert_eq!(stalled.iter().filter(|it| is_told_to_close(it)).count(), 2);
+}

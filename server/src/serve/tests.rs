@@ -1,0 +1,455 @@
+use poem::{EndpointExt, endpoint::make};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use super::*;
+
+const HEADER: Duration = Duration::from_millis(300);
+const IDLE: Duration = Duration::from_millis(900);
+const WRITE: Duration = Duration::from_millis(600);
+/// More than any socket buffers.
+const LARGE: usize = 32 * 1024 * 1024;
+
+const MEDIUM: usize = 50 * 1024;
+
+async fn endpoint(request: poem::Request) -> poem::Body {
+    match request.uri().path() {
+        "/large" => vec![b'x'; LARGE].into(),
+        "/medium" => vec![b'x'; MEDIUM].into(),
+        "/never" => std::future::pending().await,
+        _ => "here".into(),
+    }
+}
+
+async fn connect() -> TcpStream {
+    connect_until(std::future::pending(), Duration::ZERO)
+        .await
+        .0
+}
+
+async fn connect_until(
+    stop: impl Future<Output = ()> + Send + 'static,
+    drain: Duration,
+) -> (TcpStream, task::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let settings = ServeSettings {
+        timeouts: Timeouts {
+            header: HEADER,
+            idle: IDLE,
+            write: WRITE,
+            drain,
+        },
+        limits: Limits {
+            connections: 100,
+            per_address: 0,
+            per_network: 0,
+            trusted_proxies: Vec::new(),
+            memory: 16 * 1024 * 1024,
+            memory_of_one: 1024 * 1024,
+        },
+        metrics: Arc::default(),
+    };
+    let endpoint = make(endpoint).map_to_response();
+    let server = tokio::spawn(serve(listener, endpoint, settings, stop));
+    (TcpStream::connect(addr).await.unwrap(), server)
+}
+
+async fn ask(stream: &mut TcpStream) {
+    stream
+        .write_all(b"GET / HTTP/1.1\r\nHost: q\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"here") {
+        assert_ne!(stream.read_buf(&mut answer).await.unwrap(), 0, "it ended");
+    }
+}
+
+/// How long until the server ends the connection.
+async fn ended_after(stream: &mut TcpStream) -> Duration {
+    let began = time::Instant::now();
+    let mut rest = Vec::new();
+    let _ = timeout(10 * HEADER, stream.read_to_end(&mut rest))
+        .await
+        .expect("the server ends it");
+    began.elapsed()
+}
+
+#[tokio::test]
+async fn a_connection_that_goes_on_asking_is_never_ended() {
+    let mut stream = connect().await;
+    for _ in 0..10 {
+        ask(&mut stream).await;
+        time::sleep(HEADER / 3).await;
+    }
+}
+
+#[tokio::test]
+async fn header_fields_that_come_too_slowly_end_the_connection() {
+    let mut stream = connect().await;
+    stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+    let ended = ended_after(&mut stream).await;
+    assert!(ended >= HEADER * 9 / 10, "{ended:?}");
+}
+
+/// Also when the alarm still stood at an earlier request's deadline.
+#[tokio::test]
+async fn every_request_gets_the_whole_time() {
+    let mut stream = connect().await;
+    time::sleep(HEADER / 2).await;
+    ask(&mut stream).await;
+    stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+    let ended = ended_after(&mut stream).await;
+    assert!(ended >= HEADER * 9 / 10, "{ended:?}");
+}
+
+#[tokio::test]
+async fn a_connection_may_rest_for_longer_than_a_request_may_take_to_arrive() {
+    let mut stream = connect().await;
+    ask(&mut stream).await;
+    time::sleep(HEADER * 2).await;
+    ask(&mut stream).await;
+    let ended = ended_after(&mut stream).await;
+    assert!(ended >= IDLE * 9 / 10, "{ended:?}");
+}
+
+#[tokio::test]
+async fn a_connection_that_sends_nothing_is_closed() {
+    let mut stream = connect().await;
+    let ended = ended_after(&mut stream).await;
+    assert!(ended >= HEADER * 9 / 10, "{ended:?}");
+}
+
+/// One byte that HTTP/1 and HTTP/2 have in common, then a byte now and then.
+#[tokio::test]
+async fn a_first_request_that_arrives_too_slowly_is_closed_whatever_its_protocol() {
+    for (first, rest) in [
+        ("P", "OST / HT"),
+        ("GET / HTTP/1.1\r\n", "A: bcdefgh"),
+        ("PRI * HTTP/2.0\r\n\r\nS", "M\r\n"),
+    ] {
+        let stream = connect().await;
+        let (mut reader, mut writer) = stream.into_split();
+        let began = time::Instant::now();
+        let drip = tokio::spawn(async move {
+            let _ = writer.write_all(first.as_bytes()).await;
+            for byte in rest.bytes() {
+                time::sleep(HEADER / 5).await;
+                if writer.write_all(&[byte]).await.is_err() {
+                    break;
+                }
+            }
+            std::future::pending::<()>().await;
+        });
+        let mut answer = Vec::new();
+        let ended = timeout(10 * HEADER, reader.read_to_end(&mut answer)).await;
+        assert!(ended.is_ok(), "{first:?} is held open");
+        assert!(began.elapsed() >= HEADER * 9 / 10, "{first:?}: {answer:?}");
+        drip.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_its_response_is_closed() {
+    let mut stream = connect().await;
+    stream
+        .write_all(b"GET /large HTTP/1.1\r\nHost: q\r\n\r\n")
+        .await
+        .unwrap();
+    time::sleep(WRITE * 3).await;
+    let mut answer = Vec::new();
+    let _ = timeout(10 * HEADER, stream.read_to_end(&mut answer))
+        .await
+        .expect("the server ends it");
+    assert!(answer.len() < LARGE, "it was sent completely");
+}
+
+#[tokio::test]
+async fn a_client_that_reads_slowly_gets_its_whole_response() {
+    let mut stream = connect().await;
+    stream
+        .write_all(b"GET /large HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n")
+        .await
+        .unwrap();
+    let began = time::Instant::now();
+    let (mut read, mut buffer) = (0, vec![0; LARGE / 16]);
+    loop {
+        let length = stream.read(&mut buffer).await.unwrap();
+        read += length;
+        if length == 0 {
+            break;
+        }
+        if began.elapsed() < WRITE * 2 {
+            time::sleep(WRITE / 6).await;
+        }
+    }
+    assert!(read > LARGE, "{read}");
+    assert!(began.elapsed() > WRITE, "{:?}", began.elapsed());
+}
+
+/// Just enough of HTTP/2, by hand: a client that follows the rules could not misbehave.
+mod http2 {
+    use super::*;
+
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const GOAWAY: u8 = 7;
+    const DATA: u8 = 0;
+    const HEADERS: u8 = 1;
+    const RST_STREAM: u8 = 3;
+    const WINDOW_UPDATE: u8 = 8;
+
+    pub(super) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        let mut frame = length[1..].to_vec();
+        frame.extend([kind, flags]);
+        frame.extend(stream.to_be_bytes());
+        frame.extend(payload);
+        frame
+    }
+
+    fn get(stream: u32) -> Vec<u8> {
+        get_path(stream, "/")
+    }
+
+    fn get_path(stream: u32, path: &str) -> Vec<u8> {
+        // GET and http from the static table; the path and the authority as literals.
+        let mut head = vec![0x82, 0x86, 0x44, u8::try_from(path.len()).unwrap()];
+        head.extend(path.as_bytes());
+        head.extend([0x41, 1, b'q']);
+        frame(HEADERS, 0x5, stream, &head)
+    }
+
+    /// Settings with this window for each response.
+    fn window(size: u32) -> Vec<u8> {
+        [&[0, 4], &size.to_be_bytes()[..]].concat()
+    }
+
+    fn hello(settings: &[u8]) -> Vec<u8> {
+        [PREFACE, &frame(SETTINGS, 0, 0, settings)].concat()
+    }
+
+    /// Answers pings until the server closes; returns after how long, and the types of the frames it sent.
+    async fn until_closed(stream: &mut TcpStream) -> (Duration, Vec<u8>) {
+        let began = time::Instant::now();
+        let mut kinds = Vec::new();
+        let all = async {
+            loop {
+                let mut head = [0; 9];
+                if stream.read_exact(&mut head).await.is_err() {
+                    return;
+                }
+                let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+                let mut payload = vec![0; length];
+                if stream.read_exact(&mut payload).await.is_err() {
+                    return;
+                }
+                kinds.push(head[3]);
+                if head[3] == PING && head[4] & 1 == 0 {
+                    let _ = stream.write_all(&frame(PING, 1, 0, &payload)).await;
+                }
+            }
+        };
+        timeout(20 * HEADER, all).await.expect("the server ends it");
+        (began.elapsed(), kinds)
+    }
+
+    #[tokio::test]
+    async fn a_connection_without_a_request_is_closed() {
+        let mut stream = connect().await;
+        stream.write_all(&hello(&[])).await.unwrap();
+        let (ended, _) = until_closed(&mut stream).await;
+        assert!(ended >= HEADER * 9 / 10, "{ended:?}");
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_is_closed_with_a_goodbye() {
+        let mut stream = connect().await;
+        stream
+            .write_all(&[hello(&[]), get(1)].concat())
+            .await
+            .unwrap();
+        let (ended, kinds) = until_closed(&mut stream).await;
+        assert!(ended >= IDLE * 9 / 10, "{ended:?}");
+        assert!(kinds.contains(&DATA), "its request was answered: {kinds:?}");
+        assert!(kinds.contains(&GOAWAY), "{kinds:?}");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_goes_on_asking_is_kept() {
+        let mut stream = connect().await;
+        stream.write_all(&hello(&[])).await.unwrap();
+        let began = time::Instant::now();
+        for id in 0..8 {
+            stream
+                .write_all(&get(2 * id + 1))
+                .await
+                .expect("it is open");
+            time::sleep(IDLE / 4).await;
+        }
+        let (_, kinds) = until_closed(&mut stream).await;
+        assert!(began.elapsed() > IDLE * 2);
+        let answers = kinds.iter().filter(|kind| [DATA].contains(kind)).count();
+        assert_eq!(answers, 8, "{kinds:?}");
+    }
+
+    #[tokio::test]
+    async fn an_idle_client_that_answers_no_ping_does_not_delay_a_stop() {
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let stopped = async move {
+            let _ = stopped.await;
+        };
+        let (mut stream, server) = connect_until(stopped, GOODBYE * 4).await;
+        stream
+            .write_all(&[hello(&[]), get(1)].concat())
+            .await
+            .unwrap();
+        time::sleep(HEADER / 2).await;
+        let began = time::Instant::now();
+        drop(stop);
+        server.await.unwrap();
+        assert!(began.elapsed() < GOODBYE * 2, "{:?}", began.elapsed());
+    }
+
+    /// The socket stays writable and pings are answered: only the response does not move.
+    #[tokio::test]
+    async fn a_client_that_opens_no_window_for_its_response_is_closed() {
+        let mut stream = connect().await;
+        let no_window = [0, 4, 0, 0, 0, 0];
+        stream
+            .write_all(&[hello(&no_window), get(1)].concat())
+            .await
+            .unwrap();
+        let (ended, kinds) = until_closed(&mut stream).await;
+        assert!(ended >= WRITE * 9 / 10, "{ended:?}");
+        assert!(
+            kinds.contains(&HEADERS) && !kinds.contains(&DATA),
+            "{kinds:?}"
+        );
+    }
+
+    /// Sends a new request every now and then, and cancels the one before. Returns how long the server allows that.
+    async fn cancels_what_it_does_not_read(size: u32, path: &str) -> Duration {
+        let (mut reader, mut writer) = connect().await.into_split();
+        let began = time::Instant::now();
+        let canceling = async {
+            let hello = [hello(&window(size)), get_path(1, path)].concat();
+            writer.write_all(&hello).await.unwrap();
+            for stream in (3..).step_by(2) {
+                time::sleep(WRITE / 5).await;
+                let reset = frame(RST_STREAM, 0, stream - 2, &[0, 0, 0, 8]);
+                let next = [get_path(stream, path), reset].concat();
+                if writer.write_all(&next).await.is_err() {
+                    break;
+                }
+            }
+        };
+        let mut answer = Vec::new();
+        let ended = timeout(10 * WRITE, async {
+            tokio::select! {
+                () = canceling => {}
+                _ = reader.read_to_end(&mut answer) => {}
+            }
+        });
+        assert!(ended.await.is_ok(), "{path} with {size} is held open");
+        began.elapsed()
+    }
+
+    #[tokio::test]
+    async fn canceling_what_is_not_read_gains_no_time() {
+        for (size, path) in [
+            (0, "/"),
+            (0, "/large"),
+            (1, "/"),
+            (1, "/large"),
+            (0, "/never"),
+        ] {
+            let ended = cancels_what_it_does_not_read(size, path).await;
+            assert!(ended >= WRITE * 9 / 10, "{path} with {size}: {ended:?}");
+        }
+    }
+
+    /// h2 takes such a body at once, and hyper is done with it.
+    #[tokio::test]
+    async fn a_client_that_takes_one_byte_of_a_small_response_is_closed() {
+        let mut stream = connect().await;
+        stream
+            .write_all(&[hello(&window(1)), get(1)].concat())
+            .await
+            .unwrap();
+        let (ended, kinds) = until_closed(&mut stream).await;
+        assert!((WRITE * 9 / 10..IDLE).contains(&ended), "{ended:?}");
+        assert!(kinds.contains(&DATA), "{kinds:?}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_opens_its_window_slowly_gets_its_whole_response() {
+        const STEP: u32 = 2048;
+        let mut stream = connect().await;
+        let began = time::Instant::now();
+        stream
+            .write_all(&[hello(&window(0)), get_path(1, "/medium")].concat())
+            .await
+            .unwrap();
+        let (mut reader, mut writer) = stream.into_split();
+        let opening = tokio::spawn(async move {
+            loop {
+                time::sleep(WRITE / 6).await;
+                let more = frame(WINDOW_UPDATE, 0, 1, &STEP.to_be_bytes());
+                if writer.write_all(&more).await.is_err() {
+                    break;
+                }
+            }
+        });
+        let mut read = 0;
+        while read < MEDIUM {
+            let mut head = [0; 9];
+            reader.read_exact(&mut head).await.expect("it is open");
+            let mut payload = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
+            reader.read_exact(&mut payload).await.expect("it is open");
+            if head[3] == DATA {
+                read += payload.len();
+            }
+        }
+        assert!(began.elapsed() > WRITE * 3, "{:?}", began.elapsed());
+        opening.abort();
+    }
+
+    /// Canceling alone does not end a connection that reads what it does not cancel.
+    #[tokio::test]
+    async fn a_client_that_cancels_some_requests_and_reads_others_is_kept() {
+        let mut stream = connect().await;
+        stream.write_all(&hello(&[])).await.unwrap();
+        for n in 0..12 {
+            let canceled = 4 * n + 1;
+            let reset = frame(RST_STREAM, 0, canceled, &[0, 0, 0, 8]);
+            let requests = [get_path(canceled, "/never"), reset, get(canceled + 2)].concat();
+            stream.write_all(&requests).await.expect("it is open");
+            time::sleep(WRITE / 4).await;
+        }
+        let (_, kinds) = until_closed(&mut stream).await;
+        let answers = kinds.iter().filter(|kind| [DATA].contains(kind)).count();
+        assert_eq!(answers, 12, "{kinds:?}");
+    }
+
+    #[tokio::test]
+    async fn a_later_request_head_that_arrives_slowly_ends_the_connection() {
+        let mut stream = connect().await;
+        stream
+            .write_all(&[hello(&[]), get(1)].concat())
+            .await
+            .unwrap();
+        time::sleep(HEADER / 2).await;
+        let began = time::Instant::now();
+        // Its fields would follow in another frame.
+        let part = frame(HEADERS, 0x1, 3, &[0x82, 0x86, 0x84]);
+        stream.write_all(&part).await.unwrap();
+        until_closed(&mut stream).await;
+        let ended = began.elapsed();
+        assert!((HEADER * 9 / 10..IDLE).contains(&ended), "{ended:?}");
+    }
+}

@@ -1,0 +1,146 @@
+//! One tenant's burst of changes leaves connections for the others.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::support::app::{Account, Answer, TestApp};
+
+/// Requests at once, many times the number of connections.
+const BURST: usize = 64;
+/// The changes that one tenant may have in progress or waiting on a replica.
+const ADMITTED: usize = 33;
+
+/// Starts that many creations of plans.
+fn create_plans(app: &Arc<TestApp>, account: &Arc<Account>, count: usize) -> JoinSet<Answer> {
+    let mut creations = JoinSet::new();
+    for n in 0..count {
+        let (app, account) = (app.clone(), account.clone());
+        creations.spawn(async move {
+            let body = json!({"name": format!("Plan {n}"), "default_rpm": 60});
+            app.act(&account, "POST", "/admin/plans", body).await
+        });
+    }
+    creations
+}
+
+async fn patient() -> Arc<TestApp> {
+    let app = TestApp::setup()
+        .flag("--database-lock-timeout=20s")
+        .flag("--database-statement-timeout=20s")
+        .flag("--database-wait=10s");
+    Arc::new(app.start().await)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn burst_of_creations_by_one_tenant_does_not_delay_another() {
+    let app = patient().await;
+    let (a, b) = (Arc::new(app.register().await), app.register().await);
+    // Another replica holds the lock under which this tenant's resources are counted.
+    let database = app.database.connect().await;
+    let lock = format!(
+        "SELECT pg_advisory_lock(hashtextextended('{}', 7226422))",
+        a.tenant_id
+    );
+    database.batch_execute(&lock).await.unwrap();
+    let mut creations = create_plans(&app, &a, BURST);
+    let mut rejected = 0;
+    while rejected < BURST - ADMITTED {
+        let next = tokio::time::timeout(Duration::from_secs(10), creations.join_next());
+        let answer = next.await.expect("the queue is bounded").unwrap().unwrap();
+        assert_eq!(
+            (answer.status, answer.problem()),
+            (429, "too-many-requests"),
+            "{}",
+            answer.text
+        );
+        assert!(answer.number("retry-after") >= 1);
+        rejected += 1;
+    }
+
+    let began = Instant::now();
+    for _ in 0..10 {
+        app.plan(&b, json!({})).await;
+        let list = app.act(&b, "GET", "/admin/plans", Value::Null).await;
+        assert_eq!(list.status, 200, "{}", list.text);
+    }
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    // The tenant itself can still read.
+    let list = app.act(&a, "GET", "/admin/plans", Value::Null).await;
+    assert_eq!((list.status, &list.body["total"]), (200, &json!(0)));
+
+    let unlock = "SELECT pg_advisory_unlock_all()";
+    database.batch_execute(unlock).await.unwrap();
+    while let Some(answer) = creations.join_next().await {
+        let answer = answer.unwrap();
+        assert_eq!(answer.status, 201, "{}", answer.text);
+    }
+    let list = app.act(&a, "GET", "/admin/plans", Value::Null).await;
+    assert_eq!(list.body["total"], json!(ADMITTED));
+    assert!(app.metric("quota_guard_refusals_total").await >= 31.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn burst_of_updates_of_one_plan_does_not_delay_another_tenant() {
+    let app = patient().await;
+    let (a, b) = (Arc::new(app.register().await), app.register().await);
+    let plan = app.plan(&a, json!({})).await;
+    let mut database = app.database.connect().await;
+    let locked = database.transaction().await.unwrap();
+    let lock = format!("SELECT FROM plans WHERE id = '{plan}' FOR UPDATE");
+    locked.batch_execute(&lock).await.unwrap();
+    let mut updates = JoinSet::new();
+    for n in 1..=ADMITTED {
+        let (app, a, path) = (app.clone(), a.clone(), format!("/admin/plans/{plan}"));
+        updates.spawn(async move { app.act(&a, "PATCH", &path, json!({"burst": n})).await });
+    }
+    // All of them wait by now, or soon.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    for _ in 0..10 {
+        app.plan(&b, json!({})).await;
+    }
+    assert_eq!(updates.len(), ADMITTED);
+    locked.rollback().await.unwrap();
+    while let Some(answer) = updates.join_next().await {
+        let answer = answer.unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.text);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_of_clients_that_have_gone_leave_the_queue() {
+    let app = patient().await;
+    let a = Arc::new(app.register().await);
+    let database = app.database.connect().await;
+    let lock = format!(
+        "SELECT pg_advisory_lock(hashtextextended('{}', 7226422))",
+        a.tenant_id
+    );
+    database.batch_execute(&lock).await.unwrap();
+    for _ in 0..3 {
+        let mut creations = create_plans(&app, &a, BURST);
+        for _ in ADMITTED..BURST {
+            let answer = creations.join_next().await.unwrap().unwrap();
+            assert_eq!(answer.status, 429, "{}", answer.text);
+        }
+        // Closes their connections.
+        creations.shutdown().await;
+        let began = Instant::now();
+        while app.metric("quota_requests_in_flight").await > 0.0 {
+            assert!(began.elapsed() < Duration::from_secs(10));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    let unlock = "SELECT pg_advisory_unlock_all()";
+    database.batch_execute(unlock).await.unwrap();
+    let mut creations = create_plans(&app, &a, ADMITTED);
+    while let Some(answer) = creations.join_next().await {
+        let answer = answer.unwrap();
+        assert_eq!(answer.status, 201, "{}", answer.text);
+    }
+}

@@ -1,0 +1,147 @@
+//! When keys and service tokens were last used: noted in memory, and written in batches.
+
+use quota_common::{ApiKeyId, ServiceTokenId};
+use quota_server::clock::UnixNanos;
+use serde_json::{Value, json};
+use tokio_postgres::Client;
+use uuid::Uuid;
+
+use crate::support::app::{Account, TestApp};
+
+/// More than two batches.
+const KEYS: u128 = 2_500;
+const BATCH: usize = 1_000;
+const SECOND: u64 = 1_785_738_360;
+
+fn at(secs: u64) -> UnixNanos {
+    UnixNanos::from_secs(SECOND + secs)
+}
+
+/// Inserts keys whose IDs are in order.
+async fn insert_keys(app: &TestApp, account: &Account, database: &Client) -> Vec<Uuid> {
+    let plan = app.plan(account, json!({})).await;
+    let insert = format!(
+        "INSERT INTO api_keys (tenant_id, id, plan_id, name, prefix, key_hash) \
+         SELECT '{}', lpad(to_hex(n), 32, '0')::uuid, '{plan}', 'Key', 'qk_00000000', \
+         sha256(n::text::bytea) FROM generate_series(1, {KEYS}) AS n",
+        account.tenant_id
+    );
+    database.batch_execute(&insert).await.unwrap();
+    (1..=KEYS).map(Uuid::from_u128).collect()
+}
+
+/// Returns the seconds at which each key was last used, in the order of IDs.
+async fn written(database: &Client) -> Vec<Option<u64>> {
+    let sql = "SELECT extract(epoch FROM last_used_at)::bigint FROM api_keys ORDER BY id";
+    let rows = database.query(sql, &[]).await.unwrap();
+    let secs = |row: &tokio_postgres::Row| {
+        let secs = row.get::<_, Option<i64>>(0)?;
+        Some(u64::try_from(secs).unwrap() - SECOND)
+    };
+    rows.iter().map(secs).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now() {
+    let app = TestApp::setup()
+        .flag("--database-lock-timeout=200ms")
+        .without_jobs()
+        .start()
+        .await;
+    let account = app.register().await;
+    let mut database = app.database.connect().await;
+    let ids = insert_keys(&app, &account, &database).await;
+    for id in &ids {
+        app.state.last_used.key(ApiKeyId(*id), at(1));
+    }
+    // A key of the second batch is locked.
+    let locked = database.transaction().await.unwrap();
+    let lock = format!(
+        "SELECT FROM api_keys WHERE id = '{}' FOR UPDATE",
+        ids[1_500]
+    );
+    locked.batch_execute(&lock).await.unwrap();
+    assert!(app.state.last_used.flush(&app.state.db).await.is_err());
+    // Used again meanwhile; and one by a clock that is behind.
+    app.state.last_used.key(ApiKeyId(ids[1_500]), at(3));
+    app.state.last_used.key(ApiKeyId(ids[1_501]), at(0));
+    app.state.last_used.key(ApiKeyId(ids[0]), at(0));
+    locked.rollback().await.unwrap();
+
+    let now = written(&database).await;
+    assert!(now[..BATCH].iter().all(|it| *it == Some(1)));
+    assert!(now[BATCH..].iter().all(Option::is_none));
+
+    app.state.last_used.flush(&app.state.db).await.unwrap();
+    let now = written(&database).await;
+    let mut expected = vec![Some(1); ids.len()];
+    expected[1_500] = Some(3);
+    assert!(now == expected, "something was lost or went back");
+    // Nothing is left to write.
+    let reset = "UPDATE api_keys SET last_used_at = NULL";
+    database.batch_execute(reset).await.unwrap();
+    app.state.last_used.flush(&app.state.db).await.unwrap();
+    assert!(written(&database).await.iter().all(Option::is_none));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn later_use_wins_also_when_two_replicas_write_at_once() {
+    let one = TestApp::setup().without_jobs().start().await;
+    let other = TestApp::setup()
+        .database(one.database.clone())
+        .without_jobs()
+        .start()
+        .await;
+    let account = one.register().await;
+    let database = one.database.connect().await;
+    let ids = insert_keys(&one, &account, &database).await;
+    for (n, id) in ids.iter().enumerate() {
+        let (early, late) = if n % 2 == 0 {
+            (&one, &other)
+        } else {
+            (&other, &one)
+        };
+        early.state.last_used.key(ApiKeyId(*id), at(5));
+        late.state.last_used.key(ApiKeyId(*id), at(9));
+        late.state.last_used.key(ApiKeyId(*id), at(7));
+    }
+    // Keys that were deleted, and a token that never existed, are no failure.
+    one.state.last_used.key(ApiKeyId(Uuid::max()), at(1));
+    one.state
+        .last_used
+        .service_token(ServiceTokenId(Uuid::max()), at(1));
+    let (first, second) = tokio::join!(
+        one.state.last_used.flush(&one.state.db),
+        other.state.last_used.flush(&other.state.db),
+    );
+    first.unwrap();
+    second.unwrap();
+    assert!(written(&database).await.iter().all(|it| *it == Some(9)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clean_stop_writes_everything() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let mut keys = Vec::new();
+    for _ in 0..20 {
+        keys.push(app.key(&account, &plan).await);
+    }
+    let token = app.service_token(&account).await;
+    let list = app.act(&account, "GET", "/admin/api-keys", Value::Null);
+    assert_eq!(list.await.body["items"][0]["last_used_at"], Value::Null);
+    let database = app.database.clone();
+    for key in &keys {
+        assert_eq!(app.echo(&key.text).await.status, 200);
+    }
+    let check = app.post("/v1/check", json!({"key": keys[0].text}));
+    assert_eq!(check.bearer(&token).send().await.status, 200);
+    app.stop().await;
+    let client = database.connect().await;
+    for (table, used) in [("api_keys", 20), ("service_tokens", 1)] {
+        let sql = format!("SELECT count(last_used_at) FROM {table}");
+        let count = client.query_one(&sql, &[]).await.unwrap();
+        assert_eq!(count.get::<_, i64>(0), used, "{table}");
+    }
+}

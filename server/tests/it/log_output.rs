@@ -1,0 +1,91 @@
+//! The log on standard output, of the real process.
+
+use std::{
+    io::{BufRead as _, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use reqwest::Client;
+use serde_json::{Value, json};
+
+use crate::support::{
+    app::PASSWORD,
+    quota::{Quota, data_dir},
+};
+
+/// A path as long as a request head allows, in most cases.
+const LONG_PATH: usize = 3_900;
+/// More lines than the buffer and the pipe hold together.
+const REQUESTS: usize = 20_000;
+const BATCH: usize = 100;
+
+/// Sends requests over a few connections and returns how many were answered.
+fn get_many(server: SocketAddr, path: &str) -> usize {
+    let mut answered = 0;
+    for _ in 0..REQUESTS / BATCH {
+        let mut stream = TcpStream::connect(server).expect("it listens");
+        let patience = Some(Duration::from_secs(20));
+        stream.set_read_timeout(patience).expect("a socket");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: q\r\n\r\n");
+        let last = format!("GET {path} HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n");
+        let (mut reader, requests) = (
+            stream.try_clone().expect("a socket"),
+            request.repeat(BATCH - 1) + &last,
+        );
+        let writer = std::thread::spawn(move || stream.write_all(requests.as_bytes()));
+        let mut answers = Vec::new();
+        reader.read_to_end(&mut answers).expect("it answers");
+        writer.join().expect("it ends").expect("it reads");
+        answered += String::from_utf8_lossy(&answers)
+            .matches("HTTP/1.1 404 ")
+            .count();
+    }
+    answered
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_reader_of_standard_output_stops_no_request() {
+    let (data, http) = (data_dir(), Client::new());
+    let (quota, out) = Quota::start_unread(data.path(), &[("RUST_LOG", "info")]);
+    let (addr, path) = (quota.addr, format!("/{}", "p".repeat(LONG_PATH)));
+    let answered = std::thread::spawn(move || get_many(addr, &path)).join();
+    assert_eq!(answered.expect("every request is answered"), REQUESTS);
+
+    // Neither do events: registering logs one.
+    for n in 0..8 {
+        let account = json!({"email": format!("{n}@example.com"), "password": PASSWORD});
+        let url = format!("http://{}/auth/register", quota.addr);
+        let answer = http
+            .post(url)
+            .json(&account)
+            .timeout(Duration::from_secs(20));
+        let status = answer.send().await.expect("it answers").status();
+        assert!([201, 429].contains(&status.as_u16()), "{status}");
+    }
+    let dropped = quota.counter(&http, "quota_log_lines_dropped_total").await;
+    assert!(dropped > 0);
+
+    // Once it is read again, it says how many lines are missing. All others are there.
+    let reader = std::thread::spawn(move || {
+        let lines = out.lines().map_while(Result::ok);
+        let lines = lines.map(|line| serde_json::from_str::<Value>(&line).expect(&line));
+        lines.collect::<Vec<_>>()
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let dropped = quota.counter(&http, "quota_log_lines_dropped_total").await;
+    quota.stop();
+    let lines = reader.join().expect("every line is JSON");
+    let reported = lines.iter().filter_map(|line| line["dropped"].as_u64());
+    assert_eq!(reported.sum::<u64>(), dropped);
+    let requests = lines.iter().filter(|line| {
+        let path = line["path"].as_str().unwrap_or_default();
+        assert!(path.len() <= 256, "{path}");
+        path.starts_with("/ppp")
+    });
+    let requests = requests.count() as u64;
+    println!("{requests} lines written, {dropped} dropped");
+    assert!(requests >= 1000, "{requests}");
+    assert!(requests + dropped >= REQUESTS as u64);
+    assert!(lines.iter().any(|line| line["message"] == "registered"));
+}

@@ -1,0 +1,503 @@
+//! `/admin/decisions`: the log as a list and as a stream.
+
+use std::time::{Duration, Instant};
+
+use chrono::{TimeDelta, Utc};
+use quota_server::repo::usage_log::UsageRecord;
+use reqwest::Response;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::{append, record, rejected};
+use crate::support::app::{Account, PASSWORD, TestApp};
+
+const KEY: &str = "00000000-0000-7000-8000-00000000000a";
+const OTHER_KEY: &str = "00000000-0000-7000-8000-00000000000c";
+const PLAN: &str = "00000000-0000-7000-8000-00000000000b";
+
+async fn list(app: &TestApp, account: &Account, query: &str) -> Value {
+    let path = format!("/admin/decisions?{query}");
+    let answer = app.act(account, "GET", &path, Value::Null).await;
+    assert_eq!(answer.status, 200, "{query}: {}", answer.text);
+    answer.body
+}
+
+fn request_ids(page: &Value) -> Vec<String> {
+    let items = page["items"].as_array().expect("items").iter();
+    items
+        .map(|it| it["request_id"].as_str().expect("an ID").to_owned())
+        .collect()
+}
+
+/// A request every second until now, named by its number.
+fn requests(account: &Account, numbers: std::ops::Range<i64>) -> Vec<UsageRecord> {
+    let start = Utc::now() - TimeDelta::hours(1);
+    numbers
+        .map(|n| {
+            let key = if n % 2 == 0 { KEY } else { OTHER_KEY };
+            let it = record(account, key, PLAN, start + TimeDelta::seconds(n));
+            let it = UsageRecord {
+                request_id: format!("r{n}"),
+                endpoint: format!("GET /{}", n % 3),
+                ..it
+            };
+            if n % 10 == 9 {
+                rejected(it, "daily")
+            } else {
+                it
+            }
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn decisions_are_listed_newest_first_page_by_page() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let key = app.key(&account, &plan).await;
+    append(&app, &requests(&account, 0..60)).await;
+    append(&app, &[record(&account, &key.id, &plan, Utc::now())]).await;
+    let first = list(&app, &account, "limit=1").await;
+    let item = &first["items"][0];
+    assert_eq!(
+        (&item["key_name"], &item["outcome"]),
+        (&json!("Key"), &json!("allowed"))
+    );
+    assert_eq!(
+        (&item["policy"], &item["retry_after"]),
+        (&Value::Null, &Value::Null)
+    );
+    assert_eq!(first["total"], 61);
+
+    for (filter, wanted) in [
+        ("", Box::new(|_: i64| true) as Box<dyn Fn(i64) -> bool>),
+        (&format!("&key_id={KEY}"), Box::new(|n| n % 2 == 0)),
+        ("&outcome=rejected", Box::new(|n| n % 10 == 9)),
+        ("&outcome=allowed", Box::new(|n| n % 10 != 9)),
+        ("&endpoint=GET%20/2", Box::new(|n| n % 3 == 2)),
+        (
+            &format!("&key_id={OTHER_KEY}&outcome=rejected&endpoint=GET%20/0"),
+            Box::new(|n| n % 10 == 9 && n % 3 == 0),
+        ),
+        ("&request_id=r17", Box::new(|n| n == 17)),
+        ("&request_id=r17&outcome=rejected", Box::new(|_| false)),
+        ("&endpoint=GET%20/never", Box::new(|_| false)),
+    ] {
+        let mut found = Vec::new();
+        let mut cursor = String::new();
+        loop {
+            let page = list(&app, &account, &format!("limit=7{filter}{cursor}")).await;
+            let expected = (0..60).filter(|n| wanted(*n)).count()
+                + usize::from(filter.is_empty() || filter == "&outcome=allowed");
+            assert_eq!(page["total"], expected, "{filter}");
+            found.extend(request_ids(&page));
+            match page["next_cursor"].as_str() {
+                Some(next) => cursor = format!("&cursor={next}"),
+                None => break,
+            }
+        }
+        found.retain(|it| it.starts_with('r'));
+        let expected = (0..60)
+            .rev()
+            .filter(|n| wanted(*n))
+            .map(|n| format!("r{n}"));
+        assert_eq!(found, expected.collect::<Vec<_>>(), "{filter}");
+    }
+    let denied = list(&app, &account, "request_id=r59").await;
+    let item = &denied["items"][0];
+    assert_eq!(
+        (&item["outcome"], &item["policy"], &item["retry_after"]),
+        (&json!("rejected"), &json!("daily"), &json!(7))
+    );
+    assert_eq!(item["key_name"], Value::Null, "the key was deleted");
+
+    // Another tenant sees nothing of it, by no filter.
+    let other = app.register().await;
+    for query in [
+        "",
+        "request_id=r17",
+        &format!("key_id={KEY}"),
+        "endpoint=GET%20/2",
+    ] {
+        let page = list(&app, &other, query).await;
+        assert_eq!(
+            (&page["items"], &page["total"]),
+            (&json!([]), &json!(0)),
+            "{query}"
+        );
+    }
+    for (query, field) in [
+        ("outcome=maybe", "outcome"),
+        ("key_id=7", "key_id"),
+        ("limit=101", "limit"),
+        ("request_id=%00", "request_id"),
+    ] {
+        let answer = app
+            .act(
+                &account,
+                "GET",
+                &format!("/admin/decisions?{query}"),
+                Value::Null,
+            )
+            .await;
+        assert_eq!(
+            (answer.status, &answer.body["errors"][0]["field"]),
+            (422, &json!(field)),
+            "{query}"
+        );
+    }
+    let answer = app
+        .act(&account, "GET", "/admin/decisions?cursor=xyz", Value::Null)
+        .await;
+    assert_eq!(answer.status, 400);
+}
+
+/// Events as they arrive.
+struct Events {
+    response: Response,
+    text: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Event {
+    name: String,
+    id: Option<String>,
+    data: Value,
+}
+
+impl Events {
+    async fn open(app: &TestApp, token: &str, query: &str, last: Option<&str>) -> Self {
+        let mut call = app
+            .http
+            .get(app.url(&format!("/admin/decisions/stream?{query}")))
+            .bearer_auth(token);
+        if let Some(last) = last {
+            call = call.header("Last-Event-ID", last);
+        }
+        let response = call.send().await.expect("an answer");
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        assert_eq!(response.headers()["cache-control"], "no-store");
+        let mut events = Self {
+            response,
+            text: String::new(),
+        };
+        // The greeting.
+        while !events.text.contains("\n\n") {
+            events.more().await.expect("a greeting");
+        }
+        events.text.clear();
+        events
+    }
+
+    async fn more(&mut self) -> Option<()> {
+        let chunk = tokio::time::timeout(Duration::from_secs(20), self.response.chunk());
+        let chunk = chunk
+            .await
+            .expect("something within 20 s")
+            .expect("the stream goes on")?;
+        self.text
+            .push_str(std::str::from_utf8(&chunk).expect("text"));
+        Some(())
+    }
+
+    /// The next event; `None` at the end of the stream.
+    async fn next(&mut self) -> Option<Event> {
+        loop {
+            if let Some((event, rest)) = self.text.split_once("\n\n") {
+                let field = |name: &str| {
+                    event.lines().find_map(|line| {
+                        line.strip_prefix(name)?
+                            .strip_prefix(": ")
+                            .map(str::to_owned)
+                    })
+                };
+                let event = field("event").map(|name| Event {
+                    name,
+                    id: field("id"),
+                    data: serde_json::from_str(&field("data").expect("data")).expect("JSON"),
+                });
+                self.text = rest.to_owned();
+                if let Some(event) = event {
+                    return Some(event);
+                }
+                continue;
+            }
+            self.more().await?;
+        }
+    }
+
+    /// The request IDs of the next `count` decisions, and the ID of the last event.
+    async fn decisions(&mut self, count: usize) -> (Vec<String>, String) {
+        let (mut ids, mut last) = (Vec::new(), String::new());
+        while ids.len() < count {
+            let event = self.next().await.expect("an event");
+            assert_eq!(event.name, "decision", "{event:?}");
+            ids.push(event.data["request_id"].as_str().expect("an ID").to_owned());
+            last = event.id.expect("an event has an ID");
+        }
+        (ids, last)
+    }
+}
+
+fn names(numbers: std::ops::Range<i64>) -> Vec<String> {
+    numbers.map(|n| format!("r{n}")).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
+    let one = TestApp::setup().without_jobs().start().await;
+    let two = TestApp::setup()
+        .without_jobs()
+        .database(one.database.clone())
+        .start()
+        .await;
+    let account = one.register().await;
+    let other = one.register().await;
+    append(&one, &requests(&account, 0..5)).await;
+    let mut events = Events::open(&one, &account.access_token, "", None).await;
+    // Only what comes from now on, and of the own tenant.
+    let began = Instant::now();
+    append(&two, &requests(&other, 900..905)).await;
+    append(&two, &requests(&account, 5..8)).await;
+    let (ids, last) = events.decisions(3).await;
+    assert_eq!(ids, names(5..8));
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
+    );
+    drop(events);
+
+    append(&one, &requests(&account, 8..12)).await;
+    let mut resumed = Events::open(&two, &account.access_token, "", Some(&last)).await;
+    assert_eq!(resumed.decisions(4).await.0, names(8..12));
+    append(&one, &requests(&account, 12..14)).await;
+    assert_eq!(resumed.decisions(2).await.0, names(12..14));
+
+    // From a list on: nothing is missing in between, nothing comes twice.
+    let page = list(&two, &account, "limit=1").await;
+    assert_eq!(request_ids(&page), ["r13"]);
+    append(&one, &requests(&account, 14..16)).await;
+    let from = page["last_event_id"].as_str().expect("an ID");
+    let query = format!("last_event_id={from}");
+    let mut following = Events::open(&one, &account.access_token, &query, None).await;
+    assert_eq!(following.decisions(2).await.0, names(14..16));
+
+    // Filters.
+    let query = format!("{query}&outcome=rejected&key_id={OTHER_KEY}");
+    let mut filtered = Events::open(&one, &account.access_token, &query, None).await;
+    append(&one, &requests(&account, 16..30)).await;
+    assert_eq!(filtered.decisions(2).await.0, ["r19", "r29"]);
+
+    // The position of one tenant opens nothing of another's.
+    let mut foreign = Events::open(&one, &other.access_token, "", Some(&last)).await;
+    append(&one, &requests(&other, 905..906)).await;
+    let mut seen = Vec::new();
+    while seen.last().map(String::as_str) != Some("r905") {
+        seen.extend(foreign.decisions(1).await.0);
+    }
+    assert!(seen.iter().all(|it| it.starts_with("r90")), "{seen:?}");
+
+    let call = one
+        .http
+        .get(one.url("/admin/decisions/stream"))
+        .bearer_auth(&account.access_token);
+    let answer = call
+        .header("Last-Event-ID", "nonsense")
+        .send()
+        .await
+        .expect("an answer");
+    assert_eq!(answer.status(), 422);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_behind_says_how_much_it_skipped() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    append(&app, &requests(&account, 0..1)).await;
+    let from = list(&app, &account, "").await["last_event_id"]
+        .as_str()
+        .expect("an ID")
+        .to_owned();
+    append(&app, &requests(&account, 1..1300)).await;
+    let mut events = Events::open(&app, &account.access_token, "", Some(&from)).await;
+    let dropped = events.next().await.expect("an event");
+    assert_eq!(dropped.name, "dropped");
+    let count = dropped.data["count"].as_i64().expect("a number");
+    assert_eq!(count, 799);
+    let rest = usize::try_from(1299 - count).expect("a count");
+    let (ids, _) = events.decisions(rest).await;
+    assert_eq!(ids, names(1300 - 500..1300));
+    // From there it goes on without a gap.
+    append(&app, &requests(&account, 1300..1302)).await;
+    assert_eq!(events.decisions(2).await.0, names(1300..1302));
+    let metric = app.metric("quota_decisions_not_streamed_total").await;
+    assert!((metric - 799.0).abs() < 0.5, "{metric}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_ends_with_its_session_and_with_its_server() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let login = json!({"email": account.email, "password": PASSWORD});
+    let second = app
+        .post("/auth/login", login)
+        .send()
+        .await
+        .text("access_token");
+    let mut ended = Events::open(&app, &second, "", None).await;
+    let mut stays = Events::open(&app, &account.access_token, "", None).await;
+    let me = app.get("/auth/me").bearer(&second).send().await;
+    let path = format!("/auth/sessions/{}", me.text("session_id"));
+    let answer = app.act(&account, "DELETE", &path, Value::Null).await;
+    assert_eq!(answer.status, 204);
+    let end = ended.next().await.expect("an event");
+    assert_eq!(
+        (end.name.as_str(), &end.data),
+        ("end", &json!({"reason": "session_ended"}))
+    );
+    assert_eq!(ended.next().await, None);
+    append(&app, &requests(&account, 0..2)).await;
+    assert_eq!(stays.decisions(2).await.0, names(0..2));
+
+    let stopping = tokio::spawn(app.stop());
+    let end = stays.next().await.expect("an event");
+    assert_eq!(end.data, json!({"reason": "server_stopping"}));
+    assert_eq!(stays.next().await, None);
+    stopping.await.expect("the server stops");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
+    let app = TestApp::setup()
+        .without_jobs()
+        .flag("--request-timeout=1s")
+        .flag("--idle-timeout=1s")
+        .flag("--write-timeout=2s")
+        .flag("--header-timeout=1s")
+        .start()
+        .await;
+    let account = app.register().await;
+    let mut events = Events::open(&app, &account.access_token, "", None).await;
+    // HTTP/2 has deadlines of its own.
+    let client = reqwest::Client::builder()
+        .http2_prior_knowledge()
+        .build()
+        .expect("a client");
+    let call = client
+        .get(app.url("/admin/decisions/stream"))
+        .bearer_auth(&account.access_token);
+    let response = call.send().await.expect("an answer");
+    let mut multiplexed = Events {
+        response,
+        text: String::new(),
+    };
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    append(&app, &requests(&account, 0..2)).await;
+    assert_eq!(events.decisions(2).await.0, names(0..2));
+    assert_eq!(multiplexed.decisions(2).await.0, names(0..2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_tenant_has_a_bounded_number_of_streams() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let mut open = Vec::new();
+    for _ in 0..20 {
+        open.push(Events::open(&app, &account.access_token, "", None).await);
+    }
+    let path = "/admin/decisions/stream";
+    let refused = app.act(&account, "GET", path, Value::Null).await;
+    assert_eq!(
+        (refused.status, refused.header("retry-after")),
+        (429, Some("10"))
+    );
+    let other = app.register().await;
+    assert_eq!(app.act(&other, "GET", path, Value::Null).await.status, 200);
+    drop(open);
+    for attempt in 0.. {
+        if app.act(&account, "GET", path, Value::Null).await.status == 200 {
+            break;
+        }
+        assert!(attempt < 100, "closed streams make room");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_that_looks_for_rare_matches_is_bounded_and_goes_on() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let start = Utc::now() - TimeDelta::hours(1);
+    let many = (0..60_000).map(|n| {
+        let it = record(&account, KEY, PLAN, start + TimeDelta::milliseconds(n));
+        let it = UsageRecord {
+            request_id: format!("r{n}"),
+            event_id: Uuid::from_u128(n.unsigned_abs().into()),
+            ..it
+        };
+        if n == 3 { rejected(it, "rpm") } else { it }
+    });
+    for batch in many.collect::<Vec<_>>().chunks(20_000) {
+        append(&app, batch).await;
+    }
+    let first = list(&app, &account, "outcome=rejected").await;
+    assert_eq!((&first["items"], &first["total"]), (&json!([]), &json!(1)));
+    let cursor = first["next_cursor"].as_str().expect("there is more");
+    let second = list(&app, &account, &format!("outcome=rejected&cursor={cursor}")).await;
+    assert_eq!(request_ids(&second), ["r3"]);
+    assert_eq!(second["next_cursor"], Value::Null);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_passes_through_caddy_while_it_is_made() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let port = quota_testkit::redis::free_port();
+    let file = dir.path().join("Caddyfile");
+    let site = format!(
+        "{{\n\tadmin off\n\tauto_https off\n}}\nhttp://127.0.0.1:{port} {{\n\tencode gzip\n\thandle_path /api/* {{\n\t\t\
+         reverse_proxy {}\n\t}}\n}}\n",
+        app.addr
+    );
+    std::fs::write(&file, site).expect("it is written");
+    let mut caddy = std::process::Command::new("caddy");
+    caddy
+        .args(["run", "--adapter", "caddyfile", "--config"])
+        .arg(&file)
+        .env("HOME", dir.path())
+        .env("XDG_DATA_HOME", dir.path())
+        .env("XDG_CONFIG_HOME", dir.path());
+    let _caddy =
+        quota_testkit::Process::start(&caddy, &dir.path().join("output")).expect("it is installed");
+    let url = format!("http://127.0.0.1:{port}/api/admin/decisions/stream");
+    let mut response = None;
+    for _ in 0..300 {
+        let call = app
+            .http
+            .get(&url)
+            .bearer_auth(&account.access_token)
+            .header("Accept-Encoding", "gzip, identity");
+        if let Ok(answer) = call.send().await {
+            response = Some(answer);
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let response = response.expect("Caddy listens");
+    assert_eq!(response.status(), 200);
+    let mut events = Events {
+        response,
+        text: String::new(),
+    };
+    while !events.text.contains("connected") {
+        events.more().await.expect("the greeting comes at once");
+    }
+    for n in 0..3 {
+        append(&app, &requests(&account, n..n + 1)).await;
+        assert_eq!(events.decisions(1).await.0, names(n..n + 1));
+    }
+}

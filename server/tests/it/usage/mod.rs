@@ -1,0 +1,54 @@
+//! Usage: what is appended to the log is what the API counts and shows.
+//!
+//! Records are appended as the shipper does it, so these tests know every request that was ever made.
+
+mod bench;
+mod decisions;
+mod oracle;
+mod reports;
+mod tables;
+
+use chrono::{DateTime, Utc};
+use quota_server::repo::usage_log::{self, Appended, UsageRecord};
+use uuid::Uuid;
+
+use crate::support::app::{Account, TestApp};
+
+/// Appends the records in one transaction, as one batch of a shipper.
+pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
+    let mut tx = app.state.db.system().await.expect("a transaction");
+    let appended = usage_log::append(&mut tx, records)
+        .await
+        .expect("the records fit");
+    tx.commit().await.expect("a commit");
+    appended
+}
+
+/// An allowed request of cost 1.
+pub(crate) fn record(account: &Account, key: &str, plan: &str, at: DateTime<Utc>) -> UsageRecord {
+    let event_id = Uuid::now_v7();
+    UsageRecord {
+        event_id,
+        tenant_id: account.tenant_id.parse().expect("an ID"),
+        key_id: key.parse().expect("an ID"),
+        plan_id: plan.parse().expect("an ID"),
+        at,
+        billing: "free",
+        endpoint: "GET /orders".into(),
+        was_rejected: false,
+        policy: None,
+        retry_after_seconds: None,
+        cost: 1,
+        request_id: event_id.to_string(),
+    }
+}
+
+/// The same request, denied by this policy.
+pub(crate) fn rejected(record: UsageRecord, policy: &'static str) -> UsageRecord {
+    UsageRecord {
+        was_rejected: true,
+        policy: Some(policy),
+        retry_after_seconds: Some(7),
+        ..record
+    }
+}

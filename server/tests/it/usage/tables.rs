@@ -1,0 +1,341 @@
+//! What the tables hold: rows in order, rollups that add up, a bound on endpoints, partitions that come and go.
+
+use std::collections::BTreeSet;
+
+use chrono::{Days, TimeDelta, Utc};
+use quota_server::repo::{
+    usage_check,
+    usage_log::{Appended, UsageRecord},
+    usage_partition,
+};
+use serde_json::Value;
+use tokio_postgres::Client;
+use uuid::Uuid;
+
+use super::{append, record, rejected};
+use crate::support::app::{Account, TestApp};
+
+const KEY: &str = "00000000-0000-7000-8000-00000000000a";
+const PLAN: &str = "00000000-0000-7000-8000-00000000000b";
+
+async fn number(client: &Client, sql: &str) -> i64 {
+    client.query_one(sql, &[]).await.expect("a query").get(0)
+}
+
+fn batch(account: &Account, count: usize) -> Vec<UsageRecord> {
+    let yesterday = Utc::now() - TimeDelta::days(1);
+    (0..count)
+        .map(|n| {
+            let mut it = record(
+                account,
+                KEY,
+                PLAN,
+                yesterday + TimeDelta::milliseconds(i64::try_from(n).expect("small")),
+            );
+            it.key_id = Uuid::from_u128(it.key_id.as_u128() + (n % 3) as u128);
+            it.endpoint = format!("GET /{}", n % 7);
+            if n % 5 == 0 { rejected(it, "rpm") } else { it }
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_shippers_of_the_same_tenants_wait_for_each_other_and_leave_no_gap() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let mut tenants = Vec::new();
+    for _ in 0..4 {
+        tenants.push(app.register().await);
+    }
+    // Every batch has all tenants, in another order.
+    let batches = (0..12).map(|n| {
+        let mut records = Vec::new();
+        for i in 0..tenants.len() {
+            records.extend(batch(&tenants[(i + n) % tenants.len()], 50));
+        }
+        records
+    });
+    let tasks = batches.collect::<Vec<_>>();
+    let appended = futures_util::future::join_all(tasks.iter().map(|it| append(&app, it))).await;
+    assert!(
+        appended.iter().all(|it| *it
+            == Appended {
+                rows: 200,
+                folded: 0
+            }),
+        "{appended:?}"
+    );
+    let client = app.database.connect().await;
+    let gaps = "SELECT count(*) FROM (SELECT seq - lag(seq, 1, 0) OVER (PARTITION BY tenant_id ORDER BY seq) AS step \
+        FROM usage_log) t WHERE step <> 1";
+    assert_eq!(number(&client, gaps).await, 0);
+    assert_eq!(
+        number(&client, "SELECT count(*) FROM usage_log").await,
+        2400
+    );
+    let ends = "SELECT count(*) FROM usage_tenants WHERE last_seq = 600";
+    assert_eq!(number(&client, ends).await, 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rolled_back_batch_leaves_nothing_and_can_be_sent_again() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let records = batch(&account, 100);
+    let mut tx = app.state.db.system().await.expect("a transaction");
+    quota_server::repo::usage_log::append(&mut tx, &records)
+        .await
+        .expect("the records fit");
+    drop(tx);
+    let client = app.database.connect().await;
+    let rows = "SELECT (SELECT count(*) FROM usage_log) + (SELECT count(*) FROM usage_quarters) \
+        + (SELECT count(*) FROM usage_tenants)";
+    assert_eq!(number(&client, rows).await, 0);
+    append(&app, &records).await;
+    assert_eq!(
+        number(&client, "SELECT max(last_seq) FROM usage_tenants").await,
+        100
+    );
+    assert_eq!(append(&app, &[]).await, Appended::default());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_log() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let at = Utc::now() - TimeDelta::hours(2);
+    let named = |n: i64| UsageRecord {
+        endpoint: format!("GET /{n:03}"),
+        ..record(&account, KEY, PLAN, at + TimeDelta::seconds(n))
+    };
+    let first = (0..200).map(named).collect::<Vec<_>>();
+    assert_eq!(append(&app, &first).await.folded, 0);
+    // 256 are the limit: of these 100, the first 56 by time still fit.
+    let second = (200..300).rev().map(named).collect::<Vec<_>>();
+    assert_eq!(append(&app, &second).await.folded, 44);
+    // What fitted once fits for good.
+    assert_eq!(append(&app, &first).await.folded, 0);
+    let list = async |query: &str| {
+        let path = format!("/admin/usage?{query}");
+        app.act(&account, "GET", &path, Value::Null).await.body
+    };
+    let key = format!("key_id={KEY}");
+    assert_eq!(
+        list(&format!("{key}&endpoint=GET%20/255")).await["total"]["allowed"],
+        1
+    );
+    assert_eq!(
+        list(&format!("{key}&endpoint=GET%20/256")).await["total"]["allowed"],
+        0
+    );
+    assert_eq!(list(&key).await["total"]["allowed"], 500);
+    // The tenant has room for all of them.
+    assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 1);
+    let grouped = list(&format!("{key}&group_by=endpoint")).await;
+    let groups = grouped["groups"].as_array().expect("groups");
+    let sum: u64 = groups
+        .iter()
+        .map(|it| it["allowed"].as_u64().expect("a number"))
+        .sum();
+    assert_eq!((groups.len(), sum), (21, 500));
+    let client = app.database.connect().await;
+    let names = "SELECT count(DISTINCT endpoint) FROM usage_log";
+    assert_eq!(number(&client, names).await, 300);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn log_and_rollups_agree_and_a_difference_is_found_at_every_level() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let (one, two) = (app.register().await, app.register().await);
+    append(&app, &batch(&one, 300)).await;
+    append(&app, &batch(&two, 200)).await;
+    let client = app.database.connect().await;
+    let differences = async || {
+        let mut tx = app.state.db.system().await.expect("a transaction");
+        let day = (Utc::now() - TimeDelta::days(1)).date_naive();
+        let found = usage_check::differences(&mut tx, day)
+            .await
+            .expect("a comparison");
+        tx.commit().await.expect("a commit");
+        found.expect("nobody else compares").log_and_rollups
+    };
+    assert_eq!(differences().await, 0);
+    for damage in [
+        "DELETE FROM usage_log WHERE seq = 7",
+        "UPDATE usage_quarters SET requests = requests + 1 WHERE endpoint = E'\\x01' \
+            AND plan_id = '00000000-0000-0000-0000-000000000000'",
+        "UPDATE usage_days SET requests = requests + 1 WHERE endpoint = E'\\x01' \
+            AND plan_id = '00000000-0000-0000-0000-000000000000'",
+        "UPDATE usage_days SET requests = requests + 1 WHERE endpoint = E'\\x01' AND key_id::text LIKE '%a'",
+        "UPDATE usage_days SET requests = requests - 1 WHERE endpoint = 'GET /1' AND policy = ''",
+        "DELETE FROM usage_days WHERE plan_id <> '00000000-0000-0000-0000-000000000000' \
+            AND key_id = '00000000-0000-0000-0000-000000000000'",
+    ] {
+        client.batch_execute("CREATE TABLE kept_log AS TABLE usage_log; CREATE TABLE kept_quarters AS TABLE usage_quarters; \
+            CREATE TABLE kept_days AS TABLE usage_days").await.expect("copies");
+        client.batch_execute(damage).await.expect("damage");
+        assert!(differences().await > 0, "{damage}");
+        client.batch_execute("TRUNCATE usage_log, usage_quarters, usage_days; INSERT INTO usage_log TABLE kept_log; \
+            INSERT INTO usage_quarters TABLE kept_quarters; INSERT INTO usage_days TABLE kept_days; \
+            DROP TABLE kept_log, kept_quarters, kept_days").await.expect("repair");
+        assert_eq!(differences().await, 0, "repaired after {damage}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_ledger_is_compared_with_windows_that_have_ended() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let plan = app
+        .plan(&account, serde_json::json!({"daily_quota": 1000}))
+        .await;
+    let key = app.key(&account, &plan).await;
+    let midnight = (Utc::now() - TimeDelta::hours(2))
+        .date_naive()
+        .and_hms_opt(0, 0, 0)
+        .expect("midnight")
+        .and_utc();
+    let (start, end) = (
+        midnight - TimeDelta::days(1),
+        midnight.min(Utc::now() - TimeDelta::hours(2)),
+    );
+    let records = (0..10)
+        .map(|n| record(&account, &key.id, &plan, start + TimeDelta::hours(n)))
+        .map(|it| UsageRecord { cost: 3, ..it })
+        .collect::<Vec<_>>();
+    append(&app, &records).await;
+    append(
+        &app,
+        &[rejected(record(&account, &key.id, &plan, start), "daily")],
+    )
+    .await;
+    let client = app.database.connect().await;
+    let mut found = Vec::new();
+    for used in [30_i64, 42, 11] {
+        client
+            .execute(
+                "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used, window_end, period_seconds) \
+                 VALUES ($1::text::uuid, $2::text::uuid, 'daily', $3::text::timestamptz, $4, $5::text::timestamptz, 86400) \
+                 ON CONFLICT ON CONSTRAINT quota_usage_pkey DO UPDATE SET used = excluded.used",
+                &[&account.tenant_id, &key.id, &start.to_rfc3339(), &used, &end.to_rfc3339()],
+            )
+            .await
+            .expect("a window");
+        let mut tx = app.state.db.system().await.expect("a transaction");
+        let it = usage_check::differences(&mut tx, start.date_naive())
+            .await
+            .expect("a comparison");
+        tx.commit().await.expect("a commit");
+        let it = it.expect("nobody else compares");
+        found.push((it.ledger_excess, it.rollup_excess));
+    }
+    assert_eq!(found, [(0, 0), (12, 0), (0, 19)]);
+}
+
+async fn partitions(client: &Client, table: &str) -> BTreeSet<String> {
+    let rows = client
+        .query(
+            "SELECT right(c.relname, 8) FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid \
+             WHERE i.inhparent = $1::text::regclass AND c.relname !~ 'default'",
+            &[&table],
+        )
+        .await
+        .expect("the catalog is readable");
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    append(&app, &batch(&account, 100)).await;
+    let client = app.database.connect().await;
+    let in_default = "SELECT (SELECT count(*) FROM usage_log_default) + (SELECT count(*) FROM usage_quarters_default) \
+        + (SELECT count(*) FROM usage_days_default)";
+    assert!(number(&client, in_default).await > 100);
+    let replica = TestApp::setup()
+        .database(app.database.clone())
+        .start()
+        .await;
+    let last = (Utc::now() + Days::new(7)).format("%Y%m%d").to_string();
+    for _ in 0..200 {
+        if partitions(&client, "usage_days").await.contains(&last) {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    for table in ["usage_log", "usage_quarters", "usage_days"] {
+        let created = partitions(&client, table).await;
+        assert_eq!(
+            created.len(),
+            9,
+            "{table}: yesterday, today and 7 days: {created:?}"
+        );
+        assert_eq!(created.last(), Some(&last));
+    }
+    assert_eq!(number(&client, in_default).await, 0);
+    assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 100);
+    // The same minute goes on in the partition.
+    append(&app, &batch(&account, 100)).await;
+    assert_eq!(number(&client, in_default).await, 0);
+    let usage = app
+        .act(&account, "GET", "/admin/usage?bucket=day", Value::Null)
+        .await;
+    assert_eq!(usage.body["total"]["allowed"], 160);
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn days_beyond_the_retention_are_dropped_and_no_others() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let today = Utc::now();
+    let ages = [0, 1, 2, 3, 4, 5, 6];
+    let mut tx = app.state.db.system().await.expect("a transaction");
+    let day = |age: u64| (today - Days::new(age)).date_naive();
+    usage_partition::create(&mut tx, day(6), day(0))
+        .await
+        .expect("partitions");
+    tx.commit().await.expect("a commit");
+    for age in ages {
+        append(&app, &[record(&account, KEY, PLAN, today - Days::new(age))]).await;
+    }
+    // One without a partition, far beyond.
+    append(&app, &[record(&account, KEY, PLAN, today - Days::new(30))]).await;
+    let client = app.database.connect().await;
+    client
+        .batch_execute(
+            "INSERT INTO usage_segments (segment_id, position, started_at, updated_at) VALUES \
+             (gen_random_uuid(), 1, now() - interval '6 days', now() - interval '6 days'), \
+             (gen_random_uuid(), 2, now() - interval '6 days', now()), \
+             (gen_random_uuid(), 3, now() - interval '1 day', now() - interval '1 day')",
+        )
+        .await
+        .expect("segments");
+    let replica = TestApp::setup()
+        .database(app.database.clone())
+        .flag("--usage-retention=3")
+        .flag("--usage-rollup-retention=5")
+        .start()
+        .await;
+    let segments = "SELECT coalesce(sum(position), 0)::bigint FROM usage_segments";
+    for _ in 0..200 {
+        if number(&client, segments).await == 5 {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    assert_eq!(
+        number(&client, segments).await,
+        5,
+        "cursors are kept as long as they are needed"
+    );
+    // Whole days: the one that ended less than the retention ago stays.
+    assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 4);
+    let quarters = "SELECT count(DISTINCT start) FROM usage_quarters";
+    assert_eq!(number(&client, quarters).await, 6);
+    assert_eq!(
+        number(&client, "SELECT count(DISTINCT start) FROM usage_days").await,
+        6
+    );
+    replica.stop().await;
+}
