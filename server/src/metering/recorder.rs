@@ -284,19 +284,17 @@ impl Recorder {
         self.files.lock().directory.clone()
     }
 
-    /// Deletes a segment that was shipped completely.
-    pub fn delete(&self, segment: &Segment) -> io::Result<()> {
+    /// Deletes a segment that was shipped completely, unless it is still in use. Returns whether it did.
+    pub fn delete(&self, segment: &Segment) -> io::Result<bool> {
         let mut files = self.files.lock();
-        if let Some(at) = files
-            .sealed
-            .iter()
-            .position(|it| it.head.id == segment.head.id)
-        {
-            std::fs::remove_file(&segment.path)?;
-            files.sealed.remove(at);
-            files.count -= 1;
-        }
-        Ok(())
+        let is_it = |it: &Arc<Segment>| it.head.id == segment.head.id;
+        let Some(at) = files.sealed.iter().position(is_it) else {
+            return Ok(false);
+        };
+        std::fs::remove_file(&segment.path)?;
+        files.sealed.remove(at);
+        files.count -= 1;
+        Ok(true)
     }
 
     /// Ends recording. Call after the last request. Existing records can still be shipped.

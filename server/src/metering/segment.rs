@@ -80,7 +80,7 @@ impl SegmentHead {
 pub(super) struct Segment {
     pub head: SegmentHead,
     pub path: PathBuf,
-    pub file: File,
+    pub file: Arc<File>,
     map: MmapRaw,
     /// The index of the word where the next record begins. May lag behind; a writer that finds a header there advances
     /// it.
@@ -129,7 +129,7 @@ impl Segment {
             Ok((file, map)) => Ok(Self {
                 head,
                 path,
-                file,
+                file: Arc::new(file),
                 map,
                 tail: AtomicUsize::new(RECORDS_AT / WORD),
                 records: AtomicU64::new(0),

@@ -336,7 +336,7 @@ impl Shipper {
         self.find_segments(recorder);
         let mut shipped = 0;
         let mut failed = None;
-        for (source, segment) in &mut self.own {
+        for (source, _) in &mut self.own {
             match ship(context, source, &mut self.size).await {
                 Ok(records) => shipped += records,
                 Err(error) => {
@@ -347,12 +347,22 @@ impl Shipper {
                     }
                 }
             }
-            if source.state == SourceState::Complete {
-                recorder.delete(segment)?;
-            }
         }
-        self.own
-            .retain(|(source, _)| source.state != SourceState::Complete);
+        // A segment that is full to the last word stays until the next one is in use.
+        let mut deleted = Ok(());
+        self.own.retain(|(source, segment)| {
+            if source.state != SourceState::Complete {
+                return true;
+            }
+            match recorder.delete(segment) {
+                Ok(is_gone) => !is_gone,
+                Err(error) => {
+                    deleted = Err(error);
+                    true
+                }
+            }
+        });
+        deleted?;
         self.measure(&context.metrics);
         if let Some(error) = failed {
             return Err(error);
@@ -367,8 +377,8 @@ impl Shipper {
                 .own
                 .iter()
                 .any(|(source, _)| source.head == segment.head);
-            if !known && let Ok(file) = segment.file.try_clone() {
-                let source = Source::new(segment.head, Arc::new(file), Writer::Running);
+            if !known {
+                let source = Source::new(segment.head, segment.file.clone(), Writer::Running);
                 self.own.push((source, segment));
             }
         }
