@@ -80,6 +80,8 @@ impl From<DieselError> for DbError {
                 "terminating connection",
                 "the database system is",
                 "connection closed",
+                // The row's partition was created after the statement had looked for it.
+                "violates partition constraint",
             ]
             .iter()
             .any(|part| message.contains(part));
