@@ -26,6 +26,8 @@ const TRANSIENT: [&str; 6] = [
     "terminating connection",
     "the database system is",
     "connection closed",
+    // The row's partition was created after the statement looked for it.
+    "violates partition constraint",
 ];
 
 impl From<DieselError> for DbError {

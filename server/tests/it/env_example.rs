@@ -125,6 +125,8 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_REDIS_CONNECTIONS"
         | "QUOTA_REPLICAS"
         | "QUOTA_SESSION_DAYS"
+        | "QUOTA_USAGE_RETENTION"
+        | "QUOTA_USAGE_ROLLUP_RETENTION"
         | "QUOTA_KEY_LOOKUPS"
         | "QUOTA_MAX_PLANS"
         | "QUOTA_MAX_API_KEYS"

@@ -16,6 +16,7 @@ const PUBLIC: &[(&str, u16)] = &[
     ("ready", 200),
     ("refresh", 400),
     ("register", 400),
+    ("serving", 200),
 ];
 
 /// Methods that forward-auth accepts, although the document shows only one.

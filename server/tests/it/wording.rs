@@ -209,6 +209,7 @@ fn tags_are_in_reading_order() {
             "API keys",
             "Plans",
             "Service tokens",
+            "Usage",
             "Audit",
             "Auth",
             "Health"

@@ -9,19 +9,31 @@ mod reports;
 mod tables;
 
 use chrono::{DateTime, Utc};
-use quota_server::repo::usage_log::{self, Appended, UsageRecord};
+use quota_server::{
+    db::DbError,
+    repo::usage_log::{self, Appended, UsageRecord},
+};
 use uuid::Uuid;
 
 use crate::support::app::{Account, TestApp};
 
 /// Appends the records in one transaction, as one batch of a shipper.
 pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
-    let mut tx = app.state.db.system().await.expect("a transaction");
-    let appended = usage_log::append(&mut tx, records)
-        .await
-        .expect("the records fit");
-    tx.commit().await.expect("a commit");
-    appended
+    for attempt in 0.. {
+        let appended = async {
+            let mut tx = app.state.db.system().await?;
+            let appended = usage_log::append(&mut tx, records).await?;
+            tx.commit().await?;
+            Ok(appended)
+        };
+        match appended.await {
+            Ok(appended) => return appended,
+            // A partition was just created, or the machine is busy.
+            Err(DbError::Unavailable(_)) if attempt < 10 => {}
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+    unreachable!("the last attempt returns or panics")
 }
 
 /// An allowed request of cost 1.

@@ -41,7 +41,12 @@ fn batch(account: &Account, count: usize) -> Vec<UsageRecord> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_shippers_of_the_same_tenants_wait_for_each_other_and_leave_no_gap() {
-    let app = TestApp::setup().without_jobs().start().await;
+    // More of them than connections.
+    let app = TestApp::setup()
+        .without_jobs()
+        .flag("--database-wait=10s")
+        .start()
+        .await;
     let mut tenants = Vec::new();
     for _ in 0..4 {
         tenants.push(app.register().await);
