@@ -19,7 +19,7 @@ pub enum DbError {
 }
 
 /// Parts of the messages of errors that pass.
-const TRANSIENT: [&str; 6] = [
+const TRANSIENT: [&str; 7] = [
     "statement timeout",
     "lock timeout",
     "deadlock detected",
