@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use chrono::{Days, NaiveDate, Utc};
+use chrono::{Days, NaiveDate};
 use tokio::sync::watch;
 
 use super::{every, next};
@@ -137,8 +137,9 @@ pub(super) async fn compare(state: AppState, mut stopping: watch::Receiver<bool>
 
 async fn compare_once(state: &AppState) -> Result<(), DbError> {
     let mut tx = state.db.system().await?;
-    let yesterday = usage_shipper::times(&mut tx).await?.now.date_naive();
-    let yesterday = yesterday.pred_opt().unwrap_or(yesterday);
+    let now = usage_shipper::times(&mut tx).await?.now;
+    let today = now.date_naive();
+    let yesterday = today.pred_opt().unwrap_or(today);
     let found = usage_check::differences(&mut tx, yesterday).await?;
     tx.commit().await?;
     let Some(found) = found else { return Ok(()) };
@@ -148,7 +149,7 @@ async fn compare_once(state: &AppState) -> Result<(), DbError> {
         .set(found.log_and_rollups);
     metrics.usage_ledger_excess.set(found.ledger_excess);
     metrics.usage_rollup_excess.set(found.rollup_excess);
-    metrics.usage_reconciled_at.set(Utc::now().timestamp());
+    metrics.usage_reconciled_at.set(now.timestamp());
     if found.log_and_rollups != 0 || found.rollup_excess != 0 {
         tracing::error!(
             day = %yesterday,

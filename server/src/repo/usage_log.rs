@@ -153,7 +153,7 @@ FROM usage_batch b JOIN usage_tenants t USING (tenant_id)"#;
 
 /// `quarters` has the sums over everything that can be asked for. See the migration for what the zero UUID and the
 /// control characters stand for.
-const ADD_ROLLUPS: &str = r#"
+const ADD_ROLLUPS: &str = r"
 WITH counted AS MATERIALIZED (
     SELECT tenant_id, key_id, plan_id, start, policy, requests, cost, last_at,
         CASE WHEN is_of_key THEN endpoint ELSE E'\x02' END AS of_key,
@@ -189,7 +189,7 @@ WITH counted AS MATERIALIZED (
     SET requests = u.requests + excluded.requests, cost = u.cost + excluded.cost,
         last_at = greatest(u.last_at, excluded.last_at)
 )
-SELECT coalesce(sum(requests) FILTER (WHERE NOT is_of_key), 0)::bigint AS folded FROM usage_batch_counts"#;
+SELECT coalesce(sum(requests) FILTER (WHERE NOT is_of_key), 0)::bigint AS folded FROM usage_batch_counts";
 
 /// Adds the records to the log and to every rollup. A transaction does this once, and commits soon: the tenants are
 /// locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for a

@@ -69,9 +69,9 @@ impl Tenant {
             .header("Idempotency-Key", "once")
             .bearer(&account.access_token);
         assert_eq!(once.send().await.status, 201);
-        let record = usage::record(&account, &key.id, &plan, chrono::Utc::now());
+        let record = usage::record(&account, &key.id, &plan, usage::now());
         let request_id = record.request_id.clone();
-        let earlier = usage::record(&account, &key.id, &plan, chrono::Utc::now());
+        let earlier = usage::record(&account, &key.id, &plan, usage::now());
         usage::append(app, &[record, earlier]).await;
 
         let ids = HashMap::from([
@@ -381,10 +381,13 @@ async fn lists_show_nothing_of_another_tenant_by_filter_or_cursor() {
                 theirs = list(&a, operation.path, &format!("limit=1&cursor={cursor}")).await;
             }
             assert!(cursors > 0, "{} has only one page", operation.id);
-        } else {
-            continue;
         }
-        for name in parameters.iter().filter(|name| name.ends_with("_id")) {
+        // Usage and streams are no lists; their own tests cover filters.
+        let is_list = parameters.contains(&"cursor");
+        let ids = parameters
+            .iter()
+            .filter(|name| is_list && name.ends_with("_id"));
+        for name in ids {
             let theirs = list(&b, operation.path, &format!("{name}={}", a.id(name))).await;
             let nobodys = list(&b, operation.path, &format!("{name}={}", Uuid::now_v7())).await;
             assert_eq!(bare(&theirs), bare(&nobodys), "{} by {name}", operation.id);

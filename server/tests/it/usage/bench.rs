@@ -12,7 +12,7 @@ use quota_server::repo::{
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{append, record, rejected};
+use super::{append, now, record, rejected};
 use crate::support::app::{Account, PASSWORD, TestApp};
 
 const KEYS: usize = 1000;
@@ -200,6 +200,10 @@ async fn explain(app: &TestApp, tenant: &str, until: DateTime<Utc>, busiest: &st
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement: cargo xtask bench usage"]
 async fn ten_million_rows() {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "an option of a measurement, not a setting of the server"
+    )]
     let rows = std::env::var("QUOTA_USAGE_ROWS");
     let rows = rows.map_or(10_000_000, |it| it.parse().expect("a number"));
     let app = TestApp::setup()
@@ -209,7 +213,7 @@ async fn ten_million_rows() {
         .start()
         .await;
     let quarter = TimeDelta::minutes(15);
-    let until = (Utc::now() + quarter)
+    let until = (now() + quarter)
         .duration_trunc(quarter)
         .expect("a quarter");
     let account = app.register().await;

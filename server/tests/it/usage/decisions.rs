@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use chrono::{TimeDelta, Utc};
+use chrono::TimeDelta;
 use quota_server::repo::usage_log::UsageRecord;
 use reqwest::Response;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{append, record, rejected};
+use super::{append, now, record, rejected};
 use crate::support::app::{Account, PASSWORD, TestApp};
 
 const KEY: &str = "00000000-0000-7000-8000-00000000000a";
@@ -31,7 +31,7 @@ fn request_ids(page: &Value) -> Vec<String> {
 
 /// A request every second until now, named by its number.
 fn requests(account: &Account, numbers: std::ops::Range<i64>) -> Vec<UsageRecord> {
-    let start = Utc::now() - TimeDelta::hours(1);
+    let start = now() - TimeDelta::hours(1);
     numbers
         .map(|n| {
             let key = if n % 2 == 0 { KEY } else { OTHER_KEY };
@@ -57,7 +57,7 @@ async fn decisions_are_listed_newest_first_page_by_page() {
     let plan = app.plan(&account, json!({})).await;
     let key = app.key(&account, &plan).await;
     append(&app, &requests(&account, 0..60)).await;
-    append(&app, &[record(&account, &key.id, &plan, Utc::now())]).await;
+    append(&app, &[record(&account, &key.id, &plan, now())]).await;
     let first = list(&app, &account, "limit=1").await;
     let item = &first["items"][0];
     assert_eq!(
@@ -218,7 +218,8 @@ impl Events {
                     id: field("id"),
                     data: serde_json::from_str(&field("data").expect("data")).expect("JSON"),
                 });
-                self.text = rest.to_owned();
+                let rest = rest.to_owned();
+                self.text = rest;
                 if let Some(event) = event {
                     return Some(event);
                 }
@@ -430,7 +431,7 @@ async fn one_tenant_has_a_bounded_number_of_streams() {
 async fn a_page_that_looks_for_rare_matches_is_bounded_and_goes_on() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
-    let start = Utc::now() - TimeDelta::hours(1);
+    let start = now() - TimeDelta::hours(1);
     let many = (0..60_000).map(|n| {
         let it = record(&account, KEY, PLAN, start + TimeDelta::milliseconds(n));
         let it = UsageRecord {

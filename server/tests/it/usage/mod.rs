@@ -17,6 +17,15 @@ use uuid::Uuid;
 
 use crate::support::app::{Account, TestApp};
 
+/// The time now.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "these tests are about today and yesterday, by PostgreSQL's clock"
+)]
+pub(crate) fn now() -> DateTime<Utc> {
+    Utc::now()
+}
+
 /// Appends the records in one transaction, as one batch of a shipper.
 pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
     for attempt in 0.. {

@@ -6,7 +6,7 @@ use quota_testkit::redis::RedisServer;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{append, record, rejected};
+use super::{append, now, record, rejected};
 use crate::support::app::{Account, Answer, Key, TestApp};
 
 struct World {
@@ -100,7 +100,7 @@ async fn defaults_are_the_last_24_hours_in_the_tenants_zone() {
             .status,
         200
     );
-    append(&it.app, &[it.record(Utc::now() - TimeDelta::hours(1))]).await;
+    append(&it.app, &[it.record(now() - TimeDelta::hours(1))]).await;
     let usage = it.get("/admin/usage").await.body;
     assert_eq!(
         (&usage["bucket"], &usage["time_zone"]),
@@ -140,7 +140,7 @@ async fn csv_runs_no_formula() {
         "GET /orders",
         "＝1+1",
     ];
-    let now = Utc::now() - TimeDelta::hours(1);
+    let now = now() - TimeDelta::hours(1);
     let records = endpoints.map(|endpoint| UsageRecord {
         endpoint: endpoint.into(),
         ..it.record(now)
@@ -207,7 +207,7 @@ async fn csv_runs_no_formula() {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_tenants_usage_is_empty_whatever_is_asked_for() {
     let it = world(json!({})).await;
-    append(&it.app, &[it.record(Utc::now() - TimeDelta::hours(1))]).await;
+    append(&it.app, &[it.record(now() - TimeDelta::hours(1))]).await;
     let other = it.app.register().await;
     let never = Uuid::now_v7().to_string();
     for (name, id) in [("key_id", &it.key.id), ("plan_id", &it.plan)] {
@@ -239,7 +239,7 @@ async fn another_tenants_usage_is_empty_whatever_is_asked_for() {
 async fn stats_count_today_and_compare_with_yesterday() {
     let it = world(json!({"daily_quota": 100})).await;
     it.app.key(&it.account, &it.plan).await;
-    let now = Utc::now();
+    let now = now();
     let midnight = now
         .date_naive()
         .and_hms_opt(0, 0, 0)
@@ -386,9 +386,9 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
     assert_eq!(states().await[1], of("daily", 45));
 
     // What other replicas have recorded counts as well.
-    let records = (0..30).map(|_| it.record(Utc::now())).collect::<Vec<_>>();
+    let records = (0..30).map(|_| it.record(now())).collect::<Vec<_>>();
     append(&it.app, &records).await;
-    append(&it.app, &[rejected(it.record(Utc::now()), "rpm")]).await;
+    append(&it.app, &[rejected(it.record(now()), "rpm")]).await;
     assert_eq!(states().await[1..], [of("daily", 20), of("monthly", 470)]);
     let never = format!("/admin/api-keys/{}/limits", Uuid::now_v7());
     assert_eq!(it.get(&never).await.status, 404);
@@ -409,7 +409,7 @@ async fn a_burn_down_has_what_was_left_and_where_it_leads() {
         "must be one of daily, monthly"
     );
 
-    let now = Utc::now();
+    let now = now();
     let empty = it.get(&path).await.body;
     assert_eq!(
         (&empty["used"], &empty["remaining"], &empty["used_up_at"]),
@@ -515,7 +515,7 @@ async fn usage_says_until_when_it_is_complete() {
             .parse::<DateTime<Utc>>()
             .expect("a time")
     };
-    assert!((Utc::now() - until().await).abs() < TimeDelta::seconds(30));
+    assert!((now() - until().await).abs() < TimeDelta::seconds(30));
     let client = it.app.database.connect().await;
     client
         .batch_execute(
@@ -526,13 +526,13 @@ async fn usage_says_until_when_it_is_complete() {
         )
         .await
         .expect("reports");
-    let pending = Utc::now() - TimeDelta::hours(2);
+    let pending = now() - TimeDelta::hours(2);
     assert!((pending - until().await).abs() < TimeDelta::seconds(30));
     client
         .batch_execute("DELETE FROM usage_shippers WHERE host = 'b'")
         .await
         .expect("a report goes");
-    let silent = Utc::now() - TimeDelta::hours(1);
+    let silent = now() - TimeDelta::hours(1);
     assert!((silent - until().await).abs() < TimeDelta::seconds(30));
 }
 
@@ -581,7 +581,7 @@ async fn limits_show_what_another_replica_took_of_the_rate() {
 #[tokio::test(flavor = "multi_thread")]
 async fn operators_see_the_largest_tenants_and_what_is_not_delivered() {
     let it = world(json!({})).await;
-    let now = Utc::now();
+    let now = now();
     let mut records = (0..7).map(|_| it.record(now)).collect::<Vec<_>>();
     records.extend((0..2).map(|_| rejected(it.record(now), "rpm")));
     append(&it.app, &records).await;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use chrono::{Days, TimeDelta, Utc};
+use chrono::{Days, TimeDelta};
 use quota_server::repo::{
     usage_check,
     usage_log::{Appended, UsageRecord},
@@ -12,7 +12,7 @@ use serde_json::Value;
 use tokio_postgres::Client;
 use uuid::Uuid;
 
-use super::{append, record, rejected};
+use super::{append, now, record, rejected};
 use crate::support::app::{Account, TestApp};
 
 const KEY: &str = "00000000-0000-7000-8000-00000000000a";
@@ -23,7 +23,7 @@ async fn number(client: &Client, sql: &str) -> i64 {
 }
 
 fn batch(account: &Account, count: usize) -> Vec<UsageRecord> {
-    let yesterday = Utc::now() - TimeDelta::days(1);
+    let yesterday = now() - TimeDelta::days(1);
     (0..count)
         .map(|n| {
             let mut it = record(
@@ -107,7 +107,7 @@ async fn a_rolled_back_batch_leaves_nothing_and_can_be_sent_again() {
 async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_log() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
-    let at = Utc::now() - TimeDelta::hours(2);
+    let at = now() - TimeDelta::hours(2);
     let named = |n: i64| UsageRecord {
         endpoint: format!("GET /{n:03}"),
         ..record(&account, KEY, PLAN, at + TimeDelta::seconds(n))
@@ -156,7 +156,7 @@ async fn log_and_rollups_agree_and_a_difference_is_found_at_every_level() {
     let client = app.database.connect().await;
     let differences = async || {
         let mut tx = app.state.db.system().await.expect("a transaction");
-        let day = (Utc::now() - TimeDelta::days(1)).date_naive();
+        let day = (now() - TimeDelta::days(1)).date_naive();
         let found = usage_check::differences(&mut tx, day)
             .await
             .expect("a comparison");
@@ -194,14 +194,14 @@ async fn the_ledger_is_compared_with_windows_that_have_ended() {
         .plan(&account, serde_json::json!({"daily_quota": 1000}))
         .await;
     let key = app.key(&account, &plan).await;
-    let midnight = (Utc::now() - TimeDelta::hours(2))
+    let midnight = (now() - TimeDelta::hours(2))
         .date_naive()
         .and_hms_opt(0, 0, 0)
         .expect("midnight")
         .and_utc();
     let (start, end) = (
         midnight - TimeDelta::days(1),
-        midnight.min(Utc::now() - TimeDelta::hours(2)),
+        midnight.min(now() - TimeDelta::hours(2)),
     );
     let records = (0..10)
         .map(|n| record(&account, &key.id, &plan, start + TimeDelta::hours(n)))
@@ -261,7 +261,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
         .database(app.database.clone())
         .start()
         .await;
-    let last = (Utc::now() + Days::new(7)).format("%Y%m%d").to_string();
+    let last = (now() + Days::new(7)).format("%Y%m%d").to_string();
     for _ in 0..200 {
         if partitions(&client, "usage_days").await.contains(&last) {
             break;
@@ -293,7 +293,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
 async fn days_beyond_the_retention_are_dropped_and_no_others() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
-    let today = Utc::now();
+    let today = now();
     let ages = [0, 1, 2, 3, 4, 5, 6];
     let mut tx = app.state.db.system().await.expect("a transaction");
     let day = |age: u64| (today - Days::new(age)).date_naive();
