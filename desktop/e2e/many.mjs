@@ -149,7 +149,7 @@ export async function many(world) {
   assert.equal((await my.api("GET", path)).expires_at, null);
 
   await my.navigate("Home").click();
-  await page.getByText("Last request").waitFor();
+  await page.getByText("Requests today").waitFor();
   await my.inspect("home-running");
   await my.navigate("Plans").click();
   await page.getByRole("row", { name: /Starter/ }).waitFor();

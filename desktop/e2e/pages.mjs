@@ -193,12 +193,15 @@ async function running(world) {
   assert.match(await page.locator(".countdown strong").textContent(), /^\d+ (h \d+ min|min \d+ s|s)$/);
   await my.inspect("key-daily");
 
-  // The first steps disappear once any key has been used, however many unused keys there are.
+  // The first steps are folded away once any key has been used, however many unused keys there are.
   const { id } = await my.api("POST", "/admin/plans", { name: "More", default_rpm: 60 });
   for (let n = 0; n < 101; n += 1) await my.api("POST", "/admin/api-keys", { name: `Unused ${n}`, plan_id: id });
   await my.navigate("Home").click();
-  await page.getByText("Last request").waitFor();
-  assert.equal(await my.heading("Get started").count(), 0);
+  await my.heading("Top keys in 24 hours").waitFor();
+  assert.equal(await my.button("3 of 4 done").getAttribute("aria-expanded"), "false");
+  assert.ok(!(await page.getByText("Put Quota in front of your API").isVisible()));
+  await my.button("3 of 4 done").click();
+  await page.getByText("Put Quota in front of your API").waitFor();
   await my.context.close();
 }
 

@@ -8,7 +8,9 @@
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    env,
+    fmt::Write as _,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -237,7 +239,7 @@ fn gateway_files(folder: &Path) -> Result<String> {
     let mut all = String::new();
     for name in names {
         let text = read_text(&folder.join(name))?;
-        all.push_str(&format!("=== {name}\n{}\n", text.trim_end()));
+        let _ = writeln!(all, "=== {name}\n{}", text.trim_end());
     }
     Ok(all)
 }

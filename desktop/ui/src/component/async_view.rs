@@ -61,7 +61,10 @@ impl Core {
         spawn_local(async move {
             for pause_ms in [500, 2000, 4000] {
                 gloo_timers::future::TimeoutFuture::new(pause_ms).await;
-                self.reload();
+                // In the background, so the page is not dimmed.
+                if self.quiet.try_update_value(|quiet| *quiet = true).is_some() {
+                    self.reload();
+                }
             }
         });
     }

@@ -141,7 +141,7 @@ fn cards(stats: &Stats, hours: &[u64]) -> Markup {
         || "No requests yet".to_owned(),
         |rate| format!("{rate} of requests"),
     );
-    let unused = match stats.unused_keys {
+    let idle = match stats.unused_keys {
         0 => String::new(),
         n => format!(", {} never used", number(n)),
     };
@@ -191,7 +191,7 @@ fn cards(stats: &Stats, hours: &[u64]) -> Markup {
         stat(
             "Active keys",
             &number(stats.active_keys),
-            &format!("of {}{unused}", number(stats.total_keys)),
+            &format!("of {}{idle}", number(stats.total_keys)),
             "/console/api-keys",
         ),
         closest,
