@@ -180,7 +180,9 @@ impl Known {
         next.degraded = self.degraded;
         let now = UnixNanos(next.start.saturating_sub(self.start));
         let tat = self.tat.0.load(Ordering::Acquire);
-        let (carried, beyond) = next.gcra.carry_over(self.gcra, (tat, self.beyond), now);
+        let (carried, beyond) = next
+            .gcra
+            .carry_over(self.gcra, (tat, self.beyond), now, now);
         next.beyond = beyond;
         next.tat.0.store(carried - now.0, Ordering::Release);
         next
