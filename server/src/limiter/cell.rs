@@ -99,9 +99,11 @@ impl CellState {
         if self.fingerprint != policies.fingerprint() {
             let gcra = policies.gcra();
             if self.fingerprint != 0 {
-                let bucket = (self.tat, self.beyond);
-                (self.tat, self.beyond) = gcra.carry_over(self.gcra, bucket, self.used_at, now);
-                self.used_at = now;
+                if gcra != self.gcra {
+                    let bucket = (self.tat, self.beyond);
+                    (self.tat, self.beyond) = gcra.carry_over(self.gcra, bucket, self.used_at, now);
+                    self.used_at = now;
+                }
                 if let Some(lease) = &mut self.lease {
                     lease.edited();
                 }
