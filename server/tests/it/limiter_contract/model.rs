@@ -94,6 +94,7 @@ impl Model {
                         bucket.missing = missing.min(interval * burst);
                         bucket.beyond = missing - bucket.missing;
                         bucket.missing -= passed.min(passed * interval / bucket.interval);
+                        bucket.use_time_when_full();
                     }
                     bucket.since = bucket.clock;
                     bucket.missing = bucket.missing.min(interval * burst);
