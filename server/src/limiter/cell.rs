@@ -27,6 +27,8 @@ pub(super) struct CellState {
     pub(super) tat: u64,
     /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was made smaller.
     beyond: u64,
+    /// When tokens were last taken from the bucket, or its plan was edited.
+    used_at: UnixNanos,
     /// Tokens taken ahead, of a store that keeps the bucket elsewhere.
     pub(super) lease: Option<Box<Lease>>,
     daily: Block,
@@ -76,6 +78,7 @@ impl CellState {
             gcra: Gcra::NONE,
             tat: 0,
             beyond: 0,
+            used_at: UnixNanos(0),
             lease: None,
             daily: Block::new(),
             monthly: Block::new(),
@@ -96,7 +99,11 @@ impl CellState {
         if self.fingerprint != policies.fingerprint() {
             let gcra = policies.gcra();
             if self.fingerprint != 0 {
-                (self.tat, self.beyond) = gcra.carry_over(self.gcra, (self.tat, self.beyond), now);
+                if gcra != self.gcra {
+                    let bucket = (self.tat, self.beyond);
+                    (self.tat, self.beyond) = gcra.carry_over(self.gcra, bucket, self.used_at, now);
+                    self.used_at = now;
+                }
                 if let Some(lease) = &mut self.lease {
                     lease.edited();
                 }
@@ -113,6 +120,7 @@ impl CellState {
         }
         self.enter_windows(now, replicas);
         self.tat = self.gcra.settled(self.tat, now);
+        self.used_at = self.used_at.min(now);
     }
 
     /// Brings the blocks to the windows of `now`. `replicas` share each quota.
@@ -153,6 +161,7 @@ impl CellState {
         {
             self.beyond = self.gcra.beyond(self.beyond, self.tat, now);
             self.tat = tat;
+            self.used_at = now;
             return Ok(self.decision(policies, now, Outcome::Allowed));
         }
         let Quotas { mut denial, .. } = {

@@ -95,18 +95,33 @@ impl Gcra {
 
     /// The TAT that carries what was consumed under `old` over to `self`, and what is missing beyond an empty bucket:
     /// as many tokens are missing from the new bucket as were missing from the old one. If it holds fewer, it is empty,
-    /// and the rest is missing only once the bucket is made larger again.
+    /// and the rest is missing only once the bucket is made larger again. `tat` and `beyond` are of `used_at`, when
+    /// tokens were last taken. Since then the bucket has refilled at the lower of the two rates, since when the plan was
+    /// edited is not known.
     ///
     /// So a larger burst is there at once, less what was used; a smaller one starts as empty as it was, and nobody
-    /// waits for more than one whole bucket of the new size; and a detour over a smaller one gives nothing. Fractions
-    /// of a token are rounded against the caller.
-    pub fn carry_over(self, old: Self, (tat, beyond): (u64, u64), now: UnixNanos) -> (u64, u64) {
-        let missing = old.settled(tat, now).saturating_sub(now.0);
-        let missing = u128::from(missing) + u128::from(old.beyond(beyond, tat, now));
-        let carried = (missing * u128::from(self.emission)).div_ceil(u128::from(old.emission));
-        let carried = u64::try_from(carried).unwrap_or(u64::MAX);
-        let within = carried.min(self.tau);
-        (now.0.saturating_add(within), carried - within)
+    /// waits for more than one whole bucket of the new size; a detour over a smaller one gives nothing; and a key that
+    /// rests through an edit gains nothing from the higher rate before it. Fractions of a token are rounded against the
+    /// caller.
+    pub fn carry_over(
+        self,
+        old: Self,
+        (tat, beyond): (u64, u64),
+        used_at: UnixNanos,
+        now: UnixNanos,
+    ) -> (u64, u64) {
+        let used_at = used_at.min(now);
+        let missing = old.settled(tat, used_at).saturating_sub(used_at.0);
+        let missing = u128::from(missing) + u128::from(old.beyond(beyond, tat, used_at));
+        let refill = u128::from(now.0 - used_at.0);
+        let (price, old_price) = (u128::from(self.emission), u128::from(old.emission));
+        let missing = (missing * price).div_ceil(old_price);
+        let refill = refill.min(refill * price / old_price);
+        let missing = u64::try_from(missing).unwrap_or(u64::MAX);
+        let refill = u64::try_from(refill).unwrap_or(u64::MAX);
+        let within = missing.min(self.tau);
+        let beyond = (missing - within).saturating_sub(refill.saturating_sub(within));
+        (now.0.saturating_add(within.saturating_sub(refill)), beyond)
     }
 
     /// What is left at `now` of what was missing beyond an empty bucket: once the bucket is full, refill reduces it.
@@ -187,8 +202,8 @@ mod tests {
                 assert!(gcra.remaining(tat, NOW) <= u64::from(burst));
                 gcra.decide(tat, NOW, cost(1));
                 gcra.decide(tat, NOW, cost(u32::MAX));
-                Gcra::new(other).carry_over(gcra, (tat, u64::MAX), NOW);
-                gcra.carry_over(Gcra::new(other), (tat, u64::MAX), NOW);
+                Gcra::new(other).carry_over(gcra, (tat, u64::MAX), UnixNanos(0), NOW);
+                gcra.carry_over(Gcra::new(other), (tat, u64::MAX), NOW, NOW);
             }
         }
     }
@@ -207,6 +222,18 @@ mod tests {
                 wait: NonZeroU64::new(1_000_000_000).unwrap()
             }
         );
+    }
+
+    #[test]
+    fn a_rest_across_an_edit_refills_at_the_lower_rate() {
+        let (fast, slow) = (gcra(6000, 100), gcra(12, 100));
+        let drained = NOW.0 + fast.tau();
+        let later = NOW.saturating_add(5_000_000_000);
+        // The same in whichever direction: 5 s at 12 a minute.
+        let (tat, beyond) = slow.carry_over(fast, (drained, 0), NOW, later);
+        assert_eq!((slow.remaining(tat, later), beyond), (1, 0));
+        let (tat, beyond) = fast.carry_over(slow, (NOW.0 + slow.tau(), 0), NOW, later);
+        assert_eq!((fast.remaining(tat, later), beyond), (1, 0));
     }
 
     proptest! {
@@ -259,13 +286,13 @@ mod tests {
             let (a, b) = (gcra(rpm_a, burst_a), gcra(rpm_b, burst_b));
             let tat = NOW.0 + debt % (a.tau() + 1);
             let used = u64::from(burst_a) - a.remaining(tat, NOW);
-            let (carried, beyond) = b.carry_over(a, (tat, 0), NOW);
+            let (carried, beyond) = b.carry_over(a, (tat, 0), NOW, NOW);
             prop_assert!(carried <= NOW.0 + b.tau());
             prop_assert_eq!(
                 b.remaining(carried, NOW),
                 u64::from(burst_b).saturating_sub(used)
             );
-            let (back, _) = a.carry_over(b, (carried, beyond), NOW);
+            let (back, _) = a.carry_over(b, (carried, beyond), NOW, NOW);
             prop_assert!(back >= tat);
             // At most a token more is missing than was.
             prop_assert!(back <= tat + a.emission());

@@ -96,6 +96,8 @@ struct Known {
     tat: Looked,
     /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was made smaller.
     beyond: u64,
+    /// When tokens were last charged, or the plan was edited, since the limiter's zero.
+    used_at: u64,
     /// Some of what is charged was admitted without the store.
     degraded: bool,
     /// The limiter's zero, on the monotonic clock.
@@ -167,6 +169,7 @@ impl Known {
             limiter: RateLimiter::new(governor_quota(policies.rate()), tat.clone(), clock),
             tat,
             beyond: 0,
+            used_at: 0,
             degraded: false,
             start,
             last: None,
@@ -174,16 +177,22 @@ impl Known {
         }
     }
 
-    /// The same key under edited policies: what was spent stays spent, what was known is forgotten.
-    fn edited(&self, policies: &Policies, clock: &Arc<dyn Clock>) -> Self {
+    /// Follows edited policies: what was spent stays spent, what was known is forgotten.
+    fn follow(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
+        if self.gcra == policies.gcra() {
+            self.fingerprint = policies.fingerprint();
+            (self.last, self.denied) = (None, None);
+            return;
+        }
         let mut next = Self::new(policies, clock);
         next.degraded = self.degraded;
         let now = UnixNanos(next.start.saturating_sub(self.start));
-        let tat = self.tat.0.load(Ordering::Acquire);
-        let (carried, beyond) = next.gcra.carry_over(self.gcra, (tat, self.beyond), now);
+        let bucket = (self.tat.0.load(Ordering::Acquire), self.beyond);
+        let used_at = UnixNanos(self.used_at);
+        let (carried, beyond) = next.gcra.carry_over(self.gcra, bucket, used_at, now);
         next.beyond = beyond;
         next.tat.0.store(carried - now.0, Ordering::Release);
-        next
+        *self = next;
     }
 
     fn elapsed(&self, clock: &Arc<dyn Clock>) -> UnixNanos {
@@ -315,6 +324,7 @@ impl Gate {
                 known.degraded |= decision.degraded;
                 known.beyond = known.gcra.beyond(known.beyond, tat, UnixNanos(asked));
                 let tat = tat.max(asked);
+                known.used_at = asked;
                 known
                     .tat
                     .0
@@ -336,7 +346,7 @@ fn current<'a>(
 ) -> &'a mut Known {
     match known {
         Some(old) if old.fingerprint != policies.fingerprint() => {
-            **old = old.edited(policies, clock);
+            old.follow(policies, clock);
         }
         _ => {}
     }

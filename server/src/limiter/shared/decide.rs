@@ -212,7 +212,10 @@ impl Inner {
                 let share = &mut state.lease().share;
                 match (outage, place) {
                     (Some(outage), Some((place, since))) => {
-                        let since = outage.since.max(since);
+                        let since = outage
+                            .since
+                            .saturating_add(self.noticed_by_all())
+                            .max(since);
                         let verdict = if outage.is_paused(monotonic) {
                             Err(A_MOMENT)
                         } else {

@@ -4,16 +4,22 @@
 //! how it is come back to; the store probes. Times are nanoseconds of the monotonic clock, but where they are
 //! called the counters'.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::{
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 
-use super::counters::{CounterMicros, NEVER_HEARD};
+use super::{
+    counters::{CounterMicros, NEVER_HEARD},
+    nanos,
+};
 
 /// So many failures in a row, and nothing else for so long, give a partition up. A process that was not
 /// scheduled for a moment has many failures at once, and its counters are well.
 const FAILURES: u32 = 5;
-const SILENCE: u64 = 200_000_000;
+pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
 /// So many calls of which half fail, within so long and over at least as long as above, do too.
 const CALLS: u32 = 20;
@@ -149,10 +155,10 @@ impl Partition {
         inner.count(now, true);
         inner.in_a_row += 1;
         let silent =
-            inner.in_a_row >= FAILURES && now.saturating_sub(inner.succeeded_at) >= SILENCE;
+            inner.in_a_row >= FAILURES && now.saturating_sub(inner.succeeded_at) >= nanos(SILENCE);
         let poor = inner.calls >= CALLS
             && inner.failed * 2 >= inner.calls
-            && now.saturating_sub(inner.span_start) >= SILENCE;
+            && now.saturating_sub(inner.span_start) >= nanos(SILENCE);
         (silent || poor) && self.go(&mut inner, now)
     }
 

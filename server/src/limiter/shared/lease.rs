@@ -89,20 +89,27 @@ impl Share {
 
     /// Brings the share to this plan and place. An edit leaves the tokens that are in it, as far as it holds them now,
     /// and adds none: those of a larger burst come as it refills, so no order of edits fills a share. When the edit was
-    /// made is not known, so from the last use on it has refilled at the lower of the two rates.
+    /// made is not known, so from the last use on it has refilled at the lower of the two rates. Nothing refills before
+    /// `since`.
     fn follow(&mut self, price: u64, tau: u64, since: u64, now: u64) {
         if self.since != since {
             // How it would have filled under the plan before is not known.
-            let empty_at = if self.is_edited { now } else { since };
+            let empty_at = if self.is_edited {
+                now.max(since)
+            } else {
+                since
+            };
             self.tat = empty_at.saturating_add(tau);
         } else if (self.price, self.tau) != (price, tau) {
-            let used_at = self.used_at.min(now);
+            let filled_to = now.max(since);
+            let used_at = self.used_at.clamp(since, filled_to);
             let level = self.tau.saturating_sub(self.tat.saturating_sub(used_at));
             let level = u128::from(level) * u128::from(price) / u128::from(self.price);
-            let refill = u128::from(now - used_at) * u128::from(price);
+            let refill = u128::from(filled_to - used_at) * u128::from(price);
             let level = level + refill / u128::from(price.max(self.price));
             let missing = u128::from(tau).saturating_sub(level);
-            self.tat = now.saturating_add(u64::try_from(missing).unwrap_or(tau));
+            let missing = u64::try_from(missing).unwrap_or(tau);
+            self.tat = filled_to.saturating_add(missing);
         }
         *self = Self {
             since,
@@ -575,6 +582,20 @@ mod tests {
             // It refills at the rate that is in force.
             assert_eq!(drain(&mut share, sold, 10 * SECOND), 100, "{rpm}, {burst}");
         }
+    }
+
+    #[test]
+    fn a_share_is_empty_until_it_begins_whatever_is_edited() {
+        let mut share = Share::default();
+        let (fast, slow) = (plan(6000, 200), plan(600, 20));
+        for gcra in [fast, slow, fast] {
+            assert_eq!(drain(&mut share, gcra, SECOND / 2), 0);
+        }
+        assert_eq!(drain(&mut share, fast, SECOND + SECOND / 10), 10);
+        let mut share = Share::default();
+        assert_eq!(drain(&mut share, fast, SECOND / 2), 0);
+        // Edited at some time in between.
+        assert_eq!(drain(&mut share, slow, 2 * SECOND), 10);
     }
 
     #[test]

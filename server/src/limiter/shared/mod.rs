@@ -23,7 +23,7 @@
 //! taken for a request that then finds no quota.
 //!
 //! **While the counters are unavailable** ([`health`] decides when), a replica follows the plan's choice. `Share`: a
-//! bucket of its own of `burst / replicas` and `rate / replicas`, which starts *empty* when the outage does. All
+//! bucket of its own of `burst / replicas` and `rate / replicas`, which starts *empty* shortly after the outage. All
 //! shares together are one bucket that starts empty, so that with what was taken before they stay within the
 //! envelope. `Open`: the whole rate here, whatever other replicas do. `Closed`: nothing. A denial then names no violated
 //! policy, since whether the limit was reached is not known.
@@ -36,12 +36,16 @@
 //! partitions may rest for long, it does not.)
 //!
 //! **Edits.** As many tokens are missing after an edit as before. What a smaller burst cannot hold is missing again when
-//! the burst is made larger, less the time in which the bucket was full; a loss of state forgets that part.
+//! the burst is made larger, less the time in which the bucket was full. An edit reaches a bucket with the first request
+//! after it, and when it was made is not known there: since the request before, the bucket has refilled at the lower of
+//! the two rates. A bucket that has rested for a minute and twice the time it takes to fill is forgotten, and full
+//! whatever its plan has become. For an hour after a loss of state, a larger burst holds no more than what has refilled
+//! since.
 //!
 //! **Not guaranteed.** While some replicas are cut off and others are not, `Share` admits their part `p` of the bucket
 //! in addition to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most
-//! `(1 + p) * (burst + rate * (T + ttl))`. An outage so short that only some replicas notice it, under a
-//! second, is such a case. `Closed` admits nothing in addition.
+//! `(1 + p) * (burst + rate * (T + ttl))`. `Closed` admits nothing in addition. An outage of all that is too short for
+//! every replica to notice is no such case: shares begin to fill only when it would be over, or noticed by all.
 
 mod counters;
 mod decide;

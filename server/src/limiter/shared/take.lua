@@ -8,6 +8,8 @@
 --            e, t    nanoseconds per token; nanoseconds from empty to full
 --            v, vt   version of the plan that `e` and `t` come from; when a caller of that version last called
 --            s       start of the epoch in which the bucket was last used
+--            y       nanoseconds of refill since then, less those taken, also if the bucket was full meanwhile; no
+--                    bucket holds more, whatever its burst becomes. None long after that start
 --            g       generation: a new number whenever grants made before lose their value
 --            m, mt   the least `debt` since `mt`
 --            n, nt   the least `debt` since `nt`, which is before `mt`
@@ -45,6 +47,9 @@
 local OUTDATED = 10000000
 -- Microseconds after the start of an epoch in which callers that were promised it return.
 local PROMISED = 500000
+-- Microseconds after the start of an epoch in which a larger burst is still as empty then as the smaller one was.
+local EMPTIED = 3600000000
+local LARGEST = 2 ^ 52
 
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -57,6 +62,22 @@ local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
 
 local function whole(number)
   return string.format('%.0f', number)
+end
+
+-- So many nanoseconds of refill at `e0` a token, at `e` a token: number * e / e0 in exact steps of 12 bits, with what is
+-- left of the last nanosecond.
+local function exchanged(number, e0, e)
+  local whole_tokens = math.floor(number / e0)
+  local rest = number - whole_tokens * e0
+  local q, r = 0, 0
+  for shift = 36, 0, -12 do
+    local limb = math.floor(e / 2 ^ shift) % 4096
+    local x = r * 4096 + rest * limb
+    local d = math.floor(x / e0)
+    q = q * 4096 + d
+    r = x - d * e0
+  end
+  return whole_tokens * e + q, r
 end
 
 -- A new epoch begins when this is another process than the one the epoch began on, or when its state is older than
@@ -82,11 +103,11 @@ if away == 0 and heard > ok + 100000 and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
 
-local b = redis.call('HMGET', KEYS[1], 'at', 'debt', 'e', 't', 'v', 's', 'm', 'mt', 'n', 'nt', 'g', 'vt', 'x')
+local b = redis.call('HMGET', KEYS[1], 'at', 'debt', 'e', 't', 'v', 's', 'm', 'mt', 'n', 'nt', 'g', 'vt', 'x', 'y')
 local at, debt = tonumber(b[1]), tonumber(b[2])
 local m, mt, n, nt = tonumber(b[7]), tonumber(b[8]), tonumber(b[9]), tonumber(b[10])
-local g, vt, beyond = tonumber(b[11]), now, tonumber(b[13]) or 0
-local changed, new_generation = false, not g
+local g, vt, beyond, gathered = tonumber(b[11]), now, tonumber(b[13]) or 0, tonumber(b[14])
+local changed, new_generation, in_use = false, not g, false
 if at then
   local e0, t0, v0 = tonumber(b[3]), tonumber(b[4]), tonumber(b[5])
   local vt0 = tonumber(b[12]) or at
@@ -96,35 +117,36 @@ if at then
     vt0 = math.min(vt0, now)
     changed, new_generation = true, true
   end
-  local refill = (now - at) * 1000
-  beyond = math.max(0, beyond - math.max(0, refill - debt))
-  debt = math.max(0, debt - refill)
+  local refill, edited = (now - at) * 1000, false
   if v < v0 and now - vt0 < OUTDATED then
     e, t, v, vt = e0, t0, v0, vt0
   else
-    if now - vt0 >= OUTDATED / 2 then
-      changed = true
-    end
+    in_use = now - vt0 >= OUTDATED / 2
     if e0 ~= e or t0 ~= t then
-      -- As many tokens are missing as before: missing * e / e0, rounded up, in exact steps of 12 bits.
-      local missing = debt + beyond
-      local whole_tokens = math.floor(missing / e0)
-      local rest = missing - whole_tokens * e0
-      local q, r = 0, 0
-      for shift = 36, 0, -12 do
-        local limb = math.floor(e / 2 ^ shift) % 4096
-        local x = r * 4096 + rest * limb
-        local d = math.floor(x / e0)
-        q = q * 4096 + d
-        r = x - d * e0
+      -- As many tokens are missing as before. When the edit was made is not known, so since the last use the bucket has
+      -- refilled at the lower of the two rates.
+      local missing, more = exchanged(debt + beyond, e0, e)
+      if more > 0 then
+        missing = missing + 1
       end
-      if r > 0 then
-        q = q + 1
+      if e < e0 then
+        refill = exchanged(refill, e0, e)
       end
-      missing = whole_tokens * e + q
       debt = math.min(t, missing)
       beyond = missing - debt
-      changed, new_generation = true, true
+      if gathered then
+        gathered = math.min(exchanged(gathered, e0, e), LARGEST)
+      end
+      edited, changed, new_generation = true, true, true
+    end
+  end
+  beyond = math.max(0, beyond - math.max(0, refill - debt))
+  debt = math.max(0, debt - refill)
+  if gathered then
+    gathered = gathered + refill
+    if edited and debt < t - gathered then
+      beyond = math.max(0, beyond - (t - gathered - debt))
+      debt = t - gathered
     end
   end
 else
@@ -135,8 +157,12 @@ if tonumber(b[6]) ~= start then
   local missing = debt + beyond
   debt = math.max(debt, t - (now - start) * 1000)
   beyond = math.max(0, missing - debt)
+  gathered = (now - start) * 1000
   new_generation = true
   changed = changed or at ~= nil
+end
+if now - start > EMPTIED then
+  gathered = nil
 end
 if new_generation then
   g = math.max(now, (g or 0) + 1)
@@ -157,6 +183,7 @@ if back > 0 then
     credit = math.min(debt, back * e, math.max(back * e - (now - taken_at) * 1000, least))
   end
   debt = debt - credit
+  gathered = gathered and gathered + credit
   m = math.max(0, m - credit)
   n = math.max(0, n - credit)
   changed = true
@@ -170,6 +197,7 @@ if want > 0 then
   end
   if granted > 0 then
     debt = debt + granted * e
+    gathered = gathered and gathered - granted * e
     changed = true
     -- A new mark from time to time, and when the present one could not credit this grant in full.
     if now - mt > 2 * lease or m < granted * e then
@@ -185,6 +213,13 @@ if changed then
   if beyond > 0 or b[13] then
     redis.call('HSET', KEYS[1], 'x', whole(beyond))
   end
+  if gathered then
+    redis.call('HSET', KEYS[1], 'y', whole(gathered))
+  elseif b[14] then
+    redis.call('HDEL', KEYS[1], 'y')
+  end
   redis.call('PEXPIRE', KEYS[1], whole(math.ceil(2 * (t + beyond) / 1000000) + 60000))
+elseif in_use then
+  redis.call('HSET', KEYS[1], 'vt', whole(vt))
 end
 return {0, now, granted, debt, g}

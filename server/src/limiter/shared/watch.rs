@@ -11,6 +11,7 @@ use tokio::time;
 use super::{
     Inner,
     counters::{BucketName, BucketState, CounterMicros, TakeCall},
+    health::SILENCE,
     nanos,
 };
 
@@ -25,6 +26,17 @@ const DOUBT_EVERY: Duration = Duration::from_millis(50);
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// Nanoseconds for which an unused partition is still asked.
 const IN_USE: u64 = 10_000_000_000;
+
+impl Inner {
+    /// Nanoseconds after which all other replicas have noticed an outage that one has noticed, or the one has returned.
+    ///
+    /// A replica that is asked for nothing makes its next call after [`BEAT_EVERY`] and gives up at the fifth failure,
+    /// four times [`DOUBT_EVERY`] later. An outage that ends just before is over for the first replica with its next
+    /// probe. Each of these calls may take a deadline, and whoever gives up first has waited for one too.
+    pub(super) fn noticed_by_all(&self) -> u64 {
+        nanos(BEAT_EVERY + 4 * DOUBT_EVERY + PROBE_EVERY - SILENCE + 4 * self.settings.deadline)
+    }
+}
 
 /// A call that takes nothing and concerns nobody.
 fn beat_call(partition: u16, inner: &Inner) -> TakeCall {

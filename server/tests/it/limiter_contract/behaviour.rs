@@ -233,6 +233,23 @@ pub(super) async fn a_detour_over_a_smaller_burst_gives_nothing(world: &World) {
     assert_eq!(key.admitted(&large, 200).await, 100);
 }
 
+/// When the plan was edited while nobody asked is not known: what refilled before must not be more than either rate gives.
+pub(super) async fn a_rest_across_an_edit_refills_at_the_lower_rate(world: &World) {
+    let key = Key::of(&world.start());
+    let (fast, slow) = (Plan::rate(6000, 100), Plan::rate(60, 100));
+    assert_eq!(key.admitted(&fast, 200).await, 100);
+    world.advance(Duration::from_secs(5));
+    assert_eq!(key.admitted(&slow, 200).await, 5);
+    world.advance(Duration::from_secs(5));
+    assert_eq!(key.admitted(&fast, 200).await, 5);
+    // From the first request on it is the rate of the plan.
+    world.advance(Duration::from_millis(500));
+    assert_eq!(key.admitted(&fast, 200).await, 50);
+    // A smaller bucket refills from empty, and holds no more than its burst.
+    world.advance(Duration::from_secs(30));
+    assert_eq!(key.admitted(&Plan::rate(60, 10), 200).await, 10);
+}
+
 pub(super) async fn a_raised_quota_is_in_force_at_once(world: &World) {
     let key = Key::of(&world.start());
     assert_eq!(key.admitted(&Plan::any_rate().daily(5), 9).await, 5);

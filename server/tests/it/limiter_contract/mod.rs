@@ -63,6 +63,7 @@ on_every_store! {
     a_larger_burst_is_there_at_once_less_what_was_used,
     a_smaller_burst_is_no_fresh_one,
     a_detour_over_a_smaller_burst_gives_nothing,
+    a_rest_across_an_edit_refills_at_the_lower_rate,
     a_raised_quota_is_in_force_at_once,
     a_lowered_quota_is_not_spent_beyond,
     a_key_finds_its_cell_again,

@@ -29,8 +29,8 @@ enum Event {
     Grant(u32),
     /// The plan was edited to this interval between tokens and this burst.
     Plan(i128, i128),
-    /// The bucket was full and had been for so long.
-    Full(i128),
+    /// So much was missing, and tokens were last taken then.
+    Full(i128, u64),
 }
 
 /// Nanoseconds of refill that are missing, and the numbers to read them by.
@@ -43,6 +43,8 @@ struct Bucket {
     missing: i128,
     /// Missing beyond an empty bucket, since the burst was larger. The time in which the bucket is full reduces it.
     beyond: i128,
+    /// When tokens were last taken, or the plan was edited.
+    since: u64,
 }
 
 impl Bucket {
@@ -73,32 +75,43 @@ impl Model {
                     bucket.missing -= i128::from(now) - i128::from(bucket.clock);
                     bucket.missing = bucket.missing.min(bucket.interval * bucket.burst);
                     bucket.clock = now;
+                    bucket.since = bucket.since.min(now);
                 }
                 Event::Grant(cost) => {
                     bucket.use_time_when_full();
                     bucket.missing += i128::from(cost) * bucket.interval;
+                    bucket.since = bucket.clock;
                 }
                 Event::Plan(interval, burst) => {
-                    // As many tokens are missing as before, though a smaller bucket cannot show them all.
+                    // As many tokens are missing as before, though a smaller bucket cannot show them all. When the
+                    // edit was made is not known: since tokens were last taken the lower rate counts.
                     if bucket.interval > 0 {
+                        let passed = i128::from(bucket.clock - bucket.since);
+                        bucket.missing += passed;
                         bucket.use_time_when_full();
                         let missing = (bucket.missing + bucket.beyond) * interval;
                         let missing = (missing + bucket.interval - 1) / bucket.interval;
                         bucket.missing = missing.min(interval * burst);
                         bucket.beyond = missing - bucket.missing;
+                        bucket.missing -= passed.min(passed * interval / bucket.interval);
+                        bucket.use_time_when_full();
                     }
+                    bucket.since = bucket.clock;
                     bucket.missing = bucket.missing.min(interval * burst);
                     bucket.interval = interval;
                     bucket.burst = burst;
                 }
-                Event::Full(since) => bucket.missing = -since,
+                Event::Full(missing, since) => {
+                    bucket.missing = missing;
+                    bucket.since = since;
+                }
             }
         }
         if bucket.missing <= 0 && bucket.beyond == 0 {
             self.events = vec![
                 Event::Plan(bucket.interval, bucket.burst),
                 Event::Seen(bucket.clock),
-                Event::Full(-bucket.missing),
+                Event::Full(bucket.missing, bucket.since),
             ];
         }
         bucket

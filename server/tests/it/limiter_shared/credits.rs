@@ -69,15 +69,17 @@ enum Event {
         plan: Plan,
         epoch: u64,
         remembered: bool,
+        /// It took or returned tokens.
+        wrote: bool,
     },
     Took(usize),
 }
 
 /// Nanoseconds until the bucket is full, had the returned tokens never been taken.
 fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
-    let (mut debt, mut last, mut epoch) = (0_u128, 0, 0);
-    // Missing beyond an empty bucket since the burst was made smaller; the time in which the bucket is full reduces it.
-    let mut beyond = 0_u128;
+    // The bucket when it was last written, and how it showed itself last.
+    let (mut bucket, mut shown) = ((0_u128, 0_u128, 0), 0);
+    let mut epoch = 0;
     let mut plan = None::<Plan>;
     for event in history {
         match *event {
@@ -86,20 +88,28 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                 plan: new,
                 epoch: start,
                 remembered,
+                wrote,
             } => {
-                let passed = u128::from(at.saturating_sub(last)) * 1000;
-                beyond = beyond.saturating_sub(passed.saturating_sub(debt));
-                debt = debt.saturating_sub(passed);
-                last = at;
+                // Missing beyond an empty bucket since the burst was made smaller; the time in which the bucket is full
+                // reduces it.
+                let (mut debt, mut beyond, last) = bucket;
+                let mut passed = u128::from(at.saturating_sub(last)) * 1000;
+                let mut writes = wrote || at < last;
                 if let Some(old) = plan
                     && (old.emission, old.tau) != (new.emission, new.tau)
                 {
-                    // As many tokens are missing as before, though a smaller bucket does not show all of it.
+                    // As many tokens are missing as before, though a smaller bucket does not show all of it. When the
+                    // edit was made is not known: since the last write the lower rate counts.
                     let missing = (debt + beyond) * u128::from(new.emission);
                     let missing = missing.div_ceil(u128::from(old.emission));
+                    let slower = passed * u128::from(new.emission) / u128::from(old.emission);
+                    passed = passed.min(slower);
                     debt = missing.min(u128::from(new.tau));
                     beyond = missing - debt;
+                    writes = true;
                 }
+                beyond = beyond.saturating_sub(passed.saturating_sub(debt));
+                debt = debt.saturating_sub(passed);
                 plan = Some(new);
                 if start != epoch || !remembered {
                     // It was empty when the epoch began.
@@ -107,16 +117,21 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                     debt = u128::from(new.tau).saturating_sub(since);
                     beyond = 0;
                     epoch = start;
+                    writes = true;
                 }
+                if writes {
+                    bucket = (debt, beyond, at);
+                }
+                shown = debt;
             }
             Event::Took(grant) => {
                 let kept = grants[grant].tokens - grants[grant].returned;
                 let emission = plan.expect("there was a call").emission;
-                debt += u128::from(kept) * u128::from(emission);
+                bucket.0 += u128::from(kept) * u128::from(emission);
             }
         }
     }
-    debt
+    shown
 }
 
 /// The counters under test.
@@ -306,6 +321,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                     plan: known,
                     epoch,
                     remembered: exists,
+                    wrote: granted > 0 || back > 0,
                 });
                 exists |= granted > 0 || back > 0;
                 let allowed = debt_without_returned(&history, &grants);

@@ -11,12 +11,18 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 /// Microseconds after the start of an epoch in which callers that were promised it return.
 const PROMISED: u64 = 500_000;
 
+/// Microseconds after the start of an epoch in which a larger burst is still as empty then as the smaller one was.
+const EMPTIED: u64 = 3_600_000_000;
+const LARGEST: u128 = 1 << 52;
+
 #[derive(Debug, Clone)]
 struct Bucket {
     at: u64,
     debt: u128,
     /// Missing beyond an empty bucket.
     beyond: u128,
+    /// Refill since the epoch started, less what was taken, also if the bucket was full meanwhile.
+    gathered: Option<u128>,
     emission: u128,
     tau: u128,
     version: u64,
@@ -97,18 +103,17 @@ impl State {
         let was_there = known.is_some();
         let (mut emission, mut tau) = (u128::from(call.emission), u128::from(call.tau));
         let (mut version, mut version_at) = (call.version, now);
-        let (mut changed, mut new_generation) = (false, !was_there);
+        let (mut changed, mut new_generation, mut in_use) = (false, !was_there, false);
         let (mut least, mut generation) = ([(0, 0); 2], 0);
         let mut in_epoch = None;
-        let (mut debt, mut beyond) = (0, 0);
+        let (mut debt, mut beyond, mut gathered) = (0, 0, None);
         if let Some(bucket) = known {
             let since = bucket.at.min(now);
             changed |= now < bucket.at;
             new_generation |= now < bucket.at;
-            let missing = bucket.debt + bucket.beyond;
-            let refill = u128::from(now - since) * 1000;
-            debt = bucket.debt.saturating_sub(refill);
-            beyond = bucket.beyond.min(missing.saturating_sub(refill));
+            let mut refill = u128::from(now - since) * 1000;
+            (debt, beyond, gathered) = (bucket.debt, bucket.beyond, bucket.gathered);
+            let mut edited = false;
             (least, generation) = (bucket.least, bucket.generation);
             in_epoch = Some(bucket.epoch);
             let unused = now.saturating_sub(bucket.version_at);
@@ -116,21 +121,36 @@ impl State {
                 (emission, tau, version) = (bucket.emission, bucket.tau, bucket.version);
                 version_at = bucket.version_at.min(now);
             } else {
-                changed |= unused >= OUTDATED / 2;
+                in_use = unused >= OUTDATED / 2;
                 if bucket.emission != emission || bucket.tau != tau {
                     let missing = ((debt + beyond) * emission).div_ceil(bucket.emission);
+                    refill = refill.min(refill * emission / bucket.emission);
                     debt = missing.min(tau);
                     beyond = missing - debt;
-                    (changed, new_generation) = (true, true);
+                    gathered = gathered.map(|it| LARGEST.min(it * emission / bucket.emission));
+                    (edited, changed, new_generation) = (true, true, true);
                 }
+            }
+            beyond = beyond.saturating_sub(refill.saturating_sub(debt));
+            debt = debt.saturating_sub(refill);
+            gathered = gathered.map(|it| it + refill);
+            if edited && let Some(gathered) = gathered {
+                let missing = debt + beyond;
+                debt = debt.max(tau.saturating_sub(gathered));
+                beyond = missing.saturating_sub(debt);
             }
         }
         if in_epoch != Some(start) {
             new_generation = true;
             changed |= was_there;
             let missing = debt + beyond;
-            debt = debt.max(tau.saturating_sub(u128::from(now - start) * 1000));
+            let refill = u128::from(now - start) * 1000;
+            debt = debt.max(tau.saturating_sub(refill));
             beyond = missing.saturating_sub(debt);
+            gathered = Some(refill);
+        }
+        if now - start > EMPTIED {
+            gathered = None;
         }
         if new_generation {
             generation = now.max(generation + 1);
@@ -151,6 +171,7 @@ impl State {
                 credit = debt.min(price).min(price.saturating_sub(gone).max(least));
             }
             debt -= credit;
+            gathered = gathered.map(|it| it + credit);
             for (least, _) in &mut least {
                 *least = least.saturating_sub(credit);
             }
@@ -165,6 +186,7 @@ impl State {
             if granted > 0 {
                 let price = u128::from(granted) * emission;
                 debt += price;
+                gathered = gathered.map(|it| it - price);
                 changed = true;
                 let (m, mt) = least[0];
                 if now - mt > 2 * call.lease || m < price {
@@ -177,6 +199,7 @@ impl State {
                 at: now,
                 debt,
                 beyond,
+                gathered,
                 emission,
                 tau,
                 version,
@@ -186,6 +209,8 @@ impl State {
                 least,
             };
             self.buckets.insert(call.bucket, bucket);
+        } else if in_use && let Some(bucket) = self.buckets.get_mut(&call.bucket) {
+            bucket.version_at = version_at;
         }
         TakeReply {
             at: now,

@@ -296,3 +296,52 @@ async fn versions_that_start_over_are_followed() {
     clock.advance(Duration::from_secs(60));
     assert_eq!(granted(plan(9, 2)).await, 2);
 }
+
+/// A loss leaves every bucket empty, also for a burst that the plan has only later.
+#[tokio::test]
+async fn a_lost_bucket_is_empty_for_every_burst() {
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    let counters = ClockedCounters::new(&redis, &clock);
+    counters.begin().await;
+    let plan = |version: u64, burst: u64| TakeCall {
+        bucket: BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil())),
+        emission: 100_000_000,
+        tau: burst * 100_000_000,
+        version,
+        need: 1,
+        waiting: 200,
+        want: 200,
+        back: 0,
+        away_since: 0,
+        ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
+    };
+    let take = async |call| counters.take(call).await.unwrap().state;
+    let granted = async |call| match take(call).await {
+        BucketState::Known { granted, .. } => granted,
+        state @ BucketState::Beginning { .. } => panic!("{state:?}"),
+    };
+    assert_eq!(granted(plan(1, 100)).await, 100);
+    // After the edit to a burst of one, what it cannot hold stays missing: a larger one finds what has refilled.
+    clock.advance(Duration::from_secs(1));
+    assert_eq!(granted(plan(2, 1)).await, 1);
+    clock.advance(Duration::from_secs(1));
+    assert_eq!(granted(plan(3, 100)).await, 19);
+
+    let flush = redis::cmd("FLUSHALL");
+    redis.query("", &flush).await.expect("Redis answers");
+    let BucketState::Beginning { wait } = take(plan(3, 100)).await else {
+        panic!("it has lost its state");
+    };
+    // Two seconds into the new epoch, of which one token was used.
+    clock.advance(Duration::from_micros(wait) + Duration::from_secs(1));
+    assert_eq!(granted(plan(4, 1)).await, 1);
+    clock.advance(Duration::from_secs(1));
+    assert_eq!(granted(plan(5, 100)).await, 19);
+    // And so it goes on: full when it has refilled, and not before.
+    clock.advance(Duration::from_secs(5));
+    assert_eq!(granted(plan(5, 100)).await, 50);
+    clock.advance(Duration::from_secs(100));
+    assert_eq!(granted(plan(5, 100)).await, 100);
+    assert_eq!(granted(plan(6, 150)).await, 50);
+}

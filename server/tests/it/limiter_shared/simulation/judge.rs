@@ -6,7 +6,8 @@
 //!
 //! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, and `burst + rate·T` for a strict
 //! plan, over all replicas and whatever happens. In the second after an edit replicas may follow either plan, so a
-//! window that touches it has the larger burst and at each moment the larger rate of the plans that may be in force.
+//! window that touches it has the larger burst and at each moment the larger rate of the plans that may be in force;
+//! a plan under which the key is not used is not one of them.
 //! `share` has one exception, and `closed` none: while some replicas lose Redis
 //! (or have all their answers late) and others do not, the former sell their share `p` of the bucket beside the
 //! latter, together at most `(1 + p)` times as much. `open` promises nothing for what is admitted without Redis.
@@ -135,15 +136,19 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
     found
 }
 
-/// A plan with the time in which some replica may follow it, nanoseconds since the load began.
+/// A plan with the time in which it may be in force, nanoseconds since the load began.
 struct InForce {
     plan: Plan,
     from: u64,
     until: u64,
 }
 
+/// How long after an edit the plan before may be followed, and its tokens be spent.
+fn known() -> u64 {
+    EDIT_KNOWN.as_nanos() as u64 + TTL.as_nanos() as u64
+}
+
 fn in_force(key: &Key) -> Vec<InForce> {
-    let known = EDIT_KNOWN.as_nanos() as u64 + TTL.as_nanos() as u64;
     let plans = key.plans.iter().enumerate();
     plans
         .map(|(n, plan)| InForce {
@@ -152,9 +157,33 @@ fn in_force(key: &Key) -> Vec<InForce> {
             until: key
                 .plans
                 .get(n + 1)
-                .map_or(FOREVER, |next| next.from * MS + known),
+                .map_or(FOREVER, |next| next.from * MS + known()),
         })
         .collect()
+}
+
+/// The plans that buckets have followed. An edit reaches a bucket with the first request after it, and until then the
+/// bucket refills as before, so a plan under which no request came was never in force. Redis hears of an edit from
+/// whichever replica is asked first. A `share` is its replica's own: it hears of an edit when that replica is asked.
+fn followed(key: &Key, entries: &[Entry], shares: bool) -> Vec<InForce> {
+    let after = |plan: usize, replica: Option<usize>| {
+        let of = |it: &&Entry| replica.is_none_or(|replica| it.replica == replica);
+        let later = entries.iter().filter(of).filter(|it| it.plan > plan);
+        let next = later.map(|it| it.plan).min();
+        next.map(|next| key.plans[next].from * MS + known())
+    };
+    let plans = key.plans.iter().enumerate();
+    let used = plans.filter(|(n, _)| entries.iter().any(|it| it.plan == *n));
+    used.map(|(n, plan)| {
+        let followers = entries.iter().filter(|it| shares && it.plan == n);
+        let by_shares = followers.filter_map(|it| after(n, Some(it.replica))).max();
+        InForce {
+            plan: *plan,
+            from: plan.from * MS,
+            until: after(n, None).max(by_shares).unwrap_or(FOREVER),
+        }
+    })
+    .collect()
 }
 
 /// A time in which some replicas sell their share beside Redis, and the part of a bucket that they sell.
@@ -224,11 +253,13 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let admitted = || entries.iter().filter(|it| it.answer == Answer::Admitted);
     let by_redis: Vec<&Entry> = admitted().filter(|it| !it.degraded).collect();
     let all: Vec<&Entry> = admitted().collect();
-    let found = worst(key, &by_redis, &[]).map(|text| format!("by Redis alone, {text}"));
+    let found = worst(&followed(key, entries, false), &by_redis, &[])
+        .map(|text| format!("by Redis alone, {text}"));
     if found.is_some() || key.on_failure == OnRedisFailure::Open {
         return found;
     }
     let beside = beside(scene, key);
+    let plans = followed(key, entries, key.on_failure == OnRedisFailure::Share);
     // Windows that touch no time in which shares are sold beside Redis.
     let mut from = 0;
     let ends = beside.iter().map(|it| (it.from, it.until));
@@ -238,7 +269,7 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
             .filter(|it| from <= it.asked && it.answered < to)
             .copied()
             .collect();
-        if let Some(text) = worst(key, &between, &[]) {
+        if let Some(text) = worst(&plans, &between, &[]) {
             return Some(text);
         }
         from = from.max(next);
@@ -246,23 +277,18 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     if beside.is_empty() {
         return None;
     }
-    worst(key, &all, &beside)
+    worst(&plans, &all, &beside)
 }
 
 /// The window that is most above the promise, if any is. More is allowed where shares are sold `beside` Redis.
-fn worst(key: &Key, admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
+fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
     /// A token, in the time that the checker runs on: one in which tokens refill evenly.
     const TOKEN: f64 = 1e9;
-    let plans = in_force(key);
     let part = beside.iter().map(|it| it.part).fold(0.0, f64::max);
     for first in 0..plans.len() {
         for last in first..plans.len() {
             // Windows that touch no other plan.
-            let from = if first == 0 {
-                0
-            } else {
-                plans[first - 1].until
-            };
+            let from = plans[..first].iter().map(|it| it.until).max().unwrap_or(0);
             let to = plans.get(last + 1).map_or(FOREVER, |next| next.from);
             if from >= to {
                 continue;
@@ -281,7 +307,7 @@ fn worst(key: &Key, admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
             // Redis tells microseconds.
             let grain = 0.002 + rate * 2000.0;
             let allowed = (burst + slack) * (1.0 + part) + grain;
-            let clock = |at: u64| (refilled(&plans, beside, at) * TOKEN) as u64;
+            let clock = |at: u64| (refilled(plans, beside, at) * TOKEN) as u64;
             let inside = admitted
                 .iter()
                 .filter(|it| from <= it.asked && it.answered < to);
@@ -378,7 +404,7 @@ struct Bucket<'a> {
     /// Missing beyond an empty bucket, since the burst was larger. It is still missing when the burst is larger again,
     /// less what would have refilled while the bucket was full.
     beyond: f64,
-    /// Tokens that refilled since it was emptied. A larger burst that comes later is not there before.
+    /// Tokens that refilled since it was emptied, less those taken. A larger burst that comes later is not there before.
     refilled: f64,
 }
 
@@ -416,6 +442,7 @@ impl Bucket<'_> {
         let missing = (self.missing + self.beyond + cost).min(self.now().ever);
         self.missing = missing.min(self.now().most);
         self.beyond = missing - self.missing;
+        self.refilled -= cost;
     }
 
     fn empty(&mut self) {

@@ -57,6 +57,8 @@ pub(super) struct Entry {
     pub(super) key: usize,
     pub(super) replica: usize,
     pub(super) cost: u32,
+    /// Which of the key's plans its replica followed.
+    pub(super) plan: usize,
     pub(super) asked: u64,
     pub(super) answered: u64,
     pub(super) answer: Answer,
@@ -249,6 +251,7 @@ impl Stage {
             key,
             replica: index,
             cost: cost.get(),
+            plan: edit,
             asked,
             answered: now(),
             answer,

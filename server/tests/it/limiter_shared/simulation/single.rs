@@ -68,12 +68,26 @@ fn alone(
 fn several(
     replicas: usize,
     round_trip: u64,
+    limit: (u32, u32),
+    strict: bool,
+) -> (Arc<World>, Vec<Limiter>, Policies) {
+    let rosters: Vec<_> = (0..replicas).map(|_| Arc::default()).collect();
+    without_redis(OnRedisFailure::Closed, &rosters, round_trip, limit, strict)
+}
+
+/// A replica for each of the rosters, with this choice for when Redis is away.
+fn without_redis(
+    on_failure: OnRedisFailure,
+    rosters: &[Arc<Roster>],
+    round_trip: u64,
     (rpm, burst): (u32, u32),
     strict: bool,
 ) -> (Arc<World>, Vec<Limiter>, Policies) {
     let world = World::new(1, round_trip, Plant::Nothing);
-    let limiters = (0..replicas)
-        .map(|replica| {
+    let limiters = rosters
+        .iter()
+        .enumerate()
+        .map(|(replica, roster)| {
             world.links.lock().push(Link::default());
             let clock: Arc<dyn Clock> = Arc::new(SkewedClock {
                 zero: world.zero,
@@ -87,9 +101,9 @@ fn several(
                 &clock,
                 TestLedger::new(),
                 counters,
+                roster,
                 &Arc::default(),
-                &Arc::default(),
-                OnRedisFailure::Closed,
+                on_failure,
             );
             Limiter::new(store, clock)
         })
@@ -182,6 +196,67 @@ fn returns_after_late_answers_credit_no_token_twice() {
         }
     }
     assert!(over.is_empty(), "{over}");
+}
+
+/// A stall that ends before the replica that was asked for nothing has noticed it. The other one has, and returns by
+/// itself: what it sold without Redis, Redis would not know of.
+#[test]
+fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
+    let (rpm, burst) = (6000, 100);
+    let (mut over, mut served_on) = (String::new(), 0);
+    for strict in [true, false] {
+        for stall in (220..520).step_by(20) {
+            let (admitted, took) = paused(async {
+                let rosters: Vec<Arc<Roster>> = (0..2).map(|_| Arc::default()).collect();
+                let (world, limiters, policies) =
+                    without_redis(OnRedisFailure::Share, &rosters, 2, (rpm, burst), strict);
+                let of = NonZeroU64::new(2).unwrap();
+                let zero = world.zero;
+                tokio::spawn(async move {
+                    loop {
+                        for (rank, roster) in (0..).zip(&rosters) {
+                            roster.confirm(
+                                Place { rank, of },
+                                u64::try_from(zero.elapsed().as_nanos()).unwrap(),
+                            );
+                        }
+                        sleep(Duration::from_secs(1)).await;
+                    }
+                });
+                sleep(Duration::from_secs(12)).await;
+                let begin = Instant::now();
+                let first = crowd(&limiters[0], &policies, burst).await;
+                assert_eq!(first, burst);
+                world.stalled.send_replace(true);
+                let mut requests = JoinSet::new();
+                for ms in (0..stall + 800).step_by(5) {
+                    if ms >= stall {
+                        world.stalled.send_replace(false);
+                    }
+                    for limiter in &limiters[..if ms < stall { 1 } else { 2 }] {
+                        let (limiter, policies) = (limiter.clone(), policies.clone());
+                        requests.spawn(async move { crowd(&limiter, &policies, 2).await });
+                    }
+                    sleep(Duration::from_millis(5)).await;
+                }
+                let rest: u32 = requests.join_all().await.into_iter().sum();
+                (first + rest, begin.elapsed())
+            });
+            let slack = if strict { 0 } else { 100 };
+            let rate = u128::from(rpm) / 60;
+            let allowed = u128::from(burst) + rate * (took.as_millis() + slack) / 1000 + 1;
+            served_on += u32::from(u128::from(admitted - burst) > rate * 700 / 1000);
+            if u128::from(admitted) > allowed {
+                let _ = writeln!(
+                    over,
+                    "{admitted} admitted within {took:?}, {allowed} promised; strict: {strict}, a stall of {stall} ms"
+                );
+            }
+        }
+    }
+    assert!(over.is_empty(), "{over}");
+    // After the longer ones a new epoch begins, and every bucket is empty at first.
+    assert!(served_on > 10, "served on after {served_on} of 30 stalls");
 }
 
 fn a_cell(limiter: &Limiter) -> Arc<KeyCell> {
