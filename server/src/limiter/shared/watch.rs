@@ -34,7 +34,8 @@ impl Inner {
     /// four times [`DOUBT_EVERY`] later. An outage that ends just before is over for the first replica with its next
     /// probe. Each of these calls may take a deadline, and whoever gives up first has waited for one too.
     pub(super) fn noticed_by_all(&self) -> u64 {
-        nanos(BEAT_EVERY + 4 * DOUBT_EVERY + PROBE_EVERY - SILENCE + 4 * self.settings.deadline)
+        let until_noticed = BEAT_EVERY + 4 * DOUBT_EVERY + PROBE_EVERY;
+        nanos(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
     }
 }
 
