@@ -37,7 +37,10 @@ use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::sync::{Semaphore, watch};
 
-use crate::{clock::Clock, telemetry::metrics::Metrics};
+use crate::{
+    clock::{self, Clock},
+    telemetry::metrics::Metrics,
+};
 
 /// How long a loaded entry is valid without the poll.
 const TTL: u64 = 1_000_000_000;
@@ -235,7 +238,7 @@ where
                 next_load: AtomicU64::new(0),
                 freshness,
                 metrics,
-                grace: u64::try_from(grace.as_nanos()).unwrap_or(u64::MAX),
+                grace: clock::nanos(grace),
                 background: Arc::new(Semaphore::new(BACKGROUND_LOADS)),
             }),
         }

@@ -13,6 +13,8 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use governor::nanos::Nanos;
+
 /// Nanoseconds since the Unix epoch (1970-01-01T00:00:00Z), up to the year 2554.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct UnixNanos(pub u64);
@@ -42,6 +44,11 @@ impl UnixNanos {
     }
 }
 
+/// Returns a duration in nanoseconds, at most 584 years.
+pub fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// A source of time.
 pub trait Clock: Debug + Send + Sync + 'static {
     /// Returns calendar time. It may stand still or go back.
@@ -49,6 +56,18 @@ pub trait Clock: Debug + Send + Sync + 'static {
 
     /// Returns nanoseconds since an arbitrary start in this process. Never goes back.
     fn monotonic(&self) -> u64;
+}
+
+/// A [`Clock`] for the `governor` crate, which uses monotonic time.
+#[derive(Debug, Clone)]
+pub struct GovernorClock(pub Arc<dyn Clock>);
+
+impl governor::clock::Clock for GovernorClock {
+    type Instant = Nanos;
+
+    fn now(&self) -> Nanos {
+        Nanos::new(self.0.monotonic())
+    }
 }
 
 /// The clocks of the operating system.
@@ -81,11 +100,11 @@ impl Clock for SystemClock {
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
-        UnixNanos(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+        UnixNanos(nanos(since))
     }
 
     fn monotonic(&self) -> u64 {
-        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        nanos(self.start.elapsed())
     }
 }
 
@@ -113,9 +132,8 @@ impl TestClock {
 
     /// Moves both clocks forward.
     pub fn advance(&self, by: Duration) {
-        let nanos = u64::try_from(by.as_nanos()).expect("less than 584 years");
-        self.time.now.fetch_add(nanos, Ordering::SeqCst);
-        self.time.monotonic.fetch_add(nanos, Ordering::SeqCst);
+        self.time.now.fetch_add(nanos(by), Ordering::SeqCst);
+        self.time.monotonic.fetch_add(nanos(by), Ordering::SeqCst);
     }
 
     /// Sets calendar time only, forward or back, as NTP or an operator may.

@@ -4,6 +4,7 @@ pub mod api;
 pub mod auth;
 pub mod authenticated;
 pub mod cache;
+pub mod client_guard;
 pub mod clock;
 pub mod config;
 pub mod db;

@@ -20,6 +20,7 @@ use crate::{
         token::Signer,
     },
     cache::Freshness,
+    client_guard::ClientRateLimiter,
     clock::Clock,
     config::Config,
     db::{Db, DbError, Lane},
@@ -28,8 +29,8 @@ use crate::{
         KeyStore, ledger::PostgresLedger, lookups::Lookups, shared::SharedKeys, usage::LastUsed,
     },
     limiter::{
-        ClientRateLimiter, DistributedSettings, DistributedStore, KeyTableSettings, LimitStore,
-        Limiter, LocalStore, Membership, RedisCounters,
+        DistributedSettings, DistributedStore, KeyTableSettings, LimitStore, Limiter, LocalStore,
+        Membership, RedisCounters,
     },
     metering::Metering,
     readiness::ReadinessProbe,

@@ -4,7 +4,7 @@ use poem::{Endpoint, Middleware, Request, Result};
 
 use super::{problem::ApiError, request_context::RequestContext};
 use crate::{
-    limiter::{ClientNetwork, ClientRateLimiter},
+    client_guard::{ClientNetwork, ClientRateLimiter},
     state::{AppState, Services},
 };
 

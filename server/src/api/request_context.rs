@@ -12,9 +12,9 @@ use quota_common::TenantId;
 use super::problem::ApiError;
 use crate::{
     authenticated::Authenticated,
+    client_guard::ClientNetwork,
     clock::UnixNanos,
     keys::{KeyRecord, Source},
-    limiter::ClientNetwork,
     state::AppState,
     telemetry::log::AccessLine,
 };

@@ -28,7 +28,7 @@ use redis::Value;
 pub use self::attempt::{Attempt, Judgment};
 use super::device::DeviceId;
 use crate::{
-    clock::Clock,
+    clock::{self, Clock},
     redis::{Redis, Script},
     telemetry::metrics::Metrics,
 };
@@ -384,7 +384,7 @@ impl Attempts {
             } else {
                 Duration::ZERO
             };
-            let wait = u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX);
+            let wait = clock::nanos(wait);
             let count = Count {
                 tries,
                 at: now,

@@ -21,9 +21,9 @@ use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
     cache::{Freshness, Unconfirmed},
+    client_guard::ClientNetwork,
     config::Config,
     db::{self, Db, DbError, Lane},
-    limiter::ClientNetwork,
     repo::{api_key, api_key::KeyFacts, service_token},
     secret_text::Hash,
     telemetry::metrics::Metrics,

@@ -1,45 +1,45 @@
-//! The answer of the limiter: admitted, or denied by which policies and until when.
+//! A decision: allowed, or denied by certain policies until a certain time.
 //!
-//! A plain value, `Copy`, made without an allocation. Owns the facts that headers and bodies are written
-//! from; knows nothing of HTTP, so it rounds nothing and names no field.
+//! A plain `Copy` value. It contains everything that headers and bodies report, but does not know HTTP and does not
+//! round.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
 use super::policy::{Policy, PolicySet};
 use crate::clock::UnixNanos;
 
-/// Admitted or denied. A denial took nothing from any policy.
+/// Allowed or denied. A denial consumes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// The cost was taken from every policy.
     Allowed,
     Denied {
-        /// Every policy that stood in the way. Empty only if the decision is degraded: then this replica has no
-        /// tokens left to give, and nobody knows whether a limit was reached.
+        /// The violated policies. Empty only if the decision is degraded: this replica has no tokens left, and whether
+        /// a limit is reached is unknown.
         violated: PolicySet,
-        /// Nanoseconds after which the same request is admitted if nobody else takes anything: the longest
-        /// wait of the violated policies. `None` when no wait helps, because the cost is above a limit.
+        /// Nanoseconds after which the same request would be allowed if nothing else is taken: the longest wait of the
+        /// violated policies. `None` if the cost exceeds a limit, so that it can never be allowed.
         retry_after: Option<NonZeroU64>,
     },
 }
 
-/// Where one policy stands after the decision.
+/// The state of a policy after the decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PolicyState {
     pub policy: Policy,
-    /// The burst of [`Policy::Rpm`], the quota of the current window of the others.
+    /// The burst for [`Policy::Rpm`], otherwise the quota of the current window.
     pub limit: u64,
-    /// How many requests of cost 1 are left now.
+    /// Requests of cost 1 that are left now.
     pub remaining: u64,
-    /// When all of `limit` is there again: the bucket full, the next day or month begun.
+    /// When all of `limit` is available again: when the bucket is full, or the next day or month begins.
     pub reset_at: UnixNanos,
-    /// Whole seconds of the window, if a change of time zone made it shorter than its day or month.
+    /// Length of the window in seconds, if a change of time zone made it shorter than its day or month.
     pub shortened_to: Option<NonZeroU32>,
 }
 
 impl PolicyState {
-    /// Whether `self` is nearer its end than `other`: the smaller share of its limit left, and with equal
-    /// shares the one that stays short for longer.
+    /// Returns whether `self` is closer to exhaustion than `other`: a smaller share of its limit is left or, if equal,
+    /// it resets later.
     fn is_nearer_exhaustion(self, other: Self) -> bool {
         let mine = u128::from(self.remaining) * u128::from(other.limit);
         let theirs = u128::from(other.remaining) * u128::from(self.limit);
@@ -47,18 +47,18 @@ impl PolicyState {
     }
 }
 
-/// The answer to one request.
+/// The decision about one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Decision {
-    /// The time it was decided at.
+    /// When it was made.
     pub at: UnixNanos,
     pub outcome: Outcome,
-    /// The sustained rate a minute; its burst is `rate.limit`.
+    /// The sustained rate per minute. The burst is `rate.limit`.
     pub rpm: NonZeroU32,
     pub rate: PolicyState,
     pub daily: Option<PolicyState>,
     pub monthly: Option<PolicyState>,
-    /// The shared counters could not be asked; this replica decided by its own share.
+    /// This replica decided without the shared counters.
     pub degraded: bool,
 }
 
@@ -75,7 +75,7 @@ impl Decision {
         }
     }
 
-    /// Nanoseconds until the same request is admitted; `None` when it was, or never will be.
+    /// Returns nanoseconds until the same request would be allowed. `None` if it was, or never will be.
     pub fn retry_after(&self) -> Option<u64> {
         match self.outcome {
             Outcome::Allowed => None,
@@ -83,20 +83,20 @@ impl Decision {
         }
     }
 
-    /// [`retry_after`](Self::retry_after) in whole seconds, rounded up, at least 1.
+    /// Returns [`retry_after`](Self::retry_after) in seconds, rounded up, at least 1.
     pub fn retry_after_secs(&self) -> Option<u64> {
         self.retry_after()
             .map(|nanos| nanos.div_ceil(1_000_000_000).max(1))
     }
 
-    /// Every policy the key has, in the order of [`Policy::ALL`].
+    /// Returns the states of the key's policies, in the order of [`Policy::ALL`].
     pub fn states(&self) -> impl Iterator<Item = PolicyState> {
         [Some(self.rate), self.daily, self.monthly]
             .into_iter()
             .flatten()
     }
 
-    /// The policy nearest exhaustion; of a denial, among those that denied.
+    /// Returns the policy closest to exhaustion. For a denial, one of the violated policies.
     pub fn nearest(&self) -> PolicyState {
         let violated = self.violated();
         let mut nearest = None::<PolicyState>;
@@ -109,7 +109,7 @@ impl Decision {
         nearest.unwrap_or(self.rate)
     }
 
-    /// Whole seconds from the decision until `state` is reset, rounded up.
+    /// Returns seconds from the decision until `state` resets, rounded up.
     pub fn seconds_to_reset(&self, state: PolicyState) -> u64 {
         state
             .reset_at
@@ -145,20 +145,20 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_share_left_is_nearest() {
+    fn smallest_remaining_share_is_closest_to_exhaustion() {
         let mut decision = decision(Outcome::Allowed);
         assert_eq!(decision.nearest().policy, Policy::Rpm);
         assert_eq!(decision.seconds_to_reset(decision.rate), 19);
         decision.monthly = Some(state(Policy::Monthly, 1_000_000, 500, 1 << 51));
         assert_eq!(decision.nearest().policy, Policy::Monthly);
-        // Of two that are used up, the one that stays so for longer.
+        // Of two exhausted policies, the one that resets later.
         decision.daily = Some(state(Policy::Daily, 50_000, 0, 1 << 50));
         decision.monthly = Some(state(Policy::Monthly, 1_000_000, 0, 1 << 51));
         assert_eq!(decision.nearest().policy, Policy::Monthly);
     }
 
     #[test]
-    fn a_denial_shows_a_policy_that_denied() {
+    fn denial_reports_a_violated_policy() {
         let mut decision = decision(Outcome::Denied {
             violated: PolicySet::EMPTY.with(Policy::Daily),
             retry_after: NonZeroU64::new(1),

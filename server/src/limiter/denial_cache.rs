@@ -1,20 +1,15 @@
-//! What this replica refuses by itself, in front of a store that is elsewhere.
+//! Denials that a replica remembers, in front of a remote store, so that repeating them costs no round trip.
 //!
-//! Owns the `governor` limiter of a key and the memory of its denials. Knows no store and no HTTP. Depends on nothing that
-//! can be down.
+//! Two things deny here: a `governor` limiter with the plan's whole rate, and the store's last denial, until one of its
+//! facts or the plan changes. Both only repeat what the store would say. A denial here consumes nothing anywhere, and a
+//! denial by the store must consume nothing here. So `governor` gets a state store that reports what would happen
+//! without changing anything, and only what the store allowed is charged to it. (Charging first and refunding later is
+//! not equivalent: the bucket may have been full in between, and a refund would then credit tokens that nobody took.)
 //!
-//! A denial should not cost a round trip. Two things refuse here: a `governor` limiter
-//! that holds this replica to the plan's whole rate, and the memory of the store's last denial until one of
-//! its facts changes or the plan does. Both only ever repeat what the store would say, so a denial here takes nothing
-//! anywhere; and a denial by the store must take nothing here. That is arranged by looking first and charging
-//! later: the state store given to `governor` answers what would happen and keeps what is, and only what the
-//! store admitted is charged to it. (Admitting and refunding is not the same: between the two the bucket may
-//! have been full, and a refund would credit what was never taken from anybody.)
+//! In front of the local store this would only add cost: its numbers are in the same handle. So the limiter skips it if
+//! [`LimitStore::is_local`].
 //!
-//! In front of the *memory* store this could only cost: the same numbers lie in the same handle, one lock and a
-//! few additions away. So the limiter passes it by where [`LimitStore::is_local`] says so.
-//!
-//! It runs on the monotonic clock: a calendar set back must not lock anybody out.
+//! Uses monotonic time: setting the calendar back must not lock anyone out.
 //!
 //! [`LimitStore::is_local`]: super::store::LimitStore::is_local
 
@@ -37,27 +32,16 @@ use parking_lot::Mutex;
 
 use super::{
     decision::{Decision, Outcome, PolicyState},
-    policy::{Policies, Policy, PolicySet, RatePolicy},
+    limits::Policies,
+    policy::{Policy, PolicySet, RatePolicy},
     rate::gcra::{Gcra, Verdict},
 };
-use crate::clock::{Clock, UnixNanos};
+use crate::clock::{Clock, GovernorClock, UnixNanos};
 
-/// Our clock as `governor` reads one.
-#[derive(Debug, Clone)]
-pub(super) struct Monotonic(pub(super) Arc<dyn Clock>);
-
-impl governor::clock::Clock for Monotonic {
-    type Instant = Nanos;
-
-    fn now(&self) -> Nanos {
-        Nanos::new(self.0.monotonic())
-    }
-}
-
-/// `rate` as `governor` reads it, with the interval rounded up as ours is.
+/// Converts a rate for `governor`, with the interval rounded up as in [`Gcra`].
 fn governor_quota(rate: RatePolicy) -> Quota {
     let gcra = Gcra::new(rate);
-    // Cut as `Gcra` cuts it: governor multiplies unchecked.
+    // Limited as in `Gcra`: governor does not check for overflow.
     let burst = (gcra.tau() / gcra.emission()).max(1);
     let burst = u32::try_from(burst)
         .ok()
@@ -68,7 +52,7 @@ fn governor_quota(rate: RatePolicy) -> Quota {
         .allow_burst(burst)
 }
 
-/// A state that `governor` may look at and not change: the TAT, in nanoseconds since the limiter was made.
+/// A state that `governor` can read but not change: the TAT, in nanoseconds since the limiter was created.
 #[derive(Debug, Clone, Default)]
 struct SharedTat(Arc<AtomicU64>);
 
@@ -84,7 +68,7 @@ impl StateStore for SharedTat {
     }
 }
 
-/// One key's local limiter and memory of denials. Empty until the first decision of a remote store.
+/// A key's denial cache. Empty until the first decision of a remote store.
 #[derive(Debug, Default)]
 pub(super) struct DenialCache(Mutex<Option<Box<LocalBucket>>>);
 
@@ -92,31 +76,31 @@ pub(super) struct DenialCache(Mutex<Option<Box<LocalBucket>>>);
 struct LocalBucket {
     fingerprint: u64,
     gcra: Gcra,
-    limiter: RateLimiter<NotKeyed, SharedTat, Monotonic, NoOpMiddleware<Nanos>>,
+    limiter: RateLimiter<NotKeyed, SharedTat, GovernorClock, NoOpMiddleware<Nanos>>,
     tat: SharedTat,
-    /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was made smaller.
+    /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was lowered.
     beyond: u64,
     /// When tokens were last charged, or the plan was edited, since the limiter's zero.
     used_at: u64,
-    /// Some of what is charged was admitted without the store.
+    /// Some charged requests were allowed without the store.
     degraded: bool,
-    /// The limiter's zero, on the monotonic clock.
+    /// The limiter's zero, in monotonic time.
     start: u64,
-    /// What the store last said, and what it admitted since.
+    /// The store's last decision.
     last: Option<Decision>,
     denied: Option<Denied>,
 }
 
-/// How long a denial by a quota is believed, in nanoseconds: somebody may give tokens back.
+/// For how many nanoseconds a denial by a quota is trusted. Other replicas may return tokens.
 const QUOTA_DENIAL: u64 = 1_000_000_000;
 
-/// A denial of this cost, and what is known of its end. On the monotonic clock, since the limiter's zero.
+/// A denial of a cost, with monotonic times since the limiter's zero.
 #[derive(Debug, Clone, Copy)]
 struct Denied {
     cost: NonZeroU32,
-    /// Until then the same request gets the same answer.
+    /// Until then the same request is denied.
     believed_until: u64,
-    /// Then it is admitted.
+    /// From then on it is allowed.
     retry_at: u64,
     decision: Decision,
 }
@@ -138,7 +122,7 @@ impl Denied {
             let missing = decision.rate.reset_at.saturating_since(decision.at);
             match gcra.decide(missing, UnixNanos(0), cost) {
                 Verdict::Wait { wait } => believed = believed.min(wait.get()),
-                // The bucket has refilled while the answer was on its way.
+                // The bucket has refilled while the response was in transit.
                 Verdict::Fits { .. } => return None,
                 Verdict::NeverFits => {}
             }
@@ -161,7 +145,7 @@ impl Denied {
 impl LocalBucket {
     fn new(policies: &Policies, clock: &Arc<dyn Clock>) -> Self {
         let tat = SharedTat::default();
-        let clock = Monotonic(Arc::clone(clock));
+        let clock = GovernorClock(Arc::clone(clock));
         let start = governor::clock::Clock::now(&clock).as_u64();
         Self {
             fingerprint: policies.fingerprint(),
@@ -177,7 +161,7 @@ impl LocalBucket {
         }
     }
 
-    /// Follows edited policies: what was spent stays spent, what was known is forgotten.
+    /// Updates the state to edited policies: usage is carried over, cached decisions are dropped.
     fn follow(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();
@@ -199,7 +183,7 @@ impl LocalBucket {
         UnixNanos(clock.monotonic().saturating_sub(self.start))
     }
 
-    /// The rate as it stands here at `now`.
+    /// Returns the local state of the rate at `now`.
     fn rate(&self, policies: &Policies, elapsed: UnixNanos, now: UnixNanos) -> PolicyState {
         let tat = self.tat.0.load(Ordering::Acquire);
         PolicyState {
@@ -220,7 +204,7 @@ impl LocalBucket {
         let Outcome::Denied { violated, .. } = decision.outcome else {
             return None;
         };
-        // The bucket has filled on meanwhile.
+        // The bucket has refilled in the meantime.
         let full_in = decision.rate.reset_at.saturating_since(now);
         decision.rate.remaining = self.gcra.remaining(full_in, UnixNanos(0));
         decision.rate.reset_at = now.saturating_add(full_in);
@@ -239,7 +223,7 @@ impl LocalBucket {
         elapsed: UnixNanos,
         now: UnixNanos,
     ) -> Option<Decision> {
-        // After an edit the store is the first to speak. A cost above the burst is for it to word.
+        // After an edit the store decides first. It also reports costs above the burst.
         let last = self.last?;
         let until = self.limiter.check_n(cost).ok()?.err()?;
         let wait = until.earliest_possible().as_u64();
@@ -256,7 +240,7 @@ impl LocalBucket {
                 Policy::Daily => last.daily?,
                 _ => last.monthly?,
             };
-            // Of a window that has ended nothing is known, and only the store can word what never fits.
+            // Windows that have ended do not count, and the store reports costs above the quota.
             let left = NonZeroU64::new(known.reset_at.saturating_since(now))?;
             if u64::from(cost.get()) > limit.get() {
                 return None;
@@ -283,7 +267,7 @@ impl LocalBucket {
 }
 
 impl DenialCache {
-    /// A denial that needs no store, if this replica knows one.
+    /// Returns a denial if one is known without the store.
     pub(super) fn find(
         &self,
         policies: &Policies,
@@ -299,9 +283,9 @@ impl DenialCache {
             .or_else(|| known.over_rate(policies, cost, elapsed, now))
     }
 
-    /// Records what the store decided. A denial by the rate is remembered for `rate_memory` nanoseconds at most. The
-    /// store decided some time after it was `asked`: what was spent has been refilling since then at the most, and
-    /// nothing must be refused here that the store would admit.
+    /// Records a decision of the store. A denial by the rate is cached for `rate_memory` nanoseconds at most. The store
+    /// decided after it was called, so usage has been refilling since the call at most. Nothing may be denied here that
+    /// the store would allow.
     pub(super) fn record(
         &self,
         policies: &Policies,
@@ -330,7 +314,7 @@ impl DenialCache {
                     .0
                     .store(tat.saturating_add(price), Ordering::Release);
             }
-            // What was decided without the store says nothing of what the store would.
+            // A decision without the store does not show what the store would decide.
             Outcome::Denied { .. } if decision.degraded => known.denied = None,
             Outcome::Denied { .. } => {
                 known.denied = Denied::new(known.gcra, cost, elapsed, decision, rate_memory());

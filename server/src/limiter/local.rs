@@ -1,6 +1,6 @@
-//! The store of a single replica: buckets in this process, calendar quotas in blocks from a ledger.
+//! The store of a single replica: buckets in memory, and calendar quotas in blocks from the ledger.
 //!
-//! Uses the bucket in the key's handle. The keys handle a ledger that is down.
+//! The key table handles failures of the ledger.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -9,17 +9,20 @@ use quota_common::id::{ApiKeyId, TenantId};
 
 use super::{
     decision::{Decision, Outcome},
+    error::LimiterError,
     key::{
+        handle::KeyHandle,
+        ledger_calls::Drained,
         state::{MissingBlocks, OnUnknown},
         table::{KeyTable, KeyTableSettings},
     },
-    policy::Policies,
-    quota::block::QuotaLedger,
-    store::{Drained, KeyHandle, LimitStore, LimiterError},
+    limits::Policies,
+    quota::ledger::QuotaLedger,
+    store::LimitStore,
 };
 use crate::clock::Clock;
 
-/// Limits in this process's memory.
+/// Limits in memory.
 #[derive(Debug)]
 pub struct LocalStore {
     keys: KeyTable,
@@ -36,7 +39,7 @@ impl LocalStore {
         })
     }
 
-    /// Returns how many keys there are.
+    /// Returns the number of keys.
     pub fn len(&self) -> usize {
         self.keys.len()
     }
@@ -45,7 +48,7 @@ impl LocalStore {
         self.len() == 0
     }
 
-    /// Decides with what is held, and starts the follow-up work.
+    /// Decides with local tokens, and starts the follow-up work.
     #[inline]
     fn attempt(
         &self,

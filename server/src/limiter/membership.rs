@@ -1,13 +1,13 @@
-//! The number of replicas, and this replica's place among them.
+//! The number of replicas, and this replica's slot among them.
 //!
-//! Owns the last count and for how long it may be believed. Does not count: a job does, in PostgreSQL, so that the
-//! count is available when the counters are not.
+//! Owns the last count and decides how long to trust it. Does not count: a job does, in PostgreSQL, so that a count is
+//! available when the shared counters are not.
 //!
-//! **The shares of all replicas never exceed the whole**, although each follows a count of its own that may be old. A
-//! replica acts only on a count that began within [`BELIEVED`], and not before it has been counted itself for
-//! [`SETTLED`], which is longer. So every count that any replica acts on includes every replica that acts: its divisor
-//! is no smaller than their number, and its rank no lower than its place among them. The others stop counting a replica
-//! only after [`FORGOTTEN`], when it has long stopped acting.
+//! **The shares of all replicas never exceed the whole**, although each replica uses its own count, which may be old. A
+//! replica acts only on a count that began within [`BELIEVED`], and only after it has been counted itself for
+//! [`SETTLED`], which is longer. So every count that a replica acts on includes all replicas that act: its divisor is
+//! not smaller than their number, and its rank is not lower than its position among them. Others stop counting a
+//! replica only after [`FORGOTTEN`], long after it has stopped acting.
 
 use std::{
     num::NonZeroU64,
@@ -17,11 +17,13 @@ use std::{
 
 use parking_lot::Mutex;
 
-/// How long a count is believed.
+use crate::clock::nanos;
+
+/// How long a count is trusted.
 pub const BELIEVED: Duration = Duration::from_secs(7);
-/// After how long without a sign of life a replica is no longer counted. Longer than it believes itself counted.
+/// How long after its last heartbeat a replica is no longer counted. Longer than it trusts a count that includes it.
 pub const FORGOTTEN: Duration = Duration::from_secs(10);
-/// How long a replica has been counted before it takes a share: until no count without it is believed any more.
+/// How long a replica must have been counted before it takes a share: until counts without it are no longer trusted.
 pub const SETTLED: Duration = Duration::from_secs(8);
 /// How often replicas are counted.
 pub const COUNTED_EVERY: Duration = Duration::from_secs(1);
@@ -31,10 +33,10 @@ const _: () = assert!(
     "a replica that is not counted by all others must not take a share"
 );
 
-/// The most replicas that blocks of a quota are sized for.
+/// The maximum number of replicas that blocks are sized for.
 const REPLICAS_MAX: u64 = 1000;
 
-/// A replica's place among all.
+/// A replica's position among all replicas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReplicaSlot {
     /// From zero.
@@ -45,8 +47,8 @@ pub struct ReplicaSlot {
 #[derive(Debug, Clone, Copy)]
 struct Counted {
     slot: ReplicaSlot,
-    /// On the monotonic clock: when the first count that included this replica was complete, when the first count with
-    /// this slot was, and when the latest count began.
+    /// Monotonic times: when the first count that included this replica ended, when the first count with this slot
+    /// ended, and when the latest count began.
     joined: u64,
     since: u64,
     confirmed: u64,
@@ -69,15 +71,15 @@ impl Default for Membership {
 }
 
 impl Membership {
-    /// A count at `now` found this replica at `slot`.
+    /// Records a count at `now` that found this replica in `slot`.
     pub fn confirm(&self, slot: ReplicaSlot, now: u64) {
         self.confirm_count(slot, now, now);
     }
 
-    /// A count that `began` and `ended` at these times found this replica at `slot`.
+    /// Records a count that found this replica in `slot`, with its beginning and end.
     ///
-    /// It is as old as its beginning. Its result is in force from its end on: until then this replica acted on the one
-    /// before, and the others may have counted without this one.
+    /// Its age is measured from its beginning. It takes effect at its end: until then this replica acted on the
+    /// previous count, and others may not have included this replica.
     pub fn confirm_count(&self, slot: ReplicaSlot, began: u64, ended: u64) {
         let mut counted = self.counted.lock();
         *counted = Some(match *counted {
@@ -91,7 +93,7 @@ impl Membership {
                 confirmed: began,
                 ..before
             },
-            // The first count, or the first after so long that the others may have forgotten this replica.
+            // The first count, or the first after others may have stopped counting this replica.
             _ => Counted {
                 slot,
                 joined: ended,
@@ -103,23 +105,19 @@ impl Membership {
             .store(slot.of.get().min(REPLICAS_MAX), Ordering::Relaxed);
     }
 
-    /// Returns the number of replicas last counted. At least 1.
+    /// Returns the number of replicas in the last count, at least 1.
     #[inline]
     pub fn replica_count(&self) -> u64 {
         self.replica_count.load(Ordering::Relaxed)
     }
 
-    /// This replica's slot and since when it has it. `None` while it must not act on one.
+    /// Returns this replica's slot and since when it has it. `None` while it must not act on a slot.
     pub(super) fn slot(&self, now: u64) -> Option<(ReplicaSlot, u64)> {
         let counted = (*self.counted.lock())?;
         let settled = now.saturating_sub(counted.joined) >= nanos(SETTLED);
         let believed = now.saturating_sub(counted.confirmed) < nanos(BELIEVED);
         (settled && believed).then_some((counted.slot, counted.since))
     }
-}
-
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -136,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_acted_on_when_settled_and_while_confirmed() {
+    fn slot_is_used_when_settled_and_while_confirmed() {
         let membership = Membership::default();
         assert_eq!(membership.replica_count(), 1);
         assert_eq!(membership.slot(0), None);
@@ -153,7 +151,7 @@ mod tests {
         assert_eq!(membership.slot(9 * SECOND), Some((slot(1, 2), SECOND)));
         assert!(membership.slot(15 * SECOND).is_some());
         assert_eq!(membership.slot(16 * SECOND), None, "it is not confirmed");
-        // Back after so long, it must settle again.
+        // After such a gap it must settle again.
         for second in 17..25 {
             membership.confirm(slot(1, 2), second * SECOND);
             assert_eq!(membership.slot(second * SECOND), None);
@@ -163,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn another_place_is_held_from_the_end_of_the_count_that_gave_it() {
+    fn new_slot_counts_from_the_end_of_its_count() {
         let membership = Membership::default();
         for second in 0..10 {
             membership.confirm(slot(1, 3), second * SECOND);
@@ -181,17 +179,17 @@ mod tests {
         );
     }
 
-    /// Replicas come, go, lose PostgreSQL and get slow answers. The replicas count as the database would have them;
-    /// what each then takes of a burst is summed up all the time.
+    /// Replicas start, stop, lose PostgreSQL and get slow responses. They count each other as in the database, and the
+    /// sum of their shares of a burst is checked all the time.
     #[test]
-    fn the_shares_of_all_replicas_never_exceed_the_whole() {
+    fn shares_of_all_replicas_never_exceed_the_whole() {
         const TICK: u64 = SECOND / 10;
         struct Replica {
             id: u32,
             membership: Membership,
             seen: Option<u64>,
             next_count: u64,
-            /// A count under way: its beginning, its end, what it found.
+            /// A count in progress: its beginning, its end and its result.
             counting: Option<(u64, u64, ReplicaSlot)>,
             cut_until: u64,
             stops: u64,
@@ -242,7 +240,7 @@ mod tests {
                         replicas[i].counting = Some((now, now + takes, slot));
                     }
                 }
-                // What is left of a count ends with its replica, which leaves no row behind or is forgotten.
+                // A count in progress ends with its replica, which deletes its row or is forgotten.
                 replicas.retain(|it| it.stops > now);
                 let acting: Vec<ReplicaSlot> = replicas
                     .iter()

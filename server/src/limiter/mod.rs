@@ -1,19 +1,20 @@
-//! The decision: may this key do this now?
+//! The limiter: may this key do this now?
 //!
-//! Owns rates, calendar quotas and what is spent of them. Knows no HTTP, no SQL, no key text: a caller brings
-//! the key's handle and its policies, both kept in the key's cached record, and gets a [`Decision`]. When the
-//! ledger of calendar quotas is down, keys without such quotas do not notice; others are served from what is in
-//! hand and then answered with an error, never admitted.
+//! Owns rates, calendar quotas and their usage. Does not know HTTP, SQL or secrets: a caller passes a key's handle and
+//! its policies, both from the key's cached record, and gets a [`Decision`]. If the ledger of calendar quotas fails,
+//! keys without such quotas are not affected. Others are served from tokens that are available locally, and then get an
+//! error. They are never admitted without a token.
 //!
 //! ```text
-//! what is in hand -> gate (remote stores only) -> store (all policies, or none) -> decision
+//! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
 //! ```
 
-mod client_guard;
 mod decision;
 mod denial_cache;
 mod distributed;
+mod error;
 mod key;
+mod limits;
 mod local;
 mod membership;
 mod policy;
@@ -26,16 +27,17 @@ use std::{num::NonZeroU32, sync::Arc};
 use quota_common::id::{ApiKeyId, TenantId};
 
 pub use self::{
-    client_guard::{ClientNetwork, ClientRateLimiter, TooManyRequests},
     decision::{Decision, Outcome, PolicyState},
-    distributed::{DistributedSettings, DistributedStore, RedisCounters},
-    key::table::KeyTableSettings,
+    distributed::{DistributedStore, RedisCounters, core::DistributedSettings},
+    error::LimiterError,
+    key::{handle::KeyHandle, ledger_calls::Drained, table::KeyTableSettings},
+    limits::Policies,
     local::LocalStore,
     membership::{COUNTED_EVERY, FORGOTTEN, Membership, ReplicaSlot},
-    policy::{Policies, Policy, PolicySet, RatePolicy},
+    policy::{Policy, PolicySet, RatePolicy},
     quota::{
-        block::{LedgerError, LedgerRow, QuotaLedger, ReturnBatch, TakeRequest, Taken},
         calendar::{QuotaWindow, UnknownZone, Window, Zone, hour_end, window, window_at},
+        ledger::{LedgerError, LedgerRow, QuotaLedger, ReturnBatch, TakeRequest, Taken},
     },
     rate::{
         counters::{
@@ -44,19 +46,19 @@ pub use self::{
         },
         gcra::{Gcra, Verdict},
     },
-    store::{Drained, KeyHandle, LimitStore, LimiterError},
+    store::LimitStore,
 };
 use crate::clock::Clock;
 
-/// How often [`Limiter::prune`] is to be called.
+/// How often to call [`Limiter::prune`].
 pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// Decides requests by a store. Cheap to clone.
+/// Decides requests with a store. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Limiter {
     store: Arc<dyn LimitStore>,
     clock: Arc<dyn Clock>,
-    /// Of the store; asked once.
+    /// Cached property of the store.
     is_local: bool,
 }
 
@@ -69,14 +71,14 @@ impl Limiter {
         }
     }
 
-    /// The handle of a key, to be kept in its cached record. The same key gets the same handle for as long as
-    /// anybody keeps it, so a record that is loaded again finds what was spent.
+    /// Returns the handle of a key, to be kept in its cached record. As long as it is in use anywhere, the same key
+    /// gets the same handle, so a record that is loaded again finds its usage.
     pub fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
         self.store.handle(tenant, key)
     }
 
-    /// Decides from memory: no waiting, no allocation, one look at the clock. `None` when it would have to
-    /// wait: ask [`admit`](Self::admit).
+    /// Decides from memory, without blocking or allocating. Returns `None` if it would have to wait: then call
+    /// [`admit`](Self::admit).
     #[inline]
     pub fn try_admit(
         &self,
@@ -94,8 +96,8 @@ impl Limiter {
         Some(decision)
     }
 
-    /// Decides, waiting for the store if it must. A caller may go away while it waits: then nothing was
-    /// taken, or what was taken is spent by the key's next request.
+    /// Decides, and waits for the store if necessary. Cancel safe: tokens that a canceled call has taken are available
+    /// to the key's next request.
     pub async fn admit(
         &self,
         handle: &Arc<KeyHandle>,
@@ -129,25 +131,25 @@ impl Limiter {
             .record(policies, cost, times, decision, remembered);
     }
 
-    /// Where the key stands, by what is known here. Takes nothing, asks nobody, and reads as
-    /// [`Outcome::Allowed`]. A quota not asked for in its window yet reads as full.
+    /// Returns the key's state as far as it is known locally, with [`Outcome::Allowed`]. Consumes nothing and makes no
+    /// call. A quota that has not been fetched in its window reads as full.
     pub fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.peek(handle, policies)
     }
 
-    /// Where the key stands, with its rate by what all replicas have taken. Takes nothing; asks the shared counters, if
-    /// there are any. A quota not asked for in its window yet reads as full.
+    /// Returns the state of the key, with the rate as used by all replicas. Takes nothing. Calls the shared counters,
+    /// if there are any. A quota that was not fetched in its window yet counts as full.
     pub async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.inspect(handle, policies).await
     }
 
-    /// Call every ten seconds or so. Drops keys that cannot be told from new ones, and fetches quotas for
-    /// the next day or month ahead of need. Returns how many keys are left.
+    /// Drops keys whose state equals that of a new one, and prefetches quotas for the next day or month. Call every
+    /// [`PRUNE_EVERY`]. Returns the number of remaining keys.
     pub fn prune(&self) -> usize {
         self.store.prune()
     }
 
-    /// Gives back what is in hand and takes nothing more: after the last request, before the process ends.
+    /// Returns all unused tokens and takes no more. Call after the last request, before the process ends.
     pub async fn drain(&self) -> Drained {
         self.store.drain().await
     }

@@ -1,102 +1,42 @@
-//! What a store of limits promises, wherever it keeps the numbers.
+//! The contract of a store of limits.
 //!
-//! Owns the contract and the handle that a store creates for a key. Knows no store in particular. Without the ledger of
-//! calendar quotas, a store returns a [`LimiterError`] once the blocks it holds are spent. Without the shared
-//! counters, the plan decides: `closed` is a [`LimiterError`], `share` and `open` still admit, and mark their
-//! decisions as degraded.
+//! If the quota ledger fails, a store returns a [`LimiterError`] once the blocks it holds are spent. If the shared
+//! counters are unavailable, the plan decides: `closed` is a [`LimiterError`], while `share` and `open` still decide
+//! and mark their decisions as degraded.
 
-use std::{error::Error, num::NonZeroU32, sync::Arc};
+use std::{num::NonZeroU32, sync::Arc};
 
 use async_trait::async_trait;
-use parking_lot::Mutex;
 use quota_common::id::{ApiKeyId, TenantId};
-use tokio::sync::Notify;
 
 use super::{
-    decision::Decision, denial_cache::DenialCache, key::state::KeyState, policy::Policies,
+    decision::Decision,
+    error::LimiterError,
+    key::{handle::KeyHandle, ledger_calls::Drained},
+    limits::Policies,
 };
 
-/// Why no decision was reached. The request is not admitted, and its caller may retry.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum LimiterError {
-    /// The durable ledger of calendar quotas failed or was too slow, and no tokens were held here.
-    #[error("the quota ledger is not available")]
-    LedgerUnavailable(#[source] Arc<dyn Error + Send + Sync>),
-    /// More keys are in use at once than the store was set up to hold.
-    #[error("the limiter holds as many keys as it may")]
-    TooManyKeys,
-    /// The shared counters are away, and the plan's choice is to admit nothing then.
-    #[error("the shared counters are not available")]
-    CountersAway,
-    /// The store was drained: it takes no more blocks.
-    #[error("the limiter is shutting down")]
-    Draining,
-}
-
-/// The limiter's state of one key. Kept in the key's cached record, so that a decision looks nothing up.
-#[derive(Debug)]
-pub struct KeyHandle {
-    pub(super) tenant: TenantId,
-    pub(super) key: ApiKeyId,
-    /// What this replica knows by itself, in front of a store that is elsewhere.
-    pub(super) denials: DenialCache,
-    /// The numbers of this replica.
-    pub(super) state: Mutex<KeyState>,
-    /// Notified when a call of the ledger for this key has ended.
-    pub(super) call_ended: Notify,
-}
-
-impl KeyHandle {
-    pub(super) fn new(tenant: TenantId, key: ApiKeyId) -> Self {
-        Self {
-            tenant,
-            key,
-            denials: DenialCache::default(),
-            state: Mutex::new(KeyState::new()),
-            call_ended: Notify::new(),
-        }
-    }
-
-    pub fn tenant(&self) -> TenantId {
-        self.tenant
-    }
-
-    pub fn key(&self) -> ApiKeyId {
-        self.key
-    }
-}
-
-/// What a drain did with the unused tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Drained {
-    /// Tokens of calendar quotas that the ledger counts as unused again.
-    pub given_back: u64,
-    /// Tokens whose return the ledger has not confirmed. They stay unserved until their window ends.
-    pub lost: u64,
-}
-
-/// Where the numbers are kept.
+/// A store of limits.
 ///
-/// Every store keeps the same promise, for each key and all its policies together:
+/// Every store makes the same promises, for each key and all its policies together:
 ///
 /// - *Atomic.* The cost is taken from every policy, or from none. A denial consumes nothing.
-/// - *Rate.* In any span of `T` seconds of the store's clock, at most `burst + rpm/60 * T` is admitted (with
-///   leases, as in so much longer a span as one lives), and
-///   no less than the bucket holds is refused. A clock that stands still refills nothing; one that jumps
-///   back locks nobody out for longer than the refill of what was asked.
-/// - *Quotas.* In any calendar window at most `daily` and `monthly` are admitted, over restarts and crashes.
-///   At most one block (a hundredth, and 10,000) of a quota, and what requests were waiting for, is unserved after
-///   a crash, none after a drain. No replica keeps a block for long that others need and it does not spend. A
-///   change of time zone takes effect when the window ends (at once if nothing of it was used). The next window
-///   ends with the first day or month of the new zone, with a quota in proportion; windows never overlap.
-/// - *Edits.* A change of policies carries what was consumed over: nobody gets a fresh bucket by it.
+/// - *Rate.* In any window of `T` seconds of the store's clock, at most `burst + rpm/60 * T` is allowed (with leases,
+///   `T` plus the lease TTL), and nothing is denied that the bucket holds. A stopped clock refills nothing. A clock
+///   that is set back delays a request for no longer than its cost takes to refill.
+/// - *Quotas.* In any calendar window at most `daily` and `monthly` are allowed, across restarts and crashes. After a
+///   crash, at most one block (a hundredth of the quota, and 10,000) and what requests were waiting for is lost, after
+///   a drain nothing. No replica holds an unused block for long while others need it. A change of time zone takes
+///   effect when the window ends, or immediately if nothing of it was used. The next window ends with the first day or
+///   month of the new zone, with a quota in proportion. Windows never overlap.
+/// - *Edits.* Usage survives a change of policies: an edit never grants a new bucket or quota.
 /// - *Failure.* What cannot be decided is a [`LimiterError`], never an admission.
 #[async_trait]
 pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
-    /// The handle of a key: the same one for as long as anybody holds it or its bucket is not full.
+    /// Returns the handle of a key: the same one as long as it is in use or its bucket is not full.
     fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError>;
 
-    /// Decides without waiting, or answers `None` if it would have to.
+    /// Decides without blocking. Returns `None` if it would have to wait.
     fn try_take(
         &self,
         handle: &Arc<KeyHandle>,
@@ -104,7 +44,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         cost: NonZeroU32,
     ) -> Option<Decision>;
 
-    /// Decides, waiting for what it must. Dropping the future loses no tokens.
+    /// Decides, and waits if necessary. Dropping the future loses no tokens.
     async fn take(
         &self,
         handle: &Arc<KeyHandle>,
@@ -112,31 +52,30 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError>;
 
-    /// Where the key stands by what is known here, taking nothing.
+    /// Returns the key's state as far as it is known locally. Consumes nothing.
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision;
 
-    /// Where the key stands by what all replicas know of its rate, taking nothing. The same as [`peek`](Self::peek) where
-    /// that is known here, and where the counters do not answer in time.
+    /// Returns the state of the key, with the rate as used by all replicas. Takes nothing. The same as
+    /// [`peek`](Self::peek) if the store is local or the counters do not respond in time.
     async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.peek(handle, policies)
     }
 
-    /// Whether a decision is as cheap as a look at this replica's own memory. If so nothing is kept in front
-    /// of the store.
+    /// Returns whether a decision takes no I/O. If so, no denial cache is used in front of the store.
     fn is_local(&self) -> bool;
 
-    /// For how many nanoseconds a denial by the rate may be remembered in front of the store; `None`: until the
-    /// moment that it names. Shorter where other replicas may return tokens.
+    /// Returns for how many nanoseconds a denial by the rate may be cached. `None`: for the wait that it states.
+    /// Shorter if other replicas may return tokens.
     fn denial_memory(&self, _policies: &Policies) -> Option<u64> {
         None
     }
 
-    /// Drops unreferenced keys that cannot be told from new ones, and returns the blocks of other
-    /// unreferenced keys so that those can be dropped next time. Where other replicas share the quotas, also returns
-    /// the blocks of referenced keys that were not spent from for ten seconds. Fetches the first block of the next
-    /// day or month for keys in use. Returns how many keys are left.
+    /// Drops unreferenced keys whose state equals that of a new one. Returns the blocks of other unreferenced keys, so
+    /// that they can be dropped next time and, if other replicas share the quotas, the blocks of referenced keys that
+    /// were not used for ten seconds. Fetches the first block of the next day or month for keys in use. Returns the
+    /// number of remaining keys.
     fn prune(&self) -> usize;
 
-    /// Returns all unused tokens and takes nothing more. For the end of the process.
+    /// Returns all unused tokens and takes no more, before the process ends.
     async fn drain(&self) -> Drained;
 }

@@ -1,8 +1,12 @@
-//! Which module may import which: only from a lower rank, or from its own folder.
+//! Which module may import which: only those of a lower rank, or of its own folder, and never in a circle.
 
-use std::{fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
-/// Every module of the server, lowest rank first. `main` and `lib` are above all.
+/// Every module of the server, lowest rank first. `main` and `lib` are above all others.
 const RANKS: &[&[&str]] = &[
     &[
         "authenticated",
@@ -18,7 +22,7 @@ const RANKS: &[&[&str]] = &[
         "tenant_queue",
     ],
     &["db", "redis", "telemetry"],
-    &["cache", "limiter", "readiness", "repo"],
+    &["cache", "client_guard", "limiter", "readiness", "repo"],
     &["invalidations"],
     &["auth", "keys"],
     &["metering"],
@@ -29,8 +33,23 @@ const RANKS: &[&[&str]] = &[
     &["commands", "lib", "main"],
 ];
 
-/// Crates and modules that the modules of a folder must not name, regardless of rank.
-const FOREIGN: &[(&str, &[&str])] = &[
+/// Folders whose modules have ranks among themselves, lowest first.
+const INNER_RANKS: &[(&str, &[&[&str]])] = &[(
+    "limiter",
+    &[
+        &["error", "membership", "policy"],
+        &["decision", "quota", "rate"],
+        &["limits"],
+        &["denial_cache"],
+        &["key"],
+        &["store"],
+        &["distributed", "local"],
+        &["mod"],
+    ],
+)];
+
+/// Crates and modules that a folder must not use, whatever its rank.
+const FORBIDDEN: &[(&str, &[&str])] = &[
     (
         "limiter",
         &[
@@ -63,11 +82,15 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("api", &["diesel", "diesel_async", "tokio_postgres"]),
 ];
 
-fn rank(module: &str) -> Option<usize> {
-    RANKS.iter().position(|modules| modules.contains(&module))
+fn rank_in(ranks: &[&[&str]], module: &str) -> Option<usize> {
+    ranks.iter().position(|modules| modules.contains(&module))
 }
 
-/// `api/plan.rs` belongs to the module `api`.
+fn rank(module: &str) -> Option<usize> {
+    rank_in(RANKS, module)
+}
+
+/// Returns the first part of a path: `api` for `api/plan.rs`.
 fn module_of(path: &str) -> &str {
     path.split('/')
         .next()
@@ -75,7 +98,8 @@ fn module_of(path: &str) -> &str {
         .trim_end_matches(".rs")
 }
 
-/// Removes line comments, which name modules too. A `//` in a string cuts off nothing that matters here.
+/// Returns the code without line comments, which name modules as well. A `//` in a string cuts its line short, which
+/// hides no import.
 fn code(source: &str) -> String {
     let lines = source
         .lines()
@@ -83,100 +107,262 @@ fn code(source: &str) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
+/// Returns the code before an inline test module.
+fn without_tests(code: &str) -> &str {
+    code.split("#[cfg(test)]\nmod tests {")
+        .next()
+        .unwrap_or_default()
+}
+
+fn is_name(c: char) -> bool {
+    c == '_' || c.is_ascii_alphanumeric()
+}
+
 fn name_at(text: &str) -> &str {
-    let end = text.find(|c: char| c != '_' && !c.is_ascii_alphanumeric());
+    let end = text.find(|c: char| !is_name(c));
     &text[..end.unwrap_or(text.len())]
 }
 
-/// Returns the first segment of every path after `crate::`, including those in groups.
+/// Adds the paths of a tree such as `a::{b, c::d}` below `prefix`. Returns what follows the tree.
+fn expand<'a>(
+    mut text: &'a str,
+    mut prefix: Vec<&'a str>,
+    paths: &mut Vec<Vec<&'a str>>,
+) -> &'a str {
+    loop {
+        text = text.trim_start();
+        if let Some(group) = text.strip_prefix('{') {
+            text = group;
+            loop {
+                text = text.trim_start();
+                if let Some(rest) = text.strip_prefix('}') {
+                    return rest;
+                }
+                let rest = expand(text, prefix.clone(), paths);
+                let end = rest.find([',', '}']).unwrap_or(rest.len());
+                if end == rest.len() {
+                    return "";
+                }
+                text = &rest[end..];
+                text = text.strip_prefix(',').unwrap_or(text);
+            }
+        }
+        let name = name_at(text);
+        text = &text[name.len()..];
+        if name.is_empty() {
+            paths.push(prefix);
+            return text;
+        }
+        prefix.push(name);
+        match text.strip_prefix("::") {
+            Some(rest) => text = rest,
+            None => {
+                paths.push(prefix);
+                return text;
+            }
+        }
+    }
+}
+
+/// Returns every path in the code that begins with `root`, also those of each import in a group.
+fn paths<'a>(code: &'a str, root: &str) -> Vec<Vec<&'a str>> {
+    let mut paths = Vec::new();
+    for (at, _) in code.match_indices(&format!("{root}::")) {
+        let before = &code[..at];
+        // `pub(in crate::limiter)` imports nothing.
+        let is_path = !before.ends_with(is_name) && !before.ends_with("::");
+        if is_path && !before.ends_with("(in ") {
+            expand(&code[at..], Vec::new(), &mut paths);
+        }
+    }
+    paths
+}
+
+/// Returns the modules that the code imports: the first name after each `crate::`.
 fn imports(code: &str) -> Vec<&str> {
-    let mut found = Vec::new();
-    for (at, _) in code.match_indices("crate::") {
-        if code[..at].ends_with(|c: char| c == '_' || c.is_ascii_alphanumeric()) {
+    let paths = paths(code, "crate");
+    paths
+        .iter()
+        .filter_map(|path| path.get(1).copied())
+        .collect()
+}
+
+/// Whether the code uses a crate: in a path, or by `use` of the crate itself.
+fn uses(code: &str, krate: &str) -> bool {
+    code.match_indices(krate).any(|(at, _)| {
+        let before = code[..at].trim_end_matches(' ');
+        let rest = &code[at + krate.len()..];
+        !code[..at].ends_with(is_name)
+            && !before.ends_with('"')
+            && (rest.starts_with("::") || (before.ends_with("use") && name_at(rest).is_empty()))
+    })
+}
+
+fn violations(path: &str, source: &str) -> Vec<String> {
+    let (code, own) = (code(source), module_of(path));
+    let Some(own_rank) = rank(own) else {
+        return vec![format!("{path}: {own} has no rank; give it one here")];
+    };
+    let mut found = BTreeSet::new();
+    for module in imports(&code) {
+        match rank(module) {
+            _ if module == own => {}
+            Some(rank) if rank < own_rank => {}
+            Some(rank) => {
+                found.insert(format!(
+                    "{path}: {own} (rank {own_rank}) imports {module} (rank {rank})"
+                ));
+            }
+            None => {
+                found.insert(format!("{path}: imports {module}, which has no rank"));
+            }
+        }
+    }
+    let forbidden = FORBIDDEN.iter().filter(|(folder, _)| *folder == own);
+    for krate in forbidden.flat_map(|(_, crates)| *crates) {
+        if uses(&code, krate) || imports(&code).contains(krate) {
+            found.insert(format!("{path}: {own} must not use {krate}"));
+        }
+    }
+    found.into_iter().collect()
+}
+
+/// Returns the module path of a file: `[limiter, key]` for `limiter/key/mod.rs`.
+fn segments(path: &str) -> Vec<&str> {
+    let mut segments = path.trim_end_matches(".rs").split('/').collect::<Vec<_>>();
+    if segments.last() == Some(&"mod") {
+        segments.pop();
+    }
+    segments
+}
+
+/// The files that each file imports from, by absolute and relative paths. A name that a module re-exports is imported
+/// from that module.
+fn graph(files: &[(String, String)]) -> BTreeMap<&str, BTreeSet<&str>> {
+    let modules = files
+        .iter()
+        .map(|(path, _)| (segments(path), path.as_str()))
+        .collect::<BTreeMap<_, _>>();
+    let mut graph = BTreeMap::new();
+    for (path, source) in files {
+        if path.ends_with("tests.rs") {
             continue;
         }
-        let rest = &code[at + "crate::".len()..];
-        let Some(group) = rest.strip_prefix('{') else {
-            found.push(name_at(rest));
-            continue;
-        };
-        let (mut depth, mut expected) = (1, true);
-        for (at, c) in group.char_indices() {
-            match c {
-                '{' => depth += 1,
-                '}' => depth -= 1,
-                ',' if depth == 1 => expected = true,
-                c if expected && !c.is_whitespace() => {
-                    found.push(name_at(&group[at..]));
-                    expected = false;
+        let own = segments(path);
+        let code = code(source);
+        let code = without_tests(&code);
+        let mut targets = BTreeSet::new();
+        for root in ["crate", "super", "self"] {
+            for import in paths(code, root) {
+                let mut target = match root {
+                    "crate" => Vec::new(),
+                    _ => own.clone(),
+                };
+                for name in import {
+                    match name {
+                        "crate" | "self" => {}
+                        "super" => {
+                            target.pop();
+                        }
+                        name => target.push(name),
+                    }
                 }
-                _ => {}
+                while !target.is_empty() && !modules.contains_key(&target) {
+                    target.pop();
+                }
+                if let Some(target) = modules.get(&target)
+                    && *target != path
+                {
+                    targets.insert(*target);
+                }
             }
-            if depth == 0 {
-                break;
+        }
+        graph.insert(path.as_str(), targets);
+    }
+    graph
+}
+
+/// Returns the files of a folder that import each other in a circle, if there are any.
+fn circle(graph: &BTreeMap<&str, BTreeSet<&str>>, folder: &str) -> Vec<String> {
+    let mut rest = graph.clone();
+    rest.retain(|path, _| path.starts_with(folder));
+    loop {
+        let known = rest.keys().copied().collect::<BTreeSet<_>>();
+        let before = rest.len();
+        rest.retain(|_, targets| targets.iter().any(|target| known.contains(target)));
+        if rest.len() == before {
+            break;
+        }
+    }
+    // What remains is in a circle, or imports from one.
+    rest.iter()
+        .map(|(path, targets)| {
+            let targets = targets.iter().filter(|target| rest.contains_key(*target));
+            format!("{path}: {targets:?}", targets = targets.collect::<Vec<_>>())
+        })
+        .collect()
+}
+
+/// Returns the imports within folders that go against [`INNER_RANKS`].
+fn inner_violations(graph: &BTreeMap<&str, BTreeSet<&str>>) -> Vec<String> {
+    let mut found = Vec::new();
+    for (folder, ranks) in INNER_RANKS {
+        let inner = |path: &str| {
+            let path = path.strip_prefix(folder)?.strip_prefix('/')?;
+            Some(module_of(path).to_owned())
+        };
+        for (path, targets) in graph {
+            let Some(own) = inner(path) else {
+                continue;
+            };
+            let Some(own_rank) = rank_in(ranks, &own) else {
+                found.push(format!(
+                    "{path}: {own} has no rank in {folder}; give it one here"
+                ));
+                continue;
+            };
+            for target in targets {
+                if let Some(module) = inner(target)
+                    && module != own
+                    && rank_in(ranks, &module).is_none_or(|rank| rank >= own_rank)
+                {
+                    found.push(format!("{path}: {own} (rank {own_rank}) imports {module}"));
+                }
             }
         }
     }
     found
 }
 
-/// Returns whether the code names a crate, in a path or in a `use`.
-fn names(code: &str, krate: &str) -> bool {
-    code.match_indices(krate).any(|(at, _)| {
-        let before = code[..at].trim_end_matches(' ');
-        let rest = &code[at + krate.len()..];
-        !code[..at].ends_with(|c: char| c == '_' || c.is_ascii_alphanumeric())
-            && !before.ends_with('"')
-            && (rest.starts_with("::") || (before.ends_with("use") && name_at(rest).is_empty()))
-    })
-}
-
-fn faults(path: &str, source: &str) -> Vec<String> {
-    let (code, own) = (code(source), module_of(path));
-    let Some(own_rank) = rank(own) else {
-        return vec![format!("{path}: {own} has no rank: give it one here")];
-    };
-    let mut faults = Vec::new();
-    for module in imports(&code) {
-        match rank(module) {
-            _ if module == own => {}
-            Some(rank) if rank < own_rank => {}
-            Some(rank) => faults.push(format!(
-                "{path}: {own} (rank {own_rank}) imports {module} (rank {rank})"
-            )),
-            None => faults.push(format!("{path}: imports {module}, which has no rank")),
-        }
-    }
-    let foreign = FOREIGN.iter().filter(|(folder, _)| *folder == own);
-    for krate in foreign.flat_map(|(_, crates)| *crates) {
-        if names(&code, krate) || imports(&code).contains(krate) {
-            faults.push(format!("{path}: {own} must not know {krate}"));
-        }
-    }
-    faults
-}
-
 fn walk(dir: &Path, root: &Path, found: &mut Vec<(String, String)>) {
-    for entry in fs::read_dir(dir).expect("the sources are there") {
-        let path = entry.expect("it is readable").path();
+    for entry in fs::read_dir(dir).expect("the directory exists") {
+        let path = entry.expect("the entry is readable").path();
         if path.is_dir() {
             walk(&path, root, found);
         } else if path.extension().is_some_and(|it| it == "rs") {
             let name = path
                 .strip_prefix(root)
-                .expect("it is in there")
+                .expect("the file is below the root")
                 .display()
                 .to_string();
-            found.push((name, fs::read_to_string(&path).expect("it is readable")));
+            found.push((
+                name,
+                fs::read_to_string(&path).expect("the file is readable"),
+            ));
         }
     }
 }
 
-#[test]
-fn module_imports_only_from_lower_ranks_or_its_own_folder() {
+fn sources() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     walk(&root, &root, &mut files);
+    files
+}
+
+#[test]
+fn modules_import_only_from_lower_ranks_or_their_own_folder() {
+    let files = sources();
     let imported: usize = files
         .iter()
         .map(|(_, source)| imports(&code(source)).len())
@@ -188,23 +374,109 @@ fn module_imports_only_from_lower_ranks_or_its_own_folder() {
     );
     let found = files
         .iter()
-        .flat_map(|(path, source)| faults(path, source))
+        .flat_map(|(path, source)| violations(path, source))
         .collect::<Vec<_>>();
     assert!(found.is_empty(), "{found:#?}");
 
-    // A leftover rank would be wrong if the name were used again for something else.
+    // A rank left behind by a deleted module would apply to a new module of the same name.
     for module in RANKS.iter().copied().flatten() {
         assert!(
             files.iter().any(|(path, _)| module_of(path) == *module),
-            "{module} is gone"
+            "{module} does not exist"
         );
     }
 }
 
 #[test]
-fn planted_violation_is_found() {
+fn limiter_modules_import_only_from_lower_ranks_and_never_in_a_circle() {
+    let files = sources();
+    let graph = graph(&files);
+    let found = inner_violations(&graph);
+    assert!(found.is_empty(), "{found:#?}");
+    let found = circle(&graph, "limiter/");
+    assert!(found.is_empty(), "{found:#?}");
+    for (folder, ranks) in INNER_RANKS {
+        for module in ranks.iter().copied().flatten() {
+            let prefix = format!("{folder}/{module}");
+            assert!(
+                files.iter().any(|(path, _)| path.starts_with(&prefix)),
+                "{prefix} does not exist"
+            );
+        }
+    }
+}
+
+#[test]
+fn planted_circles_and_inner_violations_are_found() {
+    let files = |sources: &[(&str, &str)]| {
+        let own = |text: &&str| (*text).to_owned();
+        sources
+            .iter()
+            .map(|(path, source)| (own(path), own(source)))
+            .collect::<Vec<_>>()
+    };
+    let clean = [
+        (
+            "limiter/mod.rs",
+            "pub use self::key::{state::KeyState, table::KeyTable};",
+        ),
+        ("limiter/key/mod.rs", "pub mod state; pub mod table;"),
+        (
+            "limiter/key/state.rs",
+            "use crate::limiter::{policy::Policy, rate::gcra};",
+        ),
+        (
+            "limiter/key/table.rs",
+            "use super::{state::{self, KeyState}};",
+        ),
+        (
+            "limiter/policy.rs",
+            "#[cfg(test)]\nmod tests {\n use crate::limiter::key; }",
+        ),
+        ("limiter/rate/gcra.rs", "use crate::limiter::policy::*;"),
+    ];
+    let clean_files = files(&clean);
+    let clean_graph = graph(&clean_files);
+    assert_eq!(clean_graph["limiter/key/table.rs"].len(), 1);
+    assert_eq!(inner_violations(&clean_graph), Vec::<String>::new());
+    assert_eq!(circle(&clean_graph, "limiter/"), Vec::<String>::new());
+
+    for (path, planted, circles, inner) in [
+        ("limiter/key/state.rs", "use super::table::KeyTable;", 2, 0),
+        (
+            "limiter/key/state.rs",
+            "fn f() { super::super::KeyTable::new() }",
+            3,
+            1,
+        ),
+        ("limiter/policy.rs", "use super::{key::state};", 2, 1),
+        (
+            "limiter/policy.rs",
+            "use crate::{limiter::{rate::{gcra::Gcra}}};",
+            2,
+            1,
+        ),
+        ("limiter/other.rs", "", 0, 1),
+    ] {
+        let mut all = clean.to_vec();
+        all.retain(|(known, _)| *known != path);
+        all.push((path, planted));
+        let files = files(&all);
+        let graph = graph(&files);
+        assert!(circle(&graph, "limiter/").len() >= circles, "{planted}");
+        assert_eq!(
+            circle(&graph, "limiter/").is_empty(),
+            circles == 0,
+            "{planted}"
+        );
+        assert_eq!(inner_violations(&graph).len(), inner, "{planted}");
+    }
+}
+
+#[test]
+fn planted_violations_are_found() {
     let one = |path: &str, source: &str| {
-        let found = faults(path, source);
+        let found = violations(path, source);
         assert_eq!(found.len(), 1, "{path}: {source}: {found:?}");
     };
     one("repo/plan.rs", "use crate::api::problem::ApiError;");
@@ -235,6 +507,6 @@ fn planted_violation_is_found() {
             "const A: &str = \"http://a\"; use quota_crate::api;",
         ),
     ] {
-        assert_eq!(faults(path, source), Vec::<String>::new(), "{source}");
+        assert_eq!(violations(path, source), Vec::<String>::new(), "{source}");
     }
 }

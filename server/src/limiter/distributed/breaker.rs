@@ -1,8 +1,7 @@
-//! Whether the counters of one partition answer: the breaker.
+//! The circuit breaker of a partition of the shared counters.
 //!
-//! Owns when a partition is given up and since when, and the counters' time that was last heard. Knows not
-//! how it is come back to; the store probes. Times are nanoseconds of the monotonic clock, but where they are
-//! called the counters'.
+//! Decides when an outage begins, and records the last time received from the counters. Does not probe: the store does.
+//! Times are monotonic nanoseconds, except [`CounterMicros`], which use the clock of the counters.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -11,19 +10,21 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::nanos;
-use crate::limiter::rate::counters::{CounterMicros, NEVER_HEARD};
+use crate::{
+    clock::nanos,
+    limiter::rate::counters::{CounterMicros, NEVER_HEARD},
+};
 
-/// So many failures in a row, and nothing else for so long, give a partition up. A process that was not
-/// scheduled for a moment has many failures at once, and its counters are well.
+/// This many consecutive failures, without a success for this long, open the breaker. A process that was not scheduled
+/// for a moment has many failures at once although the counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
-/// So many calls of which half fail, within so long and over at least as long as above, do too.
+/// So do this many calls of which half fail, within this time span and over at least the time above.
 const CALLS: u32 = 20;
 const SPAN: u64 = 1_000_000_000;
 
-/// Microseconds. An answer in good time that is so much older than the last one is of a clock that was set back.
+/// Microseconds. If a timely response is this much older than the last one, the clock of the counters was set back.
 const TURNED_BACK: CounterMicros = 1_000_000;
 
 /// See the module.
@@ -42,27 +43,27 @@ struct BreakerState {
     span_start: u64,
     calls: u32,
     failed: u32,
-    /// When the last answer came, whose time is `last_heard`.
+    /// When the response with the time `last_heard` arrived.
     heard_at: u64,
     heartbeat_sent_at: u64,
     outage: Outage,
 }
 
-/// A time without counters.
+/// A period without counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Outage {
-    /// Counts them; 0 is none.
+    /// The number of the outage; 0 is none.
     pub(super) number: u64,
     pub(super) since: u64,
-    /// When it began, by the counters' clock.
+    /// When it began, by the clock of the counters.
     counters_since: CounterMicros,
-    /// When the promised epoch may have started, and when the answer to the first call in it is late.
+    /// From when the promised epoch may have started until the response to the first call in it is late.
     paused: Option<(u64, u64)>,
 }
 
 impl Outage {
-    /// The counters may have started to grant, and this replica may be about to return to them: whatever it served now
-    /// would be served twice.
+    /// Returns whether the counters may have started to grant and this replica may be about to use them again. Anything
+    /// it allowed now could be allowed twice.
     pub(super) fn is_paused(self, now: u64) -> bool {
         self.paused
             .is_some_and(|(from, until)| from <= now && now < until)
@@ -83,7 +84,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// The outage that is on, if one is.
+    /// Returns the current outage, if there is one.
     #[inline]
     pub(super) fn outage(&self) -> Option<Outage> {
         if !self.away.load(Ordering::Acquire) {
@@ -101,18 +102,18 @@ impl CircuitBreaker {
         self.last_heard.load(Ordering::Relaxed)
     }
 
-    /// When the last answer came, or was last asked for to hear one.
+    /// Returns when the last response arrived or the last heartbeat was sent.
     pub(super) fn heartbeat_sent_at(&self) -> u64 {
         let inner = self.inner.lock();
         inner.heard_at.max(inner.heartbeat_sent_at)
     }
 
-    /// An answer is asked for, to hear one.
+    /// Records that a heartbeat was sent.
     pub(super) fn heartbeat_sent(&self, now: u64) {
         self.inner.lock().heartbeat_sent_at = now;
     }
 
-    /// The last call failed.
+    /// Returns whether the last call failed.
     pub(super) fn is_suspect(&self) -> bool {
         self.inner.lock().in_a_row > 0
     }
@@ -125,7 +126,7 @@ impl CircuitBreaker {
         self.used_at.load(Ordering::Relaxed)
     }
 
-    /// An answer of the counters' time `at` came in good time.
+    /// Records a timely response, with the counters' time `at`.
     pub(super) fn succeeded(&self, at: CounterMicros, now: u64) {
         let mut inner = self.inner.lock();
         inner.count(now, false);
@@ -138,8 +139,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// An answer that comes after a later one is no news: it must not make an outage seem to have begun before others
-    /// were last answered.
+    /// Ignores a response that arrives after a newer one: an outage must not seem to have begun before other replicas
+    /// got their last response.
     fn hear(&self, inner: &mut BreakerState, at: CounterMicros, now: u64) {
         if at >= self.last_heard() {
             inner.heard_at = now;
@@ -147,7 +148,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// A call failed or is late. `true`: with it the partition is given up, and somebody must see to its return.
+    /// Records a call that failed or is late. Returns `true` if this opens the breaker; the caller must start probing.
     pub(super) fn failed(&self, now: u64) -> bool {
         let mut inner = self.inner.lock();
         inner.count(now, true);
@@ -160,8 +161,8 @@ impl CircuitBreaker {
         (silent || poor) && self.go(&mut inner, now)
     }
 
-    /// The counters answered that a new epoch starts, at `start` or a little later, and that they grant nothing until
-    /// then. `true` as for [`failed`](Self::failed).
+    /// Records that the counters start a new epoch at `start` or slightly later, and grant nothing until then. Returns
+    /// the same as [`failed`](Self::failed).
     pub(super) fn is_initializing(&self, start: u64, now: u64) -> bool {
         let mut inner = self.inner.lock();
         let is_first = self.go(&mut inner, now);
@@ -169,8 +170,8 @@ impl CircuitBreaker {
         is_first
     }
 
-    /// The answer to the first call in the promised epoch is late at `until`; then this replica serves on without the
-    /// counters.
+    /// Sets when the response to the first call in the promised epoch is late. From then on this replica decides
+    /// without the counters.
     pub(super) fn paused_until(&self, until: u64) {
         if let Some((_, end)) = &mut self.inner.lock().outage.paused {
             *end = until;
@@ -191,7 +192,7 @@ impl CircuitBreaker {
         true
     }
 
-    /// The counters are back: an answer of their time `at` came in time.
+    /// Closes the breaker after a timely response, with the counters' time `at`.
     pub(super) fn returned(&self, at: CounterMicros, now: u64) {
         let mut inner = self.inner.lock();
         self.hear(&mut inner, at, now);
@@ -203,8 +204,8 @@ impl CircuitBreaker {
         self.away.store(false, Ordering::Release);
     }
 
-    /// [`NEVER_HEARD`] until the first answer, unless this replica is `alone`: others may be in an outage that it knows
-    /// nothing of. Then 0.
+    /// Returns [`NEVER_HEARD`] until the first response, unless this replica is `alone`, since others may be in an
+    /// outage that it does not know of. Otherwise 0.
     pub(super) fn never_heard(&self, alone: bool) -> CounterMicros {
         if alone || self.last_heard() > 0 {
             0
@@ -213,7 +214,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// When the outage began, by the counters' clock. When none is on, as [`never_heard`](Self::never_heard).
+    /// Returns when the outage began, by the clock of the counters. Without an outage, the same as
+    /// [`never_heard`](Self::never_heard).
     pub(super) fn away_since(&self, alone: bool) -> CounterMicros {
         let inner = self.inner.lock();
         if !self.away.load(Ordering::Acquire) {
@@ -242,7 +244,7 @@ mod tests {
     const MS: u64 = 1_000_000;
 
     #[test]
-    fn many_failures_at_one_moment_are_a_pause_of_ours() {
+    fn many_simultaneous_failures_are_a_local_pause() {
         let partition = CircuitBreaker::new(0);
         for _ in 0..FAILURES + 2 {
             assert!(!partition.failed(100 * MS));
@@ -258,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_now_and_then_does_not_help() {
+    fn occasional_success_does_not_keep_it_closed() {
         let partition = CircuitBreaker::new(0);
         let mut opened = false;
         for call in 0..CALLS {
@@ -272,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_late_answer_does_not_turn_time_back() {
+    fn late_response_does_not_turn_time_back() {
         let partition = CircuitBreaker::new(0);
         partition.succeeded(5_000_000, 100 * MS);
         partition.succeeded(4_700_000, 120 * MS);
@@ -287,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn the_outage_is_told_by_the_counters_clock() {
+    fn outage_is_reported_in_the_counters_time() {
         let partition = CircuitBreaker::new(0);
         assert_eq!(partition.away_since(true), 0);
         assert_eq!(partition.away_since(false), NEVER_HEARD);
@@ -302,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_served_while_the_answer_in_a_promised_epoch_is_awaited() {
+    fn nothing_is_allowed_while_the_response_in_a_promised_epoch_is_pending() {
         let partition = CircuitBreaker::new(0);
         assert!(partition.is_initializing(600 * MS, 10 * MS));
         let is_paused = |ms| partition.outage().unwrap().is_paused(ms * MS);

@@ -1,12 +1,12 @@
-//! Calls to the counters, and what becomes of the tokens they grant.
+//! Calls to the counters, and their outcomes.
 //!
-//! Owns the tasks that make the calls: so a request may be dropped while it waits, a late answer is still used, and no
-//! token is left behind. All requests of a key that wait at the same time share one call, which asks for the sum of
-//! what they need. A call has a deadline; requests that arrive while one is under way go with the next, so a decision
-//! waits for at most two. Only a bucket that fills up within the time of a call has several under way.
+//! Tasks make the calls, so that a request may be canceled while it waits, a late response is still used, and no token
+//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. A call has a
+//! deadline. Requests that arrive while one is in flight use the next one, so a decision waits for at most two. Only a
+//! bucket that fills up within the duration of a call has several in flight.
 //!
-//! When a call fails or is late, the requests that it was made for are told so. A late answer's tokens are
-//! held like any lease where that is allowed, and returned otherwise.
+//! If a call fails or is late, its requests are notified. The tokens of a late response are held like any lease if that
+//! is allowed, and returned otherwise.
 
 use std::{
     sync::{
@@ -18,65 +18,39 @@ use std::{
 
 use futures_util::{StreamExt as _, stream};
 use quota_common::id::ApiKeyId;
-use tokio::{runtime::Handle, sync::oneshot, time};
+use tokio::{runtime::Handle, time};
 
-use super::{StoreCore, breaker::CircuitBreaker, nanos, probe::probe_until_recovered};
+use super::{
+    breaker::CircuitBreaker,
+    core::StoreCore,
+    probe::{PROBE_EVERY, probe_until_recovered},
+};
 use crate::{
     deadline,
     limiter::{
-        key::state::KeyState,
+        key::handle::KeyHandle,
         rate::{
             counters::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
-            lease::{Demand, Lease, Terms, Unspent},
+            lease::Terms,
+            waiter::Unspent,
         },
-        store::KeyHandle,
     },
 };
 
-/// After how long a call is given up. Until then a late answer is still used.
-pub(in crate::limiter) const CALL_DEADLINE: Duration = Duration::from_secs(1);
+/// When a call is given up. Until then a late response is still used.
+pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 
-/// How long a denial by the counters may be believed where tokens are leased, in lives of a lease.
-pub(in crate::limiter) const DENIED_FOR_LEASES: u64 = 2;
+/// How long a denial by the counters is trusted if tokens are leased, in lease TTLs.
+pub(super) const DENIED_FOR_LEASES: u64 = 2;
 
-/// How many leases are returned at the same time when the process ends, and how many of these calls may fail.
+/// The number of concurrent calls that return leases when the process ends, and how many of them may fail.
 const RETURNS_AT_ONCE: usize = 256;
 const RETURNS_FAILED: u32 = 8;
-/// How long returning them may take.
+/// How long returning leases may take.
 const RETURNED_WITHIN: Duration = Duration::from_secs(4);
 
-/// What became of a request that waited for the counters.
-#[derive(Debug)]
-pub(in crate::limiter) enum FetchOutcome {
-    /// The tokens it needs.
-    Granted(GrantGuard),
-    /// The counters answered, and had too few tokens for it.
-    TooFew,
-    /// There was no answer, or none in time.
-    Unanswered,
-}
-
-/// A request that waits for the counters.
-#[derive(Debug)]
-pub(in crate::limiter) struct Waiter {
-    pub(in crate::limiter) tokens: u64,
-    outcome: oneshot::Sender<FetchOutcome>,
-}
-
-impl Waiter {
-    pub(in crate::limiter) fn new(tokens: u64) -> (Self, oneshot::Receiver<FetchOutcome>) {
-        let (outcome, receiver) = oneshot::channel();
-        (Self { tokens, outcome }, receiver)
-    }
-
-    /// The request was dropped.
-    pub(in crate::limiter) fn is_gone(&self) -> bool {
-        self.outcome.is_closed()
-    }
-}
-
-/// The answer to a call.
-enum Answer {
+/// The response to a call.
+pub(super) enum Answer {
     InTime(TakeReply),
     Late(TakeReply),
     Failed,
@@ -91,12 +65,12 @@ impl StoreCore {
         (key.0.as_u128() % self.partitions.len() as u128) as u16
     }
 
-    pub(in crate::limiter) fn partition(&self, handle: &KeyHandle) -> &CircuitBreaker {
+    pub(super) fn partition(&self, handle: &KeyHandle) -> &CircuitBreaker {
         &self.partitions[usize::from(self.partition_of(handle.key))]
     }
 
-    /// A call for a key that takes nothing and returns `back`.
-    fn call(&self, handle: &KeyHandle, terms: Terms, back: Option<Unspent>) -> TakeCall {
+    /// Returns a call for a key that takes nothing and returns `back`.
+    pub(super) fn call(&self, handle: &KeyHandle, terms: Terms, back: Option<Unspent>) -> TakeCall {
         let partition = self.partition_of(handle.key);
         let back = back.unwrap_or_default();
         TakeCall {
@@ -118,55 +92,9 @@ impl StoreCore {
         }
     }
 
-    /// Starts a call for the requests that wait, unless one is under way; with `ahead`, also when none waits.
-    pub(in crate::limiter) fn begin_fetch(
-        &self,
-        handle: &Arc<KeyHandle>,
-        state: &mut KeyState,
-        ahead: bool,
-    ) {
-        let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
-            // Whoever waits hears that there is no answer.
-            state.lease().waiting().clear();
-            return;
-        };
-        if self.partition(handle).is_away() {
-            state.lease().waiting().clear();
-            return;
-        }
-        let asked_at = self.clock.monotonic();
-        let patience = nanos(self.settings.deadline);
-        let lease = state.lease();
-        lease.expire(asked_at);
-        let times = (asked_at, self.ttl, patience);
-        let Some((terms, demand)) = lease.begin_fetch(times, ahead && !self.is_draining()) else {
-            return;
-        };
-        let Demand {
-            need,
-            waiting,
-            want,
-            requests,
-        } = demand;
-        let call = TakeCall {
-            need,
-            waiting,
-            want,
-            ..self.call(handle, terms, lease.unspent())
-        };
-        runtime.spawn(fetch(
-            inner,
-            Arc::clone(handle),
-            call,
-            terms,
-            asked_at,
-            requests,
-        ));
-    }
-
-    /// Makes a call and records its outcome. Runs `on_late` when the deadline passes, and then waits on: what a late
-    /// answer grants can be spent by other requests, or returned.
-    async fn ask_until(&self, call: TakeCall, on_late: impl FnOnce()) -> Answer {
+    /// Makes a call and records its outcome. Runs `on_late` when the deadline passes and then continues to wait: tokens
+    /// of a late response can be spent by other requests or returned.
+    pub(super) async fn ask_until(&self, call: TakeCall, on_late: impl FnOnce()) -> Answer {
         let answer = self.answer(call, on_late).await;
         match answer {
             Answer::InTime(TakeReply {
@@ -187,17 +115,14 @@ impl StoreCore {
         answer
     }
 
-    /// The same where nobody waits.
-    pub(in crate::limiter) async fn ask(&self, call: TakeCall) {
+    /// Makes a call that nobody waits for.
+    pub(super) async fn ask(&self, call: TakeCall) {
         self.ask_until(call, || ()).await;
     }
 
-    /// Returns how many nanoseconds the bucket takes to fill, by the counters. `None` if they do not answer in time.
-    pub(in crate::limiter) async fn look_up_debt(
-        &self,
-        handle: &KeyHandle,
-        terms: Terms,
-    ) -> Option<u64> {
+    /// Returns how many nanoseconds the bucket needs to fill, according to the counters. `None` if they do not respond
+    /// in time.
+    pub(super) async fn look_up_debt(&self, handle: &KeyHandle, terms: Terms) -> Option<u64> {
         if self.partition(handle).is_away() {
             return None;
         }
@@ -266,11 +191,11 @@ impl StoreCore {
         if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
             tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
-            self.probe_until_recovered(partition, super::probe::PROBE_EVERY, 0);
+            self.probe_until_recovered(partition, PROBE_EVERY, 0);
         }
     }
 
-    /// Starts probing a partition that has just been given up.
+    /// Starts probing a partition whose breaker has just opened.
     fn probe_until_recovered(&self, partition: u16, first: Duration, promised: CounterMicros) {
         self.metrics.counters_away.inc();
         if let Ok(runtime) = Handle::try_current() {
@@ -279,31 +204,19 @@ impl StoreCore {
         }
     }
 
-    /// `unspent` for a request; nothing where it only waited for the answer.
-    fn guard(&self, handle: &Arc<KeyHandle>, unspent: Unspent) -> FetchOutcome {
-        match self.me.upgrade() {
-            Some(inner) if unspent.tokens > 0 => FetchOutcome::Granted(GrantGuard {
-                inner,
-                handle: Arc::clone(handle),
-                unspent,
-            }),
-            _ => FetchOutcome::TooFew,
-        }
-    }
-
-    /// Whether no other replica can be selling what the counters do not know of. In a cluster partitions rest, and
-    /// that nobody was answered there says nothing.
-    pub(in crate::limiter) fn is_alone(&self) -> bool {
+    /// Returns whether no other replica can be granting tokens without the counters. In a cluster, partitions may be
+    /// idle, so missing responses there prove nothing.
+    pub(super) fn is_alone(&self) -> bool {
         self.partitions.len() > 1 || self.membership.replica_count() == 1
     }
 
-    pub(in crate::limiter) fn is_draining(&self) -> bool {
+    pub(super) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Returns every token that is held for later, before the process ends. Gives up on counters that do not
-    /// answer; what is not returned comes back as buckets refill.
-    pub(in crate::limiter) async fn return_leases(&self) {
+    /// Returns all tokens held for later, before the process ends. Gives up on counters that do not respond; tokens
+    /// that are not returned are lost until buckets refill.
+    pub(super) async fn return_leases(&self) {
         self.draining.store(true, Ordering::Release);
         let deadline = time::Instant::now() + RETURNED_WITHIN;
         let failures = AtomicU32::new(0);
@@ -324,7 +237,7 @@ impl StoreCore {
                     busy.push(handle);
                 }
             }
-            // Not counted against the counters' health: so many calls at a time may well be late.
+            // Does not affect the breaker: with so many concurrent calls, some may be late.
             stream::iter(calls)
                 .for_each_concurrent(RETURNS_AT_ONCE, async |call| {
                     let gave_up = failures.load(Ordering::Relaxed) >= RETURNS_FAILED;
@@ -345,7 +258,7 @@ impl StoreCore {
                 failures.store(RETURNS_FAILED, Ordering::Relaxed);
             }
         }
-        // Calls that were under way return what they were granted by themselves.
+        // Calls in flight return what they are granted by themselves.
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
         let is_busy = |handle: &Arc<KeyHandle>| {
             let mut state = handle.state.lock();
@@ -355,236 +268,4 @@ impl StoreCore {
             time::sleep(Duration::from_millis(5)).await;
         }
     }
-}
-
-/// Tokens granted to one request. They are returned unless they are [spent](Self::spend).
-#[derive(Debug)]
-pub(in crate::limiter) struct GrantGuard {
-    inner: Arc<StoreCore>,
-    handle: Arc<KeyHandle>,
-    unspent: Unspent,
-}
-
-impl GrantGuard {
-    pub(in crate::limiter) fn spend(mut self) {
-        self.unspent.tokens = 0;
-    }
-}
-
-impl Drop for GrantGuard {
-    fn drop(&mut self) {
-        if self.unspent.tokens > 0 {
-            self.handle.state.lock().lease().owe(self.unspent);
-            begin_return(&self.inner, &self.handle);
-        }
-    }
-}
-
-/// Starts returning unspent tokens, unless something that is under way will. Many that become free at the same time
-/// go back together.
-fn begin_return(inner: &Arc<StoreCore>, handle: &Arc<KeyHandle>) {
-    if let Ok(runtime) = Handle::try_current()
-        && handle.state.lock().lease().begin_return()
-    {
-        runtime.spawn(return_unspent(Arc::clone(inner), Arc::clone(handle)));
-    }
-}
-
-async fn return_unspent(inner: Arc<StoreCore>, handle: Arc<KeyHandle>) {
-    loop {
-        let call = {
-            let mut state = handle.state.lock();
-            let lease = state.lease();
-            match (lease.terms(), lease.unspent()) {
-                (Some(terms), Some(back)) => inner.call(&handle, terms, Some(back)),
-                _ => {
-                    lease.end_return();
-                    return;
-                }
-            }
-        };
-        inner.ask(call).await;
-    }
-}
-
-/// A call for tokens. However it ends, the requests that it is made for hear of it, and the next call may begin.
-struct LeaseFetch {
-    inner: Arc<StoreCore>,
-    handle: Arc<KeyHandle>,
-    call: TakeCall,
-    terms: Terms,
-    asked_at: u64,
-    requests: Vec<Waiter>,
-    /// Not late yet: no other call for this key begins.
-    active: bool,
-}
-
-impl Drop for LeaseFetch {
-    fn drop(&mut self) {
-        self.give_up();
-        self.handle.state.lock().lease().end_call();
-    }
-}
-
-impl LeaseFetch {
-    /// The call has failed or is late: its requests go on without an answer, and the next call may begin.
-    fn give_up(&mut self) {
-        self.requests.clear();
-        if std::mem::take(&mut self.active) {
-            let mut state = self.handle.state.lock();
-            state.lease().end_fetch();
-            self.inner.begin_fetch(&self.handle, &mut state, false);
-        }
-    }
-
-    /// Distributes what was granted: to the requests that the call was made for, to those that have come since, and
-    /// what is left to later ones, where they may have it. Returns whether some is left.
-    fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
-        let BucketState::Active {
-            granted,
-            debt,
-            generation,
-        } = bucket
-        else {
-            return false;
-        };
-        let grant = Unspent {
-            tokens: granted,
-            taken_at: at,
-            generation,
-        };
-        let mut outcomes = Vec::with_capacity(self.requests.len());
-        let mut state = self.handle.state.lock();
-        let now = self.inner.clock.monotonic();
-        let lease = state.lease();
-        lease.expire(now);
-        // Newer calls may have been answered before.
-        if lease.seen_at() <= self.asked_at {
-            lease.saw(debt, self.asked_at);
-        }
-        if self.active || lease.available() == 0 {
-            let expires = self.asked_at.saturating_add(self.inner.ttl);
-            lease.stock(grant, expires);
-        } else {
-            lease.owe(grant);
-        }
-        let mut refused = None::<u64>;
-        for waiter in self.requests.drain(..) {
-            if waiter.is_gone() {
-                continue;
-            }
-            let outcome = match lease.set_apart(waiter.tokens) {
-                Some(unspent) => self.inner.guard(&self.handle, unspent),
-                None => {
-                    refused = Some(refused.unwrap_or(u64::MAX).min(waiter.tokens));
-                    FetchOutcome::TooFew
-                }
-            };
-            outcomes.push((waiter, outcome));
-        }
-        // Tokens of an older plan are for the requests that they were taken for, and no others.
-        let same = lease.terms().is_some_and(|now| now.is_like(self.terms));
-        lease.expire(now);
-        if !same || !self.terms.leased || self.inner.is_draining() {
-            lease.surrender_all();
-        }
-        if same && !self.inner.is_draining() {
-            if self.active {
-                lease.served(granted, self.call.want);
-                self.hold(lease, (granted, debt), refused);
-            }
-            for waiter in std::mem::take(lease.waiting()) {
-                if waiter.tokens == 0 {
-                    lease.waiting().push(waiter);
-                } else if let Some(unspent) = lease.set_apart(waiter.tokens) {
-                    outcomes.push((waiter, self.inner.guard(&self.handle, unspent)));
-                } else if lease.held(waiter.tokens, now).is_some() {
-                    outcomes.push((waiter, FetchOutcome::TooFew));
-                } else {
-                    lease.waiting().push(waiter);
-                }
-            }
-            lease.trim();
-        }
-        let left = lease.available() > 0;
-        if std::mem::take(&mut self.active) {
-            lease.end_fetch();
-            self.inner.begin_fetch(&self.handle, &mut state, false);
-        }
-        // Tokens of a request that is gone are returned, which needs the lock.
-        drop(state);
-        for (waiter, outcome) in outcomes {
-            let _ = waiter.outcome.send(outcome);
-        }
-        left
-    }
-
-    /// When the bucket is short, requests are denied here for a while: until there are enough tokens for them, but not
-    /// for long, since other replicas may return some. An empty bucket is left to gather tokens for part of a lease's
-    /// life, in which it does not fill up, so that they are not fetched one by one.
-    ///
-    /// The time runs from when the call began. The counters decided later, but the next call takes as long to reach
-    /// them; and a bucket that fills up while an answer travels must not be waited for once more.
-    fn hold(&self, lease: &mut Lease, (granted, debt): (u64, u64), refused: Option<u64>) {
-        let call = &self.call;
-        // The counters may follow another version of the plan, whose debts are not to be measured with this one's.
-        let Some(left) = call.tau.checked_sub(debt) else {
-            return;
-        };
-        let gather = if self.terms.leased {
-            (self.inner.ttl / 2).min(call.tau / 10)
-        } else {
-            0
-        };
-        let n = match refused {
-            // What is known to be empty is not asked, unless tokens go back to it.
-            _ if !self.terms.leased && left < call.emission && !lease.owes() => 1,
-            _ if 0 < granted && granted < call.want && left < call.emission => 1,
-            Some(refused) => refused,
-            None if granted == 0 && call.want > 0 => call.need,
-            None => return,
-        };
-        let missing = n.saturating_mul(call.emission).saturating_sub(left);
-        let longest = if self.terms.leased {
-            self.inner.ttl.saturating_mul(DENIED_FOR_LEASES)
-        } else {
-            u64::MAX
-        };
-        let until = missing.max(gather).max(1).min(longest);
-        lease.hold(n, self.asked_at.saturating_add(until));
-    }
-}
-
-/// Asks for tokens, and returns in the end what is not spent of them.
-async fn fetch(
-    inner: Arc<StoreCore>,
-    handle: Arc<KeyHandle>,
-    call: TakeCall,
-    terms: Terms,
-    asked_at: u64,
-    requests: Vec<Waiter>,
-) {
-    let mut fetch = LeaseFetch {
-        inner: Arc::clone(&inner),
-        handle: Arc::clone(&handle),
-        call,
-        terms,
-        asked_at,
-        requests,
-        active: true,
-    };
-    let answer = inner.ask_until(call, || fetch.give_up()).await;
-    let left = match answer {
-        Answer::InTime(reply) | Answer::Late(reply) => fetch.distribute(reply.at, reply.state),
-        Answer::Failed => false,
-    };
-    drop(fetch);
-    if left {
-        let expires = asked_at.saturating_add(inner.ttl);
-        let left = expires.saturating_sub(inner.clock.monotonic());
-        time::sleep(Duration::from_nanos(left + 1)).await;
-        let now = inner.clock.monotonic();
-        handle.state.lock().lease().expire(now);
-    }
-    begin_return(&inner, &handle);
 }

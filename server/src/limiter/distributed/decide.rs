@@ -1,10 +1,10 @@
-//! One decision: from tokens held here, by a call to the counters, or without them.
+//! One decision: from local tokens, by a call to the counters, or without them.
 //!
-//! Owns the order of these, and that quotas and rate are taken together or not at all. Does not know how the
-//! counters are called. While they are unavailable, carries out the plan's choice.
+//! Ensures that quotas and rate are taken together or not at all. Does not know how the counters are called. While they
+//! are unavailable, applies the plan's choice.
 //!
-//! A denial names the rate as violated only when the counters said so, at most a moment ago. When there is no answer,
-//! the rate has not been shown to be exceeded: [`OnRedisFailure::Share`] then denies without naming a policy, and
+//! A denial names the rate as violated only if the counters reported it, at most a moment ago. Without a response, it
+//! is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy, and
 //! [`OnRedisFailure::Closed`] fails.
 
 use std::{
@@ -14,37 +14,42 @@ use std::{
 
 use quota_common::plan::OnRedisFailure;
 
-use super::{
-    A_MOMENT, A_SECOND, StoreCore,
-    calls::{FetchOutcome, GrantGuard, Waiter},
-};
+use super::core::StoreCore;
 use crate::{
     clock::UnixNanos,
     limiter::{
         decision::{Decision, Outcome, PolicyState},
+        error::LimiterError,
         key::{
-            ledger_calls::DemandGuard,
+            demand::DemandGuard,
+            handle::KeyHandle,
             state::{Denial, KeyState, MissingBlocks, OnUnknown},
         },
-        policy::{Policies, Policy, PolicySet},
-        rate::lease::Terms,
-        store::{KeyHandle, LimiterError},
+        limits::Policies,
+        policy::{Policy, PolicySet},
+        rate::waiter::{FetchOutcome, Grant, Waiter},
     },
 };
 
-/// What the numbers on this replica allow.
+/// The wait to report if none is known.
+const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
+
+/// The wait to report if it is known to be short.
+const A_MOMENT: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
+
+/// The outcome of deciding with the numbers on this replica.
 pub(super) enum LocalOutcome {
     Done(Decision),
     /// The quotas allow it. The rate must be taken from the counters.
     Fetch,
-    /// The quotas deny it, or it costs more than the bucket can hold. The counters are asked only so that the denial
-    /// can say where the rate stands.
+    /// The quotas deny it, or it costs more than the bucket holds. The counters are called only so that the denial can
+    /// report the state of the rate.
     Peek,
 }
 
 impl StoreCore {
-    /// Decides from the numbers on this replica, if they suffice. If the counters must be asked, first sets the quota
-    /// tokens of `demand` apart.
+    /// Decides from the numbers on this replica, if they suffice. If the counters must be called, first reserves the
+    /// quota tokens of `demand`.
     #[inline]
     pub(super) fn decide_locally(
         &self,
@@ -77,7 +82,7 @@ impl StoreCore {
             && !self.partition(handle).is_away()
         {
             let mut denial = Denial::default();
-            // Until the counters may be asked again, and until there are enough tokens for this request.
+            // Until the counters may be called again, and until there are enough tokens for this request.
             denial.add(Policy::Rpm, NonZeroU64::new(until - monotonic));
             let gcra = policies.gcra();
             let debt = lease.debt(gcra, monotonic);
@@ -102,17 +107,17 @@ impl StoreCore {
         Ok(LocalOutcome::Done(decision))
     }
 
-    /// Requests the next lease while the present one is being spent.
+    /// Requests the next lease while the current one is being spent.
     #[cold]
     fn fetch_ahead(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, policies: &Policies) {
         if !self.partition(handle).is_away() {
-            state.lease().adopt(Terms::new(policies, self.ttl));
+            state.lease().adopt(policies.terms(self.ttl));
             self.begin_fetch(handle, state, true);
         }
     }
 
-    /// Takes `tokens` from the counters, in one call with all other requests of this key that wait. Zero only
-    /// asks how full the bucket is.
+    /// Takes `tokens` from the counters, in one call with all other waiting requests of this key. Zero only reads the
+    /// state of the bucket.
     async fn fetch(
         &self,
         handle: &Arc<KeyHandle>,
@@ -126,22 +131,22 @@ impl StoreCore {
         {
             let mut state = handle.state.lock();
             let lease = state.lease();
-            lease.adopt(Terms::new(policies, self.ttl));
+            lease.adopt(policies.terms(self.ttl));
             lease.wait(waiter);
             self.begin_fetch(handle, &mut state, false);
         }
         outcome.await.unwrap_or(FetchOutcome::Unanswered)
     }
 
-    /// Spends what was granted to this request, and the quota tokens set apart for it. `None` if the window has ended
-    /// meanwhile and the current one has none.
+    /// Spends the granted tokens and the reserved quota tokens of this request. Returns `None` if the window has ended
+    /// in the meantime and the current one has none.
     fn spend(
         &self,
         handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
         demand: &mut DemandGuard<'_>,
-        grant: GrantGuard,
+        grant: Grant,
     ) -> Option<Decision> {
         let (mut state, now) = self.keys.current(handle, policies);
         if !demand.spend(&mut state, now) {
@@ -159,8 +164,8 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Denies a request for what is known on this replica, for at least `wait` by the rate. `None` if nothing denies
-    /// it.
+    /// Denies a request based on what is known on this replica, for at least `wait` by the rate. Returns `None` if
+    /// nothing denies it.
     fn denial(
         &self,
         handle: &Arc<KeyHandle>,
@@ -191,7 +196,7 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Decides without the counters, by the plan's choice. `None` if the quotas must be looked at again.
+    /// Decides without the counters, by the plan's choice. Returns `None` if the quotas must be checked again.
     pub(super) fn without_counters(
         &self,
         handle: &Arc<KeyHandle>,
@@ -231,8 +236,8 @@ impl StoreCore {
                         let debt = share.tat.saturating_sub(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
                     }
-                    // A single call failed, or the number of replicas is unknown: as if the share had just begun,
-                    // empty.
+                    // A single call failed, or the number of replicas is unknown: treated like a share that has just
+                    // started, empty.
                     _ => (Err(A_SECOND), rate(policies, now, gcra.tau())),
                 }
             }
@@ -243,7 +248,7 @@ impl StoreCore {
                 self.metrics.admitted_degraded.inc();
                 Outcome::Allowed
             }
-            // This replica's part is used up. Whether the limit is, only the counters know.
+            // This replica's share is exhausted. Whether the limit is, only the counters know.
             Err(wait) => Outcome::Denied {
                 violated: PolicySet::EMPTY,
                 retry_after: Some(wait),
@@ -321,7 +326,7 @@ impl StoreCore {
     }
 }
 
-/// The decision, with the rate as it is known here.
+/// Returns a decision with the rate as it is known locally.
 pub(super) fn decision(
     state: &mut KeyState,
     policies: &Policies,
@@ -333,7 +338,7 @@ pub(super) fn decision(
     state.decision_with(policies, now, outcome, rate(policies, now, debt))
 }
 
-/// The rate as it stands with so many nanoseconds to a full bucket.
+/// Returns the state of the rate, given the nanoseconds until the bucket is full.
 pub(super) fn rate(policies: &Policies, now: UnixNanos, debt: u64) -> PolicyState {
     let gcra = policies.gcra();
     PolicyState {

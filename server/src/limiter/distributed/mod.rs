@@ -1,7 +1,7 @@
 //! The distributed store: buckets that all replicas share, tokens taken from them ahead of need, and decisions without
 //! them.
 //!
-//! Owns when the shared counters are called. Calendar quotas are blocks from the ledger, as in the memory store, sized
+//! Decides when to call the shared counters. Calendar quotas are blocks from the ledger, as in the local store, sized
 //! so that all replicas together hold one block. Does not know Redis: the counters are a trait ([`SharedCounters`]),
 //! implemented by a script in Redis and, in the simulation, by a model of it.
 //!
@@ -23,40 +23,40 @@
 //! taken for a request that then finds no quota.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's choice. `Share`: a
-//! bucket of its own of `burst / replicas` and `rate / replicas`, which starts *empty* shortly after the outage. All
-//! shares together are one bucket that starts empty, so that with what was taken before they stay within the
-//! envelope. `Open`: the whole rate here, whatever other replicas do. `Closed`: nothing. A denial then names no violated
-//! policy, since whether the limit was reached is not known.
+//! separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly after the start of the
+//! outage. All shares together are one bucket that starts empty, so that together with what was taken before they stay
+//! within the envelope. `Open`: the whole rate on each replica. `Closed`: nothing. A denial then names no violated
+//! policy, since it is unknown whether the limit was reached.
 //!
-//! **When they are back**, they do not know what was admitted without them, and may have lost what was before. So
-//! after a loss, or after an outage in which no replica was answered, they start a *new epoch*: at one instant of their
-//! own clock, a little in the future, with every bucket empty. Until then all replicas decide as in an outage. A
-//! replica that was alone in its outage just returns. One that starts among others cannot know whether they are in an
-//! outage; when it finds that nobody was answered for a second, it has a new epoch begin too. (With a cluster, whose
-//! partitions may rest for long, it does not.)
+//! **When they are available again**, they do not know what was allowed without them, and may have lost their state. So
+//! after a loss of state, or an outage in which no replica got a response, they start a *new epoch*: at one instant of
+//! their own clock, slightly in the future, with every bucket empty. Until then all replicas decide as during an
+//! outage. If only one replica had the outage, it simply returns. A replica that starts cannot know whether others have
+//! an outage. If none got a response for a second, it starts a new epoch as well. (Not with a cluster, whose partitions
+//! may be idle for long.)
 //!
-//! **Edits.** As many tokens are missing after an edit as before. What a smaller burst cannot hold is missing again when
-//! the burst is made larger, less the time in which the bucket was full. An edit reaches a bucket with the first request
-//! after it, and when it was made is not known there: since the request before, the bucket has refilled at the lower of
-//! the two rates. A bucket that has rested for a minute and twice the time it takes to fill is forgotten, and full
-//! whatever its plan has become. For an hour after a loss of state, a larger burst holds no more than what has refilled
-//! since.
+//! **Edits.** As many tokens are missing after an edit as before. What a smaller burst cannot hold is missing again
+//! when the burst is made larger, less the time in which the bucket was full. A bucket learns of an edit with the first
+//! request after it, but not when it was made: since the previous request, it has refilled at the lower of the two
+//! rates. A bucket that was idle for a minute and twice the time it takes to fill is deleted, and full under any plan.
+//! For an hour after a loss of state, a larger burst holds no more than what has refilled since.
 //!
-//! **Not guaranteed.** While some replicas are cut off and others are not, `Share` admits their part `p` of the bucket
-//! in addition to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most
-//! `(1 + p) * (burst + rate * (T + ttl))`. `Closed` admits nothing in addition. An outage of all that is too short for
-//! every replica to notice is no such case: shares begin to fill only when it would be over, or noticed by all.
+//! **Not guaranteed.** While only some replicas have an outage, `Share` allows their part `p` of the bucket in addition
+//! to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most `(1 + p) *
+//! (burst + rate * (T + ttl))`. `Closed` allows nothing in addition. This does not apply to an outage of all replicas
+//! that is too short for some of them to notice: shares begin to fill only after it would be over, or noticed by all.
 
 mod breaker;
-pub(super) mod calls;
+mod calls;
+pub(super) mod core;
 mod decide;
+mod lease_fetch;
 mod probe;
 mod redis;
 
 use std::{
-    num::{NonZeroU32, NonZeroU64},
+    num::NonZeroU32,
     sync::{Arc, Weak, atomic::AtomicBool},
-    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -69,58 +69,30 @@ use tokio::runtime::Handle;
 pub use self::redis::RedisCounters;
 use self::{
     breaker::CircuitBreaker,
+    core::{DistributedSettings, StoreCore},
     decide::{LocalOutcome, decision},
 };
 use super::{
     decision::{Decision, Outcome},
-    key::table::{KeyTable, KeyTableSettings},
+    error::LimiterError,
+    key::{handle::KeyHandle, ledger_calls::Drained, table::KeyTable},
+    limits::Policies,
     membership::Membership,
-    policy::Policies,
-    quota::block::QuotaLedger,
-    rate::{counters::SharedCounters, lease::Terms},
-    store::{Drained, KeyHandle, LimitStore, LimiterError},
+    quota::ledger::QuotaLedger,
+    rate::counters::SharedCounters,
+    store::LimitStore,
 };
-use crate::{clock::Clock, telemetry::metrics::Metrics};
-
-/// The wait to announce when none is known.
-pub(in crate::limiter) const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
-
-/// The wait to announce when it is known to be short.
-pub(in crate::limiter) const A_MOMENT: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
-
-/// Settings of the distributed store.
-#[derive(Debug, Clone)]
-pub struct DistributedSettings {
-    /// For how long tokens taken ahead of need may be spent. Zero: every request is decided by the counters.
-    pub lease_ttl: Duration,
-    /// How long a request waits for one call to the counters.
-    pub deadline: Duration,
-    /// What to do without them, unless a plan says otherwise.
-    pub on_failure: OnRedisFailure,
-    pub keys: KeyTableSettings,
-}
+use crate::{
+    clock::{Clock, nanos},
+    telemetry::metrics::Metrics,
+};
 
 /// Limits that all replicas share.
 #[derive(Debug)]
 pub struct DistributedStore(Arc<StoreCore>);
 
-#[derive(Debug)]
-struct StoreCore {
-    keys: KeyTable,
-    counters: Arc<dyn SharedCounters>,
-    clock: Arc<dyn Clock>,
-    membership: Arc<Membership>,
-    metrics: Arc<Metrics>,
-    settings: DistributedSettings,
-    ttl: u64,
-    partitions: Box<[CircuitBreaker]>,
-    /// Nothing is held for later any more.
-    draining: AtomicBool,
-    me: Weak<StoreCore>,
-}
-
 impl DistributedStore {
-    /// Starts the tasks that watch the counters; they end with the store.
+    /// Also starts the task that sends heartbeats, which ends with the store.
     pub fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
@@ -155,14 +127,10 @@ impl DistributedStore {
         Arc::new(Self(inner))
     }
 
-    /// Whether some counters are away.
+    /// Returns whether there is an outage in any partition.
     pub fn is_degraded(&self) -> bool {
         self.0.partitions.iter().any(CircuitBreaker::is_away)
     }
-}
-
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[async_trait]
@@ -182,7 +150,7 @@ impl LimitStore for DistributedStore {
             Ok(LocalOutcome::Done(decision)) => Some(decision),
             Ok(LocalOutcome::Fetch) if self.0.partition(handle).is_away() => {
                 let on_failure = policies.on_failure().unwrap_or(self.0.settings.on_failure);
-                // The other choices are subject to the local limiter first.
+                // The other choices are subject to the denial cache first.
                 if on_failure != OnRedisFailure::Share {
                     return None;
                 }
@@ -210,7 +178,7 @@ impl LimitStore for DistributedStore {
     async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         let debt = self
             .0
-            .look_up_debt(handle, Terms::new(policies, self.0.ttl))
+            .look_up_debt(handle, policies.terms(self.0.ttl))
             .await;
         let (mut state, now) = self.0.keys.current(handle, policies);
         match debt {

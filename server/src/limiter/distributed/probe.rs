@@ -1,5 +1,4 @@
-//! Counters that are watched without a request: those in use for a sign of life, those that are away for their
-//! return.
+//! Heartbeats to counters in use, and probes of counters with an outage.
 
 use std::{
     sync::{Arc, Weak},
@@ -8,34 +7,38 @@ use std::{
 
 use tokio::time;
 
-use super::{StoreCore, breaker::SILENCE, nanos};
-use crate::limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall};
+use super::{breaker::SILENCE, core::StoreCore};
+use crate::{
+    clock::nanos,
+    limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
+};
 
-/// How often counters that are away are probed.
+/// How often counters with an outage are probed.
 pub(super) const PROBE_EVERY: Duration = Duration::from_millis(250);
-/// After how long without an answer counters are asked whether they are there; and how often when a call has failed,
-/// so that all replicas give them up within the same half second.
+/// When to send a heartbeat after the last response, and how often after a failure, so that all replicas detect an
+/// outage within the same half second.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(250);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
-/// How long the answer to a probe is waited for, at least. Only one as quick as a request needs it has the counters
-/// come back: with slow ones every request would wait in vain, and each return would empty all buckets.
+/// The least time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
+/// with slow counters every request would time out, and each recovery would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
-/// Nanoseconds for which an unused partition is still asked.
+/// Nanoseconds for which an unused partition still gets heartbeats.
 const IN_USE: u64 = 10_000_000_000;
 
 impl StoreCore {
-    /// Nanoseconds after which all other replicas have noticed an outage that one has noticed, or the one has returned.
+    /// Returns the nanoseconds after which an outage that one replica has noticed is either noticed by all others or
+    /// over for the first one.
     ///
-    /// A replica that is asked for nothing makes its next call after [`HEARTBEAT_EVERY`] and gives up at the fifth failure,
-    /// four times [`SUSPECT_EVERY`] later. An outage that ends just before is over for the first replica with its next
-    /// probe. Each of these calls may take a deadline, and whoever gives up first has waited for one too.
+    /// An idle replica makes its next call after [`HEARTBEAT_EVERY`] and opens its breaker at the fifth failure, four
+    /// times [`SUSPECT_EVERY`] later. If the outage ends just before, the first replica recovers with its next probe.
+    /// Each of these calls may take a deadline, and the first replica has waited for one too.
     pub(super) fn noticed_by_all(&self) -> u64 {
         let until_noticed = HEARTBEAT_EVERY + 4 * SUSPECT_EVERY + PROBE_EVERY;
         nanos(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
     }
 }
 
-/// A call that takes nothing and concerns nobody.
+/// Returns a call that takes nothing and affects no key.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     let of = &inner.partitions[usize::from(partition)];
     TakeCall {
@@ -61,12 +64,12 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     let partition = &inner.partitions[usize::from(number)];
     let used_at = partition.used_at();
     inner.ask(heartbeat_call(number, &inner)).await;
-    // A beat is no use.
+    // A heartbeat does not count as use.
     partition.used(used_at);
 }
 
-/// Asks the counters in use whether they are there, where no request has found out lately; and so that others who
-/// return see that somebody was answered.
+/// Sends heartbeats to counters in use that have had no recent call. They also show other replicas, when these recover,
+/// that a replica got responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(SUSPECT_EVERY);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -88,7 +91,7 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     }
 }
 
-/// Probes counters that are away until they grant again.
+/// Probes the counters until they grant tokens again.
 pub(super) async fn probe_until_recovered(
     inner: Weak<StoreCore>,
     number: u16,
@@ -103,7 +106,7 @@ pub(super) async fn probe_until_recovered(
         };
         let partition = &inner.partitions[usize::from(number)];
         inner.metrics.counter_calls.inc();
-        // A promise is for one moment: an answer that comes too late, or never, has this replica serve on.
+        // A promise is for one moment. If the response is late or missing, this replica continues to decide on its own.
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
@@ -117,7 +120,7 @@ pub(super) async fn probe_until_recovered(
         let answer = time::timeout(patience, inner.counters.take(call)).await;
         let now = inner.clock.monotonic();
         let in_time = now - asked_at <= nanos(inner.settings.deadline);
-        // Not all at once.
+        // So that replicas do not probe all at once.
         wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now % 50_000_000));
         if let Ok(Ok(reply)) = answer {
             match reply.state {
@@ -130,7 +133,7 @@ pub(super) async fn probe_until_recovered(
                     partition.returned(reply.at, now);
                     inner.metrics.counters_away.dec();
                     tracing::info!(partition = number, "the shared counters are back");
-                    // Others that return see at once that this replica is answered.
+                    // So that other recovering replicas see that this one got a response.
                     send_heartbeat(inner, number).await;
                     return;
                 }

@@ -1,16 +1,15 @@
 //! The shared counters in Redis.
 //!
-//! Owns the script (`take.lua`, which tells its arguments), the names of its keys, and what a new deployment
-//! begins with. Knows no key's handle. When Redis is away every call fails at once, when it is silent after
-//! [`CALL_DEADLINE`]; the store decides what is done meanwhile.
+//! Owns the script (`take.lua`, which documents its arguments), the names of its keys, and the initial state of a new
+//! deployment. If Redis is not connected, every call fails immediately; if it is silent, after [`CALL_DEADLINE`].
 //!
-//! | key | what |
+//! | key | value |
 //! |---|---|
 //! | `{prefix}:{q7}:k:<tenant id>:<key id>` | a bucket of partition 7 |
-//! | `{prefix}:{q7}:epoch` | since when the partition's buckets are to be believed |
+//! | `{prefix}:{q7}:epoch` | the epoch from which the partition's buckets are valid |
 //!
-//! A partition is one hash slot, with an epoch of its own: in a cluster each may lose its state alone. One Redis,
-//! with or without Sentinel, is one partition.
+//! A partition is one hash slot with its own epoch: in a cluster, each may lose its state separately. One Redis, with
+//! or without Sentinel, is one partition.
 
 use std::sync::Arc;
 
@@ -24,19 +23,19 @@ use crate::{
     redis::{CallError, Redis, Script},
 };
 
-/// Enough that the keys of a cluster are spread evenly over some tens of nodes.
+/// Enough to distribute the keys of a cluster evenly over tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
-/// Microseconds from a loss to the new beginning, at least: longer than the counters are unprobed, so that all
-/// replicas know of it before it comes.
+/// The least microseconds from a loss of state to the new epoch: longer than the interval between probes, so that all
+/// replicas know of it before it starts.
 const EPOCH_DELAY: CounterMicros = 600_000;
-/// Of these, what is not for the answer to a probe.
+/// The part of it that is not for the response to a probe.
 const UNPROBED: CounterMicros = 350_000;
 
 const TAKE: &str = include_str!("take.lua");
 
-/// Begins the first epoch of a new deployment in the past: its buckets are full. Changes nothing where an epoch has
-/// begun.
+/// Starts the first epoch of a new deployment in the past, so that its buckets are full. Changes nothing if there is an
+/// epoch.
 const FIRST: &str = "
 if redis.call('EXISTS', KEYS[1]) == 0 then
   local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
@@ -50,11 +49,11 @@ pub struct RedisCounters {
     redis: Redis,
     take: Script,
     partitions: u16,
-    /// From a loss to the new beginning.
+    /// Time from a loss of state to the new epoch.
     delay: CounterMicros,
 }
 
-/// Redis answered something else than the script does.
+/// Redis returned something that the script does not return.
 #[derive(Debug, thiserror::Error)]
 #[error("the script answered {0}")]
 struct Unexpected(String);
@@ -69,7 +68,7 @@ impl RedisCounters {
         }
     }
 
-    /// For tests, which bring their own time.
+    /// For tests, which control the time.
     #[doc(hidden)]
     pub fn with_script(redis: Redis, take: &'static str) -> Self {
         Self {
@@ -84,14 +83,14 @@ impl RedisCounters {
         }
     }
 
-    /// The script's text.
+    /// Returns the script's source.
     #[doc(hidden)]
     pub fn script() -> &'static str {
         TAKE
     }
 
-    /// Begins with full buckets, where nothing has ever been kept in this Redis. To be called once in the life of a
-    /// deployment: afterwards an empty Redis is one that lost its state.
+    /// Starts with full buckets if there is no state in this Redis. Call only once per deployment: afterwards, an empty
+    /// Redis is one that has lost its state.
     pub async fn begin(&self) -> Result<(), CounterError> {
         let first = Script::new(FIRST);
         for partition in 0..self.partitions {

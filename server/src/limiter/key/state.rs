@@ -1,7 +1,7 @@
 //! The numbers of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
 //!
-//! Owns what a decision reads and changes under the key's lock, for every store. Pure functions of the time
-//! they are given. Starts no task and makes no call: it reports missing blocks to the store, which fetches them.
+//! Everything that a decision reads and changes under the key's lock, for every store. Pure functions of the given
+//! time. Starts no tasks and makes no calls: it reports missing blocks to the store, which fetches them.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
@@ -9,7 +9,8 @@ use crate::{
     clock::UnixNanos,
     limiter::{
         decision::{Decision, Outcome, PolicyState},
-        policy::{Policies, Policy, PolicySet},
+        limits::Policies,
+        policy::{Policy, PolicySet},
         quota::{
             block::{Block, BlockStatus, Need, Reservation},
             calendar::{self, Zone},
@@ -24,49 +25,49 @@ use crate::{
 /// The numbers of one key.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
-    /// Of the policies that the numbers below follow; zero before the first.
+    /// The fingerprint of the policies that the numbers below follow; zero before the first.
     fingerprint: u64,
-    /// The time zone in which the days and months of quotas begin.
+    /// The time zone of days and months.
     zone: Zone,
     gcra: Gcra,
-    /// The bucket, of a store that keeps it here.
+    /// The TAT of the bucket, for the local store.
     pub(in crate::limiter) tat: u64,
-    /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was made smaller.
+    /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was lowered.
     beyond: u64,
-    /// When tokens were last taken from the bucket, or its plan was edited.
+    /// When tokens were last taken from the bucket, or the plan was edited.
     used_at: UnixNanos,
-    /// Tokens taken ahead, of a store that keeps the bucket elsewhere.
+    /// Tokens taken ahead, for the distributed store.
     pub(in crate::limiter) lease: Option<Box<Lease>>,
     daily: Block,
     monthly: Block,
-    /// The cost of all requests that wait for tokens of quotas, without those that have set theirs apart.
+    /// The total cost of requests that wait for quota tokens, except those that have reserved theirs.
     pub(in crate::limiter) waited_for: u64,
 }
 
-/// These policies' blocks are needed first.
+/// The policies whose blocks must be fetched first.
 pub(in crate::limiter) type MissingBlocks = PolicySet;
 
-/// What to do about policies that the ledger has not been asked for.
+/// What to do about policies for which the ledger has not been called.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::limiter) enum OnUnknown {
-    /// Ask first.
+    /// Fetch first.
     Wait,
-    /// It cannot be asked: deny if another policy denies anyhow.
+    /// Fetching is impossible: deny if another policy denies anyway.
     PassOver,
 }
 
-/// What the calendar quotas say to a cost.
+/// How the calendar quotas relate to a cost.
 pub(in crate::limiter) struct Quotas {
     pub(in crate::limiter) denial: Denial,
-    /// The ledger has not answered in this window.
+    /// The ledger has not responded in this window.
     pub(in crate::limiter) unknown: PolicySet,
     /// The block has too few tokens, but the ledger should have them.
     pub(in crate::limiter) short: PolicySet,
 }
 
 impl Quotas {
-    /// What to fetch before a verdict is due, if anything. `denied` says that the rate denies already, as
-    /// far as is known: then only a quota that may make the wait longer is worth asking for.
+    /// Returns what to fetch before a decision, if anything. If the rate already denies, only a quota that may prolong
+    /// the wait is worth fetching.
     pub(in crate::limiter) fn missing(
         &self,
         denied: bool,
@@ -105,7 +106,7 @@ impl KeyState {
         }
     }
 
-    /// Brings the numbers to these policies and this time. `replicas` share each quota.
+    /// Updates the numbers to these policies and this time. `replicas` share each quota.
     pub(in crate::limiter) fn follow(
         &mut self,
         policies: &Policies,
@@ -139,7 +140,7 @@ impl KeyState {
         self.used_at = self.used_at.min(now);
     }
 
-    /// Brings the blocks to the windows of `now`. `replicas` share each quota.
+    /// Updates the blocks to the windows of `now`. `replicas` share each quota.
     pub(in crate::limiter) fn enter_windows(&mut self, now: UnixNanos, replicas: u64) {
         self.daily.share_among(replicas);
         self.monthly.share_among(replicas);
@@ -161,8 +162,8 @@ impl KeyState {
         &self.zone
     }
 
-    /// Takes `cost` from every policy or from none, the rate from the bucket kept here. The numbers
-    /// [follow](Self::follow) `now` already.
+    /// Takes `cost` from every policy or from none, with the local bucket. The numbers must already
+    /// [follow](Self::follow) `now`.
     pub(in crate::limiter) fn step(
         &mut self,
         policies: &Policies,
@@ -192,7 +193,7 @@ impl KeyState {
         Ok(self.decision(policies, now, denial.outcome()))
     }
 
-    /// Whether the blocks of all calendar quotas hold `tokens`.
+    /// Returns whether the blocks of all calendar quotas have `tokens`.
     pub(in crate::limiter) fn quotas_fit(&self, tokens: u64) -> bool {
         let fits = |block: &Block| {
             matches!(
@@ -203,7 +204,7 @@ impl KeyState {
         fits(&self.daily) && fits(&self.monthly)
     }
 
-    /// Spends `tokens` of every calendar quota, or of none if one lacks them.
+    /// Spends `tokens` of every calendar quota, or of none if one has too few.
     pub(in crate::limiter) fn spend_quotas(&mut self, tokens: u64, now: UnixNanos) -> bool {
         let fits = self.quotas_fit(tokens);
         if fits {
@@ -213,7 +214,7 @@ impl KeyState {
         fits
     }
 
-    /// Sets `tokens` of every calendar quota apart, or of none if one lacks them.
+    /// Reserves `tokens` of every calendar quota, or of none if one has too few.
     pub(in crate::limiter) fn reserve_quotas(
         &mut self,
         tokens: u64,
@@ -227,7 +228,7 @@ impl KeyState {
         })
     }
 
-    /// Spends what was set apart, if it is of the current windows. Otherwise releases it.
+    /// Spends reserved tokens if they belong to the current windows. Otherwise releases them.
     pub(in crate::limiter) fn spend_reserved(
         &mut self,
         [daily, monthly]: [Reservation; 2],
@@ -238,7 +239,7 @@ impl KeyState {
         is_current
     }
 
-    /// Puts what was set apart back.
+    /// Releases reserved tokens.
     pub(in crate::limiter) fn release_reserved(&mut self, [daily, monthly]: [Reservation; 2]) {
         self.daily.settle(daily, false);
         self.monthly.settle(monthly, false);
@@ -272,7 +273,7 @@ impl KeyState {
         quotas
     }
 
-    /// As the bucket kept here stands.
+    /// Returns a decision with the state of the local bucket.
     pub(in crate::limiter) fn decision(
         &self,
         policies: &Policies,
@@ -316,7 +317,7 @@ impl KeyState {
         }
     }
 
-    /// What to fetch although no request is waiting.
+    /// Returns what to fetch although no request is waiting.
     pub(in crate::limiter) fn pending_refills(
         &self,
         decision: &Decision,
@@ -343,7 +344,7 @@ impl KeyState {
         (needs != [None, None]).then_some(needs)
     }
 
-    /// How often the ledger has failed for the daily and the monthly block.
+    /// Returns how often the ledger has failed for the daily and the monthly block.
     pub(in crate::limiter) fn failures(&self) -> (u64, u64) {
         (self.daily.failures(), self.monthly.failures())
     }
@@ -353,7 +354,7 @@ impl KeyState {
         self.monthly.tidy(self.waited_for);
     }
 
-    /// Nobody could tell this handle from a new one.
+    /// Returns whether this state equals that of a new key.
     pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: u64) -> bool {
         self.tat.saturating_add(self.beyond) <= now.0
             && self
@@ -365,7 +366,7 @@ impl KeyState {
     }
 }
 
-/// A denial in the making.
+/// A denial under construction.
 #[derive(Default)]
 pub(in crate::limiter) struct Denial {
     pub(in crate::limiter) violated: PolicySet,

@@ -1,15 +1,15 @@
-//! Every key's handle on this replica, and the calendar quotas in them.
+//! The table of all keys on this replica, and waiting for blocks of their calendar quotas.
 //!
-//! Owns the keys, their number and their pruning, and the wait for blocks of quotas, for every store. Knows no
-//! SQL: the ledger is a trait. When the ledger is down or slow, keys without calendar quotas are not affected.
-//! Keys with quotas spend the blocks held here and are then refused with [`LimiterError::LedgerUnavailable`].
+//! Used by every store. Owns the handles and prunes them. Does not know SQL: the ledger is a trait. If the ledger is
+//! slow or fails, keys without calendar quotas are not affected. Keys with quotas spend their blocks, and then get
+//! [`LimiterError::LedgerUnavailable`].
 //!
-//! A handle is a short lock around plain numbers, rather than one atomic per number: all policies are decided
-//! together, and with several atomics a request could be denied by tokens that another, itself denied, was
-//! just putting back.
+//! A handle is a short lock around plain numbers rather than one atomic per number: all policies are decided together,
+//! and with several atomics a request could be denied because of tokens that another denied request is about to put
+//! back.
 //!
-//! Calls of the ledger run in workers, one at a time per key and policy. A request waits for one only when no
-//! tokens are held, and may be dropped while it waits without losing what was granted.
+//! Workers call the ledger, one call at a time per key and policy. A request waits only if no tokens are available
+//! locally, and may be canceled while it waits without losing tokens.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -25,40 +25,43 @@ use quota_common::id::{ApiKeyId, TenantId};
 use tokio::time;
 
 use super::{
-    ledger_calls::{DemandGuard, LedgerCalls, TooSlow},
+    demand::DemandGuard,
+    handle::KeyHandle,
+    ledger_calls::{Drained, LedgerCalls, TooSlow},
     state::{KeyState, MissingBlocks, OnUnknown},
 };
 use crate::{
     clock::{Clock, UnixNanos},
     limiter::{
         decision::Decision,
+        error::LimiterError,
+        limits::Policies,
         membership::Membership,
-        policy::{Policies, Policy},
-        quota::block::{Need, QuotaLedger},
-        store::{Drained, KeyHandle, LimiterError},
+        policy::Policy,
+        quota::{block::Need, ledger::QuotaLedger},
     },
 };
 
-/// Enough that two cores seldom meet in one, few enough that walking them costs nothing.
+/// Enough that cores seldom contend for one, and few enough to iterate over.
 const SHARDS: usize = 64;
 
-/// Nanoseconds between two walks through a full shard in search of keys to forget.
+/// Nanoseconds between two searches for droppable keys in a full shard.
 const CROWDED_PRUNE: u64 = 1_000_000_000;
 
-/// How many keys are kept, and how long the ledger may take.
+/// Limits of the table, and timeouts of the ledger.
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
-    /// The most keys at once; about 600 bytes each. A key beyond them gets [`LimiterError::TooManyKeys`],
-    /// since dropping another key's bucket would fill it again.
+    /// The maximum number of keys, of about 600 bytes each. A key beyond them gets [`LimiterError::TooManyKeys`], since
+    /// dropping another key's bucket would fill it.
     pub max_keys: usize,
-    /// How long a request waits for one call of the ledger. A decision waits for two at most.
+    /// How long a request waits for one ledger call. A decision waits for at most two.
     pub ledger_deadline: Duration,
-    /// After how long a call of the ledger is given up. Later than requests give up, since what a late answer
-    /// grants can still be spent, and what is given up is lost.
+    /// When a ledger call is given up. Later than requests give up, since tokens of a late response can still be spent,
+    /// while those of an abandoned call are lost.
     pub call_deadline: Duration,
-    /// How many calls of the ledger may be under way at once. As many as it has connections.
+    /// The maximum number of concurrent ledger calls: as many as it has connections.
     pub ledger_calls: usize,
-    /// How long a drain goes on trying to return blocks to a ledger that does not answer.
+    /// How long a drain retries returning blocks to a ledger that does not respond.
     pub drain_deadline: Duration,
 }
 
@@ -77,11 +80,11 @@ impl Default for KeyTableSettings {
 #[derive(Debug, Default)]
 struct Shard {
     keys: HashMap<(TenantId, ApiKeyId), Arc<KeyHandle>>,
-    /// When it was last walked because it was full.
+    /// When it was last searched because it was full.
     crowded_at: UnixNanos,
 }
 
-/// How long one decision waits for the ledger: the deadline of a call each time, and of two calls in all.
+/// How long a decision waits for the ledger: for one call deadline each time, and for two in all.
 #[derive(Debug)]
 pub(in crate::limiter) struct Patience {
     one: Duration,
@@ -101,7 +104,7 @@ impl Patience {
 pub(in crate::limiter) struct KeyTable {
     pub(in crate::limiter) clock: Arc<dyn Clock>,
     settings: KeyTableSettings,
-    /// Who else takes blocks of the same quotas.
+    /// The replicas that take blocks of the same quotas.
     membership: Arc<Membership>,
     hasher: RandomState,
     shards: Box<[Mutex<Shard>]>,
@@ -130,7 +133,7 @@ impl KeyTable {
         }
     }
 
-    /// How many keys are held.
+    /// Returns the number of keys.
     pub(in crate::limiter) fn len(&self) -> usize {
         self.shards
             .iter()
@@ -146,7 +149,7 @@ impl KeyTable {
         &self.shards[(self.hasher.hash_one(id) % SHARDS as u64) as usize]
     }
 
-    /// See [`LimitStore::handle`](super::LimitStore::handle).
+    /// See [`LimitStore::handle`](crate::limiter::LimitStore::handle).
     pub(in crate::limiter) fn handle(
         &self,
         tenant: TenantId,
@@ -174,7 +177,7 @@ impl KeyTable {
         })
     }
 
-    /// All keys held now, in parts.
+    /// Returns all current keys, shard by shard.
     pub(in crate::limiter) fn by_shard(&self) -> impl Iterator<Item = Vec<Arc<KeyHandle>>> {
         let keys = |shard: &Mutex<Shard>| shard.lock().keys.values().map(Arc::clone).collect();
         self.shards.iter().map(keys)
@@ -183,18 +186,18 @@ impl KeyTable {
     fn prune_shard(&self, shard: &mut Shard, now: UnixNanos) {
         shard.keys.retain(|_, handle| {
             let mut state = handle.state.lock();
-            // If the map's own reference is the last, no other can appear while the shard is locked.
+            // If the map has the only reference, no other can appear while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now.0 {
-                // So that a block fetched ahead goes back too if no request comes.
+                // So that a prefetched block is also returned if no request arrives.
                 state.enter_windows(now, self.membership.replica_count());
                 for policy in [Policy::Daily, Policy::Monthly] {
                     self.calls.return_unneeded(handle, &mut state, policy, now);
                     self.calls.start_next(handle, &mut state, policy, now);
                 }
             } else {
-                // Dropped the next time, when the ledger counts them as unused: the next request of the key
-                // would find less than there is.
+                // Dropped the next time, after the ledger has credited the tokens. Until then the key's next request
+                // would find too few.
                 let released = [Policy::Daily, Policy::Monthly]
                     .map(|policy| self.calls.release(handle, &mut state, policy));
                 if released.contains(&true) {
@@ -205,7 +208,7 @@ impl KeyTable {
         });
     }
 
-    /// The numbers of a key, brought to these policies and the time that is answered too.
+    /// Locks a key's numbers and updates them to these policies and the current time, which is also returned.
     #[inline]
     pub(in crate::limiter) fn current<'a>(
         &self,
@@ -213,15 +216,15 @@ impl KeyTable {
         policies: &Policies,
     ) -> (MutexGuard<'a, KeyState>, UnixNanos) {
         let mut state = handle.state.lock();
-        // Read with the lock held, so that readings come in the order of decisions. A thread that read the
-        // time and then was kept waiting would look like a clock set back, and be given the time again.
+        // Read under the lock, so that times are in the order of decisions. Otherwise a thread that read the time and
+        // then waited would look like a clock set back.
         let now = self.clock.now();
         state.follow(policies, now, self.membership.replica_count());
         (state, now)
     }
 
-    /// Follow-up work after a decision, or an attempt that led to none: returns what is too much, fetches what
-    /// is too little.
+    /// Follow-up work after a decision or an attempt without one: returns surplus tokens and starts to fetch missing
+    /// ones.
     #[inline]
     pub(in crate::limiter) fn after(
         &self,
@@ -245,8 +248,8 @@ impl KeyTable {
         self.calls.is_draining()
     }
 
-    /// Repeats `attempt` until it lacks no block, fetching those that it lacks. When they cannot be had, it
-    /// is asked once more whether it can do without.
+    /// Repeats `attempt` until no block is missing, and fetches missing blocks. If that fails, calls it once more
+    /// without them.
     pub(in crate::limiter) async fn with_blocks<T>(
         &self,
         handle: &Arc<KeyHandle>,
@@ -267,7 +270,7 @@ impl KeyTable {
         }
     }
 
-    /// Until the guard is dropped, what is fetched for a request of this cost stays held.
+    /// Registers a waiting request of this cost. Tokens fetched for it are held until the guard is dropped.
     pub(in crate::limiter) fn claim<'a>(
         &'a self,
         handle: &'a Arc<KeyHandle>,
@@ -276,7 +279,7 @@ impl KeyTable {
         DemandGuard::new(&self.calls, handle, cost)
     }
 
-    /// How long a decision may wait for the ledger.
+    /// Returns how long a decision may wait for the ledger.
     pub(in crate::limiter) fn patience(&self) -> Patience {
         Patience {
             one: self.settings.ledger_deadline,
@@ -284,7 +287,7 @@ impl KeyTable {
         }
     }
 
-    /// Fetches the blocks that `attempt` lacks until it lacks none.
+    /// Fetches missing blocks until `attempt` succeeds.
     pub(in crate::limiter) async fn fetch<T>(
         &self,
         handle: &Arc<KeyHandle>,
@@ -299,7 +302,7 @@ impl KeyTable {
                 return Err(LimiterError::Draining);
             }
             let mut call_ended = pin!(handle.call_ended.notified());
-            // From here on an answer is heard, also one that comes before the wait below.
+            // From here on a notification counts, even one before the wait below.
             call_ended.as_mut().enable();
             let missing = match attempt() {
                 Ok(done) => return Ok(done),
@@ -337,7 +340,7 @@ impl KeyTable {
         }
     }
 
-    /// See [`LimitStore::prune`](super::LimitStore::prune).
+    /// See [`LimitStore::prune`](crate::limiter::LimitStore::prune).
     pub(in crate::limiter) fn prune(&self) -> usize {
         let now = self.clock.now();
         let mut left = 0;
@@ -349,9 +352,9 @@ impl KeyTable {
         left
     }
 
-    /// See [`LimitStore::drain`](super::LimitStore::drain).
+    /// See [`LimitStore::drain`](crate::limiter::LimitStore::drain).
     pub(in crate::limiter) async fn drain(&self) -> Drained {
-        // Seen by every call that ends later, and by every request that would start one.
+        // Seen by all calls that end later, and by all requests that would start one.
         self.calls.begin_draining();
         for shard in &self.shards {
             let keys: Vec<_> = shard.lock().keys.values().map(Arc::clone).collect();

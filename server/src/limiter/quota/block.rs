@@ -1,109 +1,34 @@
-//! Calendar quotas that outlive the process: a ledger holds the truth and hands it out in blocks.
+//! Blocks of a calendar quota, which the ledger grants.
 //!
-//! A block is tokens that the ledger already counts as used, so spending them needs no further call. A crash
-//! can strand a block but never spend it twice. What requests are waiting for is fetched in one call, whatever the size
-//! of a block: it is spent at once. This module owns the rules for one key's block of one policy:
-//! how large it is, when to fetch more, which window it belongs to, and what goes back when the plan or the
-//! time zone changes. It knows no SQL and starts no task. When the ledger is down, the block is spent and then
-//! nothing more is admitted.
+//! A block is a number of tokens that the ledger already counts as used, so spending them needs no further call. A
+//! crash can strand a block but never spend it twice. Tokens for waiting requests are fetched in one call, regardless
+//! of the block size, since they are spent immediately. This module has the rules for one key's block of one policy:
+//! its size, when to fetch more, which window it belongs to, and what to return when the plan or the time zone changes.
+//! It does not know SQL and starts no tasks. If the ledger fails, the block can still be spent.
 //!
-//! The ledger decides which window counts. What a block computes from the calendar is provisional until the
-//! ledger has answered.
+//! The ledger determines the window. What a block computes from the calendar is provisional until the ledger has
+//! responded.
 
-use std::{error::Error, num::NonZeroU64, sync::Arc};
+mod refill;
 
-use async_trait::async_trait;
-use quota_common::id::{ApiKeyId, TenantId};
-use uuid::Uuid;
+use std::num::NonZeroU64;
 
-use super::calendar::{QuotaWindow, Window, window_at};
-use crate::{clock::UnixNanos, limiter::policy::Policy};
+use super::{
+    calendar::{QuotaWindow, Window, window_at},
+    ledger::LedgerError,
+};
+use crate::clock::UnixNanos;
 
 /// A block is at most this many tokens, and at most one hundredth of its quota.
 const BLOCK_MAX: u64 = 10_000;
 
-/// Nanoseconds until an exhausted ledger is queried again, at first: other replicas may have returned tokens.
-/// Doubles with each empty answer, up to [`PATIENCE_MAX`].
+/// Nanoseconds until an exhausted ledger is queried again, since other replicas may have returned tokens. Doubles with
+/// each empty response, up to [`PATIENCE_MAX`].
 const PATIENCE: u64 = 1_000_000_000;
 const PATIENCE_MAX: u64 = 8 * PATIENCE;
 
-/// Nanoseconds after which a block that was not spent from is returned, where other replicas may need it.
+/// Nanoseconds after which an unused block is returned if other replicas may need it.
 const IDLE: u64 = 10_000_000_000;
-
-/// Nanoseconds until a failed ledger is queried again. Until then requests fail at once, so that a ledger in
-/// trouble does not get one call per request.
-const COOLING: u64 = 100_000_000;
-
-/// The first block of the next window is fetched this many nanoseconds before the current one ends: at least
-/// [`AHEAD_MIN`], and up to [`AHEAD_JITTER`] more, which differs by key.
-const AHEAD_MIN: u64 = 120_000_000_000;
-const AHEAD_JITTER: u64 = 480_000_000_000;
-
-/// A row of the ledger: what one key has used of one policy in one window.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct LedgerRow {
-    pub tenant: TenantId,
-    pub key: ApiKeyId,
-    /// [`Policy::Daily`] or [`Policy::Monthly`].
-    pub policy: Policy,
-    pub window_start: UnixNanos,
-}
-
-/// A request for tokens of the window that contains `at`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TakeRequest {
-    pub tenant: TenantId,
-    pub key: ApiKeyId,
-    /// [`Policy::Daily`] or [`Policy::Monthly`].
-    pub policy: Policy,
-    pub at: UnixNanos,
-    /// The calendar day or month that contains `at`, in the time zone that the caller knows.
-    pub calendar: Window,
-    /// The quota of a whole day or month.
-    pub limit: u64,
-    /// At least 1.
-    pub want: u64,
-}
-
-/// What a ledger handed out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Taken {
-    /// The window that the tokens belong to. It contains the `at` of the request.
-    pub window: QuotaWindow,
-    pub granted: u64,
-    /// All that is used of the window, this grant included.
-    pub used: u64,
-}
-
-/// Unused tokens of several rows, to be credited together.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReturnBatch {
-    /// Identifies the batch when it is sent again.
-    pub id: Uuid,
-    /// Each row at most once, in ascending order.
-    pub rows: Vec<(LedgerRow, u64)>,
-}
-
-/// Why a ledger could not answer. Consumers only see that it is unavailable.
-pub type LedgerError = Arc<dyn Error + Send + Sync>;
-
-/// The durable truth about calendar quotas.
-#[async_trait]
-pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
-    /// Grants up to `want` tokens for each request and counts them as used, atomically for each:
-    /// `min(want, quota - used)`, where `quota` is the share of `limit` that the window has. Returns one
-    /// result for each request, in order. A batch has at most one request for a key and policy.
-    ///
-    /// If a window of which something is used contains `at`, it is that window. Otherwise it is the calendar
-    /// window of the request, cut so that it overlaps no window of which something is used, and its quota is
-    /// in proportion to its length. An error may leave tokens counted: they are lost to the window, and never
-    /// spent twice.
-    async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>>;
-
-    /// Counts tokens as unused again: all of the batch or, on an error, possibly all or none. A batch that
-    /// was applied before is not applied again, so a caller may retry until it succeeds.
-    async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError>;
-}
 
 /// Returns the largest block of a quota for one of `replicas` replicas. All their blocks together are at most
 /// one hundredth of the quota, and 10,000, where that is at least one token each.
@@ -125,39 +50,39 @@ pub(in crate::limiter) enum BlockStatus {
     Unlimited,
     /// The block has enough tokens.
     Fits,
-    /// The block has too few, but the ledger should have them, or a request that has set them apart may release them.
+    /// The block has too few tokens, but the ledger should have them, or another request may release reserved ones.
     Short,
-    /// The ledger has not answered in this window.
+    /// The ledger has not responded in this window.
     Unknown,
-    /// Not in this window any more.
+    /// Exhausted for the rest of the window.
     Exhausted,
     /// Above the quota.
     NeverFits,
 }
 
-/// Tokens of one window, set apart for one request.
+/// Tokens of a window, reserved for a request.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::limiter) struct Reservation {
     window: QuotaWindow,
     tokens: u64,
 }
 
-/// A call of the ledger for one block: first return, then take.
+/// A ledger call for a block: return tokens first, then take.
 #[derive(Debug)]
 pub(in crate::limiter) struct Order {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
-    /// The quota of a whole day or month.
+    /// The quota of a full day or month.
     pub(in crate::limiter) limit: u64,
-    /// Zero: only return.
+    /// Zero: only return tokens.
     pub(in crate::limiter) want: u64,
 }
 
 /// Why tokens are fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::limiter) enum Need {
-    /// Requests of this cost in all are waiting.
+    /// Requests with this total cost are waiting.
     Cost(u64),
-    /// No request is waiting, but one may be soon.
+    /// No request is waiting yet.
     Ahead,
     /// The ledger was exhausted; other replicas may have returned tokens.
     Again,
@@ -176,17 +101,17 @@ struct NextBlock {
 enum Next {
     None,
     Fetching,
-    /// Being fetched, for a calendar that has changed since.
+    /// Being fetched, but for a calendar that has changed since.
     Outdated,
     Held(Box<NextBlock>),
 }
 
-/// The tokens held of one policy, and what is known of the rest.
+/// The tokens held of a policy, and what is known about the rest.
 #[derive(Debug)]
 pub(in crate::limiter) struct Block {
-    /// Of a whole day or month. Zero: no quota.
+    /// Of a full day or month. Zero: no quota.
     limit: u64,
-    /// What the window has of it.
+    /// The window's part of it.
     quota: u64,
     /// How many replicas take blocks of it. At least 1.
     replicas: u64,
@@ -194,11 +119,11 @@ pub(in crate::limiter) struct Block {
     /// The ledger has answered in this window.
     known: bool,
     held: u64,
-    /// Set apart for requests that wait for their rate. Not in `held`, and counted as consumed.
+    /// Reserved for requests that wait for their rate. Not part of `held`, and counted as consumed.
     reserved: u64,
-    /// As the ledger counts it: with `held`, without what is owed.
+    /// The ledger's count, which includes `held` but not what is owed.
     used: u64,
-    /// When it was last spent from, or filled.
+    /// When it was last used or filled.
     spent_at: UnixNanos,
     asked_at: UnixNanos,
     patience: u64,
@@ -246,7 +171,7 @@ impl Block {
         self.window
     }
 
-    /// Whether [`enter`](Self::enter) is due: the policy limits, and `now` is in another window.
+    /// Returns whether [`enter`](Self::enter) must be called: the policy limits, and `now` is in another window.
     pub(in crate::limiter) fn is_outdated(&self, now: UnixNanos) -> bool {
         self.limit != 0 && !self.window.span.contains(now)
     }
@@ -259,8 +184,7 @@ impl Block {
         self.quota = window.quota(self.limit);
     }
 
-    /// Sets the policy's limit. What was consumed stays consumed. Tokens beyond the new limit, or beyond the
-    /// new size of a block, are owed to the ledger.
+    /// Sets the policy's limit. Usage is kept. Tokens beyond the new limit or block size are owed to the ledger.
     pub(in crate::limiter) fn adopt(&mut self, limit: Option<NonZeroU64>) {
         let limit = limit.map_or(0, NonZeroU64::get);
         if limit != self.limit {
@@ -272,8 +196,8 @@ impl Block {
         }
     }
 
-    /// The time zone has changed. A window that was used keeps its end. One that nobody has used, as far as is
-    /// known here, is given up, and the ledger decides.
+    /// Applies a change of time zone. A window with usage keeps its end. A window without known usage is given up, and
+    /// the ledger decides.
     pub(in crate::limiter) fn rezone(&mut self) {
         self.drop_next();
         if !self.known || self.used <= self.held {
@@ -284,9 +208,9 @@ impl Block {
         }
     }
 
-    /// Moves to the window of `now`, which is not the current one. `calendar` is the day or month of `now`.
-    /// Tokens of the old window are owed: it may not have ended (the clock was set back), and if it has, its
-    /// row says what was really used.
+    /// Moves to the window of `now`, which is not the current one. `calendar` is the day or month of `now`. Tokens of
+    /// the old window are owed: it may not have ended (if the clock was set back), and if it has, its row shows the
+    /// actual usage.
     pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();
@@ -332,7 +256,7 @@ impl Block {
         }
     }
 
-    /// Sets `cost`, which [fits](BlockStatus::Fits), apart for one request. Followed by [`settle`](Self::settle).
+    /// Reserves `cost`, which [fits](BlockStatus::Fits), for a request. Followed by [`settle`](Self::settle).
     pub(in crate::limiter) fn reserve(&mut self, cost: u64, now: UnixNanos) -> Reservation {
         let tokens = if self.limit == 0 { 0 } else { cost };
         self.held -= tokens;
@@ -344,12 +268,12 @@ impl Block {
         }
     }
 
-    /// Whether a reservation is of the current window, and so can be spent.
+    /// Returns whether a reservation belongs to the current window and can be spent.
     pub(in crate::limiter) fn is_current(&self, reservation: Reservation) -> bool {
         reservation.window == self.window && (self.limit != 0) == (reservation.tokens != 0)
     }
 
-    /// Ends a reservation: its tokens are consumed, or held again. Those of another window are owed to it, since it may
+    /// Ends a reservation: its tokens are consumed or held again. Those of another window are owed to it, since it may
     /// not have ended.
     pub(in crate::limiter) fn settle(&mut self, reservation: Reservation, is_spent: bool) {
         let Reservation { window, tokens } = reservation;
@@ -367,13 +291,13 @@ impl Block {
         }
     }
 
-    /// Whether requests have set tokens of the current window apart.
+    /// Returns whether there are reservations in the current window.
     pub(in crate::limiter) fn has_reservations(&self) -> bool {
         self.reserved > 0
     }
 
-    /// Gives up what is held if none of it was spent for a while and other replicas share the quota. Returns whether
-    /// anything was given up.
+    /// Gives up the tokens held if none were used for a while and other replicas share the quota. Returns whether it
+    /// did.
     pub(in crate::limiter) fn give_up_idle(&mut self, now: UnixNanos) -> bool {
         let is_idle = now.0.abs_diff(self.spent_at.0) >= IDLE
             && self.replicas > 1
@@ -396,191 +320,6 @@ impl Block {
             .saturating_sub(self.used.saturating_sub(self.held))
     }
 
-    /// Whether to fetch more before a request has to wait. Not token by token where other replicas share the
-    /// quota: each would hold one that it may never need, until all are used up before they are spent.
-    pub(in crate::limiter) fn is_low(&self, now: UnixNanos) -> bool {
-        self.known
-            && self.used < self.quota
-            && (self.replicas == 1 || self.size() > 1)
-            && self.held <= self.size() / 4
-            && !self.fetching
-            && ((self.failure.is_none() && self.patience == PATIENCE) || self.is_due(now))
-    }
-
-    /// Whether tokens of a window that has not ended are owed and no call is under way. Those of an ended
-    /// window can wait for [`take_owed`](Self::take_owed).
-    pub(in crate::limiter) fn has_debts(&self, now: UnixNanos) -> bool {
-        !self.fetching && self.owed.iter().any(|(window, _)| now < window.end)
-    }
-
-    /// Whether to query a ledger again that was exhausted.
-    pub(in crate::limiter) fn is_worth_asking_again(&self, now: UnixNanos) -> bool {
-        !self.fetching && self.is_due(now)
-    }
-
-    /// Returns the last error of the ledger while it is too early to try again.
-    pub(in crate::limiter) fn cooling(&self, now: UnixNanos) -> Option<LedgerError> {
-        self.failure
-            .as_ref()
-            .filter(|_| !self.is_due(now))
-            .map(Arc::clone)
-    }
-
-    /// Returns how often the ledger has failed.
-    pub(in crate::limiter) fn failures(&self) -> u64 {
-        self.failures
-    }
-
-    pub(in crate::limiter) fn failure(&self) -> Option<LedgerError> {
-        self.failure.clone()
-    }
-
-    fn is_due(&self, now: UnixNanos) -> bool {
-        let patience = if self.failure.is_some() {
-            COOLING
-        } else {
-            self.patience
-        };
-        // In both directions: a clock that went back must not silence a key for hours.
-        now.0.abs_diff(self.asked_at.0) >= patience
-    }
-
-    /// Begins a fetch at `now`, unless one is under way or there is nothing to do. Every order is followed by
-    /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
-    pub(in crate::limiter) fn begin_fetch(&mut self, need: Need, now: UnixNanos) -> Option<Order> {
-        if self.fetching {
-            return None;
-        }
-        let size = self.size();
-        let left = self.quota.saturating_sub(self.used);
-        let want = match need {
-            _ if self.limit == 0 => 0,
-            // What requests wait for is fetched in full, since it is spent at once, but only where the tokens are
-            // known to exist.
-            Need::Cost(cost) if self.known => size.max(cost).saturating_sub(self.held).min(left),
-            Need::Cost(_) | Need::Ahead => size.saturating_sub(self.held).min(left),
-            Need::Again => size.saturating_sub(self.held).max(1),
-        };
-        // Before the take, so that `used` does not count them, and so that a window that nobody has used can
-        // give way to one in another time zone.
-        let give_back: Vec<_> = self
-            .owed
-            .extract_if(.., |(window, _)| now < window.end)
-            .map(|(window, tokens)| (window.start, tokens))
-            .collect();
-        if want == 0 && give_back.is_empty() {
-            return None;
-        }
-        self.fetching = true;
-        Some(Order {
-            give_back,
-            limit: self.limit,
-            want,
-        })
-    }
-
-    /// The ledger answered a fetch.
-    pub(in crate::limiter) fn finish_fetch(&mut self, taken: Taken, now: UnixNanos) {
-        self.fetching = false;
-        self.failure = None;
-        self.receive(taken, now);
-    }
-
-    fn receive(&mut self, taken: Taken, now: UnixNanos) {
-        if self.limit == 0 || !taken.window.span.contains(now) {
-            self.owe(taken.window.span, taken.granted);
-            return;
-        }
-        if taken.window != self.window {
-            self.surrender();
-            self.set_window(taken.window);
-        }
-        let owed: u64 = self
-            .owed
-            .iter()
-            .filter(|(window, _)| window.start == taken.window.span.start)
-            .map(|(_, n)| n)
-            .sum();
-        self.known = true;
-        self.held += taken.granted;
-        if taken.granted > 0 {
-            self.spent_at = now;
-        }
-        self.used = taken.used.saturating_sub(owed);
-        self.asked_at = now;
-        self.patience = if taken.granted > 0 {
-            PATIENCE
-        } else {
-            (self.patience * 2).min(PATIENCE_MAX)
-        };
-        self.trim_to(u64::MAX);
-    }
-
-    /// A call that only returned tokens has ended.
-    pub(in crate::limiter) fn finish_return(&mut self) {
-        self.fetching = false;
-    }
-
-    /// The ledger did not answer.
-    pub(in crate::limiter) fn fail(&mut self, error: LedgerError, now: UnixNanos) {
-        self.fetching = false;
-        self.failure = Some(error);
-        self.failures += 1;
-        self.asked_at = now;
-    }
-
-    /// Begins to fetch the first block of the next window, if it is time for `key_hash` and the key was used
-    /// in this one. Returns when the next window starts. Followed by [`finish_next`](Self::finish_next).
-    pub(in crate::limiter) fn begin_next(
-        &mut self,
-        now: UnixNanos,
-        key_hash: u64,
-    ) -> Option<UnixNanos> {
-        let end = self.window.span.end;
-        let is_time = now.0.saturating_add(AHEAD_MIN + key_hash % AHEAD_JITTER) >= end.0;
-        let is_wanted = self.limit != 0
-            && self.known
-            && self.used > self.held
-            && (self.replicas == 1 || self.size() > 1)
-            && matches!(self.next, Next::None);
-        if !is_wanted || !is_time || !self.window.span.contains(now) {
-            return None;
-        }
-        self.next = Next::Fetching;
-        Some(end)
-    }
-
-    /// Returns the limit and the number of tokens to take of a window in which `calendar` is the day or month.
-    pub(in crate::limiter) fn next_order(&self, calendar: Window) -> Order {
-        let window = window_at(self.window.span.end, calendar, &[self.window]);
-        Order {
-            give_back: Vec::new(),
-            limit: self.limit,
-            want: block_size(window.quota(self.limit), self.replicas),
-        }
-    }
-
-    /// The fetch of the next block ended; `None` if it failed.
-    pub(in crate::limiter) fn finish_next(&mut self, taken: Option<Taken>, now: UnixNanos) {
-        let is_outdated = matches!(self.next, Next::Outdated);
-        self.next = Next::None;
-        let Some(taken) = taken else {
-            return;
-        };
-        if is_outdated || self.limit == 0 || taken.granted == 0 {
-            self.owe(taken.window.span, taken.granted);
-        } else if taken.window.span.start >= self.window.span.end && now < taken.window.span.start {
-            self.next = Next::Held(Box::new(NextBlock {
-                window: taken.window,
-                held: taken.granted,
-                used: taken.used,
-            }));
-        } else {
-            // The window has begun meanwhile.
-            self.receive(taken, now);
-        }
-    }
-
     fn drop_next(&mut self) {
         match std::mem::replace(&mut self.next, Next::None) {
             Next::None => {}
@@ -589,8 +328,8 @@ impl Block {
         }
     }
 
-    /// Owes what is held beyond a block and beyond what waiting requests need: the rest of what was fetched
-    /// for a costly request that then was denied or canceled.
+    /// Owes tokens held beyond a block and beyond what waiting requests need: those fetched for a costly request that
+    /// was then denied or canceled.
     pub(in crate::limiter) fn tidy(&mut self, waited_for: u64) {
         let size = self.size().max(waited_for);
         if self.held > size {
@@ -598,21 +337,21 @@ impl Block {
         }
     }
 
-    /// Owes everything that is held.
+    /// Owes all tokens held.
     fn surrender(&mut self) {
         let n = std::mem::take(&mut self.held);
         self.used = self.used.saturating_sub(n);
         self.owe(self.window.span, n);
     }
 
-    /// Gives up everything that is held, and takes all that is owed out of the block.
+    /// Gives up all tokens held, and returns everything that is owed.
     pub(in crate::limiter) fn release(&mut self) -> impl Iterator<Item = (UnixNanos, u64)> {
         self.surrender();
         self.drop_next();
         self.take_owed(UnixNanos(u64::MAX))
     }
 
-    /// Takes what is owed to windows that end by `now` out of the block.
+    /// Returns what is owed to windows that end by `now`.
     pub(in crate::limiter) fn take_owed(
         &mut self,
         now: UnixNanos,
@@ -624,7 +363,7 @@ impl Block {
         owed.into_iter().map(|(window, n)| (window.start, n))
     }
 
-    /// Whether the block can be dropped: no tokens held, none owed, no call under way.
+    /// Returns whether the block can be dropped: no tokens held or owed, and no call in flight.
     pub(in crate::limiter) fn is_forgettable(&self) -> bool {
         self.held == 0 && self.owed.is_empty() && !self.fetching && matches!(self.next, Next::None)
     }

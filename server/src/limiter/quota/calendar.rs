@@ -1,9 +1,9 @@
-//! Calendar days and months in a time zone, and the windows of quotas that follow from them.
+//! Calendar days and months in a time zone, and the quota windows that follow from them.
 //!
-//! Owns where a day and a month begin, and what becomes of a quota's window when the time zone changes. A day is
-//! 23 or 25 hours long where clocks change, begins at 00:30 or 01:00 where midnight was skipped, and does not
-//! exist where a country crossed the date line. A call takes about a microsecond: callers keep the window until
-//! it ends. The zones are compiled in, so nothing here can be down or differ between machines.
+//! Decides where days and months begin, and what happens to a quota's window when the time zone changes. A day has 23
+//! or 25 hours when clocks change, begins at 00:30 or 01:00 if midnight is skipped, and does not exist where a country
+//! crossed the date line. A call takes about a microsecond, so callers keep the window until it ends. The time zone
+//! database is compiled in, so all machines agree.
 
 use std::{
     hash::{Hash, Hasher},
@@ -32,7 +32,7 @@ impl Zone {
         Self(TimeZone::UTC)
     }
 
-    /// The zone of an IANA name such as `Europe/Berlin`, in any case.
+    /// Returns the zone with an IANA name such as `Europe/Berlin`, in any case.
     pub fn named(name: &str) -> Result<Self, UnknownZone> {
         TimeZone::get(name)
             .ok()
@@ -45,7 +45,7 @@ impl Zone {
         self.0.iana_name().unwrap_or("UTC")
     }
 
-    /// Returns the same time of day on the day before; a later one if it was skipped then.
+    /// Returns the same time of day on the previous day, or a later one if it was skipped then.
     pub fn day_before(&self, at: UnixNanos) -> Option<UnixNanos> {
         let at = Timestamp::from_nanosecond(i128::from(at.0)).ok()?;
         let local = self.0.to_datetime(at);
@@ -89,7 +89,7 @@ pub struct Window {
 }
 
 impl Window {
-    /// Holds no time.
+    /// An empty window.
     pub const NONE: Self = Self {
         start: UnixNanos(0),
         end: UnixNanos(0),
@@ -109,7 +109,7 @@ impl Window {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuotaWindow {
     pub span: Window,
-    /// Nanoseconds of the whole day or month. A window that a change of time zone shortened is shorter.
+    /// Length of the full day or month in nanoseconds. A window that a change of time zone shortened is shorter.
     pub period: u64,
 }
 
@@ -120,7 +120,7 @@ impl QuotaWindow {
         period: 0,
     };
 
-    /// A whole day or month.
+    /// Creates the window of a full day or month.
     pub const fn whole(span: Window) -> Self {
         Self {
             span,
@@ -132,7 +132,7 @@ impl QuotaWindow {
         self.span.length() < self.period
     }
 
-    /// Returns the whole seconds of a window that was shortened.
+    /// Returns the length in seconds if the window was shortened.
     pub fn shortened_to(self) -> Option<NonZeroU32> {
         if !self.is_shortened() {
             return None;
@@ -141,8 +141,8 @@ impl QuotaWindow {
         NonZeroU32::new(u32::try_from(seconds).unwrap_or(u32::MAX))
     }
 
-    /// Returns the quota of this window, where a whole day or month has `limit`: in proportion to its length,
-    /// rounded up.
+    /// Returns the quota of this window, given the `limit` of a full day or month: in proportion to its length, rounded
+    /// up.
     pub fn quota(self, limit: u64) -> u64 {
         if !self.is_shortened() {
             return limit;
@@ -154,12 +154,11 @@ impl QuotaWindow {
 
 /// Returns the quota window that contains `at`.
 ///
-/// `calendar` is the day or month of `at` in the current time zone, and `used` are the windows of which
-/// something was used. A change of time zone takes effect when the current window ends, so a used window that
-/// contains `at` is the answer. Otherwise it is the calendar's, from where the last used window ended: windows
-/// never overlap.
+/// `calendar` is the day or month of `at` in the current time zone, and `used` are the windows with usage. A change of
+/// time zone takes effect when the current window ends, so it is the window with usage that contains `at`, if there is
+/// one. Otherwise it is the calendar's, starting where the last window with usage ended: windows never overlap.
 pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> QuotaWindow {
-    // Two can contain it where a version that kept no ends has counted in both.
+    // Two can contain it if a version that did not store ends has counted in both.
     let current = used.iter().filter(|window| window.span.contains(at));
     if let Some(current) = current.max_by_key(|window| window.span.start) {
         return *current;
@@ -178,10 +177,10 @@ pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> Quota
     }
 }
 
-/// The window of a calendar policy that `now` is in; [`Window::NONE`] for [`Policy::Rpm`], which has none.
+/// Returns the window of a calendar policy that contains `now`, or [`Window::NONE`] for [`Policy::Rpm`].
 ///
-/// Windows tile the time line: each begins at the first instant that bears its date, also where that date
-/// then disappears again for an hour (a fold at midnight), and lasts until the next one begins.
+/// Windows cover time without gaps: each begins at the first instant with its date, even if that date then disappears
+/// again for an hour (a fold at midnight), and lasts until the next one begins.
 pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
     match policy {
         Policy::Rpm => Window::NONE,
@@ -192,8 +191,8 @@ pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
     }
 }
 
-/// The end of the clock hour that `now` is in: the next full hour on the wall, or an earlier change of the clocks. So
-/// an hour that comes twice counts as two, and one that was skipped not at all.
+/// Returns the end of the clock hour of `now`: the next full hour of local time, or an earlier change of the UTC
+/// offset. So an hour that occurs twice counts as two, and a skipped one does not count.
 pub fn hour_end(zone: &Zone, now: UnixNanos) -> UnixNanos {
     const HOUR: i128 = 3_600_000_000_000;
     let nanos = i128::from(now.0);
@@ -223,8 +222,8 @@ fn around(
     loop {
         let following = next(date);
         let end = first_instant(&zone.0, following);
-        // After a fold at midnight the old date shows for a while although the new one has begun; a date
-        // that was skipped begins and ends at once.
+        // After a fold at midnight the old date applies again for a while although the new window has begun. The window
+        // of a skipped date is empty.
         if now < end || following == date {
             return Window { start, end };
         }
@@ -236,22 +235,22 @@ fn tomorrow(date: Date) -> Date {
     date.tomorrow().unwrap_or(Date::MAX)
 }
 
-/// The first instant whose local date is `date`, or later where that date was skipped.
+/// Returns the first instant whose local date is `date`, or a later one if that date was skipped.
 fn first_instant(zone: &TimeZone, date: Date) -> UnixNanos {
     let midnight: DateTime = date.at(0, 0, 0, 0);
     let instant = match zone.to_ambiguous_timestamp(midnight).offset() {
         AmbiguousOffset::Unambiguous { offset } | AmbiguousOffset::Fold { before: offset, .. } => {
             offset.to_timestamp(midnight)
         }
-        // Midnight was skipped. Read with the offset of after the gap it lies before the transition; the
-        // next transition from there is the end of the old date and the start of the new one.
+        // Midnight was skipped. With the offset after the gap it is before the transition, and the next transition ends
+        // the old date and begins the new one.
         AmbiguousOffset::Gap { after, .. } => after.to_timestamp(midnight).map(|before| {
             zone.following(before)
                 .next()
                 .map_or(before, |transition| transition.timestamp())
         }),
     };
-    // Out of the range of years that jiff knows, or before 1970: the ends of our time line.
+    // Outside the years that jiff supports, or before 1970: the limits of our time.
     let nanos = instant.map_or(i128::MAX, Timestamp::as_nanosecond);
     UnixNanos(u64::try_from(nanos.max(0)).unwrap_or(u64::MAX))
 }
@@ -279,7 +278,7 @@ mod tests {
         window(Policy::Daily, &zone(zone_name), at(now))
     }
 
-    /// The starts of all hours of a day.
+    /// Returns the starts of all hours of a day.
     fn hours(zone_name: &str, now: &str) -> Vec<String> {
         let (zone, day) = (zone(zone_name), day(zone_name, now));
         let mut starts = vec![day.start];
@@ -306,7 +305,7 @@ mod tests {
         assert_eq!(autumn[1..4], ["01:00:00", "02:00:00", "02:00:00"]);
         assert_eq!(hours("Asia/Kolkata", "2026-11-26T12:00:00Z").len(), 24);
         assert_eq!(hours("Asia/Kathmandu", "2026-11-26T12:00:00Z").len(), 24);
-        // By half an hour: it is repeated, and skipped.
+        // Changes by half an hour, which is repeated or skipped.
         let autumn = hours("Australia/Lord_Howe", "2026-04-05T02:00:00Z");
         assert_eq!(autumn[1..4], ["01:00:00", "01:30:00", "02:00:00"]);
         let spring = hours("Australia/Lord_Howe", "2026-10-04T02:00:00Z");
@@ -318,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_zone_is_refused() {
+    fn unknown_zone_is_rejected() {
         for name in ["Europe/Atlantis", "", "../etc/passwd", "+02:00"] {
             assert_eq!(Zone::named(name), Err(UnknownZone(name.to_owned())));
         }
@@ -327,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_day_lasts_23_24_or_25_hours_where_clocks_change() {
+    fn day_lasts_23_24_or_25_hours_when_clocks_change() {
         for (now, hours) in [
             ("2026-03-28T12:00Z", 24),
             ("2026-03-29T12:00Z", 23),
@@ -339,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_month_is_a_month() {
+    fn months_have_calendar_lengths() {
         for (now, days) in [
             ("2026-01-31T23:59:59Z", 31),
             ("2026-02-01T00:00:00Z", 28),
@@ -355,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn a_day_whose_midnight_was_skipped_begins_when_it_first_shows() {
+    fn day_without_midnight_begins_at_its_first_instant() {
         // Beirut: 2026-03-29 00:00 was skipped, the day began at 01:00.
         let window = day("Asia/Beirut", "2026-03-29T12:00Z");
         assert_eq!(window.start, at("2026-03-28T22:00Z"));
@@ -365,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn a_day_begins_once_where_midnight_comes_twice() {
+    fn day_begins_once_if_midnight_occurs_twice() {
         // St. John's 2010: at 00:01 clocks went back to 23:01 of the day before.
         let begins = at("2010-11-07T02:30Z");
         for now in [
@@ -379,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn a_date_that_was_skipped_has_no_window() {
+    fn skipped_date_has_no_window() {
         // Samoa had no 30 December 2011.
         let before = day("Pacific/Apia", "2011-12-30T09:59:59Z");
         let after = day("Pacific/Apia", "2011-12-30T10:00:00Z");
@@ -389,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ends_of_the_time_line_are_answered() {
+    fn limits_of_time_have_windows() {
         for now in [UnixNanos(0), UnixNanos(u64::MAX)] {
             for policy in [Policy::Daily, Policy::Monthly] {
                 for name in ["UTC", "Pacific/Kiritimati", "Pacific/Pago_Pago"] {
@@ -411,17 +410,17 @@ mod tests {
         &ZONES
     }
 
-    /// Whether an instant's local date belongs to the window's unit, read off the calendar alone.
+    /// Returns whether an instant's local date belongs to the window's day or month.
     fn local(zone: &Zone, at: UnixNanos) -> DateTime {
         let at = Timestamp::from_nanosecond(i128::from(at.0)).unwrap();
         zone.0.to_datetime(at)
     }
 
     #[test]
-    fn windows_tile_ten_years_of_every_zone() {
+    fn windows_cover_ten_years_of_every_zone() {
         let zones = zones();
         assert!(zones.len() > 400, "only {} zones compiled in", zones.len());
-        // Each zone walks its own ten years, so that every year from 1971 on is walked by some.
+        // Each zone covers other ten years, so that every year from 1971 on is covered by some.
         for (i, name) in zones.iter().enumerate() {
             let zone = zone(name);
             let from = Date::new(1971 + i16::try_from(i % 50).unwrap(), 1, 1).unwrap();
@@ -434,8 +433,8 @@ mod tests {
                     let window = window(policy, &zone, now);
                     assert_eq!(window.start, now, "{name}: a gap or an overlap");
                     assert!(window.end > window.start && window.end.0 - window.start.0 <= longest);
-                    // It begins with its date, and the nanosecond before bears an earlier one. Only that:
-                    // where midnight comes twice the old date shows again later.
+                    // It begins with its date, and the nanosecond before has an earlier one. No more than that: if
+                    // midnight occurs twice, the old date applies again later.
                     let unit = |at: DateTime| match policy {
                         Policy::Monthly => at.date().first_of_month(),
                         _ => at.date(),
@@ -456,9 +455,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
-        /// Every instant of a window gives that window.
+        /// Every instant of a window is in that window.
         #[test]
-        fn any_instant_finds_its_window(
+        fn every_instant_is_in_its_window(
             index in any::<prop::sample::Index>(),
             now in 0..3_000_000_000_000_000_000u64,
             part in 0.0..1.0f64,

@@ -2,3 +2,4 @@
 
 pub(super) mod block;
 pub(super) mod calendar;
+pub(super) mod ledger;

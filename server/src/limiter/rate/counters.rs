@@ -7,17 +7,17 @@ use std::{error::Error, sync::Arc};
 use async_trait::async_trait;
 use quota_common::id::{ApiKeyId, TenantId};
 
-/// Microseconds since the Unix epoch by the counters' own clock.
+/// Microseconds since the Unix epoch, by the clock of the counters.
 pub type CounterMicros = u64;
 
 /// See [`TakeCall::away_since`].
 pub const NEVER_HEARD: CounterMicros = 1;
 
-/// Whose bucket.
+/// The owner of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BucketName {
     Key(TenantId, ApiKeyId),
-    /// No key's bucket. Used to find out whether the counters answer.
+    /// Not a key's bucket: for heartbeats.
     Heartbeat,
 }
 
@@ -37,8 +37,8 @@ pub struct TakeCall {
     pub need: u64,
     /// Tokens that requests wait for now. Granted as far as the bucket goes.
     pub waiting: u64,
-    /// At least `waiting`; the rest is held for later, and is at most half of what the bucket holds. Zero: only
-    /// look.
+    /// At least `waiting`. The rest is for later use, and at most half of what the bucket holds. Zero: only read the
+    /// state.
     pub want: u64,
     /// Tokens taken before and not spent.
     pub back: u64,
@@ -46,7 +46,7 @@ pub struct TakeCall {
     pub back_taken_at: CounterMicros,
     /// The bucket's generation when they were taken. They are worth nothing in a later one.
     pub back_generation: u64,
-    /// For how many microseconds granted tokens may be spent. What is not spent comes back soon after.
+    /// For how many microseconds granted tokens may be spent. Unspent ones are returned soon after.
     pub lease: CounterMicros,
     /// The counters' time in the latest answer from this partition that the caller received in time.
     pub last_heard: CounterMicros,

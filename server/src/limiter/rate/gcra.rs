@@ -1,14 +1,13 @@
-//! The generic cell rate algorithm, in whole nanoseconds.
+//! The generic cell rate algorithm (GCRA), in whole nanoseconds.
 //!
-//! A token bucket kept as one number: the *theoretical arrival time* (TAT), the moment at which the bucket
-//! will be full again. One token is worth one emission interval; a bucket may be `burst` intervals away from
-//! full. Owns that arithmetic and nothing else: pure functions on the stored number, so that whoever stores
-//! it (a handle in memory, a script in Redis) decides alike. Depends on nothing.
+//! A token bucket represented by one number: the *theoretical arrival time* (TAT), at which the bucket will be full
+//! again. One token is worth one emission interval, and an empty bucket is `burst` intervals from full. Pure functions
+//! of the stored number, so that all stores (a handle in memory, a script in Redis) decide alike.
 //!
-//! Two promises. *Never more than sold*: the interval is rounded up, so the rate is `rpm` or a little less
-//! (at most 1 in 1,000, and that only near 60,000,000 a minute). *No lock-out by a clock*: a TAT later than
-//! an empty bucket's can only stem from a clock that was ahead, and is read as an empty bucket's; so a clock
-//! set back by hours costs a key one refill and not hours.
+//! Two promises. *Never above the limit*: the interval is rounded up, so the rate is `rpm` or slightly less (at most 1
+//! in 1,000, and only near 60,000,000 per minute). *No lock-out by a clock*: a TAT later than that of an empty bucket
+//! can only come from a clock that was ahead, and counts as an empty bucket. So setting a clock back by hours costs a
+//! key one refill, not hours.
 //!
 //! Reference: ITU-T I.371, annex A (virtual scheduling algorithm).
 
@@ -18,32 +17,32 @@ use crate::{clock::UnixNanos, limiter::policy::RatePolicy};
 
 const MINUTE: u64 = 60_000_000_000;
 
-/// The furthest from full that a bucket may be: 73 years. Only bursts beyond anything sold reach it; they
-/// are cut to it, so that no sum below overflows before the year 2480.
+/// The maximum distance from full: 73 years. Only extreme bursts reach it. They are limited to it, so that no sum below
+/// overflows before the year 2480.
 const TAU_MAX: u64 = 1 << 61;
 
-/// The numbers of one bucket.
+/// The parameters of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gcra {
-    /// Nanoseconds a token takes to come back, rounded up. At least 1.
+    /// Nanoseconds in which one token refills, rounded up. At least 1.
     emission: u64,
     /// Nanoseconds from empty to full.
     tau: u64,
 }
 
-/// What a bucket answers.
+/// Whether a cost fits into a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// There is enough; taking it makes this the new TAT.
+    /// It fits. Taking it makes this the new TAT.
     Fits { tat: u64 },
-    /// There is not enough now; there will be after exactly `wait` nanoseconds if nobody takes any.
+    /// It does not fit now, but will after exactly `wait` nanoseconds if nothing else is taken.
     Wait { wait: NonZeroU64 },
-    /// The cost is above what the bucket can ever hold.
+    /// The cost is larger than the bucket.
     NeverFits,
 }
 
 impl Gcra {
-    /// Holds nothing.
+    /// A bucket that holds nothing.
     pub(in crate::limiter) const NONE: Self = Self {
         emission: 1,
         tau: 0,
@@ -57,7 +56,7 @@ impl Gcra {
         Self { emission, tau }
     }
 
-    /// Nanoseconds per token.
+    /// Returns nanoseconds per token.
     pub fn emission(self) -> u64 {
         self.emission
     }
@@ -67,14 +66,13 @@ impl Gcra {
         self.tau
     }
 
-    /// `tat` as it may be believed at `now`: never further from full than an empty bucket. Whoever stores
-    /// the TAT stores this after every look, denials included, or a bucket would not begin to refill while
-    /// the clock is behind.
+    /// Limits `tat` to that of an empty bucket at `now`. Store the result after every decision, including denials;
+    /// otherwise a bucket would not refill while the clock is behind.
     pub fn settled(self, tat: u64, now: UnixNanos) -> u64 {
         tat.min(now.0.saturating_add(self.tau))
     }
 
-    /// Whether `cost` tokens may be taken at `now`. `tat` is [settled](Self::settled).
+    /// Returns whether `cost` tokens may be taken at `now`. `tat` must be [settled](Self::settled).
     pub fn decide(self, tat: u64, now: UnixNanos, cost: NonZeroU32) -> Verdict {
         let price = self.price(cost);
         if price > self.tau {
@@ -87,20 +85,20 @@ impl Gcra {
         }
     }
 
-    /// Whole tokens in the bucket at `now`. `tat` is [settled](Self::settled).
+    /// Returns the whole tokens in the bucket at `now`. `tat` must be [settled](Self::settled).
     pub fn remaining(self, tat: u64, now: UnixNanos) -> u64 {
         self.tau.saturating_sub(tat.saturating_sub(now.0)) / self.emission
     }
 
-    /// The TAT that carries what was consumed under `old` over to `self`, and what is missing beyond an empty bucket:
-    /// as many tokens are missing from the new bucket as were missing from the old one. If it holds fewer, it is empty,
-    /// and the rest is missing only once the bucket is made larger again. `tat` and `beyond` are of `used_at`, when
-    /// tokens were last taken. Since then the bucket has refilled at the lower of the two rates, since when the plan was
-    /// edited is not known.
+    /// Carries usage under `old` over to `self`: as many tokens are missing from the new bucket as from the old one.
+    /// Returns the new TAT, and what is missing beyond an empty bucket. If the new bucket holds fewer tokens, it is
+    /// empty, and the rest is missing once the bucket is made larger again. `tat` and `beyond` are as of `used_at`,
+    /// when tokens were last taken. Since the time of the edit is unknown, the bucket has refilled at the lower of the
+    /// two rates since then.
     ///
-    /// So a larger burst is there at once, less what was used; a smaller one starts as empty as it was, and nobody
-    /// waits for more than one whole bucket of the new size; a detour over a smaller one gives nothing; and a key that
-    /// rests through an edit gains nothing from the higher rate before it. Fractions of a token are rounded against the
+    /// So a larger burst is available at once, less what was used. A smaller one starts as empty as it was, and no
+    /// request waits for more than one whole bucket of the new size. A temporarily smaller burst gains nothing, and
+    /// neither does a key that is idle during an edit to a lower rate. Fractions of a token are rounded against the
     /// caller.
     pub fn carry_over(
         self,
@@ -123,7 +121,8 @@ impl Gcra {
         (now.0.saturating_add(within.saturating_sub(refill)), beyond)
     }
 
-    /// What is left at `now` of what was missing beyond an empty bucket: once the bucket is full, refill reduces it.
+    /// Returns what is left at `now` of what was missing beyond an empty bucket. Refill reduces it once the bucket is
+    /// full.
     pub fn beyond(self, beyond: u64, tat: u64, now: UnixNanos) -> u64 {
         beyond.saturating_sub(now.0.saturating_sub(tat))
     }
@@ -157,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rested_bucket_gives_its_burst_at_once_and_not_one_more() {
+    fn full_bucket_gives_exactly_its_burst() {
         let gcra = gcra(60, 10);
         let mut tat = 0;
         for left in (0..10).rev() {
@@ -176,14 +175,14 @@ mod tests {
     }
 
     #[test]
-    fn a_cost_above_the_burst_never_fits() {
+    fn cost_above_the_burst_never_fits() {
         let gcra = gcra(600, 10);
         assert_eq!(gcra.decide(0, NOW, cost(11)), Verdict::NeverFits);
         assert!(fits(gcra.decide(0, NOW, cost(10))));
     }
 
     #[test]
-    fn the_extremes_of_rate_and_burst_do_not_overflow() {
+    fn extremes_of_rate_and_burst_do_not_overflow() {
         let other = RatePolicy {
             rpm: NonZeroU32::new(7).unwrap(),
             burst: NonZeroU32::new(3).unwrap(),
@@ -208,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_was_hours_ahead_locks_nobody_out() {
+    fn clock_that_was_hours_ahead_locks_nobody_out() {
         let gcra = gcra(60, 10);
         let ahead = NOW.saturating_add(7_200_000_000_000);
         let Verdict::Fits { tat } = gcra.decide(0, ahead, cost(10)) else {
@@ -228,7 +227,7 @@ mod tests {
         let (fast, slow) = (gcra(6000, 100), gcra(12, 100));
         let drained = NOW.0 + fast.tau();
         let later = NOW.saturating_add(5_000_000_000);
-        // The same in whichever direction: 5 s at 12 a minute.
+        // The same in both directions: 5 s at 12 per minute.
         let (tat, beyond) = slow.carry_over(fast, (drained, 0), NOW, later);
         assert_eq!((slow.remaining(tat, later), beyond), (1, 0));
         let (tat, beyond) = fast.carry_over(slow, (NOW.0 + slow.tau(), 0), NOW, later);
@@ -236,9 +235,9 @@ mod tests {
     }
 
     proptest! {
-        /// The wait is exact: one nanosecond earlier is too early, and after it the request fits.
+        /// The wait is exact: a nanosecond earlier is too early, and after it the request fits.
         #[test]
-        fn the_wait_is_exact(
+        fn wait_is_exact(
             rpm in 1..=60_000_000u32,
             burst in 1..=1_000_000u32,
             debt in any::<u64>(),
@@ -257,9 +256,9 @@ mod tests {
             }
         }
 
-        /// `remaining` is what fits: that many, and not one more.
+        /// Exactly `remaining` tokens fit.
         #[test]
-        fn remaining_is_what_fits(
+        fn exactly_the_remaining_tokens_fit(
             rpm in 1..=60_000_000u32,
             burst in 1..=1_000_000u32,
             debt in any::<u64>(),
@@ -274,10 +273,10 @@ mod tests {
             prop_assert!(!fits(gcra.decide(tat, NOW, cost(left + 1))));
         }
 
-        /// An edit never gives more than the new burst less what was used, and a detour over another plan never fills
-        /// the bucket.
+        /// An edit never leaves more than the new burst less usage, and changing a plan back and forth never fills the
+        /// bucket.
         #[test]
-        fn an_edit_carries_what_was_used(
+        fn edit_carries_usage_over(
             (rpm_a, rpm_b) in (1..=60_000_000u32, 1..=60_000_000u32),
             (burst_a, burst_b) in (1..=100_000u32, 1..=100_000u32),
             debt in any::<u64>(),
@@ -293,7 +292,7 @@ mod tests {
             );
             let (back, _) = a.carry_over(b, (carried, beyond), NOW, NOW);
             prop_assert!(back >= tat);
-            // At most a token more is missing than was.
+            // At most one token more is missing than before.
             prop_assert!(back <= tat + a.emission());
         }
     }

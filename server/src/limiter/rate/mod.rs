@@ -3,3 +3,5 @@
 pub(super) mod counters;
 pub(super) mod gcra;
 pub(super) mod lease;
+pub(super) mod share;
+pub(super) mod waiter;

@@ -1,4 +1,4 @@
-//! The promises of `LimitStore`, one by one.
+//! The promises of `LimitStore`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,7 +13,7 @@ fn set(policies: &[Policy]) -> PolicySet {
     policies.iter().copied().collect()
 }
 
-pub(super) async fn a_rested_key_gets_its_burst_and_then_waits_exactly(world: &World) {
+pub(super) async fn idle_key_gets_its_burst_and_then_waits_exactly(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(60, 5);
     for left in (0..5).rev() {
@@ -35,7 +35,7 @@ pub(super) async fn a_rested_key_gets_its_burst_and_then_waits_exactly(world: &W
     assert!(key.ask(&plan, 1).await.is_allowed());
 }
 
-pub(super) async fn a_steady_key_gets_its_rate(world: &World) {
+pub(super) async fn steady_key_gets_its_rate(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(600, 1);
     for _ in 0..1000 {
@@ -45,7 +45,7 @@ pub(super) async fn a_steady_key_gets_its_rate(world: &World) {
     }
 }
 
-pub(super) async fn a_denial_by_rate_consumes_no_quota(world: &World) {
+pub(super) async fn denial_by_rate_consumes_no_quota(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(60, 2).daily(1000).monthly(10_000);
     assert_eq!(key.admitted(&plan, 50).await, 2);
@@ -55,7 +55,7 @@ pub(super) async fn a_denial_by_rate_consumes_no_quota(world: &World) {
     assert_eq!(denied.monthly.unwrap().remaining, 9998);
 }
 
-pub(super) async fn a_denial_by_quota_consumes_no_rate(world: &World) {
+pub(super) async fn denial_by_quota_consumes_no_rate(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(600, 100).daily(3).monthly(10_000);
     assert_eq!(key.admitted(&plan, 50).await, 3);
@@ -66,7 +66,7 @@ pub(super) async fn a_denial_by_quota_consumes_no_rate(world: &World) {
     assert_eq!(denied.monthly.unwrap().remaining, 9997);
 }
 
-pub(super) async fn every_violated_policy_is_named_and_the_longest_wait_told(world: &World) {
+pub(super) async fn every_violated_policy_is_named_with_the_longest_wait(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(60, 2).daily(2).monthly(2);
     assert_eq!(key.admitted(&plan, 2).await, 2);
@@ -86,7 +86,7 @@ pub(super) async fn every_violated_policy_is_named_and_the_longest_wait_told(wor
     assert!(key.ask(&plan, 1).await.is_allowed());
 }
 
-pub(super) async fn a_cost_above_a_limit_is_refused_and_takes_nothing(world: &World) {
+pub(super) async fn cost_above_a_limit_is_denied_and_consumes_nothing(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(600, 100).daily(50).monthly(5000);
     for (cost, violated) in [
@@ -110,11 +110,11 @@ pub(super) async fn a_cost_above_a_limit_is_refused_and_takes_nothing(world: &Wo
         assert_eq!(denied.daily.unwrap().remaining, 50);
     }
     settle().await;
-    // The whole of each is still there.
+    // Nothing was consumed.
     assert!(key.ask(&plan, 50).await.is_allowed());
 }
 
-pub(super) async fn a_cost_is_taken_whole(world: &World) {
+pub(super) async fn cost_is_taken_as_a_whole(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(60, 10).daily(1000);
     let decision = key.ask(&plan, 7).await;
@@ -123,14 +123,14 @@ pub(super) async fn a_cost_is_taken_whole(world: &World) {
     let denied = key.ask(&plan, 4).await;
     assert_eq!(denied.retry_after(), Some(SECOND));
     assert!(key.ask(&plan, 3).await.is_allowed());
-    // More than a block of the quota at once.
+    // More than one block of the quota.
     let plan = Plan::any_rate().daily(1000);
     let decision = key.ask(&plan, 900).await;
     assert!(decision.is_allowed());
     assert_eq!(decision.daily.unwrap().remaining, 90);
 }
 
-pub(super) async fn a_quota_begins_anew_with_the_local_day(world: &World) {
+pub(super) async fn quota_resets_with_the_local_day(world: &World) {
     let key = Key::of(&world.start());
     // In Tokyo 2026-11-24T10:00Z is 19:00, in Los Angeles 02:00.
     for (n, zone, hours) in [(1, "Asia/Tokyo", 5), (2, "America/Los_Angeles", 22)] {
@@ -147,11 +147,11 @@ pub(super) async fn a_quota_begins_anew_with_the_local_day(world: &World) {
     }
 }
 
-pub(super) async fn a_quota_begins_anew_with_the_month(world: &World) {
+pub(super) async fn quota_resets_with_the_month(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::any_rate().monthly(100);
     let mut admitted = 0;
-    // To 1 December in six days and a half, a dozen a day.
+    // A dozen per day for six and a half days, until 1 December.
     for _ in 0..12 {
         admitted += key.admitted(&plan, 12).await;
         settle().await;
@@ -162,26 +162,26 @@ pub(super) async fn a_quota_begins_anew_with_the_month(world: &World) {
     assert_eq!(key.admitted(&plan, 150).await, 100);
 }
 
-pub(super) async fn a_change_of_time_zone_gives_no_fresh_quota(world: &World) {
+pub(super) async fn change_of_time_zone_grants_no_new_quota(world: &World) {
     let key = Key::of(&world.start());
     let mut admitted = 0;
     for zone in ["UTC", "Asia/Tokyo", "Pacific/Honolulu", "UTC"] {
         let plan = Plan::any_rate().daily(50).zone(zone);
         admitted += key.admitted(&plan, 60).await;
         let denied = key.ask(&plan, 1).await;
-        // The day that began in UTC also ends there.
+        // The day that began in UTC also ends in UTC.
         assert_eq!(denied.retry_after(), Some(14 * 3600 * SECOND), "{zone}");
     }
     assert_eq!(admitted, 50);
 }
 
-pub(super) async fn a_clock_that_stands_still_refills_nothing(world: &World) {
+pub(super) async fn stopped_clock_refills_nothing(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(60_000_000, 10);
     assert_eq!(key.admitted(&plan, 10_000).await, 10);
 }
 
-pub(super) async fn a_clock_set_back_locks_nobody_out(world: &World) {
+pub(super) async fn clock_set_back_locks_nobody_out(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(60, 10);
     assert_eq!(key.admitted(&plan, 20).await, 10);
@@ -194,37 +194,37 @@ pub(super) async fn a_clock_set_back_locks_nobody_out(world: &World) {
     assert_eq!(key.admitted(&plan, 20).await, 1);
 }
 
-pub(super) async fn a_larger_burst_is_there_at_once_less_what_was_used(world: &World) {
+pub(super) async fn larger_burst_is_available_immediately_less_what_was_used(world: &World) {
     let key = Key::of(&world.start());
     assert_eq!(key.admitted(&Plan::rate(60, 10), 4).await, 4);
     let larger = Plan::rate(6000, 100);
     assert_eq!(key.ask(&larger, 1).await.rate.remaining, 95);
-    // And a denial is forgotten with the plan that denied.
+    // A remembered denial ends with the plan that denied.
     let key = Key::number(&key.limiter, 8);
     assert_eq!(key.admitted(&Plan::rate(1, 2), 4).await, 2);
     assert_eq!(key.admitted(&Plan::rate(1, 5), 9).await, 3);
 }
 
-pub(super) async fn a_smaller_burst_is_no_fresh_one(world: &World) {
+pub(super) async fn smaller_burst_is_not_a_new_one(world: &World) {
     let key = Key::of(&world.start());
     let (large, small) = (Plan::rate(60, 100), Plan::rate(60, 10));
     assert_eq!(key.admitted(&large, 95).await, 95);
     assert_eq!(key.admitted(&small, 20).await, 0);
-    // Nor is the way back a fresh one.
+    // Raising it again grants no new one either.
     assert_eq!(key.admitted(&large, 200).await, 5);
     assert_eq!(key.admitted(&small, 20).await, 0);
     world.advance(Duration::from_secs(3));
     assert_eq!(key.admitted(&small, 20).await, 3);
 }
 
-pub(super) async fn a_detour_over_a_smaller_burst_gives_nothing(world: &World) {
+pub(super) async fn lowering_and_raising_the_burst_grants_nothing(world: &World) {
     let key = Key::of(&world.start());
     let (large, small) = (Plan::rate(60, 100), Plan::rate(60, 10));
     assert_eq!(key.admitted(&large, 200).await, 100);
     assert_eq!(key.admitted(&small, 20).await, 0);
     world.advance(Duration::from_secs(4));
     assert_eq!(key.admitted(&large, 200).await, 4);
-    // The small bucket is full after ten seconds, and what is missing of the large one refills on.
+    // The small bucket is full after ten seconds. What is missing from the large one continues to refill.
     assert_eq!(key.admitted(&small, 20).await, 0);
     world.advance(Duration::from_secs(30));
     assert_eq!(key.admitted(&small, 20).await, 10);
@@ -250,19 +250,19 @@ pub(super) async fn a_rest_across_an_edit_refills_at_the_lower_rate(world: &Worl
     assert_eq!(key.admitted(&Plan::rate(60, 10), 200).await, 10);
 }
 
-pub(super) async fn a_raised_quota_is_in_force_at_once(world: &World) {
+pub(super) async fn raised_quota_applies_immediately(world: &World) {
     let key = Key::of(&world.start());
     assert_eq!(key.admitted(&Plan::any_rate().daily(5), 9).await, 5);
     assert_eq!(key.admitted(&Plan::any_rate().daily(12), 20).await, 7);
     assert_eq!(key.admitted(&Plan::any_rate(), 20).await, 20);
 }
 
-pub(super) async fn a_lowered_quota_is_not_spent_beyond(world: &World) {
+pub(super) async fn lowered_quota_is_not_exceeded(world: &World) {
     let key = Key::of(&world.start());
     let high = Plan::any_rate().daily(10_000);
     assert_eq!(key.admitted(&high, 250).await, 250);
     settle().await;
-    // A block of the high quota is in hand; the low one ends before it would.
+    // A block of the high quota is held. The low quota ends before the block does.
     let low = Plan::any_rate().daily(260);
     assert_eq!(key.admitted(&low, 100).await, 10);
     settle().await;
@@ -271,7 +271,7 @@ pub(super) async fn a_lowered_quota_is_not_spent_beyond(world: &World) {
     assert_eq!(key.admitted(&Plan::any_rate().daily(300), 100).await, 40);
 }
 
-pub(super) async fn a_key_finds_its_handle_again(world: &World) {
+pub(super) async fn key_finds_its_handle_again(world: &World) {
     let limiter = world.start();
     let plan = Plan::rate(60, 10).daily(1000);
     let key = Key::of(&limiter);
@@ -279,7 +279,7 @@ pub(super) async fn a_key_finds_its_handle_again(world: &World) {
     assert!(Arc::ptr_eq(&key.handle, &Key::of(&limiter).handle));
     drop(key);
     settle().await;
-    // Not while tokens are missing, and not while a block is out.
+    // Not while tokens are missing or a block is held.
     assert_eq!(limiter.prune(), 1);
     assert_eq!(Key::of(&limiter).ask(&plan, 1).await.rate.remaining, 1);
     world.advance(Duration::from_mins(1));
@@ -288,7 +288,7 @@ pub(super) async fn a_key_finds_its_handle_again(world: &World) {
     assert_eq!(limiter.prune(), 0);
     settle().await;
     assert_eq!(world.ledger.used(), 9, "the block went back");
-    // A pruned key remembers its quota by the ledger.
+    // A pruned key's usage is in the ledger.
     let decision = Key::of(&limiter).ask(&plan, 1).await;
     assert_eq!(decision.rate.remaining, 9);
     assert_eq!(decision.daily.unwrap().remaining, 990);
@@ -303,7 +303,7 @@ pub(super) async fn keys_do_not_share(world: &World) {
     }
 }
 
-pub(super) async fn quotas_outlive_a_clean_stop_exactly(world: &World) {
+pub(super) async fn quotas_survive_a_clean_stop_exactly(world: &World) {
     let plan = Plan::any_rate().daily(1000).monthly(5000);
     let mut admitted = 0;
     for _ in 0..100 {
@@ -320,17 +320,17 @@ pub(super) async fn quotas_outlive_a_clean_stop_exactly(world: &World) {
     assert_eq!(admitted, 1000);
 }
 
-pub(super) async fn quotas_outlive_a_crash_but_for_a_block(world: &World) {
+pub(super) async fn quotas_survive_a_crash_except_for_a_block(world: &World) {
     let plan = Plan::any_rate().daily(1000);
     let before = Key::of(&world.start()).admitted(&plan, 333).await;
     assert_eq!(before, 333);
-    // Gone without a word.
+    // Ends without returning anything.
     let after = Key::of(&world.start()).admitted(&plan, 2000).await;
     assert!(before + after <= 1000);
     assert!(before + after >= 990, "{before} and {after}");
     assert!(world.ledger.largest() <= 10);
 
-    // Crash upon crash: each strands a block at most, and nothing is served twice.
+    // Repeated crashes strand at most one block each, and nothing is spent twice.
     world.advance(DAY);
     let (mut admitted, mut crashes) = (0, 0);
     loop {
@@ -348,13 +348,13 @@ pub(super) async fn quotas_outlive_a_crash_but_for_a_block(world: &World) {
     );
 }
 
-pub(super) async fn a_ledger_that_is_down_admits_nothing_and_stops_no_rate(world: &World) {
+pub(super) async fn failed_ledger_admits_nothing_and_does_not_affect_rates(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(600, 100).daily(1000);
     assert_eq!(key.admitted(&plan, 5).await, 5);
     settle().await;
     world.ledger.set_down(true);
-    // What is in hand is spent, and then nothing is admitted.
+    // Tokens held locally are spent, then nothing is admitted.
     let mut served = 0;
     let error = loop {
         match key.try_ask(&plan, 1).await {
@@ -372,7 +372,7 @@ pub(super) async fn a_ledger_that_is_down_admits_nothing_and_stops_no_rate(world
     }
     let asked = world.ledger.takes();
     assert!(asked < 10, "a ledger in trouble is left alone: {asked}");
-    // A rate alone needs no ledger; one that denies is heard without it.
+    // A rate alone needs no ledger, and denies without it.
     let other = Key::number(&key.limiter, 8);
     assert!(other.ask(&Plan::rate(60, 1), 1).await.is_allowed());
     assert!(!other.ask(&Plan::rate(60, 1).daily(9), 1).await.is_allowed());
@@ -381,7 +381,7 @@ pub(super) async fn a_ledger_that_is_down_admits_nothing_and_stops_no_rate(world
     world.advance(Duration::from_secs(1));
     assert!(key.ask(&plan, 1).await.is_allowed());
 
-    // Too slow is as good as down; what was granted late is spent later.
+    // A slow ledger counts as failed. Tokens granted late are spent later.
     world.advance(DAY);
     world.ledger.set_delay(DEADLINE * 2);
     assert!(matches!(
@@ -394,10 +394,10 @@ pub(super) async fn a_ledger_that_is_down_admits_nothing_and_stops_no_rate(world
     assert_eq!(world.ledger.takes(), asked);
 }
 
-pub(super) async fn tokens_given_back_by_others_are_found(world: &World) {
+pub(super) async fn tokens_returned_by_others_are_found(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::any_rate().daily(1000);
-    // Another replica holds nearly all of it.
+    // Another replica holds nearly all tokens.
     assert!(key.ask(&plan, 1).await.is_allowed());
     world.ledger.adjust(|used| used + 980);
     assert_eq!(key.admitted(&plan, 50).await, 19);
@@ -416,7 +416,7 @@ pub(super) async fn tokens_given_back_by_others_are_found(world: &World) {
     assert!((95..=100).contains(&found), "{found}");
 }
 
-pub(super) async fn peeking_takes_nothing(world: &World) {
+pub(super) async fn peek_consumes_nothing(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(60, 10).daily(100);
     key.ask(&plan, 3).await;

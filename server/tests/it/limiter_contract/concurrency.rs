@@ -1,4 +1,4 @@
-//! Many threads at one key.
+//! Many threads with one key.
 
 use std::{
     num::NonZeroU32,
@@ -19,7 +19,7 @@ use super::{
     world::{Far, Key, ONE, Plan, START, memory_store},
 };
 
-/// Asks on a runtime of the thread's own.
+/// Decides on the thread's own runtime.
 fn asker<F: Future<Output = Result<Decision, LimiterError>>>() -> impl Fn(F) -> Decision {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
@@ -27,9 +27,9 @@ fn asker<F: Future<Output = Result<Decision, LimiterError>>>() -> impl Fn(F) -> 
     move |asked| runtime.block_on(asked).unwrap()
 }
 
-/// Threads that ask as fast as they can while the hands are moved: exactly the burst and the refill pass.
+/// Threads send requests as fast as they can while the clock advances. Exactly the burst and the refill are allowed.
 #[test]
-fn threads_get_the_burst_and_the_refill_and_not_one_more() {
+fn threads_get_exactly_the_burst_and_the_refill() {
     for far in [false, true] {
         let clock = TestClock::at(START);
         let store = memory_store(&clock, &TestLedger::new());
@@ -56,7 +56,7 @@ fn threads_get_the_burst_and_the_refill_and_not_one_more() {
                 std::thread::yield_now();
             }
         });
-        // What no thread came for in time.
+        // Tokens that no thread has used.
         let ask = asker();
         while ask(limiter.admit(&key.handle, &policies, ONE)).is_allowed() {
             admitted.fetch_add(1, Ordering::Relaxed);
@@ -67,9 +67,9 @@ fn threads_get_the_burst_and_the_refill_and_not_one_more() {
     }
 }
 
-/// The same on the machine's clock.
+/// The same with the system clock.
 #[test]
-fn in_real_time_no_more_passes_than_was_sold() {
+fn no_more_than_the_limit_is_allowed_in_real_time() {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let store = quota_server::limiter::LocalStore::new(
         Arc::clone(&clock),
@@ -95,13 +95,13 @@ fn in_real_time_no_more_passes_than_was_sold() {
     let admitted = admitted.into_inner();
     let sold = 50 + 10_000 * took / 1_000_000_000;
     assert!(admitted <= sold, "{admitted} of {sold}");
-    // How much more depends on when the machine lets these threads run.
+    // How much less than the limit depends on when these threads run.
     assert!(admitted > 50, "{admitted}: nothing was refilled");
 }
 
-/// Requests on several threads, all limited by a quota that is fetched block by block.
+/// Requests on several threads, limited by a quota that is fetched in blocks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_quota_is_served_whole_and_not_beyond_by_many_at_once() {
+async fn concurrent_requests_get_exactly_the_quota() {
     for (quota, costs) in [
         (10_000u64, vec![1u32]),
         (50, vec![1]),

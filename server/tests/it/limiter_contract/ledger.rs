@@ -1,4 +1,4 @@
-//! A ledger in memory that obeys its trait, keeps a log, and fails or dawdles when told to.
+//! A ledger in memory that keeps a log, and fails or delays on request.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 type Owner = (TenantId, ApiKeyId, Policy);
 
-/// A window, and what is used of it.
+/// A window and its usage.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Kept {
     pub(crate) window: QuotaWindow,
@@ -34,7 +34,7 @@ pub(crate) struct TestLedger {
     applied: Mutex<HashSet<Uuid>>,
     down: AtomicBool,
     delay_ms: AtomicU64,
-    /// Of so many returns to come, the answer is lost after they were applied.
+    /// The responses to this many returns are lost after they were applied.
     lose_answers: AtomicU64,
     takes: AtomicU64,
     calls: AtomicU64,
@@ -65,29 +65,29 @@ impl TestLedger {
         self.lose_answers.store(n, Ordering::SeqCst);
     }
 
-    /// How often tokens were asked for.
+    /// Returns how often tokens were requested.
     pub(crate) fn takes(&self) -> u64 {
         self.takes.load(Ordering::SeqCst)
     }
 
-    /// How many calls there were, and how many at once at most.
+    /// Returns the number of calls, and the highest number of concurrent ones.
     pub(super) fn calls(&self) -> (u64, u64) {
         let calls = self.calls.load(Ordering::SeqCst);
         (calls, self.most_under_way.load(Ordering::SeqCst))
     }
 
-    /// The largest grant.
+    /// Returns the largest grant.
     pub(super) fn largest(&self) -> u64 {
         self.largest.load(Ordering::SeqCst)
     }
 
-    /// All that is used, over all rows.
+    /// Returns the total usage of all rows.
     pub(crate) fn used(&self) -> u64 {
         let rows = self.rows.lock().unwrap();
         rows.values().flatten().map(|row| row.used).sum()
     }
 
-    /// Every window of which something is used, by start.
+    /// Returns every window with usage, ordered by start.
     pub(super) fn used_windows(&self) -> Vec<Vec<Kept>> {
         let rows = self.rows.lock().unwrap();
         let used = rows.values().map(|rows| {
@@ -98,7 +98,7 @@ impl TestLedger {
         used.collect()
     }
 
-    /// Somebody else takes or gives back tokens of every row.
+    /// Another replica takes or returns tokens of every row.
     pub(super) fn adjust(&self, change: impl Fn(u64) -> u64) {
         for row in self.rows.lock().unwrap().values_mut().flatten() {
             row.used = change(row.used);
@@ -113,7 +113,7 @@ impl TestLedger {
         if delay > 0 {
             tokio::time::sleep(Duration::from_millis(delay)).await;
         } else {
-            // Even the fastest database answers later.
+            // Even the fastest database responds later.
             tokio::task::yield_now().await;
         }
         self.under_way.fetch_sub(1, Ordering::SeqCst);
@@ -133,7 +133,7 @@ impl TestLedger {
         let owner = (request.tenant, request.key, request.policy);
         let mut rows = self.rows.lock().unwrap();
         let rows = rows.entry(owner).or_default();
-        // What nobody has used is as if it had never been.
+        // A window without usage does not count.
         rows.retain(|row| row.used > 0);
         let known = rows
             .iter()
@@ -158,7 +158,7 @@ impl TestLedger {
     }
 }
 
-/// The part of the day or month that touches no other window.
+/// Returns the part of the day or month that overlaps no other window.
 fn opened(request: &TakeRequest, rows: &[Kept]) -> QuotaWindow {
     let Window { mut start, mut end } = request.calendar;
     let before = rows.iter().map(|row| row.window.span.end);

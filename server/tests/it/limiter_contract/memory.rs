@@ -1,4 +1,4 @@
-//! What holds for the memory store, and for the gate in front of a far one, beyond the common promise.
+//! Behavior of the local store, and of the denial cache in front of a remote one, beyond the common contract.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,7 +13,7 @@ use super::{
 };
 
 #[tokio::test]
-async fn no_more_cells_are_held_than_allowed_and_rested_ones_make_room() {
+async fn number_of_keys_is_limited_and_idle_ones_make_room() {
     let world = world::memory();
     let settings = KeyTableSettings {
         max_keys: 640,
@@ -43,7 +43,7 @@ async fn no_more_cells_are_held_than_allowed_and_rested_ones_make_room() {
     }
     assert_eq!(store.len(), asked);
     assert!(asked <= 640 && refused > 0);
-    // A second later each bucket is full again, and nobody holds the keys.
+    // A second later each bucket is full again and no handle is in use.
     world.advance(Duration::from_secs(1));
     Key::number(&limiter, 10_000);
     for n in 10_001..10_100 {
@@ -55,7 +55,7 @@ async fn no_more_cells_are_held_than_allowed_and_rested_ones_make_room() {
 }
 
 #[tokio::test]
-async fn a_request_that_goes_away_while_it_waits_loses_no_tokens() {
+async fn request_canceled_while_it_waits_loses_no_tokens() {
     let world = world::memory();
     let key = Key::of(&world.start());
     let plan = Plan::any_rate().daily(1000);
@@ -66,7 +66,7 @@ async fn a_request_that_goes_away_while_it_waits_loses_no_tokens() {
     }
     world.ledger.set_delay(Duration::ZERO);
     tokio::time::sleep(DEADLINE).await;
-    // What was fetched for it beyond a block goes back with the next decision.
+    // Tokens fetched for it beyond a block are returned with the next decision.
     assert!(key.ask(&plan, 1).await.is_allowed());
     settle().await;
     assert!(world.ledger.used() <= 11, "{}", world.ledger.used());
@@ -74,7 +74,7 @@ async fn a_request_that_goes_away_while_it_waits_loses_no_tokens() {
 }
 
 #[tokio::test]
-async fn a_steady_stream_never_waits_for_the_ledger() {
+async fn steady_stream_never_waits_for_the_ledger() {
     let world = world::memory();
     let key = Key::of(&world.start());
     let policies = Plan::any_rate().daily(100_000).policies();
@@ -93,7 +93,7 @@ async fn a_steady_stream_never_waits_for_the_ledger() {
 }
 
 #[tokio::test]
-async fn nothing_is_in_hand_after_a_drain_with_calls_under_way() {
+async fn nothing_is_held_after_a_drain_with_calls_in_flight() {
     let world = world::memory();
     let limiter = world.start();
     let plan = Plan::any_rate().daily(1000).monthly(100_000);
@@ -101,7 +101,7 @@ async fn nothing_is_in_hand_after_a_drain_with_calls_under_way() {
         let key = Key::number(&limiter, n);
         assert_eq!(key.admitted(&plan, 8).await, 8);
     }
-    // The last of each eight asked for more, which has not come yet.
+    // The last of each eight requested more, which has not arrived yet.
     world.ledger.set_delay(Duration::from_millis(20));
     for n in 0..50 {
         Key::number(&limiter, n).admitted(&plan, 1).await;
@@ -113,7 +113,7 @@ async fn nothing_is_in_hand_after_a_drain_with_calls_under_way() {
 }
 
 #[tokio::test]
-async fn a_drain_says_what_it_could_not_give_back() {
+async fn drain_reports_what_it_could_not_return() {
     let world = world::memory();
     let key = Key::of(&world.start());
     key.ask(&Plan::any_rate().daily(1000), 1).await;
@@ -124,7 +124,7 @@ async fn a_drain_says_what_it_could_not_give_back() {
 }
 
 #[tokio::test]
-async fn a_far_store_is_not_asked_about_what_is_known_to_be_over() {
+async fn remote_store_is_not_asked_about_known_denials() {
     let world = world::far();
     let store = Far::new(memory_store(&world.clock, &world.ledger));
     assert!(!store.is_local());
@@ -136,20 +136,20 @@ async fn a_far_store_is_not_asked_about_what_is_known_to_be_over() {
     world.advance(Duration::from_secs(1));
     assert_eq!(key.admitted(&plan, 100).await, 1);
     assert!(store.asked() <= 12);
-    // What denies one cost may admit another.
+    // A denied cost does not rule out another.
     world.advance(Duration::from_secs(2));
     assert!(!key.ask(&plan, 5).await.is_allowed());
     assert!(key.ask(&plan, 2).await.is_allowed());
-    // Over the quota, until tomorrow.
+    // Above the quota, until tomorrow.
     let plan = Plan::any_rate().daily(20);
     assert_eq!(key.admitted(&plan, 500).await, 7);
     assert!(store.asked() <= 12 + 11, "{}", store.asked());
-    // But not under another plan.
+    // But not with another plan.
     assert!(key.ask(&Plan::any_rate().daily(21), 1).await.is_allowed());
 }
 
 #[tokio::test]
-async fn a_ledger_that_panics_or_hangs_is_a_ledger_that_is_down() {
+async fn ledger_that_panics_or_hangs_counts_as_failed() {
     #[derive(Debug)]
     struct Broken(std::sync::atomic::AtomicBool);
 
@@ -193,9 +193,9 @@ async fn a_ledger_that_panics_or_hangs_is_a_ledger_that_is_down() {
     assert!(key.ask(&plan, 1).await.is_allowed());
 }
 
-/// The ledger alone is shared: nothing of a test's own is left over from `TestLedger`.
+/// Only the ledger is shared.
 #[tokio::test]
-async fn two_replicas_on_one_ledger_share_a_quota() {
+async fn two_replicas_with_one_ledger_share_a_quota() {
     let world = world::memory();
     let ledger = TestLedger::new();
     let plan = Plan::any_rate().daily(1000);

@@ -1,4 +1,4 @@
-//! Many keys at once: midnight, and the end of the process.
+//! Many keys at once: midnight, and stopping.
 
 use std::{
     sync::{
@@ -13,11 +13,11 @@ use quota_server::limiter::Limiter;
 
 use super::world::{self, Key, ONE, Plan, World, memory_store};
 
-/// Calls of the ledger that may be under way at once: well below the size of a pool.
+/// The maximum number of concurrent ledger calls: well below the size of a pool.
 const AT_ONCE: u64 = 6;
 const KEYS: u64 = 3000;
 
-/// Lets what runs in the background get done, for thousands of keys.
+/// Lets background work complete, for thousands of keys.
 async fn settle_all() {
     for _ in 0..2000 {
         tokio::task::yield_now().await;
@@ -34,7 +34,7 @@ fn both() -> Plan {
     Plan::any_rate().daily(1000).monthly(30_000)
 }
 
-/// From 10:00 to 23:49:00, with one request of every key.
+/// Advances from 10:00 to 23:49:00, with one request per key.
 async fn spend_the_day(world: &World, keys: &[Key]) {
     for key in keys {
         assert!(key.ask(&both(), 1).await.is_allowed());
@@ -43,7 +43,7 @@ async fn spend_the_day(world: &World, keys: &[Key]) {
     world.advance(Duration::from_mins(13 * 60 + 49));
 }
 
-/// To just before midnight, with the usual pruning. Returns the most blocks taken in ten seconds.
+/// Advances to just before midnight, with the usual pruning. Returns the most blocks taken within ten seconds.
 async fn approach_midnight(world: &World, limiter: &Limiter) -> u64 {
     let mut most = 0;
     for _ in 0..65 {
@@ -58,7 +58,7 @@ async fn approach_midnight(world: &World, limiter: &Limiter) -> u64 {
 }
 
 #[tokio::test]
-async fn at_midnight_no_request_waits_and_all_of_the_next_day_is_served() {
+async fn no_request_waits_at_midnight_and_the_next_day_is_served_in_full() {
     let world = world::memory();
     let limiter = world.start();
     let keys = keys(&limiter);
@@ -85,7 +85,7 @@ async fn at_midnight_no_request_waits_and_all_of_the_next_day_is_served() {
     settle_all().await;
     let (_, at_once) = world.ledger.calls();
     assert!(at_once <= AT_ONCE, "{at_once} calls at once");
-    // Neither more nor less than the quota of the new day.
+    // Exactly the quota of the new day.
     for key in keys.iter().step_by(500) {
         assert_eq!(key.admitted(&both(), 1100).await, 999);
     }
@@ -96,7 +96,7 @@ async fn at_midnight_no_request_waits_and_all_of_the_next_day_is_served() {
 }
 
 #[tokio::test]
-async fn a_stop_just_before_midnight_returns_the_blocks_of_both_days() {
+async fn stop_just_before_midnight_returns_the_blocks_of_both_days() {
     let world = world::memory();
     let limiter = world.start();
     let keys = keys(&limiter);
@@ -111,9 +111,9 @@ async fn a_stop_just_before_midnight_returns_the_blocks_of_both_days() {
     assert_eq!(world.ledger.used(), 2 * all);
 }
 
-/// Keys that send nothing in the minutes before midnight, and all of them at once then; no pruning either.
+/// Keys that send nothing in the minutes before midnight, and then all at once, without pruning.
 #[tokio::test(start_paused = true)]
-async fn a_midnight_that_nothing_was_fetched_for_is_served_by_few_calls() {
+async fn midnight_without_prefetching_takes_few_calls() {
     let world = world::memory();
     let limiter = world.start();
     let keys = keys(&limiter);
@@ -132,7 +132,7 @@ async fn a_midnight_that_nothing_was_fetched_for_is_served_by_few_calls() {
 }
 
 #[tokio::test]
-async fn a_stop_returns_every_block_by_few_calls() {
+async fn stop_returns_every_block_in_few_calls() {
     let world = world::memory();
     let limiter = world.start();
     for key in &keys(&limiter) {
@@ -146,9 +146,9 @@ async fn a_stop_returns_every_block_by_few_calls() {
     assert!(after - calls <= 12, "{} calls", after - calls);
 }
 
-/// An answer that is lost leaves open whether the tokens were credited. The same batch is sent again.
+/// After a lost response it is unknown whether the tokens were credited. The same batch is sent again.
 #[tokio::test(start_paused = true)]
-async fn a_stop_whose_answers_are_lost_credits_every_token_once() {
+async fn stop_with_lost_responses_credits_every_token_once() {
     let world = world::memory();
     let limiter = world.start();
     for key in &keys(&limiter) {
@@ -157,13 +157,13 @@ async fn a_stop_whose_answers_are_lost_credits_every_token_once() {
     world.ledger.lose_answers(4);
     let drained = limiter.drain().await;
     assert_eq!(drained.lost, 0);
-    // A key holds 9 tokens of the day and 299 of the month.
+    // A key holds 9 daily tokens and 299 monthly tokens.
     assert_eq!(drained.given_back, KEYS * (9 + 299));
     assert_eq!(world.ledger.used(), 2 * KEYS);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stop_waits_out_a_short_outage() {
+async fn stop_waits_out_a_short_outage() {
     let world = world::memory();
     let limiter = world.start();
     for key in &keys(&limiter) {
@@ -180,7 +180,7 @@ async fn a_stop_waits_out_a_short_outage() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_stop_under_load_leaves_exactly_what_was_admitted() {
+async fn stop_under_load_leaves_exactly_what_was_admitted() {
     for round in 0..10 {
         let world = world::memory();
         let store = memory_store(&world.clock, &world.ledger);
@@ -220,15 +220,15 @@ async fn a_stop_under_load_leaves_exactly_what_was_admitted() {
     }
 }
 
-/// A key that nobody uses any more gives its blocks back although the process goes on.
+/// The blocks of a key that is no longer used are returned while the process runs.
 #[tokio::test]
-async fn blocks_of_keys_that_left_the_cache_go_back() {
+async fn blocks_of_evicted_keys_are_returned() {
     let world = world::memory();
     let limiter = world.start();
     for key in keys(&limiter) {
         assert!(key.ask(&both(), 1).await.is_allowed());
     }
-    // Their buckets are full again, and no record holds their keys.
+    // Their buckets are full again, and no record refers to their handles.
     world.advance(Duration::from_secs(1));
     limiter.prune();
     settle_all().await;

@@ -1,7 +1,6 @@
-//! What every store of limits promises, as one suite that runs on each of them, and a comparison with a
-//! model that decides in the plainest way.
+//! The contract of limit stores, as one suite that runs on each of them, and a comparison with a simple model.
 //!
-//! A store takes part by a line in [`stores`]: a function that sets it up on a clock and a ledger of its own.
+//! A store takes part with a line in [`stores`]: a function that creates it with its own clock and ledger.
 
 mod behavior;
 mod concurrency;
@@ -14,13 +13,13 @@ mod zones;
 
 pub(crate) use self::{ledger::TestLedger, world::START};
 
-/// A far store keeps a clock of its own, which a test cannot set back.
+/// A remote store has its own clock, which a test cannot set back.
 #[tokio::test]
-async fn a_clock_set_back_locks_nobody_out() {
-    behavior::a_clock_set_back_locks_nobody_out(&world::memory()).await;
+async fn clock_set_back_locks_nobody_out() {
+    behavior::clock_set_back_locks_nobody_out(&world::memory()).await;
 }
 
-/// Runs the behaviors named here on every store.
+/// Runs these behaviors on every store.
 macro_rules! on_every_store {
     ($($behavior:ident),* $(,)?) => {
         mod memory_store {
@@ -38,7 +37,7 @@ macro_rules! on_every_store {
             })*
         }
 
-        /// The memory store as if it were far away, so that the local gate stands in front of it.
+        /// The local store as if it were remote, so that the denial cache is in front of it.
         mod far_store {
             $(#[tokio::test]
             async fn $behavior() {
@@ -49,28 +48,28 @@ macro_rules! on_every_store {
 }
 
 on_every_store! {
-    a_rested_key_gets_its_burst_and_then_waits_exactly,
-    a_steady_key_gets_its_rate,
-    a_denial_by_rate_consumes_no_quota,
-    a_denial_by_quota_consumes_no_rate,
-    every_violated_policy_is_named_and_the_longest_wait_told,
-    a_cost_above_a_limit_is_refused_and_takes_nothing,
-    a_cost_is_taken_whole,
-    a_quota_begins_anew_with_the_local_day,
-    a_quota_begins_anew_with_the_month,
-    a_change_of_time_zone_gives_no_fresh_quota,
-    a_clock_that_stands_still_refills_nothing,
-    a_larger_burst_is_there_at_once_less_what_was_used,
-    a_smaller_burst_is_no_fresh_one,
-    a_detour_over_a_smaller_burst_gives_nothing,
+    idle_key_gets_its_burst_and_then_waits_exactly,
+    steady_key_gets_its_rate,
+    denial_by_rate_consumes_no_quota,
+    denial_by_quota_consumes_no_rate,
+    every_violated_policy_is_named_with_the_longest_wait,
+    cost_above_a_limit_is_denied_and_consumes_nothing,
+    cost_is_taken_as_a_whole,
+    quota_resets_with_the_local_day,
+    quota_resets_with_the_month,
+    change_of_time_zone_grants_no_new_quota,
+    stopped_clock_refills_nothing,
+    larger_burst_is_available_immediately_less_what_was_used,
+    smaller_burst_is_not_a_new_one,
+    lowering_and_raising_the_burst_grants_nothing,
     a_rest_across_an_edit_refills_at_the_lower_rate,
-    a_raised_quota_is_in_force_at_once,
-    a_lowered_quota_is_not_spent_beyond,
-    a_key_finds_its_handle_again,
+    raised_quota_applies_immediately,
+    lowered_quota_is_not_exceeded,
+    key_finds_its_handle_again,
     keys_do_not_share,
-    quotas_outlive_a_clean_stop_exactly,
-    quotas_outlive_a_crash_but_for_a_block,
-    a_ledger_that_is_down_admits_nothing_and_stops_no_rate,
-    tokens_given_back_by_others_are_found,
-    peeking_takes_nothing,
+    quotas_survive_a_clean_stop_exactly,
+    quotas_survive_a_crash_except_for_a_block,
+    failed_ledger_admits_nothing_and_does_not_affect_rates,
+    tokens_returned_by_others_are_found,
+    peek_consumes_nothing,
 }

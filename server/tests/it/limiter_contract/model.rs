@@ -1,7 +1,7 @@
-//! The limiter against a model that decides in the plainest way, over random schedules.
+//! Compares the limiter with a simple model, with random schedules.
 //!
-//! The model keeps a list of grants and plays it through from the beginning for each request, in tokens as
-//! exact fractions; days and months it reads off `chrono`. Every field of every decision is compared.
+//! The model keeps a list of grants and replays it from the start for each request, in tokens as exact fractions. It
+//! gets days and months from `chrono`. Every field of every decision is compared.
 
 use std::collections::HashMap;
 
@@ -20,35 +20,35 @@ use super::world::{self, Key, Plan, START, World, settle};
 
 const MINUTE: i128 = 60_000_000_000;
 
-/// One thing that happened to a bucket.
+/// An event of a bucket.
 #[derive(Clone, Copy)]
 enum Event {
-    /// The clock showed this.
+    /// The time.
     Seen(u64),
-    /// So many tokens were taken.
+    /// This many tokens were taken.
     Grant(u32),
-    /// The plan was edited to this interval between tokens and this burst.
+    /// The plan was changed to this emission interval and burst.
     Plan(i128, i128),
     /// So much was missing, and tokens were last taken then.
     Full(i128, u64),
 }
 
-/// Nanoseconds of refill that are missing, and the numbers to read them by.
+/// Missing nanoseconds of refill, and the numbers to interpret them.
 #[derive(Default)]
 struct Bucket {
     clock: u64,
     interval: i128,
     burst: i128,
-    /// Below zero: the bucket is full, and has been for so long.
+    /// Negative: the bucket has been full for this long.
     missing: i128,
-    /// Missing beyond an empty bucket, since the burst was larger. The time in which the bucket is full reduces it.
+    /// Missing beyond an empty bucket, since the burst was larger. Time in which the bucket is full reduces it.
     beyond: i128,
     /// When tokens were last taken, or the plan was edited.
     since: u64,
 }
 
 impl Bucket {
-    /// The bucket stops being full, or is full no longer than from now on.
+    /// The bucket is no longer full, or is full since now.
     fn use_time_when_full(&mut self) {
         self.beyond = (self.beyond + self.missing.min(0)).max(0);
         self.missing = self.missing.max(0);
@@ -58,19 +58,19 @@ impl Bucket {
 #[derive(Default)]
 struct Model {
     events: Vec<Event>,
-    /// By policy and the day that its window starts on.
+    /// By policy and the day on which the window starts.
     used: HashMap<(Policy, NaiveDate), u64>,
     plan: (i128, i128),
 }
 
 impl Model {
-    /// Plays all that happened through. Forgets the past of a full bucket.
+    /// Replays all events. Drops the history of a full bucket.
     fn bucket(&mut self) -> Bucket {
         let mut bucket = Bucket::default();
         for event in &self.events {
             match *event {
-                // Time that passed is refilled. Where the clock was set back the same time is still to
-                // come, but no more of it than fills a bucket.
+                // Elapsed time refills. If the clock was set back, the same time passes again, but refills no more than
+                // a bucket.
                 Event::Seen(now) => {
                     bucket.missing -= i128::from(now) - i128::from(bucket.clock);
                     bucket.missing = bucket.missing.min(bucket.interval * bucket.burst);
@@ -222,22 +222,22 @@ impl From<Decision> for Expected {
     }
 }
 
-/// One thing to do to the limiter and the model.
+/// A step for the limiter and the model.
 #[derive(Debug, Clone)]
 enum Step {
-    /// So many requests of this cost.
+    /// This many requests of this cost.
     Ask {
         cost: u32,
         times: u32,
     },
     /// Waits, in nanoseconds.
     Wait(u64),
-    /// Waits as long as the last denial said, less or more a nanosecond.
+    /// Waits as long as the last denial stated, give or take a nanosecond.
     WaitAsTold(i8),
-    /// The clock jumps back.
+    /// Sets the clock back.
     Back(u64),
     Edit(usize),
-    /// The process stops cleanly and starts again.
+    /// Restarts the process cleanly.
     Restart,
 }
 
@@ -272,7 +272,7 @@ fn plan() -> impl Strategy<Value = Plan> {
     })
 }
 
-/// Plays `steps` on both and answers how many decisions were compared. Waits are multiples of `grain` nanoseconds.
+/// Runs `steps` on both and returns the number of compared decisions. Waits are multiples of `grain` nanoseconds.
 async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 {
     let mut model = Model::default();
     let mut key = Key::of(&world.start());
@@ -280,7 +280,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     let mut policies = plan.policies();
     let mut told = 1_000_000_000;
     let mut compared = 0;
-    // What the sold rate is checked by: when, and how many by then.
+    // For checking the rate: times, and totals until then.
     let mut grants: Vec<(u64, u64)> = Vec::new();
     for step in steps {
         match *step {
@@ -308,7 +308,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
             Step::WaitAsTold(off) => {
                 let grains = told.div_ceil(grain).saturating_add_signed(i64::from(off));
                 let nanos = grains * grain;
-                // Of a month's wait only the last day.
+                // Only the last day of a month's wait.
                 world.advance(std::time::Duration::from_nanos(nanos));
             }
             Step::Back(nanos) => {
@@ -337,9 +337,9 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     compared
 }
 
-/// In any span at most `burst + rpm/60 * T` by the rate as it was sold, not as it was rounded.
+/// In any window, at most `burst + rpm/60 * T`, with the exact rate and not the rounded one.
 fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
-    // An edit to a smaller burst may have left less room; the first grant starts the first span.
+    // An edit to a smaller burst may have left less room. The first grant starts the first window.
     for (i, (from, _)) in grants.iter().enumerate() {
         let mut sum = 0i128;
         for (until, cost) in &grants[i..] {
@@ -353,7 +353,7 @@ fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
 fn compare(seed: u8, set_up: fn() -> World, jumps: bool, decisions: u64) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
-        // A wait for the ledger ends by its answer and not because the machine is busy.
+        // Waits for the ledger end with its response, not because the machine is busy.
         .start_paused(true)
         .build()
         .unwrap();
@@ -381,15 +381,15 @@ fn a_million_decisions_equal_those_of_the_model() {
     });
 }
 
-/// The local gate in front of a store changes no decision.
+/// The denial cache in front of a store changes no decision.
 #[test]
-fn the_gate_changes_no_decision() {
+fn denial_cache_changes_no_decision() {
     compare(4, world::far, false, 100_000);
 }
 
-/// The buckets in Redis, whose time is told in microseconds.
+/// Buckets in Redis, whose time has microsecond resolution.
 #[tokio::test]
-async fn redis_decides_as_the_model_does() {
+async fn redis_decides_like_the_model() {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[5; 32]);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     let script = (

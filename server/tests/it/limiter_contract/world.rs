@@ -1,4 +1,4 @@
-//! A limiter on a clock and a ledger that a test holds in its hands.
+//! A limiter with a test clock and a test ledger.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -31,7 +31,7 @@ use crate::limiter_shared::{ClockedCounters, started};
 pub(crate) const START: UnixNanos = UnixNanos::from_secs(1_795_514_400);
 pub(super) const ONE: NonZeroU32 = NonZeroU32::MIN;
 
-/// How long a drain waits for it.
+/// How long a drain waits for the ledger.
 pub(super) const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How long a request waits for the ledger in these tests.
@@ -54,7 +54,7 @@ impl World {
         }
     }
 
-    /// A replica that has just started.
+    /// Starts a replica.
     pub(super) fn start(&self) -> Limiter {
         let store = (self.set_up)(&self.clock, &self.ledger);
         Limiter::new(store, Arc::new(self.clock.clone()))
@@ -77,7 +77,7 @@ pub(super) fn far() -> World {
     World::new(|clock, ledger| Far::new(memory_store(clock, ledger)))
 }
 
-/// Buckets in a Redis of the test's own, whose time is the test's, every request decided there.
+/// Buckets in a private Redis with the test's clock, which decides every request.
 pub(super) async fn redis() -> (World, RedisServer) {
     let (server, redis) = started().await;
     ClockedCounters::new(&redis, &TestClock::at(START))
@@ -117,7 +117,7 @@ fn key_settings() -> KeyTableSettings {
     }
 }
 
-/// A store that says it is elsewhere, and counts how often it is asked.
+/// A store that claims to be remote, and counts calls.
 #[derive(Debug)]
 pub(super) struct Far {
     store: Arc<LocalStore>,
@@ -144,7 +144,7 @@ impl LimitStore for Far {
     }
 
     fn try_take(&self, _: &Arc<KeyHandle>, _: &Policies, _: NonZeroU32) -> Option<Decision> {
-        // Nothing is in hand here.
+        // Nothing is available locally.
         None
     }
 
@@ -175,7 +175,7 @@ impl LimitStore for Far {
     }
 }
 
-/// The policies of a test, built up by what matters to it.
+/// A builder for the policies of a test.
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     pub(super) rpm: u32,
@@ -196,7 +196,7 @@ impl Plan {
         }
     }
 
-    /// A rate that stands in nobody's way.
+    /// A rate that never limits.
     pub(super) fn any_rate() -> Self {
         Self::rate(60_000_000, 60_000_000)
     }
@@ -227,14 +227,14 @@ impl Plan {
     }
 }
 
-/// One key at one replica.
+/// A key on a replica.
 pub(super) struct Key {
     pub(super) limiter: Limiter,
     pub(super) handle: Arc<KeyHandle>,
 }
 
 impl Key {
-    /// The key of this number; the same number is the same key, also after a restart.
+    /// Returns the key with this number, which is the same after a restart.
     pub(super) fn number(limiter: &Limiter, n: u128) -> Self {
         let tenant = TenantId(uuid::Uuid::from_u128(1));
         let key = ApiKeyId(uuid::Uuid::from_u128(n));
@@ -259,7 +259,7 @@ impl Key {
             .await
     }
 
-    /// How many of `tries` requests in a row are admitted.
+    /// Returns how many of `tries` consecutive requests are allowed.
     pub(super) async fn admitted(&self, plan: &Plan, tries: u32) -> u64 {
         let policies = plan.policies();
         let mut admitted = 0;
@@ -271,7 +271,7 @@ impl Key {
     }
 }
 
-/// Lets what runs in the background get done.
+/// Lets background work complete.
 pub(super) async fn settle() {
     for _ in 0..50 {
         tokio::task::yield_now().await;

@@ -1,9 +1,9 @@
 //! Calendar quotas while the tenant's time zone changes.
 //!
-//! The oracle knows the promise and no code: it keeps the windows of which something was admitted, in order.
-//! A request inside the last of them belongs to it. Any other request opens the next one, which begins where
-//! the last one ended, or with the day or month of the zone if that is later, and ends with that day or month;
-//! its quota is in proportion. Days and months it computes from whole hours of offset.
+//! The oracle is derived from the promise, not from the code. It keeps the windows with usage, in order. A request
+//! inside the last one belongs to it. Any other request opens a new one, which begins where the last one ended, or with
+//! the day or month of the zone if that is later, and ends with that day or month. Its quota is proportional. Days and
+//! months are computed from offsets in whole hours.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use quota_server::{
 use super::world::{self, Key, Plan, START, World, settle};
 
 const HOUR: u64 = 3_600_000_000_000;
-/// Zones whose clocks never change, and their offsets in minutes.
+/// Zones without daylight saving time, and their offsets in minutes.
 const ZONES: [(&str, i64); 6] = [
     ("UTC", 0),
     ("Asia/Tokyo", 540),
@@ -35,7 +35,7 @@ fn hours(hours: u64) -> Duration {
     Duration::from_hours(hours)
 }
 
-/// The day or month of an instant, by its offset alone.
+/// Returns the day or month of an instant, from the offset.
 fn calendar(policy: Policy, minutes: i64, now: UnixNanos) -> (u64, u64) {
     let offset = TimeDelta::minutes(minutes);
     let local = DateTime::from_timestamp_nanos(i64::try_from(now.0).unwrap()) + offset;
@@ -64,8 +64,8 @@ struct Opened {
 struct Oracle {
     policy: Policy,
     limit: u64,
-    /// Nothing is held that was not spent but by the replica that asks: then the promise says which window
-    /// comes next. Otherwise it is the one that was stated, and only has to overlap no other.
+    /// If only the requesting replica holds unspent tokens, the promise determines the next window. Otherwise it is the
+    /// stated one, which must not overlap any other.
     is_strict: bool,
     windows: Vec<Opened>,
 }
@@ -80,7 +80,7 @@ impl Oracle {
         }
     }
 
-    /// The window of a request, and whether it is already open.
+    /// Returns the window of a request, and whether it is already open.
     fn window(&self, minutes: i64, now: UnixNanos) -> (Opened, bool) {
         let last = self.windows.last().copied();
         if let Some(last) = last.filter(|last| now.0 < last.end) {
@@ -98,7 +98,7 @@ impl Oracle {
         (opened, false)
     }
 
-    /// Whether the stated window ends where a day or month does in some zone, and has its part of the quota.
+    /// Returns whether the stated window ends with a day or month of some zone, and has a proportional quota.
     fn is_in_proportion(&self, state: PolicyState) -> bool {
         ZONES.iter().any(|(_, minutes)| {
             let (begin, end) = calendar(self.policy, *minutes, UnixNanos(state.reset_at.0 - 1));
@@ -111,7 +111,7 @@ impl Oracle {
         })
     }
 
-    /// Checks a decision. Of the quota at most `stranded` may be out of reach.
+    /// Checks a decision. At most `stranded` tokens of the quota may be unavailable.
     fn check(&mut self, minutes: i64, decision: &Decision, cost: u64, stranded: u64) {
         let (mut window, is_open) = self.window(minutes, decision.at);
         let state = of(self.policy, decision);
@@ -163,7 +163,7 @@ fn of(policy: Policy, decision: &Decision) -> PolicyState {
     state.expect("the plan has this quota")
 }
 
-/// No two windows of which something is used share an instant.
+/// Asserts that no two windows with usage overlap.
 fn no_windows_overlap(world: &World) {
     let owners = world.ledger.used_windows();
     assert!(!owners.is_empty(), "nothing was used");
@@ -175,8 +175,8 @@ fn no_windows_overlap(world: &World) {
     }
 }
 
-/// Random requests, waits, changes of zone, restarts and crashes on `replicas` replicas, each of which learns
-/// of a change when it likes to.
+/// Random requests, waits, zone changes, restarts and crashes on `replicas` replicas, each of which learns of a change
+/// at a random time.
 async fn play(seed: u64, replicas: usize) -> u64 {
     let mut random = fastrand::Rng::with_seed(seed);
     let world = world::memory();
@@ -190,9 +190,9 @@ async fn play(seed: u64, replicas: usize) -> u64 {
         Oracle::new(Policy::Daily, daily, is_strict),
         Oracle::new(Policy::Monthly, monthly, is_strict),
     ];
-    // A block of these quotas is at most this large.
+    // The largest block of these quotas.
     let block = (monthly / 100).max(1);
-    // What the other replicas hold, and what crashes have lost of the windows that are open now.
+    // What the other replicas hold, and what crashes have lost of the open windows.
     let held = block * (replicas as u64 - 1);
     let mut crashes = 0;
     let mut admitted = 0;
@@ -201,7 +201,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
             0..=3 => zone = random.usize(0..ZONES.len()),
             4..=8 => world.advance(Duration::from_secs(random.u64(0..20 * 3600))),
             9 => world.advance(Duration::from_secs(random.u64(0..20 * 86_400))),
-            // To the end of a day somewhere, less or more a moment.
+            // To about the end of a day in some zone.
             10 => {
                 let (_, minutes) = ZONES[random.usize(0..ZONES.len())];
                 let (_, end) = calendar(Policy::Daily, minutes, world.now());
@@ -227,7 +227,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
                 let (name, minutes) = ZONES[known[n]];
                 let plan = Plan::any_rate().daily(daily).monthly(monthly).zone(name);
                 for _ in 0..random.u8(1..40) {
-                    // Unspent tokens of another replica keep a window open in which nothing was admitted.
+                    // Unspent tokens of another replica keep a window open in which nothing was allowed.
                     let cost = if replicas == 1 { random.u32(1..4) } else { 1 };
                     let decision = keys[n].ask(&plan, cost).await;
                     let stranded = held + (block + 3) * crashes;
@@ -240,7 +240,8 @@ async fn play(seed: u64, replicas: usize) -> u64 {
         }
     }
     no_windows_overlap(&world);
-    // No number of changes sells more than the rate of the plan, but for the first day and for rounding up.
+    // However many changes there are, no more than the plan's rate is granted, except on the first day and for rounding
+    // up.
     for oracle in &oracles {
         let windows = &oracle.windows;
         let sold: u64 = windows.iter().map(|it| it.admitted).sum();
@@ -257,7 +258,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
 }
 
 #[test]
-fn no_schedule_of_zone_changes_sells_more_or_less_than_the_quota() {
+fn no_schedule_of_zone_changes_grants_more_or_less_than_the_quota() {
     for replicas in [1, 2, 3] {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
@@ -276,7 +277,7 @@ fn no_schedule_of_zone_changes_sells_more_or_less_than_the_quota() {
 }
 
 #[tokio::test]
-async fn the_window_after_a_change_is_shortened_and_has_its_part_of_the_quota() {
+async fn window_after_a_change_is_shortened_with_a_quota_in_proportion() {
     let world = world::memory();
     let key = Key::of(&world.start());
     let plan = |zone| Plan::any_rate().daily(50).zone(zone);
@@ -285,7 +286,7 @@ async fn the_window_after_a_change_is_shortened_and_has_its_part_of_the_quota() 
     assert_eq!((state.limit, state.shortened_to), (50, None));
     assert_eq!(state.reset_at, at("2026-11-25T00:00:00Z"));
 
-    // From midnight in UTC to midnight in Tokyo: 15 of 24 hours.
+    // From midnight UTC to midnight in Tokyo: 15 of 24 hours.
     world.advance(hours(14));
     let state = key.ask(&plan("Asia/Tokyo"), 1).await.daily.unwrap();
     assert_eq!(state.limit, 32);
@@ -301,25 +302,25 @@ async fn the_window_after_a_change_is_shortened_and_has_its_part_of_the_quota() 
 }
 
 #[tokio::test]
-async fn a_change_takes_effect_at_once_if_nothing_was_used() {
+async fn change_applies_immediately_if_nothing_was_used() {
     let world = world::memory();
     let limiter = world.start();
     let plan = |zone| Plan::any_rate().daily(50).zone(zone);
     let key = Key::of(&limiter);
-    // Denied, and so it used nothing; but the ledger was asked.
+    // Denied, so it used nothing, although the ledger was called.
     assert!(!key.ask(&plan("UTC"), 51).await.is_allowed());
     let state = key.ask(&plan("Asia/Tokyo"), 1).await.daily.unwrap();
     assert_eq!((state.limit, state.shortened_to), (50, None));
     assert_eq!(state.reset_at, at("2026-11-24T15:00:00Z"));
     assert_eq!(key.admitted(&plan("Asia/Tokyo"), 60).await, 49);
-    // Another key of the tenant is at its own window.
+    // Another key of the tenant has its own window.
     let other = Key::number(&limiter, 8);
     let state = other.ask(&plan("Pacific/Honolulu"), 1).await.daily.unwrap();
     assert_eq!(state.reset_at, at("2026-11-25T10:00:00Z"));
 }
 
 #[tokio::test]
-async fn several_changes_before_the_window_ends_count_as_the_last_one() {
+async fn only_the_last_change_before_the_window_ends_counts() {
     let world = world::memory();
     let key = Key::of(&world.start());
     let plan = |zone| Plan::any_rate().daily(24).zone(zone);
@@ -346,24 +347,24 @@ async fn days_of_23_and_25_hours_and_months_are_cut_in_proportion() {
     let plan = |zone| Plan::any_rate().daily(2300).monthly(7430).zone(zone);
     let key = Key::of(&limiter);
     key.ask(&plan("UTC"), 1).await;
-    // The day of 29 March has 23 hours in Berlin and begins at 23:00Z; of it 22 are left at midnight in UTC.
+    // 29 March has 23 hours in Berlin and begins at 23:00Z. At midnight UTC, 22 of them are left.
     world.clock.set_now(at("2026-03-29T00:00:00Z"));
     let decision = key.ask(&plan("Europe/Berlin"), 1).await;
     let daily = decision.daily.unwrap();
     assert_eq!(daily.limit, 2200);
     assert_eq!(daily.reset_at, at("2026-03-29T22:00:00Z"));
-    // The month is still that of UTC, whole.
+    // The month is still the full UTC month.
     let monthly = decision.monthly.unwrap();
     assert_eq!((monthly.limit, monthly.shortened_to), (7430, None));
     assert_eq!(monthly.reset_at, at("2026-04-01T00:00:00Z"));
-    // April has 720 hours in Berlin and began two hours before.
+    // April has 720 hours in Berlin and began two hours earlier.
     world.clock.set_now(at("2026-04-01T00:00:00Z"));
     let monthly = key.ask(&plan("Europe/Berlin"), 1).await.monthly.unwrap();
     assert_eq!(monthly.limit, (7430 * 718_u64).div_ceil(720));
     assert_eq!(monthly.shortened_to.unwrap().get(), 718 * 3600);
     assert_eq!(monthly.reset_at, at("2026-04-30T22:00:00Z"));
 
-    // The day of 25 October has 25 hours in Berlin.
+    // 25 October has 25 hours in Berlin.
     let key = Key::number(&limiter, 8);
     world.clock.set_now(at("2026-10-24T12:00:00Z"));
     key.ask(&plan("UTC").daily(2500), 1).await;
@@ -373,7 +374,7 @@ async fn days_of_23_and_25_hours_and_months_are_cut_in_proportion() {
 }
 
 #[tokio::test]
-async fn an_edit_of_the_quota_scales_a_shortened_window() {
+async fn edited_quota_scales_a_shortened_window() {
     let world = world::memory();
     let key = Key::of(&world.start());
     let plan = |quota, zone| Plan::any_rate().daily(quota).zone(zone);
@@ -389,7 +390,7 @@ async fn an_edit_of_the_quota_scales_a_shortened_window() {
 }
 
 #[tokio::test]
-async fn a_cost_above_a_shortened_quota_waits_for_the_next_window() {
+async fn cost_above_a_shortened_quota_waits_for_the_next_window() {
     let world = world::memory();
     let key = Key::of(&world.start());
     let plan = |zone| Plan::any_rate().daily(50).zone(zone);
@@ -403,7 +404,7 @@ async fn a_cost_above_a_shortened_quota_waits_for_the_next_window() {
 }
 
 #[tokio::test]
-async fn a_change_survives_restarts_and_reaches_replicas_that_do_not_know_of_it() {
+async fn change_survives_restarts_and_reaches_replicas_that_do_not_know_of_it() {
     let world = world::memory();
     let plan = |zone| Plan::any_rate().daily(50).zone(zone);
     let mut admitted = 0;
@@ -413,7 +414,7 @@ async fn a_change_survives_restarts_and_reaches_replicas_that_do_not_know_of_it(
         assert_eq!(key.limiter.drain().await.lost, 0);
     }
     assert_eq!(admitted, 50);
-    // The new day is opened by a replica that knows of the change; the other one still has the old zone.
+    // A replica that knows of the change opens the new day. The other one still has the old zone.
     world.advance(hours(14));
     let (knows, does_not) = (Key::of(&world.start()), Key::of(&world.start()));
     let mut admitted = 0;
@@ -428,7 +429,7 @@ async fn a_change_survives_restarts_and_reaches_replicas_that_do_not_know_of_it(
 }
 
 #[tokio::test]
-async fn a_block_fetched_ahead_gives_way_to_a_change_of_zone() {
+async fn prefetched_block_gives_way_to_a_change_of_zone() {
     let world = world::memory();
     let key = Key::of(&world.start());
     let plan = |zone| Plan::any_rate().daily(2400).zone(zone);
@@ -442,7 +443,7 @@ async fn a_block_fetched_ahead_gives_way_to_a_change_of_zone() {
         .map(|row| row.used)
         .sum();
     assert_eq!(ahead, 24, "a block of the next day");
-    // It goes back with the first request that knows of the change.
+    // It is returned with the first request that knows of the change.
     key.ask(&plan("Asia/Tokyo"), 1).await;
     settle().await;
     world.advance(Duration::from_secs(60));

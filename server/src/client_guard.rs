@@ -1,8 +1,8 @@
-//! Limits by client address, in front of what costs more than a look-up: accounts, management.
+//! Rate limits per client address, for accounts and management.
 //!
-//! These are `governor` limiters, one for each purpose, held by this replica alone: they protect the server, and do not
-//! enforce plan limits. They work from memory and need nothing else to be up. IPv6 is counted by /64, and with more
-//! room by /56 and /48, since a provider may give a customer any of these.
+//! These are `governor` limiters in memory, one for each purpose. They protect this replica and do not enforce plan
+//! limits. IPv6 addresses are counted per /64 and, with higher limits, per /56 and /48, since a provider may assign any
+//! of these to a customer.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -18,13 +18,12 @@ use governor::{
     clock::Clock as _, middleware::StateInformationMiddleware, state::keyed::DashMapStateStore,
 };
 
-use super::denial_cache::Monotonic;
-use crate::clock::Clock;
+use crate::clock::{Clock, GovernorClock};
 
-/// The wider networks of IPv6, and how many times as many requests each may send as a /64.
+/// The wider IPv6 networks, with their limits as multiples of that of a /64.
 const WIDER: [(u32, u32); 2] = [(56, 4), (48, 16)];
 
-/// Who is counted together: an address, or an IPv6 network by its first address.
+/// Addresses that are counted together: one IPv4 address, or an IPv6 network, represented by its first address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ClientNetwork(IpAddr);
 
@@ -34,7 +33,7 @@ impl ClientNetwork {
         Self(ip).network(64).unwrap_or(Self(ip))
     }
 
-    /// The network of this length that an IPv6 address is in.
+    /// Returns the network with this prefix length that contains the IPv6 address.
     fn network(self, length: u32) -> Option<Self> {
         match self.0 {
             IpAddr::V4(_) => None,
@@ -49,32 +48,32 @@ impl ClientNetwork {
 type Governor = governor::RateLimiter<
     ClientNetwork,
     DashMapStateStore<ClientNetwork>,
-    Monotonic,
+    GovernorClock,
     StateInformationMiddleware,
 >;
 
-/// So many requests a minute for each caller, all of them at once if it likes.
+/// A limit of requests per minute and client network, with a burst of one minute.
 #[derive(Debug)]
 pub struct ClientRateLimiter {
     governor: Option<Governor>,
     /// One for each of [`WIDER`].
     wider: Vec<Governor>,
-    clock: Monotonic,
+    clock: GovernorClock,
     capacity: usize,
     pruned_at: AtomicU64,
 }
 
-/// The guard refuses; the caller may come again after so long.
+/// The limit is reached. Retry after this time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooManyRequests {
     pub retry_after: Duration,
 }
 
 impl ClientRateLimiter {
-    /// `per_minute`: 0 switches the guard off. `capacity`: how many callers are remembered; when more come
-    /// at once than that, those who rest are forgotten first, and then new ones are refused for a second.
+    /// `per_minute`: 0 means no limit. `capacity`: the number of tracked networks. When it is exceeded, idle ones are
+    /// dropped first, and then new ones are rejected for a second.
     pub fn new(per_minute: u32, capacity: usize, clock: Arc<dyn Clock>) -> Self {
-        let clock = Monotonic(clock);
+        let clock = GovernorClock(clock);
         let governor = |per_minute| {
             let quota = governor::Quota::per_minute(per_minute);
             Governor::new(quota, DashMapStateStore::default(), clock.clone())
@@ -100,7 +99,7 @@ impl ClientRateLimiter {
             return Ok(());
         };
         if governor.len() >= self.capacity {
-            // A look at every caller: not for each of a flood.
+            // Iterates over all networks, so not for every request of a flood.
             let now = self.clock.0.monotonic();
             let last = self.pruned_at.load(Ordering::Relaxed);
             if now.saturating_sub(last) >= 1_000_000_000 {
@@ -116,7 +115,7 @@ impl ClientRateLimiter {
             }
         }
         self.check(governor, caller)?;
-        // There are never more of these than of the /64 that they are of.
+        // There are never more of these than of /64 networks.
         for (governor, (length, _)) in self.wider.iter().zip(WIDER) {
             if let Some(network) = caller.network(length) {
                 self.check(governor, network)?;
@@ -134,7 +133,7 @@ impl ClientRateLimiter {
         }
     }
 
-    /// Forgets the callers that are at rest. governor's own map only grows.
+    /// Drops idle networks. governor's map only grows by itself.
     pub fn prune(&self) {
         for governor in self.wider.iter().chain(&self.governor) {
             governor.retain_recent();
@@ -161,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_caller_over_the_limit_may_come_again_when_it_was_told() {
+    fn limited_client_may_retry_exactly_after_retry_after() {
         let (guard, clock) = guard(2, 100);
         let (one, other) = (caller("192.0.2.1"), caller("192.0.2.2"));
         assert_eq!(guard.admit(one), Ok(()));
@@ -174,14 +173,14 @@ mod tests {
     }
 
     #[test]
-    fn addresses_of_one_customer_are_counted_together() {
+    fn addresses_of_a_network_are_counted_together() {
         assert_eq!(caller("2001:db8:1:2::1"), caller("2001:db8:1:2:ffff::"));
         assert_ne!(caller("2001:db8:1:2::1"), caller("2001:db8:1:3::1"));
         assert_eq!(caller("::ffff:192.0.2.1"), caller("192.0.2.1"));
     }
 
     #[test]
-    fn a_customer_with_many_networks_is_limited_too() {
+    fn wider_networks_are_limited_too() {
         let (guard, _) = guard(2, 10_000);
         let admitted = |networks: Box<dyn Fn(u32) -> String>| {
             let all = (0..1000).map(networks);
@@ -202,19 +201,19 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_addresses_does_not_grow_the_guard() {
+    fn flood_of_addresses_does_not_grow_the_map() {
         let (guard, clock) = guard(1, 100);
         for i in 0..1000_u32 {
             let _ = guard.admit(ClientNetwork::address(IpAddr::V4(i.into())));
         }
         assert!(guard.governor.as_ref().unwrap().len() <= 100);
-        // governor keeps a caller for one interval longer than it has to.
+        // governor keeps entries one interval longer than necessary.
         clock.advance(Duration::from_secs(121));
         assert_eq!(guard.admit(caller("192.0.2.1")), Ok(()));
     }
 
     #[test]
-    fn zero_switches_it_off() {
+    fn zero_means_no_limit() {
         let (guard, _) = guard(0, 1);
         for _ in 0..1000 {
             assert_eq!(guard.admit(caller("192.0.2.1")), Ok(()));

@@ -1,0 +1,47 @@
+//! The state of the distributed store. Its methods are in the modules that use them.
+
+use std::{
+    sync::{Arc, Weak, atomic::AtomicBool},
+    time::Duration,
+};
+
+use quota_common::plan::OnRedisFailure;
+
+use super::breaker::CircuitBreaker;
+use crate::{
+    clock::Clock,
+    limiter::{
+        key::table::{KeyTable, KeyTableSettings},
+        membership::Membership,
+        rate::counters::SharedCounters,
+    },
+    telemetry::metrics::Metrics,
+};
+
+/// Settings of the distributed store.
+#[derive(Debug, Clone)]
+pub struct DistributedSettings {
+    /// For how long tokens taken ahead of need may be spent. Zero: the counters decide every request.
+    pub lease_ttl: Duration,
+    /// How long a request waits for one call to the counters.
+    pub deadline: Duration,
+    /// What to do without the counters, unless a plan says otherwise.
+    pub on_failure: OnRedisFailure,
+    pub keys: KeyTableSettings,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct StoreCore {
+    pub(super) keys: KeyTable,
+    pub(super) counters: Arc<dyn SharedCounters>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) membership: Arc<Membership>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) settings: DistributedSettings,
+    pub(super) ttl: u64,
+    pub(super) partitions: Box<[CircuitBreaker]>,
+    /// Tokens are no longer held for later.
+    pub(super) draining: AtomicBool,
+    pub(super) me: Weak<StoreCore>,
+}

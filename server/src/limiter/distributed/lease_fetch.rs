@@ -1,0 +1,287 @@
+//! Calls that take tokens, and what happens to the tokens they grant.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{runtime::Handle, time};
+
+use super::{
+    calls::{Answer, DENIED_FOR_LEASES},
+    core::StoreCore,
+};
+use crate::{
+    clock::nanos,
+    limiter::{
+        key::{handle::KeyHandle, state::KeyState},
+        rate::{
+            counters::{BucketState, CounterMicros, TakeCall},
+            lease::{Demand, Lease, Terms},
+            waiter::{FetchOutcome, Grant, Unspent, Waiter},
+        },
+    },
+};
+
+impl StoreCore {
+    /// Starts a call for the waiting requests, unless one is in flight. With `ahead`, also if none waits.
+    pub(super) fn begin_fetch(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, ahead: bool) {
+        let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
+            // Waiting requests get no response.
+            state.lease().waiting().clear();
+            return;
+        };
+        if self.partition(handle).is_away() {
+            state.lease().waiting().clear();
+            return;
+        }
+        let asked_at = self.clock.monotonic();
+        let patience = nanos(self.settings.deadline);
+        let lease = state.lease();
+        lease.expire(asked_at);
+        let times = (asked_at, self.ttl, patience);
+        let Some((terms, demand)) = lease.begin_fetch(times, ahead && !self.is_draining()) else {
+            return;
+        };
+        let Demand {
+            need,
+            waiting,
+            want,
+            requests,
+        } = demand;
+        let call = TakeCall {
+            need,
+            waiting,
+            want,
+            ..self.call(handle, terms, lease.unspent())
+        };
+        runtime.spawn(fetch(
+            inner,
+            Arc::clone(handle),
+            call,
+            terms,
+            asked_at,
+            requests,
+        ));
+    }
+
+    /// Returns the outcome with `unspent`, or without tokens if the request only waited for the response.
+    fn guard(&self, handle: &Arc<KeyHandle>, unspent: Unspent) -> FetchOutcome {
+        match self.me.upgrade() {
+            Some(core) if unspent.tokens > 0 => {
+                let handle = Arc::clone(handle);
+                FetchOutcome::Granted(Grant::new(unspent, move |unspent| {
+                    handle.state.lock().lease().owe(unspent);
+                    begin_return(&core, &handle);
+                }))
+            }
+            _ => FetchOutcome::TooFew,
+        }
+    }
+}
+
+/// Starts to return unspent tokens, unless something in flight will. Tokens that become free at the same time are
+/// returned together.
+fn begin_return(inner: &Arc<StoreCore>, handle: &Arc<KeyHandle>) {
+    if let Ok(runtime) = Handle::try_current()
+        && handle.state.lock().lease().begin_return()
+    {
+        runtime.spawn(return_unspent(Arc::clone(inner), Arc::clone(handle)));
+    }
+}
+
+async fn return_unspent(inner: Arc<StoreCore>, handle: Arc<KeyHandle>) {
+    loop {
+        let call = {
+            let mut state = handle.state.lock();
+            let lease = state.lease();
+            match (lease.terms(), lease.unspent()) {
+                (Some(terms), Some(back)) => inner.call(&handle, terms, Some(back)),
+                _ => {
+                    lease.end_return();
+                    return;
+                }
+            }
+        };
+        inner.ask(call).await;
+    }
+}
+
+/// A call for tokens. However it ends, its requests are notified and the next call may begin.
+struct LeaseFetch {
+    inner: Arc<StoreCore>,
+    handle: Arc<KeyHandle>,
+    call: TakeCall,
+    terms: Terms,
+    asked_at: u64,
+    requests: Vec<Waiter>,
+    /// Not late yet, so no other call for this key begins.
+    active: bool,
+}
+
+impl Drop for LeaseFetch {
+    fn drop(&mut self) {
+        self.give_up();
+        self.handle.state.lock().lease().end_call();
+    }
+}
+
+impl LeaseFetch {
+    /// The call has failed or is late: its requests continue without a response, and the next call may begin.
+    fn give_up(&mut self) {
+        self.requests.clear();
+        if std::mem::take(&mut self.active) {
+            let mut state = self.handle.state.lock();
+            state.lease().end_fetch();
+            self.inner.begin_fetch(&self.handle, &mut state, false);
+        }
+    }
+
+    /// Distributes granted tokens: to the requests that the call was made for, to those that have arrived since, and
+    /// the rest to later ones if that is allowed. Returns whether any are left.
+    fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
+        let BucketState::Active {
+            granted,
+            debt,
+            generation,
+        } = bucket
+        else {
+            return false;
+        };
+        let grant = Unspent {
+            tokens: granted,
+            taken_at: at,
+            generation,
+        };
+        let mut outcomes = Vec::with_capacity(self.requests.len());
+        let mut state = self.handle.state.lock();
+        let now = self.inner.clock.monotonic();
+        let lease = state.lease();
+        lease.expire(now);
+        // Newer calls may already have been answered.
+        if lease.seen_at() <= self.asked_at {
+            lease.saw(debt, self.asked_at);
+        }
+        if self.active || lease.available() == 0 {
+            let expires = self.asked_at.saturating_add(self.inner.ttl);
+            lease.stock(grant, expires);
+        } else {
+            lease.owe(grant);
+        }
+        let mut refused = None::<u64>;
+        for waiter in self.requests.drain(..) {
+            if waiter.is_gone() {
+                continue;
+            }
+            let outcome = match lease.set_apart(waiter.tokens) {
+                Some(unspent) => self.inner.guard(&self.handle, unspent),
+                None => {
+                    refused = Some(refused.unwrap_or(u64::MAX).min(waiter.tokens));
+                    FetchOutcome::TooFew
+                }
+            };
+            outcomes.push((waiter, outcome));
+        }
+        // Tokens of an older plan are only for the requests that they were taken for.
+        let same = lease.terms().is_some_and(|now| now.is_like(self.terms));
+        lease.expire(now);
+        if !same || !self.terms.leased || self.inner.is_draining() {
+            lease.surrender_all();
+        }
+        if same && !self.inner.is_draining() {
+            if self.active {
+                lease.served(granted, self.call.want);
+                self.hold(lease, (granted, debt), refused);
+            }
+            for waiter in std::mem::take(lease.waiting()) {
+                if waiter.tokens == 0 {
+                    lease.waiting().push(waiter);
+                } else if let Some(unspent) = lease.set_apart(waiter.tokens) {
+                    outcomes.push((waiter, self.inner.guard(&self.handle, unspent)));
+                } else if lease.held(waiter.tokens, now).is_some() {
+                    outcomes.push((waiter, FetchOutcome::TooFew));
+                } else {
+                    lease.waiting().push(waiter);
+                }
+            }
+            lease.trim();
+        }
+        let left = lease.available() > 0;
+        if std::mem::take(&mut self.active) {
+            lease.end_fetch();
+            self.inner.begin_fetch(&self.handle, &mut state, false);
+        }
+        // Tokens of a canceled request are returned, which needs the lock.
+        drop(state);
+        for (waiter, outcome) in outcomes {
+            let _ = waiter.outcome.send(outcome);
+        }
+        left
+    }
+
+    /// If the bucket has too few tokens, denies requests locally for a while: until there are enough, but not for long,
+    /// since other replicas may return some. An empty bucket may collect tokens for part of the lease TTL, in which it
+    /// does not fill up, so that they are not fetched one by one.
+    ///
+    /// The time is measured from the start of the call. The counters decided later, but the next call takes as long to
+    /// reach them, and a bucket that fills up while a response is in transit must not be waited for again.
+    fn hold(&self, lease: &mut Lease, (granted, debt): (u64, u64), refused: Option<u64>) {
+        let call = &self.call;
+        // The counters may follow another version of the plan, whose debts are not comparable.
+        let Some(left) = call.tau.checked_sub(debt) else {
+            return;
+        };
+        let gather = if self.terms.leased {
+            (self.inner.ttl / 2).min(call.tau / 10)
+        } else {
+            0
+        };
+        let n = match refused {
+            // A bucket that is known to be empty is not called, unless tokens are returned to it.
+            _ if !self.terms.leased && left < call.emission && !lease.owes() => 1,
+            _ if 0 < granted && granted < call.want && left < call.emission => 1,
+            Some(refused) => refused,
+            None if granted == 0 && call.want > 0 => call.need,
+            None => return,
+        };
+        let missing = n.saturating_mul(call.emission).saturating_sub(left);
+        let longest = if self.terms.leased {
+            self.inner.ttl.saturating_mul(DENIED_FOR_LEASES)
+        } else {
+            u64::MAX
+        };
+        let until = missing.max(gather).max(1).min(longest);
+        lease.hold(n, self.asked_at.saturating_add(until));
+    }
+}
+
+/// Requests tokens, and finally returns those that were not spent.
+async fn fetch(
+    inner: Arc<StoreCore>,
+    handle: Arc<KeyHandle>,
+    call: TakeCall,
+    terms: Terms,
+    asked_at: u64,
+    requests: Vec<Waiter>,
+) {
+    let mut fetch = LeaseFetch {
+        inner: Arc::clone(&inner),
+        handle: Arc::clone(&handle),
+        call,
+        terms,
+        asked_at,
+        requests,
+        active: true,
+    };
+    let answer = inner.ask_until(call, || fetch.give_up()).await;
+    let left = match answer {
+        Answer::InTime(reply) | Answer::Late(reply) => fetch.distribute(reply.at, reply.state),
+        Answer::Failed => false,
+    };
+    drop(fetch);
+    if left {
+        let expires = asked_at.saturating_add(inner.ttl);
+        let left = expires.saturating_sub(inner.clock.monotonic());
+        time::sleep(Duration::from_nanos(left + 1)).await;
+        let now = inner.clock.monotonic();
+        handle.state.lock().lease().expire(now);
+    }
+    begin_return(&inner, &handle);
+}

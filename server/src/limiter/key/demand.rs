@@ -1,0 +1,100 @@
+//! Requests that wait for tokens of quotas.
+
+use std::{num::NonZeroU32, sync::Arc};
+
+use super::{handle::KeyHandle, ledger_calls::LedgerCalls, state::KeyState};
+use crate::{
+    clock::UnixNanos,
+    limiter::{
+        policy::Policy,
+        quota::block::{Need, Reservation},
+    },
+};
+
+/// A waiting request. Tokens fetched for it are held until it has [reserved](Self::reserve) them, and remain reserved
+/// until they are spent or released. Dropping the guard loses nothing.
+pub(in crate::limiter) struct DemandGuard<'a> {
+    calls: &'a Arc<LedgerCalls>,
+    handle: &'a Arc<KeyHandle>,
+    cost: u64,
+    reserved: Option<[Reservation; 2]>,
+}
+
+impl<'a> DemandGuard<'a> {
+    pub(in crate::limiter) fn new(
+        calls: &'a Arc<LedgerCalls>,
+        handle: &'a Arc<KeyHandle>,
+        cost: NonZeroU32,
+    ) -> Self {
+        let cost = u64::from(cost.get());
+        handle.state.lock().waited_for += cost;
+        Self {
+            calls,
+            handle,
+            cost,
+            reserved: None,
+        }
+    }
+
+    /// Reserves the request's quota tokens if all blocks have them, so that no other request proceeds to the rate with
+    /// the same ones.
+    pub(in crate::limiter) fn reserve(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
+        if self.reserved.is_none() {
+            self.reserved = state.reserve_quotas(self.cost, now);
+            if self.reserved.is_some() {
+                state.waited_for -= self.cost;
+            }
+        }
+        self.reserved.is_some()
+    }
+
+    /// Spends the reserved tokens. If their window has ended in the meantime, releases them and tries the current one.
+    pub(in crate::limiter) fn spend(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
+        let Some(reserved) = self.reserved.take() else {
+            return state.spend_quotas(self.cost, now);
+        };
+        state.waited_for += self.cost;
+        let is_spent = state.spend_reserved(reserved) || state.spend_quotas(self.cost, now);
+        // Requests that wait for these tokens to be released stop waiting.
+        if !is_spent || (state.waited_for > self.cost && !state.has_reservations()) {
+            self.handle.call_ended.notify_waiters();
+        }
+        is_spent
+    }
+
+    /// Releases the reserved tokens. The request waits again.
+    pub(in crate::limiter) fn release(&mut self, state: &mut KeyState) {
+        if let Some(reserved) = self.reserved.take() {
+            state.waited_for += self.cost;
+            state.release_reserved(reserved);
+            if state.waited_for > self.cost {
+                self.handle.call_ended.notify_waiters();
+            }
+        }
+    }
+}
+
+impl Drop for DemandGuard<'_> {
+    fn drop(&mut self) {
+        let mut state = self.handle.state.lock();
+        self.release(&mut state);
+        state.waited_for -= self.cost;
+        state.tidy();
+        if self.calls.is_draining() {
+            for policy in [Policy::Daily, Policy::Monthly] {
+                self.calls.release(self.handle, &mut state, policy);
+            }
+            return;
+        }
+        let now = self.calls.clock.now();
+        for policy in [Policy::Daily, Policy::Monthly] {
+            if state
+                .block(policy)
+                .is_some_and(|block| block.has_debts(now))
+            {
+                self.calls
+                    .start(self.handle, &mut state, policy, Need::Ahead);
+            }
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! The handle of a key: its state on this replica.
+
+use parking_lot::Mutex;
+use quota_common::id::{ApiKeyId, TenantId};
+use tokio::sync::Notify;
+
+use super::state::KeyState;
+use crate::limiter::denial_cache::DenialCache;
+
+/// The limiter's state of one key. Stored in the key's cached record, so that a decision needs no look-up.
+#[derive(Debug)]
+pub struct KeyHandle {
+    pub(in crate::limiter) tenant: TenantId,
+    pub(in crate::limiter) key: ApiKeyId,
+    /// Denials, in front of a remote store.
+    pub(in crate::limiter) denials: DenialCache,
+    /// The numbers on this replica.
+    pub(in crate::limiter) state: Mutex<KeyState>,
+    /// Notified when a ledger call for this key has ended.
+    pub(in crate::limiter) call_ended: Notify,
+}
+
+impl KeyHandle {
+    pub(in crate::limiter) fn new(tenant: TenantId, key: ApiKeyId) -> Self {
+        Self {
+            tenant,
+            key,
+            denials: DenialCache::default(),
+            state: Mutex::new(KeyState::new()),
+            call_ended: Notify::new(),
+        }
+    }
+
+    pub fn tenant(&self) -> TenantId {
+        self.tenant
+    }
+
+    pub fn key(&self) -> ApiKeyId {
+        self.key
+    }
+}

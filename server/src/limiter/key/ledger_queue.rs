@@ -1,0 +1,84 @@
+//! Calls to the quota ledger that wait for a worker.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
+
+use super::handle::KeyHandle;
+use crate::{
+    clock::UnixNanos,
+    limiter::{
+        policy::Policy,
+        quota::{
+            block::Order,
+            calendar::Window,
+            ledger::{LedgerRow, ReturnBatch, TakeRequest},
+        },
+    },
+};
+
+/// Which block of a policy a call is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Target {
+    Current,
+    Next,
+}
+
+/// A call that waits for a batch.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) handle: Arc<KeyHandle>,
+    pub(super) policy: Policy,
+    pub(super) target: Target,
+    pub(super) at: UnixNanos,
+    pub(super) calendar: Window,
+    pub(super) order: Order,
+}
+
+impl Call {
+    pub(super) fn row(&self, window_start: UnixNanos) -> LedgerRow {
+        row(&self.handle, self.policy, window_start)
+    }
+
+    pub(super) fn request(&self) -> TakeRequest {
+        TakeRequest {
+            tenant: self.handle.tenant,
+            key: self.handle.key,
+            policy: self.policy,
+            at: self.at,
+            calendar: self.calendar,
+            limit: self.order.limit,
+            want: self.order.want,
+        }
+    }
+}
+
+pub(super) fn row(handle: &KeyHandle, policy: Policy, window_start: UnixNanos) -> LedgerRow {
+    LedgerRow {
+        tenant: handle.tenant,
+        key: handle.key,
+        policy,
+        window_start,
+    }
+}
+
+/// Waiting calls, and the number of workers. Locked after a key's state, never before it.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    pub(super) urgent: VecDeque<Call>,
+    /// First blocks of next windows. Processed one batch at a time, while nothing is urgent.
+    pub(super) ahead: VecDeque<Call>,
+    pub(super) is_ahead_running: bool,
+    pub(super) takers: usize,
+    pub(super) returns: BTreeMap<LedgerRow, u64>,
+    /// Failed batches. They keep their IDs, since the ledger may have applied them.
+    pub(super) retries: VecDeque<ReturnBatch>,
+    pub(super) returners: usize,
+}
+
+impl Queue {
+    pub(super) fn is_idle(&self) -> bool {
+        self.takers == 0 && self.returners == 0
+    }
+}

@@ -1,0 +1,302 @@
+//! The tasks that call the quota ledger.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio::{runtime::Handle, time};
+use uuid::Uuid;
+
+use super::{
+    ledger_calls::{Canceled, LedgerCalls, TooSlow},
+    ledger_queue::{Call, Queue},
+};
+use crate::limiter::quota::ledger::{LedgerError, LedgerRow, ReturnBatch};
+
+/// Calls in one batch of takes.
+const TAKES: usize = 50;
+/// Rows in one batch of returns.
+const RETURNS: usize = 1000;
+/// A second worker for returns starts above this number.
+const RETURNS_FOR_ONE: usize = 2 * RETURNS;
+
+/// The pause of a returner after a failure: the first, and the longest.
+const PAUSE: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+impl LedgerCalls {
+    /// Starts a worker for returns if one is missing.
+    pub(super) fn start_returner(self: &Arc<Self>) {
+        let Ok(runtime) = Handle::try_current() else {
+            return;
+        };
+        let is_missing = {
+            let mut queue = self.queue.lock();
+            let has_work = !queue.retries.is_empty() || !queue.returns.is_empty();
+            // The second one only if the first has more than one batch to do.
+            let is_missing = (has_work && queue.returners == 0)
+                || (queue.returners < self.returners && queue.returns.len() > RETURNS_FOR_ONE);
+            queue.returners += usize::from(is_missing);
+            is_missing
+        };
+        // Without the lock: a runtime that is shutting down drops the worker immediately.
+        if is_missing {
+            runtime.spawn(return_all(Worker::new(self, Role::Returner)));
+        }
+    }
+
+    /// Starts a worker for takes if one is missing.
+    pub(super) fn start_taker(self: &Arc<Self>) {
+        let Ok(runtime) = Handle::try_current() else {
+            return;
+        };
+        let is_missing = {
+            let mut queue = self.queue.lock();
+            let has_work =
+                !queue.urgent.is_empty() || (!queue.ahead.is_empty() && !queue.is_ahead_running);
+            let is_missing = has_work && queue.takers < self.takers;
+            queue.takers += usize::from(is_missing);
+            is_missing
+        };
+        if is_missing {
+            runtime.spawn(take_all(Worker::new(self, Role::Taker)));
+        }
+    }
+
+    async fn return_once(&self, batch: &ReturnBatch) -> Result<(), LedgerError> {
+        let answer = time::timeout(self.deadline, self.ledger.give_back(batch)).await;
+        answer.unwrap_or_else(|_| Err(Arc::new(TooSlow(self.deadline))))?;
+        let n = batch.rows.iter().map(|(_, n)| n).sum();
+        self.unconfirmed.fetch_sub(n, Ordering::SeqCst);
+        if self.is_draining() {
+            self.given_back.fetch_add(n, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+}
+
+fn new_batch(rows: BTreeMap<LedgerRow, u64>) -> ReturnBatch {
+    ReturnBatch {
+        id: Uuid::now_v7(),
+        rows: rows.into_iter().collect(),
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Role {
+    Taker,
+    Returner,
+}
+
+/// A running worker. If it is dropped by a panic or with the runtime, it is replaced as long as there is work.
+struct Worker {
+    calls: Arc<LedgerCalls>,
+    role: Role,
+    has_begun: bool,
+    has_ended: bool,
+}
+
+impl Worker {
+    fn new(calls: &Arc<LedgerCalls>, role: Role) -> Self {
+        Self {
+            calls: Arc::clone(calls),
+            role,
+            has_begun: false,
+            has_ended: false,
+        }
+    }
+
+    fn end(&mut self, queue: &mut Queue) {
+        self.has_ended = true;
+        match self.role {
+            Role::Taker => queue.takers -= 1,
+            Role::Returner => queue.returners -= 1,
+        }
+        if queue.is_idle() {
+            self.calls.idle.notify_waiters();
+        }
+    }
+
+    /// Returns the next batch of takes, or ends the worker.
+    fn next_takes(&mut self) -> Option<Takes> {
+        self.has_begun = true;
+        let calls = Arc::clone(&self.calls);
+        let mut queue = calls.queue.lock();
+        let is_ahead =
+            queue.urgent.is_empty() && !queue.ahead.is_empty() && !queue.is_ahead_running;
+        let from = if is_ahead {
+            &mut queue.ahead
+        } else {
+            &mut queue.urgent
+        };
+        let list: Vec<_> = from.drain(..from.len().min(TAKES)).collect();
+        if list.is_empty() {
+            self.end(&mut queue);
+            return None;
+        }
+        queue.is_ahead_running |= is_ahead;
+        Some(Takes {
+            calls: Arc::clone(&calls),
+            list,
+            is_ahead,
+        })
+    }
+
+    /// Returns the next batch of returns, or ends the worker.
+    fn next_returns(&mut self) -> Option<Returns> {
+        self.has_begun = true;
+        let calls = Arc::clone(&self.calls);
+        let mut queue = calls.queue.lock();
+        let batch = queue.retries.pop_front().or_else(|| {
+            let mut rows = BTreeMap::new();
+            while rows.len() < RETURNS
+                && let Some((row, n)) = queue.returns.pop_first()
+            {
+                rows.insert(row, n);
+            }
+            (!rows.is_empty()).then(|| new_batch(rows))
+        });
+        if batch.is_none() {
+            self.end(&mut queue);
+        }
+        Some(Returns {
+            calls: Arc::clone(&calls),
+            batch: Some(batch?),
+        })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if self.has_ended {
+            return;
+        }
+        let calls = Arc::clone(&self.calls);
+        self.end(&mut calls.queue.lock());
+        // A worker that never ran was dropped by a runtime that is shutting down, as the next one would be.
+        if self.has_begun {
+            match self.role {
+                Role::Taker => calls.start_taker(),
+                Role::Returner => calls.start_returner(),
+            }
+        }
+    }
+}
+
+/// A batch of takes in flight.
+struct Takes {
+    calls: Arc<LedgerCalls>,
+    /// Calls that have not ended.
+    list: Vec<Call>,
+    is_ahead: bool,
+}
+
+impl Takes {
+    async fn run(mut self) {
+        let mut owed = BTreeMap::new();
+        for call in &self.list {
+            for (window_start, n) in &call.order.give_back {
+                *owed.entry(call.row(*window_start)).or_default() += n;
+            }
+        }
+        if !owed.is_empty() {
+            let n: u64 = owed.values().sum();
+            self.calls.unconfirmed.fetch_add(n, Ordering::SeqCst);
+            let mut returns = Returns {
+                calls: Arc::clone(&self.calls),
+                batch: Some(new_batch(owed)),
+            };
+            if let Err(error) = returns.run().await {
+                for call in std::mem::take(&mut self.list) {
+                    self.calls.finish(&call, Some(Err(Arc::clone(&error))));
+                }
+                return;
+            }
+        }
+        let (takes, rest) = std::mem::take(&mut self.list)
+            .into_iter()
+            .partition(|call| call.order.want > 0);
+        self.list = takes;
+        for call in rest {
+            self.calls.finish(&call, None);
+        }
+        if self.list.is_empty() {
+            return;
+        }
+        let requests: Vec<_> = self.list.iter().map(Call::request).collect();
+        let deadline = self.calls.deadline;
+        let answer = time::timeout(deadline, self.calls.ledger.take(&requests)).await;
+        let results = answer.unwrap_or_else(|_| {
+            let error: LedgerError = Arc::new(TooSlow(deadline));
+            vec![Err(error); requests.len()]
+        });
+        let answered = results.len().min(self.list.len());
+        for (call, taken) in self.list.drain(..answered).zip(results) {
+            self.calls.finish(&call, Some(taken));
+        }
+    }
+}
+
+impl Drop for Takes {
+    fn drop(&mut self) {
+        for call in std::mem::take(&mut self.list) {
+            self.calls.finish(&call, Some(Err(Arc::new(Canceled))));
+        }
+        if self.is_ahead {
+            self.calls.queue.lock().is_ahead_running = false;
+        }
+    }
+}
+
+/// A batch of returns in flight. Unless it is confirmed, it is retried.
+struct Returns {
+    calls: Arc<LedgerCalls>,
+    batch: Option<ReturnBatch>,
+}
+
+impl Returns {
+    async fn run(&mut self) -> Result<(), LedgerError> {
+        if let Some(batch) = &self.batch {
+            self.calls.return_once(batch).await?;
+        }
+        self.batch = None;
+        Ok(())
+    }
+}
+
+impl Drop for Returns {
+    fn drop(&mut self) {
+        if let Some(batch) = self.batch.take() {
+            self.calls.queue.lock().retries.push_back(batch);
+            self.calls.start_returner();
+        }
+    }
+}
+
+async fn take_all(mut worker: Worker) {
+    while let Some(takes) = worker.next_takes() {
+        takes.run().await;
+    }
+}
+
+async fn return_all(mut worker: Worker) {
+    let mut pause = Duration::ZERO;
+    while let Some(mut returns) = worker.next_returns() {
+        match returns.run().await {
+            Ok(()) => pause = Duration::ZERO,
+            Err(error) => {
+                if pause.is_zero() {
+                    tracing::warn!(
+                        error = %error,
+                        "unused quota tokens cannot be returned; trying again"
+                    );
+                }
+                pause = (pause * 2).clamp(PAUSE, PAUSE_MAX);
+                drop(returns);
+                time::sleep(pause).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! Fetching tokens from the ledger: when, how many, and what its answers change.
+
+use std::sync::Arc;
+
+use super::{Block, Need, Next, NextBlock, Order, PATIENCE, PATIENCE_MAX, block_size};
+use crate::{
+    clock::UnixNanos,
+    limiter::quota::{
+        calendar::{Window, window_at},
+        ledger::{LedgerError, Taken},
+    },
+};
+
+/// Nanoseconds until a failed ledger is queried again. Until then requests fail immediately, so that it does not get
+/// one call per request.
+const COOLING: u64 = 100_000_000;
+
+/// The first block of the next window is fetched this many nanoseconds before the current one ends: at least
+/// [`AHEAD_MIN`], and up to [`AHEAD_JITTER`] more, which differs by key.
+const AHEAD_MIN: u64 = 120_000_000_000;
+const AHEAD_JITTER: u64 = 480_000_000_000;
+
+impl Block {
+    /// Returns whether to fetch more before a request has to wait. With blocks of one token, not if other replicas
+    /// share the quota: each would hold a token that it may not need.
+    pub(in crate::limiter) fn is_low(&self, now: UnixNanos) -> bool {
+        self.known
+            && self.used < self.quota
+            && (self.replicas == 1 || self.size() > 1)
+            && self.held <= self.size() / 4
+            && !self.fetching
+            && ((self.failure.is_none() && self.patience == PATIENCE) || self.is_due(now))
+    }
+
+    /// Returns whether tokens of a current window are owed and no call is in flight. Those of an ended window can wait
+    /// for [`take_owed`](Self::take_owed).
+    pub(in crate::limiter) fn has_debts(&self, now: UnixNanos) -> bool {
+        !self.fetching && self.owed.iter().any(|(window, _)| now < window.end)
+    }
+
+    /// Returns whether to query an exhausted ledger again.
+    pub(in crate::limiter) fn is_worth_asking_again(&self, now: UnixNanos) -> bool {
+        !self.fetching && self.is_due(now)
+    }
+
+    /// Returns the last error of the ledger while it is too early to retry.
+    pub(in crate::limiter) fn cooling(&self, now: UnixNanos) -> Option<LedgerError> {
+        self.failure
+            .as_ref()
+            .filter(|_| !self.is_due(now))
+            .map(Arc::clone)
+    }
+
+    /// Returns how often the ledger has failed.
+    pub(in crate::limiter) fn failures(&self) -> u64 {
+        self.failures
+    }
+
+    pub(in crate::limiter) fn failure(&self) -> Option<LedgerError> {
+        self.failure.clone()
+    }
+
+    fn is_due(&self, now: UnixNanos) -> bool {
+        let patience = if self.failure.is_some() {
+            COOLING
+        } else {
+            self.patience
+        };
+        // In both directions: a clock that was set back must not block a key for hours.
+        now.0.abs_diff(self.asked_at.0) >= patience
+    }
+
+    /// Begins a fetch at `now`, unless one is in flight or there is nothing to do. Every order is followed by
+    /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
+    pub(in crate::limiter) fn begin_fetch(&mut self, need: Need, now: UnixNanos) -> Option<Order> {
+        if self.fetching {
+            return None;
+        }
+        let size = self.size();
+        let left = self.quota.saturating_sub(self.used);
+        let want = match need {
+            _ if self.limit == 0 => 0,
+            // Tokens for waiting requests are fetched in full, since they are spent immediately, but only if they are
+            // known to exist.
+            Need::Cost(cost) if self.known => size.max(cost).saturating_sub(self.held).min(left),
+            Need::Cost(_) | Need::Ahead => size.saturating_sub(self.held).min(left),
+            Need::Again => size.saturating_sub(self.held).max(1),
+        };
+        // Before the take, so that `used` does not include them, and so that a window without usage can be replaced by
+        // one in another time zone.
+        let give_back: Vec<_> = self
+            .owed
+            .extract_if(.., |(window, _)| now < window.end)
+            .map(|(window, tokens)| (window.start, tokens))
+            .collect();
+        if want == 0 && give_back.is_empty() {
+            return None;
+        }
+        self.fetching = true;
+        Some(Order {
+            give_back,
+            limit: self.limit,
+            want,
+        })
+    }
+
+    /// Ends a fetch with the ledger's response.
+    pub(in crate::limiter) fn finish_fetch(&mut self, taken: Taken, now: UnixNanos) {
+        self.fetching = false;
+        self.failure = None;
+        self.receive(taken, now);
+    }
+
+    fn receive(&mut self, taken: Taken, now: UnixNanos) {
+        if self.limit == 0 || !taken.window.span.contains(now) {
+            self.owe(taken.window.span, taken.granted);
+            return;
+        }
+        if taken.window != self.window {
+            self.surrender();
+            self.set_window(taken.window);
+        }
+        let owed: u64 = self
+            .owed
+            .iter()
+            .filter(|(window, _)| window.start == taken.window.span.start)
+            .map(|(_, n)| n)
+            .sum();
+        self.known = true;
+        self.held += taken.granted;
+        if taken.granted > 0 {
+            self.spent_at = now;
+        }
+        self.used = taken.used.saturating_sub(owed);
+        self.asked_at = now;
+        self.patience = if taken.granted > 0 {
+            PATIENCE
+        } else {
+            (self.patience * 2).min(PATIENCE_MAX)
+        };
+        self.trim_to(u64::MAX);
+    }
+
+    /// Ends a call that only returned tokens.
+    pub(in crate::limiter) fn finish_return(&mut self) {
+        self.fetching = false;
+    }
+
+    /// Ends a call that failed.
+    pub(in crate::limiter) fn fail(&mut self, error: LedgerError, now: UnixNanos) {
+        self.fetching = false;
+        self.failure = Some(error);
+        self.failures += 1;
+        self.asked_at = now;
+    }
+
+    /// Begins to fetch the first block of the next window, if it is time for `key_hash` and the key was used in the
+    /// current one. Returns when the next window starts. Followed by [`finish_next`](Self::finish_next).
+    pub(in crate::limiter) fn begin_next(
+        &mut self,
+        now: UnixNanos,
+        key_hash: u64,
+    ) -> Option<UnixNanos> {
+        let end = self.window.span.end;
+        let is_time = now.0.saturating_add(AHEAD_MIN + key_hash % AHEAD_JITTER) >= end.0;
+        let is_wanted = self.limit != 0
+            && self.known
+            && self.used > self.held
+            && (self.replicas == 1 || self.size() > 1)
+            && matches!(self.next, Next::None);
+        if !is_wanted || !is_time || !self.window.span.contains(now) {
+            return None;
+        }
+        self.next = Next::Fetching;
+        Some(end)
+    }
+
+    /// Returns the order for a window of the day or month `calendar`.
+    pub(in crate::limiter) fn next_order(&self, calendar: Window) -> Order {
+        let window = window_at(self.window.span.end, calendar, &[self.window]);
+        Order {
+            give_back: Vec::new(),
+            limit: self.limit,
+            want: block_size(window.quota(self.limit), self.replicas),
+        }
+    }
+
+    /// Ends the fetch of the next block. `None` if it failed.
+    pub(in crate::limiter) fn finish_next(&mut self, taken: Option<Taken>, now: UnixNanos) {
+        let is_outdated = matches!(self.next, Next::Outdated);
+        self.next = Next::None;
+        let Some(taken) = taken else {
+            return;
+        };
+        if is_outdated || self.limit == 0 || taken.granted == 0 {
+            self.owe(taken.window.span, taken.granted);
+        } else if taken.window.span.start >= self.window.span.end && now < taken.window.span.start {
+            self.next = Next::Held(Box::new(NextBlock {
+                window: taken.window,
+                held: taken.granted,
+                used: taken.used,
+            }));
+        } else {
+            // The window has begun in the meantime.
+            self.receive(taken, now);
+        }
+    }
+}

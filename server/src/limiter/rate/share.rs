@@ -1,0 +1,176 @@
+//! This replica's share of a bucket while the shared counters are unavailable.
+
+use std::num::{NonZeroU32, NonZeroU64};
+
+use super::gcra::Gcra;
+use crate::limiter::membership::ReplicaSlot;
+
+/// The wait to announce if none is known.
+const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
+
+/// This replica's share of a bucket while the counters are unavailable.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in crate::limiter) struct Share {
+    since: u64,
+    /// The share's TAT, in monotonic time.
+    pub(in crate::limiter) tat: u64,
+    /// Nanoseconds per token of the share, and from empty to full.
+    price: u64,
+    tau: u64,
+    /// When the share was last used.
+    used_at: u64,
+    /// The plan was edited since the share was last used, or since the counters were last seen.
+    pub(super) is_edited: bool,
+}
+
+impl Share {
+    /// Takes `cost` from this replica's share of the bucket, which was empty at `since`. All shares together are one
+    /// bucket: each replica has its part of the `burst` tokens and of the rate, according to its slot.
+    pub(in crate::limiter) fn take(
+        &mut self,
+        gcra: Gcra,
+        slot: ReplicaSlot,
+        since: u64,
+        cost: NonZeroU32,
+        now: u64,
+    ) -> Result<(), NonZeroU64> {
+        let burst = gcra.tau() / gcra.emission();
+        let mine = burst / slot.of.get() + u64::from(slot.rank < burst % slot.of.get());
+        self.follow(gcra.tau().div_ceil(mine.max(1)), gcra.tau(), since, now);
+        if mine < u64::from(cost.get()) {
+            return Err(A_SECOND);
+        }
+        let price = self.price.saturating_mul(u64::from(cost.get()));
+        let next = self.tat.max(now).saturating_add(price);
+        match NonZeroU64::new(next.saturating_sub(now.saturating_add(gcra.tau()))) {
+            None => {
+                self.tat = next;
+                Ok(())
+            }
+            Some(wait) => Err(wait),
+        }
+    }
+
+    /// Updates the share to this plan and slot. An edit keeps the tokens in it, up to its new size, and adds none: a
+    /// larger burst has to refill, so that no sequence of edits fills a share. Since the time of the edit is unknown,
+    /// the share has refilled at the lower of the two rates since its last use. Nothing refills before `since`.
+    fn follow(&mut self, price: u64, tau: u64, since: u64, now: u64) {
+        if self.since != since {
+            // How it would have filled under the previous plan is unknown.
+            let empty_at = if self.is_edited {
+                now.max(since)
+            } else {
+                since
+            };
+            self.tat = empty_at.saturating_add(tau);
+        } else if (self.price, self.tau) != (price, tau) {
+            let filled_to = now.max(since);
+            let used_at = self.used_at.clamp(since, filled_to);
+            let level = self.tau.saturating_sub(self.tat.saturating_sub(used_at));
+            let level = u128::from(level) * u128::from(price) / u128::from(self.price);
+            let refill = u128::from(filled_to - used_at) * u128::from(price);
+            let level = level + refill / u128::from(price.max(self.price));
+            let missing = u128::from(tau).saturating_sub(level);
+            let missing = u64::try_from(missing).unwrap_or(tau);
+            self.tat = filled_to.saturating_add(missing);
+        }
+        *self = Self {
+            since,
+            tat: self.tat,
+            price,
+            tau,
+            used_at: now,
+            is_edited: false,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limiter::policy::RatePolicy;
+
+    const SECOND: u64 = 1_000_000_000;
+    const WHOLE: ReplicaSlot = ReplicaSlot {
+        rank: 0,
+        of: NonZeroU64::MIN,
+    };
+
+    fn plan(rpm: u32, burst: u32) -> Gcra {
+        Gcra::new(RatePolicy {
+            rpm: NonZeroU32::new(rpm).unwrap(),
+            burst: NonZeroU32::new(burst).unwrap(),
+        })
+    }
+
+    /// Returns the tokens that a share has at this moment.
+    fn drain(share: &mut Share, gcra: Gcra, now: u64) -> u64 {
+        let mut taken = 0;
+        while share
+            .take(gcra, WHOLE, SECOND, NonZeroU32::MIN, now)
+            .is_ok()
+        {
+            taken += 1;
+        }
+        taken
+    }
+
+    #[test]
+    fn no_order_of_edits_fills_a_share() {
+        for (rpm, burst) in [
+            (600, 200),
+            (60, 200),
+            (1, 200),
+            (6000, 2),
+            (60, 1),
+            (60_000, 600),
+        ] {
+            let mut share = Share::default();
+            let (sold, edited) = (plan(6000, 200), plan(rpm, burst));
+            assert_eq!(drain(&mut share, sold, 9 * SECOND), 200);
+            assert_eq!(drain(&mut share, edited, 9 * SECOND), 0, "{rpm}, {burst}");
+            assert_eq!(
+                drain(&mut share, sold, 9 * SECOND),
+                0,
+                "{rpm}, {burst}, and back"
+            );
+            // It refills at the current rate.
+            assert_eq!(drain(&mut share, sold, 10 * SECOND), 100, "{rpm}, {burst}");
+        }
+    }
+
+    #[test]
+    fn a_share_is_empty_until_it_begins_whatever_is_edited() {
+        let mut share = Share::default();
+        let (fast, slow) = (plan(6000, 200), plan(600, 20));
+        for gcra in [fast, slow, fast] {
+            assert_eq!(drain(&mut share, gcra, SECOND / 2), 0);
+        }
+        assert_eq!(drain(&mut share, fast, SECOND + SECOND / 10), 10);
+        let mut share = Share::default();
+        assert_eq!(drain(&mut share, fast, SECOND / 2), 0);
+        // The edit was made at some time in between.
+        assert_eq!(drain(&mut share, slow, 2 * SECOND), 10);
+    }
+
+    #[test]
+    fn share_keeps_its_tokens_when_the_plan_is_edited() {
+        let mut share = Share::default();
+        let full = 9 * SECOND;
+        assert!(
+            share
+                .take(
+                    plan(6000, 200),
+                    WHOLE,
+                    SECOND,
+                    NonZeroU32::new(50).unwrap(),
+                    full
+                )
+                .is_ok()
+        );
+        assert_eq!(drain(&mut share, plan(6, 200), full), 150);
+        // The first token of the higher rate does not wait for one of the lower.
+        assert_eq!(drain(&mut share, plan(6000, 200), full), 0);
+        assert_eq!(drain(&mut share, plan(6000, 200), full + SECOND / 100), 1);
+    }
+}
