@@ -157,7 +157,7 @@ struct InProgress<T> {
 
 /// Removes a load from those in progress when it ends for any reason.
 struct LoadGuard<K: Hash + Eq, T> {
-    inner: Arc<Inner<K, T>>,
+    inner: Arc<CacheState<K, T>>,
     key: K,
     id: u64,
 }
@@ -188,7 +188,7 @@ impl<T> Clone for Entry<T> {
 
 /// See the module.
 pub struct Cached<K, T> {
-    inner: Arc<Inner<K, T>>,
+    inner: Arc<CacheState<K, T>>,
 }
 
 impl<K, T> Clone for Cached<K, T> {
@@ -205,7 +205,7 @@ impl<K, T> Debug for Cached<K, T> {
     }
 }
 
-struct Inner<K, T> {
+struct CacheState<K, T> {
     present: Cache<K, Entry<T>>,
     absent: Cache<K, u64>,
     loading: Mutex<HashMap<K, InProgress<T>>>,
@@ -228,7 +228,7 @@ where
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
-            inner: Arc::new(Inner {
+            inner: Arc::new(CacheState {
                 present: Cache::new(capacity),
                 absent: Cache::new((capacity / 4).max(100)),
                 loading: Mutex::default(),

@@ -10,9 +10,8 @@ use tokio::net::TcpListener;
 use crate::{
     config::{Config, RedisServers, RedisSettings},
     db::{self, Lanes, ServerInfo},
-    file_limit,
+    file_limit, invalidations,
     redis::inspect::{self, Node},
-    revocations,
 };
 
 /// The findings so far.
@@ -145,7 +144,8 @@ impl Report {
                 config.on_redis_failure.name(),
             ),
         );
-        let nodes = match inspect::nodes(settings, &revocations::channel(&settings.prefix)).await {
+        let nodes = match inspect::nodes(settings, &invalidations::channel(&settings.prefix)).await
+        {
             Ok(nodes) => nodes,
             Err(error) => {
                 self.failure("redis", error);

@@ -13,15 +13,15 @@ use quota_common::ProblemCode;
 use crate::{
     api::{
         console, document,
+        fast_path::{FORWARD_AUTH, FastPath},
         ip_guard::IpGuard,
         limit_headers,
         problem::ApiError,
         request_log::RequestLog,
-        short_way::{FORWARD_AUTH, ShortWay},
     },
     openapi,
     redis::Redis,
-    state::{AppState, Parts},
+    state::{AppState, Services},
     telemetry::metrics::Metrics,
 };
 
@@ -34,7 +34,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     let (config, landing) = (&state.config, &state.config.landing);
     let pages = document::routes(landing, &config.public_url, document, &viewer);
     let service = Arc::new(service.into_endpoint());
-    let guard = |guard: fn(&Parts) -> &_| IpGuard {
+    let guard = |guard: fn(&Services) -> &_| IpGuard {
         state: state.clone(),
         guard,
     };
@@ -57,7 +57,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
         methods: Arc::new(methods),
     };
     // Boxed, so that the fast path does not carry its whole future.
-    let all = Arc::new(ShortWay(routes.boxed()));
+    let all = Arc::new(FastPath(routes.boxed()));
     let cors = cors(state);
     let is_open = cors.is_some();
     CrossOrigin {

@@ -23,18 +23,18 @@ use crate::{
     clock::Clock,
     config::Config,
     db::{Db, DbError, Lane},
+    invalidations::{Publisher, Recent},
     keys::{
         KeyStore, ledger::PostgresLedger, lookups::Lookups, shared::SharedKeys, usage::LastUsed,
     },
     limiter::{
-        CellSettings, Guard, LimitStore, Limiter, MemoryStore, RedisCounters, Roster,
-        SharedSettings, SharedStore,
+        ClientRateLimiter, DistributedSettings, DistributedStore, KeyTableSettings, LimitStore,
+        Limiter, LocalStore, Membership, RedisCounters,
     },
     metering::Metering,
     readiness::ReadinessProbe,
     redis::Redis,
-    repo::{self, revocation::Revocation},
-    revocations::{Announcer, Recent},
+    repo::{self, invalidation::Invalidation},
     telemetry::{log::Log, metrics::Metrics},
     tenant_queue::TenantQueues,
 };
@@ -44,10 +44,10 @@ const GUARDED: usize = 200_000;
 
 /// See the module. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct AppState(Arc<Parts>);
+pub struct AppState(Arc<Services>);
 
 #[derive(Debug)]
-pub struct Parts {
+pub struct Services {
     pub config: Config,
     pub clock: Arc<dyn Clock>,
     pub db: Db,
@@ -56,7 +56,7 @@ pub struct Parts {
     pub log: Log,
     pub limiter: Limiter,
     /// How many replicas there are.
-    pub roster: Arc<Roster>,
+    pub membership: Arc<Membership>,
     pub keys: KeyStore,
     pub last_used: LastUsed,
     pub metering: Metering,
@@ -65,10 +65,10 @@ pub struct Parts {
     pub freshness: Arc<Freshness>,
     /// `None`: one replica.
     pub redis: Option<Redis>,
-    pub announcer: Announcer,
+    pub publisher: Publisher,
     pub recent: Arc<Recent>,
-    pub auth_guard: Guard,
-    pub admin_guard: Guard,
+    pub auth_guard: ClientRateLimiter,
+    pub admin_guard: ClientRateLimiter,
     pub login_attempts: Arc<Attempts>,
     /// Where changes of one tenant wait for each other.
     pub changes: TenantQueues,
@@ -76,9 +76,9 @@ pub struct Parts {
 }
 
 impl std::ops::Deref for AppState {
-    type Target = Parts;
+    type Target = Services;
 
-    fn deref(&self) -> &Parts {
+    fn deref(&self) -> &Services {
         &self.0
     }
 }
@@ -113,32 +113,32 @@ impl AppState {
             invalidations,
             attempts,
         } = Seals::new(&current, previous, &installation);
-        let announcer = Announcer::new(redis.clone(), invalidations, metrics.clone());
+        let publisher = Publisher::new(redis.clone(), invalidations, metrics.clone());
 
         let ledger = Arc::new(PostgresLedger::new(db.on(Lane::Ledger), metrics.clone()));
         // Ten times the size of the cache, since an evicted key keeps its bucket until that is full again.
-        let settings = CellSettings {
-            max_cells: config.key_cache.saturating_mul(10),
+        let settings = KeyTableSettings {
+            max_keys: config.key_cache.saturating_mul(10),
             ledger_calls: db.lanes().ledger,
-            ..CellSettings::default()
+            ..KeyTableSettings::default()
         };
-        let roster = Arc::new(Roster::default());
+        let membership = Arc::new(Membership::default());
         let store: Arc<dyn LimitStore> = match &redis {
-            None => MemoryStore::new(clock.clone(), ledger, settings),
+            None => LocalStore::new(clock.clone(), ledger, settings),
             Some(redis) => {
                 let counters = RedisCounters::new(redis.clone());
                 initialize_counters(&db, redis, &counters).await?;
-                let settings = SharedSettings {
+                let settings = DistributedSettings {
                     lease_ttl: config.lease_ttl,
                     deadline: redis.settings().timeout,
                     on_failure: config.on_redis_failure,
-                    cells: settings,
+                    keys: settings,
                 };
-                SharedStore::new(
+                DistributedStore::new(
                     clock.clone(),
                     ledger,
                     Arc::new(counters),
-                    roster.clone(),
+                    membership.clone(),
                     metrics.clone(),
                     settings,
                 )
@@ -170,7 +170,7 @@ impl AppState {
             clock.clone(),
             (secrets.clone(), signer, accepts_unmarked),
             (config.session_days, config.stale_grace),
-            announcer.clone(),
+            publisher.clone(),
             &freshness,
             &metrics,
         );
@@ -195,9 +195,9 @@ impl AppState {
             clock: clock.clone(),
             metrics: metrics.clone(),
         };
-        Ok(Self(Arc::new(Parts {
-            auth_guard: Guard::new(config.auth_rpm, GUARDED, clock.clone()),
-            admin_guard: Guard::new(config.admin_rpm, GUARDED, clock.clone()),
+        Ok(Self(Arc::new(Services {
+            auth_guard: ClientRateLimiter::new(config.auth_rpm, GUARDED, clock.clone()),
+            admin_guard: ClientRateLimiter::new(config.admin_rpm, GUARDED, clock.clone()),
             config,
             clock,
             readiness: ReadinessProbe::new(&db, metrics.clone()),
@@ -205,7 +205,7 @@ impl AppState {
             metrics,
             log,
             limiter,
-            roster,
+            membership,
             keys,
             last_used: LastUsed::default(),
             metering,
@@ -213,7 +213,7 @@ impl AppState {
             accounts,
             freshness,
             redis,
-            announcer,
+            publisher,
             recent,
             login_attempts,
             changes: TenantQueues::default(),
@@ -222,8 +222,8 @@ impl AppState {
     }
 
     /// Drops what changes have invalidated from the caches of this replica.
-    pub fn forget(&self, revocations: &[Revocation]) {
-        let gone = revocations.iter().collect();
+    pub fn forget(&self, invalidations: &[Invalidation]) {
+        let gone = invalidations.iter().collect();
         self.keys.revoke(&gone);
         self.sessions.revoke(&gone);
     }
@@ -235,10 +235,10 @@ impl AppState {
     }
 
     /// Applies a committed change of this replica to its caches, and publishes it to the others.
-    pub fn revoked(&self, revocation: &Revocation) {
-        self.recent.announced(revocation);
-        self.forget(std::slice::from_ref(revocation));
-        self.announcer.tell(revocation);
+    pub fn invalidate(&self, invalidation: &Invalidation) {
+        self.recent.announced(invalidation);
+        self.forget(std::slice::from_ref(invalidation));
+        self.publisher.publish(invalidation);
     }
 
     /// Makes readiness checks fail from now on.

@@ -18,14 +18,14 @@ use quota_common::{ProblemCode, SessionId, TenantId, UserId, auth::Role};
 use secrecy::SecretString;
 
 use super::{
-    browser::{self, Kept},
+    browser::{self, SessionCookie},
     idempotency,
     problem::ApiError,
-    request_context::Visit,
+    request_context::RequestContext,
 };
 use crate::{
     auth::session::{LiveSession, Origin},
-    keys::{KeyRecord, Refusal, ServiceRecord},
+    keys::{KeyRecord, Rejection, ServiceRecord},
     limiter::Decision,
     secret_text::{Kind, SecretText},
 };
@@ -43,7 +43,9 @@ pub fn origin(request: &Request) -> Origin {
             .collect()
     });
     Origin {
-        ip: Visit::of(request).ok().and_then(|visit| visit.ip),
+        ip: RequestContext::of(request)
+            .ok()
+            .and_then(|context| context.ip),
         user_agent,
     }
 }
@@ -140,20 +142,20 @@ impl AdmittedTenant {
 
     /// Returns the access token of the request, to check later whether it is still valid.
     pub fn token(&self, request: &Request) -> Result<SecretString, ApiError> {
-        let visit = Visit::of(request)?;
+        let context = RequestContext::of(request)?;
         let token = bearer(request.headers())?
-            .or_else(|| browser::cookie(&visit.state, request, Kept::Access))
+            .or_else(|| browser::cookie(&context.state, request, SessionCookie::Access))
             .ok_or_else(|| ApiError::internal("an admitted caller has a token"))?;
         Ok(SecretString::from(token))
     }
 
     async fn admit(request: &Request) -> Result<Self, ApiError> {
-        let visit = Visit::of(request)?;
-        let state = &visit.state;
+        let context = RequestContext::of(request)?;
+        let state = &context.state;
         let headers = request.headers();
         let from_bearer = bearer(headers)?;
         let token = from_bearer
-            .or_else(|| browser::cookie(state, request, Kept::Access))
+            .or_else(|| browser::cookie(state, request, SessionCookie::Access))
             .ok_or_else(|| {
                 let detail = if browser::wants_cookies(headers) {
                     "No session cookie was sent. Sign in again."
@@ -169,7 +171,7 @@ impl AdmittedTenant {
         if request.method() == Method::POST {
             idempotency::check_field(headers)?;
         }
-        visit.is_tenant(session.tenant);
+        context.is_tenant(session.tenant);
         Ok(Self {
             session,
             origin: origin(request),
@@ -247,41 +249,41 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
 /// Looks up the key, asks the limiter, and records the decision for `endpoint`, which may be empty. A key that is not
 /// valid is rejected without being charged.
 pub async fn decide(
-    visit: &Visit,
+    context: &RequestContext,
     text: &str,
     cost: NonZeroU32,
     tenant: Option<TenantId>,
     endpoint: &str,
-) -> Result<Result<(Arc<KeyRecord>, Decision), KeyRefused>, ApiError> {
-    let state = &visit.state;
+) -> Result<Result<(Arc<KeyRecord>, Decision), RejectedKey>, ApiError> {
+    let state = &context.state;
     let began = state.clock.monotonic();
-    let refused = |refusal, record| {
+    let refused = |rejection, record| {
         state.metrics.refused_keys.inc();
-        Ok(Err(KeyRefused { refusal, record }))
+        Ok(Err(RejectedKey { rejection, record }))
     };
     let Some(text) = SecretText::parse(Kind::ApiKey, text.as_bytes()) else {
         state.metrics.keys_malformed.inc();
-        return refused(Refusal::Unknown, None);
+        return refused(Rejection::Unknown, None);
     };
-    let Some(record) = state.keys.key(&text, began, visit.source(tenant)).await? else {
-        return refused(Refusal::Unknown, None);
+    let Some(record) = state.keys.key(&text, began, context.source(tenant)).await? else {
+        return refused(Rejection::Unknown, None);
     };
     if tenant.is_some_and(|tenant| tenant != record.tenant) {
-        return refused(Refusal::Unknown, None);
+        return refused(Rejection::Unknown, None);
     }
-    visit.is_key(record.clone());
-    if let Err(refusal) = record.usable(|| state.clock.now()) {
-        return refused(refusal, Some(record));
+    context.is_key(record.clone());
+    if let Err(rejection) = record.usable(|| state.clock.now()) {
+        return refused(rejection, Some(record));
     }
-    visit.has_authenticated();
+    context.has_authenticated();
     // Without space for its record there is no decision, and nothing is consumed.
     let reservation = state
         .metering
-        .reserve(endpoint, visit.id())
+        .reserve(endpoint, context.id())
         .map_err(|_| ApiError::unrecordable())?;
     let decision = state
         .limiter
-        .admit(&record.cell, &record.policies, cost)
+        .admit(&record.handle, &record.policies, cost)
         .await
         .inspect_err(|_| {
             state.metrics.limiter_errors.inc();
@@ -309,8 +311,8 @@ pub async fn decide(
 
 /// A key that is not valid.
 #[derive(Debug, Clone)]
-pub struct KeyRefused {
-    pub refusal: Refusal,
+pub struct RejectedKey {
+    pub rejection: Rejection,
     /// The key, if it exists.
     pub record: Option<Arc<KeyRecord>>,
 }
@@ -331,8 +333,8 @@ impl AdmittedKey {
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
         // Of Quota's own endpoints, one is limited.
         let endpoint = "GET /v1/echo";
-        let visit = Visit::of(request)?;
-        match decide(visit, text, NonZeroU32::MIN, None, endpoint).await? {
+        let context = RequestContext::of(request)?;
+        match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
             // The same detail for every reason, so that it does not help to guess keys.
@@ -359,14 +361,17 @@ extract_by_credential!(
 
 /// Looks up a service token.
 async fn service_token(request: &Request, token: &str) -> Result<Arc<ServiceRecord>, ApiError> {
-    let visit = Visit::of(request)?;
-    let state = &visit.state;
+    let context = RequestContext::of(request)?;
+    let state = &context.state;
     let refused = || ApiError::unauthorized(true, "This service token is invalid.");
     let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
-    let token = state.keys.service_token(&text, visit.source(None)).await?;
+    let token = state
+        .keys
+        .service_token(&text, context.source(None))
+        .await?;
     let token = token.ok_or_else(refused)?;
-    visit.has_authenticated();
-    visit.is_tenant(token.tenant);
+    context.has_authenticated();
+    context.is_tenant(token.tenant);
     state.last_used.service_token(token.id, state.clock.now());
     Ok(token)
 }

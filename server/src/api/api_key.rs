@@ -18,7 +18,7 @@ use uuid::Uuid;
 use super::{
     Tag, allowance,
     change::{Edit, read},
-    idempotency::Once,
+    idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
     problem::{ApiError, OrNotFound},
@@ -27,10 +27,10 @@ use super::{
 use crate::{
     db::{DbError, TenantTx},
     repo::{
-        By, Order,
+        Order, SortBy,
         allowance::Resource,
         api_key::{self, ApiKeyChange, ApiKeyRow, Filter, NewApiKey},
-        revocation::Target,
+        invalidation::Target,
     },
     secret_text::{Kind, SecretText},
     state::AppState,
@@ -60,12 +60,12 @@ impl From<ApiKeyRow> for ApiKey {
 
 fn order(sort: ApiKeyOrder) -> Order {
     let (by, descending) = match sort {
-        ApiKeyOrder::Newest => (By::Made, true),
-        ApiKeyOrder::Oldest => (By::Made, false),
-        ApiKeyOrder::Name => (By::Name, false),
-        ApiKeyOrder::NameReversed => (By::Name, true),
-        ApiKeyOrder::LastUsed => (By::LastUsed, true),
-        ApiKeyOrder::LeastRecentlyUsed => (By::LastUsed, false),
+        ApiKeyOrder::Newest => (SortBy::CreatedAt, true),
+        ApiKeyOrder::Oldest => (SortBy::CreatedAt, false),
+        ApiKeyOrder::Name => (SortBy::Name, false),
+        ApiKeyOrder::NameReversed => (SortBy::Name, true),
+        ApiKeyOrder::LastUsed => (SortBy::LastUsed, true),
+        ApiKeyOrder::LeastRecentlyUsed => (SortBy::LastUsed, false),
     };
     Order { by, descending }
 }
@@ -178,9 +178,9 @@ impl ApiKeyApi {
         body: Json<CreateApiKey>,
     ) -> Result<Created<CreatedApiKey>, ApiError> {
         let body = body.0;
-        let once = Once::new("create_api_key", idempotency_key.0, &body)?;
+        let idempotency = IdempotencyGuard::new("create_api_key", idempotency_key.0, &body)?;
         let mut edit = Edit::begin(&self.state, &caller).await?;
-        if let Some(first) = once.replay(&mut edit).await? {
+        if let Some(first) = idempotency.replay(&mut edit).await? {
             return Ok(Created(first));
         }
         self.check_expiry(body.expires_at)?;
@@ -204,7 +204,9 @@ impl ApiKeyApi {
             api_key: row.into(),
         };
         // Without the secret, which must not be stored.
-        once.keep(&mut edit, StatusCode::CREATED, &created).await?;
+        idempotency
+            .keep(&mut edit, StatusCode::CREATED, &created)
+            .await?;
         edit.created(AuditAction::ApiKeyCreate, &created.api_key)
             .await?;
         self.state.keys.created(&secret);
@@ -315,9 +317,9 @@ impl ApiKeyApi {
     ) -> Result<Json<CreatedApiKey>, ApiError> {
         let id = key_id.0.0;
         let body = body.0;
-        let once = Once::new("rotate_api_key", idempotency_key.0, &(id, &body))?;
+        let idempotency = IdempotencyGuard::new("rotate_api_key", idempotency_key.0, &(id, &body))?;
         let mut edit = Edit::begin(&self.state, &caller).await?;
-        if let Some(first) = once.replay(&mut edit).await? {
+        if let Some(first) = idempotency.replay(&mut edit).await? {
             return Ok(Json(first));
         }
         let before = ApiKey::from(api_key::lock(&mut edit, id).await.or_not_found()?);
@@ -337,7 +339,9 @@ impl ApiKeyApi {
             api_key: ApiKey::from(row.or_not_found()?),
         };
         // Without the secret, which must not be stored.
-        once.keep(&mut edit, StatusCode::OK, &rotated).await?;
+        idempotency
+            .keep(&mut edit, StatusCode::OK, &rotated)
+            .await?;
         let action = AuditAction::ApiKeyRotate;
         edit.updated(action, &before, &rotated.api_key, Target::ApiKey(id))
             .await?;

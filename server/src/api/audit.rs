@@ -55,6 +55,10 @@ impl AuditApi {
     ///
     /// Returns configuration changes, newest first: who changed what, when and from which address.
     #[oai(path = "/audit", method = "get", operation_id = "list_audit_events")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a handler has one argument per parameter"
+    )]
     async fn list(
         &self,
         caller: ReadingTenant,

@@ -18,7 +18,7 @@ use serde_json::json;
 use super::{
     Tag,
     admitted::{AdmittedTenant, origin},
-    browser::{self, Kept, WithCookies},
+    browser::{self, SessionCookie, WithCookies},
     change::Edit,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -36,7 +36,7 @@ use crate::{
     repo::{
         account::{self as rows, TenantChange, TenantRow, UserRow},
         audit::{self, NewAuditEvent},
-        revocation::Target,
+        invalidation::Target,
         session::SessionRow,
     },
     state::AppState,
@@ -113,7 +113,7 @@ fn device<'a>(
     sent: Option<&'a str>,
 ) -> Option<&'a str> {
     if cookies {
-        browser::cookie(state, request, Kept::Device)
+        browser::cookie(state, request, SessionCookie::Device)
     } else {
         sent
     }

@@ -29,7 +29,7 @@ pub const CSRF_FIELD: &str = "x-quota-csrf";
 
 /// The cookies of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kept {
+pub enum SessionCookie {
     Access,
     Refresh,
     /// The only one that scripts can read. Useless without the others.
@@ -38,7 +38,7 @@ pub enum Kept {
     Device,
 }
 
-impl Kept {
+impl SessionCookie {
     /// The cookies that begin and end with a session.
     const OF_SESSION: [Self; 3] = [Self::Access, Self::Refresh, Self::Csrf];
 
@@ -117,9 +117,13 @@ pub fn wants_cookies(headers: &HeaderMap) -> bool {
 
 /// Returns the value of a cookie. The names that only a secure origin can set are always read; the others only in
 /// requests from this machine. Whether the page that sent them may change anything is decided elsewhere.
-pub fn cookie<'a>(state: &AppState, request: &'a Request, kept: Kept) -> Option<&'a str> {
+pub fn cookie<'a>(
+    state: &AppState,
+    request: &'a Request,
+    cookie: SessionCookie,
+) -> Option<&'a str> {
     let named = |secure| {
-        let name = kept.name(secure);
+        let name = cookie.name(secure);
         request
             .headers()
             .get_all(header::COOKIE)
@@ -196,7 +200,7 @@ pub fn refresh_token<'a>(
 ) -> Result<Option<(&'a str, SessionId)>, ApiError> {
     let headers = request.headers();
     same_origin(state, headers)?;
-    let Some(token) = cookie(state, request, Kept::Refresh) else {
+    let Some(token) = cookie(state, request, SessionCookie::Refresh) else {
         return Ok(None);
     };
     let session = csrf_of(state, headers).ok_or_else(|| {
@@ -214,40 +218,50 @@ pub fn keep(state: &AppState, request: &Request, tokens: &Tokens) -> Vec<HeaderV
     let csrf = state.sessions.csrf_token(tokens.session);
     let secure = is_secure(state, request);
     let cookies = [
-        (Kept::Access, &tokens.access, u64::from(LIFETIME)),
-        (Kept::Refresh, &tokens.refresh, days),
-        (Kept::Csrf, &csrf, days),
+        (SessionCookie::Access, &tokens.access, u64::from(LIFETIME)),
+        (SessionCookie::Refresh, &tokens.refresh, days),
+        (SessionCookie::Csrf, &csrf, days),
     ];
     cookies
         .iter()
-        .filter_map(|(kept, value, age)| set_cookie(secure, *kept, value, *age))
+        .filter_map(|(cookie, value, age)| set_cookie(secure, *cookie, value, *age))
         .collect()
 }
 
 /// Returns the `Set-Cookie` header by which the browser is recognized at its next sign-in.
 pub fn keep_device(state: &AppState, request: &Request, device: &str) -> Option<HeaderValue> {
     let age = device::LIFETIME.as_secs();
-    set_cookie(is_secure(state, request), Kept::Device, device, age)
+    set_cookie(
+        is_secure(state, request),
+        SessionCookie::Device,
+        device,
+        age,
+    )
 }
 
 /// Returns the `Set-Cookie` headers that delete a session's cookies.
 pub fn forget(state: &AppState, request: &Request) -> Vec<HeaderValue> {
     let secure = is_secure(state, request);
-    Kept::OF_SESSION
+    SessionCookie::OF_SESSION
         .iter()
-        .filter_map(|kept| set_cookie(secure, *kept, "", 0))
+        .filter_map(|cookie| set_cookie(secure, *cookie, "", 0))
         .collect()
 }
 
-fn set_cookie(secure: bool, kept: Kept, value: &str, max_age: u64) -> Option<HeaderValue> {
+fn set_cookie(
+    secure: bool,
+    cookie: SessionCookie,
+    value: &str,
+    max_age: u64,
+) -> Option<HeaderValue> {
     let mut text = format!(
         "{}={value}; Path=/; Max-Age={max_age}; SameSite=Lax",
-        kept.name(secure)
+        cookie.name(secure)
     );
     if secure {
         text.push_str("; Secure");
     }
-    if kept != Kept::Csrf {
+    if cookie != SessionCookie::Csrf {
         text.push_str("; HttpOnly");
     }
     let mut field = HeaderValue::from_str(&text).ok()?;

@@ -18,7 +18,7 @@ use crate::{
     db::{DbError, TenantTx},
     repo::{
         audit::{self, NewAuditEvent},
-        revocation::{self, Target},
+        invalidation::{self, Target},
     },
     state::AppState,
     tenant_queue::{Busy, Turn},
@@ -141,13 +141,13 @@ impl<'a> Edit<'a> {
         };
         audit::insert(&mut self.tx, &event).await?;
         // Last, since it waits for other transactions that invalidate.
-        let revocation = match stale {
-            Some(stale) => Some(revocation::insert(&mut self.tx, stale).await?),
+        let invalidation = match stale {
+            Some(stale) => Some(invalidation::insert(&mut self.tx, stale).await?),
             None => None,
         };
         self.tx.commit().await?;
-        if let Some(revocation) = &revocation {
-            self.state.revoked(revocation);
+        if let Some(invalidation) = &invalidation {
+            self.state.invalidate(invalidation);
         }
         tracing::info!(action = action.as_str(), tenant = %tenant, user = %user, target, "changed");
         Ok(())

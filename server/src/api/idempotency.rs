@@ -7,13 +7,13 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::problem::ApiError;
 use crate::{
     db::TenantTx,
-    repo::idempotency::{self, Known},
+    repo::idempotency::{self, PriorRequest},
 };
 
 const LENGTH_MAX: usize = 255;
 
 /// A request that may have been processed before.
-pub struct Once {
+pub struct IdempotencyGuard {
     operation: &'static str,
     key: Option<String>,
     request_hash: Vec<u8>,
@@ -32,7 +32,7 @@ pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
-impl Once {
+impl IdempotencyGuard {
     /// `key` is the header, if it was sent. `body` is everything that the response depends on: for an operation on one
     /// resource, also the resource's ID.
     pub fn new<T: Serialize>(
@@ -66,21 +66,21 @@ impl Once {
             return Ok(None);
         };
         match idempotency::claim(tx, self.operation, key).await? {
-            Known::Nothing => Ok(None),
-            Known::InProgress => Err(ApiError {
+            PriorRequest::Nothing => Ok(None),
+            PriorRequest::InProgress => Err(ApiError {
                 retry_after: Some(std::time::Duration::from_secs(1)),
                 ..ApiError::new(
                     ProblemCode::RequestInProgress,
                     "A request with this Idempotency-Key is still in progress.",
                 )
             }),
-            Known::Answered { request_hash, .. } if request_hash != self.request_hash => {
+            PriorRequest::Answered { request_hash, .. } if request_hash != self.request_hash => {
                 Err(ApiError::new(
                     ProblemCode::IdempotencyMismatch,
                     "This Idempotency-Key was already used with a different request body. Use a new one.",
                 ))
             }
-            Known::Answered { response, .. } => serde_json::from_value(response)
+            PriorRequest::Answered { response, .. } => serde_json::from_value(response)
                 .map(Some)
                 .map_err(ApiError::internal),
         }

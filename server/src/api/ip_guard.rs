@@ -2,16 +2,16 @@
 
 use poem::{Endpoint, Middleware, Request, Result};
 
-use super::{problem::ApiError, request_context::Visit};
+use super::{problem::ApiError, request_context::RequestContext};
 use crate::{
-    limiter::{Caller, Guard},
-    state::{AppState, Parts},
+    limiter::{ClientNetwork, ClientRateLimiter},
+    state::{AppState, Services},
 };
 
 /// The middleware, with the limiter to use.
 pub struct IpGuard {
     pub state: AppState,
-    pub guard: fn(&Parts) -> &Guard,
+    pub guard: fn(&Services) -> &ClientRateLimiter,
 }
 
 impl<E: Endpoint> Middleware<E> for IpGuard {
@@ -29,7 +29,7 @@ impl<E: Endpoint> Middleware<E> for IpGuard {
 pub struct Guarded<E> {
     inner: E,
     state: AppState,
-    guard: fn(&Parts) -> &Guard,
+    guard: fn(&Services) -> &ClientRateLimiter,
 }
 
 impl<E: Endpoint> Endpoint for Guarded<E> {
@@ -37,8 +37,8 @@ impl<E: Endpoint> Endpoint for Guarded<E> {
 
     async fn call(&self, request: Request) -> Result<E::Output> {
         // A peer without an address is on this machine, and is not limited.
-        if let Some(ip) = Visit::of(&request)?.ip
-            && let Err(refused) = (self.guard)(&self.state).admit(Caller::address(ip))
+        if let Some(ip) = RequestContext::of(&request)?.ip
+            && let Err(refused) = (self.guard)(&self.state).admit(ClientNetwork::address(ip))
         {
             self.state.metrics.guard_refusals.inc();
             return Err(ApiError::too_many(refused.retry_after).into());

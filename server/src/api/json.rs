@@ -19,7 +19,7 @@ use poem_openapi::{
 use quota_common::{FieldError, ProblemCode};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{limit_headers, problem::ApiError, request_context::Visit};
+use super::{limit_headers, problem::ApiError, request_context::RequestContext};
 
 const MEDIA_TYPE: &str = "application/json";
 
@@ -198,7 +198,7 @@ fn check_media_type(request: &Request) -> Result<(), ApiError> {
 const RESERVED: usize = 4 * 1024;
 
 async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiError> {
-    let settings = &Visit::of(request)?.state.config;
+    let settings = &RequestContext::of(request)?.state.config;
     let (limit, patience) = (settings.body_limit, settings.header_timeout);
     let too_large = || {
         ApiError::new(

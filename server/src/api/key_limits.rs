@@ -153,7 +153,7 @@ impl KeyLimitsApi {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;
         let limiter = &self.state.limiter;
-        let decision = limiter.inspect(&record.cell, &record.policies).await;
+        let decision = limiter.inspect(&record.handle, &record.policies).await;
         let now = time(decision.at);
         let mut limits = Vec::new();
         for state in decision.states() {

@@ -23,23 +23,23 @@ use super::{
     json::Json,
     limit_headers::{self, GatewayDecision},
     problem::{ApiError, challenge, wire_name},
-    request_context::Visit,
+    request_context::RequestContext,
 };
 use crate::{
     clock::UnixNanos,
-    keys::{KeyRecord, Refusal},
+    keys::{KeyRecord, Rejection},
     limiter::Decision,
 };
 
 pub struct LimitApi;
 
 /// A response with the headers of the decision that allowed its request.
-pub struct Limited<T> {
+pub struct WithLimitHeaders<T> {
     admitted: AdmittedKey,
     body: Json<T>,
 }
 
-impl<T: serde::Serialize + Send> IntoResponse for Limited<T> {
+impl<T: serde::Serialize + Send> IntoResponse for WithLimitHeaders<T> {
     fn into_response(self) -> Response {
         let mut response = self.body.into_response();
         limit_headers::write(
@@ -51,7 +51,7 @@ impl<T: serde::Serialize + Send> IntoResponse for Limited<T> {
     }
 }
 
-impl<T: Type + serde::Serialize + Send> ApiResponse for Limited<T> {
+impl<T: Type + serde::Serialize + Send> ApiResponse for WithLimitHeaders<T> {
     fn meta() -> MetaResponses {
         let content = vec![MetaMediaType {
             content_type: "application/json",
@@ -74,9 +74,9 @@ impl<T: Type + serde::Serialize + Send> ApiResponse for Limited<T> {
 }
 
 /// A decision as a status and headers. The body is empty, so that nginx can reuse its connection.
-pub struct Bare(Response);
+pub struct StatusOnly(Response);
 
-impl Bare {
+impl StatusOnly {
     fn new(status: StatusCode, decision: GatewayDecision) -> Self {
         let mut response = status.into_response();
         let headers = response.headers_mut();
@@ -104,13 +104,13 @@ impl Bare {
     }
 }
 
-impl IntoResponse for Bare {
+impl IntoResponse for StatusOnly {
     fn into_response(self) -> Response {
         self.0
     }
 }
 
-impl ApiResponse for Bare {
+impl ApiResponse for StatusOnly {
     fn meta() -> MetaResponses {
         let bare = |status, description| MetaResponse {
             description,
@@ -176,7 +176,7 @@ impl LimitApi {
     /// Consumes one request from the key's limits and returns the same rate-limit headers that your API's consumers
     /// see.
     #[oai(path = "/echo", method = "get", operation_id = "echo")]
-    pub async fn echo(&self, caller: AdmittedKey) -> Result<Limited<Echo>, ApiError> {
+    pub async fn echo(&self, caller: AdmittedKey) -> Result<WithLimitHeaders<Echo>, ApiError> {
         let now = caller.decision.at;
         let time = Timestamp::from_unix_secs(now.secs())
             .ok_or_else(|| ApiError::internal("the clock is beyond 9999"))?;
@@ -185,7 +185,7 @@ impl LimitApi {
             plan: caller.record.plan.clone(),
             time,
         });
-        Ok(Limited {
+        Ok(WithLimitHeaders {
             admitted: caller,
             body,
         })
@@ -210,8 +210,8 @@ impl LimitApi {
             .unwrap_or(NonZeroU32::MIN);
         let tenant = Some(caller.token.tenant);
         let endpoint: &str = body.0.endpoint.as_ref().map_or("", |it| it);
-        let visit = Visit::of(request)?;
-        let decided = decide(visit, &body.0.key, cost, tenant, endpoint).await?;
+        let context = RequestContext::of(request)?;
+        let decided = decide(context, &body.0.key, cost, tenant, endpoint).await?;
         Ok(Json(match decided {
             Ok((record, decision)) => CheckResult {
                 allowed: decision.is_allowed(),
@@ -233,10 +233,10 @@ impl LimitApi {
             },
             Err(refused) => CheckResult {
                 allowed: false,
-                code: match refused.refusal {
-                    Refusal::Unknown => CheckCode::UnknownKey,
-                    Refusal::Inactive => CheckCode::InactiveKey,
-                    Refusal::Expired => CheckCode::ExpiredKey,
+                code: match refused.rejection {
+                    Rejection::Unknown => CheckCode::UnknownKey,
+                    Rejection::Inactive => CheckCode::InactiveKey,
+                    Rejection::Expired => CheckCode::ExpiredKey,
                 },
                 key_id: refused.record.as_ref().map(|record| record.id),
                 plan: refused.record.as_ref().map(|record| record.plan.clone()),
@@ -265,21 +265,21 @@ impl LimitApi {
         request: &Request,
         /// Status code for a denial: `403` or `429`. Default `429`. Use `403` for nginx, which does not pass on 429.
         deny: Query<Option<Deny>>,
-    ) -> Result<Bare, ApiError> {
+    ) -> Result<StatusOnly, ApiError> {
         let denied = match deny.0 {
             None | Some(Deny::TooManyRequests) => StatusCode::TOO_MANY_REQUESTS,
             Some(Deny::Forbidden) => StatusCode::FORBIDDEN,
         };
         let Some(key) = consumer_key(request) else {
-            return Ok(Bare::unauthorized(false));
+            return Ok(StatusOnly::unauthorized(false));
         };
         let tenant = Some(caller.token.tenant);
         let endpoint = forwarded_endpoint(request.headers());
-        let visit = Visit::of(request)?;
+        let context = RequestContext::of(request)?;
         Ok(
-            match decide(visit, key, NonZeroU32::MIN, tenant, &endpoint).await? {
-                Ok((record, decision)) => Bare::decided(&record, &decision, denied),
-                Err(_) => Bare::unauthorized(true),
+            match decide(context, key, NonZeroU32::MIN, tenant, &endpoint).await? {
+                Ok((record, decision)) => StatusOnly::decided(&record, &decision, denied),
+                Err(_) => StatusOnly::unauthorized(true),
             },
         )
     }

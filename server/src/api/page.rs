@@ -15,7 +15,7 @@ use quota_common::{
 use uuid::Uuid;
 
 use super::problem::ApiError;
-use crate::repo::{By, Mark, Order, Rows, Slice, Sorted, SortedSlice};
+use crate::repo::{CursorKey, Order, Rows, Slice, SortBy, Sorted, SortedSlice};
 
 /// The `limit` parameter: between 1 and [`MAX_LIMIT`].
 #[derive(Debug, Clone, Copy)]
@@ -122,15 +122,15 @@ fn write(id: Uuid) -> String {
 }
 
 const NEWEST_FIRST: Order = Order {
-    by: By::Made,
+    by: SortBy::CreatedAt,
     descending: true,
 };
 
 const fn code(order: Order) -> u8 {
     let by = match order.by {
-        By::Made => b'm',
-        By::Name => b'n',
-        By::LastUsed => b'u',
+        SortBy::CreatedAt => b'm',
+        SortBy::Name => b'n',
+        SortBy::LastUsed => b'u',
     };
     if order.descending {
         by.to_ascii_uppercase()
@@ -139,9 +139,9 @@ const fn code(order: Order) -> u8 {
     }
 }
 
-fn read_sorted(order: Order, cursor: &str) -> Result<(Mark, Uuid), ApiError> {
+fn read_sorted(order: Order, cursor: &str) -> Result<(CursorKey, Uuid), ApiError> {
     if order == NEWEST_FIRST {
-        return Ok((Mark::Made, read(cursor)?));
+        return Ok((CursorKey::CreatedAt, read(cursor)?));
     }
     let bytes = URL_SAFE_NO_PAD.decode(cursor).map_err(|_| malformed())?;
     let rest = bytes
@@ -149,23 +149,23 @@ fn read_sorted(order: Order, cursor: &str) -> Result<(Mark, Uuid), ApiError> {
         .ok_or_else(malformed)?;
     let (id, rest) = rest.split_at_checked(16).ok_or_else(malformed)?;
     let id = Uuid::from_slice(id).map_err(|_| malformed())?;
-    let mark = match order.by {
-        By::Made if rest.is_empty() => Mark::Made,
-        By::Name => std::str::from_utf8(rest)
+    let cursor_key = match order.by {
+        SortBy::CreatedAt if rest.is_empty() => CursorKey::CreatedAt,
+        SortBy::Name => std::str::from_utf8(rest)
             .ok()
             // PostgreSQL text cannot hold NUL.
             .filter(|name| !name.contains('\0'))
-            .map(|name| Mark::Name(name.to_owned()))
+            .map(|name| CursorKey::Name(name.to_owned()))
             .ok_or_else(malformed)?,
-        By::LastUsed if rest.is_empty() => Mark::LastUsed(None),
-        By::LastUsed => {
+        SortBy::LastUsed if rest.is_empty() => CursorKey::LastUsed(None),
+        SortBy::LastUsed => {
             let micros = rest.try_into().map_err(|_| malformed())?;
             let at = DateTime::from_timestamp_micros(i64::from_be_bytes(micros));
-            Mark::LastUsed(Some(at.filter(is_storable).ok_or_else(malformed)?))
+            CursorKey::LastUsed(Some(at.filter(is_storable).ok_or_else(malformed)?))
         }
-        By::Made => return Err(malformed()),
+        SortBy::CreatedAt => return Err(malformed()),
     };
-    Ok((mark, id))
+    Ok((cursor_key, id))
 }
 
 /// Whether PostgreSQL can store the time. Its times begin in 4713 BC; ours have a year of four digits.
@@ -173,16 +173,18 @@ fn is_storable(at: &DateTime<Utc>) -> bool {
     (0..=9999).contains(&at.year())
 }
 
-fn write_sorted(order: Order, mark: &Mark, id: Uuid) -> String {
+fn write_sorted(order: Order, cursor_key: &CursorKey, id: Uuid) -> String {
     if order == NEWEST_FIRST {
         return write(id);
     }
     let mut bytes = vec![SORTED, code(order)];
     bytes.extend_from_slice(id.as_bytes());
-    match mark {
-        Mark::Made | Mark::LastUsed(None) => {}
-        Mark::Name(name) => bytes.extend_from_slice(name.as_bytes()),
-        Mark::LastUsed(Some(at)) => bytes.extend_from_slice(&at.timestamp_micros().to_be_bytes()),
+    match cursor_key {
+        CursorKey::CreatedAt | CursorKey::LastUsed(None) => {}
+        CursorKey::Name(name) => bytes.extend_from_slice(name.as_bytes()),
+        CursorKey::LastUsed(Some(at)) => {
+            bytes.extend_from_slice(&at.timestamp_micros().to_be_bytes())
+        }
     }
     URL_SAFE_NO_PAD.encode(bytes)
 }
@@ -201,7 +203,7 @@ pub fn sorted_page<R: Sorted, T: ParseFromJSON + ToJSON + From<R>>(
     rows: Rows<R>,
     order: Order,
 ) -> Page<T> {
-    let cursor = |row: &R| write_sorted(order, &row.mark(order.by), row.id());
+    let cursor = |row: &R| write_sorted(order, &row.cursor_key(order.by), row.id());
     with_cursor(rows, cursor, T::from)
 }
 
@@ -226,7 +228,11 @@ mod tests {
     use super::*;
 
     fn order() -> impl Strategy<Value = Order> {
-        let by = prop_oneof![Just(By::Made), Just(By::Name), Just(By::LastUsed)];
+        let by = prop_oneof![
+            Just(SortBy::CreatedAt),
+            Just(SortBy::Name),
+            Just(SortBy::LastUsed)
+        ];
         (by, any::<bool>()).prop_map(|(by, descending)| Order { by, descending })
     }
 
@@ -245,14 +251,14 @@ mod tests {
             name in "[^\0]{0,200}",
             micros in proptest::option::of(0_i64..4_000_000_000_000_000),
         ) {
-            let mark = match order.by {
-                By::Made => Mark::Made,
-                By::Name => Mark::Name(name),
-                By::LastUsed => Mark::LastUsed(micros.and_then(DateTime::from_timestamp_micros)),
+            let cursor_key = match order.by {
+                SortBy::CreatedAt => CursorKey::CreatedAt,
+                SortBy::Name => CursorKey::Name(name),
+                SortBy::LastUsed => CursorKey::LastUsed(micros.and_then(DateTime::from_timestamp_micros)),
             };
             let id = Uuid::from_u128(id);
-            let cursor = write_sorted(order, &mark, id);
-            prop_assert_eq!(read_sorted(order, &cursor).unwrap(), (mark, id));
+            let cursor = write_sorted(order, &cursor_key, id);
+            prop_assert_eq!(read_sorted(order, &cursor).unwrap(), (cursor_key, id));
             prop_assert!(other == order || read_sorted(other, &cursor).is_err());
         }
 

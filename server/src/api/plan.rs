@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::{
     Tag, allowance,
     change::{Edit, read},
-    idempotency::Once,
+    idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
     problem::{ApiError, OrNotFound},
@@ -25,10 +25,10 @@ use super::{
 use crate::{
     db::{DbError, TenantTx},
     repo::{
-        By, Order,
+        Order, SortBy,
         allowance::Resource,
+        invalidation::Target,
         plan::{self, NewPlan, PlanChange, PlanWithKeys},
-        revocation::Target,
     },
     state::AppState,
 };
@@ -66,10 +66,10 @@ impl From<PlanWithKeys> for Plan {
 
 fn order(sort: PlanOrder) -> Order {
     let (by, descending) = match sort {
-        PlanOrder::Newest => (By::Made, true),
-        PlanOrder::Oldest => (By::Made, false),
-        PlanOrder::Name => (By::Name, false),
-        PlanOrder::NameReversed => (By::Name, true),
+        PlanOrder::Newest => (SortBy::CreatedAt, true),
+        PlanOrder::Oldest => (SortBy::CreatedAt, false),
+        PlanOrder::Name => (SortBy::Name, false),
+        PlanOrder::NameReversed => (SortBy::Name, true),
     };
     Order { by, descending }
 }
@@ -145,9 +145,9 @@ impl PlanApi {
         body: Json<CreatePlan>,
     ) -> Result<Created<Plan>, ApiError> {
         let body = body.0;
-        let once = Once::new("create_plan", idempotency_key.0, &body)?;
+        let idempotency = IdempotencyGuard::new("create_plan", idempotency_key.0, &body)?;
         let mut edit = Edit::begin(&self.state, &caller).await?;
-        if let Some(first) = once.replay(&mut edit).await? {
+        if let Some(first) = idempotency.replay(&mut edit).await? {
             return Ok(Created(first));
         }
         allowance::one_more(&self.state.config, &mut edit, Resource::Plans).await?;
@@ -165,7 +165,9 @@ impl PlanApi {
         };
         let plan = plan::insert(&mut edit, &new).await.map_err(name_taken)?;
         let plan = Plan::from(PlanWithKeys { plan, key_count: 0 });
-        once.keep(&mut edit, StatusCode::CREATED, &plan).await?;
+        idempotency
+            .keep(&mut edit, StatusCode::CREATED, &plan)
+            .await?;
         edit.created(AuditAction::PlanCreate, &plan).await?;
         Ok(Created(plan))
     }

@@ -14,13 +14,13 @@ use crate::{
     authenticated::Authenticated,
     clock::UnixNanos,
     keys::{KeyRecord, Source},
-    limiter::Caller,
+    limiter::ClientNetwork,
     state::AppState,
     telemetry::log::AccessLine,
 };
 
 /// What is determined once about a request, on arrival. Stored with the request.
-pub struct Visit {
+pub struct RequestContext {
     pub state: AppState,
     /// The request's ID: visible ASCII.
     pub id: HeaderValue,
@@ -38,7 +38,7 @@ enum Identity {
     Key(Arc<KeyRecord>),
 }
 
-impl Visit {
+impl RequestContext {
     pub fn new(
         state: &AppState,
         id: HeaderValue,
@@ -59,7 +59,7 @@ impl Visit {
     /// Returns the context that `request_log` stored with the request.
     pub fn of(request: &Request) -> Result<&Self, ApiError> {
         match request.data::<Arc<Self>>() {
-            Some(visit) => Ok(visit),
+            Some(context) => Ok(context),
             None => Err(ApiError::internal("request_log is not mounted")),
         }
     }
@@ -81,7 +81,7 @@ impl Visit {
     pub fn source(&self, tenant: Option<TenantId>) -> Source {
         Source {
             tenant,
-            address: self.ip.map(Caller::address),
+            address: self.ip.map(ClientNetwork::address),
         }
     }
 

@@ -16,10 +16,10 @@ use tokio::time::timeout;
 use super::{
     allow::Methods,
     client_ip::client_ip,
+    fast_path::FORWARD_AUTH,
     limit_headers::{DECISION, GatewayDecision},
     problem::ApiError,
-    request_context::Visit,
-    short_way::FORWARD_AUTH,
+    request_context::RequestContext,
 };
 use crate::{
     authenticated::Authenticated, clock::UnixNanos, state::AppState,
@@ -50,10 +50,10 @@ pub struct RequestLog {
 }
 
 impl<E: Endpoint> Middleware<E> for RequestLog {
-    type Output = Edge<E>;
+    type Output = RequestLogEndpoint<E>;
 
-    fn transform(&self, inner: E) -> Edge<E> {
-        Edge {
+    fn transform(&self, inner: E) -> RequestLogEndpoint<E> {
+        RequestLogEndpoint {
             inner,
             state: self.state.clone(),
             ids: RequestIds::default(),
@@ -62,20 +62,20 @@ impl<E: Endpoint> Middleware<E> for RequestLog {
     }
 }
 
-pub struct Edge<E> {
+pub struct RequestLogEndpoint<E> {
     inner: E,
     state: AppState,
     ids: RequestIds,
     methods: Arc<Methods>,
 }
 
-impl<E: Endpoint> Endpoint for Edge<E> {
+impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
     type Output = Response;
 
     async fn call(&self, mut request: Request) -> Result<Response> {
         let state = &self.state;
         let (arrived, began) = (state.clock.now(), state.clock.monotonic());
-        let visit = Arc::new(Visit::new(
+        let context = Arc::new(RequestContext::new(
             state,
             self.request_id(&request, arrived),
             client_ip(&request, &state.config.trusted_proxies),
@@ -85,7 +85,7 @@ impl<E: Endpoint> Endpoint for Edge<E> {
         let method = request.method().clone();
         // The whole URI: cloning it is cheaper than copying its path.
         let uri = request.uri().clone();
-        request.set_data(visit.clone());
+        request.set_data(context.clone());
 
         state.metrics.requests_in_flight.inc();
         let flight = InFlight(state);
@@ -115,7 +115,7 @@ impl<E: Endpoint> Endpoint for Edge<E> {
                 if error.code == ProblemCode::MethodNotAllowed {
                     error.allow = Some(self.methods.allow(uri.path()).to_owned());
                 }
-                error.into_response(visit.id(), &state.config.public_url)
+                error.into_response(context.id(), &state.config.public_url)
             }
         };
 
@@ -131,12 +131,13 @@ impl<E: Endpoint> Endpoint for Edge<E> {
         if !is_routine_probe
             && tracing::enabled!(target: "quota_server::access", tracing::Level::INFO)
         {
-            visit.log(&method, &uri, status, nanos);
+            context.log(&method, &uri, status, nanos);
         }
 
         let headers = response.headers_mut();
         // Avoids a copy, unless a spawned task still holds the request.
-        let id = Arc::try_unwrap(visit).map_or_else(|visit| visit.id.clone(), |visit| visit.id);
+        let id = Arc::try_unwrap(context)
+            .map_or_else(|context| context.id.clone(), |context| context.id);
         headers.insert(REQUEST_ID, id);
         for (name, value) in ALWAYS {
             headers.insert(name, HeaderValue::from_static(value));
@@ -183,7 +184,7 @@ impl Drop for InFlight<'_> {
     }
 }
 
-impl<E> Edge<E> {
+impl<E> RequestLogEndpoint<E> {
     /// Returns the incoming request ID if it is valid, otherwise a new one.
     fn request_id(&self, request: &Request, now: UnixNanos) -> HeaderValue {
         match request.headers().get(REQUEST_ID) {

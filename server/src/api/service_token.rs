@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     Tag, allowance,
     change::{Edit, read},
-    idempotency::Once,
+    idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
     problem::{ApiError, OrNotFound},
@@ -25,7 +25,7 @@ use crate::{
     db::TenantTx,
     repo::{
         allowance::Resource,
-        revocation::Target,
+        invalidation::Target,
         service_token::{self, NewServiceToken, ServiceTokenRow},
     },
     secret_text::{Kind, SecretText},
@@ -90,9 +90,10 @@ impl ServiceTokenApi {
         idempotency_key: Header<Option<String>>,
         body: Json<CreateServiceToken>,
     ) -> Result<Created<CreatedServiceToken>, ApiError> {
-        let once = Once::new("create_service_token", idempotency_key.0, &body.0)?;
+        let idempotency =
+            IdempotencyGuard::new("create_service_token", idempotency_key.0, &body.0)?;
         let mut edit = Edit::begin(&self.state, &caller).await?;
-        if let Some(first) = once.replay(&mut edit).await? {
+        if let Some(first) = idempotency.replay(&mut edit).await? {
             return Ok(Created(first));
         }
         allowance::one_more(&self.state.config, &mut edit, Resource::ServiceTokens).await?;
@@ -110,7 +111,9 @@ impl ServiceTokenApi {
             service_token: row.into(),
         };
         // Without the secret, which must not be stored.
-        once.keep(&mut edit, StatusCode::CREATED, &created).await?;
+        idempotency
+            .keep(&mut edit, StatusCode::CREATED, &created)
+            .await?;
         let action = AuditAction::ServiceTokenCreate;
         edit.created(action, &created.service_token).await?;
         self.state.keys.created(&secret);

@@ -23,7 +23,7 @@ use crate::{
     repo::{
         account::{self, LoginRow, MemberRow, TenantRow, UserRow},
         audit,
-        revocation::{self, Target},
+        invalidation::{self, Target},
         session,
     },
     telemetry::metrics::Metrics,
@@ -182,13 +182,13 @@ impl Accounts {
             after: Some(json!({"sessions_ended": ended.len()})),
         };
         audit::insert_system(&mut tx, &event).await?;
-        let mut revocations = Vec::new();
+        let mut invalidations = Vec::new();
         for id in ended {
             let target = Target::Session(id);
-            revocations.push(revocation::insert_system(&mut tx, tenant, target).await?);
+            invalidations.push(invalidation::insert_system(&mut tx, tenant, target).await?);
         }
         tx.commit().await?;
-        self.sessions.ended(&revocations);
+        self.sessions.ended(&invalidations);
         Ok(())
     }
 
@@ -379,13 +379,13 @@ impl Accounts {
             after: Some(json!({"sessions_ended": ended.len()})),
         };
         audit::insert_system(&mut tx, &event).await?;
-        let mut revocations = Vec::new();
+        let mut invalidations = Vec::new();
         for id in ended {
             let target = Target::Session(id);
-            revocations.push(revocation::insert_system(&mut tx, tenant.0, target).await?);
+            invalidations.push(invalidation::insert_system(&mut tx, tenant.0, target).await?);
         }
         tx.commit().await?;
-        self.sessions.ended(&revocations);
+        self.sessions.ended(&invalidations);
         tracing::info!(action = "user.change_password", tenant = %tenant, user = %user, "password changed");
         Ok(())
     }

@@ -13,12 +13,12 @@ use crate::{
     cache::{Cached, Freshness, Unconfirmed},
     clock::{Clock, UnixNanos},
     db::{self, Db, SystemTx},
+    invalidations::{InvalidationSet, Publisher},
     repo::{
         Rows, Slice, account, audit,
-        revocation::{self, Revocation, Target},
+        invalidation::{self, Invalidation, Target},
         session::{self, NewSession, Rotation, SessionRow},
     },
-    revocations::{Announcer, Gone},
     secret_text::{Kind, SecretText},
     telemetry::metrics::Metrics,
 };
@@ -61,7 +61,7 @@ pub struct Sessions {
     secrets: Arc<SecretPair>,
     signer: Arc<Signer>,
     live: Cached<SessionId, LiveSession>,
-    announcer: Announcer,
+    publisher: Publisher,
     days: u32,
     /// Whether to refresh sessions of earlier versions, which do not state their secret.
     accepts_unmarked: bool,
@@ -73,7 +73,7 @@ impl Sessions {
         clock: Arc<dyn Clock>,
         (secrets, signer, accepts_unmarked): (Arc<SecretPair>, Arc<Signer>, bool),
         (days, grace): (u32, Duration),
-        announcer: Announcer,
+        publisher: Publisher,
         freshness: &Arc<Freshness>,
         metrics: &Arc<Metrics>,
     ) -> Self {
@@ -85,7 +85,7 @@ impl Sessions {
             secrets,
             signer,
             live,
-            announcer,
+            publisher,
             days,
             accepts_unmarked,
         }
@@ -161,7 +161,7 @@ impl Sessions {
                 session::end(&mut tx, row.user_id, row.id).await?;
                 audit_reuse(&mut tx, &row, origin).await?;
                 let ended =
-                    revocation::insert_system(&mut tx, row.tenant_id, Target::Session(row.id))
+                    invalidation::insert_system(&mut tx, row.tenant_id, Target::Session(row.id))
                         .await?;
                 tx.commit().await?;
                 self.ended(&[ended]);
@@ -288,7 +288,7 @@ impl Sessions {
         if session::end(&mut tx, row.user_id, row.id).await? {
             audit::insert_system(&mut tx, &event(row, "session.end", origin)).await?;
             let target = Target::Session(row.id);
-            ended.push(revocation::insert_system(&mut tx, row.tenant_id, target).await?);
+            ended.push(invalidation::insert_system(&mut tx, row.tenant_id, target).await?);
         }
         tx.commit().await?;
         self.forget(SessionId(row.id));
@@ -315,7 +315,7 @@ impl Sessions {
     }
 
     /// Drops sessions that changes have invalidated from the cache.
-    pub fn revoke(&self, gone: &Gone) {
+    pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_session() {
             self.live
                 .forget(|id, live| gone.session(live.tenant.0, id.0));
@@ -323,10 +323,10 @@ impl Sessions {
     }
 
     /// Drops sessions that were revoked here and committed, and publishes that to other replicas.
-    pub fn ended(&self, revocations: &[Revocation]) {
-        self.revoke(&revocations.iter().collect());
-        for revocation in revocations {
-            self.announcer.tell(revocation);
+    pub fn ended(&self, invalidations: &[Invalidation]) {
+        self.revoke(&invalidations.iter().collect());
+        for invalidation in invalidations {
+            self.publisher.publish(invalidation);
         }
     }
 }

@@ -3,9 +3,9 @@
 //! Each job is a loop that ends on request and continues after a failure: what failed is retried in the next iteration.
 //! Does not know HTTP.
 
+mod invalidations;
 mod metering;
 mod replicas;
-mod revocations;
 mod sweep;
 mod usage;
 
@@ -33,8 +33,8 @@ impl Jobs {
     pub fn start(state: &AppState) -> Self {
         let (stop, stopping) = watch::channel(false);
         let mut running = JoinSet::new();
-        running.spawn(revocations::poll(state.clone(), stopping.clone()));
-        running.spawn(revocations::listen(state.clone(), stopping.clone()));
+        running.spawn(invalidations::poll(state.clone(), stopping.clone()));
+        running.spawn(invalidations::listen(state.clone(), stopping.clone()));
         if state.redis.is_some() {
             running.spawn(replicas::count(state.clone(), stopping.clone()));
         }
@@ -83,11 +83,11 @@ async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
         state.auth_guard.prune();
         state.admin_guard.prune();
         state.login_attempts.prune();
-        let cells = state.limiter.prune();
+        let keys = state.limiter.prune();
         state
             .metrics
-            .limiter_cells
-            .set(i64::try_from(cells).unwrap_or(i64::MAX));
+            .limiter_keys
+            .set(i64::try_from(keys).unwrap_or(i64::MAX));
     }
 }
 

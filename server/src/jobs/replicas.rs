@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{every, next};
 use crate::{
     db::{self, Db, DbError, Lane},
-    limiter::{self, Place},
+    limiter::{self, ReplicaSlot},
     repo,
     state::AppState,
 };
@@ -28,8 +28,8 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
             Ok((rank, count)) => {
                 if let Some(of) = NonZeroU64::new(count) {
                     let ended = state.clock.monotonic();
-                    let place = Place { rank, of };
-                    state.roster.confirm_count(place, began, ended);
+                    let slot = ReplicaSlot { rank, of };
+                    state.membership.confirm_count(slot, began, ended);
                 }
                 state
                     .metrics
@@ -56,7 +56,7 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
 
 async fn seen(db: &Db, id: Uuid) -> Result<(u64, u64), DbError> {
     let mut tx = db.system().await?;
-    let place = repo::replica::seen(&mut tx, id, limiter::FORGOTTEN).await?;
+    let slot = repo::replica::seen(&mut tx, id, limiter::FORGOTTEN).await?;
     tx.commit().await?;
-    Ok(place)
+    Ok(slot)
 }

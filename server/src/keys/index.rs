@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
-use crate::{revocations::Gone, secret_text::Hash};
+use crate::{invalidations::InvalidationSet, secret_text::Hash};
 
 /// See the module.
 #[derive(Debug)]
@@ -56,7 +56,7 @@ impl KeyIndex {
     }
 
     /// Removes and returns the hashes that invalidations affect.
-    pub fn take(&self, gone: &Gone) -> HashSet<Hash> {
+    pub fn take(&self, gone: &InvalidationSet) -> HashSet<Hash> {
         let mut all = self.owners.lock();
         let mut taken = HashSet::new();
         for owner in gone.owners_of_keys() {
@@ -74,7 +74,7 @@ mod tests {
     use chrono::DateTime;
 
     use super::*;
-    use crate::repo::revocation::{Revocation, Target};
+    use crate::repo::invalidation::{Invalidation, Target};
 
     const TENANT: Uuid = Uuid::from_u128(1);
 
@@ -87,13 +87,13 @@ mod tests {
     }
 
     fn take(index: &KeyIndex, target: Target) -> Vec<u8> {
-        let revocation = Revocation {
+        let invalidation = Invalidation {
             seq: 1,
             tenant: TENANT,
             target: Some(target),
             at: DateTime::UNIX_EPOCH,
         };
-        let taken = index.take(&std::iter::once(&revocation).collect());
+        let taken = index.take(&std::iter::once(&invalidation).collect());
         let mut taken = taken.into_iter().map(|hash| hash[0]).collect::<Vec<_>>();
         taken.sort_unstable();
         taken

@@ -23,7 +23,7 @@ use crate::{
     cache::{Freshness, Unconfirmed},
     config::Config,
     db::{self, Db, DbError, Lane},
-    limiter::Caller,
+    limiter::ClientNetwork,
     repo::{api_key, api_key::KeyFacts, service_token},
     secret_text::Hash,
     telemetry::metrics::Metrics,
@@ -38,7 +38,7 @@ pub struct Source {
     /// The tenant whose service token was sent.
     pub tenant: Option<TenantId>,
     /// The network that the request came from.
-    pub address: Option<Caller>,
+    pub address: Option<ClientNetwork>,
 }
 
 /// See the module. Cheap to clone.

@@ -12,4 +12,4 @@ pub mod shared;
 pub mod usage;
 
 pub use self::lookups::Source;
-pub use self::record::{KeyRecord, KeyStore, Refusal, ServiceRecord};
+pub use self::record::{KeyRecord, KeyStore, Rejection, ServiceRecord};

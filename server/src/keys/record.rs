@@ -19,9 +19,9 @@ use quota_common::{
 use crate::{
     cache::{Cached, Freshness, Loaded, Unconfirmed},
     clock::UnixNanos,
-    limiter::{KeyCell, Limiter, Policies, RatePolicy, Zone},
+    invalidations::InvalidationSet,
+    limiter::{KeyHandle, Limiter, Policies, RatePolicy, Zone},
     repo::api_key::{FoundKey, KeyFacts},
-    revocations::Gone,
     secret_text::{Hash, SecretText},
     telemetry::metrics::Metrics,
 };
@@ -48,7 +48,7 @@ pub struct KeyRecord {
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
     pub policies: Policies,
-    pub cell: Arc<KeyCell>,
+    pub handle: Arc<KeyHandle>,
     /// Response header values that are the same for all requests of the key, cached by the API layer.
     pub headers: Attachment,
     /// When its use was last recorded.
@@ -68,7 +68,7 @@ impl Attachment {
 
 /// Why a key is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub enum Rejection {
     Unknown,
     Inactive,
     Expired,
@@ -76,12 +76,12 @@ pub enum Refusal {
 
 impl KeyRecord {
     /// Checks that the key may be used. Calls `now` only if the key expires.
-    pub fn usable(&self, now: impl FnOnce() -> UnixNanos) -> Result<(), Refusal> {
+    pub fn usable(&self, now: impl FnOnce() -> UnixNanos) -> Result<(), Rejection> {
         if !self.is_active {
-            return Err(Refusal::Inactive);
+            return Err(Rejection::Inactive);
         }
         match self.expires_at {
-            Some(end) if end <= now() => Err(Refusal::Expired),
+            Some(end) if end <= now() => Err(Rejection::Expired),
             _ => Ok(()),
         }
     }
@@ -218,7 +218,7 @@ impl KeyStore {
     }
 
     /// Drops records that changes have invalidated.
-    pub fn revoke(&self, gone: &Gone) {
+    pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_key() {
             // Loads in progress are repeated, including those that the index does not have yet.
             self.keys.forget_these(|| self.index.take(gone));
@@ -250,8 +250,8 @@ impl KeyStore {
 
 fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> {
     let (tenant, id) = (TenantId(facts.tenant_id), ApiKeyId(facts.id));
-    let cell = limiter
-        .cell(tenant, id)
+    let handle = limiter
+        .handle(tenant, id)
         .map_err(|error| Unconfirmed::Failed(error.to_string().into()))?;
     let (rpm, burst) = rate(facts.default_rpm, facts.burst, facts.rpm_override);
     let zone = Zone::named(&facts.time_zone).unwrap_or_else(|_| {
@@ -291,7 +291,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
         )
         // Increases with every change.
         .with_version(u64::try_from(as_of).unwrap_or(0)),
-        cell,
+        handle,
         headers: Attachment::default(),
         noted_at: AtomicU64::new(0),
     })

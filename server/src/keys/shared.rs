@@ -38,9 +38,9 @@ use serde::{Deserialize, Serialize};
 use crate::{
     cache::Freshness,
     clock::Clock,
-    redis::{Failure, Redis},
+    invalidations::Recent,
+    redis::{CallError, Redis},
     repo::api_key::KeyFacts,
-    revocations::Recent,
     seal::Seal,
     secret_text::Hash,
     telemetry::metrics::Metrics,
@@ -197,10 +197,10 @@ impl SharedKeys {
         self.0.freshness.now() < self.0.paused_until.load(Ordering::Relaxed)
     }
 
-    fn failed(&self, failure: &Failure) {
+    fn failed(&self, failure: &CallError) {
         self.0.metrics.key_shared_errors.inc();
         // Without a connection, the failure costs no time.
-        if !matches!(failure, Failure::Away) {
+        if !matches!(failure, CallError::NotConnected) {
             let until = self.0.freshness.now() + PAUSE;
             self.0.paused_until.fetch_max(until, Ordering::Relaxed);
         }

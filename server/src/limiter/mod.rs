@@ -1,7 +1,7 @@
 //! The decision: may this key do this now?
 //!
 //! Owns rates, calendar quotas and what is spent of them. Knows no HTTP, no SQL, no key text: a caller brings
-//! the key's cell and its policies, both kept in the key's cached record, and gets a [`Decision`]. When the
+//! the key's handle and its policies, both kept in the key's cached record, and gets a [`Decision`]. When the
 //! ledger of calendar quotas is down, keys without such quotas do not notice; others are served from what is in
 //! hand and then answered with an error, never admitted.
 //!
@@ -9,18 +9,16 @@
 //! what is in hand -> gate (remote stores only) -> store (all policies, or none) -> decision
 //! ```
 
-mod blocks;
-mod calendar;
-mod callers;
-mod cell;
-mod cells;
+mod client_guard;
 mod decision;
-mod gcra;
-mod guard;
-mod ledger_calls;
-mod memory;
+mod denial_cache;
+mod distributed;
+mod key;
+mod local;
+mod membership;
 mod policy;
-mod shared;
+mod quota;
+mod rate;
 mod store;
 
 use std::{num::NonZeroU32, sync::Arc};
@@ -28,19 +26,25 @@ use std::{num::NonZeroU32, sync::Arc};
 use quota_common::id::{ApiKeyId, TenantId};
 
 pub use self::{
-    blocks::{LedgerError, LedgerRow, QuotaLedger, ReturnBatch, TakeRequest, Taken},
-    calendar::{QuotaWindow, UnknownZone, Window, Zone, hour_end, window, window_at},
-    callers::{Caller, Guard, Refused},
-    cells::CellSettings,
+    client_guard::{ClientNetwork, ClientRateLimiter, TooManyRequests},
     decision::{Decision, Outcome, PolicyState},
-    gcra::{Gcra, Verdict},
-    memory::MemoryStore,
+    distributed::{DistributedSettings, DistributedStore, RedisCounters},
+    key::table::KeyTableSettings,
+    local::LocalStore,
+    membership::{COUNTED_EVERY, FORGOTTEN, Membership, ReplicaSlot},
     policy::{Policies, Policy, PolicySet, RatePolicy},
-    shared::{
-        BucketName, BucketState, COUNTED_EVERY, CounterError, CounterMicros, FORGOTTEN, Place,
-        RedisCounters, Roster, SharedCounters, SharedSettings, SharedStore, TakeCall, TakeReply,
+    quota::{
+        block::{LedgerError, LedgerRow, QuotaLedger, ReturnBatch, TakeRequest, Taken},
+        calendar::{QuotaWindow, UnknownZone, Window, Zone, hour_end, window, window_at},
     },
-    store::{Drained, KeyCell, LimitStore, LimiterError},
+    rate::{
+        counters::{
+            BucketName, BucketState, CounterError, CounterMicros, SharedCounters, TakeCall,
+            TakeReply,
+        },
+        gcra::{Gcra, Verdict},
+    },
+    store::{Drained, KeyHandle, LimitStore, LimiterError},
 };
 use crate::clock::Clock;
 
@@ -65,10 +69,10 @@ impl Limiter {
         }
     }
 
-    /// The cell of a key, to be kept in its cached record. The same key gets the same cell for as long as
+    /// The handle of a key, to be kept in its cached record. The same key gets the same handle for as long as
     /// anybody keeps it, so a record that is loaded again finds what was spent.
-    pub fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError> {
-        self.store.cell(tenant, key)
+    pub fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
+        self.store.handle(tenant, key)
     }
 
     /// Decides from memory: no waiting, no allocation, one look at the clock. `None` when it would have to
@@ -76,17 +80,17 @@ impl Limiter {
     #[inline]
     pub fn try_admit(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Option<Decision> {
         if self.is_local {
-            return self.store.try_take(cell, policies, cost);
+            return self.store.try_take(handle, policies, cost);
         }
-        let Some(decision) = self.store.try_take(cell, policies, cost) else {
-            return cell.gate.look(policies, cost, &self.clock);
+        let Some(decision) = self.store.try_take(handle, policies, cost) else {
+            return handle.denials.find(policies, cost, &self.clock);
         };
-        self.learn(cell, policies, cost, &decision, self.clock.monotonic());
+        self.remember(handle, policies, cost, &decision, self.clock.monotonic());
         Some(decision)
     }
 
@@ -94,25 +98,25 @@ impl Limiter {
     /// taken, or what was taken is spent by the key's next request.
     pub async fn admit(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
-        if let Some(decision) = self.try_admit(cell, policies, cost) {
+        if let Some(decision) = self.try_admit(handle, policies, cost) {
             return Ok(decision);
         }
         if self.is_local {
-            return self.store.take(cell, policies, cost).await;
+            return self.store.take(handle, policies, cost).await;
         }
         let asked_at = self.clock.monotonic();
-        let decision = self.store.take(cell, policies, cost).await?;
-        self.learn(cell, policies, cost, &decision, asked_at);
+        let decision = self.store.take(handle, policies, cost).await?;
+        self.remember(handle, policies, cost, &decision, asked_at);
         Ok(decision)
     }
 
-    fn learn(
+    fn remember(
         &self,
-        cell: &KeyCell,
+        handle: &KeyHandle,
         policies: &Policies,
         cost: NonZeroU32,
         decision: &Decision,
@@ -120,23 +124,25 @@ impl Limiter {
     ) {
         let remembered = || self.store.denial_memory(policies);
         let times = (&self.clock, asked_at);
-        cell.gate.learn(policies, cost, times, decision, remembered);
+        handle
+            .denials
+            .record(policies, cost, times, decision, remembered);
     }
 
     /// Where the key stands, by what is known here. Takes nothing, asks nobody, and reads as
     /// [`Outcome::Allowed`]. A quota not asked for in its window yet reads as full.
-    pub fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
-        self.store.peek(cell, policies)
+    pub fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
+        self.store.peek(handle, policies)
     }
 
     /// Where the key stands, with its rate by what all replicas have taken. Takes nothing; asks the shared counters, if
     /// there are any. A quota not asked for in its window yet reads as full.
-    pub async fn inspect(&self, cell: &KeyCell, policies: &Policies) -> Decision {
-        self.store.inspect(cell, policies).await
+    pub async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
+        self.store.inspect(handle, policies).await
     }
 
-    /// Call every ten seconds or so. Drops cells that cannot be told from new ones, and fetches quotas for
-    /// the next day or month ahead of need. Returns how many cells are left.
+    /// Call every ten seconds or so. Drops keys that cannot be told from new ones, and fetches quotas for
+    /// the next day or month ahead of need. Returns how many keys are left.
     pub fn prune(&self) -> usize {
         self.store.prune()
     }

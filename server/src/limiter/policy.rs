@@ -10,7 +10,7 @@ use std::{
 
 use quota_common::plan::OnRedisFailure;
 
-use super::{calendar::Zone, gcra::Gcra};
+use super::{quota::calendar::Zone, rate::gcra::Gcra};
 
 /// A policy by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -124,7 +124,7 @@ impl Policies {
             on_failure: None,
             version: 0,
             gcra: Gcra::new(rate),
-            // Zero is the fingerprint of a cell that has not seen any policies yet.
+            // Zero is the fingerprint of a handle that has not seen any policies yet.
             fingerprint: hasher.finish().max(1),
         }
     }

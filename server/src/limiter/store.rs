@@ -1,6 +1,6 @@
 //! What a store of limits promises, wherever it keeps the numbers.
 //!
-//! Owns the contract and the cell that a store creates for a key. Knows no store in particular. Without the ledger of
+//! Owns the contract and the handle that a store creates for a key. Knows no store in particular. Without the ledger of
 //! calendar quotas, a store returns a [`LimiterError`] once the blocks it holds are spent. Without the shared
 //! counters, the plan decides: `closed` is a [`LimiterError`], `share` and `open` still admit, and mark their
 //! decisions as degraded.
@@ -12,7 +12,9 @@ use parking_lot::Mutex;
 use quota_common::id::{ApiKeyId, TenantId};
 use tokio::sync::Notify;
 
-use super::{cell::CellState, decision::Decision, guard::Gate, policy::Policies};
+use super::{
+    decision::Decision, denial_cache::DenialCache, key::state::KeyState, policy::Policies,
+};
 
 /// Why no decision was reached. The request is not admitted, and its caller may retry.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -33,25 +35,25 @@ pub enum LimiterError {
 
 /// The limiter's state of one key. Kept in the key's cached record, so that a decision looks nothing up.
 #[derive(Debug)]
-pub struct KeyCell {
+pub struct KeyHandle {
     pub(super) tenant: TenantId,
     pub(super) key: ApiKeyId,
     /// What this replica knows by itself, in front of a store that is elsewhere.
-    pub(super) gate: Gate,
+    pub(super) denials: DenialCache,
     /// The numbers of this replica.
-    pub(super) state: Mutex<CellState>,
+    pub(super) state: Mutex<KeyState>,
     /// Notified when a call of the ledger for this key has ended.
-    pub(super) landed: Notify,
+    pub(super) call_ended: Notify,
 }
 
-impl KeyCell {
+impl KeyHandle {
     pub(super) fn new(tenant: TenantId, key: ApiKeyId) -> Self {
         Self {
             tenant,
             key,
-            gate: Gate::default(),
-            state: Mutex::new(CellState::new()),
-            landed: Notify::new(),
+            denials: DenialCache::default(),
+            state: Mutex::new(KeyState::new()),
+            call_ended: Notify::new(),
         }
     }
 
@@ -91,13 +93,13 @@ pub struct Drained {
 /// - *Failure.* What cannot be decided is a [`LimiterError`], never an admission.
 #[async_trait]
 pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
-    /// The cell of a key: the same one for as long as anybody holds it or its bucket is not full.
-    fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError>;
+    /// The handle of a key: the same one for as long as anybody holds it or its bucket is not full.
+    fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError>;
 
     /// Decides without waiting, or answers `None` if it would have to.
     fn try_take(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Option<Decision>;
@@ -105,18 +107,18 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Decides, waiting for what it must. Dropping the future loses no tokens.
     async fn take(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError>;
 
     /// Where the key stands by what is known here, taking nothing.
-    fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision;
+    fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision;
 
     /// Where the key stands by what all replicas know of its rate, taking nothing. The same as [`peek`](Self::peek) where
     /// that is known here, and where the counters do not answer in time.
-    async fn inspect(&self, cell: &KeyCell, policies: &Policies) -> Decision {
-        self.peek(cell, policies)
+    async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
+        self.peek(handle, policies)
     }
 
     /// Whether a decision is as cheap as a look at this replica's own memory. If so nothing is kept in front
@@ -129,10 +131,10 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         None
     }
 
-    /// Drops unreferenced cells that cannot be told from new ones, and returns the blocks of other
-    /// unreferenced cells so that those can be dropped next time. Where other replicas share the quotas, also returns
-    /// the blocks of referenced cells that were not spent from for ten seconds. Fetches the first block of the next
-    /// day or month for keys in use. Returns how many cells are left.
+    /// Drops unreferenced keys that cannot be told from new ones, and returns the blocks of other
+    /// unreferenced keys so that those can be dropped next time. Where other replicas share the quotas, also returns
+    /// the blocks of referenced keys that were not spent from for ten seconds. Fetches the first block of the next
+    /// day or month for keys in use. Returns how many keys are left.
     fn prune(&self) -> usize;
 
     /// Returns all unused tokens and takes nothing more. For the end of the process.

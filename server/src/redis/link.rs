@@ -10,7 +10,7 @@ use redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, ToRedisArgs, Value};
 
 use super::{
     connection::{Connection, is_of_the_connection, send},
-    shared::{Failure, Live, Script, Shared},
+    shared::{CallError, Live, Script, Shared},
 };
 use crate::deadline::{self, Late};
 
@@ -51,7 +51,7 @@ impl Link {
         keys: &[&str],
         args: &[impl ToRedisArgs],
         patience: Option<Duration>,
-    ) -> Result<Value, Failure> {
+    ) -> Result<Value, CallError> {
         let call = |name: &str, script: &str| {
             let mut cmd = Cmd::with_capacity(3 + keys.len() + args.len(), 256);
             cmd.arg(name).arg(script).arg(keys.len());
@@ -71,7 +71,7 @@ impl Link {
     }
 
     /// Sends one command and waits for `QUOTA_REDIS_TIMEOUT`.
-    pub async fn query(&self, cmd: &Cmd) -> Result<Value, Failure> {
+    pub async fn query(&self, cmd: &Cmd) -> Result<Value, CallError> {
         self.within(None, async |mut connection: Connection| {
             send(&mut connection, cmd).await
         })
@@ -82,7 +82,7 @@ impl Link {
         &self,
         patience: Option<Duration>,
         call: impl AsyncFnOnce(Connection) -> Result<Value, RedisError>,
-    ) -> Result<Value, Failure> {
+    ) -> Result<Value, CallError> {
         let counts = &self.shared.counts;
         counts.calls.fetch_add(1, Ordering::Relaxed);
         let limit = self.shared.settings.timeout;
@@ -97,13 +97,15 @@ impl Link {
             }
         }
         match answer {
-            Err(Late) => Err(Failure::Late(patience.map_or(limit, |it| it.max(limit)))),
+            Err(Late) => Err(CallError::TimedOut(
+                patience.map_or(limit, |it| it.max(limit)),
+            )),
             Ok(answer) => answer.map_err(|error| {
                 counts.failed.fetch_add(1, Ordering::Relaxed);
                 if is_of_the_connection(&error) {
                     self.discard();
                 }
-                Failure::Failed(error)
+                CallError::Failed(error)
             }),
         }
     }

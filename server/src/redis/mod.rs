@@ -4,7 +4,7 @@
 //! know what is stored there.
 //!
 //! There are `QUOTA_REDIS_CONNECTIONS` connections, each of which is multiplexed and has a [`supervisor`]. A call never
-//! waits for a connection: without one it fails immediately with [`Failure::Away`]. A call that fails is not retried,
+//! waits for a connection: without one it fails immediately with [`CallError::NotConnected`]. A call that fails is not retried,
 //! since it may have been executed; only one that a cluster's node did not execute, because the key is on another node,
 //! is sent again.
 //!
@@ -36,7 +36,7 @@ use tokio::task::JoinSet;
 use self::shared::{Shared, Slot};
 pub use self::{
     link::Link,
-    shared::{Counts, Failure, Script},
+    shared::{CallError, Counts, Script},
     subscription::{Event, Subscription},
 };
 use crate::config::RedisSettings;
@@ -121,7 +121,7 @@ impl Redis {
     }
 
     /// Returns the connection for a key. As long as it lasts it is the same one, so that calls for a key arrive in order.
-    pub fn link(&self, key: &str) -> Result<Link, Failure> {
+    pub fn link(&self, key: &str) -> Result<Link, CallError> {
         let slots = &self.shared.slots;
         let first = if slots.len() == 1 {
             0
@@ -144,7 +144,7 @@ impl Redis {
                     .counts
                     .not_connected
                     .fetch_add(1, Ordering::Relaxed);
-                Failure::Away
+                CallError::NotConnected
             })
     }
 
@@ -155,13 +155,13 @@ impl Redis {
         keys: &[&str],
         args: &[impl ToRedisArgs],
         patience: Option<Duration>,
-    ) -> Result<Value, Failure> {
+    ) -> Result<Value, CallError> {
         let key = keys.first().copied().unwrap_or_default();
         self.link(key)?.eval(script, keys, args, patience).await
     }
 
     /// [`Link::query`] on the connection for `key`. `cmd` must already contain the key.
-    pub async fn query(&self, key: &str, cmd: &Cmd) -> Result<Value, Failure> {
+    pub async fn query(&self, key: &str, cmd: &Cmd) -> Result<Value, CallError> {
         self.link(key)?.query(cmd).await
     }
 

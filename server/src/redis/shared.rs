@@ -17,13 +17,13 @@ use crate::config::{RedisServers, RedisSettings};
 
 /// Why a call failed. Except without a connection, it may have been executed anyway.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum Failure {
+pub enum CallError {
     /// There is no connection. Nothing was sent.
     #[error("Redis is not connected")]
-    Away,
+    NotConnected,
     /// There was no answer in time.
     #[error("Redis did not respond within {0:?}")]
-    Late(Duration),
+    TimedOut(Duration),
     /// The connection broke, or Redis returned an error.
     #[error("the Redis call failed")]
     Failed(#[source] RedisError),

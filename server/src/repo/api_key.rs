@@ -11,7 +11,9 @@ use diesel_async::RunQueryDsl;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{By, Mark, Order, Rows, Sorted, SortedSlice, beyond_name, by_name, containing};
+use super::{
+    CursorKey, Order, Rows, SortBy, Sorted, SortedSlice, beyond_name, by_name, containing,
+};
 use crate::{
     db::{DbError, SystemTx, TenantTx},
     schema::{api_keys, plans, tenants},
@@ -38,11 +40,11 @@ impl Sorted for ApiKeyRow {
         self.id
     }
 
-    fn mark(&self, by: By) -> Mark {
+    fn cursor_key(&self, by: SortBy) -> CursorKey {
         match by {
-            By::Made => Mark::Made,
-            By::Name => Mark::Name(self.name.clone()),
-            By::LastUsed => Mark::LastUsed(self.last_used_at),
+            SortBy::CreatedAt => CursorKey::CreatedAt,
+            SortBy::Name => CursorKey::Name(self.name.clone()),
+            SortBy::LastUsed => CursorKey::LastUsed(self.last_used_at),
         }
     }
 }
@@ -156,38 +158,38 @@ pub async fn list(
         .limit(slice.fetch());
     let Order { by, descending } = slice.order;
     query = match (by, descending) {
-        (By::Made, true) => query.order(api_keys::id.desc()),
-        (By::Made, false) => query.order(api_keys::id.asc()),
-        (By::Name, true) => query.order((by_name(true), api_keys::id.desc())),
-        (By::Name, false) => query.order((by_name(false), api_keys::id.asc())),
-        (By::LastUsed, true) => query.order((
+        (SortBy::CreatedAt, true) => query.order(api_keys::id.desc()),
+        (SortBy::CreatedAt, false) => query.order(api_keys::id.asc()),
+        (SortBy::Name, true) => query.order((by_name(true), api_keys::id.desc())),
+        (SortBy::Name, false) => query.order((by_name(false), api_keys::id.asc())),
+        (SortBy::LastUsed, true) => query.order((
             api_keys::last_used_at.desc().nulls_last(),
             api_keys::id.desc(),
         )),
-        (By::LastUsed, false) => query.order((
+        (SortBy::LastUsed, false) => query.order((
             api_keys::last_used_at.asc().nulls_first(),
             api_keys::id.asc(),
         )),
     };
-    if let Some((mark, id)) = &slice.after {
+    if let Some((cursor_key, id)) = &slice.after {
         let (before, behind) = (api_keys::id.lt(*id), api_keys::id.gt(*id));
-        query = match (mark, descending) {
-            (Mark::Made, true) => query.filter(before),
-            (Mark::Made, false) => query.filter(behind),
-            (Mark::Name(name), _) => query.filter(beyond_name(descending, name, *id)),
-            (Mark::LastUsed(None), true) => {
+        query = match (cursor_key, descending) {
+            (CursorKey::CreatedAt, true) => query.filter(before),
+            (CursorKey::CreatedAt, false) => query.filter(behind),
+            (CursorKey::Name(name), _) => query.filter(beyond_name(descending, name, *id)),
+            (CursorKey::LastUsed(None), true) => {
                 query.filter(api_keys::last_used_at.is_null().and(before))
             }
-            (Mark::LastUsed(None), false) => {
+            (CursorKey::LastUsed(None), false) => {
                 query.filter(api_keys::last_used_at.is_not_null().or(behind))
             }
-            (Mark::LastUsed(Some(at)), true) => query.filter(
+            (CursorKey::LastUsed(Some(at)), true) => query.filter(
                 api_keys::last_used_at
                     .lt(*at)
                     .or(api_keys::last_used_at.eq(*at).and(before))
                     .or(api_keys::last_used_at.is_null()),
             ),
-            (Mark::LastUsed(Some(at)), false) => query.filter(
+            (CursorKey::LastUsed(Some(at)), false) => query.filter(
                 api_keys::last_used_at
                     .gt(*at)
                     .or(api_keys::last_used_at.eq(*at).and(behind)),
@@ -268,7 +270,7 @@ pub async fn rotate(
 pub struct FoundKey {
     pub hash: Vec<u8>,
     pub facts: KeyFacts,
-    /// The number of the newest revocation when it was read. The facts are current except for revocations above it.
+    /// The number of the newest invalidation when it was read. The facts are current except for invalidations above it.
     pub as_of: i64,
 }
 

@@ -20,7 +20,7 @@ pub const KEPT_HOURS: i32 = 24;
 
 /// What is known about an `Idempotency-Key`.
 #[derive(Debug)]
-pub enum Known {
+pub enum PriorRequest {
     /// Nothing. Process the request and [`store`] its response in the same transaction.
     Nothing,
     /// Another request with the same key is being processed.
@@ -44,11 +44,11 @@ struct Lock {
 }
 
 /// Looks a key up and, if nothing is known, locks it against other requests until the transaction ends.
-pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Known, DbError> {
+pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<PriorRequest, DbError> {
     // Before the lock: a stored response does not change, so replays need not exclude each other. A replay that took
     // the lock would make the next one report that the request is still in progress.
     let known = find(tx, operation, key).await?;
-    if !matches!(known, Known::Nothing) {
+    if !matches!(known, PriorRequest::Nothing) {
         return Ok(known);
     }
     // The lock is on a hash of the name. A collision, one in 2^64, only makes two requests wait for each other.
@@ -72,7 +72,7 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Know
             tokio::time::sleep(PAUSE).await;
         }
     }
-    Ok(Known::InProgress)
+    Ok(PriorRequest::InProgress)
 }
 
 #[derive(Queryable, Selectable)]
@@ -83,7 +83,7 @@ struct StoredResponse {
     response: Option<Value>,
 }
 
-async fn find(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Known, DbError> {
+async fn find(tx: &mut TenantTx, operation: &str, key: &str) -> Result<PriorRequest, DbError> {
     let stored = idempotency_keys::table
         .find((tx.tenant().0, operation, key))
         .filter(idempotency_keys::created_at.gt(now.into_sql::<Timestamptz>() - KEPT_HOURS.hours()))
@@ -96,12 +96,12 @@ async fn find(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Known, Db
             request_hash,
             status: Some(status),
             response: Some(response),
-        }) => Known::Answered {
+        }) => PriorRequest::Answered {
             request_hash,
             status: u16::try_from(status).unwrap_or(200),
             response,
         },
-        _ => Known::Nothing,
+        _ => PriorRequest::Nothing,
     })
 }
 

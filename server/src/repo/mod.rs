@@ -27,10 +27,10 @@ pub mod allowance;
 pub mod api_key;
 pub mod audit;
 pub mod idempotency;
+pub mod invalidation;
 pub mod plan;
 pub mod quota_usage;
 pub mod replica;
-pub mod revocation;
 pub mod secret;
 pub mod service_token;
 pub mod session;
@@ -86,8 +86,8 @@ pub struct Slice {
 
 /// What a list is sorted by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum By {
-    Made,
+pub enum SortBy {
+    CreatedAt,
     /// Case-insensitively.
     Name,
     LastUsed,
@@ -96,14 +96,14 @@ pub enum By {
 /// A sort order. Rows with equal values are sorted by ID, so that the order is total.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Order {
-    pub by: By,
+    pub by: SortBy,
     pub descending: bool,
 }
 
 /// The value that the last row of a page is sorted by.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Mark {
-    Made,
+pub enum CursorKey {
+    CreatedAt,
     Name(String),
     LastUsed(Option<DateTime<Utc>>),
 }
@@ -111,14 +111,14 @@ pub enum Mark {
 /// A row of a list that has several sort orders.
 pub trait Sorted {
     fn id(&self) -> Uuid;
-    fn mark(&self, by: By) -> Mark;
+    fn cursor_key(&self, by: SortBy) -> CursorKey;
 }
 
-/// A page of a list that has several sort orders. The variant of the mark matches the order.
+/// A page of a list that has several sort orders. The variant of the cursor key matches the order.
 #[derive(Debug, Clone)]
 pub struct SortedSlice {
     pub order: Order,
-    pub after: Option<(Mark, Uuid)>,
+    pub after: Option<(CursorKey, Uuid)>,
     pub limit: u32,
 }
 

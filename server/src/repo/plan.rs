@@ -7,7 +7,7 @@ use diesel::{dsl::count_star, pg::Pg, prelude::*};
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
-use super::{By, Mark, Order, Rows, Sorted, SortedSlice, beyond_name, by_name};
+use super::{CursorKey, Order, Rows, SortBy, Sorted, SortedSlice, beyond_name, by_name};
 use crate::{
     db::{DbError, TenantTx},
     schema::{api_keys, plans},
@@ -41,10 +41,10 @@ impl Sorted for PlanWithKeys {
         self.plan.id
     }
 
-    fn mark(&self, by: By) -> Mark {
+    fn cursor_key(&self, by: SortBy) -> CursorKey {
         match by {
-            By::Name => Mark::Name(self.plan.name.clone()),
-            By::Made | By::LastUsed => Mark::Made,
+            SortBy::Name => CursorKey::Name(self.plan.name.clone()),
+            SortBy::CreatedAt | SortBy::LastUsed => CursorKey::CreatedAt,
         }
     }
 }
@@ -100,14 +100,14 @@ pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWit
         .into_boxed::<Pg>();
     let Order { by, descending } = slice.order;
     query = match (by, descending) {
-        (By::Name, true) => query.order((by_name(true), plans::id.desc())),
-        (By::Name, false) => query.order((by_name(false), plans::id.asc())),
-        (By::Made | By::LastUsed, true) => query.order(plans::id.desc()),
-        (By::Made | By::LastUsed, false) => query.order(plans::id.asc()),
+        (SortBy::Name, true) => query.order((by_name(true), plans::id.desc())),
+        (SortBy::Name, false) => query.order((by_name(false), plans::id.asc())),
+        (SortBy::CreatedAt | SortBy::LastUsed, true) => query.order(plans::id.desc()),
+        (SortBy::CreatedAt | SortBy::LastUsed, false) => query.order(plans::id.asc()),
     };
-    if let Some((mark, id)) = &slice.after {
-        query = match (mark, descending) {
-            (Mark::Name(name), _) => query.filter(beyond_name(descending, name, *id)),
+    if let Some((cursor_key, id)) = &slice.after {
+        query = match (cursor_key, descending) {
+            (CursorKey::Name(name), _) => query.filter(beyond_name(descending, name, *id)),
             (_, true) => query.filter(plans::id.lt(*id)),
             (_, false) => query.filter(plans::id.gt(*id)),
         };

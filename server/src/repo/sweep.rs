@@ -17,7 +17,7 @@ pub enum Expired {
     RevokedSessions,
     IdempotencyKeys,
     /// Rows that every replica has read long ago, except the newest, which numbers are compared with.
-    Revocations,
+    Invalidations,
     /// Windows that ended long ago. A month ends within 31 days of its start in any time zone.
     QuotaUsage,
     /// Batches of windows that are swept. Until then a batch may be retried.
@@ -32,7 +32,7 @@ impl Expired {
         Self::Sessions,
         Self::RevokedSessions,
         Self::IdempotencyKeys,
-        Self::Revocations,
+        Self::Invalidations,
         Self::QuotaUsage,
         Self::QuotaReturns,
         Self::PreviousKeys,
@@ -45,7 +45,7 @@ impl Expired {
             Self::Sessions => "sessions",
             Self::RevokedSessions => "revoked_sessions",
             Self::IdempotencyKeys => "idempotency_keys",
-            Self::Revocations => "revocations",
+            Self::Invalidations => "revocations",
             Self::QuotaUsage => "quota_usage",
             Self::QuotaReturns => "quota_returns",
             Self::PreviousKeys => "previous_keys",
@@ -72,7 +72,7 @@ impl Expired {
             Self::IdempotencyKeys => {
                 delete_older("idempotency_keys", "ctid", "created_at", "24 hours")
             }
-            Self::Revocations => {
+            Self::Invalidations => {
                 let is_older = "seq < (SELECT max(seq) FROM revocations)";
                 let expired = format!("{} AND {is_older}", older("at", "1 day"));
                 delete("revocations", "seq", &expired, "at")

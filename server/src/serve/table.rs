@@ -42,7 +42,7 @@ use super::{
     connection::{Connection, Order},
     memory::Memory,
 };
-use crate::telemetry::metrics::{ConnectionMetrics, Refusal};
+use crate::telemetry::metrics::{ConnectionLimit, ConnectionMetrics};
 
 /// How long a connection must have been idle to be closed for another.
 const IDLE_ENOUGH: Duration = Duration::from_secs(1);
@@ -198,7 +198,7 @@ impl Table {
     }
 
     /// Adds a connection that was just accepted, or rejects it.
-    pub(super) fn admit(self: &Arc<Self>, peer: IpAddr) -> Result<Admitted, Refusal> {
+    pub(super) fn admit(self: &Arc<Self>, peer: IpAddr) -> Result<Admitted, ConnectionLimit> {
         let peer = peer.to_canonical();
         let is_proxy = self
             .limits
@@ -210,14 +210,14 @@ impl Table {
         for (width, network) in counted_at.into_iter().flat_map(networks) {
             if !self.make_room_in(&mut open, width, network) {
                 let refusal = match width {
-                    Width::Address => Refusal::Address,
-                    Width::Network | Width::Site => Refusal::Network,
+                    Width::Address => ConnectionLimit::Address,
+                    Width::Network | Width::Site => ConnectionLimit::Network,
                 };
                 return Err(self.refused(refusal));
             }
         }
         if open.all.len() >= self.limits.connections && !self.make_room(&mut open, counted_at) {
-            return Err(self.refused(Refusal::Full));
+            return Err(self.refused(ConnectionLimit::Full));
         }
         let memory = counted_at.map(|_| self.memory.clone());
         let connection = Arc::new(Connection::accepted_now(memory));
@@ -248,7 +248,7 @@ impl Table {
         })
     }
 
-    fn refused(&self, refusal: Refusal) -> Refusal {
+    fn refused(&self, refusal: ConnectionLimit) -> ConnectionLimit {
         self.metrics.refused(refusal).inc();
         refusal
     }

@@ -22,7 +22,7 @@ use prometheus_client::{
 };
 
 pub use self::{
-    connections::{ConnectionMetrics, Refusal},
+    connections::{ConnectionLimit, ConnectionMetrics},
     latency::Latency,
 };
 
@@ -38,7 +38,7 @@ macro_rules! metrics {
             /// Time from receiving a key to the decision.
             pub decision_seconds: Latency,
             /// Time from a change, by PostgreSQL's clock, until this replica applies it.
-            pub revocation_lag_seconds: Latency,
+            pub invalidation_lag_seconds: Latency,
             pub public_connections: Arc<ConnectionMetrics>,
             pub metrics_connections: Arc<ConnectionMetrics>,
             /// By kind of row.
@@ -100,17 +100,17 @@ metrics! {
     panics: Counter, "panics", "Handlers that panicked";
     log_lines_dropped: Counter, "log_lines_dropped",
         "Log lines dropped because standard output was blocked";
-    revocation_polls: Counter, "revocation_polls", "Polls for changes to keys, plans, tokens and sessions";
-    revocation_poll_errors: Counter, "revocation_poll_errors", "Polls for changes that failed";
-    revocations_published: Counter, "revocations_published", "Changes published to other replicas";
-    revocation_publish_errors: Counter, "revocation_publish_errors",
+    invalidation_polls: Counter, "invalidation_polls", "Polls for changes to keys, plans, tokens and sessions";
+    invalidation_poll_errors: Counter, "invalidation_poll_errors", "Polls for changes that failed";
+    invalidations_published: Counter, "invalidations_published", "Changes published to other replicas";
+    invalidation_publish_errors: Counter, "invalidation_publish_errors",
         "Changes that could not be published; other replicas find them by polling";
-    revocations_received: Counter, "revocations_received",
+    invalidations_received: Counter, "invalidations_received",
         "Published changes received, including those of this replica";
-    revocations_unreadable: Counter, "revocations_unreadable", "Published changes that could not be read";
-    revocation_messages_lost: Counter, "revocation_messages_lost",
+    invalidations_unreadable: Counter, "invalidations_unreadable", "Published changes that could not be read";
+    invalidation_messages_lost: Counter, "invalidation_messages_lost",
         "Times that published changes may have been lost";
-    limiter_cells: Gauge, "limiter_cells", "Keys with limiter state in memory";
+    limiter_keys: Gauge, "limiter_keys", "Keys with limiter state in memory";
     database_connections: Gauge, "database_connections", "Open connections to PostgreSQL";
     database_connections_busy: Gauge, "database_connections_busy", "Connections to PostgreSQL in use";
     redis_connections: Gauge, "redis_connections", "Open connections to Redis for decisions";
@@ -201,9 +201,9 @@ impl Metrics {
             "quota_decision_seconds",
             "Seconds from receiving a key to the decision.",
         );
-        self.revocation_lag_seconds.write(
+        self.invalidation_lag_seconds.write(
             &mut text,
-            "quota_revocation_lag_seconds",
+            "quota_invalidation_lag_seconds",
             "Seconds from a change, by PostgreSQL's clock, until this replica applies it.",
         );
         connections::write(

@@ -19,7 +19,7 @@ const RANKS: &[&[&str]] = &[
     ],
     &["db", "redis", "telemetry"],
     &["cache", "limiter", "readiness", "repo"],
-    &["revocations"],
+    &["invalidations"],
     &["auth", "keys"],
     &["metering"],
     &["state"],
@@ -213,7 +213,7 @@ fn planted_violation_is_found() {
         "use crate::{\n    db::{self, TenantTx},\n    state::AppState,\n};",
     );
     one("db/mod.rs", "fn f() { crate::repo::plan::find(); }");
-    one("state.rs", "use crate::{state::Parts, router};");
+    one("state.rs", "use crate::{state::Services, router};");
     one("limiter/store.rs", "use http::StatusCode;");
     one("limiter/store.rs", "use crate::{clock::Clock, db};");
     one("api/plan.rs", "use diesel::prelude::*;");

@@ -422,10 +422,10 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
     let flood = flood.collect::<Vec<_>>();
     tokio::time::sleep(Duration::from_millis(500)).await;
 
-    let failed = "quota_revocation_poll_errors_total";
+    let failed = "quota_invalidation_poll_errors_total";
     let (errors, polls) = (
         app.metric(failed).await,
-        app.metric("quota_revocation_polls_total").await,
+        app.metric("quota_invalidation_polls_total").await,
     );
     let (mut known, mut ready) = (0, 0);
     // A block of the quota is five tokens.
@@ -451,7 +451,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let errors = app.metric(failed).await - errors;
-    let polls = app.metric("quota_revocation_polls_total").await - polls;
+    let polls = app.metric("quota_invalidation_polls_total").await - polls;
     // On a busy machine one may be late. If the flood had an effect, nearly all would be.
     assert!(
         polls >= 3.0 && errors <= polls / 4.0,

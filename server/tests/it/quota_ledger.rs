@@ -15,7 +15,7 @@ use quota_server::{
     db::{self, Db},
     keys::ledger::PostgresLedger,
     limiter::{
-        CellSettings, LedgerRow, Limiter, MemoryStore, Policies, Policy, QuotaLedger as _,
+        KeyTableSettings, LedgerRow, Limiter, LocalStore, Policies, Policy, QuotaLedger as _,
         RatePolicy, ReturnBatch, TakeRequest, Taken, Zone, window,
     },
 };
@@ -158,10 +158,10 @@ async fn drain_returns_the_blocks_of_many_keys_exactly() {
     let count = drain_keys();
     let world = World::with_keys(count).await;
     let clock = Arc::new(SystemClock::new());
-    let store = MemoryStore::new(
+    let store = LocalStore::new(
         clock.clone(),
         Arc::new(world.ledger()),
-        CellSettings::default(),
+        KeyTableSettings::default(),
     );
     let limiter = Limiter::new(store, clock);
     let rate = RatePolicy {
@@ -172,8 +172,8 @@ async fn drain_returns_the_blocks_of_many_keys_exactly() {
     let policies = Policies::new(rate, daily, monthly, Zone::utc(), false);
     let admitted = stream::iter(&world.keys)
         .map(|key| async {
-            let cell = limiter.cell(world.tenant, *key).expect("there is room");
-            let decision = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+            let handle = limiter.handle(world.tenant, *key).expect("there is room");
+            let decision = limiter.admit(&handle, &policies, NonZeroU32::MIN).await;
             i64::from(decision.expect("the ledger answers").is_allowed())
         })
         .buffer_unordered(100)

@@ -8,7 +8,7 @@ use std::{
 use clap::Parser;
 use quota_server::{
     config::{Config, Settings},
-    redis::{Event, Failure, Link, Redis, Script, Subscription},
+    redis::{CallError, Event, Link, Redis, Script, Subscription},
 };
 use quota_testkit::{
     proxy::{Fault, FaultProxy, Upstream},
@@ -42,7 +42,7 @@ fn connect(url: &str, flags: &[&str]) -> Redis {
     Redis::connect_lazy(config.redis.expect("it is set"))
 }
 
-async fn add(redis: &Redis, key: &str, n: i64) -> Result<i64, Failure> {
+async fn add(redis: &Redis, key: &str, n: i64) -> Result<i64, CallError> {
     let value = redis.eval(&Script::new(ADD), &[key], &[n], None).await?;
     Ok(i64::from_redis_value(value).expect("a number"))
 }
@@ -73,7 +73,7 @@ async fn call_fails_immediately_without_redis_and_soon_succeeds_with_it() {
     let redis = connect(&url, &[]);
     sleep(Duration::from_millis(50)).await;
     let failed = add(&redis, "k", 1).await;
-    assert!(matches!(failed, Err(Failure::Away)), "{failed:?}");
+    assert!(matches!(failed, Err(CallError::NotConnected)), "{failed:?}");
     assert_eq!((redis.status().connected, redis.generation()), (0, 0));
 
     server.restart().await;
@@ -159,9 +159,9 @@ async fn silent_redis_times_out_then_disconnects_and_recovers() {
 
     proxy.set(Fault::BlackHole);
     let failed = add(&redis, "k", 1).await;
-    assert!(matches!(failed, Err(Failure::Late(_))), "{failed:?}");
+    assert!(matches!(failed, Err(CallError::TimedOut(_))), "{failed:?}");
     let began = Instant::now();
-    while !matches!(add(&redis, "k", 1).await, Err(Failure::Away)) {
+    while !matches!(add(&redis, "k", 1).await, Err(CallError::NotConnected)) {
         assert!(began.elapsed() < PATIENCE, "the silence is not noticed");
     }
     proxy.set(Fault::Pass);
@@ -215,7 +215,10 @@ async fn password_is_required_and_sufficient() {
             !redis.connected(Duration::from_millis(300)).await,
             "{wrong}"
         );
-        assert!(matches!(add(&redis, "k", 1).await, Err(Failure::Away)));
+        assert!(matches!(
+            add(&redis, "k", 1).await,
+            Err(CallError::NotConnected)
+        ));
     }
 }
 

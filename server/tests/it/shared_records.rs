@@ -398,7 +398,7 @@ async fn change_is_published_to_other_replicas() {
     let path = format!("/admin/api-keys/{}", world.key.id);
     // Messages before the subscription are lost, which is allowed.
     let began = Instant::now();
-    while second.metric("quota_revocations_received_total").await < 1.0 {
+    while second.metric("quota_invalidations_received_total").await < 1.0 {
         assert!(began.elapsed() < PATIENCE);
         for rpm in [1000, 2000] {
             let changed = world
@@ -409,20 +409,20 @@ async fn change_is_published_to_other_replicas() {
         }
         sleep(Duration::from_millis(20)).await;
     }
-    eventually(&world.first, "quota_revocations_published_total", 1.0).await;
-    eventually(&second, "quota_revocation_lag_seconds_count", 1.0).await;
+    eventually(&world.first, "quota_invalidations_published_total", 1.0).await;
+    eventually(&second, "quota_invalidation_lag_seconds_count", 1.0).await;
     // Garbage on the channel is counted and does no harm.
     let mut redis = world.redis().await;
     redis
         .publish::<_, _, ()>("quota:revoked", "nonsense")
         .await
         .expect("it is sent");
-    eventually(&second, "quota_revocations_unreadable_total", 1.0).await;
+    eventually(&second, "quota_invalidations_unreadable_total", 1.0).await;
     assert_eq!(second.echo(&world.key.text).await.status, 200);
 }
 
 /// Returns the highest number that PostgreSQL has assigned.
-async fn newest_revocation(app: &TestApp) -> i64 {
+async fn newest_invalidation(app: &TestApp) -> i64 {
     let client = app.database.connect().await;
     let row = client
         .query_one("SELECT coalesce(max(seq), 0) FROM revocations", &[])
@@ -445,7 +445,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
         assert_eq!(app.echo(&world.key.text).await.status, 200);
     }
     let (name, record) = world.only_record().await;
-    let newest = newest_revocation(&world.first).await;
+    let newest = newest_invalidation(&world.first).await;
     let mut redis = world.redis().await;
     for seq in newest + 1..newest + 200 {
         let heard: u64 = redis
@@ -458,8 +458,8 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
     for app in [&world.first, &second] {
         let began = Instant::now();
         loop {
-            let taken = app.metric("quota_revocations_received_total").await
-                + app.metric("quota_revocations_unreadable_total").await;
+            let taken = app.metric("quota_invalidations_received_total").await
+                + app.metric("quota_invalidations_unreadable_total").await;
             if taken >= 199.0 {
                 break;
             }
@@ -539,7 +539,7 @@ async fn starting_replica_rejects_records_of_keys_deleted_long_ago() {
         .expect("it is changed");
     assert!(aged >= 1);
     let mut tx = world.first.state.db.system().await.expect("a connection");
-    let swept = sweep::batch(&mut tx, sweep::Expired::Revocations, 1000).await;
+    let swept = sweep::batch(&mut tx, sweep::Expired::Invalidations, 1000).await;
     tx.commit().await.expect("it commits");
     assert!(swept.expect("it sweeps") >= 1);
 
@@ -597,7 +597,7 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
         "another installation's record was believed"
     );
     let began = Instant::now();
-    while other.metric("quota_revocations_unreadable_total").await < 1.0 {
+    while other.metric("quota_invalidations_unreadable_total").await < 1.0 {
         assert!(began.elapsed() < PATIENCE);
         let changed = one
             .act(
@@ -610,7 +610,7 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
         assert_eq!(changed.status, 200, "{}", changed.body);
         sleep(Duration::from_millis(20)).await;
     }
-    assert!(other.metric("quota_revocations_received_total").await < 0.5);
+    assert!(other.metric("quota_invalidations_received_total").await < 0.5);
     // A replica of the same installation accepts it.
     let replica = TestApp::setup()
         .database(one.database.clone())
@@ -661,7 +661,7 @@ async fn replayed_message_has_no_effect() {
     let message = message.get_payload_bytes().to_vec();
 
     let second = world.another().await;
-    let before = newest_revocation(&world.first).await;
+    let before = newest_invalidation(&world.first).await;
     assert_eq!(second.echo(&world.key.text).await.status, 200);
     let loads = second.metric("quota_key_loads_total").await
         + second.metric("quota_key_shared_hits_total").await;
@@ -674,7 +674,7 @@ async fn replayed_message_has_no_effect() {
             .await
             .expect("it is sent");
         sleep(Duration::from_millis(5)).await;
-        received = second.metric("quota_revocations_received_total").await;
+        received = second.metric("quota_invalidations_received_total").await;
         assert!(began.elapsed() < PATIENCE, "an honest message is not read");
     }
     assert_eq!(second.echo(&world.key.text).await.status, 200);
@@ -687,8 +687,8 @@ async fn replayed_message_has_no_effect() {
             .await
             .expect("it is sent");
     }
-    eventually(&second, "quota_revocations_unreadable_total", 6.0).await;
-    assert_eq!(newest_revocation(&world.first).await, before);
+    eventually(&second, "quota_invalidations_unreadable_total", 6.0).await;
+    assert_eq!(newest_invalidation(&world.first).await, before);
     // The next genuine change applies.
     change(2000).await;
     let began = Instant::now();

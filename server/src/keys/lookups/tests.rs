@@ -46,7 +46,9 @@ fn fixture(limit: usize, workers: usize) -> Fixture {
 fn from(last: u8) -> Source {
     Source {
         tenant: None,
-        address: Some(Caller::address(Ipv4Addr::new(192, 0, 2, last).into())),
+        address: Some(ClientNetwork::address(
+            Ipv4Addr::new(192, 0, 2, last).into(),
+        )),
     }
 }
 

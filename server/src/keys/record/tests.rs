@@ -14,53 +14,53 @@ use crate::{
     config::DatabaseSettings,
     db::Db,
     keys::{ledger::PostgresLedger, lookups::Batches},
-    limiter::{CellSettings, Decision, Drained, LimitStore, LimiterError, MemoryStore},
-    repo::revocation::{Revocation, Target},
+    limiter::{Decision, Drained, KeyTableSettings, LimitStore, LimiterError, LocalStore},
+    repo::invalidation::{Invalidation, Target},
     secret_text::Kind,
 };
 
 const TENANT: Uuid = Uuid::from_u128(1);
 
-/// A store that pauses while it creates the cell of one key: its record is built but not cached yet.
+/// A store that pauses while it creates the handle of one key: its record is built but not cached yet.
 #[derive(Debug)]
 struct PausingStore {
-    inner: Arc<MemoryStore>,
+    inner: Arc<LocalStore>,
     key: ApiKeyId,
     pause: Mutex<Option<(mpsc::Sender<()>, mpsc::Receiver<()>)>>,
 }
 
 #[async_trait]
 impl LimitStore for PausingStore {
-    fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError> {
+    fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
         if key == self.key
             && let Some((reached, resume)) = self.pause.lock().take()
         {
             reached.send(()).unwrap();
             resume.recv().unwrap();
         }
-        self.inner.cell(tenant, key)
+        self.inner.handle(tenant, key)
     }
 
     fn try_take(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Option<Decision> {
-        self.inner.try_take(cell, policies, cost)
+        self.inner.try_take(handle, policies, cost)
     }
 
     async fn take(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
-        self.inner.take(cell, policies, cost).await
+        self.inner.take(handle, policies, cost).await
     }
 
-    fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
-        self.inner.peek(cell, policies)
+    fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
+        self.inner.peek(handle, policies)
     }
 
     fn is_local(&self) -> bool {
@@ -121,7 +121,7 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
     let (reached, has_reached) = mpsc::channel();
     let (resume, has_resumed) = mpsc::channel();
     let store = Arc::new(PausingStore {
-        inner: MemoryStore::new(clock.clone(), ledger, CellSettings::default()),
+        inner: LocalStore::new(clock.clone(), ledger, KeyTableSettings::default()),
         key: ApiKeyId(facts(0, plan, "").id),
         pause: Mutex::new(Some((reached, has_resumed))),
     });
@@ -172,7 +172,7 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
         found.unwrap().unwrap().plan.clone()
     };
     assert_eq!(name().await, "old", "it is cached");
-    let edit = Revocation {
+    let edit = Invalidation {
         seq: 2,
         tenant: TENANT,
         target: Some(Target::Plan(plan)),

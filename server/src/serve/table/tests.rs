@@ -18,7 +18,7 @@ fn table_with(connections: usize, per_address: usize, per_network: usize) -> Arc
     Table::new(limits, Arc::default())
 }
 
-fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, Refusal> {
+fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, ConnectionLimit> {
     table.admit(peer.parse().unwrap())
 }
 
@@ -48,7 +48,10 @@ async fn oldest_connection_without_a_request_makes_room() {
     drop(first);
     assert_eq!(table.closing(), 0);
     let _requests = (request(&second), request(&third));
-    assert_eq!(admit(&table, "192.0.2.5").unwrap_err(), Refusal::Full);
+    assert_eq!(
+        admit(&table, "192.0.2.5").unwrap_err(),
+        ConnectionLimit::Full
+    );
     drop(third);
     assert!(admit(&table, "192.0.2.5").is_ok(), "a slot came free");
 }
@@ -60,7 +63,10 @@ async fn idle_connections_make_room_if_all_have_sent_a_request() {
     drop(request(&idle));
     let busy = admit(&table, "192.0.2.2").unwrap();
     let _request = request(&busy);
-    assert_eq!(admit(&table, "192.0.2.3").unwrap_err(), Refusal::Full);
+    assert_eq!(
+        admit(&table, "192.0.2.3").unwrap_err(),
+        ConnectionLimit::Full
+    );
     tokio::time::advance(Duration::from_secs(2)).await;
     let _new = admit(&table, "192.0.2.3").unwrap();
     assert!(is_told_to_close(&idle) && !is_told_to_close(&busy));
@@ -81,7 +87,10 @@ async fn stalled_response_makes_room_and_a_running_handler_does_not() {
     let busy = admit(&table, "192.0.2.2").unwrap();
     let _request = request(&busy);
     tokio::time::advance(STALLED_ENOUGH / 2).await;
-    assert_eq!(admit(&table, "192.0.2.3").unwrap_err(), Refusal::Full);
+    assert_eq!(
+        admit(&table, "192.0.2.3").unwrap_err(),
+        ConnectionLimit::Full
+    );
     tokio::time::advance(STALLED_ENOUGH).await;
     let _new = admit(&table, "192.0.2.3").unwrap();
     assert!(is_told_to_close(&stalled) && !is_told_to_close(&busy));
@@ -93,11 +102,14 @@ async fn limit_of_one_address_does_not_affect_others() {
     let all = ["198.51.100.1", "198.51.100.1"].map(|peer| admit(&table, peer).unwrap());
     let _requests = all.iter().map(request).collect::<Vec<_>>();
     tokio::time::advance(YOUNG).await;
-    assert_eq!(admit(&table, "198.51.100.1").unwrap_err(), Refusal::Address);
+    assert_eq!(
+        admit(&table, "198.51.100.1").unwrap_err(),
+        ConnectionLimit::Address
+    );
     // The same address, written as IPv6.
     assert_eq!(
         admit(&table, "::ffff:198.51.100.1").unwrap_err(),
-        Refusal::Address
+        ConnectionLimit::Address
     );
     assert!(admit(&table, "198.51.100.2").is_ok());
     drop(all);
@@ -112,7 +124,7 @@ async fn ipv6_counts_by_its_64() {
     tokio::time::advance(YOUNG).await;
     assert_eq!(
         admit(&table, "2001:db8:0:1:ffff::2").unwrap_err(),
-        Refusal::Address
+        ConnectionLimit::Address
     );
     assert!(admit(&table, "2001:db8:0:2::1").is_ok());
 }
@@ -124,7 +136,10 @@ async fn trusted_proxy_counts_only_in_the_total() {
         .map(|_| admit(&table, "10.1.2.3").unwrap())
         .collect::<Vec<_>>();
     let _requests = all.iter().map(request).collect::<Vec<_>>();
-    assert_eq!(admit(&table, "10.1.2.3").unwrap_err(), Refusal::Full);
+    assert_eq!(
+        admit(&table, "10.1.2.3").unwrap_err(),
+        ConnectionLimit::Full
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -145,7 +160,10 @@ async fn burst_of_one_address_may_have_twice_its_limit() {
     let burst = (0..6)
         .map(|_| admit(&table, "203.0.113.1").unwrap())
         .collect::<Vec<_>>();
-    assert_eq!(admit(&table, "203.0.113.1").unwrap_err(), Refusal::Address);
+    assert_eq!(
+        admit(&table, "203.0.113.1").unwrap_err(),
+        ConnectionLimit::Address
+    );
     assert!(!burst.iter().any(is_told_to_close));
     // What is silent makes room as soon as it is not young.
     tokio::time::advance(YOUNG).await;
@@ -247,7 +265,11 @@ async fn limit_of_one_network_does_not_affect_others() {
         let requests = all.iter().map(request).collect::<Vec<_>>();
         tokio::time::advance(YOUNG).await;
         for peer in [one, other] {
-            assert_eq!(admit(&table, peer).unwrap_err(), Refusal::Network, "{peer}");
+            assert_eq!(
+                admit(&table, peer).unwrap_err(),
+                ConnectionLimit::Network,
+                "{peer}"
+            );
         }
         let _elsewhere = admit(&table, elsewhere).unwrap();
         assert!(!all.iter().any(is_told_to_close));
@@ -331,7 +353,10 @@ async fn address_with_few_connections_is_not_displaced_by_one_with_many() {
     let _requests = heavy.iter().map(request).collect::<Vec<_>>();
     let light = admit(&table, "198.51.100.1").unwrap();
     for _ in 0..3 {
-        assert_eq!(admit(&table, "192.0.2.1").unwrap_err(), Refusal::Full);
+        assert_eq!(
+            admit(&table, "192.0.2.1").unwrap_err(),
+            ConnectionLimit::Full
+        );
     }
     assert!(!is_told_to_close(&light));
     // An address that has none yet is lighter still.

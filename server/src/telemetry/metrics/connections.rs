@@ -6,7 +6,7 @@ use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 
 /// The limit for which a connection was rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub enum ConnectionLimit {
     /// Connections of one address.
     Address,
     /// Connections of the network of one address.
@@ -32,11 +32,11 @@ pub struct ConnectionMetrics {
 }
 
 impl ConnectionMetrics {
-    pub const fn refused(&self, refusal: Refusal) -> &Counter {
+    pub const fn refused(&self, refusal: ConnectionLimit) -> &Counter {
         match refusal {
-            Refusal::Address => &self.refused_address,
-            Refusal::Network => &self.refused_network,
-            Refusal::Full => &self.refused_full,
+            ConnectionLimit::Address => &self.refused_address,
+            ConnectionLimit::Network => &self.refused_network,
+            ConnectionLimit::Full => &self.refused_full,
         }
     }
 }

@@ -46,7 +46,7 @@ fn threads_get_the_burst_and_the_refill_and_not_one_more() {
                 scope.spawn(|| {
                     let ask = asker();
                     for _ in 0..20_000 {
-                        let decision = ask(limiter.admit(&key.cell, &policies, ONE));
+                        let decision = ask(limiter.admit(&key.handle, &policies, ONE));
                         admitted.fetch_add(u64::from(decision.is_allowed()), Ordering::Relaxed);
                     }
                 });
@@ -58,7 +58,7 @@ fn threads_get_the_burst_and_the_refill_and_not_one_more() {
         });
         // What no thread came for in time.
         let ask = asker();
-        while ask(limiter.admit(&key.cell, &policies, ONE)).is_allowed() {
+        while ask(limiter.admit(&key.handle, &policies, ONE)).is_allowed() {
             admitted.fetch_add(1, Ordering::Relaxed);
         }
         let admitted = admitted.into_inner();
@@ -71,10 +71,10 @@ fn threads_get_the_burst_and_the_refill_and_not_one_more() {
 #[test]
 fn in_real_time_no_more_passes_than_was_sold() {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
-    let store = quota_server::limiter::MemoryStore::new(
+    let store = quota_server::limiter::LocalStore::new(
         Arc::clone(&clock),
         TestLedger::new(),
-        quota_server::limiter::CellSettings::default(),
+        quota_server::limiter::KeyTableSettings::default(),
     );
     let limiter = Limiter::new(store, Arc::clone(&clock));
     let key = Key::of(&limiter);
@@ -85,7 +85,7 @@ fn in_real_time_no_more_passes_than_was_sold() {
         for _ in 0..4 {
             scope.spawn(|| {
                 while clock.monotonic() - began < 200_000_000 {
-                    let decision = limiter.try_admit(&key.cell, &policies, ONE).unwrap();
+                    let decision = limiter.try_admit(&key.handle, &policies, ONE).unwrap();
                     admitted.fetch_add(u64::from(decision.is_allowed()), Ordering::Relaxed);
                 }
             });
@@ -120,7 +120,11 @@ async fn a_quota_is_served_whole_and_not_beyond_by_many_at_once() {
             tasks.push(tokio::spawn(async move {
                 let mut admitted = 0;
                 loop {
-                    let decision = key.limiter.admit(&key.cell, &policies, cost).await.unwrap();
+                    let decision = key
+                        .limiter
+                        .admit(&key.handle, &policies, cost)
+                        .await
+                        .unwrap();
                     if !decision.is_allowed() {
                         assert!(decision.violated().contains(Policy::Daily));
                         return admitted;

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use quota_server::limiter::{
-    CellSettings, LedgerError, LimitStore, Limiter, LimiterError, MemoryStore, QuotaWindow,
+    KeyTableSettings, LedgerError, LimitStore, Limiter, LimiterError, LocalStore, QuotaWindow,
     ReturnBatch, TakeRequest, Taken,
 };
 
@@ -15,11 +15,11 @@ use super::{
 #[tokio::test]
 async fn no_more_cells_are_held_than_allowed_and_rested_ones_make_room() {
     let world = world::memory();
-    let settings = CellSettings {
-        max_cells: 640,
-        ..CellSettings::default()
+    let settings = KeyTableSettings {
+        max_keys: 640,
+        ..KeyTableSettings::default()
     };
-    let store = MemoryStore::new(
+    let store = LocalStore::new(
         Arc::new(world.clock.clone()),
         Arc::clone(&world.ledger) as _,
         settings,
@@ -30,10 +30,10 @@ async fn no_more_cells_are_held_than_allowed_and_rested_ones_make_room() {
     for n in 0..5000u128 {
         let tenant = quota_common::id::TenantId(uuid::Uuid::from_u128(1));
         let id = quota_common::id::ApiKeyId(uuid::Uuid::from_u128(n));
-        match limiter.cell(tenant, id) {
-            Ok(cell) => {
+        match limiter.handle(tenant, id) {
+            Ok(handle) => {
                 asked += 1;
-                limiter.try_admit(&cell, &policies, ONE).unwrap();
+                limiter.try_admit(&handle, &policies, ONE).unwrap();
             }
             Err(error) => {
                 assert!(matches!(error, LimiterError::TooManyKeys));
@@ -43,7 +43,7 @@ async fn no_more_cells_are_held_than_allowed_and_rested_ones_make_room() {
     }
     assert_eq!(store.len(), asked);
     assert!(asked <= 640 && refused > 0);
-    // A second later each bucket is full again, and nobody holds the cells.
+    // A second later each bucket is full again, and nobody holds the keys.
     world.advance(Duration::from_secs(1));
     Key::number(&limiter, 10_000);
     for n in 10_001..10_100 {
@@ -81,7 +81,7 @@ async fn a_steady_stream_never_waits_for_the_ledger() {
     key.ask(&Plan::any_rate().daily(100_000), 1).await;
     for n in 0..50_000 {
         assert!(
-            key.limiter.try_admit(&key.cell, &policies, ONE).is_some(),
+            key.limiter.try_admit(&key.handle, &policies, ONE).is_some(),
             "request {n} would wait"
         );
         if n % 100 == 0 {
@@ -177,10 +177,10 @@ async fn a_ledger_that_panics_or_hangs_is_a_ledger_that_is_down() {
 
     let world = world::memory();
     let ledger = Arc::new(Broken(false.into()));
-    let store = MemoryStore::new(
+    let store = LocalStore::new(
         Arc::new(world.clock.clone()),
         Arc::clone(&ledger) as _,
-        CellSettings::default(),
+        KeyTableSettings::default(),
     );
     let key = Key::of(&Limiter::new(store, Arc::new(world.clock.clone())));
     let plan = Plan::any_rate().daily(10);

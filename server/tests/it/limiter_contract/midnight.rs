@@ -77,7 +77,7 @@ async fn at_midnight_no_request_waits_and_all_of_the_next_day_is_served() {
     world.advance(Duration::from_nanos(1));
     let policies = both().policies();
     for key in &keys {
-        let decision = limiter.try_admit(&key.cell, &policies, ONE);
+        let decision = limiter.try_admit(&key.handle, &policies, ONE);
         let decision = decision.expect("the first block of the day is here");
         assert!(decision.is_allowed());
         assert_eq!(decision.daily.unwrap().remaining, 999);
@@ -228,7 +228,7 @@ async fn blocks_of_keys_that_left_the_cache_go_back() {
     for key in keys(&limiter) {
         assert!(key.ask(&both(), 1).await.is_allowed());
     }
-    // Their buckets are full again, and no record holds their cells.
+    // Their buckets are full again, and no record holds their keys.
     world.advance(Duration::from_secs(1));
     limiter.prune();
     settle_all().await;

@@ -3,7 +3,7 @@
 //!
 //! A store takes part by a line in [`stores`]: a function that sets it up on a clock and a ledger of its own.
 
-mod behaviour;
+mod behavior;
 mod concurrency;
 mod ledger;
 mod memory;
@@ -17,32 +17,32 @@ pub(crate) use self::{ledger::TestLedger, world::START};
 /// A far store keeps a clock of its own, which a test cannot set back.
 #[tokio::test]
 async fn a_clock_set_back_locks_nobody_out() {
-    behaviour::a_clock_set_back_locks_nobody_out(&world::memory()).await;
+    behavior::a_clock_set_back_locks_nobody_out(&world::memory()).await;
 }
 
-/// Runs the behaviours named here on every store.
+/// Runs the behaviors named here on every store.
 macro_rules! on_every_store {
-    ($($behaviour:ident),* $(,)?) => {
+    ($($behavior:ident),* $(,)?) => {
         mod memory_store {
             $(#[tokio::test]
-            async fn $behaviour() {
-                super::behaviour::$behaviour(&super::world::memory()).await;
+            async fn $behavior() {
+                super::behavior::$behavior(&super::world::memory()).await;
             })*
         }
 
         mod redis_store {
             $(#[tokio::test]
-            async fn $behaviour() {
+            async fn $behavior() {
                 let (world, _redis) = super::world::redis().await;
-                super::behaviour::$behaviour(&world).await;
+                super::behavior::$behavior(&world).await;
             })*
         }
 
         /// The memory store as if it were far away, so that the local gate stands in front of it.
         mod far_store {
             $(#[tokio::test]
-            async fn $behaviour() {
-                super::behaviour::$behaviour(&super::world::far()).await;
+            async fn $behavior() {
+                super::behavior::$behavior(&super::world::far()).await;
             })*
         }
     };
@@ -66,7 +66,7 @@ on_every_store! {
     a_rest_across_an_edit_refills_at_the_lower_rate,
     a_raised_quota_is_in_force_at_once,
     a_lowered_quota_is_not_spent_beyond,
-    a_key_finds_its_cell_again,
+    a_key_finds_its_handle_again,
     keys_do_not_share,
     quotas_outlive_a_clean_stop_exactly,
     quotas_outlive_a_crash_but_for_a_block,

@@ -290,7 +290,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
                     let expected = model.decide(plan, world.now(), cost);
                     let decision = key
                         .limiter
-                        .admit(&key.cell, &policies, asked)
+                        .admit(&key.handle, &policies, asked)
                         .await
                         .unwrap();
                     told = decision.retry_after().unwrap_or(told);

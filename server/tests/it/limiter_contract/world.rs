@@ -17,8 +17,8 @@ use quota_common::{
 use quota_server::{
     clock::{Clock, TestClock, UnixNanos},
     limiter::{
-        CellSettings, Decision, Drained, KeyCell, LimitStore, Limiter, LimiterError, MemoryStore,
-        Policies, RatePolicy, SharedSettings, SharedStore, Zone,
+        Decision, DistributedSettings, DistributedStore, Drained, KeyHandle, KeyTableSettings,
+        LimitStore, Limiter, LimiterError, LocalStore, Policies, RatePolicy, Zone,
     },
 };
 
@@ -84,48 +84,48 @@ pub(super) async fn redis() -> (World, RedisServer) {
         .begin()
         .await;
     let world = World::new(move |clock, ledger| {
-        SharedStore::new(
+        DistributedStore::new(
             Arc::new(clock.clone()),
             Arc::clone(ledger) as _,
             ClockedCounters::new(&redis, clock),
             Arc::default(),
             Arc::default(),
-            SharedSettings {
+            DistributedSettings {
                 lease_ttl: Duration::ZERO,
                 deadline: Duration::from_secs(5),
                 on_failure: OnRedisFailure::Closed,
-                cells: cell_settings(),
+                keys: key_settings(),
             },
         )
     });
     (world, server)
 }
 
-pub(super) fn memory_store(clock: &TestClock, ledger: &Arc<TestLedger>) -> Arc<MemoryStore> {
-    MemoryStore::new(
+pub(super) fn memory_store(clock: &TestClock, ledger: &Arc<TestLedger>) -> Arc<LocalStore> {
+    LocalStore::new(
         Arc::new(clock.clone()),
         Arc::clone(ledger) as _,
-        cell_settings(),
+        key_settings(),
     )
 }
 
-fn cell_settings() -> CellSettings {
-    CellSettings {
+fn key_settings() -> KeyTableSettings {
+    KeyTableSettings {
         ledger_deadline: DEADLINE,
         drain_deadline: DRAIN_DEADLINE,
-        ..CellSettings::default()
+        ..KeyTableSettings::default()
     }
 }
 
 /// A store that says it is elsewhere, and counts how often it is asked.
 #[derive(Debug)]
 pub(super) struct Far {
-    store: Arc<MemoryStore>,
+    store: Arc<LocalStore>,
     asked: AtomicU64,
 }
 
 impl Far {
-    pub(super) fn new(store: Arc<MemoryStore>) -> Arc<Self> {
+    pub(super) fn new(store: Arc<LocalStore>) -> Arc<Self> {
         Arc::new(Self {
             store,
             asked: AtomicU64::new(0),
@@ -139,27 +139,27 @@ impl Far {
 
 #[async_trait]
 impl LimitStore for Far {
-    fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError> {
-        self.store.cell(tenant, key)
+    fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
+        self.store.handle(tenant, key)
     }
 
-    fn try_take(&self, _: &Arc<KeyCell>, _: &Policies, _: NonZeroU32) -> Option<Decision> {
+    fn try_take(&self, _: &Arc<KeyHandle>, _: &Policies, _: NonZeroU32) -> Option<Decision> {
         // Nothing is in hand here.
         None
     }
 
     async fn take(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        self.store.take(cell, policies, cost).await
+        self.store.take(handle, policies, cost).await
     }
 
-    fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
-        self.store.peek(cell, policies)
+    fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
+        self.store.peek(handle, policies)
     }
 
     fn is_local(&self) -> bool {
@@ -230,7 +230,7 @@ impl Plan {
 /// One key at one replica.
 pub(super) struct Key {
     pub(super) limiter: Limiter,
-    pub(super) cell: Arc<KeyCell>,
+    pub(super) handle: Arc<KeyHandle>,
 }
 
 impl Key {
@@ -240,7 +240,7 @@ impl Key {
         let key = ApiKeyId(uuid::Uuid::from_u128(n));
         Self {
             limiter: limiter.clone(),
-            cell: limiter.cell(tenant, key).unwrap(),
+            handle: limiter.handle(tenant, key).unwrap(),
         }
     }
 
@@ -254,7 +254,9 @@ impl Key {
 
     pub(super) async fn try_ask(&self, plan: &Plan, cost: u32) -> Result<Decision, LimiterError> {
         let cost = NonZeroU32::new(cost).unwrap();
-        self.limiter.admit(&self.cell, &plan.policies(), cost).await
+        self.limiter
+            .admit(&self.handle, &plan.policies(), cost)
+            .await
     }
 
     /// How many of `tries` requests in a row are admitted.
@@ -262,7 +264,7 @@ impl Key {
         let policies = plan.policies();
         let mut admitted = 0;
         for _ in 0..tries {
-            let decision = self.limiter.admit(&self.cell, &policies, ONE).await;
+            let decision = self.limiter.admit(&self.handle, &policies, ONE).await;
             admitted += u64::from(decision.unwrap().is_allowed());
         }
         admitted

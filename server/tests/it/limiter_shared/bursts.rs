@@ -20,9 +20,9 @@ use quota_common::{
 use quota_server::{
     clock::{Clock, SystemClock, UnixNanos},
     limiter::{
-        BucketName, BucketState, CellSettings, CounterError, Decision, KeyCell, Limiter, Place,
-        Policies, RatePolicy, RedisCounters, Roster, SharedCounters, SharedSettings, SharedStore,
-        TakeCall, TakeReply, Zone,
+        BucketName, BucketState, CounterError, Decision, DistributedSettings, DistributedStore,
+        KeyHandle, KeyTableSettings, Limiter, Membership, Policies, RatePolicy, RedisCounters,
+        ReplicaSlot, SharedCounters, TakeCall, TakeReply, Zone,
     },
     telemetry::metrics::Metrics,
 };
@@ -95,27 +95,27 @@ impl Far {
         let calls = self.calls.lock();
         calls
             .iter()
-            .filter(|it| it.bucket != BucketName::Beat)
+            .filter(|it| it.bucket != BucketName::Heartbeat)
             .count()
     }
 
-    fn replica(&self, on_failure: OnRedisFailure, roster: Arc<Roster>) -> Replica {
-        self.replica_on(TestLedger::new(), on_failure, roster)
+    fn replica(&self, on_failure: OnRedisFailure, membership: Arc<Membership>) -> Replica {
+        self.replica_on(TestLedger::new(), on_failure, membership)
     }
 
     pub(super) fn replica_on(
         &self,
         ledger: Arc<TestLedger>,
         on_failure: OnRedisFailure,
-        roster: Arc<Roster>,
+        membership: Arc<Membership>,
     ) -> Replica {
         let clock: Arc<dyn Clock> = Arc::new(PausedClock(self.zero));
         let metrics = Arc::new(Metrics::default());
-        let store = SharedStore::new(
+        let store = DistributedStore::new(
             Arc::clone(&clock),
             ledger,
             Arc::new(self.clone()),
-            roster,
+            membership,
             Arc::clone(&metrics),
             settings(DEADLINE, on_failure),
         );
@@ -151,12 +151,12 @@ impl SharedCounters for Far {
     }
 }
 
-fn settings(deadline: Duration, on_failure: OnRedisFailure) -> SharedSettings {
-    SharedSettings {
+fn settings(deadline: Duration, on_failure: OnRedisFailure) -> DistributedSettings {
+    DistributedSettings {
         lease_ttl: TTL,
         deadline,
         on_failure,
-        cells: CellSettings::default(),
+        keys: KeyTableSettings::default(),
     }
 }
 
@@ -167,14 +167,14 @@ pub(super) struct Replica {
 }
 
 impl Replica {
-    pub(super) fn cell(&self, key: u128) -> Arc<KeyCell> {
+    pub(super) fn handle(&self, key: u128) -> Arc<KeyHandle> {
         let key = ApiKeyId(uuid::Uuid::from_u128(key));
-        self.limiter.cell(TENANT, key).unwrap()
+        self.limiter.handle(TENANT, key).unwrap()
     }
 
     pub(super) async fn admit(&self, policies: &Policies, cost: u32) -> Decision {
         let cost = NonZeroU32::new(cost).unwrap();
-        let decided = self.limiter.admit(&self.cell(7), policies, cost).await;
+        let decided = self.limiter.admit(&self.handle(7), policies, cost).await;
         decided.unwrap()
     }
 
@@ -196,8 +196,8 @@ impl Replica {
         for key in 0..keys {
             let (it, policies) = (self.clone(), policies.clone());
             requests.spawn(async move {
-                let cell = it.cell(key);
-                let decided = it.limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+                let handle = it.handle(key);
+                let decided = it.limiter.admit(&handle, &policies, NonZeroU32::MIN).await;
                 u64::from(decided.unwrap().is_allowed())
             });
         }
@@ -218,7 +218,7 @@ fn plan(rpm: u32, burst: u32, strict: bool) -> Policies {
     Policies::new(rate, None, None, Zone::utc(), strict)
 }
 
-fn alone() -> Arc<Roster> {
+fn alone() -> Arc<Membership> {
     Arc::default()
 }
 
@@ -301,7 +301,10 @@ async fn what_is_too_slow_is_decided_by_the_plans_choice() {
     let closed = far.replica(OnRedisFailure::Closed, alone());
     let one = NonZeroU32::MIN;
     let policies = plan(600, 600, true);
-    let decided = closed.limiter.admit(&closed.cell(7), &policies, one).await;
+    let decided = closed
+        .limiter
+        .admit(&closed.handle(7), &policies, one)
+        .await;
     assert!(decided.is_err(), "{decided:?}");
     let open = far.replica(OnRedisFailure::Open, alone());
     let decision = open.admit(&policies, 1).await;
@@ -372,7 +375,7 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
         promised: 0,
     };
     let taken = far.serve(other);
-    let BucketState::Known {
+    let BucketState::Active {
         granted: 100,
         generation,
         ..
@@ -485,15 +488,15 @@ async fn three(
         assert!(redis.connected(Duration::from_secs(10)).await);
         let counters = RedisCounters::new(redis);
         while counters.begin().await.is_err() {}
-        let roster = Arc::new(Roster::default());
+        let membership = Arc::new(Membership::default());
         let of = NonZeroU64::new(3).unwrap();
-        roster.confirm(Place { rank: n, of }, clock.monotonic());
+        membership.confirm(ReplicaSlot { rank: n, of }, clock.monotonic());
         let metrics = Arc::new(Metrics::default());
-        let store = SharedStore::new(
+        let store = DistributedStore::new(
             Arc::clone(&clock),
             TestLedger::new(),
             Arc::new(counters),
-            roster,
+            membership,
             Arc::clone(&metrics),
             settings(deadline, OnRedisFailure::Share),
         );
@@ -557,8 +560,8 @@ async fn a_distant_redis_is_asked_twice_for_a_burst() {
         for _ in 0..620 {
             let (it, policies) = (replica.clone(), policies.clone());
             requests.spawn(async move {
-                let cell = it.cell(key);
-                let decided = it.limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+                let handle = it.handle(key);
+                let decided = it.limiter.admit(&handle, &policies, NonZeroU32::MIN).await;
                 decided.unwrap().is_allowed()
             });
         }

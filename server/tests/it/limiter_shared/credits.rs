@@ -299,7 +299,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
             promised,
         };
         match counters.take(clock, call).await {
-            BucketState::Beginning { wait } => {
+            BucketState::Initializing { wait } => {
                 for (i, n) in parts {
                     grants[i].returned -= n;
                     grants[i].lost += n;
@@ -308,7 +308,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                 epoch = promised;
                 clock.advance(Duration::from_micros(wait));
             }
-            BucketState::Known {
+            BucketState::Active {
                 granted,
                 debt,
                 generation,
@@ -458,12 +458,12 @@ async fn a_simple_return_is_credited_whole() {
     let take = async |call: TakeCall| {
         let reply = counters.take(call).await.unwrap();
         match reply.state {
-            BucketState::Known {
+            BucketState::Active {
                 granted,
                 debt,
                 generation,
             } => (reply.at, granted, debt, generation),
-            state @ BucketState::Beginning { .. } => panic!("{state:?}"),
+            state @ BucketState::Initializing { .. } => panic!("{state:?}"),
         }
     };
     let wanting = |n| TakeCall {
@@ -533,7 +533,7 @@ async fn late_returns_one_by_one_sell_nothing_twice() {
         let mut served = 0;
         for _ in 0..250 {
             let reply = counters.take(one).await.unwrap();
-            if let BucketState::Known { granted, .. } = reply.state {
+            if let BucketState::Active { granted, .. } = reply.state {
                 served += granted;
             }
         }
@@ -543,7 +543,7 @@ async fn late_returns_one_by_one_sell_nothing_twice() {
     let first = wave().await;
     clock.advance(Duration::from_millis(10));
     for reply in late {
-        let BucketState::Known {
+        let BucketState::Active {
             granted: 1,
             generation,
             ..

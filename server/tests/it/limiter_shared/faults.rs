@@ -22,8 +22,8 @@ use quota_common::{
 use quota_server::{
     clock::{Clock, SystemClock},
     limiter::{
-        CellSettings, Limiter, Place, Policies, RatePolicy, RedisCounters, Roster, SharedSettings,
-        SharedStore, Zone,
+        DistributedSettings, DistributedStore, KeyTableSettings, Limiter, Membership, Policies,
+        RatePolicy, RedisCounters, ReplicaSlot, Zone,
     },
     telemetry::metrics::Metrics,
 };
@@ -49,7 +49,7 @@ struct Log {
 }
 
 struct Replicas {
-    stores: Vec<Arc<SharedStore>>,
+    stores: Vec<Arc<DistributedStore>>,
     limiters: Vec<Limiter>,
     zero: Instant,
 }
@@ -58,35 +58,35 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let zero = Instant::now();
     let (mut stores, mut limiters) = (Vec::new(), Vec::new());
-    let mut rosters = Vec::new();
+    let mut memberships = Vec::new();
     for _ in 0..REPLICAS {
         let redis = connect(server, "30ms");
         assert!(redis.connected(Duration::from_secs(10)).await);
         let counters = RedisCounters::new(redis);
         while counters.begin().await.is_err() {}
-        let roster = Arc::new(Roster::default());
-        let store = SharedStore::new(
+        let membership = Arc::new(Membership::default());
+        let store = DistributedStore::new(
             Arc::clone(&clock),
             TestLedger::new(),
             Arc::new(counters),
-            Arc::clone(&roster),
+            Arc::clone(&membership),
             Arc::default(),
-            SharedSettings {
+            DistributedSettings {
                 lease_ttl: TTL,
                 deadline: DEADLINE,
                 on_failure,
-                cells: CellSettings::default(),
+                keys: KeyTableSettings::default(),
             },
         );
         limiters.push(Limiter::new(Arc::clone(&store) as _, Arc::clone(&clock)));
         stores.push(store);
-        rosters.push(roster);
+        memberships.push(membership);
     }
     tokio::spawn(async move {
         loop {
-            for (rank, roster) in (0..).zip(&rosters) {
+            for (rank, membership) in (0..).zip(&memberships) {
                 let of = NonZeroU64::new(REPLICAS).unwrap();
-                roster.confirm(Place { rank, of }, clock.monotonic());
+                membership.confirm(ReplicaSlot { rank, of }, clock.monotonic());
             }
             sleep(Duration::from_millis(500)).await;
         }
@@ -122,9 +122,9 @@ async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
             sent += 1;
             let (log, policies) = (Arc::clone(log), Arc::clone(&policies));
             tokio::spawn(async move {
-                let cell = limiter.cell(tenant, key).unwrap();
+                let handle = limiter.handle(tenant, key).unwrap();
                 let asked = since();
-                match limiter.admit(&cell, &policies, NonZeroU32::MIN).await {
+                match limiter.admit(&handle, &policies, NonZeroU32::MIN).await {
                     Ok(decision) => {
                         let degraded = u64::from(decision.degraded);
                         log.degraded.fetch_add(degraded, Ordering::Relaxed);
@@ -240,17 +240,17 @@ async fn a_token_whose_grant_comes_too_late_goes_back() {
     while counters.begin().await.is_err() {}
     let (clock, metrics) = (SystemClock::new(), Arc::new(Metrics::default()));
     let clock: Arc<dyn Clock> = Arc::new(clock);
-    let store = SharedStore::new(
+    let store = DistributedStore::new(
         Arc::clone(&clock),
         TestLedger::new(),
         Arc::new(counters),
-        Arc::new(Roster::default()),
+        Arc::new(Membership::default()),
         Arc::clone(&metrics),
-        SharedSettings {
+        DistributedSettings {
             lease_ttl: Duration::ZERO,
             deadline: Duration::from_millis(300),
             on_failure: OnRedisFailure::Share,
-            cells: CellSettings::default(),
+            keys: KeyTableSettings::default(),
         },
     );
     let limiter = Limiter::new(store as _, clock);
@@ -265,9 +265,9 @@ async fn a_token_whose_grant_comes_too_late_goes_back() {
         false,
     );
     let (tenant, key) = (TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()));
-    let cell = limiter.cell(tenant, key).unwrap();
+    let handle = limiter.handle(tenant, key).unwrap();
     let admit = async || {
-        let one = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+        let one = limiter.admit(&handle, &policies, NonZeroU32::MIN).await;
         one.unwrap().is_allowed()
     };
     assert!(admit().await);

@@ -92,7 +92,7 @@ impl State {
             let wait = start - now;
             return TakeReply {
                 at: now,
-                state: BucketState::Beginning { wait },
+                state: BucketState::Initializing { wait },
             };
         }
         let heard = call.last_heard;
@@ -214,7 +214,7 @@ impl State {
         }
         TakeReply {
             at: now,
-            state: BucketState::Known {
+            state: BucketState::Active {
                 granted,
                 debt: u64::try_from(debt).unwrap(),
                 generation,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use quota_common::plan::OnRedisFailure;
-use quota_server::limiter::{Place, Policies, RatePolicy, Roster, Zone};
+use quota_server::limiter::{Membership, Policies, RatePolicy, ReplicaSlot, Zone};
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep},
@@ -29,10 +29,10 @@ fn plan(rate: u32, daily: u64, strict: bool) -> Policies {
 fn replicas(far: &Far, ledger: &Arc<TestLedger>, count: u64, of: u64) -> Vec<Replica> {
     (0..count)
         .map(|rank| {
-            let roster = Arc::new(Roster::default());
+            let membership = Arc::new(Membership::default());
             let of = NonZeroU64::new(of).unwrap();
-            roster.confirm(Place { rank, of }, 0);
-            far.replica_on(Arc::clone(ledger), OnRedisFailure::Share, roster)
+            membership.confirm(ReplicaSlot { rank, of }, 0);
+            far.replica_on(Arc::clone(ledger), OnRedisFailure::Share, membership)
         })
         .collect()
 }
@@ -128,7 +128,7 @@ async fn blocks_of_idle_replicas_go_to_the_busy_ones() {
         let ledger = TestLedger::new();
         let all = replicas(&far, &ledger, of, of);
         // As cached records do.
-        let _cells: Vec<_> = all.iter().map(|it| it.cell(7)).collect();
+        let _handles: Vec<_> = all.iter().map(|it| it.handle(7)).collect();
         let policies = plan(600_000, daily, false);
         let (busy, idle) = all.split_last().unwrap();
         let mut served = 0;

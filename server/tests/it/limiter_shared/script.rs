@@ -178,11 +178,11 @@ async fn the_script_answers_as_the_model_does() {
             "seed {seed}, step {step}: {call:?}"
         );
         match reply.state {
-            BucketState::Beginning { wait } => {
+            BucketState::Initializing { wait } => {
                 told = now + wait;
                 begun += 1;
             }
-            BucketState::Known {
+            BucketState::Active {
                 granted: n,
                 generation,
                 ..
@@ -217,12 +217,12 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
     counters.begin().await.unwrap();
     assert!(matches!(
         state(&counters).await,
-        BucketState::Known { granted: 5, .. }
+        BucketState::Active { granted: 5, .. }
     ));
     counters.begin().await.unwrap();
     assert!(matches!(
         state(&counters).await,
-        BucketState::Known { granted: 2, .. }
+        BucketState::Active { granted: 2, .. }
     ));
 
     server.kill().await;
@@ -238,11 +238,11 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
     let reply = tokio::time::timeout(Duration::from_secs(20), came_back)
         .await
         .unwrap();
-    let BucketState::Beginning { wait } = reply.state else {
+    let BucketState::Initializing { wait } = reply.state else {
         panic!("{reply:?}");
     };
     tokio::time::sleep(Duration::from_micros(wait)).await;
-    let BucketState::Known { granted, debt, .. } = state(&counters).await else {
+    let BucketState::Active { granted, debt, .. } = state(&counters).await else {
         panic!("it has begun");
     };
     assert_eq!(granted, 0);
@@ -272,8 +272,8 @@ async fn versions_that_start_over_are_followed() {
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let granted = async |call| match counters.take(call).await.unwrap().state {
-        BucketState::Known { granted, .. } => granted,
-        state @ BucketState::Beginning { .. } => panic!("{state:?}"),
+        BucketState::Active { granted, .. } => granted,
+        state @ BucketState::Initializing { .. } => panic!("{state:?}"),
     };
     assert_eq!(granted(plan(900, 3)).await, 3);
     // While the newer version is in use, the older one is not followed, however busy.
@@ -318,8 +318,8 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     };
     let take = async |call| counters.take(call).await.unwrap().state;
     let granted = async |call| match take(call).await {
-        BucketState::Known { granted, .. } => granted,
-        state @ BucketState::Beginning { .. } => panic!("{state:?}"),
+        BucketState::Active { granted, .. } => granted,
+        state @ BucketState::Initializing { .. } => panic!("{state:?}"),
     };
     assert_eq!(granted(plan(1, 100)).await, 100);
     // After the edit to a burst of one, what it cannot hold stays missing: a larger one finds what has refilled.
@@ -330,7 +330,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
 
     let flush = redis::cmd("FLUSHALL");
     redis.query("", &flush).await.expect("Redis answers");
-    let BucketState::Beginning { wait } = take(plan(3, 100)).await else {
+    let BucketState::Initializing { wait } = take(plan(3, 100)).await else {
         panic!("it has lost its state");
     };
     // Two seconds into the new epoch, of which one token was used.

@@ -1251,7 +1251,7 @@ async fn a_denial_that_names_no_policy_is_429_and_reduced_capacity() {
     let admitted = app
         .state
         .limiter
-        .admit(&record.cell, &record.policies, NonZeroU32::MIN)
+        .admit(&record.handle, &record.policies, NonZeroU32::MIN)
         .await
         .unwrap();
     for (violated, kind, degraded) in [

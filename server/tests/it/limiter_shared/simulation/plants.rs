@@ -13,8 +13,8 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use quota_common::id::{ApiKeyId, TenantId};
 use quota_server::limiter::{
-    BucketName, Decision, Drained, KeyCell, LimitStore, LimiterError, Outcome, Policies, Policy,
-    PolicySet, SharedStore, TakeCall,
+    BucketName, Decision, DistributedStore, Drained, KeyHandle, LimitStore, LimiterError, Outcome,
+    Policies, Policy, PolicySet, TakeCall,
 };
 use tokio::time::Instant;
 
@@ -89,7 +89,7 @@ impl Plant {
         }
     }
 
-    pub(super) fn store(self, store: Arc<SharedStore>) -> Arc<dyn LimitStore> {
+    pub(super) fn store(self, store: Arc<DistributedStore>) -> Arc<dyn LimitStore> {
         match self {
             Self::AdmitsAll
             | Self::DeniesAll
@@ -113,7 +113,7 @@ impl Plant {
 #[derive(Debug)]
 struct Planted {
     plant: Plant,
-    store: Arc<SharedStore>,
+    store: Arc<DistributedStore>,
     waiting: AtomicU64,
     denied: Mutex<Option<Instant>>,
     admitted: AtomicU64,
@@ -122,18 +122,18 @@ struct Planted {
 }
 
 impl Planted {
-    fn allowed(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+    fn allowed(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         Decision {
             outcome: Outcome::Allowed,
             degraded: false,
-            ..self.store.peek(cell, policies)
+            ..self.store.peek(handle, policies)
         }
     }
 
     /// Takes a token of those that an edit gave.
-    fn takes_fresh(&self, cell: &KeyCell, policies: &Policies) -> bool {
+    fn takes_fresh(&self, handle: &KeyHandle, policies: &Policies) -> bool {
         let mut shares = self.shares.lock();
-        let (version, left) = shares.entry(cell.key()).or_insert((1, 0));
+        let (version, left) = shares.entry(handle.key()).or_insert((1, 0));
         if *version != policies.version() {
             (*version, *left) = (policies.version(), policies.rate().burst.get() / 3);
         }
@@ -142,66 +142,66 @@ impl Planted {
         takes
     }
 
-    fn denied(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+    fn denied(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         Decision {
             outcome: Outcome::Denied {
                 violated: PolicySet::EMPTY.with(Policy::Rpm),
                 retry_after: NonZeroU64::new(1_000_000_000),
             },
             degraded: false,
-            ..self.store.peek(cell, policies)
+            ..self.store.peek(handle, policies)
         }
     }
 }
 
 #[async_trait]
 impl LimitStore for Planted {
-    fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError> {
-        self.store.cell(tenant, key)
+    fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
+        self.store.handle(tenant, key)
     }
 
     fn try_take(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Option<Decision> {
         match self.plant {
-            Plant::AdmitsAll => return Some(self.allowed(cell, policies)),
-            Plant::DeniesAll => return Some(self.denied(cell, policies)),
+            Plant::AdmitsAll => return Some(self.allowed(handle, policies)),
+            Plant::DeniesAll => return Some(self.denied(handle, policies)),
             Plant::RemembersDenials(seconds) => {
                 let denied = *self.denied.lock();
                 if denied.is_some_and(|at| at.elapsed().as_secs() < seconds) {
-                    return Some(self.denied(cell, policies));
+                    return Some(self.denied(handle, policies));
                 }
             }
             // Every tenth admission is worth two.
             Plant::SpendsTwice if self.admitted.load(Ordering::Relaxed) >= 10 => {
                 self.admitted.store(0, Ordering::Relaxed);
-                return Some(self.allowed(cell, policies));
+                return Some(self.allowed(handle, policies));
             }
             _ => {}
         }
-        self.store.try_take(cell, policies, cost)
+        self.store.try_take(handle, policies, cost)
     }
 
     async fn take(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
         if self.plant == Plant::RefusesCrowds && self.waiting.load(Ordering::Relaxed) >= 20 {
-            return Ok(self.denied(cell, policies));
+            return Ok(self.denied(handle, policies));
         }
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let decision = self.store.take(cell, policies, cost).await;
+        let decision = self.store.take(handle, policies, cost).await;
         self.waiting.fetch_sub(1, Ordering::Relaxed);
         if self.plant == Plant::FreshShareAfterEdit
             && let Ok(denied) = &decision
             && denied.degraded
             && !denied.is_allowed()
-            && self.takes_fresh(cell, policies)
+            && self.takes_fresh(handle, policies)
         {
             return Ok(Decision {
                 outcome: Outcome::Allowed,
@@ -218,8 +218,8 @@ impl LimitStore for Planted {
         decision
     }
 
-    fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
-        self.store.peek(cell, policies)
+    fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
+        self.store.peek(handle, policies)
     }
 
     /// So that nothing stands in front of what is wrong.

@@ -18,8 +18,9 @@ use quota_common::{
 use quota_server::{
     clock::Clock,
     limiter::{
-        COUNTED_EVERY, CellSettings, FORGOTTEN, KeyCell, Limiter, LimiterError, MemoryStore, Place,
-        Policies, RatePolicy, Roster, SharedCounters, SharedSettings, SharedStore, Zone,
+        COUNTED_EVERY, DistributedSettings, DistributedStore, FORGOTTEN, KeyHandle,
+        KeyTableSettings, Limiter, LimiterError, LocalStore, Membership, Policies, RatePolicy,
+        ReplicaSlot, SharedCounters, Zone,
     },
     telemetry::metrics::Metrics,
 };
@@ -81,9 +82,9 @@ pub(super) struct Log {
 
 struct Replica {
     limiter: Limiter,
-    store: Arc<SharedStore>,
+    store: Arc<DistributedStore>,
     metrics: Arc<Metrics>,
-    cells: Vec<Arc<KeyCell>>,
+    keys: Vec<Arc<KeyHandle>>,
     /// When it knows of which edit, by key.
     knows: Vec<Vec<u64>>,
     /// Takes new requests.
@@ -97,13 +98,13 @@ struct Replica {
 struct Registry(Mutex<Vec<(usize, u64)>>);
 
 impl Registry {
-    fn seen(&self, replica: usize, now: u64) -> Option<Place> {
+    fn seen(&self, replica: usize, now: u64) -> Option<ReplicaSlot> {
         let forgotten = u64::try_from(FORGOTTEN.as_nanos()).unwrap();
         let mut rows = self.0.lock();
         rows.retain(|(other, at)| *other != replica && now - at < forgotten);
         rows.push((replica, now));
         let rank = rows.iter().filter(|(other, _)| *other < replica).count();
-        Some(Place {
+        Some(ReplicaSlot {
             rank: rank as u64,
             of: NonZeroU64::new(rows.len() as u64)?,
         })
@@ -128,7 +129,7 @@ struct Stage {
     policies: Vec<Vec<Policies>>,
     entries: Mutex<Vec<Entry>>,
     /// Of all replicas, in place of theirs.
-    one_bucket: Option<Arc<MemoryStore>>,
+    one_bucket: Option<Arc<LocalStore>>,
     /// When the load begins.
     begin: Instant,
 }
@@ -146,7 +147,7 @@ impl Stage {
             skew_ms: rng.i64(-120_000..=120_000),
         });
         let metrics = Arc::new(Metrics::default());
-        let membership = Arc::new(Roster::default());
+        let membership = Arc::new(Membership::default());
         let counters: Arc<dyn SharedCounters> = Arc::new(Linked {
             world: Arc::clone(world),
             replica: index,
@@ -163,8 +164,8 @@ impl Stage {
             Some(bucket) => Limiter::new(Arc::clone(bucket) as _, clock),
             None => Limiter::new(self.plant.store(Arc::clone(&store)), clock),
         };
-        let cells = (0..self.scene.keys.len())
-            .map(|key| limiter.cell(TenantId(uuid::Uuid::from_u128(1)), key_id(key)))
+        let keys = (0..self.scene.keys.len())
+            .map(|key| limiter.handle(TenantId(uuid::Uuid::from_u128(1)), key_id(key)))
             .collect::<Result<_, _>>()
             .unwrap();
         let late = u64::try_from(EDIT_KNOWN.as_millis()).unwrap();
@@ -180,7 +181,7 @@ impl Stage {
             limiter,
             store,
             metrics,
-            cells,
+            keys,
             open: AtomicBool::new(true),
             counting: AtomicBool::new(true),
             crashed: AtomicBool::new(false),
@@ -189,7 +190,12 @@ impl Stage {
         tokio::spawn(Arc::clone(self).count(index, replica, membership));
     }
 
-    async fn count(self: Arc<Self>, index: usize, replica: Arc<Replica>, membership: Arc<Roster>) {
+    async fn count(
+        self: Arc<Self>,
+        index: usize,
+        replica: Arc<Replica>,
+        membership: Arc<Membership>,
+    ) {
         while replica.counting.load(Ordering::Relaxed) {
             let now = self.world.now();
             if let Some(place) = self.registry.seen(index, now) {
@@ -238,7 +244,7 @@ impl Stage {
         let policies = &self.policies[key][edit];
         let limiter = &replica.limiter;
         let cost = NonZeroU32::new(cost).unwrap();
-        let decision = limiter.admit(&replica.cells[key], policies, cost).await;
+        let decision = limiter.admit(&replica.keys[key], policies, cost).await;
         let initialized_again = self.world.initialized_again.load(Ordering::Relaxed);
         let (answer, degraded) = match decision {
             _ if replica.crashed.load(Ordering::Relaxed) => (Answer::None, false),
@@ -273,21 +279,21 @@ pub(super) fn store(
     clock: &Arc<dyn Clock>,
     ledger: Arc<TestLedger>,
     counters: Arc<dyn SharedCounters>,
-    membership: &Arc<Roster>,
+    membership: &Arc<Membership>,
     metrics: &Arc<Metrics>,
     on_failure: OnRedisFailure,
-) -> Arc<SharedStore> {
-    SharedStore::new(
+) -> Arc<DistributedStore> {
+    DistributedStore::new(
         Arc::clone(clock),
         ledger,
         counters,
         Arc::clone(membership),
         Arc::clone(metrics),
-        SharedSettings {
+        DistributedSettings {
             lease_ttl: TTL,
             deadline: DEADLINE,
             on_failure,
-            cells: CellSettings::default(),
+            keys: KeyTableSettings::default(),
         },
     )
 }
@@ -322,7 +328,7 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
                 skew_ms: 0,
             };
             let ledger = TestLedger::new();
-            MemoryStore::new(Arc::new(clock), ledger, CellSettings::default())
+            LocalStore::new(Arc::new(clock), ledger, KeyTableSettings::default())
         }),
         begin: world.zero + WARM_UP,
         world,

@@ -13,7 +13,7 @@ use quota_common::{
 };
 use quota_server::{
     clock::Clock,
-    limiter::{Decision, KeyCell, Limiter, Place, Policies, RatePolicy, Roster, Zone},
+    limiter::{Decision, KeyHandle, Limiter, Membership, Policies, RatePolicy, ReplicaSlot, Zone},
 };
 use tokio::{
     task::JoinSet,
@@ -31,7 +31,7 @@ use crate::limiter_contract::TestLedger;
 /// One replica on a Redis that is well, for a plan of `rpm` and `burst`.
 fn alone(
     ledger: Arc<TestLedger>,
-    roster: &Arc<Roster>,
+    membership: &Arc<Membership>,
     on_failure: OnRedisFailure,
     (rpm, burst): (u32, u32),
     daily: Option<NonZeroU64>,
@@ -47,7 +47,7 @@ fn alone(
         &clock,
         ledger,
         counters,
-        roster,
+        membership,
         &Arc::default(),
         on_failure,
     );
@@ -71,23 +71,29 @@ fn several(
     limit: (u32, u32),
     strict: bool,
 ) -> (Arc<World>, Vec<Limiter>, Policies) {
-    let rosters: Vec<_> = (0..replicas).map(|_| Arc::default()).collect();
-    without_redis(OnRedisFailure::Closed, &rosters, round_trip, limit, strict)
+    let memberships: Vec<_> = (0..replicas).map(|_| Arc::default()).collect();
+    without_redis(
+        OnRedisFailure::Closed,
+        &memberships,
+        round_trip,
+        limit,
+        strict,
+    )
 }
 
-/// A replica for each of the rosters, with this choice for when Redis is away.
+/// A replica for each of the memberships, with this choice for when Redis is away.
 fn without_redis(
     on_failure: OnRedisFailure,
-    rosters: &[Arc<Roster>],
+    memberships: &[Arc<Membership>],
     round_trip: u64,
     (rpm, burst): (u32, u32),
     strict: bool,
 ) -> (Arc<World>, Vec<Limiter>, Policies) {
     let world = World::new(1, round_trip, Plant::Nothing);
-    let limiters = rosters
+    let limiters = memberships
         .iter()
         .enumerate()
-        .map(|(replica, roster)| {
+        .map(|(replica, membership)| {
             world.links.lock().push(Link::default());
             let clock: Arc<dyn Clock> = Arc::new(SkewedClock {
                 zero: world.zero,
@@ -101,7 +107,7 @@ fn without_redis(
                 &clock,
                 TestLedger::new(),
                 counters,
-                roster,
+                membership,
                 &Arc::default(),
                 on_failure,
             );
@@ -118,11 +124,11 @@ fn without_redis(
 
 /// How many of so many requests at once are admitted.
 async fn crowd(limiter: &Limiter, policies: &Policies, count: u32) -> u32 {
-    let cell = a_cell(limiter);
+    let handle = a_handle(limiter);
     let mut crowd = JoinSet::new();
     for _ in 0..count {
-        let (limiter, cell, policies) = (limiter.clone(), Arc::clone(&cell), policies.clone());
-        crowd.spawn(async move { limiter.admit(&cell, &policies, NonZeroU32::MIN).await });
+        let (limiter, handle, policies) = (limiter.clone(), Arc::clone(&handle), policies.clone());
+        crowd.spawn(async move { limiter.admit(&handle, &policies, NonZeroU32::MIN).await });
     }
     let answers = crowd.join_all().await.into_iter();
     let admitted = answers.filter(|it| it.as_ref().is_ok_and(Decision::is_allowed));
@@ -207,16 +213,16 @@ fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
     for strict in [true, false] {
         for stall in (220..520).step_by(20) {
             let (admitted, took) = paused(async {
-                let rosters: Vec<Arc<Roster>> = (0..2).map(|_| Arc::default()).collect();
+                let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
                 let (world, limiters, policies) =
-                    without_redis(OnRedisFailure::Share, &rosters, 2, (rpm, burst), strict);
+                    without_redis(OnRedisFailure::Share, &memberships, 2, (rpm, burst), strict);
                 let of = NonZeroU64::new(2).unwrap();
                 let zero = world.zero;
                 tokio::spawn(async move {
                     loop {
-                        for (rank, roster) in (0..).zip(&rosters) {
-                            roster.confirm(
-                                Place { rank, of },
+                        for (rank, membership) in (0..).zip(&memberships) {
+                            membership.confirm(
+                                ReplicaSlot { rank, of },
                                 u64::try_from(zero.elapsed().as_nanos()).unwrap(),
                             );
                         }
@@ -259,9 +265,9 @@ fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
     assert!(served_on > 10, "served on after {served_on} of 30 stalls");
 }
 
-fn a_cell(limiter: &Limiter) -> Arc<KeyCell> {
+fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
     limiter
-        .cell(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()))
+        .handle(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()))
         .unwrap()
 }
 
@@ -279,8 +285,8 @@ fn a_slow_ledger_leaves_the_counters_their_time() {
             (6000, 6000),
             daily,
         );
-        let cell = a_cell(&limiter);
-        let decision = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+        let handle = a_handle(&limiter);
+        let decision = limiter.admit(&handle, &policies, NonZeroU32::MIN).await;
         let decision = decision.unwrap();
         assert!(decision.is_allowed() && !decision.degraded, "{decision:?}");
     });
@@ -298,9 +304,9 @@ fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
             rate,
             None,
         );
-        let cell = a_cell(&limiter);
+        let handle = a_handle(&limiter);
         for n in 0..600 {
-            let decision = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+            let decision = limiter.admit(&handle, &policies, NonZeroU32::MIN).await;
             let decision = decision.unwrap();
             assert!(decision.is_allowed(), "request {n}: {decision:?}");
             sleep(Duration::from_micros(500)).await;
@@ -320,21 +326,21 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
             rate,
             None,
         );
-        let cell = a_cell(&limiter);
+        let handle = a_handle(&limiter);
         let mut denied = 0;
         for _ in 0..400 {
-            let one = limiter.admit(&cell, &policies, NonZeroU32::MIN).await;
+            let one = limiter.admit(&handle, &policies, NonZeroU32::MIN).await;
             denied += u32::from(!one.unwrap().is_allowed());
             sleep(Duration::from_micros(500)).await;
         }
         assert!(denied > 100);
         let fifty = NonZeroU32::new(50).unwrap();
-        let decision = limiter.admit(&cell, &policies, fifty).await.unwrap();
+        let decision = limiter.admit(&handle, &policies, fifty).await.unwrap();
         // 10 ms a token, and a bucket that has no more than gathers in the life of half a lease.
         let wait = decision.retry_after().expect("it is denied");
         assert!(wait >= 400_000_000, "{decision:?}");
         let never = NonZeroU32::new(101).unwrap();
-        let decision = limiter.admit(&cell, &policies, never).await.unwrap();
+        let decision = limiter.admit(&handle, &policies, never).await.unwrap();
         assert!(!decision.is_allowed());
         assert_eq!(decision.retry_after(), None);
     });
@@ -348,16 +354,22 @@ fn a_small_quota_is_had_whole_of_many_replicas() {
         let ledger = TestLedger::new();
         let replicas: Vec<_> = (0..of.get())
             .map(|rank| {
-                let roster = Arc::new(Roster::default());
-                roster.confirm(Place { rank, of }, 0);
+                let membership = Arc::new(Membership::default());
+                membership.confirm(ReplicaSlot { rank, of }, 0);
                 let daily = NonZeroU64::new(10);
                 let on_failure = OnRedisFailure::Share;
-                alone(Arc::clone(&ledger), &roster, on_failure, (6000, 100), daily)
+                alone(
+                    Arc::clone(&ledger),
+                    &membership,
+                    on_failure,
+                    (6000, 100),
+                    daily,
+                )
             })
             .collect();
         for (n, (limiter, policies)) in replicas.iter().cycle().take(18).enumerate() {
-            let cell = a_cell(limiter);
-            let decision = limiter.admit(&cell, policies, NonZeroU32::MIN).await;
+            let handle = a_handle(limiter);
+            let decision = limiter.admit(&handle, policies, NonZeroU32::MIN).await;
             assert_eq!(decision.unwrap().is_allowed(), n < 10, "request {n}");
             sleep(Duration::from_millis(20)).await;
         }

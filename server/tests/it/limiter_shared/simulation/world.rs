@@ -156,7 +156,7 @@ impl World {
         let rng = chances.entry((link, bucket)).or_insert_with(|| {
             let key = match bucket {
                 BucketName::Key(_, key) => u64::try_from(key.0.as_u128() & 0xffff).unwrap(),
-                BucketName::Beat => 0xffff,
+                BucketName::Heartbeat => 0xffff,
             };
             Rng::with_seed(self.seed ^ (key << 20) ^ ((link as u64 + 1) << 40))
         });
@@ -218,14 +218,14 @@ impl World {
         let reply = state.take(run, micros, call);
         drop(process);
         match (reply.state, call.bucket) {
-            (BucketState::Known { granted, .. }, BucketName::Key(_, key)) => {
+            (BucketState::Active { granted, .. }, BucketName::Key(_, key)) => {
                 let mut all = self.granted.lock();
                 let (taken, returned) = all.entry(key).or_default();
                 *taken += granted;
                 *returned += call.back;
             }
-            (BucketState::Known { .. }, BucketName::Beat) => {}
-            (BucketState::Beginning { .. }, _) => {
+            (BucketState::Active { .. }, BucketName::Heartbeat) => {}
+            (BucketState::Initializing { .. }, _) => {
                 self.initialized_again.store(true, Ordering::Relaxed);
                 self.told.lock().insert(replica);
             }

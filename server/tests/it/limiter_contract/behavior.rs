@@ -271,12 +271,12 @@ pub(super) async fn a_lowered_quota_is_not_spent_beyond(world: &World) {
     assert_eq!(key.admitted(&Plan::any_rate().daily(300), 100).await, 40);
 }
 
-pub(super) async fn a_key_finds_its_cell_again(world: &World) {
+pub(super) async fn a_key_finds_its_handle_again(world: &World) {
     let limiter = world.start();
     let plan = Plan::rate(60, 10).daily(1000);
     let key = Key::of(&limiter);
     assert_eq!(key.admitted(&plan, 8).await, 8);
-    assert!(Arc::ptr_eq(&key.cell, &Key::of(&limiter).cell));
+    assert!(Arc::ptr_eq(&key.handle, &Key::of(&limiter).handle));
     drop(key);
     settle().await;
     // Not while tokens are missing, and not while a block is out.
@@ -421,7 +421,7 @@ pub(super) async fn peeking_takes_nothing(world: &World) {
     let plan = Plan::rate(60, 10).daily(100);
     key.ask(&plan, 3).await;
     for _ in 0..100 {
-        let seen = key.limiter.peek(&key.cell, &plan.policies());
+        let seen = key.limiter.peek(&key.handle, &plan.policies());
         assert_eq!(seen.rate.remaining, 7);
         assert_eq!(seen.daily.unwrap().remaining, 97);
     }

@@ -13,22 +13,22 @@ use super::{
     json::Json,
     limit::{Deny, LimitApi},
     problem::ApiError,
-    request_context::Visit,
+    request_context::RequestContext,
 };
 
 /// The path of forward-auth, which accepts every method.
 pub const FORWARD_AUTH: &str = "/v1/forward-auth";
 
 /// Wraps the endpoint of all paths.
-pub struct ShortWay<E>(pub E);
+pub struct FastPath<E>(pub E);
 
-enum Asks {
+enum FastRoute {
     Echo,
     Check,
     ForwardAuth { deny: Option<Deny> },
 }
 
-impl Asks {
+impl FastRoute {
     fn of(request: &Request) -> Option<Self> {
         let (method, uri) = (request.method(), request.uri());
         match (uri.path(), uri.query()) {
@@ -48,11 +48,11 @@ impl Asks {
     }
 }
 
-impl<E: Endpoint<Output = Response>> Endpoint for ShortWay<E> {
+impl<E: Endpoint<Output = Response>> Endpoint for FastPath<E> {
     type Output = Response;
 
     async fn call(&self, mut request: Request) -> Result<Response> {
-        let answer = match Asks::of(&request) {
+        let answer = match FastRoute::of(&request) {
             None => {
                 // Gateways may pass on the consumer's method, which does not matter.
                 if request.uri().path() == FORWARD_AUTH {
@@ -60,16 +60,16 @@ impl<E: Endpoint<Output = Response>> Endpoint for ShortWay<E> {
                 }
                 return self.0.call(request).await;
             }
-            Some(Asks::Echo) => echo(&request).await,
-            Some(Asks::ForwardAuth { deny }) => forward_auth(&request, deny).await,
-            Some(Asks::Check) => return Ok(check(request).await?.into_response()),
+            Some(FastRoute::Echo) => echo(&request).await,
+            Some(FastRoute::ForwardAuth { deny }) => forward_auth(&request, deny).await,
+            Some(FastRoute::Check) => return Ok(check(request).await?.into_response()),
         };
         match answer {
             Ok(response) => Ok(response),
             // Converted here, since denials are frequent and errors are boxed further out.
             Err(error) => {
-                let visit = Visit::of(&request)?;
-                Ok(error.into_response(visit.id(), &visit.state.config.public_url))
+                let context = RequestContext::of(&request)?;
+                Ok(error.into_response(context.id(), &context.state.config.public_url))
             }
         }
     }

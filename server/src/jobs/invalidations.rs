@@ -8,9 +8,9 @@ use tokio::{sync::watch, time::timeout};
 use super::{every, next};
 use crate::{
     db::{self, Db, DbError, Lane},
+    invalidations::Recent,
     redis::Event,
-    repo::revocation::{self, Revocation},
-    revocations::Recent,
+    repo::invalidation::{self, Invalidation},
     state::AppState,
 };
 
@@ -31,7 +31,7 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut is_reported = false;
     while next(&mut ticks, &mut stopping).await {
         let began = state.freshness.now();
-        state.metrics.revocation_polls.inc();
+        state.metrics.invalidation_polls.inc();
         let polled = {
             let mut polled = pin!(db.within_limit(poll_once(&state, &db, &mut last)));
             match timeout(SUSPECT_AFTER, &mut polled).await {
@@ -51,7 +51,7 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
             }
             Err(error) => {
                 suspect(&state);
-                state.metrics.revocation_poll_errors.inc();
+                state.metrics.invalidation_poll_errors.inc();
                 if !std::mem::replace(&mut is_reported, true) {
                     tracing::warn!(error = %db::chain(&error), "cannot poll for invalidations");
                 }
@@ -72,16 +72,16 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<
     let Some(mut seq) = *last else {
         // If earlier polls failed, cached entries may be older than what this one reads. Records that other replicas
         // cached are compared with what is recorded here.
-        let newest = revocation::newest(&mut tx).await?;
+        let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
         state.recent.begin(&newest);
         state.forget(&newest);
         *last = Some(newest.last().map_or(0, |it| it.seq));
         return Ok(());
     };
-    let highest = revocation::highest(&mut tx).await?;
+    let highest = invalidation::highest(&mut tx).await?;
     if highest < seq {
-        let newest = revocation::newest(&mut tx).await?;
+        let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
         tracing::warn!(
             polled = seq,
@@ -94,44 +94,48 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<
         return Ok(());
     }
     loop {
-        let batch = revocation::since(&mut tx, seq).await?;
+        let batch = invalidation::since(&mut tx, seq).await?;
         apply(state, &batch, Recent::polled);
         if let Some(newest) = batch.last() {
             seq = newest.seq;
             *last = Some(seq);
         }
-        if batch.len() < usize::from(revocation::BATCH) {
+        if batch.len() < usize::from(invalidation::BATCH) {
             return tx.commit().await;
         }
     }
 }
 
 /// Records the changes before it drops cache entries, so that a load in between knows about them.
-fn apply(state: &AppState, revocations: &[Revocation], note: fn(&Recent, &Revocation) -> bool) {
-    if revocations.is_empty() {
+fn apply(
+    state: &AppState,
+    invalidations: &[Invalidation],
+    note: fn(&Recent, &Invalidation) -> bool,
+) {
+    if invalidations.is_empty() {
         return;
     }
     let now = state.clock.now();
-    for it in revocations {
+    for it in invalidations {
         if note(&state.recent, it) {
             let at = it.at.timestamp_nanos_opt().unwrap_or_default();
             let lag = now.0.saturating_sub(u64::try_from(at).unwrap_or_default());
-            state.metrics.revocation_lag_seconds.observe(lag);
+            state.metrics.invalidation_lag_seconds.observe(lag);
         }
     }
-    state.forget(revocations);
+    state.forget(invalidations);
 }
 
 /// Ignores a message that contains nothing new, since it may be a replay.
-fn apply_announced(state: &AppState, revocation: &Revocation) {
-    if state.recent.announced(revocation) {
-        apply(state, std::slice::from_ref(revocation), |_, _| true);
+fn apply_announced(state: &AppState, invalidation: &Invalidation) {
+    if state.recent.announced(invalidation) {
+        apply(state, std::slice::from_ref(invalidation), |_, _| true);
     }
 }
 
 /// Applies messages of other replicas as they arrive.
 pub(super) async fn listen(state: AppState, mut stopping: watch::Receiver<bool>) {
-    let Some(mut messages) = state.announcer.listen() else {
+    let Some(mut messages) = state.publisher.listen() else {
         return;
     };
     let stopped = async {
@@ -147,14 +151,14 @@ pub(super) async fn listen(state: AppState, mut stopping: watch::Receiver<bool>)
         match event {
             Event::Subscribed => tracing::debug!("subscribed to invalidations"),
             Event::Lost => {
-                state.metrics.revocation_messages_lost.inc();
+                state.metrics.invalidation_messages_lost.inc();
             }
             Event::Message(message) => {
-                if let Some(revocation) = state.announcer.read(&message, state.clock.now()) {
-                    state.metrics.revocations_received.inc();
-                    apply_announced(&state, &revocation);
+                if let Some(invalidation) = state.publisher.read(&message, state.clock.now()) {
+                    state.metrics.invalidations_received.inc();
+                    apply_announced(&state, &invalidation);
                 } else {
-                    state.metrics.revocations_unreadable.inc();
+                    state.metrics.invalidations_unreadable.inc();
                 }
             }
         }

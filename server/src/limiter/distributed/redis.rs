@@ -1,7 +1,7 @@
 //! The shared counters in Redis.
 //!
 //! Owns the script (`take.lua`, which tells its arguments), the names of its keys, and what a new deployment
-//! begins with. Knows no key's cell. When Redis is away every call fails at once, when it is silent after
+//! begins with. Knows no key's handle. When Redis is away every call fails at once, when it is silent after
 //! [`CALL_DEADLINE`]; the store decides what is done meanwhile.
 //!
 //! | key | what |
@@ -16,13 +16,13 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::{
-    counters::{
+use super::calls::CALL_DEADLINE;
+use crate::{
+    limiter::rate::counters::{
         BucketName, BucketState, CounterError, CounterMicros, SharedCounters, TakeCall, TakeReply,
     },
-    flight::CALL_DEADLINE,
+    redis::{CallError, Redis, Script},
 };
-use crate::redis::{Failure, Redis, Script};
 
 /// Enough that the keys of a cluster are spread evenly over some tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
@@ -109,7 +109,7 @@ impl RedisCounters {
     }
 }
 
-fn error(failure: Failure) -> CounterError {
+fn error(failure: CallError) -> CounterError {
     Arc::new(failure)
 }
 
@@ -128,7 +128,7 @@ impl SharedCounters for RedisCounters {
                 tenant.0.simple(),
                 key.0.simple()
             ),
-            BucketName::Beat => format!("{prefix}:{{q{partition}}}:beat"),
+            BucketName::Heartbeat => format!("{prefix}:{{q{partition}}}:beat"),
         };
         let answer = self
             .redis
@@ -162,13 +162,13 @@ impl SharedCounters for RedisCounters {
         let (at, state) = match numbers[..] {
             [0, at, granted, debt, generation] => (
                 at,
-                BucketState::Known {
+                BucketState::Active {
                     granted,
                     debt,
                     generation,
                 },
             ),
-            [1, at, wait] => (at, BucketState::Beginning { wait }),
+            [1, at, wait] => (at, BucketState::Initializing { wait }),
             _ => return Err(Arc::new(Unexpected(format!("{numbers:?}")))),
         };
         Ok(TakeReply { at, state })

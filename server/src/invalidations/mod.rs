@@ -22,7 +22,7 @@ pub use self::recent::Recent;
 use crate::{
     clock::UnixNanos,
     redis::{Redis, Subscription},
-    repo::revocation::{Revocation, Target},
+    repo::invalidation::{Invalidation, Target},
     seal::Seal,
     telemetry::metrics::Metrics,
 };
@@ -46,7 +46,7 @@ struct Message<'a> {
 
 /// Publishes changes and receives those of other replicas. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Announcer {
+pub struct Publisher {
     redis: Option<Redis>,
     channel: Arc<str>,
     seal: Arc<Seal>,
@@ -58,7 +58,7 @@ pub fn channel(prefix: &str) -> String {
     format!("{prefix}:revoked")
 }
 
-impl Announcer {
+impl Publisher {
     pub fn new(redis: Option<Redis>, seal: Seal, metrics: Arc<Metrics>) -> Self {
         Self {
             channel: channel(redis.as_ref().map_or("", Redis::prefix)).into(),
@@ -69,21 +69,21 @@ impl Announcer {
     }
 
     /// Publishes a committed change. Does not block: it is sent in the background.
-    pub fn tell(&self, revocation: &Revocation) {
-        let (Some(redis), Some(message)) = (self.redis.clone(), write(&self.seal, revocation))
+    pub fn publish(&self, invalidation: &Invalidation) {
+        let (Some(redis), Some(message)) = (self.redis.clone(), write(&self.seal, invalidation))
         else {
             return;
         };
-        let announcer = self.clone();
+        let publisher = self.clone();
         tokio::spawn(async move {
             let mut publish = redis::cmd("PUBLISH");
-            publish.arg(&*announcer.channel).arg(message);
-            match redis.query(&announcer.channel, &publish).await {
+            publish.arg(&*publisher.channel).arg(message);
+            match redis.query(&publisher.channel, &publish).await {
                 Ok(_) => {
-                    announcer.metrics.revocations_published.inc();
+                    publisher.metrics.invalidations_published.inc();
                 }
                 Err(error) => {
-                    announcer.metrics.revocation_publish_errors.inc();
+                    publisher.metrics.invalidation_publish_errors.inc();
                     tracing::debug!(error = %error, "cannot publish an invalidation");
                 }
             }
@@ -97,32 +97,32 @@ impl Announcer {
     }
 
     /// Parses a message. Returns `None` unless a replica of this installation sealed it recently.
-    pub fn read(&self, message: &[u8], now: UnixNanos) -> Option<Revocation> {
+    pub fn read(&self, message: &[u8], now: UnixNanos) -> Option<Invalidation> {
         read(&self.seal, message, now)
     }
 }
 
-fn write(seal: &Seal, revocation: &Revocation) -> Option<Vec<u8>> {
-    let target = revocation.target?;
+fn write(seal: &Seal, invalidation: &Invalidation) -> Option<Vec<u8>> {
+    let target = invalidation.target?;
     let message = Message {
-        seq: revocation.seq,
-        tenant: revocation.tenant,
+        seq: invalidation.seq,
+        tenant: invalidation.tenant,
         target: target.name(),
-        id: target.id(revocation.tenant),
-        at: revocation.at.timestamp_micros(),
+        id: target.id(invalidation.tenant),
+        at: invalidation.at.timestamp_micros(),
     };
     let content = serde_json::to_vec(&message).ok()?;
     Some(seal.close(CONTEXT, &content))
 }
 
-fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Revocation> {
+fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Invalidation> {
     let content = seal.open(CONTEXT, message)?;
     let message = serde_json::from_slice::<Message<'_>>(content).ok()?;
     let now = i64::try_from(now.0 / 1000).ok()?;
     if u128::from(now.abs_diff(message.at)) > MAX_AGE.as_micros() {
         return None;
     }
-    Some(Revocation {
+    Some(Invalidation {
         seq: message.seq,
         tenant: message.tenant,
         target: Target::read(message.target, message.id),
@@ -132,7 +132,7 @@ fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Revocation> {
 
 /// Everything that a number of changes invalidates, so that a cache is searched only once.
 #[derive(Debug, Default)]
-pub struct Gone {
+pub struct InvalidationSet {
     tenants: HashSet<Uuid>,
     plans: HashSet<Uuid>,
     keys: HashSet<Uuid>,
@@ -140,12 +140,12 @@ pub struct Gone {
     sessions: HashSet<Uuid>,
 }
 
-impl<'a> FromIterator<&'a Revocation> for Gone {
-    fn from_iter<I: IntoIterator<Item = &'a Revocation>>(revocations: I) -> Self {
+impl<'a> FromIterator<&'a Invalidation> for InvalidationSet {
+    fn from_iter<I: IntoIterator<Item = &'a Invalidation>>(invalidations: I) -> Self {
         let mut set = Self::default();
-        for revocation in revocations {
-            match revocation.target {
-                None | Some(Target::Tenant) => set.tenants.insert(revocation.tenant),
+        for invalidation in invalidations {
+            match invalidation.target {
+                None | Some(Target::Tenant) => set.tenants.insert(invalidation.tenant),
                 Some(Target::Plan(id)) => set.plans.insert(id),
                 Some(Target::ApiKey(id)) => set.keys.insert(id),
                 Some(Target::ServiceToken(id)) => set.tokens.insert(id),
@@ -156,7 +156,7 @@ impl<'a> FromIterator<&'a Revocation> for Gone {
     }
 }
 
-impl Gone {
+impl InvalidationSet {
     pub fn any_key(&self) -> bool {
         !(self.tenants.is_empty() && self.plans.is_empty() && self.keys.is_empty())
     }
@@ -194,8 +194,8 @@ mod tests {
         Seal::new(&[byte; 32], None)
     }
 
-    fn revocation(target: Target) -> Revocation {
-        Revocation {
+    fn invalidation(target: Target) -> Invalidation {
+        Invalidation {
             seq: 7,
             tenant: Uuid::from_u128(1),
             target: Some(target),
@@ -217,16 +217,16 @@ mod tests {
             Target::ServiceToken(id),
             Target::Session(id),
         ] {
-            let revocation = revocation(target);
-            let message = write(&seal(1), &revocation).unwrap();
-            assert_eq!(read(&seal(1), &message, NOW), Some(revocation));
+            let invalidation = invalidation(target);
+            let message = write(&seal(1), &invalidation).unwrap();
+            assert_eq!(read(&seal(1), &message, NOW), Some(invalidation));
             assert_eq!(read(&seal(2), &message, NOW), None, "another installation");
         }
     }
 
     #[test]
     fn old_message_or_one_from_the_future_is_ignored() {
-        let message = write(&seal(1), &revocation(Target::Tenant)).unwrap();
+        let message = write(&seal(1), &invalidation(Target::Tenant)).unwrap();
         let is_accepted = |now| read(&seal(1), &message, now).is_some();
         assert!(is_accepted(after(120)) && is_accepted(UnixNanos::from_secs(NOW.secs() - 120)));
         assert!(!is_accepted(after(301)) && !is_accepted(UnixNanos::from_secs(NOW.secs() - 301)));
@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn truncated_or_unsealed_message_is_ignored() {
-        let message = write(&seal(1), &revocation(Target::Tenant)).unwrap();
+        let message = write(&seal(1), &invalidation(Target::Tenant)).unwrap();
         for at in 0..message.len() {
             assert_eq!(read(&seal(1), &message[..at], NOW), None, "{at}");
         }

@@ -16,11 +16,8 @@ use async_trait::async_trait;
 use quota_common::id::{ApiKeyId, TenantId};
 use uuid::Uuid;
 
-use super::{
-    calendar::{QuotaWindow, Window, window_at},
-    policy::Policy,
-};
-use crate::clock::UnixNanos;
+use super::calendar::{QuotaWindow, Window, window_at};
+use crate::{clock::UnixNanos, limiter::policy::Policy};
 
 /// A block is at most this many tokens, and at most one hundredth of its quota.
 const BLOCK_MAX: u64 = 10_000;
@@ -110,7 +107,7 @@ pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
 
 /// Returns the largest block of a quota for one of `replicas` replicas. All their blocks together are at most
 /// one hundredth of the quota, and 10,000, where that is at least one token each.
-pub(super) const fn block_size(limit: u64, replicas: u64) -> u64 {
+pub(in crate::limiter) const fn block_size(limit: u64, replicas: u64) -> u64 {
     let hundredth = limit / 100 / replicas;
     if hundredth < 1 {
         1
@@ -123,7 +120,7 @@ pub(super) const fn block_size(limit: u64, replicas: u64) -> u64 {
 
 /// How a block relates to a cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(in crate::limiter) enum BlockStatus {
     /// The policy does not limit this key.
     Unlimited,
     /// The block has enough tokens.
@@ -140,24 +137,24 @@ pub(super) enum Standing {
 
 /// Tokens of one window, set apart for one request.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Reservation {
+pub(in crate::limiter) struct Reservation {
     window: QuotaWindow,
     tokens: u64,
 }
 
 /// A call of the ledger for one block: first return, then take.
 #[derive(Debug)]
-pub(super) struct Order {
-    pub(super) give_back: Vec<(UnixNanos, u64)>,
+pub(in crate::limiter) struct Order {
+    pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
     /// The quota of a whole day or month.
-    pub(super) limit: u64,
+    pub(in crate::limiter) limit: u64,
     /// Zero: only return.
-    pub(super) want: u64,
+    pub(in crate::limiter) want: u64,
 }
 
 /// Why tokens are fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Need {
+pub(in crate::limiter) enum Need {
     /// Requests of this cost in all are waiting.
     Cost(u64),
     /// No request is waiting, but one may be soon.
@@ -186,7 +183,7 @@ enum Next {
 
 /// The tokens held of one policy, and what is known of the rest.
 #[derive(Debug)]
-pub(super) struct Block {
+pub(in crate::limiter) struct Block {
     /// Of a whole day or month. Zero: no quota.
     limit: u64,
     /// What the window has of it.
@@ -214,7 +211,7 @@ pub(super) struct Block {
 }
 
 impl Block {
-    pub(super) const fn new() -> Self {
+    pub(in crate::limiter) const fn new() -> Self {
         Self {
             limit: 0,
             quota: 0,
@@ -237,7 +234,7 @@ impl Block {
 
     /// Sets how many replicas take blocks of the same quota.
     #[inline]
-    pub(super) fn share_among(&mut self, replicas: u64) {
+    pub(in crate::limiter) fn share_among(&mut self, replicas: u64) {
         self.replicas = replicas;
     }
 
@@ -245,12 +242,12 @@ impl Block {
         block_size(self.quota, self.replicas)
     }
 
-    pub(super) fn window(&self) -> QuotaWindow {
+    pub(in crate::limiter) fn window(&self) -> QuotaWindow {
         self.window
     }
 
     /// Whether [`enter`](Self::enter) is due: the policy limits, and `now` is in another window.
-    pub(super) fn is_outdated(&self, now: UnixNanos) -> bool {
+    pub(in crate::limiter) fn is_outdated(&self, now: UnixNanos) -> bool {
         self.limit != 0 && !self.window.span.contains(now)
     }
 
@@ -264,7 +261,7 @@ impl Block {
 
     /// Sets the policy's limit. What was consumed stays consumed. Tokens beyond the new limit, or beyond the
     /// new size of a block, are owed to the ledger.
-    pub(super) fn adopt(&mut self, limit: Option<NonZeroU64>) {
+    pub(in crate::limiter) fn adopt(&mut self, limit: Option<NonZeroU64>) {
         let limit = limit.map_or(0, NonZeroU64::get);
         if limit != self.limit {
             self.limit = limit;
@@ -277,7 +274,7 @@ impl Block {
 
     /// The time zone has changed. A window that was used keeps its end. One that nobody has used, as far as is
     /// known here, is given up, and the ledger decides.
-    pub(super) fn rezone(&mut self) {
+    pub(in crate::limiter) fn rezone(&mut self) {
         self.drop_next();
         if !self.known || self.used <= self.held {
             self.surrender();
@@ -290,7 +287,7 @@ impl Block {
     /// Moves to the window of `now`, which is not the current one. `calendar` is the day or month of `now`.
     /// Tokens of the old window are owed: it may not have ended (the clock was set back), and if it has, its
     /// row says what was really used.
-    pub(super) fn enter(&mut self, calendar: Window, now: UnixNanos) {
+    pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();
         self.patience = PATIENCE;
@@ -311,32 +308,32 @@ impl Block {
         (self.known, self.used) = (false, 0);
     }
 
-    pub(super) fn standing(&self, cost: u64) -> Standing {
+    pub(in crate::limiter) fn status(&self, cost: u64) -> BlockStatus {
         if self.limit == 0 {
-            Standing::Unlimited
+            BlockStatus::Unlimited
         } else if !self.known {
-            Standing::Unknown
+            BlockStatus::Unknown
         } else if cost > self.limit {
-            Standing::NeverFits
+            BlockStatus::NeverFits
         } else if self.held >= cost {
-            Standing::Fits
+            BlockStatus::Fits
         } else if self.remaining().saturating_add(self.reserved) >= cost {
-            Standing::Short
+            BlockStatus::Short
         } else {
-            Standing::Exhausted
+            BlockStatus::Exhausted
         }
     }
 
-    /// Spends `cost`, which [fits](Standing::Fits).
-    pub(super) fn spend(&mut self, cost: u64, now: UnixNanos) {
+    /// Spends `cost`, which [fits](BlockStatus::Fits).
+    pub(in crate::limiter) fn spend(&mut self, cost: u64, now: UnixNanos) {
         if self.limit != 0 {
             self.held -= cost;
             self.spent_at = now;
         }
     }
 
-    /// Sets `cost`, which [fits](Standing::Fits), apart for one request. Followed by [`settle`](Self::settle).
-    pub(super) fn reserve(&mut self, cost: u64, now: UnixNanos) -> Reservation {
+    /// Sets `cost`, which [fits](BlockStatus::Fits), apart for one request. Followed by [`settle`](Self::settle).
+    pub(in crate::limiter) fn reserve(&mut self, cost: u64, now: UnixNanos) -> Reservation {
         let tokens = if self.limit == 0 { 0 } else { cost };
         self.held -= tokens;
         self.reserved += tokens;
@@ -348,13 +345,13 @@ impl Block {
     }
 
     /// Whether a reservation is of the current window, and so can be spent.
-    pub(super) fn is_current(&self, reservation: Reservation) -> bool {
+    pub(in crate::limiter) fn is_current(&self, reservation: Reservation) -> bool {
         reservation.window == self.window && (self.limit != 0) == (reservation.tokens != 0)
     }
 
     /// Ends a reservation: its tokens are consumed, or held again. Those of another window are owed to it, since it may
     /// not have ended.
-    pub(super) fn settle(&mut self, reservation: Reservation, is_spent: bool) {
+    pub(in crate::limiter) fn settle(&mut self, reservation: Reservation, is_spent: bool) {
         let Reservation { window, tokens } = reservation;
         if window == self.window {
             self.reserved = self.reserved.saturating_sub(tokens);
@@ -371,13 +368,13 @@ impl Block {
     }
 
     /// Whether requests have set tokens of the current window apart.
-    pub(super) fn has_reservations(&self) -> bool {
+    pub(in crate::limiter) fn has_reservations(&self) -> bool {
         self.reserved > 0
     }
 
     /// Gives up what is held if none of it was spent for a while and other replicas share the quota. Returns whether
     /// anything was given up.
-    pub(super) fn give_up_idle(&mut self, now: UnixNanos) -> bool {
+    pub(in crate::limiter) fn give_up_idle(&mut self, now: UnixNanos) -> bool {
         let is_idle = now.0.abs_diff(self.spent_at.0) >= IDLE
             && self.replicas > 1
             && self.held > 0
@@ -389,19 +386,19 @@ impl Block {
     }
 
     /// Returns the quota of the current window, if the policy limits this key.
-    pub(super) fn quota(&self) -> Option<u64> {
+    pub(in crate::limiter) fn quota(&self) -> Option<u64> {
         (self.limit != 0).then_some(self.quota)
     }
 
     /// Returns what is left of the quota: all of it until the ledger has answered.
-    pub(super) fn remaining(&self) -> u64 {
+    pub(in crate::limiter) fn remaining(&self) -> u64 {
         self.quota
             .saturating_sub(self.used.saturating_sub(self.held))
     }
 
     /// Whether to fetch more before a request has to wait. Not token by token where other replicas share the
     /// quota: each would hold one that it may never need, until all are used up before they are spent.
-    pub(super) fn is_low(&self, now: UnixNanos) -> bool {
+    pub(in crate::limiter) fn is_low(&self, now: UnixNanos) -> bool {
         self.known
             && self.used < self.quota
             && (self.replicas == 1 || self.size() > 1)
@@ -412,17 +409,17 @@ impl Block {
 
     /// Whether tokens of a window that has not ended are owed and no call is under way. Those of an ended
     /// window can wait for [`take_owed`](Self::take_owed).
-    pub(super) fn has_debts(&self, now: UnixNanos) -> bool {
+    pub(in crate::limiter) fn has_debts(&self, now: UnixNanos) -> bool {
         !self.fetching && self.owed.iter().any(|(window, _)| now < window.end)
     }
 
     /// Whether to query a ledger again that was exhausted.
-    pub(super) fn is_worth_asking_again(&self, now: UnixNanos) -> bool {
+    pub(in crate::limiter) fn is_worth_asking_again(&self, now: UnixNanos) -> bool {
         !self.fetching && self.is_due(now)
     }
 
     /// Returns the last error of the ledger while it is too early to try again.
-    pub(super) fn cooling(&self, now: UnixNanos) -> Option<LedgerError> {
+    pub(in crate::limiter) fn cooling(&self, now: UnixNanos) -> Option<LedgerError> {
         self.failure
             .as_ref()
             .filter(|_| !self.is_due(now))
@@ -430,11 +427,11 @@ impl Block {
     }
 
     /// Returns how often the ledger has failed.
-    pub(super) fn failures(&self) -> u64 {
+    pub(in crate::limiter) fn failures(&self) -> u64 {
         self.failures
     }
 
-    pub(super) fn failure(&self) -> Option<LedgerError> {
+    pub(in crate::limiter) fn failure(&self) -> Option<LedgerError> {
         self.failure.clone()
     }
 
@@ -450,7 +447,7 @@ impl Block {
 
     /// Begins a fetch at `now`, unless one is under way or there is nothing to do. Every order is followed by
     /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
-    pub(super) fn begin_fetch(&mut self, need: Need, now: UnixNanos) -> Option<Order> {
+    pub(in crate::limiter) fn begin_fetch(&mut self, need: Need, now: UnixNanos) -> Option<Order> {
         if self.fetching {
             return None;
         }
@@ -483,7 +480,7 @@ impl Block {
     }
 
     /// The ledger answered a fetch.
-    pub(super) fn finish_fetch(&mut self, taken: Taken, now: UnixNanos) {
+    pub(in crate::limiter) fn finish_fetch(&mut self, taken: Taken, now: UnixNanos) {
         self.fetching = false;
         self.failure = None;
         self.receive(taken, now);
@@ -520,12 +517,12 @@ impl Block {
     }
 
     /// A call that only returned tokens has ended.
-    pub(super) fn finish_return(&mut self) {
+    pub(in crate::limiter) fn finish_return(&mut self) {
         self.fetching = false;
     }
 
     /// The ledger did not answer.
-    pub(super) fn fail(&mut self, error: LedgerError, now: UnixNanos) {
+    pub(in crate::limiter) fn fail(&mut self, error: LedgerError, now: UnixNanos) {
         self.fetching = false;
         self.failure = Some(error);
         self.failures += 1;
@@ -534,7 +531,11 @@ impl Block {
 
     /// Begins to fetch the first block of the next window, if it is time for `key_hash` and the key was used
     /// in this one. Returns when the next window starts. Followed by [`finish_next`](Self::finish_next).
-    pub(super) fn begin_next(&mut self, now: UnixNanos, key_hash: u64) -> Option<UnixNanos> {
+    pub(in crate::limiter) fn begin_next(
+        &mut self,
+        now: UnixNanos,
+        key_hash: u64,
+    ) -> Option<UnixNanos> {
         let end = self.window.span.end;
         let is_time = now.0.saturating_add(AHEAD_MIN + key_hash % AHEAD_JITTER) >= end.0;
         let is_wanted = self.limit != 0
@@ -550,7 +551,7 @@ impl Block {
     }
 
     /// Returns the limit and the number of tokens to take of a window in which `calendar` is the day or month.
-    pub(super) fn next_order(&self, calendar: Window) -> Order {
+    pub(in crate::limiter) fn next_order(&self, calendar: Window) -> Order {
         let window = window_at(self.window.span.end, calendar, &[self.window]);
         Order {
             give_back: Vec::new(),
@@ -560,7 +561,7 @@ impl Block {
     }
 
     /// The fetch of the next block ended; `None` if it failed.
-    pub(super) fn finish_next(&mut self, taken: Option<Taken>, now: UnixNanos) {
+    pub(in crate::limiter) fn finish_next(&mut self, taken: Option<Taken>, now: UnixNanos) {
         let is_outdated = matches!(self.next, Next::Outdated);
         self.next = Next::None;
         let Some(taken) = taken else {
@@ -590,7 +591,7 @@ impl Block {
 
     /// Owes what is held beyond a block and beyond what waiting requests need: the rest of what was fetched
     /// for a costly request that then was denied or canceled.
-    pub(super) fn tidy(&mut self, waited_for: u64) {
+    pub(in crate::limiter) fn tidy(&mut self, waited_for: u64) {
         let size = self.size().max(waited_for);
         if self.held > size {
             self.trim_to(size);
@@ -605,14 +606,14 @@ impl Block {
     }
 
     /// Gives up everything that is held, and takes all that is owed out of the block.
-    pub(super) fn release(&mut self) -> impl Iterator<Item = (UnixNanos, u64)> {
+    pub(in crate::limiter) fn release(&mut self) -> impl Iterator<Item = (UnixNanos, u64)> {
         self.surrender();
         self.drop_next();
         self.take_owed(UnixNanos(u64::MAX))
     }
 
     /// Takes what is owed to windows that end by `now` out of the block.
-    pub(super) fn take_owed(
+    pub(in crate::limiter) fn take_owed(
         &mut self,
         now: UnixNanos,
     ) -> impl Iterator<Item = (UnixNanos, u64)> + use<> {
@@ -624,7 +625,7 @@ impl Block {
     }
 
     /// Whether the block can be dropped: no tokens held, none owed, no call under way.
-    pub(super) fn is_forgettable(&self) -> bool {
+    pub(in crate::limiter) fn is_forgettable(&self) -> bool {
         self.held == 0 && self.owed.is_empty() && !self.fetching && matches!(self.next, Next::None)
     }
 

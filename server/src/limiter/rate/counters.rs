@@ -18,7 +18,7 @@ pub const NEVER_HEARD: CounterMicros = 1;
 pub enum BucketName {
     Key(TenantId, ApiKeyId),
     /// No key's bucket. Used to find out whether the counters answer.
-    Beat,
+    Heartbeat,
 }
 
 /// One call: credit `back` unspent tokens to a bucket, then take up to `want` tokens from it, but none if it holds
@@ -70,8 +70,8 @@ pub struct TakeReply {
 pub enum BucketState {
     /// The counters have lost their state. A new epoch starts in `wait` microseconds with every bucket empty. Until
     /// then nothing is granted.
-    Beginning { wait: u64 },
-    Known {
+    Initializing { wait: u64 },
+    Active {
         granted: u64,
         /// Nanoseconds until the bucket is full, after the call.
         debt: u64,

@@ -15,8 +15,12 @@
 
 use std::num::{NonZeroU32, NonZeroU64};
 
-use super::{A_SECOND, counters::CounterMicros, flight::Waiter, roster::Place};
-use crate::limiter::{gcra::Gcra, policy::Policies};
+use super::{counters::CounterMicros, gcra::Gcra};
+use crate::limiter::{
+    distributed::{A_SECOND, calls::Waiter},
+    membership::ReplicaSlot,
+    policy::Policies,
+};
 
 /// Nanoseconds. Tokens that expire sooner do not count as stock: the next lease is requested while they are spent.
 const LAST_MOMENT: u64 = 10_000_000;
@@ -48,7 +52,7 @@ struct View {
 pub(in crate::limiter) struct Share {
     since: u64,
     /// The share's TAT, on the monotonic clock.
-    pub(super) tat: u64,
+    pub(in crate::limiter) tat: u64,
     /// Nanoseconds per token of the share, and from empty to full.
     price: u64,
     tau: u64,
@@ -62,16 +66,16 @@ impl Share {
     /// Takes `cost` from this replica's share of the bucket, which was empty at `since`. All shares together are one
     /// bucket: each replica holds as many of the `burst` tokens, and gets as much of the rate, as its place entitles
     /// it to.
-    pub(super) fn take(
+    pub(in crate::limiter) fn take(
         &mut self,
         gcra: Gcra,
-        place: Place,
+        slot: ReplicaSlot,
         since: u64,
         cost: NonZeroU32,
         now: u64,
     ) -> Result<(), NonZeroU64> {
         let burst = gcra.tau() / gcra.emission();
-        let mine = burst / place.of.get() + u64::from(place.rank < burst % place.of.get());
+        let mine = burst / slot.of.get() + u64::from(slot.rank < burst % slot.of.get());
         self.follow(gcra.tau().div_ceil(mine.max(1)), gcra.tau(), since, now);
         if mine < u64::from(cost.get()) {
             return Err(A_SECOND);
@@ -124,15 +128,15 @@ impl Share {
 
 /// What a call to the counters says about the plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Terms {
-    pub(super) gcra: Gcra,
-    pub(super) version: u64,
+pub(in crate::limiter) struct Terms {
+    pub(in crate::limiter) gcra: Gcra,
+    pub(in crate::limiter) version: u64,
     /// Whether tokens may be held for later. If not, every request is decided by the counters.
-    pub(super) leased: bool,
+    pub(in crate::limiter) leased: bool,
 }
 
 impl Terms {
-    pub(super) fn new(policies: &Policies, ttl: u64) -> Self {
+    pub(in crate::limiter) fn new(policies: &Policies, ttl: u64) -> Self {
         Self {
             gcra: policies.gcra(),
             version: policies.version(),
@@ -141,7 +145,7 @@ impl Terms {
     }
 
     /// Whether tokens taken on the other terms may be spent on these.
-    pub(super) fn is_like(self, other: Self) -> bool {
+    pub(in crate::limiter) fn is_like(self, other: Self) -> bool {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
@@ -187,17 +191,17 @@ pub(in crate::limiter) struct Lease {
     /// The counters had fewer than `held_for` tokens. They are not asked for that many again until `held_until`.
     held_until: u64,
     held_for: u64,
-    pub(super) share: Share,
+    pub(in crate::limiter) share: Share,
 }
 
 /// Tokens that were not spent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Unspent {
-    pub(super) tokens: u64,
+pub(in crate::limiter) struct Unspent {
+    pub(in crate::limiter) tokens: u64,
     /// When the oldest was taken.
-    pub(super) taken_at: CounterMicros,
+    pub(in crate::limiter) taken_at: CounterMicros,
     /// The bucket's generation when they were taken; 0, which none has, if they were taken in several.
-    pub(super) generation: u64,
+    pub(in crate::limiter) generation: u64,
 }
 
 impl Unspent {
@@ -232,11 +236,11 @@ impl Slot {
 
 /// What to ask the counters for.
 #[derive(Debug)]
-pub(super) struct Demand {
-    pub(super) need: u64,
-    pub(super) waiting: u64,
-    pub(super) want: u64,
-    pub(super) requests: Vec<Waiter>,
+pub(in crate::limiter) struct Demand {
+    pub(in crate::limiter) need: u64,
+    pub(in crate::limiter) waiting: u64,
+    pub(in crate::limiter) want: u64,
+    pub(in crate::limiter) requests: Vec<Waiter>,
 }
 
 impl Lease {
@@ -251,7 +255,7 @@ impl Lease {
     }
 
     /// Marks all tokens held here to be returned.
-    pub(super) fn surrender_all(&mut self) {
+    pub(in crate::limiter) fn surrender_all(&mut self) {
         for i in 0..self.slots.len() {
             self.surrender(i);
         }
@@ -272,7 +276,7 @@ impl Lease {
     }
 
     /// Marks tokens to be returned.
-    pub(super) fn owe(&mut self, unspent: Unspent) {
+    pub(in crate::limiter) fn owe(&mut self, unspent: Unspent) {
         self.back = self.back.and(unspent);
         // Where nothing is held, the bucket has no more than came back: it is worth asking again.
         if self.terms.is_some_and(|terms| !terms.leased) && unspent.tokens > 0 {
@@ -281,12 +285,12 @@ impl Lease {
     }
 
     /// Whether tokens are to be returned.
-    pub(super) fn owes(&self) -> bool {
+    pub(in crate::limiter) fn owes(&self) -> bool {
         self.back.tokens > 0
     }
 
     /// Marks expired tokens to be returned.
-    pub(super) fn expire(&mut self, now: u64) {
+    pub(in crate::limiter) fn expire(&mut self, now: u64) {
         for i in 0..self.slots.len() {
             if self.slots[i].tokens > 0 && self.slots[i].expires <= now {
                 self.surrender(i);
@@ -295,7 +299,7 @@ impl Lease {
     }
 
     /// Spends `n` tokens, or none. Call [`expire`](Self::expire) first.
-    pub(super) fn spend(&mut self, n: u64) -> bool {
+    pub(in crate::limiter) fn spend(&mut self, n: u64) -> bool {
         let [older, newer] = &mut self.slots;
         if older.tokens + newer.tokens < n {
             return false;
@@ -308,7 +312,7 @@ impl Lease {
     }
 
     /// Sets `n` tokens apart for a request, if so many are here.
-    pub(super) fn set_apart(&mut self, n: u64) -> Option<Unspent> {
+    pub(in crate::limiter) fn set_apart(&mut self, n: u64) -> Option<Unspent> {
         let [older, newer] = &mut self.slots;
         if older.tokens + newer.tokens < n {
             return None;
@@ -318,9 +322,9 @@ impl Lease {
     }
 
     /// Marks tokens beyond the size of a lease to be returned: what was granted to requests that are gone.
-    pub(super) fn trim(&mut self) {
+    pub(in crate::limiter) fn trim(&mut self) {
         let most = if self.size < 2 { 0 } else { self.size };
-        if let Some(excess) = self.in_hand().checked_sub(most)
+        if let Some(excess) = self.available().checked_sub(most)
             && let Some(unspent) = self.set_apart(excess)
         {
             self.owe(unspent);
@@ -328,7 +332,7 @@ impl Lease {
     }
 
     /// The tokens available here.
-    pub(super) fn in_hand(&self) -> u64 {
+    pub(in crate::limiter) fn available(&self) -> u64 {
         self.slots.iter().map(|slot| slot.tokens).sum()
     }
 
@@ -357,27 +361,27 @@ impl Lease {
     }
 
     /// A request that found too few tokens here waits for the counters. A cost of zero waits for their answer only.
-    pub(super) fn wait(&mut self, waiter: Waiter) {
+    pub(in crate::limiter) fn wait(&mut self, waiter: Waiter) {
         self.wanted += waiter.tokens;
         self.waiting.push(waiter);
     }
 
     /// Calls are made on these terms from now on.
-    pub(super) fn adopt(&mut self, terms: Terms) {
+    pub(in crate::limiter) fn adopt(&mut self, terms: Terms) {
         self.terms = Some(terms);
     }
 
-    pub(super) fn terms(&self) -> Option<Terms> {
+    pub(in crate::limiter) fn terms(&self) -> Option<Terms> {
         self.terms
     }
 
     /// Requests that wait for a call that has not begun.
-    pub(super) fn waiting(&mut self) -> &mut Vec<Waiter> {
+    pub(in crate::limiter) fn waiting(&mut self) -> &mut Vec<Waiter> {
         &mut self.waiting
     }
 
     /// Whether to request the next lease although this one is not spent yet.
-    pub(super) fn is_low(&self, now: u64) -> bool {
+    pub(in crate::limiter) fn is_low(&self, now: u64) -> bool {
         if self.size < 2 || self.fetching > 0 || now < self.held_until {
             return false;
         }
@@ -388,7 +392,7 @@ impl Lease {
     /// ask for, or a call is under way. A bucket that would fill up while that call is waited for, and refill in vain,
     /// is called again before. Tokens here count towards a request only if they last until the `patience` for
     /// the answer is over.
-    pub(super) fn begin_fetch(
+    pub(in crate::limiter) fn begin_fetch(
         &mut self,
         (now, ttl, patience): (u64, u64, u64),
         ahead: bool,
@@ -418,7 +422,7 @@ impl Lease {
             None => (u64::from(ahead), u64::from(ahead)),
         };
         let for_later = if waiting > 0 && size >= 2 {
-            size.saturating_sub(self.in_hand())
+            size.saturating_sub(self.available())
         } else {
             0
         };
@@ -442,28 +446,28 @@ impl Lease {
     }
 
     /// The call has been answered, has failed, or is late: another one may begin.
-    pub(super) fn end_fetch(&mut self) {
+    pub(in crate::limiter) fn end_fetch(&mut self) {
         self.fetching = self.fetching.saturating_sub(1);
     }
 
     /// The call is over.
-    pub(super) fn end_call(&mut self) {
+    pub(in crate::limiter) fn end_call(&mut self) {
         self.calls = self.calls.saturating_sub(1);
     }
 
     /// Whether a call is under way that may bring tokens or returns some.
-    pub(super) fn is_busy(&self) -> bool {
+    pub(in crate::limiter) fn is_busy(&self) -> bool {
         self.calls > 0 || self.returning
     }
 
     /// Takes what is to be returned.
-    pub(super) fn unspent(&mut self) -> Option<Unspent> {
+    pub(in crate::limiter) fn unspent(&mut self) -> Option<Unspent> {
         let back = std::mem::take(&mut self.back);
         (back.tokens > 0).then_some(back)
     }
 
     /// Whether a task is to be started that returns tokens: there are some, and nothing that is under way will.
-    pub(super) fn begin_return(&mut self) -> bool {
+    pub(in crate::limiter) fn begin_return(&mut self) -> bool {
         let begins = self.back.tokens > 0
             && !self.returning
             && self.fetching == 0
@@ -472,12 +476,12 @@ impl Lease {
         begins
     }
 
-    pub(super) fn end_return(&mut self) {
+    pub(in crate::limiter) fn end_return(&mut self) {
         self.returning = false;
     }
 
     /// Stocks `granted`, to be spent before `expires`.
-    pub(super) fn stock(&mut self, granted: Unspent, expires: u64) {
+    pub(in crate::limiter) fn stock(&mut self, granted: Unspent, expires: u64) {
         if self.slots[1].tokens > 0 {
             self.surrender(0);
             self.slots.swap(0, 1);
@@ -491,41 +495,41 @@ impl Lease {
     }
 
     /// The bucket was `debt` nanoseconds from full in a call that began at `seen`.
-    pub(super) fn saw(&mut self, debt: u64, seen: u64) {
+    pub(in crate::limiter) fn saw(&mut self, debt: u64, seen: u64) {
         self.view = Some(View { debt, seen });
         self.share.is_edited = false;
     }
 
     /// When the call began in which the counters last described the bucket; 0 for never.
-    pub(super) fn seen_at(&self) -> u64 {
+    pub(in crate::limiter) fn seen_at(&self) -> u64 {
         self.view.map_or(0, |view| view.seen)
     }
 
     /// A call got `granted` of the tokens that it wanted. When it got fewer, the bucket is nearly empty, and the next call
     /// asks for all that is left as if requests were waiting for it: a few tokens must not stay behind while requests
     /// are denied, nor be fetched one by one.
-    pub(super) fn served(&mut self, granted: u64, wanted: u64) {
+    pub(in crate::limiter) fn served(&mut self, granted: u64, wanted: u64) {
         if wanted > 0 {
             self.short = granted < wanted;
         }
     }
 
     /// There are too few tokens for a request of `n` until then.
-    pub(super) fn hold(&mut self, n: u64, until: u64) {
+    pub(in crate::limiter) fn hold(&mut self, n: u64, until: u64) {
         self.held_until = until;
         self.held_for = n;
     }
 
     /// Until when requests of `n` are denied without a call.
-    pub(super) fn held(&self, n: u64, now: u64) -> Option<u64> {
+    pub(in crate::limiter) fn held(&self, n: u64, now: u64) -> Option<u64> {
         (now < self.held_until && n >= self.held_for).then_some(self.held_until)
     }
 
     /// Nanoseconds until the bucket is full, as far as is known here. Tokens held here count as in the bucket.
-    pub(super) fn debt(&self, gcra: Gcra, now: u64) -> u64 {
+    pub(in crate::limiter) fn debt(&self, gcra: Gcra, now: u64) -> u64 {
         let view = self.view.unwrap_or_default();
         let debt = view.debt.saturating_sub(now.saturating_sub(view.seen));
-        debt.saturating_sub(self.in_hand().saturating_mul(gcra.emission()))
+        debt.saturating_sub(self.available().saturating_mul(gcra.emission()))
             .min(gcra.tau())
     }
 }
@@ -536,7 +540,7 @@ mod tests {
     use crate::limiter::policy::RatePolicy;
 
     const SECOND: u64 = 1_000_000_000;
-    const WHOLE: Place = Place {
+    const WHOLE: ReplicaSlot = ReplicaSlot {
         rank: 0,
         of: NonZeroU64::MIN,
     };

@@ -20,24 +20,24 @@ use futures_util::{StreamExt as _, stream};
 use quota_common::id::ApiKeyId;
 use tokio::{runtime::Handle, sync::oneshot, time};
 
-use super::{
-    Inner,
-    counters::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
-    health::Partition,
-    lease::{Demand, Lease, Terms, Unspent},
-    nanos,
-    watch::see_to_return,
-};
+use super::{StoreCore, breaker::CircuitBreaker, nanos, probe::probe_until_recovered};
 use crate::{
     deadline,
-    limiter::{cell::CellState, store::KeyCell},
+    limiter::{
+        key::state::KeyState,
+        rate::{
+            counters::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
+            lease::{Demand, Lease, Terms, Unspent},
+        },
+        store::KeyHandle,
+    },
 };
 
 /// After how long a call is given up. Until then a late answer is still used.
-pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
+pub(in crate::limiter) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How long a denial by the counters may be believed where tokens are leased, in lives of a lease.
-pub(super) const DENIED_FOR_LEASES: u64 = 2;
+pub(in crate::limiter) const DENIED_FOR_LEASES: u64 = 2;
 
 /// How many leases are returned at the same time when the process ends, and how many of these calls may fail.
 const RETURNS_AT_ONCE: usize = 256;
@@ -47,7 +47,7 @@ const RETURNED_WITHIN: Duration = Duration::from_secs(4);
 
 /// What became of a request that waited for the counters.
 #[derive(Debug)]
-pub(super) enum FetchOutcome {
+pub(in crate::limiter) enum FetchOutcome {
     /// The tokens it needs.
     Granted(GrantGuard),
     /// The counters answered, and had too few tokens for it.
@@ -58,19 +58,19 @@ pub(super) enum FetchOutcome {
 
 /// A request that waits for the counters.
 #[derive(Debug)]
-pub(super) struct Waiter {
-    pub(super) tokens: u64,
+pub(in crate::limiter) struct Waiter {
+    pub(in crate::limiter) tokens: u64,
     outcome: oneshot::Sender<FetchOutcome>,
 }
 
 impl Waiter {
-    pub(super) fn new(tokens: u64) -> (Self, oneshot::Receiver<FetchOutcome>) {
+    pub(in crate::limiter) fn new(tokens: u64) -> (Self, oneshot::Receiver<FetchOutcome>) {
         let (outcome, receiver) = oneshot::channel();
         (Self { tokens, outcome }, receiver)
     }
 
     /// The request was dropped.
-    pub(super) fn is_gone(&self) -> bool {
+    pub(in crate::limiter) fn is_gone(&self) -> bool {
         self.outcome.is_closed()
     }
 }
@@ -82,7 +82,7 @@ enum Answer {
     Failed,
 }
 
-impl Inner {
+impl StoreCore {
     #[expect(
         clippy::cast_possible_truncation,
         reason = "the remainder is below the number of partitions, a u16"
@@ -91,17 +91,17 @@ impl Inner {
         (key.0.as_u128() % self.partitions.len() as u128) as u16
     }
 
-    pub(super) fn partition(&self, cell: &KeyCell) -> &Partition {
-        &self.partitions[usize::from(self.partition_of(cell.key))]
+    pub(in crate::limiter) fn partition(&self, handle: &KeyHandle) -> &CircuitBreaker {
+        &self.partitions[usize::from(self.partition_of(handle.key))]
     }
 
     /// A call for a key that takes nothing and returns `back`.
-    fn call(&self, cell: &KeyCell, terms: Terms, back: Option<Unspent>) -> TakeCall {
-        let partition = self.partition_of(cell.key);
+    fn call(&self, handle: &KeyHandle, terms: Terms, back: Option<Unspent>) -> TakeCall {
+        let partition = self.partition_of(handle.key);
         let back = back.unwrap_or_default();
         TakeCall {
             partition,
-            bucket: BucketName::Key(cell.tenant, cell.key),
+            bucket: BucketName::Key(handle.tenant, handle.key),
             emission: terms.gcra.emission(),
             tau: terms.gcra.tau(),
             version: terms.version,
@@ -119,13 +119,18 @@ impl Inner {
     }
 
     /// Starts a call for the requests that wait, unless one is under way; with `ahead`, also when none waits.
-    pub(super) fn begin_fetch(&self, cell: &Arc<KeyCell>, state: &mut CellState, ahead: bool) {
+    pub(in crate::limiter) fn begin_fetch(
+        &self,
+        handle: &Arc<KeyHandle>,
+        state: &mut KeyState,
+        ahead: bool,
+    ) {
         let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
             // Whoever waits hears that there is no answer.
             state.lease().waiting().clear();
             return;
         };
-        if self.partition(cell).is_away() {
+        if self.partition(handle).is_away() {
             state.lease().waiting().clear();
             return;
         }
@@ -147,11 +152,11 @@ impl Inner {
             need,
             waiting,
             want,
-            ..self.call(cell, terms, lease.unspent())
+            ..self.call(handle, terms, lease.unspent())
         };
         runtime.spawn(fetch(
             inner,
-            Arc::clone(cell),
+            Arc::clone(handle),
             call,
             terms,
             asked_at,
@@ -165,11 +170,11 @@ impl Inner {
         let answer = self.answer(call, on_late).await;
         match answer {
             Answer::InTime(TakeReply {
-                state: BucketState::Known { granted, .. },
+                state: BucketState::Active { granted, .. },
                 ..
             })
             | Answer::Late(TakeReply {
-                state: BucketState::Known { granted, .. },
+                state: BucketState::Active { granted, .. },
                 ..
             }) => {
                 self.metrics.lease_tokens_taken.inc_by(granted);
@@ -183,18 +188,22 @@ impl Inner {
     }
 
     /// The same where nobody waits.
-    pub(super) async fn ask(&self, call: TakeCall) {
+    pub(in crate::limiter) async fn ask(&self, call: TakeCall) {
         self.ask_until(call, || ()).await;
     }
 
     /// Returns how many nanoseconds the bucket takes to fill, by the counters. `None` if they do not answer in time.
-    pub(super) async fn look_up_debt(&self, cell: &KeyCell, terms: Terms) -> Option<u64> {
-        if self.partition(cell).is_away() {
+    pub(in crate::limiter) async fn look_up_debt(
+        &self,
+        handle: &KeyHandle,
+        terms: Terms,
+    ) -> Option<u64> {
+        if self.partition(handle).is_away() {
             return None;
         }
-        match self.ask_until(self.call(cell, terms, None), || ()).await {
+        match self.ask_until(self.call(handle, terms, None), || ()).await {
             Answer::InTime(TakeReply {
-                state: BucketState::Known { debt, .. },
+                state: BucketState::Active { debt, .. },
                 ..
             }) => Some(debt),
             _ => None,
@@ -224,9 +233,9 @@ impl Inner {
                 if !late {
                     partition.succeeded(reply.at, now);
                 }
-                if let BucketState::Beginning { wait } = reply.state
+                if let BucketState::Initializing { wait } = reply.state
                     && !partition.is_away()
-                    && partition.is_beginning(asked_at + wait * 1000, now)
+                    && partition.is_initializing(asked_at + wait * 1000, now)
                 {
                     tracing::warn!(
                         partition = call.partition,
@@ -235,7 +244,7 @@ impl Inner {
                     );
                     let promised = reply.at + wait;
                     let wait = Duration::from_micros(wait);
-                    self.see_to_return(call.partition, wait, promised);
+                    self.probe_until_recovered(call.partition, wait, promised);
                 }
                 if late {
                     Answer::Late(reply)
@@ -257,25 +266,25 @@ impl Inner {
         if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
             tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
-            self.see_to_return(partition, super::watch::PROBE_EVERY, 0);
+            self.probe_until_recovered(partition, super::probe::PROBE_EVERY, 0);
         }
     }
 
     /// Starts probing a partition that has just been given up.
-    fn see_to_return(&self, partition: u16, first: Duration, promised: CounterMicros) {
+    fn probe_until_recovered(&self, partition: u16, first: Duration, promised: CounterMicros) {
         self.metrics.counters_away.inc();
         if let Ok(runtime) = Handle::try_current() {
             let me = Weak::clone(&self.me);
-            runtime.spawn(see_to_return(me, partition, first, promised));
+            runtime.spawn(probe_until_recovered(me, partition, first, promised));
         }
     }
 
     /// `unspent` for a request; nothing where it only waited for the answer.
-    fn guard(&self, cell: &Arc<KeyCell>, unspent: Unspent) -> FetchOutcome {
+    fn guard(&self, handle: &Arc<KeyHandle>, unspent: Unspent) -> FetchOutcome {
         match self.me.upgrade() {
             Some(inner) if unspent.tokens > 0 => FetchOutcome::Granted(GrantGuard {
                 inner,
-                cell: Arc::clone(cell),
+                handle: Arc::clone(handle),
                 unspent,
             }),
             _ => FetchOutcome::TooFew,
@@ -284,35 +293,35 @@ impl Inner {
 
     /// Whether no other replica can be selling what the counters do not know of. In a cluster partitions rest, and
     /// that nobody was answered there says nothing.
-    pub(super) fn is_alone(&self) -> bool {
-        self.partitions.len() > 1 || self.roster.sharers() == 1
+    pub(in crate::limiter) fn is_alone(&self) -> bool {
+        self.partitions.len() > 1 || self.membership.replica_count() == 1
     }
 
-    pub(super) fn is_draining(&self) -> bool {
+    pub(in crate::limiter) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
     }
 
     /// Returns every token that is held for later, before the process ends. Gives up on counters that do not
     /// answer; what is not returned comes back as buckets refill.
-    pub(super) async fn return_leases(&self) {
+    pub(in crate::limiter) async fn return_leases(&self) {
         self.draining.store(true, Ordering::Release);
         let deadline = time::Instant::now() + RETURNED_WITHIN;
         let failures = AtomicU32::new(0);
         let mut busy = Vec::new();
-        for cells in self.cells.by_shard() {
+        for keys in self.keys.by_shard() {
             let mut calls = Vec::new();
-            for cell in cells {
-                let mut state = cell.state.lock();
+            for handle in keys {
+                let mut state = handle.state.lock();
                 let Some(lease) = &mut state.lease else {
                     continue;
                 };
                 lease.surrender_all();
                 if let (Some(terms), Some(back)) = (lease.terms(), lease.unspent()) {
-                    calls.push(self.call(&cell, terms, Some(back)));
+                    calls.push(self.call(&handle, terms, Some(back)));
                 }
                 if lease.is_busy() {
                     drop(state);
-                    busy.push(cell);
+                    busy.push(handle);
                 }
             }
             // Not counted against the counters' health: so many calls at a time may well be late.
@@ -338,8 +347,8 @@ impl Inner {
         }
         // Calls that were under way return what they were granted by themselves.
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
-        let is_busy = |cell: &Arc<KeyCell>| {
-            let mut state = cell.state.lock();
+        let is_busy = |handle: &Arc<KeyHandle>| {
+            let mut state = handle.state.lock();
             state.lease().is_busy()
         };
         while busy.iter().any(is_busy) && time::Instant::now() < patience {
@@ -350,14 +359,14 @@ impl Inner {
 
 /// Tokens granted to one request. They are returned unless they are [spent](Self::spend).
 #[derive(Debug)]
-pub(super) struct GrantGuard {
-    inner: Arc<Inner>,
-    cell: Arc<KeyCell>,
+pub(in crate::limiter) struct GrantGuard {
+    inner: Arc<StoreCore>,
+    handle: Arc<KeyHandle>,
     unspent: Unspent,
 }
 
 impl GrantGuard {
-    pub(super) fn spend(mut self) {
+    pub(in crate::limiter) fn spend(mut self) {
         self.unspent.tokens = 0;
     }
 }
@@ -365,29 +374,29 @@ impl GrantGuard {
 impl Drop for GrantGuard {
     fn drop(&mut self) {
         if self.unspent.tokens > 0 {
-            self.cell.state.lock().lease().owe(self.unspent);
-            begin_return(&self.inner, &self.cell);
+            self.handle.state.lock().lease().owe(self.unspent);
+            begin_return(&self.inner, &self.handle);
         }
     }
 }
 
 /// Starts returning unspent tokens, unless something that is under way will. Many that become free at the same time
 /// go back together.
-fn begin_return(inner: &Arc<Inner>, cell: &Arc<KeyCell>) {
+fn begin_return(inner: &Arc<StoreCore>, handle: &Arc<KeyHandle>) {
     if let Ok(runtime) = Handle::try_current()
-        && cell.state.lock().lease().begin_return()
+        && handle.state.lock().lease().begin_return()
     {
-        runtime.spawn(return_unspent(Arc::clone(inner), Arc::clone(cell)));
+        runtime.spawn(return_unspent(Arc::clone(inner), Arc::clone(handle)));
     }
 }
 
-async fn return_unspent(inner: Arc<Inner>, cell: Arc<KeyCell>) {
+async fn return_unspent(inner: Arc<StoreCore>, handle: Arc<KeyHandle>) {
     loop {
         let call = {
-            let mut state = cell.state.lock();
+            let mut state = handle.state.lock();
             let lease = state.lease();
             match (lease.terms(), lease.unspent()) {
-                (Some(terms), Some(back)) => inner.call(&cell, terms, Some(back)),
+                (Some(terms), Some(back)) => inner.call(&handle, terms, Some(back)),
                 _ => {
                     lease.end_return();
                     return;
@@ -400,8 +409,8 @@ async fn return_unspent(inner: Arc<Inner>, cell: Arc<KeyCell>) {
 
 /// A call for tokens. However it ends, the requests that it is made for hear of it, and the next call may begin.
 struct LeaseFetch {
-    inner: Arc<Inner>,
-    cell: Arc<KeyCell>,
+    inner: Arc<StoreCore>,
+    handle: Arc<KeyHandle>,
     call: TakeCall,
     terms: Terms,
     asked_at: u64,
@@ -413,7 +422,7 @@ struct LeaseFetch {
 impl Drop for LeaseFetch {
     fn drop(&mut self) {
         self.give_up();
-        self.cell.state.lock().lease().end_call();
+        self.handle.state.lock().lease().end_call();
     }
 }
 
@@ -422,16 +431,16 @@ impl LeaseFetch {
     fn give_up(&mut self) {
         self.requests.clear();
         if std::mem::take(&mut self.active) {
-            let mut state = self.cell.state.lock();
+            let mut state = self.handle.state.lock();
             state.lease().end_fetch();
-            self.inner.begin_fetch(&self.cell, &mut state, false);
+            self.inner.begin_fetch(&self.handle, &mut state, false);
         }
     }
 
     /// Distributes what was granted: to the requests that the call was made for, to those that have come since, and
     /// what is left to later ones, where they may have it. Returns whether some is left.
     fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
-        let BucketState::Known {
+        let BucketState::Active {
             granted,
             debt,
             generation,
@@ -445,7 +454,7 @@ impl LeaseFetch {
             generation,
         };
         let mut outcomes = Vec::with_capacity(self.requests.len());
-        let mut state = self.cell.state.lock();
+        let mut state = self.handle.state.lock();
         let now = self.inner.clock.monotonic();
         let lease = state.lease();
         lease.expire(now);
@@ -453,7 +462,7 @@ impl LeaseFetch {
         if lease.seen_at() <= self.asked_at {
             lease.saw(debt, self.asked_at);
         }
-        if self.active || lease.in_hand() == 0 {
+        if self.active || lease.available() == 0 {
             let expires = self.asked_at.saturating_add(self.inner.ttl);
             lease.stock(grant, expires);
         } else {
@@ -465,7 +474,7 @@ impl LeaseFetch {
                 continue;
             }
             let outcome = match lease.set_apart(waiter.tokens) {
-                Some(unspent) => self.inner.guard(&self.cell, unspent),
+                Some(unspent) => self.inner.guard(&self.handle, unspent),
                 None => {
                     refused = Some(refused.unwrap_or(u64::MAX).min(waiter.tokens));
                     FetchOutcome::TooFew
@@ -488,7 +497,7 @@ impl LeaseFetch {
                 if waiter.tokens == 0 {
                     lease.waiting().push(waiter);
                 } else if let Some(unspent) = lease.set_apart(waiter.tokens) {
-                    outcomes.push((waiter, self.inner.guard(&self.cell, unspent)));
+                    outcomes.push((waiter, self.inner.guard(&self.handle, unspent)));
                 } else if lease.held(waiter.tokens, now).is_some() {
                     outcomes.push((waiter, FetchOutcome::TooFew));
                 } else {
@@ -497,10 +506,10 @@ impl LeaseFetch {
             }
             lease.trim();
         }
-        let left = lease.in_hand() > 0;
+        let left = lease.available() > 0;
         if std::mem::take(&mut self.active) {
             lease.end_fetch();
-            self.inner.begin_fetch(&self.cell, &mut state, false);
+            self.inner.begin_fetch(&self.handle, &mut state, false);
         }
         // Tokens of a request that is gone are returned, which needs the lock.
         drop(state);
@@ -548,8 +557,8 @@ impl LeaseFetch {
 
 /// Asks for tokens, and returns in the end what is not spent of them.
 async fn fetch(
-    inner: Arc<Inner>,
-    cell: Arc<KeyCell>,
+    inner: Arc<StoreCore>,
+    handle: Arc<KeyHandle>,
     call: TakeCall,
     terms: Terms,
     asked_at: u64,
@@ -557,7 +566,7 @@ async fn fetch(
 ) {
     let mut fetch = LeaseFetch {
         inner: Arc::clone(&inner),
-        cell: Arc::clone(&cell),
+        handle: Arc::clone(&handle),
         call,
         terms,
         asked_at,
@@ -575,7 +584,7 @@ async fn fetch(
         let left = expires.saturating_sub(inner.clock.monotonic());
         time::sleep(Duration::from_nanos(left + 1)).await;
         let now = inner.clock.monotonic();
-        cell.state.lock().lease().expire(now);
+        handle.state.lock().lease().expire(now);
     }
-    begin_return(&inner, &cell);
+    begin_return(&inner, &handle);
 }

@@ -11,7 +11,7 @@
 //! store admitted is charged to it. (Admitting and refunding is not the same: between the two the bucket may
 //! have been full, and a refund would credit what was never taken from anybody.)
 //!
-//! In front of the *memory* store this could only cost: the same numbers lie in the same cell, one lock and a
+//! In front of the *memory* store this could only cost: the same numbers lie in the same handle, one lock and a
 //! few additions away. So the limiter passes it by where [`LimitStore::is_local`] says so.
 //!
 //! It runs on the monotonic clock: a calendar set back must not lock anybody out.
@@ -37,8 +37,8 @@ use parking_lot::Mutex;
 
 use super::{
     decision::{Decision, Outcome, PolicyState},
-    gcra::{Gcra, Verdict},
     policy::{Policies, Policy, PolicySet, RatePolicy},
+    rate::gcra::{Gcra, Verdict},
 };
 use crate::clock::{Clock, UnixNanos};
 
@@ -70,9 +70,9 @@ fn governor_quota(rate: RatePolicy) -> Quota {
 
 /// A state that `governor` may look at and not change: the TAT, in nanoseconds since the limiter was made.
 #[derive(Debug, Clone, Default)]
-struct Looked(Arc<AtomicU64>);
+struct SharedTat(Arc<AtomicU64>);
 
-impl StateStore for Looked {
+impl StateStore for SharedTat {
     type Key = NotKeyed;
 
     fn measure_and_replace<T, F, E>(&self, _: &NotKeyed, decide: F) -> Result<T, E>
@@ -86,14 +86,14 @@ impl StateStore for Looked {
 
 /// One key's local limiter and memory of denials. Empty until the first decision of a remote store.
 #[derive(Debug, Default)]
-pub(super) struct Gate(Mutex<Option<Box<Known>>>);
+pub(super) struct DenialCache(Mutex<Option<Box<LocalBucket>>>);
 
 #[derive(Debug)]
-struct Known {
+struct LocalBucket {
     fingerprint: u64,
     gcra: Gcra,
-    limiter: RateLimiter<NotKeyed, Looked, Monotonic, NoOpMiddleware<Nanos>>,
-    tat: Looked,
+    limiter: RateLimiter<NotKeyed, SharedTat, Monotonic, NoOpMiddleware<Nanos>>,
+    tat: SharedTat,
     /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was made smaller.
     beyond: u64,
     /// When tokens were last charged, or the plan was edited, since the limiter's zero.
@@ -158,9 +158,9 @@ impl Denied {
     }
 }
 
-impl Known {
+impl LocalBucket {
     fn new(policies: &Policies, clock: &Arc<dyn Clock>) -> Self {
-        let tat = Looked::default();
+        let tat = SharedTat::default();
         let clock = Monotonic(Arc::clone(clock));
         let start = governor::clock::Clock::now(&clock).as_u64();
         Self {
@@ -282,9 +282,9 @@ impl Known {
     }
 }
 
-impl Gate {
+impl DenialCache {
     /// A denial that needs no store, if this replica knows one.
-    pub(super) fn look(
+    pub(super) fn find(
         &self,
         policies: &Policies,
         cost: NonZeroU32,
@@ -302,7 +302,7 @@ impl Gate {
     /// Records what the store decided. A denial by the rate is remembered for `rate_memory` nanoseconds at most. The
     /// store decided some time after it was `asked`: what was spent has been refilling since then at the most, and
     /// nothing must be refused here that the store would admit.
-    pub(super) fn learn(
+    pub(super) fn record(
         &self,
         policies: &Policies,
         cost: NonZeroU32,
@@ -340,15 +340,15 @@ impl Gate {
 }
 
 fn current<'a>(
-    known: &'a mut Option<Box<Known>>,
+    known: &'a mut Option<Box<LocalBucket>>,
     policies: &Policies,
     clock: &Arc<dyn Clock>,
-) -> &'a mut Known {
+) -> &'a mut LocalBucket {
     match known {
         Some(old) if old.fingerprint != policies.fingerprint() => {
             old.follow(policies, clock);
         }
         _ => {}
     }
-    known.get_or_insert_with(|| Box::new(Known::new(policies, clock)))
+    known.get_or_insert_with(|| Box::new(LocalBucket::new(policies, clock)))
 }

@@ -15,18 +15,20 @@ use std::{
 use quota_common::plan::OnRedisFailure;
 
 use super::{
-    A_MOMENT, A_SECOND, Inner,
-    flight::{FetchOutcome, GrantGuard, Waiter},
-    lease::Terms,
+    A_MOMENT, A_SECOND, StoreCore,
+    calls::{FetchOutcome, GrantGuard, Waiter},
 };
 use crate::{
     clock::UnixNanos,
     limiter::{
-        cell::{CellState, Denial, Lacking, Unasked},
         decision::{Decision, Outcome, PolicyState},
-        ledger_calls::DemandGuard,
+        key::{
+            ledger_calls::DemandGuard,
+            state::{Denial, KeyState, MissingBlocks, OnUnknown},
+        },
         policy::{Policies, Policy, PolicySet},
-        store::{KeyCell, LimiterError},
+        rate::lease::Terms,
+        store::{KeyHandle, LimiterError},
     },
 };
 
@@ -40,24 +42,24 @@ pub(super) enum LocalOutcome {
     Peek,
 }
 
-impl Inner {
+impl StoreCore {
     /// Decides from the numbers on this replica, if they suffice. If the counters must be asked, first sets the quota
     /// tokens of `demand` apart.
     #[inline]
-    pub(super) fn look(
+    pub(super) fn decide_locally(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
         demand: Option<&mut DemandGuard<'_>>,
-    ) -> Result<LocalOutcome, Lacking> {
-        let (mut state, now) = self.cells.current(cell, policies);
+    ) -> Result<LocalOutcome, MissingBlocks> {
+        let (mut state, now) = self.keys.current(handle, policies);
         let monotonic = self.clock.monotonic();
         let tokens = u64::from(cost.get());
         if !state.quotas_fit(tokens) {
-            self.cells.after(cell, &mut state, None);
-            return match state.quotas(tokens, now).lacking(false, Unasked::Wait) {
-                Some(lacking) => Err(lacking),
+            self.keys.after(handle, &mut state, None);
+            return match state.quotas(tokens, now).missing(false, OnUnknown::Wait) {
+                Some(missing) => Err(missing),
                 None => Ok(LocalOutcome::Peek),
             };
         }
@@ -68,11 +70,11 @@ impl Inner {
             state.spend_quotas(tokens, now);
             self.metrics.lease_tokens_spent.inc_by(tokens);
             if low {
-                self.fetch_ahead(cell, &mut state, policies);
+                self.fetch_ahead(handle, &mut state, policies);
             }
             decision(&mut state, policies, (now, monotonic), Outcome::Allowed)
         } else if let Some(until) = lease.held(tokens, monotonic)
-            && !self.partition(cell).is_away()
+            && !self.partition(handle).is_away()
         {
             let mut denial = Denial::default();
             // Until the counters may be asked again, and until there are enough tokens for this request.
@@ -89,39 +91,44 @@ impl Inner {
             {
                 demand.reserve(&mut state, now);
             }
-            self.cells.after(cell, &mut state, None);
+            self.keys.after(handle, &mut state, None);
             return Ok(if never {
                 LocalOutcome::Peek
             } else {
                 LocalOutcome::Fetch
             });
         };
-        self.cells.after(cell, &mut state, Some(&decision));
+        self.keys.after(handle, &mut state, Some(&decision));
         Ok(LocalOutcome::Done(decision))
     }
 
     /// Requests the next lease while the present one is being spent.
     #[cold]
-    fn fetch_ahead(&self, cell: &Arc<KeyCell>, state: &mut CellState, policies: &Policies) {
-        if !self.partition(cell).is_away() {
+    fn fetch_ahead(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, policies: &Policies) {
+        if !self.partition(handle).is_away() {
             state.lease().adopt(Terms::new(policies, self.ttl));
-            self.begin_fetch(cell, state, true);
+            self.begin_fetch(handle, state, true);
         }
     }
 
     /// Takes `tokens` from the counters, in one call with all other requests of this key that wait. Zero only
     /// asks how full the bucket is.
-    async fn fetch(&self, cell: &Arc<KeyCell>, policies: &Policies, tokens: u64) -> FetchOutcome {
-        if self.partition(cell).is_away() {
+    async fn fetch(
+        &self,
+        handle: &Arc<KeyHandle>,
+        policies: &Policies,
+        tokens: u64,
+    ) -> FetchOutcome {
+        if self.partition(handle).is_away() {
             return FetchOutcome::Unanswered;
         }
         let (waiter, outcome) = Waiter::new(tokens);
         {
-            let mut state = cell.state.lock();
+            let mut state = handle.state.lock();
             let lease = state.lease();
             lease.adopt(Terms::new(policies, self.ttl));
             lease.wait(waiter);
-            self.begin_fetch(cell, &mut state, false);
+            self.begin_fetch(handle, &mut state, false);
         }
         outcome.await.unwrap_or(FetchOutcome::Unanswered)
     }
@@ -130,13 +137,13 @@ impl Inner {
     /// meanwhile and the current one has none.
     fn spend(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
         demand: &mut DemandGuard<'_>,
         grant: GrantGuard,
     ) -> Option<Decision> {
-        let (mut state, now) = self.cells.current(cell, policies);
+        let (mut state, now) = self.keys.current(handle, policies);
         if !demand.spend(&mut state, now) {
             // The guard takes the lock to return its tokens.
             drop(state);
@@ -148,7 +155,7 @@ impl Inner {
             .inc_by(u64::from(cost.get()));
         let times = (now, self.clock.monotonic());
         let decision = decision(&mut state, policies, times, Outcome::Allowed);
-        self.cells.after(cell, &mut state, Some(&decision));
+        self.keys.after(handle, &mut state, Some(&decision));
         Some(decision)
     }
 
@@ -156,13 +163,13 @@ impl Inner {
     /// it.
     fn denial(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
         demand: &mut DemandGuard<'_>,
         wait: Option<NonZeroU64>,
     ) -> Option<Decision> {
-        let (mut state, now) = self.cells.current(cell, policies);
+        let (mut state, now) = self.keys.current(handle, policies);
         demand.release(&mut state);
         let monotonic = self.clock.monotonic();
         let mut denial = state.quotas(u64::from(cost.get()), now).denial;
@@ -180,21 +187,21 @@ impl Inner {
         }
         let outcome = denial.outcome();
         let decision = decision(&mut state, policies, (now, monotonic), outcome);
-        self.cells.after(cell, &mut state, Some(&decision));
+        self.keys.after(handle, &mut state, Some(&decision));
         Some(decision)
     }
 
     /// Decides without the counters, by the plan's choice. `None` if the quotas must be looked at again.
     pub(super) fn without_counters(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
         demand: Option<&mut DemandGuard<'_>>,
     ) -> Result<Option<Decision>, LimiterError> {
         let on_failure = policies.on_failure().unwrap_or(self.settings.on_failure);
-        let outage = self.partition(cell).outage();
-        let (mut state, now) = self.cells.current(cell, policies);
+        let outage = self.partition(handle).outage();
+        let (mut state, now) = self.keys.current(handle, policies);
         let monotonic = self.clock.monotonic();
         let tokens = u64::from(cost.get());
         if let Some(demand) = demand {
@@ -208,10 +215,10 @@ impl Inner {
             OnRedisFailure::Closed => return Err(LimiterError::CountersAway),
             OnRedisFailure::Open => (Ok(()), rate(policies, now, 0)),
             OnRedisFailure::Share => {
-                let place = self.roster.place(monotonic);
+                let slot = self.membership.slot(monotonic);
                 let share = &mut state.lease().share;
-                match (outage, place) {
-                    (Some(outage), Some((place, since))) => {
+                match (outage, slot) {
+                    (Some(outage), Some((slot, since))) => {
                         let since = outage
                             .since
                             .saturating_add(self.noticed_by_all())
@@ -219,7 +226,7 @@ impl Inner {
                         let verdict = if outage.is_paused(monotonic) {
                             Err(A_MOMENT)
                         } else {
-                            share.take(gcra, place, since, cost, monotonic)
+                            share.take(gcra, slot, since, cost, monotonic)
                         };
                         let debt = share.tat.saturating_sub(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
@@ -244,65 +251,65 @@ impl Inner {
         };
         let mut decision = state.decision_with(policies, now, outcome, rate);
         decision.degraded = true;
-        self.cells.after(cell, &mut state, Some(&decision));
+        self.keys.after(handle, &mut state, Some(&decision));
         Ok(Some(decision))
     }
 
     pub(super) async fn take(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
-        let mut demand = self.cells.claim(cell, cost);
-        let mut patience = self.cells.patience();
+        let mut demand = self.keys.claim(handle, cost);
+        let mut patience = self.keys.patience();
         loop {
-            let look = match self.look(cell, policies, cost, Some(&mut demand)) {
-                Ok(look) => look,
+            let outcome = match self.decide_locally(handle, policies, cost, Some(&mut demand)) {
+                Ok(outcome) => outcome,
                 Err(_) => {
-                    let again = || self.look(cell, policies, cost, Some(&mut demand));
-                    match self.cells.fetch(cell, cost, &mut patience, again).await {
-                        Ok(look) => look,
+                    let again = || self.decide_locally(handle, policies, cost, Some(&mut demand));
+                    match self.keys.fetch(handle, cost, &mut patience, again).await {
+                        Ok(outcome) => outcome,
                         // The rate may deny it anyway.
                         Err(error) => {
-                            self.fetch(cell, policies, 0).await;
+                            self.fetch(handle, policies, 0).await;
                             return self
-                                .denial(cell, policies, cost, &mut demand, None)
+                                .denial(handle, policies, cost, &mut demand, None)
                                 .ok_or(error);
                         }
                     }
                 }
             };
-            match look {
+            match outcome {
                 LocalOutcome::Done(decision) => return Ok(decision),
                 LocalOutcome::Peek => {
-                    self.fetch(cell, policies, 0).await;
-                    if let Some(decision) = self.denial(cell, policies, cost, &mut demand, None) {
+                    self.fetch(handle, policies, 0).await;
+                    if let Some(decision) = self.denial(handle, policies, cost, &mut demand, None) {
                         return Ok(decision);
                     }
                 }
                 LocalOutcome::Fetch => {
-                    match self.fetch(cell, policies, u64::from(cost.get())).await {
+                    match self.fetch(handle, policies, u64::from(cost.get())).await {
                         FetchOutcome::Granted(grant) => {
                             if let Some(decision) =
-                                self.spend(cell, policies, cost, &mut demand, grant)
+                                self.spend(handle, policies, cost, &mut demand, grant)
                             {
                                 return Ok(decision);
                             }
                         }
                         FetchOutcome::TooFew => {
-                            let denial = self.denial(cell, policies, cost, &mut demand, None);
+                            let denial = self.denial(handle, policies, cost, &mut demand, None);
                             // The bucket may have refilled since, or the counters may follow another version of the
                             // plan.
                             let soon =
-                                || self.denial(cell, policies, cost, &mut demand, Some(A_MOMENT));
+                                || self.denial(handle, policies, cost, &mut demand, Some(A_MOMENT));
                             if let Some(decision) = denial.or_else(soon) {
                                 return Ok(decision);
                             }
                         }
                         FetchOutcome::Unanswered => {
                             if let Some(decision) =
-                                self.without_counters(cell, policies, cost, Some(&mut demand))?
+                                self.without_counters(handle, policies, cost, Some(&mut demand))?
                             {
                                 return Ok(decision);
                             }
@@ -316,7 +323,7 @@ impl Inner {
 
 /// The decision, with the rate as it is known here.
 pub(super) fn decision(
-    state: &mut CellState,
+    state: &mut KeyState,
     policies: &Policies,
     (now, monotonic): (UnixNanos, u64),
     outcome: Outcome,

@@ -16,8 +16,7 @@ use jiff::{
     tz::{AmbiguousOffset, TimeZone},
 };
 
-use super::policy::Policy;
-use crate::clock::UnixNanos;
+use crate::{clock::UnixNanos, limiter::policy::Policy};
 
 /// An IANA time zone. Cheap to clone.
 #[derive(Debug, Clone)]

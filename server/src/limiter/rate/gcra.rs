@@ -3,7 +3,7 @@
 //! A token bucket kept as one number: the *theoretical arrival time* (TAT), the moment at which the bucket
 //! will be full again. One token is worth one emission interval; a bucket may be `burst` intervals away from
 //! full. Owns that arithmetic and nothing else: pure functions on the stored number, so that whoever stores
-//! it (a cell in memory, a script in Redis) decides alike. Depends on nothing.
+//! it (a handle in memory, a script in Redis) decides alike. Depends on nothing.
 //!
 //! Two promises. *Never more than sold*: the interval is rounded up, so the rate is `rpm` or a little less
 //! (at most 1 in 1,000, and that only near 60,000,000 a minute). *No lock-out by a clock*: a TAT later than
@@ -14,8 +14,7 @@
 
 use std::num::{NonZeroU32, NonZeroU64};
 
-use super::policy::RatePolicy;
-use crate::clock::UnixNanos;
+use crate::{clock::UnixNanos, limiter::policy::RatePolicy};
 
 const MINUTE: u64 = 60_000_000_000;
 
@@ -45,7 +44,7 @@ pub enum Verdict {
 
 impl Gcra {
     /// Holds nothing.
-    pub(super) const NONE: Self = Self {
+    pub(in crate::limiter) const NONE: Self = Self {
         emission: 1,
         tau: 0,
     };
@@ -129,7 +128,7 @@ impl Gcra {
         beyond.saturating_sub(now.0.saturating_sub(tat))
     }
 
-    pub(super) fn price(self, cost: NonZeroU32) -> u64 {
+    pub(in crate::limiter) fn price(self, cost: NonZeroU32) -> u64 {
         self.emission.saturating_mul(u64::from(cost.get()))
     }
 }

@@ -5,44 +5,50 @@
 
 use std::num::{NonZeroU32, NonZeroU64};
 
-use super::{
-    blocks::{Block, Need, Reservation, Standing},
-    calendar::{self, Zone},
-    decision::{Decision, Outcome, PolicyState},
-    gcra::{Gcra, Verdict},
-    policy::{Policies, Policy, PolicySet},
-    shared::Lease,
+use crate::{
+    clock::UnixNanos,
+    limiter::{
+        decision::{Decision, Outcome, PolicyState},
+        policy::{Policies, Policy, PolicySet},
+        quota::{
+            block::{Block, BlockStatus, Need, Reservation},
+            calendar::{self, Zone},
+        },
+        rate::{
+            gcra::{Gcra, Verdict},
+            lease::Lease,
+        },
+    },
 };
-use crate::clock::UnixNanos;
 
 /// The numbers of one key.
 #[derive(Debug)]
-pub(super) struct CellState {
+pub(in crate::limiter) struct KeyState {
     /// Of the policies that the numbers below follow; zero before the first.
     fingerprint: u64,
     /// The time zone in which the days and months of quotas begin.
     zone: Zone,
     gcra: Gcra,
     /// The bucket, of a store that keeps it here.
-    pub(super) tat: u64,
+    pub(in crate::limiter) tat: u64,
     /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was made smaller.
     beyond: u64,
     /// When tokens were last taken from the bucket, or its plan was edited.
     used_at: UnixNanos,
     /// Tokens taken ahead, of a store that keeps the bucket elsewhere.
-    pub(super) lease: Option<Box<Lease>>,
+    pub(in crate::limiter) lease: Option<Box<Lease>>,
     daily: Block,
     monthly: Block,
     /// The cost of all requests that wait for tokens of quotas, without those that have set theirs apart.
-    pub(super) waited_for: u64,
+    pub(in crate::limiter) waited_for: u64,
 }
 
 /// These policies' blocks are needed first.
-pub(super) type Lacking = PolicySet;
+pub(in crate::limiter) type MissingBlocks = PolicySet;
 
 /// What to do about policies that the ledger has not been asked for.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Unasked {
+pub(in crate::limiter) enum OnUnknown {
     /// Ask first.
     Wait,
     /// It cannot be asked: deny if another policy denies anyhow.
@@ -50,28 +56,33 @@ pub(super) enum Unasked {
 }
 
 /// What the calendar quotas say to a cost.
-pub(super) struct Quotas {
-    pub(super) denial: Denial,
+pub(in crate::limiter) struct Quotas {
+    pub(in crate::limiter) denial: Denial,
     /// The ledger has not answered in this window.
-    pub(super) unknown: PolicySet,
+    pub(in crate::limiter) unknown: PolicySet,
     /// The block has too few tokens, but the ledger should have them.
-    pub(super) short: PolicySet,
+    pub(in crate::limiter) short: PolicySet,
 }
 
 impl Quotas {
     /// What to fetch before a verdict is due, if anything. `denied` says that the rate denies already, as
     /// far as is known: then only a quota that may make the wait longer is worth asking for.
-    pub(super) fn lacking(&self, denied: bool, unasked: Unasked) -> Option<Lacking> {
+    pub(in crate::limiter) fn missing(
+        &self,
+        denied: bool,
+        on_unknown: OnUnknown,
+    ) -> Option<MissingBlocks> {
         if denied || !self.denial.violated.is_empty() {
-            return (!self.unknown.is_empty() && unasked == Unasked::Wait).then_some(self.unknown);
+            return (!self.unknown.is_empty() && on_unknown == OnUnknown::Wait)
+                .then_some(self.unknown);
         }
-        let lacking: PolicySet = self.unknown.iter().chain(self.short.iter()).collect();
-        (!lacking.is_empty()).then_some(lacking)
+        let missing: PolicySet = self.unknown.iter().chain(self.short.iter()).collect();
+        (!missing.is_empty()).then_some(missing)
     }
 }
 
-impl CellState {
-    pub(super) fn new() -> Self {
+impl KeyState {
+    pub(in crate::limiter) fn new() -> Self {
         Self {
             fingerprint: 0,
             zone: Zone::utc(),
@@ -86,7 +97,7 @@ impl CellState {
         }
     }
 
-    pub(super) fn block(&mut self, policy: Policy) -> Option<&mut Block> {
+    pub(in crate::limiter) fn block(&mut self, policy: Policy) -> Option<&mut Block> {
         match policy {
             Policy::Rpm => None,
             Policy::Daily => Some(&mut self.daily),
@@ -95,7 +106,12 @@ impl CellState {
     }
 
     /// Brings the numbers to these policies and this time. `replicas` share each quota.
-    pub(super) fn follow(&mut self, policies: &Policies, now: UnixNanos, replicas: u64) {
+    pub(in crate::limiter) fn follow(
+        &mut self,
+        policies: &Policies,
+        now: UnixNanos,
+        replicas: u64,
+    ) {
         if self.fingerprint != policies.fingerprint() {
             let gcra = policies.gcra();
             if self.fingerprint != 0 {
@@ -124,7 +140,7 @@ impl CellState {
     }
 
     /// Brings the blocks to the windows of `now`. `replicas` share each quota.
-    pub(super) fn enter_windows(&mut self, now: UnixNanos, replicas: u64) {
+    pub(in crate::limiter) fn enter_windows(&mut self, now: UnixNanos, replicas: u64) {
         self.daily.share_among(replicas);
         self.monthly.share_among(replicas);
         if self.daily.is_outdated(now) {
@@ -137,23 +153,23 @@ impl CellState {
         }
     }
 
-    pub(super) fn lease(&mut self) -> &mut Lease {
+    pub(in crate::limiter) fn lease(&mut self) -> &mut Lease {
         self.lease.get_or_insert_default()
     }
 
-    pub(super) fn zone(&self) -> &Zone {
+    pub(in crate::limiter) fn zone(&self) -> &Zone {
         &self.zone
     }
 
     /// Takes `cost` from every policy or from none, the rate from the bucket kept here. The numbers
     /// [follow](Self::follow) `now` already.
-    pub(super) fn step(
+    pub(in crate::limiter) fn step(
         &mut self,
         policies: &Policies,
         cost: NonZeroU32,
         now: UnixNanos,
-        unasked: Unasked,
-    ) -> Result<Decision, Lacking> {
+        on_unknown: OnUnknown,
+    ) -> Result<Decision, MissingBlocks> {
         let tokens = u64::from(cost.get());
         let rate = self.gcra.decide(self.tat, now, cost);
         if let Verdict::Fits { tat } = rate
@@ -167,8 +183,8 @@ impl CellState {
         let Quotas { mut denial, .. } = {
             let quotas = self.quotas(tokens, now);
             let denied = !matches!(rate, Verdict::Fits { .. });
-            if let Some(lacking) = quotas.lacking(denied, unasked) {
-                return Err(lacking);
+            if let Some(missing) = quotas.missing(denied, on_unknown) {
+                return Err(missing);
             }
             quotas
         };
@@ -177,14 +193,18 @@ impl CellState {
     }
 
     /// Whether the blocks of all calendar quotas hold `tokens`.
-    pub(super) fn quotas_fit(&self, tokens: u64) -> bool {
-        let fits =
-            |block: &Block| matches!(block.standing(tokens), Standing::Fits | Standing::Unlimited);
+    pub(in crate::limiter) fn quotas_fit(&self, tokens: u64) -> bool {
+        let fits = |block: &Block| {
+            matches!(
+                block.status(tokens),
+                BlockStatus::Fits | BlockStatus::Unlimited
+            )
+        };
         fits(&self.daily) && fits(&self.monthly)
     }
 
     /// Spends `tokens` of every calendar quota, or of none if one lacks them.
-    pub(super) fn spend_quotas(&mut self, tokens: u64, now: UnixNanos) -> bool {
+    pub(in crate::limiter) fn spend_quotas(&mut self, tokens: u64, now: UnixNanos) -> bool {
         let fits = self.quotas_fit(tokens);
         if fits {
             self.daily.spend(tokens, now);
@@ -194,7 +214,7 @@ impl CellState {
     }
 
     /// Sets `tokens` of every calendar quota apart, or of none if one lacks them.
-    pub(super) fn reserve_quotas(
+    pub(in crate::limiter) fn reserve_quotas(
         &mut self,
         tokens: u64,
         now: UnixNanos,
@@ -208,7 +228,10 @@ impl CellState {
     }
 
     /// Spends what was set apart, if it is of the current windows. Otherwise releases it.
-    pub(super) fn spend_reserved(&mut self, [daily, monthly]: [Reservation; 2]) -> bool {
+    pub(in crate::limiter) fn spend_reserved(
+        &mut self,
+        [daily, monthly]: [Reservation; 2],
+    ) -> bool {
         let is_current = self.daily.is_current(daily) && self.monthly.is_current(monthly);
         self.daily.settle(daily, is_current);
         self.monthly.settle(monthly, is_current);
@@ -216,16 +239,16 @@ impl CellState {
     }
 
     /// Puts what was set apart back.
-    pub(super) fn release_reserved(&mut self, [daily, monthly]: [Reservation; 2]) {
+    pub(in crate::limiter) fn release_reserved(&mut self, [daily, monthly]: [Reservation; 2]) {
         self.daily.settle(daily, false);
         self.monthly.settle(monthly, false);
     }
 
-    pub(super) fn has_reservations(&self) -> bool {
+    pub(in crate::limiter) fn has_reservations(&self) -> bool {
         self.daily.has_reservations() || self.monthly.has_reservations()
     }
 
-    pub(super) fn quotas(&self, tokens: u64, now: UnixNanos) -> Quotas {
+    pub(in crate::limiter) fn quotas(&self, tokens: u64, now: UnixNanos) -> Quotas {
         let mut quotas = Quotas {
             denial: Denial::default(),
             unknown: PolicySet::EMPTY,
@@ -235,12 +258,12 @@ impl CellState {
             (Policy::Daily, &self.daily),
             (Policy::Monthly, &self.monthly),
         ] {
-            match block.standing(tokens) {
-                Standing::Unlimited | Standing::Fits => {}
-                Standing::Short => quotas.short = quotas.short.with(policy),
-                Standing::Unknown => quotas.unknown = quotas.unknown.with(policy),
-                Standing::NeverFits => quotas.denial.add(policy, None),
-                Standing::Exhausted => {
+            match block.status(tokens) {
+                BlockStatus::Unlimited | BlockStatus::Fits => {}
+                BlockStatus::Short => quotas.short = quotas.short.with(policy),
+                BlockStatus::Unknown => quotas.unknown = quotas.unknown.with(policy),
+                BlockStatus::NeverFits => quotas.denial.add(policy, None),
+                BlockStatus::Exhausted => {
                     let wait = block.window().span.end.saturating_since(now).max(1);
                     quotas.denial.add(policy, NonZeroU64::new(wait));
                 }
@@ -250,7 +273,7 @@ impl CellState {
     }
 
     /// As the bucket kept here stands.
-    pub(super) fn decision(
+    pub(in crate::limiter) fn decision(
         &self,
         policies: &Policies,
         now: UnixNanos,
@@ -266,7 +289,7 @@ impl CellState {
         self.decision_with(policies, now, outcome, rate)
     }
 
-    pub(super) fn decision_with(
+    pub(in crate::limiter) fn decision_with(
         &self,
         policies: &Policies,
         now: UnixNanos,
@@ -294,7 +317,11 @@ impl CellState {
     }
 
     /// What to fetch although no request is waiting.
-    pub(super) fn errands(&self, decision: &Decision, now: UnixNanos) -> Option<[Option<Need>; 2]> {
+    pub(in crate::limiter) fn pending_refills(
+        &self,
+        decision: &Decision,
+        now: UnixNanos,
+    ) -> Option<[Option<Need>; 2]> {
         let violated = decision.violated();
         let may_pass_later = decision.retry_after().is_some();
         let need = |policy, block: &Block| {
@@ -317,17 +344,17 @@ impl CellState {
     }
 
     /// How often the ledger has failed for the daily and the monthly block.
-    pub(super) fn failures(&self) -> (u64, u64) {
+    pub(in crate::limiter) fn failures(&self) -> (u64, u64) {
         (self.daily.failures(), self.monthly.failures())
     }
 
-    pub(super) fn tidy(&mut self) {
+    pub(in crate::limiter) fn tidy(&mut self) {
         self.daily.tidy(self.waited_for);
         self.monthly.tidy(self.waited_for);
     }
 
-    /// Nobody could tell this cell from a new one.
-    pub(super) fn is_forgettable(&self, now: UnixNanos, monotonic: u64) -> bool {
+    /// Nobody could tell this handle from a new one.
+    pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: u64) -> bool {
         self.tat.saturating_add(self.beyond) <= now.0
             && self
                 .lease
@@ -340,20 +367,20 @@ impl CellState {
 
 /// A denial in the making.
 #[derive(Default)]
-pub(super) struct Denial {
-    pub(super) violated: PolicySet,
+pub(in crate::limiter) struct Denial {
+    pub(in crate::limiter) violated: PolicySet,
     wait: Option<NonZeroU64>,
     never: bool,
 }
 
 impl Denial {
-    pub(super) fn add(&mut self, policy: Policy, wait: Option<NonZeroU64>) {
+    pub(in crate::limiter) fn add(&mut self, policy: Policy, wait: Option<NonZeroU64>) {
         self.violated = self.violated.with(policy);
         self.never |= wait.is_none();
         self.wait = self.wait.max(wait);
     }
 
-    pub(super) fn add_rate(&mut self, rate: Verdict) {
+    pub(in crate::limiter) fn add_rate(&mut self, rate: Verdict) {
         match rate {
             Verdict::Fits { .. } => {}
             Verdict::Wait { wait } => self.add(Policy::Rpm, Some(wait)),
@@ -361,7 +388,7 @@ impl Denial {
         }
     }
 
-    pub(super) fn outcome(self) -> Outcome {
+    pub(in crate::limiter) fn outcome(self) -> Outcome {
         Outcome::Denied {
             violated: self.violated,
             retry_after: if self.never { None } else { self.wait },

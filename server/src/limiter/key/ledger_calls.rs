@@ -23,17 +23,21 @@ use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::Notify, time};
 use uuid::Uuid;
 
-use super::{
-    blocks::{
-        LedgerError, LedgerRow, Need, Order, QuotaLedger, Reservation, ReturnBatch, TakeRequest,
-        Taken,
+use super::state::KeyState;
+use crate::{
+    clock::{Clock, UnixNanos},
+    limiter::{
+        policy::Policy,
+        quota::{
+            block::{
+                LedgerError, LedgerRow, Need, Order, QuotaLedger, Reservation, ReturnBatch,
+                TakeRequest, Taken,
+            },
+            calendar,
+        },
+        store::{Drained, KeyHandle},
     },
-    calendar,
-    cell::CellState,
-    policy::Policy,
-    store::{Drained, KeyCell},
 };
-use crate::clock::{Clock, UnixNanos};
 
 /// Calls in one batch of takes.
 const TAKES: usize = 50;
@@ -48,24 +52,24 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// A request that waits. What is fetched for it stays held until it has [set it apart](Self::reserve), and that stays
 /// apart until it is spent or released. Dropping the guard loses nothing.
-pub(super) struct DemandGuard<'a> {
+pub(in crate::limiter) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
-    cell: &'a Arc<KeyCell>,
+    handle: &'a Arc<KeyHandle>,
     cost: u64,
     reserved: Option<[Reservation; 2]>,
 }
 
 impl<'a> DemandGuard<'a> {
-    pub(super) fn new(
+    pub(in crate::limiter) fn new(
         calls: &'a Arc<LedgerCalls>,
-        cell: &'a Arc<KeyCell>,
+        handle: &'a Arc<KeyHandle>,
         cost: NonZeroU32,
     ) -> Self {
         let cost = u64::from(cost.get());
-        cell.state.lock().waited_for += cost;
+        handle.state.lock().waited_for += cost;
         Self {
             calls,
-            cell,
+            handle,
             cost,
             reserved: None,
         }
@@ -73,7 +77,7 @@ impl<'a> DemandGuard<'a> {
 
     /// Sets the request's quota tokens apart, if all its blocks have them, so that no other request is let on to the
     /// rate with the same ones.
-    pub(super) fn reserve(&mut self, state: &mut CellState, now: UnixNanos) -> bool {
+    pub(in crate::limiter) fn reserve(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         if self.reserved.is_none() {
             self.reserved = state.reserve_quotas(self.cost, now);
             if self.reserved.is_some() {
@@ -84,7 +88,7 @@ impl<'a> DemandGuard<'a> {
     }
 
     /// Spends what was set apart. If the window has ended meanwhile, releases it and tries the current one.
-    pub(super) fn spend(&mut self, state: &mut CellState, now: UnixNanos) -> bool {
+    pub(in crate::limiter) fn spend(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         let Some(reserved) = self.reserved.take() else {
             return state.spend_quotas(self.cost, now);
         };
@@ -92,18 +96,18 @@ impl<'a> DemandGuard<'a> {
         let is_spent = state.spend_reserved(reserved) || state.spend_quotas(self.cost, now);
         // Whoever waits for these tokens to be released waits no longer.
         if !is_spent || (state.waited_for > self.cost && !state.has_reservations()) {
-            self.cell.landed.notify_waiters();
+            self.handle.call_ended.notify_waiters();
         }
         is_spent
     }
 
     /// Releases what was set apart: the request waits again.
-    pub(super) fn release(&mut self, state: &mut CellState) {
+    pub(in crate::limiter) fn release(&mut self, state: &mut KeyState) {
         if let Some(reserved) = self.reserved.take() {
             state.waited_for += self.cost;
             state.release_reserved(reserved);
             if state.waited_for > self.cost {
-                self.cell.landed.notify_waiters();
+                self.handle.call_ended.notify_waiters();
             }
         }
     }
@@ -111,13 +115,13 @@ impl<'a> DemandGuard<'a> {
 
 impl Drop for DemandGuard<'_> {
     fn drop(&mut self) {
-        let mut state = self.cell.state.lock();
+        let mut state = self.handle.state.lock();
         self.release(&mut state);
         state.waited_for -= self.cost;
         state.tidy();
         if self.calls.is_draining() {
             for policy in [Policy::Daily, Policy::Monthly] {
-                self.calls.release(self.cell, &mut state, policy);
+                self.calls.release(self.handle, &mut state, policy);
             }
             return;
         }
@@ -127,7 +131,8 @@ impl Drop for DemandGuard<'_> {
                 .block(policy)
                 .is_some_and(|block| block.has_debts(now))
             {
-                self.calls.start(self.cell, &mut state, policy, Need::Ahead);
+                self.calls
+                    .start(self.handle, &mut state, policy, Need::Ahead);
             }
         }
     }
@@ -136,7 +141,7 @@ impl Drop for DemandGuard<'_> {
 /// The ledger did not answer in time.
 #[derive(Debug, thiserror::Error)]
 #[error("no answer within {0:?}")]
-pub(super) struct TooSlow(pub(super) Duration);
+pub(in crate::limiter) struct TooSlow(pub(in crate::limiter) Duration);
 
 /// A call ended without an answer.
 #[derive(Debug, thiserror::Error)]
@@ -153,7 +158,7 @@ enum Target {
 /// A call that waits for its batch.
 #[derive(Debug)]
 struct Call {
-    cell: Arc<KeyCell>,
+    handle: Arc<KeyHandle>,
     policy: Policy,
     target: Target,
     at: UnixNanos,
@@ -163,13 +168,13 @@ struct Call {
 
 impl Call {
     fn row(&self, window_start: UnixNanos) -> LedgerRow {
-        row(&self.cell, self.policy, window_start)
+        row(&self.handle, self.policy, window_start)
     }
 
     fn request(&self) -> TakeRequest {
         TakeRequest {
-            tenant: self.cell.tenant,
-            key: self.cell.key,
+            tenant: self.handle.tenant,
+            key: self.handle.key,
             policy: self.policy,
             at: self.at,
             calendar: self.calendar,
@@ -179,10 +184,10 @@ impl Call {
     }
 }
 
-fn row(cell: &KeyCell, policy: Policy, window_start: UnixNanos) -> LedgerRow {
+fn row(handle: &KeyHandle, policy: Policy, window_start: UnixNanos) -> LedgerRow {
     LedgerRow {
-        tenant: cell.tenant,
-        key: cell.key,
+        tenant: handle.tenant,
+        key: handle.key,
         policy,
         window_start,
     }
@@ -210,7 +215,7 @@ impl Queue {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct LedgerCalls {
+pub(in crate::limiter) struct LedgerCalls {
     clock: Arc<dyn Clock>,
     ledger: Arc<dyn QuotaLedger>,
     deadline: Duration,
@@ -229,7 +234,7 @@ pub(super) struct LedgerCalls {
 
 impl LedgerCalls {
     /// Calls are given up after `deadline`. At most `at_once` are under way, of which returns leave one to takes.
-    pub(super) fn new(
+    pub(in crate::limiter) fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
         deadline: Duration,
@@ -250,12 +255,12 @@ impl LedgerCalls {
         })
     }
 
-    pub(super) fn is_draining(&self) -> bool {
+    pub(in crate::limiter) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::SeqCst)
     }
 
     /// Starts no more takes, and cancels those that no worker has begun.
-    pub(super) fn begin_draining(self: &Arc<Self>) {
+    pub(in crate::limiter) fn begin_draining(self: &Arc<Self>) {
         self.draining.store(true, Ordering::SeqCst);
         let waiting: Vec<_> = {
             let mut queue = self.queue.lock();
@@ -273,7 +278,7 @@ impl LedgerCalls {
 
     /// Waits for every call under way, for at most `within`, and reports what became of the tokens since the
     /// draining began.
-    pub(super) async fn drained(self: &Arc<Self>, within: Duration) -> Drained {
+    pub(in crate::limiter) async fn drained(self: &Arc<Self>, within: Duration) -> Drained {
         self.start_returner();
         let all = async {
             loop {
@@ -295,10 +300,10 @@ impl LedgerCalls {
     /// Starts to fetch tokens, unless a call is under way. Outside a runtime, where no call can be made, the
     /// next request has to.
     #[cold]
-    pub(super) fn start(
+    pub(in crate::limiter) fn start(
         self: &Arc<Self>,
-        cell: &Arc<KeyCell>,
-        state: &mut CellState,
+        handle: &Arc<KeyHandle>,
+        state: &mut KeyState,
         policy: Policy,
         need: Need,
     ) {
@@ -310,7 +315,7 @@ impl LedgerCalls {
             && let Some(order) = block.begin_fetch(need, now)
         {
             self.enqueue(Call {
-                cell: Arc::clone(cell),
+                handle: Arc::clone(handle),
                 policy,
                 target: Target::Current,
                 at: now,
@@ -321,17 +326,17 @@ impl LedgerCalls {
     }
 
     /// Starts to fetch the first block of the next window, if it is time.
-    pub(super) fn start_next(
+    pub(in crate::limiter) fn start_next(
         self: &Arc<Self>,
-        cell: &Arc<KeyCell>,
-        state: &mut CellState,
+        handle: &Arc<KeyHandle>,
+        state: &mut KeyState,
         policy: Policy,
         now: UnixNanos,
     ) {
         if self.is_draining() || Handle::try_current().is_err() {
             return;
         }
-        let hash = spread(cell.key.0);
+        let hash = spread(handle.key.0);
         let Some(at) = state
             .block(policy)
             .and_then(|block| block.begin_next(now, hash))
@@ -341,7 +346,7 @@ impl LedgerCalls {
         let calendar = calendar::window(policy, state.zone(), at);
         if let Some(block) = state.block(policy) {
             self.enqueue(Call {
-                cell: Arc::clone(cell),
+                handle: Arc::clone(handle),
                 policy,
                 target: Target::Next,
                 at,
@@ -352,10 +357,10 @@ impl LedgerCalls {
     }
 
     /// Starts to return everything that the block of a policy holds. Returns whether there was anything.
-    pub(super) fn release(
+    pub(in crate::limiter) fn release(
         self: &Arc<Self>,
-        cell: &KeyCell,
-        state: &mut CellState,
+        handle: &KeyHandle,
+        state: &mut KeyState,
         policy: Policy,
     ) -> bool {
         let mut any = false;
@@ -363,7 +368,7 @@ impl LedgerCalls {
             && let Some(block) = state.block(policy)
         {
             for (window_start, n) in block.release() {
-                self.give_back(row(cell, policy, window_start), n);
+                self.give_back(row(handle, policy, window_start), n);
                 any = true;
             }
         }
@@ -371,10 +376,10 @@ impl LedgerCalls {
     }
 
     /// Starts to return a block that was not spent from for a while, and what is left of windows that have ended.
-    pub(super) fn return_unneeded(
+    pub(in crate::limiter) fn return_unneeded(
         self: &Arc<Self>,
-        cell: &KeyCell,
-        state: &mut CellState,
+        handle: &KeyHandle,
+        state: &mut KeyState,
         policy: Policy,
         now: UnixNanos,
     ) {
@@ -388,7 +393,7 @@ impl LedgerCalls {
                 now
             };
             for (window_start, n) in block.take_owed(until) {
-                self.give_back(row(cell, policy, window_start), n);
+                self.give_back(row(handle, policy, window_start), n);
             }
         }
     }
@@ -451,7 +456,7 @@ impl LedgerCalls {
     /// The call has ended: `None` if it only returned tokens.
     fn finish(self: &Arc<Self>, call: &Call, taken: Option<Result<Taken, LedgerError>>) {
         let now = self.clock.now();
-        let mut state = call.cell.state.lock();
+        let mut state = call.handle.state.lock();
         let Some(block) = state.block(call.policy) else {
             return;
         };
@@ -459,13 +464,13 @@ impl LedgerCalls {
             (Target::Current, None) => block.finish_return(),
             (Target::Current, Some(Ok(taken))) => block.finish_fetch(taken, now),
             (Target::Current, Some(Err(error))) => {
-                tracing::debug!(error = %error, key = %call.cell.key, "no block from the quota ledger");
+                tracing::debug!(error = %error, key = %call.handle.key, "no block from the quota ledger");
                 block.fail(error, now);
             }
             (Target::Next, taken) => block.finish_next(taken.and_then(Result::ok), now),
         }
         if self.is_draining() {
-            self.release(&call.cell, &mut state, call.policy);
+            self.release(&call.handle, &mut state, call.policy);
         } else {
             // Whoever waited for it may be gone, and what was released meanwhile had to wait for this call to end.
             state.tidy();
@@ -473,11 +478,11 @@ impl LedgerCalls {
                 .block(call.policy)
                 .is_some_and(|block| block.has_debts(now))
             {
-                self.start(&call.cell, &mut state, call.policy, Need::Ahead);
+                self.start(&call.handle, &mut state, call.policy, Need::Ahead);
             }
         }
         drop(state);
-        call.cell.landed.notify_waiters();
+        call.handle.call_ended.notify_waiters();
     }
 
     async fn return_once(&self, batch: &ReturnBatch) -> Result<(), LedgerError> {

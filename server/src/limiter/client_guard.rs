@@ -18,7 +18,7 @@ use governor::{
     clock::Clock as _, middleware::StateInformationMiddleware, state::keyed::DashMapStateStore,
 };
 
-use super::guard::Monotonic;
+use super::denial_cache::Monotonic;
 use crate::clock::Clock;
 
 /// The wider networks of IPv6, and how many times as many requests each may send as a /64.
@@ -26,9 +26,9 @@ const WIDER: [(u32, u32); 2] = [(56, 4), (48, 16)];
 
 /// Who is counted together: an address, or an IPv6 network by its first address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Caller(IpAddr);
+pub struct ClientNetwork(IpAddr);
 
-impl Caller {
+impl ClientNetwork {
     pub fn address(ip: IpAddr) -> Self {
         let ip = ip.to_canonical();
         Self(ip).network(64).unwrap_or(Self(ip))
@@ -46,12 +46,16 @@ impl Caller {
     }
 }
 
-type Governor =
-    governor::RateLimiter<Caller, DashMapStateStore<Caller>, Monotonic, StateInformationMiddleware>;
+type Governor = governor::RateLimiter<
+    ClientNetwork,
+    DashMapStateStore<ClientNetwork>,
+    Monotonic,
+    StateInformationMiddleware,
+>;
 
 /// So many requests a minute for each caller, all of them at once if it likes.
 #[derive(Debug)]
-pub struct Guard {
+pub struct ClientRateLimiter {
     governor: Option<Governor>,
     /// One for each of [`WIDER`].
     wider: Vec<Governor>,
@@ -62,11 +66,11 @@ pub struct Guard {
 
 /// The guard refuses; the caller may come again after so long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refused {
+pub struct TooManyRequests {
     pub retry_after: Duration,
 }
 
-impl Guard {
+impl ClientRateLimiter {
     /// `per_minute`: 0 switches the guard off. `capacity`: how many callers are remembered; when more come
     /// at once than that, those who rest are forgotten first, and then new ones are refused for a second.
     pub fn new(per_minute: u32, capacity: usize, clock: Arc<dyn Clock>) -> Self {
@@ -91,7 +95,7 @@ impl Guard {
         }
     }
 
-    pub fn admit(&self, caller: Caller) -> Result<(), Refused> {
+    pub fn admit(&self, caller: ClientNetwork) -> Result<(), TooManyRequests> {
         let Some(governor) = &self.governor else {
             return Ok(());
         };
@@ -106,7 +110,7 @@ impl Guard {
                 }
             }
             if governor.len() >= self.capacity {
-                return Err(Refused {
+                return Err(TooManyRequests {
                     retry_after: Duration::from_secs(1),
                 });
             }
@@ -121,10 +125,10 @@ impl Guard {
         Ok(())
     }
 
-    fn check(&self, governor: &Governor, caller: Caller) -> Result<(), Refused> {
+    fn check(&self, governor: &Governor, caller: ClientNetwork) -> Result<(), TooManyRequests> {
         match governor.check_key(&caller) {
             Ok(_) => Ok(()),
-            Err(until) => Err(Refused {
+            Err(until) => Err(TooManyRequests {
                 retry_after: until.wait_time_from(self.clock.now()),
             }),
         }
@@ -144,16 +148,16 @@ mod tests {
     use super::*;
     use crate::clock::{TestClock, UnixNanos};
 
-    fn guard(per_minute: u32, capacity: usize) -> (Guard, TestClock) {
+    fn guard(per_minute: u32, capacity: usize) -> (ClientRateLimiter, TestClock) {
         let clock = TestClock::at(UnixNanos::from_secs(1_785_738_360));
         (
-            Guard::new(per_minute, capacity, Arc::new(clock.clone())),
+            ClientRateLimiter::new(per_minute, capacity, Arc::new(clock.clone())),
             clock,
         )
     }
 
-    fn caller(ip: &str) -> Caller {
-        Caller::address(ip.parse().unwrap())
+    fn caller(ip: &str) -> ClientNetwork {
+        ClientNetwork::address(ip.parse().unwrap())
     }
 
     #[test]
@@ -201,7 +205,7 @@ mod tests {
     fn a_flood_of_addresses_does_not_grow_the_guard() {
         let (guard, clock) = guard(1, 100);
         for i in 0..1000_u32 {
-            let _ = guard.admit(Caller::address(IpAddr::V4(i.into())));
+            let _ = guard.admit(ClientNetwork::address(IpAddr::V4(i.into())));
         }
         assert!(guard.governor.as_ref().unwrap().len() <= 100);
         // governor keeps a caller for one interval longer than it has to.

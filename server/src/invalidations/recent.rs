@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, HashMap};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
-use crate::repo::revocation::{Revocation, Target};
+use crate::repo::invalidation::{Invalidation, Target};
 
 /// The maximum number of polled changes in memory. One takes about 150 bytes.
 const REMEMBERED: usize = 20_000;
@@ -50,9 +50,9 @@ struct PolledRange {
 }
 
 /// Returns the ID of what changed. For a kind that this version does not know, that is the whole tenant.
-fn subject(revocation: &Revocation) -> Uuid {
-    match revocation.target {
-        None | Some(Target::Tenant) => revocation.tenant,
+fn subject(invalidation: &Invalidation) -> Uuid {
+    match invalidation.target {
+        None | Some(Target::Tenant) => invalidation.tenant,
         Some(
             Target::Plan(id) | Target::ApiKey(id) | Target::ServiceToken(id) | Target::Session(id),
         ) => id,
@@ -62,7 +62,7 @@ fn subject(revocation: &Revocation) -> Uuid {
 impl Recent {
     /// Records the first poll: the newest changes that PostgreSQL still has, in order. Older ones may have been deleted,
     /// so nothing below the first of them is confirmed.
-    pub fn begin(&self, newest: &[Revocation]) {
+    pub fn begin(&self, newest: &[Invalidation]) {
         let mut state = self.0.lock();
         let floor = newest.first().map_or(0, |first| first.seq - 1);
         state.range.get_or_insert(PolledRange {
@@ -70,14 +70,14 @@ impl Recent {
             up_to: floor,
         });
         drop(state);
-        for revocation in newest {
-            self.polled(revocation);
+        for invalidation in newest {
+            self.polled(invalidation);
         }
     }
 
     /// Starts over after PostgreSQL was restored to an earlier state, whose newest changes are these, in order. It will
     /// assign the lost numbers again, so nothing is confirmed until it has passed the highest known number.
-    pub fn restart(&self, newest: &[Revocation]) {
+    pub fn restart(&self, newest: &[Invalidation]) {
         let mut state = self.0.lock();
         let announced = state.announced.last_key_value().map(|(seq, _)| *seq);
         let floor = state.range.map_or(0, |range| {
@@ -91,14 +91,14 @@ impl Recent {
             ..State::default()
         };
         drop(state);
-        for revocation in newest {
-            self.polled(revocation);
+        for invalidation in newest {
+            self.polled(invalidation);
         }
     }
 
     /// Records a polled change, after all of those before it. Returns whether it is new.
-    pub fn polled(&self, revocation: &Revocation) -> bool {
-        let (seq, id) = (revocation.seq, subject(revocation));
+    pub fn polled(&self, invalidation: &Invalidation) -> bool {
+        let (seq, id) = (invalidation.seq, subject(invalidation));
         let mut state = self.0.lock();
         let state = &mut *state;
         let Some(range) = &mut state.range else {
@@ -134,8 +134,8 @@ impl Recent {
 
     /// Records a change that a replica announced. Returns whether it is new: one that was polled or announced before is
     /// not, so a replayed message has no effect.
-    pub fn announced(&self, revocation: &Revocation) -> bool {
-        let (seq, id) = (revocation.seq, subject(revocation));
+    pub fn announced(&self, invalidation: &Invalidation) -> bool {
+        let (seq, id) = (invalidation.seq, subject(invalidation));
         let mut state = self.0.lock();
         let state = &mut *state;
         if state.range.is_some_and(|range| seq <= range.up_to) || state.announced.contains_key(&seq)
@@ -187,8 +187,8 @@ mod tests {
 
     use super::*;
 
-    fn revocation(seq: i64, target: Target) -> Revocation {
-        Revocation {
+    fn invalidation(seq: i64, target: Target) -> Invalidation {
+        Invalidation {
             seq,
             tenant: Uuid::from_u128(1),
             target: Some(target),
@@ -200,8 +200,8 @@ mod tests {
         Uuid::from_u128(1000 + n)
     }
 
-    fn of_key(seq: i64, n: u128) -> Revocation {
-        revocation(seq, Target::ApiKey(key(n)))
+    fn of_key(seq: i64, n: u128) -> Invalidation {
+        invalidation(seq, Target::ApiKey(key(n)))
     }
 
     #[test]
@@ -221,8 +221,8 @@ mod tests {
             (7, Target::ApiKey(key)),
         ] {
             assert!(recent.unchanged(&all, seq - 1));
-            assert!(recent.polled(&revocation(seq, target)));
-            assert!(!recent.polled(&revocation(seq, target)), "read twice");
+            assert!(recent.polled(&invalidation(seq, target)));
+            assert!(!recent.polled(&invalidation(seq, target)), "read twice");
             assert!(!recent.unchanged(&all, seq - 1));
             assert!(recent.unchanged(&all, seq));
         }

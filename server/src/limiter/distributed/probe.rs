@@ -8,42 +8,39 @@ use std::{
 
 use tokio::time;
 
-use super::{
-    Inner,
-    counters::{BucketName, BucketState, CounterMicros, TakeCall},
-    health::SILENCE,
-    nanos,
-};
+use super::{StoreCore, breaker::SILENCE, nanos};
+use crate::limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall};
 
 /// How often counters that are away are probed.
 pub(super) const PROBE_EVERY: Duration = Duration::from_millis(250);
 /// After how long without an answer counters are asked whether they are there; and how often when a call has failed,
 /// so that all replicas give them up within the same half second.
-const BEAT_EVERY: Duration = Duration::from_millis(250);
-const DOUBT_EVERY: Duration = Duration::from_millis(50);
+const HEARTBEAT_EVERY: Duration = Duration::from_millis(250);
+const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// How long the answer to a probe is waited for, at least. Only one as quick as a request needs it has the counters
 /// come back: with slow ones every request would wait in vain, and each return would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// Nanoseconds for which an unused partition is still asked.
 const IN_USE: u64 = 10_000_000_000;
 
-impl Inner {
+impl StoreCore {
     /// Nanoseconds after which all other replicas have noticed an outage that one has noticed, or the one has returned.
     ///
-    /// A replica that is asked for nothing makes its next call after [`BEAT_EVERY`] and gives up at the fifth failure,
-    /// four times [`DOUBT_EVERY`] later. An outage that ends just before is over for the first replica with its next
+    /// A replica that is asked for nothing makes its next call after [`HEARTBEAT_EVERY`] and gives up at the fifth failure,
+    /// four times [`SUSPECT_EVERY`] later. An outage that ends just before is over for the first replica with its next
     /// probe. Each of these calls may take a deadline, and whoever gives up first has waited for one too.
     pub(super) fn noticed_by_all(&self) -> u64 {
-        nanos(BEAT_EVERY + 4 * DOUBT_EVERY + PROBE_EVERY - SILENCE + 4 * self.settings.deadline)
+        let until_noticed = HEARTBEAT_EVERY + 4 * SUSPECT_EVERY + PROBE_EVERY;
+        nanos(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
     }
 }
 
 /// A call that takes nothing and concerns nobody.
-fn beat_call(partition: u16, inner: &Inner) -> TakeCall {
+fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     let of = &inner.partitions[usize::from(partition)];
     TakeCall {
         partition,
-        bucket: BucketName::Beat,
+        bucket: BucketName::Heartbeat,
         emission: 1,
         tau: 1,
         version: 0,
@@ -60,18 +57,18 @@ fn beat_call(partition: u16, inner: &Inner) -> TakeCall {
     }
 }
 
-async fn beat_once(inner: Arc<Inner>, number: u16) {
+async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     let partition = &inner.partitions[usize::from(number)];
     let used_at = partition.used_at();
-    inner.ask(beat_call(number, &inner)).await;
+    inner.ask(heartbeat_call(number, &inner)).await;
     // A beat is no use.
     partition.used(used_at);
 }
 
 /// Asks the counters in use whether they are there, where no request has found out lately; and so that others who
 /// return see that somebody was answered.
-pub(super) async fn beat(inner: Weak<Inner>) {
-    let mut ticks = time::interval(DOUBT_EVERY);
+pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
+    let mut ticks = time::interval(SUSPECT_EVERY);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
@@ -81,19 +78,19 @@ pub(super) async fn beat(inner: Weak<Inner>) {
         let now = inner.clock.monotonic();
         for (number, partition) in (0..).zip(&inner.partitions) {
             let in_use = now.saturating_sub(partition.used_at()) < IN_USE;
-            let due = partition.is_doubted()
-                || now.saturating_sub(partition.beaten_at()) >= nanos(BEAT_EVERY);
+            let due = partition.is_suspect()
+                || now.saturating_sub(partition.heartbeat_sent_at()) >= nanos(HEARTBEAT_EVERY);
             if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
-                partition.beaten(now);
-                tokio::spawn(beat_once(Arc::clone(&inner), number));
+                partition.heartbeat_sent(now);
+                tokio::spawn(send_heartbeat(Arc::clone(&inner), number));
             }
         }
     }
 }
 
 /// Probes counters that are away until they grant again.
-pub(super) async fn see_to_return(
-    inner: Weak<Inner>,
+pub(super) async fn probe_until_recovered(
+    inner: Weak<StoreCore>,
     number: u16,
     first: Duration,
     promised: CounterMicros,
@@ -110,7 +107,7 @@ pub(super) async fn see_to_return(
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
-            ..beat_call(number, &inner)
+            ..heartbeat_call(number, &inner)
         };
         let asked_at = inner.clock.monotonic();
         if promised > 0 {
@@ -124,20 +121,20 @@ pub(super) async fn see_to_return(
         wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now % 50_000_000));
         if let Ok(Ok(reply)) = answer {
             match reply.state {
-                BucketState::Beginning { wait: left } => {
+                BucketState::Initializing { wait: left } => {
                     wait = Duration::from_micros(left);
                     promise = reply.at + left;
-                    partition.is_beginning(asked_at + left * 1000, now);
+                    partition.is_initializing(asked_at + left * 1000, now);
                 }
-                BucketState::Known { .. } if in_time => {
+                BucketState::Active { .. } if in_time => {
                     partition.returned(reply.at, now);
                     inner.metrics.counters_away.dec();
                     tracing::info!(partition = number, "the shared counters are back");
                     // Others that return see at once that this replica is answered.
-                    beat_once(inner, number).await;
+                    send_heartbeat(inner, number).await;
                     return;
                 }
-                BucketState::Known { .. } => {}
+                BucketState::Active { .. } => {}
             }
         }
     }

@@ -11,10 +11,8 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{
-    counters::{CounterMicros, NEVER_HEARD},
-    nanos,
-};
+use super::nanos;
+use crate::limiter::rate::counters::{CounterMicros, NEVER_HEARD};
 
 /// So many failures in a row, and nothing else for so long, give a partition up. A process that was not
 /// scheduled for a moment has many failures at once, and its counters are well.
@@ -30,15 +28,15 @@ const TURNED_BACK: CounterMicros = 1_000_000;
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Partition {
+pub(super) struct CircuitBreaker {
     away: AtomicBool,
     last_heard: AtomicU64,
     used_at: AtomicU64,
-    inner: Mutex<Inner>,
+    inner: Mutex<BreakerState>,
 }
 
 #[derive(Debug, Default)]
-struct Inner {
+struct BreakerState {
     in_a_row: u32,
     succeeded_at: u64,
     span_start: u64,
@@ -46,7 +44,7 @@ struct Inner {
     failed: u32,
     /// When the last answer came, whose time is `last_heard`.
     heard_at: u64,
-    beaten_at: u64,
+    heartbeat_sent_at: u64,
     outage: Outage,
 }
 
@@ -71,16 +69,16 @@ impl Outage {
     }
 }
 
-impl Partition {
+impl CircuitBreaker {
     pub(super) fn new(now: u64) -> Self {
         Self {
             away: AtomicBool::new(false),
             last_heard: AtomicU64::new(0),
             used_at: AtomicU64::new(now),
-            inner: Mutex::new(Inner {
+            inner: Mutex::new(BreakerState {
                 succeeded_at: now,
                 heard_at: now,
-                ..Inner::default()
+                ..BreakerState::default()
             }),
         }
     }
@@ -104,18 +102,18 @@ impl Partition {
     }
 
     /// When the last answer came, or was last asked for to hear one.
-    pub(super) fn beaten_at(&self) -> u64 {
+    pub(super) fn heartbeat_sent_at(&self) -> u64 {
         let inner = self.inner.lock();
-        inner.heard_at.max(inner.beaten_at)
+        inner.heard_at.max(inner.heartbeat_sent_at)
     }
 
     /// An answer is asked for, to hear one.
-    pub(super) fn beaten(&self, now: u64) {
-        self.inner.lock().beaten_at = now;
+    pub(super) fn heartbeat_sent(&self, now: u64) {
+        self.inner.lock().heartbeat_sent_at = now;
     }
 
     /// The last call failed.
-    pub(super) fn is_doubted(&self) -> bool {
+    pub(super) fn is_suspect(&self) -> bool {
         self.inner.lock().in_a_row > 0
     }
 
@@ -142,7 +140,7 @@ impl Partition {
 
     /// An answer that comes after a later one is no news: it must not make an outage seem to have begun before others
     /// were last answered.
-    fn hear(&self, inner: &mut Inner, at: CounterMicros, now: u64) {
+    fn hear(&self, inner: &mut BreakerState, at: CounterMicros, now: u64) {
         if at >= self.last_heard() {
             inner.heard_at = now;
             self.last_heard.store(at, Ordering::Relaxed);
@@ -164,7 +162,7 @@ impl Partition {
 
     /// The counters answered that a new epoch starts, at `start` or a little later, and that they grant nothing until
     /// then. `true` as for [`failed`](Self::failed).
-    pub(super) fn is_beginning(&self, start: u64, now: u64) -> bool {
+    pub(super) fn is_initializing(&self, start: u64, now: u64) -> bool {
         let mut inner = self.inner.lock();
         let is_first = self.go(&mut inner, now);
         inner.outage.paused = Some((start, u64::MAX));
@@ -179,7 +177,7 @@ impl Partition {
         }
     }
 
-    fn go(&self, inner: &mut Inner, now: u64) -> bool {
+    fn go(&self, inner: &mut BreakerState, now: u64) -> bool {
         if self.away.swap(true, Ordering::AcqRel) {
             return false;
         }
@@ -225,7 +223,7 @@ impl Partition {
     }
 }
 
-impl Inner {
+impl BreakerState {
     fn count(&mut self, now: u64, failed: bool) {
         if now.saturating_sub(self.span_start) >= SPAN {
             self.span_start = now;
@@ -245,7 +243,7 @@ mod tests {
 
     #[test]
     fn many_failures_at_one_moment_are_a_pause_of_ours() {
-        let partition = Partition::new(0);
+        let partition = CircuitBreaker::new(0);
         for _ in 0..FAILURES + 2 {
             assert!(!partition.failed(100 * MS));
         }
@@ -261,7 +259,7 @@ mod tests {
 
     #[test]
     fn an_answer_now_and_then_does_not_help() {
-        let partition = Partition::new(0);
+        let partition = CircuitBreaker::new(0);
         let mut opened = false;
         for call in 0..CALLS {
             if call % 2 == 0 {
@@ -275,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_late_answer_does_not_turn_time_back() {
-        let partition = Partition::new(0);
+        let partition = CircuitBreaker::new(0);
         partition.succeeded(5_000_000, 100 * MS);
         partition.succeeded(4_700_000, 120 * MS);
         assert_eq!(partition.last_heard(), 5_000_000);
@@ -290,7 +288,7 @@ mod tests {
 
     #[test]
     fn the_outage_is_told_by_the_counters_clock() {
-        let partition = Partition::new(0);
+        let partition = CircuitBreaker::new(0);
         assert_eq!(partition.away_since(true), 0);
         assert_eq!(partition.away_since(false), NEVER_HEARD);
         partition.succeeded(5_000_000, 100 * MS);
@@ -299,14 +297,14 @@ mod tests {
             partition.failed(200 * MS + call * 50 * MS);
         }
         assert_eq!(partition.away_since(false), 5_000_000 + 300_000);
-        assert!(!partition.is_beginning(900 * MS, 600 * MS));
+        assert!(!partition.is_initializing(900 * MS, 600 * MS));
         assert_eq!(partition.away_since(false), 5_000_000 + 300_000);
     }
 
     #[test]
     fn nothing_is_served_while_the_answer_in_a_promised_epoch_is_awaited() {
-        let partition = Partition::new(0);
-        assert!(partition.is_beginning(600 * MS, 10 * MS));
+        let partition = CircuitBreaker::new(0);
+        assert!(partition.is_initializing(600 * MS, 10 * MS));
         let is_paused = |ms| partition.outage().unwrap().is_paused(ms * MS);
         assert!(!is_paused(599) && is_paused(600) && is_paused(5000));
         partition.paused_until(630 * MS);

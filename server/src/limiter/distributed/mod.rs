@@ -13,7 +13,7 @@
 //! ```
 //!
 //! **Guarantees.** In any window of `T` seconds, all replicas together admit at most `burst + rate · (T + ttl)`, and
-//! at most `burst + rate · T` where every request is decided by the counters ([`lease`] has the argument). Calendar
+//! at most `burst + rate · T` where every request is decided by the counters ([`lease`](crate::limiter::rate::lease) has the argument). Calendar
 //! quotas are exact: the ledger counts a token before it is spent. A rested bucket's whole burst, sent at once to one
 //! replica, is admitted in at most two round trips.
 //!
@@ -22,7 +22,7 @@
 //! next. So it does for the ledger. A request's quota tokens are set apart before its rate is taken, so that no rate is
 //! taken for a request that then finds no quota.
 //!
-//! **While the counters are unavailable** ([`health`] decides when), a replica follows the plan's choice. `Share`: a
+//! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's choice. `Share`: a
 //! bucket of its own of `burst / replicas` and `rate / replicas`, which starts *empty* shortly after the outage. All
 //! shares together are one bucket that starts empty, so that with what was taken before they stay within the
 //! envelope. `Open`: the whole rate here, whatever other replicas do. `Closed`: nothing. A denial then names no violated
@@ -47,14 +47,11 @@
 //! `(1 + p) * (burst + rate * (T + ttl))`. `Closed` admits nothing in addition. An outage of all that is too short for
 //! every replica to notice is no such case: shares begin to fill only when it would be over, or noticed by all.
 
-mod counters;
+mod breaker;
+pub(super) mod calls;
 mod decide;
-mod flight;
-mod health;
-mod lease;
-mod roster;
-mod script;
-mod watch;
+mod probe;
+mod redis;
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -69,104 +66,98 @@ use quota_common::{
 };
 use tokio::runtime::Handle;
 
-pub(super) use self::lease::Lease;
-pub use self::{
-    counters::{
-        BucketName, BucketState, CounterError, CounterMicros, SharedCounters, TakeCall, TakeReply,
-    },
-    roster::{COUNTED_EVERY, FORGOTTEN, Place, Roster},
-    script::RedisCounters,
-};
+pub use self::redis::RedisCounters;
 use self::{
+    breaker::CircuitBreaker,
     decide::{LocalOutcome, decision},
-    health::Partition,
-    lease::Terms,
 };
 use super::{
-    blocks::QuotaLedger,
-    cells::{CellSettings, Cells},
     decision::{Decision, Outcome},
+    key::table::{KeyTable, KeyTableSettings},
+    membership::Membership,
     policy::Policies,
-    store::{Drained, KeyCell, LimitStore, LimiterError},
+    quota::block::QuotaLedger,
+    rate::{counters::SharedCounters, lease::Terms},
+    store::{Drained, KeyHandle, LimitStore, LimiterError},
 };
 use crate::{clock::Clock, telemetry::metrics::Metrics};
 
 /// The wait to announce when none is known.
-const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
+pub(in crate::limiter) const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 
 /// The wait to announce when it is known to be short.
-const A_MOMENT: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
+pub(in crate::limiter) const A_MOMENT: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
 
 /// Settings of the distributed store.
 #[derive(Debug, Clone)]
-pub struct SharedSettings {
+pub struct DistributedSettings {
     /// For how long tokens taken ahead of need may be spent. Zero: every request is decided by the counters.
     pub lease_ttl: Duration,
     /// How long a request waits for one call to the counters.
     pub deadline: Duration,
     /// What to do without them, unless a plan says otherwise.
     pub on_failure: OnRedisFailure,
-    pub cells: CellSettings,
+    pub keys: KeyTableSettings,
 }
 
 /// Limits that all replicas share.
 #[derive(Debug)]
-pub struct SharedStore(Arc<Inner>);
+pub struct DistributedStore(Arc<StoreCore>);
 
 #[derive(Debug)]
-struct Inner {
-    cells: Cells,
+struct StoreCore {
+    keys: KeyTable,
     counters: Arc<dyn SharedCounters>,
     clock: Arc<dyn Clock>,
-    roster: Arc<Roster>,
+    membership: Arc<Membership>,
     metrics: Arc<Metrics>,
-    settings: SharedSettings,
+    settings: DistributedSettings,
     ttl: u64,
-    partitions: Box<[Partition]>,
+    partitions: Box<[CircuitBreaker]>,
     /// Nothing is held for later any more.
     draining: AtomicBool,
-    me: Weak<Inner>,
+    me: Weak<StoreCore>,
 }
 
-impl SharedStore {
+impl DistributedStore {
     /// Starts the tasks that watch the counters; they end with the store.
     pub fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
         counters: Arc<dyn SharedCounters>,
-        roster: Arc<Roster>,
+        membership: Arc<Membership>,
         metrics: Arc<Metrics>,
-        settings: SharedSettings,
+        settings: DistributedSettings,
     ) -> Arc<Self> {
         let now = clock.monotonic();
-        let inner = Arc::new_cyclic(|me| Inner {
-            cells: Cells::new(
+        let inner = Arc::new_cyclic(|me| StoreCore {
+            keys: KeyTable::new(
                 Arc::clone(&clock),
                 ledger,
-                settings.cells.clone(),
-                Arc::clone(&roster),
+                settings.keys.clone(),
+                Arc::clone(&membership),
             ),
             partitions: (0..counters.partitions().max(1))
-                .map(|_| Partition::new(now))
+                .map(|_| CircuitBreaker::new(now))
                 .collect(),
             draining: AtomicBool::new(false),
             counters,
             clock,
-            roster,
+            membership,
             metrics,
             ttl: nanos(settings.lease_ttl),
             settings,
             me: Weak::clone(me),
         });
         if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(watch::beat(Weak::clone(&inner.me)));
+            runtime.spawn(probe::send_heartbeats(Weak::clone(&inner.me)));
         }
         Arc::new(Self(inner))
     }
 
     /// Whether some counters are away.
     pub fn is_degraded(&self) -> bool {
-        self.0.partitions.iter().any(Partition::is_away)
+        self.0.partitions.iter().any(CircuitBreaker::is_away)
     }
 }
 
@@ -175,27 +166,27 @@ fn nanos(duration: Duration) -> u64 {
 }
 
 #[async_trait]
-impl LimitStore for SharedStore {
-    fn cell(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyCell>, LimiterError> {
-        self.0.cells.cell(tenant, key)
+impl LimitStore for DistributedStore {
+    fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
+        self.0.keys.handle(tenant, key)
     }
 
     #[inline]
     fn try_take(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Option<Decision> {
-        match self.0.look(cell, policies, cost, None) {
+        match self.0.decide_locally(handle, policies, cost, None) {
             Ok(LocalOutcome::Done(decision)) => Some(decision),
-            Ok(LocalOutcome::Fetch) if self.0.partition(cell).is_away() => {
+            Ok(LocalOutcome::Fetch) if self.0.partition(handle).is_away() => {
                 let on_failure = policies.on_failure().unwrap_or(self.0.settings.on_failure);
                 // The other choices are subject to the local limiter first.
                 if on_failure != OnRedisFailure::Share {
                     return None;
                 }
-                self.0.without_counters(cell, policies, cost, None).ok()?
+                self.0.without_counters(handle, policies, cost, None).ok()?
             }
             _ => None,
         }
@@ -203,25 +194,25 @@ impl LimitStore for SharedStore {
 
     async fn take(
         &self,
-        cell: &Arc<KeyCell>,
+        handle: &Arc<KeyHandle>,
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
-        self.0.take(cell, policies, cost).await
+        self.0.take(handle, policies, cost).await
     }
 
-    fn peek(&self, cell: &KeyCell, policies: &Policies) -> Decision {
-        let (mut state, now) = self.0.cells.current(cell, policies);
+    fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
+        let (mut state, now) = self.0.keys.current(handle, policies);
         let times = (now, self.0.clock.monotonic());
         decision(&mut state, policies, times, Outcome::Allowed)
     }
 
-    async fn inspect(&self, cell: &KeyCell, policies: &Policies) -> Decision {
+    async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         let debt = self
             .0
-            .look_up_debt(cell, Terms::new(policies, self.0.ttl))
+            .look_up_debt(handle, Terms::new(policies, self.0.ttl))
             .await;
-        let (mut state, now) = self.0.cells.current(cell, policies);
+        let (mut state, now) = self.0.keys.current(handle, policies);
         match debt {
             Some(debt) => state.decision_with(
                 policies,
@@ -243,16 +234,16 @@ impl LimitStore for SharedStore {
     }
 
     fn prune(&self) -> usize {
-        self.0.cells.prune()
+        self.0.keys.prune()
     }
 
     fn denial_memory(&self, policies: &Policies) -> Option<u64> {
         let leased = self.0.ttl > 0 && !policies.strict();
-        leased.then(|| self.0.ttl.saturating_mul(flight::DENIED_FOR_LEASES))
+        leased.then(|| self.0.ttl.saturating_mul(calls::DENIED_FOR_LEASES))
     }
 
     async fn drain(&self) -> Drained {
-        let (drained, ()) = tokio::join!(self.0.cells.drain(), self.0.return_leases());
+        let (drained, ()) = tokio::join!(self.0.keys.drain(), self.0.return_leases());
         drained
     }
 }

@@ -193,9 +193,12 @@ impl World {
 async fn every_change_reaches_every_replica() {
     let world = World::start().await;
     world.many("with messages").await;
-    let received = world.counted("quota_revocations_received_total").await;
+    let received = world.counted("quota_invalidations_received_total").await;
     assert!(received > 2 * CHANGES as u64, "{received} were received");
-    assert_eq!(world.counted("quota_revocation_poll_errors_total").await, 0);
+    assert_eq!(
+        world.counted("quota_invalidation_poll_errors_total").await,
+        0
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -207,11 +210,16 @@ async fn every_change_reaches_every_replica_without_messages() {
         .command("ACL SETUSER default resetchannels")
         .await;
     assert!(done.contains("OK"), "{done}");
-    let before = world.counted("quota_revocations_received_total").await;
+    let before = world.counted("quota_invalidations_received_total").await;
     world.many("without messages").await;
-    let received = world.counted("quota_revocations_received_total").await - before;
+    let received = world.counted("quota_invalidations_received_total").await - before;
     assert_eq!(received, 0, "the channel was not cut");
-    assert!(world.counted("quota_revocation_publish_errors_total").await > 0);
+    assert!(
+        world
+            .counted("quota_invalidation_publish_errors_total")
+            .await
+            > 0
+    );
     assert!(world.counted("quota_key_shared_misses_total").await > 0);
 }
 

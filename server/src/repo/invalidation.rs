@@ -55,7 +55,7 @@ impl Target {
 
 /// A change after which cached copies are outdated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Revocation {
+pub struct Invalidation {
     pub seq: i64,
     pub tenant: Uuid,
     /// `None` for a kind that this version does not know. It invalidates everything of the tenant.
@@ -66,7 +66,7 @@ pub struct Revocation {
 
 /// Call last in the transaction: it waits for other transactions that do the same. Publish the returned value after the
 /// commit.
-pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Revocation, DbError> {
+pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Invalidation, DbError> {
     let tenant = tx.tenant().0;
     insert_on(tx, tenant, target).await
 }
@@ -76,7 +76,7 @@ pub async fn insert_system(
     tx: &mut SystemTx,
     tenant: Uuid,
     target: Target,
-) -> Result<Revocation, DbError> {
+) -> Result<Invalidation, DbError> {
     insert_on(tx, tenant, target).await
 }
 
@@ -84,7 +84,7 @@ async fn insert_on(
     conn: &mut AsyncPgConnection,
     tenant: Uuid,
     target: Target,
-) -> Result<Revocation, DbError> {
+) -> Result<Invalidation, DbError> {
     let (seq, at) = diesel::insert_into(revocations::table)
         .values((
             revocations::tenant_id.eq(tenant),
@@ -96,7 +96,7 @@ async fn insert_on(
         .returning((revocations::seq, revocations::at))
         .get_result(conn)
         .await?;
-    Ok(Revocation {
+    Ok(Invalidation {
         seq,
         tenant,
         target: Some(target),
@@ -120,8 +120,8 @@ const COLUMNS: (
     revocations::at,
 );
 
-fn revocation((seq, tenant, name, id, at): Row) -> Revocation {
-    Revocation {
+fn invalidation((seq, tenant, name, id, at): Row) -> Invalidation {
+    Invalidation {
         seq,
         tenant,
         target: Target::read(&name, id),
@@ -133,14 +133,14 @@ fn revocation((seq, tenant, name, id, at): Row) -> Revocation {
 pub const BATCH: u16 = 10_000;
 
 /// Returns the newest rows, in order. Older ones may have been deleted, which happens after a day.
-pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Revocation>, DbError> {
+pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     let rows = revocations::table
         .order(revocations::seq.desc())
         .limit(i64::from(BATCH))
         .select(COLUMNS)
         .load::<Row>(&mut **tx)
         .await?;
-    Ok(rows.into_iter().rev().map(revocation).collect())
+    Ok(rows.into_iter().rev().map(invalidation).collect())
 }
 
 /// Returns the highest number. The newest row is never deleted, so this decreases only if PostgreSQL is restored to an
@@ -154,7 +154,7 @@ pub async fn highest(tx: &mut SystemTx) -> Result<i64, DbError> {
 }
 
 /// Returns the rows after number `seq`, in order: at most [`BATCH`].
-pub async fn since(tx: &mut SystemTx, seq: i64) -> Result<Vec<Revocation>, DbError> {
+pub async fn since(tx: &mut SystemTx, seq: i64) -> Result<Vec<Invalidation>, DbError> {
     let rows = revocations::table
         .filter(revocations::seq.gt(seq))
         .order(revocations::seq.asc())
@@ -162,5 +162,5 @@ pub async fn since(tx: &mut SystemTx, seq: i64) -> Result<Vec<Revocation>, DbErr
         .select(COLUMNS)
         .load::<Row>(&mut **tx)
         .await?;
-    Ok(rows.into_iter().map(revocation).collect())
+    Ok(rows.into_iter().map(invalidation).collect())
 }

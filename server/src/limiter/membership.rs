@@ -32,11 +32,11 @@ const _: () = assert!(
 );
 
 /// The most replicas that blocks of a quota are sized for.
-const SHARERS_MAX: u64 = 1000;
+const REPLICAS_MAX: u64 = 1000;
 
 /// A replica's place among all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct ReplicaSlot {
     /// From zero.
     pub rank: u64,
     pub of: NonZeroU64,
@@ -44,9 +44,9 @@ pub struct Place {
 
 #[derive(Debug, Clone, Copy)]
 struct Counted {
-    place: Place,
+    slot: ReplicaSlot,
     /// On the monotonic clock: when the first count that included this replica was complete, when the first count with
-    /// this place was, and when the latest count began.
+    /// this slot was, and when the latest count began.
     joined: u64,
     since: u64,
     confirmed: u64,
@@ -54,67 +54,67 @@ struct Counted {
 
 /// See the module.
 #[derive(Debug)]
-pub struct Roster {
+pub struct Membership {
     counted: Mutex<Option<Counted>>,
-    sharers: AtomicU64,
+    replica_count: AtomicU64,
 }
 
-impl Default for Roster {
+impl Default for Membership {
     fn default() -> Self {
         Self {
             counted: Mutex::new(None),
-            sharers: AtomicU64::new(1),
+            replica_count: AtomicU64::new(1),
         }
     }
 }
 
-impl Roster {
-    /// A count at `now` found this replica at `place`.
-    pub fn confirm(&self, place: Place, now: u64) {
-        self.confirm_count(place, now, now);
+impl Membership {
+    /// A count at `now` found this replica at `slot`.
+    pub fn confirm(&self, slot: ReplicaSlot, now: u64) {
+        self.confirm_count(slot, now, now);
     }
 
-    /// A count that `began` and `ended` at these times found this replica at `place`.
+    /// A count that `began` and `ended` at these times found this replica at `slot`.
     ///
     /// It is as old as its beginning. Its result is in force from its end on: until then this replica acted on the one
     /// before, and the others may have counted without this one.
-    pub fn confirm_count(&self, place: Place, began: u64, ended: u64) {
+    pub fn confirm_count(&self, slot: ReplicaSlot, began: u64, ended: u64) {
         let mut counted = self.counted.lock();
         *counted = Some(match *counted {
             Some(before) if ended.saturating_sub(before.confirmed) < nanos(BELIEVED) => Counted {
-                since: if before.place == place {
+                since: if before.slot == slot {
                     before.since
                 } else {
                     ended
                 },
-                place,
+                slot,
                 confirmed: began,
                 ..before
             },
             // The first count, or the first after so long that the others may have forgotten this replica.
             _ => Counted {
-                place,
+                slot,
                 joined: ended,
                 since: ended,
                 confirmed: began,
             },
         });
-        self.sharers
-            .store(place.of.get().min(SHARERS_MAX), Ordering::Relaxed);
+        self.replica_count
+            .store(slot.of.get().min(REPLICAS_MAX), Ordering::Relaxed);
     }
 
     /// Returns the number of replicas last counted. At least 1.
     #[inline]
-    pub fn sharers(&self) -> u64 {
-        self.sharers.load(Ordering::Relaxed)
+    pub fn replica_count(&self) -> u64 {
+        self.replica_count.load(Ordering::Relaxed)
     }
 
-    /// This replica's place and since when it has it. `None` while it must not act on one.
-    pub(super) fn place(&self, now: u64) -> Option<(Place, u64)> {
+    /// This replica's slot and since when it has it. `None` while it must not act on one.
+    pub(super) fn slot(&self, now: u64) -> Option<(ReplicaSlot, u64)> {
         let counted = (*self.counted.lock())?;
         let settled = now.saturating_sub(counted.joined) >= nanos(SETTLED);
         let believed = now.saturating_sub(counted.confirmed) < nanos(BELIEVED);
-        (settled && believed).then_some((counted.place, counted.since))
+        (settled && believed).then_some((counted.slot, counted.since))
     }
 }
 
@@ -128,8 +128,8 @@ mod tests {
 
     const SECOND: u64 = 1_000_000_000;
 
-    fn place(rank: u64, of: u64) -> Place {
-        Place {
+    fn slot(rank: u64, of: u64) -> ReplicaSlot {
+        ReplicaSlot {
             rank,
             of: NonZeroU64::new(of).unwrap(),
         }
@@ -137,41 +137,48 @@ mod tests {
 
     #[test]
     fn a_place_is_acted_on_when_settled_and_while_confirmed() {
-        let roster = Roster::default();
-        assert_eq!(roster.sharers(), 1);
-        assert_eq!(roster.place(0), None);
+        let membership = Membership::default();
+        assert_eq!(membership.replica_count(), 1);
+        assert_eq!(membership.slot(0), None);
         for second in 1..9 {
-            roster.confirm(place(1, 2), second * SECOND);
+            membership.confirm(slot(1, 2), second * SECOND);
             assert_eq!(
-                roster.place(second * SECOND),
+                membership.slot(second * SECOND),
                 None,
                 "others may not know yet"
             );
         }
-        assert_eq!(roster.sharers(), 2);
-        roster.confirm(place(1, 2), 9 * SECOND);
-        assert_eq!(roster.place(9 * SECOND), Some((place(1, 2), SECOND)));
-        assert!(roster.place(15 * SECOND).is_some());
-        assert_eq!(roster.place(16 * SECOND), None, "it is not confirmed");
+        assert_eq!(membership.replica_count(), 2);
+        membership.confirm(slot(1, 2), 9 * SECOND);
+        assert_eq!(membership.slot(9 * SECOND), Some((slot(1, 2), SECOND)));
+        assert!(membership.slot(15 * SECOND).is_some());
+        assert_eq!(membership.slot(16 * SECOND), None, "it is not confirmed");
         // Back after so long, it must settle again.
         for second in 17..25 {
-            roster.confirm(place(1, 2), second * SECOND);
-            assert_eq!(roster.place(second * SECOND), None);
+            membership.confirm(slot(1, 2), second * SECOND);
+            assert_eq!(membership.slot(second * SECOND), None);
         }
-        roster.confirm(place(1, 2), 25 * SECOND);
-        assert!(roster.place(25 * SECOND).is_some());
+        membership.confirm(slot(1, 2), 25 * SECOND);
+        assert!(membership.slot(25 * SECOND).is_some());
     }
 
     #[test]
     fn another_place_is_held_from_the_end_of_the_count_that_gave_it() {
-        let roster = Roster::default();
+        let membership = Membership::default();
         for second in 0..10 {
-            roster.confirm(place(1, 3), second * SECOND);
+            membership.confirm(slot(1, 3), second * SECOND);
         }
-        roster.confirm_count(place(0, 2), 10 * SECOND, 11 * SECOND);
-        assert_eq!(roster.place(11 * SECOND), Some((place(0, 2), 11 * SECOND)));
-        assert!(roster.place(17 * SECOND - 1).is_some());
-        assert_eq!(roster.place(17 * SECOND), None, "as old as its beginning");
+        membership.confirm_count(slot(0, 2), 10 * SECOND, 11 * SECOND);
+        assert_eq!(
+            membership.slot(11 * SECOND),
+            Some((slot(0, 2), 11 * SECOND))
+        );
+        assert!(membership.slot(17 * SECOND - 1).is_some());
+        assert_eq!(
+            membership.slot(17 * SECOND),
+            None,
+            "as old as its beginning"
+        );
     }
 
     /// Replicas come, go, lose PostgreSQL and get slow answers. The replicas count as the database would have them;
@@ -181,11 +188,11 @@ mod tests {
         const TICK: u64 = SECOND / 10;
         struct Replica {
             id: u32,
-            roster: Roster,
+            membership: Membership,
             seen: Option<u64>,
             next_count: u64,
             /// A count under way: its beginning, its end, what it found.
-            counting: Option<(u64, u64, Place)>,
+            counting: Option<(u64, u64, ReplicaSlot)>,
             cut_until: u64,
             stops: u64,
         }
@@ -200,7 +207,7 @@ mod tests {
                 if replicas.is_empty() || (replicas.len() < 5 && rng.u8(..100) < 2) {
                     replicas.push(Replica {
                         id: ids.pop().unwrap(),
-                        roster: Roster::default(),
+                        membership: Membership::default(),
                         seen: None,
                         next_count: now,
                         counting: None,
@@ -212,10 +219,10 @@ mod tests {
                     if rng.u16(..1000) < 4 {
                         replicas[i].cut_until = now + rng.u64(1..20) * SECOND;
                     }
-                    if let Some((began, ended, place)) = replicas[i].counting
+                    if let Some((began, ended, slot)) = replicas[i].counting
                         && ended <= now
                     {
-                        replicas[i].roster.confirm_count(place, began, now);
+                        replicas[i].membership.confirm_count(slot, began, now);
                         replicas[i].counting = None;
                         replicas[i].next_count = began + SECOND;
                     }
@@ -227,22 +234,22 @@ mod tests {
                             it.seen.is_some_and(|seen| now - seen < nanos(FORGOTTEN))
                         };
                         let counted: Vec<_> = replicas.iter().filter(is_counted).collect();
-                        let place = place(
+                        let slot = slot(
                             counted.iter().filter(|it| it.id < id).count() as u64,
                             counted.len() as u64,
                         );
                         let takes = rng.u64(..3) * rng.u64(..8) * TICK;
-                        replicas[i].counting = Some((now, now + takes, place));
+                        replicas[i].counting = Some((now, now + takes, slot));
                     }
                 }
                 // What is left of a count ends with its replica, which leaves no row behind or is forgotten.
                 replicas.retain(|it| it.stops > now);
-                let acting: Vec<Place> = replicas
+                let acting: Vec<ReplicaSlot> = replicas
                     .iter()
-                    .filter_map(|it| it.roster.place(now).map(|(place, _)| place))
+                    .filter_map(|it| it.membership.slot(now).map(|(slot, _)| slot))
                     .collect();
-                let share = |place: &Place| {
-                    burst / place.of.get() + u64::from(place.rank < burst % place.of.get())
+                let share = |slot: &ReplicaSlot| {
+                    burst / slot.of.get() + u64::from(slot.rank < burst % slot.of.get())
                 };
                 let sum: u64 = acting.iter().map(share).sum();
                 assert!(sum <= burst, "seed {seed}: {acting:?} of {burst}");

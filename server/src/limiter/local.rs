@@ -1,0 +1,106 @@
+//! The store of a single replica: buckets in this process, calendar quotas in blocks from a ledger.
+//!
+//! Uses the bucket in the key's handle. The keys handle a ledger that is down.
+
+use std::{num::NonZeroU32, sync::Arc};
+
+use async_trait::async_trait;
+use quota_common::id::{ApiKeyId, TenantId};
+
+use super::{
+    decision::{Decision, Outcome},
+    key::{
+        state::{MissingBlocks, OnUnknown},
+        table::{KeyTable, KeyTableSettings},
+    },
+    policy::Policies,
+    quota::block::QuotaLedger,
+    store::{Drained, KeyHandle, LimitStore, LimiterError},
+};
+use crate::clock::Clock;
+
+/// Limits in this process's memory.
+#[derive(Debug)]
+pub struct LocalStore {
+    keys: KeyTable,
+}
+
+impl LocalStore {
+    pub fn new(
+        clock: Arc<dyn Clock>,
+        ledger: Arc<dyn QuotaLedger>,
+        settings: KeyTableSettings,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            keys: KeyTable::new(clock, ledger, settings, Arc::default()),
+        })
+    }
+
+    /// Returns how many keys there are.
+    pub fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Decides with what is held, and starts the follow-up work.
+    #[inline]
+    fn attempt(
+        &self,
+        handle: &Arc<KeyHandle>,
+        policies: &Policies,
+        cost: NonZeroU32,
+        on_unknown: OnUnknown,
+    ) -> Result<Decision, MissingBlocks> {
+        let (mut state, now) = self.keys.current(handle, policies);
+        let step = state.step(policies, cost, now, on_unknown);
+        self.keys.after(handle, &mut state, step.as_ref().ok());
+        step
+    }
+}
+
+#[async_trait]
+impl LimitStore for LocalStore {
+    fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
+        self.keys.handle(tenant, key)
+    }
+
+    #[inline]
+    fn try_take(
+        &self,
+        handle: &Arc<KeyHandle>,
+        policies: &Policies,
+        cost: NonZeroU32,
+    ) -> Option<Decision> {
+        self.attempt(handle, policies, cost, OnUnknown::Wait).ok()
+    }
+
+    async fn take(
+        &self,
+        handle: &Arc<KeyHandle>,
+        policies: &Policies,
+        cost: NonZeroU32,
+    ) -> Result<Decision, LimiterError> {
+        let attempt = |on_unknown| self.attempt(handle, policies, cost, on_unknown);
+        self.keys.with_blocks(handle, cost, attempt).await
+    }
+
+    fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
+        let (state, now) = self.keys.current(handle, policies);
+        state.decision(policies, now, Outcome::Allowed)
+    }
+
+    fn is_local(&self) -> bool {
+        true
+    }
+
+    fn prune(&self) -> usize {
+        self.keys.prune()
+    }
+
+    async fn drain(&self) -> Drained {
+        self.keys.drain().await
+    }
+}
