@@ -142,6 +142,8 @@ fn wrong(name: &str) -> &'static str {
         | "QUOTA_SECRET_FILE"
         | "QUOTA_SECRET_PREVIOUS_FILE" => "/nonexistent/secret",
         "QUOTA_REGISTRATION" => "maybe",
+        "QUOTA_LANDING" => "none",
+        "QUOTA_OPERATOR_NAME" => "Acme\tInc",
         "ALLOWED_ORIGINS" => "example.com",
         "QUOTA_TRUSTED_PROXIES" => "10.0.0.0/33",
         "QUOTA_AUTH_RPM"
