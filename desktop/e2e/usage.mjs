@@ -283,10 +283,12 @@ async function keyPage(my, log, counted) {
   await meter("Daily quota").getByText(`${40 - used} of 40 left`).waitFor();
   await meter("Monthly quota").getByText(`${number(5000 - used)} of 5,000 left`).waitFor();
   const chart = page.locator(".chart");
+  await chart.waitFor();
   const own = log.count((it) => it.key === "Counted");
   assert.equal(await legend(chart, "Allowed"), number(own.allowed));
   assert.equal(await legend(chart, "Rejected"), number(own.rejected));
   const rows = page.locator("table.decisions tbody tr");
+  await rows.nth(9).waitFor();
   assert.equal(await rows.count(), 10);
   const latest = log.requests.filter((it) => it.key === "Counted").slice(-10).reverse();
   assert.deepEqual(await rows.locator("td[data-label='Request ID']").allTextContents(), latest.map((it) => it.id));

@@ -12,16 +12,20 @@ export async function widths(world) {
     strict: true,
   });
   const names = ["Mobile app", "Partner: Contoso International", "Internal dashboard"];
+  const created = [];
   const keys = [];
   for (const name of names) {
-    keys.push((await my.api("POST", "/admin/api-keys", { name, plan_id: plan.id, expires_at: "2199-01-01T00:00:00Z" })).api_key);
+    created.push(await my.api("POST", "/admin/api-keys", { name, plan_id: plan.id, expires_at: "2199-01-01T00:00:00Z" }));
+    keys.push(created.at(-1).api_key);
     await my.api("POST", "/admin/service-tokens", { name });
   }
+  for (const { key } of created) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": key } });
+  while (!(await my.api("GET", "/admin/usage")).total.allowed) await page.waitForTimeout(200);
   await my.api("PATCH", `/admin/api-keys/${keys[0].id}`, { is_active: false });
-  for (const path of ["", "/plans", "/api-keys", `/api-keys/${keys[0].id}`, "/service-tokens", "/audit", "/settings"]) {
+  for (const path of ["", "/usage", "/usage?range=30d&view=table", "/plans", "/api-keys", `/api-keys/${keys[0].id}`, "/service-tokens", "/audit", "/settings"]) {
     await page.goto(`${base}/console${path}`);
     await page.locator("main h1").waitFor();
-    await page.locator(".skeleton").waitFor({ state: "detached" });
+    await page.waitForFunction(() => !document.querySelector(".skeleton"));
     for (let width = 320; width <= 1920; width += 32) {
       await page.setViewportSize({ width, height: 800 });
       await my.fits(`/console${path} at ${width}`);

@@ -33,7 +33,7 @@ fn formatter(zone: &str) -> Option<js_sys::Intl::DateTimeFormat> {
     let arguments = js_sys::Array::of2(&"en-GB".into(), &options);
     // Through `construct`, which reports the exception for an unknown time zone.
     let made = js_sys::Reflect::construct(class, &arguments).ok()?;
-    made.dyn_into().ok()
+    Some(made.unchecked_into())
 }
 
 /// Converts a time, in milliseconds since 1970. In UTC if the browser does not know the time zone.

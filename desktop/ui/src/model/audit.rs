@@ -343,11 +343,13 @@ mod tests {
     const ID: &str = "019ab4e1-7c00-7000-8000-0000000000b1";
 
     fn event(action: &str, before: Value, after: Value) -> AuditEvent {
-        serde_json::from_value(json!({
+        let mut event = json!({
             "id": ID, "at": "2026-08-03T06:26:00.000Z", "user_id": null, "user_email": null, "action": action,
-            "target_type": "plan", "target_id": ID, "target_name": "Starter", "ip": null, "before": before, "after": after,
-        }))
-        .expect("an event")
+            "target_type": "plan", "target_id": ID, "target_name": "Starter", "ip": null,
+        });
+        event["before"] = before;
+        event["after"] = after;
+        serde_json::from_value(event).expect("an event")
     }
 
     fn plan_name(id: &str) -> Option<String> {

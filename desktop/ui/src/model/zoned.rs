@@ -28,7 +28,7 @@ impl LocalTime {
             .map(str::parse::<u32>);
         let mut next = || numbers.next()?.ok();
         let (day, month, year, hour, minute) = (next()?, next()?, next()?, next()?, next()?);
-        let (_, zone) = text.rsplit_once(':')?.1.split_once(' ')?;
+        let (_, zone) = text.rsplit_once(", ")?.1.split_once(' ')?;
         ((1..=12).contains(&month) && hour < 24).then(|| Self {
             year: year.into(),
             month,
