@@ -52,6 +52,8 @@ const STALLED_ENOUGH: Duration = Duration::from_secs(1);
 const YOUNG: Duration = Duration::from_secs(1);
 /// How many of the oldest connections without a request are compared by the number of connections of their address.
 const WAITING_SEARCH: usize = 16;
+/// An address is light next to one that has this many times its connections.
+const LIGHT: usize = 4;
 /// Time between two searches for idle and stalled connections, which check all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
 /// One search finds at most this fraction of all connections.
@@ -96,6 +98,8 @@ struct Open {
     waiting: BTreeSet<u64>,
     /// Connections that the last search found, to be closed from the end.
     spare: Vec<u64>,
+    /// The same, of those whose client has not taken a response for a moment only.
+    just_stalled: Vec<u64>,
     searched_at: Option<Instant>,
 }
 
@@ -152,20 +156,29 @@ impl Open {
             .map_or(0, |group| group.counted.len())
     }
 
-    /// Returns up to `most` connections that can be closed for others, the first to close last: those that have been
-    /// idle longest, then stalled ones of the addresses with the most connections.
-    fn search(&self, now: Instant, most: usize) -> Vec<u64> {
+    /// Finds up to `most` that can be closed for others: those that have been idle longest, then the stalled ones of
+    /// the addresses that have most.
+    fn search(&mut self, now: Instant, most: usize) {
         let mut found = Vec::new();
+        let mut just_stalled = Vec::new();
         for (id, entry) in &self.all {
             if let Some(since) = entry.idle(now) {
                 found.push((0, Reverse(0), since, *id));
             } else if let Some(since) = entry.stalled(now) {
                 found.push((1, Reverse(self.weight(entry.counted_at)), since, *id));
+            } else if entry.counted_at.is_some()
+                && let Some(since) = entry.connection.stalled_since()
+            {
+                just_stalled.push((2, Reverse(self.weight(entry.counted_at)), since, *id));
             }
         }
-        found.sort_unstable();
-        found.truncate(most);
-        found.iter().rev().map(|(.., id)| *id).collect()
+        let first = |mut found: Vec<(u8, Reverse<usize>, Instant, u64)>| {
+            found.sort_unstable();
+            found.truncate(most);
+            found.iter().rev().map(|(.., id)| *id).collect()
+        };
+        self.spare = first(found);
+        self.just_stalled = first(just_stalled);
     }
 
     /// Stops counting connections of a group that have authenticated.
@@ -333,7 +346,7 @@ impl Table {
             self.close(open, id);
             return true;
         }
-        if let Some(id) = self.spare(open, now) {
+        if let Some(id) = self.spare(open, now, newcomer) {
             self.close(open, id);
             return true;
         }
@@ -346,18 +359,34 @@ impl Table {
         }
     }
 
-    /// Returns a connection that is idle or whose client does not read its response.
-    fn spare(&self, open: &mut Open, now: Instant) -> Option<u64> {
+    /// One that is idle, or whose client does not take a response. For a newcomer of a light address a client of a
+    /// heavy one need not have done so for long: else the clients of that one, which come back at once, would take
+    /// every place that becomes free.
+    fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {
         let is_searched = open
             .searched_at
             .is_some_and(|at| now.saturating_duration_since(at) < SEARCH_EVERY);
         if open.spare.is_empty() && !is_searched {
             open.searched_at = Some(now);
-            open.spare = open.search(now, (self.limits.connections / SEARCH_PART).max(1));
+            open.search(now, (self.limits.connections / SEARCH_PART).max(1));
         }
         while let Some(id) = open.spare.pop() {
             let entry = open.all.get(&id);
             if entry.is_some_and(|it| it.idle(now).or(it.stalled(now)).is_some()) {
+                return Some(id);
+            }
+        }
+        let heavy = open.weight(newcomer).saturating_mul(LIGHT).max(LIGHT);
+        while let Some(id) = open.just_stalled.pop() {
+            let Some(entry) = open.all.get(&id) else {
+                continue;
+            };
+            if open.weight(entry.counted_at) < heavy {
+                // No other one has more.
+                open.just_stalled.push(id);
+                break;
+            }
+            if entry.connection.stalled_since().is_some() {
                 return Some(id);
             }
         }

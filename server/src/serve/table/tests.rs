@@ -378,3 +378,17 @@ async fn stalled_clients_are_closed_before_new_ones() {
     assert!(!is_told_to_close(&waiting));
     assert_eq!(stalled.iter().filter(|it| is_told_to_close(it)).count(), 2);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_light_address_does_not_wait_until_clients_of_a_heavy_one_have_stalled_for_long() {
+    let table = table(8, 0);
+    let stalled = [(); 8].map(|()| admit(&table, "192.0.2.1").unwrap());
+    for it in &stalled {
+        let _request = request(it);
+        it.connection.is_write_blocked(1);
+    }
+    assert_eq!(admit(&table, "192.0.2.1").unwrap_err(), Refusal::Full);
+    let _light = admit(&table, "198.51.100.1").unwrap();
+    assert_eq!(stalled.iter().filter(|it| is_told_to_close(it)).count(), 1);
+    assert_eq!(admit(&table, "192.0.2.1").unwrap_err(), Refusal::Full);
+}
