@@ -183,7 +183,7 @@ fn write_sorted(order: Order, cursor_key: &CursorKey, id: Uuid) -> String {
         CursorKey::CreatedAt | CursorKey::LastUsed(None) => {}
         CursorKey::Name(name) => bytes.extend_from_slice(name.as_bytes()),
         CursorKey::LastUsed(Some(at)) => {
-            bytes.extend_from_slice(&at.timestamp_micros().to_be_bytes())
+            bytes.extend_from_slice(&at.timestamp_micros().to_be_bytes());
         }
     }
     URL_SAFE_NO_PAD.encode(bytes)

@@ -387,8 +387,14 @@ async fn a_light_address_does_not_wait_until_clients_of_a_heavy_one_have_stalled
         let _request = request(it);
         it.connection.is_write_blocked(1);
     }
-    assert_eq!(admit(&table, "192.0.2.1").unwrap_err(), Refusal::Full);
+    assert_eq!(
+        admit(&table, "192.0.2.1").unwrap_err(),
+        ConnectionLimit::Full
+    );
     let _light = admit(&table, "198.51.100.1").unwrap();
     assert_eq!(stalled.iter().filter(|it| is_told_to_close(it)).count(), 1);
-    assert_eq!(admit(&table, "192.0.2.1").unwrap_err(), Refusal::Full);
+    assert_eq!(
+        admit(&table, "192.0.2.1").unwrap_err(),
+        ConnectionLimit::Full
+    );
 }
