@@ -110,7 +110,7 @@ impl RedisServer {
         self.signal(Signal::SIGSTOP);
     }
 
-    /// Resumes it after [`freeze`](Self::freeze).
+    /// Resumes it after [`stop`](Self::stop).
     pub fn cont(&mut self) {
         self.signal(Signal::SIGCONT);
     }
