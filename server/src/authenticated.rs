@@ -1,21 +1,50 @@
-//! Marks connections on which a valid API key or service token was sent. Handlers set the mark, and the listener then
-//! stops counting the connection against its address.
+//! What handlers tell the listener about the connection that a request came on.
+//!
+//! Handlers mark connections on which a valid API key or service token was sent. The listener then stops counting them
+//! against their address. Handlers also announce responses that go on for as long as the client wants them: such a
+//! response may be quiet, and the client is not behind in reading it.
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-/// See the module. Clones share the mark.
+/// See the module. Clones share the marks.
 #[derive(Debug, Clone, Default)]
-pub struct Authenticated(Arc<AtomicBool>);
+pub struct Authenticated(Arc<Marks>);
+
+#[derive(Debug, Default)]
+struct Marks {
+    is_set: AtomicBool,
+    endless_responses: AtomicUsize,
+}
 
 impl Authenticated {
     pub fn set(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.is_set.store(true, Ordering::Relaxed);
     }
 
     pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.is_set.load(Ordering::Relaxed)
+    }
+
+    /// Announces a response without an end. It counts until the returned value is dropped.
+    pub fn begin_endless_response(&self) -> EndlessResponse {
+        self.0.endless_responses.fetch_add(1, Ordering::Relaxed);
+        EndlessResponse(Arc::clone(&self.0))
+    }
+
+    pub fn has_endless_response(&self) -> bool {
+        self.0.endless_responses.load(Ordering::Relaxed) > 0
+    }
+}
+
+/// A response without an end, while it is being sent.
+#[derive(Debug)]
+pub struct EndlessResponse(Arc<Marks>);
+
+impl Drop for EndlessResponse {
+    fn drop(&mut self) {
+        self.0.endless_responses.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -20,6 +20,7 @@ use super::{
     json::Json,
     page::{self, PageSize},
     problem::ApiError,
+    request_context::RequestContext,
     tenant_rights::UsageTenant,
     usage::endpoint_filter,
 };
@@ -194,7 +195,8 @@ impl DecisionApi {
             filter,
             after,
         };
-        Ok(DecisionStream::new(tail, place))
+        let endless = RequestContext::of(request)?.begin_endless_response();
+        Ok(DecisionStream::new(tail, (place, endless)))
     }
 }
 

@@ -11,7 +11,7 @@ use quota_common::TenantId;
 
 use super::problem::ApiError;
 use crate::{
-    authenticated::Authenticated,
+    authenticated::{Authenticated, EndlessResponse},
     client_guard::ClientNetwork,
     clock::UnixNanos,
     keys::{KeyRecord, Source},
@@ -90,6 +90,12 @@ impl RequestContext {
         if let Some(authenticated) = &self.authenticated {
             authenticated.set();
         }
+    }
+
+    /// Announces that the response has no end of its own.
+    pub fn begin_endless_response(&self) -> Option<EndlessResponse> {
+        let connection = self.authenticated.as_ref();
+        connection.map(Authenticated::begin_endless_response)
     }
 
     /// Writes the access log line. Takes `nanos` since arrival.

@@ -168,7 +168,12 @@ impl Connection {
         let head = waiting
             .head
             .map(|since| (Phase::Head, self.at(since) + timeouts.header));
-        let response = waiting.response.map(|since| {
+        // A stream of events may be quiet for longer than any deadline. Only callers with a session, and each tenant only
+        // a few times, can have one; the connection's other responses have no deadline meanwhile.
+        let response = waiting
+            .response
+            .filter(|_| !self.authenticated.has_endless_response());
+        let response = response.map(|since| {
             // With nothing but canceled requests, the connection is still shut down gracefully.
             let phase = if is_quiet { Phase::Idle } else { Phase::Write };
             (phase, self.at(since) + timeouts.write)
@@ -303,7 +308,8 @@ impl Connection {
         let response = self
             .is_http2()
             .then(|| self.http2.lock().waiting().response)
-            .flatten();
+            .flatten()
+            .filter(|_| !self.authenticated.has_endless_response());
         let oldest = blocked.into_iter().chain(response).min()?;
         Some(self.at(oldest))
     }

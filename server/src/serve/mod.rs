@@ -233,7 +233,8 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                 if is_first {
                     slot.has_requested();
                 }
-                if !connection.authenticated.is_set() {
+                // An HTTP/2 connection may also carry a response without an end.
+                if connection.is_http2() || !connection.authenticated.is_set() {
                     let authenticated = connection.authenticated.clone();
                     request.extensions_mut().insert(authenticated);
                 }

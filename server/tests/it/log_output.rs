@@ -87,5 +87,9 @@ async fn a_stopped_reader_of_standard_output_stops_no_request() {
     println!("{requests} lines written, {dropped} dropped");
     assert!(requests >= 1000, "{requests}");
     assert!(requests + dropped >= REQUESTS as u64);
-    assert!(lines.iter().any(|line| line["message"] == "registered"));
+    assert!(
+        lines
+            .iter()
+            .any(|line| line["message"] == "user registered")
+    );
 }

@@ -31,6 +31,7 @@ use super::write_position;
 use crate::{
     api::problem::ApiError,
     auth::AuthError,
+    authenticated::EndlessResponse,
     db::DbError,
     repo::usage_log::{self, Filter},
     state::AppState,
@@ -168,11 +169,11 @@ impl Tail {
     }
 }
 
-/// Runs one step after another, each when the client has read what came before.
-fn events(tail: Tail, place: Place) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
+/// Runs one step after another, each when the client has read what came before. Holds `held` until the stream ends.
+fn events(tail: Tail, held: Held) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
     struct Running {
         tail: Tail,
-        _place: Place,
+        _held: Held,
         next: Instant,
         sent: Instant,
         keep_alive: Duration,
@@ -183,7 +184,7 @@ fn events(tail: Tail, place: Place) -> impl Stream<Item = std::io::Result<Bytes>
     let now = Instant::now();
     let running = Running {
         tail,
-        _place: place,
+        _held: held,
         next: now,
         sent: now,
         keep_alive,
@@ -233,12 +234,15 @@ fn schema() -> MetaSchemaRef {
     }))
 }
 
+/// What lasts as long as a stream: its place among the tenant's, and the mark of its connection.
+pub(super) type Held = (Place, Option<EndlessResponse>);
+
 /// A stream as a response.
 pub struct DecisionStream(Body);
 
 impl DecisionStream {
-    pub(super) fn new(tail: Tail, place: Place) -> Self {
-        Self(Body::from_bytes_stream(events(tail, place)))
+    pub(super) fn new(tail: Tail, held: Held) -> Self {
+        Self(Body::from_bytes_stream(events(tail, held)))
     }
 }
 
