@@ -116,7 +116,8 @@ async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProx
     page.press("Delete key").await?;
     page.heading("No keys yet").await?;
     page.follow("Plans").await?;
-    page.press("Delete Starter").await?;
+    page.press("More actions for Starter").await?;
+    page.press("Delete").await?;
     page.press("Delete plan").await?;
     page.heading("No plans yet").await?;
 
