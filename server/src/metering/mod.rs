@@ -33,6 +33,7 @@ mod recorder;
 mod scan;
 mod segment;
 mod shipper;
+mod source;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -55,13 +56,15 @@ use self::{
     denials::DenialLog,
     recorder::Recorder,
     segment::{ReservedRecord, Segment},
-    shipper::{Adopter, Context, Shipper},
+    shipper::{Adopter, Shipper},
+    source::Context,
     time::EventClock,
 };
 pub use self::{
     record::{DecisionRecord, ENDPOINT_MAX, RecordedOutcome},
     recorder::Unrecordable,
-    shipper::{Replayed, ShipError},
+    shipper::Replayed,
+    source::ShipError,
 };
 use crate::{
     clock::Clock,

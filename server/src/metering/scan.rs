@@ -23,7 +23,8 @@ pub enum Writer {
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     pub rows: Vec<UsageRecord>,
-    /// The byte offset after the last of them.
+    /// The byte offset after the last of them, and of void ones. Not beyond: what looks like the empty rest of an ended
+    /// process's segment may be a copy of one that is still being written.
     pub end: u64,
     /// Whether this is the end of the segment.
     pub is_complete: bool,
@@ -48,20 +49,22 @@ pub(super) fn read(
         ..Batch::default()
     };
     let mut bytes = vec![0; CHUNK];
+    let mut at = position;
     while batch.rows.len() < max && !batch.is_complete {
-        let left = head.size.saturating_sub(batch.end);
+        let left = head.size.saturating_sub(at);
         let wanted = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
-        let read = read_at(file, &mut bytes[..wanted], batch.end)?;
+        let read = read_at(file, &mut bytes[..wanted], at)?;
         let is_last = read as u64 == left || read < wanted;
         let mut scan = Scan {
             head,
-            base: batch.end,
+            base: at,
             bytes: &bytes[..read],
             is_last,
             writer,
         };
-        if !scan.collect(max, &mut batch) {
-            break;
+        match scan.collect(max, &mut batch) {
+            Some(length) => at += length as u64,
+            None => break,
         }
     }
     Ok(batch)
@@ -151,8 +154,8 @@ impl Scan<'_> {
         }
     }
 
-    /// Adds the records in `bytes` to the batch. Returns `false` to stop reading.
-    fn collect(&mut self, max: usize, batch: &mut Batch) -> bool {
+    /// Adds the records in `bytes` to the batch. Returns how many bytes it has read, or `None` to stop reading.
+    fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
         // Whether the previous place was unreadable, so that one gap counts once.
@@ -165,6 +168,7 @@ impl Scan<'_> {
                 Found::Record { row, len } => {
                     batch.rows.push(*row);
                     at += len;
+                    batch.end = self.base + at as u64;
                     is_lost = false;
                 }
                 Found::Nothing { state, len } => {
@@ -172,6 +176,9 @@ impl Scan<'_> {
                         break false;
                     }
                     at += len;
+                    if state == RecordState::Void {
+                        batch.end = self.base + at as u64;
+                    }
                     is_lost = false;
                 }
                 Found::Sealed => {
@@ -179,7 +186,6 @@ impl Scan<'_> {
                     break false;
                 }
                 Found::Cut if self.is_last => {
-                    at = self.bytes.len();
                     // There was not enough space for another record.
                     batch.is_complete = true;
                     break false;
@@ -201,8 +207,7 @@ impl Scan<'_> {
                 }
             }
         };
-        batch.end = self.base + at as u64;
-        goes_on
+        goes_on.then_some(at)
     }
 
     /// Returns the next place with a complete record. If there is none, returns a place from which the next chunk finds

@@ -417,3 +417,21 @@ fn a_directory_has_one_owner_and_is_adopted_after_it() {
     assert!(!path.exists());
     assert!(Directory::adopt(&path).unwrap().is_none());
 }
+
+#[test]
+fn shipping_a_copy_takes_nothing_from_the_segment_it_was_copied_from() {
+    let directory = TempDir::new().unwrap();
+    let live = segment(directory.path());
+    write(&live, "a");
+    write(&live, "b");
+    // The copy's lock is free, so its writer counts as ended.
+    let copy = read(&image(directory.path(), &bytes_of(&live)), Writer::Ended);
+    assert_eq!(
+        (request_ids(&copy), copy.is_complete),
+        (vec!["a", "b"], true)
+    );
+    write(&live, "c");
+    let head = live.head;
+    let rest = scan::read(&live.file, &head, copy.end, Writer::Running, usize::MAX).unwrap();
+    assert_eq!(request_ids(&rest), ["c"]);
+}

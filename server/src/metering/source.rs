@@ -1,0 +1,271 @@
+//! Moves records from segments to PostgreSQL, each exactly once.
+//!
+//! A batch is one transaction: the segment's cursor moves from the start of the batch to its end, and the records are
+//! inserted. If the cursor was elsewhere, or it is unknown whether the COMMIT succeeded, the cursor is read again.
+//! While PostgreSQL is unreachable, the segments just grow.
+
+use std::{
+    fs::File,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use chrono::{DateTime, Utc};
+
+use super::{
+    directory::Directory,
+    scan::{self, Batch, Writer},
+    segment::{RECORDS_AT, SegmentHead},
+};
+use crate::{
+    db::{Db, DbError, Lane},
+    repo::{
+        usage_log,
+        usage_shipping::{self, Pending},
+    },
+    telemetry::metrics::Metrics,
+};
+
+/// The initial and the maximum number of records per transaction.
+const FIRST: usize = 2_000;
+const MOST: usize = 20_000;
+const LEAST: usize = 50;
+/// The intended duration of a batch.
+const SHORT: Duration = Duration::from_millis(150);
+const LONG: Duration = Duration::from_millis(600);
+
+/// A segment that is being shipped.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) head: SegmentHead,
+    pub(super) file: Arc<File>,
+    pub(super) writer: Writer,
+    /// Where the next batch begins. `None`: at the cursor.
+    pub(super) position: Option<u64>,
+    /// The cursor as last read. Only space without records is between it and `position`.
+    pub(super) cursor: u64,
+    pub(super) shipped: u64,
+    /// The time of the oldest record that was read but not shipped yet.
+    pub(super) oldest: Option<DateTime<Utc>>,
+    pub(super) state: SourceState,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SourceState {
+    /// More records may follow.
+    Open,
+    /// Everything was shipped.
+    Complete,
+    /// The segment is older than the log and has no cursor.
+    Refused,
+}
+
+impl Source {
+    pub(super) fn new(head: SegmentHead, file: Arc<File>, writer: Writer) -> Self {
+        Self {
+            head,
+            file,
+            writer,
+            position: None,
+            cursor: RECORDS_AT as u64,
+            shipped: 0,
+            oldest: None,
+            state: SourceState::Open,
+        }
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "each shipper reads one segment at a time, which takes one thread of the pool"
+    )]
+    async fn read(&self, max: usize) -> io::Result<Batch> {
+        let (file, head, writer) = (self.file.clone(), self.head, self.writer);
+        let position = self.position.unwrap_or(self.cursor);
+        let read = move || scan::read(&file, &head, position, writer, max);
+        tokio::task::spawn_blocking(read)
+            .await
+            .map_err(io::Error::other)?
+    }
+}
+
+/// Why records could not be shipped.
+#[derive(Debug, thiserror::Error)]
+pub enum ShipError {
+    #[error("PostgreSQL did not accept usage records")]
+    Database(#[from] DbError),
+    #[error("a segment could not be read")]
+    Read(#[from] io::Error),
+}
+
+/// Dependencies of a shipper.
+#[derive(Debug)]
+pub(super) struct Context {
+    pub db: Db,
+    /// Older segments without a cursor are rejected.
+    pub retention: Duration,
+    pub metrics: Arc<Metrics>,
+    pub host: String,
+}
+
+impl Context {
+    pub fn new(db: &Db, retention: Duration, metrics: Arc<Metrics>) -> Self {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        Self {
+            db: db.on(Lane::Shipping),
+            retention,
+            metrics,
+            host: host.trim().to_owned(),
+        }
+    }
+
+    async fn open_cursor(&self, head: &SegmentHead) -> Result<Option<u64>, DbError> {
+        let started_at =
+            DateTime::from_timestamp_nanos(i64::try_from(head.started_at.0).unwrap_or(i64::MAX));
+        let opened = async {
+            let mut tx = self.db.system().await?;
+            let position = usage_shipping::open_cursor(
+                &mut tx,
+                head.id,
+                i64::try_from(RECORDS_AT).unwrap_or(0),
+                started_at,
+                self.retention,
+            )
+            .await?;
+            tx.commit().await?;
+            Ok(position)
+        };
+        let position = self.db.within_limit(opened).await?;
+        Ok(position.map(|it| u64::try_from(it).unwrap_or(0)))
+    }
+
+    /// Returns `false` if the cursor was not at `from`.
+    async fn commit(&self, head: &SegmentHead, from: u64, batch: &Batch) -> Result<bool, DbError> {
+        let position = |it: u64| i64::try_from(it).unwrap_or(i64::MAX);
+        let shipped = async {
+            let mut tx = self.db.system().await?;
+            let (from, to) = (position(from), position(batch.end));
+            if !usage_shipping::move_cursor(&mut tx, head.id, from, to).await? {
+                return Ok(false);
+            }
+            let appended = usage_log::append(&mut tx, &batch.rows).await?;
+            tx.commit().await?;
+            self.metrics.usage_endpoints_folded.inc_by(appended.folded);
+            Ok(true)
+        };
+        self.db.within_limit(shipped).await
+    }
+
+    pub(super) async fn report(
+        &self,
+        directory: &Directory,
+        pending: &Pending,
+    ) -> Result<(), DbError> {
+        let reported = async {
+            let mut tx = self.db.system().await?;
+            usage_shipping::report(&mut tx, directory.id, &self.host, pending).await?;
+            tx.commit().await
+        };
+        self.db.within_limit(reported).await
+    }
+
+    pub(super) async fn remove_report(&self, directory: &Directory) -> Result<(), DbError> {
+        let removed = async {
+            let mut tx = self.db.system().await?;
+            usage_shipping::remove_report(&mut tx, directory.id).await?;
+            tx.commit().await
+        };
+        self.db.within_limit(removed).await
+    }
+}
+
+/// Adapts the size of batches to their duration.
+#[derive(Debug)]
+pub(super) struct BatchSize(usize);
+
+impl Default for BatchSize {
+    fn default() -> Self {
+        Self(FIRST)
+    }
+}
+
+impl BatchSize {
+    fn took(&mut self, elapsed: Duration) {
+        if elapsed < SHORT {
+            self.0 = (self.0 * 2).min(MOST);
+        } else if elapsed > LONG {
+            self.0 = (self.0 / 2).max(LEAST);
+        }
+    }
+
+    fn failed(&mut self) {
+        self.0 = (self.0 / 4).max(LEAST);
+    }
+}
+
+/// Ships one segment as far as possible. Returns the number of records.
+pub(super) async fn ship(
+    context: &Context,
+    source: &mut Source,
+    size: &mut BatchSize,
+) -> Result<u64, ShipError> {
+    let mut shipped = 0;
+    while source.state == SourceState::Open {
+        // Before PostgreSQL is queried, so that the age of the backlog is known even while it is unreachable.
+        let max = size.0;
+        let batch = source.read(max).await?;
+        source.oldest = batch.rows.first().map(|row| row.at);
+        if source.position.is_none() {
+            if batch.rows.is_empty() && source.cursor == RECORDS_AT as u64 {
+                // A segment without records needs no cursor.
+                if batch.is_complete {
+                    source.state = SourceState::Complete;
+                }
+                return Ok(shipped);
+            }
+            match context.open_cursor(&source.head).await? {
+                Some(cursor) => (source.cursor, source.position) = (cursor, Some(cursor)),
+                None => {
+                    source.state = SourceState::Refused;
+                    return Ok(shipped);
+                }
+            }
+            continue;
+        }
+        if batch.rows.is_empty() {
+            source.position = Some(batch.end);
+            context.metrics.usage_records_damaged.inc_by(batch.damaged);
+            if batch.is_complete {
+                source.state = SourceState::Complete;
+            }
+            return Ok(shipped);
+        }
+        let began = Instant::now();
+        match context.commit(&source.head, source.cursor, &batch).await {
+            Ok(true) => {
+                let rows = batch.rows.len() as u64;
+                size.took(began.elapsed());
+                (source.cursor, source.position) = (batch.end, Some(batch.end));
+                source.shipped += rows;
+                source.oldest = None;
+                shipped += rows;
+                context.metrics.usage_records_shipped.inc_by(rows);
+                context.metrics.usage_records_damaged.inc_by(batch.damaged);
+                if batch.is_complete {
+                    source.state = SourceState::Complete;
+                } else if batch.rows.len() < max {
+                    return Ok(shipped);
+                }
+            }
+            // Another process ships this segment too.
+            Ok(false) => source.position = None,
+            Err(error) => {
+                // It is unknown whether it was committed.
+                source.position = None;
+                size.failed();
+                return Err(error.into());
+            }
+        }
+    }
+    Ok(shipped)
+}
