@@ -80,7 +80,7 @@ enum Chore {
     /// Build everything and run the end-to-end tests in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER saves
     /// a screenshot of every page
     Journey,
-    /// Build all and take the pictures of the README and the landing page anew
+    /// Build all and take new pictures for the README and the landing page
     Pictures,
     /// Build the container image `quota:local`
     Image,

@@ -442,7 +442,7 @@ pub fn account_number(email: &str) -> u64 {
 fn number(of: &impl std::hash::Hash) -> u64 {
     use std::hash::BuildHasher as _;
 
-    // The hash keys are random per process, so that nobody can choose an email with the number of another's.
+    // The hash keys are random per process, so an attacker cannot find an email that hashes to another's number.
     static KEYS: std::sync::LazyLock<std::hash::RandomState> =
         std::sync::LazyLock::new(std::hash::RandomState::new);
     KEYS.hash_one(of)

@@ -48,7 +48,7 @@ fn stop_requested() -> impl Future<Output = ()> {
     }
 }
 
-/// Runs the server until it is told to stop.
+/// Runs the server until SIGTERM or SIGINT.
 pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
     let file_limit = file_limit::raise();
     // First, so that a stop during a slow start is clean.

@@ -1,7 +1,6 @@
 //! Data from the server: loading it, showing it, and trying again after a failure.
 //!
-//! The type of the data is erased wherever it does not matter: a copy of this code for each type would add a quarter to
-//! the download.
+//! The data's type is erased where possible. Compiling this code once per type would make the download a quarter larger.
 
 use std::{any::Any, marker::PhantomData, pin::Pin, sync::Arc};
 

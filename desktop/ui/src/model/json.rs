@@ -1,7 +1,7 @@
 //! Reading responses.
 //!
 //! Like `serde_json::from_str`, but its errors say nothing and objects are read only from objects. That saves a fifteenth
-//! of the download: what serde generates for each type builds messages that nobody would see.
+//! of the download: the code that serde generates for each type builds error messages that are never shown.
 
 use std::fmt;
 
