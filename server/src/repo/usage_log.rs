@@ -14,7 +14,7 @@ use diesel::{
 use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
 use uuid::Uuid;
 
-use super::usage::{ENDPOINTS_OF_KEY, ENDPOINTS_OF_TENANT};
+use super::usage_endpoint;
 use crate::db::{DbError, SystemTx, TenantTx};
 
 /// One decision on a known key.
@@ -81,7 +81,8 @@ CREATE TEMP TABLE IF NOT EXISTS usage_batch_counts (
     first_at timestamptz NOT NULL,
     last_at timestamptz NOT NULL,
     is_of_key boolean NOT NULL,
-    is_of_tenant boolean NOT NULL
+    is_of_tenant boolean NOT NULL,
+    is_stale boolean NOT NULL
 ) ON COMMIT DELETE ROWS"#;
 
 const FILL_BATCH: &str = r#"
@@ -98,8 +99,8 @@ ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq"
 /// Counts the batch by quarter hour, key, plan, endpoint and policy, and notes which endpoints have rollups of their own.
 const COUNT_BATCH: &str = r#"
 INSERT INTO usage_batch_counts (tenant_id, key_id, plan_id, endpoint, start, policy, requests, cost, first_at, last_at,
-    is_of_key, is_of_tenant)
-SELECT b.*, k.tenant_id IS NOT NULL, t.tenant_id IS NOT NULL
+    is_of_key, is_of_tenant, is_stale)
+SELECT b.*, k.tenant_id IS NOT NULL, t.tenant_id IS NOT NULL, least(k.seen_on, t.seen_on) < CURRENT_DATE IS TRUE
 FROM (
     SELECT tenant_id, key_id, plan_id, endpoint, date_bin('15 minutes', "timestamp", '2000-01-01 00:00:00+00'),
         CASE WHEN was_rejected THEN coalesce(policy, 'reduced_capacity') ELSE '' END,
@@ -109,37 +110,6 @@ FROM (
 LEFT JOIN usage_endpoints k ON k.tenant_id = b.tenant_id AND k.key_id = b.key_id AND k.endpoint = b.endpoint
 LEFT JOIN usage_endpoints t ON t.tenant_id = b.tenant_id
     AND t.key_id = '00000000-0000-0000-0000-000000000000' AND t.endpoint = b.endpoint"#;
-
-/// Gives new endpoints rollups of their own, as long as their key and tenant have few enough. The oldest come first.
-const ADD_ENDPOINTS: &str = r"
-WITH new AS MATERIALIZED (
-    SELECT tenant_id, key_id, endpoint, min(first_at) AS first_at FROM usage_batch_counts WHERE NOT is_of_key
-    GROUP BY 1, 2, 3
-    UNION ALL
-    SELECT tenant_id, '00000000-0000-0000-0000-000000000000', endpoint, min(first_at)
-    FROM usage_batch_counts WHERE NOT is_of_tenant GROUP BY 1, 3
-), known AS (
-    SELECT tenant_id, key_id, count(*) AS number FROM usage_endpoints
-    WHERE (tenant_id, key_id) IN (SELECT tenant_id, key_id FROM new) GROUP BY 1, 2
-), numbered AS (
-    SELECT n.tenant_id, n.key_id, n.endpoint, coalesce(k.number, 0)
-        + row_number() OVER (PARTITION BY n.tenant_id, n.key_id ORDER BY n.first_at, n.endpoint) AS number
-    FROM new n LEFT JOIN known k USING (tenant_id, key_id)
-)
-INSERT INTO usage_endpoints (tenant_id, key_id, endpoint)
-SELECT tenant_id, key_id, endpoint FROM numbered
-WHERE number <= CASE key_id WHEN '00000000-0000-0000-0000-000000000000' THEN $1 ELSE $2 END";
-
-/// Notes which of the new endpoints fitted. Their rows are few, except in a flood of new endpoints.
-const NOTE_ENDPOINTS: [&str; 2] = [
-    r"
-UPDATE usage_batch_counts b SET is_of_key = true FROM usage_endpoints e
-WHERE NOT b.is_of_key AND e.tenant_id = b.tenant_id AND e.key_id = b.key_id AND e.endpoint = b.endpoint",
-    r"
-UPDATE usage_batch_counts b SET is_of_tenant = true FROM usage_endpoints e
-WHERE NOT b.is_of_tenant AND e.tenant_id = b.tenant_id AND e.key_id = '00000000-0000-0000-0000-000000000000'
-    AND e.endpoint = b.endpoint",
-];
 
 const ADD_ROWS: &str = r#"
 INSERT INTO usage_log (tenant_id, seq, "timestamp", event_id, key_id, plan_id, cost, retry_after_seconds, was_rejected,
@@ -226,16 +196,8 @@ pub async fn append(tx: &mut SystemTx, records: &[UsageRecord]) -> Result<Append
         .await?;
     diesel::sql_query(TAKE_NUMBERS).execute(&mut **tx).await?;
     diesel::sql_query(COUNT_BATCH).execute(&mut **tx).await?;
-    let added = diesel::sql_query(ADD_ENDPOINTS)
-        .bind::<BigInt, _>(ENDPOINTS_OF_TENANT)
-        .bind::<BigInt, _>(ENDPOINTS_OF_KEY)
-        .execute(&mut **tx)
-        .await?;
-    if added > 0 {
-        for statement in NOTE_ENDPOINTS {
-            diesel::sql_query(statement).execute(&mut **tx).await?;
-        }
-    }
+    usage_endpoint::add(tx).await?;
+    usage_endpoint::mark_seen(tx).await?;
     diesel::sql_query(ADD_ROWS).execute(&mut **tx).await?;
     let folded = diesel::sql_query(ADD_ROLLUPS)
         .get_result::<Folded>(&mut **tx)
