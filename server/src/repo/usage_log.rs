@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::usage_endpoint;
 use crate::db::{DbError, SystemTx, TenantTx};
 
-/// One decision on a known key.
+/// One decision on a known key. Its time is also the key's last use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageRecord {
     pub event_id: Uuid,
@@ -121,6 +121,19 @@ SELECT b.tenant_id,
     b.endpoint, b.request_id
 FROM usage_batch b JOIN usage_tenants t USING (tenant_id)"#;
 
+/// Moves `last_used_at` forward, at most once a second so that a busy key causes no more writes than others. Skips keys
+/// that someone else has locked: their next use is soon enough, and usage does not wait for them.
+const TOUCH_KEYS: &str = r"
+UPDATE api_keys k SET last_used_at = u.at
+FROM (
+    SELECT k.tenant_id, k.id, b.at
+    FROM (SELECT tenant_id, key_id, max(last_at) AS at FROM usage_batch_counts GROUP BY 1, 2) b
+    JOIN api_keys k ON k.tenant_id = b.tenant_id AND k.id = b.key_id
+    WHERE k.last_used_at IS NULL OR k.last_used_at < b.at - interval '1 second'
+    FOR NO KEY UPDATE OF k SKIP LOCKED
+) u
+WHERE k.tenant_id = u.tenant_id AND k.id = u.id";
+
 /// `quarters` has the sums over everything that can be asked for. See the migration for what the zero UUID and the
 /// control characters stand for.
 const ADD_ROLLUPS: &str = r"
@@ -199,6 +212,7 @@ pub async fn append(tx: &mut SystemTx, records: &[UsageRecord]) -> Result<Append
     usage_endpoint::add(tx).await?;
     usage_endpoint::mark_seen(tx).await?;
     diesel::sql_query(ADD_ROWS).execute(&mut **tx).await?;
+    diesel::sql_query(TOUCH_KEYS).execute(&mut **tx).await?;
     let folded = diesel::sql_query(ADD_ROLLUPS)
         .get_result::<Folded>(&mut **tx)
         .await?
