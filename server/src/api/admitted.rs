@@ -279,7 +279,7 @@ pub async fn decide(
     // Without space for its record there is no decision, and nothing is consumed.
     let reservation = state
         .metering
-        .reserve(endpoint, context.id())
+        .reserve(record.tenant, endpoint, context.id())
         .map_err(|_| ApiError::unrecordable())?;
     let decision = state
         .limiter
