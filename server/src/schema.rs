@@ -194,6 +194,7 @@ diesel::table! {
         tenant_id -> Uuid,
         key_id -> Uuid,
         endpoint -> Text,
+        seen_on -> Date,
     }
 }
 

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::{
     Tag, allowance,
-    change::{Edit, read},
+    change::{Edit, read, read_turn},
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -176,6 +176,7 @@ impl ApiKeyApi {
             search: search.as_deref(),
         };
         let list = async |tx: &mut TenantTx| api_key::list(tx, &filter, &slice).await;
+        let _turn = read_turn(&self.state, &caller).await?;
         let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::sorted_page(rows, order)))
     }
