@@ -104,6 +104,7 @@ export async function lists(world) {
   await my.button("Save changes").click();
   await my.heading("Renamed").waitFor();
   await page.locator("dd").getByText("eu & us").waitFor();
+  await page.getByText("7 of 7 left").waitFor();
   await my.inspect("key-metadata");
   const { name, rpm_override, plan_id, external_id, metadata } = await my.api("GET", key);
   assert.deepEqual([name, rpm_override, plan_id], ["Renamed", 7, plans[50].id]);

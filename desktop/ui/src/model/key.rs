@@ -77,6 +77,16 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
     if let Some(plan) = plan {
         all.push(limit_details(key, plan, time_zone));
     }
+    // Apart from Quota's own rows, since a tenant may choose any name.
+    if !key.metadata.is_empty() {
+        let rows: Vec<_> = key
+            .metadata
+            .iter()
+            .map(|(name, value)| text_row(name, value))
+            .collect();
+        let class = [("class", "details limits")];
+        all.push(element("dl", &class, &rows));
+    }
     all
 }
 

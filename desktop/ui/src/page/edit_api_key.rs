@@ -18,10 +18,12 @@ pub fn EditDialog(
     loader: Loader<ApiKey>,
     plans: Loader<Vec<Plan>>,
     open: RwSignal<bool>,
+    on_saved: Callback<()>,
 ) -> impl IntoView {
     view! {
         <Modal open panel=true title="Edit key">
-            {untrack(move || loader.ready()).map(|key| view! { <EditForm key plans open loader/> })}
+            {untrack(move || loader.ready())
+                .map(|key| view! { <EditForm key plans open loader on_saved/> })}
         </Modal>
     }
 }
@@ -32,6 +34,7 @@ fn EditForm(
     plans: Loader<Vec<Plan>>,
     open: RwSignal<bool>,
     loader: Loader<ApiKey>,
+    on_saved: Callback<()>,
 ) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let state = FormState::new();
@@ -98,6 +101,7 @@ fn EditForm(
                 let _ = open.try_set(false);
                 toasts.succeed("Key updated");
                 loader.reload();
+                let _ = on_saved.try_run(());
             }
         });
     };
