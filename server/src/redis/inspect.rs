@@ -13,9 +13,9 @@ use crate::{
 };
 
 /// Inspecting a node takes several round trips.
-const STEPS: u32 = 8;
+const STEPS: u32 = 9;
 
-/// One server, as it describes itself. Values that it hides are empty.
+/// What one server reports about itself. Values that it hides are empty.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,
@@ -28,13 +28,15 @@ pub struct Node {
     /// `maxmemory-policy`
     pub eviction: String,
     pub persistence: String,
-    /// `None` if an access list forbids the question.
+    /// `None` if an access list forbids reading it.
     pub min_replicas_to_write: Option<u32>,
+    /// In seconds. `None` if an access list forbids reading it.
+    pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections; `None` if it is hidden.
     pub max_clients: Option<usize>,
-    /// Why it rejects the script of the counters, if it does.
+    /// The error with which it rejects the commands of the counters' script, if it does.
     pub script_error: Option<String>,
-    /// Number of subscribers of the channel.
+    /// Number of subscribers to the channel.
     pub subscribers: usize,
     pub round_trip: Duration,
 }
@@ -107,6 +109,8 @@ async fn node(
     };
     let minimum: Option<(String, u32)> =
         query(it, &["CONFIG", "GET", "min-replicas-to-write"]).await;
+    let max_lag: Option<(String, u32)> =
+        query(it, &["CONFIG", "GET", "min-replicas-max-lag"]).await;
     let script: Result<(), _> = redis::cmd("EVAL")
         .arg("redis.call('TIME') redis.call('INFO', 'server') return redis.status_reply('OK')")
         .arg(0)
@@ -122,6 +126,7 @@ async fn node(
         eviction: value("maxmemory_policy"),
         persistence,
         min_replicas_to_write: minimum.map(|(_, n)| n),
+        min_replicas_max_lag: max_lag.map(|(_, n)| n),
         max_clients: value("maxclients").parse().ok(),
         script_error: script.err().map(|error| error.to_string()),
         subscribers: subscribers.map_or(0, |(_, n)| n),
