@@ -44,7 +44,7 @@ use crate::{
 
 /// How long a loaded entry is valid without the poll.
 const TTL: u64 = 1_000_000_000;
-/// How long all entries are valid after the last poll. Polls come at least every 250 ms.
+/// How long all entries are valid after the last poll. Polls are 150 ms apart.
 const POLL_FRESH: u64 = 750_000_000;
 
 /// Concurrent background loads of one cache while PostgreSQL is suspected to be unreachable.

@@ -37,7 +37,8 @@ enum Right {
 }
 
 impl Right {
-    /// By the table of roles in the documentation, not by `Role`, which is under test.
+    /// Returns the roles with this right, from the table of roles in `docs/OPERATIONS.md`. Does not use `Role`, which is
+    /// under test.
     const fn roles(self) -> &'static [&'static str] {
         match self {
             Self::Own | Self::Usage => &ROLES,

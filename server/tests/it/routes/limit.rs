@@ -223,6 +223,52 @@ async fn cost_above_the_burst_is_never_allowed_and_consumes_nothing() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn denied_request_costs_nothing() {
+    let (app, clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let by_rate = key(
+        &app,
+        &account,
+        json!({"default_rpm": 60, "burst": 2, "daily_quota": 4}),
+    )
+    .await;
+    for _ in 0..2 {
+        assert_eq!(app.echo(&by_rate.text).await.status, 200);
+    }
+    for _ in 0..10 {
+        let echo = app.echo(&by_rate.text).await;
+        assert_eq!(
+            (echo.status, &echo.body["violated-policies"]),
+            (429, &json!(["rpm"]))
+        );
+        assert_eq!(forward(&app, &token, &by_rate.text, "").await.status, 429);
+        let checked = check(&app, &token, json!({"key": by_rate.text})).await;
+        assert_eq!(checked.body["allowed"], json!(false));
+        // Two of the daily quota of four are left.
+        assert_eq!(checked.body["limits"][1]["remaining"], json!(2));
+    }
+    clock.advance(Duration::from_secs(2));
+    for _ in 0..2 {
+        assert_eq!(app.echo(&by_rate.text).await.status, 200);
+    }
+    let denied = app.echo(&by_rate.text).await;
+    assert_eq!(denied.body["violated-policies"], json!(["rpm", "daily"]));
+
+    let by_quota = key(
+        &app,
+        &account,
+        json!({"default_rpm": 60, "burst": 5, "daily_quota": 1}),
+    )
+    .await;
+    assert_eq!(app.echo(&by_quota.text).await.status, 200);
+    for _ in 0..10 {
+        let denied = app.echo(&by_quota.text).await;
+        assert_eq!(denied.body["violated-policies"], json!(["daily"]));
+        assert_eq!(denied.number("x-ratelimit-remaining"), 4);
+    }
+}
+
 /// Asserts the responses to an invalid key, and that nothing was decided.
 async fn refused(app: &TestApp, token: &str, key: &str, code: &str) {
     let decided = async || {
