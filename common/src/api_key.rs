@@ -17,7 +17,7 @@ pub struct ApiKey {
     pub id: ApiKeyId,
     pub name: String,
     pub plan_id: PlanId,
-    /// The first characters of the key, to tell keys apart.
+    /// The first characters of the key, to identify it.
     pub prefix: String,
     /// Requests with an inactive key are rejected with 401 and never charged.
     pub is_active: bool,

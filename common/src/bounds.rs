@@ -44,7 +44,7 @@ pub(crate) fn name(value: &str, _: &()) -> garde::Result {
     }
     if length > NAME_MAX {
         return Err(garde::Error::new(format!(
-            "must be at most {NAME_MAX} characters, is {length}"
+            "must be at most {NAME_MAX} characters, got {length}"
         )));
     }
     if value.chars().any(char::is_control) {

@@ -57,7 +57,7 @@ id!(PlanId);
 id!(ApiKeyId);
 id!(ServiceTokenId);
 id!(
-    /// A sign-in and everything refreshed from it: a session family.
+    /// A sign-in and all tokens refreshed from it (a session family).
     SessionId
 );
 id!(AuditEventId);

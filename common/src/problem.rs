@@ -48,7 +48,7 @@ pub struct Problem {
 pub struct FieldError {
     /// Path of the field in the body, such as `default_rpm`, or name of the parameter.
     pub field: String,
-    /// What is wrong with it, such as `must be at least 1`.
+    /// What is wrong with the field, such as `must be at least 1`.
     pub message: String,
 }
 

@@ -106,10 +106,10 @@ export async function actions(world) {
   await page.goto(`${base}/console/api-keys/${created[0].api_key.id}`);
   await my.heading("One").waitFor();
   await page.locator("#pasted_key").fill(created[2].key);
-  await page.getByText(`This is another key. The key on this page starts with ${created[0].api_key.prefix}.`).waitFor();
+  await page.getByText(`This is a different key. The key on this page starts with ${created[0].api_key.prefix}.`).waitFor();
   await my.inspect("key-other");
   await page.locator("#pasted_key").fill(created[0].key);
-  await page.getByText("This is another key.").waitFor({ state: "detached" });
+  await page.getByText("This is a different key.").waitFor({ state: "detached" });
   await my.button("Copy key ID").click().catch(() => {});
 
   // Slow responses: the old rows are dimmed, and a button shows that it works.
@@ -133,7 +133,7 @@ export async function actions(world) {
   // The palette finds plans.
   await page.keyboard.press("Escape");
   await page.getByRole("button", { name: "Search or jump to…" }).click();
-  await my.field("Type a command, or the name of an API key or plan").fill("pro");
+  await my.field("Type a command or the name of an API key or plan").fill("pro");
   await page.getByRole("option", { name: "Pro Plan" }).click();
   await page.waitForFunction((id) => location.search === `?plan_id=${id}`, pro.id);
   await page.getByRole("row").nth(2).waitFor();

@@ -35,7 +35,7 @@ async function windows(world) {
   await ada.heading("Home").waitFor();
   world.latest = second;
   await second.locator("form", { has: second.getByLabel("Your name") }).getByRole("button", { name: "Save changes" }).click();
-  await second.getByText("Another account signed in in this browser.").waitFor();
+  await second.getByText("A different account is now signed in in this browser.").waitFor();
   await second.getByRole("heading", { name: "Home", exact: true }).waitFor();
   assert.equal(new URL(second.url()).pathname, "/console");
   await second.locator(".account").getByText(grace.email).waitFor();
@@ -187,7 +187,7 @@ async function running(world) {
   await page.getByText("Daily quota reached.").waitFor();
   const denied = page.locator(".meter.denied");
   await denied.getByText("0 of 3 left").waitFor();
-  assert.match(await denied.innerText(), /Daily quota[\s\S]*Denied the request/);
+  assert.match(await denied.innerText(), /Daily quota[\s\S]*Denied this request/);
   assert.equal(await denied.getByRole("meter").getAttribute("aria-valuenow"), "100");
   // The wait until midnight is in hours, except in the last two.
   assert.match(await page.locator(".countdown strong").textContent(), /^\d+ (h \d+ min|min \d+ s|s)$/);
@@ -197,7 +197,7 @@ async function running(world) {
   const { id } = await my.api("POST", "/admin/plans", { name: "More", default_rpm: 60 });
   for (let n = 0; n < 101; n += 1) await my.api("POST", "/admin/api-keys", { name: `Unused ${n}`, plan_id: id });
   await my.navigate("Home").click();
-  await my.heading("Top keys in 24 hours").waitFor();
+  await my.heading("Top keys, last 24 hours").waitFor();
   assert.equal(await my.button("3 of 4 done").getAttribute("aria-expanded"), "false");
   assert.ok(!(await page.getByText("Put Quota in front of your API").isVisible()));
   await my.button("3 of 4 done").click();

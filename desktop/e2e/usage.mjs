@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 
 const number = (n) => n.toLocaleString("en-US");
-const percent = (part, whole) => (whole ? `${(Math.round((part * 1000) / whole) / 10).toFixed(1)} %` : "–");
+const percent = (part, whole) => (whole ? `${(Math.round((part * 1000) / whole) / 10).toFixed(1)}%` : "–");
 
 /** What a client sent and received. */
 class Log {
@@ -124,7 +124,7 @@ async function home(my, log) {
   assert.equal(await legend(chart, "Rejected"), number(all.rejected));
   const attention = page.locator("section", { has: page.getByRole("heading", { name: "Needs attention" }) });
   if (used >= 32) await attention.getByRole("link", { name: "Counted" }).waitFor();
-  const top = page.locator("section", { has: page.getByRole("heading", { name: "Top keys in 24 hours" }) });
+  const top = page.locator("section", { has: page.getByRole("heading", { name: "Top keys, last 24 hours" }) });
   for (const key of ["Mobile app", "Slow lane", "Counted"]) {
     const { total, rejected } = log.count((it) => it.key === key);
     const note = rejected ? `${number(total)} requests, ${number(rejected)} rejected` : `${number(total)} requests`;
@@ -218,7 +218,7 @@ async function usagePage(my, log, app) {
   await page.locator(".chart-plot").focus();
   await page.keyboard.press("End");
   const readout = () => page.locator(".chart-plot").getAttribute("aria-valuetext");
-  assert.match(await readout(), /^\w{3} \d+ \w{3}, \d\d:00–\d\d:00 UTC · [\d,]+ allowed · [\d,]+ rejected( \(\d+\.\d %\))? so far$/);
+  assert.match(await readout(), /^\w{3} \d+ \w{3}, \d\d:00–\d\d:00 UTC · [\d,]+ allowed · [\d,]+ rejected( \(\d+\.\d%\))? so far$/);
   await page.keyboard.press("Home");
   assert.match(await readout(), /0 allowed · 0 rejected$/);
   await my.inspect("usage-selected");

@@ -289,7 +289,7 @@ CREATE TABLE server_secrets (
 COMMENT ON TABLE server_secrets IS 'What tokens are signed with where QUOTA_SECRET is not set: made once, shared by all replicas';
 
 -- Rights ---------------------------------------------------------------------------------------------
--- quota_app acts for one tenant, quota_system for the server itself (sign-in, look-ups by secret, sweeps).
+-- quota_app acts for one tenant, quota_system for the server itself (sign-in, lookups by secret, sweeps).
 
 GRANT SELECT, UPDATE ON tenants TO quota_app;
 GRANT SELECT ON users, memberships TO quota_app;

@@ -3,14 +3,14 @@
 //! An entry is valid while the poll for invalidations is fresh, since every change so far has then been seen and its
 //! entry emptied; without a fresh poll, for a second after it was loaded. After that it is loaded again. While
 //! PostgreSQL is unavailable, an entry is still served for a grace period after it was last confirmed. After that the
-//! look-up fails: what cannot be confirmed is denied.
+//! lookup fails: what cannot be confirmed is denied.
 //!
 //! Once a load or a poll has failed, PostgreSQL is suspected to be unreachable, for all caches. Until it responds
 //! again, entries within their grace period are served without waiting, and only a few at a time are reloaded in the
 //! background. So an outage delays the first few requests, not the first request of each key.
 //!
 //! A changed entry is emptied, not removed. It is never served again, but its key still counts as known, so that
-//! reloading it does not compete with look-ups of invented keys.
+//! reloading it does not compete with lookups of invented keys.
 //!
 //! A load may also return what another replica has read, with the time at which that was known to be current.
 //!
@@ -127,7 +127,7 @@ pub enum Unconfirmed {
     #[error("cannot be confirmed: {0}")]
     Failed(Arc<str>),
     /// Too many loads are in progress.
-    #[error("too many look-ups are in progress")]
+    #[error("too many lookups are in progress")]
     TooMany,
 }
 

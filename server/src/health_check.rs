@@ -68,7 +68,7 @@ impl Probe {
             .unwrap_or_default();
         ensure!(
             status == 200,
-            "{} answered {status}: {}",
+            "{} returned {status}: {}",
             self.path(),
             String::from_utf8_lossy(&body).trim()
         );

@@ -122,8 +122,9 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Returns keys newest first, or as `sort` says. The key itself is never returned. A cursor is only valid with the
-    /// sort it was issued for; when sorting by last use, a key that is used between two pages may move.
+    /// Returns keys in the order given by `sort`, by default newest first. The key itself is never returned. A cursor
+    /// is only valid with the sort it was issued for; when sorting by last use, a key that is used while you page
+    /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
         clippy::too_many_arguments,
@@ -298,7 +299,7 @@ impl ApiKeyApi {
     ///
     /// Returns a new key. This is the only time it is available: a replay with the same `Idempotency-Key` returns
     /// everything except the key. The previous key keeps working for `grace_seconds`; both count against the same
-    /// limits. Until then, another rotation fails with 409 unless `replace_previous` is true, because a key has at most
+    /// limits. Until then, another rotation fails with 409 unless `replace_previous` is true, because there can be only
     /// one previous key.
     #[oai(
         path = "/api-keys/:key_id/rotate",

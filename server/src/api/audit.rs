@@ -91,7 +91,7 @@ impl AuditApi {
         if let (Some(from), Some(to)) = (from.0, to.0)
             && to <= from
         {
-            return Err(ApiError::invalid("to", "must be after from"));
+            return Err(ApiError::invalid("to", "must be after `from`"));
         }
         let filter = Filter {
             action: action.0.map(AuditAction::as_str),

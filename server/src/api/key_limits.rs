@@ -39,7 +39,7 @@ pub struct KeyLimitsApi {
     pub state: AppState,
 }
 
-/// A quota of a calendar window.
+/// A quota for a calendar day or month.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Enum)]
 #[oai(rename_all = "snake_case")]
 pub enum QuotaPolicy {
@@ -138,8 +138,8 @@ fn limit_state(state: PolicyState) -> LimitState {
 impl KeyLimitsApi {
     /// Get an API key's limits
     ///
-    /// Returns what is left of each of the key's limits and when it resets. Consumes nothing. With several servers, what
-    /// others took of a quota within the last second may be missing.
+    /// Returns how much of each of the key's limits is left and when it resets. Consumes nothing. With several servers,
+    /// usage of a quota on other servers within the last second may be missing.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",
@@ -184,8 +184,8 @@ impl KeyLimitsApi {
 
     /// Get a quota's burn-down
     ///
-    /// Returns what was left of the key's daily or monthly quota over the current day or month, what would have been left
-    /// at an even pace, and when the quota will be used up at the recent pace.
+    /// Returns the remaining daily or monthly quota of a key over the current day or month, compared with an even pace,
+    /// and when the quota will be used up at the recent pace.
     #[oai(
         path = "/api-keys/:key_id/burn-down",
         method = "get",
@@ -195,7 +195,8 @@ impl KeyLimitsApi {
         &self,
         caller: UsageTenant,
         key_id: Path<ApiKeyId>,
-        /// The quota, which the key's plan must have. Default: `daily` if it has one, otherwise `monthly`.
+        /// The quota to return. The key's plan must have it. Defaults to `daily` if the key's plan has a daily quota, otherwise
+        /// `monthly`.
         policy: Query<Option<QuotaPolicy>>,
     ) -> Result<Json<BurnDown>, ApiError> {
         let times = times(&self.state).await?;

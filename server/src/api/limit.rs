@@ -179,7 +179,7 @@ impl LimitApi {
     pub async fn echo(&self, caller: AdmittedKey) -> Result<WithLimitHeaders<Echo>, ApiError> {
         let now = caller.decision.at;
         let time = Timestamp::from_unix_secs(now.secs())
-            .ok_or_else(|| ApiError::internal("the clock is beyond 9999"))?;
+            .ok_or_else(|| ApiError::internal("the clock is past the year 9999"))?;
         let body = Json(Echo {
             key_id: caller.record.id,
             plan: caller.record.plan.clone(),

@@ -49,7 +49,7 @@ pub enum Tag {
     /// Credentials your gateways use to call the check endpoints.
     #[oai(rename = "Service tokens")]
     ServiceTokens,
-    /// How many requests were allowed and denied, and why.
+    /// Number of allowed and denied requests, and the reasons for denials.
     Usage,
     /// Audit log of configuration changes.
     Audit,

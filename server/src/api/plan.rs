@@ -111,8 +111,8 @@ fn just_used() -> ApiError {
 impl PlanApi {
     /// List plans
     ///
-    /// Returns plans newest first, or as `sort` says, each with its number of keys. A cursor is only valid with the
-    /// sort it was issued for.
+    /// Returns plans in the order given by `sort`, by default newest first, each with its number of keys. A cursor is
+    /// only valid with the sort it was issued for.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
         &self,

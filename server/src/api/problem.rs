@@ -26,7 +26,7 @@ use crate::{
     limiter::{Decision, LimiterError, Policy},
 };
 
-/// Turns a look-up without a row into 404.
+/// Turns a lookup without a row into 404.
 pub trait OrNotFound<T> {
     fn or_not_found(self) -> Result<T, ApiError>;
 }

@@ -157,7 +157,7 @@ impl StatsApi {
 
         let of_today = sum(&dense(&of_today, 1));
         let [before, last] = dense(&of_yesterday, 2)[..] else {
-            return Err(ApiError::internal("two buckets were asked for"));
+            return Err(ApiError::internal("expected two buckets"));
         };
         let compared = |counts: fn(&Counts) -> u64| {
             counts(&before) + part_of(counts(&last), yesterday.part.clamp(0.0, 1.0))

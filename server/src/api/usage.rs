@@ -319,13 +319,13 @@ pub(super) async fn times(state: &AppState) -> Result<usage_shipper::Times, ApiE
 impl UsageApi {
     /// Get usage
     ///
-    /// Returns how many requests were allowed and denied in each hour or day. Without `group_by` there is one series over
-    /// everything that matches the filters, with `key_id` `null`. With it, there is one for each of the 20 largest groups
-    /// and one for all others. `allowed` and `rejected` count requests; `allowed_cost` and `rejected_cost` add up their
-    /// cost. Send `Accept: text/csv` for a file.
+    /// Returns how many requests were allowed and denied in each hour or day. Without `group_by`, there is one series
+    /// of all requests that match the filters, with `key_id` `null`. With `group_by`, there is one series for each of
+    /// the 20 largest groups and one for all others. `allowed` and `rejected` count requests; `allowed_cost` and
+    /// `rejected_cost` add up their cost. Send `Accept: text/csv` to get a CSV file.
     ///
-    /// A key has usage of its own for 256 endpoints, and an organization for 4,096; requests to further ones are only part
-    /// of the totals and of `other`.
+    /// Usage is broken down by at most 256 endpoints per key and 4,096 per organization; requests to additional
+    /// endpoints count only toward the totals and `other`.
     #[oai(path = "/usage", method = "get", operation_id = "get_usage")]
     #[expect(
         clippy::too_many_arguments,
@@ -335,13 +335,13 @@ impl UsageApi {
         &self,
         caller: UsageTenant,
         request: &Request,
-        /// The start of the range. It is rounded down to a quarter of an hour. Default: 24 hours before `to`, with
-        /// `bucket=day` 30 days before.
+        /// The start of the range. It is rounded down to a quarter of an hour. Default: 24 hours before `to`, or 30
+        /// days with `bucket=day`.
         from: Query<Option<Timestamp>>,
         /// The end of the range, exclusive. It is rounded up to a quarter of an hour. Default: now.
         to: Query<Option<Timestamp>>,
-        /// The length of a bucket. A response has at most 1,000 of them for each group. Default: `hour` for ranges of up to
-        /// 7 days, `day` for longer ones.
+        /// The length of a bucket. A response has at most 1,000 buckets for each group. Default: `hour` for ranges of
+        /// up to 7 days, `day` for longer ones.
         bucket: Query<Option<UsageBucketSize>>,
         /// The IANA name of the time zone in which hours and days start. Default: the organization's.
         tz: Query<Option<String>>,
@@ -351,7 +351,7 @@ impl UsageApi {
         plan_id: Query<Option<PlanId>>,
         /// Only requests to this endpoint.
         endpoint: Query<Option<String>>,
-        /// What to group by.
+        /// How to group the requests.
         group_by: Query<Option<UsageGroupBy>>,
     ) -> Result<UsageResponse, ApiError> {
         let filter = Filter {

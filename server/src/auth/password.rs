@@ -379,7 +379,7 @@ impl PasswordPool {
         }
         match tokio::time::timeout(WAIT, answered).await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(_)) => Err(AuthError::Internal("a password thread died".into())),
+            Ok(Err(_)) => Err(AuthError::Internal("a password thread panicked".into())),
             Err(_) => Err(AuthError::Busy),
         }
     }

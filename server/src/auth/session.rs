@@ -232,7 +232,7 @@ impl Sessions {
             .get(id, move || {
                 let db = db.clone();
                 async move {
-                    // Without a limit, one look-up that never completes would block every request for this session.
+                    // Without a limit, one lookup that never completes would block every request for this session.
                     db.within_limit(load(&db, id))
                         .await
                         .map_err(|error| Unconfirmed::Failed(db::chain(&error).into()))

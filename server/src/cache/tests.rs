@@ -51,7 +51,7 @@ impl Fixture {
 }
 
 #[tokio::test]
-async fn concurrent_look_ups_share_one_query() {
+async fn concurrent_lookups_share_one_query() {
     let it = fixture();
     let all = futures_util::future::join_all((0..50).map(|_| it.get(Ok(Some("a"))))).await;
     assert!(
@@ -148,7 +148,7 @@ async fn shared_records_are_valid_from_when_they_were_current() {
         })
     };
     it.cache.get(1, shared).await.unwrap();
-    // A second after the poll, not after the look-up; and the poll is not fresh any more.
+    // A second after the poll, not after the lookup; and the poll is not fresh any more.
     it.clock.advance(Duration::from_millis(300));
     assert_eq!(it.freshness.polled_lately(), None);
     assert!(it.cache.peek(&1).is_some());

@@ -48,7 +48,7 @@ pub async fn replay(config: Config, _log: Log, directory: PathBuf) -> anyhow::Re
         .with_context(|| format!("cannot read {}", directory.display()))?;
     anyhow::ensure!(
         !directories.is_empty(),
-        "{} is not a directory of usage",
+        "{} is not a usage directory",
         directory.display()
     );
     with_database(&config, async |url| {
@@ -57,7 +57,7 @@ pub async fn replay(config: Config, _log: Log, directory: PathBuf) -> anyhow::Re
         for directory in directories {
             let replayed = replay_patiently(&config, &db, &directory).await?;
             let rest = if replayed.is_owned {
-                ", the rest by the process that is using it"
+                ", the rest is written by the process that is using it"
             } else {
                 ""
             };

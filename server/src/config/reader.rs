@@ -27,7 +27,7 @@ impl Reader {
         match parse(text.trim()) {
             Ok(value) => value,
             Err(message) => {
-                self.0.push(format!("{variable}: {message}, is {text:?}"));
+                self.0.push(format!("{variable}: {message}, got {text:?}"));
                 fallback
             }
         }
@@ -159,7 +159,7 @@ impl Reader {
         if length < 32 {
             // The value is not shown: it may be a truncated secret.
             self.0.push(format!(
-                "{variable}: must be at least 32 characters long, has {length}"
+                "{variable}: must be at least 32 characters long, but has {length}"
             ));
         }
         value

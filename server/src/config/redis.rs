@@ -283,7 +283,7 @@ fn database(text: &str) -> Result<i64, String> {
     text.parse()
         .ok()
         .filter(|db| (0..=65_535).contains(db))
-        .ok_or_else(|| "must have a number as database".to_owned())
+        .ok_or_else(|| "must have a numeric database".to_owned())
 }
 
 fn protocol(text: &str) -> Result<ProtocolVersion, String> {

@@ -51,7 +51,7 @@ settings! {
     database_url_file: "DATABASE_URL_FILE", "", "PATH";
 
     /// The maximum number of PostgreSQL connections per replica: 6 to 1000. They are divided into five pools that
-    /// never wait for each other: invalidations and readiness, the quota ledger, key look-ups (a quarter), usage (one
+    /// never wait for each other: invalidations and readiness, the quota ledger, key lookups (a quarter), usage (one
     /// connection), and everything else.
     database_pool: "QUOTA_DATABASE_POOL", "16", "N";
 
@@ -200,8 +200,8 @@ settings! {
     /// twice as many); 0 for no limit. Counted like QUOTA_CONNECTIONS_PER_ADDRESS.
     connections_per_network: "QUOTA_CONNECTIONS_PER_NETWORK", "2500", "N";
 
-    /// The maximum number of concurrent look-ups of API keys that are not in memory, and as many of service tokens: 1
-    /// to 100000. When it is reached, each client still gets an equal share of it, and the response to further look-ups
+    /// The maximum number of concurrent lookups of API keys that are not in memory, and as many of service tokens: 1
+    /// to 100000. When it is reached, each client still gets an equal share of it, and the response to further lookups
     /// is 503. Keys in memory are not affected.
     key_lookups: "QUOTA_KEY_LOOKUPS", "1000", "N";
 

@@ -95,13 +95,13 @@ pub enum EmbeddedError {
     #[error("PostgreSQL does not run as root, and this machine has no user postgres or nobody")]
     NoUser,
     #[error(
-        "PostgreSQL has to run as the user {user}, who may not enter {}: allow it (chmod o+x on it and its \
+        "PostgreSQL has to run as the user {user}, which cannot access {}: grant access (chmod o+x on it and its \
          parent directories), or set QUOTA_DATA_DIR",
         path.display()
     )]
     Unreachable { path: PathBuf, user: String },
     #[error(
-        "{} is not a directory that only the database's user may enter: remove it, or set QUOTA_DATA_DIR to a \
+        "{} is not a directory that only the database's user can access: remove it, or set QUOTA_DATA_DIR to a \
          shorter path",
         .0.display()
     )]
@@ -137,7 +137,7 @@ pub enum EmbeddedError {
         #[source]
         source: tokio_postgres::Error,
     },
-    #[error("an earlier PostgreSQL (PID {pid}) still uses {} and does not exit", cluster.display())]
+    #[error("an earlier PostgreSQL (PID {pid}) is still using {} and has not exited", cluster.display())]
     Orphan { pid: i32, cluster: PathBuf },
     #[error("cannot create the database {NAME}")]
     CreateDatabase(#[source] tokio_postgres::Error),

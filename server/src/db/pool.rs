@@ -26,7 +26,7 @@ use crate::config::DatabaseSettings;
 pub enum Lane {
     /// Management, sign-in and background work that may wait.
     Requests,
-    /// Look-ups of API keys and service tokens, which strangers can cause.
+    /// Lookups of API keys and service tokens, which strangers can cause.
     Lookups,
     /// The quota ledger.
     Ledger,
@@ -71,7 +71,7 @@ impl fmt::Display for Lanes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} for requests, {} for key look-ups, {} for the quota ledger, {} for usage, {} for invalidations and readiness",
+            "{} for requests, {} for key lookups, {} for the quota ledger, {} for usage, {} for invalidations and readiness",
             self.requests, self.lookups, self.ledger, self.shipping, self.health
         )
     }

@@ -96,7 +96,7 @@ async fn write_last_used(state: AppState, mut stopping: watch::Receiver<bool>) {
     loop {
         let continues = next(&mut ticks, &mut stopping).await;
         if let Err(error) = state.last_used.flush(&state.db).await {
-            tracing::warn!(error = %db::chain(&error), "cannot write the last use of keys");
+            tracing::warn!(error = %db::chain(&error), "cannot save when keys were last used");
         }
         if !continues {
             return;

@@ -1,10 +1,10 @@
-//! Look-ups in PostgreSQL by the hash of a secret: batched, limited and fair.
+//! Lookups in PostgreSQL by the hash of a secret: batched, limited and fair.
 //!
-//! Anyone can invent keys with a valid checksum, each of which requires a look-up. So look-ups have database
-//! connections of their own, and one of these is reserved for reloading known secrets. Look-ups that arrive while all
-//! connections are busy share the next statement, so a few connections suffice for thousands of look-ups per second.
+//! Anyone can invent keys with a valid checksum, each of which requires a lookup. So lookups have database
+//! connections of their own, and one of these is reserved for reloading known secrets. Lookups that arrive while all
+//! connections are busy share the next statement, so a few connections suffice for thousands of lookups per second.
 //!
-//! The number of look-ups of unknown secrets is limited. When it is reached, each source still gets an equal share, and
+//! The number of lookups of unknown secrets is limited. When it is reached, each source still gets an equal share, and
 //! sources take turns in every batch, so that a flood mostly affects its own source. Keys and service tokens are
 //! counted and batched separately.
 
@@ -29,10 +29,10 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The maximum number of look-ups per statement.
+/// The maximum number of lookups per statement.
 const BATCH: usize = 200;
 
-/// The source of a look-up. Empty: the server itself.
+/// The source of a lookup. Empty: the server itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Source {
     /// The tenant whose service token was sent.
@@ -109,9 +109,9 @@ fn slices(hashes: &[Hash]) -> Vec<&[u8]> {
 }
 
 struct Settings {
-    /// The maximum number of look-ups of unknown secrets.
+    /// The maximum number of lookups of unknown secrets.
     limit: usize,
-    /// How long a look-up waits for its batch to start.
+    /// How long a lookup waits for its batch to start.
     wait: Duration,
     /// Concurrent batches; one fewer, but at least one, with unknown secrets.
     workers: usize,
@@ -121,7 +121,7 @@ struct Settings {
 
 type Query<V> = dyn Fn(Vec<Hash>) -> BoxFuture<'static, Result<Answers<V>, DbError>> + Send + Sync;
 
-/// Look-ups of one kind of secret.
+/// Lookups of one kind of secret.
 pub struct Batches<V>(Arc<BatchState<V>>);
 
 impl<V> Clone for Batches<V> {
@@ -154,7 +154,7 @@ struct Queue<V> {
     unknown: HashMap<Source, VecDeque<Waiting<V>>>,
     /// The sources in `unknown`, in the order of their turns.
     turns: VecDeque<Source>,
-    /// Look-ups of unknown secrets in progress, by source and in total, including those not queued yet.
+    /// Lookups of unknown secrets in progress, by source and in total, including those not queued yet.
     started: HashMap<Source, usize>,
     started_total: usize,
     workers: usize,
@@ -178,7 +178,7 @@ impl<V> Default for Queue<V> {
 }
 
 impl<V> Queue<V> {
-    /// Removes and returns the next look-up of the source whose turn it is.
+    /// Removes and returns the next lookup of the source whose turn it is.
     fn next_unknown(&mut self) -> Option<Waiting<V>> {
         while let Some(source) = self.turns.pop_front() {
             let Some(waiting) = self.unknown.get_mut(&source) else {
@@ -209,7 +209,7 @@ impl<V> Queue<V> {
         own.push_back(waiting);
     }
 
-    /// Removes a waiting look-up. Returns whether it was still waiting.
+    /// Removes a waiting lookup. Returns whether it was still waiting.
     fn remove(&mut self, source: Option<Source>, id: u64) -> bool {
         let waiting = match source {
             None => Some(&mut self.known),
@@ -233,7 +233,7 @@ impl<V> Queue<V> {
     }
 }
 
-/// A permitted look-up. Counted until it is dropped.
+/// A permitted lookup. Counted until it is dropped.
 pub struct Lookup<V> {
     batches: Batches<V>,
     /// `None`: the secret is known.
@@ -271,7 +271,7 @@ impl<V: Send + 'static> Batches<V> {
         }))
     }
 
-    /// Starts a look-up, or rejects it because too many are in progress. `source` is `None` if the secret is known.
+    /// Starts a lookup, or rejects it because too many are in progress. `source` is `None` if the secret is known.
     pub fn begin(&self, source: Option<Source>) -> Result<Lookup<V>, Unconfirmed> {
         if let Some(source) = source {
             let limit = self.0.settings.limit;
@@ -308,7 +308,7 @@ impl<V: Send + 'static> Batches<V> {
                     it.metrics.database_suspected.inc();
                 }
             }
-            error => tracing::error!(error = %db::chain(error), "secrets cannot be looked up"),
+            error => tracing::error!(error = %db::chain(error), "cannot look up secrets"),
         }
         Unconfirmed::Failed(db::chain(error).into())
     }
@@ -353,13 +353,13 @@ impl<V: Send + 'static> Lookup<V> {
                 return Err(if self.source.is_some() {
                     it.refused()
                 } else {
-                    it.failed(&DbError::Unavailable("no connection came free".into()))
+                    it.failed(&DbError::Unavailable("no connection became available".into()))
                 });
             }
             // Its batch is in progress, which has a deadline of its own.
             Err(_) => answer.await,
         };
-        answered.unwrap_or_else(|_| Err(Unconfirmed::Failed("the look-up was canceled".into())))
+        answered.unwrap_or_else(|_| Err(Unconfirmed::Failed("the lookup was canceled".into())))
     }
 }
 
@@ -394,7 +394,7 @@ impl<V: Send + 'static> Worker<V> {
             }
         }
         if list.is_empty() {
-            // Under the same lock, so that the next look-up starts a worker.
+            // Under the same lock, so that the next lookup starts a worker.
             queue.workers -= 1;
             self.has_ended = true;
             return None;
@@ -409,7 +409,7 @@ impl<V: Send + 'static> Worker<V> {
     }
 }
 
-/// The look-ups of one statement. If it is dropped by a panic or with the runtime, they fail.
+/// The lookups of one statement. If it is dropped by a panic or with the runtime, they fail.
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,

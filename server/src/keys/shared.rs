@@ -20,7 +20,7 @@
 //! lifetime in Redis, so that a saved entry cannot be restored later. Unreadable entries, and those that are too old or
 //! from the future, count as misses.
 //!
-//! While Redis is unreachable, every look-up is a miss, immediately. While it is slow, one look-up waits for
+//! While Redis is unreachable, every lookup is a miss, immediately. While it is slow, one lookup waits for
 //! QUOTA_REDIS_TIMEOUT, and those of the next second skip Redis.
 
 use std::{

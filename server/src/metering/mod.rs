@@ -110,7 +110,7 @@ pub struct Reservation<'a> {
 
 /// The record would be lost if the machine failed now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the record of a decision could not be written to disk")]
+#[error("a decision could not be recorded on disk")]
 pub struct NotDurable;
 
 impl Metering {
@@ -304,7 +304,7 @@ impl Metering {
                 tracing::warn!(
                     bytes,
                     limit = self.0.backlog_max,
-                    "the backlog of usage has reached half of QUOTA_USAGE_BACKLOG_MAX"
+                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX"
                 );
             }
             self.0.has_warned.store(true, Ordering::Relaxed);

@@ -22,7 +22,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[
                 (
                     P::RegistrationClosed,
-                    "Registration is closed, or cookies were requested from a page of another origin.",
+                    "Registration is closed, or cookies were requested from a page on another origin.",
                 ),
                 (P::EmailTaken, "An account with this email already exists."),
             ],
@@ -75,7 +75,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             "update_api_key",
             &[(
                 P::NotFound,
-                "The key or the plan was not found in your organization.",
+                "The key or plan was not found in your organization.",
             )],
         ),
         (

@@ -21,7 +21,7 @@ pub enum CallError {
     /// There is no connection. Nothing was sent.
     #[error("Redis is not connected")]
     NotConnected,
-    /// There was no answer in time.
+    /// There was no response in time.
     #[error("Redis did not respond within {0:?}")]
     TimedOut(Duration),
     /// The connection broke, or Redis returned an error.

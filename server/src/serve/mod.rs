@@ -133,7 +133,7 @@ pub async fn serve<E>(
                 if !std::mem::replace(&mut is_failing, true) {
                     tracing::warn!(
                         error = &error as &dyn std::error::Error,
-                        "connections cannot be accepted"
+                        "cannot accept connections"
                     );
                 }
                 table.close_spare();

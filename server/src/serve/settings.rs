@@ -48,7 +48,7 @@ impl ServeSettings {
         if connections < config.connections {
             tracing::warn!(
                 connections,
-                "the limit of open files (ulimit -n) allows fewer connections than QUOTA_CONNECTIONS"
+                "the open-file limit (ulimit -n) allows fewer connections than QUOTA_CONNECTIONS"
             );
         }
         Self {

@@ -153,7 +153,7 @@ async fn starting_replica_serves_many_keys_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn look_ups_of_invented_keys_do_not_starve_others() {
+async fn lookups_of_invented_keys_do_not_starve_others() {
     const KEYS: usize = 40;
     let world = world(KEYS, 20).await;
     let service_token = world.app.service_token(&world.account).await;

@@ -64,7 +64,7 @@ fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
 }
 
 #[tokio::test]
-async fn flood_of_keys_with_wrong_checksums_causes_no_look_ups() {
+async fn flood_of_keys_with_wrong_checksums_causes_no_lookups() {
     const LOOK_UPS: [&str; 4] = [
         "quota_key_cache_hits_total",
         "quota_key_cache_negative_hits_total",

@@ -1,4 +1,4 @@
-//! Key records that replicas share in Redis: they save look-ups, and an outdated one is never used.
+//! Key records that replicas share in Redis: they save lookups, and an outdated one is never used.
 
 use std::{
     sync::Arc,
@@ -298,7 +298,7 @@ async fn unreachable_redis_is_a_miss() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn silent_redis_delays_one_look_up_and_not_the_next() {
+async fn silent_redis_delays_one_lookup_and_not_the_next() {
     let world = World::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(world.server.addr())).await;
     // The clock is stopped, so that the pause after the first failure does not end.

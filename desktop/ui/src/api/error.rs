@@ -30,7 +30,7 @@ impl CallError {
             Self::Unreachable => "Can't reach the server. Check your connection and try again.",
             Self::Unreadable => "Unexpected response from the server. Reload the page.",
             Self::AccountChanged => {
-                "Another account signed in in this browser. No changes were made."
+                "A different account is now signed in in this browser. No changes were made."
             }
             Self::CookiesBlocked => "Cookies are blocked. Allow them, then sign in.",
         }

@@ -318,7 +318,7 @@ fn stale_note(core: Core) -> AnyView {
                     .map(|since| {
                         view! {
                             <p class="alert warn stale">
-                                {format!("Couldn't refresh. This was loaded {}. ", relative(since, now()))}
+                                {format!("Couldn't refresh. Last updated {}. ", relative(since, now()))}
                                 <button type="button" class="link" on:click=move |_| core.reload()>"Try again"</button>
                             </p>
                         }

@@ -119,9 +119,9 @@ pub fn Chart(
             let (plotted, measured) = (bars.clone(), bars.clone());
             let (title, summary) = (title.clone(), summary.clone());
             let label = if on_zoom.is_some() {
-                "Bar. Arrow keys move, Enter shows its hours."
+                "Bar. Use the arrow keys to move. Press Enter to show hours."
             } else {
-                "Bar. Arrow keys move."
+                "Bar. Use the arrow keys to move."
             };
             view! {
                 <p class="readout" aria-hidden="true">

@@ -279,13 +279,13 @@ fn Palette(commands: Commands) -> impl IntoView {
             type="text"
             role="combobox"
             dir="auto"
-            aria-label="Type a command, or the name of an API key or plan"
+            aria-label="Type a command or the name of an API key or plan"
             aria-expanded="true"
             aria-controls="palette"
             aria-activedescendant=move || format!("choice-{}", selected.get())
             autocomplete="off"
             maxlength="200"
-            placeholder="Type a command, or the name of an API key or plan"
+            placeholder="Type a command or the name of an API key or plan"
             bind:value=typed
             on:keydown=on_keydown
         />

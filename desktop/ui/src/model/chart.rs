@@ -37,7 +37,7 @@ pub struct Bar {
 }
 
 impl Bar {
-    /// What the bar says, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1 %)`.
+    /// What the bar says, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1%)`.
     pub fn text(&self) -> String {
         let Self {
             time,
@@ -62,11 +62,11 @@ impl Bar {
     }
 }
 
-/// Formats a part of a whole in percent with one decimal place. `None` of nothing.
+/// Formats a part of a whole as a percentage with one decimal place. Returns `None` if the whole is zero.
 pub fn percent(part: u64, whole: u64) -> Option<String> {
     let tenths = u128::from(part) * 1000 + u128::from(whole) / 2;
     let tenths = u64::try_from(tenths.checked_div(u128::from(whole))?).ok()?;
-    Some(format!("{}.{} %", number(tenths / 10), tenths % 10))
+    Some(format!("{}.{}%", number(tenths / 10), tenths % 10))
 }
 
 /// Returns the distance between gridlines: 1, 2 or 5 times a power of ten.
@@ -418,13 +418,13 @@ mod tests {
 
     #[test]
     fn percentages_are_rounded() {
-        assert_eq!(percent(38, 1242).as_deref(), Some("3.1 %"));
-        assert_eq!(percent(1, 3).as_deref(), Some("33.3 %"));
-        assert_eq!(percent(2, 3).as_deref(), Some("66.7 %"));
-        assert_eq!(percent(0, 5).as_deref(), Some("0.0 %"));
-        assert_eq!(percent(23_017, 1).as_deref(), Some("2,301,700.0 %"));
+        assert_eq!(percent(38, 1242).as_deref(), Some("3.1%"));
+        assert_eq!(percent(1, 3).as_deref(), Some("33.3%"));
+        assert_eq!(percent(2, 3).as_deref(), Some("66.7%"));
+        assert_eq!(percent(0, 5).as_deref(), Some("0.0%"));
+        assert_eq!(percent(23_017, 1).as_deref(), Some("2,301,700.0%"));
         assert_eq!(percent(0, 0), None);
-        assert_eq!(percent(u64::MAX, u64::MAX).as_deref(), Some("100.0 %"));
+        assert_eq!(percent(u64::MAX, u64::MAX).as_deref(), Some("100.0%"));
     }
 
     #[test]
@@ -475,7 +475,7 @@ mod tests {
         };
         assert_eq!(
             so_far.text(),
-            "14:00–15:00 CET · 3 allowed · 1 rejected (25.0 %) so far"
+            "14:00–15:00 CET · 3 allowed · 1 rejected (25.0%) so far"
         );
         let (plot, _) = bar_chart(&[so_far], ALL);
         assert!(plot.to_string().contains("allowed so-far"));

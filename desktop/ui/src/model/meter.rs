@@ -35,7 +35,7 @@ impl Meter<'_> {
             _ => "meter full",
         };
         let badge = if self.denied {
-            with_text("span", &[("class", "badge off")], "Denied the request")
+            with_text("span", &[("class", "badge off")], "Denied this request")
         } else {
             Markup::default()
         };

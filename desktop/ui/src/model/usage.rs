@@ -139,15 +139,15 @@ const fn group_pair(group: &UsageGroup, by_cost: bool) -> Pair {
     pair(&counts, by_cost)
 }
 
-/// The change since the period before, such as `+12.5 %`.
+/// Returns the change since the previous period, such as `+12.5%`.
 pub fn change(now: u64, before: u64) -> String {
     if now == before {
-        return "Same as before".to_owned();
+        return "Same as previous period".to_owned();
     }
     let sign = if now > before { '+' } else { '−' };
     match percent(now.abs_diff(before), before) {
-        Some(text) => format!("{sign}{text} on the period before"),
-        None => "None in the period before".to_owned(),
+        Some(text) => format!("{sign}{text} vs. previous period"),
+        None => "None in the previous period".to_owned(),
     }
 }
 
@@ -185,7 +185,7 @@ pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &s
         stat(
             "Rejection rate",
             &rate(now),
-            &format!("{} in the period before", rate(before)),
+            &format!("{} in the previous period", rate(before)),
             "",
         ),
         stat(peak_name, &peak_count, &peak_time, ""),
@@ -472,10 +472,10 @@ mod tests {
 
     #[test]
     fn change_is_relative_to_the_period_before() {
-        assert_eq!(change(9, 8), "+12.5 % on the period before");
-        assert_eq!(change(4, 8), "−50.0 % on the period before");
-        assert_eq!(change(3, 3), "Same as before");
-        assert_eq!(change(3, 0), "None in the period before");
+        assert_eq!(change(9, 8), "+12.5% vs. previous period");
+        assert_eq!(change(4, 8), "−50.0% vs. previous period");
+        assert_eq!(change(3, 3), "Same as previous period");
+        assert_eq!(change(3, 0), "None in the previous period");
     }
 
     #[test]
@@ -516,7 +516,7 @@ mod tests {
             "{table}"
         );
         assert!(
-            table.contains(">90.0 %<") && table.contains(">30 minutes ago<"),
+            table.contains(">90.0%<") && table.contains(">30 minutes ago<"),
             "{table}"
         );
         assert!(table.contains("aria-sort=\"descending\""));

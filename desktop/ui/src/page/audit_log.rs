@@ -109,7 +109,7 @@ pub fn AuditLog() -> impl IntoView {
             as api::PendingCall<(String, String)>
     });
     view! {
-        <PageHeader title="Audit log" about="Every change: what was changed, by whom, when, and from where.">
+        <PageHeader title="Audit log" about="All changes: what changed, who changed it, when, and from where.">
             <ExportButton export/>
         </PageHeader>
         <search class="filters audit">

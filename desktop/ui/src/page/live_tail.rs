@@ -196,12 +196,12 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
                 let waiting = live.with(|live| live.waiting.len());
                 (waiting > 0).then(|| view! { <button type="button" class="button small" on:click=resume>{format!("{waiting} new")}</button> })
             }}
-            {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Some decisions are missing: there were too many at a time."</span> })}
+            {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Some decisions were skipped because they arrived too fast."</span> })}
         </p>
         {move || {
             if is_empty.get() {
                 return if loaded.get() {
-                    view! { <EmptyState shape=Shape::Usage title="No decisions yet" about="New ones appear here within seconds."/> }.into_any()
+                    view! { <EmptyState shape=Shape::Usage title="No decisions yet" about="New decisions appear here within seconds."/> }.into_any()
                 } else {
                     view! { <p class="muted" role="status">"Loading"</p> }.into_any()
                 };

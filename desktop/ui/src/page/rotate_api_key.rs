@@ -91,7 +91,7 @@ fn RotateForm(
                     .map(|at| {
                         view! {
                             <p class="alert warn" role="alert">
-                                "This key was rotated recently. The key from before that rotation, which expires " <RelativeTime at/> ", will be revoked now."
+                                "This key was rotated recently. The previous key, which expires " <RelativeTime at/> ", will be revoked immediately."
                             </p>
                         }
                     })

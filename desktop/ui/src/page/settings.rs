@@ -81,7 +81,7 @@ fn Profile() -> impl IntoView {
                                 value=zone
                                 required=true
                                 suggestions=time_zones()
-                                hint=format!("Decides when a day or month starts. This browser's time zone is {browser_zone}.")
+                                hint=format!("Determines when days and months start. This browser's time zone is {browser_zone}.")
                             />
                         }
                     })}

@@ -94,7 +94,7 @@ fn reason(
 /// Says that the key in the field is not the one on the page.
 pub fn other_key(key: &ApiKey) -> String {
     format!(
-        "This is another key. The key on this page starts with {}.",
+        "This is a different key. The key on this page starts with {}.",
         key.prefix
     )
 }

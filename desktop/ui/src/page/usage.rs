@@ -84,7 +84,7 @@ pub fn UsagePage() -> impl IntoView {
         }) as PendingCall<(String, String)>
     });
     view! {
-        <PageHeader title="Usage" about="Requests over time: what was allowed, what was rejected, and why.">
+        <PageHeader title="Usage" about="Requests over time: allowed, rejected, and why.">
             <button type="button" class="button" on:click=move |_| live.set(true)>"Live tail"</button>
             <ExportButton export/>
         </PageHeader>
@@ -94,7 +94,7 @@ pub fn UsagePage() -> impl IntoView {
             loader
             show=move |data| match data {
                 None => view! {
-                    <EmptyState shape=Shape::Search title="Choose two dates" about="The first day and the last, both included."/>
+                    <EmptyState shape=Shape::Search title="Choose a start and an end date" about="Both dates are included."/>
                 }
                     .into_any(),
                 Some(data) => view! { <Report data keys/> }.into_any(),
@@ -312,7 +312,7 @@ fn partial_note(data: &UsageData) -> Option<String> {
     let at = local_time(complete, &data.usage.time_zone)?;
     (end - complete > LATE_MS).then(|| {
         format!(
-            "Complete up to {}. Later requests may be missing.",
+            "Data complete through {}. Later requests may be missing.",
             at.in_full()
         )
     })
@@ -351,7 +351,7 @@ fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
     move || {
         if is_filtered {
             view! {
-                <EmptyState shape=Shape::Search title="No matching requests" about="There were none in this range with these filters.">
+                <EmptyState shape=Shape::Search title="No matching requests" about="No requests in this range match these filters.">
                     <a class="button" href="/console/usage">"Clear filters"</a>
                 </EmptyState>
             }
@@ -365,7 +365,7 @@ fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
             .into_any()
         } else {
             view! {
-                <EmptyState shape=Shape::Usage title="No requests yet" about="Send one with an API key, and it appears here within seconds.">
+                <EmptyState shape=Shape::Usage title="No requests yet" about="Send a request with an API key, and it appears here within seconds.">
                     <CodeBlock text=command what="curl command"/>
                 </EmptyState>
             }

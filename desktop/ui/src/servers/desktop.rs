@@ -49,7 +49,7 @@ pub fn Banners() -> impl IntoView {
                     .map(|at| {
                         view! {
                             <p class="banner warn">
-                                <span>"Can't reach the server. Showing data loaded " <RelativeTime at/> "."</span>
+                                <span>"Can't reach the server. Showing data from " <RelativeTime at/> "."</span>
                                 <button class="button small" on:click=move |_| host::retry()>"Try again"</button>
                             </p>
                         }
@@ -171,7 +171,7 @@ fn ServerRow(
             <Confirm
                 open=confirming
                 title=format!("Remove {label}?")
-                message="You'll be signed out of this server. Nothing on the server is deleted."
+                message="You'll be signed out of this server. No data on the server is deleted."
                 action="Remove server"
                 busy
                 failure=removal_failure

@@ -208,7 +208,7 @@ fn events(tail: Tail, held: Held) -> impl Stream<Item = std::io::Result<Bytes>> 
             let text = match db.within_limit(it.tail.look()).await {
                 Ok(text) => text,
                 Err(error) => {
-                    tracing::debug!(error = %crate::db::chain(&error), "the log of decisions cannot be read");
+                    tracing::debug!(error = %crate::db::chain(&error), "cannot read the decision log");
                     String::new()
                 }
             };

@@ -195,7 +195,7 @@ impl Cluster {
                 };
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    "the embedded PostgreSQL does not start; retrying"
+                    "the embedded PostgreSQL does not start, retrying"
                 );
             };
             tracing::info!("the embedded PostgreSQL is running again");

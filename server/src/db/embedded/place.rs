@@ -84,7 +84,7 @@ impl Place {
             data_dir = %data_dir.display(),
             user = place.user_name(),
             cluster = %fallback.display(),
-            "PostgreSQL's user may not enter the data directory; the embedded database is outside it"
+            "PostgreSQL's user cannot access the data directory, so the embedded database is outside it"
         );
         let place = Self {
             cluster: fallback,
@@ -213,7 +213,7 @@ pub(super) fn make_dir(path: &Path, mode: u32) -> Result<(), EmbeddedError> {
         .recursive(true)
         .mode(mode)
         .create(path)
-        .map_err(EmbeddedError::file("cannot make the directory", path))
+        .map_err(EmbeddedError::file("cannot create the directory", path))
 }
 
 pub(super) fn lock(data_dir: &Path) -> Result<File, EmbeddedError> {
@@ -273,7 +273,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
         Ok(()) => place.give(&dir)?,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
-            return Err(EmbeddedError::file("cannot make the directory", &dir)(
+            return Err(EmbeddedError::file("cannot create the directory", &dir)(
                 error,
             ));
         }
@@ -290,7 +290,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
     }
     tracing::info!(
         socket_dir = %dir.display(),
-        "the path of the data directory is too long for a socket; the socket is outside it"
+        "the path of the data directory is too long for a socket, so the socket is outside it"
     );
     Ok(dir)
 }

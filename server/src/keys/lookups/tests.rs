@@ -64,7 +64,7 @@ impl Fixture {
 }
 
 #[tokio::test(start_paused = true)]
-async fn look_ups_during_a_statement_share_the_next_one() {
+async fn lookups_during_a_statement_share_the_next_one() {
     let it = fixture(1000, 1);
     let first = it.find(0, Some(from(1)));
     tokio::task::yield_now().await;

@@ -361,7 +361,7 @@ async fn a_key_that_opens_nothing_is_401_and_charged_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_checksum_is_rejected_without_a_look_up() {
+async fn wrong_checksum_is_rejected_without_a_lookup() {
     let app = TestApp::setup().without_jobs().start().await;
     let lookups = async || {
         app.metric("quota_key_cache_hits_total").await

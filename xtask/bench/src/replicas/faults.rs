@@ -392,7 +392,7 @@ fn tell(
         recount.sent.to_string(),
         recount.admitted.to_string(),
         format!("{:+.3}", recount.excess()),
-        format!("{:.1} %", recount.served() * 100.0),
+        format!("{:.1}%", recount.served() * 100.0),
         cell(p99(FAULT_AT / 2, FAULT_AT)),
         cell(discovering),
         cell(afterwards),

@@ -135,7 +135,7 @@ async fn cell(
             recount.sent.to_string(),
             recount.admitted.to_string(),
             format!("{:+.3}", recount.excess()),
-            format!("{:.2} %", recount.served() * 100.0),
+            format!("{:.2}%", recount.served() * 100.0),
             (recount.failed + recount.silent).to_string(),
             calls.clone(),
             format!("{micros:.0}"),

@@ -326,7 +326,7 @@ pub(crate) fn millis(time: Duration) -> String {
 }
 
 pub(crate) fn percent(part: f64) -> String {
-    format!("{:.2} %", part * 100.0)
+    format!("{:.2}%", part * 100.0)
 }
 
 /// Returns the 99th percentile of how late the load itself sent requests.
