@@ -1,4 +1,4 @@
-//! Lists the files of the compiled console, if there is one, for the server to embed.
+//! Lists the files of the compiled console, if it exists, for the server to embed.
 
 use std::{
     env,
@@ -25,7 +25,7 @@ fn main() -> io::Result<()> {
     files.sort();
     let mut table = String::from("const FILES: &[File] = &[\n");
     for (name, path) in &files {
-        // Hidden files, and the compressed copies themselves, have no copies.
+        // Hidden files and the compressed copies themselves are not compressed.
         let (brotli, gzip) = (format!("{path}.br"), format!("{path}.gz"));
         if !Path::new(&brotli).exists() || !Path::new(&gzip).exists() {
             continue;

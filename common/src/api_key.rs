@@ -113,8 +113,8 @@ pub struct RotateApiKey {
     #[garde(dive)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub grace_seconds: Option<GraceSeconds>,
-    /// Whether to revoke the previous key now if the grace period of an earlier rotation has not ended. Default:
-    /// false.
+    /// Whether to revoke the previous key immediately if the grace period of an earlier rotation has not ended.
+    /// Default: false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]

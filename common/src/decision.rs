@@ -10,7 +10,7 @@ use crate::{
 };
 
 in_address!(
-    /// What was decided.
+    /// The outcome of a decision.
     DecisionOutcome {
         Allowed = "allowed",
         Rejected = "rejected",

@@ -50,7 +50,7 @@ id!(
     TenantId
 );
 id!(
-    /// A person who signs in.
+    /// A user who can sign in.
     UserId
 );
 id!(PlanId);

@@ -1,4 +1,4 @@
-//! Usage: how many requests were made and denied, of what, and when.
+//! Usage: how many requests were allowed and denied, for which keys and endpoints, and when.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,9 +9,9 @@ use crate::{
     time::Timestamp,
 };
 
-/// The most buckets that one response may have for each group.
+/// The maximum number of buckets in a response for each group.
 pub const MAX_BUCKETS: usize = 1000;
-/// The most groups that one response may have. The rest is `other`.
+/// The maximum number of groups in a response. All other groups are combined as `other`.
 pub const MAX_GROUPS: usize = 20;
 
 in_address!(
@@ -27,7 +27,7 @@ in_address!(
     UsageGroupBy {
         Key = "key",
         Endpoint = "endpoint",
-        /// The policy that denied them. Allowed requests are in no group.
+        /// The policy that denied the requests. Allowed requests do not belong to a group.
         Policy = "policy",
         Plan = "plan",
     }
@@ -192,13 +192,13 @@ pub struct QuotaStatus {
     oai(rename_all = "snake_case")
 )]
 pub enum AttentionKind {
-    /// At least 80 % of a quota is used. `at` is when it resets.
+    /// At least 80% of a quota is used. `at` is the time at which it resets.
     Quota,
-    /// The key expires within 7 days. `at` is when.
+    /// The key expires within 7 days. `at` is the time at which it expires.
     Expiring,
-    /// The previous secret of a rotated key stops working within 24 hours. `at` is when.
+    /// The previous secret of a rotated key stops working within 24 hours. `at` is the time at which it expires.
     GraceEnding,
-    /// The key is active and was not used for 30 days. `at` is when it was last used, or created.
+    /// The key is active and was not used for 30 days. `at` is the time of its last use, or of its creation.
     Idle,
 }
 
@@ -269,8 +269,8 @@ pub struct BurnDown {
     pub points: Vec<BurnDownPoint>,
     /// Cost per hour over the most recent quarter of the elapsed time (at least the last hour).
     pub pace_per_hour: f64,
-    /// When the quota is used up at that pace. `null` if the quota won't be used up before it resets. In the past or
-    /// present if it is already used up.
+    /// When the quota will be used up at that pace. `null` if the quota won't be used up before it resets. In the past
+    /// or present if it is already used up.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub used_up_at: Option<Timestamp>,
     /// The quota that will be left when it resets, at that pace.

@@ -1,6 +1,6 @@
--- The roles that the server works as. They own nothing, so row-level security binds them whatever role it
--- signs in with. Roles belong to the cluster, not to the database: two databases may make them at once.
--- Where the role that migrates may not make roles, somebody who may makes these two beforehand.
+-- The roles that the server uses. They own nothing, so row-level security applies to them, whichever role the server
+-- signs in with. Roles belong to the cluster, not to the database: two databases may create them concurrently. If the
+-- migrating role may not create roles, create these two beforehand.
 DO $$
 DECLARE
     name text;
@@ -19,7 +19,7 @@ BEGIN
 END $$;
 GRANT USAGE ON SCHEMA public TO quota_app, quota_system;
 
--- The tenant that the current transaction acts for. Unset reads as NULL, which equals no row's tenant.
+-- The tenant of the current transaction. If unset, it is NULL, which equals no row's tenant.
 CREATE FUNCTION current_tenant() RETURNS uuid
     LANGUAGE sql STABLE PARALLEL SAFE
     RETURN nullif(current_setting('quota.tenant', true), '')::uuid;
@@ -174,7 +174,7 @@ COMMENT ON COLUMN api_keys.key_hash IS 'SHA-256 of the text, which has 190 rando
 COMMENT ON COLUMN api_keys.previous_key_hash IS 'SHA-256 of the text from before the last rotation';
 COMMENT ON COLUMN api_keys.previous_expires_at IS 'Until then the previous text works too';
 COMMENT ON COLUMN api_keys.rpm_override IS 'Sustained requests a minute in place of the plan''s';
--- last_used_at moves with use and is no edit; everything else is.
+-- A change of last_used_at is not an edit; every other change is.
 CREATE FUNCTION touch_api_key() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
@@ -267,8 +267,8 @@ CREATE INDEX revocations_at_idx ON revocations (at);
 COMMENT ON TABLE revocations IS 'What replicas must forget from their caches, in the order of commits';
 COMMENT ON COLUMN revocations.seq IS 'Taken under an advisory lock, so that a reader of seq > n misses none';
 
--- An identity is handed out before its transaction commits. Without the lock a reader could see 6, move
--- on, and never look back for the 5 that commits after it.
+-- An identity value is assigned before its transaction commits. Without the lock, a reader could see 6, continue from
+-- there, and miss 5, which commits later.
 CREATE FUNCTION revocations_in_order() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN

@@ -1,5 +1,5 @@
--- Who serves: each replica of the server keeps a row young while it runs. Read when Redis, by which they share
--- their counters, is away: then each sells its part.
+-- Each replica of the server updates its row while it runs. Read while Redis, in which replicas share counters, is
+-- unreachable: each replica then enforces its share of the limits.
 CREATE TABLE replicas (
     id uuid NOT NULL,
     joined_at timestamptz NOT NULL DEFAULT now(),
@@ -8,8 +8,7 @@ CREATE TABLE replicas (
 );
 COMMENT ON TABLE replicas IS 'Running servers; a row that is not kept young is of one that is gone';
 
--- Whether counters have ever been kept in Redis. An empty Redis is a new one before, and one that lost its state
--- after.
+-- Whether counters have ever been stored in Redis. If not, an empty Redis is new; otherwise it has lost its state.
 CREATE TABLE shared_counters (
     single boolean NOT NULL DEFAULT true,
     begun_at timestamptz NOT NULL DEFAULT now(),

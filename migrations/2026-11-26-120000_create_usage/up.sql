@@ -1,7 +1,8 @@
--- Usage: the log of decisions, rollups of it, and how far each replica's segments were shipped.
+-- Usage: the log of decisions, its rollups, and how far each replica's segments have been shipped.
 --
--- Every table of a tenant's leads with tenant_id and has no foreign key: usage outlives the keys it is about, and a
--- late batch must not fail because a key is gone. All of them can be distributed by tenant_id.
+-- The primary key of every table with tenants' rows starts with tenant_id, and none of them has a foreign key: usage
+-- outlives its keys, and a late batch must not fail because a key was deleted. All of them can be distributed by
+-- tenant_id.
 
 -- The log ----------------------------------------------------------------------------------------------
 
@@ -49,12 +50,11 @@ COMMENT ON TABLE usage_tenants IS 'The end of each tenant''s log';
 COMMENT ON COLUMN usage_tenants.last_seq IS
     'The last number in usage_log.seq. Its row is locked until the rows with the new numbers are committed, so who has read up to a number has missed none before it';
 
--- Rollups ----------------------------------------------------------------------------------------------
--- A row is about one key or all, one endpoint or all, one plan or all; the other rows with the same start count the
--- same requests again. The zero UUID stands for all keys or plans, E'\x01' for all endpoints, E'\x02' for those above
--- the limit of endpoints: no name of an endpoint has control characters. Rows of one key are always of one plan.
--- The endpoint comes first in the key, so that all keys are next to each other. The endpoints of a key are in
--- usage_endpoints.
+-- Rollups ---------------------------------------------------------------------------------------------- A row is about
+-- one key or all, one endpoint or all, one plan or all; the other rows with the same start count the same requests
+-- again. The zero UUID stands for all keys or plans, E'\x01' for all endpoints, and E'\x02' for those above the limit
+-- of endpoints: names of endpoints have no control characters. All rows of a key have the same plan. The endpoint comes
+-- first in the primary key, so that all keys are next to each other. The endpoints of a key are in usage_endpoints.
 
 CREATE TABLE usage_quarters (
     tenant_id uuid NOT NULL,
@@ -154,7 +154,7 @@ BEGIN
             EXECUTE format('CREATE TABLE %I (LIKE %I INCLUDING DEFAULTS INCLUDING CONSTRAINTS) WITH (fillfactor = %s)',
                 name, parent, CASE parent WHEN 'usage_log' THEN 100 ELSE 80 END);
             EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
-            -- Rows that arrived before their partition existed. The lock keeps others from adding more.
+            -- Rows that arrived before their partition existed. The lock prevents others from adding more.
             EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', parent || '_default');
             EXECUTE format(
                 'WITH moved AS (DELETE FROM %I WHERE %I >= %L AND %I < %L RETURNING *) INSERT INTO %I SELECT * FROM moved',
@@ -179,7 +179,7 @@ BEGIN
         RAISE EXCEPTION 'not a table of usage: %', parent;
     END IF;
     PERFORM pg_advisory_xact_lock(7226423);
-    -- One at a time: each needs a lock on the whole table.
+    -- One at a time, because each needs a lock on the whole table.
     FOR name IN
         SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
         WHERE i.inhparent = parent::regclass AND c.relname ~ ('^' || parent || '_\d{8}$')
@@ -206,7 +206,7 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON
     usage_log, usage_tenants, usage_quarters, usage_days, usage_endpoints, usage_segments, usage_shippers
     TO quota_system;
 
--- Partitions have policies of nobody: they are reached through their parent alone.
+-- Partitions have no policies: they are accessed only through their parent.
 ALTER TABLE usage_log_default ENABLE ROW LEVEL SECURITY;
 ALTER TABLE usage_quarters_default ENABLE ROW LEVEL SECURITY;
 ALTER TABLE usage_days_default ENABLE ROW LEVEL SECURITY;

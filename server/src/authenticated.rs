@@ -1,8 +1,8 @@
-//! What handlers tell the listener about the connection that a request came on.
+//! Information from handlers to the listener about the connection of a request.
 //!
 //! Handlers mark connections on which a valid API key or service token was sent. The listener then stops counting them
-//! against their address. Handlers also announce responses that go on for as long as the client wants them: such a
-//! response may be quiet, and the client is not behind in reading it.
+//! toward the limit of their address. Handlers also mark responses that continue as long as the client wants: such a
+//! response may be idle, and the client is not late in reading it.
 
 use std::sync::{
     Arc,
@@ -28,7 +28,7 @@ impl Authenticated {
         self.0.is_set.load(Ordering::Relaxed)
     }
 
-    /// Announces a response without an end. It counts until the returned value is dropped.
+    /// Marks a response as a stream without an end. The mark lasts until the returned value is dropped.
     pub fn begin_endless_response(&self) -> EndlessResponse {
         self.0.endless_responses.fetch_add(1, Ordering::Relaxed);
         EndlessResponse(Arc::clone(&self.0))

@@ -265,8 +265,8 @@ fn connections(pool: usize, replicas: usize, server: &ServerInfo) -> String {
     )
 }
 
-/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise that
-/// would show only under load.
+/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise, this
+/// would be noticed only under load.
 pub async fn warn_of_too_many_connections(config: &Config, url: &SecretString) {
     if let Ok(server) = db::inspect(url).await
         && config.database.pool * config.replicas > server.available()

@@ -1,9 +1,9 @@
 //! Serializes the changes of each tenant.
 //!
 //! A change holds a database connection while it waits for a lock, and changes of the same tenant mostly wait for each
-//! other: a burst of them would take every connection of this replica. Here they wait without a connection, in a
-//! bounded queue per tenant, so that other tenants are not delayed. Replicas have separate queues; between replicas the
-//! database's locks decide.
+//! other, so a burst of them would take all connections of this replica. Here they wait without a connection, in a
+//! bounded queue per tenant, so that other tenants are not delayed. Replicas have separate queues; between replicas,
+//! the database's locks determine the order.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -39,7 +39,7 @@ struct Queue {
     places: usize,
 }
 
-/// A place in a tenant's queue.
+/// A slot in a tenant's queue.
 #[derive(Debug)]
 struct Place {
     queues: TenantQueues,
@@ -61,7 +61,7 @@ impl Drop for Place {
 /// Permission to make a change, until it is dropped.
 #[derive(Debug)]
 pub struct Turn {
-    // Dropped before the place.
+    // Dropped before the slot.
     _permit: OwnedSemaphorePermit,
     _place: Place,
 }

@@ -196,7 +196,7 @@ fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);
     }
-    // Below its release, and not below anything before that.
+    // It is below its release, but not below any earlier version.
     let mut below = version.clone();
     below.pre = semver::Prerelease::EMPTY;
     if below.patch == 0 {

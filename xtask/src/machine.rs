@@ -44,14 +44,14 @@ pub(crate) const CADDY: Need = Need {
 pub(crate) const NGINX: Need = Need {
     name: "nginx",
     package: "nginx",
-    // On Debian it is only in root's path.
+    // On Debian, it is only in root's path.
     is_there: || on_path("nginx").is_some() || Path::new("/usr/sbin/nginx").exists(),
 };
 
 pub(crate) const HAPROXY: Need = Need {
     name: "HAProxy",
     package: "haproxy",
-    // On Debian it is only in root's path.
+    // On Debian, it is only in root's path.
     is_there: || on_path("haproxy").is_some() || Path::new("/usr/sbin/haproxy").exists(),
 };
 
@@ -126,11 +126,11 @@ pub(crate) const DEBOOTSTRAP: Need = Need {
     is_there: || on_path("debootstrap").is_some() || Path::new("/usr/sbin/debootstrap").exists(),
 };
 
-/// The disk space that a full build takes, with debug and release of everything, and that an incremental one takes.
+/// The disk space required for a full build, with debug and release of everything, and for an incremental one.
 const BUILD: u64 = 7 << 30;
 const REBUILD: u64 = 2 << 30;
 
-/// Fails if there is too little disk space for a build. Compilers would report that late and unclearly.
+/// Fails if there is too little disk space for a build. Compilers would report this late and unclearly.
 fn room() -> Result<()> {
     let target = target();
     let needed = if target.join("debug").exists() {
@@ -154,7 +154,7 @@ fn room() -> Result<()> {
     Ok(())
 }
 
-/// Installs missing programs with Debian's packages. On other systems, fails and names what to install.
+/// Installs missing programs with Debian's packages. On other systems, fails and lists the packages to install.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
     room()?;
     let missing: Vec<Need> = needs
@@ -271,7 +271,7 @@ fn as_root(program: &str) -> Command {
     }
     let mut command = Command::new("sudo");
     if !stdin().is_terminal() {
-        // There may be nobody to type a password.
+        // There may be no user to type a password.
         command.arg("-n");
     }
     command.arg(program);

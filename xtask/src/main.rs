@@ -56,11 +56,11 @@ enum Chore {
         arguments: Vec<OsString>,
     },
     /// Measure the cost of a request, compared with a plain poem and a plain hyper server. `bench replicas` measures
-    /// what holds across replicas, `bench simulation 20000` runs the limiter in simulated time with this many seeds,
-    /// `bench desktop` measures memory and startup of the desktop app, compared with an empty window, `bench usage`
-    /// measures writing and reading usage at 10 million rows (or `bench usage 1000000`), `bench crash 300` kills
-    /// servers, Redis and PostgreSQL this many times under load and recounts the usage, and `bench metering` measures
-    /// the cost of recording usage
+    /// the behavior of several replicas, `bench simulation 20000` runs the limiter in simulated time with this many
+    /// seeds, `bench desktop` measures memory and startup of the desktop app, compared with an empty window, `bench
+    /// usage` measures writing and reading usage with 10 million rows (or `bench usage 1000000`), `bench crash 300`
+    /// kills servers, Redis and PostgreSQL this many times under load and recounts the usage, and `bench metering`
+    /// measures the cost of recording usage
     Bench {
         /// Options of the benchmark, such as `--rounds N` and `--millis N`, or `--only faults` after `replicas`;
         /// `--help` lists them
@@ -80,13 +80,13 @@ enum Chore {
     /// Build everything and run the end-to-end tests in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER saves
     /// a screenshot of every page
     Journey,
-    /// Build all and take new pictures for the README and the landing page
+    /// Build everything and take new pictures for the README and the landing page
     Pictures,
     /// Build the container image `quota:local`
     Image,
     /// Build the image, run the production compose file with Caddy, PostgreSQL and Redis, and test it under load
     Containers {
-        /// Options: `--binary FILE` puts that binary into the image in place of compiling one inside
+        /// Options: `--binary FILE` puts that binary into the image instead of compiling one inside
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },

@@ -107,7 +107,7 @@ impl ApiKeyApi {
         DateTime::from_timestamp_nanos(i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX))
     }
 
-    /// Rejects an expiry that has already passed: it is a mistake.
+    /// Rejects an expiry that has already passed, because it must be a mistake.
     fn check_expiry(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
         match at {
             Some(at) if at.inner() <= self.now() => {
@@ -204,7 +204,7 @@ impl ApiKeyApi {
             key: None,
             api_key: row.into(),
         };
-        // Without the secret, which must not be stored.
+        // The secret is removed, because it must not be stored.
         idempotency
             .keep(&mut edit, StatusCode::CREATED, &created)
             .await?;
@@ -339,7 +339,7 @@ impl ApiKeyApi {
             key: None,
             api_key: ApiKey::from(row.or_not_found()?),
         };
-        // Without the secret, which must not be stored.
+        // The secret is removed, because it must not be stored.
         idempotency
             .keep(&mut edit, StatusCode::OK, &rotated)
             .await?;

@@ -64,7 +64,7 @@ fn tenant(row: TenantRow, role: Role) -> Tenant {
     }
 }
 
-/// Only pages of this server may request tokens in cookies.
+/// Only pages on this server may request tokens in cookies.
 fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError> {
     let wanted = browser::wants_cookies(request.headers());
     if wanted {

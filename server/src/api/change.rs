@@ -62,14 +62,14 @@ macro_rules! audited {
 audited!(Plan => Plan, ApiKey => ApiKey, ServiceToken => ServiceToken, Tenant => Tenant);
 
 /// A change in progress: a transaction of the caller's tenant that ends in [`created`](Self::created),
-/// [`updated`](Self::updated) or [`deleted`](Self::deleted). These record the audit event, commit, and only then
-/// publish what replicas have to drop from their caches. Nothing else can commit the transaction, so no change goes
-/// unrecorded. An edit that is dropped is rolled back.
+/// [`updated`](Self::updated) or [`deleted`](Self::deleted). These record the audit event, commit, and then publish
+/// which cached records replicas have to drop. Nothing else can commit the transaction, so no change goes unrecorded.
+/// An edit that is dropped is rolled back.
 pub struct Edit<'a> {
     tx: TenantTx,
     state: &'a AppState,
     caller: &'a AdmittedTenant,
-    // After the transaction, so that the next change begins when this one has ended.
+    // Released after the transaction, so that the next change begins only when this one has ended.
     _turn: Turn,
 }
 
@@ -140,7 +140,7 @@ impl<'a> Edit<'a> {
             after,
         };
         audit::insert(&mut self.tx, &event).await?;
-        // Last, since it waits for other transactions that invalidate.
+        // Done last, since it waits for other transactions that invalidate.
         let invalidation = match stale {
             Some(stale) => Some(invalidation::insert(&mut self.tx, stale).await?),
             None => None,

@@ -125,7 +125,7 @@ impl DecisionApi {
             .map(|cursor| read_position(&cursor).ok_or_else(malformed));
         let before = before.transpose()?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        // Read before the rows, so that none is missing between them and a stream from this position.
+        // Read before the rows, so that no decision is missing between the rows and a stream from this position.
         let newest = usage_log::last_seq(&mut tx).await?;
         let page = usage_log::list(&mut tx, &filter, before, page::size(limit.0)).await?;
         let total = usage_log::total(&mut tx, &filter).await?;

@@ -20,7 +20,7 @@ fn ok() -> Json<Health> {
     })
 }
 
-/// Not an error of the server, so it has no source to be logged.
+/// Not a server error, so it has no source to log.
 fn stopping() -> ApiError {
     ApiError {
         retry_after: Some(Duration::from_secs(1)),

@@ -256,7 +256,7 @@ impl PlanApi {
         plan::delete(&mut edit, id).await.map_err(|error| {
             ApiError::on_constraint(error, &[("api_keys_plan_fkey", just_used)])
         })?;
-        // Without keys, no cache contains the plan.
+        // A plan without keys is not in any cache.
         edit.deleted(AuditAction::PlanDelete, &plan, None).await?;
         Ok(NoContent)
     }

@@ -1,4 +1,4 @@
-//! `/admin/usage`: how many requests were made and denied, over time.
+//! `/admin/usage`: the number of allowed and denied requests over time.
 
 mod csv;
 pub(super) mod range;
@@ -95,7 +95,7 @@ const fn group_by(by: UsageGroupBy) -> GroupBy {
     }
 }
 
-/// Identifies a group, in the field of its kind.
+/// Identifies a group by the field for its kind.
 #[derive(Default)]
 struct GroupFields {
     key_id: Option<ApiKeyId>,
@@ -105,7 +105,7 @@ struct GroupFields {
 }
 
 impl GroupFields {
-    /// `group` is `None` for `other` and without groups.
+    /// `group` is `None` for `other`, and if there are no groups.
     fn new(by: Option<UsageGroupBy>, group: Option<&str>) -> Self {
         let (Some(by), Some(group)) = (by, group) else {
             return Self::default();
@@ -276,7 +276,7 @@ pub(super) fn time(at: UnixNanos) -> DateTime<Utc> {
     DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
 }
 
-/// Returns the tenant's time zone, or UTC if this version does not know it.
+/// Returns the tenant's time zone, or UTC if this version does not support it.
 pub(super) async fn tenant_zone(tx: &mut TenantTx) -> Result<Zone, ApiError> {
     let name = account::time_zone(tx).await.or_not_found()?;
     Ok(Zone::named(&name).unwrap_or_default())
@@ -307,7 +307,7 @@ fn wants_csv(request: &Request) -> bool {
         .unwrap_or(false)
 }
 
-/// Returns PostgreSQL's time, and the time until which all requests are counted.
+/// Returns PostgreSQL's time, and the time up to which all requests are counted.
 pub(super) async fn times(state: &AppState) -> Result<usage_shipper::Times, ApiError> {
     let mut tx = state.db.system().await?;
     let times = usage_shipper::times(&mut tx).await?;
@@ -319,10 +319,10 @@ pub(super) async fn times(state: &AppState) -> Result<usage_shipper::Times, ApiE
 impl UsageApi {
     /// Get usage
     ///
-    /// Returns how many requests were allowed and denied in each hour or day. Without `group_by`, there is one series
+    /// Returns the number of allowed and denied requests in each hour or day. Without `group_by`, there is one series
     /// of all requests that match the filters, with `key_id` `null`. With `group_by`, there is one series for each of
-    /// the 20 largest groups and one for all others. `allowed` and `rejected` count requests; `allowed_cost` and
-    /// `rejected_cost` add up their cost. Send `Accept: text/csv` to get a CSV file.
+    /// the 20 largest groups and one for all others. `allowed` and `rejected` are numbers of requests; `allowed_cost`
+    /// and `rejected_cost` are their total cost. Send `Accept: text/csv` to get a CSV file.
     ///
     /// Usage is broken down by at most 256 endpoints per key and 4,096 per organization; requests to additional
     /// endpoints count only toward the totals and `other`.
@@ -433,7 +433,7 @@ pub(super) fn endpoint_filter(endpoint: Option<String>) -> Result<Option<String>
             "endpoint",
             format!("must be at most {ENDPOINT_MAX} characters"),
         )),
-        // These represent all endpoints, and those above the limit.
+        // These represent all endpoints, and the endpoints above the limit.
         Some(it) if it.chars().any(char::is_control) => Err(ApiError::invalid(
             "endpoint",
             "must not contain control characters",

@@ -117,7 +117,7 @@ impl Config {
             },
             lease_ttl: r.duration_within(
                 "QUOTA_LEASE_TTL",
-                // Zero needs no unit.
+                // Zero does not need a unit.
                 if s.lease_ttl.trim() == "0" {
                     "0ms"
                 } else {

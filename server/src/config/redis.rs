@@ -19,7 +19,7 @@ use redis::{
 };
 use url::Url;
 
-/// The kernel closes a connection on which sent bytes stay unacknowledged for this long.
+/// The kernel closes a connection on which sent bytes remain unacknowledged for this long.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(2);
 const PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
@@ -50,7 +50,7 @@ pub enum RedisServers {
         master: RedisConnectionInfo,
         tls: bool,
     },
-    /// Some of the nodes. The others are discovered from them.
+    /// Some of the nodes. The other nodes are discovered from these.
     Cluster(Vec<ConnectionInfo>),
 }
 

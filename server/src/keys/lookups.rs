@@ -1,12 +1,12 @@
 //! Lookups in PostgreSQL by the hash of a secret: batched, limited and fair.
 //!
-//! Anyone can invent keys with a valid checksum, each of which requires a lookup. So lookups have database
-//! connections of their own, and one of these is reserved for reloading known secrets. Lookups that arrive while all
-//! connections are busy share the next statement, so a few connections suffice for thousands of lookups per second.
+//! Anyone can invent keys with a valid checksum, each of which requires a lookup. So lookups have separate database
+//! connections, and one of these is reserved for reloading known secrets. Lookups that arrive while all connections are
+//! busy share the next statement, so a few connections suffice for thousands of lookups per second.
 //!
-//! The number of lookups of unknown secrets is limited. When it is reached, each source still gets an equal share, and
-//! sources take turns in every batch, so that a flood mostly affects its own source. Keys and service tokens are
-//! counted and batched separately.
+//! The number of lookups of unknown secrets is limited. When the limit is reached, each source still gets an equal
+//! share, and sources take turns in every batch, so that a flood mostly affects its own source. Keys and service tokens
+//! are counted and batched separately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -32,12 +32,12 @@ use crate::{
 /// The maximum number of lookups per statement.
 const BATCH: usize = 200;
 
-/// The source of a lookup. Empty: the server itself.
+/// The source of a lookup. None of the following: the server itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Source {
     /// The tenant whose service token was sent.
     pub tenant: Option<TenantId>,
-    /// The network that the request came from.
+    /// The network of the request.
     pub address: Option<ClientNetwork>,
 }
 
@@ -152,7 +152,7 @@ struct Queue<V> {
     next_id: u64,
     known: VecDeque<Waiting<V>>,
     unknown: HashMap<Source, VecDeque<Waiting<V>>>,
-    /// The sources in `unknown`, in the order of their turns.
+    /// The sources in `unknown`, in the order in which they take turns.
     turns: VecDeque<Source>,
     /// Lookups of unknown secrets in progress, by source and in total, including those not queued yet.
     started: HashMap<Source, usize>,
@@ -218,7 +218,7 @@ impl<V> Queue<V> {
         let Some(waiting) = waiting else {
             return false;
         };
-        // The first to give up is the one that has waited longest, at the front.
+        // The first to give up is the one that has waited the longest, at the front.
         let Some(at) = waiting.iter().position(|it| it.id == id) else {
             return false;
         };
@@ -279,7 +279,7 @@ impl<V: Send + 'static> Batches<V> {
             let own = queue.started.get(&source).copied().unwrap_or(0);
             let sources = queue.started.len() + usize::from(own == 0);
             let is_within_share = own < (limit / sources).max(1);
-            // Twice the limit bounds the sum of all shares for any number of sources.
+            // Twice the limit bounds the sum of all shares, for any number of sources.
             let is_allowed = queue.started_total < limit
                 || (is_within_share && queue.started_total < limit.saturating_mul(2));
             if !is_allowed {
@@ -353,10 +353,12 @@ impl<V: Send + 'static> Lookup<V> {
                 return Err(if self.source.is_some() {
                     it.refused()
                 } else {
-                    it.failed(&DbError::Unavailable("no connection became available".into()))
+                    it.failed(&DbError::Unavailable(
+                        "no connection became available".into(),
+                    ))
                 });
             }
-            // Its batch is in progress, which has a deadline of its own.
+            // Its batch is in progress, which has a separate deadline.
             Err(_) => answer.await,
         };
         answered.unwrap_or_else(|_| Err(Unconfirmed::Failed("the lookup was canceled".into())))
@@ -378,7 +380,7 @@ impl<V: Send + 'static> Drop for Worker<V> {
 }
 
 impl<V: Send + 'static> Worker<V> {
-    /// Returns the next batch, known secrets first. Without one, ends the worker.
+    /// Returns the next batch, known secrets first. If there is none, ends the worker.
     fn next(&mut self) -> Option<Batch<V>> {
         let batches = self.batches.clone();
         let mut queue = batches.0.queue.lock();
@@ -394,7 +396,7 @@ impl<V: Send + 'static> Worker<V> {
             }
         }
         if list.is_empty() {
-            // Under the same lock, so that the next lookup starts a worker.
+            // Done under the same lock, so that the next lookup starts a worker.
             queue.workers -= 1;
             self.has_ended = true;
             return None;
@@ -409,7 +411,7 @@ impl<V: Send + 'static> Worker<V> {
     }
 }
 
-/// The lookups of one statement. If it is dropped by a panic or with the runtime, they fail.
+/// The lookups of one statement. If this is dropped by a panic or with the runtime, they fail.
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,
@@ -426,7 +428,7 @@ impl<V: Send + 'static> Batch<V> {
                 Ok(found) => Ok(found.remove(waiting.hash.as_slice())),
                 Err(error) => Err(error.clone()),
             };
-            // The caller may be gone.
+            // The caller may have been dropped.
             let _ = waiting.answer.send(answer);
         }
     }

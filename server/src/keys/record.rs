@@ -49,9 +49,9 @@ pub struct KeyRecord {
     pub billing: Billing,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
-    /// Response header values that are the same for all requests of the key, cached by the API layer.
+    /// Response headers that are the same for all requests of the key, cached by the API layer.
     pub headers: Attachment,
-    /// When its use was last recorded.
+    /// When the use of the key was last recorded.
     noted_at: AtomicU64,
 }
 
@@ -75,7 +75,7 @@ pub enum Rejection {
 }
 
 impl KeyRecord {
-    /// Checks that the key may be used. Calls `now` only if the key expires.
+    /// Checks that the key may be used. Calls `now` only if the key has an expiry.
     pub fn usable(&self, now: impl FnOnce() -> UnixNanos) -> Result<(), Rejection> {
         if !self.is_active {
             return Err(Rejection::Inactive);
@@ -145,7 +145,7 @@ impl KeyStore {
     }
 
     /// Returns the record of the key with this secret, active or not. `now` is monotonic time. `source` is counted if
-    /// the key is not known.
+    /// the key is unknown.
     pub async fn key(
         &self,
         text: &SecretText,
@@ -229,7 +229,7 @@ impl KeyStore {
         }
     }
 
-    /// Returns the record of a key that was found by its ID, with the same limiter state as the one that requests use.
+    /// Returns the record of a key that was found by its ID, with the limiter state that requests use.
     pub fn described(&self, found: FoundKey) -> Result<KeyRecord, Unconfirmed> {
         record(found.facts, found.as_of, &self.limiter)
     }

@@ -1,4 +1,4 @@
-//! Headers of responses.
+//! Response headers.
 
 use serde_json::{Map, Value, json};
 

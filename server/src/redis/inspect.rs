@@ -1,5 +1,5 @@
-//! What `quota doctor` reports about Redis: about the one server, the master that Sentinel names, or the configured
-//! nodes of a cluster. Read-only.
+//! Properties of Redis that `quota doctor` reports: of the single server, the master that Sentinel reports, or the
+//! configured nodes of a cluster. Read-only.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::{
 /// Inspecting a node takes several round trips.
 const STEPS: u32 = 9;
 
-/// What one server reports about itself. Values that it hides are empty.
+/// What one server reports about itself. Values that are hidden are empty.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,
@@ -41,7 +41,7 @@ pub struct Node {
     pub round_trip: Duration,
 }
 
-/// Inspects each server. Returns one error for all of them if they cannot be determined.
+/// Inspects each server. Returns a single error if the servers cannot be determined.
 pub async fn nodes(
     settings: &RedisSettings,
     channel: &str,

@@ -1,6 +1,6 @@
-//! Metrics: names, descriptions and the Prometheus text.
+//! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! A counter or gauge without labels is one line in the list below. Its field's documentation is its description.
+//! A counter or gauge without labels is one line in the list below. The documentation of its field is its description.
 
 mod connections;
 mod latency;
@@ -185,14 +185,14 @@ impl Metrics {
         *self.swept.lock().entry(kind).or_default() += rows;
     }
 
-    /// Returns all metrics as Prometheus text (OpenMetrics 1.0).
+    /// Returns all metrics as OpenMetrics text (version 1.0).
     pub fn text(&self) -> String {
         let mut registry = Registry::with_prefix("quota");
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The running version", version);
         self.register(&mut registry);
         let mut text = String::with_capacity(8192);
-        // The end marker goes last, below.
+        // The end marker is added last, below.
         if encode(&mut text, &registry).is_ok() {
             text.truncate(text.trim_end().trim_end_matches("# EOF").len());
         }

@@ -1,4 +1,4 @@
-//! `quota doctor` reports what works and what does not, and never a password.
+//! `quota doctor` reports what works and what does not, and never prints a password.
 
 use std::{fs, net::SocketAddr, path::Path, process::Command, sync::Arc};
 
@@ -211,7 +211,7 @@ async fn nodes_of_a_cluster_are_checked() {
         .succeeds();
 }
 
-/// Writes a certificate and its own certificate authority.
+/// Writes a certificate, and the certificate authority that issued it.
 fn certificate(dir: &Path) {
     let mut authority = CertificateParams::new(Vec::new()).expect("no names");
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -15,7 +15,7 @@ const BURST: usize = 64;
 /// The changes that one tenant may have in progress or waiting on a replica.
 const ADMITTED: usize = 33;
 
-/// Starts to create `count` plans.
+/// Starts creating `count` plans.
 fn create_plans(app: &Arc<TestApp>, account: &Arc<Account>, count: usize) -> JoinSet<Answer> {
     let mut creations = JoinSet::new();
     for n in 0..count {

@@ -1,4 +1,4 @@
-//! What recording usage costs: a server that records, next to one that does not, in the same run.
+//! The cost of recording usage: a server that records compared with one that does not, in the same run.
 
 use std::{path::Path, time::Duration};
 
@@ -71,7 +71,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Reserving and filling a record, by itself.
+/// The cost of reserving and filling a record, without anything else.
 fn append() -> Result<()> {
     let directory = TempDir::new()?;
     let took = quota_server::metering::measure_append(directory.path(), APPENDS)?;

@@ -20,7 +20,7 @@ use nix::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// The first start creates a database.
+/// The first startup creates a database.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -67,7 +67,7 @@ pub(crate) struct Server {
     pub(crate) addr: SocketAddr,
     /// The log of `quota`.
     log: Option<File>,
-    /// Its data, removed at the end.
+    /// Its data, which is removed at the end.
     _data: Option<TempDir>,
 }
 

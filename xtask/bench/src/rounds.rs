@@ -89,7 +89,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         answers,
     };
     let cases = [
-        // First, since the others are compared with it.
+        // Run first, since the others are compared with it.
         case("bare poem", &poem, &ample, Answers::Admitted),
         case("bare hyper", &hyper, &ample, Answers::Admitted),
         case("quota, admitted", &logging, &ample, Answers::Admitted),

@@ -233,7 +233,7 @@ fn rust(engine: &Engine, folder: &Path) -> Result<()> {
     for proxy in ["cargo", "rustc", "rustdoc"] {
         std::os::unix::fs::symlink("rustup", binaries.join(proxy))?;
     }
-    // Where crates come from, if this machine configures it.
+    // The source of crates, if this machine configures one.
     let home = std::env::var_os("CARGO_HOME").map_or_else(
         || Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
         PathBuf::from,

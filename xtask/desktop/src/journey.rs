@@ -220,7 +220,7 @@ async fn with_server_unreachable(page: &App, proxy: &FaultProxy) -> Result<()> {
     proxy.cut();
     page.follow("API keys").await?;
     page.text("Can't reach the server").await?;
-    // Data loaded earlier stays readable.
+    // Data loaded earlier remains readable.
     page.text("Mobile app").await?;
     page.screenshot("server-unreachable").await?;
     page.follow("Plans").await?;

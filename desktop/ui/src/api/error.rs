@@ -37,8 +37,8 @@ impl CallError {
         .to_owned()
     }
 
-    /// The ID under which the server logged the request. `None` for errors that explain themselves, such as
-    /// invalid fields or a wrong password.
+    /// The ID under which the server logged the request. `None` for self-explanatory errors, such as invalid fields or
+    /// a wrong password.
     pub fn request_id(&self) -> Option<&str> {
         match self {
             Self::Problem(problem)
@@ -57,7 +57,7 @@ impl CallError {
 pub struct TestResponse {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
-    /// What the server says about a rejection.
+    /// The server's error response.
     pub problem: Option<Box<Problem>>,
 }
 

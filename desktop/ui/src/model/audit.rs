@@ -1,4 +1,4 @@
-//! Audit events in words.
+//! Descriptions of audit events.
 
 use quota_common::audit::AuditEvent;
 use serde_json::{Map, Value};
@@ -65,7 +65,7 @@ pub fn field_changes(
         .collect()
 }
 
-/// Sums an event up in one line, such as `Rate 600 → 300/min`. Empty if the action says it all.
+/// Sums up an event in one line, such as `Rate 600 → 300/min`. Empty if the name of the action is enough.
 pub fn summary(event: &AuditEvent, plan_name: &dyn Fn(&str) -> Option<String>) -> String {
     let object = |value: &Option<Value>| value.as_ref().and_then(Value::as_object).cloned();
     match (object(&event.before), object(&event.after)) {
@@ -124,7 +124,7 @@ fn change(
         ),
         _ => {
             let (before, after) = (before.map(text).unwrap_or_default(), text(after));
-            // The unit is said once.
+            // The unit is given once.
             let before = match after.strip_suffix(|c: char| c.is_ascii_alphabetic()) {
                 Some(_) if after.ends_with("/min") => before.trim_end_matches("/min").to_owned(),
                 _ => before,
@@ -182,7 +182,7 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     }
 }
 
-/// Events as a table. Each is summed up in one line; a row below, hidden at first, has its details in the full width.
+/// Events as a table. Each is summed up in one line; a hidden row below has its details across the full width.
 pub fn event_table(
     events: &[AuditEvent],
     plan_name: &dyn Fn(&str) -> Option<String>,
@@ -197,7 +197,7 @@ pub fn event_table(
         .iter()
         .flat_map(|event| {
             let id = event.target_id.as_deref().unwrap_or_default();
-            // Without a page of its own, the resource leads to its history.
+            // A resource without a page links to its history.
             let href = match &*event.target_type {
                 "api_key" if !is_deleted(id) => format!("/console/api-keys/{id}"),
                 "api_key" | "plan" | "service_token" => format!("/console/audit?target_id={id}"),
@@ -237,7 +237,7 @@ fn event_rows(
     now: i64,
 ) -> [Markup; 2] {
     let label = action_label(&event.action);
-    // Accounts and sessions have no name of their own; the actor identifies them.
+    // Accounts and sessions have no name; the actor identifies them.
     let name = event.target_name.as_deref().unwrap_or("–");
     let changes = field_changes(event, plan_name);
     let row_id = format!("details-{}", event.id);

@@ -64,7 +64,7 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     }
 }
 
-/// The name of a plan's copy. At most as long as a name may be.
+/// The name of a plan's copy. Cut to the maximum length of a name.
 pub fn copy_name(name: &str) -> String {
     const SUFFIX: &str = " (copy)";
     let kept = NAME_MAX - SUFFIX.len();
@@ -72,7 +72,7 @@ pub fn copy_name(name: &str) -> String {
     format!("{start}{SUFFIX}")
 }
 
-/// The page to open after signing in. Always within the console, whatever the address asks for.
+/// The page to open after signing in. Always a page of the console, whatever the address contains.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)

@@ -1,4 +1,4 @@
-//! Home: what is happening, what needs attention, and the first steps.
+//! Home: current activity, keys that need attention, and the first steps.
 
 use std::fmt::Write as _;
 
@@ -33,9 +33,9 @@ struct Overview {
     stats: Stats,
     /// The last 24 hours.
     day: Usage,
-    /// The same, by key.
+    /// The same data, by key.
     keys: Usage,
-    /// Contains the most recently used key, or else the newest.
+    /// Contains the most recently used key, or otherwise the newest.
     key: Option<ApiKey>,
     tokens: Page<ServiceToken>,
 }
@@ -86,7 +86,7 @@ pub fn Home() -> impl IntoView {
     let zone = text_memo(move || session.time_zone());
     let loader = load(move || Box::pin(load_overview(zone.get())) as PendingCall<_>);
     refresh_regularly(loader);
-    // Outside of what is loaded, so that it survives a reload.
+    // Separate from the loaded data, so that it is kept after a reload.
     let state = ChartState::new();
     let is_open = RwSignal::new(None::<bool>);
     view! {
@@ -124,7 +124,7 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
     }
 }
 
-/// `n` against yesterday at the same time.
+/// Compares `n` with the same time yesterday.
 fn since_yesterday(now: u64, before: u64) -> String {
     if now == before {
         return "Same as this time yesterday".to_owned();
@@ -218,7 +218,7 @@ fn attention_text(it: &Attention) -> String {
     }
 }
 
-/// *Needs attention* beside *Top keys*.
+/// The *Needs attention* and *Top keys* lists.
 fn lists(stats: &Stats, keys: &Usage) -> Markup {
     let row = |href: &str, name: &str, note: &str, class: &str| {
         let name = with_text("span", &[("class", "clamp"), ("dir", "auto")], name);
@@ -293,7 +293,7 @@ fn lists(stats: &Stats, keys: &Usage) -> Markup {
     .collect()
 }
 
-/// A step, with a link to where it is done once those before it are.
+/// A step, with a link to it once the previous steps are done.
 fn step(
     done: bool,
     is_available: bool,
@@ -348,7 +348,7 @@ fn step(
     )
 }
 
-/// The first steps: open until a request was sent, then folded away.
+/// The first steps: expanded until a request has been sent, then collapsed.
 #[component]
 fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
     let key_page = it.key.as_ref().map_or_else(

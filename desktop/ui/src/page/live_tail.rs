@@ -1,4 +1,4 @@
-//! Decisions as they are made.
+//! A live list of decisions.
 
 use std::time::Duration;
 
@@ -17,9 +17,9 @@ use crate::{
     reactive::{effect, flag_memo, text_memo},
 };
 
-/// How often to ask for new decisions.
+/// How often to poll for new decisions.
 const POLL: Duration = Duration::from_millis(1500);
-/// How many pages to ask for before accepting a gap.
+/// The number of pages to fetch before accepting a gap.
 const MAX_PAGES: usize = 5;
 
 #[component]
@@ -35,7 +35,8 @@ pub fn LiveTail(
     }
 }
 
-/// Fetches decisions, newest first, until one is known. Returns the new ones, and whether some are missing between.
+/// Fetches decisions, newest first, until a known one is found. Returns the new ones, and whether some in between are
+/// missing.
 async fn fetch_new(filter: DecisionFilter, live: &Live) -> CallResult<(Vec<Decision>, bool)> {
     let mut new = Vec::new();
     let mut cursor = None;

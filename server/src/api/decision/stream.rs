@@ -1,8 +1,8 @@
 //! Decisions as server-sent events.
 //!
-//! A stream reads the log in the order of its numbers, in which rows become visible. So it contains what every replica
-//! has shipped, and any replica can resume it. It holds one batch at a time and reads the next one when the client has
-//! read it. A client that falls too far behind is informed how much it missed.
+//! A stream reads the log in the order of positions, in which rows become visible. So it contains what every replica
+//! has shipped, and any replica can resume it. It holds one batch at a time and reads the next one after the client has
+//! read it. A client that falls too far behind is told how many decisions it missed.
 //!
 //! An unreachable PostgreSQL only delays events.
 
@@ -38,9 +38,9 @@ use crate::{
 };
 
 const MEDIA_TYPE: &str = "text/event-stream";
-/// How often the log is read. A decision takes up to a second to get there.
+/// How often the log is read. A decision takes up to a second to appear in it.
 const EVERY: Duration = Duration::from_millis(500);
-/// Without events for this long, a comment is sent, for proxies that close idle connections.
+/// After this long without events, a comment is sent, for proxies that close idle connections.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// The maximum number of rows per read.
 const BATCH: i64 = 500;
@@ -94,7 +94,7 @@ pub(super) struct Tail {
     /// Checked before each read, so that a revoked session receives nothing more.
     pub(super) token: SecretString,
     pub(super) filter: Filter,
-    /// The last number that was read.
+    /// The last position that was read.
     pub(super) after: i64,
 }
 
@@ -136,7 +136,7 @@ impl Tail {
         match session {
             Ok(session) if session.role.may_read_usage() => None,
             Ok(_) | Err(AuthError::Unauthorized) => Some(End::SessionEnded),
-            // Nothing can be read then either.
+            // Streams cannot be read either in that case.
             Err(_) => None,
         }
     }
@@ -147,7 +147,7 @@ impl Tail {
         let newest = usage_log::last_seq(&mut tx).await?;
         if newest <= self.after {
             tx.commit().await?;
-            // Lower only if PostgreSQL was restored to an earlier state.
+            // It is lower only if PostgreSQL was restored to an earlier state.
             self.after = newest;
             return Ok(String::new());
         }
@@ -169,7 +169,8 @@ impl Tail {
     }
 }
 
-/// Runs one step after another, each when the client has read what came before. Holds `held` until the stream ends.
+/// Runs the steps one after another, each when the client has read the previous output. Holds `held` until the stream
+/// ends.
 fn events(tail: Tail, held: Held) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
     struct Running {
         tail: Tail,
@@ -190,7 +191,7 @@ fn events(tail: Tail, held: Held) -> impl Stream<Item = std::io::Result<Bytes>> 
         keep_alive,
         is_over: false,
     };
-    // Informs the client that it is connected, and how soon to reconnect.
+    // Tells the client that it is connected, and when to reconnect.
     let hello = stream::iter([Ok(Bytes::from_static(b"retry: 1000\n: connected\n\n"))]);
     let rest = stream::unfold(running, |mut it| async move {
         if it.is_over {
@@ -234,7 +235,7 @@ fn schema() -> MetaSchemaRef {
     }))
 }
 
-/// What lasts as long as a stream: its place among the tenant's, and the mark of its connection.
+/// State that lasts as long as a stream: its slot among the tenant's streams, and the mark of its connection.
 pub(super) type Held = (Place, Option<EndlessResponse>);
 
 /// A stream as a response.
@@ -251,7 +252,7 @@ impl IntoResponse for DecisionStream {
         let mut response = Response::builder().body(self.0);
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-        // nginx would buffer events otherwise. Caddy does not buffer this media type.
+        // nginx would buffer events otherwise. Caddy never buffers this media type.
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         response
     }

@@ -11,7 +11,7 @@ pub enum ConnectionLimit {
     Address,
     /// Connections of the network of one address.
     Network,
-    /// Connections in all, and none could be closed to make room.
+    /// Connections in total, if none could be closed to make room.
     Full,
 }
 
@@ -23,7 +23,7 @@ pub struct ConnectionMetrics {
     refused_address: Counter,
     refused_network: Counter,
     refused_full: Counter,
-    /// Closed to make room for another.
+    /// Closed to make room for another connection.
     pub dropped: Counter,
     pub timed_out_head: Counter,
     pub timed_out_write: Counter,

@@ -379,8 +379,8 @@ async fn patch_of_a_key_clears_null_fields_and_keeps_absent_ones() {
     );
     assert_eq!(patch(json!({})).await, cleared, "nothing is no edit");
 
-    // `null` for a field that cannot be cleared must not be ignored: a caller could believe that a key is disabled when
-    // it is not.
+    // `null` for a field that cannot be cleared must not be ignored: a caller could believe that a key was disabled
+    // when it was not.
     for field in ["name", "plan_id", "is_active"] {
         let refused = app
             .act(&account, "PATCH", &path, json!({ field: null }))

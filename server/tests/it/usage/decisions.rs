@@ -29,7 +29,7 @@ fn request_ids(page: &Value) -> Vec<String> {
         .collect()
 }
 
-/// A request every second until now, named by its number.
+/// One request per second until now, named by its number.
 fn requests(account: &Account, numbers: std::ops::Range<i64>) -> Vec<UsageRecord> {
     let start = now() - TimeDelta::hours(1);
     numbers
@@ -112,7 +112,7 @@ async fn decisions_are_listed_newest_first_page_by_page() {
     );
     assert_eq!(item["key_name"], Value::Null, "the key was deleted");
 
-    // Another tenant sees nothing of it, by no filter.
+    // Another tenant sees none of it, with any filter.
     let other = app.register().await;
     for query in [
         "",
@@ -258,7 +258,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     let other = one.register().await;
     append(&one, &requests(&account, 0..5)).await;
     let mut events = Events::open(&one, &account.access_token, "", None).await;
-    // Only what comes from now on, and of the own tenant.
+    // Only new decisions, and only those of its own tenant.
     let began = Instant::now();
     append(&two, &requests(&other, 900..905)).await;
     append(&two, &requests(&account, 5..8)).await;
@@ -277,7 +277,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     append(&one, &requests(&account, 12..14)).await;
     assert_eq!(resumed.decisions(2).await.0, names(12..14));
 
-    // From a list on: nothing is missing in between, nothing comes twice.
+    // Continuing from a list: nothing is missing in between, and nothing is repeated.
     let page = list(&two, &account, "limit=1").await;
     assert_eq!(request_ids(&page), ["r13"]);
     append(&one, &requests(&account, 14..16)).await;
@@ -292,7 +292,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     append(&one, &requests(&account, 16..30)).await;
     assert_eq!(filtered.decisions(2).await.0, ["r19", "r29"]);
 
-    // The position of one tenant opens nothing of another's.
+    // A position in one tenant's log gives no access to another's.
     let mut foreign = Events::open(&one, &other.access_token, "", Some(&last)).await;
     append(&one, &requests(&other, 905..906)).await;
     let mut seen = Vec::new();
@@ -331,7 +331,7 @@ async fn a_stream_that_is_behind_says_how_much_it_skipped() {
     let rest = usize::try_from(1299 - count).expect("a count");
     let (ids, _) = events.decisions(rest).await;
     assert_eq!(ids, names(1300 - 500..1300));
-    // From there it goes on without a gap.
+    // From there, the stream continues without a gap.
     append(&app, &requests(&account, 1300..1302)).await;
     assert_eq!(events.decisions(2).await.0, names(1300..1302));
     let metric = app.metric("quota_decisions_not_streamed_total").await;
@@ -382,7 +382,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
         .await;
     let account = app.register().await;
     let mut events = Events::open(&app, &account.access_token, "", None).await;
-    // HTTP/2 has deadlines of its own.
+    // HTTP/2 has separate deadlines.
     let client = reqwest::Client::builder()
         .http2_prior_knowledge()
         .build()

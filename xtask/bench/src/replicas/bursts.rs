@@ -1,5 +1,5 @@
-//! Bursts that are adverse for leases: one replica takes tokens ahead and idles, then all receive requests at once. The
-//! idle time varies up to twice the lease TTL.
+//! Bursts that are adverse for leases: one replica prefetches tokens and goes idle, then all receive requests at the
+//! same time. The idle time varies up to twice the lease TTL.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 const CYCLES: usize = 3;
 
-/// Over all idle times.
+/// The result over all idle times.
 #[derive(Clone)]
 struct Found {
     sent: usize,

@@ -61,7 +61,7 @@ impl Channel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Change {
     Deactivation,
-    /// Of a key that was deactivated before.
+    /// For a key that was deactivated before.
     Activation,
     Plan,
     Deletion,
@@ -88,7 +88,7 @@ impl Change {
 #[derive(Debug, Clone, Copy)]
 struct Seen {
     change: Change,
-    /// Of the slowest replica.
+    /// For the slowest replica.
     after: Duration,
     /// A replica returned to the old state.
     fell_back: bool,
@@ -210,13 +210,13 @@ struct Watcher {
     sender: Option<Sender>,
 }
 
-/// What a response says about a key.
+/// What a response shows about a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Unknown,
     /// The key's burst.
     Known(u32),
-    /// Nothing about the key.
+    /// The response shows nothing about the key.
     Undecided,
 }
 
@@ -246,7 +246,7 @@ impl Watcher {
         })
     }
 
-    /// When it first responded this way.
+    /// When the first response of this kind arrived.
     async fn answers(&mut self, key: &HeaderValue, wanted: State) -> Result<Instant> {
         let asked = async {
             loop {
@@ -344,7 +344,7 @@ impl Crew {
         Ok(())
     }
 
-    /// When the last of them first responded this way.
+    /// When the last replica first responded this way.
     async fn all_answer(&mut self, key: &Key, wanted: State) -> Result<Instant> {
         ensure!(!self.watchers.is_empty(), "nobody watches");
         let asked = self

@@ -1,4 +1,4 @@
-//! The whole burst of an idle key at once, at one replica, by the round-trip time to Redis.
+//! The full burst of an idle key, sent at once to one replica, by the round-trip time to Redis.
 
 use std::time::Duration;
 
@@ -60,7 +60,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             for strict in [false, true] {
                 let (mut found, mut took) = (Found::default(), Vec::new());
                 for round in 0..rounds {
-                    // After an outage buckets start empty: a burst needs a full one.
+                    // After an outage, buckets start empty: a burst needs a full one.
                     let outages = stage.outages().await?;
                     if std::mem::replace(&mut seen, outages) != outages {
                         if refills == 0 {

@@ -40,11 +40,11 @@ const COLUMNS: &[&str] = &[
     "no answer",
 ];
 const REPLICAS: usize = 3;
-/// When the fault happens.
+/// When the fault occurs.
 const FAULT_AT: Duration = Duration::from_secs(4);
-/// How many recent writes the promoted replica lacks.
+/// The number of recent writes that the promoted replica lacks.
 const MISSED: Duration = Duration::from_millis(1500);
-/// How long it may take until all replicas notice the loss.
+/// How long it may take until all replicas detect the loss.
 const DISCOVERY: Duration = Duration::from_secs(1);
 const AFTERWARDS: Duration = Duration::from_secs(6);
 /// The outage has ended after this long without a degraded response.
@@ -178,7 +178,7 @@ fn load(roles: &[Role], time: Duration) -> Vec<Arrival> {
 enum World {
     Plain(RedisServer),
     Proxied {
-        /// Kept alive as long as it is needed.
+        /// Kept alive while it is needed.
         _redis: RedisServer,
         proxies: Vec<FaultProxy>,
     },

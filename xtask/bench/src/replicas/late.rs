@@ -36,9 +36,9 @@ const COLUMNS: &[&str] = &[
 ];
 const REPLICAS: usize = 3;
 const LIMIT: (u32, u32) = (60_000, 200);
-/// From the delay until the first requests.
+/// The time from the delay until the first requests.
 const BEFORE: Duration = Duration::from_millis(30);
-/// Time for opening all connections.
+/// The time for opening all connections.
 const CONNECTED: Duration = Duration::from_millis(1000);
 
 fn plans(round: u32, delay: Duration) -> Vec<Plan> {
@@ -120,7 +120,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                     &format!("late-{}-{round}-{key}", delay.as_millis()),
                     &log,
                 )?;
-                // A replica that has lost Redis by itself admits its share in addition to the others.
+                // A replica that has lost Redis on its own admits its share in addition to the others.
                 let promised = with_share_of_one(plan, REPLICAS);
                 let slack = slack(plan, options.lease_ttl());
                 let recount = Recount::of(key, &promised, slack, &log);

@@ -23,7 +23,7 @@ const COLUMNS: &[&str] = &[
     "failed",
 ];
 
-/// The maximum, after the start.
+/// The maximum, after the restart.
 const ROUNDS: usize = 20;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
