@@ -10,7 +10,7 @@ export async function once(world) {
   await my.api("POST", "/admin/plans", { name: "Starter", default_rpm: 60 });
   const path = () => new URL(page.url()).pathname;
   const copied = () => page.evaluate(() => navigator.clipboard.readText());
-  // Before a reload the browser asks; the test answers that it stays.
+  // Before a reload, the browser asks for confirmation; the test chooses to stay.
   let prompts = 0;
   page.on("dialog", (dialog) => {
     prompts += 1;
@@ -39,7 +39,7 @@ export async function once(world) {
     await page.waitForTimeout(200);
     assert.equal(prompts, before + 1, `${what}: the browser asks before reloading`);
   };
-  /** Delays the response to what the button sends, and tries to leave in the meantime. */
+  /** Delays the response to the button's request, and tries to leave in the meantime. */
   const submitSlowly = async (address, button) => {
     let release;
     const released = new Promise((resolve) => {

@@ -70,7 +70,7 @@ async function windows(world) {
   await grace.context.close();
 }
 
-/** The audit log names what was changed, and its filters are part of the address. */
+/** The audit log shows what was changed, and its filters are part of the address. */
 async function changes(world) {
   const my = await world.visitor();
   const { page } = my;
@@ -135,7 +135,7 @@ async function changes(world) {
   await page.getByText("Changes to").waitFor();
   await my.button("Show all").click();
   await row("Plan created", "Starter").getByText("60/min").waitFor();
-  // The export contains all events that match, with names in place of IDs.
+  // The export contains all matching events, with names instead of IDs.
   await page.locator("#target_type").selectOption({ label: "API keys" });
   await events(5);
   const download = page.waitForEvent("download");
@@ -151,7 +151,7 @@ async function changes(world) {
   await my.context.close();
 }
 
-/** Trying a key states what requests count against, can be stopped, and says why it ended. */
+/** Trying a key shows which limits requests count against, can be stopped, and shows why it ended. */
 async function running(world) {
   const my = await world.visitor();
   const { page } = my;
@@ -193,7 +193,7 @@ async function running(world) {
   assert.match(await page.locator(".countdown strong").textContent(), /^\d+ (h \d+ min|min \d+ s|s)$/);
   await my.inspect("key-daily");
 
-  // The first steps are folded away once any key has been used, however many unused keys there are.
+  // The first steps are collapsed once any key has been used, no matter how many unused keys there are.
   const { id } = await my.api("POST", "/admin/plans", { name: "More", default_rpm: 60 });
   for (let n = 0; n < 101; n += 1) await my.api("POST", "/admin/api-keys", { name: `Unused ${n}`, plan_id: id });
   await my.navigate("Home").click();

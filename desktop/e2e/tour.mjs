@@ -9,7 +9,7 @@ export async function tour(world) {
   const my = await world.visitor();
   const { page, base } = my;
 
-  // Visitors are sent to sign in, and back afterwards.
+  // Visitors are redirected to sign in, and back afterward.
   await page.goto(`${base}/console/plans`);
   await my.heading("Sign in").waitFor();
   assert.match(page.url(), /\/console\/sign-in\?next=%2Fconsole%2Fplans$/);

@@ -57,7 +57,7 @@ pub struct Config {
     pub trusted_proxies: Vec<IpNet>,
     pub auth_rpm: u32,
     pub admin_rpm: u32,
-    pub login_rpm: u32,
+    pub login_free_failures: u32,
     pub body_limit: usize,
     pub header_timeout: Duration,
     pub request_timeout: Duration,

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::{
     auth::AuthError,
     db::DbError,
-    keys::Source,
+    keys::LookupCaller,
     repo::{
         api_key::{self, NewApiKey},
         plan::{self, NewPlan},
@@ -91,7 +91,7 @@ async fn is_known(state: &AppState, demo: &Demo) -> bool {
         Some(key) => matches!(
             state
                 .keys
-                .key(&key, state.clock.monotonic(), Source::default())
+                .key(&key, state.clock.monotonic(), LookupCaller::default())
                 .await,
             Ok(Some(_))
         ),

@@ -26,7 +26,7 @@ use crate::{
     db::{Db, DbError, Lane},
     invalidations::{Publisher, Recent},
     keys::{
-        KeyStore, ledger::PostgresLedger, lookups::Lookups, shared::SharedKeys, usage::LastUsed,
+        KeyStore, last_used::LastUsed, ledger::PostgresLedger, lookups::Lookups, shared::SharedKeys,
     },
     limiter::{
         DistributedSettings, DistributedStore, KeyTableSettings, LimitStore, Limiter, LocalStore,
@@ -176,7 +176,7 @@ impl AppState {
             &metrics,
         );
         let login_attempts = Arc::new(Attempts::new(
-            config.login_rpm,
+            config.login_free_failures,
             &attempts,
             redis.clone(),
             clock.clone(),

@@ -14,7 +14,7 @@ use crate::{
     authenticated::{Authenticated, EndlessResponse},
     client_guard::ClientNetwork,
     clock::UnixNanos,
-    keys::{KeyRecord, Source},
+    keys::{KeyRecord, LookupCaller},
     state::AppState,
     telemetry::log::AccessLine,
 };
@@ -78,8 +78,8 @@ impl RequestContext {
 
     /// Returns the caller for whom a secret in this request is looked up. `tenant` is the owner of the service token in
     /// the request, if it had one.
-    pub fn source(&self, tenant: Option<TenantId>) -> Source {
-        Source {
+    pub fn source(&self, tenant: Option<TenantId>) -> LookupCaller {
+        LookupCaller {
             tenant,
             address: self.ip.map(ClientNetwork::address),
         }

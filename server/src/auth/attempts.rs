@@ -7,7 +7,7 @@
 //! limit, so that collecting devices does not allow more guesses. Their successful sign-ins are counted as well, with a
 //! much higher limit, since verifying correct passwords takes time too.
 //!
-//! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_RPM` or a multiple). After those, each
+//! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_FREE_FAILURES` or a multiple). After those, each
 //! attempt has to wait twice as long as the previous one, and one attempt is forgiven every few minutes. So a lockout
 //! does not last much longer than a few minutes, and a guesser gets about one attempt in that time. An attempt is
 //! counted before the password is verified, so parallel attempts gain nothing. It is taken back if the password is

@@ -169,7 +169,7 @@ settings! {
     /// The number of failed sign-ins to one account from one network after which each further attempt has to wait
     /// longer. Wider networks, and networks that try many accounts, have higher limits. Known devices are counted
     /// separately. 0 for no limit.
-    login_rpm: "QUOTA_LOGIN_RPM", "10", "N";
+    login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
 
     /// The maximum size of a request body, in bytes: 1024 to 16777216.
     body_limit: "QUOTA_BODY_LIMIT", "65536", "BYTES";

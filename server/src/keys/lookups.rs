@@ -4,9 +4,9 @@
 //! connections, and one of these is reserved for reloading known secrets. Lookups that arrive while all connections are
 //! busy share the next statement, so a few connections suffice for thousands of lookups per second.
 //!
-//! The number of lookups of unknown secrets is limited. When the limit is reached, each source still gets an equal
-//! share, and sources take turns in every batch, so that a flood mostly affects its own source. Keys and service tokens
-//! are counted and batched separately.
+//! The number of lookups of unknown secrets is limited. When the limit is reached, each caller still gets an equal
+//! share, and callers take turns in every batch, so that a flood mostly affects the caller that sends it. Keys and
+//! service tokens are counted and batched separately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -32,9 +32,9 @@ use crate::{
 /// The maximum number of lookups per statement.
 const BATCH: usize = 200;
 
-/// The source of a lookup. None of the following: the server itself.
+/// The caller for whom a secret is looked up. Without a tenant and an address, it is the server itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub struct Source {
+pub struct LookupCaller {
     /// The tenant whose service token was sent.
     pub tenant: Option<TenantId>,
     /// The network of the request.
@@ -151,11 +151,11 @@ struct Waiting<V> {
 struct Queue<V> {
     next_id: u64,
     known: VecDeque<Waiting<V>>,
-    unknown: HashMap<Source, VecDeque<Waiting<V>>>,
-    /// The sources in `unknown`, in the order in which they take turns.
-    turns: VecDeque<Source>,
-    /// Lookups of unknown secrets in progress, by source and in total, including those not queued yet.
-    started: HashMap<Source, usize>,
+    unknown: HashMap<LookupCaller, VecDeque<Waiting<V>>>,
+    /// The callers in `unknown`, in the order in which they take turns.
+    turns: VecDeque<LookupCaller>,
+    /// Lookups of unknown secrets in progress, by caller and in total, including those not queued yet.
+    started: HashMap<LookupCaller, usize>,
     started_total: usize,
     workers: usize,
     /// Workers whose batch has unknown secrets.
@@ -178,17 +178,17 @@ impl<V> Default for Queue<V> {
 }
 
 impl<V> Queue<V> {
-    /// Removes and returns the next lookup of the source whose turn it is.
+    /// Removes and returns the next lookup of the caller whose turn it is.
     fn next_unknown(&mut self) -> Option<Waiting<V>> {
-        while let Some(source) = self.turns.pop_front() {
-            let Some(waiting) = self.unknown.get_mut(&source) else {
+        while let Some(caller) = self.turns.pop_front() {
+            let Some(waiting) = self.unknown.get_mut(&caller) else {
                 continue;
             };
             let next = waiting.pop_front();
             if waiting.is_empty() {
-                self.unknown.remove(&source);
+                self.unknown.remove(&caller);
             } else {
-                self.turns.push_back(source);
+                self.turns.push_back(caller);
             }
             if next.is_some() {
                 return next;
@@ -197,23 +197,23 @@ impl<V> Queue<V> {
         None
     }
 
-    fn push(&mut self, source: Option<Source>, waiting: Waiting<V>) {
-        let Some(source) = source else {
+    fn push(&mut self, caller: Option<LookupCaller>, waiting: Waiting<V>) {
+        let Some(caller) = caller else {
             self.known.push_back(waiting);
             return;
         };
-        let own = self.unknown.entry(source).or_default();
+        let own = self.unknown.entry(caller).or_default();
         if own.is_empty() {
-            self.turns.push_back(source);
+            self.turns.push_back(caller);
         }
         own.push_back(waiting);
     }
 
     /// Removes a waiting lookup. Returns whether it was still waiting.
-    fn remove(&mut self, source: Option<Source>, id: u64) -> bool {
-        let waiting = match source {
+    fn remove(&mut self, caller: Option<LookupCaller>, id: u64) -> bool {
+        let waiting = match caller {
             None => Some(&mut self.known),
-            Some(source) => self.unknown.get_mut(&source),
+            Some(caller) => self.unknown.get_mut(&caller),
         };
         let Some(waiting) = waiting else {
             return false;
@@ -223,11 +223,11 @@ impl<V> Queue<V> {
             return false;
         };
         waiting.remove(at);
-        if let Some(source) = source
-            && self.unknown.get(&source).is_some_and(VecDeque::is_empty)
+        if let Some(caller) = caller
+            && self.unknown.get(&caller).is_some_and(VecDeque::is_empty)
         {
-            self.unknown.remove(&source);
-            self.turns.retain(|it| *it != source);
+            self.unknown.remove(&caller);
+            self.turns.retain(|it| *it != caller);
         }
         true
     }
@@ -237,20 +237,20 @@ impl<V> Queue<V> {
 pub struct Lookup<V> {
     batches: Batches<V>,
     /// `None`: the secret is known.
-    source: Option<Source>,
+    caller: Option<LookupCaller>,
 }
 
 impl<V> Drop for Lookup<V> {
     fn drop(&mut self) {
-        let Some(source) = self.source else {
+        let Some(caller) = self.caller else {
             return;
         };
         let mut queue = self.batches.0.queue.lock();
         queue.started_total -= 1;
-        if let Some(n) = queue.started.get_mut(&source) {
+        if let Some(n) = queue.started.get_mut(&caller) {
             *n -= 1;
             if *n == 0 {
-                queue.started.remove(&source);
+                queue.started.remove(&caller);
             }
         }
     }
@@ -271,15 +271,15 @@ impl<V: Send + 'static> Batches<V> {
         }))
     }
 
-    /// Starts a lookup, or rejects it because too many are in progress. `source` is `None` if the secret is known.
-    pub fn begin(&self, source: Option<Source>) -> Result<Lookup<V>, Unconfirmed> {
-        if let Some(source) = source {
+    /// Starts a lookup, or rejects it because too many are in progress. `caller` is `None` if the secret is known.
+    pub fn begin(&self, caller: Option<LookupCaller>) -> Result<Lookup<V>, Unconfirmed> {
+        if let Some(caller) = caller {
             let limit = self.0.settings.limit;
             let mut queue = self.0.queue.lock();
-            let own = queue.started.get(&source).copied().unwrap_or(0);
-            let sources = queue.started.len() + usize::from(own == 0);
-            let is_within_share = own < (limit / sources).max(1);
-            // Twice the limit bounds the sum of all shares, for any number of sources.
+            let own = queue.started.get(&caller).copied().unwrap_or(0);
+            let callers = queue.started.len() + usize::from(own == 0);
+            let is_within_share = own < (limit / callers).max(1);
+            // Twice the limit bounds the sum of all shares, for any number of callers.
             let is_allowed = queue.started_total < limit
                 || (is_within_share && queue.started_total < limit.saturating_mul(2));
             if !is_allowed {
@@ -287,11 +287,11 @@ impl<V: Send + 'static> Batches<V> {
                 return Err(self.refused());
             }
             queue.started_total += 1;
-            *queue.started.entry(source).or_default() += 1;
+            *queue.started.entry(caller).or_default() += 1;
         }
         Ok(Lookup {
             batches: self.clone(),
-            source,
+            caller,
         })
     }
 
@@ -315,16 +315,16 @@ impl<V: Send + 'static> Batches<V> {
 
     fn enqueue(
         &self,
-        source: Option<Source>,
+        caller: Option<LookupCaller>,
         hash: Hash,
         answer: oneshot::Sender<Result<Option<V>, Unconfirmed>>,
     ) -> u64 {
         let mut queue = self.0.queue.lock();
         let id = queue.next_id;
         queue.next_id += 1;
-        queue.push(source, Waiting { id, hash, answer });
+        queue.push(caller, Waiting { id, hash, answer });
         let is_missing = queue.workers < self.0.settings.workers
-            && (source.is_none() || queue.on_unknown < self.for_unknown());
+            && (caller.is_none() || queue.on_unknown < self.for_unknown());
         queue.workers += usize::from(is_missing);
         drop(queue);
         if is_missing {
@@ -346,11 +346,11 @@ impl<V: Send + 'static> Lookup<V> {
     pub async fn find(&self, hash: Hash) -> Result<Option<V>, Unconfirmed> {
         let it = &self.batches;
         let (sender, mut answer) = oneshot::channel();
-        let id = it.enqueue(self.source, hash, sender);
+        let id = it.enqueue(self.caller, hash, sender);
         let answered = match timeout(it.0.settings.wait, &mut answer).await {
             Ok(answered) => answered,
-            Err(_) if it.0.queue.lock().remove(self.source, id) => {
-                return Err(if self.source.is_some() {
+            Err(_) if it.0.queue.lock().remove(self.caller, id) => {
+                return Err(if self.caller.is_some() {
                     it.refused()
                 } else {
                     it.failed(&DbError::Unavailable(

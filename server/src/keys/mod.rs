@@ -5,11 +5,11 @@
 //! others cannot be confirmed. While Redis is unavailable, PostgreSQL is queried instead.
 
 mod index;
+pub mod last_used;
 pub mod ledger;
 pub mod lookups;
 pub mod record;
 pub mod shared;
-pub mod usage;
 
-pub use self::lookups::Source;
+pub use self::lookups::LookupCaller;
 pub use self::record::{KeyRecord, KeyStore, Rejection, ServiceRecord};

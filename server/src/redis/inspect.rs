@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use redis::{AsyncConnectionConfig, Client, FromRedisValue, aio::MultiplexedConnection};
 use tokio::time::timeout;
 
-use super::source::{ConnectError, Source, info_value};
+use super::source::{ConnectError, ServerSource, info_value};
 use crate::{
     config::{RedisServers, RedisSettings},
     error_chain::chain,
@@ -50,7 +50,7 @@ pub async fn nodes(
         super::install_tls();
     }
     let limit = settings.connect_timeout;
-    let mut source = Source::new(settings).map_err(|error| chain(&error))?;
+    let mut source = ServerSource::new(settings).map_err(|error| chain(&error))?;
     let clients = match (source.client(limit).await, &settings.servers) {
         (Ok(Some(client)), _) => vec![client],
         (Ok(None), RedisServers::Cluster(infos)) => {

@@ -33,13 +33,13 @@ pub(super) enum ConnectError {
 }
 
 /// Finds the server to connect to.
-pub(super) enum Source {
+pub(super) enum ServerSource {
     One(Box<Client>),
     Sentinel(Box<SentinelClient>),
     Cluster(Box<ClusterClient>),
 }
 
-impl Source {
+impl ServerSource {
     pub(super) fn new(settings: &RedisSettings) -> Result<Self, RedisError> {
         Ok(match &settings.servers {
             RedisServers::One(info) => Self::One(Box::new(Client::open(info.clone())?)),

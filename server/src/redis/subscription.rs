@@ -13,7 +13,7 @@ use redis::{
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 
 use super::{
-    source::{ConnectError, Source},
+    source::{ConnectError, ServerSource},
     supervisor::{Backoff, probe_limit},
 };
 use crate::{
@@ -69,7 +69,7 @@ impl Subscription {
 }
 
 async fn supervise(settings: RedisSettings, channel: String, events: mpsc::Sender<Event>) {
-    let mut source = match Source::new(&settings) {
+    let mut source = match ServerSource::new(&settings) {
         Ok(source) => source,
         Err(error) => {
             tracing::error!(error = %error, "invalid Redis settings");
@@ -100,7 +100,7 @@ async fn supervise(settings: RedisSettings, channel: String, events: mpsc::Sende
 }
 
 async fn connect(
-    source: &mut Source,
+    source: &mut ServerSource,
     settings: &RedisSettings,
     channel: &str,
     turn: usize,

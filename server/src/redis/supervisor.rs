@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     shared::{Live, Shared},
-    source::Source,
+    source::ServerSource,
 };
 use crate::{config::RedisSettings, error_chain::chain};
 
@@ -59,7 +59,7 @@ impl Backoff {
 /// Supervises connection `at`. Returns only if the settings are unusable.
 pub(super) async fn supervise(shared: Arc<Shared>, at: usize) {
     let settings = &shared.settings;
-    let mut source = match Source::new(settings) {
+    let mut source = match ServerSource::new(settings) {
         Ok(source) => source,
         Err(error) => {
             tracing::error!(error = %error, "invalid Redis settings");

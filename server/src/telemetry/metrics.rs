@@ -89,7 +89,7 @@ metrics! {
     lease_tokens_lost: Counter, "lease_tokens_lost",
         "Leased tokens that could not be returned to the shared counters";
     admitted_degraded: Counter, "admitted_degraded", "Requests allowed without the shared counters";
-    counters_away: Gauge, "counters_away",
+    counters_away: Gauge, "counter_partitions_unavailable",
         "Partitions of the shared counters with an outage; a single Redis is one partition";
     replicas: Gauge, "replicas", "Number of replicas as seen by this one; 0 without Redis";
     guard_refusals: Counter, "guard_refusals", "Requests rejected by a limit per address or account";

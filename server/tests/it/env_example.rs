@@ -148,7 +148,7 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_TRUSTED_PROXIES" => "10.0.0.0/33",
         "QUOTA_AUTH_RPM"
         | "QUOTA_ADMIN_RPM"
-        | "QUOTA_LOGIN_RPM"
+        | "QUOTA_LOGIN_FREE_FAILURES"
         | "QUOTA_CONNECTIONS_PER_ADDRESS"
         | "QUOTA_CONNECTIONS_PER_NETWORK" => "-1",
         "QUOTA_BODY_LIMIT" => "64k",

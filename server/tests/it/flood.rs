@@ -363,7 +363,7 @@ async fn slow_connections_hold_little_memory() {
     let slow = SLOW.min(limit.saturating_sub(OWN_FILES));
     let (data, http) = (data_dir(), Client::new());
     // Limits on sign-in attempts would reject the bodies.
-    let settings = [("QUOTA_AUTH_RPM", "0"), ("QUOTA_LOGIN_RPM", "0")];
+    let settings = [("QUOTA_AUTH_RPM", "0"), ("QUOTA_LOGIN_FREE_FAILURES", "0")];
     let accepted = "quota_connections_accepted_total{listener=\"public\"}";
     for (kind, bytes, most) in slow_clients() {
         let quota = Quota::start_with(data.path(), &settings);

@@ -538,14 +538,14 @@ async fn changes_are_noticed_after_postgres_was_restored() {
 /// A sign-in whose client disconnects before the password is verified does not count as a failed attempt.
 #[tokio::test(flavor = "multi_thread")]
 async fn sign_ins_given_up_during_an_outage_do_not_count_as_failed() {
-    give_up_sign_ins(world(|setup| setup.flag("--login-rpm=5")).await).await;
+    give_up_sign_ins(world(|setup| setup.flag("--login-free-failures=5")).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sign_ins_given_up_during_an_outage_do_not_count_as_failed_in_redis() {
     let redis = RedisServer::start().await;
     let url = format!("--redis-url={}", redis.url());
-    give_up_sign_ins(world(|setup| setup.flag("--login-rpm=5").flag(url)).await).await;
+    give_up_sign_ins(world(|setup| setup.flag("--login-free-failures=5").flag(url)).await).await;
 }
 
 async fn give_up_sign_ins(world: World) {

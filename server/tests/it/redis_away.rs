@@ -71,7 +71,12 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         sleep(Duration::from_millis(50)).await;
     }
     assert!(app.metric("quota_admitted_degraded_total").await >= 2.0);
-    assert_eq!(app.metric("quota_counters_away").await.to_string(), "1");
+    assert_eq!(
+        app.metric("quota_counter_partitions_unavailable")
+            .await
+            .to_string(),
+        "1"
+    );
 
     server.restart().await;
     let began = Instant::now();
@@ -85,5 +90,10 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
             sleep(Duration::from_millis(50)).await;
         }
     }
-    assert_eq!(app.metric("quota_counters_away").await.to_string(), "0");
+    assert_eq!(
+        app.metric("quota_counter_partitions_unavailable")
+            .await
+            .to_string(),
+        "0"
+    );
 }

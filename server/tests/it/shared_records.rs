@@ -7,7 +7,7 @@ use std::{
 
 use quota_server::{
     clock::{Clock as _, SystemClock, TestClock},
-    keys::Source,
+    keys::LookupCaller,
     repo::sweep,
     secret_text::{Kind, SecretText},
 };
@@ -327,7 +327,7 @@ async fn silent_redis_delays_one_lookup_and_not_the_next() {
         let found = app
             .state
             .keys
-            .key(&text, app.state.freshness.now(), Source::default())
+            .key(&text, app.state.freshness.now(), LookupCaller::default())
             .await;
         assert!(found.expect("PostgreSQL answers").is_some());
         app.state.metrics.key_shared_errors.get()

@@ -19,7 +19,7 @@ thread_local! {
 pub fn watch_presses() {
     window_event_listener(ev::mousedown, |_| PRESSED.set(true));
     window_event_listener(ev::mouseup, |_| release());
-    // A drag ends without the `pointerup` event.
+    // A drag ends without a `mouseup` event.
     window_event_listener(ev::dragend, |_| release());
 }
 

@@ -44,8 +44,8 @@ fn fixture(limit: usize, workers: usize) -> Fixture {
     }
 }
 
-fn from(last: u8) -> Source {
-    Source {
+fn from(last: u8) -> LookupCaller {
+    LookupCaller {
         tenant: None,
         address: Some(ClientNetwork::address(
             Ipv4Addr::new(192, 0, 2, last).into(),
@@ -57,9 +57,9 @@ impl Fixture {
     fn find(
         &self,
         n: u8,
-        source: Option<Source>,
+        caller: Option<LookupCaller>,
     ) -> tokio::task::JoinHandle<Result<Option<u8>, Unconfirmed>> {
-        let lookup = self.batches.begin(source);
+        let lookup = self.batches.begin(caller);
         tokio::spawn(async move { lookup?.find([n; 32]).await })
     }
 }
@@ -128,7 +128,7 @@ async fn sources_take_turns() {
     let it = fixture(1000, 1);
     let _first = it.find(0, Some(from(1)));
     tokio::task::yield_now().await;
-    // More than a batch from one source, then one from another.
+    // More than a batch from one caller, then one from another.
     let counted = Arc::new(AtomicUsize::new(0));
     for _ in 0..2 * BATCH {
         let (found, counted) = (it.find(2, Some(from(1))), counted.clone());
@@ -143,7 +143,7 @@ async fn sources_take_turns() {
     assert_eq!(other.await.unwrap().unwrap(), Some(4));
     assert_eq!(*it.statements.lock(), [1, BATCH, BATCH]);
     let answered = counted.load(std::sync::atomic::Ordering::SeqCst);
-    assert!(answered < BATCH, "{answered} of the other source");
+    assert!(answered < BATCH, "{answered} of the other caller");
 }
 
 #[tokio::test(start_paused = true)]

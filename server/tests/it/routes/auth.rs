@@ -451,7 +451,10 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
         "nor another purpose"
     );
 
-    let app = TestApp::setup().flag("--login-rpm=2").start().await;
+    let app = TestApp::setup()
+        .flag("--login-free-failures=2")
+        .start()
+        .await;
     let account = app.register().await;
     for _ in 0..2 {
         assert_eq!(login(&app, &account.email, "wrong").await.status, 401);
@@ -864,7 +867,7 @@ async fn sign_in_attempts_are_limited_per_account_whether_it_exists_or_not() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock.clone()))
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .start()
         .await;
     let (account, other) = (app.register().await, app.register().await);
@@ -945,7 +948,7 @@ async fn login_from_network(app: &TestApp, ip: &str, email: &str, password: &str
 #[tokio::test(flavor = "multi_thread")]
 async fn stranger_cannot_lock_out_an_owner() {
     let app = TestApp::setup()
-        .flag("--login-rpm=10")
+        .flag("--login-free-failures=10")
         .flag("--trusted-proxies=127.0.0.0/8")
         .start()
         .await;
@@ -1101,7 +1104,7 @@ async fn one_of_many_concurrent_password_changes_succeeds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn known_device_signs_in_during_an_attack_from_many_networks() {
     let app = TestApp::setup()
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .flag("--trusted-proxies=127.0.0.0/8")
         .start()
         .await;
@@ -1156,7 +1159,7 @@ async fn known_device_signs_in_during_an_attack_from_many_networks() {
 #[tokio::test(flavor = "multi_thread")]
 async fn networks_of_ipv6_are_counted_together_at_sign_in() {
     let app = TestApp::setup()
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .flag("--trusted-proxies=127.0.0.0/8")
         .start()
         .await;
@@ -1182,7 +1185,7 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
         TestApp::setup()
             .flag(format!("--redis-url={}", redis.url()))
             .flag("--redis-timeout=2s")
-            .flag("--login-rpm=6")
+            .flag("--login-free-failures=6")
     };
     let one = setup().start().await;
     let other = setup().database(one.database.clone()).start().await;
@@ -1224,7 +1227,7 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
 async fn known_device_is_served_while_the_password_threads_are_flooded() {
     let app = TestApp::setup()
         .flag("--trusted-proxies=127.0.0.0/8")
-        .flag("--login-rpm=10")
+        .flag("--login-free-failures=10")
         .start()
         .await;
     let owner = app.register().await;
@@ -1506,7 +1509,7 @@ async fn changed_password_makes_known_devices_unknown() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock))
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .start()
         .await;
     let owner = app.register().await;
@@ -1535,7 +1538,7 @@ async fn devices_of_an_account_are_counted_together() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock))
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .start()
         .await;
     let owner = app.register().await;
@@ -1567,7 +1570,7 @@ async fn contents_of_redis_delay_nobody_longer_than_the_longest_wait() {
     let app = TestApp::setup()
         .flag(format!("--redis-url={}", redis.url()))
         .flag("--redis-timeout=2s")
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .start()
         .await;
     let connection = app.state.redis.as_ref().expect("it has Redis");

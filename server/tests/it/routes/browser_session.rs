@@ -614,7 +614,10 @@ async fn cookies_set_through_a_proxy_are_read() {
 /// Other clients, in the same network or in many, do not lock out a browser that has signed in before.
 #[tokio::test(flavor = "multi_thread")]
 async fn known_browser_signs_in_while_its_network_is_slowed_down() {
-    let server = TestApp::setup().flag("--login-rpm=3").start().await;
+    let server = TestApp::setup()
+        .flag("--login-free-failures=3")
+        .start()
+        .await;
     let mut browser = Browser::new(&server);
     let email = format!("{}@example.com", uuid::Uuid::now_v7().simple());
     let credentials = json!({"email": email, "password": PASSWORD});

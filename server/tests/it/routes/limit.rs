@@ -9,7 +9,7 @@ use std::{
 use quota_server::{
     api::problem::ApiError,
     clock::{Clock as _, SystemClock, TestClock},
-    keys::Source,
+    keys::LookupCaller,
     limiter::{Decision, Outcome, Policy, PolicySet},
     secret_text::{Kind, SecretText},
 };
@@ -1290,7 +1290,7 @@ async fn a_denial_that_names_no_policy_is_429_and_reduced_capacity() {
     let record = app
         .state
         .keys
-        .key(&text, now, Source::default())
+        .key(&text, now, LookupCaller::default())
         .await
         .unwrap()
         .unwrap();

@@ -119,7 +119,7 @@ impl Setup {
             "test".to_owned(),
             "--auth-rpm=0".into(),
             "--admin-rpm=0".into(),
-            "--login-rpm=0".into(),
+            "--login-free-failures=0".into(),
         ];
         flags.push("--database-pool=12".into());
         flags.push("--usage-backlog-max=67108864".into());
