@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Replaces the running replicas with replicas of a new image, without failing a request: starts the new replicas, waits until
 # they are healthy, and then stops the old ones. Compose has no built-in rolling update. Set QUOTA_IMAGE in .env.prod
-# afterwards, or the next `up` starts the previous version again.
+# afterward, or the next `up` starts the previous version again.
 #
 #   QUOTA_IMAGE=quota:0.2.0 deploy/upgrade.sh
 #

@@ -179,7 +179,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             r#"curl -i {base}/v1/echo -H "X-API-Key: $API_KEY""#,
         ),
         ProblemCode::Forbidden => (
-            "The same request fails again. See which role you have, and ask an owner or admin for another one.",
+            "The same request fails again. Check your role, and ask an owner or admin to change it.",
             r#"curl {base}/auth/me -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::NotFound => (
@@ -199,7 +199,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
 curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::PreviousKeyActive => (
-            "The same request fails again until the previous key has expired. To revoke it now, set `replace_previous`.",
+            "The same request fails again until the previous key has expired. To revoke it immediately, set `replace_previous`.",
             r#"curl {base}/admin/api-keys/$KEY_ID/rotate \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"replace_previous": true}'"#,
