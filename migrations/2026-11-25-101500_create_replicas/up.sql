@@ -6,7 +6,7 @@ CREATE TABLE replicas (
     seen_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT replicas_pkey PRIMARY KEY (id)
 );
-COMMENT ON TABLE replicas IS 'Running servers; a row that is not kept young is of one that is gone';
+COMMENT ON TABLE replicas IS 'Running servers; a row that is not updated belongs to a server that is gone';
 
 -- Whether counters have ever been stored in Redis. If not, an empty Redis is new; otherwise it has lost its state.
 CREATE TABLE shared_counters (
@@ -15,7 +15,7 @@ CREATE TABLE shared_counters (
     CONSTRAINT shared_counters_pkey PRIMARY KEY (single),
     CONSTRAINT shared_counters_only CHECK (single)
 );
-COMMENT ON TABLE shared_counters IS 'One row once counters have been kept in Redis';
+COMMENT ON TABLE shared_counters IS 'Has one row once counters have been stored in Redis';
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON replicas TO quota_system;
 GRANT SELECT, INSERT ON shared_counters TO quota_system;

@@ -4,4 +4,4 @@ CREATE INDEX sessions_revoked_at_idx ON sessions (revoked_at) WHERE revoked_at I
 CREATE INDEX api_keys_previous_expires_at_idx ON api_keys (previous_expires_at)
     WHERE previous_expires_at IS NOT NULL;
 COMMENT ON INDEX sessions_revoked_at_idx IS 'Finds revoked sessions to delete';
-COMMENT ON INDEX api_keys_previous_expires_at_idx IS 'Finds previous secrets whose grace has ended';
+COMMENT ON INDEX api_keys_previous_expires_at_idx IS 'Finds previous secrets whose grace period has ended';

@@ -31,12 +31,12 @@ COMMENT ON TABLE usage_log IS 'One row for each decision on a known key. Partiti
 COMMENT ON COLUMN usage_log.seq IS
     'Position in the tenant''s log: without gaps, and visible in this order. See usage_tenants';
 COMMENT ON COLUMN usage_log."timestamp" IS 'When the request was decided, by PostgreSQL''s clock';
-COMMENT ON COLUMN usage_log.event_id IS 'The record''s ID. It is the same however often the record is sent';
-COMMENT ON COLUMN usage_log.plan_id IS 'The key''s plan at that moment';
-COMMENT ON COLUMN usage_log.billing IS 'The plan''s billing at that moment';
-COMMENT ON COLUMN usage_log.cost IS 'What the request costs if it is admitted';
+COMMENT ON COLUMN usage_log.event_id IS 'The record''s ID, which is the same no matter how often the record is sent';
+COMMENT ON COLUMN usage_log.plan_id IS 'The key''s plan at that time';
+COMMENT ON COLUMN usage_log.billing IS 'The plan''s billing at that time';
+COMMENT ON COLUMN usage_log.cost IS 'The cost of the request if it is admitted';
 COMMENT ON COLUMN usage_log.policy IS 'The policy that denied it; NULL if admitted, or denied while capacity was reduced';
-COMMENT ON COLUMN usage_log.endpoint IS 'As the caller named it; empty if it named none';
+COMMENT ON COLUMN usage_log.endpoint IS 'As sent by the caller; empty if none was sent';
 
 CREATE TABLE usage_log_default PARTITION OF usage_log DEFAULT;
 COMMENT ON TABLE usage_log_default IS 'Rows of days that have no partition';
@@ -46,7 +46,7 @@ CREATE TABLE usage_tenants (
     last_seq bigint NOT NULL,
     CONSTRAINT usage_tenants_pkey PRIMARY KEY (tenant_id)
 );
-COMMENT ON TABLE usage_tenants IS 'The end of each tenant''s log';
+COMMENT ON TABLE usage_tenants IS 'The last position in each tenant''s log';
 COMMENT ON COLUMN usage_tenants.last_seq IS
     'The last number in usage_log.seq. Its row is locked until the rows with the new numbers are committed, so who has read up to a number has missed none before it';
 
@@ -67,7 +67,7 @@ CREATE TABLE usage_quarters (
     cost bigint NOT NULL,
     CONSTRAINT usage_quarters_pkey PRIMARY KEY (tenant_id, endpoint, key_id, plan_id, start, policy)
 ) PARTITION BY RANGE (start);
-COMMENT ON TABLE usage_quarters IS 'Requests in each quarter of an hour. Partitioned by day in UTC';
+COMMENT ON TABLE usage_quarters IS 'Requests per quarter of an hour. Partitioned by day in UTC';
 COMMENT ON COLUMN usage_quarters.policy IS
     'Empty: admitted requests. Else those that this policy denied; reduced_capacity for those that none denied';
 
@@ -88,7 +88,7 @@ CREATE TABLE usage_days (
 ) PARTITION BY RANGE (start);
 COMMENT ON TABLE usage_days IS
     'The same as usage_quarters, for each day in UTC: ranks keys and endpoints over long ranges. Partitioned by day';
-COMMENT ON COLUMN usage_days.last_at IS 'Time of the newest request';
+COMMENT ON COLUMN usage_days.last_at IS 'Time of the latest request';
 
 CREATE TABLE usage_days_default PARTITION OF usage_days DEFAULT;
 COMMENT ON TABLE usage_days_default IS 'Rows of days that have no partition';
@@ -113,8 +113,8 @@ CREATE TABLE usage_segments (
     CONSTRAINT usage_segments_position_range CHECK ("position" >= 0)
 );
 CREATE INDEX usage_segments_started_at_idx ON usage_segments (started_at);
-COMMENT ON TABLE usage_segments IS 'How far each segment was shipped: moved in the transaction that inserts its records';
-COMMENT ON COLUMN usage_segments."position" IS 'Everything before it is in usage_log';
+COMMENT ON TABLE usage_segments IS 'The position up to which each segment has been shipped, updated in the transaction that inserts its records';
+COMMENT ON COLUMN usage_segments."position" IS 'All records before it are in usage_log';
 COMMENT ON COLUMN usage_segments.started_at IS 'When the segment was created';
 
 CREATE TABLE usage_shippers (

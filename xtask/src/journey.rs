@@ -72,7 +72,7 @@ pub(crate) fn run() -> Result<bool> {
 
 /// Runs parts of the journey, or all of it, against a server.
 fn browse(address: &str, screenshots: Option<&OsStr>, parts: &[&str]) -> Result<ExitStatus> {
-    let chromium = system::on_path("chromium").context("there is no chromium")?;
+    let chromium = system::on_path("chromium").context("Chromium is not installed")?;
     Command::new("node")
         .current_dir(root().join("desktop/e2e"))
         .arg("journey.mjs")
@@ -97,7 +97,7 @@ fn install_packages() -> Result<()> {
             "--no-fund",
             "--loglevel=error",
         ]))
-        .context("the browser tests need two packages of npm's")?;
+        .context("the browser tests need two npm packages")?;
     }
     Ok(())
 }

@@ -141,11 +141,11 @@ fn room() -> Result<()> {
     let Some(there) = target.ancestors().find(|it| it.exists()) else {
         return Ok(());
     };
-    let disk = nix::sys::statvfs::statvfs(there).context("cannot see how full the disk is")?;
+    let disk = nix::sys::statvfs::statvfs(there).context("cannot determine the free disk space")?;
     let free = disk.blocks_available() * disk.fragment_size();
     if free < needed {
         say(&format!(
-            "only {} MiB of disk are free where {} is; building may take {} GiB",
+            "only {} MiB of disk space are free at {}; a build may take {} GiB",
             free >> 20,
             target.display(),
             needed >> 30,
@@ -179,12 +179,12 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     );
     if !is_root() && on_path("sudo").is_none() {
         bail!(
-            "this machine lacks {}, and has no `sudo`; {by_hand}",
+            "this machine has no {} and no `sudo`; {by_hand}",
             names.join(" and ")
         );
     }
     say(&format!(
-        "this machine lacks {}: installing Debian's {}",
+        "this machine has no {}: installing Debian's {}",
         names.join(" and "),
         packages.join(" and ")
     ));
@@ -212,7 +212,7 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     }
     match missing.iter().find(|need| !(need.is_there)()) {
         Some(need) => bail!(
-            "{} is still not there after installing {}; {by_hand}",
+            "{} is still missing after installing {}; {by_hand}",
             need.name,
             need.package
         ),
@@ -232,7 +232,7 @@ fn no_system_cluster() -> Result<()> {
         "postgresql-common",
     ])?;
     say(&format!(
-        "setting create_main_cluster = false in {CONFIG}: no PostgreSQL service is to start"
+        "setting create_main_cluster = false in {CONFIG}: no PostgreSQL service should start"
     ));
     succeed(as_root("sed").args([
         "-i",

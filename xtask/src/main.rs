@@ -4,7 +4,7 @@
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "a chore has no `Config` and no `Clock`: it reads the environment and the time as it is"
+    reason = "a task has no `Config` and no `Clock`: it reads the environment and the time directly"
 )]
 
 mod advisories;
@@ -35,7 +35,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Quota's chores")]
+#[command(name = "cargo xtask", about = "Quota's development tasks")]
 struct Cli {
     #[command(subcommand)]
     chore: Chore,
@@ -166,7 +166,7 @@ fn read(command: &mut Command) -> Result<String> {
             String::from_utf8_lossy(&output.stderr).trim()
         );
     }
-    String::from_utf8(output.stdout).with_context(|| format!("`{text}` printed no UTF-8"))
+    String::from_utf8(output.stdout).with_context(|| format!("the output of `{text}` is not UTF-8"))
 }
 
 fn shown(command: &Command) -> String {

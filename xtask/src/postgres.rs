@@ -92,7 +92,7 @@ impl Throwaway {
         })();
         if let Err(error) = made {
             let _ = fs::remove_dir_all(&dir);
-            return Err(error).context("cannot make a PostgreSQL cluster");
+            return Err(error).context("cannot create a PostgreSQL cluster");
         }
 
         let log_path = dir.join("log");

@@ -90,7 +90,7 @@ impl Server {
             _data: None,
         };
         read?;
-        server.addr = addr.with_context(|| format!("the bare {name} server did not start"))??;
+        server.addr = addr.with_context(|| format!("the plain {name} server did not start"))??;
         Ok(server)
     }
 
@@ -142,7 +142,9 @@ impl Server {
         loop {
             let text = fs::read_to_string(log)?;
             if let Some(line) = ready_line(&text) {
-                let listen = line["listen"].as_str().context("no address in the log")?;
+                let listen = line["listen"]
+                    .as_str()
+                    .context("there is no address in the log")?;
                 return Ok(listen.parse()?);
             }
             if let Some(status) = self.child.try_wait()? {

@@ -2,7 +2,7 @@
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "a chore has no `Config`: it reads the environment as it is"
+    reason = "a task has no `Config`: it reads the environment directly"
 )]
 
 mod engine;
@@ -179,7 +179,7 @@ impl<'a> Production<'a> {
             }
             ensure!(
                 began.elapsed() < Duration::from_secs(120),
-                "{healthy} of {} are healthy, not {count}",
+                "{healthy} of {} are healthy, expected {count}",
                 ids.len()
             );
             sleep(Duration::from_millis(500)).await;
@@ -340,7 +340,7 @@ impl<'a> Production<'a> {
         )?;
         self.until_healthy("quota", 2).await?;
         sleep(Duration::from_secs(2)).await;
-        report("a new image by upgrade.sh", &running.stop().await?)?;
+        report("a new image with upgrade.sh", &running.stop().await?)?;
         for id in self.containers("quota")? {
             let image = ["inspect", "--format", "{{.Config.Image}}", &id];
             ensure!(self.engine.read(&image)?.trim() == "quota:next");

@@ -49,7 +49,7 @@ pub async fn run(app: &Path, server: &str, shots: Option<&Path>) -> Result<()> {
     without_keychain(app, &server, shots)
         .await
         .context("without a keychain")?;
-    println!("desktop app: passed; no token in {} files", found.1);
+    println!("desktop app: passed; no tokens in {} files", found.1);
     Ok(())
 }
 

@@ -92,8 +92,8 @@ pub fn summary(event: &AuditEvent, plan_name: &dyn Fn(&str) -> Option<String>) -
                     let value = value_text(name, value, plan_name);
                     match *name {
                         "default_rpm" => value,
-                        "daily_quota" => format!("{value} a day"),
-                        "monthly_quota" => format!("{value} a month"),
+                        "daily_quota" => format!("{value} per day"),
+                        "monthly_quota" => format!("{value} per month"),
                         name => format!("{} {value}", field_label(name).to_ascii_lowercase()),
                     }
                 })
@@ -420,7 +420,7 @@ mod tests {
                 Value::Null,
                 json!({"id": ID, "default_rpm": 60, "daily_quota": 5000, "monthly_quota": null})
             ),
-            "60/min, 5,000 a day"
+            "60/min, 5,000 per day"
         );
         assert_eq!(
             line(

@@ -99,9 +99,9 @@ impl Load {
             let fate = match answer {
                 Ok(Ok(200 | 429)) => Fate::Decided,
                 Ok(Ok(503)) => Fate::Refused,
-                Ok(Ok(status)) => bail!("{id} was answered {status}"),
+                Ok(Ok(status)) => bail!("{id} got {status}"),
                 Ok(Err(_)) => Fate::Unanswered,
-                Err(_) => bail!("{id} was not answered within {PATIENCE:?}"),
+                Err(_) => bail!("{id} got no response within {PATIENCE:?}"),
             };
             {
                 let mut sent = self.connections[connection].lock();

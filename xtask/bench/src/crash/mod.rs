@@ -259,7 +259,7 @@ async fn wait_for_flight(loads: &[Arc<Load>], wanted: u64) -> Result<u64> {
         }
         ensure!(
             Instant::now() < deadline,
-            "{in_flight} requests are in flight, {wanted} are wanted"
+            "{in_flight} requests are in flight, but {wanted} are required"
         );
         tokio::time::sleep(Duration::from_micros(200)).await;
     }
@@ -299,7 +299,7 @@ async fn wait_until_shipped(client: &Client, loads: &[Arc<Load>], data: &Path) -
         }
         ensure!(
             Instant::now() < deadline,
-            "after {SHIPPED_WITHIN:?} {directories} directories are left"
+            "{directories} directories are left after {SHIPPED_WITHIN:?}"
         );
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
@@ -402,13 +402,16 @@ fn print(options: &Options, kills: &Kills, it: &Recount, took: Duration, left: u
     println!("| in flight at all kills | {sum} |");
     println!("| requests sent | {} |", it.sent);
     println!("| decided (200 or 429) | {} |", it.decided);
-    println!("| answered 503 | {} |", it.refused);
+    println!("| requests that got 503 | {} |", it.refused);
     println!("| without an answer | {} |", it.unanswered);
     println!("| rows in the usage log | {} |", it.rows);
     println!("| **lost** | {} |", it.lost.len());
     println!("| **doubled** | {} |", it.doubled);
-    println!("| rows without an answer | {} |", it.rows_without_answer);
-    println!("| rows of requests answered 503 | {} |", it.rows_of_refused);
+    println!(
+        "| rows of requests without a response | {} |",
+        it.rows_without_answer
+    );
+    println!("| rows of requests that got 503 | {} |", it.rows_of_refused);
     println!("| rows of unknown requests | {} |", it.unknown);
     println!("| directories left after a clean stop | {left} |");
     for id in it.lost.iter().take(10) {

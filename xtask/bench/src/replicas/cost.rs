@@ -23,7 +23,7 @@ const COLUMNS: &[&str] = &[
     "requests/s",
     "admitted",
     "Redis calls per 1,000",
-    "CPU µs a request",
+    "CPU µs per request",
     "CPU, memory = 1",
     "requests/s, memory = 1",
 ];
@@ -47,9 +47,9 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         next_to_memory(options, &mut table).await?;
     }
     table.notes.push(format!(
-        "Redis calls are over {REPLICAS} replicas, all scripts counted by Redis itself. Next to memory: two \
-         servers on one core in turns, {CONNECTIONS} connections from the other, medians of short rounds; CPU is \
-         the server's alone."
+        "Redis calls are for {REPLICAS} replicas; Redis itself counts all scripts. The comparison with memory: two \
+         servers take turns on one core, with {CONNECTIONS} connections from the other core; medians of short \
+         rounds; CPU is that of the server only."
     ));
     Ok(table)
 }
@@ -131,7 +131,7 @@ async fn saturated(
     let allowed = envelope.allows(nanos(took));
     if of(200) > allowed {
         let admitted = of(200);
-        let fault = format!("saturated: {admitted} admitted where {allowed} were allowed");
+        let fault = format!("saturated: {admitted} admitted, but only {allowed} are allowed");
         table.faults.push(fault);
     }
     let decisions = of(200) + of(429);
@@ -183,7 +183,7 @@ fn row(
     if let Some((before, after)) = calls {
         let calls = 1e3 * share(after.saturating_sub(before), decisions);
         if calls > aim {
-            let note = format!("Above the aim of {aim} calls per 1,000: {what}, {calls:.1}.");
+            let note = format!("Above the target of {aim} calls per 1,000: {what}, {calls:.1}.");
             table.notes.push(note);
         }
     }

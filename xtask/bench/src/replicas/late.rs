@@ -25,7 +25,7 @@ use super::{
 };
 
 const COLUMNS: &[&str] = &[
-    "answers late by, ms",
+    "responses late by, ms",
     "plan",
     "rounds",
     "sent",
@@ -62,8 +62,8 @@ fn kind(strict: bool) -> &'static str {
 }
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
-    let mut table = Table::new("Late answers for one of three replicas", COLUMNS);
-    ensure!(!options.no_redis, "there is no Redis to be late");
+    let mut table = Table::new("Late responses for one of three replicas", COLUMNS);
+    ensure!(!options.no_redis, "this table requires Redis");
     let (delays, rounds): (&[u64], _) = if options.quick {
         (&[120], 1)
     } else {
@@ -152,9 +152,9 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     }
     stage.end().await?;
     table.notes.push(format!(
-        "{} a minute, burst {}. 150 requests at once at the replica whose answers are late, then {} at each of the two \
-         others, 50 and 75 ms after the answers came. Served is of what an exact bucket would admit of all of them, \
-         those at the late replica included. {}",
+        "{} per minute, burst {}. 150 concurrent requests to the replica whose responses are late, then {} to each of \
+         the two others, 50 and 75 ms after the responses arrived. Served is the fraction of what an exact bucket \
+         would admit of all requests, including those to the late replica. {}",
         LIMIT.0,
         LIMIT.1,
         LIMIT.1 + 50,

@@ -293,7 +293,7 @@ pub(crate) fn check_book(
     let admitted = admitted.filter(|it| it.admitted());
     let admitted: u64 = admitted.map(|it| u64::from(it.cost)).sum();
     if admitted > granted {
-        let fault = format!("{what}: {admitted} admitted where {granted} were granted");
+        let fault = format!("{what}: {admitted} admitted, but only {granted} were granted");
         table.faults.push(fault);
     }
 }
@@ -335,7 +335,7 @@ pub(crate) fn lateness(log: &[Attempt]) -> String {
         .iter()
         .map(|it| Duration::from_nanos(it.sent.saturating_sub(it.due)));
     format!(
-        "Requests left at most {} ms late at p99.",
+        "Requests were sent at most {} ms late at p99.",
         millis(quantile(late.collect(), 0.99))
     )
 }

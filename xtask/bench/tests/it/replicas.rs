@@ -116,7 +116,7 @@ async fn a_daily_quota_is_exact_over_replicas_that_share_nothing_else() {
     let found = measured(&["--only", "daily", "--no-redis", "--replicas", "2"]).await;
     assert!(found.content, "{:?}", found.faults());
     let row = &found.rows()[0];
-    assert_eq!(row["served in all"], row["quota"], "{row}");
+    assert_eq!(row["served in total"], row["quota"], "{row}");
 }
 
 #[tokio::test]
