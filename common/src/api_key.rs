@@ -4,7 +4,7 @@ use garde::Validate;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    field::{GraceSeconds, Name, Rpm},
+    field::{ExternalId, GraceSeconds, Metadata, Name, Rpm},
     id::{ApiKeyId, PlanId},
     patch::{Patch, sent, unsent},
     time::Timestamp,
@@ -28,6 +28,13 @@ pub struct ApiKey {
     /// equals its rate, the key's burst equals this rate.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub rpm_override: Option<u32>,
+    /// What the key is called in your own system, such as a customer ID. Several keys may have the same one.
+    #[serde(default)]
+    #[cfg_attr(feature = "openapi", oai(nullable))]
+    pub external_id: Option<String>,
+    /// Your own names and values, stored with the key and not interpreted.
+    #[serde(default)]
+    pub metadata: Metadata,
     /// When the key was last used, whether the request was allowed or denied. Updated within seconds.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub last_used_at: Option<Timestamp>,
@@ -62,6 +69,18 @@ pub struct CreateApiKey {
     #[garde(dive)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub rpm_override: Option<Rpm>,
+    /// What the key is called in your own system, such as a customer ID: 1 to 200 characters. Several keys may have the
+    /// same one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub external_id: Option<ExternalId>,
+    /// Your own names and values: at most 50 entries. Names are 1 to 40 letters, digits, hyphens, underscores or
+    /// periods; values are at most 500 characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub metadata: Option<Metadata>,
 }
 
 /// Request body for updating an API key. Omitted fields are unchanged.
@@ -96,6 +115,16 @@ pub struct UpdateApiKey {
     #[garde(dive)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub rpm_override: Patch<Rpm>,
+    /// What the key is called in your own system: 1 to 200 characters. `null` removes it.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
+    pub external_id: Patch<ExternalId>,
+    /// Replaces all names and values. `{}` removes them.
+    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
+    #[garde(dive)]
+    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
+    pub metadata: Option<Metadata>,
 }
 
 /// Request body for rotating an API key.
@@ -146,7 +175,13 @@ mod examples {
     use poem_openapi::types::Example;
 
     use super::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey};
-    use crate::id::example;
+    use crate::{field::Metadata, id::example};
+
+    const EXTERNAL_ID: &str = "customer-42";
+
+    fn metadata() -> Metadata {
+        [("region".into(), "eu".into())].into_iter().collect()
+    }
 
     impl Example for ApiKey {
         fn example() -> Self {
@@ -158,6 +193,8 @@ mod examples {
                 is_active: true,
                 expires_at: None,
                 rpm_override: None,
+                external_id: Some(EXTERNAL_ID.into()),
+                metadata: metadata(),
                 last_used_at: Some(example::at()),
                 previous_expires_at: None,
                 created_at: example::at(),
@@ -173,6 +210,8 @@ mod examples {
                 plan_id: example::plan(),
                 expires_at: None,
                 rpm_override: None,
+                external_id: Some(EXTERNAL_ID.into()),
+                metadata: Some(metadata()),
             }
         }
     }

@@ -23,6 +23,9 @@ pub fn Field(
     #[prop(default = "off")] autocomplete: &'static str,
     #[prop(optional)] required: bool,
     #[prop(optional)] numeric: bool,
+    /// Whether the value may have several lines.
+    #[prop(optional)]
+    multiline: bool,
     #[prop(optional)] check: Option<Check>,
     /// Values to choose from while typing.
     #[prop(optional)]
@@ -33,9 +36,25 @@ pub fn Field(
     let list = (!suggestions.is_empty()).then(|| format!("{id}-list"));
     let note = format!("{id}-note");
     let is_invalid = move || form.error(name).is_some();
-    view! {
-        <div class="field" class:invalid=is_invalid>
-            <label for=id>{label}</label>
+    let described_by = note.clone();
+    let input = if multiline {
+        view! {
+            <textarea
+                id=id
+                name=id
+                rows="3"
+                dir="auto"
+                placeholder=placeholder
+                aria-describedby=described_by
+                aria-invalid=move || is_invalid().then_some("true")
+                bind:value=value
+                on:input=move |_| form.clear(name)
+                on:blur=move |_| after_press(move || form.check(name))
+            ></textarea>
+        }
+        .into_any()
+    } else {
+        view! {
             <input
                 id=id
                 name=id
@@ -46,12 +65,19 @@ pub fn Field(
                 autocomplete=autocomplete
                 required=required
                 list=list.clone()
-                aria-describedby=note.clone()
+                aria-describedby=described_by
                 aria-invalid=move || is_invalid().then_some("true")
                 bind:value=value
                 on:input=move |_| form.clear(name)
                 on:blur=move |_| after_press(move || form.check(name))
             />
+        }
+        .into_any()
+    };
+    view! {
+        <div class="field" class:invalid=is_invalid>
+            <label for=id>{label}</label>
+            {input}
             {list
                 .map(|list| {
                     let options = suggestions.into_iter().map(|it| view! { <option value=it></option> });

@@ -280,7 +280,7 @@ mod tests {
         let at = "2026-08-03T06:26:00.000Z";
         assert_same::<Page<ApiKey>>(&format!(
             r#"{{"items": [{{"id": "{ID}", "name": "A \u00fc", "plan_id": "{ID}", "prefix": "qk_1", "is_active": true,
-            "expires_at": null, "rpm_override": 60, "last_used_at": "{at}", "previous_expires_at": null, "created_at": "{at}",
+            "expires_at": null, "rpm_override": 60, "external_id": "7", "metadata": {{"a": "b"}}, "last_used_at": "{at}", "previous_expires_at": null, "created_at": "{at}",
             "updated_at": "{at}", "a_field_of_later": [1, {{}}]}}], "next_cursor": "x", "total": 1}}"#
         ));
         assert_same::<Plan>(&format!(

@@ -14,7 +14,7 @@ use crate::{
         SelectField, busy_attr, focus_soon,
     },
     model::{
-        form::{check_rate, optional_rate},
+        form::{check_metadata, check_rate, metadata, optional_rate, optional_text},
         text,
     },
     route::route,
@@ -79,6 +79,8 @@ fn CreateForm(
     let plan = RwSignal::new(preselected.unwrap_or_default());
     let rate = RwSignal::new(String::new());
     let expires = RwSignal::new(String::new());
+    let external_id = RwSignal::new(String::new());
+    let entries = RwSignal::new(String::new());
     let placeholder = (plans.len() > 1).then(|| (String::new(), "Choose a plan".to_owned()));
     let options = placeholder
         .into_iter()
@@ -102,6 +104,10 @@ fn CreateForm(
             rpm_override: optional_rate(&rate.get_untracked())
                 .unwrap_or_default()
                 .map(Into::into),
+            external_id: optional_text(&external_id.get_untracked()).map(Into::into),
+            metadata: metadata(&entries.get_untracked())
+                .ok()
+                .filter(|it| !it.is_empty()),
         };
         spawn_local(async move {
             let result = api::create_api_key(body).await;
@@ -121,6 +127,8 @@ fn CreateForm(
                 <Field form name="rpm_override" id="key_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
                 <Field form name="expires_at" id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
             </div>
+            <Field form name="external_id" id="key_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
+            <Field form name="metadata" id="key_metadata" label="Metadata (optional)" value=entries multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
             <div class="actions end">
                 <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
                 <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Create key"</button>

@@ -10,7 +10,7 @@ use super::local_time;
 use crate::{
     api,
     component::{Alert, Field, FormState, Loader, Modal, SelectField, Toasts, busy_attr},
-    model::form::{changed, check_rate, optional_rate},
+    model::form::{self, changed, check_metadata, check_rate, optional_rate, optional_text},
 };
 
 #[component]
@@ -34,7 +34,7 @@ fn EditForm(
     loader: Loader<ApiKey>,
 ) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
-    let form = FormState::new();
+    let state = FormState::new();
     let name = RwSignal::new(key.name.clone());
     let plan = RwSignal::new(key.plan_id.to_string());
     let rate = RwSignal::new(
@@ -45,6 +45,9 @@ fn EditForm(
     let previous_expiry =
         StoredValue::new(key.expires_at.map(local_time::format).unwrap_or_default());
     let expires = RwSignal::new(previous_expiry.get_value());
+    let external_id = RwSignal::new(key.external_id.clone().unwrap_or_default());
+    let previous_metadata = StoredValue::new(form::metadata_text(&key.metadata));
+    let metadata = RwSignal::new(previous_metadata.get_value());
     let plan_id = key.plan_id;
     let options = Signal::derive(move || {
         let plans = plans.ready().unwrap_or_default();
@@ -61,7 +64,7 @@ fn EditForm(
     });
     let submit = move |ev: SubmitEvent| {
         ev.prevent_default();
-        if !form.begin() {
+        if !state.begin() {
             return;
         }
         let rpm_override = optional_rate(&rate.get_untracked()).unwrap_or_default();
@@ -76,6 +79,13 @@ fn EditForm(
             rpm_override: changed(&key.rpm_override, rpm_override).map(|rpm| rpm.map(Into::into)),
             // The field is less precise than the stored time, so an unchanged one is not sent.
             expires_at: (expiry != previous_expiry.get_value()).then(|| local_time::parse(&expiry)),
+            external_id: changed(
+                &key.external_id,
+                optional_text(&external_id.get_untracked()),
+            )
+            .map(|it| it.map(Into::into)),
+            metadata: changed(&previous_metadata.get_value(), metadata.get_untracked())
+                .and_then(|text| form::metadata(&text).ok()),
             ..UpdateApiKey::default()
         };
         if body == UpdateApiKey::default() {
@@ -84,7 +94,7 @@ fn EditForm(
         let id = key.id;
         spawn_local(async move {
             let result = api::update_api_key(id, body).await;
-            if form.finish(result).is_some() {
+            if state.finish(result).is_some() {
                 let _ = open.try_set(false);
                 toasts.succeed("Key updated");
                 loader.reload();
@@ -93,16 +103,18 @@ fn EditForm(
     };
     view! {
         <form novalidate on:submit=submit>
-            <Alert error=form.failure()/>
-            <Field form name="name" id="edit_name" label="Name" value=name required=true/>
-            <SelectField form name="plan_id" id="edit_plan" label="Plan" value=plan options/>
+            <Alert error=state.failure()/>
+            <Field form=state name="name" id="edit_name" label="Name" value=name required=true/>
+            <SelectField form=state name="plan_id" id="edit_plan" label="Plan" value=plan options/>
             <div class="pair">
-                <Field form name="rpm_override" id="edit_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
-                <Field form name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
+                <Field form=state name="rpm_override" id="edit_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
+                <Field form=state name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
             </div>
+            <Field form=state name="external_id" id="edit_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
+            <Field form=state name="metadata" id="edit_metadata" label="Metadata (optional)" value=metadata multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
             <div class="actions end">
                 <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Save changes"</button>
+                <button class="button primary" aria-disabled=busy_attr(state.busy) data-busy=busy_attr(state.busy)>"Save changes"</button>
             </div>
         </form>
     }
