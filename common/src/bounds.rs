@@ -34,13 +34,13 @@ pub const EMAIL_MAX: usize = 254;
 pub const TIME_ZONE_MAX: usize = 64;
 /// Maximum length of an endpoint name, in characters.
 pub const ENDPOINT_MAX: usize = 128;
-/// The longest external ID of an API key, in characters.
+/// Maximum length of the external ID of an API key, in characters.
 pub const EXTERNAL_ID_MAX: usize = 200;
-/// The most entries in the metadata of an API key.
+/// Maximum number of entries in the metadata of an API key.
 pub const METADATA_ENTRIES_MAX: usize = 50;
-/// The longest name of a metadata entry, in characters.
+/// Maximum length of the name of a metadata entry, in characters.
 pub const METADATA_NAME_MAX: usize = 40;
-/// The longest value of a metadata entry, in characters.
+/// Maximum length of the value of a metadata entry, in characters.
 pub const METADATA_VALUE_MAX: usize = 500;
 
 /// Requires 1 to 200 characters that are not all white space and not control characters.

@@ -196,8 +196,8 @@ texts! {
     Name: 1..=bounds::NAME_MAX, bounds::name, NAME_PATTERN;
     /// An email address.
     Email: 3..=bounds::EMAIL_MAX, bounds::email, EMAIL_PATTERN;
-    /// The email of somebody who signs in: anything that can be looked up. Whether it is well formed must not be
-    /// revealed before the password was verified.
+    /// The email of a user who signs in: any string that can be looked up. Whether it is well formed must not be
+    /// revealed before the password is verified.
     LoginEmail: 1..=bounds::EMAIL_MAX, bounds::login_email, NO_NUL_PATTERN;
     /// A new password. The server also rejects one that is too easy to guess.
     NewPassword: 1..=*bounds::PASSWORD_BYTES.end(), bounds::password;
@@ -209,16 +209,16 @@ texts! {
     TimeZoneName: 1..=bounds::TIME_ZONE_MAX, bounds::characters(bounds::TIME_ZONE_MAX);
     /// The name of an endpoint of the tenant's API, such as `GET /orders`.
     Endpoint: 1..=bounds::ENDPOINT_MAX, bounds::endpoint, PRINTABLE_PATTERN;
-    /// What an API key is called in the tenant's own system, such as the ID of a customer.
+    /// An API key's identifier in the tenant's own system, such as a customer ID.
     ExternalId: 1..=bounds::EXTERNAL_ID_MAX, bounds::external_id, PRINTABLE_PATTERN;
 }
 
 shown!(Name, Email, LoginEmail, TimeZoneName, Endpoint, ExternalId);
 redacted!(NewPassword, Credential, DeviceToken);
 
-/// Names and values that a tenant keeps with an API key. Quota stores them and does not interpret them.
+/// Names and values that a tenant stores with an API key. Quota does not interpret them.
 ///
-/// A list, because the code of a map would make the console larger.
+/// A list, because a map would add code to the console.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Validate)]
 #[garde(transparent)]
 pub struct Metadata(#[garde(custom(bounds::metadata))] Vec<(String, String)>);

@@ -8,9 +8,9 @@ local TITLES = { [401] = "Unauthorized", [402] = "Payment Required", [429] = "To
 
 core.register_action("quota", { "http-req" }, function(txn)
   local consumer = txn.http:req_get_headers()
-  -- For the endpoint in usage.
+  -- The endpoint, for usage.
   local headers = { ["x-forwarded-method"] = { txn.sf:method() }, ["x-forwarded-uri"] = { txn.sf:path() } }
-  -- Every value: Quota rejects a request with two keys.
+  -- Copies every value, because Quota rejects a request with two keys.
   for _, name in ipairs({ "x-api-key", "authorization" }) do
     local values = consumer[name]
     if values then

@@ -73,7 +73,7 @@ pub struct Services {
     pub login_attempts: Arc<Attempts>,
     /// The queues in which changes of one tenant wait for each other.
     pub changes: TenantQueues,
-    /// Where large reads of one tenant wait for each other.
+    /// The queues in which large reads of one tenant wait for each other.
     pub reads: TenantQueues,
     draining: AtomicBool,
 }

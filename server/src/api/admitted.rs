@@ -300,7 +300,7 @@ pub async fn decide(
         .record(reservation, &record, &decision, cost.get(), began)
         .await
         .map_err(ApiError::unavailable)?;
-    // Otherwise it is written with the usage.
+    // Otherwise, it is written with the usage.
     if !state.metering.is_on() && record.is_worth_noting(decision.at) {
         state.last_used.key(record.id, decision.at);
     }

@@ -154,7 +154,7 @@ impl ApiKeyApi {
         /// Only keys with this external ID.
         #[oai(validator(min_length = 1, max_length = 200))]
         external_id: Query<Option<String>>,
-        /// Substring of the name, or beginning of the key or its external ID.
+        /// Substring of the name, or prefix of the key or external ID.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
         /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that were never

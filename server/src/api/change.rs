@@ -36,8 +36,8 @@ pub async fn read<T>(
     Ok(result)
 }
 
-/// Waits for the tenant's turn to read what may have many rows: see [`tenant_queue`](crate::tenant_queue). Call before
-/// taking a connection, and hold the turn until the connection is given back.
+/// Waits for the tenant's turn to read potentially many rows: see [`tenant_queue`](crate::tenant_queue). Call before
+/// taking a connection, and hold the turn until the connection is returned.
 pub async fn read_turn(state: &AppState, caller: &AdmittedTenant) -> Result<Turn, ApiError> {
     let turn = state.reads.turn(caller.tenant()).await;
     turn.map_err(|_| {

@@ -116,15 +116,15 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// For reports and lists of one tenant at the same time.
+    /// For concurrent reports and lists of one tenant.
     pub fn too_many_reads() -> Self {
         Self::wait(
-            "Your organization is reading too much at the same time.",
+            "Your organization has too many reads at the same time.",
             Duration::from_secs(1),
         )
     }
 
-    /// For streams, which stay open while they are watched.
+    /// For streams, which stay open while they are being viewed.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))
     }

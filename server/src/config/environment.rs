@@ -11,7 +11,7 @@ const PREFIX: &str = "QUOTA_";
 /// The lowest similarity (Jaro-Winkler, 0 to 1) at which a name is suggested.
 const MIN_SIMILARITY: f64 = 0.85;
 
-/// Returns one line for each unknown variable. Lines contain names but not values.
+/// Lines contain names but not values. Lines contain names but not values.
 pub fn unknown_variables(environment: impl IntoIterator<Item = (String, String)>) -> Vec<String> {
     let known = variables();
     let is_known = |name: &str| known.iter().any(|it| it == name);
@@ -48,7 +48,7 @@ fn suggestion<'a>(name: &str, known: &'a [String]) -> Option<&'a str> {
         .map(|(_, it)| it)
 }
 
-/// Returns whether Kubernetes or Docker sets such a variable for a service whose name begins with `quota`.
+/// QUOTA_PORT_8080_TCP, optionally followed by _PROTO, _PORT or _ADDR.
 fn is_service_link(name: &str, value: &str) -> bool {
     let is_address = ["tcp://", "udp://", "sctp://"]
         .iter()

@@ -1,5 +1,5 @@
 //! Records when service tokens were last used: in memory, and every few seconds in PostgreSQL. The same for keys while
-//! metering is off; otherwise it is written with their usage.
+//! metering is off; otherwise, it is written with their usage.
 
 use std::{collections::HashMap, sync::Arc};
 

@@ -87,7 +87,7 @@ pub struct Filter<'a> {
     /// Whether they have expired by this time.
     pub is_expired: Option<(bool, DateTime<Utc>)>,
     pub external_id: Option<&'a str>,
-    /// Substring of the name, or beginning of the key or its external ID.
+    /// Substring of the name, or prefix of the key or external ID.
     pub search: Option<&'a str>,
 }
 

@@ -122,7 +122,7 @@ impl Connection {
 
     /// An HTTP/2 frame to the client has started or is complete.
     pub(super) fn sent(&self, event: Event) {
-        // A stream of events in which nothing happens sends a few bytes well before the deadline.
+        // An idle event stream sends a few bytes well before the deadline.
         let progress = if self.authenticated.has_endless_response() {
             1
         } else {

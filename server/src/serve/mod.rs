@@ -316,7 +316,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         });
         match end.await {
             Ok(Ok(())) | Err(End::Ordered) => {}
-            // Clients that disconnect or do not speak HTTP are not an error of the server.
+            // Clients that disconnect or do not use HTTP are not an error of the server.
             Ok(Err(error)) => tracing::debug!(error = %error, "a connection ended"),
             Err(End::TimedOut(phase)) => {
                 let count = match phase {

@@ -26,7 +26,7 @@ async fn endpoint(request: poem::Request) -> poem::Body {
     }
 }
 
-/// A comment now and then, as in a stream of events in which nothing happens.
+/// An occasional comment, as in an idle event stream.
 fn quiet_events(connection: &Authenticated) -> poem::Body {
     let endless = connection.begin_endless_response();
     poem::Body::from_bytes_stream(stream::unfold(endless, async |endless| {
@@ -487,7 +487,7 @@ mod http2 {
 
     #[tokio::test]
     async fn event_stream_that_is_not_read_is_closed() {
-        // Nothing is read, or the first two events.
+        // Nothing is read, or only the first two events.
         for size in [0, 6] {
             let mut stream = connect().await;
             let request = [hello(&window(size)), get_path(1, "/events")].concat();

@@ -145,7 +145,7 @@ async fn changes_of_disconnected_clients_leave_the_queue() {
     }
 }
 
-/// Reports of usage and lists read many rows, and wait while PostgreSQL is slow.
+/// Usage reports and lists read many rows, and wait while PostgreSQL is slow.
 #[tokio::test(flavor = "multi_thread")]
 async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
     let app = patient().await;

@@ -246,7 +246,7 @@ async fn enforces_decisions(program: Program) {
     let hop = setting.get("/").header("connection", "X-Service-Token");
     assert_eq!(setting.send(hop).await.status(), 401);
 
-    // Usage shows the consumer's method and path, not the ones that it claims.
+    // Usage shows the consumer's actual method and path, not the ones it claims.
     app.ship_usage().await;
     let decisions = "/admin/decisions?limit=100";
     let decisions = app.act(&account, "GET", decisions, Value::Null).await;

@@ -1,4 +1,4 @@
-//! When keys and service tokens were last used: keys with their usage, the others in memory and in batches.
+//! When keys and service tokens were last used: keys with their usage, tokens in memory and in batches.
 
 use quota_common::{ApiKeyId, ServiceTokenId};
 use quota_server::clock::UnixNanos;
@@ -158,7 +158,7 @@ async fn last_use_of_a_key_is_written_with_its_usage_and_never_moves_back() {
         app.key(&account, &plan).await,
     );
     assert_eq!(app.echo(&used.text).await.status, 200);
-    // There is one way only.
+    // There is only one way.
     app.state.last_used.flush(&app.state.db).await.unwrap();
     let database = app.database.connect().await;
     let times = async || {
@@ -174,7 +174,7 @@ async fn last_use_of_a_key_is_written_with_its_usage_and_never_moves_back() {
     let first = times().await[&used.id].expect("it was used");
     assert!((now - 60.0..=now + 1.0).contains(&first), "{first} {now}");
     assert_eq!(times().await[&unused.id], None);
-    // A denied request is a use, too.
+    // A denied request also counts as a use.
     tokio::time::sleep(std::time::Duration::from_millis(1_200)).await;
     assert_eq!(app.echo(&used.text).await.status, 429);
     app.ship_usage().await;

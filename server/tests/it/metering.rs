@@ -359,7 +359,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
     assert_eq!(metric(app, "quota_usage_unrecordable").await, "0");
 }
 
-/// Denials cost the consumer nothing, so one could send enough of them to fill the backlog for every tenant.
+/// Denials cost the consumer nothing, so one consumer could send enough of them to fill the backlog for every tenant.
 #[tokio::test(flavor = "multi_thread")]
 async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
     const DENIED: u64 = 12_000;
@@ -382,7 +382,7 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
         let status = request.send().await.status;
         *statuses.entry(status).or_insert(0_u64) += 1;
         if n % 200 == 0 {
-            // As the job does, all the time.
+            // Runs continuously, like the job.
             assert!(app.state.metering.ship().await.is_err());
         }
     }
@@ -399,13 +399,13 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
     let (denied, allowed) = logged
         .iter()
         .partition::<Vec<_>, _>(|(_, it)| it.was_rejected);
-    // Every admitted request; and every denial is in the log or counted.
+    // Every admitted request is recorded, and every denial is either in the log or counted.
     let of_flooding = |it: &&(&String, &Logged)| it.1.key_id == key.id;
     assert_eq!(allowed.iter().filter(of_flooding).count(), 3);
     let others = allowed.iter().filter(|it| it.1.key_id == world.key.id);
     assert_eq!(others.map(|it| it.0.clone()).collect::<BTreeSet<_>>(), ids);
     assert_eq!(denied.len() as u64 + unrecorded, DENIED - 2);
-    // Later, every denial is recorded again.
+    // Later, all denials are recorded again.
     for _ in 0..150 {
         assert_eq!(app.echo(&key.text).await.status, 429);
     }
@@ -414,7 +414,7 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
     assert_eq!(again, logged.len() + 150);
 }
 
-/// A file system of its own, of this many bytes.
+/// A separate file system of this size in bytes.
 struct SmallDisk(TempDir);
 
 impl SmallDisk {

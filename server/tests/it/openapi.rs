@@ -249,7 +249,7 @@ fn short(body: &Value) -> String {
     body.to_string().chars().take(300).collect()
 }
 
-/// Whether an error names the field, or what is wrong inside it.
+/// Whether an error names the field or a part of it.
 fn names(answer: &Answer, field: &str) -> bool {
     let errors = answer.body["errors"].as_array();
     let is_field = |it: &Value| {

@@ -28,8 +28,9 @@ use crate::{
     session::session,
 };
 
-/// The dialogs of the page. They are not part of the details, which are rendered again after each load, so that typed
-/// text or a new key in a dialog is kept.
+/// They are not part of the details, which are rendered again after each load, so that typed text or a new key in a
+/// dialog is kept. They are not part of the details, which are rendered again after each load, so that typed text or a
+/// new key in a dialog is kept.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,

@@ -142,7 +142,7 @@ async fn external_id_and_metadata_are_kept_found_and_removed() {
     assert_eq!(found(&account, "external_id=crm").await.len(), 0);
     assert_eq!(found(&account, "search=crm_4").await.len(), 2);
     assert_eq!(found(&account, "search=crm_42%25").await, ["crm_42%"]);
-    // Percent signs and underscores are characters, not wildcards.
+    // Percent signs and underscores are ordinary characters, not wildcards.
     assert_eq!(found(&account, "search=crm%25").await.len(), 0);
     assert_eq!(found(&other, "external_id=crm_4").await.len(), 0);
 

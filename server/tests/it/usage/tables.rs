@@ -135,7 +135,7 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
         0
     );
     assert_eq!(list(&key).await["total"]["allowed"], 500);
-    // The tenant's list is larger, and one consumer cannot fill it: it takes only what its key's list took.
+    // The tenant's list is larger, and one consumer cannot fill it: only endpoints in its key's list are added.
     assert_eq!(list("endpoint=GET%20/255").await["total"]["allowed"], 1);
     assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 0);
     let other = UsageRecord {
@@ -157,7 +157,7 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
     let lists = "SELECT count(*) FROM usage_endpoints WHERE key_id = '00000000-0000-0000-0000-000000000000'";
     assert_eq!(number(&client, lists).await, 257);
 
-    // An endpoint in use is noted once a day.
+    // An endpoint in use is recorded once a day.
     let age = "UPDATE usage_endpoints SET seen_on = CURRENT_DATE - 9 WHERE endpoint IN ('GET /000', 'GET /001')";
     client.batch_execute(age).await.expect("older endpoints");
     append(&app, &first[1..]).await;
@@ -364,9 +364,9 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         5,
         "cursors are kept as long as they are needed"
     );
-    // Those of 4 and 5 days ago stay, and those of the requests above.
+    // Those from 4 and 5 days ago are kept, and those of the requests above.
     assert_eq!(number(&client, endpoints).await, listed - 1495);
-    // Whole days: the one that ended less than the retention ago stays.
+    // Whole days: a day that ended within the retention period is kept.
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 4);
     let quarters = "SELECT count(DISTINCT start) FROM usage_quarters";
     assert_eq!(number(&client, quarters).await, 6);
