@@ -17,7 +17,7 @@ pub struct ApiKey {
     pub id: ApiKeyId,
     pub name: String,
     pub plan_id: PlanId,
-    /// The first characters of the key, to tell keys apart.
+    /// The first characters of the key, to identify it.
     pub prefix: String,
     /// Requests with an inactive key are rejected with 401 and never charged.
     pub is_active: bool,
@@ -28,11 +28,11 @@ pub struct ApiKey {
     /// equals its rate, the key's burst equals this rate.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub rpm_override: Option<u32>,
-    /// What the key is called in your own system, such as a customer ID. Several keys may have the same one.
+    /// The key's identifier in your own system, such as a customer ID. Several keys may have the same one.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub external_id: Option<String>,
-    /// Your own names and values, stored with the key and not interpreted.
+    /// Your own names and values, which are stored with the key and not interpreted.
     #[serde(default)]
     pub metadata: Metadata,
     /// When the key was last used, whether the request was allowed or denied. Updated within seconds.
@@ -69,7 +69,7 @@ pub struct CreateApiKey {
     #[garde(dive)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub rpm_override: Option<Rpm>,
-    /// What the key is called in your own system, such as a customer ID: 1 to 200 characters. Several keys may have the
+    /// The key's identifier in your own system, such as a customer ID: 1 to 200 characters. Several keys may have the
     /// same one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(dive)]
@@ -115,7 +115,7 @@ pub struct UpdateApiKey {
     #[garde(dive)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub rpm_override: Patch<Rpm>,
-    /// What the key is called in your own system: 1 to 200 characters. `null` removes it.
+    /// The key's identifier in your own system: 1 to 200 characters. `null` removes it.
     #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
     #[garde(dive)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
@@ -142,8 +142,8 @@ pub struct RotateApiKey {
     #[garde(dive)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
     pub grace_seconds: Option<GraceSeconds>,
-    /// Whether to revoke the previous key now if the grace period of an earlier rotation has not ended. Default:
-    /// false.
+    /// Whether to revoke the previous key immediately if the grace period of an earlier rotation has not ended.
+    /// Default: false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(skip)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]

@@ -171,8 +171,8 @@ pub struct SignedIn {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub refresh_token: Option<String>,
-    /// Send it with the next sign-in from this device. A known device is not slowed down by failed sign-ins from
-    /// elsewhere. It is not a credential. Absent when cookies were requested.
+    /// Send it with the next sign-in from this device. Failed sign-ins from other devices do not slow down sign-ins
+    /// from a known device. It is not a credential. Absent when cookies were requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
     pub device_token: Option<String>,

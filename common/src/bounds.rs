@@ -1,45 +1,46 @@
 //! The bounds of fields, and the rules of [`field`](crate::field) that check them.
 //!
-//! The server uses them to reject what the console explains before sending.
+//! The server uses them to reject requests, and the console to explain errors before sending.
 
 #![expect(
     clippy::trivially_copy_pass_by_ref,
     reason = "the signature that garde's custom rules have"
 )]
 
-/// The longest name of a plan, key, service token, user or tenant, in characters.
+/// Maximum length of the name of a plan, key, service token, user or tenant, in characters.
 pub const NAME_MAX: usize = 200;
-/// The highest rate, in requests per minute.
+/// Maximum rate, in requests per minute.
 pub const RPM_MAX: u32 = 60_000_000;
-/// The highest burst, in requests.
+/// Maximum burst, in requests.
 pub const BURST_MAX: u32 = RPM_MAX;
-/// The highest daily or monthly quota: the largest integer that an RFC 9651 header field can carry.
+/// Maximum daily or monthly quota: the largest integer that an RFC 9651 header field can carry.
 pub const QUOTA_MAX: u64 = 999_999_999_999_999;
-/// The highest cost of a single request.
+/// Maximum cost of a single request.
 pub const COST_MAX: u32 = 1_000_000;
-/// The longest grace period of a rotation, in seconds: 30 days.
+/// Maximum grace period of a rotation, in seconds: 30 days.
 pub const GRACE_MAX: u32 = 30 * 24 * 60 * 60;
-/// The default grace period of a rotation, in seconds: 24 hours.
+/// Default grace period of a rotation, in seconds: 24 hours.
 pub const GRACE_DEFAULT: u32 = 24 * 60 * 60;
-/// The shortest and longest password, in bytes of its NFC form.
+/// Minimum and maximum length of a password, in bytes of its NFC form.
 pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
-/// The longest password, token or API key that is looked at, in characters.
+/// Maximum length of a password, token or API key that is processed, in characters.
 pub const CREDENTIAL_MAX: usize = 256;
-/// The longest device token, in characters.
+/// Maximum length of a device token, in characters.
 pub const DEVICE_TOKEN_MAX: usize = 512;
-/// The longest email address, in characters. RFC 5321 4.5.3.1.3 allows as many octets, without the angle brackets.
+/// Maximum length of an email address, in characters. RFC 5321 4.5.3.1.3 allows the same number of octets, without the
+/// angle brackets.
 pub const EMAIL_MAX: usize = 254;
-/// The longest name of a time zone, in characters.
+/// Maximum length of the name of a time zone, in characters.
 pub const TIME_ZONE_MAX: usize = 64;
-/// The longest endpoint name, in characters.
+/// Maximum length of an endpoint name, in characters.
 pub const ENDPOINT_MAX: usize = 128;
-/// The longest external ID of an API key, in characters.
+/// Maximum length of the external ID of an API key, in characters.
 pub const EXTERNAL_ID_MAX: usize = 200;
-/// The most entries in the metadata of an API key.
+/// Maximum number of entries in the metadata of an API key.
 pub const METADATA_ENTRIES_MAX: usize = 50;
-/// The longest name of a metadata entry, in characters.
+/// Maximum length of the name of a metadata entry, in characters.
 pub const METADATA_NAME_MAX: usize = 40;
-/// The longest value of a metadata entry, in characters.
+/// Maximum length of the value of a metadata entry, in characters.
 pub const METADATA_VALUE_MAX: usize = 500;
 
 /// Requires 1 to 200 characters that are not all white space and not control characters.
@@ -52,7 +53,7 @@ pub(crate) fn name(value: &str, _: &()) -> garde::Result {
     }
     if length > NAME_MAX {
         return Err(garde::Error::new(format!(
-            "must be at most {NAME_MAX} characters, is {length}"
+            "must be at most {NAME_MAX} characters, got {length}"
         )));
     }
     if value.chars().any(char::is_control) {
@@ -62,7 +63,7 @@ pub(crate) fn name(value: &str, _: &()) -> garde::Result {
 }
 
 /// Requires exactly one `@` with text on both sides, no white space or control characters, and at most 254
-/// characters. Whether the address exists is only known once a mail has arrived.
+/// characters. Whether the address exists is not checked.
 pub(crate) fn email(value: &str, _: &()) -> garde::Result {
     if value.chars().count() > EMAIL_MAX {
         return Err(garde::Error::new(format!(
@@ -85,7 +86,7 @@ pub(crate) fn email(value: &str, _: &()) -> garde::Result {
     }
 }
 
-/// Requires 12 to 256 bytes as sent. How easy the password is to guess is decided by the server.
+/// Requires 12 to 256 bytes as sent. The server checks whether the password is too easy to guess.
 pub(crate) fn password(value: &str, _: &()) -> garde::Result {
     if PASSWORD_BYTES.contains(&value.len()) {
         Ok(())

@@ -10,7 +10,7 @@ use crate::{
 };
 
 in_address!(
-    /// What was decided.
+    /// The outcome of a decision.
     DecisionOutcome {
         Allowed = "allowed",
         Rejected = "rejected",
@@ -24,12 +24,12 @@ pub struct Decision {
     pub id: Uuid,
     pub at: Timestamp,
     pub key_id: ApiKeyId,
-    /// The key's current name. `null` if it was deleted.
+    /// The key's current name. `null` if the key was deleted.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub key_name: Option<String>,
     /// The key's plan at that time.
     pub plan_id: PlanId,
-    /// Empty if the request named none.
+    /// Empty if none was sent.
     pub endpoint: String,
     pub outcome: DecisionOutcome,
     /// The policy that denied the request: `rpm`, `daily` or `monthly`; `reduced_capacity` if limits could not be checked.
@@ -48,16 +48,16 @@ pub struct Decision {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct DecisionPage {
-    /// In the order in which the server received their records, newest first.
+    /// Newest first, in the order in which the server received their records.
     pub items: Vec<Decision>,
     /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub next_cursor: Option<String>,
-    /// Number of decisions in the log that match the filters. `null` with an `endpoint` whose requests are counted in
+    /// Number of decisions in the log that match the filters. `null` if `endpoint` is one whose requests are counted in
     /// `other`.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub total: Option<u64>,
-    /// Pass as `last_event_id` to `GET /admin/decisions/stream` to receive what follows this page. Opaque.
+    /// Pass as `last_event_id` to `GET /admin/decisions/stream` to receive the decisions after this page. Opaque.
     pub last_event_id: String,
 }
 

@@ -1,7 +1,7 @@
 //! Fields of request bodies that have bounds: one type for each kind, with the rule and the schema that go with it.
 //!
-//! Reading one from JSON checks only its JSON type. [`garde::Validate`] checks the bounds, so that a body with several
-//! invalid fields gets all of them reported at once, and so that the console can hold what a person is still typing.
+//! Reading one from JSON checks only its JSON type. [`garde::Validate`] checks the bounds, so that all invalid fields
+//! of a body are reported together, and so that the console can hold values that are still being typed.
 
 #[cfg(feature = "openapi")]
 use std::collections::BTreeMap;
@@ -181,11 +181,11 @@ fn bound(number: impl Into<u64>) -> f64 {
 numbers! {
     /// A rate, in requests per minute.
     Rpm(u32 as i32) = 1..=bounds::RPM_MAX;
-    /// The number of requests that an idle key may send at once.
+    /// The number of requests an idle key may send immediately.
     Burst(u32 as i32) = 1..=bounds::BURST_MAX;
     /// A daily or monthly quota, in requests.
     Quota(u64 as i64) = 1..=bounds::QUOTA_MAX;
-    /// How many requests one request counts as.
+    /// The number of requests that one request counts as.
     Cost(u32 as i32) = 1..=bounds::COST_MAX;
     /// The grace period of a rotation.
     GraceSeconds(u32 as i32) = 0..=bounds::GRACE_MAX;
@@ -196,29 +196,29 @@ texts! {
     Name: 1..=bounds::NAME_MAX, bounds::name, NAME_PATTERN;
     /// An email address.
     Email: 3..=bounds::EMAIL_MAX, bounds::email, EMAIL_PATTERN;
-    /// The email of somebody who signs in: anything that can be looked up. Whether it is well formed must not be
-    /// revealed before the password was verified.
+    /// The email of a user who signs in: any string that can be looked up. Whether it is well formed must not be
+    /// revealed before the password is verified.
     LoginEmail: 1..=bounds::EMAIL_MAX, bounds::login_email, NO_NUL_PATTERN;
     /// A new password. The server also rejects one that is too easy to guess.
     NewPassword: 1..=*bounds::PASSWORD_BYTES.end(), bounds::password;
-    /// A password, token or API key as it was sent. Whether it is right is decided later.
+    /// A password, token or API key as it was sent. Whether it is correct is checked later.
     Credential: 1..=bounds::CREDENTIAL_MAX, bounds::characters(bounds::CREDENTIAL_MAX);
-    /// What a device was given to be recognized by at its next sign-in. Whether it is valid is decided later.
+    /// The token by which a device is recognized at its next sign-in. Whether it is valid is checked later.
     DeviceToken: 1..=bounds::DEVICE_TOKEN_MAX, bounds::characters(bounds::DEVICE_TOKEN_MAX);
-    /// The name of a time zone. Whether the IANA database contains it is decided by the server.
+    /// The name of a time zone. The server checks whether the IANA database contains it.
     TimeZoneName: 1..=bounds::TIME_ZONE_MAX, bounds::characters(bounds::TIME_ZONE_MAX);
     /// The name of an endpoint of the tenant's API, such as `GET /orders`.
     Endpoint: 1..=bounds::ENDPOINT_MAX, bounds::endpoint, PRINTABLE_PATTERN;
-    /// What an API key is called in the tenant's own system, such as the ID of a customer.
+    /// An API key's identifier in the tenant's own system, such as a customer ID.
     ExternalId: 1..=bounds::EXTERNAL_ID_MAX, bounds::external_id, PRINTABLE_PATTERN;
 }
 
 shown!(Name, Email, LoginEmail, TimeZoneName, Endpoint, ExternalId);
 redacted!(NewPassword, Credential, DeviceToken);
 
-/// Names and values that a tenant keeps with an API key. Quota stores them and does not interpret them.
+/// Names and values that a tenant stores with an API key. Quota does not interpret them.
 ///
-/// A list, because the code of a map would make the console larger.
+/// A list, because a map would add code to the console.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Validate)]
 #[garde(transparent)]
 pub struct Metadata(#[garde(custom(bounds::metadata))] Vec<(String, String)>);

@@ -23,7 +23,7 @@ pub struct Check {
     /// The consumer's API key.
     #[garde(dive)]
     pub key: Credential,
-    /// How many requests this one counts as, 1 to 1,000,000. Default: 1.
+    /// The number of requests this one counts as, 1 to 1,000,000. Default: 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(dive)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
@@ -67,7 +67,7 @@ pub enum CheckCode {
     ExpiredKey,
 }
 
-/// A limit of a key.
+/// A limit that applies to a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(
@@ -104,7 +104,7 @@ pub struct LimitState {
     pub limit: u64,
     /// Requests left now.
     pub remaining: u64,
-    /// When `remaining` is back at `limit`.
+    /// When `remaining` reaches `limit` again.
     pub reset_at: Timestamp,
 }
 
@@ -121,7 +121,8 @@ pub struct CheckResult {
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub plan: Option<String>,
     pub limits: Vec<LimitState>,
-    /// Seconds until the same request would be allowed, rounded up. `null` if it was allowed or can never be allowed.
+    /// Seconds until the same request would be allowed, rounded up. `null` if the request was allowed or can never be
+    /// allowed.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub retry_after: Option<u64>,
     /// Headers for the gateway to pass on to the consumer, whether the request was allowed or denied.

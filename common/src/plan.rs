@@ -71,7 +71,7 @@ pub struct Plan {
     pub name: String,
     /// Requests per minute for each key.
     pub default_rpm: u32,
-    /// Maximum burst: requests an idle key may send at once.
+    /// Maximum burst: requests an idle key may send immediately.
     pub burst: u32,
     /// Requests per key and calendar day, in the tenant's time zone. `null`: unlimited.
     #[cfg_attr(feature = "openapi", oai(nullable))]
@@ -106,7 +106,7 @@ pub struct CreatePlan {
     /// Requests per minute for each key, 1 to 60,000,000.
     #[garde(dive)]
     pub default_rpm: Rpm,
-    /// Maximum burst: requests an idle key may send at once, 1 to 60,000,000. Default: `default_rpm`.
+    /// Maximum burst: requests an idle key may send immediately, 1 to 60,000,000. Default: `default_rpm`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(dive)]
     #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]

@@ -48,7 +48,7 @@ pub struct Problem {
 pub struct FieldError {
     /// Path of the field in the body, such as `default_rpm`, or name of the parameter.
     pub field: String,
-    /// What is wrong with it, such as `must be at least 1`.
+    /// What is wrong with the field, such as `must be at least 1`.
     pub message: String,
 }
 
@@ -98,12 +98,12 @@ problems! {
     /// The key's plan is paid and the tenant has no active subscription.
     SubscriptionNeeded = "subscription-needed", 402, "Subscription required";
     /// Your role in the tenant does not allow this action, or a request with session cookies did not come from
-    /// this server's own pages. `detail` says which.
+    /// this server's own pages. `detail` contains the reason.
     Forbidden = "forbidden", 403, "Not allowed";
     /// New accounts on this server are created by its operator. Ask the operator for one.
     RegistrationClosed = "registration-closed", 403, "Registration is closed";
-    /// The organization has reached a limit set by the operator of this server; `detail` says which. Delete what you no
-    /// longer need, or ask the operator for a higher limit.
+    /// The organization has reached a limit set by the operator of this server; `detail` contains the reason. Delete
+    /// what you no longer need, or ask the operator for a higher limit.
     LimitReached = "limit-reached", 403, "Limit reached";
     /// The resource does not exist, or it belongs to another tenant. Both look the same on purpose.
     NotFound = "not-found", 404, "Not found";
@@ -147,12 +147,13 @@ problems! {
     /// seconds in `Retry-After`.
     Unavailable = "unavailable", 503, "Temporarily unavailable";
     /// Rate limits can't be checked right now, because the shared counters or the database are unreachable. Nothing
-    /// was charged. Retry after the number of seconds in `Retry-After`.
+    /// was charged. Retry after the number of seconds in `Retry-After`. The status is 429 if this server still enforces
+    /// its share of the limit and that share is used up, and 503 if nothing can be checked.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
-    /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage waits to be
-    /// written to the database. Requests that are not recorded are not admitted. Nothing was charged. Retry after the
-    /// number of seconds in `Retry-After`. Operators: free disk space in `QUOTA_DATA_DIR`, or see why usage is not
-    /// written to PostgreSQL.
+    /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage is waiting
+    /// to be written to the database. Requests that are not recorded are not admitted. Nothing was charged. Retry after
+    /// the number of seconds in `Retry-After`. Operators: free disk space in `QUOTA_DATA_DIR`, or find out why usage is
+    /// not written to PostgreSQL.
     InsufficientStorage = "insufficient-storage", 503, "Usage can't be recorded";
 }
 

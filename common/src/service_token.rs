@@ -11,7 +11,7 @@ use crate::{field::Name, id::ServiceTokenId, time::Timestamp};
 pub struct ServiceToken {
     pub id: ServiceTokenId,
     pub name: String,
-    /// The first characters of the token, to tell tokens apart.
+    /// The first characters of the token, to identify it.
     pub prefix: String,
     /// When the token was last used. Updated within seconds.
     #[cfg_attr(feature = "openapi", oai(nullable))]

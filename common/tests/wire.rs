@@ -140,7 +140,7 @@ fn plans_match_their_golden_json() {
     );
 }
 
-/// poem-openapi serializes absent and cleared fields alike. It never sends a PATCH, so only serde matters.
+/// poem-openapi serializes absent and cleared fields alike. Only the console sends a PATCH, so only serde matters.
 #[test]
 fn patch_field_distinguishes_null_from_absent() {
     let cleared: plan::UpdatePlan = serde_json::from_value(json!({"daily_quota": null})).unwrap();

@@ -1,6 +1,6 @@
-//! HTTP: sends a [`Call`] to one server and returns the body of the response. Does not know the keychain or Tauri.
+//! HTTP: sends a [`Call`] to one server and returns the body of the response. Does not depend on the keychain or Tauri.
 //!
-//! Sends nothing but what [`Call::sent`] returns, and only to the server's own origin. Redirects are not followed, so
+//! Sends only what [`Call::sent`] returns, and only to the server's own origin. Redirects are not followed, so
 //! that credentials cannot reach another host.
 
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use crate::server::Server;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Far above the size of any response of the API.
+/// Far larger than any response of the API.
 const MAX_BODY: usize = 8 * 1024 * 1024;
 
 /// How a call is authenticated.
@@ -85,7 +85,7 @@ impl Client {
             Ok(problem) => Err(CallError::Problem {
                 problem: Box::new(problem),
             }),
-            // A proxy answered in place of an unreachable server.
+            // A proxy responded in place of an unreachable server.
             Err(_) if status.is_server_error() => Err(CallError::Unreachable),
             Err(_) => Err(CallError::Unreadable),
         }

@@ -119,7 +119,7 @@ impl ApiKeyApi {
         DateTime::from_timestamp_nanos(i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX))
     }
 
-    /// Rejects an expiry that has already passed: it is a mistake.
+    /// Rejects an expiry that has already passed, because it must be a mistake.
     fn check_expiry(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
         match at {
             Some(at) if at.inner() <= self.now() => {
@@ -134,8 +134,9 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Returns keys newest first, or as `sort` says. The key itself is never returned. A cursor is only valid with the
-    /// sort it was issued for; when sorting by last use, a key that is used between two pages may move.
+    /// Returns keys in the order given by `sort`, by default newest first. The key itself is never returned. A cursor
+    /// is only valid with the sort it was issued for; when sorting by last use, a key that is used while you page
+    /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
         clippy::too_many_arguments,
@@ -153,7 +154,7 @@ impl ApiKeyApi {
         /// Only keys with this external ID.
         #[oai(validator(min_length = 1, max_length = 200))]
         external_id: Query<Option<String>>,
-        /// Substring of the name, or beginning of the key or its external ID.
+        /// Substring of the name, or prefix of the key or external ID.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
         /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that were never
@@ -223,7 +224,7 @@ impl ApiKeyApi {
             key: None,
             api_key: row.into(),
         };
-        // Without the secret, which must not be stored.
+        // The secret is removed, because it must not be stored.
         idempotency
             .keep(&mut edit, StatusCode::CREATED, &created)
             .await?;
@@ -320,7 +321,7 @@ impl ApiKeyApi {
     ///
     /// Returns a new key. This is the only time it is available: a replay with the same `Idempotency-Key` returns
     /// everything except the key. The previous key keeps working for `grace_seconds`; both count against the same
-    /// limits. Until then, another rotation fails with 409 unless `replace_previous` is true, because a key has at most
+    /// limits. Until then, another rotation fails with 409 unless `replace_previous` is true, because there can be only
     /// one previous key.
     #[oai(
         path = "/api-keys/:key_id/rotate",
@@ -360,7 +361,7 @@ impl ApiKeyApi {
             key: None,
             api_key: ApiKey::from(row.or_not_found()?),
         };
-        // Without the secret, which must not be stored.
+        // The secret is removed, because it must not be stored.
         idempotency
             .keep(&mut edit, StatusCode::OK, &rotated)
             .await?;

@@ -111,8 +111,8 @@ fn just_used() -> ApiError {
 impl PlanApi {
     /// List plans
     ///
-    /// Returns plans newest first, or as `sort` says, each with its number of keys. A cursor is only valid with the
-    /// sort it was issued for.
+    /// Returns plans in the order given by `sort`, by default newest first, each with its number of keys. A cursor is
+    /// only valid with the sort it was issued for.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
         &self,
@@ -256,7 +256,7 @@ impl PlanApi {
         plan::delete(&mut edit, id).await.map_err(|error| {
             ApiError::on_constraint(error, &[("api_keys_plan_fkey", just_used)])
         })?;
-        // Without keys, no cache contains the plan.
+        // A plan without keys is not in any cache.
         edit.deleted(AuditAction::PlanDelete, &plan, None).await?;
         Ok(NoContent)
     }

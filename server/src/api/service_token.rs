@@ -110,7 +110,7 @@ impl ServiceTokenApi {
             token: None,
             service_token: row.into(),
         };
-        // Without the secret, which must not be stored.
+        // The secret is removed, because it must not be stored.
         idempotency
             .keep(&mut edit, StatusCode::CREATED, &created)
             .await?;

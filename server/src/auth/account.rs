@@ -1,8 +1,8 @@
 //! Accounts: registering, signing in, changing a password.
 //!
-//! A password is verified outside of any transaction, since hashing is slow and may wait. The transaction that then
-//! creates a session, or changes the password, checks under the user's row lock that the password is still the one that
-//! was verified, so a password that changed in between does not create a session.
+//! A password is verified outside of any transaction, because hashing is slow and may have to wait. The transaction
+//! that then creates a session or changes the password locks the user's row and checks that the password is still the
+//! one that was verified. So a password that was changed in between does not create a session.
 
 use std::sync::Arc;
 
@@ -32,7 +32,7 @@ use crate::{
 /// An account with a new session.
 pub struct SignedIn {
     pub tokens: Tokens,
-    /// The device token, by which the device is recognized at its next sign-in.
+    /// The token by which the device is recognized at its next sign-in.
     pub device: String,
     pub user: UserRow,
     pub tenant: TenantRow,
@@ -165,7 +165,7 @@ impl Accounts {
         let hash = self.passwords.hash(password, &email, &place).await?;
         drop(place);
         let mut tx = self.db.system().await?;
-        // First: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
+        // Done first: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
         account::set_password(&mut tx, user.id, &hash).await?;
         // No session has the nil ID, so all are revoked.
         let ended = session::end_others(&mut tx, user.id, Uuid::nil()).await?;
@@ -200,7 +200,7 @@ impl Accounts {
         Ok(all)
     }
 
-    /// Signs in. Other people cannot exhaust the limits of a known device; see [`super::attempts`].
+    /// Signs in. Other people cannot use up the attempts of a known device; see [`super::attempts`].
     pub async fn login(
         &self,
         credentials: Credentials<'_>,
@@ -238,7 +238,7 @@ impl Accounts {
             hash.is_some_and(|hash| self.devices.is_of_password(device, hash))
         };
         if known.as_ref().is_some_and(|device| !is_current(device)) {
-            // The password has changed in the meantime. This counts as a failed attempt, also for the device.
+            // The password has changed in the meantime. This counts as a failed attempt, including for the device.
             attempt.set_judgment(Judgment::Wrong);
             let network = self.attempts.of_network(&email, origin.ip).await;
             attempt = network.map_err(refused)?;
@@ -289,8 +289,8 @@ impl Accounts {
         })
     }
 
-    /// Counts an attempt to sign in. A known device whose attempts are used up is like any other: someone who has
-    /// collected devices of an account cannot lock its owner out.
+    /// Counts an attempt to sign in. A known device whose attempts are used up is treated like any other device, so
+    /// collecting devices of an account does not lock its owner out.
     async fn attempt(
         &self,
         email: &str,
@@ -306,8 +306,8 @@ impl Accounts {
         Ok((attempt.map_err(refused)?, None))
     }
 
-    /// Verifies a password. From the moment it is handed over, the attempt stays counted even if its caller goes away,
-    /// unless the password turns out to be correct or was not judged.
+    /// Verifies a password. Once passed on, the attempt stays counted even if the caller disconnects, unless the
+    /// password turns out to be correct or was never verified.
     async fn verify(
         &self,
         attempt: &mut Attempt,
@@ -357,7 +357,7 @@ impl Accounts {
         drop(place);
 
         let mut tx = self.db.system().await?;
-        // First: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
+        // Done first: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
         if !account::replace_password(&mut tx, user.0, &old, &hash).await? {
             return Err(AuthError::WrongCredentials);
         }

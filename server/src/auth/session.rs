@@ -1,4 +1,4 @@
-//! Session families: a sign-in and every refresh token that follows from it.
+//! Session families: a sign-in and all refresh tokens issued for it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,7 +23,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Where a request comes from, as far as sessions record it.
+/// The origin of a request, as recorded by sessions.
 #[derive(Debug, Clone, Default)]
 pub struct Origin {
     pub ip: Option<std::net::IpAddr>,
@@ -43,7 +43,7 @@ pub struct Tokens {
     pub session: SessionId,
 }
 
-/// An active session, as requests need it.
+/// The data of an active session that requests need.
 #[derive(Debug, Clone)]
 pub struct LiveSession {
     pub id: SessionId,
@@ -63,7 +63,7 @@ pub struct Sessions {
     live: Cached<SessionId, LiveSession>,
     publisher: Publisher,
     days: u32,
-    /// Whether to refresh sessions of earlier versions, which do not state their secret.
+    /// Whether to refresh sessions of earlier versions, which did not record their secret.
     accepts_unmarked: bool,
 }
 
@@ -77,7 +77,7 @@ impl Sessions {
         freshness: &Arc<Freshness>,
         metrics: &Arc<Metrics>,
     ) -> Self {
-        // People look up sessions; API traffic does not.
+        // Session lookups are caused by people, not by API traffic.
         let live = Cached::new(10_000, grace, freshness.clone(), metrics.clone());
         Self {
             db,
@@ -126,14 +126,14 @@ impl Sessions {
     }
 
     /// Exchanges a refresh token for the next pair of tokens. Reusing a token revokes its session. So does a token
-    /// whose session belongs to a secret that is no longer accepted, since anyone who knows that secret can compute the
-    /// token.
+    /// whose session belongs to a secret that is no longer accepted, since anyone who knows that secret can compute
+    /// tokens.
     pub async fn refresh(&self, token: &str, origin: &Origin) -> Result<Tokens, AuthError> {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
         let hash = token.hash();
-        // The current secret's successor first. A token that was used just before QUOTA_SECRET was rotated has the
-        // previous secret's.
+        // Starts with the successor for the current secret. A token that was used just before QUOTA_SECRET was rotated
+        // has the successor for the previous secret.
         let text = token.reveal();
         let successors = self.secrets.accepted().map(|secrets| {
             SecretText::from_bytes(Kind::Refresh, &secrets.successor(text.as_bytes()))
@@ -193,7 +193,7 @@ impl Sessions {
         })
     }
 
-    /// Returns the CSRF token of a session: its ID with a proof that the server wrote it.
+    /// Returns the CSRF token of a session: its ID with a proof that it came from the server.
     pub fn csrf_token(&self, session: SessionId) -> String {
         let tag = self.secrets.current.csrf(session.0.as_bytes());
         let bytes = [session.0.as_bytes(), &tag[..]].concat();
@@ -232,7 +232,7 @@ impl Sessions {
             .get(id, move || {
                 let db = db.clone();
                 async move {
-                    // Without a limit, one look-up that never completes would block every request for this session.
+                    // Without a limit, one lookup that never completes would block every request for this session.
                     db.within_limit(load(&db, id))
                         .await
                         .map_err(|error| Unconfirmed::Failed(db::chain(&error).into()))
@@ -263,7 +263,7 @@ impl Sessions {
         Ok(())
     }
 
-    /// Ends a session of a user. Returns `false` if they have no such active session.
+    /// Revokes a session of a user. Returns `false` if the user has no such active session.
     pub async fn end(
         &self,
         user: UserId,
@@ -277,7 +277,7 @@ impl Sessions {
         }
     }
 
-    /// Returns `false` if another request has ended it in the meantime.
+    /// Returns `false` if another request has revoked it in the meantime.
     async fn end_in(
         &self,
         mut tx: SystemTx,
@@ -314,7 +314,7 @@ impl Sessions {
         self.live.forget(|_, _| true);
     }
 
-    /// Drops sessions that changes have invalidated from the cache.
+    /// Drops sessions from the cache that changes have invalidated.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_session() {
             self.live
@@ -322,7 +322,8 @@ impl Sessions {
         }
     }
 
-    /// Drops sessions that were revoked here and committed, and publishes that to other replicas.
+    /// Drops sessions from the cache that were revoked in a committed transaction, and publishes this to other
+    /// replicas.
     pub fn ended(&self, invalidations: &[Invalidation]) {
         self.revoke(&invalidations.iter().collect());
         for invalidation in invalidations {
@@ -353,7 +354,7 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
     }))
 }
 
-/// Returns `None` for a role that this version does not know, which has no rights.
+/// Returns `None` for a role that this version does not support, which has no permissions.
 pub fn role_named(name: &str) -> Option<Role> {
     [
         Role::Owner,

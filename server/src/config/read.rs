@@ -117,7 +117,7 @@ impl Config {
             },
             lease_ttl: r.duration_within(
                 "QUOTA_LEASE_TTL",
-                // Zero needs no unit.
+                // Zero does not need a unit.
                 if s.lease_ttl.trim() == "0" {
                     "0ms"
                 } else {
@@ -192,7 +192,7 @@ impl Config {
             ),
             auth_rpm: r.per_minute("QUOTA_AUTH_RPM", &s.auth_rpm),
             admin_rpm: r.per_minute("QUOTA_ADMIN_RPM", &s.admin_rpm),
-            login_rpm: r.per_minute("QUOTA_LOGIN_RPM", &s.login_rpm),
+            login_free_failures: r.per_minute("QUOTA_LOGIN_FREE_FAILURES", &s.login_free_failures),
             body_limit: usize::try_from(r.number(
                 "QUOTA_BODY_LIMIT",
                 &s.body_limit,

@@ -87,11 +87,11 @@ pub struct Filter<'a> {
     /// Whether they have expired by this time.
     pub is_expired: Option<(bool, DateTime<Utc>)>,
     pub external_id: Option<&'a str>,
-    /// Substring of the name, or beginning of the key or its external ID.
+    /// Substring of the name, or prefix of the key or external ID.
     pub search: Option<&'a str>,
 }
 
-/// Everything a decision needs to know about a key.
+/// The data of a key that decisions need.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyFacts {
@@ -234,7 +234,7 @@ pub async fn update(
     Ok(query.get_result(&mut **tx).await.optional()?)
 }
 
-/// Deletes a key and, by cascade, its quota usage. Returns the key as it was.
+/// Deletes a key and, by cascade, its quota usage. Returns the key's last state.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<Option<ApiKeyRow>, DbError> {
     let query = diesel::delete(api_keys::table.find((tx.tenant().0, id)))
         .returning(ApiKeyRow::as_returning());
@@ -278,7 +278,7 @@ pub async fn rotate(
     Ok(row.optional()?)
 }
 
-/// The facts of a key, by the hash of one of its secrets.
+/// The facts of a key, found by the hash of one of its secrets.
 #[derive(Debug)]
 pub struct FoundKey {
     pub hash: Vec<u8>,
@@ -335,7 +335,7 @@ struct FactsRow {
 }
 
 impl FactsRow {
-    /// Returns one result for each secret of the key that was asked for: both secrets of a rotated key may be.
+    /// Returns one result for each requested secret of the key: both secrets of a rotated key may have been requested.
     fn found(self, hashes: &[&[u8]]) -> impl Iterator<Item = FoundKey> + use<> {
         let Self { key, plan, .. } = self;
         let is_requested = |hash: &Vec<u8>| hashes.contains(&&**hash);
@@ -376,9 +376,9 @@ impl FactsRow {
     }
 }
 
-/// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in no order.
+/// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in any order.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
-    // In the same statement, so that it belongs to the same snapshot.
+    // Read in the same statement, so that it belongs to the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
     let rows = api_keys::table
@@ -408,7 +408,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
     Ok(rows.into_iter().flat_map(|row| row.found(hashes)).collect())
 }
 
-/// Finds one key of the tenant with its plan, as [`facts`] does.
+/// Finds one key of the tenant with its plan, like [`facts`].
 pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, DbError> {
     let tenant = tx.tenant().0;
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
@@ -437,7 +437,7 @@ pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, D
     }))
 }
 
-/// Moves `last_used_at` of many keys forward in one statement. Never moves it back.
+/// Moves `last_used_at` of many keys forward in one statement. Never moves it backward.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
     super::touch(tx, "api_keys", used).await
 }

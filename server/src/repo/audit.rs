@@ -70,7 +70,7 @@ pub async fn insert(tx: &mut TenantTx, event: &NewAuditEvent<'_>) -> Result<(), 
     insert_on(tx, event).await
 }
 
-/// Inserts an event outside a tenant's transaction, for registering and signing in.
+/// Inserts an event outside a tenant's transaction, for registration and sign-in.
 pub async fn insert_system(tx: &mut SystemTx, event: &NewAuditEvent<'_>) -> Result<(), DbError> {
     insert_on(tx, event).await
 }

@@ -85,7 +85,7 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Returns a page of plans. Plans are not used themselves, so ordering them by use means ordering by creation.
+/// Returns a page of plans. Plans themselves are not used, so sorting them by last use means sorting by creation.
 pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWithKeys>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table
@@ -171,7 +171,7 @@ pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
         == 1)
 }
 
-/// Returns the number of keys on each of the plans, without those that have none.
+/// Returns the number of keys on each plan that has any.
 async fn key_counts(tx: &mut TenantTx, ids: &[Uuid]) -> Result<HashMap<Uuid, u64>, DbError> {
     let counts = api_keys::table
         .filter(api_keys::tenant_id.eq(tx.tenant().0))

@@ -63,7 +63,7 @@ find_by_id!(
     pub fn find in service_tokens -> ServiceTokenRow
 );
 
-/// Deletes a token. Returns it as it was.
+/// Deletes a token. Returns its last state.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<Option<ServiceTokenRow>, DbError> {
     let query = diesel::delete(service_tokens::table.find((tx.tenant().0, id)))
         .returning(ServiceTokenRow::as_returning());

@@ -1,5 +1,5 @@
-//! Every call of the console against the OpenAPI document: the operation exists, accepts the parameters and the body,
-//! and returns what the console reads.
+//! Checks every call of the console against the OpenAPI document: the operation exists, accepts the parameters and the
+//! body, and returns what the console reads.
 
 use std::{collections::BTreeSet, mem::discriminant};
 

@@ -20,7 +20,7 @@ use nix::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// The first start creates a database.
+/// The first startup creates a database.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -67,7 +67,7 @@ pub(crate) struct Server {
     pub(crate) addr: SocketAddr,
     /// The log of `quota`.
     log: Option<File>,
-    /// Its data, removed at the end.
+    /// Its data, which is removed at the end.
     _data: Option<TempDir>,
 }
 
@@ -90,7 +90,7 @@ impl Server {
             _data: None,
         };
         read?;
-        server.addr = addr.with_context(|| format!("the bare {name} server did not start"))??;
+        server.addr = addr.with_context(|| format!("the plain {name} server did not start"))??;
         Ok(server)
     }
 
@@ -142,7 +142,9 @@ impl Server {
         loop {
             let text = fs::read_to_string(log)?;
             if let Some(line) = ready_line(&text) {
-                let listen = line["listen"].as_str().context("no address in the log")?;
+                let listen = line["listen"]
+                    .as_str()
+                    .context("there is no address in the log")?;
                 return Ok(listen.parse()?);
             }
             if let Some(status) = self.child.try_wait()? {

@@ -12,7 +12,7 @@ use crate::{
     model::text::capitalized,
 };
 
-/// Checks the text of a field.
+/// Validates the text of a field.
 pub type Check = fn(&str) -> Result<(), &'static str>;
 
 struct Registered {
@@ -61,7 +61,7 @@ impl FormState {
         });
     }
 
-    /// Removes all errors, for a form that is opened again.
+    /// Clears all errors, for a form that is opened again.
     pub fn reset(self) {
         self.errors.set(Vec::new());
         self.failure.set(None);
@@ -140,7 +140,7 @@ impl FormState {
         })
     }
 
-    /// Checks a field when it is left. An empty field is checked only on submission.
+    /// Validates a field when it loses the focus. An empty field is validated only on submission.
     pub fn check(self, name: &str) {
         // A field also loses the focus when its form is removed.
         let error = self.fields.try_with_value(|fields| {

@@ -1,4 +1,4 @@
-//! The building blocks of pages.
+//! The components of pages.
 
 mod alert;
 mod async_view;

@@ -54,7 +54,7 @@ pub fn Modal(
             rescue_focus();
         }
     });
-    // A page that is left takes its open dialog with it.
+    // When its page is left, an open dialog is removed.
     on_cleanup(move || after_render(place_toasts));
     view! {
         <dialog
@@ -104,13 +104,13 @@ pub fn Confirm(
     /// The label of the button.
     #[prop(into)]
     action: Signal<String>,
-    /// Whether the action takes something away.
+    /// Whether the action is destructive.
     #[prop(default = true.into())]
     danger: Signal<bool>,
     /// Text to type before the button becomes available.
     #[prop(optional, into)]
     phrase: MaybeProp<String>,
-    /// A milder action to offer instead, with its label.
+    /// A milder alternative to offer, with its label.
     #[prop(optional)]
     alternative: Option<(&'static str, Callback<()>)>,
     /// Whether the alternative applies.

@@ -1,4 +1,4 @@
-//! Audit events in words.
+//! Descriptions of audit events.
 
 use quota_common::audit::AuditEvent;
 use serde_json::{Map, Value};
@@ -65,7 +65,7 @@ pub fn field_changes(
         .collect()
 }
 
-/// Sums an event up in one line, such as `Rate 600 → 300/min`. Empty if the action says it all.
+/// Sums up an event in one line, such as `Rate 600 → 300/min`. Empty if the name of the action is enough.
 pub fn summary(event: &AuditEvent, plan_name: &dyn Fn(&str) -> Option<String>) -> String {
     let object = |value: &Option<Value>| value.as_ref().and_then(Value::as_object).cloned();
     match (object(&event.before), object(&event.after)) {
@@ -92,8 +92,8 @@ pub fn summary(event: &AuditEvent, plan_name: &dyn Fn(&str) -> Option<String>) -
                     let value = value_text(name, value, plan_name);
                     match *name {
                         "default_rpm" => value,
-                        "daily_quota" => format!("{value} a day"),
-                        "monthly_quota" => format!("{value} a month"),
+                        "daily_quota" => format!("{value} per day"),
+                        "monthly_quota" => format!("{value} per month"),
                         name => format!("{} {value}", field_label(name).to_ascii_lowercase()),
                     }
                 })
@@ -125,7 +125,7 @@ fn change(
         ),
         _ => {
             let (before, after) = (before.map(text).unwrap_or_default(), text(after));
-            // The unit is said once.
+            // The unit is given once.
             let before = match after.strip_suffix(|c: char| c.is_ascii_alphabetic()) {
                 Some(_) if after.ends_with("/min") => before.trim_end_matches("/min").to_owned(),
                 _ => before,
@@ -185,7 +185,7 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     }
 }
 
-/// Events as a table. Each is summed up in one line; a row below, hidden at first, has its details in the full width.
+/// Events as a table. Each is summed up in one line; a hidden row below has its details across the full width.
 pub fn event_table(
     events: &[AuditEvent],
     plan_name: &dyn Fn(&str) -> Option<String>,
@@ -200,7 +200,7 @@ pub fn event_table(
         .iter()
         .flat_map(|event| {
             let id = event.target_id.as_deref().unwrap_or_default();
-            // Without a page of its own, the resource leads to its history.
+            // A resource without a page links to its history.
             let href = match &*event.target_type {
                 "api_key" if !is_deleted(id) => format!("/console/api-keys/{id}"),
                 "api_key" | "plan" | "service_token" => format!("/console/audit?target_id={id}"),
@@ -240,7 +240,7 @@ fn event_rows(
     now: i64,
 ) -> [Markup; 2] {
     let label = action_label(&event.action);
-    // Accounts and sessions have no name of their own; the actor identifies them.
+    // Accounts and sessions have no name; the actor identifies them.
     let name = event.target_name.as_deref().unwrap_or("–");
     let changes = field_changes(event, plan_name);
     let row_id = format!("details-{}", event.id);
@@ -423,7 +423,7 @@ mod tests {
                 Value::Null,
                 json!({"id": ID, "default_rpm": 60, "daily_quota": 5000, "monthly_quota": null})
             ),
-            "60/min, 5,000 a day"
+            "60/min, 5,000 per day"
         );
         assert_eq!(
             line(

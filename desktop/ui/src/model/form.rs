@@ -50,7 +50,7 @@ pub fn optional_text(text: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// Metadata as it is edited: one `name=value` on each line.
+/// Metadata in editable form: one `name=value` pair per line.
 pub fn metadata_text(metadata: &Metadata) -> String {
     let lines: Vec<_> = metadata
         .iter()
@@ -59,7 +59,7 @@ pub fn metadata_text(metadata: &Metadata) -> String {
     lines.join("\n")
 }
 
-/// Reads what [`metadata_text`] wrote and a person edited.
+/// Parses the output of [`metadata_text`] after editing.
 pub fn metadata(text: &str) -> Result<Metadata, &'static str> {
     let lines = text.lines().filter(|line| !line.trim().is_empty());
     lines
@@ -68,7 +68,7 @@ pub fn metadata(text: &str) -> Result<Metadata, &'static str> {
             Some((name.trim().to_owned(), value.trim().to_owned()))
         })
         .collect::<Option<_>>()
-        .ok_or("Write each entry on a line of its own, as name=value")
+        .ok_or("Write each entry on a separate line, as name=value")
 }
 
 pub fn check_metadata(text: &str) -> Result<(), &'static str> {
@@ -96,7 +96,7 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     }
 }
 
-/// The name of a plan's copy. At most as long as a name may be.
+/// The name of a plan's copy. Cut to the maximum length of a name.
 pub fn copy_name(name: &str) -> String {
     const SUFFIX: &str = " (copy)";
     let kept = NAME_MAX - SUFFIX.len();
@@ -104,7 +104,7 @@ pub fn copy_name(name: &str) -> String {
     format!("{start}{SUFFIX}")
 }
 
-/// The page to open after signing in. Always within the console, whatever the address asks for.
+/// The page to open after signing in. Always a page of the console, whatever the address contains.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)

@@ -1,7 +1,8 @@
 //! Reading responses.
 //!
-//! Like `serde_json::from_str`, but its errors say nothing and objects are read only from objects. That saves a fifteenth
-//! of the download: the code that serde generates for each type builds error messages that are never shown.
+//! Like `serde_json::from_str`, but with errors that have no message, and objects are read only from objects. This
+//! makes the download 7% smaller: the code that serde generates for each type builds error messages that are never
+//! shown.
 
 use std::fmt;
 
@@ -14,7 +15,7 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-/// The text is not what the type expects.
+/// The text does not match the expected type.
 #[derive(Debug)]
 pub struct Invalid;
 
@@ -219,7 +220,7 @@ impl<'de> MapAccess<'de> for Fields<'de> {
     }
 }
 
-/// An enum's variant, which has no content.
+/// An enum variant without content.
 struct Variant<'de>(&'de str);
 
 impl<'de> EnumAccess<'de> for Variant<'de> {
@@ -264,7 +265,7 @@ mod tests {
 
     const ID: &str = "019ab4e1-7c00-7000-8000-0000000000b1";
 
-    /// Compares with what serde_json reads.
+    /// Compares the result with that of serde_json.
     fn assert_same<T>(text: &str)
     where
         T: for<'de> Deserialize<'de> + PartialEq + fmt::Debug,

@@ -90,7 +90,7 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
     all
 }
 
-/// A row with text that a user chose.
+/// A row with user-defined text.
 fn text_row(label: &str, text: &str) -> Markup {
     let class = [("class", "clamp"), ("dir", "auto")];
     row(label, &[with_text("span", &class, text)])

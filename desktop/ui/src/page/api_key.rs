@@ -28,8 +28,9 @@ use crate::{
     session::session,
 };
 
-/// The dialogs of the page. They are not part of the details, which are rendered again after each load: a dialog with
-/// typed text or a new key must survive that.
+/// They are not part of the details, which are rendered again after each load, so that typed text or a new key in a
+/// dialog is kept. They are not part of the details, which are rendered again after each load, so that typed text or a
+/// new key in a dialog is kept.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
@@ -144,7 +145,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
             pasted.get()
         }
     });
-    // A key pasted by mistake would be charged in place of this one.
+    // A key pasted by mistake would be charged instead of this one.
     let mistake = move || {
         let key = loader.ready()?;
         let pasted = pasted.get();

@@ -173,7 +173,7 @@ fn NoKeys(is_filtered: bool, plans: Loader<Vec<Plan>>, creating: RwSignal<bool>)
         .into_any();
     }
     view! {
-        <EmptyState shape=Shape::Key title="No keys yet" about="Create one key per client, so that you can limit, rotate or deactivate each separately.">
+        <EmptyState shape=Shape::Key title="No keys yet" about="Create one key per client so that you can limit, rotate or deactivate each one separately.">
             {move || match plans.ready() {
                 Some(plans) if plans.is_empty() => {
                     view! { <a class="button primary" href="/console/plans?new=1">"Create a plan first"</a> }.into_any()

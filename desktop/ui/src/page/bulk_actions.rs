@@ -36,7 +36,7 @@ async fn set_active(id: ApiKeyId, active: bool) -> CallResult<()> {
     api::update_api_key(id, body).await.map(drop)
 }
 
-/// Activates keys again that were just deactivated.
+/// Reactivates keys that were just deactivated.
 fn undo(keys: Vec<ApiKeyId>, toasts: Toasts, on_changed: Callback<()>) {
     spawn_local(async move {
         let mut last_error = None;

@@ -1,4 +1,4 @@
-//! Creating an API key, and showing it the only time it is available.
+//! Creating an API key, and showing it once.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 use quota_common::{
@@ -29,7 +29,8 @@ pub fn CreateDialog(
     on_changed: Callback<()>,
 ) -> impl IntoView {
     let new = NewSecret::new();
-    // Outside the form, which is rendered again with the plans: a response in progress contains the key only once.
+    // Outside the form, which is rendered again when plans are loaded: a response in progress is the only one that
+    // contains the key.
     let form = FormState::new();
     view! {
         <Modal open panel=true title="New API key" locked=form.busy>
@@ -70,7 +71,7 @@ fn CreateForm(
     let session = session();
     // The list may be filtered by a plan.
     let filtered_plan = route().query.with_untracked(|query| query.get("plan_id"));
-    // With several plans the choice is left to the user, so that pressing Enter does not grant the wrong limits.
+    // With several plans, the user has to choose, so that pressing Enter does not grant the wrong limits.
     let preselected = match &plans[..] {
         [only] => Some(only.id.to_string()),
         plans => filtered_plan.filter(|id| plans.iter().any(|plan| plan.id.to_string() == *id)),
@@ -136,8 +137,8 @@ fn CreateForm(
     }
 }
 
-/// Shows a created or rotated key, and remembers it until the tab is closed. Works after the page was left, so that the
-/// key in a late response is not lost.
+/// Shows a created or rotated key, and remembers it until the tab is closed. Works even after the page was left, so
+/// that the key in a late response is not lost.
 pub fn show_key(new: NewSecret, created: CreatedApiKey, session: Session) {
     if let Some(secret) = &created.key {
         session.known_keys.update(|known| {

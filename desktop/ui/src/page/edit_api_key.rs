@@ -54,7 +54,7 @@ fn EditForm(
     let plan_id = key.plan_id;
     let options = Signal::derive(move || {
         let plans = plans.ready().unwrap_or_default();
-        // Until the plans are loaded, the key's own is the only option.
+        // Until the plans are loaded, the key's current plan is the only option.
         let own = (!plans.iter().any(|plan| plan.id == plan_id))
             .then(|| (plan_id.to_string(), "…".to_owned()));
         own.into_iter()

@@ -1,4 +1,4 @@
-//! The pages, and the dialogs and parts they are made of.
+//! The pages, and their dialogs and components.
 
 mod api_key;
 mod api_keys;

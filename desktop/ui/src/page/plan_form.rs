@@ -54,7 +54,7 @@ impl PlanForm {
         form
     }
 
-    /// Returns the form's values. Invalid numbers count as blank; [`FormState::begin`] reports them.
+    /// Returns the values of the form. Invalid numbers count as blank; [`FormState::begin`] reports them.
     pub fn values(self) -> CreatePlan {
         let rate = |field: RwSignal<String>| {
             field.with_untracked(|text| optional_rate(text).unwrap_or_default())

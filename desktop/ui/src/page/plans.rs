@@ -69,7 +69,7 @@ pub fn Plans() -> impl IntoView {
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
-                        <EmptyState shape=Shape::Plans title="No plans yet" about="Each key belongs to a plan. Start with one, such as 60 requests per minute.">
+                        <EmptyState shape=Shape::Plans title="No plans yet" about="Each key belongs to a plan. Start with one, e.g. 60 requests per minute.">
                             {session.can_manage().then(|| view! { <button class="button primary" on:click=move |_| creating.set(true)>"Create your first plan"</button> })}
                         </EmptyState>
                     }

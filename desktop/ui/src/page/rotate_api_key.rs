@@ -66,13 +66,14 @@ fn RotateForm(
         }
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
-            // Only what the warning below has announced.
+            // Revokes only the previous key that the warning below announced.
             replace_previous: untrack(previous_expiry).map(|_| true),
         };
         spawn_local(async move {
             let result = api::rotate_api_key(id, body).await;
             if matches!(&result, Err(error) if error.is(ProblemCode::PreviousKeyActive)) {
-                // The key was rotated elsewhere. Shows the warning, so that the next attempt is an informed one.
+                // The key was rotated elsewhere. Shows the warning, so that the user knows about it in the next
+                // attempt.
                 let _ = form.busy.try_set(false);
                 loader.reload();
                 return;
@@ -91,7 +92,7 @@ fn RotateForm(
                     .map(|at| {
                         view! {
                             <p class="alert warn" role="alert">
-                                "This key was rotated recently. The key from before that rotation, which expires " <RelativeTime at/> ", will be revoked now."
+                                "This key was rotated recently. The previous key, which expires " <RelativeTime at/> ", will be revoked immediately."
                             </p>
                         }
                     })

@@ -157,7 +157,7 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
         <Confirm
             open
             title=Signal::derive(move || format!("Delete token {}?", quoted(&name())))
-            message="Within a second, gateways that use this token can no longer check requests and will reject them all. This can't be undone."
+            message="Within a second, gateways that use this token can no longer check requests, and will reject all of them. This can't be undone."
             action="Delete token"
             busy
             failure

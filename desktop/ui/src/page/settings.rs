@@ -81,7 +81,7 @@ fn Profile() -> impl IntoView {
                                 value=zone
                                 required=true
                                 suggestions=time_zones()
-                                hint=format!("Decides when a day or month starts. This browser's time zone is {browser_zone}.")
+                                hint=format!("Determines when days and months start. This browser's time zone is {browser_zone}.")
                             />
                         }
                     })}
@@ -93,7 +93,7 @@ fn Profile() -> impl IntoView {
 
 /// The time zones that the browser knows.
 fn time_zones() -> Vec<String> {
-    // Older browsers have no list; the field then takes a name without suggesting any.
+    // Older browsers have no list; the field then offers no suggestions.
     let intl = js_sys::Reflect::get(&js_sys::global(), &"Intl".into()).unwrap_or_default();
     let list = js_sys::Reflect::get(&intl, &"supportedValuesOf".into())
         .ok()

@@ -1,7 +1,7 @@
-//! In the desktop app.
+//! Additions in the desktop app.
 //!
-//! While the server is unreachable the app shows data it loaded earlier; a banner says so, names the time,
-//! and offers to try again. Another banner appears when there is no keychain to store sessions in.
+//! While the server is unreachable, the app shows data it loaded earlier, and a banner shows the time of that data and
+//! a retry button. Another banner appears if there is no keychain to store sessions in.
 
 use std::cell::RefCell;
 
@@ -26,7 +26,7 @@ pub fn start(mount: impl FnOnce() + 'static) {
     });
 }
 
-/// Tells the app when the first usable page has been painted.
+/// Notifies the app when the first usable page has been painted.
 pub fn report_first_paint(session: Session) {
     let reported = RefCell::new(false);
     Effect::new(move |_| {
@@ -49,7 +49,7 @@ pub fn Banners() -> impl IntoView {
                     .map(|at| {
                         view! {
                             <p class="banner warn">
-                                <span>"Can't reach the server. Showing data loaded " <RelativeTime at/> "."</span>
+                                <span>"Can't reach the server. Showing data from " <RelativeTime at/> "."</span>
                                 <button class="button small" on:click=move |_| host::retry()>"Try again"</button>
                             </p>
                         }
@@ -63,7 +63,7 @@ pub fn Banners() -> impl IntoView {
     }
 }
 
-/// Shown while signed out: the server in use, and a way to choose another.
+/// Shown while signed out: the server in use, and a way to choose a different one.
 #[component]
 pub fn ServerPicker() -> impl IntoView {
     view! {
@@ -86,7 +86,7 @@ pub fn ServerSettings() -> impl IntoView {
     }
 }
 
-/// Loads the console again from its first page: everything on it belongs to one server.
+/// Reloads the console from its first page, because all of its data belongs to one server.
 fn restart() {
     let _ = window().location().replace("/console");
 }
@@ -171,7 +171,7 @@ fn ServerRow(
             <Confirm
                 open=confirming
                 title=format!("Remove {label}?")
-                message="You'll be signed out of this server. Nothing on the server is deleted."
+                message="You'll be signed out of this server. No data on the server is deleted."
                 action="Remove server"
                 busy
                 failure=removal_failure

@@ -142,7 +142,7 @@ async fn external_id_and_metadata_are_kept_found_and_removed() {
     assert_eq!(found(&account, "external_id=crm").await.len(), 0);
     assert_eq!(found(&account, "search=crm_4").await.len(), 2);
     assert_eq!(found(&account, "search=crm_42%25").await, ["crm_42%"]);
-    // Percent signs and underscores are characters, not wildcards.
+    // Percent signs and underscores are ordinary characters, not wildcards.
     assert_eq!(found(&account, "search=crm%25").await.len(), 0);
     assert_eq!(found(&other, "external_id=crm_4").await.len(), 0);
 
@@ -456,8 +456,8 @@ async fn patch_of_a_key_clears_null_fields_and_keeps_absent_ones() {
     );
     assert_eq!(patch(json!({})).await, cleared, "nothing is no edit");
 
-    // `null` for a field that cannot be cleared must not be ignored: a caller could believe that a key is disabled when
-    // it is not.
+    // `null` for a field that cannot be cleared must not be ignored: a caller could believe that a key was disabled
+    // when it was not.
     for field in ["name", "plan_id", "is_active"] {
         let refused = app
             .act(&account, "PATCH", &path, json!({ field: null }))

@@ -33,7 +33,7 @@ impl Database {
     pub(crate) async fn create(cluster: &str) -> Result<Self> {
         let (base, _) = cluster
             .rsplit_once('/')
-            .context("--postgres: a URL ends in a database")?;
+            .context("--postgres: the URL must end with a database")?;
         let name = format!(
             "quota_bench_{}_{:08x}",
             std::process::id(),
@@ -212,7 +212,9 @@ impl Replica {
             let text = fs::read_to_string(&self.log).unwrap_or_default();
             if let Some(line) = ready_line(&text) {
                 let address = |name: &str| {
-                    let text = line[name].as_str().context("no address in the log")?;
+                    let text = line[name]
+                        .as_str()
+                        .context("there is no address in the log")?;
                     anyhow::Ok(text.parse()?)
                 };
                 (self.addr, self.metrics) = (address("listen")?, address("metrics_listen")?);
