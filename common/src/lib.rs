@@ -23,6 +23,7 @@ pub mod time;
 pub mod usage;
 
 mod patch;
+mod wire;
 
 pub use self::{
     id::{ApiKeyId, AuditEventId, PlanId, ServiceTokenId, SessionId, TenantId, UserId},
@@ -30,4 +31,5 @@ pub use self::{
     patch::Patch,
     problem::{FieldError, Problem, ProblemCode},
     time::Timestamp,
+    wire::Omittable,
 };

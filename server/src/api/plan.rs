@@ -51,12 +51,8 @@ impl From<PlanWithKeys> for Plan {
             on_redis_failure: plan
                 .on_redis_failure
                 .as_deref()
-                .and_then(OnRedisFailure::named),
-            billing: if plan.billing == "paid" {
-                Billing::Paid
-            } else {
-                Billing::Free
-            },
+                .and_then(OnRedisFailure::of),
+            billing: Billing::of(&plan.billing).unwrap_or_default(),
             key_count,
             created_at: plan.created_at.into(),
             updated_at: plan.updated_at.into(),
@@ -72,13 +68,6 @@ fn order(sort: PlanOrder) -> Order {
         PlanOrder::NameReversed => (SortBy::Name, true),
     };
     Order { by, descending }
-}
-
-const fn billing_name(billing: Billing) -> &'static str {
-    match billing {
-        Billing::Free => "free",
-        Billing::Paid => "paid",
-    }
 }
 
 fn name_taken(error: DbError) -> ApiError {
@@ -160,8 +149,8 @@ impl PlanApi {
             daily_quota: body.daily_quota.map(Into::into),
             monthly_quota: body.monthly_quota.map(Into::into),
             strict: body.strict.unwrap_or(false),
-            on_redis_failure: body.on_redis_failure.map(OnRedisFailure::name),
-            billing: billing_name(body.billing.unwrap_or_default()),
+            on_redis_failure: body.on_redis_failure.map(OnRedisFailure::as_str),
+            billing: body.billing.unwrap_or_default().as_str(),
         };
         let plan = plan::insert(&mut edit, &new).await.map_err(name_taken)?;
         let plan = Plan::from(PlanWithKeys { plan, key_count: 0 });
@@ -220,8 +209,8 @@ impl PlanApi {
             strict: body.strict,
             on_redis_failure: body
                 .on_redis_failure
-                .map(|it| it.map(|it| it.name().to_owned())),
-            billing: body.billing.map(billing_name),
+                .map(|it| it.map(|it| it.as_str().to_owned())),
+            billing: body.billing.map(Billing::as_str),
         };
         let plan = plan::update(&mut edit, id, &change)
             .await

@@ -129,7 +129,7 @@ impl Config {
                 "QUOTA_ON_REDIS_FAILURE",
                 &s.on_redis_failure,
                 OnRedisFailure::default(),
-                |text| OnRedisFailure::named(text).ok_or("must be share, open or closed".into()),
+                |text| OnRedisFailure::of(text).ok_or("must be share, open or closed".into()),
             ),
             metering: r.choice(
                 "QUOTA_METERING",

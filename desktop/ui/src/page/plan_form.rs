@@ -41,7 +41,7 @@ impl PlanForm {
             strict: RwSignal::new(plan.is_some_and(|it| it.strict)),
             on_redis_failure: RwSignal::new(
                 plan.and_then(|it| it.on_redis_failure)
-                    .map(|it| it.name().to_owned())
+                    .map(|it| it.as_str().to_owned())
                     .unwrap_or_default(),
             ),
         }
@@ -69,7 +69,7 @@ impl PlanForm {
             daily_quota: quota(self.daily_quota).map(Into::into),
             monthly_quota: quota(self.monthly_quota).map(Into::into),
             strict: Some(self.strict.get_untracked()),
-            on_redis_failure: OnRedisFailure::named(&self.on_redis_failure.get_untracked()),
+            on_redis_failure: OnRedisFailure::of(&self.on_redis_failure.get_untracked()),
             billing: None,
         }
     }
