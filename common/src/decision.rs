@@ -1,6 +1,5 @@
 //! Decisions: the log of requests that were allowed and denied.
 
-use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
@@ -60,11 +59,13 @@ response! {
     }
 }
 
-/// The data of a `dropped` event: decisions that were not sent because there were too many.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DroppedDecisions {
-    /// Number of decisions that were skipped, whether they match the filters or not.
-    pub count: u64,
+response! {
+    /// The data of a `dropped` event: decisions that were not sent because there were too many.
+    #[derive(Debug, Copy, Eq)]
+    pub struct DroppedDecisions {
+        /// Number of decisions that were skipped, whether they match the filters or not.
+        pub count: u64,
+    }
 }
 
 #[cfg(feature = "openapi")]

@@ -14,6 +14,7 @@ pub mod field;
 pub mod health;
 pub mod id;
 pub mod ipc;
+pub mod json;
 pub mod limit;
 pub mod page;
 pub mod plan;

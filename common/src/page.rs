@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::wire::text_enum;
+use crate::{
+    json::{FromJson, Invalid, Json},
+    wire::text_enum,
+};
 
 /// The default page size.
 pub const DEFAULT_LIMIT: u32 = 20;
@@ -23,6 +26,21 @@ pub struct Page<
     pub next_cursor: Option<String>,
     /// Number of items on all pages that match the filters.
     pub total: u64,
+}
+
+impl<
+    #[cfg(not(feature = "openapi"))] T: FromJson,
+    #[cfg(feature = "openapi")] T: FromJson + poem_openapi::types::ParseFromJSON + poem_openapi::types::ToJSON,
+> FromJson for Page<T>
+{
+    fn from_json(json: Json) -> Result<Self, Invalid> {
+        let mut fields = json.fields()?;
+        Ok(Self {
+            items: fields.read("items")?,
+            next_cursor: fields.read("next_cursor")?,
+            total: fields.read("total")?,
+        })
+    }
 }
 
 text_enum! {

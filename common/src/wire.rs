@@ -4,14 +4,10 @@
 /// An optional field of a response that is left out of the JSON when it is `None`. A plain `Option` is `null`.
 pub type Omittable<T> = Option<T>;
 
-/// Defines the body of a request. Unknown fields are rejected. Fields of type `Option` can be omitted or `null`.
-macro_rules! request {
-    ($($item:tt)+) => {
-        #[serde_with::apply(
-            Option =>
-                #[serde(default, skip_serializing_if = "Option::is_none")]
-                #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))],
-        )]
+/// Defines the body of a request: with the attributes for each type of field, and without unknown fields.
+macro_rules! body {
+    ([$($rule:tt)+] $($item:tt)+) => {
+        #[serde_with::apply($($rule)+)]
         #[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize, garde::Validate)]
         #[serde(deny_unknown_fields)]
         #[cfg_attr(
@@ -22,28 +18,41 @@ macro_rules! request {
         $($item)+
     };
 }
+pub(crate) use body;
+
+/// Defines the body of a POST request. Fields of type `Option` can be omitted or `null`.
+macro_rules! request {
+    ($($item:tt)+) => {
+        $crate::wire::body! {
+            [
+                Option =>
+                    #[serde(default, skip_serializing_if = "Option::is_none")]
+                    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))],
+            ]
+            $($item)+
+        }
+    };
+}
 pub(crate) use request;
 
-/// Defines the body of a PATCH request. Unknown fields are rejected, and omitted fields change nothing. Fields of type
-/// `Option` cannot be `null`; fields of type [`Patch`](crate::Patch) can.
+/// Defines the body of a PATCH request. Omitted fields change nothing. Fields of type `Option` cannot be `null`; fields
+/// of type [`Patch`](crate::Patch) can.
 macro_rules! update {
     ($($item:tt)+) => {
-        #[serde_with::apply(
-            Option =>
-                #[serde(default, deserialize_with = "crate::patch::sent", skip_serializing_if = "crate::patch::unsent")]
-                #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))],
-            Patch =>
-                #[serde(default, deserialize_with = "crate::patch::sent", skip_serializing_if = "crate::patch::unsent")]
-                #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))],
-        )]
-        #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, garde::Validate)]
-        #[serde(deny_unknown_fields)]
-        #[cfg_attr(
-            feature = "openapi",
-            derive(poem_openapi::Object),
-            oai(example, deny_unknown_fields)
-        )]
-        $($item)+
+        $crate::wire::body! {
+            [
+                _ =>
+                    #[serde(
+                        default,
+                        deserialize_with = "crate::patch::sent",
+                        skip_serializing_if = "crate::patch::unsent"
+                    )],
+                Option => #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))],
+                Patch => #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))],
+            ]
+            #[derive(Debug, Default)]
+            $($item)+
+        }
     };
 }
 pub(crate) use update;
@@ -51,7 +60,9 @@ pub(crate) use update;
 /// Defines a response, or a part of one. Fields of type `Option` are `null` when they are `None`; fields of type
 /// [`Omittable`] are left out.
 macro_rules! response {
-    ($($item:tt)+) => {
+    ($(#[$attribute:meta])* pub struct $name:ident {
+        $($(#[$field_attribute:meta])* pub $field:ident: $type:ty,)+
+    }) => {
         #[serde_with::apply(
             Option => #[cfg_attr(feature = "openapi", oai(nullable))],
             Omittable =>
@@ -60,7 +71,19 @@ macro_rules! response {
         )]
         #[derive(Clone, PartialEq, serde::Serialize, serde::Deserialize)]
         #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-        $($item)+
+        $(#[$attribute])*
+        pub struct $name {
+            $($(#[$field_attribute])* pub $field: $type,)+
+        }
+
+        impl crate::json::FromJson for $name {
+            fn from_json(json: crate::json::Json) -> Result<Self, crate::json::Invalid> {
+                let mut fields = json.fields()?;
+                Ok(Self {
+                    $($field: fields.read(stringify!($field))?,)+
+                })
+            }
+        }
     };
 }
 pub(crate) use response;
@@ -92,6 +115,12 @@ macro_rules! text_enum {
             /// Returns the variant with this text.
             pub fn of(text: &str) -> Option<Self> {
                 Self::ALL.iter().copied().find(|it| it.as_str() == text)
+            }
+        }
+
+        impl crate::json::FromJson for $name {
+            fn from_json(json: crate::json::Json) -> Result<Self, crate::json::Invalid> {
+                Self::of(&json.string()?).ok_or(crate::json::Invalid)
             }
         }
 
