@@ -1,6 +1,6 @@
 //! Creating an API key, and showing it the only time it is available.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
     api_key::{CreateApiKey, CreatedApiKey},
     plan::Plan,
@@ -10,8 +10,8 @@ use super::{local_time, try_it::TryIt};
 use crate::{
     api,
     component::{
-        Alert, Async, CodeBlock, Field, FormState, Loader, Modal, NewSecret, SecretDialog,
-        SelectField, busy_attr, focus_soon,
+        Async, CodeBlock, DialogForm, Field, FormState, Loader, Modal, NewSecret, SecretDialog,
+        SelectField, focus_soon,
     },
     model::{
         form::{check_rate, optional_rate},
@@ -86,11 +86,7 @@ fn CreateForm(
             (plan.id.to_string(), format!("{} ({rate}/min)", plan.name))
         }))
         .collect::<Vec<_>>();
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let Ok(plan_id) = plan.get_untracked().parse() else {
             return;
         };
@@ -102,29 +98,21 @@ fn CreateForm(
                 .unwrap_or_default()
                 .map(Into::into),
         };
-        spawn_local(async move {
-            let result = api::create_api_key(body).await;
-            if let Some(key) = form.finish(result) {
-                let _ = open.try_set(false);
-                show_key(new, key, session);
-                let _ = on_changed.try_run(());
-            }
+        form.send(api::create_api_key(body), move |key| {
+            let _ = open.try_set(false);
+            show_key(new, key, session);
+            let _ = on_changed.try_run(());
         });
     };
     view! {
-        <form novalidate on:submit=submit>
-            <Alert error=form.failure()/>
+        <DialogForm form open action="Create key" locked=true submit>
             <Field form name="name" id="key_name" label="Name" value=name required=true hint="Who uses this key, e.g. Mobile app"/>
             <SelectField form name="plan_id" id="key_plan" label="Plan" value=plan options required=true/>
             <div class="pair">
                 <Field form name="rpm_override" id="key_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
                 <Field form name="expires_at" id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
             </div>
-            <div class="actions end">
-                <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Create key"</button>
-            </div>
-        </form>
+        </DialogForm>
     }
 }
 

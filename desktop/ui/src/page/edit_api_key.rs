@@ -1,6 +1,6 @@
 //! The dialog that edits an API key.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
     api_key::{ApiKey, UpdateApiKey},
     plan::Plan,
@@ -9,7 +9,7 @@ use quota_common::{
 use super::local_time;
 use crate::{
     api,
-    component::{Alert, Field, FormState, Loader, Modal, SelectField, Toasts, busy_attr},
+    component::{DialogForm, Field, FormState, Loader, Modal, SelectField, Toasts},
     model::form::{changed, check_rate, optional_rate},
 };
 
@@ -59,11 +59,7 @@ fn EditForm(
             )
             .collect::<Vec<_>>()
     });
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let rpm_override = optional_rate(&rate.get_untracked()).unwrap_or_default();
         let expiry = expires.get_untracked();
         let body = UpdateApiKey {
@@ -81,29 +77,20 @@ fn EditForm(
         if body == UpdateApiKey::default() {
             return open.set(false);
         }
-        let id = key.id;
-        spawn_local(async move {
-            let result = api::update_api_key(id, body).await;
-            if form.finish(result).is_some() {
-                let _ = open.try_set(false);
-                toasts.succeed("Key updated");
-                loader.reload();
-            }
+        form.send(api::update_api_key(key.id, body), move |_| {
+            let _ = open.try_set(false);
+            toasts.succeed("Key updated");
+            loader.reload();
         });
     };
     view! {
-        <form novalidate on:submit=submit>
-            <Alert error=form.failure()/>
+        <DialogForm form open action="Save changes" submit>
             <Field form name="name" id="edit_name" label="Name" value=name required=true/>
             <SelectField form name="plan_id" id="edit_plan" label="Plan" value=plan options/>
             <div class="pair">
                 <Field form name="rpm_override" id="edit_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
                 <Field form name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
             </div>
-            <div class="actions end">
-                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Save changes"</button>
-            </div>
-        </form>
+        </DialogForm>
     }
 }

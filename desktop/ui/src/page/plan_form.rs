@@ -4,7 +4,7 @@ use leptos::prelude::*;
 use quota_common::plan::{CreatePlan, OnRedisFailure, Plan};
 
 use crate::{
-    component::{Alert, Field, FormState, SelectField},
+    component::{Field, FormState, SelectField},
     model::form::{check_number, check_rate, copy_name, optional_number, optional_rate},
 };
 
@@ -91,7 +91,6 @@ pub fn PlanFields(plan: PlanForm) -> impl IntoView {
         .map(|(value, label)| (value.to_owned(), label.to_owned()))
         .to_vec();
     view! {
-        <Alert error=form.failure()/>
         <Field form name="name" label="Name" value=plan.name required=true/>
         <div class="pair">
             <Field form name="default_rpm" label="Requests per minute" value=plan.rate required=true numeric=true check=check_rate/>
