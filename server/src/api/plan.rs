@@ -1,6 +1,6 @@
 //! `/admin/plans`.
 
-use poem::{Result, http::StatusCode};
+use poem::Result;
 use poem_openapi::{
     OpenApi,
     param::{Header, Path, Query},
@@ -14,8 +14,9 @@ use quota_common::{
 use uuid::Uuid;
 
 use super::{
-    Tag, allowance,
+    Tag,
     change::{Edit, read},
+    creation::create,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -26,7 +27,6 @@ use crate::{
     db::{DbError, TenantTx},
     repo::{
         Order, SortBy,
-        allowance::Resource,
         invalidation::Target,
         plan::{self, NewPlan, PlanChange, PlanWithKeys},
     },
@@ -135,11 +135,6 @@ impl PlanApi {
     ) -> Result<Created<Plan>, ApiError> {
         let body = body.0;
         let idempotency = IdempotencyGuard::new("create_plan", idempotency_key.0, &body)?;
-        let mut edit = Edit::begin(&self.state, &caller).await?;
-        if let Some(first) = idempotency.replay(&mut edit).await? {
-            return Ok(Created(first));
-        }
-        allowance::one_more(&self.state.config, &mut edit, Resource::Plans).await?;
         let new = NewPlan {
             tenant_id: caller.tenant().0,
             id: Uuid::now_v7(),
@@ -152,13 +147,13 @@ impl PlanApi {
             on_redis_failure: body.on_redis_failure.map(OnRedisFailure::as_str),
             billing: body.billing.unwrap_or_default().as_str(),
         };
-        let plan = plan::insert(&mut edit, &new).await.map_err(name_taken)?;
-        let plan = Plan::from(PlanWithKeys { plan, key_count: 0 });
-        idempotency
-            .keep(&mut edit, StatusCode::CREATED, &plan)
-            .await?;
-        edit.created(AuditAction::PlanCreate, &plan).await?;
-        Ok(Created(plan))
+        let insert = async |tx: &mut TenantTx| {
+            let plan = plan::insert(tx, &new).await.map_err(name_taken)?;
+            Ok(PlanWithKeys { plan, key_count: 0 }.into())
+        };
+        create(&self.state, &caller, idempotency, insert)
+            .await
+            .map(Created)
     }
 
     /// Get a plan
