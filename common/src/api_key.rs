@@ -1,7 +1,7 @@
 //! API keys: the credentials that consumers of an API send.
 
 use crate::{
-    field::{GraceSeconds, Name, Rpm},
+    field::{ExternalId, GraceSeconds, Metadata, Name, Rpm},
     id::{ApiKeyId, PlanId},
     patch::Patch,
     time::Timestamp,
@@ -25,6 +25,12 @@ response! {
         /// Requests per minute for this key, overriding the plan's rate. `null`: the plan's rate. If the plan's burst
         /// equals its rate, the key's burst equals this rate.
         pub rpm_override: Option<u32>,
+        /// What the key is called in your own system, such as a customer ID. Several keys may have the same one.
+        #[serde(default)]
+        pub external_id: Option<String>,
+        /// Your own names and values, stored with the key and not interpreted.
+        #[serde(default)]
+        pub metadata: Metadata,
         /// When the key was last used, whether the request was allowed or denied. Updated within seconds.
         pub last_used_at: Option<Timestamp>,
         /// When the previous key stops working after a rotation. `null`: there is no previous key.
@@ -49,6 +55,14 @@ request! {
         /// Requests per minute for this key, 1 to 60,000,000. Default: the plan's rate.
         #[garde(dive)]
         pub rpm_override: Option<Rpm>,
+        /// What the key is called in your own system, such as a customer ID: 1 to 200 characters. Several keys may have the
+        /// same one.
+        #[garde(dive)]
+        pub external_id: Option<ExternalId>,
+        /// Your own names and values: at most 50 entries. Names are 1 to 40 letters, digits, hyphens, underscores or
+        /// periods; values are at most 500 characters.
+        #[garde(dive)]
+        pub metadata: Option<Metadata>,
     }
 }
 
@@ -68,6 +82,12 @@ update! {
         /// Requests per minute for this key, 1 to 60,000,000. `null` restores the plan's rate.
         #[garde(dive)]
         pub rpm_override: Patch<Rpm>,
+        /// What the key is called in your own system: 1 to 200 characters. `null` removes it.
+        #[garde(dive)]
+        pub external_id: Patch<ExternalId>,
+        /// Replaces all names and values. `{}` removes them.
+        #[garde(dive)]
+        pub metadata: Option<Metadata>,
     }
 }
 
@@ -111,7 +131,13 @@ mod examples {
     use poem_openapi::types::Example;
 
     use super::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey};
-    use crate::id::example;
+    use crate::{field::Metadata, id::example};
+
+    const EXTERNAL_ID: &str = "customer-42";
+
+    fn metadata() -> Metadata {
+        [("region".into(), "eu".into())].into_iter().collect()
+    }
 
     impl Example for ApiKey {
         fn example() -> Self {
@@ -123,6 +149,8 @@ mod examples {
                 is_active: true,
                 expires_at: None,
                 rpm_override: None,
+                external_id: Some(EXTERNAL_ID.into()),
+                metadata: metadata(),
                 last_used_at: Some(example::at()),
                 previous_expires_at: None,
                 created_at: example::at(),
@@ -138,6 +166,8 @@ mod examples {
                 plan_id: example::plan(),
                 expires_at: None,
                 rpm_override: None,
+                external_id: Some(EXTERNAL_ID.into()),
+                metadata: Some(metadata()),
             }
         }
     }

@@ -33,6 +33,14 @@ pub const EMAIL_MAX: usize = 254;
 pub const TIME_ZONE_MAX: usize = 64;
 /// The longest endpoint name, in characters.
 pub const ENDPOINT_MAX: usize = 128;
+/// The longest external ID of an API key, in characters.
+pub const EXTERNAL_ID_MAX: usize = 200;
+/// The most entries in the metadata of an API key.
+pub const METADATA_ENTRIES_MAX: usize = 50;
+/// The longest name of a metadata entry, in characters.
+pub const METADATA_NAME_MAX: usize = 40;
+/// The longest value of a metadata entry, in characters.
+pub const METADATA_VALUE_MAX: usize = 500;
 
 /// Requires 1 to 200 characters that are not all white space and not control characters.
 ///
@@ -148,13 +156,44 @@ pub(crate) fn login_email(value: &str, context: &()) -> garde::Result {
 
 /// Requires 1 to 128 characters that are not control characters.
 pub(crate) fn endpoint(value: &str, _: &()) -> garde::Result {
-    if value.is_empty() || value.chars().count() > ENDPOINT_MAX {
-        return Err(garde::Error::new(format!(
-            "must be 1–{ENDPOINT_MAX} characters"
-        )));
+    printable(value, ENDPOINT_MAX)
+}
+
+/// Requires 1 to 200 characters that are not control characters.
+pub(crate) fn external_id(value: &str, _: &()) -> garde::Result {
+    printable(value, EXTERNAL_ID_MAX)
+}
+
+/// Requires 1 to `max` characters that are not control characters.
+fn printable(value: &str, max: usize) -> garde::Result {
+    if value.is_empty() || value.chars().count() > max {
+        return Err(garde::Error::new(format!("must be 1–{max} characters")));
     }
     if value.chars().any(char::is_control) {
         return Err(garde::Error::new("must not contain control characters"));
+    }
+    Ok(())
+}
+
+/// Requires at most 50 entries with names of 1 to 40 letters, digits and `_-.`, and values of at most 500 characters.
+pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
+    if entries.len() > METADATA_ENTRIES_MAX {
+        return Err(garde::Error::new(format!(
+            "must have at most {METADATA_ENTRIES_MAX} entries"
+        )));
+    }
+    for (name, value) in entries {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+        if !(1..=METADATA_NAME_MAX).contains(&name.len()) || !name.chars().all(is_name) {
+            return Err(garde::Error::new(format!(
+                "names must be 1–{METADATA_NAME_MAX} letters, digits, hyphens, underscores or periods"
+            )));
+        }
+        if value.chars().count() > METADATA_VALUE_MAX || value.chars().any(char::is_control) {
+            return Err(garde::Error::new(format!(
+                "the value of {name} must be at most {METADATA_VALUE_MAX} characters without control characters"
+            )));
+        }
     }
     Ok(())
 }

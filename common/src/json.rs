@@ -64,6 +64,12 @@ impl Json {
         }
     }
 
+    /// Returns the fields of an object whose values are strings.
+    pub fn entries(self) -> Result<Vec<(String, String)>, Invalid> {
+        let fields = self.fields()?.0.into_iter();
+        fields.map(|(name, it)| Ok((name, it.string()?))).collect()
+    }
+
     pub fn string(self) -> Result<String, Invalid> {
         match self {
             Self::String(text) => Ok(text),
@@ -141,8 +147,7 @@ impl<T: FromJson> FromJson for Vec<T> {
 
 impl FromJson for BTreeMap<String, String> {
     fn from_json(json: Json) -> Result<Self, Invalid> {
-        let fields = json.fields()?.0.into_iter();
-        fields.map(|(name, it)| Ok((name, it.string()?))).collect()
+        json.entries().map(Self::from_iter)
     }
 }
 

@@ -3,7 +3,8 @@
 
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,
-    Timestamp, UserId, api_key, audit, auth, decision, health, limit, plan, service_token, usage,
+    Timestamp, UserId, api_key, audit, auth, decision, field::Metadata, health, limit, plan,
+    service_token, usage,
 };
 use serde_json::{Value, json};
 
@@ -78,6 +79,8 @@ fn api_key() -> api_key::ApiKey {
         is_active: true,
         expires_at: Some(at()),
         rpm_override: None,
+        external_id: Some("crm-7".into()),
+        metadata: metadata(),
         last_used_at: None,
         previous_expires_at: None,
         created_at: at(),
@@ -85,11 +88,15 @@ fn api_key() -> api_key::ApiKey {
     }
 }
 
+fn metadata() -> Metadata {
+    [("region".into(), "eu".into())].into_iter().collect()
+}
+
 fn api_key_json() -> Value {
     json!({
         "id": ID, "name": "Mobile", "plan_id": ID, "prefix": "qk_abcd1234", "is_active": true,
-        "expires_at": "2026-08-03T06:26:00.000Z", "rpm_override": null, "last_used_at": null,
-        "previous_expires_at": null, "created_at": "2026-08-03T06:26:00.000Z",
+        "expires_at": "2026-08-03T06:26:00.000Z", "rpm_override": null, "external_id": "crm-7",
+        "metadata": {"region": "eu"}, "last_used_at": null, "previous_expires_at": null, "created_at": "2026-08-03T06:26:00.000Z",
         "updated_at": "2026-08-03T06:26:00.000Z",
     })
 }
@@ -170,9 +177,12 @@ fn api_keys_match_their_golden_json() {
             plan_id: id(),
             expires_at: Some(at()),
             rpm_override: Some(7.into()),
+            external_id: Some("crm-7".into()),
+            metadata: Some(metadata()),
         },
         json!({
             "name": "Mobile", "plan_id": ID, "expires_at": "2026-08-03T06:26:00.000Z", "rpm_override": 7,
+            "external_id": "crm-7", "metadata": {"region": "eu"},
         })
     );
     golden!(

@@ -7,7 +7,9 @@ local LIMITS = {
 local TITLES = { [401] = "Unauthorized", [402] = "Payment Required", [429] = "Too Many Requests", [503] = "Service Unavailable" }
 
 core.register_action("quota", { "http-req" }, function(txn)
-  local consumer, headers = txn.http:req_get_headers(), {}
+  local consumer = txn.http:req_get_headers()
+  -- For the endpoint in usage.
+  local headers = { ["x-forwarded-method"] = { txn.sf:method() }, ["x-forwarded-uri"] = { txn.sf:path() } }
   -- Every value: Quota rejects a request with two keys.
   for _, name in ipairs({ "x-api-key", "authorization" }) do
     local values = consumer[name]

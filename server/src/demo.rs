@@ -158,6 +158,8 @@ async fn insert(
         key_hash: &key.hash(),
         expires_at: None,
         rpm_override: None,
+        external_id: None,
+        metadata: serde_json::json!({}),
     };
     api_key::insert(&mut tx, &key).await?;
     let token = NewServiceToken {

@@ -73,6 +73,8 @@ pub struct Services {
     pub login_attempts: Arc<Attempts>,
     /// Where changes of one tenant wait for each other.
     pub changes: TenantQueues,
+    /// Where large reads of one tenant wait for each other.
+    pub reads: TenantQueues,
     draining: AtomicBool,
 }
 
@@ -217,7 +219,8 @@ impl AppState {
             publisher,
             recent,
             login_attempts,
-            changes: TenantQueues::default(),
+            changes: TenantQueues::of_changes(),
+            reads: TenantQueues::of_reads(),
             draining: AtomicBool::new(false),
         })))
     }

@@ -279,7 +279,7 @@ pub async fn decide(
     // Without space for its record there is no decision, and nothing is consumed.
     let reservation = state
         .metering
-        .reserve(endpoint, context.id())
+        .reserve(record.tenant, endpoint, context.id())
         .map_err(|_| ApiError::unrecordable())?;
     let decision = state
         .limiter
@@ -299,7 +299,8 @@ pub async fn decide(
         .record(reservation, &record, &decision, cost.get(), began)
         .await
         .map_err(ApiError::unavailable)?;
-    if record.is_worth_noting(decision.at) {
+    // Otherwise it is written with the usage.
+    if !state.metering.is_on() && record.is_worth_noting(decision.at) {
         state.last_used.key(record.id, decision.at);
     }
     state

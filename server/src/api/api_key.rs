@@ -11,13 +11,15 @@ use quota_common::{
     api_key::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
     audit::AuditAction,
     bounds::GRACE_DEFAULT,
+    field::Metadata,
     page::ApiKeyOrder,
 };
+use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
     Tag,
-    change::{Edit, read},
+    change::{Edit, read, read_turn},
     creation::create,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
@@ -50,6 +52,8 @@ impl From<ApiKeyRow> for ApiKey {
             is_active: row.is_active,
             expires_at: row.expires_at.map(Into::into),
             rpm_override: row.rpm_override.and_then(|rpm| u32::try_from(rpm).ok()),
+            external_id: row.external_id,
+            metadata: serde_json::from_value(row.metadata).unwrap_or_default(),
             last_used_at: row.last_used_at.map(Into::into),
             previous_expires_at: row.previous_expires_at.map(Into::into),
             created_at: row.created_at.into(),
@@ -68,6 +72,14 @@ fn order(sort: ApiKeyOrder) -> Order {
         ApiKeyOrder::LeastRecentlyUsed => (SortBy::LastUsed, false),
     };
     Order { by, descending }
+}
+
+/// Metadata as PostgreSQL stores it.
+fn stored(metadata: &Metadata) -> Value {
+    metadata
+        .iter()
+        .map(|(name, value)| (name.clone(), Value::from(value.as_str())))
+        .collect()
 }
 
 /// Returns when the previous key expires: at the end of its grace period, or with the key if that is earlier.
@@ -138,7 +150,10 @@ impl ApiKeyApi {
         is_active: Query<Option<bool>>,
         /// Only expired keys (`true`) or only keys that have not expired (`false`).
         is_expired: Query<Option<bool>>,
-        /// Substring of the name, or prefix of the key.
+        /// Only keys with this external ID.
+        #[oai(validator(min_length = 1, max_length = 200))]
+        external_id: Query<Option<String>>,
+        /// Substring of the name, or beginning of the key or its external ID.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
         /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that were never
@@ -151,14 +166,17 @@ impl ApiKeyApi {
     ) -> Result<Json<Page<ApiKey>>, ApiError> {
         let order = order(sort.0.unwrap_or_default());
         let slice = page::sorted(order, limit.0, cursor.0.as_deref())?;
+        let external_id = page::filter("external_id", external_id.0)?;
         let search = page::filter("search", search.0)?;
         let filter = Filter {
             plan_id: plan_id.0.map(Uuid::from),
             is_active: is_active.0,
             is_expired: is_expired.0.map(|it| (it, self.now())),
+            external_id: external_id.as_deref(),
             search: search.as_deref(),
         };
         let list = async |tx: &mut TenantTx| api_key::list(tx, &filter, &slice).await;
+        let _turn = read_turn(&self.state, &caller).await?;
         let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::sorted_page(rows, order)))
     }
@@ -192,6 +210,8 @@ impl ApiKeyApi {
                 key_hash: &generated.hash(),
                 expires_at: body.expires_at.map(Into::into),
                 rpm_override: body.rpm_override.map(Into::into),
+                external_id: body.external_id.as_deref(),
+                metadata: stored(&body.metadata.clone().unwrap_or_default()),
             };
             let row = api_key::insert(tx, &new).await.map_err(plan_not_found)?;
             secret = Some(generated);
@@ -229,8 +249,8 @@ impl ApiKeyApi {
 
     /// Update an API key
     ///
-    /// Renames the key, moves it to another plan, disables it, or changes its expiry or rate. Takes effect on all
-    /// replicas within one second.
+    /// Renames the key, moves it to another plan, disables it, or changes its expiry, rate, external ID or metadata.
+    /// Takes effect on all replicas within one second.
     #[oai(
         path = "/api-keys/:key_id",
         method = "patch",
@@ -256,6 +276,8 @@ impl ApiKeyApi {
             is_active: body.is_active,
             expires_at: body.expires_at.map(|at| at.map(Into::into)),
             rpm_override: body.rpm_override.map(|rpm| rpm.map(Into::into)),
+            external_id: body.external_id.map(|it| it.map(Into::into)),
+            metadata: body.metadata.as_ref().map(stored),
         };
         let row = api_key::update(&mut edit, id, &change)
             .await

@@ -9,7 +9,7 @@ use quota_common::{
 
 use super::{
     Tag,
-    change::read,
+    change::{read, read_turn},
     json::Json,
     page::{self, PageSize},
     problem::ApiError,
@@ -103,6 +103,7 @@ impl AuditApi {
             to: to.0.map(Timestamp::inner),
         };
         let list = async |tx: &mut TenantTx| audit::list(tx, &filter, slice).await;
+        let _turn = read_turn(&self.state, &caller).await?;
         let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::page(rows, |it| it.event.id, AuditEvent::from)))
     }

@@ -36,6 +36,16 @@ pub async fn read<T>(
     Ok(result)
 }
 
+/// Waits for the tenant's turn to read what may have many rows: see [`tenant_queue`](crate::tenant_queue). Call before
+/// taking a connection, and hold the turn until the connection is given back.
+pub async fn read_turn(state: &AppState, caller: &AdmittedTenant) -> Result<Turn, ApiError> {
+    let turn = state.reads.turn(caller.tenant()).await;
+    turn.map_err(|_| {
+        state.metrics.guard_refusals.inc();
+        ApiError::too_many_reads()
+    })
+}
+
 /// A resource whose changes are audited.
 pub trait Audited: Serialize {
     const TARGET: AuditTarget;

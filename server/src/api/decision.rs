@@ -14,9 +14,10 @@ use quota_common::{
 };
 
 pub use self::stream::Streams;
-use self::stream::{DecisionStream, Tail};
+use self::stream::{DecisionStream, StreamSession, Tail};
 use super::{
     Tag,
+    change::{read, read_turn},
     json::Json,
     page::{self, PageSize},
     problem::ApiError,
@@ -124,6 +125,7 @@ impl DecisionApi {
             .0
             .map(|cursor| read_position(&cursor).ok_or_else(malformed));
         let before = before.transpose()?;
+        let _turn = read_turn(&self.state, &caller).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         // Read before the rows, so that none is missing between them and a stream from this position.
         let newest = usage_log::last_seq(&mut tx).await?;
@@ -183,20 +185,20 @@ impl DecisionApi {
         };
         let place = self.streams.begin(caller.tenant())?;
         let token = caller.token(request)?;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let newest = usage_log::last_seq(&mut tx).await?;
-        tx.commit().await?;
+        let newest = read(&self.state, &caller, usage_log::last_seq).await?;
         // A position beyond the end belongs to a log that was restored to an earlier state.
         let after = after.map_or(newest, |it| it.min(newest));
         let tail = Tail {
-            state: self.state.clone(),
+            session: StreamSession {
+                state: self.state.clone(),
+                token,
+            },
             tenant: caller.tenant(),
-            token,
             filter,
             after,
         };
         let endless = RequestContext::of(request)?.begin_endless_response();
-        Ok(DecisionStream::new(tail, (place, endless)))
+        Ok(DecisionStream::new(tail, place, endless))
     }
 }
 

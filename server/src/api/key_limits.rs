@@ -18,6 +18,7 @@ use quota_common::{
 
 use super::{
     Tag,
+    change::read_turn,
     json::Json,
     problem::{ApiError, OrNotFound},
     tenant_rights::{ReadingTenant, UsageTenant},
@@ -150,6 +151,7 @@ impl KeyLimitsApi {
         caller: ReadingTenant,
         key_id: Path<ApiKeyId>,
     ) -> Result<Json<KeyLimits>, ApiError> {
+        let _turn = read_turn(&self.state, &caller).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;
         let limiter = &self.state.limiter;
@@ -198,6 +200,7 @@ impl KeyLimitsApi {
         /// The quota, which the key's plan must have. Default: `daily` if it has one, otherwise `monthly`.
         policy: Query<Option<QuotaPolicy>>,
     ) -> Result<Json<BurnDown>, ApiError> {
+        let _turn = read_turn(&self.state, &caller).await?;
         let times = times(&self.state).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;

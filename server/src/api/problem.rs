@@ -116,6 +116,14 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
+    /// For reports and lists of one tenant at the same time.
+    pub fn too_many_reads() -> Self {
+        Self::wait(
+            "Your organization is reading too much at the same time.",
+            Duration::from_secs(1),
+        )
+    }
+
     /// For streams, which stay open while they are watched.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))

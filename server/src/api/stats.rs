@@ -11,6 +11,7 @@ use quota_common::{
 
 use super::{
     Tag,
+    change::read_turn,
     json::Json,
     problem::ApiError,
     tenant_rights::UsageTenant,
@@ -139,6 +140,7 @@ impl StatsApi {
     /// need attention.
     #[oai(path = "/stats", method = "get", operation_id = "get_stats")]
     async fn stats(&self, caller: UsageTenant) -> Result<Json<Stats>, ApiError> {
+        let _turn = read_turn(&self.state, &caller).await?;
         let times = times(&self.state).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let zone = tenant_zone(&mut tx).await?;

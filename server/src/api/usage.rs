@@ -23,6 +23,7 @@ use quota_common::{
 use self::range::{Buckets, RangeQuery};
 use super::{
     Tag,
+    change::read_turn,
     json::Json,
     page,
     problem::{ApiError, OrNotFound},
@@ -362,6 +363,7 @@ impl UsageApi {
         let zone = page::filter("tz", tz.0)?
             .map(|name| range::zone(&name))
             .transpose()?;
+        let _turn = read_turn(&self.state, &caller).await?;
         let times = times(&self.state).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let zone = match zone {

@@ -1,4 +1,5 @@
-//! Records when keys and service tokens were last used: in memory, and every few seconds in PostgreSQL.
+//! Records when service tokens were last used: in memory, and every few seconds in PostgreSQL. The same for keys while
+//! metering is off; otherwise it is written with their usage.
 
 use std::{collections::HashMap, sync::Arc};
 

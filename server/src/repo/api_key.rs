@@ -5,10 +5,11 @@ use diesel::{
     dsl::{now, sql},
     pg::Pg,
     prelude::*,
-    sql_types::{BigInt, Bool},
+    sql_types::{BigInt, Bool, Text},
 };
 use diesel_async::RunQueryDsl;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
@@ -30,6 +31,8 @@ pub struct ApiKeyRow {
     pub is_active: bool,
     pub expires_at: Option<DateTime<Utc>>,
     pub rpm_override: Option<i32>,
+    pub external_id: Option<String>,
+    pub metadata: Value,
     pub last_used_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
@@ -60,6 +63,8 @@ pub struct NewApiKey<'a> {
     pub key_hash: &'a [u8],
     pub expires_at: Option<DateTime<Utc>>,
     pub rpm_override: Option<i32>,
+    pub external_id: Option<&'a str>,
+    pub metadata: Value,
 }
 
 #[derive(Debug, Default, AsChangeset)]
@@ -70,6 +75,8 @@ pub struct ApiKeyChange<'a> {
     pub is_active: Option<bool>,
     pub expires_at: Option<Option<DateTime<Utc>>>,
     pub rpm_override: Option<Option<i32>>,
+    pub external_id: Option<Option<String>>,
+    pub metadata: Option<Value>,
 }
 
 /// Restricts a list of keys.
@@ -79,7 +86,8 @@ pub struct Filter<'a> {
     pub is_active: Option<bool>,
     /// Whether they have expired by this time.
     pub is_expired: Option<(bool, DateTime<Utc>)>,
-    /// Substring of the name, or prefix of the key.
+    pub external_id: Option<&'a str>,
+    /// Substring of the name, or beginning of the key or its external ID.
     pub search: Option<&'a str>,
 }
 
@@ -141,13 +149,18 @@ pub async fn list(
             }
             None => {}
         }
+        if let Some(external_id) = filter.external_id {
+            query = query.filter(api_keys::external_id.assume_not_null().eq(external_id));
+        }
         if let Some(search) = filter.search {
             let pattern = containing(search);
-            let prefix = pattern[1..].to_owned();
+            let beginning = pattern[1..].to_owned();
+            let external_id = sql::<Text>("coalesce(external_id, '')");
             query = query.filter(
                 api_keys::name
                     .ilike(pattern)
-                    .or(api_keys::prefix.like(prefix)),
+                    .or(api_keys::prefix.like(beginning.clone()))
+                    .or(external_id.like(beginning)),
             );
         }
         query

@@ -66,6 +66,7 @@ pub mod session;
 pub mod sweep;
 pub mod usage;
 pub mod usage_check;
+pub mod usage_endpoint;
 pub mod usage_log;
 pub mod usage_partition;
 pub mod usage_shipper;

@@ -9,12 +9,11 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
 };
 
-use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
-    http2::{Event, Requests},
+    http2::{Event, PROGRESS, Requests},
     memory::{self, Memory},
     settings::Timeouts,
 };
@@ -73,7 +72,6 @@ pub(super) struct Connection {
     heads: AtomicUsize,
     is_released: AtomicBool,
     order: AtomicU8,
-    pub(super) waker: AtomicWaker,
 }
 
 impl Connection {
@@ -96,7 +94,6 @@ impl Connection {
             heads: AtomicUsize::new(0),
             is_released: AtomicBool::new(false),
             order: AtomicU8::new(Order::Continue as u8),
-            waker: AtomicWaker::new(),
         }
     }
 
@@ -125,7 +122,13 @@ impl Connection {
 
     /// An HTTP/2 frame to the client has started or is complete.
     pub(super) fn sent(&self, event: Event) {
-        self.http2.lock().sent(event, self.now());
+        // A stream of events in which nothing happens sends a few bytes well before the deadline.
+        let progress = if self.authenticated.has_endless_response() {
+            1
+        } else {
+            PROGRESS
+        };
+        self.http2.lock().sent(event, self.now(), progress);
     }
 
     /// Returns the current phase and its deadline. `None`: something else limits it.
@@ -168,12 +171,7 @@ impl Connection {
         let head = waiting
             .head
             .map(|since| (Phase::Head, self.at(since) + timeouts.header));
-        // A stream of events may be quiet for longer than any deadline. Only callers with a session, and each tenant only
-        // a few times, can have one; the connection's other responses have no deadline meanwhile.
-        let response = waiting
-            .response
-            .filter(|_| !self.authenticated.has_endless_response());
-        let response = response.map(|since| {
+        let response = waiting.response.map(|since| {
             // With nothing but canceled requests, the connection is still shut down gracefully.
             let phase = if is_quiet { Phase::Idle } else { Phase::Write };
             (phase, self.at(since) + timeouts.write)
@@ -308,18 +306,20 @@ impl Connection {
         let response = self
             .is_http2()
             .then(|| self.http2.lock().waiting().response)
-            .flatten()
-            .filter(|_| !self.authenticated.has_endless_response());
+            .flatten();
         let oldest = blocked.into_iter().chain(response).min()?;
         Some(self.at(oldest))
     }
 
     pub(super) fn give(&self, order: Order) {
         self.order.fetch_max(order as u8, Ordering::AcqRel);
-        self.waker.wake();
+        self.authenticated.wake();
     }
 
     pub(super) fn order(&self) -> Order {
+        if self.authenticated.is_to_close() {
+            return Order::Close;
+        }
         match self.order.load(Ordering::Acquire) {
             0 => Order::Continue,
             1 => Order::Finish,

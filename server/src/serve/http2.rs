@@ -10,7 +10,7 @@ use super::CONCURRENT_STREAMS;
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Fewer bytes of a response, without its end, do not count as progress. So a client cannot keep many responses in
 /// memory by reading a byte now and then.
-const PROGRESS: u32 = 1024;
+pub(super) const PROGRESS: u32 = 1024;
 /// The maximum number of tracked requests. h2 rejects or ignores requests above its own limit.
 const REMEMBERED: usize = 2 * CONCURRENT_STREAMS as usize;
 /// Bytes that a request occupies besides its head and body: its tasks, and the head of its response.
@@ -181,7 +181,8 @@ impl Requests {
         self.head_length + self.open.len() * REQUEST + bodies
     }
 
-    pub(super) fn sent(&mut self, event: Event, now: u64) {
+    /// `progress` is how many bytes of a response without its end count as progress.
+    pub(super) fn sent(&mut self, event: Event, now: u64, progress: u32) {
         let Event::Ended(frame) = event else { return };
         match frame.kind {
             HEADERS | DATA if frame.has(END_STREAM) => {
@@ -203,7 +204,7 @@ impl Requests {
                     }
                     Some(sent) => {
                         *sent = sent.saturating_add(frame.length);
-                        if *sent >= PROGRESS {
+                        if *sent >= progress {
                             *sent = 0;
                             request.since = now;
                             self.progressed = now;

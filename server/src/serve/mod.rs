@@ -214,7 +214,7 @@ struct Server<E> {
 /// Why the server closed a connection.
 enum End {
     TimedOut(Phase),
-    MadeRoom,
+    Ordered,
 }
 
 impl<E: Endpoint<Output = Response> + 'static> Server<E> {
@@ -264,9 +264,9 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         let mut is_finishing = false;
         let mut goodbye_until = None;
         let end = poll_fn(|context| {
-            connection.waker.register(context.waker());
+            connection.authenticated.register(context.waker());
             match connection.order() {
-                Order::Close => return Poll::Ready(Err(End::MadeRoom)),
+                Order::Close => return Poll::Ready(Err(End::Ordered)),
                 Order::Finish if !is_finishing => {
                     is_finishing = true;
                     served.as_mut().graceful_shutdown();
@@ -314,7 +314,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
             }
         });
         match end.await {
-            Ok(Ok(())) | Err(End::MadeRoom) => {}
+            Ok(Ok(())) | Err(End::Ordered) => {}
             // Clients that disconnect or do not speak HTTP are not an error of the server.
             Ok(Err(error)) => tracing::debug!(error = %error, "a connection ended"),
             Err(End::TimedOut(phase)) => {

@@ -1,3 +1,4 @@
+use futures_util::stream;
 use poem::{EndpointExt, endpoint::make};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -5,6 +6,7 @@ use tokio::{
 };
 
 use super::*;
+use crate::authenticated::Authenticated;
 
 const HEADER: Duration = Duration::from_millis(300);
 const IDLE: Duration = Duration::from_millis(900);
@@ -19,8 +21,18 @@ async fn endpoint(request: poem::Request) -> poem::Body {
         "/large" => vec![b'x'; LARGE].into(),
         "/medium" => vec![b'x'; MEDIUM].into(),
         "/never" => std::future::pending().await,
+        "/events" => quiet_events(request.data().expect("an HTTP/2 connection")),
         _ => "here".into(),
     }
+}
+
+/// A comment now and then, as in a stream of events in which nothing happens.
+fn quiet_events(connection: &Authenticated) -> poem::Body {
+    let endless = connection.begin_endless_response();
+    poem::Body::from_bytes_stream(stream::unfold(endless, async |endless| {
+        time::sleep(WRITE / 3).await;
+        Some((Ok::<_, io::Error>(Bytes::from_static(b":\n\n")), endless))
+    }))
 }
 
 async fn connect() -> TcpStream {
@@ -451,5 +463,48 @@ mod http2 {
         until_closed(&mut stream).await;
         let ended = began.elapsed();
         assert!((HEADER * 9 / 10..IDLE).contains(&ended), "{ended:?}");
+    }
+
+    #[tokio::test]
+    async fn quiet_event_stream_that_is_read_outlives_every_deadline() {
+        let mut stream = connect().await;
+        let request = [hello(&[]), get_path(1, "/events")].concat();
+        stream.write_all(&request).await.unwrap();
+        let mut events = 0;
+        let reading = async {
+            loop {
+                let mut head = [0; 9];
+                stream.read_exact(&mut head).await.expect("it is open");
+                let mut payload = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
+                stream.read_exact(&mut payload).await.expect("it is open");
+                events += usize::from(head[3] == DATA);
+            }
+        };
+        assert!(timeout(WRITE * 5, reading).await.is_err());
+        assert!(events >= 8, "{events}");
+    }
+
+    #[tokio::test]
+    async fn event_stream_that_is_not_read_is_closed() {
+        // Nothing is read, or the first two events.
+        for size in [0, 6] {
+            let mut stream = connect().await;
+            let request = [hello(&window(size)), get_path(1, "/events")].concat();
+            stream.write_all(&request).await.unwrap();
+            let (ended, kinds) = until_closed(&mut stream).await;
+            assert!(ended >= WRITE * 9 / 10, "{size}: {ended:?}");
+            assert!(kinds.contains(&HEADERS), "{size}: {kinds:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn event_stream_does_not_extend_the_deadline_of_another_response() {
+        let mut stream = connect().await;
+        let open = frame(WINDOW_UPDATE, 0, 1, &60_000_u32.to_be_bytes());
+        let requests = [hello(&window(0)), get_path(1, "/events"), open, get(3)].concat();
+        stream.write_all(&requests).await.unwrap();
+        let (ended, kinds) = until_closed(&mut stream).await;
+        assert!((WRITE * 9 / 10..WRITE * 4).contains(&ended), "{ended:?}");
+        assert!(kinds.contains(&DATA), "events arrived: {kinds:?}");
     }
 }

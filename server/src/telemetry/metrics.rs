@@ -147,6 +147,8 @@ metrics! {
         "Segments that are older than the usage log and were not shipped";
     usage_refused_decisions: Counter, "usage_refused_decisions",
         "Requests answered with 503 because usage could not be recorded";
+    usage_denials_unrecorded: Counter, "usage_denials_unrecorded",
+        "Denials that were not recorded because the backlog of usage is more than half full and their tenant has many";
     usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that PostgreSQL did not accept";
     usage_sync_errors: Counter, "usage_sync_errors",
         "Usage records that could not be written to disk in time for their responses";

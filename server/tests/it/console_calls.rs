@@ -10,6 +10,7 @@ use quota_common::{
     auth::{ChangePassword, Login, Register, UpdateMe},
     call::{AuditFilter, Call, DecisionFilter, KeyFilter, PageOf, Sent, UsageFilter},
     decision::DecisionOutcome,
+    field::Metadata,
     limit::PolicyName,
     page::{ApiKeyOrder, PlanOrder},
     plan::{Billing, CreatePlan, OnRedisFailure, UpdatePlan},
@@ -134,6 +135,8 @@ fn samples() -> Vec<Call> {
             plan_id: plan,
             expires_at: Some(at),
             rpm_override: Some(1.into()),
+            external_id: Some("A".into()),
+            metadata: Some(Metadata::default()),
         }),
         Call::UpdateApiKey(
             key,
@@ -143,6 +146,8 @@ fn samples() -> Vec<Call> {
                 is_active: Some(true),
                 expires_at: Some(None),
                 rpm_override: Some(None),
+                external_id: Some(None),
+                metadata: Some(Metadata::default()),
             },
         ),
         Call::RotateApiKey(

@@ -7,7 +7,7 @@ use std::fs;
 
 use quota_testkit::redis::free_port;
 use reqwest::{Client, RequestBuilder, Response};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use self::{
@@ -124,6 +124,8 @@ fn with_forgeries(request: RequestBuilder) -> RequestBuilder {
         ("x-ratelimit-remaining", "forged"),
         ("ratelimit-policy", "forged"),
         ("ratelimit", "forged"),
+        ("x-forwarded-method", "FORGED"),
+        ("x-forwarded-uri", "/forged"),
     ] {
         request = request.header(name, value);
     }
@@ -243,6 +245,20 @@ async fn enforces_decisions(program: Program) {
     assert_eq!(setting.send(hop).await.status(), 200);
     let hop = setting.get("/").header("connection", "X-Service-Token");
     assert_eq!(setting.send(hop).await.status(), 401);
+
+    // Usage shows the consumer's method and path, not the ones that it claims.
+    app.ship_usage().await;
+    let decisions = "/admin/decisions?limit=100";
+    let decisions = app.act(&account, "GET", decisions, Value::Null).await;
+    let items = decisions.body["items"].as_array().expect("items").iter();
+    let endpoints = items.map(|it| it["endpoint"].as_str().expect("text"));
+    let endpoints = endpoints.collect::<std::collections::BTreeSet<_>>();
+    let mut expected = vec!["GET /", "GET /connection", "GET /orders", "POST /orders"];
+    expected.extend(["GET /status/403", "GET /status/500"]);
+    if both == 200 {
+        expected.push("GET /two");
+    }
+    assert_eq!(endpoints, expected.into_iter().collect());
 }
 
 /// Every kind of response, over a persistent connection.

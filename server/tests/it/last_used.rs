@@ -1,4 +1,4 @@
-//! When keys and service tokens were last used: recorded in memory and written in batches.
+//! When keys and service tokens were last used: keys with their usage, the others in memory and in batches.
 
 use quota_common::{ApiKeyId, ServiceTokenId};
 use quota_server::clock::UnixNanos;
@@ -144,4 +144,46 @@ async fn clean_stop_writes_everything() {
         let count = client.query_one(&sql, &[]).await.unwrap();
         assert_eq!(count.get::<_, i64>(0), used, "{table}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn last_use_of_a_key_is_written_with_its_usage_and_never_moves_back() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let plan = app
+        .plan(&account, json!({"default_rpm": 1, "burst": 1}))
+        .await;
+    let (used, unused) = (
+        app.key(&account, &plan).await,
+        app.key(&account, &plan).await,
+    );
+    assert_eq!(app.echo(&used.text).await.status, 200);
+    // There is one way only.
+    app.state.last_used.flush(&app.state.db).await.unwrap();
+    let database = app.database.connect().await;
+    let times = async || {
+        let sql = "SELECT id::text, extract(epoch FROM last_used_at)::float8 FROM api_keys";
+        let rows = database.query(sql, &[]).await.unwrap();
+        let times = rows.iter().map(|row| (row.get(0), row.get(1)));
+        times.collect::<std::collections::BTreeMap<String, Option<f64>>>()
+    };
+    assert_eq!(times().await[&used.id], None);
+    app.ship_usage().await;
+    let sql = "SELECT extract(epoch FROM now())::float8";
+    let now: f64 = database.query_one(sql, &[]).await.unwrap().get(0);
+    let first = times().await[&used.id].expect("it was used");
+    assert!((now - 60.0..=now + 1.0).contains(&first), "{first} {now}");
+    assert_eq!(times().await[&unused.id], None);
+    // A denied request is a use, too.
+    tokio::time::sleep(std::time::Duration::from_millis(1_200)).await;
+    assert_eq!(app.echo(&used.text).await.status, 429);
+    app.ship_usage().await;
+    let second = times().await[&used.id].expect("it was used");
+    assert!(second > first + 1.0, "{first} {second}");
+    let ahead = "UPDATE api_keys SET last_used_at = now() + interval '1 hour' WHERE last_used_at IS NOT NULL";
+    database.batch_execute(ahead).await.unwrap();
+    assert_eq!(app.echo(&used.text).await.status, 429);
+    app.ship_usage().await;
+    let third = times().await[&used.id].expect("it was used");
+    assert!(third > now + 3_000.0, "{third}");
 }

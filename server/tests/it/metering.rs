@@ -359,6 +359,61 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
     assert_eq!(metric(app, "quota_usage_unrecordable").await, "0");
 }
 
+/// Denials cost the consumer nothing, so one could send enough of them to fill the backlog for every tenant.
+#[tokio::test(flavor = "multi_thread")]
+async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
+    const DENIED: u64 = 12_000;
+    let database = database().await;
+    let (proxy, url) = through_proxy(&database).await;
+    let flag = "--usage-backlog-max=1048576";
+    let world = World::start(|setup| setup.database(database.clone()).url(url).flag(flag)).await;
+    let app = &world.app;
+    let flooding = app.register().await;
+    let plan = json!({"default_rpm": 1, "burst": 3});
+    let plan = app.plan(&flooding, plan).await;
+    let key = app.key(&flooding, &plan).await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+    let mut ids = world.echoes(5).await;
+    proxy.set(Fault::Refuse);
+    proxy.cut();
+    let mut statuses = BTreeMap::new();
+    for n in 0..DENIED {
+        let request = app.get("/v1/echo").header("X-API-Key", &key.text);
+        let status = request.send().await.status;
+        *statuses.entry(status).or_insert(0_u64) += 1;
+        if n % 200 == 0 {
+            // As the job does, all the time.
+            assert!(app.state.metering.ship().await.is_err());
+        }
+    }
+    assert_eq!(statuses.get(&200), Some(&2), "{statuses:?}");
+    assert_eq!(statuses.get(&429), Some(&(DENIED - 2)), "{statuses:?}");
+    ids.extend(world.echoes(300).await);
+    let unrecorded = metric(app, "quota_usage_denials_unrecorded_total").await;
+    let unrecorded = unrecorded.parse::<u64>().expect("a number");
+    assert!(unrecorded > 1_000, "{unrecorded}");
+
+    proxy.set(Fault::Pass);
+    app.ship_usage().await;
+    let logged = logged(&database).await;
+    let (denied, allowed) = logged
+        .iter()
+        .partition::<Vec<_>, _>(|(_, it)| it.was_rejected);
+    // Every admitted request; and every denial is in the log or counted.
+    let of_flooding = |it: &&(&String, &Logged)| it.1.key_id == key.id;
+    assert_eq!(allowed.iter().filter(of_flooding).count(), 3);
+    let others = allowed.iter().filter(|it| it.1.key_id == world.key.id);
+    assert_eq!(others.map(|it| it.0.clone()).collect::<BTreeSet<_>>(), ids);
+    assert_eq!(denied.len() as u64 + unrecorded, DENIED - 2);
+    // Later, every denial is recorded again.
+    for _ in 0..150 {
+        assert_eq!(app.echo(&key.text).await.status, 429);
+    }
+    app.ship_usage().await;
+    let again = world.logged().await.len();
+    assert_eq!(again, logged.len() + 150);
+}
+
 /// A file system of its own, of this many bytes.
 struct SmallDisk(TempDir);
 

@@ -249,9 +249,14 @@ fn short(body: &Value) -> String {
     body.to_string().chars().take(300).collect()
 }
 
+/// Whether an error names the field, or what is wrong inside it.
 fn names(answer: &Answer, field: &str) -> bool {
     let errors = answer.body["errors"].as_array();
-    errors.is_some_and(|errors| errors.iter().any(|it| it["field"] == field))
+    let is_field = |it: &Value| {
+        let named = it["field"].as_str().unwrap_or_default();
+        named.split('.').next() == Some(field)
+    };
+    errors.is_some_and(|errors| errors.iter().any(is_field))
 }
 
 /// Returns a text of that many characters that is valid except perhaps for its length.

@@ -26,11 +26,11 @@ pub fn provide(engine: &Engine, folder: &Path, compiled: bool) -> Result<()> {
         stand_in(engine, "postgres:17", &stand_ins().join("postgres"))?;
         stand_in(engine, "redis:8", &stand_ins().join("redis"))?;
     }
-    if !present(engine, "caddy:2")? {
+    if !present(engine, "caddy:2.11")? {
         let context = tempfile::tempdir()?;
         copy_folder(&stand_ins().join("caddy"), context.path())?;
         caddy(&context.path().join("caddy"))?;
-        stand_in(engine, "caddy:2", context.path())?;
+        stand_in(engine, "caddy:2.11", context.path())?;
     }
     if compiled && !present(engine, "rust:1.95-bookworm")? {
         rust(engine, folder)?;

@@ -23,6 +23,9 @@ pub fn Field(
     #[prop(default = "off")] autocomplete: &'static str,
     #[prop(optional)] required: bool,
     #[prop(optional)] numeric: bool,
+    /// Whether the value may have several lines.
+    #[prop(optional)]
+    multiline: bool,
     #[prop(optional)] check: Option<Check>,
     /// Values to choose from while typing.
     #[prop(optional)]
@@ -31,30 +34,49 @@ pub fn Field(
     form.register(name, value, required, check);
     let id = id.unwrap_or(name);
     let list = (!suggestions.is_empty()).then(|| format!("{id}-list"));
-    let input = view! {
-        <input
-            id=id
-            name=id
-            type=kind
-            dir=if kind == "text" && !numeric { "auto" } else { "ltr" }
-            inputmode=numeric.then_some("numeric")
-            placeholder=placeholder
-            autocomplete=autocomplete
-            required=required
-            list=list.clone()
-            aria-describedby=note_id(id)
-            aria-invalid=move || form.error(name).map(|_| "true")
-            bind:value=value
-            on:input=move |_| form.clear(name)
-            on:blur=move |_| after_press(move || form.check(name))
-        />
-        {list
-            .map(|list| {
-                let options = suggestions.into_iter().map(|it| view! { <option value=it></option> });
-                view! { <datalist id=list>{options.collect_view()}</datalist> }
-            })}
+    let input = if multiline {
+        view! {
+            <textarea
+                id=id
+                name=id
+                rows="3"
+                dir="auto"
+                placeholder=placeholder
+                aria-describedby=note_id(id)
+                aria-invalid=move || form.error(name).map(|_| "true")
+                bind:value=value
+                on:input=move |_| form.clear(name)
+                on:blur=move |_| after_press(move || form.check(name))
+            ></textarea>
+        }
+        .into_any()
+    } else {
+        view! {
+            <input
+                id=id
+                name=id
+                type=kind
+                dir=if kind == "text" && !numeric { "auto" } else { "ltr" }
+                inputmode=numeric.then_some("numeric")
+                placeholder=placeholder
+                autocomplete=autocomplete
+                required=required
+                list=list.clone()
+                aria-describedby=note_id(id)
+                aria-invalid=move || form.error(name).map(|_| "true")
+                bind:value=value
+                on:input=move |_| form.clear(name)
+                on:blur=move |_| after_press(move || form.check(name))
+            />
+            {list
+                .map(|list| {
+                    let options = suggestions.into_iter().map(|it| view! { <option value=it></option> });
+                    view! { <datalist id=list>{options.collect_view()}</datalist> }
+                })}
+        }
+        .into_any()
     };
-    labeled(form, name, id, label, hint, input.into_any())
+    labeled(form, name, id, label, hint, input)
 }
 
 fn note_id(id: &str) -> String {

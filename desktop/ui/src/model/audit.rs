@@ -118,6 +118,7 @@ fn change(
         ("is_active", Value::Bool(true)) => "Activated".to_owned(),
         ("is_active", Value::Bool(false)) => "Deactivated".to_owned(),
         ("key_count" | "last_used_at", _) => return None,
+        ("metadata", _) => "metadata changed".to_owned(),
         ("name", _) => format!(
             "Renamed from {}",
             quoted(&before.map(text).unwrap_or_default())
@@ -144,6 +145,7 @@ fn field_label(name: &str) -> String {
         "previous_expires_at" => "Previous key expires".to_owned(),
         "prefix" => "Key".to_owned(),
         "on_redis_failure" => "If Redis is unavailable".to_owned(),
+        "external_id" => "External ID".to_owned(),
         "sessions_ended" => "Sessions ended".to_owned(),
         "tenant_name" => "Organization".to_owned(),
         other => capitalized(&other.replace('_', " ")),
@@ -178,6 +180,7 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
             )
         }
         Value::String(text) => text.clone(),
+        Value::Object(entries) if entries.is_empty() => "none".to_owned(),
         other => compact(other),
     }
 }

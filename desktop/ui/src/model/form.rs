@@ -2,6 +2,7 @@
 
 use quota_common::{
     bounds::{NAME_MAX, RPM_MAX},
+    field::Metadata,
     plan::{CreatePlan, UpdatePlan},
 };
 
@@ -41,6 +42,37 @@ pub fn check_email(text: &str) -> Result<(), &'static str> {
         Some((local, domain)) if !local.is_empty() && !domain.is_empty() => Ok(()),
         _ => Err("Enter an email address"),
     }
+}
+
+/// Reads text. An empty field is `None`.
+pub fn optional_text(text: &str) -> Option<String> {
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// Metadata as it is edited: one `name=value` on each line.
+pub fn metadata_text(metadata: &Metadata) -> String {
+    let lines: Vec<_> = metadata
+        .iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    lines.join("\n")
+}
+
+/// Reads what [`metadata_text`] wrote and a person edited.
+pub fn metadata(text: &str) -> Result<Metadata, &'static str> {
+    let lines = text.lines().filter(|line| !line.trim().is_empty());
+    lines
+        .map(|line| {
+            let (name, value) = line.split_once('=')?;
+            Some((name.trim().to_owned(), value.trim().to_owned()))
+        })
+        .collect::<Option<_>>()
+        .ok_or("Write each entry on a line of its own, as name=value")
+}
+
+pub fn check_metadata(text: &str) -> Result<(), &'static str> {
+    metadata(text).map(drop)
 }
 
 /// Returns the new value if it differs. Unchanged fields are not sent, so that concurrent changes by others are kept.
@@ -87,6 +119,19 @@ pub fn next_page(next: Option<&str>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn metadata_is_read_as_it_was_written() {
+        let entries = [("crm.id", "42"), ("note", "a=b, c"), ("empty", "")];
+        let entries = entries.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let own: Metadata = entries.into_iter().collect();
+        assert_eq!(metadata_text(&own), "crm.id=42\nnote=a=b, c\nempty=");
+        assert_eq!(metadata(&metadata_text(&own)), Ok(own));
+        let typed = metadata(" region = eu \r\n\n").expect("an entry");
+        assert_eq!(metadata_text(&typed), "region=eu");
+        assert_eq!(metadata(" \n"), Ok(Metadata::default()));
+        assert!(check_metadata("region").is_err());
+    }
 
     #[test]
     fn numbers_may_have_separators() {

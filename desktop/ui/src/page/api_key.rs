@@ -92,7 +92,13 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         <Async loader show=move |key| view! { <KeyDetails key plans usage dialogs set_active/> }/>
         <KeyActivity id usage/>
         <TrySection id loader on_sent/>
-        <EditDialog loader plans open=dialogs.editing/>
+        <EditDialog
+            loader
+            plans
+            open=dialogs.editing
+            // The new limits are in force within a second.
+            on_saved=Callback::new(move |()| usage.reload_after_requests())
+        />
         <RotateDialog id loader open=dialogs.rotating rotated/>
         <Confirm
             // Errors appear as toasts.

@@ -14,7 +14,7 @@ use crate::{
         SelectField, focus_soon,
     },
     model::{
-        form::{check_rate, optional_rate},
+        form::{check_metadata, check_rate, metadata, optional_rate, optional_text},
         text,
     },
     route::route,
@@ -78,6 +78,8 @@ fn CreateForm(
     let plan = RwSignal::new(preselected.unwrap_or_default());
     let rate = RwSignal::new(String::new());
     let expires = RwSignal::new(String::new());
+    let external_id = RwSignal::new(String::new());
+    let entries = RwSignal::new(String::new());
     let placeholder = (plans.len() > 1).then(|| (String::new(), "Choose a plan".to_owned()));
     let options = placeholder
         .into_iter()
@@ -97,6 +99,10 @@ fn CreateForm(
             rpm_override: optional_rate(&rate.get_untracked())
                 .unwrap_or_default()
                 .map(Into::into),
+            external_id: optional_text(&external_id.get_untracked()).map(Into::into),
+            metadata: metadata(&entries.get_untracked())
+                .ok()
+                .filter(|it| !it.is_empty()),
         };
         form.send(api::create_api_key(body), move |key| {
             let _ = open.try_set(false);
@@ -112,6 +118,8 @@ fn CreateForm(
                 <Field form name="rpm_override" id="key_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
                 <Field form name="expires_at" id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
             </div>
+            <Field form name="external_id" id="key_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
+            <Field form name="metadata" id="key_metadata" label="Metadata (optional)" value=entries multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
         </DialogForm>
     }
 }

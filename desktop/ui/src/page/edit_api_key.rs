@@ -10,7 +10,7 @@ use super::local_time;
 use crate::{
     api,
     component::{DialogForm, Field, FormState, Loader, Modal, SelectField, Toasts},
-    model::form::{changed, check_rate, optional_rate},
+    model::form::{self, changed, check_metadata, check_rate, optional_rate, optional_text},
 };
 
 #[component]
@@ -18,10 +18,12 @@ pub fn EditDialog(
     loader: Loader<ApiKey>,
     plans: Loader<Vec<Plan>>,
     open: RwSignal<bool>,
+    on_saved: Callback<()>,
 ) -> impl IntoView {
     view! {
         <Modal open panel=true title="Edit key">
-            {untrack(move || loader.ready()).map(|key| view! { <EditForm key plans open loader/> })}
+            {untrack(move || loader.ready())
+                .map(|key| view! { <EditForm key plans open loader on_saved/> })}
         </Modal>
     }
 }
@@ -32,9 +34,10 @@ fn EditForm(
     plans: Loader<Vec<Plan>>,
     open: RwSignal<bool>,
     loader: Loader<ApiKey>,
+    on_saved: Callback<()>,
 ) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
-    let form = FormState::new();
+    let state = FormState::new();
     let name = RwSignal::new(key.name.clone());
     let plan = RwSignal::new(key.plan_id.to_string());
     let rate = RwSignal::new(
@@ -45,6 +48,9 @@ fn EditForm(
     let previous_expiry =
         StoredValue::new(key.expires_at.map(local_time::format).unwrap_or_default());
     let expires = RwSignal::new(previous_expiry.get_value());
+    let external_id = RwSignal::new(key.external_id.clone().unwrap_or_default());
+    let previous_metadata = StoredValue::new(form::metadata_text(&key.metadata));
+    let metadata = RwSignal::new(previous_metadata.get_value());
     let plan_id = key.plan_id;
     let options = Signal::derive(move || {
         let plans = plans.ready().unwrap_or_default();
@@ -72,25 +78,35 @@ fn EditForm(
             rpm_override: changed(&key.rpm_override, rpm_override).map(|rpm| rpm.map(Into::into)),
             // The field is less precise than the stored time, so an unchanged one is not sent.
             expires_at: (expiry != previous_expiry.get_value()).then(|| local_time::parse(&expiry)),
+            external_id: changed(
+                &key.external_id,
+                optional_text(&external_id.get_untracked()),
+            )
+            .map(|it| it.map(Into::into)),
+            metadata: changed(&previous_metadata.get_value(), metadata.get_untracked())
+                .and_then(|text| form::metadata(&text).ok()),
             ..UpdateApiKey::default()
         };
         if body == UpdateApiKey::default() {
             return open.set(false);
         }
-        form.send(api::update_api_key(key.id, body), move |_| {
+        state.send(api::update_api_key(key.id, body), move |_| {
             let _ = open.try_set(false);
             toasts.succeed("Key updated");
             loader.reload();
+            let _ = on_saved.try_run(());
         });
     };
     view! {
-        <DialogForm form open action="Save changes" submit>
-            <Field form name="name" id="edit_name" label="Name" value=name required=true/>
-            <SelectField form name="plan_id" id="edit_plan" label="Plan" value=plan options/>
+        <DialogForm form=state open action="Save changes" submit>
+            <Field form=state name="name" id="edit_name" label="Name" value=name required=true/>
+            <SelectField form=state name="plan_id" id="edit_plan" label="Plan" value=plan options/>
             <div class="pair">
-                <Field form name="rpm_override" id="edit_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
-                <Field form name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
+                <Field form=state name="rpm_override" id="edit_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
+                <Field form=state name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
             </div>
+            <Field form=state name="external_id" id="edit_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
+            <Field form=state name="metadata" id="edit_metadata" label="Metadata (optional)" value=metadata multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
         </DialogForm>
     }
 }

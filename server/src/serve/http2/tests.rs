@@ -28,7 +28,8 @@ impl Wire {
 
     fn send(&mut self, at: u64, bytes: &[u8]) {
         let requests = &mut self.requests;
-        self.sent.scan(bytes, |event| requests.sent(event, at));
+        self.sent
+            .scan(bytes, |event| requests.sent(event, at, PROGRESS));
     }
 
     fn request(&mut self, at: u64, stream: u32) {

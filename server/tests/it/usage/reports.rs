@@ -263,7 +263,7 @@ async fn stats_count_today_and_compare_with_yesterday() {
             &stats["active_keys"],
             &stats["unused_keys"]
         ),
-        (&json!(2), &json!(2), &json!(2))
+        (&json!(2), &json!(2), &json!(1))
     );
     assert_eq!(stats["total_plans"], 1);
     assert_eq!(

@@ -16,6 +16,7 @@ use super::{append, now, record, rejected};
 use crate::support::app::{Account, TestApp};
 
 const KEY: &str = "00000000-0000-7000-8000-00000000000a";
+const OTHER_KEY: &str = "00000000-0000-7000-8000-00000000000c";
 const PLAN: &str = "00000000-0000-7000-8000-00000000000b";
 
 async fn number(client: &Client, sql: &str) -> i64 {
@@ -133,7 +134,14 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
         0
     );
     assert_eq!(list(&key).await["total"]["allowed"], 500);
-    // The tenant has room for all of them.
+    // The tenant's list is larger, and one consumer cannot fill it: it takes only what its key's list took.
+    assert_eq!(list("endpoint=GET%20/255").await["total"]["allowed"], 1);
+    assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 0);
+    let other = UsageRecord {
+        key_id: OTHER_KEY.parse().expect("an ID"),
+        ..named(256)
+    };
+    assert_eq!(append(&app, &[other]).await.folded, 0);
     assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 1);
     let grouped = list(&format!("{key}&group_by=endpoint")).await;
     let groups = grouped["groups"].as_array().expect("groups");
@@ -145,6 +153,17 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
     let client = app.database.connect().await;
     let names = "SELECT count(DISTINCT endpoint) FROM usage_log";
     assert_eq!(number(&client, names).await, 300);
+    let lists = "SELECT count(*) FROM usage_endpoints WHERE key_id = '00000000-0000-0000-0000-000000000000'";
+    assert_eq!(number(&client, lists).await, 257);
+
+    // An endpoint in use is noted once a day.
+    let age = "UPDATE usage_endpoints SET seen_on = CURRENT_DATE - 9 WHERE endpoint IN ('GET /000', 'GET /001')";
+    client.batch_execute(age).await.expect("older endpoints");
+    append(&app, &first[1..]).await;
+    let old =
+        "SELECT count(*) FROM usage_endpoints WHERE seen_on < CURRENT_DATE AND endpoint = 'GET /";
+    assert_eq!(number(&client, &format!("{old}000'")).await, 2);
+    assert_eq!(number(&client, &format!("{old}001'")).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -316,6 +335,15 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         )
         .await
         .expect("segments");
+    client
+        .batch_execute(
+            "INSERT INTO usage_endpoints (tenant_id, key_id, endpoint, seen_on) \
+             SELECT gen_random_uuid(), gen_random_uuid(), n::text, CURRENT_DATE - n FROM generate_series(4, 1500) n",
+        )
+        .await
+        .expect("endpoints");
+    let endpoints = "SELECT count(*) FROM usage_endpoints";
+    let listed = number(&client, endpoints).await;
     let replica = TestApp::setup()
         .database(app.database.clone())
         .flag("--usage-retention=3")
@@ -324,7 +352,8 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         .await;
     let segments = "SELECT coalesce(sum(position), 0)::bigint FROM usage_segments";
     for _ in 0..200 {
-        if number(&client, segments).await == 5 {
+        if number(&client, segments).await == 5 && number(&client, endpoints).await == listed - 1495
+        {
             break;
         }
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
@@ -334,6 +363,8 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         5,
         "cursors are kept as long as they are needed"
     );
+    // Those of 4 and 5 days ago stay, and those of the requests above.
+    assert_eq!(number(&client, endpoints).await, listed - 1495);
     // Whole days: the one that ended less than the retention ago stays.
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 4);
     let quarters = "SELECT count(DISTINCT start) FROM usage_quarters";
