@@ -2,7 +2,6 @@
 //! query and a body. The browser and the desktop app send only these.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::{
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
@@ -130,7 +129,8 @@ pub struct Sent {
     pub method: &'static str,
     pub path: String,
     pub query: Vec<(&'static str, String)>,
-    pub body: Option<Value>,
+    /// JSON.
+    pub body: Option<String>,
 }
 
 impl Sent {
@@ -144,7 +144,7 @@ impl Sent {
     }
 
     fn body(mut self, body: &impl Serialize) -> Self {
-        self.body = Some(serde_json::to_value(body).unwrap_or_default());
+        self.body = serde_json::to_string(body).ok();
         self
     }
 

@@ -15,7 +15,10 @@ use serde::{
     de::{MapAccess, Visitor},
 };
 
-use crate::bounds;
+use crate::{
+    bounds,
+    json::{FromJson, Invalid, Json},
+};
 
 /// Describes a newtype to poem-openapi as its inner type with bounds.
 macro_rules! schema {
@@ -264,6 +267,16 @@ impl<'de> Deserialize<'de> for Metadata {
         }
 
         deserializer.deserialize_map(Entries)
+    }
+}
+
+impl FromJson for Metadata {
+    fn from_json(json: Json) -> Result<Self, Invalid> {
+        match json {
+            // Stored responses of earlier versions do not have it.
+            Json::Null => Ok(Self::default()),
+            json => json.entries().map(Self),
+        }
     }
 }
 

@@ -14,6 +14,7 @@ pub mod field;
 pub mod health;
 pub mod id;
 pub mod ipc;
+pub mod json;
 pub mod limit;
 pub mod page;
 pub mod plan;
@@ -23,6 +24,7 @@ pub mod time;
 pub mod usage;
 
 mod patch;
+mod wire;
 
 pub use self::{
     id::{ApiKeyId, AuditEventId, PlanId, ServiceTokenId, SessionId, TenantId, UserId},
@@ -30,4 +32,5 @@ pub use self::{
     patch::Patch,
     problem::{FieldError, Problem, ProblemCode},
     time::Timestamp,
+    wire::Omittable,
 };

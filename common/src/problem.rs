@@ -4,7 +4,11 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limit::PolicyName;
+use crate::{
+    json::{FromJson, Invalid, Json},
+    limit::PolicyName,
+    wire::response,
+};
 
 /// The media type of every error.
 pub const MEDIA_TYPE: &str = "application/problem+json";
@@ -42,14 +46,32 @@ pub struct Problem {
     pub violated_policies: Vec<PolicyName>,
 }
 
-/// An invalid field.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct FieldError {
-    /// Path of the field in the body, such as `default_rpm`, or name of the parameter.
-    pub field: String,
-    /// What is wrong with the field, such as `must be at least 1`.
-    pub message: String,
+impl FromJson for Problem {
+    fn from_json(json: Json) -> Result<Self, Invalid> {
+        let mut fields = json.fields()?;
+        Ok(Self {
+            kind: fields.read("type")?,
+            title: fields.read("title")?,
+            status: fields.read("status")?,
+            detail: fields.read("detail")?,
+            request_id: fields.read("request_id")?,
+            errors: fields.read::<Option<_>>("errors")?.unwrap_or_default(),
+            violated_policies: fields
+                .read::<Option<_>>("violated-policies")?
+                .unwrap_or_default(),
+        })
+    }
+}
+
+response! {
+    /// An invalid field.
+    #[derive(Debug, Eq)]
+    pub struct FieldError {
+        /// Path of the field in the body, such as `default_rpm`, or name of the parameter.
+        pub field: String,
+        /// What is wrong with the field, such as `must be at least 1`.
+        pub message: String,
+    }
 }
 
 macro_rules! problems {

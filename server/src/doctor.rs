@@ -144,7 +144,7 @@ impl Report {
                 settings.timeout,
                 settings.connect_timeout,
                 config.lease_ttl,
-                config.on_redis_failure.name(),
+                config.on_redis_failure.as_str(),
             ),
         );
         let nodes = match inspect::nodes(settings, &invalidations::channel(&settings.prefix)).await

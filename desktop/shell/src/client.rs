@@ -10,7 +10,7 @@ use quota_common::{
     call::{Call, LIMIT_FIELDS, Sent},
     ipc::{CallError, TestResponse},
 };
-use reqwest::{Method, RequestBuilder, Response, redirect};
+use reqwest::{Method, RequestBuilder, Response, header::CONTENT_TYPE, redirect};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::server::Server;
@@ -68,7 +68,8 @@ impl Client {
             Credential::None => {}
             Credential::Access(token) => bearer = Some(token),
             Credential::Refresh(token) => {
-                sent.body = Some(serde_json::json!({ "refresh_token": token.expose_secret() }));
+                let body = serde_json::json!({ "refresh_token": token.expose_secret() });
+                sent.body = Some(body.to_string());
             }
         }
         let mut request = self.request(&sent)?;
@@ -136,7 +137,9 @@ impl Client {
         }
         let request = self.http.request(method, url);
         Ok(match &sent.body {
-            Some(body) => request.json(body),
+            Some(body) => request
+                .header(CONTENT_TYPE, "application/json")
+                .body(body.clone()),
             None => request,
         })
     }

@@ -18,8 +18,9 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
-    Tag, allowance,
+    Tag,
     change::{Edit, read, read_turn},
+    creation::create,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -30,7 +31,6 @@ use crate::{
     db::{DbError, TenantTx},
     repo::{
         Order, SortBy,
-        allowance::Resource,
         api_key::{self, ApiKeyChange, ApiKeyRow, Filter, NewApiKey},
         invalidation::Target,
     },
@@ -198,40 +198,35 @@ impl ApiKeyApi {
     ) -> Result<Created<CreatedApiKey>, ApiError> {
         let body = body.0;
         let idempotency = IdempotencyGuard::new("create_api_key", idempotency_key.0, &body)?;
-        let mut edit = Edit::begin(&self.state, &caller).await?;
-        if let Some(first) = idempotency.replay(&mut edit).await? {
-            return Ok(Created(first));
+        let mut secret = None;
+        let insert = async |tx: &mut TenantTx| {
+            self.check_expiry(body.expires_at)?;
+            let generated = SecretText::generate(Kind::ApiKey)?;
+            let new = NewApiKey {
+                tenant_id: caller.tenant().0,
+                id: Uuid::now_v7(),
+                plan_id: body.plan_id.0,
+                name: body.name.trim(),
+                prefix: &generated.prefix(),
+                key_hash: &generated.hash(),
+                expires_at: body.expires_at.map(Into::into),
+                rpm_override: body.rpm_override.map(Into::into),
+                external_id: body.external_id.as_deref(),
+                metadata: stored(&body.metadata.clone().unwrap_or_default()),
+            };
+            let row = api_key::insert(tx, &new).await.map_err(plan_not_found)?;
+            secret = Some(generated);
+            Ok(CreatedApiKey {
+                key: None,
+                api_key: row.into(),
+            })
+        };
+        let mut created = create(&self.state, &caller, idempotency, insert).await?;
+        // A replay has none.
+        if let Some(secret) = secret {
+            self.state.keys.created(&secret);
+            created.key = Some(secret.reveal());
         }
-        self.check_expiry(body.expires_at)?;
-        allowance::one_more(&self.state.config, &mut edit, Resource::ApiKeys).await?;
-        let secret = SecretText::generate(Kind::ApiKey)?;
-        let new = NewApiKey {
-            tenant_id: caller.tenant().0,
-            id: Uuid::now_v7(),
-            plan_id: body.plan_id.0,
-            name: body.name.trim(),
-            prefix: &secret.prefix(),
-            key_hash: &secret.hash(),
-            expires_at: body.expires_at.map(Into::into),
-            rpm_override: body.rpm_override.map(Into::into),
-            external_id: body.external_id.as_deref(),
-            metadata: stored(&body.metadata.unwrap_or_default()),
-        };
-        let row = api_key::insert(&mut edit, &new)
-            .await
-            .map_err(plan_not_found)?;
-        let mut created = CreatedApiKey {
-            key: None,
-            api_key: row.into(),
-        };
-        // The secret is removed, because it must not be stored.
-        idempotency
-            .keep(&mut edit, StatusCode::CREATED, &created)
-            .await?;
-        edit.created(AuditAction::ApiKeyCreate, &created.api_key)
-            .await?;
-        self.state.keys.created(&secret);
-        created.key = Some(secret.reveal());
         Ok(Created(created))
     }
 

@@ -138,16 +138,11 @@ impl<'a> Edit<'a> {
         let (tenant, user) = (self.caller.tenant(), self.caller.user());
         let target = resource.id().to_string();
         let event = NewAuditEvent {
-            tenant_id: tenant.0,
-            id: Uuid::now_v7(),
-            user_id: Some(user.0),
-            action: action.as_str(),
-            target_type: T::TARGET.as_str(),
-            target_id: Some(target.clone()),
             target_name: Some(resource.name()),
-            ip: self.caller.origin.network(),
             before,
             after,
+            ..NewAuditEvent::new(tenant.0, action, T::TARGET, &target)
+                .by(user.0, self.caller.origin.network())
         };
         audit::insert(&mut self.tx, &event).await?;
         // Done last, since it waits for other transactions that invalidate.

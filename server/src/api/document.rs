@@ -16,6 +16,10 @@ const CSS: &str = "text/css; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 const STYLE: &str = include_str!("document/page.css");
 const SCRIPT: &str = include_str!("document/page.js");
+/// What every page begins with.
+const META: &str = "<meta charset=\"utf-8\">\n\
+    <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+    <meta name=\"color-scheme\" content=\"light dark\">";
 const LANDING: &str = include_str!("document/landing.html");
 const DOOR: &str = include_str!("document/door.html");
 const ICON: &str = include_str!("../../../desktop/ui/icon.svg");
@@ -63,8 +67,7 @@ fn html(body: String) -> Response {
 
 pub(super) fn page(title: &str, body: &str) -> Response {
     html(format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title} · Quota</title>\n\
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n{META}\n<title>{title} · Quota</title>\n\
          <link rel=\"stylesheet\" href=\"/page.css\">\n<link rel=\"icon\" type=\"image/svg+xml\" href=\"/icon.svg\">\n</head>\n<body>\n\
          <main class=\"narrow\">\n<p class=\"up\"><a class=\"brand\" href=\"/\"><img src=\"/icon.svg\" alt=\"\" width=\"24\" \
          height=\"24\">Quota</a></p>\n{body}\n</main>\n</body>\n</html>\n"
@@ -283,10 +286,12 @@ fn front_page(landing: &Landing, base: &str) -> String {
     let version = env!("CARGO_PKG_VERSION");
     match landing {
         Landing::Door { operator } => DOOR
+            .replace("{{meta}}", META)
             .replace("{{version}}", version)
             .replace("{{operator}}", &escape(operator)),
         Landing::Full => {
             let values = [
+                ("{{meta}}", META.to_owned()),
                 ("{{version}}", version.to_owned()),
                 ("{{base}}", escape(base)),
                 ("{{source}}", env!("CARGO_PKG_REPOSITORY").to_owned()),
@@ -332,7 +337,9 @@ pub fn routes(
         }))
     };
     let landing = front_page(landing, base);
-    let docs = DOCS.replace("{{base}}", &escape(base));
+    let docs = DOCS
+        .replace("{{meta}}", META)
+        .replace("{{base}}", &escape(base));
     let base = base.to_owned();
     Route::new()
         .at("/", get(make_sync(move |_| html(landing.clone()))))

@@ -15,6 +15,7 @@ pub mod browser;
 pub mod change;
 pub mod client_ip;
 pub mod console;
+pub mod creation;
 pub mod decision;
 pub mod document;
 pub mod fast_path;

@@ -6,7 +6,10 @@
 
 use std::sync::Arc;
 
-use quota_common::{SessionId, TenantId, UserId};
+use quota_common::{
+    SessionId, TenantId, UserId,
+    audit::{AuditAction, AuditTarget},
+};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -22,7 +25,7 @@ use crate::{
     db::{Db, DbError},
     repo::{
         account::{self, LoginRow, MemberRow, TenantRow, UserRow},
-        audit,
+        audit::{self, NewAuditEvent},
         invalidation::{self, Target},
         session,
     },
@@ -106,26 +109,20 @@ impl Accounts {
             .sessions
             .begin(&mut tx, (UserId(user_id), TenantId(tenant_id)), origin)
             .await?;
-        let event = audit::NewAuditEvent {
-            tenant_id,
-            id: Uuid::now_v7(),
-            user_id: Some(user_id),
-            action: "user.register",
-            target_type: "user",
-            target_id: Some(user_id.to_string()),
-            target_name: None,
-            ip: origin.network(),
-            before: None,
+        let action = AuditAction::UserRegister;
+        let event = NewAuditEvent {
             after: Some(json!({"tenant_name": tenant.name})),
+            ..NewAuditEvent::new(tenant_id, action, AuditTarget::User, &user_id)
+                .by(user_id, origin.network())
         };
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "user registered");
+        let now = self.clock.now();
+        let device = self.devices.remember((&email, &hash), device, now)?;
         Ok(SignedIn {
             tokens,
-            device: self
-                .devices
-                .remember((&email, &hash), device, self.clock.now())?,
+            device,
             user,
             tenant,
             role: "owner".into(),
@@ -169,17 +166,10 @@ impl Accounts {
         account::set_password(&mut tx, user.id, &hash).await?;
         // No session has the nil ID, so all are revoked.
         let ended = session::end_others(&mut tx, user.id, Uuid::nil()).await?;
-        let event = audit::NewAuditEvent {
-            tenant_id: tenant,
-            id: Uuid::now_v7(),
-            user_id: None,
-            action: "user.reset_password",
-            target_type: "user",
-            target_id: Some(user.id.to_string()),
-            target_name: None,
-            ip: None,
-            before: None,
+        let action = AuditAction::UserResetPassword;
+        let event = NewAuditEvent {
             after: Some(json!({"sessions_ended": ended.len()})),
+            ..NewAuditEvent::new(tenant, action, AuditTarget::User, &user.id)
         };
         audit::insert_system(&mut tx, &event).await?;
         let mut invalidations = Vec::new();
@@ -263,26 +253,17 @@ impl Accounts {
             .sessions
             .begin(&mut tx, (UserId(user.id), TenantId(tenant.id)), origin)
             .await?;
-        let event = audit::NewAuditEvent {
-            tenant_id: tenant.id,
-            id: Uuid::now_v7(),
-            user_id: Some(user.id),
-            action: "session.begin",
-            target_type: "session",
-            target_id: Some(tokens.session.to_string()),
-            target_name: None,
-            ip: origin.network(),
-            before: None,
-            after: None,
-        };
+        let (action, target) = (AuditAction::SessionBegin, AuditTarget::Session);
+        let event = NewAuditEvent::new(tenant.id, action, target, &tokens.session)
+            .by(user.id, origin.network());
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         attempt.succeeded().await;
+        let now = self.clock.now();
+        let device = self.devices.remember((&email, &hash), device, now)?;
         Ok(SignedIn {
             tokens,
-            device: self
-                .devices
-                .remember((&email, &hash), device, self.clock.now())?,
+            device,
             user,
             tenant,
             role,
@@ -366,17 +347,11 @@ impl Accounts {
             return Err(AuthError::Unauthorized);
         }
         let ended = session::end_others(&mut tx, user.0, session.0).await?;
-        let event = audit::NewAuditEvent {
-            tenant_id: tenant.0,
-            id: Uuid::now_v7(),
-            user_id: Some(user.0),
-            action: "user.change_password",
-            target_type: "user",
-            target_id: Some(user.to_string()),
-            target_name: None,
-            ip: origin.network(),
-            before: None,
+        let action = AuditAction::UserChangePassword;
+        let event = NewAuditEvent {
             after: Some(json!({"sessions_ended": ended.len()})),
+            ..NewAuditEvent::new(tenant.0, action, AuditTarget::User, &user)
+                .by(user.0, origin.network())
         };
         audit::insert_system(&mut tx, &event).await?;
         let mut invalidations = Vec::new();

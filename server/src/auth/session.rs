@@ -5,7 +5,11 @@ use std::{sync::Arc, time::Duration};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::DateTime;
 use ipnet::IpNet;
-use quota_common::{SessionId, TenantId, UserId, auth::Role};
+use quota_common::{
+    SessionId, TenantId, UserId,
+    audit::{AuditAction, AuditTarget},
+    auth::Role,
+};
 use uuid::Uuid;
 
 use super::{AuthError, secret::SecretPair, token::Signer};
@@ -15,7 +19,8 @@ use crate::{
     db::{self, Db, SystemTx},
     invalidations::{InvalidationSet, Publisher},
     repo::{
-        Rows, Slice, account, audit,
+        Rows, Slice, account,
+        audit::{self, NewAuditEvent},
         invalidation::{self, Invalidation, Target},
         session::{self, NewSession, Rotation, SessionRow},
     },
@@ -286,7 +291,7 @@ impl Sessions {
     ) -> Result<bool, AuthError> {
         let mut ended = Vec::new();
         if session::end(&mut tx, row.user_id, row.id).await? {
-            audit::insert_system(&mut tx, &event(row, "session.end", origin)).await?;
+            audit::insert_system(&mut tx, &event(row, AuditAction::SessionEnd, origin)).await?;
             let target = Target::Session(row.id);
             ended.push(invalidation::insert_system(&mut tx, row.tenant_id, target).await?);
         }
@@ -344,7 +349,8 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
             id,
             user: UserId(row.user_id),
             tenant: TenantId(row.tenant_id),
-            role: role_named(&member.role)?,
+            // A role that this version does not know has no rights.
+            role: Role::of(&member.role)?,
             expires_at: UnixNanos(
                 row.expires_at
                     .timestamp_nanos_opt()
@@ -354,32 +360,9 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
     }))
 }
 
-/// Returns `None` for a role that this version does not support, which has no permissions.
-pub fn role_named(name: &str) -> Option<Role> {
-    [
-        Role::Owner,
-        Role::Admin,
-        Role::Developer,
-        Role::Billing,
-        Role::Viewer,
-    ]
-    .into_iter()
-    .find(|role| role.as_str() == name)
-}
-
-fn event<'a>(row: &SessionRow, action: &'a str, origin: &Origin) -> audit::NewAuditEvent<'a> {
-    audit::NewAuditEvent {
-        tenant_id: row.tenant_id,
-        id: Uuid::now_v7(),
-        user_id: Some(row.user_id),
-        action,
-        target_type: "session",
-        target_id: Some(row.id.to_string()),
-        target_name: None,
-        ip: origin.network(),
-        before: None,
-        after: None,
-    }
+fn event(row: &SessionRow, action: AuditAction, origin: &Origin) -> NewAuditEvent<'static> {
+    NewAuditEvent::new(row.tenant_id, action, AuditTarget::Session, &row.id)
+        .by(row.user_id, origin.network())
 }
 
 async fn audit_reuse(
@@ -387,5 +370,6 @@ async fn audit_reuse(
     row: &SessionRow,
     origin: &Origin,
 ) -> Result<(), AuthError> {
-    Ok(audit::insert_system(tx, &event(row, "session.reuse_detected", origin)).await?)
+    let event = event(row, AuditAction::SessionReuseDetected, origin);
+    Ok(audit::insert_system(tx, &event).await?)
 }

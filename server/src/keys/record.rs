@@ -287,7 +287,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
             facts
                 .on_redis_failure
                 .as_deref()
-                .and_then(OnRedisFailure::named),
+                .and_then(OnRedisFailure::of),
         )
         // Increases with every change.
         .with_version(u64::try_from(as_of).unwrap_or(0)),

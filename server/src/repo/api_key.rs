@@ -222,24 +222,15 @@ find_by_id!(
     pub fn lock in api_keys -> ApiKeyRow, for_update
 );
 
-/// Updates a key. A plan that the tenant does not have fails with `api_keys_plan_fkey`.
-pub async fn update(
-    tx: &mut TenantTx,
-    id: Uuid,
-    change: &ApiKeyChange<'_>,
-) -> Result<Option<ApiKeyRow>, DbError> {
-    let query = diesel::update(api_keys::table.find((tx.tenant().0, id)))
-        .set(change)
-        .returning(ApiKeyRow::as_returning());
-    Ok(query.get_result(&mut **tx).await.optional()?)
-}
+update_by_id!(
+    /// Updates a key. A plan that the tenant does not have fails with `api_keys_plan_fkey`.
+    pub fn update in api_keys, ApiKeyChange -> ApiKeyRow
+);
 
-/// Deletes a key and, by cascade, its quota usage. Returns the key's last state.
-pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<Option<ApiKeyRow>, DbError> {
-    let query = diesel::delete(api_keys::table.find((tx.tenant().0, id)))
-        .returning(ApiKeyRow::as_returning());
-    Ok(query.get_result(&mut **tx).await.optional()?)
-}
+delete_by_id!(
+    /// Deletes a key and, by cascade, its quota usage. Returns the key's last state.
+    pub fn delete in api_keys -> ApiKeyRow
+);
 
 /// Replaces the key's secret. The previous one works until `previous_expires_at`, or not at all.
 pub async fn rotate(

@@ -22,6 +22,35 @@ macro_rules! find_by_id {
     };
 }
 
+/// Defines a function that updates a row of the caller's tenant by its ID and returns it.
+macro_rules! update_by_id {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident, $change:ident -> $row:ty) => {
+        $(#[$doc])*
+        $vis async fn $name(
+            tx: &mut TenantTx,
+            id: Uuid,
+            change: &$change<'_>,
+        ) -> Result<Option<$row>, DbError> {
+            let query = diesel::update($table::table.find((tx.tenant().0, id)))
+                .set(change)
+                .returning(<$row>::as_returning());
+            Ok(query.get_result(&mut **tx).await.optional()?)
+        }
+    };
+}
+
+/// Defines a function that deletes a row of the caller's tenant by its ID and returns it as it was.
+macro_rules! delete_by_id {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident -> $row:ty) => {
+        $(#[$doc])*
+        $vis async fn $name(tx: &mut TenantTx, id: Uuid) -> Result<Option<$row>, DbError> {
+            let query = diesel::delete($table::table.find((tx.tenant().0, id)))
+                .returning(<$row>::as_returning());
+            Ok(query.get_result(&mut **tx).await.optional()?)
+        }
+    };
+}
+
 pub mod account;
 pub mod allowance;
 pub mod api_key;

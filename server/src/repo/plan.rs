@@ -151,17 +151,10 @@ async fn with_keys(
     Ok(Some(PlanWithKeys { plan, key_count }))
 }
 
-/// Updates a plan. A name that is already in use fails with `plans_name_key`.
-pub async fn update(
-    tx: &mut TenantTx,
-    id: Uuid,
-    change: &PlanChange<'_>,
-) -> Result<Option<PlanRow>, DbError> {
-    let row = diesel::update(plans::table.find((tx.tenant().0, id)))
-        .set(change)
-        .returning(PlanRow::as_returning());
-    Ok(row.get_result(&mut **tx).await.optional()?)
-}
+update_by_id!(
+    /// Updates a plan. A name that is already in use fails with `plans_name_key`.
+    pub fn update in plans, PlanChange -> PlanRow
+);
 
 /// Deletes a plan. A plan that still has keys fails with `api_keys_plan_fkey`.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {

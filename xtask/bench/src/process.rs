@@ -102,19 +102,10 @@ impl Server {
         cores: Option<Cores>,
         settings: &[(&str, String)],
     ) -> Result<Self> {
-        let data = tempfile::Builder::new()
-            .prefix("quota-bench-")
-            .permissions(fs::Permissions::from_mode(0o711))
-            .tempdir()?;
+        let (mut command, data) = serve(binary)?;
         let path = data.path().join("log");
         let log = File::options().create(true).append(true).open(&path)?;
-        let mut command = Command::new(binary);
-        without_settings(&mut command);
         command
-            .arg("serve")
-            .env("QUOTA_LISTEN", "127.0.0.1:0")
-            .env("QUOTA_METRICS_LISTEN", "127.0.0.1:0")
-            .env("QUOTA_DATA_DIR", data.path())
             .env("RUST_LOG", directives)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?);
@@ -170,6 +161,22 @@ impl Server {
         let pid = Pid::from_raw(i32::try_from(self.child.id())?);
         Ok(clock_getcpuclockid(pid)?.now()?.into())
     }
+}
+
+/// Returns the command `quota serve`, with default settings and on free ports, and its new data directory.
+pub(crate) fn serve(binary: &Path) -> Result<(Command, TempDir)> {
+    let data = tempfile::Builder::new()
+        .prefix("quota-bench-")
+        .permissions(fs::Permissions::from_mode(0o711))
+        .tempdir()?;
+    let mut command = Command::new(binary);
+    without_settings(&mut command);
+    command
+        .arg("serve")
+        .env("QUOTA_LISTEN", "127.0.0.1:0")
+        .env("QUOTA_METRICS_LISTEN", "127.0.0.1:0")
+        .env("QUOTA_DATA_DIR", data.path());
+    Ok((command, data))
 }
 
 /// Settings in the environment must not affect the measured servers.

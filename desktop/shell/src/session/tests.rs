@@ -293,33 +293,29 @@ async fn page_never_sees_a_token() {
     assert_eq!(fixture.keychain.only().as_deref(), Some("qr_2"));
 }
 
+async fn list_concurrently(session: &Arc<Session>) {
+    let calls: Vec<_> = (0..20)
+        .map(|_| {
+            let session = Arc::clone(session);
+            tokio::spawn(async move { session.call(&list()).await })
+        })
+        .collect();
+    for call in calls {
+        call.await.expect("no panic").expect("a response");
+    }
+}
+
 #[tokio::test]
 async fn concurrent_calls_share_one_refresh() {
     let fixture = Fixture::new().await;
     fixture.session().call(&login()).await.expect("signed in");
     // As after a restart, with nothing in memory.
     let session = fixture.session();
-    let calls: Vec<_> = (0..20)
-        .map(|_| {
-            let session = Arc::clone(&session);
-            tokio::spawn(async move { session.call(&list()).await })
-        })
-        .collect();
-    for call in calls {
-        call.await.expect("no panic").expect("a response");
-    }
+    list_concurrently(&session).await;
     assert_eq!(fixture.refreshes(), 1);
     // This also applies when the server rejects the access token.
     fixture.fake.refresh("qr_2");
-    let calls: Vec<_> = (0..20)
-        .map(|_| {
-            let session = Arc::clone(&session);
-            tokio::spawn(async move { session.call(&list()).await })
-        })
-        .collect();
-    for call in calls {
-        call.await.expect("no panic").expect("a response");
-    }
+    list_concurrently(&session).await;
     assert_eq!(fixture.refreshes(), 3);
     assert!(!fixture.fake.used_too_early.load(Ordering::SeqCst));
 }

@@ -13,6 +13,7 @@ use quota_common::{
     Problem, TenantId, UserId,
     auth::Me,
     call::{Call, LIMIT_FIELDS},
+    json,
 };
 use wasm_bindgen::JsCast;
 use wasm_bindgen_futures::JsFuture;
@@ -22,7 +23,7 @@ use web_sys::{
 };
 
 use super::error::{CallError, CallResult, TestResponse};
-use crate::model::{address::Query, json};
+use crate::model::address::Query;
 
 /// Whether the session's cookies reach the server: over TLS, or on this computer.
 pub fn is_secure() -> bool {
@@ -88,7 +89,6 @@ async fn request(
     }
     if let Some(body) = sent.body {
         set("content-type", "application/json")?;
-        let body = serde_json::to_string(&body).map_err(|_| CallError::Unreadable)?;
         init.set_body(&body.into());
     }
     init.set_headers(&headers);

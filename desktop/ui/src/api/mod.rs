@@ -19,17 +19,15 @@ use quota_common::{
     auth::{ChangePassword, Login, Me, Register, Session, SignedIn, UpdateMe},
     call::{AuditFilter, Call, DecisionFilter, KeyFilter, PageOf, UsageFilter},
     decision::DecisionPage,
+    json::{self, FromJson},
     limit::PolicyName,
     page::PlanOrder,
     plan::{CreatePlan, Plan, UpdatePlan},
     service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken},
     usage::{BurnDown, KeyLimits, Stats, Usage},
 };
-use serde::de::DeserializeOwned;
 use wasm_bindgen::JsCast;
 use wasm_bindgen_futures::JsFuture;
-
-use crate::model::json;
 
 pub use error::{CallError, CallResult, TestResponse};
 #[cfg(feature = "desktop")]
@@ -66,7 +64,7 @@ fn send(call: Call) -> PendingCall<String> {
 }
 
 /// A call whose response has a body.
-fn fetch<T: DeserializeOwned>(call: Call) -> PendingCall<T> {
+fn fetch<T: FromJson + 'static>(call: Call) -> PendingCall<T> {
     let body = send(call);
     Box::pin(async move { json::read(&body.await?).map_err(|_| CallError::Unreadable) })
 }

@@ -181,8 +181,47 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
         }
         Value::String(text) => text.clone(),
         Value::Object(entries) if entries.is_empty() => "none".to_owned(),
-        other => serde_json::to_string(other).unwrap_or_default(),
+        other => compact(other),
     }
+}
+
+/// Returns a value as JSON. serde_json's exact tables for fractions would add to the download.
+fn compact(value: &Value) -> String {
+    match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(it) => it.to_string(),
+        Value::Number(n) => n.as_i64().map_or_else(
+            || fraction(n.as_f64().unwrap_or_default()),
+            |n| n.to_string(),
+        ),
+        Value::String(text) => format!("\"{text}\""),
+        Value::Array(items) => {
+            let items: Vec<_> = items.iter().map(compact).collect();
+            format!("[{}]", items.join(","))
+        }
+        Value::Object(fields) => {
+            let fields = fields.iter();
+            let fields: Vec<_> = fields
+                .map(|(name, value)| format!("\"{name}\":{}", compact(value)))
+                .collect();
+            format!("{{{}}}", fields.join(","))
+        }
+    }
+}
+
+/// Returns a number with three decimals.
+fn fraction(number: f64) -> String {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "saturates, far above any number in an event"
+    )]
+    let thousandths = (number * 1000.0).round() as i64;
+    let sign = if thousandths < 0 { "-" } else { "" };
+    let (whole, rest) = (
+        thousandths.unsigned_abs() / 1000,
+        thousandths.unsigned_abs() % 1000,
+    );
+    format!("{sign}{whole}.{rest:03}")
 }
 
 /// Events as a table. Each is summed up in one line; a hidden row below has its details across the full width.
@@ -485,5 +524,12 @@ mod tests {
             "Service token created"
         );
         assert_eq!(action_label("plan.delete"), "Plan deleted");
+    }
+
+    #[test]
+    fn nested_values_are_json() {
+        let value = json!({"list": [1, -2, "x", null, true], "empty": {}});
+        assert_eq!(compact(&value), value.to_string());
+        assert_eq!(compact(&json!([2.5, -0.125])), "[2.500,-0.125]");
     }
 }

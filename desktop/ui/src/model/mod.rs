@@ -10,7 +10,6 @@ pub mod command;
 pub mod csv;
 pub mod decision;
 pub mod form;
-pub mod json;
 pub mod key;
 pub mod limits;
 pub mod markup;

@@ -1,6 +1,6 @@
 //! Creating an API key, and showing it once.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
     api_key::{CreateApiKey, CreatedApiKey},
     plan::Plan,
@@ -10,8 +10,8 @@ use super::{local_time, try_it::TryIt};
 use crate::{
     api,
     component::{
-        Alert, Async, CodeBlock, Field, FormState, Loader, Modal, NewSecret, SecretDialog,
-        SelectField, busy_attr, focus_soon,
+        Async, CodeBlock, DialogForm, Field, FormState, Loader, Modal, NewSecret, SecretDialog,
+        SelectField, focus_soon,
     },
     model::{
         form::{check_metadata, check_rate, metadata, optional_rate, optional_text},
@@ -89,11 +89,7 @@ fn CreateForm(
             (plan.id.to_string(), format!("{} ({rate}/min)", plan.name))
         }))
         .collect::<Vec<_>>();
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let Ok(plan_id) = plan.get_untracked().parse() else {
             return;
         };
@@ -109,18 +105,14 @@ fn CreateForm(
                 .ok()
                 .filter(|it| !it.is_empty()),
         };
-        spawn_local(async move {
-            let result = api::create_api_key(body).await;
-            if let Some(key) = form.finish(result) {
-                let _ = open.try_set(false);
-                show_key(new, key, session);
-                let _ = on_changed.try_run(());
-            }
+        form.send(api::create_api_key(body), move |key| {
+            let _ = open.try_set(false);
+            show_key(new, key, session);
+            let _ = on_changed.try_run(());
         });
     };
     view! {
-        <form novalidate on:submit=submit>
-            <Alert error=form.failure()/>
+        <DialogForm form open action="Create key" locked=true submit>
             <Field form name="name" id="key_name" label="Name" value=name required=true hint="Who uses this key, e.g. Mobile app"/>
             <SelectField form name="plan_id" id="key_plan" label="Plan" value=plan options required=true/>
             <div class="pair">
@@ -129,11 +121,7 @@ fn CreateForm(
             </div>
             <Field form name="external_id" id="key_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
             <Field form name="metadata" id="key_metadata" label="Metadata (optional)" value=entries multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
-            <div class="actions end">
-                <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Create key"</button>
-            </div>
-        </form>
+        </DialogForm>
     }
 }
 

@@ -1,6 +1,6 @@
 //! The dialog that edits an API key.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
     api_key::{ApiKey, UpdateApiKey},
     plan::Plan,
@@ -9,7 +9,7 @@ use quota_common::{
 use super::local_time;
 use crate::{
     api,
-    component::{Alert, Field, FormState, Loader, Modal, SelectField, Toasts, busy_attr},
+    component::{DialogForm, Field, FormState, Loader, Modal, SelectField, Toasts},
     model::form::{self, changed, check_metadata, check_rate, optional_rate, optional_text},
 };
 
@@ -65,11 +65,7 @@ fn EditForm(
             )
             .collect::<Vec<_>>()
     });
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !state.begin() {
-            return;
-        }
+    let submit = move || {
         let rpm_override = optional_rate(&rate.get_untracked()).unwrap_or_default();
         let expiry = expires.get_untracked();
         let body = UpdateApiKey {
@@ -94,20 +90,15 @@ fn EditForm(
         if body == UpdateApiKey::default() {
             return open.set(false);
         }
-        let id = key.id;
-        spawn_local(async move {
-            let result = api::update_api_key(id, body).await;
-            if state.finish(result).is_some() {
-                let _ = open.try_set(false);
-                toasts.succeed("Key updated");
-                loader.reload();
-                let _ = on_saved.try_run(());
-            }
+        state.send(api::update_api_key(key.id, body), move |_| {
+            let _ = open.try_set(false);
+            toasts.succeed("Key updated");
+            loader.reload();
+            let _ = on_saved.try_run(());
         });
     };
     view! {
-        <form novalidate on:submit=submit>
-            <Alert error=state.failure()/>
+        <DialogForm form=state open action="Save changes" submit>
             <Field form=state name="name" id="edit_name" label="Name" value=name required=true/>
             <SelectField form=state name="plan_id" id="edit_plan" label="Plan" value=plan options/>
             <div class="pair">
@@ -116,10 +107,6 @@ fn EditForm(
             </div>
             <Field form=state name="external_id" id="edit_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
             <Field form=state name="metadata" id="edit_metadata" label="Metadata (optional)" value=metadata multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
-            <div class="actions end">
-                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(state.busy) data-busy=busy_attr(state.busy)>"Save changes"</button>
-            </div>
-        </form>
+        </DialogForm>
     }
 }

@@ -6,6 +6,7 @@ mod audit_log;
 mod bulk_actions;
 mod burn_down;
 mod create_api_key;
+mod create_button;
 mod edit_api_key;
 mod home;
 mod key_status;

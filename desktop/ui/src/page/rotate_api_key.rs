@@ -1,6 +1,6 @@
 //! The dialog that rotates an API key.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
     ApiKeyId, ProblemCode,
     api_key::{ApiKey, RotateApiKey},
@@ -10,7 +10,7 @@ use super::create_api_key::show_key;
 use crate::{
     api,
     clock::now,
-    component::{Alert, FormState, Loader, Modal, NewSecret, RelativeTime, SelectField, busy_attr},
+    component::{DialogForm, FormState, Loader, Modal, NewSecret, RelativeTime, SelectField},
     model::text,
     session::session,
 };
@@ -59,11 +59,7 @@ fn RotateForm(
         let expires_at = loader.ready()?.previous_expires_at;
         expires_at.filter(|at| at.inner().timestamp_millis() > now())
     };
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
             // Revokes only the previous key that the warning below announced.
@@ -85,7 +81,7 @@ fn RotateForm(
         });
     };
     view! {
-        <form novalidate on:submit=submit>
+        <DialogForm form open action="Rotate key" locked=true submit>
             <p>"Creates a new key with the same settings."</p>
             {move || {
                 previous_expiry()
@@ -97,12 +93,7 @@ fn RotateForm(
                         }
                     })
             }}
-            <Alert error=form.failure()/>
             <SelectField form name="grace_seconds" id="grace" label="Old key" value=grace options/>
-            <div class="actions end">
-                <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Rotate key"</button>
-            </div>
-        </form>
+        </DialogForm>
     }
 }

@@ -5,12 +5,12 @@
 
 use std::cell::RefCell;
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::ipc::Profile;
 
 use crate::{
     api::{self, CallError},
-    component::{Alert, Confirm, Field, FormState, RelativeTime, busy_attr},
+    component::{Alert, Confirm, Confirmation, Field, FormState, RelativeTime, busy_attr},
     host,
     session::{AuthState, Session},
 };
@@ -130,8 +130,7 @@ fn ServerRow(
     } else {
         name.clone()
     };
-    let (confirming, busy) = (RwSignal::new(false), RwSignal::new(false));
-    let removal_failure = RwSignal::new(None::<CallError>);
+    let confirmation = Confirmation::new();
     let to_use = address.clone();
     let select = move |_| {
         let address = to_use.clone();
@@ -145,16 +144,13 @@ fn ServerRow(
     let to_remove = address.clone();
     let remove = Callback::new(move |()| {
         let address = to_remove.clone();
-        busy.set(true);
-        spawn_local(async move {
-            match api::forget_server(&address).await {
-                Ok(_) if current => restart(),
-                Ok(status) => host::set_status(status),
-                Err(error) => {
-                    let _ = removal_failure.try_set(Some(error));
-                }
+        let call = Box::pin(async move { api::forget_server(&address).await });
+        confirmation.send(call, move |status| {
+            if current {
+                restart();
+            } else {
+                host::set_status(status);
             }
-            let _ = busy.try_set(false);
         });
     });
     view! {
@@ -166,15 +162,13 @@ fn ServerRow(
             </div>
             <div class="actions">
                 {(!current).then(|| view! { <button type="button" class="button small" aria-label=format!("Use {label}") on:click=select>"Use"</button> })}
-                <button type="button" class="button small" aria-label=format!("Remove {label}") on:click=move |_| confirming.set(true)>"Remove"</button>
+                <button type="button" class="button small" aria-label=format!("Remove {label}") on:click=move |_| confirmation.ask()>"Remove"</button>
             </div>
             <Confirm
-                open=confirming
+                confirmation
                 title=format!("Remove {label}?")
                 message="You'll be signed out of this server. No data on the server is deleted."
                 action="Remove server"
-                busy
-                failure=removal_failure
                 run=remove
             />
         </li>
@@ -185,20 +179,15 @@ fn ServerRow(
 fn AddServer() -> impl IntoView {
     let (address, name) = (RwSignal::new(String::new()), RwSignal::new(String::new()));
     let form = FormState::new();
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
-        spawn_local(async move {
-            let result = api::add_server(&address.get_untracked(), &name.get_untracked()).await;
-            if let Some(status) = form.finish(result) {
-                address.set(String::new());
-                name.set(String::new());
-                host::set_status(status);
-            }
+    let submit = form.on_submit(move || {
+        let (server, label) = (address.get_untracked(), name.get_untracked());
+        let call = Box::pin(async move { api::add_server(&server, &label).await });
+        form.send(call, move |status| {
+            address.set(String::new());
+            name.set(String::new());
+            host::set_status(status);
         });
-    };
+    });
     view! {
         <form novalidate on:submit=submit>
             <Alert error=form.failure()/>
