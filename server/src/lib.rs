@@ -29,6 +29,7 @@ pub mod seal;
 pub mod secret_text;
 pub mod serve;
 pub mod state;
+pub mod subscription;
 pub mod telemetry;
 pub mod tenant_queue;
 pub mod usage_report;
