@@ -65,6 +65,8 @@ pub enum CheckCode {
     InactiveKey,
     /// The key has expired.
     ExpiredKey,
+    /// The key's plan is paid and the tenant has no active subscription; nothing was consumed.
+    PaymentRequired,
 }
 
 /// A limit of a key.

@@ -11,6 +11,7 @@ pub mod allowance;
 pub mod api_key;
 pub mod audit;
 pub mod auth;
+pub mod billing;
 pub mod browser;
 pub mod change;
 pub mod client_ip;
@@ -51,6 +52,8 @@ pub enum Tag {
     ServiceTokens,
     /// How many requests were allowed and denied, and why.
     Usage,
+    /// Subscribe, and see what the subscription gives access to.
+    Billing,
     /// Audit log of configuration changes.
     Audit,
     /// Sign in, and manage your account and sessions.

@@ -26,6 +26,8 @@ pub mod account;
 pub mod allowance;
 pub mod api_key;
 pub mod audit;
+pub mod billing;
+pub mod billing_event;
 pub mod idempotency;
 pub mod invalidation;
 pub mod plan;

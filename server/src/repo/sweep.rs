@@ -25,10 +25,12 @@ pub enum Expired {
     /// Previous secrets of rotated keys after their grace period. The keys are kept.
     PreviousKeys,
     Replicas,
+    /// Webhooks of Stripe that were handled, as long as Stripe itself lists them.
+    BillingEvents,
 }
 
 impl Expired {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Sessions,
         Self::RevokedSessions,
         Self::IdempotencyKeys,
@@ -37,6 +39,7 @@ impl Expired {
         Self::QuotaReturns,
         Self::PreviousKeys,
         Self::Replicas,
+        Self::BillingEvents,
     ];
 
     /// Returns the name in metrics and logs.
@@ -50,6 +53,7 @@ impl Expired {
             Self::QuotaReturns => "quota_returns",
             Self::PreviousKeys => "previous_keys",
             Self::Replicas => "replicas",
+            Self::BillingEvents => "billing_events",
         }
     }
 
@@ -87,6 +91,10 @@ impl Expired {
                  AND previous_expires_at <= now()"
                 .to_owned(),
             Self::Replicas => delete_older("replicas", "id", "seen_at", "1 day"),
+            Self::BillingEvents => {
+                let handled = format!("due_at IS NULL AND {}", older("received_at", "30 days"));
+                delete("billing_events", "id", &handled, "received_at")
+            }
         }
     }
 }

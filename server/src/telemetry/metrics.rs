@@ -60,6 +60,14 @@ metrics! {
     denied: Counter, "decisions_denied", "Requests denied by the limiter";
     limiter_errors: Counter, "decision_errors", "Requests without a decision, answered with 503";
     refused_keys: Counter, "keys_refused", "Requests with an invalid, disabled or expired key";
+    payment_required: Counter, "payment_required",
+        "Requests with a key on a paid plan whose tenant has no active subscription";
+    billing_events: Counter, "billing_events", "Webhooks of Stripe that were stored";
+    billing_signatures_bad: Counter, "billing_signatures_bad",
+        "Webhooks that were rejected because of their signature";
+    billing_errors: Counter, "billing_errors", "Reads of subscriptions from Stripe that failed; they are retried";
+    billing_events_failed: Counter, "billing_events_failed",
+        "Webhooks of Stripe that could not be handled and were given up";
     keys_malformed: Counter, "keys_malformed",
         "Requests with a key of the wrong format or checksum, rejected without a look-up";
     key_cache_hits: Counter, "key_cache_hits", "Key look-ups answered from memory";

@@ -22,11 +22,11 @@ const RANKS: &[&[&str]] = &[
         "subscription",
         "tenant_queue",
     ],
-    &["db", "redis", "telemetry"],
+    &["db", "redis", "stripe", "telemetry"],
     &["cache", "client_guard", "limiter", "readiness", "repo"],
     &["invalidations"],
     &["auth", "keys"],
-    &["metering"],
+    &["billing", "metering"],
     &["state"],
     &["api", "demo", "jobs"],
     &["doctor", "openapi", "serve", "usage_report"],
@@ -70,6 +70,17 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("keys", &["poem", "poem_openapi", "http", "hyper"]),
     (
         "metering",
+        &[
+            "poem",
+            "poem_openapi",
+            "http",
+            "hyper",
+            "diesel",
+            "diesel_async",
+        ],
+    ),
+    (
+        "billing",
         &[
             "poem",
             "poem_openapi",

@@ -1,6 +1,7 @@
 //! The integration tests.
 
 mod admission;
+mod billing;
 mod console_calls;
 mod doctor;
 mod embedded;
