@@ -74,6 +74,30 @@ diesel::table! {
 }
 
 diesel::table! {
+    billing_reports (tenant_id, start, revision) {
+        tenant_id -> Uuid,
+        start -> Timestamptz,
+        revision -> Int4,
+        until -> Timestamptz,
+        subscription_id -> Nullable<Text>,
+        value -> Int8,
+        state -> Text,
+        reason -> Nullable<Text>,
+        attempts -> Int4,
+        first_attempt_at -> Nullable<Timestamptz>,
+        due_at -> Nullable<Timestamptz>,
+        created_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    billing_senders (tenant_id) {
+        tenant_id -> Uuid,
+        until -> Timestamptz,
+    }
+}
+
+diesel::table! {
     billing_subscriptions (tenant_id, id) {
         tenant_id -> Uuid,
         id -> Text,
@@ -84,6 +108,17 @@ diesel::table! {
         unpaid_since -> Nullable<Timestamptz>,
         period_start -> Nullable<Timestamptz>,
         period_end -> Nullable<Timestamptz>,
+        ended_at -> Nullable<Timestamptz>,
+        is_metered -> Bool,
+    }
+}
+
+diesel::table! {
+    billing_usage (tenant_id, start) {
+        tenant_id -> Uuid,
+        start -> Timestamptz,
+        cost -> Int8,
+        planned -> Int8,
     }
 }
 
@@ -333,7 +368,10 @@ diesel::allow_tables_to_appear_in_same_query!(
     audit_events,
     billing_accounts,
     billing_events,
+    billing_reports,
+    billing_senders,
     billing_subscriptions,
+    billing_usage,
     idempotency_keys,
     memberships,
     plans,

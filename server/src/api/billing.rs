@@ -103,7 +103,8 @@ impl From<BillingError> for ApiError {
             error @ (BillingError::Stripe(_)
             | BillingError::NoPrice
             | BillingError::UnknownStatus(_)
-            | BillingError::NoPage) => Self::unavailable(error),
+            | BillingError::NoPage
+            | BillingError::NoMeter) => Self::unavailable(error),
         }
     }
 }

@@ -9,6 +9,7 @@
 
 pub mod events;
 pub mod setup;
+pub mod usage;
 
 use chrono::{DateTime, Utc};
 use quota_common::TenantId;
@@ -52,6 +53,11 @@ pub enum BillingError {
     UnknownStatus(String),
     #[error("Stripe returned a Checkout Session without a page")]
     NoPage,
+    /// Stripe has no active price with the lookup key of [`USAGE_PRICE`] and a meter.
+    #[error(
+        "Stripe has no metered price with the lookup key {USAGE_PRICE}; run `quota billing setup`"
+    )]
+    NoMeter,
 }
 
 /// Billing of one installation. Cheap to clone.
@@ -130,6 +136,11 @@ impl Billing {
                 unpaid_since: unpaid_since.and_then(time),
                 period_start: period_start.and_then(time),
                 period_end: period_end.and_then(time),
+                ended_at: found.ended_at.and_then(time),
+                is_metered: found.items.data.iter().any(|item| {
+                    let recurring = item.price.recurring.as_ref();
+                    recurring.is_some_and(|it| it.meter.is_some())
+                }),
             });
             observed.push(subscription::Subscription {
                 id: found.id,

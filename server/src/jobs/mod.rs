@@ -46,6 +46,8 @@ impl Jobs {
         if state.billing.is_some() {
             running.spawn(billing::handle_events(state.clone(), stopping.clone()));
             running.spawn(billing::read_customers(state.clone(), stopping.clone()));
+            running.spawn(billing::report_usage(state.clone(), stopping.clone()));
+            running.spawn(billing::reconcile_usage(state.clone(), stopping.clone()));
         }
         if state.metering.is_on() {
             running.spawn(metering::ship(state.clone(), stopping.clone()));

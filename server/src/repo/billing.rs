@@ -45,6 +45,8 @@ pub struct SubscriptionRow {
     pub unpaid_since: Option<DateTime<Utc>>,
     pub period_start: Option<DateTime<Utc>>,
     pub period_end: Option<DateTime<Utc>>,
+    pub ended_at: Option<DateTime<Utc>>,
+    pub is_metered: bool,
 }
 
 /// Returns the email of a user and the name of the tenant.

@@ -28,6 +28,7 @@ pub mod api_key;
 pub mod audit;
 pub mod billing;
 pub mod billing_event;
+pub mod billing_usage;
 pub mod idempotency;
 pub mod invalidation;
 pub mod plan;

@@ -27,10 +27,13 @@ pub enum Expired {
     Replicas,
     /// Webhooks of Stripe that were handled, as long as Stripe itself lists them.
     BillingEvents,
+    /// Usage that was charged, after more than a year.
+    BillingUsage,
+    BillingReports,
 }
 
 impl Expired {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Sessions,
         Self::RevokedSessions,
         Self::IdempotencyKeys,
@@ -40,6 +43,8 @@ impl Expired {
         Self::PreviousKeys,
         Self::Replicas,
         Self::BillingEvents,
+        Self::BillingUsage,
+        Self::BillingReports,
     ];
 
     /// Returns the name in metrics and logs.
@@ -54,6 +59,8 @@ impl Expired {
             Self::PreviousKeys => "previous_keys",
             Self::Replicas => "replicas",
             Self::BillingEvents => "billing_events",
+            Self::BillingUsage => "billing_usage",
+            Self::BillingReports => "billing_reports",
         }
     }
 
@@ -91,6 +98,14 @@ impl Expired {
                  AND previous_expires_at <= now()"
                 .to_owned(),
             Self::Replicas => delete_older("replicas", "id", "seen_at", "1 day"),
+            Self::BillingUsage => {
+                let charged = format!("cost = planned AND {}", older("start", "400 days"));
+                delete("billing_usage", "ctid", &charged, "start")
+            }
+            Self::BillingReports => {
+                let ended = format!("due_at IS NULL AND {}", older("created_at", "400 days"));
+                delete("billing_reports", "ctid", &ended, "created_at")
+            }
             Self::BillingEvents => {
                 let handled = format!("due_at IS NULL AND {}", older("received_at", "30 days"));
                 delete("billing_events", "id", &handled, "received_at")

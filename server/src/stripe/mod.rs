@@ -8,7 +8,7 @@ mod envelope;
 mod response;
 mod signature;
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use secrecy::{ExposeSecret, SecretString};
 use stripe::{IdempotencyKey, RequestStrategy, StripeError as ClientError, StripeRequest};
@@ -17,6 +17,8 @@ use stripe_billing::{
         CreateBillingMeter, CreateBillingMeterDefaultAggregation,
         CreateBillingMeterDefaultAggregationFormula, ListBillingMeter,
     },
+    billing_meter_event::CreateBillingMeterEvent,
+    billing_meter_event_summary::ListIdBillingMeterEventSummary,
     billing_portal_session::CreateBillingPortalSession,
     invoice::ListInvoice,
     subscription::{ListSubscription, ListSubscriptionStatus, RetrieveSubscription},
@@ -151,7 +153,16 @@ fn idempotent(key: &str) -> RequestStrategy {
     IdempotencyKey::new(key).map_or(RequestStrategy::Once, RequestStrategy::Idempotent)
 }
 
-fn tenant_metadata(tenant: &str) -> std::collections::HashMap<String, String> {
+/// Returns a count, which Stripe sends as a floating-point number.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "counts stay far below 2^53, up to which they are exact"
+)]
+fn whole(count: f64) -> i64 {
+    count.round() as i64
+}
+
+fn tenant_metadata(tenant: &str) -> HashMap<String, String> {
     [(TENANT.to_owned(), tenant.to_owned())].into()
 }
 
@@ -301,6 +312,45 @@ impl Stripe {
             .return_url(return_url);
         let session: response::PortalSession = send!(self, request);
         Ok(session.url)
+    }
+
+    /// Whether an invoice of the subscription is not final yet, so that usage of its period is still charged.
+    pub async fn has_draft_invoice(&self, subscription: &str) -> Result<bool> {
+        let request = ListInvoice::new()
+            .subscription(subscription)
+            .status(stripe_shared::InvoiceStatus::Draft)
+            .limit(1);
+        let page: List<Invoice> = send!(self, request);
+        Ok(!page.data.is_empty())
+    }
+
+    /// Reports usage of a customer at a time, in seconds since 1970. For a day, Stripe rejects another report with the same
+    /// identifier.
+    pub async fn use_meter(
+        &self,
+        event_name: &str,
+        customer: &str,
+        value: i64,
+        identifier: &str,
+        at: i64,
+    ) -> Result<()> {
+        let payload = [
+            ("stripe_customer_id".to_owned(), customer.to_owned()),
+            ("value".to_owned(), value.to_string()),
+        ];
+        let request = CreateBillingMeterEvent::new(event_name, HashMap::from(payload))
+            .identifier(identifier)
+            .timestamp(at);
+        let _: response::MeterEvent = send!(self, request);
+        Ok(())
+    }
+
+    /// Returns what Stripe has counted of a customer's usage. Times are full hours.
+    pub async fn counted(&self, meter: &str, customer: &str, from: i64, until: i64) -> Result<i64> {
+        let request = ListIdBillingMeterEventSummary::new(meter, customer, until, from).limit(100);
+        let page: List<response::Summary> = send!(self, request);
+        let total: f64 = page.data.iter().map(|it| it.aggregated_value).sum();
+        Ok(whole(total))
     }
 
     // Setting up ----------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ pub struct Subscription {
     pub trial_end: Option<i64>,
     pub cancel_at: Option<i64>,
     pub cancel_at_period_end: bool,
+    pub ended_at: Option<i64>,
     pub items: Items,
 }
 
@@ -51,6 +52,12 @@ pub struct Items {
 pub struct Item {
     pub current_period_start: i64,
     pub current_period_end: i64,
+    pub price: ItemPrice,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct ItemPrice {
+    pub recurring: Option<Recurring>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -72,6 +79,17 @@ pub struct CheckoutSession {
     /// Where the customer pays. `None` once it is no longer open.
     pub url: Option<String>,
     pub expires_at: i64,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct MeterEvent {
+    #[expect(dead_code, reason = "miniserde needs a field to recognize an object")]
+    pub identifier: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Summary {
+    pub aggregated_value: f64,
 }
 
 #[derive(Debug, Deserialize)]

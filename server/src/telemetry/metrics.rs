@@ -68,6 +68,15 @@ metrics! {
     billing_errors: Counter, "billing_errors", "Reads of subscriptions from Stripe that failed; they are retried";
     billing_events_failed: Counter, "billing_events_failed",
         "Webhooks of Stripe that could not be handled and were given up";
+    billing_reports: Counter, "billing_reports", "Reports of usage that Stripe has, or that need not be sent";
+    billing_usage_difference: Gauge, "billing_usage_difference",
+        "Usage of yesterday (UTC) by which reports and what Stripe has counted differ, summed over customers";
+    billing_usage_lost: Gauge, "billing_usage_lost",
+        "Usage of the last 40 days that should have been charged and will not be";
+    billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
+        "Age of the oldest report of usage that Stripe does not have yet; 0 if there is none";
+    billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
+        "Unix time of the last comparison of reports with what Stripe has counted";
     keys_malformed: Counter, "keys_malformed",
         "Requests with a key of the wrong format or checksum, rejected without a look-up";
     key_cache_hits: Counter, "key_cache_hits", "Key look-ups answered from memory";

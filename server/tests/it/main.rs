@@ -2,6 +2,7 @@
 
 mod admission;
 mod billing;
+mod billing_usage;
 mod console_calls;
 mod doctor;
 mod embedded;

@@ -128,7 +128,11 @@ async fn subscribe(app: &TestApp, account: &Account) {
         "INSERT INTO billing_accounts (tenant_id, customer_id, customer_email, customer_name, access, has_paid_access) \
              VALUES ('{tenant}', 'cus_{tenant}', '{}', 'Name', 'active', true); \
          INSERT INTO billing_subscriptions (tenant_id, id, status, started_at) \
-             VALUES ('{tenant}', 'sub_{tenant}', 'active', now())",
+             VALUES ('{tenant}', 'sub_{tenant}', 'active', now()); \
+         INSERT INTO billing_usage (tenant_id, start, cost) VALUES ('{tenant}', date_trunc('hour', now()), 1); \
+         INSERT INTO billing_reports (tenant_id, start, revision, until, value) \
+             VALUES ('{tenant}', date_trunc('hour', now()), 0, now() + interval '1 hour', 1); \
+         INSERT INTO billing_senders (tenant_id, until) VALUES ('{tenant}', now())",
         account.email
     );
     client.batch_execute(&rows).await.expect("rows are added");

@@ -115,6 +115,12 @@ impl FakeStripe {
         self.with(|state| state.advance(seconds));
     }
 
+    /// Moves the clock back, before anything has happened.
+    pub fn set_back(&self, time: Duration) {
+        let seconds = i64::try_from(time.as_secs()).unwrap_or(0);
+        self.with(|state| state.set_back(seconds));
+    }
+
     /// Sets what a customer pays with from now on.
     pub fn set_card(&self, customer: &str, card: Card) {
         self.with(|state| state.cards.insert(customer.to_owned(), card));

@@ -138,6 +138,11 @@ impl State {
         self.offset += seconds;
     }
 
+    /// Moves the clock back, for what is to begin in the past.
+    pub fn set_back(&mut self, seconds: i64) {
+        self.offset -= seconds;
+    }
+
     /// Handles what is due by the time `end`.
     pub fn run_timers(&mut self, end: i64) {
         loop {
