@@ -146,10 +146,7 @@ impl BillingApi {
         let is_over = account
             .paid_access_until
             .is_some_and(|end| u64::try_from(end.timestamp()).unwrap_or(0) <= now);
-        let access = BillingAccess::ALL
-            .into_iter()
-            .find(|it| it.as_str() == account.access)
-            .unwrap_or(BillingAccess::Free);
+        let access = BillingAccess::of(&account.access).unwrap_or(BillingAccess::Free);
         let subscription = subscription.as_ref();
         Ok(Json(BillingState {
             enabled,
