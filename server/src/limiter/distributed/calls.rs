@@ -1,9 +1,9 @@
 //! Calls to the counters, and their outcomes.
 //!
 //! Tasks make the calls, so that a request may be canceled while it waits, a late response is still used, and no token
-//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. A call has a
-//! deadline. Requests that arrive while one is in flight use the next one, so a decision waits for at most two. Only a
-//! bucket that fills up within the duration of a call has several in flight.
+//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. Requests that arrive
+//! while one is in flight use the next one, which begins when that one is answered, or shortly after it began if the
+//! bucket would otherwise become full meanwhile. A call has a deadline, so a decision waits for at most two.
 //!
 //! If a call fails or is late, its requests are notified. The tokens of a late response are held like any lease if that
 //! is allowed, and returned otherwise.
