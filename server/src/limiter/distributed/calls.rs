@@ -23,7 +23,7 @@ use tokio::{runtime::Handle, time};
 use super::{
     breaker::CircuitBreaker,
     core::StoreCore,
-    probe::{PROBE_EVERY, probe_until_recovered},
+    probe::{FIRST_PROBE, probe_until_recovered},
 };
 use crate::{
     deadline,
@@ -140,6 +140,7 @@ impl StoreCore {
         partition.used(self.clock.monotonic());
         self.metrics.counter_calls.inc();
         let asked_at = self.clock.monotonic();
+        partition.called(asked_at);
         let mut answer = self.counters.take(call);
         let (answer, late) = match deadline::within(self.settings.deadline, &mut answer).await {
             Ok(answer) => (answer, false),
@@ -191,7 +192,7 @@ impl StoreCore {
         if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
             tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
-            self.probe_until_recovered(partition, PROBE_EVERY, 0);
+            self.probe_until_recovered(partition, FIRST_PROBE, 0);
         }
     }
 
