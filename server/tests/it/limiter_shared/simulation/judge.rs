@@ -181,14 +181,12 @@ fn in_force(key: &Key) -> Vec<InForce> {
 /// came was never in force, and the slower plan is in force between the requests of two plans.
 ///
 /// A replica that has not heard of an edit yet may also return tokens in the time that it has to hear of it. And of a
-/// plan under which nothing was admitted, as `is_heard` says, the bucket may not have heard.
+/// plan under which nothing was admitted, as `is_heard` says, the bucket may have heard or not.
 fn followed(key: &Key, entries: &[Entry], is_heard: fn(&Entry) -> bool) -> Vec<InForce> {
     let mut followed: Vec<InForce> = Vec::new();
+    let mut last_heard = None;
     for (number, plan) in key.plans.iter().enumerate() {
         let under = || entries.iter().filter(|it| it.plan == number);
-        if !under().any(is_heard) {
-            continue;
-        }
         let (Some(first), Some(last)) = (
             under().map(|it| it.asked).min(),
             under().map(|it| it.answered).max(),
@@ -200,21 +198,23 @@ fn followed(key: &Key, entries: &[Entry], is_heard: fn(&Entry) -> bool) -> Vec<I
             from: first,
             until: last + 1,
         };
-        match followed.last_mut() {
-            None => next.from = 0,
-            Some(before) if before.until < first => {
-                if before.plan.rate() <= plan.rate() {
-                    before.until = first;
-                } else {
-                    next.from = before.until;
-                    before.until = first.min(plan.from * MS + KNOWN).max(before.until);
+        if under().any(is_heard) {
+            match last_heard.replace(followed.len()) {
+                None => next.from = 0,
+                Some(before) => {
+                    let before = &mut followed[before];
+                    if before.until < first && before.plan.rate() <= plan.rate() {
+                        before.until = first;
+                    } else if before.until < first {
+                        next.from = before.until;
+                        before.until = first.min(plan.from * MS + KNOWN).max(before.until);
+                    }
                 }
             }
-            Some(_) => {}
         }
         followed.push(next);
     }
-    if let Some(last) = followed.last_mut() {
+    if let Some(last) = last_heard.and_then(|last| followed.get_mut(last)) {
         last.until = FOREVER;
     }
     followed
