@@ -28,8 +28,9 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// The largest webhook that is accepted. Stripe's are far smaller.
-const WEBHOOK_MAX: usize = 1024 * 1024;
+/// The largest webhook that is accepted: half of what a connection without a valid credential may hold. Stripe's are far
+/// smaller.
+const WEBHOOK_MAX: usize = 128 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 
 pub struct BillingApi {
