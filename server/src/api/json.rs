@@ -160,7 +160,8 @@ where
         if request.content_type().is_some() {
             check_media_type(request)?;
         }
-        let mut bytes = read(request, body).await?;
+        let limit = RequestContext::of(request)?.state.config.body_limit;
+        let mut bytes = read(request, body, limit).await?;
         if request.content_type().is_none() {
             // A missing body means an empty object. A body must have a media type.
             if !bytes.is_empty() {
@@ -197,9 +198,13 @@ fn check_media_type(request: &Request) -> Result<(), ApiError> {
 /// The maximum size reserved for a body before it arrives.
 const RESERVED: usize = 4 * 1024;
 
-async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiError> {
-    let settings = &RequestContext::of(request)?.state.config;
-    let (limit, patience) = (settings.body_limit, settings.header_timeout);
+/// Reads a body of at most `limit` bytes.
+pub(super) async fn read(
+    request: &Request,
+    body: &mut RequestBody,
+    limit: usize,
+) -> Result<Vec<u8>, ApiError> {
+    let patience = RequestContext::of(request)?.state.config.header_timeout;
     let too_large = || {
         ApiError::new(
             ProblemCode::ContentTooLarge,

@@ -11,6 +11,7 @@ pub mod allowance;
 pub mod api_key;
 pub mod audit;
 pub mod auth;
+pub mod billing;
 pub mod browser;
 pub mod change;
 pub mod client_ip;
@@ -52,6 +53,8 @@ pub enum Tag {
     ServiceTokens,
     /// Number of allowed and denied requests, and the reasons for denials.
     Usage,
+    /// Subscribe, and see what the subscription gives access to.
+    Billing,
     /// Audit log of configuration changes.
     Audit,
     /// Sign in, and manage your account and sessions.

@@ -230,6 +230,27 @@ settings! {
     /// The number of days for which usage totals per quarter of an hour and per day are kept: 2 to 3650.
     usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
 
+    /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. With it, plans marked `paid` need a
+    /// subscription. `quota billing setup` creates what is needed at Stripe. Unset: billing is off, and such plans work
+    /// like others.
+    stripe_secret_key: "STRIPE_SECRET_KEY", "", "SECRET", hide_env_values = true;
+
+    /// A file that contains STRIPE_SECRET_KEY. Use either this or STRIPE_SECRET_KEY.
+    stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
+
+    /// The signing secret of the webhook endpoint at Stripe, which starts with `whsec_`. While it is rotated, both
+    /// secrets, separated by a comma. Required with STRIPE_SECRET_KEY, except by `quota billing`.
+    stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
+
+    /// A file that contains STRIPE_WEBHOOK_SECRET. Use either this or STRIPE_WEBHOOK_SECRET.
+    stripe_webhook_secret_file: "STRIPE_WEBHOOK_SECRET_FILE", "", "PATH";
+
+    /// The address of Stripe's API, for tests. Default: https://api.stripe.com.
+    stripe_api_base: "STRIPE_API_BASE", "", "URL";
+
+    /// For how long plans marked `paid` continue to work after a payment has failed, while Stripe tries again: 0 to 90.
+    billing_grace: "QUOTA_BILLING_GRACE", "7", "DAYS";
+
     /// The format of logs: json or text.
     log_format: "QUOTA_LOG_FORMAT", "json", "FORMAT";
 

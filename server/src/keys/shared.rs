@@ -49,7 +49,7 @@ use crate::{
 };
 
 /// Increment with every change to [`KeyFacts`] or to the meaning of a field.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 /// Maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;
 /// How long an entry is kept.
@@ -275,6 +275,8 @@ mod tests {
             strict: false,
             on_redis_failure: Some("closed".into()),
             billing: "paid".into(),
+            has_paid_access: true,
+            paid_access_until: at(1_785_738_361),
             time_zone: "Europe/Berlin".into(),
         }
     }
@@ -299,7 +301,7 @@ mod tests {
         assert_eq!(
             (VERSION, serde_json::to_value(entry()).unwrap()),
             (
-                2,
+                3,
                 serde_json::json!({"as_of": 9, "at": AT, "facts": {
                     "tenant_id": "00000000-0000-0000-0000-000000000001",
                     "id": "00000000-0000-0000-0000-000000000002",
@@ -307,7 +309,8 @@ mod tests {
                     "prefix": "qk_abcd1234", "is_active": true, "expires_at": "2026-08-03T06:26:00.123456Z",
                     "rpm_override": 7, "plan_name": "Größe \u{1F600}", "default_rpm": 600, "burst": 60,
                     "daily_quota": 5, "monthly_quota": null, "strict": false,
-                    "on_redis_failure": "closed", "billing": "paid", "time_zone": "Europe/Berlin",
+                    "on_redis_failure": "closed", "billing": "paid", "has_paid_access": true,
+                    "paid_access_until": "2026-08-03T06:26:01.123456Z", "time_zone": "Europe/Berlin",
                 }})
             ),
             "raise VERSION"

@@ -174,6 +174,13 @@ WITH counted AS MATERIALIZED (
 )
 SELECT coalesce(sum(requests) FILTER (WHERE NOT is_of_key), 0)::bigint AS folded FROM usage_batch_counts";
 
+/// What is charged, by the hour.
+const ADD_CHARGED: &str = r#"
+INSERT INTO billing_usage AS u (tenant_id, start, cost)
+SELECT tenant_id, date_bin('1 hour', "timestamp", '2000-01-01 00:00:00+00'), sum(cost)::bigint
+FROM usage_batch WHERE billing = 'paid' AND NOT was_rejected GROUP BY 1, 2 ORDER BY 1, 2
+ON CONFLICT (tenant_id, start) DO UPDATE SET cost = u.cost + excluded.cost"#;
+
 /// Adds the records to the log and to every rollup. A transaction does this once, and commits soon: the tenants are
 /// locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for a
 /// statement and 10 s for a lock.
@@ -213,6 +220,12 @@ pub async fn append(tx: &mut SystemTx, records: &[UsageRecord]) -> Result<Append
     usage_endpoint::mark_seen(tx).await?;
     diesel::sql_query(ADD_ROWS).execute(&mut **tx).await?;
     diesel::sql_query(TOUCH_KEYS).execute(&mut **tx).await?;
+    if records
+        .iter()
+        .any(|it| it.billing == "paid" && !it.was_rejected)
+    {
+        diesel::sql_query(ADD_CHARGED).execute(&mut **tx).await?;
+    }
     let folded = diesel::sql_query(ADD_ROLLUPS)
         .get_result::<Folded>(&mut **tx)
         .await?

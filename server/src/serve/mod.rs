@@ -34,15 +34,12 @@ use tokio::{
     time::{self, timeout},
 };
 
+pub use self::settings::{Limits, ServeSettings, Timeouts};
 use self::{
     body::ResponseBody,
     connection::{Connection, Order, Phase},
     stream::WatchedStream,
     table::{Admitted, Slot, Table},
-};
-pub use self::{
-    settings::{ServeSettings, Timeouts},
-    table::Limits,
 };
 use crate::telemetry::metrics::ConnectionMetrics;
 

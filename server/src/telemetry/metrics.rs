@@ -60,6 +60,23 @@ metrics! {
     denied: Counter, "decisions_denied", "Requests denied by the limiter";
     limiter_errors: Counter, "decision_errors", "Requests that got 503 because no decision could be made";
     refused_keys: Counter, "keys_refused", "Requests with an invalid, disabled or expired key";
+    payment_required: Counter, "payment_required",
+        "Requests with a key on a paid plan whose tenant has no active subscription";
+    billing_events: Counter, "billing_events", "Webhooks of Stripe that were stored";
+    billing_signatures_bad: Counter, "billing_signatures_bad",
+        "Webhooks that were rejected because of their signature";
+    billing_errors: Counter, "billing_errors", "Reads of subscriptions from Stripe that failed; they are retried";
+    billing_events_failed: Counter, "billing_events_failed",
+        "Webhooks of Stripe that could not be handled and were given up";
+    billing_reports: Counter, "billing_reports", "Reports of usage that Stripe has, or that need not be sent";
+    billing_usage_difference: Gauge, "billing_usage_difference",
+        "Usage of yesterday (UTC) by which reports and what Stripe has counted differ, summed over customers";
+    billing_usage_lost: Gauge, "billing_usage_lost",
+        "Usage of the last 40 days that should have been charged and will not be";
+    billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
+        "Age of the oldest report of usage that Stripe does not have yet; 0 if there is none";
+    billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
+        "Unix time of the last comparison of reports with what Stripe has counted";
     keys_malformed: Counter, "keys_malformed",
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
