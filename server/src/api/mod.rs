@@ -53,7 +53,7 @@ pub enum Tag {
     ServiceTokens,
     /// Number of allowed and denied requests, and the reasons for denials.
     Usage,
-    /// Subscribe, and see what the subscription gives access to.
+    /// Subscribe, and see the access that the subscription provides.
     Billing,
     /// Audit log of configuration changes.
     Audit,
