@@ -30,5 +30,6 @@ pub mod secret_text;
 pub mod serve;
 pub mod state;
 pub mod telemetry;
+pub mod tenant_places;
 pub mod tenant_queue;
 pub mod usage_report;

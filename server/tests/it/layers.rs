@@ -19,6 +19,7 @@ const RANKS: &[&[&str]] = &[
         "schema",
         "seal",
         "secret_text",
+        "tenant_places",
         "tenant_queue",
     ],
     &["db", "redis", "telemetry"],
