@@ -54,7 +54,7 @@ pub struct DecisionPage {
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub next_cursor: Option<String>,
     /// Number of decisions in the log that match the filters. `null` with an `endpoint` whose requests are counted in
-    /// `other`.
+    /// `other`, and with a `request_id` that more than 50,000 requests share.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub total: Option<u64>,
     /// Pass as `last_event_id` to `GET /admin/decisions/stream` to receive what follows this page. Opaque.
