@@ -1,7 +1,7 @@
-//! Copies the files of the compiled console, if there is one, for the server to embed.
+//! Copies the files of the compiled console, if it exists, for the server to embed.
 //!
-//! The server embeds the copies, so that it compiles even if the console is deleted, or another checkout with the same
-//! target directory has none.
+//! The server embeds the copies, so that it compiles even if the console is deleted, or if another checkout with the
+//! same target directory has none.
 
 use std::{
     env,
@@ -20,7 +20,7 @@ fn folder(variable: &str) -> PathBuf {
 
 fn main() -> io::Result<()> {
     let built = folder("CARGO_MANIFEST_DIR").join("../desktop/ui/dist");
-    // By both names: relative, for any checkout; absolute, so that another checkout is not taken for this one.
+    // By both names: relative, for any checkout; absolute, so that another checkout is not mistaken for this one.
     println!("cargo:rerun-if-changed=../desktop/ui/dist");
     println!("cargo:rerun-if-changed={}", built.display());
     println!("cargo:rerun-if-changed=build.rs");
@@ -37,7 +37,7 @@ fn main() -> io::Result<()> {
     files.sort();
     let mut table = String::from("const FILES: &[File] = &[\n");
     for (name, path) in &files {
-        // Hidden files, and the compressed copies themselves, have no copies.
+        // Hidden files and the compressed copies themselves are not compressed.
         let compressed = ["br", "gz"].map(|kind| with_suffix(path, kind));
         if !compressed.iter().all(|path| path.exists()) {
             continue;

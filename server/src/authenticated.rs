@@ -1,9 +1,9 @@
-//! What handlers tell the listener about the connection that a request came on.
+//! Information from handlers to the listener about the connection of a request.
 //!
 //! Handlers mark connections on which a valid API key or service token was sent. The listener then stops counting them
-//! against their address. Handlers also announce responses that go on for as long as the client wants them. Such a
-//! response may send only a few bytes now and then, which count as progress. If the client does not read it when it has
-//! to end, its handler closes the connection.
+//! toward the limit of their address. Handlers also announce responses that continue as long as the client wants.
+//! Such a response may send only a few bytes occasionally, which count as progress. If the client does not read it when
+//! it has to end, its handler closes the connection.
 
 use std::{
     sync::{
@@ -37,7 +37,7 @@ impl Authenticated {
         self.0.is_set.load(Ordering::Relaxed)
     }
 
-    /// Announces a response without an end. It counts until the returned value is dropped.
+    /// Marks a response as a stream without an end. The mark lasts until the returned value is dropped.
     pub fn begin_endless_response(&self) -> EndlessResponse {
         self.0.endless_responses.fetch_add(1, Ordering::Relaxed);
         EndlessResponse(Arc::clone(&self.0))
@@ -68,7 +68,7 @@ impl Authenticated {
 pub struct EndlessResponse(Arc<Marks>);
 
 impl EndlessResponse {
-    /// Closes the connection, with all other responses on it.
+    /// Closes the connection and all other responses on it.
     pub fn close_connection(&self) {
         self.0.is_to_close.store(true, Ordering::Release);
         self.0.waker.wake();

@@ -16,6 +16,8 @@ diesel::table! {
         last_used_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+        external_id -> Nullable<Text>,
+        metadata -> Jsonb,
     }
 }
 

@@ -1,9 +1,9 @@
 //! Limits how many changes or reads of each tenant are in progress.
 //!
 //! A change holds a database connection while it waits for a lock, and changes of the same tenant mostly wait for each
-//! other: a burst of them would take every connection of this replica. So would a burst of large reads. Here they wait
-//! without a connection, in a bounded queue per tenant, so that other tenants are not delayed. Replicas have separate
-//! queues; between replicas the database's locks decide.
+//! other, so a burst of them would take all connections of this replica. The same is true for a burst of large reads.
+//! Here they wait without a connection, in a bounded queue per tenant, so that other tenants are not delayed. Replicas
+//! have separate queues; between replicas, the database's locks determine the order.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -14,11 +14,11 @@ use tokio::{
     time::timeout,
 };
 
-/// How many large reads of a tenant may be in progress at the same time.
+/// The maximum number of concurrent large reads of a tenant.
 const READS: usize = 2;
 /// The maximum number of waiting changes or reads per tenant.
 const WAITING: usize = 32;
-/// How long one waits for its turn.
+/// How long a change or read waits for its turn.
 const WAIT: Duration = Duration::from_secs(5);
 
 /// Why a change or read cannot begin.
@@ -26,7 +26,7 @@ const WAIT: Duration = Duration::from_secs(5);
 pub enum Busy {
     /// The tenant's queue is full.
     QueueFull,
-    /// Earlier ones took too long.
+    /// Earlier changes or reads took too long.
     TimedOut,
 }
 
@@ -40,11 +40,11 @@ pub struct TenantQueues {
 #[derive(Debug)]
 struct Queue {
     turns: Arc<Semaphore>,
-    /// In progress or waiting.
+    /// The number in progress or waiting.
     places: usize,
 }
 
-/// A place in a tenant's queue.
+/// A slot in a tenant's queue.
 #[derive(Debug)]
 struct Place {
     queues: TenantQueues,
@@ -63,10 +63,10 @@ impl Drop for Place {
     }
 }
 
-/// Permission to change or read, until it is dropped.
+/// Permission to make a change or read, until it is dropped.
 #[derive(Debug)]
 pub struct Turn {
-    // Dropped before the place.
+    // Dropped before the slot.
     _permit: OwnedSemaphorePermit,
     _place: Place,
 }
@@ -89,7 +89,7 @@ impl TenantQueues {
         }
     }
 
-    /// Waits until few enough others of the tenant are in progress on this replica.
+    /// Waits until there are few enough other changes or reads of the tenant in progress on this replica.
     pub async fn turn(&self, tenant: TenantId) -> Result<Turn, Busy> {
         let (place, turns) = self.enter(tenant)?;
         match timeout(WAIT, turns.acquire_owned()).await {

@@ -49,7 +49,7 @@ pub(super) async fn maintain(state: AppState, mut stopping: watch::Receiver<bool
                     if attempt == TRIES {
                         tracing::warn!(
                             error = %db::chain(&error),
-                            "partitions of usage could not be created or dropped; tried again later"
+                            "usage partitions could not be created or dropped; retrying later"
                         );
                         break;
                     }
@@ -100,7 +100,7 @@ async fn create(state: &AppState) -> Result<NaiveDate, DbError> {
     let created = usage_partition::create(&mut tx, first, last).await?;
     tx.commit().await?;
     if created > 0 {
-        tracing::info!(created, until = %last, "created partitions of usage");
+        tracing::info!(created, until = %last, "created usage partitions");
     }
     Ok(today)
 }
@@ -114,7 +114,7 @@ async fn drop_oldest(
     let dropped = usage_partition::drop_oldest(&mut tx, table, before).await?;
     tx.commit().await?;
     if dropped {
-        tracing::info!(table = table.name(), %before, "dropped a partition of usage");
+        tracing::info!(table = table.name(), %before, "dropped a usage partition");
     }
     Ok(dropped)
 }
@@ -147,7 +147,7 @@ pub(super) async fn compare(state: AppState, mut stopping: watch::Receiver<bool>
             compared = compare_once(&state) => compared,
         };
         if let Err(error) = compared {
-            tracing::warn!(error = %db::chain(&error), "log, rollups and quota ledger could not be compared");
+            tracing::warn!(error = %db::chain(&error), "cannot compare log, rollups and quota ledger");
         }
     }
 }
@@ -172,7 +172,7 @@ async fn compare_once(state: &AppState) -> Result<(), DbError> {
             day = %yesterday,
             log_and_rollups = found.log_and_rollups,
             rollup_excess = found.rollup_excess,
-            "usage does not add up"
+            "log, rollups and quota ledger disagree"
         );
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! The log line of a denial: which key, which plan, which endpoint, which policy. And how many denials a tenant may record
-//! while the backlog is long.
+//! The log line of a denial: which key, which plan, which endpoint, which policy. Also limits how many denials a tenant
+//! may record while the backlog is long.
 //!
 //! A client that is denied a thousand times per second must not cause a thousand lines per second. So there are at most
 //! a few per second, and the next line says how many were left out.
@@ -74,7 +74,7 @@ impl DenialLog {
     }
 }
 
-/// How many denials each tenant has had in the current second.
+/// The number of denials of each tenant in the current second.
 #[derive(Debug, Default)]
 pub(super) struct DenialBudget(Mutex<Spent>);
 
@@ -88,7 +88,7 @@ struct Spent {
 impl Spent {
     fn at(&mut self, now: u64) -> &mut HashMap<TenantId, u32> {
         let second = now / SECOND;
-        // Threads may be a little behind each other.
+        // Threads may be slightly behind each other.
         if second > self.second {
             self.second = second;
             self.denials.clear();
@@ -98,7 +98,7 @@ impl Spent {
 }
 
 impl DenialBudget {
-    /// Whether the tenant has recorded as many denials as it may in the second of `now`.
+    /// Whether the tenant has recorded as many denials as allowed in the second of `now`.
     pub fn is_spent(&self, tenant: TenantId, now: u64) -> bool {
         let mut spent = self.0.lock();
         spent.at(now).get(&tenant).is_some_and(|it| *it >= RECORDED)

@@ -26,9 +26,9 @@
 //! Independent of HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`. While the disk
 //! is full or read-only, nothing can be recorded, and so there are no decisions.
 //!
-//! Denials cost the consumer nothing. So that one tenant's denials cannot fill the backlog for all, each tenant records
-//! only some per second while the backlog is more than half full. The others are counted in a metric. Every admitted
-//! request is recorded.
+//! Denials cost the consumer nothing. So that one tenant's denials cannot fill the backlog for all tenants, only some
+//! of each tenant's denials per second are recorded while the backlog is more than half full. The others are counted in
+//! a metric. Every admitted request is recorded.
 
 mod denials;
 mod directory;
@@ -100,7 +100,7 @@ struct Inner {
     /// Each ships in one place at a time.
     shipper: tokio::sync::Mutex<Shipper>,
     adopter: tokio::sync::Mutex<Adopter>,
-    /// Whether the backlog has reached half its maximum and has not been below a quarter since.
+    /// Whether the backlog has reached half its maximum and has not been below a quarter since then.
     is_half_full: AtomicBool,
 }
 
@@ -118,13 +118,13 @@ enum Space {
     /// Metering is off.
     Unneeded,
     Reserved(ReservedRecord),
-    /// Reserved only if the request is admitted, since the tenant records no more denials now.
+    /// Reserved only if the request is admitted, because the tenant may not record more denials now.
     IfAdmitted,
 }
 
 /// The record would be lost if the machine failed now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the record of a decision could not be written to disk")]
+#[error("a decision could not be recorded on disk")]
 pub struct NotDurable;
 
 impl Metering {
@@ -343,7 +343,7 @@ impl Metering {
                 tracing::warn!(
                     bytes,
                     limit = self.0.backlog_max,
-                    "the backlog of usage has reached half of QUOTA_USAGE_BACKLOG_MAX; tenants with many denials record \
+                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX; tenants with many denials record \
                      only some of them"
                 );
             }

@@ -1,8 +1,8 @@
-//! The endpoints that have rollups of their own: a list of limited length for each key, and one for each tenant.
+//! The endpoints that have their own rollups: a limited list for each key and for each tenant.
 //!
-//! An endpoint that does not fit counts under `other`. A consumer may choose the path of a request, so an endpoint enters
-//! the tenant's list only if it is in its key's list: one key cannot fill the list of all. An endpoint leaves the lists
-//! when it has no rollups any more.
+//! Endpoints that are not listed count under `other`. A consumer may choose the path of a request, so an endpoint
+//! enters the tenant's list only if it is in its key's list: one key cannot fill the tenant's list. An endpoint is
+//! removed from the lists when it no longer has rollups.
 //!
 //! [`add`] and [`mark_seen`] work on the batch of [`usage_log::append`](super::usage_log::append), which holds the locks
 //! of its tenants.
@@ -13,7 +13,7 @@ use diesel_async::RunQueryDsl;
 use super::usage::{ENDPOINTS_OF_KEY, ENDPOINTS_OF_TENANT};
 use crate::db::{DbError, SystemTx};
 
-/// Adds those that fit, the oldest first.
+/// Adds endpoints up to the limits, oldest first.
 const ADD_OF_KEY: &str = r"
 WITH new AS MATERIALIZED (
     SELECT tenant_id, key_id, endpoint, min(first_at) AS first_at FROM usage_batch_counts WHERE NOT is_of_key
@@ -53,14 +53,14 @@ UPDATE usage_batch_counts b SET is_of_tenant = true FROM usage_endpoints e
 WHERE NOT b.is_of_tenant AND e.tenant_id = b.tenant_id AND e.key_id = '00000000-0000-0000-0000-000000000000'
     AND e.endpoint = b.endpoint";
 
-/// At most once a day for each.
+/// At most once a day for each endpoint.
 const MARK_SEEN: &str = r"
 UPDATE usage_endpoints e SET seen_on = CURRENT_DATE
 FROM (SELECT DISTINCT tenant_id, key_id, endpoint FROM usage_batch_counts WHERE is_stale) b
 WHERE e.tenant_id = b.tenant_id AND e.key_id IN (b.key_id, '00000000-0000-0000-0000-000000000000')
     AND e.endpoint = b.endpoint AND e.seen_on < CURRENT_DATE";
 
-/// Adds the batch's new endpoints to the lists, as far as they fit, and notes in the batch which ones are in them.
+/// Adds the batch's new endpoints to the lists, up to the limits, and marks the listed ones in the batch.
 pub(super) async fn add(tx: &mut SystemTx) -> Result<(), DbError> {
     let of_key = diesel::sql_query(ADD_OF_KEY)
         .bind::<BigInt, _>(ENDPOINTS_OF_KEY)
@@ -79,13 +79,13 @@ pub(super) async fn add(tx: &mut SystemTx) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Notes that the batch's endpoints are in use.
+/// Records that the batch's endpoints are in use.
 pub(super) async fn mark_seen(tx: &mut SystemTx) -> Result<(), DbError> {
     diesel::sql_query(MARK_SEEN).execute(&mut **tx).await?;
     Ok(())
 }
 
-/// Removes up to `limit` endpoints that have had no request for `days`. Returns how many.
+/// Removes up to `limit` endpoints that have had no request for `days`. Returns the number of endpoints removed.
 pub async fn forget(tx: &mut SystemTx, days: i64, limit: i64) -> Result<usize, DbError> {
     let forgotten = diesel::sql_query(
         "DELETE FROM usage_endpoints WHERE ctid = ANY(ARRAY( \

@@ -121,8 +121,8 @@ SELECT b.tenant_id,
     b.endpoint, b.request_id
 FROM usage_batch b JOIN usage_tenants t USING (tenant_id)"#;
 
-/// Moves `last_used_at` forward, at most once a second so that a busy key causes no more writes than others. Skips keys
-/// that someone else has locked: their next use is soon enough, and usage does not wait for them.
+/// Moves `last_used_at` forward, at most once per second, so that a busy key causes no more writes than others. Skips
+/// keys that are locked by others: their next use is soon enough, and usage does not wait for them.
 const TOUCH_KEYS: &str = r"
 UPDATE api_keys k SET last_used_at = u.at
 FROM (
@@ -371,8 +371,8 @@ pub async fn list(
     })
 }
 
-/// Returns how many decisions in the log match. `None` if the rollups do not count the endpoint by itself, or if more than
-/// [`SEARCHED_ROWS`] have the request ID, which the caller of the API chooses.
+/// Returns how many decisions in the log match. `None` if the rollups do not count the endpoint separately, or if more
+/// than [`SEARCHED_ROWS`] rows have the request ID, which the API caller chooses.
 ///
 /// Log and rollups are written together, and the log is dropped by whole days, so the rollups of these days count its
 /// rows.

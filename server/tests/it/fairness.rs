@@ -26,7 +26,7 @@ const BURST: usize = 64;
 /// The changes that one tenant may have in progress or waiting on a replica.
 const ADMITTED: usize = 33;
 
-/// Starts to create `count` plans.
+/// Starts creating `count` plans.
 fn create_plans(app: &Arc<TestApp>, account: &Arc<Account>, count: usize) -> JoinSet<Answer> {
     let mut creations = JoinSet::new();
     for n in 0..count {
@@ -156,7 +156,7 @@ async fn changes_of_disconnected_clients_leave_the_queue() {
     }
 }
 
-/// Reports of usage and lists read many rows, and wait while PostgreSQL is slow.
+/// Usage reports and lists read many rows, and wait while PostgreSQL is slow.
 #[tokio::test(flavor = "multi_thread")]
 async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
     let app = patient().await;

@@ -1,9 +1,9 @@
 //! Decisions as server-sent events.
 //!
-//! A stream reads the log in the order of its numbers, in which rows become visible. So it contains what every replica
-//! has shipped, and any replica can resume it. It holds one batch at a time and reads the next one when the client has
-//! read it. A client that falls too far behind is informed how much it missed. If a client does not read the end of its
-//! stream, its connection is closed.
+//! A stream reads the log in the order of positions, in which rows become visible. So it contains what every replica
+//! has shipped, and any replica can resume it. It holds one batch at a time and reads the next one after the client has
+//! read it. A client that falls too far behind is told how many decisions it missed. If a client does not read the end
+//! of its stream, its connection is closed.
 //!
 //! An unreachable PostgreSQL only delays events.
 
@@ -42,11 +42,11 @@ use crate::{
 };
 
 const MEDIA_TYPE: &str = "text/event-stream";
-/// How often the log is read. A decision takes up to a second to get there.
+/// How often the log is read. A decision takes up to a second to appear in it.
 const EVERY: Duration = Duration::from_millis(500);
-/// Without events for this long, a comment is sent, for proxies that close idle connections.
+/// After this long without events, a comment is sent, for proxies that close idle connections.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
-/// How often to check whether a stream should have ended although its client does not read it.
+/// How often to check whether a stream should have ended even though its client does not read it.
 const GUARD_EVERY: Duration = Duration::from_secs(2);
 /// The maximum number of rows per read.
 const BATCH: i64 = 500;
@@ -83,7 +83,7 @@ pub(super) struct Tail {
     pub(super) session: StreamSession,
     pub(super) tenant: TenantId,
     pub(super) filter: Filter,
-    /// The last number that was read.
+    /// The last position that was read.
     pub(super) after: i64,
 }
 
@@ -113,7 +113,7 @@ fn event(name: &str, id: Option<i64>, data: &impl serde::Serialize) -> String {
 }
 
 impl StreamSession {
-    /// Returns why the stream has to end, if so.
+    /// Returns why the stream has to end, if it does.
     async fn end(&self) -> Option<End> {
         if self.state.is_draining() {
             return Some(End::ServerStopping);
@@ -126,7 +126,7 @@ impl StreamSession {
         match session {
             Ok(session) if session.role.may_read_usage() => None,
             Ok(_) | Err(AuthError::Unauthorized) => Some(End::SessionEnded),
-            // Nothing can be read then either.
+            // Streams cannot be read either in that case.
             Err(_) => None,
         }
     }
@@ -143,7 +143,7 @@ impl Tail {
         let newest = usage_log::last_seq(&mut tx).await?;
         if newest <= self.after {
             tx.commit().await?;
-            // Lower only if PostgreSQL was restored to an earlier state.
+            // It is lower only if PostgreSQL was restored to an earlier state.
             self.after = newest;
             return Ok(String::new());
         }
@@ -165,8 +165,8 @@ impl Tail {
     }
 }
 
-/// Closes the connection of a stream that has to end and is not read. Stops when dropped, and gives the stream's place
-/// back.
+/// Closes the connection of a stream that has to end but is not being read. Stops when dropped, and frees the stream's
+/// slot.
 struct Guard(JoinHandle<()>);
 
 impl Guard {
@@ -176,13 +176,13 @@ impl Guard {
             while session.end().await.is_none() {
                 sleep(GUARD_EVERY).await;
             }
-            // For what the client has not read yet, and the last event.
+            // Time for what the client has not read yet, and for the last event.
             sleep(grace).await;
             if let Some(endless) = &endless {
                 endless.close_connection();
             }
             drop(place);
-            // The rest of the connection's responses end with it.
+            // All other responses on the connection end with it.
             std::future::pending::<()>().await;
         }))
     }
@@ -194,7 +194,7 @@ impl Drop for Guard {
     }
 }
 
-/// Runs one step after another, each when the client has read what came before.
+/// Runs the steps one after another, each when the client has read the previous output.
 fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
     struct Running {
         tail: Tail,
@@ -215,7 +215,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
         keep_alive,
         is_over: false,
     };
-    // Informs the client that it is connected, and how soon to reconnect.
+    // Tells the client that it is connected, and when to reconnect.
     let hello = stream::iter([Ok(Bytes::from_static(b"retry: 1000\n: connected\n\n"))]);
     let rest = stream::unfold(running, |mut it| async move {
         if it.is_over {
@@ -230,13 +230,13 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
                 return Some((Ok(Bytes::from(text)), it));
             }
             let db = it.tail.session.state.db.clone();
-            // A slow PostgreSQL does not delay the next comment for long.
+            // A slow PostgreSQL delays the next comment only briefly.
             let look = timeout(it.keep_alive, db.within_limit(it.tail.look()));
             let text = match look.await {
                 Ok(Ok(text)) => text,
                 Err(_) => String::new(),
                 Ok(Err(error)) => {
-                    tracing::debug!(error = %crate::db::chain(&error), "the log of decisions cannot be read");
+                    tracing::debug!(error = %crate::db::chain(&error), "cannot read the decision log");
                     String::new()
                 }
             };
@@ -277,7 +277,7 @@ impl IntoResponse for DecisionStream {
         let mut response = Response::builder().body(self.0);
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-        // nginx would buffer events otherwise. Caddy does not buffer this media type.
+        // nginx would buffer events otherwise. Caddy never buffers this media type.
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         response
     }

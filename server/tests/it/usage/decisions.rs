@@ -36,7 +36,7 @@ fn request_ids(page: &Value) -> Vec<String> {
         .collect()
 }
 
-/// A request every second until now, named by its number.
+/// One request per second until now, named by its number.
 fn requests(account: &Account, numbers: std::ops::Range<i64>) -> Vec<UsageRecord> {
     let start = now() - TimeDelta::hours(1);
     numbers
@@ -119,7 +119,7 @@ async fn decisions_are_listed_newest_first_page_by_page() {
     );
     assert_eq!(item["key_name"], Value::Null, "the key was deleted");
 
-    // Another tenant sees nothing of it, by no filter.
+    // Another tenant sees none of it, with any filter.
     let other = app.register().await;
     for query in [
         "",
@@ -265,7 +265,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     let other = one.register().await;
     append(&one, &requests(&account, 0..5)).await;
     let mut events = Events::open(&one, &account.access_token, "", None).await;
-    // Only what comes from now on, and of the own tenant.
+    // Only new decisions, and only those of its own tenant.
     let began = Instant::now();
     append(&two, &requests(&other, 900..905)).await;
     append(&two, &requests(&account, 5..8)).await;
@@ -284,7 +284,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     append(&one, &requests(&account, 12..14)).await;
     assert_eq!(resumed.decisions(2).await.0, names(12..14));
 
-    // From a list on: nothing is missing in between, nothing comes twice.
+    // Continuing from a list: nothing is missing in between, and nothing is repeated.
     let page = list(&two, &account, "limit=1").await;
     assert_eq!(request_ids(&page), ["r13"]);
     append(&one, &requests(&account, 14..16)).await;
@@ -299,7 +299,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     append(&one, &requests(&account, 16..30)).await;
     assert_eq!(filtered.decisions(2).await.0, ["r19", "r29"]);
 
-    // The position of one tenant opens nothing of another's.
+    // A position in one tenant's log gives no access to another's.
     let mut foreign = Events::open(&one, &other.access_token, "", Some(&last)).await;
     append(&one, &requests(&other, 905..906)).await;
     let mut seen = Vec::new();
@@ -338,7 +338,7 @@ async fn a_stream_that_is_behind_says_how_much_it_skipped() {
     let rest = usize::try_from(1299 - count).expect("a count");
     let (ids, _) = events.decisions(rest).await;
     assert_eq!(ids, names(1300 - 500..1300));
-    // From there it goes on without a gap.
+    // From there, the stream continues without a gap.
     append(&app, &requests(&account, 1300..1302)).await;
     assert_eq!(events.decisions(2).await.0, names(1300..1302));
     let metric = app.metric("quota_decisions_not_streamed_total").await;
@@ -389,7 +389,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
         .await;
     let account = app.register().await;
     let mut events = Events::open(&app, &account.access_token, "", None).await;
-    // HTTP/2 has deadlines of its own.
+    // HTTP/2 has separate deadlines.
     let client = reqwest::Client::builder()
         .http2_prior_knowledge()
         .build()
@@ -408,7 +408,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
     assert_eq!(multiplexed.decisions(2).await.0, names(0..2));
 }
 
-/// It reads a byte now and then, which no deadline can tell from a slow network.
+/// It reads a byte occasionally, which no deadline can distinguish from a slow network.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     let app = TestApp::setup()
