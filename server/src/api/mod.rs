@@ -25,6 +25,7 @@ pub mod idempotency;
 pub mod ip_guard;
 pub mod json;
 pub mod key_limits;
+pub mod large_response;
 pub mod limit;
 pub mod limit_headers;
 pub mod page;
