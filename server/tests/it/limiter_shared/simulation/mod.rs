@@ -106,16 +106,18 @@ fn every_promise_holds_in_every_seed() {
         let (scene, log, violations) = simulate(seed, Plant::Nothing);
         for it in &log.entries {
             eprintln!(
-                "{:>6} to {:>6} ms key {} replica {} cost {} {:?}{}",
+                "{:>6} to {:>6} ms key {} plan {} replica {} cost {} {:?}{}",
                 it.asked / 1_000_000,
                 it.answered / 1_000_000,
                 it.key,
+                it.plan,
                 it.replica,
                 it.cost,
                 it.answer,
                 if it.degraded { " without Redis" } else { "" },
             );
         }
+        eprintln!("new epochs: {:?}", log.epochs);
         assert!(
             violations.is_empty(),
             "{}",
@@ -208,7 +210,12 @@ fn one_exact_bucket_breaks_no_promise() {
         let log = paused(play(&scene, Plant::OneBucket));
         let broken = judge(&scene, &log);
         // There is no Redis whose grants could be compared.
-        let counted = [Promise::Upper, Promise::Lower, Promise::Prompt];
+        let counted = [
+            Promise::Upper,
+            Promise::Lower,
+            Promise::Wait,
+            Promise::Prompt,
+        ];
         let broken_by_requests = broken.iter().filter(|it| counted.contains(&it.promise));
         let text = || described(&scene, &log, &broken);
         assert_eq!(broken_by_requests.count(), 0, "{}", text());
