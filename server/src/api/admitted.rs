@@ -281,6 +281,8 @@ pub async fn decide(
         .metering
         .reserve(endpoint, context.id())
         .map_err(|_| ApiError::unrecordable())?;
+    // Not earlier: the shipper reports that everything decided before a pass is in one of the segments it reads.
+    let decided_at = state.clock.monotonic();
     let decision = state
         .limiter
         .admit(&record.handle, &record.policies, cost)
@@ -296,7 +298,7 @@ pub async fn decide(
     .inc();
     state
         .metering
-        .record(reservation, &record, &decision, cost.get(), began)
+        .record(reservation, &record, &decision, cost.get(), decided_at)
         .await
         .map_err(ApiError::unavailable)?;
     if record.is_worth_noting(decision.at) {

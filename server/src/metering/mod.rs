@@ -174,7 +174,8 @@ impl Metering {
         })
     }
 
-    /// Records the decision that was made at the monotonic time `at`. Call before the response is sent.
+    /// Records the decision that was made at the monotonic time `at`, after the reservation. Call before the response is
+    /// sent.
     #[inline]
     pub async fn record(
         &self,
@@ -266,6 +267,12 @@ impl Metering {
         let shipped = shipper.ship(&self.0.context, recorder).await;
         self.watch_backlog();
         shipped
+    }
+
+    /// Ends [`Self::ship_adopted`] after the current batch.
+    pub fn stop_adopting(&self) {
+        let is_stopping = &self.0.context.is_stopping;
+        is_stopping.store(true, Ordering::Relaxed);
     }
 
     /// Ships the records of stopped replicas in the same data directory. Returns the number of records.

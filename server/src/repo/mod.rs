@@ -36,6 +36,7 @@ pub mod service_token;
 pub mod session;
 pub mod sweep;
 pub mod usage;
+pub mod usage_append;
 pub mod usage_check;
 pub mod usage_log;
 pub mod usage_partition;

@@ -1,7 +1,7 @@
 //! `/admin/usage`, `/admin/stats`, and where a key stands.
 
 use chrono::{DateTime, TimeDelta, Utc};
-use quota_server::repo::usage_log::UsageRecord;
+use quota_server::repo::usage_append::UsageRecord;
 use quota_testkit::redis::RedisServer;
 use serde_json::{Value, json};
 use uuid::Uuid;

@@ -1,0 +1,537 @@
+//! Appends decisions to the log and to every rollup.
+//!
+//! A batch is sorted and counted before its transaction begins, so that PostgreSQL only inserts: one row for each
+//! decision, and one for each row of a rollup that the batch changes.
+//!
+//! **Order of locks.** Tenants, in the order of their IDs; everything else that [`append`] writes belongs to one of them.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    prelude::*,
+    sql_types::{Array, BigInt, Bool, Integer, Nullable, Text, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
+use uuid::Uuid;
+
+use super::usage::{ENDPOINTS_OF_KEY, ENDPOINTS_OF_TENANT};
+use crate::db::{DbError, SystemTx};
+
+/// One decision on a known key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UsageRecord {
+    pub event_id: Uuid,
+    pub tenant_id: Uuid,
+    pub key_id: Uuid,
+    pub plan_id: Uuid,
+    pub at: DateTime<Utc>,
+    /// `free` or `paid`.
+    pub billing: &'static str,
+    /// Empty if the caller named none.
+    pub endpoint: String,
+    pub was_rejected: bool,
+    /// The policy that denied it. `None` if it was admitted, or denied while capacity was reduced.
+    pub policy: Option<&'static str>,
+    /// Only for rejections.
+    pub retry_after_seconds: Option<i32>,
+    /// At least 1.
+    pub cost: i64,
+    pub request_id: String,
+}
+
+impl UsageRecord {
+    /// The policy by which rollups count it.
+    fn counted_policy(&self) -> &'static str {
+        match (self.was_rejected, self.policy) {
+            (false, _) => "",
+            (true, Some(policy)) => policy,
+            (true, None) => "reduced_capacity",
+        }
+    }
+}
+
+/// The row covers all endpoints.
+const ALL_ENDPOINTS: &str = "\u{1}";
+/// The row covers the endpoints above the limit.
+const FURTHER_ENDPOINTS: &str = "\u{2}";
+/// The length of a rollup's interval in seconds.
+const QUARTER: i64 = 15 * 60;
+const DAY: i64 = 24 * 60 * 60;
+
+/// The rank of an endpoint among those of the batch, so that comparing ranks is comparing names.
+type Rank = usize;
+
+/// The primary key of a rollup's row, in the order of its columns. The zero UUID covers all keys or plans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct RowKey {
+    tenant: Uuid,
+    endpoint: Rank,
+    key: Uuid,
+    plan: Uuid,
+    /// Seconds since 1970.
+    start: i64,
+    policy: &'static str,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Sums {
+    requests: i64,
+    cost: i64,
+    first_at: DateTime<Utc>,
+    last_at: DateTime<Utc>,
+}
+
+impl Sums {
+    fn of(record: &UsageRecord) -> Self {
+        Self {
+            requests: 1,
+            cost: record.cost,
+            first_at: record.at,
+            last_at: record.at,
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.cost += other.cost;
+        self.first_at = self.first_at.min(other.first_at);
+        self.last_at = self.last_at.max(other.last_at);
+    }
+}
+
+/// Counts by the rows of a rollup.
+#[derive(Debug, Default)]
+struct Rollup(HashMap<RowKey, Sums>);
+
+impl Rollup {
+    fn add(&mut self, key: RowKey, sums: &Sums) {
+        self.0
+            .entry(key)
+            .and_modify(|it| it.add(sums))
+            .or_insert(*sums);
+    }
+
+    /// In the order of the primary key.
+    fn sorted(self) -> Vec<(RowKey, Sums)> {
+        let mut rows = self.0.into_iter().collect::<Vec<_>>();
+        rows.sort_unstable_by_key(|(key, _)| *key);
+        rows
+    }
+}
+
+/// An endpoint of a key, or with the zero UUID of a tenant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct EndpointOf {
+    tenant: Uuid,
+    key: Uuid,
+    endpoint: Rank,
+}
+
+/// The rows of both rollups, in the order of their primary keys.
+#[derive(Debug)]
+struct Rollups {
+    quarters: Vec<(RowKey, Sums)>,
+    days: Vec<(RowKey, Sums)>,
+    /// Requests that count under [`FURTHER_ENDPOINTS`] of their key.
+    folded: i64,
+}
+
+/// Records that are ready to be appended.
+#[derive(Debug)]
+pub struct UsageBatch {
+    /// In the order of the log.
+    records: Vec<UsageRecord>,
+    /// The number of records by tenant, in the order of the IDs.
+    tenants: Vec<(Uuid, i64)>,
+    /// In the order of their names.
+    endpoints: Vec<String>,
+    /// By quarter hour, key, plan, endpoint and policy.
+    counts: Vec<(RowKey, Sums)>,
+    /// Endpoints of keys and tenants, with the time of their first request.
+    named: Vec<(EndpointOf, DateTime<Utc>)>,
+    /// The rollups' rows if all endpoints have their own.
+    rollups: Rollups,
+}
+
+impl UsageBatch {
+    /// Sorts and counts. Takes about a microsecond for each record.
+    pub fn new(mut records: Vec<UsageRecord>) -> Self {
+        records.sort_by_key(|it| (it.tenant_id, it.at, it.event_id));
+        let mut tenants = Vec::<(Uuid, i64)>::new();
+        for record in &records {
+            match tenants.last_mut() {
+                Some((tenant, count)) if *tenant == record.tenant_id => *count += 1,
+                _ => tenants.push((record.tenant_id, 1)),
+            }
+        }
+        let endpoints = records
+            .iter()
+            .map(|it| it.endpoint.as_str())
+            .collect::<HashSet<_>>()
+            .into_iter()
+            .chain([ALL_ENDPOINTS, FURTHER_ENDPOINTS])
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .map(str::to_owned)
+            .collect::<Vec<_>>();
+        let ranks = endpoints
+            .iter()
+            .enumerate()
+            .map(|(rank, name)| (name.as_str(), rank))
+            .collect::<HashMap<_, _>>();
+        let mut counted = Rollup::default();
+        let mut named = HashMap::<EndpointOf, DateTime<Utc>>::new();
+        for record in &records {
+            let at = record.at.timestamp();
+            let key = RowKey {
+                tenant: record.tenant_id,
+                endpoint: ranks[record.endpoint.as_str()],
+                key: record.key_id,
+                plan: record.plan_id,
+                start: at - at.rem_euclid(QUARTER),
+                policy: record.counted_policy(),
+            };
+            counted.add(key, &Sums::of(record));
+        }
+        let counts = counted.sorted();
+        for (row, sums) in &counts {
+            for key in [row.key, Uuid::nil()] {
+                let of = EndpointOf {
+                    tenant: row.tenant,
+                    key,
+                    endpoint: row.endpoint,
+                };
+                let first = named.entry(of).or_insert(sums.first_at);
+                *first = sums.first_at.min(*first);
+            }
+        }
+        let mut named = named.into_iter().collect::<Vec<_>>();
+        named.sort_unstable();
+        let mut batch = Self {
+            records,
+            tenants,
+            endpoints,
+            counts,
+            named,
+            rollups: Rollups {
+                quarters: Vec::new(),
+                days: Vec::new(),
+                folded: 0,
+            },
+        };
+        batch.rollups = batch.rollups_without(&HashSet::new());
+        batch
+    }
+
+    /// The number of records.
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// The time of the oldest record.
+    pub fn oldest(&self) -> Option<DateTime<Utc>> {
+        self.records.iter().map(|it| it.at).min()
+    }
+
+    fn rank(&self, endpoint: &str) -> Rank {
+        self.endpoints
+            .binary_search_by(|it| it.as_str().cmp(endpoint))
+            .unwrap_or_default()
+    }
+
+    /// The rows of the rollups, where these endpoints have none of their own.
+    fn rollups_without(&self, folded: &HashSet<EndpointOf>) -> Rollups {
+        let (all, further) = (self.rank(ALL_ENDPOINTS), self.rank(FURTHER_ENDPOINTS));
+        let (mut quarters, mut requests) = (Rollup::default(), 0);
+        for (row, sums) in &self.counts {
+            let own = |key| {
+                let of = EndpointOf {
+                    tenant: row.tenant,
+                    key,
+                    endpoint: row.endpoint,
+                };
+                if folded.contains(&of) {
+                    further
+                } else {
+                    row.endpoint
+                }
+            };
+            let (of_key, of_tenant) = (own(row.key), own(Uuid::nil()));
+            if of_key == further {
+                requests += sums.requests;
+            }
+            // Rows of one key are always of one plan.
+            for (endpoint, key, plan) in [
+                (all, Uuid::nil(), Uuid::nil()),
+                (all, Uuid::nil(), row.plan),
+                (all, row.key, row.plan),
+                (of_tenant, Uuid::nil(), Uuid::nil()),
+                (of_tenant, Uuid::nil(), row.plan),
+                (of_key, row.key, row.plan),
+            ] {
+                let row = RowKey {
+                    endpoint,
+                    key,
+                    plan,
+                    ..*row
+                };
+                quarters.add(row, sums);
+            }
+        }
+        let mut days = Rollup::default();
+        for (row, sums) in &quarters.0 {
+            let row = RowKey {
+                start: row.start - row.start.rem_euclid(DAY),
+                ..*row
+            };
+            days.add(row, sums);
+        }
+        Rollups {
+            quarters: quarters.sorted(),
+            days: days.sorted(),
+            folded: requests,
+        }
+    }
+}
+
+/// The result of appending records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Appended {
+    pub rows: u64,
+    /// Rows whose key has too many endpoints: in its rollups they count together, in the log they have their own.
+    pub folded: u64,
+}
+
+/// A large batch may take longer than a request may, and waits for others of the same tenants: giving up would only mean
+/// doing it again.
+const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
+
+/// Rows per statement: encoding more of them would keep a thread from answering requests for milliseconds.
+const CHUNK: usize = 1_000;
+
+/// Locks the tenants and takes numbers for the rows. Statements after it see what others committed before.
+const TAKE_NUMBERS: &str = "\
+    INSERT INTO usage_tenants AS t (tenant_id, last_seq) SELECT unnest($1), unnest($2) \
+    ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \
+    RETURNING tenant_id, last_seq";
+
+/// Returns the places of endpoints that have no rollups of their own.
+const FIND_NEW_ENDPOINTS: &str = "\
+    SELECT n.place FROM unnest($1, $2, $3) WITH ORDINALITY AS n (tenant_id, key_id, endpoint, place) \
+    WHERE NOT EXISTS (SELECT FROM usage_endpoints e \
+        WHERE e.tenant_id = n.tenant_id AND e.key_id = n.key_id AND e.endpoint = n.endpoint)";
+
+/// Gives new endpoints rollups of their own, as long as their key and tenant have few enough. The oldest come first.
+/// Returns the places of the others.
+const ADD_ENDPOINTS: &str = "\
+    WITH new AS MATERIALIZED ( \
+        SELECT * FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS n (tenant_id, key_id, endpoint, first_at, place) \
+    ), known AS ( \
+        SELECT tenant_id, key_id, count(*) AS number FROM usage_endpoints \
+        WHERE (tenant_id, key_id) IN (SELECT tenant_id, key_id FROM new) GROUP BY 1, 2 \
+    ), numbered AS MATERIALIZED ( \
+        SELECT n.tenant_id, n.key_id, n.endpoint, n.place, coalesce(k.number, 0) \
+                + row_number() OVER (PARTITION BY n.tenant_id, n.key_id ORDER BY n.first_at, n.endpoint) \
+            <= CASE n.key_id WHEN '00000000-0000-0000-0000-000000000000' THEN $5 ELSE $6 END AS fits \
+        FROM new n LEFT JOIN known k USING (tenant_id, key_id) \
+    ), added AS ( \
+        INSERT INTO usage_endpoints (tenant_id, key_id, endpoint) \
+        SELECT tenant_id, key_id, endpoint FROM numbered WHERE fits \
+    ) \
+    SELECT place FROM numbered WHERE NOT fits";
+
+const ADD_ROWS: &str = "\
+    INSERT INTO usage_log (tenant_id, seq, \"timestamp\", event_id, key_id, plan_id, cost, retry_after_seconds, \
+        was_rejected, billing, policy, endpoint, request_id) \
+    SELECT unnest($1), unnest($2), unnest($3), unnest($4), unnest($5), unnest($6), unnest($7), unnest($8), \
+        unnest($9), unnest($10), unnest($11), unnest($12), unnest($13)";
+
+const ADD_QUARTERS: &str = "\
+    INSERT INTO usage_quarters AS u (tenant_id, endpoint, key_id, plan_id, start, policy, requests, cost) \
+    SELECT unnest($1), unnest($2), unnest($3), unnest($4), unnest($5), unnest($6), unnest($7), unnest($8) \
+    ON CONFLICT (tenant_id, endpoint, key_id, plan_id, start, policy) DO UPDATE \
+    SET requests = u.requests + excluded.requests, cost = u.cost + excluded.cost";
+
+const ADD_DAYS: &str = "\
+    INSERT INTO usage_days AS u (tenant_id, endpoint, key_id, plan_id, start, policy, requests, cost, last_at) \
+    SELECT unnest($1), unnest($2), unnest($3), unnest($4), unnest($5), unnest($6), unnest($7), unnest($8), unnest($9) \
+    ON CONFLICT (tenant_id, endpoint, key_id, plan_id, start, policy) DO UPDATE \
+    SET requests = u.requests + excluded.requests, cost = u.cost + excluded.cost, \
+        last_at = greatest(u.last_at, excluded.last_at)";
+
+macro_rules! column {
+    ($rows:expr, $value:expr) => {
+        $rows.iter().map($value).collect::<Vec<_>>()
+    };
+}
+
+#[derive(QueryableByName)]
+struct Seq {
+    #[diesel(sql_type = SqlUuid)]
+    tenant_id: Uuid,
+    #[diesel(sql_type = BigInt)]
+    last_seq: i64,
+}
+
+#[derive(QueryableByName)]
+struct Place {
+    /// Counted from 1.
+    #[diesel(sql_type = BigInt)]
+    place: i64,
+}
+
+impl Place {
+    fn index(&self) -> usize {
+        usize::try_from(self.place - 1).unwrap_or(usize::MAX)
+    }
+}
+
+/// Adds the records to the log and to every rollup. A transaction does this once, and commits soon: the tenants are
+/// locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for a
+/// statement and 10 s for a lock.
+pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, DbError> {
+    if batch.is_empty() {
+        return Ok(Appended::default());
+    }
+    tx.batch_execute(TIMEOUTS).await?;
+    let numbers = take_numbers(tx, batch).await?;
+    let folded = add_endpoints(tx, batch).await?;
+    for (rows, numbers) in batch.records.chunks(CHUNK).zip(numbers.chunks(CHUNK)) {
+        add_rows(tx, rows, numbers).await?;
+    }
+    let changed;
+    let rollups = if folded.is_empty() {
+        &batch.rollups
+    } else {
+        changed = batch.rollups_without(&folded);
+        &changed
+    };
+    for rows in rollups.quarters.chunks(CHUNK) {
+        add_quarters(tx, batch, rows).await?;
+    }
+    for rows in rollups.days.chunks(CHUNK) {
+        add_days(tx, batch, rows).await?;
+    }
+    Ok(Appended {
+        rows: batch.len() as u64,
+        folded: u64::try_from(rollups.folded).unwrap_or(0),
+    })
+}
+
+/// Returns the number of each record in its tenant's log.
+async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
+    let taken = diesel::sql_query(TAKE_NUMBERS)
+        .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))
+        .bind::<Array<BigInt>, _>(column!(batch.tenants, |it| it.1))
+        .load::<Seq>(&mut **tx)
+        .await?;
+    let last = taken
+        .into_iter()
+        .map(|it| (it.tenant_id, it.last_seq))
+        .collect::<HashMap<_, _>>();
+    let numbers = batch.tenants.iter().flat_map(|(tenant, count)| {
+        let last = last.get(tenant).copied().unwrap_or(0);
+        last - count + 1..=last
+    });
+    Ok(numbers.collect())
+}
+
+/// Returns the endpoints that have no rollups of their own because there are too many.
+async fn add_endpoints(
+    tx: &mut SystemTx,
+    batch: &UsageBatch,
+) -> Result<HashSet<EndpointOf>, DbError> {
+    let name = |it: &EndpointOf| batch.endpoints[it.endpoint].as_str();
+    let mut new = Vec::<&(EndpointOf, DateTime<Utc>)>::new();
+    for chunk in batch.named.chunks(CHUNK) {
+        let found = diesel::sql_query(FIND_NEW_ENDPOINTS)
+            .bind::<Array<SqlUuid>, _>(column!(chunk, |it| it.0.tenant))
+            .bind::<Array<SqlUuid>, _>(column!(chunk, |it| it.0.key))
+            .bind::<Array<Text>, _>(column!(chunk, |it| name(&it.0)))
+            .load::<Place>(&mut **tx)
+            .await?;
+        new.extend(found.iter().filter_map(|it| chunk.get(it.index())));
+    }
+    if new.is_empty() {
+        return Ok(HashSet::new());
+    }
+    // All at once: they are numbered by the time of their first request.
+    let folded = diesel::sql_query(ADD_ENDPOINTS)
+        .bind::<Array<SqlUuid>, _>(column!(new, |it| it.0.tenant))
+        .bind::<Array<SqlUuid>, _>(column!(new, |it| it.0.key))
+        .bind::<Array<Text>, _>(column!(new, |it| name(&it.0)))
+        .bind::<Array<Timestamptz>, _>(column!(new, |it| it.1))
+        .bind::<BigInt, _>(ENDPOINTS_OF_TENANT)
+        .bind::<BigInt, _>(ENDPOINTS_OF_KEY)
+        .load::<Place>(&mut **tx)
+        .await?;
+    let folded = folded.iter().filter_map(|it| new.get(it.index()));
+    Ok(folded.map(|it| it.0).collect())
+}
+
+async fn add_rows(tx: &mut SystemTx, rows: &[UsageRecord], numbers: &[i64]) -> Result<(), DbError> {
+    diesel::sql_query(ADD_ROWS)
+        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.tenant_id))
+        .bind::<Array<BigInt>, _>(numbers)
+        .bind::<Array<Timestamptz>, _>(column!(rows, |it| it.at))
+        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.event_id))
+        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.key_id))
+        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.plan_id))
+        .bind::<Array<BigInt>, _>(column!(rows, |it| it.cost))
+        .bind::<Array<Nullable<Integer>>, _>(column!(rows, |it| it.retry_after_seconds))
+        .bind::<Array<Bool>, _>(column!(rows, |it| it.was_rejected))
+        .bind::<Array<Text>, _>(column!(rows, |it| it.billing))
+        .bind::<Array<Nullable<Text>>, _>(column!(rows, |it| it.policy))
+        .bind::<Array<Text>, _>(column!(rows, |it| it.endpoint.as_str()))
+        .bind::<Array<Text>, _>(column!(rows, |it| it.request_id.as_str()))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Binds the columns that both rollups have.
+macro_rules! bind_rollup {
+    ($sql:expr, $batch:expr, $rows:expr) => {
+        diesel::sql_query($sql)
+            .bind::<Array<SqlUuid>, _>(column!($rows, |it| it.0.tenant))
+            .bind::<Array<Text>, _>(column!($rows, |it| $batch.endpoints[it.0.endpoint].as_str()))
+            .bind::<Array<SqlUuid>, _>(column!($rows, |it| it.0.key))
+            .bind::<Array<SqlUuid>, _>(column!($rows, |it| it.0.plan))
+            .bind::<Array<Timestamptz>, _>(column!($rows, |it| start(it.0.start)))
+            .bind::<Array<Text>, _>(column!($rows, |it| it.0.policy))
+            .bind::<Array<BigInt>, _>(column!($rows, |it| it.1.requests))
+            .bind::<Array<BigInt>, _>(column!($rows, |it| it.1.cost))
+    };
+}
+
+fn start(seconds: i64) -> DateTime<Utc> {
+    DateTime::from_timestamp(seconds, 0).unwrap_or_default()
+}
+
+async fn add_quarters(
+    tx: &mut SystemTx,
+    batch: &UsageBatch,
+    rows: &[(RowKey, Sums)],
+) -> Result<(), DbError> {
+    bind_rollup!(ADD_QUARTERS, batch, rows)
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+async fn add_days(
+    tx: &mut SystemTx,
+    batch: &UsageBatch,
+    rows: &[(RowKey, Sums)],
+) -> Result<(), DbError> {
+    bind_rollup!(ADD_DAYS, batch, rows)
+        .bind::<Array<Timestamptz>, _>(column!(rows, |it| it.1.last_at))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
