@@ -5,7 +5,7 @@
 //! when, follows from a seed.
 
 mod load;
-mod postgres;
+pub(crate) mod postgres;
 
 use std::{
     collections::BTreeMap,
