@@ -281,8 +281,6 @@ pub async fn decide(
         .metering
         .reserve(endpoint, context.id())
         .map_err(|_| ApiError::unrecordable())?;
-    // Not earlier: the shipper reports that everything decided before a pass is in one of the segments it reads.
-    let decided_at = state.clock.monotonic();
     let decision = state
         .limiter
         .admit(&record.handle, &record.policies, cost)
@@ -290,6 +288,8 @@ pub async fn decide(
         .inspect_err(|_| {
             state.metrics.limiter_errors.inc();
         })?;
+    // After the reservation: the shipper reports that everything decided before a pass is in the segments it reads.
+    let decided_at = state.clock.monotonic();
     if decision.is_allowed() {
         &state.metrics.allowed
     } else {
@@ -304,10 +304,12 @@ pub async fn decide(
     if record.is_worth_noting(decision.at) {
         state.last_used.key(record.id, decision.at);
     }
-    state
-        .metrics
-        .decision_seconds
-        .observe(state.clock.monotonic() - began);
+    let recorded_at = if state.metering.waits_for_disk() {
+        state.clock.monotonic()
+    } else {
+        decided_at
+    };
+    state.metrics.decision_seconds.observe(recorded_at - began);
     Ok(Ok((record, decision)))
 }
 

@@ -225,6 +225,11 @@ impl Metering {
         Ok(())
     }
 
+    /// Returns whether [`Self::record`] waits for the disk.
+    pub fn waits_for_disk(&self) -> bool {
+        self.0.is_durable && self.is_on()
+    }
+
     /// Returns whether decisions are recorded.
     pub fn is_on(&self) -> bool {
         self.0.recorder.is_some()
