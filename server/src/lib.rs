@@ -1,4 +1,4 @@
-//! Quota's server: API keys, plans, rate limits and quotas on your own machines.
+//! Quota's server: self-hosted API keys, plans, rate limits and quotas.
 
 pub mod api;
 pub mod auth;

@@ -59,17 +59,17 @@ enum Command {
     /// Manage accounts
     #[command(subcommand)]
     User(UserCommand),
-    /// Show the tenants and keys with the most requests, and what servers have not delivered yet
+    /// Show the tenants and keys with the most requests, and usage that servers have not delivered yet
     #[command(args_conflicts_with_subcommands = true)]
     Usage {
         #[command(subcommand)]
         command: Option<UsageCommand>,
         #[command(flatten)]
         settings: Box<Settings>,
-        /// Hours to look back
+        /// Number of hours to look back
         #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=8760))]
         hours: u16,
-        /// Tenants and keys to list
+        /// Number of tenants and keys to list
         #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
         top: u16,
     },

@@ -16,6 +16,8 @@ diesel::table! {
         last_used_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+        external_id -> Nullable<Text>,
+        metadata -> Jsonb,
     }
 }
 
@@ -192,6 +194,7 @@ diesel::table! {
         tenant_id -> Uuid,
         key_id -> Uuid,
         endpoint -> Text,
+        seen_on -> Date,
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{cargo, console, machine, say};
 pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     console::build()?;
-    say("building the server (a first build takes some minutes)");
+    say("building the server (a first build takes a few minutes)");
     // `exec`, as cargo itself does: the server receives the signals, and its exit code is returned.
     let mut command = cargo();
     if env::var_os("QUOTA_LOG_FORMAT").is_none() {

@@ -1,8 +1,8 @@
 //! JSON bodies of requests and responses.
 //!
-//! Uses serde for both directions, as the console does, which does not know poem. `common/tests/wire.rs` proves that the
-//! OpenAPI document describes the same JSON. A body that cannot be parsed is 400; one that can be parsed but is invalid
-//! is 422 and names every invalid field.
+//! Uses serde in both directions, like the console, which does not depend on poem. `common/tests/wire.rs` proves that
+//! the OpenAPI document describes the same JSON. A body that cannot be parsed gets 400; one that can be parsed but is
+//! invalid gets 422 with all invalid fields.
 
 use futures_util::StreamExt;
 use garde::Validate;
@@ -194,7 +194,7 @@ fn check_media_type(request: &Request) -> Result<(), ApiError> {
     }
 }
 
-/// The most that is reserved for a body before it arrives.
+/// The maximum size reserved for a body before it arrives.
 const RESERVED: usize = 4 * 1024;
 
 async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiError> {
@@ -218,7 +218,7 @@ async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiE
         .map_err(|error| ApiError::internal(error.to_string()))?;
     let mut stream = body.into_bytes_stream();
     let arriving = async {
-        // A client can announce much and send nothing.
+        // A client can announce a large body and send nothing.
         let mut bytes = Vec::with_capacity(announced.unwrap_or(0).min(RESERVED));
         while let Some(chunk) = stream.next().await {
             let chunk = chunk.map_err(|_| {
@@ -262,7 +262,7 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
         ));
     }
     drop(value);
-    // From the bytes, not from the value, which keeps only the last of two fields with the same name.
+    // Reads from the bytes instead of the value, which keeps only the last of two fields with the same name.
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value: T = serde_path_to_error::deserialize(&mut reader)
         .map_err(|error| ApiError::invalid_fields(vec![rejected_field(&error)]))?;
@@ -279,8 +279,8 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
     Ok(value)
 }
 
-/// Returns the field that could not be deserialized. serde names missing, duplicate and unknown fields only in its
-/// message.
+/// Returns the field that could not be deserialized. serde includes the names of missing, duplicate and unknown fields
+/// only in its message.
 fn rejected_field(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
     let path = error.path().to_string();
     let message = error.inner().to_string();

@@ -156,8 +156,8 @@ fn limits(decision: &Decision) -> Vec<LimitState> {
     show.collect()
 }
 
-/// The endpoint that a gateway forwards a request for, by `X-Forwarded-Method` and the path of `X-Forwarded-Uri`. Empty
-/// if it does not say. The query is left out: it can hold anything.
+/// Returns the endpoint of the forwarded request, from `X-Forwarded-Method` and the path of `X-Forwarded-Uri`. Empty if
+/// neither header was sent. The query is omitted, because it can contain anything.
 fn forwarded_endpoint(headers: &HeaderMap) -> String {
     let field = |name| headers.get(name).and_then(|it| it.to_str().ok());
     let path =
@@ -179,7 +179,7 @@ impl LimitApi {
     pub async fn echo(&self, caller: AdmittedKey) -> Result<WithLimitHeaders<Echo>, ApiError> {
         let now = caller.decision.at;
         let time = Timestamp::from_unix_secs(now.secs())
-            .ok_or_else(|| ApiError::internal("the clock is beyond 9999"))?;
+            .ok_or_else(|| ApiError::internal("the clock is past the year 9999"))?;
         let body = Json(Echo {
             key_id: caller.record.id,
             plan: caller.record.plan.clone(),

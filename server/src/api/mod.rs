@@ -1,9 +1,9 @@
 //! The HTTP API: authentication, requests and responses. One file per noun.
 //!
-//! Does not know SQL: handlers call `repo` and the modules in between. Every error becomes a
-//! [`Problem`](quota_common::Problem) in [`problem`] and nowhere else. The caller is the first argument of every handler
-//! and the body the last, which is the order in which poem extracts them: an anonymous caller never reaches a parser.
-//! The type of the caller says which right the handler requires; see [`tenant_rights`].
+//! Does not contain SQL: handlers call `repo` and the modules in between. Every error becomes a
+//! [`Problem`](quota_common::Problem) in [`problem`] and nowhere else. The caller is the first argument of every
+//! handler and the body the last, which is the order in which poem extracts them: an anonymous caller never reaches a
+//! parser. The type of the caller is the permission that the handler requires; see [`tenant_rights`].
 
 pub mod admitted;
 pub mod allow;
@@ -15,6 +15,7 @@ pub mod browser;
 pub mod change;
 pub mod client_ip;
 pub mod console;
+pub mod creation;
 pub mod decision;
 pub mod document;
 pub mod fast_path;
@@ -49,7 +50,7 @@ pub enum Tag {
     /// Credentials your gateways use to call the check endpoints.
     #[oai(rename = "Service tokens")]
     ServiceTokens,
-    /// How many requests were allowed and denied, and why.
+    /// Number of allowed and denied requests, and the reasons for denials.
     Usage,
     /// Audit log of configuration changes.
     Audit,

@@ -28,7 +28,7 @@ use crate::{
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Headers of every response: no framing, no content sniffing, nothing shared with other origins.
+/// Headers of every response: no framing, no content sniffing, no sharing with other origins.
 const ALWAYS: [(HeaderName, &str); 5] = [
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (header::X_FRAME_OPTIONS, "DENY"),
@@ -89,8 +89,8 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
 
         state.metrics.requests_in_flight.inc();
         let flight = InFlight(state);
-        // A handler can only exceed the time limit while it waits for something. Most do not wait at all, so they are
-        // polled once before a timer is set up.
+        // A handler can exceed the time limit only while it waits for something. Most handlers do not wait at all, so
+        // they are polled once before a timer is set up.
         let mut answer = pin!(AssertUnwindSafe(self.inner.call(request)).catch_unwind());
         let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context))).await;
         let answer = match at_once {
@@ -125,7 +125,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         let status = response.status().as_u16();
         let nanos = state.clock.monotonic() - began;
         state.metrics.answered(status);
-        // Probes arrive every few seconds for as long as the server runs.
+        // Probes arrive every few seconds while the server runs.
         let is_routine_probe =
             uri.path().starts_with("/health/") && (status < 500 || state.is_draining());
         if !is_routine_probe

@@ -117,7 +117,7 @@ impl Config {
             },
             lease_ttl: r.duration_within(
                 "QUOTA_LEASE_TTL",
-                // Zero needs no unit.
+                // Zero does not need a unit.
                 if s.lease_ttl.trim() == "0" {
                     "0ms"
                 } else {
@@ -129,7 +129,7 @@ impl Config {
                 "QUOTA_ON_REDIS_FAILURE",
                 &s.on_redis_failure,
                 OnRedisFailure::default(),
-                |text| OnRedisFailure::named(text).ok_or("must be share, open or closed".into()),
+                |text| OnRedisFailure::of(text).ok_or("must be share, open or closed".into()),
             ),
             metering: r.choice(
                 "QUOTA_METERING",
@@ -192,13 +192,8 @@ impl Config {
             ),
             auth_rpm: r.per_minute("QUOTA_AUTH_RPM", &s.auth_rpm),
             admin_rpm: r.per_minute("QUOTA_ADMIN_RPM", &s.admin_rpm),
-            login_rpm: r.per_minute("QUOTA_LOGIN_RPM", &s.login_rpm),
-            body_limit: usize::try_from(r.number(
-                "QUOTA_BODY_LIMIT",
-                &s.body_limit,
-                1024..=16_777_216,
-            ))
-            .unwrap_or(65_536),
+            login_free_failures: r.per_minute("QUOTA_LOGIN_FREE_FAILURES", &s.login_free_failures),
+            body_limit: r.count("QUOTA_BODY_LIMIT", &s.body_limit, 1024..=16_777_216),
             header_timeout: r.duration("QUOTA_HEADER_TIMEOUT", &s.header_timeout, 1..=60),
             request_timeout: r.duration("QUOTA_REQUEST_TIMEOUT", &s.request_timeout, 1..=300),
             idle_timeout: r.duration("QUOTA_IDLE_TIMEOUT", &s.idle_timeout, 1..=3600),
@@ -218,12 +213,7 @@ impl Config {
             drain_timeout: r.duration("QUOTA_DRAIN_TIMEOUT", &s.drain_timeout, 0..=25),
             drain_delay: r.duration("QUOTA_DRAIN_DELAY", &s.drain_delay, 0..=20),
             stale_grace: r.duration("QUOTA_STALE_GRACE", &s.stale_grace, 0..=3600),
-            key_cache: usize::try_from(r.number(
-                "QUOTA_KEY_CACHE",
-                &s.key_cache,
-                1000..=10_000_000,
-            ))
-            .unwrap_or(100_000),
+            key_cache: r.count("QUOTA_KEY_CACHE", &s.key_cache, 1000..=10_000_000),
             session_days: u32::try_from(r.number("QUOTA_SESSION_DAYS", &s.session_days, 1..=365))
                 .unwrap_or(14),
             usage_retention: r.days("QUOTA_USAGE_RETENTION", &s.usage_retention, 2..=3650),

@@ -1,18 +1,18 @@
-//! Recent changes, as far as this replica knows them. Decides whether a copy that another replica read from PostgreSQL
+//! The recent changes that this replica knows of. Decides whether a copy that another replica read from PostgreSQL
 //! earlier is still current.
 //!
 //! Changes are numbered in the order of their commits, and a copy carries the highest number at the time it was read. So
 //! a copy with number `n` is current except for changes above `n`.
 //!
 //! There are two sources, which are not trusted equally:
-//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they move the floor and the number up to
-//!   which everything is known.
-//! - **Announced** changes are messages of other replicas and this replica's own commits. They only arrive sooner. Until
-//!   the poll has caught up, an announcement outdates older copies. It never hides a number from the poll, never raises
-//!   the floor, and never displaces a polled change.
+//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they raise the floor and the number up to
+//!   which all changes are known.
+//! - **Announced** changes are messages from other replicas and this replica's own commits. They only arrive earlier.
+//!   Until the poll has caught up, an announcement outdates older copies. It never hides a number from the poll, never
+//!   raises the floor, and never displaces a polled change.
 //!
-//! Nothing below the floor is confirmed, since changes there may have been deleted from PostgreSQL. Neither is a copy
-//! whose number is higher than any polled or announced one: no such number has been assigned.
+//! Nothing below the floor is confirmed, since changes there may have been deleted from PostgreSQL. A copy whose number
+//! is higher than any polled or announced one is not confirmed either: no such number has been assigned.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -23,8 +23,8 @@ use crate::repo::invalidation::{Invalidation, Target};
 
 /// The maximum number of polled changes in memory. One takes about 150 bytes.
 const REMEMBERED: usize = 20_000;
-/// The maximum number of announcements in memory until the poll reaches them, a moment later. More are dropped, since the
-/// poll reads them anyway.
+/// The maximum number of announcements in memory until the poll reaches them shortly after. Others are dropped, since
+/// the poll reads them anyway.
 const ANNOUNCED: usize = 4096;
 
 /// See the module.
@@ -36,7 +36,7 @@ struct State {
     /// `None` until the first poll. Until then nothing can be confirmed.
     range: Option<PolledRange>,
     polled: BTreeMap<i64, Uuid>,
-    /// With numbers above `range.up_to`.
+    /// Those with numbers above `range.up_to`.
     announced: BTreeMap<i64, Uuid>,
     /// The highest number of each ID in either map. IDs are unique across kinds.
     newest: HashMap<Uuid, i64>,
@@ -49,7 +49,7 @@ struct PolledRange {
     up_to: i64,
 }
 
-/// Returns the ID of what changed. For a kind that this version does not know, that is the whole tenant.
+/// Returns the ID of the changed resource. For a kind that this version does not support, this is the whole tenant.
 fn subject(invalidation: &Invalidation) -> Uuid {
     match invalidation.target {
         None | Some(Target::Tenant) => invalidation.tenant,
@@ -96,7 +96,7 @@ impl Recent {
         }
     }
 
-    /// Records a polled change, after all of those before it. Returns whether it is new.
+    /// Records a polled change, after all previous ones. Returns whether it is new.
     pub fn polled(&self, invalidation: &Invalidation) -> bool {
         let (seq, id) = (invalidation.seq, subject(invalidation));
         let mut state = self.0.lock();
@@ -124,7 +124,7 @@ impl Recent {
         let mut is_new = true;
         for (announced, id) in reached {
             is_new &= announced != seq;
-            // An announcement that PostgreSQL does not confirm, such as one from before a restore, ends here.
+            // An announcement that PostgreSQL does not confirm, such as one from before a restore, is discarded here.
             if !state.polled.contains_key(&announced) && state.newest.get(&id) == Some(&announced) {
                 state.recount(id);
             }
@@ -168,7 +168,7 @@ impl Recent {
 }
 
 impl State {
-    /// Recomputes the highest number of an ID. Slow, but rare.
+    /// Recomputes the highest number of an ID. Slow but rare.
     fn recount(&mut self, id: Uuid) {
         let of = |all: &BTreeMap<i64, Uuid>| {
             let mut numbers = all.iter().rev();
@@ -240,7 +240,7 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
         assert!(!recent.unchanged(&[key(2)], 3), "3 was never announced");
-        // Announced after a later one.
+        // It was announced after a later one.
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));

@@ -1,5 +1,5 @@
-//! Learns what other replicas have changed: by polling PostgreSQL, which is what the guarantees rely on, and from messages,
-//! which are only faster.
+//! Learns of changes on other replicas: by polling PostgreSQL, on which the guarantees rely, and from messages, which
+//! are only faster.
 
 use std::{pin::pin, time::Duration};
 
@@ -14,8 +14,8 @@ use crate::{
     state::AppState,
 };
 
-/// The time between polls. A change must be noticed within 250 ms, including the duration of the poll on a busy machine.
-/// Cache entries are trusted for five times as long.
+/// The time between polls. A change must be noticed within 250 ms, including the duration of the poll on a busy
+/// machine. Cache entries are trusted for five polls.
 const POLL_EVERY: Duration = Duration::from_millis(150);
 
 /// If a poll takes this long, PostgreSQL is suspected to be unreachable. Polls normally take milliseconds, and cache entries
@@ -60,7 +60,7 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     }
 }
 
-/// Lets caches serve what they have without waiting for PostgreSQL.
+/// Allows caches to serve their entries without waiting for PostgreSQL.
 fn suspect(state: &AppState) {
     if state.freshness.suspect() {
         state.metrics.database_suspected.inc();
@@ -70,8 +70,8 @@ fn suspect(state: &AppState) {
 async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<(), DbError> {
     let mut tx = db.system().await?;
     let Some(mut seq) = *last else {
-        // If earlier polls failed, cached entries may be older than what this one reads. Records that other replicas
-        // cached are compared with what is recorded here.
+        // If earlier polls failed, cached entries may be older than the changes read by this one. Records cached by
+        // other replicas are compared with the changes recorded here.
         let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
         state.recent.begin(&newest);
@@ -106,7 +106,7 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<
     }
 }
 
-/// Records the changes before it drops cache entries, so that a load in between knows about them.
+/// Records the changes before dropping cache entries, so that a load in between takes them into account.
 fn apply(
     state: &AppState,
     invalidations: &[Invalidation],
@@ -133,7 +133,7 @@ fn apply_announced(state: &AppState, invalidation: &Invalidation) {
     }
 }
 
-/// Applies messages of other replicas as they arrive.
+/// Applies messages from other replicas as they arrive.
 pub(super) async fn listen(state: AppState, mut stopping: watch::Receiver<bool>) {
     let Some(mut messages) = state.publisher.listen() else {
         return;

@@ -1,7 +1,7 @@
 //! Background work.
 //!
-//! Each job is a loop that ends on request and continues after a failure: what failed is retried in the next iteration.
-//! Does not know HTTP.
+//! Each job is a loop that ends on request and continues after a failure: failed work is retried in the next iteration.
+//! Does not depend on HTTP.
 
 mod invalidations;
 mod metering;
@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::{db, limiter, state::AppState};
 
-/// How often the last use of keys and tokens is written.
+/// How often the last use of keys and tokens is saved.
 const LAST_USED_EVERY: Duration = Duration::from_secs(2);
 
 /// The running jobs.
@@ -59,7 +59,7 @@ impl Jobs {
     }
 }
 
-/// Waits for the next tick. Returns `false` if the job is to end.
+/// Waits for the next tick. Returns `false` if the job must end.
 async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<bool>) -> bool {
     tokio::select! {
         biased;
@@ -98,7 +98,7 @@ async fn write_last_used(state: AppState, mut stopping: watch::Receiver<bool>) {
     loop {
         let continues = next(&mut ticks, &mut stopping).await;
         if let Err(error) = state.last_used.flush(&state.db).await {
-            tracing::warn!(error = %db::chain(&error), "cannot write the last use of keys");
+            tracing::warn!(error = %db::chain(&error), "cannot save when keys were last used");
         }
         if !continues {
             return;

@@ -12,7 +12,7 @@ use super::{every, next, stopped};
 use crate::{
     db::{self, DbError},
     repo::{
-        usage_check,
+        usage_check, usage_endpoint,
         usage_partition::{self, Partitioned},
         usage_shipper,
     },
@@ -23,6 +23,8 @@ const EVERY: Duration = Duration::from_mins(10);
 const COMPARE_EVERY: Duration = Duration::from_hours(6);
 /// The number of days for which partitions are created ahead.
 const AHEAD: u64 = 7;
+/// The maximum number of endpoints to remove per transaction.
+const ENDPOINTS: i64 = 1000;
 /// The wait before a retry. Often, a table was just busy.
 const RETRY: Duration = Duration::from_secs(2);
 const TRIES: u32 = 5;
@@ -56,7 +58,7 @@ async fn maintain_with_retries(state: &AppState) {
         if attempt == TRIES {
             tracing::warn!(
                 error = %db::chain(&error),
-                "partitions of usage could not be created or dropped; tried again later"
+                "usage partitions could not be created or dropped; retrying later"
             );
             return;
         }
@@ -80,7 +82,7 @@ async fn maintain_once(state: &AppState) -> Result<(), DbError> {
             failed.get_or_insert(error);
         }
     }
-    let forgotten = state.db.within_limit(forget_segments(state)).await;
+    let forgotten = forget(state).await;
     failed.or(forgotten.err()).map_or(Ok(()), Err)
 }
 
@@ -114,7 +116,7 @@ async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
         }
     }
     if created > 0 {
-        tracing::info!(created, "created partitions of usage");
+        tracing::info!(created, "created usage partitions");
     }
     failed.map_or(Ok(()), Err)
 }
@@ -147,7 +149,7 @@ async fn drop_oldest(
     let dropped = usage_partition::drop_oldest(&mut tx, table, before).await?;
     tx.commit().await?;
     if dropped {
-        tracing::info!(table = table.name(), %before, "dropped a partition of usage");
+        tracing::info!(table = table.name(), %before, "dropped a usage partition");
     }
     Ok(dropped)
 }
@@ -163,11 +165,26 @@ async fn delete_unpartitioned(
     Ok(has_more)
 }
 
+async fn forget(state: &AppState) -> Result<(), DbError> {
+    state.db.within_limit(forget_segments(state)).await?;
+    while state.db.within_limit(forget_endpoints(state)).await? {}
+    Ok(())
+}
+
 async fn forget_segments(state: &AppState) -> Result<(), DbError> {
     let days = i64::try_from(days(state.config.usage_retention)).unwrap_or(i64::MAX);
     let mut tx = state.db.system().await?;
     usage_partition::forget_segments(&mut tx, days).await?;
     tx.commit().await
+}
+
+/// Returns whether there may be more.
+async fn forget_endpoints(state: &AppState) -> Result<bool, DbError> {
+    let days = i64::try_from(days(state.config.usage_rollup_retention)).unwrap_or(i64::MAX);
+    let mut tx = state.db.system().await?;
+    let forgotten = usage_endpoint::forget(&mut tx, days, ENDPOINTS).await?;
+    tx.commit().await?;
+    Ok(i64::try_from(forgotten).is_ok_and(|it| it == ENDPOINTS))
 }
 
 pub(super) async fn compare(state: AppState, mut stopping: watch::Receiver<bool>) {
@@ -179,7 +196,7 @@ pub(super) async fn compare(state: AppState, mut stopping: watch::Receiver<bool>
             compared = compare_once(&state) => compared,
         };
         if let Err(error) = compared {
-            tracing::warn!(error = %db::chain(&error), "log, rollups and quota ledger could not be compared");
+            tracing::warn!(error = %db::chain(&error), "cannot compare log, rollups and quota ledger");
         }
     }
 }
@@ -204,7 +221,7 @@ async fn compare_once(state: &AppState) -> Result<(), DbError> {
             day = %yesterday,
             log_and_rollups = found.log_and_rollups,
             rollup_excess = found.rollup_excess,
-            "usage does not add up"
+            "log, rollups and quota ledger disagree"
         );
     }
     Ok(())

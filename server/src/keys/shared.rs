@@ -1,27 +1,29 @@
 //! Key records that replicas share through Redis, between memory and PostgreSQL. So when a replica starts, or a plan
 //! with many keys is edited, PostgreSQL does not have to look up every key.
 //!
-//! **Whether an entry is current** does not depend on its deletion, nor on who wrote it when. PostgreSQL numbers
-//! invalidations in commit order, and a record is read in one statement, and so one snapshot, together with the highest
-//! number. An entry with number `n` is therefore current except for invalidations above `n`. It is used only while the
-//! poll for invalidations is fresh, and only if this replica knows of none above `n` for its key, plan or tenant
-//! ([`Recent`]). It then counts as confirmed at the time of that poll, not when it was read. So:
-//! - A load that began before a change and writes after it writes a lower number than the change's. Replicas that know
-//!   of the change reject the entry; others learn of the change with the next poll, as for any record in memory.
-//! - It does no harm if an invalidation is lost or Redis is unreachable.
+//! **Whether an entry is current** does not depend on its deletion, or on which replica wrote it when. PostgreSQL
+//! numbers invalidations in commit order, and a record is read together with the highest number in one statement, and
+//! therefore in one snapshot. An entry with number `n` is therefore current except for invalidations above `n`. It is
+//! used only while the poll for invalidations is fresh, and only if this replica knows of no invalidation above `n` for
+//! its key, plan or tenant ([`Recent`]). It then counts as confirmed at the time of that poll, not when it was read.
+//! So:
+//! - A load that began before a change and writes after it stores a number that is lower than the change's. Replicas
+//!   that know of the change reject the entry; others learn of the change with the next poll, as for any record in
+//!   memory.
+//! - Nothing breaks if an invalidation is lost or Redis is unreachable.
 //! - A change invalidates the entries of all keys of a plan without listing them.
 //!
-//! That a secret is invalid is cached too, for a few seconds. This needs no number: secrets are random, so none is
-//! looked up before it is created.
+//! The fact that a secret is invalid is cached too, for a few seconds. This needs no number: secrets are random, so
+//! none is looked up before it is created.
 //!
 //! **Trust.** Anyone with access to Redis can write entries. They are stored under the hash of the key's secret and
 //! sealed for that hash with a key of this installation ([`Seal`]): writing to Redis can make an entry unreadable, but
-//! cannot give a key more rights. An entry also contains the time at which it was written and is rejected after its
+//! cannot grant a key more access. An entry also contains the time at which it was written and is rejected after its
 //! lifetime in Redis, so that a saved entry cannot be restored later. Unreadable entries, and those that are too old or
 //! from the future, count as misses.
 //!
-//! While Redis is unreachable, every look-up is a miss, immediately. While it is slow, one look-up waits for
-//! QUOTA_REDIS_TIMEOUT, and those of the next second skip Redis.
+//! While Redis is unreachable, every lookup is a miss, immediately. While it is slow, one lookup waits for
+//! QUOTA_REDIS_TIMEOUT, and lookups in the next second skip Redis.
 
 use std::{
     sync::{
@@ -46,9 +48,9 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Increase with every change to [`KeyFacts`] or to the meaning of a field.
+/// Increment with every change to [`KeyFacts`] or to the meaning of a field.
 const VERSION: u8 = 2;
-/// How much the clocks of two replicas may differ, in seconds.
+/// Maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;
 /// How long an entry is kept.
 const PRESENT: Duration = Duration::from_mins(5);
@@ -167,7 +169,7 @@ impl SharedKeys {
         })
     }
 
-    /// Shares a result of PostgreSQL in the background: the facts with their number, or `None` for an invalid secret.
+    /// Shares a result from PostgreSQL in the background: the facts with their number, or `None` for an invalid secret.
     pub fn put(&self, hash: &Hash, found: Option<(&KeyFacts, i64)>) {
         let it = &*self.0;
         if self.is_paused() || (found.is_none() && !self.may_write_absent()) {
@@ -199,7 +201,7 @@ impl SharedKeys {
 
     fn failed(&self, failure: &CallError) {
         self.0.metrics.key_shared_errors.inc();
-        // Without a connection, the failure costs no time.
+        // Without a connection, this fails immediately.
         if !matches!(failure, CallError::NotConnected) {
             let until = self.0.freshness.now() + PAUSE;
             self.0.paused_until.fetch_max(until, Ordering::Relaxed);
@@ -291,7 +293,7 @@ mod tests {
         }
     }
 
-    /// An entry outlives the server that wrote it. A newer version must not misread it.
+    /// An entry outlives the server that wrote it, and a newer version must not misread it.
     #[test]
     fn format_of_an_entry_changes_only_with_its_version() {
         assert_eq!(

@@ -1,4 +1,4 @@
-//! Error responses of operations: derived from what an operation takes, with descriptions of its own where needed.
+//! Error responses of operations: derived from the arguments of an operation, with specific descriptions where needed.
 
 use quota_common::ProblemCode;
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ const BY_ROLE_OR_LIMIT: &str = "Your role does not allow this action, or your or
 const NO_REFRESH_TOKEN: &str =
     "No refresh token was sent, or it is invalid, expired or already used.";
 
-/// Errors of single operations, in addition to those derived from what an operation takes.
+/// Errors of single operations, in addition to those derived from the operation's arguments.
 const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     use ProblemCode as P;
     &[
@@ -22,7 +22,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[
                 (
                     P::RegistrationClosed,
-                    "Registration is closed, or cookies were requested from a page of another origin.",
+                    "Registration is closed, or cookies were requested from a page on another origin.",
                 ),
                 (P::EmailTaken, "An account with this email already exists."),
             ],
@@ -75,7 +75,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             "update_api_key",
             &[(
                 P::NotFound,
-                "The key or the plan was not found in your organization.",
+                "The key or plan was not found in your organization.",
             )],
         ),
         (
@@ -111,7 +111,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     ]
 };
 
-/// What an error status means if the operation says nothing more specific.
+/// The meaning of an error status if the operation does not describe it.
 const ERRORS: &[(ProblemCode, &str)] = {
     use ProblemCode as P;
     &[
@@ -148,7 +148,7 @@ const ERRORS: &[(ProblemCode, &str)] = {
     ]
 };
 
-/// Returns the errors that follow from what an operation takes.
+/// Returns the errors that follow from the arguments of an operation.
 fn derived_errors(operation: &Operation<'_>) -> Vec<ProblemCode> {
     use ProblemCode as P;
     if operation.id() == "live" {

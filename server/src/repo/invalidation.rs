@@ -1,4 +1,4 @@
-//! What replicas must drop from their caches, in the order of commits. The table is called `revocations`.
+//! The changes that replicas must apply to their caches, in commit order. The table is called `revocations`.
 
 use chrono::{DateTime, Utc};
 use diesel::{dsl::sql, prelude::*, sql_types::Timestamptz};
@@ -10,7 +10,7 @@ use crate::{
     schema::revocations,
 };
 
-/// What was changed or revoked.
+/// The resource that was changed or revoked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// Everything that belongs to the tenant.
@@ -47,7 +47,7 @@ impl Target {
             "api_key" => Self::ApiKey(id),
             "service_token" => Self::ServiceToken(id),
             "session" => Self::Session(id),
-            // From a newer version of the server.
+            // A kind from a newer version of the server.
             _ => return None,
         })
     }
@@ -58,7 +58,7 @@ impl Target {
 pub struct Invalidation {
     pub seq: i64,
     pub tenant: Uuid,
-    /// `None` for a kind that this version does not know. It invalidates everything of the tenant.
+    /// `None` for a kind that this version does not support. It invalidates everything of the tenant.
     pub target: Option<Target>,
     /// When the row was written, shortly before the commit.
     pub at: DateTime<Utc>,

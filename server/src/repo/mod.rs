@@ -1,8 +1,8 @@
 //! All SQL, one file per noun.
 //!
-//! Every function takes the transaction it runs in: a [`TenantTx`](crate::db::TenantTx), which carries the tenant and
-//! is also restricted to it by row-level security, or a [`SystemTx`](crate::db::SystemTx) for the server's own work.
-//! Rows are structs of their own, not the API's types. Does not know HTTP.
+//! Every function takes the transaction in which it runs: a [`TenantTx`](crate::db::TenantTx), which carries the tenant
+//! and is also restricted to it by row-level security, or a [`SystemTx`](crate::db::SystemTx) for the server's own
+//! work. Rows are separate structs, not the API's types. Does not depend on HTTP.
 //!
 //! Lists use keyset pagination. By default they are read newest first, by ID: IDs are UUIDv7 and sort by time. Some
 //! lists have other sort orders, with the ID as tie-breaker.
@@ -18,6 +18,35 @@ macro_rules! find_by_id {
                 .select(<$row>::as_select())
                 $(.$for_update())?;
             Ok(query.first(&mut **tx).await.optional()?)
+        }
+    };
+}
+
+/// Defines a function that updates a row of the caller's tenant by its ID and returns it.
+macro_rules! update_by_id {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident, $change:ident -> $row:ty) => {
+        $(#[$doc])*
+        $vis async fn $name(
+            tx: &mut TenantTx,
+            id: Uuid,
+            change: &$change<'_>,
+        ) -> Result<Option<$row>, DbError> {
+            let query = diesel::update($table::table.find((tx.tenant().0, id)))
+                .set(change)
+                .returning(<$row>::as_returning());
+            Ok(query.get_result(&mut **tx).await.optional()?)
+        }
+    };
+}
+
+/// Defines a function that deletes a row of the caller's tenant by its ID and returns it as it was.
+macro_rules! delete_by_id {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident -> $row:ty) => {
+        $(#[$doc])*
+        $vis async fn $name(tx: &mut TenantTx, id: Uuid) -> Result<Option<$row>, DbError> {
+            let query = diesel::delete($table::table.find((tx.tenant().0, id)))
+                .returning(<$row>::as_returning());
+            Ok(query.get_result(&mut **tx).await.optional()?)
         }
     };
 }
@@ -38,6 +67,7 @@ pub mod sweep;
 pub mod usage;
 pub mod usage_append;
 pub mod usage_check;
+pub mod usage_endpoint;
 pub mod usage_log;
 pub mod usage_partition;
 pub mod usage_shipper;
@@ -58,7 +88,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// Moves `last_used_at` of many rows of a table forward in one statement. Never moves it back.
+/// Moves `last_used_at` of many rows of a table forward in one statement. Never moves it backward.
 async fn touch(
     tx: &mut SystemTx,
     table: &'static str,
@@ -85,7 +115,7 @@ pub struct Slice {
     pub limit: u32,
 }
 
-/// What a list is sorted by.
+/// The value by which a list is sorted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SortBy {
     CreatedAt,
@@ -101,7 +131,7 @@ pub struct Order {
     pub descending: bool,
 }
 
-/// The value that the last row of a page is sorted by.
+/// The sort value of the last row of a page.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CursorKey {
     CreatedAt,
@@ -166,7 +196,7 @@ pub struct Rows<T> {
 }
 
 impl<T> Rows<T> {
-    /// Expects one row more than fits on the page, if there is one.
+    /// Expects one more row than fits on the page, if there is one.
     fn new(mut rows: Vec<T>, limit: u32, total: i64) -> Self {
         let limit = limit as usize;
         let more = rows.len() > limit;

@@ -16,11 +16,11 @@ pub enum Expired {
     /// A day after they were revoked, with their refresh tokens.
     RevokedSessions,
     IdempotencyKeys,
-    /// Rows that every replica has read long ago, except the newest, which numbers are compared with.
+    /// Rows that every replica has long read, except the newest, with which numbers are compared.
     Invalidations,
-    /// Windows that ended long ago. A month ends within 31 days of its start in any time zone.
+    /// Windows that ended long ago. In any time zone, a month ends within 31 days of its start.
     QuotaUsage,
-    /// Batches of windows that are swept. Until then a batch may be retried.
+    /// IDs of batches of returned tokens. Before that, a batch may be retried.
     QuotaReturns,
     /// Previous secrets of rotated keys after their grace period. The keys are kept.
     PreviousKeys,
@@ -39,7 +39,7 @@ impl Expired {
         Self::Replicas,
     ];
 
-    /// Returns the name in metrics and logs.
+    /// Returns the name used in metrics and logs.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sessions => "sessions",
@@ -91,7 +91,7 @@ impl Expired {
     }
 }
 
-/// Sweeps at most `limit` rows and returns how many. Fewer than `limit` means that none are left.
+/// Sweeps at most `limit` rows and returns their number. Fewer than `limit` means that none are left.
 pub async fn batch(tx: &mut SystemTx, kind: Expired, limit: i64) -> Result<usize, DbError> {
     let swept = sql_query(kind.statement())
         .bind::<BigInt, _>(limit)

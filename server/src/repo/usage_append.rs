@@ -15,10 +15,13 @@ use diesel::{
 use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
 use uuid::Uuid;
 
-use super::usage::{ENDPOINTS_OF_KEY, ENDPOINTS_OF_TENANT};
+use super::{
+    usage::{ENDPOINTS_OF_KEY, ENDPOINTS_OF_TENANT},
+    usage_endpoint::{self, Endpoint},
+};
 use crate::db::{DbError, SystemTx};
 
-/// One decision on a known key.
+/// One decision on a known key. Its time is also the key's last use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageRecord {
     pub event_id: Uuid,
@@ -320,36 +323,24 @@ const TAKE_NUMBERS: &str = "\
     ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \
     RETURNING tenant_id, last_seq";
 
-/// Returns the places of endpoints that have no rollups of their own.
-const FIND_NEW_ENDPOINTS: &str = "\
-    SELECT n.place FROM unnest($1, $2, $3) WITH ORDINALITY AS n (tenant_id, key_id, endpoint, place) \
-    WHERE NOT EXISTS (SELECT FROM usage_endpoints e \
-        WHERE e.tenant_id = n.tenant_id AND e.key_id = n.key_id AND e.endpoint = n.endpoint)";
-
-/// Gives new endpoints rollups of their own, as long as their key and tenant have few enough. The oldest come first.
-/// Returns the places of the others.
-const ADD_ENDPOINTS: &str = "\
-    WITH new AS MATERIALIZED ( \
-        SELECT * FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS n (tenant_id, key_id, endpoint, first_at, place) \
-    ), known AS ( \
-        SELECT tenant_id, key_id, count(*) AS number FROM usage_endpoints \
-        WHERE (tenant_id, key_id) IN (SELECT tenant_id, key_id FROM new) GROUP BY 1, 2 \
-    ), numbered AS MATERIALIZED ( \
-        SELECT n.tenant_id, n.key_id, n.endpoint, n.place, coalesce(k.number, 0) \
-                + row_number() OVER (PARTITION BY n.tenant_id, n.key_id ORDER BY n.first_at, n.endpoint) \
-            <= CASE n.key_id WHEN '00000000-0000-0000-0000-000000000000' THEN $5 ELSE $6 END AS fits \
-        FROM new n LEFT JOIN known k USING (tenant_id, key_id) \
-    ), added AS ( \
-        INSERT INTO usage_endpoints (tenant_id, key_id, endpoint) \
-        SELECT tenant_id, key_id, endpoint FROM numbered WHERE fits \
-    ) \
-    SELECT place FROM numbered WHERE NOT fits";
-
 const ADD_ROWS: &str = "\
     INSERT INTO usage_log (tenant_id, seq, \"timestamp\", event_id, key_id, plan_id, cost, retry_after_seconds, \
         was_rejected, billing, policy, endpoint, request_id) \
     SELECT unnest($1), unnest($2), unnest($3), unnest($4), unnest($5), unnest($6), unnest($7), unnest($8), \
         unnest($9), unnest($10), unnest($11), unnest($12), unnest($13)";
+
+/// Moves `last_used_at` forward, at most once per second, so that a busy key causes no more writes than others. Skips
+/// keys that are locked by others: their next use is soon enough, and usage does not wait for them.
+const TOUCH_KEYS: &str = "\
+    UPDATE api_keys k SET last_used_at = u.at \
+    FROM ( \
+        SELECT k.tenant_id, k.id, b.at \
+        FROM unnest($1, $2, $3) AS b (tenant_id, key_id, at) \
+        JOIN api_keys k ON k.tenant_id = b.tenant_id AND k.id = b.key_id \
+        WHERE k.last_used_at IS NULL OR k.last_used_at < b.at - interval '1 second' \
+        FOR NO KEY UPDATE OF k SKIP LOCKED \
+    ) u \
+    WHERE k.tenant_id = u.tenant_id AND k.id = u.id";
 
 const ADD_QUARTERS: &str = "\
     INSERT INTO usage_quarters AS u (tenant_id, endpoint, key_id, plan_id, start, policy, requests, cost) \
@@ -378,19 +369,6 @@ struct Seq {
     last_seq: i64,
 }
 
-#[derive(QueryableByName)]
-struct Place {
-    /// Counted from 1.
-    #[diesel(sql_type = BigInt)]
-    place: i64,
-}
-
-impl Place {
-    fn index(&self) -> usize {
-        usize::try_from(self.place - 1).unwrap_or(usize::MAX)
-    }
-}
-
 /// Adds the records to the log and to every rollup. A transaction does this once, and commits soon: the tenants are
 /// locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for a
 /// statement and 10 s for a lock.
@@ -404,6 +382,7 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
     for (rows, numbers) in batch.records.chunks(CHUNK).zip(numbers.chunks(CHUNK)) {
         add_rows(tx, rows, numbers).await?;
     }
+    touch_keys(tx, batch).await?;
     let changed;
     let rollups = if folded.is_empty() {
         &batch.rollups
@@ -441,37 +420,84 @@ async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>,
     Ok(numbers.collect())
 }
 
-/// Returns the endpoints that have no rollups of their own because there are too many.
+/// Updates the lists of endpoints. Returns the endpoints that have no rollups of their own because there are too many.
 async fn add_endpoints(
     tx: &mut SystemTx,
     batch: &UsageBatch,
 ) -> Result<HashSet<EndpointOf>, DbError> {
-    let name = |it: &EndpointOf| batch.endpoints[it.endpoint].as_str();
+    let endpoint = |(of, first_at): &(EndpointOf, DateTime<Utc>)| Endpoint {
+        tenant: of.tenant,
+        key: of.key,
+        name: &batch.endpoints[of.endpoint],
+        first_at: *first_at,
+    };
     let mut new = Vec::<&(EndpointOf, DateTime<Utc>)>::new();
     for chunk in batch.named.chunks(CHUNK) {
-        let found = diesel::sql_query(FIND_NEW_ENDPOINTS)
-            .bind::<Array<SqlUuid>, _>(column!(chunk, |it| it.0.tenant))
-            .bind::<Array<SqlUuid>, _>(column!(chunk, |it| it.0.key))
-            .bind::<Array<Text>, _>(column!(chunk, |it| name(&it.0)))
-            .load::<Place>(&mut **tx)
-            .await?;
-        new.extend(found.iter().filter_map(|it| chunk.get(it.index())));
+        let endpoints = chunk.iter().map(endpoint).collect::<Vec<_>>();
+        let found = usage_endpoint::find(tx, &endpoints).await?;
+        new.extend(found.new.into_iter().filter_map(|it| chunk.get(it)));
+        let stale = found.stale.into_iter().filter_map(|it| endpoints.get(it));
+        let stale = stale.copied().collect::<Vec<_>>();
+        usage_endpoint::mark_seen(tx, &stale).await?;
     }
     if new.is_empty() {
         return Ok(HashSet::new());
     }
-    // All at once: they are numbered by the time of their first request.
-    let folded = diesel::sql_query(ADD_ENDPOINTS)
-        .bind::<Array<SqlUuid>, _>(column!(new, |it| it.0.tenant))
-        .bind::<Array<SqlUuid>, _>(column!(new, |it| it.0.key))
-        .bind::<Array<Text>, _>(column!(new, |it| name(&it.0)))
-        .bind::<Array<Timestamptz>, _>(column!(new, |it| it.1))
-        .bind::<BigInt, _>(ENDPOINTS_OF_TENANT)
-        .bind::<BigInt, _>(ENDPOINTS_OF_KEY)
-        .load::<Place>(&mut **tx)
-        .await?;
-    let folded = folded.iter().filter_map(|it| new.get(it.index()));
-    Ok(folded.map(|it| it.0).collect())
+    // All at once, since they are numbered by the time of their first request.
+    let (of_tenants, of_keys) = new
+        .into_iter()
+        .partition::<Vec<_>, _>(|it| it.0.key.is_nil());
+    let endpoints = of_keys.iter().map(endpoint).collect::<Vec<_>>();
+    let others = usage_endpoint::add(tx, &endpoints, ENDPOINTS_OF_KEY).await?;
+    let mut folded = others
+        .into_iter()
+        .filter_map(|it| Some(of_keys.get(it)?.0))
+        .collect::<HashSet<_>>();
+    // A tenant lists only what a key lists, from the first request of such a key on.
+    let mut listed = HashMap::<(Uuid, Rank), DateTime<Utc>>::new();
+    for (of, first_at) in &batch.named {
+        if !of.key.is_nil() && !folded.contains(of) {
+            let first = listed.entry((of.tenant, of.endpoint)).or_insert(*first_at);
+            *first = (*first).min(*first_at);
+        }
+    }
+    let (mut candidates, mut endpoints) = (Vec::new(), Vec::new());
+    for it in of_tenants {
+        match listed.get(&(it.0.tenant, it.0.endpoint)) {
+            Some(first_at) => {
+                candidates.push(it.0);
+                endpoints.push(Endpoint {
+                    first_at: *first_at,
+                    ..endpoint(&it)
+                });
+            }
+            None => {
+                folded.insert(it.0);
+            }
+        }
+    }
+    let others = usage_endpoint::add(tx, &endpoints, ENDPOINTS_OF_TENANT).await?;
+    folded.extend(others.into_iter().filter_map(|it| candidates.get(it)));
+    Ok(folded)
+}
+
+/// Moves the last use of the batch's keys forward.
+async fn touch_keys(tx: &mut SystemTx, batch: &UsageBatch) -> Result<(), DbError> {
+    let mut used = HashMap::<(Uuid, Uuid), DateTime<Utc>>::new();
+    for (row, sums) in &batch.counts {
+        let last = used.entry((row.tenant, row.key)).or_insert(sums.last_at);
+        *last = sums.last_at.max(*last);
+    }
+    let used = used.into_iter().collect::<Vec<_>>();
+    for chunk in used.chunks(CHUNK) {
+        diesel::sql_query(TOUCH_KEYS)
+            .bind::<Array<SqlUuid>, _>(column!(chunk, |it| it.0.0))
+            .bind::<Array<SqlUuid>, _>(column!(chunk, |it| it.0.1))
+            .bind::<Array<Timestamptz>, _>(column!(chunk, |it| it.1))
+            .execute(&mut **tx)
+            .await?;
+    }
+    Ok(())
 }
 
 async fn add_rows(tx: &mut SystemTx, rows: &[UsageRecord], numbers: &[i64]) -> Result<(), DbError> {

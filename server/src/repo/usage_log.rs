@@ -25,9 +25,9 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Whether an index finds exactly the rows of the key or request: the others have to be looked through.
+    /// Whether rows have to be searched for matches: no index finds exactly the matching ones.
     fn is_searched(&self) -> bool {
-        self.request_id.is_none() && (self.endpoint.is_some() || self.was_rejected.is_some())
+        self.endpoint.is_some() || self.was_rejected.is_some()
     }
 }
 
@@ -163,7 +163,8 @@ pub async fn list(
     })
 }
 
-/// Returns how many decisions in the log match. `None` if the rollups do not count the endpoint by itself.
+/// Returns how many decisions in the log match. `None` if the rollups do not count the endpoint separately, or if more
+/// than [`SEARCHED_ROWS`] rows have the request ID, which the API caller chooses.
 ///
 /// Log and rollups are written together, and the log is dropped by whole days, so the rollups of these days count its
 /// rows.
@@ -176,9 +177,11 @@ pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, Db
     let tenant = tx.tenant().0;
     let sql = if filter.request_id.is_some() {
         format!(
-            "SELECT count(*) AS total FROM usage_log l WHERE l.tenant_id = $1 AND l.seq < $2{}{}",
-            conditions(filter, true),
+            "SELECT CASE WHEN count(*) <= $7 THEN count(*) FILTER (WHERE true{}) END AS total \
+             FROM (SELECT l.endpoint, l.was_rejected FROM usage_log l \
+                 WHERE l.tenant_id = $1 AND l.seq < $2{} LIMIT $7 + 1) l",
             conditions(filter, false),
+            conditions(filter, true),
         )
     } else {
         let key = if filter.key.is_some() {
@@ -210,6 +213,7 @@ pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, Db
         )
     };
     let total = bind_filter!(sql, tenant, i64::MAX, filter)
+        .bind::<BigInt, _>(SEARCHED_ROWS)
         .get_result::<Total>(&mut **tx)
         .await?
         .total;

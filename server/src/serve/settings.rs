@@ -5,9 +5,9 @@ use std::{sync::Arc, time::Duration};
 use super::table::Limits;
 use crate::{file_limit, state::AppState, telemetry::metrics::ConnectionMetrics};
 
-/// The maximum number of connections to the metrics listener: a few scrapers, and a person.
+/// The maximum number of connections to the metrics listener: enough for a few scrapers and a person.
 const METRICS_CONNECTIONS: usize = 64;
-/// Bytes that requests may occupy on all connections that have not authenticated: enough for hundreds of the largest
+/// Bytes that requests may use on all connections that have not authenticated: enough for hundreds of the largest
 /// request heads, or thousands of typical ones.
 const MEMORY: usize = 8 * 1024 * 1024;
 /// The same per connection: enough for 32 concurrent typical requests over HTTP/2.
@@ -16,10 +16,11 @@ const METRICS_MEMORY: usize = 1024 * 1024;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// From accepting the connection to the end of the first request head; for later ones, from their first byte.
+    /// From accepting the connection to the end of the first request head; for later requests, from the first byte of
+    /// the head.
     pub header: Duration,
     /// How long a connection may be idle between two requests. Longer than the idle timeout of proxies, so that the
-    /// proxy closes it: if the server closed it while a request is on its way, that request would fail.
+    /// proxy closes it: if the server closed it while a request was in transit, that request would fail.
     pub idle: Duration,
     /// How long a client may go without reading any of its response.
     pub write: Duration,
@@ -48,7 +49,7 @@ impl ServeSettings {
         if connections < config.connections {
             tracing::warn!(
                 connections,
-                "the limit of open files (ulimit -n) allows fewer connections than QUOTA_CONNECTIONS"
+                "the open-file limit (ulimit -n) allows fewer connections than QUOTA_CONNECTIONS"
             );
         }
         Self {
@@ -80,7 +81,7 @@ impl ServeSettings {
             },
             limits: Limits {
                 connections: METRICS_CONNECTIONS,
-                // Scrapers have few addresses. One with many connections leaves some to the others.
+                // Scrapers have few addresses. One address with many connections leaves some for the others.
                 per_address: METRICS_CONNECTIONS / 2,
                 per_network: METRICS_CONNECTIONS / 4 * 3,
                 memory: METRICS_MEMORY,

@@ -15,7 +15,7 @@ const BURST: usize = 64;
 /// The changes that one tenant may have in progress or waiting on a replica.
 const ADMITTED: usize = 33;
 
-/// Starts to create `count` plans.
+/// Starts creating `count` plans.
 fn create_plans(app: &Arc<TestApp>, account: &Arc<Account>, count: usize) -> JoinSet<Answer> {
     let mut creations = JoinSet::new();
     for n in 0..count {
@@ -142,5 +142,51 @@ async fn changes_of_disconnected_clients_leave_the_queue() {
     while let Some(answer) = creations.join_next().await {
         let answer = answer.unwrap();
         assert_eq!(answer.status, 201, "{}", answer.text);
+    }
+}
+
+/// Usage reports and lists read many rows, and wait while PostgreSQL is slow.
+#[tokio::test(flavor = "multi_thread")]
+async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
+    let app = patient().await;
+    let (a, b) = (Arc::new(app.register().await), app.register().await);
+    let mut database = app.database.connect().await;
+    for (path, table) in [
+        ("/admin/usage", "usage_quarters"),
+        ("/admin/stats", "usage_quarters"),
+        ("/admin/decisions", "usage_tenants"),
+        ("/admin/audit", "audit_events"),
+    ] {
+        let locked = database.transaction().await.unwrap();
+        let lock = format!("LOCK TABLE {table}");
+        locked.batch_execute(&lock).await.unwrap();
+        let mut reads = JoinSet::new();
+        for _ in 0..BURST {
+            let (app, a) = (app.clone(), a.clone());
+            reads.spawn(async move { app.act(&a, "GET", path, Value::Null).await });
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let began = Instant::now();
+        for _ in 0..10 {
+            let list = app.act(&b, "GET", "/admin/plans", Value::Null).await;
+            assert_eq!(list.status, 200, "{path}: {}", list.text);
+        }
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(4), "{path}: {took:?}");
+        locked.rollback().await.unwrap();
+        let (mut answered, mut rejected) = (0, 0);
+        while let Some(answer) = reads.join_next().await {
+            let answer = answer.unwrap();
+            match answer.status {
+                200 => answered += 1,
+                429 => {
+                    assert_eq!(answer.problem(), "too-many-requests");
+                    rejected += 1;
+                }
+                _ => panic!("{path}: {}", answer.text),
+            }
+        }
+        assert!(answered >= 33, "{path}: {answered}");
+        assert!(rejected >= 16, "{path}: {rejected}");
     }
 }

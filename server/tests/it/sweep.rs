@@ -1,4 +1,4 @@
-//! Expired rows are deleted, however many there are and even if one kind cannot be.
+//! Expired rows are deleted, no matter how many there are and even if one kind cannot be deleted.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,7 +25,7 @@ async fn world(many: i32) -> World {
     let key = app.key(&account, &plan).await;
     let fresh = app.key(&account, &plan).await;
     let client = app.database.connect().await;
-    // IDs of the server, which are safe in SQL.
+    // IDs from the server, which are safe in SQL.
     let (tenant, user) = (&account.tenant_id, &account.user_id);
     let (key, fresh) = (&key.id, &fresh.id);
     let rows = format!(
@@ -121,7 +121,7 @@ impl World {
 async fn more_rows_than_one_statement_can_delete_are_deleted() {
     const MANY: i32 = 3000;
     let world = world(MANY).await;
-    // More than a millisecond per row: three seconds in all.
+    // More than a millisecond per row: three seconds in total.
     world
         .client
         .batch_execute(

@@ -1,7 +1,7 @@
 //! Usage as CSV (RFC 4180), for spreadsheets.
 //!
-//! Spreadsheets evaluate cells that begin like a formula, and callers of the API choose the names of endpoints. So an
-//! apostrophe is added to such cells, which makes them text.
+//! Spreadsheets evaluate cells that look like a formula, and API callers choose the names of endpoints. Such cells are
+//! prefixed with an apostrophe, which makes them text.
 
 use std::borrow::Cow;
 
@@ -42,7 +42,7 @@ pub(super) fn schema() -> MetaSchemaRef {
     }))
 }
 
-/// Returns a cell that spreadsheets do not evaluate.
+/// Returns the cell in a form that spreadsheets do not evaluate.
 fn cell(text: &str) -> Cow<'_, str> {
     let is_formula =
         text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n', '＝', '＋', '－', '＠']);
