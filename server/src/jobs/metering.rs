@@ -1,4 +1,4 @@
-//! Ships usage, creates segments ahead of need, and follows PostgreSQL's clock.
+//! Ships usage, creates segments in advance, and follows PostgreSQL's clock.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ const PREPARE: Duration = Duration::from_millis(100);
 const MEASURE: Duration = Duration::from_secs(10);
 /// How long to wait after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long a stopping server continues to ship. The next start ships the rest from its directory.
+/// How long a stopping server continues to ship. The next startup ships the rest from its directory.
 const FINISH: Duration = Duration::from_secs(3);
 
 pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {

@@ -1,5 +1,5 @@
-//! Which segments are shipped, in which order, and by whom: those of this process, of stopped replicas, and of a directory
-//! that an operator names. How one is shipped is in [`source`](super::source).
+//! Which segments are shipped, in which order, and by which process: those of this process, of stopped replicas, and of
+//! a directory given by an operator. Shipping a segment is in [`source`](super::source).
 
 use std::{
     fs::File,
@@ -40,7 +40,7 @@ impl Adopted {
     }
 }
 
-/// The segments of a directory.
+/// The segments in a directory.
 fn sources(directory: &Path, writer: Writer) -> io::Result<Vec<(Source, PathBuf)>> {
     let mut sources = Vec::new();
     for path in directory::segments(directory)? {
@@ -101,7 +101,7 @@ impl Shipper {
                 }
             }
         }
-        // A segment that is full to the last word stays until the next one is in use.
+        // A segment that is full to the last word is kept until the next one is in use.
         let mut deleted = Ok(());
         self.own.retain(|(source, segment)| {
             if source.state != SourceState::Complete {
@@ -218,7 +218,7 @@ impl Adopter {
             match ship_directory(context, adopted, &mut self.size).await {
                 Ok(records) => shipped += records,
                 Err(error) => {
-                    // The next time, others come first.
+                    // Next time, others come first.
                     self.adopted.rotate_left(1);
                     return Err(error);
                 }

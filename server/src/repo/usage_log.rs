@@ -1,10 +1,11 @@
-//! The log of decisions: appends to it and the rollups, and reads it.
+//! The decision log: appends to it and to the rollups, and reads it.
 //!
 //! **Order.** The rows of a tenant are numbered without gaps in the order in which they become visible: [`append`]
-//! takes the numbers under a lock on the tenant's row of `usage_tenants` that is held until the commit. So a reader who
-//! has seen all rows up to a number has missed none before it, on any replica. Nothing else may insert into the log.
+//! assigns the numbers under a lock on the tenant's row in `usage_tenants`, which it holds until the commit. So a
+//! reader that has seen all rows up to a number has missed none before it, on any replica. No other code may insert
+//! into the log.
 //!
-//! **Order of locks.** Tenants, in the order of their IDs; everything else that [`append`] writes belongs to one of them.
+//! **Order of locks.** Tenants in the order of their IDs; all other rows that [`append`] writes belong to one of them.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -27,7 +28,7 @@ pub struct UsageRecord {
     pub at: DateTime<Utc>,
     /// `free` or `paid`.
     pub billing: &'static str,
-    /// Empty if the caller named none.
+    /// Empty if the caller sent none.
     pub endpoint: String,
     pub was_rejected: bool,
     /// The policy that denied it. `None` if it was admitted, or denied while capacity was reduced.
@@ -43,13 +44,14 @@ pub struct UsageRecord {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Appended {
     pub rows: u64,
-    /// Rows whose key has too many endpoints: in its rollups they count together, in the log they have their own.
+    /// Rows whose key has too many endpoints: in its rollups they are combined, in the log they are separate.
     pub folded: u64,
 }
 
-/// The batch and its counts, on this connection alone. Plans depend on their size, so statements on them are never
-/// prepared ahead. Sorting a large batch on disk would take longer than the rest. A large batch may take longer than a
-/// request may, and waits for others of the same tenants: giving up would only mean doing it again.
+/// The batch and its counts, visible only to this connection. Plans depend on their size, so statements on them are
+/// never prepared in advance. Sorting a large batch on disk would take longer than the rest. A large batch may take
+/// longer than a request is allowed to, and may wait for others of the same tenants: giving up would only mean
+/// repeating the work.
 const CREATE_BATCH: &str = r#"
 SET LOCAL client_min_messages = warning;
 SET LOCAL work_mem = '64MB';
@@ -90,13 +92,15 @@ INSERT INTO usage_batch (tenant_id, "timestamp", event_id, key_id, plan_id, cost
     billing, policy, endpoint, request_id)
 SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"#;
 
-/// Locks the tenants and takes numbers for the rows. Statements after it see what others committed before.
+/// Locks the tenants and assigns numbers to the rows. Later statements see everything that others have committed
+/// before.
 const TAKE_NUMBERS: &str = r"
 INSERT INTO usage_tenants AS t (tenant_id, last_seq)
 SELECT tenant_id, count(*) FROM usage_batch GROUP BY tenant_id ORDER BY tenant_id
 ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq";
 
-/// Counts the batch by quarter hour, key, plan, endpoint and policy, and notes which endpoints have rollups of their own.
+/// Counts the batch by quarter of an hour, key, plan, endpoint and policy, and determines which endpoints have their
+/// own rollups.
 const COUNT_BATCH: &str = r#"
 INSERT INTO usage_batch_counts (tenant_id, key_id, plan_id, endpoint, start, policy, requests, cost, first_at, last_at,
     is_of_key, is_of_tenant, is_stale)
@@ -134,8 +138,8 @@ FROM (
 ) u
 WHERE k.tenant_id = u.tenant_id AND k.id = u.id";
 
-/// `quarters` has the sums over everything that can be asked for. See the migration for what the zero UUID and the
-/// control characters stand for.
+/// `quarters` has the totals for everything that can be requested. See the migration for the meaning of the zero UUID
+/// and the control characters.
 const ADD_ROLLUPS: &str = r"
 WITH counted AS MATERIALIZED (
     SELECT tenant_id, key_id, plan_id, start, policy, requests, cost, last_at,
@@ -181,8 +185,8 @@ SELECT tenant_id, date_bin('1 hour', "timestamp", '2000-01-01 00:00:00+00'), sum
 FROM usage_batch WHERE billing = 'paid' AND NOT was_rejected GROUP BY 1, 2 ORDER BY 1, 2
 ON CONFLICT (tenant_id, start) DO UPDATE SET cost = u.cost + excluded.cost"#;
 
-/// Adds the records to the log and to every rollup. A transaction does this once, and commits soon: the tenants are
-/// locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for a
+/// Adds the records to the log and to every rollup. Call once per transaction, and commit soon: the tenants remain
+/// locked until then. A larger batch takes less time per record. Sets the transaction's timeouts to 30 s for a
 /// statement and 10 s for a lock.
 pub async fn append(tx: &mut SystemTx, records: &[UsageRecord]) -> Result<Appended, DbError> {
     #[derive(QueryableByName)]
@@ -331,8 +335,8 @@ struct Seq {
     seq: i64,
 }
 
-/// Lists decisions before the number `before`, the newest first. Looks through at most [`SEARCHED_ROWS`], so a page may
-/// be short, or empty, and not the last one.
+/// Lists decisions before the number `before`, newest first. Searches at most [`SEARCHED_ROWS`] rows, so a page may be
+/// short or empty even if it is not the last one.
 pub async fn list(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -344,7 +348,7 @@ pub async fn list(
         "SELECT l.* FROM usage_log l WHERE l.tenant_id = $1 AND l.seq < $2{} ORDER BY l.seq DESC",
         conditions(filter, true),
     );
-    // A materialized query is still run only as far as its rows are asked for.
+    // A materialized query is still run only as far as its rows are needed.
     let sql = format!(
         "WITH searched AS MATERIALIZED ({rows} LIMIT $8) \
          SELECT {COLUMNS} FROM (SELECT * FROM searched l WHERE true{} ORDER BY l.seq DESC LIMIT $7) l \
@@ -384,11 +388,11 @@ pub async fn list(
     })
 }
 
-/// Returns how many decisions in the log match. `None` if the rollups do not count the endpoint separately, or if more
-/// than [`SEARCHED_ROWS`] rows have the request ID, which the API caller chooses.
+/// Returns the number of matching decisions in the log. `None` if the rollups do not count the endpoint separately, or
+/// if more than [`SEARCHED_ROWS`] rows have the request ID, which the API caller chooses.
 ///
-/// Log and rollups are written together, and the log is dropped by whole days, so the rollups of these days count its
-/// rows.
+/// Log and rollups are written together, and whole days of the log are dropped, so the rollups of the remaining days
+/// count its rows.
 pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, DbError> {
     #[derive(QueryableByName)]
     struct Total {
@@ -452,7 +456,7 @@ pub async fn last_seq(tx: &mut TenantTx) -> Result<i64, DbError> {
     Ok(last.map_or(0, |it| it.seq))
 }
 
-/// Returns the decisions in a span of numbers, the oldest first: after `after`, up to `last`.
+/// Returns the decisions in a range of numbers, oldest first: after `after`, up to `last`.
 pub async fn between(
     tx: &mut TenantTx,
     filter: &Filter,

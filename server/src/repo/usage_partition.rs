@@ -1,7 +1,7 @@
-//! Partitions of the tables of usage: created ahead, dropped after the retention.
+//! Partitions of the usage tables: created in advance, dropped after the retention period.
 //!
-//! Functions of the database do both, with the rights of the tables' owner; see the migration. Rows of a day that has no
-//! partition are in the default one until the partition is created.
+//! Functions of the database do both, with the rights of the tables' owner; see the migration. Rows of a day that has
+//! no partition are in the default partition until one is created.
 
 use chrono::NaiveDate;
 use diesel::{
@@ -38,7 +38,7 @@ struct Number {
     number: i32,
 }
 
-/// Creates the missing partitions of the days from `first` to `last`. Returns how many it created.
+/// Creates the missing partitions of the days from `first` to `last`. Returns the number of partitions created.
 pub async fn create(
     tx: &mut SystemTx,
     first: NaiveDate,
@@ -52,7 +52,8 @@ pub async fn create(
     Ok(usize::try_from(created.number).unwrap_or(0))
 }
 
-/// Drops the oldest partition if it is of a day before `before`. Returns whether there was one: there may be more.
+/// Drops the oldest partition if its day is before `before`. Returns whether there was one, in which case there may be
+/// more.
 pub async fn drop_oldest(
     tx: &mut SystemTx,
     table: Partitioned,
@@ -66,8 +67,8 @@ pub async fn drop_oldest(
     Ok(dropped.number > 0)
 }
 
-/// Deletes cursors of segments whose records would be refused by their age, and reports of servers that have been silent
-/// for as long. `days` is how long the log is kept.
+/// Deletes cursors of segments whose records would be rejected because of their age, and reports of servers that have
+/// been silent for as long. `days` is the retention of the log.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<usize, DbError> {
     let segments = diesel::sql_query(
         "DELETE FROM usage_segments WHERE started_at < now() - ($1 + 2) * interval '1 day' \

@@ -16,11 +16,12 @@ use crate::{
 };
 
 /// This many consecutive failures, without a success for this long, open the breaker. A process that was not scheduled
-/// for a moment has many failures at once although the counters work.
+/// for a moment has many failures at the same time although the counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
-/// So do this many calls of which half fail, within this time span and over at least the time above.
+/// The breaker also opens after this many calls of which half fail, within this time span and over at least the time
+/// above.
 const CALLS: u32 = 20;
 const SPAN: u64 = 1_000_000_000;
 
@@ -54,18 +55,18 @@ struct BreakerState {
 /// A period without counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Outage {
-    /// The number of the outage; 0 is none.
+    /// The number of the outage; 0 means none.
     pub(super) number: u64,
     pub(super) since: u64,
     /// When it began, by the clock of the counters.
     counters_since: CounterMicros,
-    /// From when the promised epoch may have started until the response to the first call in it is late.
+    /// The time from when the promised epoch may have started until the response to the first call in it is late.
     paused: Option<(u64, u64)>,
 }
 
 impl Outage {
-    /// Returns whether the counters may have started to grant and this replica may be about to use them again. Anything
-    /// it allowed now could be allowed twice.
+    /// Returns whether the counters may have started to grant tokens and this replica may be about to use them again.
+    /// Anything it allowed now could be allowed twice.
     pub(super) fn is_paused(self, now: u64) -> bool {
         self.paused
             .is_some_and(|(from, until)| from <= now && now < until)
@@ -182,7 +183,7 @@ impl CircuitBreaker {
         is_first
     }
 
-    /// Sets when the response to the first call in the promised epoch is late. From then on this replica decides
+    /// Sets when the response to the first call in the promised epoch is late. From then on, this replica decides
     /// without the counters.
     pub(super) fn paused_until(&self, until: u64) {
         if let Some((_, end)) = &mut self.inner.lock().outage.paused {

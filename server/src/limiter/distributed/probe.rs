@@ -22,14 +22,14 @@ const PROBE_EVERY: Duration = Duration::from_millis(250);
 /// detect an outage within the same half second.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(150);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
-/// The least time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
-/// with slow counters every request would time out, and each recovery would empty all buckets.
+/// Minimum time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
+/// with slow counters, every request would time out, and each recovery would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
-/// Nanoseconds for which an unused partition still gets heartbeats.
+/// How long an unused partition still gets heartbeats, in nanoseconds.
 const IN_USE: u64 = 10_000_000_000;
 
 impl StoreCore {
-    /// Returns the nanoseconds after which an outage that one replica has noticed is either noticed by all others or
+    /// Returns the nanoseconds after which an outage that one replica has detected is either detected by all others or
     /// over for the first one.
     ///
     /// An idle replica makes its next call after [`HEARTBEAT_EVERY`], at a tick of [`SUSPECT_EVERY`], and opens its
@@ -73,8 +73,8 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     partition.used(used_at);
 }
 
-/// Sends heartbeats to counters in use that have had no recent call. They also show other replicas, when these recover,
-/// that a replica got responses.
+/// Sends heartbeats to counters in use that have had no recent call. They also show other recovering replicas that a
+/// replica got responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(SUSPECT_EVERY);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -110,7 +110,8 @@ pub(super) async fn probe_until_recovered(
         };
         let partition = &inner.partitions[usize::from(number)];
         inner.metrics.counter_calls.inc();
-        // A promise is for one moment. If the response is late or missing, this replica continues to decide on its own.
+        // A promise is valid for a single moment. If the response is late or missing, this replica continues to decide
+        // on its own.
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
@@ -125,7 +126,7 @@ pub(super) async fn probe_until_recovered(
         let answer = time::timeout(patience, inner.counters.take(call)).await;
         let now = inner.clock.monotonic();
         let in_time = now - asked_at <= nanos(inner.settings.deadline);
-        // So that replicas do not probe all at once.
+        // So that replicas do not all probe at the same time.
         wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now % 50_000_000));
         if let Ok(Ok(reply)) = answer {
             match reply.state {
@@ -141,7 +142,7 @@ pub(super) async fn probe_until_recovered(
                         partition = number,
                         "the shared counters are available again"
                     );
-                    // So that other recovering replicas see that this one got a response.
+                    // So that other recovering replicas can see that this one got a response.
                     send_heartbeat(inner, number).await;
                     return;
                 }
