@@ -156,9 +156,9 @@ impl LocalBucket {
         }
     }
 
-    /// Updates the state to edited policies: cached decisions are dropped. If the rate was edited, the local bucket
-    /// starts full again. When the store heard of the edit is unknown, so it may have refilled by any amount since, and
-    /// what it would grant must not be denied here.
+    /// Updates the state to edited policies, and discards cached decisions. If the rate was edited, the local bucket
+    /// starts full again. It is unknown when the store learned of the edit, so it may have refilled by any amount
+    /// since, and a request that the store would grant must not be denied here.
     fn follow(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();
@@ -172,8 +172,8 @@ impl LocalBucket {
         UnixNanos(clock.monotonic().saturating_sub(self.start))
     }
 
-    /// Returns nanoseconds until the bucket is full at `now`: as seen here or, if that is longer, as the store last
-    /// reported, since other replicas use it too.
+    /// Returns the number of nanoseconds until the bucket is full at `now`: as computed here or, if that is longer, as
+    /// last reported by the store, since other replicas use the bucket too.
     fn debt(&self, last: &Decision, elapsed: UnixNanos, now: UnixNanos) -> u64 {
         let here = self.tat.0.load(Ordering::Acquire).saturating_sub(elapsed.0);
         here.max(last.rate.reset_at.saturating_since(now))
@@ -298,8 +298,8 @@ impl DenialCache {
                 let asked = asked_at.saturating_sub(known.start);
                 known.degraded &= tat > asked;
                 known.degraded |= decision.degraded;
-                // Replicas that decide without the counters may together allow more than the bucket holds. No more than
-                // all of it can be missing.
+                // Replicas that decide without the counters may together allow more than the bucket contains. No more
+                // than the whole burst can be missing.
                 let charged = tat.max(asked).saturating_add(price);
                 let tat = known.gcra.settled(charged, elapsed);
                 known.tat.0.store(tat, Ordering::Release);

@@ -46,7 +46,7 @@ struct BreakerState {
     failed: u32,
     /// When the response with the time `last_heard` arrived.
     heard_at: u64,
-    /// The `heard_at` that the latest call has confirmed to the counters, and when that call began.
+    /// The `heard_at` that the latest call has confirmed to the counters, and the start of that call.
     confirmed_at: u64,
     called_at: u64,
     outage: Outage,
@@ -107,15 +107,15 @@ impl CircuitBreaker {
         self.last_heard.load(Ordering::Relaxed)
     }
 
-    /// Records that a call begins, which confirms the last response to the counters.
+    /// Records the start of a call, which confirms the last response to the counters.
     pub(super) fn called(&self, now: u64) {
         let mut inner = self.inner.lock();
         inner.confirmed_at = inner.heard_at;
         inner.called_at = now;
     }
 
-    /// Returns whether a heartbeat is due: nothing was heard, or no response was confirmed, for the time `every`. A
-    /// single replica confirms responses to nobody.
+    /// Returns whether a heartbeat is due, because no response was received, or none was confirmed, for the duration
+    /// `every`. A single replica has no one to confirm responses to.
     pub(super) fn is_heartbeat_due(&self, now: u64, every: Duration, is_single: bool) -> bool {
         let inner = self.inner.lock();
         let since = if is_single {

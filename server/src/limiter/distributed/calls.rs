@@ -1,9 +1,10 @@
 //! Calls to the counters, and their outcomes.
 //!
 //! Tasks make the calls, so that a request may be canceled while it waits, a late response is still used, and no token
-//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. Requests that arrive
-//! while one is in flight use the next one, which begins when that one is answered, or shortly after it began if the
-//! bucket would otherwise become full meanwhile. A call has a deadline, so a decision waits for at most two.
+//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. Requests that
+//! arrive during a call are decided by the next one, which starts when that call ends, or shortly after it started if
+//! the bucket would otherwise become full in the meantime. A call has a deadline, so a decision waits for at most two
+//! calls.
 //!
 //! If a call fails or is late, its requests are notified. The tokens of a late response are held like those of any
 //! lease if that is allowed, and returned otherwise.

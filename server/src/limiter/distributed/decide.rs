@@ -5,7 +5,7 @@
 //!
 //! A denial names the rate as violated only if the counters reported that, at most a moment ago. Without a response, it
 //! is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy,
-//! [`OnRedisFailure::Closed`] fails, and [`OnRedisFailure::Open`] denies what this replica alone has exceeded.
+//! [`OnRedisFailure::Closed`] fails, and [`OnRedisFailure::Open`] denies only what exceeds the limit on this replica.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -218,7 +218,7 @@ impl StoreCore {
         let gcra = policies.gcra();
         let (outcome, rate) = match on_failure {
             OnRedisFailure::Closed => return Err(LimiterError::CountersAway),
-            // The same as if this replica were the only one.
+            // The same as if this were the only replica.
             OnRedisFailure::Open => {
                 let mut denial = Denial::default();
                 denial.add_rate(state.take_rate(cost, now));

@@ -114,11 +114,11 @@ struct LeaseFetch {
     handle: Arc<KeyHandle>,
     call: TakeCall,
     terms: Terms,
-    /// Tokens that the call wants beyond what `requests` need.
+    /// Tokens that the call requests in addition to those that `requests` need.
     spare: u64,
     asked_at: u64,
     requests: Vec<Waiter>,
-    /// Not late yet, so other calls for this key begin only after a pause.
+    /// The call is not late yet, so the next call for this key starts only after a pause.
     active: bool,
 }
 
@@ -248,7 +248,7 @@ impl LeaseFetch {
             None => return,
         };
         let missing = n.saturating_mul(call.emission).saturating_sub(left);
-        // By this version of the plan there are enough: the counters refused them by another one.
+        // Under this version of the plan there are enough tokens: the counters refused them under another version.
         if missing == 0 {
             return;
         }

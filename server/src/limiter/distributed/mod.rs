@@ -25,8 +25,8 @@
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's choice. `Share`: a
 //! separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly after the start of the
 //! outage. All shares together are one bucket that starts empty, so that they stay within the envelope together with
-//! the tokens taken before. `Open`: the whole limit on each replica, in a bucket of its own that starts full. `Closed`:
-//! nothing. A denial then names no violated policy, since it is unknown whether the limit was reached.
+//! the tokens taken before. `Open`: each replica enforces the whole limit, in a bucket of its own that starts full.
+//! `Closed`: nothing. A denial then names no violated policy, since it is unknown whether the limit was reached.
 //!
 //! **When they are available again**, they do not know which requests were allowed without them, and may have lost
 //! their state. So after a loss of state, or an outage in which no replica got a response, they start a *new epoch*: at
@@ -39,7 +39,7 @@
 //! rest is missing again when the burst is raised, minus the time during which the bucket was full. A bucket learns of
 //! an edit with the first request after it, but not of its time: since the previous request, it has refilled at the
 //! lower of the two rates. A bucket that was idle for a minute plus twice the time it takes to fill is deleted, and is
-//! full under any plan. After a loss of state, a larger burst holds no more than what has refilled since.
+//! full under any plan. After a loss of state, a larger burst contains no more than what has refilled since then.
 //!
 //! **Not guaranteed.** While only some replicas have an outage, `Share` allows their share `p` of the bucket in
 //! addition to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most `(1 +

@@ -13,12 +13,12 @@ use crate::{
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
 };
 
-/// When counters with an outage are probed first, and how often after that. The first probe of a replica comes after
-/// others have confirmed a response that is newer than its outage, if they get any: a heartbeat that is answered, and the
-/// next, which confirms it.
+/// The delay of the first probe of counters with an outage, and the interval between probes. The first probe of a
+/// replica is sent after other replicas, if they still get responses, have confirmed one that is newer than the outage.
+/// That takes two heartbeats: one gets a response, and the next confirms it.
 pub(super) const FIRST_PROBE: Duration = Duration::from_millis(350);
 const PROBE_EVERY: Duration = Duration::from_millis(250);
-/// When to send a heartbeat after the last confirmed response, and how often after a failure, so that all replicas
+/// The delay of a heartbeat after the last confirmed response, and the interval after a failure, so that all replicas
 /// detect an outage within the same half second.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(150);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
@@ -32,18 +32,17 @@ impl StoreCore {
     /// Returns the nanoseconds after which an outage that one replica has detected is either detected by all others or
     /// over for the first one.
     ///
-    /// An idle replica makes its next call after [`HEARTBEAT_EVERY`], at a tick of [`SUSPECT_EVERY`], and opens its
-    /// breaker at the fifth failure, four ticks later. If the outage ends just before, the first replica recovers with
-    /// its next probe.
-    /// Each of these calls may take a deadline, and the first replica has waited for one too.
+    /// An idle replica makes its next call after [`HEARTBEAT_EVERY`], at a multiple of [`SUSPECT_EVERY`], and opens its
+    /// breaker at the fifth failure, four intervals later. If the outage ends just before, the first replica recovers
+    /// with its next probe. Each of these calls may take a deadline, and the first replica has waited for one too.
     pub(super) fn noticed_by_all(&self) -> u64 {
         let until_noticed = HEARTBEAT_EVERY + 5 * SUSPECT_EVERY + FIRST_PROBE;
         nanos(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
     }
 }
 
-/// Returns a call that takes nothing and affects no key. It does not say that this replica has an outage, even if one
-/// begins before it is sent: only probes do, which come after other replicas may have confirmed a response.
+/// Returns a call that takes nothing and affects no key. It does not report that this replica has an outage, even if
+/// one begins before it is sent: only probes do, and they are sent after other replicas may have confirmed a response.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     let of = &inner.partitions[usize::from(partition)];
     TakeCall {

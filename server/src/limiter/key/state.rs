@@ -30,8 +30,8 @@ pub(in crate::limiter) struct KeyState {
     /// The time zone of days and months.
     zone: Zone,
     gcra: Gcra,
-    /// The TAT of the bucket: for the local store, and for what this replica allows without shared counters by the whole
-    /// limit.
+    /// The TAT of the bucket, for the local store and for requests that this replica allows without shared counters
+    /// under `open`.
     pub(in crate::limiter) tat: u64,
     /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was lowered.
     beyond: u64,
@@ -192,7 +192,7 @@ impl KeyState {
         Ok(self.decision(policies, now, denial.outcome()))
     }
 
-    /// Takes `cost` from the local bucket only, if it holds that many.
+    /// Takes `cost` from the local bucket only, if it contains that many tokens.
     pub(in crate::limiter) fn take_rate(&mut self, cost: NonZeroU32, now: UnixNanos) -> Verdict {
         let verdict = self.gcra.decide(self.tat, now, cost);
         if let Verdict::Fits { tat } = verdict {

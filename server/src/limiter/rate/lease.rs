@@ -25,6 +25,9 @@ const LAST_MOMENT: u64 = 10_000_000;
 /// Nanoseconds. Minimum time between the starts of concurrent calls for a key.
 const PAUSE_MIN: u64 = 1_000_000;
 
+/// A replica holds at most the burst divided by this for later.
+const BURST_PER_LEASE: u64 = 10;
+
 /// Tokens of one grant.
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
@@ -59,16 +62,16 @@ impl Terms {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
-    /// Returns nanoseconds after which another call may start before the previous one is answered. Requests that wait
-    /// for a call are decided together, and a bucket that becomes full meanwhile stops refilling, so this is a small
-    /// part of the time in which it fills. Calls to a bucket that fills slowly never overlap.
+    /// Returns the number of nanoseconds after which another call may start before the previous one has ended. Requests
+    /// that wait for a call are decided together, and a bucket that becomes full in the meantime stops refilling, so
+    /// this is a small fraction of the time it takes to fill. For a bucket that fills slowly, calls never overlap.
     pub(in crate::limiter) fn pause(self) -> u64 {
         (self.gcra.tau() / 64).max(PAUSE_MIN)
     }
 
     /// Returns the maximum number of tokens to hold for later: a tenth of the burst.
     fn largest_lease(self) -> u64 {
-        (self.gcra.tau() / self.gcra.emission() / 10).max(1)
+        (self.gcra.tau() / self.gcra.emission() / BURST_PER_LEASE).max(1)
     }
 }
 
@@ -85,7 +88,7 @@ pub(in crate::limiter) struct Lease {
     /// The number of calls in flight that are not late yet, and when the latest began.
     fetching: u32,
     began_at: u64,
-    /// Tokens that these calls want beyond what their requests need.
+    /// Tokens that these calls request in addition to those that their requests need.
     coming: u64,
     /// The number of calls in flight, including late ones.
     calls: u32,
@@ -123,7 +126,7 @@ pub(in crate::limiter) struct Demand {
     pub(in crate::limiter) need: u64,
     pub(in crate::limiter) waiting: u64,
     pub(in crate::limiter) want: u64,
-    /// Tokens of `want` that none of `requests` needs.
+    /// Tokens of `want` that none of `requests` need.
     pub(in crate::limiter) spare: u64,
     pub(in crate::limiter) requests: Vec<Waiter>,
 }
@@ -276,8 +279,9 @@ impl Lease {
     }
 
     /// Begins a call for all waiting requests and, if `ahead`, for tokens for later. Returns `None` if there is nothing
-    /// to request, or if the calls in flight suffice: the latest began less than a [pause](Terms::pause) ago, or they
-    /// want enough tokens. Local tokens count toward a request only if they do not expire before its `patience` ends.
+    /// to request, or if the calls in flight suffice: the latest started less than a [pause](Terms::pause) ago, or they
+    /// request enough tokens. Local tokens count toward a request only if they do not expire before its `patience`
+    /// ends.
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
         (now, ttl, patience): (u64, u64, u64),
@@ -338,7 +342,8 @@ impl Lease {
         ))
     }
 
-    /// The call, which wanted this many `spare` tokens, was answered, failed or is late. Another one may begin.
+    /// Records that the call that requested this many `spare` tokens got a response, failed or is late. Another one may
+    /// begin.
     pub(in crate::limiter) fn end_fetch(&mut self, spare: u64) {
         self.fetching = self.fetching.saturating_sub(1);
         self.coming = self.coming.saturating_sub(spare);

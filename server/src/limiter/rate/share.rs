@@ -19,12 +19,12 @@ pub(in crate::limiter) struct Share {
     tau: u64,
     /// When the share was last used.
     used_at: u64,
-    /// The plan may have been edited since the share was last used, or since the counters were last seen.
+    /// The plan may have been edited since the share was last used, or since the last response of the counters.
     pub(super) is_edited: bool,
 }
 
 impl Default for Share {
-    /// A key that this replica has not seen may have been edited just before.
+    /// A key that this replica has not used may have been edited just before.
     fn default() -> Self {
         Self {
             since: 0,
@@ -117,7 +117,7 @@ mod tests {
         })
     }
 
-    /// A share of a bucket that the counters described under the current plan.
+    /// A share of a bucket whose state the counters reported under the current plan.
     fn seen() -> Share {
         Share {
             is_edited: false,

@@ -11,7 +11,7 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 /// Microseconds after the start of an epoch during which callers that were promised it return.
 const PROMISED: u64 = 500_000;
 
-/// Nanoseconds that are still exact in the script.
+/// The largest number of nanoseconds that the script computes exactly.
 const LARGEST: u128 = 1 << 52;
 
 #[derive(Debug, Clone)]

@@ -347,7 +347,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(plan(5, 100)).await, 100);
     assert_eq!(granted(plan(6, 150)).await, 50);
 
-    // Also hours later, while the smaller burst is in use.
+    // The same holds hours later, while the smaller burst is in use.
     redis.query("", &flush).await.expect("Redis answers");
     let slow = |version, burst: u64| TakeCall {
         emission: 60_000_000_000,

@@ -5,29 +5,31 @@
 //! totals must match.
 //!
 //! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, or `burst + rate·T` for a strict
-//! plan, over all replicas and whatever happens. In the second after an edit replicas may follow either plan, so a
-//! window that touches it has the larger burst and at each moment the larger rate of the plans that requests follow.
-//! Between the requests of two plans, the lower rate counts: a bucket hears of an edit with a request. `share` has one
-//! exception, and `closed` none: while some replicas lose Redis (or have all their answers late) and others do not, the
-//! former sell their share `p` of the bucket beside the latter, together at most `(1 + p)` times as much, and `p` is at
-//! most 1. With `open`, what a replica admits without Redis keeps the bound of a strict plan, for each replica by
-//! itself. Requests admitted by Redis keep the plain bound in every mode.
+//! plan, over all replicas and whatever happens. In the second after an edit, replicas may follow either plan, so a
+//! window that overlaps it has the larger burst and, at each moment, the larger rate of the plans that requests follow.
+//! Between the requests of two plans, the lower rate counts, because a bucket learns of an edit from a request.
+//! `closed` has no exception, and `share` has one: while some replicas lose Redis (or get all responses late) and
+//! others do not, the former use their share `p` of the bucket in addition to the latter. Together they admit at most
+//! `(1 + p)` times as much, where `p` is at most 1. With `open`, the requests that a replica admits without Redis
+//! satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis keep the plain bound in
+//! every mode.
 //!
 //! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, at least 99% of what an
-//! exact bucket would admit of the same requests, to within a token or two. The bucket starts as full as the admissions
-//! before leave it; a replica that crashes takes with it what its unanswered requests may have been granted. Of a
-//! leased key two kinds of tokens are not counted as there: those that another replica may hold (at most a tenth of the
-//! burst and twice what was asked for there just before, for no longer than [`HELD`]), and, from when the bucket holds
-//! fewer than refill in [`GATHER`] until it holds twice as many, that many, which are taken together and not one by
-//! one. Requests that arrive during a call to Redis are decided together by the next call, so at the end of a window,
-//! the refill of the last round trip may be unused, for every plan. In addition, Redis learns of an edit with the first
-//! request after it: tokens that refill before that count at the lower of the two rates. A bucket is empty after a
-//! fault only if Redis lost its state, or if no replica heard of it: otherwise it has lost at most what was asked for
-//! meanwhile, twice.
+//! exact bucket would admit of the same requests, to within a token or two. At its start, the bucket contains what
+//! earlier admissions have left in it. If a replica crashes, the tokens that may have been granted for its requests
+//! without a response are lost. For a leased key, two kinds of tokens are not counted as available. The first are
+//! tokens that another replica may hold: at most a tenth of the burst and twice the cost of the requests sent there
+//! just before, for at most [`HELD`]. The second are the last tokens of a bucket, which are taken together and not one
+//! by one: from the time at which it contains less than the refill of [`GATHER`] until it contains twice as much, that
+//! many tokens. Requests that arrive during a call to Redis are decided together by the next call, so at the end of a
+//! window, the refill of the last round trip may be unused, for every plan. In addition, Redis learns of an edit with
+//! the first request after it: tokens that refill before that count at the lower of the two rates. After a fault, a
+//! bucket is empty only if Redis lost its state, or if no replica received a response. Otherwise, it has lost at most
+//! twice the cost of the requests sent in the meantime.
 //!
-//! **Waits.** A denial by the rate says for how long: no longer than an empty bucket needs for that cost, and two leases;
-//! and if nobody takes anything meanwhile, the same request is admitted then, in whole seconds as a header
-//! says it, once the tokens of a leased key have gathered.
+//! **Waits.** A denial by the rate states a time to wait, which is at most the time that an empty bucket needs for that
+//! cost, plus two leases. If nothing is taken in the meantime, the same request is admitted after that time, rounded up
+//! to whole seconds as in a header, once the tokens of a leased key have accumulated.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -71,7 +73,7 @@ pub(super) enum Promise {
     Lower,
     /// A 429 although the bucket certainly had enough tokens.
     Honest,
-    /// A wait after which the same request is denied again, or that is longer than necessary.
+    /// A wait after which the same request is denied again, or one that is longer than necessary.
     Wait,
     /// A response took longer than two deadlines.
     Prompt,
@@ -94,7 +96,7 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
             .filter(|it| it.key == number)
             .copied()
             .collect();
-        // Of those that came at once, the ones without an answer may have been decided first.
+        // Of requests sent at the same time, those without a response may have been decided first.
         entries.sort_by_key(|it| (it.asked, it.answer != Answer::None));
         let mut broken = |promise, text: String| {
             let text = format!("key {number} ({}): {text}", key.load);
@@ -178,12 +180,13 @@ fn in_force(key: &Key) -> Vec<InForce> {
         .collect()
 }
 
-/// The plans that buckets have followed: each from the first request under it to the last. A bucket hears of an edit
-/// with a request and refills at the lower of the two rates from the request before, so a plan under which no request
-/// came was never in force, and the slower plan is in force between the requests of two plans.
+/// The plans that buckets have followed, each from the first request under it to the last. A bucket learns of an edit
+/// from a request, and since the previous request it refills at the lower of the two rates. So a plan under which no
+/// request was sent was never in force, and the slower plan is in force between the requests of two plans.
 ///
-/// A replica that has not heard of an edit yet may also return tokens in the time that it has to hear of it. And of a
-/// plan under which nothing was admitted, as `is_heard` says, the bucket may have heard or not: both count.
+/// A replica that has not learned of an edit yet may also return tokens during the time that an edit takes to arrive.
+/// If nothing was admitted under a plan, as in `is_heard`, it is unknown whether the bucket learned of it: both cases
+/// count.
 fn followed(key: &Key, entries: &[Entry], is_heard: fn(&Entry) -> bool) -> Vec<InForce> {
     let number = |it: &InForce| it.plan.from;
     let mut followed = followed_one_by_one(key, entries, |_| true);
@@ -335,7 +338,7 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     worst(&plans, &all, &beside)
 }
 
-/// Without the counters, `open` is a limit of each replica's own. No tokens are leased then.
+/// Without the counters, `open` is a separate limit of each replica. In that case, no tokens are leased.
 fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     (0..scene.replica_bounds().1).find_map(|replica| {
         let of = entries.iter().filter(|it| it.replica == replica);
@@ -467,7 +470,7 @@ fn least(key: &Key, replicas: usize) -> Vec<Least> {
     pieces
 }
 
-/// Tokens that are lost at some time: all of them, or those of a replica that crashes.
+/// Tokens that are lost at a time: all of them, or those of a replica that crashes.
 #[derive(Debug, Clone, Copy)]
 struct Loss {
     at: u64,
@@ -479,20 +482,20 @@ struct Loss {
 struct Bucket<'a> {
     pieces: &'a [Least],
     piece: usize,
-    /// The piece of the last request: Redis knows of no later edit.
+    /// The piece of the last request, since Redis knows of no later edit.
     heard: usize,
     at: u64,
     missing: f64,
     /// Debt beyond an empty bucket, from before the burst was lowered. It is missing again when the burst is raised,
     /// minus what would have refilled while the bucket was full.
     beyond: f64,
-    /// What is left of the tokens that refilled since it was emptied. A later, larger burst is not available before
-    /// that.
+    /// The remaining tokens of those that have refilled since it was emptied. A later, larger burst is not available
+    /// before that.
     refilled: f64,
-    /// What gathers in it is taken together. Not before the next instant: what is asked for in one is taken as far as it
-    /// goes.
+    /// Tokens that accumulate in it are taken together. This applies from the next instant on: requests of the same
+    /// instant take as many tokens as there are.
     is_low: bool,
-    /// Of the latest request.
+    /// The time of the latest request.
     instant: Option<u64>,
 }
 
@@ -517,8 +520,8 @@ impl Bucket<'_> {
         self.refill(to, rate);
     }
 
-    /// Returns how many tokens are there for a request, while other replicas hold so many and tokens may `gather` for so
-    /// long. It tells Redis of the plan that is in force.
+    /// Returns how many tokens are available for a request, while other replicas hold `held` tokens and tokens may
+    /// accumulate for `gather`. The request tells Redis which plan is in force.
     fn ask(&mut self, answer: Answer, held: f64, gather: u64) -> f64 {
         if answer != Answer::None {
             self.heard = self.piece;
@@ -557,7 +560,8 @@ impl Bucket<'_> {
         if loss.is_whole {
             self.empty();
         } else if self.now().leased {
-            // What a replica holds, what it was about to return, and what it was about to get.
+            // The tokens that a replica holds, those that it was about to return, and those that it was about to
+            // receive.
             self.take(3.0 * (self.now().most / 10.0).floor());
         }
     }
@@ -592,8 +596,8 @@ fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
     asked.iter().map(|asked| asked.min(most)).sum()
 }
 
-/// Whether the counters lose their state, or nobody hears of them for so long that they must start with empty buckets.
-/// While some replicas are answered, or most calls are, they keep what they have.
+/// Whether the counters lose their state, or no replica gets a response for so long that they must start with empty
+/// buckets. While some replicas get responses, or most calls succeed, the counters keep their state.
 fn may_lose_state(scene: &Scene, fault: &Fault) -> bool {
     let are_all = |replicas: Replicas| {
         scene
@@ -614,7 +618,7 @@ fn may_lose_state(scene: &Scene, fault: &Fault) -> bool {
     }
 }
 
-/// Whether tokens are granted that no replica hears of.
+/// Whether tokens are granted in responses that no replica receives.
 fn loses_answers(fault: &Fault) -> bool {
     matches!(fault.kind, FaultKind::Lost { .. } | FaultKind::Deaf)
 }
@@ -683,12 +687,12 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<
             }
             bucket.advance(it.asked);
             bucket.ask(it.answer, held(entries, next, bucket.now()), gather);
-            // A replica that crashed may have taken tokens for requests that it never answered.
+            // A replica that crashed may have taken tokens for requests to which it never responded.
             if uncertain
                 .iter()
                 .any(|(from, until)| (*from..*until).contains(&it.asked))
             {
-                // Whatever its answer, it may have been granted, and as much again for later.
+                // Whatever its response, it may have been granted its cost, and the same amount for later.
                 bucket.take(2.0 * f64::from(it.cost));
             } else if matches!(it.answer, Answer::Admitted | Answer::None) {
                 bucket.take(f64::from(it.cost));
@@ -720,7 +724,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<
                 }
                 if cost <= there {
                     exact.take(cost);
-                    // A replica that crashed took its tokens with it.
+                    // The tokens of a replica that crashed are lost.
                     if it.answer != Answer::None {
                         due += cost;
                     }
@@ -739,8 +743,8 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<
     None
 }
 
-/// A denial by the rate, although all that Redis ever granted leaves enough in the bucket of every plan that may be in
-/// force.
+/// A denial by the rate although, after all tokens that Redis ever granted, enough are left in the bucket of every plan
+/// that may be in force.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     entries.iter().find_map(|it| {
@@ -760,7 +764,7 @@ fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     })
 }
 
-/// Whether anything but requests changes what the key gets in this time.
+/// Whether anything other than requests changes what the key may use during this time.
 fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
     let overlaps = |begins: u64, ends: u64| begins < until && from < ends;
     scene.faults.iter().any(|fault| {
@@ -779,8 +783,8 @@ fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
             .any(|(at, _)| overlaps(at * MS, at * MS + HELD))
 }
 
-/// A denial that names a time at which the same request is denied although nobody took anything meanwhile, or a time
-/// later than an empty bucket needs, or none although the bucket can hold as much.
+/// A denial with a time after which the same request is denied although nothing was taken in the meantime, or with a
+/// time longer than an empty bucket needs, or without a time although the bucket can contain that much.
 fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     for (place, it) in entries.iter().enumerate() {
@@ -804,7 +808,7 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
         if wait as f64 > longest + MS as f64 {
             return Some(format!("{} ms to wait: {it:?}", wait / MS));
         }
-        // A header says whole seconds.
+        // A header contains whole seconds.
         let mut due = it.answered + wait.div_ceil(SECOND).max(1) * SECOND;
         if in_force().any(|plan| !plan.strict) {
             due += GATHER + scene.round_trip * MS;
@@ -815,8 +819,8 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
         let Some(retry) = retry.filter(|retry| retry.answer == Answer::Denied) else {
             continue;
         };
-        // A replica may repeat a denial for as long as it lasts, without what others took meanwhile, and it may hold
-        // tokens that others cannot have.
+        // A replica may repeat a denial until it expires, even if other replicas have taken nothing in the meantime,
+        // and it may hold tokens that others cannot have.
         let from = it.asked.saturating_sub(longest as u64 + HELD);
         let is_taken = |other: &Entry| {
             let known_since = match (other.replica == it.replica, retry.replica == it.replica) {

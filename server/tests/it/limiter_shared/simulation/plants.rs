@@ -53,13 +53,13 @@ pub(super) enum Plant {
     PromiseNeverExpires,
     /// An edit fills the share that a replica admits without Redis.
     FreshShareAfterEdit,
-    /// `open` admits everything without Redis.
+    /// `open` admits every request without Redis.
     OpenWithoutLimit,
-    /// Redis loses its state when it was slow for a moment.
+    /// Redis loses its state whenever it was slow for a moment.
     LosesStateWhenSlow,
-    /// A denial always says that the next moment will do.
+    /// A denial always states the shortest possible wait.
     ForgetsWaits,
-    /// A denial says ten times as much, and a second.
+    /// A denial states ten times the wait, plus a second.
     ProlongsWaits,
 }
 

@@ -63,7 +63,7 @@ pub(super) struct Entry {
     pub(super) asked: u64,
     pub(super) answered: u64,
     pub(super) answer: Answer,
-    /// For how long a denial is to last, in nanoseconds.
+    /// The wait that a denial states, in nanoseconds.
     pub(super) retry_after: Option<u64>,
     /// Decided without Redis.
     pub(super) degraded: bool,
@@ -74,7 +74,7 @@ pub(super) struct Entry {
 #[derive(Debug)]
 pub(super) struct Log {
     pub(super) entries: Vec<Entry>,
-    /// When Redis said that a new epoch begins, nanoseconds since the load began.
+    /// The times at which Redis reported a new epoch, in nanoseconds since the load began.
     pub(super) epochs: Vec<u64>,
     /// Tokens that Redis granted, and tokens that were returned, by key.
     pub(super) granted: Vec<(u64, u64)>,

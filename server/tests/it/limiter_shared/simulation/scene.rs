@@ -366,7 +366,8 @@ impl Scene {
         self.length = edit + 1000;
     }
 
-    /// A key that one replica has served and drained, and whose rate is raised while Redis is away. Then all serve it.
+    /// A key that one replica has used until its bucket was empty, and whose rate is raised while Redis is unavailable.
+    /// Then all replicas use it.
     fn unseen_edit(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=3);
         let burst = rng.u32(60..=300);
@@ -416,7 +417,7 @@ impl Scene {
         }
     }
 
-    /// The replicas that take part from a second before this fault until two seconds after it.
+    /// The replicas that are affected from a second before this fault until two seconds after it.
     pub(super) fn present(&self, fault: &Fault) -> impl Iterator<Item = usize> {
         let (from, until) = (fault.at, fault.end() + 2000);
         let joins = self.changes.iter().filter(|(_, it)| *it == Change::Join);

@@ -204,7 +204,7 @@ fn returns_after_late_answers_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// Counts replicas for these memberships once a second, as a job does.
+/// Counts replicas for these memberships once per second, as a job does.
 fn count(world: &World, memberships: Vec<Arc<Membership>>) {
     let of = NonZeroU64::new(memberships.len() as u64).unwrap();
     let zero = world.zero;
@@ -219,7 +219,7 @@ fn count(world: &World, memberships: Vec<Arc<Membership>>) {
     });
 }
 
-/// Policies of this rate and burst, in this version of a plan.
+/// Policies with this rate and burst, in this version of a plan.
 fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
     let rate = RatePolicy {
         rpm: NonZeroU32::new(rpm).unwrap(),
@@ -228,8 +228,8 @@ fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
     Policies::new(rate, None, None, Zone::utc(), strict).with_version(number)
 }
 
-/// A replica remembers what it used under the plan before an edit. Redis may know of the edit for longer, and has
-/// refilled the bucket at the new rate since.
+/// A replica keeps the state of its share from the plan before an edit. Redis may have known of the edit for longer,
+/// and refilled the bucket at the new rate since then.
 #[test]
 fn an_edit_denies_nothing_that_the_counters_would_grant() {
     paused(async {
@@ -243,13 +243,13 @@ fn an_edit_denies_nothing_that_the_counters_would_grant() {
         for _ in 0..105 {
             admitted += crowd(&limiters[0], &after, 1).await;
         }
-        // 33 a second refill during the round trips.
+        // 33 tokens per second refill during the round trips.
         assert!((100..=113).contains(&admitted), "{admitted} admitted");
     });
 }
 
-/// A share of a key that this replica has not seen under the plan before an edit starts with the edit, not with the
-/// outage.
+/// If this replica has not used a key under the plan before an edit, its share of the key starts at the edit, not at
+/// the outage.
 #[test]
 fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
     for strict in [true, false] {
@@ -264,7 +264,7 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
             assert_eq!(crowd(&limiters[0], &before, 600).await, 600);
             world.stalled.send_replace(true);
             sleep(Duration::from_secs(6)).await;
-            // 6 s at one a second are over.
+            // 6 s at one token per second have passed.
             let first = crowd(&limiters[1], &after, 600).await;
             assert!(first <= 7, "{first} admitted");
             sleep(Duration::from_secs(1)).await;
@@ -274,8 +274,8 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
     }
 }
 
-/// Without Redis, `open` sells the whole limit on each replica, however many requests waited for the call that failed,
-/// and nothing is denied on account of them when Redis is back.
+/// Without Redis, `open` enforces the whole limit on each replica, no matter how many requests waited for the failed
+/// call, and they cause no denials when Redis is back.
 #[test]
 fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     let mut wrong = String::new();
@@ -298,7 +298,7 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
                     }
                 }
                 world.stalled.send_replace(false);
-                // A new epoch may begin, and then every bucket is empty.
+                // A new epoch may begin, in which every bucket is empty.
                 sleep(Duration::from_secs(15)).await;
                 let admitted = crowd(&limiters[0], &policies, 20).await;
                 if admitted != 10 {

@@ -96,7 +96,7 @@ pub(super) struct World {
     pub(super) slow: AtomicU64,
     /// Whether a response reported that the state was lost.
     pub(super) initialized_again: AtomicBool,
-    /// When such an answer was given.
+    /// The times of such responses.
     pub(super) epochs: Mutex<Vec<u64>>,
     round_trip: u64,
     seed: u64,
