@@ -144,8 +144,8 @@ async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
 }
 
 impl Log {
-    /// Returns by how many tokens the worst window is certainly above the envelope, counting only requests that were
-    /// both sent and answered within it.
+    /// Returns the number of tokens by which the worst window is certain to exceed the envelope, counting only requests
+    /// that were sent and got their response within it.
     fn excess(&self) -> f64 {
         let admitted = self.admitted.lock();
         let rate = f64::from(RPM) / 60e9;

@@ -358,7 +358,7 @@ fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
 /// The window that exceeds the promise the most, if any does. More is allowed while shares are admitted in addition to
 /// Redis.
 fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
-    /// A token in the checker's time, in which tokens refill evenly.
+    /// One token, in the unit of time in which the checker assumes an even refill.
     const TOKEN: f64 = 1e9;
     let part = beside.iter().map(|it| it.part).fold(0.0, f64::max);
     for first in 0..plans.len() {
