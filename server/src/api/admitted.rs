@@ -313,7 +313,7 @@ pub async fn decide(
     state
         .metrics
         .decision_seconds
-        .observe(state.clock.monotonic() - began);
+        .observe(state.clock.monotonic().saturating_since(began));
     Ok(Ok((record, decision)))
 }
 

@@ -12,14 +12,17 @@ use super::{
     sync::Syncer,
     time::EventClock,
 };
-use crate::{clock::Clock, telemetry::metrics::Metrics};
+use crate::{
+    clock::{Clock, Monotonic, Nanos},
+    telemetry::metrics::Metrics,
+};
 
 /// The size of a segment, unless the maximum backlog is smaller than eight of them.
 const SEGMENT_MAX: u64 = 8 << 20;
 /// Enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
 /// Nanoseconds between two attempts to create a segment after one failed.
-const RETRY: u64 = 100_000_000;
+const RETRY: Nanos = Nanos::from_millis(100);
 
 /// Why decisions cannot be recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -70,7 +73,7 @@ struct Files {
     /// All segments that exist, and one more while the spare is being created.
     count: usize,
     /// The last attempt to create a segment, if it failed: why, and when the next one is allowed.
-    failed: Option<(Unrecordable, u64)>,
+    failed: Option<(Unrecordable, Monotonic)>,
     is_creating_spare: bool,
     /// No more segments are created ahead of need.
     is_closed: bool,
@@ -192,7 +195,7 @@ impl Recorder {
                     self.metrics.usage_unrecordable.set(1);
                     tracing::error!(%reason, "usage cannot be recorded; decisions get 503");
                 }
-                files.failed = Some((reason, now + RETRY));
+                files.failed = Some((reason, now.saturating_add(RETRY)));
                 Err(reason)
             }
         }
