@@ -349,7 +349,7 @@ impl AdmittedKey {
                 rejection: Rejection::PaymentRequired,
                 ..
             }) => Err(ApiError::subscription_needed()),
-            // The detail is the same for every other reason, so that it does not help to guess keys.
+            // The detail is the same for all other reasons, so that it does not help to guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
                 "This API key is invalid, disabled or expired.",

@@ -47,7 +47,7 @@ pub struct KeyRecord {
     pub is_active: bool,
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
-    /// Until when the tenant may use plans that are `paid`; 0 for not at all.
+    /// Until when the tenant may use plans marked `paid`; 0 for not at all.
     pub paid_access_until: UnixNanos,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
@@ -79,8 +79,8 @@ pub enum Rejection {
 }
 
 impl KeyRecord {
-    /// Checks that the key may be used. With `billing_on`, plans that are `paid` need a subscription. Calls `now` only if
-    /// the key or the subscription's access expires.
+    /// Checks that the key may be used. With `billing_on`, plans marked `paid` require a subscription. Calls `now` only
+    /// if the key or the subscription's access expires.
     pub fn usable(&self, billing_on: bool, now: impl Fn() -> UnixNanos) -> Result<(), Rejection> {
         if !self.is_active {
             return Err(Rejection::Inactive);

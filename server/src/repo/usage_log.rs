@@ -174,7 +174,7 @@ WITH counted AS MATERIALIZED (
 )
 SELECT coalesce(sum(requests) FILTER (WHERE NOT is_of_key), 0)::bigint AS folded FROM usage_batch_counts";
 
-/// What is charged, by the hour.
+/// Charged usage, by hour.
 const ADD_CHARGED: &str = r#"
 INSERT INTO billing_usage AS u (tenant_id, start, cost)
 SELECT tenant_id, date_bin('1 hour', "timestamp", '2000-01-01 00:00:00+00'), sum(cost)::bigint

@@ -120,7 +120,7 @@ impl Tenant {
     }
 }
 
-/// Adds what a subscription leaves in the database.
+/// Adds the rows of a subscription to the database.
 async fn subscribe(app: &TestApp, account: &Account) {
     let tenant = &account.tenant_id;
     let client = app.database.connect().await;

@@ -1,7 +1,7 @@
-//! Runs a program next to the fake, with the settings that make it bill through the fake.
+//! Runs a program together with the fake, with settings that make it bill through the fake.
 //!
-//! `fake-stripe COMMAND…` listens on 127.0.0.1:12111. Webhooks go to `QUOTA_PUBLIC_URL`, or else to the server's default
-//! address. It ends with the program.
+//! `fake-stripe COMMAND…` listens on 127.0.0.1:12111. Webhooks are sent to `QUOTA_PUBLIC_URL`, or otherwise to the
+//! server's default address. It ends with the program.
 
 use std::{env, process::ExitCode};
 
@@ -56,7 +56,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Creates what `quota billing setup` would. Returns the secret of the webhook endpoint.
+/// Creates the same objects as `quota billing setup`. Returns the secret of the webhook endpoint.
 fn set_up(fake: &FakeStripe, server: &str) -> String {
     let post = |path: &str, form: &str| {
         let created = fake

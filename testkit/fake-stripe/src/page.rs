@@ -54,7 +54,7 @@ fn price_line(state: &State, price: &Value) -> String {
     )
 }
 
-/// Serves a page, or does what a button on it says.
+/// Serves a page, or executes the action of a button on it.
 pub fn answer(
     shared: &Shared,
     method: &Method,

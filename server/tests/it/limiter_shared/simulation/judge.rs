@@ -25,7 +25,8 @@
 //! Redis lost its state, or if no replica heard of it: otherwise it has lost at most what was asked for meanwhile, twice.
 //!
 //! **Waits.** A denial by the rate says for how long: no longer than an empty bucket needs for that cost, and two leases;
-//! and if nobody takes anything meanwhile, the same request is admitted then, in whole seconds as a header says it.
+//! and if nobody takes anything meanwhile, the same request is admitted then, in whole seconds as a header
+//! says it, once the tokens of a leased key have gathered.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -181,15 +182,31 @@ fn in_force(key: &Key) -> Vec<InForce> {
 /// came was never in force, and the slower plan is in force between the requests of two plans.
 ///
 /// A replica that has not heard of an edit yet may also return tokens in the time that it has to hear of it. And of a
-/// plan under which nothing was admitted, as `is_heard` says, the bucket may have heard or not.
+/// plan under which nothing was admitted, as `is_heard` says, the bucket may have heard or not: both count.
 fn followed(key: &Key, entries: &[Entry], is_heard: fn(&Entry) -> bool) -> Vec<InForce> {
+    let number = |it: &InForce| it.plan.from;
+    let mut followed = followed_one_by_one(key, entries, |_| true);
+    for heard in followed_one_by_one(key, entries, is_heard) {
+        if let Some(it) = followed.iter_mut().find(|it| number(it) == number(&heard)) {
+            it.from = it.from.min(heard.from);
+            it.until = it.until.max(heard.until);
+        }
+    }
+    followed
+}
+
+fn followed_one_by_one(
+    key: &Key,
+    entries: &[Entry],
+    is_heard: impl Fn(&Entry) -> bool,
+) -> Vec<InForce> {
     let mut followed: Vec<InForce> = Vec::new();
-    let mut last_heard = None;
     for (number, plan) in key.plans.iter().enumerate() {
         let under = || entries.iter().filter(|it| it.plan == number);
-        let (Some(first), Some(last)) = (
+        let (Some(first), Some(last), true) = (
             under().map(|it| it.asked).min(),
             under().map(|it| it.answered).max(),
+            under().any(&is_heard),
         ) else {
             continue;
         };
@@ -198,23 +215,21 @@ fn followed(key: &Key, entries: &[Entry], is_heard: fn(&Entry) -> bool) -> Vec<I
             from: first,
             until: last + 1,
         };
-        if under().any(is_heard) {
-            match last_heard.replace(followed.len()) {
-                None => next.from = 0,
-                Some(before) => {
-                    let before = &mut followed[before];
-                    if before.until < first && before.plan.rate() <= plan.rate() {
-                        before.until = first;
-                    } else if before.until < first {
-                        next.from = before.until;
-                        before.until = first.min(plan.from * MS + KNOWN).max(before.until);
-                    }
+        match followed.last_mut() {
+            None => next.from = 0,
+            Some(before) if before.until < first => {
+                if before.plan.rate() <= plan.rate() {
+                    before.until = first;
+                } else {
+                    next.from = before.until;
+                    before.until = first.min(plan.from * MS + KNOWN).max(before.until);
                 }
             }
+            Some(_) => {}
         }
         followed.push(next);
     }
-    if let Some(last) = last_heard.and_then(|last| followed.get_mut(last)) {
+    if let Some(last) = followed.last_mut() {
         last.until = FOREVER;
     }
     followed
@@ -786,7 +801,10 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
             return Some(format!("{} ms to wait: {it:?}", wait / MS));
         }
         // A header says whole seconds.
-        let due = it.answered + wait.div_ceil(SECOND).max(1) * SECOND;
+        let mut due = it.answered + wait.div_ceil(SECOND).max(1) * SECOND;
+        if in_force().any(|plan| !plan.strict) {
+            due += GATHER + scene.round_trip * MS;
+        }
         let retry = entries[place..]
             .iter()
             .find(|retry| retry.asked >= due && retry.cost <= it.cost);
