@@ -37,6 +37,11 @@ impl Role {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)
     }
 
+    /// Whether the role may read the subscription, and subscribe, pay and cancel.
+    pub const fn may_bill(self) -> bool {
+        matches!(self, Self::Owner | Self::Admin | Self::Billing)
+    }
+
     /// Whether the role may update the tenant itself (name and time zone).
     pub const fn may_administer(self) -> bool {
         matches!(self, Self::Owner | Self::Admin)

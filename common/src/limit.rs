@@ -48,6 +48,8 @@ text_enum! {
         InactiveKey = "inactive_key",
         /// The key has expired.
         ExpiredKey = "expired_key",
+        /// The key's plan is paid and the tenant has no active subscription; nothing was consumed.
+        PaymentRequired = "payment_required",
     }
 }
 

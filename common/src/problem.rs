@@ -117,7 +117,9 @@ problems! {
     Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
     /// The email or password is incorrect. For security we don't say which.
     WrongCredentials = "wrong-credentials", 401, "Incorrect email or password";
-    /// The key's plan is paid and the tenant has no active subscription.
+    /// The key's plan is paid and its organization has no active subscription. Nothing was charged. Someone in the
+    /// organization who may manage billing has to subscribe or pay the outstanding invoice. Keys work again within a
+    /// second after that.
     SubscriptionNeeded = "subscription-needed", 402, "Subscription required";
     /// Your role in the tenant does not allow this action, or a request with session cookies did not come from
     /// this server's own pages. `detail` contains the reason.
@@ -143,6 +145,13 @@ problems! {
     /// key expires. Rotating again would revoke it, because a key has at most one previous key. Wait until it has
     /// expired, or send `replace_previous: true`.
     PreviousKeyActive = "previous-key-active", 409, "Previous key still active";
+    /// This server does not charge: its operator has not connected it to Stripe. Plans marked `paid` work like other
+    /// plans.
+    BillingOff = "billing-off", 409, "Billing is off";
+    /// The organization already has a subscription. Change or cancel it in the customer portal.
+    AlreadySubscribed = "already-subscribed", 409, "Already subscribed";
+    /// The organization has never started a subscription, so it has no customer portal. Subscribe first.
+    NotSubscribed = "not-subscribed", 409, "Not subscribed";
     /// A request with the same `Idempotency-Key` is still being processed. Retry after the number of seconds in
     /// `Retry-After` to get its response.
     RequestInProgress = "request-in-progress", 409, "Request already in progress";

@@ -3,8 +3,8 @@
 
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,
-    Timestamp, UserId, api_key, audit, auth, decision, field::Metadata, health, limit, plan,
-    service_token, usage,
+    Timestamp, UserId, api_key, audit, auth, billing, decision, field::Metadata, health, limit,
+    plan, service_token, usage,
 };
 use serde_json::{Value, json};
 
@@ -39,7 +39,7 @@ macro_rules! golden {
     }};
 }
 
-/// Also checks that the console reads it.
+/// Also checks that the console can parse it.
 macro_rules! golden_response {
     ($value:expr, $json:expr) => {{
         let (value, golden) = ($value, $json);
@@ -99,6 +99,42 @@ fn api_key_json() -> Value {
         "metadata": {"region": "eu"}, "last_used_at": null, "previous_expires_at": null, "created_at": "2026-08-03T06:26:00.000Z",
         "updated_at": "2026-08-03T06:26:00.000Z",
     })
+}
+
+#[test]
+fn billing_matches_its_golden_json() {
+    golden_response!(
+        billing::BillingState {
+            enabled: true,
+            access: billing::BillingAccess::PastDue,
+            paid_plans_work: true,
+            access_ends_at: Some(at()),
+            trial_ends_at: None,
+            period_start: Some(at()),
+            period_end: Some(at()),
+            has_customer: true,
+            refreshed_at: Some(at()),
+        },
+        json!({
+            "enabled": true, "access": "past_due", "paid_plans_work": true,
+            "access_ends_at": "2026-08-03T06:26:00.000Z", "trial_ends_at": null,
+            "period_start": "2026-08-03T06:26:00.000Z", "period_end": "2026-08-03T06:26:00.000Z",
+            "has_customer": true, "refreshed_at": "2026-08-03T06:26:00.000Z",
+        })
+    );
+    golden_response!(
+        billing::CheckoutPage {
+            url: "https://checkout.stripe.com/c/pay/cs_1".into(),
+            expires_at: at(),
+        },
+        json!({"url": "https://checkout.stripe.com/c/pay/cs_1", "expires_at": "2026-08-03T06:26:00.000Z"})
+    );
+    golden_response!(
+        billing::PortalPage {
+            url: "https://billing.stripe.com/p/session/1".into(),
+        },
+        json!({"url": "https://billing.stripe.com/p/session/1"})
+    );
 }
 
 #[test]

@@ -78,6 +78,8 @@ pub struct Config {
     pub usage_retention: Duration,
     /// Whole days.
     pub usage_rollup_retention: Duration,
+    /// `None`: billing is off.
+    pub stripe: Option<StripeSettings>,
     pub log_format: LogFormat,
     pub log: String,
     /// Not a setting; tests use a lower value.
@@ -97,6 +99,25 @@ impl std::fmt::Debug for Config {
             .field("redis", &self.redis)
             .field("trusted_proxies", &self.trusted_proxies)
             .finish_non_exhaustive()
+    }
+}
+
+/// The operator's account at Stripe.
+#[derive(Clone)]
+pub struct StripeSettings {
+    pub secret_key: SecretString,
+    /// Two while one replaces the other.
+    pub webhook_secrets: Vec<SecretString>,
+    /// `None`: Stripe itself. Without a trailing slash.
+    pub api_base: Option<String>,
+    /// How long a past-due subscription keeps its access.
+    pub grace: Duration,
+}
+
+impl StripeSettings {
+    /// Whether real money is charged: test keys belong to a sandbox.
+    pub fn is_live(&self) -> bool {
+        self.secret_key.expose_secret().contains("_live_")
     }
 }
 

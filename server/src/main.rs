@@ -12,7 +12,9 @@ use quota_server::{
     telemetry::log::Log,
 };
 
-use self::commands::{serve, usage, usage::UsageCommand, user, user::UserCommand};
+use self::commands::{
+    billing, billing::BillingCommand, serve, usage, usage::UsageCommand, user, user::UserCommand,
+};
 
 #[derive(Parser)]
 #[command(
@@ -59,6 +61,9 @@ enum Command {
     /// Manage accounts
     #[command(subcommand)]
     User(UserCommand),
+    /// Set up and check billing at Stripe
+    #[command(subcommand)]
+    Billing(BillingCommand),
     /// Show the tenants and keys with the most requests, and usage that servers have not delivered yet
     #[command(args_conflicts_with_subcommands = true)]
     Usage {
@@ -124,6 +129,12 @@ fn main() -> ExitCode {
         } => run(&settings, move |config, _| {
             usage::report(config, hours, top)
         }),
+        Command::Billing(command) => {
+            let settings = command.settings().clone();
+            run(&settings, move |config, log| {
+                billing::run(config, log, command)
+            })
+        }
         Command::User(command) => {
             let settings = command.settings().clone();
             run(&settings, move |config, log| {

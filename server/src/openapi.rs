@@ -24,6 +24,7 @@ use crate::{
         api_key::ApiKeyApi,
         audit::AuditApi,
         auth::AuthApi,
+        billing::BillingApi,
         decision::{DecisionApi, Streams},
         health::HealthApi,
         key_limits::KeyLimitsApi,
@@ -47,6 +48,7 @@ pub type Apis = (
     UsageApi,
     DecisionApi,
     AuditApi,
+    BillingApi,
     LimitApi,
     HealthApi,
 );
@@ -65,6 +67,7 @@ const TAGS: &[&str] = &[
     "Plans",
     "Service tokens",
     "Usage",
+    "Billing",
     "Audit",
     "Auth",
     "Health",
@@ -85,6 +88,7 @@ pub fn service(state: &AppState) -> OpenApiService<Apis, ()> {
             streams: Streams::default(),
         },
         AuditApi { state: state() },
+        BillingApi { state: state() },
         LimitApi,
         HealthApi { state: state() },
     ))
@@ -169,6 +173,7 @@ fn describe_empty_responses(document: &mut Value) {
             "logout" => "Signed out",
             "change_password" => "Password changed",
             "end_session" => "Session revoked",
+            "receive_stripe_event" => "Stored",
             _ => "Deleted",
         };
         if let Some(empty) = operation.responses().and_then(|all| all.get_mut("204")) {

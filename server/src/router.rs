@@ -49,6 +49,12 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
             "/admin",
             service.clone().with(guard(|parts| &parts.admin_guard)),
         )
+        // Webhooks are not limited: Stripe sends many at the same time, from few addresses.
+        .nest_no_strip("/billing/stripe", service.clone())
+        .nest_no_strip(
+            "/billing",
+            service.clone().with(guard(|parts| &parts.admin_guard)),
+        )
         .nest_no_strip("/health", service)
         .nest("/console", console::endpoint())
         .nest("/", pages);

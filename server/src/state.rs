@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use tokio::sync::Notify;
+
 use crate::{
     auth::{
         AuthError,
@@ -19,6 +21,7 @@ use crate::{
         session::Sessions,
         token::Signer,
     },
+    billing::Billing,
     cache::Freshness,
     client_guard::ClientRateLimiter,
     clock::Clock,
@@ -71,6 +74,10 @@ pub struct Services {
     pub auth_guard: ClientRateLimiter,
     pub admin_guard: ClientRateLimiter,
     pub login_attempts: Arc<Attempts>,
+    /// `None`: billing is off.
+    pub billing: Option<Billing>,
+    /// Notified when a webhook from Stripe has been stored.
+    pub billing_event: Notify,
     /// The queues in which changes of one tenant wait for each other.
     pub changes: TenantQueues,
     /// The queues in which large reads of one tenant wait for each other.
@@ -189,6 +196,12 @@ impl AppState {
         if metering.is_on() {
             metering.measure_time(&db).await?;
         }
+        let billing = config
+            .stripe
+            .as_ref()
+            .map(|settings| Billing::new(settings, db.clone()))
+            .transpose()
+            .map_err(|error| AuthError::Internal(error.to_string()))?;
         let accounts = Accounts {
             db: db.clone(),
             passwords: PasswordPool::start(config.password_cost)?,
@@ -219,6 +232,8 @@ impl AppState {
             publisher,
             recent,
             login_attempts,
+            billing,
+            billing_event: Notify::new(),
             changes: TenantQueues::of_changes(),
             reads: TenantQueues::of_reads(),
             draining: AtomicBool::new(false),

@@ -259,7 +259,13 @@ pub async fn decide(
     let state = &context.state;
     let began = state.clock.monotonic();
     let refused = |rejection, record| {
-        state.metrics.refused_keys.inc();
+        match rejection {
+            Rejection::PaymentRequired => &state.metrics.payment_required,
+            Rejection::Unknown | Rejection::Inactive | Rejection::Expired => {
+                &state.metrics.refused_keys
+            }
+        }
+        .inc();
         Ok(Err(RejectedKey { rejection, record }))
     };
     let Some(text) = SecretText::parse(Kind::ApiKey, text.as_bytes()) else {
@@ -273,7 +279,7 @@ pub async fn decide(
         return refused(Rejection::Unknown, None);
     }
     context.is_key(record.clone());
-    if let Err(rejection) = record.usable(|| state.clock.now()) {
+    if let Err(rejection) = record.usable(state.billing.is_some(), || state.clock.now()) {
         return refused(rejection, Some(record));
     }
     context.has_authenticated();
@@ -343,7 +349,11 @@ impl AdmittedKey {
         match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
-            // The detail is the same for every reason, so that it does not help to guess keys.
+            Err(RejectedKey {
+                rejection: Rejection::PaymentRequired,
+                ..
+            }) => Err(ApiError::subscription_needed()),
+            // The detail is the same for all other reasons, so that it does not help to guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
                 "This API key is invalid, disabled or expired.",

@@ -16,7 +16,7 @@ const CSS: &str = "text/css; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 const STYLE: &str = include_str!("document/page.css");
 const SCRIPT: &str = include_str!("document/page.js");
-/// What every page begins with.
+/// The opening part of every page.
 const META: &str = "<meta charset=\"utf-8\">\n\
     <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
     <meta name=\"color-scheme\" content=\"light dark\">";
@@ -177,7 +177,19 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             "Delete a resource of the same kind, then send the request again.",
             r#"curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
-        ProblemCode::SubscriptionNeeded | ProblemCode::HeadersTooLarge => (
+        ProblemCode::SubscriptionNeeded | ProblemCode::NotSubscribed => (
+            "Subscribe on the page that this request returns, then send the request again.",
+            r#"curl -X POST {base}/billing/checkout -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::AlreadySubscribed => (
+            "Open the customer portal, on the page that this request returns.",
+            r#"curl -X POST {base}/billing/portal -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::BillingOff => (
+            "The same request fails again. See whether the server has billing.",
+            r#"curl {base}/billing -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::HeadersTooLarge => (
             "Fix the cause, then send the request again.",
             r#"curl -i {base}/v1/echo -H "X-API-Key: $API_KEY""#,
         ),

@@ -19,7 +19,7 @@ use poem_openapi::{
 use quota_common::{FieldError, ProblemCode};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{limit_headers, problem::ApiError, request_context::RequestContext};
+use super::{large_response, limit_headers, problem::ApiError, request_context::RequestContext};
 
 const MEDIA_TYPE: &str = "application/json";
 
@@ -68,7 +68,9 @@ impl IntoResponse for NoContent {
 fn respond<T: Serialize>(status: StatusCode, value: &T) -> Response {
     match serde_json::to_vec(value) {
         Ok(body) => {
+            let length = body.len();
             let mut response = Response::builder().status(status).body(body);
+            large_response::mark(&mut response, length);
             let headers = response.headers_mut();
             headers.reserve(limit_headers::FIELDS);
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
@@ -160,7 +162,8 @@ where
         if request.content_type().is_some() {
             check_media_type(request)?;
         }
-        let mut bytes = read(request, body).await?;
+        let limit = RequestContext::of(request)?.state.config.body_limit;
+        let mut bytes = read(request, body, limit).await?;
         if request.content_type().is_none() {
             // A missing body means an empty object. A body must have a media type.
             if !bytes.is_empty() {
@@ -197,9 +200,13 @@ fn check_media_type(request: &Request) -> Result<(), ApiError> {
 /// The maximum size reserved for a body before it arrives.
 const RESERVED: usize = 4 * 1024;
 
-async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiError> {
-    let settings = &RequestContext::of(request)?.state.config;
-    let (limit, patience) = (settings.body_limit, settings.header_timeout);
+/// Reads a body of at most `limit` bytes.
+pub(super) async fn read(
+    request: &Request,
+    body: &mut RequestBody,
+    limit: usize,
+) -> Result<Vec<u8>, ApiError> {
+    let patience = RequestContext::of(request)?.state.config.header_timeout;
     let too_large = || {
         ApiError::new(
             ProblemCode::ContentTooLarge,

@@ -11,6 +11,7 @@ pub mod allowance;
 pub mod api_key;
 pub mod audit;
 pub mod auth;
+pub mod billing;
 pub mod browser;
 pub mod change;
 pub mod client_ip;
@@ -24,6 +25,7 @@ pub mod idempotency;
 pub mod ip_guard;
 pub mod json;
 pub mod key_limits;
+pub mod large_response;
 pub mod limit;
 pub mod limit_headers;
 pub mod page;
@@ -52,6 +54,8 @@ pub enum Tag {
     ServiceTokens,
     /// Number of allowed and denied requests, and the reasons for denials.
     Usage,
+    /// Subscribe, and see the access that the subscription provides.
+    Billing,
     /// Audit log of configuration changes.
     Audit,
     /// Sign in, and manage your account and sessions.

@@ -85,6 +85,13 @@ impl ApiError {
         }
     }
 
+    pub fn subscription_needed() -> Self {
+        Self::new(
+            ProblemCode::SubscriptionNeeded,
+            example::SUBSCRIPTION_NEEDED,
+        )
+    }
+
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::invalid_fields(vec![FieldError {
             field: field.into(),

@@ -72,6 +72,14 @@ impl RequestContext {
         *self.caller.lock() = Some(Identity::Tenant(tenant));
     }
 
+    /// Returns the tenant whose user is the caller.
+    pub fn tenant(&self) -> Option<TenantId> {
+        match &*self.caller.lock() {
+            Some(Identity::Tenant(tenant)) => Some(*tenant),
+            Some(Identity::Key(_)) | None => None,
+        }
+    }
+
     pub fn is_key(&self, key: Arc<KeyRecord>) {
         *self.caller.lock() = Some(Identity::Key(key));
     }

@@ -80,6 +80,8 @@ callers_with_a_right! {
     ReadingTenant requires may_read;
     /// A caller who may read usage.
     UsageTenant requires may_read_usage;
+    /// A caller who may read the subscription, and subscribe, pay and cancel.
+    BillingTenant requires may_bill;
     /// A caller who may create, update and delete plans, API keys and service tokens.
     ManagingTenant requires may_manage;
 }

@@ -51,6 +51,12 @@ fn stop_requested() -> impl Future<Output = ()> {
 
 /// Runs the server until SIGTERM or SIGINT.
 pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
+    if let Some(stripe) = &config.stripe {
+        anyhow::ensure!(
+            !stripe.webhook_secrets.is_empty(),
+            "STRIPE_WEBHOOK_SECRET: required with STRIPE_SECRET_KEY; `quota billing setup` prints it"
+        );
+    }
     let file_limit = file_limit::raise();
     // Installed first, so that stopping during a slow startup is clean.
     let mut stop = std::pin::pin!(stop_requested());

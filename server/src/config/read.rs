@@ -3,11 +3,11 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use quota_common::plan::OnRedisFailure;
-use secrecy::ExposeSecret;
+use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     Allowances, Config, ConfigErrors, DatabaseSettings, Durability, Landing, LogFormat,
-    PasswordCost, RedisSettings, Registration, Settings,
+    PasswordCost, RedisSettings, Registration, Settings, StripeSettings,
     reader::{
         Reader, Sourced, address, boolean, database_url, list, network, origin, prefix, public_url,
     },
@@ -222,6 +222,7 @@ impl Config {
                 &s.usage_rollup_retention,
                 2..=3650,
             ),
+            stripe: stripe(r, s),
             log_format: r.choice(
                 "QUOTA_LOG_FORMAT",
                 &s.log_format,
@@ -253,6 +254,58 @@ impl Config {
             Err(ConfigErrors(reader.0))
         }
     }
+}
+
+/// All settings are parsed even without STRIPE_SECRET_KEY, so that errors are reported.
+fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
+    let key = r.or_file(
+        "STRIPE_SECRET_KEY",
+        &s.stripe_secret_key,
+        &s.stripe_secret_key_file,
+    );
+    let is_key = |key: &SecretString| {
+        let key = key.expose_secret();
+        ["sk_", "rk_"].iter().any(|it| key.starts_with(it))
+            && key.chars().all(|c| c.is_ascii_graphic())
+    };
+    if key.value.as_ref().is_some_and(|it| !is_key(it)) {
+        // The value is not shown, because it is a secret in any case.
+        let variable = &key.variable;
+        r.0.push(format!(
+            "{variable}: must be a secret key of Stripe's, which starts with sk_ or rk_"
+        ));
+    }
+    let webhook = r.or_file(
+        "STRIPE_WEBHOOK_SECRET",
+        &s.stripe_webhook_secret,
+        &s.stripe_webhook_secret_file,
+    );
+    let secrets = webhook.value.as_ref().map_or("", |it| it.expose_secret());
+    let secrets: Vec<&str> = secrets
+        .split(',')
+        .map(str::trim)
+        .filter(|it| !it.is_empty())
+        .collect();
+    if secrets.iter().any(|it| !it.starts_with("whsec_")) {
+        let variable = &webhook.variable;
+        r.0.push(format!(
+            "{variable}: must be a signing secret of Stripe's, which starts with whsec_"
+        ));
+    }
+    let api_base = r.read("STRIPE_API_BASE", &s.stripe_api_base, None, |text| {
+        if text.is_empty() {
+            Ok(None)
+        } else {
+            public_url(text).map(Some)
+        }
+    });
+    let grace = r.days("QUOTA_BILLING_GRACE", &s.billing_grace, 0..=90);
+    Some(StripeSettings {
+        secret_key: key.value?,
+        webhook_secrets: secrets.into_iter().map(SecretString::from).collect(),
+        api_base,
+        grace,
+    })
 }
 
 fn landing(r: &mut Reader, s: &Settings) -> Landing {

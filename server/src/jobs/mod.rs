@@ -3,6 +3,7 @@
 //! Each job is a loop that ends on request and continues after a failure: failed work is retried in the next iteration.
 //! Does not depend on HTTP.
 
+mod billing;
 mod invalidations;
 mod metering;
 mod replicas;
@@ -42,6 +43,12 @@ impl Jobs {
         running.spawn(write_last_used(state.clone(), stopping.clone()));
         running.spawn(usage::maintain(state.clone(), stopping.clone()));
         running.spawn(usage::compare(state.clone(), stopping.clone()));
+        if state.billing.is_some() {
+            running.spawn(billing::handle_events(state.clone(), stopping.clone()));
+            running.spawn(billing::read_customers(state.clone(), stopping.clone()));
+            running.spawn(billing::report_usage(state.clone(), stopping.clone()));
+            running.spawn(billing::reconcile_usage(state.clone(), stopping.clone()));
+        }
         if state.metering.is_on() {
             running.spawn(metering::ship(state.clone(), stopping.clone()));
             running.spawn(metering::adopt(state.clone(), stopping.clone()));

@@ -47,6 +47,8 @@ pub struct KeyRecord {
     pub is_active: bool,
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
+    /// Until when the tenant may use plans marked `paid`; 0 for not at all.
+    pub paid_access_until: UnixNanos,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
     /// Response headers that are the same for all requests of the key, cached by the API layer.
@@ -72,18 +74,30 @@ pub enum Rejection {
     Unknown,
     Inactive,
     Expired,
+    /// The key is valid, but its plan is `paid` and its tenant has no active subscription.
+    PaymentRequired,
 }
 
 impl KeyRecord {
-    /// Checks that the key may be used. Calls `now` only if the key has an expiry.
-    pub fn usable(&self, now: impl FnOnce() -> UnixNanos) -> Result<(), Rejection> {
+    /// Checks that the key may be used. With `billing_on`, plans marked `paid` require a subscription. Calls `now` only
+    /// if the key or the subscription's access expires.
+    pub fn usable(&self, billing_on: bool, now: impl Fn() -> UnixNanos) -> Result<(), Rejection> {
         if !self.is_active {
             return Err(Rejection::Inactive);
         }
-        match self.expires_at {
-            Some(end) if end <= now() => Err(Rejection::Expired),
-            _ => Ok(()),
+        if self.expires_at.is_some_and(|end| end <= now()) {
+            return Err(Rejection::Expired);
         }
+        let is_paid = billing_on && self.billing == Billing::Paid;
+        let has_access = || match self.paid_access_until {
+            UnixNanos(0) => false,
+            UnixNanos(u64::MAX) => true,
+            end => now() < end,
+        };
+        if is_paid && !has_access() {
+            return Err(Rejection::PaymentRequired);
+        }
+        Ok(())
     }
 }
 
@@ -275,6 +289,11 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
             Billing::Paid
         } else {
             Billing::Free
+        },
+        paid_access_until: match (facts.has_paid_access, facts.paid_access_until) {
+            (false, _) => UnixNanos(0),
+            (true, None) => UnixNanos(u64::MAX),
+            (true, Some(end)) => nanos(end),
         },
         policies: Policies::new(
             RatePolicy { rpm, burst },

@@ -78,10 +78,6 @@ struct LocalBucket {
     gcra: Gcra,
     limiter: RateLimiter<NotKeyed, SharedTat, GovernorClock, NoOpMiddleware<Nanos>>,
     tat: SharedTat,
-    /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was lowered.
-    beyond: u64,
-    /// When tokens were last charged, or the plan was edited, since the limiter's zero.
-    used_at: u64,
     /// Some charged requests were allowed without the store.
     degraded: bool,
     /// The limiter's zero, in monotonic time.
@@ -152,8 +148,6 @@ impl LocalBucket {
             gcra: policies.gcra(),
             limiter: RateLimiter::new(governor_quota(policies.rate()), tat.clone(), clock),
             tat,
-            beyond: 0,
-            used_at: 0,
             degraded: false,
             start,
             last: None,
@@ -161,38 +155,27 @@ impl LocalBucket {
         }
     }
 
-    /// Updates the state to edited policies: usage is carried over, cached decisions are dropped.
+    /// Updates the state to edited policies: cached decisions are dropped. If the rate was edited, the local bucket
+    /// starts full again. When the store heard of the edit is unknown, so it may have refilled by any amount since, and
+    /// what it would grant must not be denied here.
     fn follow(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();
             (self.last, self.denied) = (None, None);
-            return;
+        } else {
+            *self = Self::new(policies, clock);
         }
-        let mut next = Self::new(policies, clock);
-        next.degraded = self.degraded;
-        let now = UnixNanos(next.start.saturating_sub(self.start));
-        let bucket = (self.tat.0.load(Ordering::Acquire), self.beyond);
-        let used_at = UnixNanos(self.used_at);
-        let (carried, beyond) = next.gcra.carry_over(self.gcra, bucket, used_at, now);
-        next.beyond = beyond;
-        next.tat.0.store(carried - now.0, Ordering::Release);
-        *self = next;
     }
 
     fn elapsed(&self, clock: &Arc<dyn Clock>) -> UnixNanos {
         UnixNanos(clock.monotonic().saturating_sub(self.start))
     }
 
-    /// Returns the local state of the rate at `now`.
-    fn rate(&self, policies: &Policies, elapsed: UnixNanos, now: UnixNanos) -> PolicyState {
-        let tat = self.tat.0.load(Ordering::Acquire);
-        PolicyState {
-            policy: Policy::Rpm,
-            limit: u64::from(policies.rate().burst.get()),
-            remaining: self.gcra.remaining(tat, elapsed),
-            reset_at: now.saturating_add(tat.saturating_sub(elapsed.0)),
-            shortened_to: None,
-        }
+    /// Returns nanoseconds until the bucket is full at `now`: as seen here or, if that is longer, as the store last
+    /// reported, since other replicas use it too.
+    fn debt(&self, last: &Decision, elapsed: UnixNanos, now: UnixNanos) -> u64 {
+        let here = self.tat.0.load(Ordering::Acquire).saturating_sub(elapsed.0);
+        here.max(last.rate.reset_at.saturating_since(now))
     }
 
     fn remembered(&self, cost: NonZeroU32, elapsed: UnixNanos, now: UnixNanos) -> Option<Decision> {
@@ -225,9 +208,11 @@ impl LocalBucket {
     ) -> Option<Decision> {
         // After an edit the store decides first. It also reports costs above the burst.
         let last = self.last?;
-        let until = self.limiter.check_n(cost).ok()?.err()?;
-        let wait = until.earliest_possible().as_u64();
-        let wait = NonZeroU64::new(wait.saturating_sub(self.start + elapsed.0))?;
+        self.limiter.check_n(cost).ok()?.err()?;
+        let debt = self.debt(&last, elapsed, now);
+        let Verdict::Wait { wait } = self.gcra.decide(debt, UnixNanos(0), cost) else {
+            return None;
+        };
         let mut violated = PolicySet::EMPTY.with(Policy::Rpm);
         let mut retry_after = wait;
         let mut quotas = [None, None];
@@ -258,7 +243,13 @@ impl LocalBucket {
                 retry_after: Some(retry_after),
             },
             rpm: policies.rate().rpm,
-            rate: self.rate(policies, elapsed, now),
+            rate: PolicyState {
+                policy: Policy::Rpm,
+                limit: u64::from(policies.rate().burst.get()),
+                remaining: self.gcra.remaining(debt, UnixNanos(0)),
+                reset_at: now.saturating_add(debt),
+                shortened_to: None,
+            },
             daily: quotas[0],
             monthly: quotas[1],
             degraded: self.degraded,
@@ -306,13 +297,11 @@ impl DenialCache {
                 let asked = asked_at.saturating_sub(known.start);
                 known.degraded &= tat > asked;
                 known.degraded |= decision.degraded;
-                known.beyond = known.gcra.beyond(known.beyond, tat, UnixNanos(asked));
-                let tat = tat.max(asked);
-                known.used_at = asked;
-                known
-                    .tat
-                    .0
-                    .store(tat.saturating_add(price), Ordering::Release);
+                // Replicas that decide without the counters may together allow more than the bucket holds. No more than
+                // all of it can be missing.
+                let charged = tat.max(asked).saturating_add(price);
+                let tat = known.gcra.settled(charged, elapsed);
+                known.tat.0.store(tat, Ordering::Release);
             }
             // A decision without the store does not show what the store would decide.
             Outcome::Denied { .. } if decision.degraded => known.denied = None,

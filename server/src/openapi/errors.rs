@@ -10,6 +10,8 @@ const BY_ROLE: &str = "Your role does not allow this action.";
 const BY_COOKIE: &str = "Cookie authentication is only accepted from this server's own pages.";
 const IN_PROGRESS: &str = "A request with this `Idempotency-Key` is still in progress.";
 const BY_ROLE_OR_LIMIT: &str = "Your role does not allow this action, or your organization has reached a limit set by the operator.";
+const STRIPE_AWAY: &str =
+    "Stripe or the database is unavailable. Retry after `Retry-After` seconds.";
 const NO_REFRESH_TOKEN: &str =
     "No refresh token was sent, or it is invalid, expired or already used.";
 
@@ -96,8 +98,44 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
         ("change_password", &[(P::Forbidden, BY_COOKIE)]),
         ("end_session", &[(P::Forbidden, BY_COOKIE)]),
         (
+            "start_checkout",
+            &[
+                (
+                    P::AlreadySubscribed,
+                    "Billing is off, the organization already has a subscription, or a request with this `Idempotency-Key` is still in progress.",
+                ),
+                (P::Unavailable, STRIPE_AWAY),
+            ],
+        ),
+        (
+            "open_billing_portal",
+            &[
+                (
+                    P::NotSubscribed,
+                    "Billing is off, or the organization has never subscribed.",
+                ),
+                (P::Unavailable, STRIPE_AWAY),
+            ],
+        ),
+        (
+            "receive_stripe_event",
+            &[
+                (P::Malformed, "The signature or the body is not valid."),
+                (P::BillingOff, "Billing is off."),
+                (
+                    P::RequestTimeout,
+                    "The request body was not received in time.",
+                ),
+                (P::ContentTooLarge, "The request body is too large."),
+            ],
+        ),
+        (
             "echo",
             &[
+                (
+                    P::SubscriptionNeeded,
+                    "The key's plan is paid and its organization has no active subscription. Nothing was charged.",
+                ),
                 (
                     P::Malformed,
                     "Malformed request, such as two different keys.",
@@ -158,13 +196,15 @@ fn derived_errors(operation: &Operation<'_>) -> Vec<ProblemCode> {
     if operation.value.get("security").is_some() {
         errors.extend([P::Malformed, P::Unauthorized]);
     }
-    if operation.path.starts_with("/admin") {
+    let is_webhook = operation.id() == "receive_stripe_event";
+    let is_billing = operation.path.starts_with("/billing") && !is_webhook;
+    if operation.path.starts_with("/admin") || is_billing {
         errors.push(P::Forbidden);
     }
-    if operation.path.starts_with("/auth") || operation.path.starts_with("/admin") {
+    if operation.path.starts_with("/auth") || operation.path.starts_with("/admin") || is_billing {
         errors.push(P::TooManyRequests);
     }
-    if operation.value.get("requestBody").is_some() {
+    if operation.value.get("requestBody").is_some() && !is_webhook {
         errors.extend([
             P::Malformed,
             P::RequestTimeout,

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     db::{DbError, SystemTx, TenantTx},
-    schema::{api_keys, plans, tenants},
+    schema::{api_keys, billing_accounts, plans, tenants},
 };
 
 #[derive(Debug, Clone, Queryable, Selectable)]
@@ -111,6 +111,10 @@ pub struct KeyFacts {
     pub strict: bool,
     pub on_redis_failure: Option<String>,
     pub billing: String,
+    /// Whether the tenant may use plans marked `paid`, until `paid_access_until`.
+    pub has_paid_access: bool,
+    /// `None`: no end is known.
+    pub paid_access_until: Option<DateTime<Utc>>,
     pub time_zone: String,
 }
 
@@ -316,10 +320,18 @@ struct PlanColumns {
     billing: String,
 }
 
+#[derive(Queryable, Selectable)]
+#[diesel(table_name = billing_accounts, check_for_backend(Pg))]
+struct AccessColumns {
+    has_paid_access: bool,
+    paid_access_until: Option<DateTime<Utc>>,
+}
+
 #[derive(Queryable)]
 struct FactsRow {
     key: KeyColumns,
     plan: PlanColumns,
+    access: Option<AccessColumns>,
     time_zone: String,
     is_in_grace: bool,
     as_of: i64,
@@ -352,6 +364,8 @@ impl FactsRow {
             strict: plan.strict,
             on_redis_failure: plan.on_redis_failure,
             billing: plan.billing,
+            has_paid_access: self.access.as_ref().is_some_and(|it| it.has_paid_access),
+            paid_access_until: self.access.as_ref().and_then(|it| it.paid_access_until),
             time_zone: self.time_zone,
         };
         secrets.into_iter().filter_map(move |(hash, expires_at)| {
@@ -379,6 +393,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
                 .and(plans::id.eq(api_keys::plan_id))),
         )
         .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
+        .left_join(billing_accounts::table.on(billing_accounts::tenant_id.eq(api_keys::tenant_id)))
         .filter(
             api_keys::key_hash
                 .eq_any(hashes)
@@ -390,6 +405,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
         .select((
             KeyColumns::as_select(),
             PlanColumns::as_select(),
+            Option::<AccessColumns>::as_select(),
             tenants::time_zone,
             in_grace,
             as_of,
@@ -410,11 +426,13 @@ pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, D
                 .and(plans::id.eq(api_keys::plan_id))),
         )
         .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
+        .left_join(billing_accounts::table.on(billing_accounts::tenant_id.eq(api_keys::tenant_id)))
         .filter(api_keys::tenant_id.eq(tenant))
         .filter(api_keys::id.eq(id))
         .select((
             KeyColumns::as_select(),
             PlanColumns::as_select(),
+            Option::<AccessColumns>::as_select(),
             tenants::time_zone,
             sql::<Bool>("false"),
             as_of,

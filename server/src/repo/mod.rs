@@ -39,7 +39,7 @@ macro_rules! update_by_id {
     };
 }
 
-/// Defines a function that deletes a row of the caller's tenant by its ID and returns it as it was.
+/// Defines a function that deletes a row of the caller's tenant by its ID and returns its last state.
 macro_rules! delete_by_id {
     ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident -> $row:ty) => {
         $(#[$doc])*
@@ -55,6 +55,9 @@ pub mod account;
 pub mod allowance;
 pub mod api_key;
 pub mod audit;
+pub mod billing;
+pub mod billing_event;
+pub mod billing_usage;
 pub mod idempotency;
 pub mod invalidation;
 pub mod plan;

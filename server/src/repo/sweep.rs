@@ -25,10 +25,15 @@ pub enum Expired {
     /// Previous secrets of rotated keys after their grace period. The keys are kept.
     PreviousKeys,
     Replicas,
+    /// Webhooks from Stripe that were processed, kept for as long as Stripe itself lists them.
+    BillingEvents,
+    /// Usage that was charged, kept for more than a year.
+    BillingUsage,
+    BillingReports,
 }
 
 impl Expired {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::Sessions,
         Self::RevokedSessions,
         Self::IdempotencyKeys,
@@ -37,6 +42,9 @@ impl Expired {
         Self::QuotaReturns,
         Self::PreviousKeys,
         Self::Replicas,
+        Self::BillingEvents,
+        Self::BillingUsage,
+        Self::BillingReports,
     ];
 
     /// Returns the name used in metrics and logs.
@@ -50,6 +58,9 @@ impl Expired {
             Self::QuotaReturns => "quota_returns",
             Self::PreviousKeys => "previous_keys",
             Self::Replicas => "replicas",
+            Self::BillingEvents => "billing_events",
+            Self::BillingUsage => "billing_usage",
+            Self::BillingReports => "billing_reports",
         }
     }
 
@@ -87,6 +98,18 @@ impl Expired {
                  AND previous_expires_at <= now()"
                 .to_owned(),
             Self::Replicas => delete_older("replicas", "id", "seen_at", "1 day"),
+            Self::BillingUsage => {
+                let charged = format!("cost = planned AND {}", older("start", "400 days"));
+                delete("billing_usage", "ctid", &charged, "start")
+            }
+            Self::BillingReports => {
+                let ended = format!("due_at IS NULL AND {}", older("created_at", "400 days"));
+                delete("billing_reports", "ctid", &ended, "created_at")
+            }
+            Self::BillingEvents => {
+                let handled = format!("due_at IS NULL AND {}", older("received_at", "30 days"));
+                delete("billing_events", "id", &handled, "received_at")
+            }
         }
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! **Order of locks.** Tenants, in the order of their IDs; everything else that [`append`] writes belongs to one of them.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -60,6 +60,7 @@ const ALL_ENDPOINTS: &str = "\u{1}";
 const FURTHER_ENDPOINTS: &str = "\u{2}";
 /// The length of a rollup's interval in seconds.
 const QUARTER: i64 = 15 * 60;
+const HOUR: i64 = 60 * 60;
 const DAY: i64 = 24 * 60 * 60;
 
 /// The rank of an endpoint among those of the batch, so that comparing ranks is comparing names.
@@ -153,6 +154,8 @@ pub struct UsageBatch {
     counts: Vec<(RowKey, Sums)>,
     /// Endpoints of keys and tenants, with the time of their first request.
     named: Vec<(EndpointOf, DateTime<Utc>)>,
+    /// The cost of admitted requests on paid plans, by tenant and hour, in the order of these.
+    charged: BTreeMap<(Uuid, i64), i64>,
     /// The rollups' rows if all endpoints have their own.
     rollups: Rollups,
 }
@@ -184,6 +187,7 @@ impl UsageBatch {
             .map(|(rank, name)| (name.as_str(), rank))
             .collect::<HashMap<_, _>>();
         let mut counted = Rollup::default();
+        let mut charged = BTreeMap::new();
         let mut named = HashMap::<EndpointOf, DateTime<Utc>>::new();
         for record in &records {
             let at = record.at.timestamp();
@@ -196,6 +200,10 @@ impl UsageBatch {
                 policy: record.counted_policy(),
             };
             counted.add(key, &Sums::of(record));
+            if record.billing == "paid" && !record.was_rejected {
+                let hour = at - at.rem_euclid(HOUR);
+                *charged.entry((record.tenant_id, hour)).or_default() += record.cost;
+            }
         }
         let counts = counted.sorted();
         for (row, sums) in &counts {
@@ -217,6 +225,7 @@ impl UsageBatch {
             endpoints,
             counts,
             named,
+            charged,
             rollups: Rollups {
                 quarters: Vec::new(),
                 days: Vec::new(),
@@ -342,6 +351,11 @@ const TOUCH_KEYS: &str = "\
     ) u \
     WHERE k.tenant_id = u.tenant_id AND k.id = u.id";
 
+/// Charged usage, by hour.
+const ADD_CHARGED: &str = "\
+    INSERT INTO billing_usage AS u (tenant_id, start, cost) SELECT unnest($1), unnest($2), unnest($3) \
+    ON CONFLICT (tenant_id, start) DO UPDATE SET cost = u.cost + excluded.cost";
+
 const ADD_QUARTERS: &str = "\
     INSERT INTO usage_quarters AS u (tenant_id, endpoint, key_id, plan_id, start, policy, requests, cost) \
     SELECT unnest($1), unnest($2), unnest($3), unnest($4), unnest($5), unnest($6), unnest($7), unnest($8) \
@@ -383,6 +397,7 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
         add_rows(tx, rows, numbers).await?;
     }
     touch_keys(tx, batch).await?;
+    add_charged(tx, batch).await?;
     let changed;
     let rollups = if folded.is_empty() {
         &batch.rollups
@@ -515,6 +530,20 @@ async fn add_rows(tx: &mut SystemTx, rows: &[UsageRecord], numbers: &[i64]) -> R
         .bind::<Array<Nullable<Text>>, _>(column!(rows, |it| it.policy))
         .bind::<Array<Text>, _>(column!(rows, |it| it.endpoint.as_str()))
         .bind::<Array<Text>, _>(column!(rows, |it| it.request_id.as_str()))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+async fn add_charged(tx: &mut SystemTx, batch: &UsageBatch) -> Result<(), DbError> {
+    if batch.charged.is_empty() {
+        return Ok(());
+    }
+    let hours = batch.charged.keys();
+    diesel::sql_query(ADD_CHARGED)
+        .bind::<Array<SqlUuid>, _>(hours.clone().map(|it| it.0).collect::<Vec<_>>())
+        .bind::<Array<Timestamptz>, _>(hours.map(|it| start(it.1)).collect::<Vec<_>>())
+        .bind::<Array<BigInt>, _>(batch.charged.values().copied().collect::<Vec<_>>())
         .execute(&mut **tx)
         .await?;
     Ok(())

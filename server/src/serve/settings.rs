@@ -2,7 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::table::Limits;
+use ipnet::IpNet;
+
 use crate::{file_limit, state::AppState, telemetry::metrics::ConnectionMetrics};
 
 /// The maximum number of connections to the metrics listener: enough for a few scrapers and a person.
@@ -26,6 +27,22 @@ pub struct Timeouts {
     pub write: Duration,
     /// For requests in flight when the server stops.
     pub drain: Duration,
+}
+
+/// Limits of a listener's connections.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    pub connections: usize,
+    /// Per address, or IPv6 /64, not counting those that have authenticated. Twice as many for a second. 0: no limit.
+    pub per_address: usize,
+    /// The same per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
+    pub per_network: usize,
+    /// Exempt from both, since many clients are behind each of these addresses.
+    pub trusted_proxies: Vec<IpNet>,
+    /// Bytes that all counted connections together may use for requests.
+    pub memory: usize,
+    /// The same per connection.
+    pub memory_per_connection: usize,
 }
 
 /// Settings of a listener.

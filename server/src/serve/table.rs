@@ -41,6 +41,7 @@ use self::group::{Group, Width, networks};
 use super::{
     connection::{Connection, Order},
     memory::Memory,
+    settings::Limits,
 };
 use crate::telemetry::metrics::{ConnectionLimit, ConnectionMetrics};
 
@@ -60,22 +61,6 @@ const SEARCH_EVERY: Duration = Duration::from_millis(100);
 const SEARCH_PART: usize = 4;
 /// The number of connections that an IPv6 /48 may have, as a multiple of those of a /56. A site may have either.
 const SITE: usize = 2;
-
-/// Limits of a listener's connections.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    pub connections: usize,
-    /// Per address, or IPv6 /64, not counting those that have authenticated. Twice as many for a second. 0: no limit.
-    pub per_address: usize,
-    /// The same per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
-    pub per_network: usize,
-    /// Exempt from both, since many clients are behind each of these addresses.
-    pub trusted_proxies: Vec<IpNet>,
-    /// Bytes that all counted connections together may use for requests.
-    pub memory: usize,
-    /// The same per connection.
-    pub memory_per_connection: usize,
-}
 
 #[derive(Debug)]
 pub(super) struct Table {

@@ -161,6 +161,10 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_STALE_GRACE" => "1h",
         "QUOTA_KEY_CACHE" => "999",
         "QUOTA_LOG_FORMAT" => "xml",
+        "STRIPE_SECRET_KEY" | "STRIPE_WEBHOOK_SECRET" => "hunter2",
+        "STRIPE_SECRET_KEY_FILE" | "STRIPE_WEBHOOK_SECRET_FILE" => "/nonexistent/secret",
+        "STRIPE_API_BASE" => "ftp://example.com",
+        "QUOTA_BILLING_GRACE" => "91",
         "RUST_LOG" => "info,,=,=",
         name => panic!("say here what is wrong for {name}"),
     }

@@ -6,7 +6,10 @@ use reqwest::{Method, header};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::support::app::{DOCUMENT, PASSWORD, TestApp, faults};
+use crate::support::{
+    app::{DOCUMENT, PASSWORD, TestApp, faults},
+    stripe::TestStripe,
+};
 
 /// The operations without credentials, with their status for a malformed body.
 const PUBLIC: &[(&str, u16)] = &[
@@ -14,6 +17,8 @@ const PUBLIC: &[(&str, u16)] = &[
     ("login", 400),
     ("logout", 400),
     ("ready", 200),
+    // Billing is off.
+    ("receive_stripe_event", 409),
     ("refresh", 400),
     ("register", 400),
     ("serving", 200),
@@ -31,6 +36,7 @@ enum Right {
     Own,
     Read,
     Usage,
+    Bill,
     Manage,
     /// Tested with the document's example as the body.
     Administer,
@@ -43,6 +49,7 @@ impl Right {
         match self {
             Self::Own | Self::Usage => &ROLES,
             Self::Read => &["owner", "admin", "developer", "viewer"],
+            Self::Bill => &["owner", "admin", "billing"],
             Self::Manage => &["owner", "admin", "developer"],
             Self::Administer => &["owner", "admin"],
         }
@@ -61,6 +68,7 @@ const RIGHTS: &[(&str, Right)] = &[
     ("end_session", Right::Own),
     ("get_api_key", Right::Read),
     ("get_api_key_limits", Right::Read),
+    ("get_billing", Right::Bill),
     ("get_burn_down", Right::Usage),
     ("get_me", Right::Own),
     ("get_plan", Right::Read),
@@ -73,7 +81,9 @@ const RIGHTS: &[(&str, Right)] = &[
     ("list_plans", Right::Read),
     ("list_service_tokens", Right::Read),
     ("list_sessions", Right::Own),
+    ("open_billing_portal", Right::Bill),
     ("rotate_api_key", Right::Manage),
+    ("start_checkout", Right::Bill),
     ("stream_decisions", Right::Usage),
     ("update_api_key", Right::Manage),
     ("update_me", Right::Administer),
@@ -301,8 +311,12 @@ fn every_operation_with_an_access_token_has_a_right() {
 /// whatever the ID and the body are; with it, the operation succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn role_without_the_right_is_403_and_changes_nothing() {
-    let app = TestApp::setup().without_jobs().start().await;
+    let stripe = TestStripe::start().await;
+    let app = stripe.configure(TestApp::setup()).without_jobs();
+    let app = app.start().await;
     let owner = app.register().await;
+    // Creates the customer whose portal is opened.
+    stripe.start_checkout(&app, &owner).await;
     let client = app.database.connect().await;
     let shared_plan = app.plan(&owner, json!({"daily_quota": 1000})).await;
     let mut allowed = 0;
@@ -422,7 +436,7 @@ fn every_operation_documents_its_4xx_responses() {
         if operation.path.starts_with("/admin/") {
             needed.push("403");
         }
-        if operation.meta["requestBody"].is_object() {
+        if operation.body().is_some() {
             needed.extend(["400", "408", "413", "415", "422"]);
         }
         if !operation.parameters("path").is_empty() {

@@ -101,6 +101,8 @@ fn facts(id: u16, plan_id: Uuid, plan_name: &str) -> KeyFacts {
         strict: false,
         on_redis_failure: None,
         billing: "free".into(),
+        has_paid_access: false,
+        paid_access_until: None,
         time_zone: "UTC".into(),
     }
 }

@@ -45,7 +45,9 @@ struct BreakerState {
     failed: u32,
     /// When the response with the time `last_heard` arrived.
     heard_at: u64,
-    heartbeat_sent_at: u64,
+    /// The `heard_at` that the latest call has confirmed to the counters, and when that call began.
+    confirmed_at: u64,
+    called_at: u64,
     outage: Outage,
 }
 
@@ -79,6 +81,8 @@ impl CircuitBreaker {
             inner: Mutex::new(BreakerState {
                 succeeded_at: now,
                 heard_at: now,
+                confirmed_at: now,
+                called_at: now,
                 ..BreakerState::default()
             }),
         }
@@ -102,15 +106,23 @@ impl CircuitBreaker {
         self.last_heard.load(Ordering::Relaxed)
     }
 
-    /// Returns when the last response arrived or the last heartbeat was sent.
-    pub(super) fn heartbeat_sent_at(&self) -> u64 {
-        let inner = self.inner.lock();
-        inner.heard_at.max(inner.heartbeat_sent_at)
+    /// Records that a call begins, which confirms the last response to the counters.
+    pub(super) fn called(&self, now: u64) {
+        let mut inner = self.inner.lock();
+        inner.confirmed_at = inner.heard_at;
+        inner.called_at = now;
     }
 
-    /// Records that a heartbeat was sent.
-    pub(super) fn heartbeat_sent(&self, now: u64) {
-        self.inner.lock().heartbeat_sent_at = now;
+    /// Returns whether a heartbeat is due: nothing was heard, or no response was confirmed, for the time `every`. A
+    /// single replica confirms responses to nobody.
+    pub(super) fn is_heartbeat_due(&self, now: u64, every: Duration, is_single: bool) -> bool {
+        let inner = self.inner.lock();
+        let since = if is_single {
+            inner.heard_at.max(inner.called_at)
+        } else {
+            inner.confirmed_at
+        };
+        now.saturating_sub(since) >= nanos(every)
     }
 
     /// Returns whether the last call failed.

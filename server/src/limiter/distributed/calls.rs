@@ -1,9 +1,9 @@
 //! Calls to the counters, and their outcomes.
 //!
 //! Tasks make the calls, so that a request may be canceled while it waits, a late response is still used, and no token
-//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. A call has a
-//! deadline. Requests that arrive while one is in flight use the next one, so a decision waits for at most two. Only a
-//! bucket that fills up within the duration of a call has several in flight.
+//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. Requests that arrive
+//! while one is in flight use the next one, which begins when that one is answered, or shortly after it began if the
+//! bucket would otherwise become full meanwhile. A call has a deadline, so a decision waits for at most two.
 //!
 //! If a call fails or is late, its requests are notified. The tokens of a late response are held like any lease if that
 //! is allowed, and returned otherwise.
@@ -23,7 +23,7 @@ use tokio::{runtime::Handle, time};
 use super::{
     breaker::CircuitBreaker,
     core::StoreCore,
-    probe::{PROBE_EVERY, probe_until_recovered},
+    probe::{FIRST_PROBE, probe_until_recovered},
 };
 use crate::{
     deadline,
@@ -140,6 +140,7 @@ impl StoreCore {
         partition.used(self.clock.monotonic());
         self.metrics.counter_calls.inc();
         let asked_at = self.clock.monotonic();
+        partition.called(asked_at);
         let mut answer = self.counters.take(call);
         let (answer, late) = match deadline::within(self.settings.deadline, &mut answer).await {
             Ok(answer) => (answer, false),
@@ -191,7 +192,7 @@ impl StoreCore {
         if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
             tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
-            self.probe_until_recovered(partition, PROBE_EVERY, 0);
+            self.probe_until_recovered(partition, FIRST_PROBE, 0);
         }
     }
 

@@ -4,8 +4,8 @@
 //! are unavailable, applies the plan's choice.
 //!
 //! A denial names the rate as violated only if the counters reported it, at most a moment ago. Without a response, it
-//! is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy, and
-//! [`OnRedisFailure::Closed`] fails.
+//! is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy,
+//! [`OnRedisFailure::Closed`] fails, and [`OnRedisFailure::Open`] denies what this replica alone has exceeded.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -216,13 +216,24 @@ impl StoreCore {
             return Ok(None);
         }
         let gcra = policies.gcra();
-        let (verdict, rate) = match on_failure {
+        let (outcome, rate) = match on_failure {
             OnRedisFailure::Closed => return Err(LimiterError::CountersAway),
-            OnRedisFailure::Open => (Ok(()), rate(policies, now, 0)),
+            // The same as if this replica were the only one.
+            OnRedisFailure::Open => {
+                let mut denial = Denial::default();
+                denial.add_rate(state.take_rate(cost, now));
+                let outcome = if denial.violated.is_empty() {
+                    Outcome::Allowed
+                } else {
+                    denial.outcome()
+                };
+                let debt = state.tat.saturating_sub(now.0);
+                (outcome, rate(policies, now, debt))
+            }
             OnRedisFailure::Share => {
                 let slot = self.membership.slot(monotonic);
                 let share = &mut state.lease().share;
-                match (outage, slot) {
+                let (verdict, rate) = match (outage, slot) {
                     (Some(outage), Some((slot, since))) => {
                         let since = outage
                             .since
@@ -239,21 +250,22 @@ impl StoreCore {
                     // A single call failed, or the number of replicas is unknown: treated like a share that has just
                     // started, empty.
                     _ => (Err(A_SECOND), rate(policies, now, gcra.tau())),
-                }
+                };
+                let outcome = match verdict {
+                    Ok(()) => Outcome::Allowed,
+                    // This replica's share is exhausted. Whether the limit is, only the counters know.
+                    Err(wait) => Outcome::Denied {
+                        violated: PolicySet::EMPTY,
+                        retry_after: Some(wait),
+                    },
+                };
+                (outcome, rate)
             }
         };
-        let outcome = match verdict {
-            Ok(()) => {
-                state.spend_quotas(tokens, now);
-                self.metrics.admitted_degraded.inc();
-                Outcome::Allowed
-            }
-            // This replica's share is exhausted. Whether the limit is, only the counters know.
-            Err(wait) => Outcome::Denied {
-                violated: PolicySet::EMPTY,
-                retry_after: Some(wait),
-            },
-        };
+        if outcome == Outcome::Allowed {
+            state.spend_quotas(tokens, now);
+            self.metrics.admitted_degraded.inc();
+        }
         let mut decision = state.decision_with(policies, now, outcome, rate);
         decision.degraded = true;
         self.keys.after(handle, &mut state, Some(&decision));

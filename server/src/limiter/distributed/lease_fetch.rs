@@ -1,6 +1,6 @@
 //! Calls that take tokens, and what happens to the tokens they grant.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{runtime::Handle, time};
 
@@ -44,6 +44,7 @@ impl StoreCore {
             need,
             waiting,
             want,
+            spare,
             requests,
         } = demand;
         let call = TakeCall {
@@ -52,14 +53,16 @@ impl StoreCore {
             want,
             ..self.call(handle, terms, lease.unspent())
         };
-        runtime.spawn(fetch(
+        runtime.spawn(fetch(LeaseFetch {
             inner,
-            Arc::clone(handle),
+            handle: Arc::clone(handle),
             call,
             terms,
+            spare,
             asked_at,
             requests,
-        ));
+            active: true,
+        }));
     }
 
     /// Returns the outcome with `unspent`, or without tokens if the request only waited for the response.
@@ -110,9 +113,11 @@ struct LeaseFetch {
     handle: Arc<KeyHandle>,
     call: TakeCall,
     terms: Terms,
+    /// Tokens that the call wants beyond what `requests` need.
+    spare: u64,
     asked_at: u64,
     requests: Vec<Waiter>,
-    /// Not late yet, so no other call for this key begins.
+    /// Not late yet, so other calls for this key begin only after a pause.
     active: bool,
 }
 
@@ -129,7 +134,7 @@ impl LeaseFetch {
         self.requests.clear();
         if std::mem::take(&mut self.active) {
             let mut state = self.handle.state.lock();
-            state.lease().end_fetch();
+            state.lease().end_fetch(self.spare);
             self.inner.begin_fetch(&self.handle, &mut state, false);
         }
     }
@@ -205,7 +210,7 @@ impl LeaseFetch {
         }
         let left = lease.available() > 0;
         if std::mem::take(&mut self.active) {
-            lease.end_fetch();
+            lease.end_fetch(self.spare);
             self.inner.begin_fetch(&self.handle, &mut state, false);
         }
         // Tokens of a canceled request are returned, which needs the lock.
@@ -242,35 +247,39 @@ impl LeaseFetch {
             None => return,
         };
         let missing = n.saturating_mul(call.emission).saturating_sub(left);
+        // By this version of the plan there are enough: the counters refused them by another one.
+        if missing == 0 {
+            return;
+        }
         let longest = if self.terms.leased {
             self.inner.ttl.saturating_mul(DENIED_FOR_LEASES)
         } else {
             u64::MAX
         };
-        let until = missing.max(gather).max(1).min(longest);
+        let until = missing.max(gather).min(longest);
         lease.hold(n, self.asked_at.saturating_add(until));
     }
 }
 
 /// Requests tokens, and finally returns those that were not spent.
-async fn fetch(
-    inner: Arc<StoreCore>,
-    handle: Arc<KeyHandle>,
-    call: TakeCall,
-    terms: Terms,
-    asked_at: u64,
-    requests: Vec<Waiter>,
-) {
-    let mut fetch = LeaseFetch {
-        inner: Arc::clone(&inner),
-        handle: Arc::clone(&handle),
-        call,
-        terms,
-        asked_at,
-        requests,
-        active: true,
+async fn fetch(mut fetch: LeaseFetch) {
+    let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
+    let asked_at = fetch.asked_at;
+    let pause = Duration::from_nanos(fetch.terms.pause());
+    let answer = {
+        let mut answer = pin!(inner.ask_until(fetch.call, || fetch.give_up()));
+        if pause < inner.settings.deadline {
+            match time::timeout(pause, &mut answer).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    inner.begin_fetch(&handle, &mut handle.state.lock(), false);
+                    answer.await
+                }
+            }
+        } else {
+            answer.await
+        }
     };
-    let answer = inner.ask_until(call, || fetch.give_up()).await;
     let left = match answer {
         Answer::InTime(reply) | Answer::Late(reply) => fetch.distribute(reply.at, reply.state),
         Answer::Failed => false,

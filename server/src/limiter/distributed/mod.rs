@@ -25,7 +25,8 @@
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's choice. `Share`: a
 //! separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly after the start of the
 //! outage. All shares together are one bucket that starts empty, so that together with what was taken before they stay
-//! within the envelope. `Open`: the whole rate on each replica. `Closed`: nothing. A denial then names no violated
+//! within the envelope. `Open`: the whole limit on each replica, in a bucket of its own that
+//! starts full. `Closed`: nothing. A denial then names no violated
 //! policy, since it is unknown whether the limit was reached.
 //!
 //! **When they are available again**, they do not know what was allowed without them, and may have lost their state. So
@@ -39,7 +40,7 @@
 //! when the burst is made larger, less the time in which the bucket was full. A bucket learns of an edit with the first
 //! request after it, but not when it was made: since the previous request, it has refilled at the lower of the two
 //! rates. A bucket that was idle for a minute and twice the time it takes to fill is deleted, and full under any plan.
-//! For an hour after a loss of state, a larger burst holds no more than what has refilled since.
+//! After a loss of state, a larger burst holds no more than what has refilled since.
 //!
 //! **Not guaranteed.** While only some replicas have an outage, `Share` allows their part `p` of the bucket in addition
 //! to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most `(1 + p) *

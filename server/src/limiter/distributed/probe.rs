@@ -13,11 +13,14 @@ use crate::{
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
 };
 
-/// How often counters with an outage are probed.
-pub(super) const PROBE_EVERY: Duration = Duration::from_millis(250);
-/// When to send a heartbeat after the last response, and how often after a failure, so that all replicas detect an
-/// outage within the same half second.
-const HEARTBEAT_EVERY: Duration = Duration::from_millis(250);
+/// When counters with an outage are probed first, and how often after that. The first probe of a replica comes after
+/// others have confirmed a response that is newer than its outage, if they get any: a heartbeat that is answered, and the
+/// next, which confirms it.
+pub(super) const FIRST_PROBE: Duration = Duration::from_millis(350);
+const PROBE_EVERY: Duration = Duration::from_millis(250);
+/// When to send a heartbeat after the last confirmed response, and how often after a failure, so that all replicas
+/// detect an outage within the same half second.
+const HEARTBEAT_EVERY: Duration = Duration::from_millis(150);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// The least time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
 /// with slow counters every request would time out, and each recovery would empty all buckets.
@@ -29,16 +32,18 @@ impl StoreCore {
     /// Returns the nanoseconds after which an outage that one replica has noticed is either noticed by all others or
     /// over for the first one.
     ///
-    /// An idle replica makes its next call after [`HEARTBEAT_EVERY`] and opens its breaker at the fifth failure, four
-    /// times [`SUSPECT_EVERY`] later. If the outage ends just before, the first replica recovers with its next probe.
+    /// An idle replica makes its next call after [`HEARTBEAT_EVERY`], at a tick of [`SUSPECT_EVERY`], and opens its
+    /// breaker at the fifth failure, four ticks later. If the outage ends just before, the first replica recovers with
+    /// its next probe.
     /// Each of these calls may take a deadline, and the first replica has waited for one too.
     pub(super) fn noticed_by_all(&self) -> u64 {
-        let until_noticed = HEARTBEAT_EVERY + 4 * SUSPECT_EVERY + PROBE_EVERY;
+        let until_noticed = HEARTBEAT_EVERY + 5 * SUSPECT_EVERY + FIRST_PROBE;
         nanos(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
     }
 }
 
-/// Returns a call that takes nothing and affects no key.
+/// Returns a call that takes nothing and affects no key. It does not say that this replica has an outage, even if one
+/// begins before it is sent: only probes do, which come after other replicas may have confirmed a response.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     let of = &inner.partitions[usize::from(partition)];
     TakeCall {
@@ -55,7 +60,7 @@ fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
         back_generation: 0,
         lease: 0,
         last_heard: of.last_heard(),
-        away_since: of.away_since(inner.is_alone()),
+        away_since: of.never_heard(inner.is_alone()),
         promised: 0,
     }
 }
@@ -82,9 +87,8 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
         for (number, partition) in (0..).zip(&inner.partitions) {
             let in_use = now.saturating_sub(partition.used_at()) < IN_USE;
             let due = partition.is_suspect()
-                || now.saturating_sub(partition.heartbeat_sent_at()) >= nanos(HEARTBEAT_EVERY);
+                || partition.is_heartbeat_due(now, HEARTBEAT_EVERY, inner.is_alone());
             if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
-                partition.heartbeat_sent(now);
                 tokio::spawn(send_heartbeat(Arc::clone(&inner), number));
             }
         }
@@ -110,6 +114,7 @@ pub(super) async fn probe_until_recovered(
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
+            away_since: partition.away_since(inner.is_alone()),
             ..heartbeat_call(number, &inner)
         };
         let asked_at = inner.clock.monotonic();

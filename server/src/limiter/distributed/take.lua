@@ -9,7 +9,7 @@
 --            v, vt   version of the plan that `e` and `t` come from; when a caller of that version last called
 --            s       start of the epoch in which the bucket was last used
 --            y       nanoseconds of refill since then, less those taken, also if the bucket was full meanwhile; no
---                    bucket holds more, whatever its burst becomes. None long after that start
+--                    bucket holds more, whatever its burst becomes. None if they are more than `LARGEST`
 --            g       generation: a new number whenever grants made before lose their value
 --            m, mt   the least `debt` since `mt`
 --            n, nt   the least `debt` since `nt`, which is before `mt`
@@ -47,8 +47,7 @@
 local OUTDATED = 10000000
 -- Microseconds after the start of an epoch in which callers that were promised it return.
 local PROMISED = 500000
--- Microseconds after the start of an epoch in which a larger burst is still as empty then as the smaller one was.
-local EMPTIED = 3600000000
+-- 52 days, in nanoseconds. Longer sums are not exact.
 local LARGEST = 2 ^ 52
 
 local time = redis.call('TIME')
@@ -161,7 +160,7 @@ if tonumber(b[6]) ~= start then
   new_generation = true
   changed = changed or at ~= nil
 end
-if now - start > EMPTIED then
+if gathered and gathered >= LARGEST then
   gathered = nil
 end
 if new_generation then

@@ -30,7 +30,8 @@ pub(in crate::limiter) struct KeyState {
     /// The time zone of days and months.
     zone: Zone,
     gcra: Gcra,
-    /// The TAT of the bucket, for the local store.
+    /// The TAT of the bucket: for the local store, and for what this replica allows without shared counters by the whole
+    /// limit.
     pub(in crate::limiter) tat: u64,
     /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was lowered.
     beyond: u64,
@@ -176,9 +177,7 @@ impl KeyState {
         if let Verdict::Fits { tat } = rate
             && self.spend_quotas(tokens, now)
         {
-            self.beyond = self.gcra.beyond(self.beyond, self.tat, now);
-            self.tat = tat;
-            self.used_at = now;
+            self.charge(tat, now);
             return Ok(self.decision(policies, now, Outcome::Allowed));
         }
         let Quotas { mut denial, .. } = {
@@ -191,6 +190,21 @@ impl KeyState {
         };
         denial.add_rate(rate);
         Ok(self.decision(policies, now, denial.outcome()))
+    }
+
+    /// Takes `cost` from the local bucket only, if it holds that many.
+    pub(in crate::limiter) fn take_rate(&mut self, cost: NonZeroU32, now: UnixNanos) -> Verdict {
+        let verdict = self.gcra.decide(self.tat, now, cost);
+        if let Verdict::Fits { tat } = verdict {
+            self.charge(tat, now);
+        }
+        verdict
+    }
+
+    fn charge(&mut self, tat: u64, now: UnixNanos) {
+        self.beyond = self.gcra.beyond(self.beyond, self.tat, now);
+        self.tat = tat;
+        self.used_at = now;
     }
 
     /// Returns whether the blocks of all calendar quotas have `tokens`.

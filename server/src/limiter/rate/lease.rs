@@ -58,11 +58,11 @@ impl Terms {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
-    /// Returns nanoseconds after which another call may start before the previous one is answered: half the time in
-    /// which the bucket fills, or the time of the first token for a small one.
-    fn pause(self) -> u64 {
-        let refill = (self.gcra.tau() / 2).max(self.gcra.emission());
-        refill.max(PAUSE_MIN)
+    /// Returns nanoseconds after which another call may start before the previous one is answered. Requests that wait
+    /// for a call are decided together, and a bucket that becomes full meanwhile stops refilling, so this is a small
+    /// part of the time in which it fills. Calls to a bucket that fills slowly never overlap.
+    pub(in crate::limiter) fn pause(self) -> u64 {
+        (self.gcra.tau() / 64).max(PAUSE_MIN)
     }
 
     /// Returns the maximum number of tokens to hold for later: a tenth of the burst.
@@ -84,6 +84,8 @@ pub(in crate::limiter) struct Lease {
     /// Calls in flight that are not late yet, and when the latest began.
     fetching: u32,
     began_at: u64,
+    /// Tokens that these calls want beyond what their requests need.
+    coming: u64,
     /// Calls in flight, including late ones.
     calls: u32,
     /// Requests for the next call.
@@ -120,6 +122,8 @@ pub(in crate::limiter) struct Demand {
     pub(in crate::limiter) need: u64,
     pub(in crate::limiter) waiting: u64,
     pub(in crate::limiter) want: u64,
+    /// Tokens of `want` that none of `requests` needs.
+    pub(in crate::limiter) spare: u64,
     pub(in crate::limiter) requests: Vec<Waiter>,
 }
 
@@ -271,8 +275,9 @@ impl Lease {
     }
 
     /// Begins a call for everything that waits and, if `ahead`, for tokens for later. Returns `None` if there is
-    /// nothing to request or a call is in flight, unless the bucket would become full, and stop refilling, before that
-    /// call ends. Local tokens count towards a request only if they do not expire before its `patience` ends.
+    /// nothing to request, or if the calls in flight suffice: the latest began less than a [pause](Terms::pause) ago, or
+    /// they want enough tokens. Local tokens count towards a request only if they do not expire before its `patience`
+    /// ends.
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
         (now, ttl, patience): (u64, u64, u64),
@@ -286,13 +291,16 @@ impl Lease {
         if self.waiting.is_empty() && !ahead {
             return None;
         }
+        let asked: u64 = self.waiting.iter().map(|waiter| waiter.tokens).sum();
+        if self.fetching > 0 && 0 < asked && asked <= self.coming {
+            return None;
+        }
         let size = if terms.leased {
             self.pace(now, ttl, terms.largest_lease())
         } else {
             1
         };
         let requests = std::mem::take(&mut self.waiting);
-        let asked: u64 = requests.iter().map(|waiter| waiter.tokens).sum();
         let smallest = requests
             .iter()
             .map(|waiter| waiter.tokens)
@@ -303,7 +311,7 @@ impl Lease {
             None => (u64::from(ahead), u64::from(ahead)),
         };
         let for_later = if waiting > 0 && size >= 2 {
-            size.saturating_sub(self.available())
+            size.saturating_sub(self.available() + self.coming)
         } else {
             0
         };
@@ -312,23 +320,28 @@ impl Lease {
         } else {
             waiting
         };
+        let want = waiting.max(for_later);
+        let spare = want.saturating_sub(asked);
         self.fetching += 1;
         self.began_at = now;
+        self.coming += spare;
         self.calls += 1;
         Some((
             terms,
             Demand {
                 need,
                 waiting,
-                want: waiting.max(for_later),
+                want,
+                spare,
                 requests,
             },
         ))
     }
 
-    /// The call was answered, failed or is late. Another one may begin.
-    pub(in crate::limiter) fn end_fetch(&mut self) {
+    /// The call, which wanted this many `spare` tokens, was answered, failed or is late. Another one may begin.
+    pub(in crate::limiter) fn end_fetch(&mut self, spare: u64) {
         self.fetching = self.fetching.saturating_sub(1);
+        self.coming = self.coming.saturating_sub(spare);
     }
 
     /// The call has ended.

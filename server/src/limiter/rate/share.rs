@@ -9,7 +9,7 @@ use crate::limiter::membership::ReplicaSlot;
 const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 
 /// This replica's share of a bucket while the counters are unavailable.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(in crate::limiter) struct Share {
     since: u64,
     /// The share's TAT, in monotonic time.
@@ -19,8 +19,22 @@ pub(in crate::limiter) struct Share {
     tau: u64,
     /// When the share was last used.
     used_at: u64,
-    /// The plan was edited since the share was last used, or since the counters were last seen.
+    /// The plan may have been edited since the share was last used, or since the counters were last seen.
     pub(super) is_edited: bool,
+}
+
+impl Default for Share {
+    /// A key that this replica has not seen may have been edited just before.
+    fn default() -> Self {
+        Self {
+            since: 0,
+            tat: 0,
+            price: 0,
+            tau: 0,
+            used_at: 0,
+            is_edited: true,
+        }
+    }
 }
 
 impl Share {
@@ -103,6 +117,14 @@ mod tests {
         })
     }
 
+    /// A share of a bucket that the counters described under the current plan.
+    fn seen() -> Share {
+        Share {
+            is_edited: false,
+            ..Share::default()
+        }
+    }
+
     /// Returns the tokens that a share has at this moment.
     fn drain(share: &mut Share, gcra: Gcra, now: u64) -> u64 {
         let mut taken = 0;
@@ -125,7 +147,7 @@ mod tests {
             (60, 1),
             (60_000, 600),
         ] {
-            let mut share = Share::default();
+            let mut share = seen();
             let (sold, edited) = (plan(6000, 200), plan(rpm, burst));
             assert_eq!(drain(&mut share, sold, 9 * SECOND), 200);
             assert_eq!(drain(&mut share, edited, 9 * SECOND), 0, "{rpm}, {burst}");
@@ -141,21 +163,29 @@ mod tests {
 
     #[test]
     fn a_share_is_empty_until_it_begins_whatever_is_edited() {
-        let mut share = Share::default();
+        let mut share = seen();
         let (fast, slow) = (plan(6000, 200), plan(600, 20));
         for gcra in [fast, slow, fast] {
             assert_eq!(drain(&mut share, gcra, SECOND / 2), 0);
         }
         assert_eq!(drain(&mut share, fast, SECOND + SECOND / 10), 10);
-        let mut share = Share::default();
+        let mut share = seen();
         assert_eq!(drain(&mut share, fast, SECOND / 2), 0);
         // The edit was made at some time in between.
         assert_eq!(drain(&mut share, slow, 2 * SECOND), 10);
     }
 
     #[test]
-    fn share_keeps_its_tokens_when_the_plan_is_edited() {
+    fn a_share_that_the_counters_never_described_starts_with_its_first_request() {
         let mut share = Share::default();
+        let plan = plan(6000, 200);
+        assert_eq!(drain(&mut share, plan, 9 * SECOND), 0);
+        assert_eq!(drain(&mut share, plan, 10 * SECOND), 100);
+    }
+
+    #[test]
+    fn share_keeps_its_tokens_when_the_plan_is_edited() {
+        let mut share = seen();
         let full = 9 * SECOND;
         assert!(
             share

@@ -11,8 +11,7 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 /// Microseconds after the start of an epoch in which callers that were promised it return.
 const PROMISED: u64 = 500_000;
 
-/// Microseconds after the start of an epoch in which a larger burst is still as empty then as the smaller one was.
-const EMPTIED: u64 = 3_600_000_000;
+/// Nanoseconds that are still exact in the script.
 const LARGEST: u128 = 1 << 52;
 
 #[derive(Debug, Clone)]
@@ -149,9 +148,7 @@ impl State {
             beyond = missing.saturating_sub(debt);
             gathered = Some(refill);
         }
-        if now - start > EMPTIED {
-            gathered = None;
-        }
+        gathered = gathered.filter(|it| *it < LARGEST);
         if new_generation {
             generation = now.max(generation + 1);
             least = [(debt, now); 2];

@@ -344,4 +344,21 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     clock.advance(Duration::from_secs(100));
     assert_eq!(granted(plan(5, 100)).await, 100);
     assert_eq!(granted(plan(6, 150)).await, 50);
+
+    // Also hours later, while the smaller burst is in use.
+    redis.query("", &flush).await.expect("Redis answers");
+    let slow = |version, burst: u64| TakeCall {
+        emission: 60_000_000_000,
+        tau: burst * 60_000_000_000,
+        ..plan(version, burst)
+    };
+    let BucketState::Initializing { wait } = take(slow(7, 1)).await else {
+        panic!("it has lost its state");
+    };
+    clock.advance(Duration::from_micros(wait));
+    for hour in 1..=3 {
+        clock.advance(Duration::from_secs(3600));
+        assert_eq!(granted(slow(7, 1)).await, 1, "hour {hour}");
+    }
+    assert_eq!(granted(slow(8, 600)).await, 180 - 3);
 }

@@ -6,21 +6,27 @@
 //!
 //! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, and `burst + rate·T` for a strict
 //! plan, over all replicas and whatever happens. In the second after an edit replicas may follow either plan, so a
-//! window that touches it has the larger burst and at each moment the larger rate of the plans that may be in force;
-//! a plan under which the key is not used is not one of them.
+//! window that touches it has the larger burst and at each moment the larger rate of the plans that requests follow.
+//! Between the requests of two plans, the lower rate counts: a bucket hears of an edit with a request.
 //! `share` has one exception, and `closed` none: while some replicas lose Redis
 //! (or have all their answers late) and others do not, the former sell their share `p` of the bucket beside the
-//! latter, together at most `(1 + p)` times as much. `open` promises nothing for what is admitted without Redis.
-//! What is admitted by Redis keeps the plain bound in every mode.
+//! latter, together at most `(1 + p)` times as much, and `p` is at most 1. With `open`, what a replica admits without
+//! Redis keeps the bound of a strict plan, for each replica by itself. What is admitted by Redis keeps the plain bound in every mode.
 //!
 //! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, at least 99 % of what
 //! an exact bucket would serve of the same requests, to a token or two. The bucket starts as full as the admissions
-//! before leave it. Of a leased key two kinds of tokens are not counted as there: those that another replica may hold
-//! (at most a tenth of the burst and twice what was asked for there just before, for no longer than [`HELD`]), and,
-//! once the bucket has run dry, those of the last [`GATHER`], which are taken together and not one by one. Requests that
-//! come while Redis is being asked are decided together by the next call, so at the end of a window what refilled in
-//! the last round trip may be there unused, of every plan. And Redis hears of an edit with the first request after it:
-//! the tokens that refill before count at the lower of the two rates.
+//! before leave it; a replica that crashes takes with it what its unanswered requests may have been granted. Of a leased
+//! key two kinds of tokens are not counted as there: those that another replica may hold (at most a tenth of the burst
+//! and twice what was asked for there just before, for no longer than [`HELD`]), and, from when the bucket holds fewer
+//! than refill in [`GATHER`] until it holds twice as many, that many, which are taken together and not one by one.
+//! Requests that come while Redis is being asked are decided together by the next call, so at the end of a window what
+//! refilled in the last round trip may be there unused, of every plan. And Redis hears of an edit with the first request
+//! after it: the tokens that refill before count at the lower of the two rates. A bucket is empty after a fault only if
+//! Redis lost its state, or if no replica heard of it: otherwise it has lost at most what was asked for meanwhile, twice.
+//!
+//! **Waits.** A denial by the rate says for how long: no longer than an empty bucket needs for that cost, and two leases;
+//! and if nobody takes anything meanwhile, the same request is admitted then, in whole seconds as a header
+//! says it, once the tokens of a leased key have gathered.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -33,10 +39,14 @@ use quota_testkit::envelope::{Envelope, Span};
 
 use super::{
     run::{Answer, DEADLINE, EDIT_KNOWN, Entry, Log, TTL},
-    scene::{Change, FaultKind, Key, Plan, Scene},
+    scene::{Change, Fault, FaultKind, Key, Plan, Replicas, Scene},
 };
 
+#[cfg(test)]
+mod tests;
+
 const MS: u64 = 1_000_000;
+const SECOND: u64 = 1000 * MS;
 const FOREVER: u64 = u64::MAX / 4;
 
 /// After a fault: probes find Redis, and buckets that were lost start empty.
@@ -60,6 +70,8 @@ pub(super) enum Promise {
     Lower,
     /// A 429 although the bucket certainly had the tokens.
     Honest,
+    /// A wait after which the same request is denied again, or that is longer than necessary.
+    Wait,
     /// An answer took longer than two deadlines.
     Prompt,
     /// Failure modes as the plan chose them, books that add up, and a return to Redis.
@@ -75,12 +87,14 @@ pub(super) struct Violation {
 pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
     let mut found = Vec::new();
     for (number, key) in scene.keys.iter().enumerate() {
-        let entries: Vec<Entry> = log
+        let mut entries: Vec<Entry> = log
             .entries
             .iter()
             .filter(|it| it.key == number)
             .copied()
             .collect();
+        // Of those that came at once, the ones without an answer may have been decided first.
+        entries.sort_by_key(|it| (it.asked, it.answer != Answer::None));
         let mut broken = |promise, text: String| {
             let text = format!("key {number} ({}): {text}", key.load);
             found.push(Violation { promise, text });
@@ -88,11 +102,14 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
         if let Some(text) = over(scene, key, &entries) {
             broken(Promise::Upper, text);
         }
-        if let Some(text) = under(scene, key, &entries) {
+        if let Some(text) = under(scene, key, &entries, &log.epochs) {
             broken(Promise::Lower, text);
         }
         if let Some(text) = dishonest(key, &entries) {
             broken(Promise::Honest, text);
+        }
+        if let Some(text) = wrong_wait(scene, key, &entries) {
+            broken(Promise::Wait, text);
         }
         if let Some(late) = entries.iter().find(|it| it.answered - it.asked > PATIENCE) {
             broken(Promise::Prompt, format!("{late:?}"));
@@ -144,9 +161,7 @@ struct InForce {
 }
 
 /// How long after an edit the plan before may be followed, and its tokens be spent.
-fn known() -> u64 {
-    EDIT_KNOWN.as_nanos() as u64 + TTL.as_nanos() as u64
-}
+const KNOWN: u64 = EDIT_KNOWN.as_nanos() as u64 + TTL.as_nanos() as u64;
 
 fn in_force(key: &Key) -> Vec<InForce> {
     let plans = key.plans.iter().enumerate();
@@ -157,33 +172,67 @@ fn in_force(key: &Key) -> Vec<InForce> {
             until: key
                 .plans
                 .get(n + 1)
-                .map_or(FOREVER, |next| next.from * MS + known()),
+                .map_or(FOREVER, |next| next.from * MS + KNOWN),
         })
         .collect()
 }
 
-/// The plans that buckets have followed. An edit reaches a bucket with the first request after it, and until then the
-/// bucket refills as before, so a plan under which no request came was never in force. Redis hears of an edit from
-/// whichever replica is asked first. A `share` is its replica's own: it hears of an edit when that replica is asked.
-fn followed(key: &Key, entries: &[Entry], shares: bool) -> Vec<InForce> {
-    let after = |plan: usize, replica: Option<usize>| {
-        let of = |it: &&Entry| replica.is_none_or(|replica| it.replica == replica);
-        let later = entries.iter().filter(of).filter(|it| it.plan > plan);
-        let next = later.map(|it| it.plan).min();
-        next.map(|next| key.plans[next].from * MS + known())
-    };
-    let plans = key.plans.iter().enumerate();
-    let used = plans.filter(|(n, _)| entries.iter().any(|it| it.plan == *n));
-    used.map(|(n, plan)| {
-        let followers = entries.iter().filter(|it| shares && it.plan == n);
-        let by_shares = followers.filter_map(|it| after(n, Some(it.replica))).max();
-        InForce {
-            plan: *plan,
-            from: plan.from * MS,
-            until: after(n, None).max(by_shares).unwrap_or(FOREVER),
+/// The plans that buckets have followed: each from the first request under it to the last. A bucket hears of an edit
+/// with a request and refills at the lower of the two rates from the request before, so a plan under which no request
+/// came was never in force, and the slower plan is in force between the requests of two plans.
+///
+/// A replica that has not heard of an edit yet may also return tokens in the time that it has to hear of it. And of a
+/// plan under which nothing was admitted, as `is_heard` says, the bucket may have heard or not: both count.
+fn followed(key: &Key, entries: &[Entry], is_heard: fn(&Entry) -> bool) -> Vec<InForce> {
+    let number = |it: &InForce| it.plan.from;
+    let mut followed = followed_one_by_one(key, entries, |_| true);
+    for heard in followed_one_by_one(key, entries, is_heard) {
+        if let Some(it) = followed.iter_mut().find(|it| number(it) == number(&heard)) {
+            it.from = it.from.min(heard.from);
+            it.until = it.until.max(heard.until);
         }
-    })
-    .collect()
+    }
+    followed
+}
+
+fn followed_one_by_one(
+    key: &Key,
+    entries: &[Entry],
+    is_heard: impl Fn(&Entry) -> bool,
+) -> Vec<InForce> {
+    let mut followed: Vec<InForce> = Vec::new();
+    for (number, plan) in key.plans.iter().enumerate() {
+        let under = || entries.iter().filter(|it| it.plan == number);
+        let (Some(first), Some(last), true) = (
+            under().map(|it| it.asked).min(),
+            under().map(|it| it.answered).max(),
+            under().any(&is_heard),
+        ) else {
+            continue;
+        };
+        let mut next = InForce {
+            plan: *plan,
+            from: first,
+            until: last + 1,
+        };
+        match followed.last_mut() {
+            None => next.from = 0,
+            Some(before) if before.until < first => {
+                if before.plan.rate() <= plan.rate() {
+                    before.until = first;
+                } else {
+                    next.from = before.until;
+                    before.until = first.min(plan.from * MS + KNOWN).max(before.until);
+                }
+            }
+            Some(_) => {}
+        }
+        followed.push(next);
+    }
+    if let Some(last) = followed.last_mut() {
+        last.until = FOREVER;
+    }
+    followed
 }
 
 /// A time in which some replicas sell their share beside Redis, and the part of a bucket that they sell.
@@ -243,7 +292,7 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
         (alone < all).then(|| Beside {
             from: fault.at * MS,
             until: fault.end() * MS + RECOVERED,
-            part: part * alone as f64,
+            part: (part * alone as f64).min(1.0),
         })
     });
     alone.collect()
@@ -253,13 +302,17 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let admitted = || entries.iter().filter(|it| it.answer == Answer::Admitted);
     let by_redis: Vec<&Entry> = admitted().filter(|it| !it.degraded).collect();
     let all: Vec<&Entry> = admitted().collect();
-    let found = worst(&followed(key, entries, false), &by_redis, &[])
-        .map(|text| format!("by Redis alone, {text}"));
-    if found.is_some() || key.on_failure == OnRedisFailure::Open {
+    let is_granted = |it: &Entry| it.answer == Answer::Admitted && !it.degraded;
+    let found = worst(&followed(key, entries, is_granted), &by_redis, &[])
+        .map(|text| format!("by the counters alone, {text}"));
+    if found.is_some() {
         return found;
     }
+    if key.on_failure == OnRedisFailure::Open {
+        return over_by_open(scene, key, entries);
+    }
+    let plans = followed(key, entries, |it| it.answer == Answer::Admitted);
     let beside = beside(scene, key);
-    let plans = followed(key, entries, key.on_failure == OnRedisFailure::Share);
     // Windows that touch no time in which shares are sold beside Redis.
     let mut from = 0;
     let ends = beside.iter().map(|it| (it.from, it.until));
@@ -278,6 +331,23 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
         return None;
     }
     worst(&plans, &all, &beside)
+}
+
+/// Without the counters, `open` is a limit of each replica's own. No tokens are leased then.
+fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+    (0..scene.replica_bounds().1).find_map(|replica| {
+        let of = entries.iter().filter(|it| it.replica == replica);
+        let of: Vec<Entry> = of.copied().collect();
+        let admitted = of
+            .iter()
+            .filter(|it| it.answer == Answer::Admitted && it.degraded);
+        let mut plans = followed(key, &of, |_| true);
+        for it in &mut plans {
+            it.plan.strict = true;
+        }
+        let text = worst(&plans, &admitted.collect::<Vec<_>>(), &[])?;
+        Some(format!("by replica {replica} without the counters, {text}"))
+    })
 }
 
 /// The window that is most above the promise, if any is. More is allowed where shares are sold `beside` Redis.
@@ -394,18 +464,32 @@ fn least(key: &Key, replicas: usize) -> Vec<Least> {
     pieces
 }
 
+/// Tokens that are lost at some time: all of them, or those of a replica that crashes.
+#[derive(Debug, Clone, Copy)]
+struct Loss {
+    at: u64,
+    is_whole: bool,
+}
+
 /// An exact bucket, in tokens.
 #[derive(Debug, Clone)]
 struct Bucket<'a> {
     pieces: &'a [Least],
     piece: usize,
+    /// The piece of the last request: Redis knows of no later edit.
+    heard: usize,
     at: u64,
     missing: f64,
     /// Missing beyond an empty bucket, since the burst was larger. It is still missing when the burst is larger again,
     /// less what would have refilled while the bucket was full.
     beyond: f64,
-    /// Tokens that refilled since it was emptied, less those taken. A larger burst that comes later is not there before.
+    /// What is left of the tokens that refilled since it was emptied. A larger burst that comes later is not there before.
     refilled: f64,
+    /// What gathers in it is taken together. Not before the next instant: what is asked for in one is taken as far as it
+    /// goes.
+    is_low: bool,
+    /// Of the latest request.
+    instant: Option<u64>,
 }
 
 impl Bucket<'_> {
@@ -419,7 +503,7 @@ impl Bucket<'_> {
                 .iter()
                 .take_while(|it| it.from <= to)
                 .count();
-        let crossed = &self.pieces[self.piece..=last];
+        let crossed = &self.pieces[self.heard..=last];
         let rate = crossed.iter().map(|it| it.rate).fold(f64::MAX, f64::min);
         while self.piece < last {
             self.refill(self.pieces[self.piece + 1].from, rate);
@@ -427,6 +511,25 @@ impl Bucket<'_> {
             self.take(self.now().lost);
         }
         self.refill(to, rate);
+    }
+
+    /// Returns how many tokens are there for a request, while other replicas hold so many and tokens may `gather` for so
+    /// long. It tells Redis of the plan that is in force.
+    fn ask(&mut self, answer: Answer, held: f64, gather: u64) -> f64 {
+        if answer != Answer::None {
+            self.heard = self.piece;
+        }
+        let least = self.now();
+        let there = self.level() - held;
+        let gathers = if least.leased {
+            (least.rate * gather as f64).min(least.burst / 10.0)
+        } else {
+            0.0
+        };
+        if self.instant.replace(self.at) != Some(self.at) {
+            self.is_low = there < gathers || (self.is_low && there < 2.0 * gathers);
+        }
+        if self.is_low { there - gathers } else { there }
     }
 
     fn refill(&mut self, to: u64, rate: f64) {
@@ -442,7 +545,17 @@ impl Bucket<'_> {
         let missing = (self.missing + self.beyond + cost).min(self.now().ever);
         self.missing = missing.min(self.now().most);
         self.beyond = missing - self.missing;
-        self.refilled -= cost;
+        self.refilled = (self.refilled - cost).max(0.0);
+    }
+
+    fn lose(&mut self, loss: Loss) {
+        self.advance(loss.at);
+        if loss.is_whole {
+            self.empty();
+        } else if self.now().leased {
+            // What a replica holds, what it was about to return, and what it was about to get.
+            self.take(3.0 * (self.now().most / 10.0).floor());
+        }
     }
 
     fn empty(&mut self) {
@@ -475,7 +588,34 @@ fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
     asked.iter().map(|asked| asked.min(most)).sum()
 }
 
-fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+/// Whether the counters lose their state, or nobody hears of them for so long that they must start with empty buckets.
+/// While some replicas are answered, or most calls are, they keep what they have.
+fn may_lose_state(scene: &Scene, fault: &Fault) -> bool {
+    let are_all = |replicas: Replicas| {
+        scene
+            .present(fault)
+            .all(|replica| replicas.contains(replica))
+    };
+    match fault.kind {
+        FaultKind::Restart
+        | FaultKind::FailOver
+        | FaultKind::Cut
+        | FaultKind::Deaf
+        | FaultKind::Stall => true,
+        FaultKind::CutSome { replicas, .. } => are_all(replicas),
+        FaultKind::Late {
+            replicas, percent, ..
+        } => percent == 100 && are_all(replicas),
+        FaultKind::Slow(_) | FaultKind::Lost { .. } => false,
+    }
+}
+
+/// Whether tokens are granted that no replica hears of.
+fn loses_answers(fault: &Fault) -> bool {
+    matches!(fault.kind, FaultKind::Lost { .. } | FaultKind::Deaf)
+}
+
+fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<String> {
     let pieces = least(key, scene.replica_bounds().1);
     // Not to be counted: faults and what follows them.
     let faults: Vec<(u64, u64)> = scene
@@ -488,43 +628,71 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
             )
         })
         .collect();
-    // A bucket may be empty then.
-    let mut emptied: Vec<u64> = faults.iter().map(|(_, end)| *end).collect();
-    let crash = |(at, change): &(u64, Change)| matches!(change, Change::Crash(_)).then(|| at * MS);
-    emptied.extend(scene.changes.iter().filter_map(crash));
-    emptied.sort_unstable();
+    let (mut losses, mut uncertain) = (Vec::new(), Vec::new());
+    for fault in &scene.faults {
+        let (from, until) = (
+            (fault.at * MS).saturating_sub(PATIENCE),
+            fault.end() * MS + RECOVERED,
+        );
+        let has_begun = |at: &u64| (from..until).contains(at);
+        if loses_answers(fault) || (may_lose_state(scene, fault) && epochs.iter().any(has_begun)) {
+            losses.push(Loss {
+                at: until,
+                is_whole: true,
+            });
+        } else {
+            uncertain.push((from, fault.end() * MS));
+        }
+    }
+    let crashes = scene.changes.iter();
+    let crashes = crashes.filter(|(_, change)| matches!(change, Change::Crash(_)));
+    losses.extend(crashes.map(|(at, _)| Loss {
+        at: at * MS,
+        is_whole: false,
+    }));
+    losses.sort_unstable_by_key(|it| it.at);
 
     let dearest = entries.iter().map(|it| it.cost).max()?;
     let fastest = key.plans.iter().map(Plan::rate).fold(0.0, f64::max);
     let grain = f64::from(dearest) + 1.0 + fastest * (scene.round_trip * MS) as f64;
+    let gather = GATHER + scene.round_trip * MS;
     let mut bucket = Bucket {
         pieces: &pieces,
         piece: 0,
+        heard: 0,
         at: 0,
         missing: 0.0,
         beyond: 0.0,
         refilled: f64::INFINITY,
+        is_low: false,
+        instant: None,
     };
     let mut next = 0;
-    let mut empties = emptied.iter().copied().peekable();
+    let mut next_losses = losses.iter().copied().peekable();
     let mut start = 0;
     while start + WINDOW <= scene.length * MS {
         // What was really admitted until then.
         while next < entries.len() && entries[next].asked < start {
             let it = entries[next];
-            while let Some(at) = empties.next_if(|at| *at <= it.asked) {
-                bucket.advance(at);
-                bucket.empty();
+            while let Some(loss) = next_losses.next_if(|loss| loss.at <= it.asked) {
+                bucket.lose(loss);
             }
             bucket.advance(it.asked);
-            if it.answer == Answer::Admitted {
+            bucket.ask(it.answer, held(entries, next, bucket.now()), gather);
+            // A replica that crashed may have taken tokens for requests that it never answered.
+            if uncertain
+                .iter()
+                .any(|(from, until)| (*from..*until).contains(&it.asked))
+            {
+                // Whatever its answer, it may have been granted, and as much again for later.
+                bucket.take(2.0 * f64::from(it.cost));
+            } else if matches!(it.answer, Answer::Admitted | Answer::None) {
                 bucket.take(f64::from(it.cost));
             }
             next += 1;
         }
-        while let Some(at) = empties.next_if(|at| *at <= start) {
-            bucket.advance(at);
-            bucket.empty();
+        while let Some(loss) = next_losses.next_if(|loss| loss.at <= start) {
+            bucket.lose(loss);
         }
         let end = start + WINDOW;
         if !faults
@@ -532,39 +700,26 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
             .any(|(from, until)| *from < end && start < *until)
         {
             let (mut exact, mut due, mut served) = (bucket.clone(), 0.0, 0.0);
-            // It had run dry just before.
-            let gather = GATHER + scene.round_trip * MS;
-            let mut dry = entries[..next]
-                .iter()
-                .rev()
-                .take_while(|it| it.asked + gather >= start)
-                .any(|it| it.answer == Answer::Denied);
-            let mut empties = empties.clone();
+            let mut next_losses = next_losses.clone();
             for (place, it) in entries.iter().enumerate().skip(next) {
                 if it.asked >= end {
                     break;
                 }
-                while let Some(at) = empties.next_if(|at| *at <= it.asked) {
-                    exact.advance(at);
-                    exact.empty();
+                while let Some(loss) = next_losses.next_if(|loss| loss.at <= it.asked) {
+                    exact.lose(loss);
                 }
                 exact.advance(it.asked);
+                let there = exact.ask(it.answer, held(entries, place, exact.now()), gather);
                 let cost = f64::from(it.cost);
-                match it.answer {
-                    Answer::None => continue,
-                    Answer::Admitted => served += cost,
-                    Answer::Denied | Answer::Unavailable => {}
+                if it.answer == Answer::Admitted {
+                    served += cost;
                 }
-                let least = exact.now();
-                let mut level = exact.level() - held(entries, place, least);
-                if dry && least.leased {
-                    level -= (least.rate * gather as f64).min(least.burst / 10.0);
-                }
-                if cost > level {
-                    dry |= cost <= least.burst;
-                } else {
+                if cost <= there {
                     exact.take(cost);
-                    due += cost;
+                    // A replica that crashed took its tokens with it.
+                    if it.answer != Answer::None {
+                        due += cost;
+                    }
                 }
             }
             if served + grain < 0.99 * due {
@@ -580,17 +735,98 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     None
 }
 
-/// A denial by the rate, although all that Redis ever granted leaves enough in the bucket.
+/// A denial by the rate, although all that Redis ever granted leaves enough in the bucket of every plan that may be in
+/// force.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
-    let least = key.plans.iter().map(|plan| u64::from(plan.burst)).min()?;
-    let lie = entries.iter().find(|it| {
+    let plans = in_force(key);
+    entries.iter().find_map(|it| {
+        let in_force = plans
+            .iter()
+            .filter(|plan| plan.from <= it.answered && it.asked <= plan.until);
+        let least = in_force.map(|it| u64::from(it.plan.burst)).min()?;
         let enough = it
             .granted
             .is_some_and(|granted| granted + u64::from(it.cost) <= least);
-        it.answer == Answer::Denied && !it.degraded && enough
-    })?;
-    Some(format!(
-        "denied with at most {:?} of {least} tokens gone: {lie:?}",
-        lie.granted
-    ))
+        (it.answer == Answer::Denied && !it.degraded && enough).then(|| {
+            format!(
+                "denied with at most {:?} of {least} tokens gone: {it:?}",
+                it.granted
+            )
+        })
+    })
+}
+
+/// Whether anything but requests changes what the key gets in this time.
+fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
+    let overlaps = |begins: u64, ends: u64| begins < until && from < ends;
+    scene.faults.iter().any(|fault| {
+        overlaps(
+            (fault.at * MS).saturating_sub(PATIENCE),
+            fault.end() * MS + RECOVERED,
+        )
+    }) || key
+        .plans
+        .iter()
+        .skip(1)
+        .any(|plan| overlaps(plan.from * MS, plan.from * MS + KNOWN))
+        || scene
+            .changes
+            .iter()
+            .any(|(at, _)| overlaps(at * MS, at * MS + HELD))
+}
+
+/// A denial that names a time at which the same request is denied although nobody took anything meanwhile, or a time
+/// later than an empty bucket needs, or none although the bucket can hold as much.
+fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+    let plans = in_force(key);
+    for (place, it) in entries.iter().enumerate() {
+        if it.answer != Answer::Denied || it.degraded {
+            continue;
+        }
+        let in_force = || {
+            plans
+                .iter()
+                .filter(|plan| plan.from <= it.answered && it.asked <= plan.until)
+                .map(|it| it.plan)
+        };
+        let Some(wait) = it.retry_after else {
+            if in_force().all(|plan| it.cost <= plan.burst) {
+                return Some(format!("it can be admitted, but not ever: {it:?}"));
+            }
+            continue;
+        };
+        let slowest = in_force().map(|it| it.rate()).fold(f64::MAX, f64::min);
+        let longest = f64::from(it.cost) / slowest + 2.0 * TTL.as_nanos() as f64;
+        if wait as f64 > longest + MS as f64 {
+            return Some(format!("{} ms to wait: {it:?}", wait / MS));
+        }
+        // A header says whole seconds.
+        let mut due = it.answered + wait.div_ceil(SECOND).max(1) * SECOND;
+        if in_force().any(|plan| !plan.strict) {
+            due += GATHER + scene.round_trip * MS;
+        }
+        let retry = entries[place..]
+            .iter()
+            .find(|retry| retry.asked >= due && retry.cost <= it.cost);
+        let Some(retry) = retry.filter(|retry| retry.answer == Answer::Denied) else {
+            continue;
+        };
+        // A replica may repeat a denial for as long as it lasts, without what others took meanwhile, and it may hold
+        // tokens that others cannot have.
+        let from = it.asked.saturating_sub(longest as u64 + HELD);
+        let is_taken = |other: &Entry| {
+            let known_since = match (other.replica == it.replica, retry.replica == it.replica) {
+                (true, true) => it.asked,
+                (true, false) => it.asked.saturating_sub(HELD),
+                (false, _) => from,
+            };
+            other.answer != Answer::Denied
+                && known_since <= other.answered
+                && other.asked <= retry.answered
+        };
+        if !entries.iter().any(is_taken) && !is_eventful(scene, key, from, retry.answered) {
+            return Some(format!("denied again when it was due: {it:?}, {retry:?}"));
+        }
+    }
+    None
 }

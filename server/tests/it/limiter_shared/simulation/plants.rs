@@ -11,7 +11,10 @@ use std::{
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use quota_common::id::{ApiKeyId, TenantId};
+use quota_common::{
+    id::{ApiKeyId, TenantId},
+    plan::OnRedisFailure,
+};
 use quota_server::limiter::{
     BucketName, Decision, DistributedStore, Drained, KeyHandle, LimitStore, LimiterError, Outcome,
     Policies, Policy, PolicySet, TakeCall,
@@ -50,6 +53,14 @@ pub(super) enum Plant {
     PromiseNeverExpires,
     /// An edit fills the share that a replica sells without Redis.
     FreshShareAfterEdit,
+    /// `open` admits everything without Redis.
+    OpenWithoutLimit,
+    /// Redis loses its state when it was slow for a moment.
+    LosesStateWhenSlow,
+    /// A denial always says that the next moment will do.
+    ForgetsWaits,
+    /// A denial says ten times as much, and a second.
+    ProlongsWaits,
 }
 
 impl Plant {
@@ -68,6 +79,10 @@ impl Plant {
         (Self::FullAfterLoss, Promise::Upper, 400),
         (Self::PromiseNeverExpires, Promise::Upper, 400),
         (Self::FreshShareAfterEdit, Promise::Upper, 400),
+        (Self::OpenWithoutLimit, Promise::Upper, 400),
+        (Self::LosesStateWhenSlow, Promise::Lower, 400),
+        (Self::ForgetsWaits, Promise::Wait, 400),
+        (Self::ProlongsWaits, Promise::Wait, 20),
     ];
 
     /// What Redis gets to see.
@@ -96,6 +111,9 @@ impl Plant {
             | Self::RefusesCrowds
             | Self::RemembersDenials(_)
             | Self::SpendsTwice
+            | Self::OpenWithoutLimit
+            | Self::ForgetsWaits
+            | Self::ProlongsWaits
             | Self::FreshShareAfterEdit => Arc::new(Planted {
                 plant: self,
                 store,
@@ -142,6 +160,29 @@ impl Planted {
         takes
     }
 
+    fn with_other_wait(&self, decision: Decision) -> Decision {
+        let Outcome::Denied {
+            violated,
+            retry_after: Some(wait),
+        } = decision.outcome
+        else {
+            return decision;
+        };
+        let wait = match self.plant {
+            Plant::ForgetsWaits => 1,
+            Plant::ProlongsWaits => wait.get() * 10 + 1_000_000_000,
+            _ => wait.get(),
+        };
+        let outcome = Outcome::Denied {
+            violated,
+            retry_after: NonZeroU64::new(wait),
+        };
+        Decision {
+            outcome,
+            ..decision
+        }
+    }
+
     fn denied(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         Decision {
             outcome: Outcome::Denied {
@@ -182,7 +223,8 @@ impl LimitStore for Planted {
             }
             _ => {}
         }
-        self.store.try_take(handle, policies, cost)
+        let decision = self.store.try_take(handle, policies, cost);
+        decision.map(|it| self.with_other_wait(it))
     }
 
     async fn take(
@@ -196,12 +238,23 @@ impl LimitStore for Planted {
         }
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let decision = self.store.take(handle, policies, cost).await;
+        let decision = decision.map(|it| self.with_other_wait(it));
         self.waiting.fetch_sub(1, Ordering::Relaxed);
         if self.plant == Plant::FreshShareAfterEdit
             && let Ok(denied) = &decision
             && denied.degraded
             && !denied.is_allowed()
             && self.takes_fresh(handle, policies)
+        {
+            return Ok(Decision {
+                outcome: Outcome::Allowed,
+                ..*denied
+            });
+        }
+        if self.plant == Plant::OpenWithoutLimit
+            && policies.on_failure() == Some(OnRedisFailure::Open)
+            && let Ok(denied) = &decision
+            && denied.degraded
         {
             return Ok(Decision {
                 outcome: Outcome::Allowed,

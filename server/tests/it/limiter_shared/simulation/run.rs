@@ -18,7 +18,7 @@ use quota_common::{
 use quota_server::{
     clock::Clock,
     limiter::{
-        COUNTED_EVERY, DistributedSettings, DistributedStore, FORGOTTEN, KeyHandle,
+        COUNTED_EVERY, Decision, DistributedSettings, DistributedStore, FORGOTTEN, KeyHandle,
         KeyTableSettings, Limiter, LimiterError, LocalStore, Membership, Policies, RatePolicy,
         ReplicaSlot, SharedCounters, Zone,
     },
@@ -63,6 +63,8 @@ pub(super) struct Entry {
     pub(super) asked: u64,
     pub(super) answered: u64,
     pub(super) answer: Answer,
+    /// For how long a denial is to last, in nanoseconds.
+    pub(super) retry_after: Option<u64>,
     /// Decided without Redis.
     pub(super) degraded: bool,
     /// Tokens of the key that Redis had granted so far when the answer came; `None` once Redis had lost its state.
@@ -72,6 +74,8 @@ pub(super) struct Entry {
 #[derive(Debug)]
 pub(super) struct Log {
     pub(super) entries: Vec<Entry>,
+    /// When Redis said that a new epoch begins, nanoseconds since the load began.
+    pub(super) epochs: Vec<u64>,
     /// What Redis granted and what was returned, by key.
     pub(super) granted: Vec<(u64, u64)>,
     /// What the replicas that are left in the end say: tokens taken; spent; returned or lost.
@@ -246,6 +250,7 @@ impl Stage {
         let cost = NonZeroU32::new(cost).unwrap();
         let decision = limiter.admit(&replica.keys[key], policies, cost).await;
         let initialized_again = self.world.initialized_again.load(Ordering::Relaxed);
+        let retry_after = decision.as_ref().ok().and_then(Decision::retry_after);
         let (answer, degraded) = match decision {
             _ if replica.crashed.load(Ordering::Relaxed) => (Answer::None, false),
             Ok(decision) if decision.is_allowed() => (Answer::Admitted, decision.degraded),
@@ -261,6 +266,7 @@ impl Stage {
             asked,
             answered: now(),
             answer,
+            retry_after,
             degraded,
             granted: (!initialized_again).then(|| self.world.granted(key_id(key)).0),
         });
@@ -378,6 +384,14 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
     entries.sort_by_key(|entry| entry.asked);
     Log {
         entries,
+        epochs: {
+            let begin = stage.begin.duration_since(stage.world.zero);
+            let begin = u64::try_from(begin.as_nanos()).unwrap();
+            let told = std::mem::take(&mut *stage.world.epochs.lock());
+            told.into_iter()
+                .map(|at| at.saturating_sub(begin))
+                .collect()
+        },
         granted: (0..scene.keys.len())
             .map(|key| stage.world.granted(key_id(key)))
             .collect(),
@@ -425,6 +439,9 @@ async fn misbehave(stage: Arc<Stage>, fault: Fault, mut rng: Rng) {
             world.slow.store(up_to, Ordering::Relaxed);
             over().await;
             world.slow.store(0, Ordering::Relaxed);
+            if stage.plant == Plant::LosesStateWhenSlow {
+                world.process.lock().run += 1;
+            }
         }
         FaultKind::Restart | FaultKind::FailOver => {
             world.process.lock().up = false;

@@ -146,8 +146,9 @@ impl Scene {
         let special = rng.u8(..28);
         if special == 0 {
             scene.miscounted_outage(&mut rng);
-        } else if special < 7 {
+        } else if special < 7 || special == 27 {
             match special {
+                27 => scene.unseen_edit(&mut rng),
                 1 | 2 => scene.late_returns(&mut rng),
                 3 | 4 => scene.slow_for_all(&mut rng),
                 _ => scene.edited_outage(&mut rng),
@@ -363,6 +364,44 @@ impl Scene {
         self.length = edit + 1000;
     }
 
+    /// A key that one replica has served and drained, and whose rate is raised while Redis is away. Then all serve it.
+    fn unseen_edit(&mut self, rng: &mut Rng) {
+        self.replicas = rng.usize(2..=3);
+        let burst = rng.u32(60..=300);
+        let strict = rng.bool();
+        let at = rng.u64(300..600);
+        let edit = at + rng.u64(2500..6000);
+        let plan = |from, rpm| Plan {
+            from,
+            rpm,
+            burst,
+            strict,
+        };
+        self.keys.push(Key {
+            on_failure: OnRedisFailure::Share,
+            plans: vec![plan(0, 60), plan(edit, 6000)],
+            load: "unseen edit",
+        });
+        for _ in 0..burst {
+            self.load.0.push(Request {
+                at: at - 200,
+                key: 0,
+                cost: 1,
+                pick: 0,
+            });
+        }
+        for _ in 0..6 {
+            let later = edit + rng.u64(..2500);
+            self.crowd(rng, later, burst / 2);
+        }
+        self.faults.push(Fault {
+            at,
+            lasts: edit + 3000 - at,
+            kind: FaultKind::Cut,
+        });
+        self.length = edit + 3500;
+    }
+
     /// So many requests at once, at any replicas.
     fn crowd(&mut self, rng: &mut Rng, at: u64, count: u32) {
         for _ in 0..count {
@@ -373,6 +412,20 @@ impl Scene {
                 pick: rng.usize(..1000),
             });
         }
+    }
+
+    /// The replicas that take part from a second before this fault until two seconds after it.
+    pub(super) fn present(&self, fault: &Fault) -> impl Iterator<Item = usize> {
+        let (from, until) = (fault.at, fault.end() + 2000);
+        let joins = self.changes.iter().filter(|(_, it)| *it == Change::Join);
+        let joined = joins.filter(|(at, _)| at + 1000 <= from).count();
+        let is_gone = move |replica: usize| {
+            self.changes.iter().any(|(at, it)| {
+                let is_it = [Change::Leave(replica), Change::Crash(replica)].contains(it);
+                is_it && *at <= until
+            })
+        };
+        (0..self.replicas + joined).filter(move |replica| !is_gone(*replica))
     }
 
     /// How many replicas there are at least at any time, and how many in all.

@@ -204,6 +204,112 @@ fn returns_after_late_answers_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
+/// Counts replicas for these memberships once a second, as a job does.
+fn count(world: &World, memberships: Vec<Arc<Membership>>) {
+    let of = NonZeroU64::new(memberships.len() as u64).unwrap();
+    let zero = world.zero;
+    tokio::spawn(async move {
+        loop {
+            for (rank, membership) in (0..).zip(&memberships) {
+                let now = u64::try_from(zero.elapsed().as_nanos()).unwrap();
+                membership.confirm(ReplicaSlot { rank, of }, now);
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
+    });
+}
+
+/// Policies of this rate and burst, in this version of a plan.
+fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
+    let rate = RatePolicy {
+        rpm: NonZeroU32::new(rpm).unwrap(),
+        burst: NonZeroU32::new(burst).unwrap(),
+    };
+    Policies::new(rate, None, None, Zone::utc(), strict).with_version(number)
+}
+
+/// A replica remembers what it used under the plan before an edit. Redis may know of the edit for longer, and has
+/// refilled the bucket at the new rate since.
+#[test]
+fn an_edit_denies_nothing_that_the_counters_would_grant() {
+    paused(async {
+        let before = version(1, (12, 100), true);
+        let after = version(2, (2000, 100), true);
+        let (_, limiters, _) = several(2, 2, (12, 100), true);
+        assert_eq!(crowd(&limiters[0], &before, 110).await, 100);
+        assert_eq!(crowd(&limiters[1], &after, 1).await, 0);
+        sleep(Duration::from_millis(3100)).await;
+        let mut admitted = 0;
+        for _ in 0..105 {
+            admitted += crowd(&limiters[0], &after, 1).await;
+        }
+        // 33 a second refill during the round trips.
+        assert!((100..=113).contains(&admitted), "{admitted} admitted");
+    });
+}
+
+/// A share of a key that this replica has not seen under the plan before an edit starts with the edit, not with the
+/// outage.
+#[test]
+fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
+    for strict in [true, false] {
+        paused(async {
+            let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
+            let slow = (60, 600);
+            let (world, limiters, _) =
+                without_redis(OnRedisFailure::Share, &memberships, 2, slow, strict);
+            count(&world, memberships);
+            sleep(Duration::from_secs(12)).await;
+            let (before, after) = (version(1, slow, strict), version(2, (6000, 600), strict));
+            assert_eq!(crowd(&limiters[0], &before, 600).await, 600);
+            world.stalled.send_replace(true);
+            sleep(Duration::from_secs(6)).await;
+            // 6 s at one a second are over.
+            let first = crowd(&limiters[1], &after, 600).await;
+            assert!(first <= 7, "{first} admitted");
+            sleep(Duration::from_secs(1)).await;
+            let second = crowd(&limiters[1], &after, 600).await;
+            assert!((40..=51).contains(&second), "{second} admitted");
+        });
+    }
+}
+
+/// Without Redis, `open` sells the whole limit on each replica, however many requests waited for the call that failed,
+/// and nothing is denied on account of them when Redis is back.
+#[test]
+fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
+    let mut wrong = String::new();
+    for strict in [true, false] {
+        for is_noticed in [false, true] {
+            paused(async {
+                let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
+                let (world, limiters, policies) =
+                    without_redis(OnRedisFailure::Open, &memberships, 2, (60, 10), strict);
+                let policies = policies.on_redis_failure(Some(OnRedisFailure::Open));
+                sleep(Duration::from_secs(1)).await;
+                world.stalled.send_replace(true);
+                if is_noticed {
+                    sleep(Duration::from_secs(2)).await;
+                }
+                for limiter in &limiters {
+                    let admitted = crowd(limiter, &policies, 200).await;
+                    if admitted != 10 {
+                        let _ = writeln!(wrong, "{admitted} of 10, an outage: {is_noticed}");
+                    }
+                }
+                world.stalled.send_replace(false);
+                // A new epoch may begin, and then every bucket is empty.
+                sleep(Duration::from_secs(15)).await;
+                let admitted = crowd(&limiters[0], &policies, 20).await;
+                if admitted != 10 {
+                    let _ = writeln!(wrong, "{admitted} of 10 afterwards: {is_noticed}");
+                }
+            });
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
 /// A stall that ends before the replica that was asked for nothing has noticed it. The other one has, and returns by
 /// itself: what it sold without Redis, Redis would not know of.
 #[test]
@@ -216,19 +322,7 @@ fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
                 let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
                 let (world, limiters, policies) =
                     without_redis(OnRedisFailure::Share, &memberships, 2, (rpm, burst), strict);
-                let of = NonZeroU64::new(2).unwrap();
-                let zero = world.zero;
-                tokio::spawn(async move {
-                    loop {
-                        for (rank, membership) in (0..).zip(&memberships) {
-                            membership.confirm(
-                                ReplicaSlot { rank, of },
-                                u64::try_from(zero.elapsed().as_nanos()).unwrap(),
-                            );
-                        }
-                        sleep(Duration::from_secs(1)).await;
-                    }
-                });
+                count(&world, memberships);
                 sleep(Duration::from_secs(12)).await;
                 let begin = Instant::now();
                 let first = crowd(&limiters[0], &policies, burst).await;

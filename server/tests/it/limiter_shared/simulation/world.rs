@@ -96,6 +96,8 @@ pub(super) struct World {
     pub(super) slow: AtomicU64,
     /// Whether an answer said that the state was lost.
     pub(super) initialized_again: AtomicBool,
+    /// When such an answer was given.
+    pub(super) epochs: Mutex<Vec<u64>>,
     round_trip: u64,
     seed: u64,
     plant: Plant,
@@ -133,6 +135,7 @@ impl World {
             stalled: watch::Sender::new(false),
             slow: AtomicU64::new(0),
             initialized_again: AtomicBool::new(false),
+            epochs: Mutex::default(),
             round_trip,
             seed,
             plant,
@@ -227,6 +230,7 @@ impl World {
             (BucketState::Active { .. }, BucketName::Heartbeat) => {}
             (BucketState::Initializing { .. }, _) => {
                 self.initialized_again.store(true, Ordering::Relaxed);
+                self.epochs.lock().push(self.now());
                 self.told.lock().insert(replica);
             }
         }
