@@ -1,11 +1,11 @@
-//! Limits how many of something each tenant may have open at a time, and all tenants together. Does not wait.
+//! Limits how many of something may be open at a time, for each tenant and in total. Does not wait.
 
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
 use quota_common::TenantId;
 
-/// The places of one kind. Cheap to clone.
+/// Places of one kind. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct TenantPlaces {
     of_tenant: usize,
@@ -13,14 +13,14 @@ pub struct TenantPlaces {
     taken: Arc<Mutex<HashMap<TenantId, usize>>>,
 }
 
-/// A place, until it is dropped.
+/// A place, which is free again when this is dropped.
 #[derive(Debug)]
 pub struct Place {
     places: TenantPlaces,
     tenant: TenantId,
 }
 
-/// A place that a response holds until its body was passed on completely or abandoned. The listener takes it from the
+/// A place that a response holds until its body has been sent completely or abandoned. The listener takes it from the
 /// response's extensions.
 #[derive(Debug, Clone)]
 pub struct HeldUntilSent(#[expect(dead_code, reason = "held only to be dropped")] Arc<Place>);
@@ -40,7 +40,7 @@ impl TenantPlaces {
         }
     }
 
-    /// Takes a place. `None`: the tenant, or all together, have as many as they may.
+    /// Takes a place. `None`: the tenant, or all tenants together, already have the maximum.
     pub fn take(&self, tenant: TenantId) -> Option<Place> {
         let mut taken = self.taken.lock();
         let own = taken.get(&tenant).copied().unwrap_or(0);

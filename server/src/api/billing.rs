@@ -28,7 +28,8 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// Maximum size of a webhook: half of what a connection without a valid credential may hold. Stripe's are far smaller.
+/// Maximum size of a webhook: half of the data that a connection without a valid credential may have in memory.
+/// Stripe's are far smaller.
 const WEBHOOK_MAX: usize = 128 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 

@@ -155,7 +155,7 @@ impl KeyLimitsApi {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;
         tx.commit().await?;
-        // Waits for the shared counters, so it holds no connection to PostgreSQL.
+        // Waits for the shared counters, so it must not hold a connection to PostgreSQL.
         let limiter = &self.state.limiter;
         let decision = limiter.inspect(&record.handle, &record.policies).await;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;

@@ -1,14 +1,15 @@
 //! Large responses, which occupy memory until their client has read them.
 //!
-//! A client may take as long as it makes some progress. So each tenant, and all together, have only a few of them at a
-//! time. Responses of static files occupy nothing and are not counted.
+//! A client can take as long as it likes, if it makes some progress. So the number of unread large responses is
+//! limited, for each tenant and in total. Responses of static files are not counted, because they use no memory of
+//! their own.
 
 use poem::Response;
 
 use super::{problem::ApiError, request_context::RequestContext};
 use crate::tenant_places::{HeldUntilSent, TenantPlaces};
 
-/// Bytes. Smaller ones are in the socket's buffer at once, or limited by the rate of requests.
+/// Bytes. Smaller responses fit in the socket's buffer, or are limited by the request rate.
 const LARGE: usize = 64 * 1024;
 const OF_TENANT: usize = 8;
 const TOTAL: usize = 64;
@@ -17,19 +18,19 @@ const TOTAL: usize = 64;
 #[derive(Debug, Clone, Copy)]
 struct IsLarge;
 
-/// The places for large responses of one server.
+/// The places for large responses on one server.
 pub fn places() -> TenantPlaces {
     TenantPlaces::new(OF_TENANT, TOTAL)
 }
 
-/// Marks a response with a body of this length if that is large.
+/// Marks a response whose body has this length, if that is large.
 pub fn mark(response: &mut Response, length: usize) {
     if length > LARGE {
         response.extensions_mut().insert(IsLarge);
     }
 }
 
-/// Makes a large response to a tenant hold a place until it was sent. Fails if there is none.
+/// Makes a large response to a tenant hold a place until it has been sent. Fails if there is none.
 pub fn hold(
     places: &TenantPlaces,
     context: &RequestContext,

@@ -72,7 +72,7 @@ impl RequestContext {
         *self.caller.lock() = Some(Identity::Tenant(tenant));
     }
 
-    /// Returns the tenant whose user is the caller.
+    /// Returns the tenant of the user who makes the request.
     pub fn tenant(&self) -> Option<TenantId> {
         match &*self.caller.lock() {
             Some(Identity::Tenant(tenant)) => Some(*tenant),

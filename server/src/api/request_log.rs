@@ -69,7 +69,7 @@ pub struct RequestLogEndpoint<E> {
     state: AppState,
     ids: RequestIds,
     methods: Arc<Methods>,
-    /// For large responses.
+    /// For responses that are large.
     large: TenantPlaces,
 }
 

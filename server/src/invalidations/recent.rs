@@ -38,7 +38,7 @@ pub struct Recent(Mutex<State>);
 struct State {
     /// `None` until the first poll. Until then nothing can be confirmed.
     range: Option<PolledRange>,
-    /// Which history of the database the numbers belong to.
+    /// The history of the database that the numbers belong to.
     history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
     /// Those with numbers above `range.up_to`.
@@ -81,8 +81,8 @@ impl Recent {
         }
     }
 
-    /// Starts over after PostgreSQL was restored or has failed over to a state whose newest changes are these, in order. It
-    /// may assign numbers again, so nothing is confirmed until it has passed the highest known number.
+    /// Starts over after PostgreSQL was restored, or failed over, to a state whose newest changes are these, in order.
+    /// Numbers may be assigned again, so nothing is confirmed until the database has passed the highest known number.
     pub fn restart(&self, newest: &[Invalidation], history: &str) {
         let mut state = self.0.lock();
         let announced = state.announced.last_key_value().map(|(seq, _)| *seq);

@@ -69,7 +69,7 @@ fn suspect(state: &AppState) {
 
 async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Result<(), DbError> {
     let mut tx = db.system().await?;
-    // Before the rows, so that a restore in between is noticed by the next poll.
+    // Read before the rows, so that the next poll notices a restore that happens in between.
     let position = invalidation::position(&mut tx).await?;
     let Some(polled) = last else {
         // If earlier polls failed, cached entries may be older than the changes read by this one. Records cached by

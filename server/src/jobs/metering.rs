@@ -1,4 +1,4 @@
-//! Ships usage, creates segments ahead of need, and follows PostgreSQL's clock.
+//! Ships usage, creates segments in advance, and follows PostgreSQL's clock.
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
-//! Maintains the usage tables: creates partitions ahead of need, deletes old ones, and regularly compares everything
-//! that counts the same requests.
+//! Maintains the usage tables: creates partitions in advance, drops old ones, and regularly compares all tables that
+//! count the same requests.
 //!
-//! Without its partition, a row goes to the default partition. So a failure here is a warning and is retried.
+//! Without its partition, a row is stored in the default partition. So a failure here is only a warning and is retried.
 
 use std::time::Duration;
 

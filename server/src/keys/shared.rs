@@ -20,8 +20,8 @@
 //! sealed for that hash with a key of this installation ([`Seal`]): writing to Redis can make an entry unreadable, but
 //! cannot grant a key more access. An entry also contains the time at which it was written and is rejected after its
 //! lifetime in Redis, so that a saved entry cannot be restored later. Unreadable entries, and those that are too old or
-//! from the future, count as misses. So do entries from another history of the database: numbers are assigned again
-//! after PostgreSQL was restored from a backup.
+//! from the future, count as misses. Entries from another history of the database are ignored too: after PostgreSQL was
+//! restored from a backup, it assigns the same numbers again.
 //!
 //! While Redis is unreachable, every lookup is a miss, immediately. While it is slow, one lookup waits for
 //! QUOTA_REDIS_TIMEOUT, and lookups in the next second skip Redis.

@@ -1,15 +1,16 @@
-//! Denials that a replica remembers, in front of a remote store, so that repeating them costs no round trip.
+//! Denials that a replica remembers, in front of a remote store, so that repeated denials need no round trip.
 //!
-//! Two things deny here: a `governor` limiter with the plan's whole rate, and the store's last denial, until one of its
-//! facts or the plan changes. Both only repeat what the store would say. A denial here consumes nothing anywhere, and a
-//! denial by the store must consume nothing here. So `governor` gets a state store that reports what would happen
-//! without changing anything, and only what the store allowed is charged to it. (Charging first and refunding later is
-//! not equivalent: the bucket may have been full in between, and a refund would then credit tokens that nobody took.)
+//! Two things deny requests here: a `governor` limiter with the plan's full rate, and the store's last denial, until
+//! the state it was based on or the plan changes. Both only repeat what the store would decide. A denial here consumes
+//! nothing anywhere, and a denial by the store must consume nothing here. So `governor` gets a state store that reports
+//! what would happen without changing anything, and only what the store allowed is charged to it. (Charging first and
+//! refunding later is not equivalent: the bucket may have been full in between, and a refund would then credit tokens
+//! that nobody took.)
 //!
-//! In front of the local store this would only add cost: its numbers are in the same handle. So the limiter skips it if
-//! [`LimitStore::is_local`].
+//! In front of the local store, this would only add cost, because its state is in the same handle. So the limiter skips
+//! it if [`LimitStore::is_local`].
 //!
-//! Uses monotonic time: setting the calendar back must not lock anyone out.
+//! Uses monotonic time: setting the clock back must not lock anyone out.
 //!
 //! [`LimitStore::is_local`]: super::store::LimitStore::is_local
 
@@ -87,16 +88,16 @@ struct LocalBucket {
     denied: Option<Denied>,
 }
 
-/// For how many nanoseconds a denial by a quota is trusted. Other replicas may return tokens.
+/// How long a denial by a quota is trusted, in nanoseconds. Other replicas may return tokens.
 const QUOTA_DENIAL: u64 = 1_000_000_000;
 
 /// A denial of a cost, with monotonic times since the limiter's zero.
 #[derive(Debug, Clone, Copy)]
 struct Denied {
     cost: NonZeroU32,
-    /// Until then the same request is denied.
+    /// Until then, the same request is denied.
     believed_until: u64,
-    /// From then on it is allowed.
+    /// After that, it is allowed.
     retry_at: u64,
     decision: Decision,
 }
@@ -110,7 +111,7 @@ impl Denied {
         rate_memory: Option<u64>,
     ) -> Option<Self> {
         let retry_after = decision.retry_after()?;
-        // Until the first of its facts changes.
+        // The time at which its reason may change.
         let mut believed = retry_after;
         if decision.violated().contains(Policy::Rpm) {
             // Another replica may return tokens.
@@ -155,9 +156,9 @@ impl LocalBucket {
         }
     }
 
-    /// Updates the state to edited policies: cached decisions are dropped. If the rate was edited, the local bucket
-    /// starts full again. When the store heard of the edit is unknown, so it may have refilled by any amount since, and
-    /// what it would grant must not be denied here.
+    /// Updates the state to edited policies, and discards cached decisions. If the rate was edited, the local bucket
+    /// starts full again. It is unknown when the store learned of the edit, so it may have refilled by any amount
+    /// since, and a request that the store would grant must not be denied here.
     fn follow(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();
@@ -171,8 +172,8 @@ impl LocalBucket {
         UnixNanos(clock.monotonic().saturating_sub(self.start))
     }
 
-    /// Returns nanoseconds until the bucket is full at `now`: as seen here or, if that is longer, as the store last
-    /// reported, since other replicas use it too.
+    /// Returns the number of nanoseconds until the bucket is full at `now`: as computed here or, if that is longer, as
+    /// last reported by the store, since other replicas use the bucket too.
     fn debt(&self, last: &Decision, elapsed: UnixNanos, now: UnixNanos) -> u64 {
         let here = self.tat.0.load(Ordering::Acquire).saturating_sub(elapsed.0);
         here.max(last.rate.reset_at.saturating_since(now))
@@ -206,7 +207,7 @@ impl LocalBucket {
         elapsed: UnixNanos,
         now: UnixNanos,
     ) -> Option<Decision> {
-        // After an edit the store decides first. It also reports costs above the burst.
+        // After an edit, the store decides first. It also reports costs above the burst.
         let last = self.last?;
         self.limiter.check_n(cost).ok()?.err()?;
         let debt = self.debt(&last, elapsed, now);
@@ -258,7 +259,7 @@ impl LocalBucket {
 }
 
 impl DenialCache {
-    /// Returns a denial if one is known without the store.
+    /// Returns a denial if one is known without calling the store.
     pub(super) fn find(
         &self,
         policies: &Policies,
@@ -275,8 +276,8 @@ impl DenialCache {
     }
 
     /// Records a decision of the store. A denial by the rate is cached for `rate_memory` nanoseconds at most. The store
-    /// decided after it was called, so usage has been refilling since the call at most. Nothing may be denied here that
-    /// the store would allow.
+    /// decided after it was called, so usage has refilled at most since the call. Nothing that the store would allow
+    /// may be denied here.
     pub(super) fn record(
         &self,
         policies: &Policies,
@@ -297,8 +298,8 @@ impl DenialCache {
                 let asked = asked_at.saturating_sub(known.start);
                 known.degraded &= tat > asked;
                 known.degraded |= decision.degraded;
-                // Replicas that decide without the counters may together allow more than the bucket holds. No more than
-                // all of it can be missing.
+                // Replicas that decide without the counters may together allow more than the bucket contains. No more
+                // than the whole burst can be missing.
                 let charged = tat.max(asked).saturating_add(price);
                 let tat = known.gcra.settled(charged, elapsed);
                 known.tat.0.store(tat, Ordering::Release);

@@ -107,7 +107,7 @@ impl Policies {
         self.gcra
     }
 
-    /// What calls to the shared counters say about these limits, where a lease lasts `ttl` nanoseconds.
+    /// The terms of these limits for calls to the shared counters, if a lease lasts `ttl` nanoseconds.
     pub(super) fn terms(&self, ttl: u64) -> Terms {
         Terms {
             gcra: self.gcra,
@@ -116,7 +116,7 @@ impl Policies {
         }
     }
 
-    /// Equal for equal policies, and practically always different otherwise.
+    /// Equal for equal policies, and almost always different otherwise.
     pub(super) fn fingerprint(&self) -> u64 {
         self.fingerprint
     }

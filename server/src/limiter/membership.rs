@@ -3,8 +3,8 @@
 //! Owns the last count and decides how long to trust it. Does not count: a job does, in PostgreSQL, so that a count is
 //! available when the shared counters are not.
 //!
-//! **The shares of all replicas never exceed the whole**, although each replica uses its own count, which may be old. A
-//! replica acts only on a count that began within [`BELIEVED`], and only after it has been counted itself for
+//! **The shares of all replicas never exceed the full limit**, although each replica uses its own count, which may be
+//! old. A replica acts only on a count that began within [`BELIEVED`], and only after it has been counted itself for
 //! [`SETTLED`], which is longer. So every count that a replica acts on includes all replicas that act: its divisor is
 //! not smaller than their number, and its rank is not lower than its position among them. Others stop counting a
 //! replica only after [`FORGOTTEN`], long after it has stopped acting.
@@ -33,7 +33,7 @@ const _: () = assert!(
     "a replica that is not counted by all others must not take a share"
 );
 
-/// The maximum number of replicas that blocks are sized for.
+/// The maximum number of replicas for which blocks are sized.
 const REPLICAS_MAX: u64 = 1000;
 
 /// A replica's position among all replicas.
@@ -111,7 +111,7 @@ impl Membership {
         self.replica_count.load(Ordering::Relaxed)
     }
 
-    /// Returns this replica's slot and since when it has it. `None` while it must not act on a slot.
+    /// Returns this replica's slot, and since when it has had it. `None` while it must not act on a slot.
     pub(super) fn slot(&self, now: u64) -> Option<(ReplicaSlot, u64)> {
         let counted = (*self.counted.lock())?;
         let settled = now.saturating_sub(counted.joined) >= nanos(SETTLED);
@@ -151,7 +151,7 @@ mod tests {
         assert_eq!(membership.slot(9 * SECOND), Some((slot(1, 2), SECOND)));
         assert!(membership.slot(15 * SECOND).is_some());
         assert_eq!(membership.slot(16 * SECOND), None, "it is not confirmed");
-        // After such a gap it must settle again.
+        // After such a gap, it must settle again.
         for second in 17..25 {
             membership.confirm(slot(1, 2), second * SECOND);
             assert_eq!(membership.slot(second * SECOND), None);
@@ -180,7 +180,7 @@ mod tests {
     }
 
     /// Replicas start, stop, lose PostgreSQL and get slow responses. They count each other as in the database, and the
-    /// sum of their shares of a burst is checked all the time.
+    /// sum of their shares of a burst is checked continuously.
     #[test]
     fn shares_of_all_replicas_never_exceed_the_whole() {
         const TICK: u64 = SECOND / 10;

@@ -1,8 +1,8 @@
-//! The log line of a denial: which key, which plan, which endpoint, which policy. Also limits how many denials a tenant
+//! The log line of a denial: the key, the plan, the endpoint and the policy. Also limits how many denials a tenant
 //! may record while the backlog is long.
 //!
 //! A client that is denied a thousand times per second must not cause a thousand lines per second. So there are at most
-//! a few per second, and the next line says how many were left out.
+//! a few per second, and the next line contains the number of omitted lines.
 
 use std::{
     collections::HashMap,
@@ -54,7 +54,7 @@ impl DenialLog {
         );
     }
 
-    /// Returns whether a line may be written, and how many were left out since the last one.
+    /// Returns whether a line may be written, and the number of lines omitted since the last one.
     fn admit(&self, now: u64) -> Option<u64> {
         let began = self.began.load(Ordering::Relaxed);
         if now.saturating_sub(began) >= SECOND

@@ -1,6 +1,6 @@
 //! The directory of a replica's segments, and the lock that shows whether the replica is running.
 //!
-//! All of them are in `usage` below `QUOTA_DATA_DIR`, which replicas may share. A directory belongs to the process that
+//! All of them are in `usage` in `QUOTA_DATA_DIR`, which replicas may share. A directory belongs to the process that
 //! holds the lock on its lock file. The kernel releases the lock when the process ends for any reason.
 
 use std::{
@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::segment::{EXTENSION, UNFINISHED};
 
-/// The folder of all directories, below `QUOTA_DATA_DIR`.
+/// The folder of all directories, in `QUOTA_DATA_DIR`.
 pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
 /// The folder of files that are not shipped and kept for the operator, next to the directories.
@@ -30,7 +30,7 @@ pub(super) struct Directory {
 }
 
 impl Directory {
-    /// Creates a new directory below `root`.
+    /// Creates a new directory in `root`.
     pub fn create(root: &Path) -> io::Result<Self> {
         folder(root, true)?;
         let id = Uuid::now_v7();
@@ -42,7 +42,7 @@ impl Directory {
         let locked = (|| {
             let lock = open_lock(&unfinished)?;
             lock.try_lock()?;
-            // Other processes see it only from here on, when it is locked.
+            // Other processes can see it only from here on, when it is locked.
             fs::rename(&unfinished, &path)?;
             Ok(lock)
         })();
@@ -59,7 +59,7 @@ impl Directory {
         }
     }
 
-    /// Takes over an existing directory. Returns `None` if a running process holds it or it does not exist.
+    /// Takes over an existing directory. Returns `None` if a running process holds it or if it does not exist.
     pub fn adopt(path: &Path) -> io::Result<Option<Self>> {
         let Some(id) = id_of(path) else {
             return Ok(None);
@@ -123,12 +123,12 @@ fn open_lock(directory: &Path) -> io::Result<File> {
         .open(directory.join(LOCK))
 }
 
-/// Returns the ID of a replica's directory. `None`: it is not one.
+/// Returns the ID of a replica's directory. `None` if it is not one.
 pub(super) fn id_of(path: &Path) -> Option<Uuid> {
     Uuid::try_parse(path.file_name()?.to_str()?).ok()
 }
 
-/// Returns the directories below `root`, oldest first.
+/// Returns the directories in `root`, oldest first.
 pub(super) fn list(root: &Path) -> io::Result<Vec<PathBuf>> {
     paths(root, |path| id_of(path).is_some())
 }
@@ -187,7 +187,7 @@ fn paths(directory: &Path, is_wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<
             found.push(path);
         }
     }
-    // Named after UUIDv7.
+    // Its name is a UUIDv7.
     found.sort();
     Ok(found)
 }

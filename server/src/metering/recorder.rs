@@ -1,4 +1,4 @@
-//! The segments of this process: the one in use, the next one, and those that wait to be shipped.
+//! The segments of this process: the current one, the next one, and those waiting to be shipped.
 
 use std::{
     io,
@@ -65,7 +65,7 @@ pub(super) struct Recorder {
     clock: Arc<dyn Clock>,
     time: Arc<EventClock>,
     metrics: Arc<Metrics>,
-    /// The segment in use.
+    /// The current segment.
     current: ArcSwapOption<Segment>,
     files: Mutex<Files>,
     syncer: Option<Syncer>,
@@ -75,14 +75,14 @@ pub(super) struct Recorder {
 struct Files {
     directory: Option<Arc<Directory>>,
     spare: Option<Arc<Segment>>,
-    /// Full segments that are not shipped yet, oldest first.
+    /// Full segments that have not been shipped yet, oldest first.
     sealed: Vec<Arc<Segment>>,
     /// All segments that exist, and one more while the spare is being created.
     count: usize,
     /// The last attempt to create a segment, if it failed: why, and when the next one is allowed.
     failed: Option<(Unrecordable, u64)>,
     is_creating_spare: bool,
-    /// No more segments are created ahead of need.
+    /// No more segments are created in advance.
     is_closed: bool,
 }
 
@@ -280,7 +280,7 @@ impl Recorder {
                 return;
             }
             if self.current.load().is_none() {
-                // The first segment, so that no decision waits for it.
+                // Creates the first segment, so that no decision waits for it.
                 if let Ok(first) = self.create_now(&mut files) {
                     self.current.store(Some(first));
                 }
@@ -315,7 +315,7 @@ impl Recorder {
         }
     }
 
-    /// Waits until the record is as durable as configured. Returns `false` if it may be lost with the machine.
+    /// Waits until the record is as durable as configured. Returns `false` if it may be lost if the machine fails.
     pub async fn made_durable(&self, segment: Arc<Segment>) -> bool {
         match &self.syncer {
             None => true,

@@ -1,6 +1,6 @@
 //! Reads the records of a segment's file.
 //!
-//! Works on bytes rather than the memory map, so that segments of other processes are read the same way.
+//! Works on bytes instead of the memory map, so that segments of other processes are read in the same way.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
@@ -8,14 +8,14 @@ use super::{
     record::{self, Header, RECORD_WORDS_MAX, RecordState, WORD, header_word},
     segment::SegmentHead,
 };
-use crate::repo::usage_append::UsageRecord;
+use crate::repo::usage_batch::UsageRecord;
 
 /// Whether the process that writes the segment may still be running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Writer {
     /// It may still fill reserved records, so reading stops at the first open one.
     Running,
-    /// It has ended. No response was sent for unfinished records, which are skipped.
+    /// The process has ended. No response was sent for unfinished records, which are skipped.
     Ended,
 }
 
@@ -90,7 +90,7 @@ fn read_at(file: &File, bytes: &mut [u8], position: u64) -> io::Result<usize> {
     Ok(read)
 }
 
-/// What a place of a segment contains.
+/// The content of a place in a segment.
 enum Found {
     Record {
         row: Box<UsageRecord>,
@@ -160,7 +160,7 @@ impl Scan<'_> {
         }
     }
 
-    /// Adds the records in `bytes` to the batch. Returns how many bytes it has read, or `None` to stop reading.
+    /// Adds the records in `bytes` to the batch. Returns the number of bytes it has read, or `None` to stop reading.
     fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
@@ -225,7 +225,7 @@ impl Scan<'_> {
     fn next_record(&self, from: usize) -> usize {
         let mut at = from;
         while at + WORD <= self.bytes.len() {
-            // Most of what is left of a segment is empty.
+            // Most of the rest of a segment is empty.
             let is_header = self
                 .word(at)
                 .and_then(Header::parse)

@@ -1,5 +1,5 @@
-//! Which segments are shipped, in which order, and by whom: those of this process, of stopped replicas, and of a directory
-//! that an operator names. How one is shipped is in [`source`](super::source).
+//! Which segments are shipped, in which order, and by which process: those of this process, of stopped replicas, and of
+//! a directory given by an operator. Shipping a segment is in [`source`](super::source).
 
 use std::{
     collections::{BTreeSet, VecDeque},

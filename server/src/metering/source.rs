@@ -2,7 +2,7 @@
 //!
 //! A batch is one transaction: the segment's cursor moves from the start of the batch to its end, and the records are
 //! inserted. If the cursor was elsewhere, or it is unknown whether the COMMIT succeeded, the cursor is read again.
-//! While PostgreSQL is unreachable, the segments just grow.
+//! While PostgreSQL is unreachable, the segments grow.
 
 use std::{
     fs::File,
@@ -25,7 +25,8 @@ use super::{
 use crate::{
     db::{Db, DbError, Lane},
     repo::{
-        usage_append::{self, UsageBatch},
+        usage_append,
+        usage_batch::UsageBatch,
         usage_shipping::{self, Pending},
     },
     telemetry::metrics::Metrics,
@@ -50,7 +51,7 @@ pub(super) struct Source {
     pub(super) writer: Writer,
     /// Where the next batch begins. `None`: at the cursor.
     pub(super) position: Option<u64>,
-    /// The cursor as last read. Only space without records is between it and `position`.
+    /// The cursor as last read. There is only space without records between it and `position`.
     pub(super) cursor: u64,
     pub(super) shipped: u64,
     /// The time of the oldest record that was read but not shipped yet.
@@ -236,7 +237,7 @@ impl BatchSize {
     }
 }
 
-/// Ships one segment as far as possible. Returns the number of records.
+/// Ships as much of one segment as possible. Returns the number of records.
 pub(super) async fn ship(
     context: &Context,
     source: &mut Source,

@@ -221,7 +221,7 @@ fn a_damaged_record_is_left_out_and_later_ones_are_kept() {
         ends.push(usize::try_from(segment.tail()).unwrap());
     }
     let whole = bytes_of(&segment);
-    // Every bit of the second record, its header included.
+    // Every bit of the second record, including its header.
     for at in ends[0]..ends[1] {
         for bit in 0..8 {
             let mut torn = whole.clone();
@@ -242,7 +242,7 @@ fn a_clients_text_does_not_pass_for_a_record() {
     let forged = bytes_of(&forger)[RECORDS_AT..end].to_vec();
     write(&victim, "a");
     write(&victim, "b");
-    // As if the machine had lost the header before a text that is a whole record of another segment.
+    // As if the machine had lost the header before a text that is a complete record of another segment.
     let mut bytes = bytes_of(&victim);
     let second = RECORDS_AT + (usize::try_from(victim.tail()).unwrap() - RECORDS_AT) / 2;
     bytes[second..second + forged.len()].copy_from_slice(&forged);
@@ -250,7 +250,7 @@ fn a_clients_text_does_not_pass_for_a_record() {
     assert_eq!(request_ids(&batch), ["a"]);
 }
 
-/// Several threads write while copies of the file are taken, which are what a killed process would leave.
+/// Several threads write while copies of the file are taken, which are what a killed process would leave behind.
 #[test]
 fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() {
     for seed in 0..20 {
@@ -278,7 +278,7 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
                             }
                         }
                     }
-                    // They stay open, as those of a killed process.
+                    // They remain open, like those of a killed process.
                     open.into_iter().for_each(std::mem::forget);
                 })
             });
@@ -303,15 +303,15 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
                 assert!(unique.contains(id.as_str()), "seed {seed}: {id} is lost");
             }
         }
-        // What is there at the end is what was finished, and nothing else.
+        // In the end, exactly the finished records are there.
         let batch = read(&segment.file, Writer::Ended);
         let found = request_ids(&batch).into_iter().map(str::to_owned);
         assert_eq!(found.collect::<BTreeSet<_>>(), all);
     }
 }
 
-/// What a disk may hold after the machine failed. A disk keeps what it has confirmed. Of what was written since, it may
-/// hold any part, down to single sectors, and a page that was never written back may read as zeros.
+/// The possible contents of a disk after the machine failed. A disk keeps what it has confirmed. Of later writes, it
+/// may contain any part, down to single sectors, and a page that was never written back may read as zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Kept,
@@ -337,7 +337,7 @@ fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// `CRASH_IMAGES=10000` checks more of them.
+/// Set `CRASH_IMAGES=10000` to check more of them.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement is no setting of the server"
@@ -419,7 +419,7 @@ fn a_directory_has_one_owner_and_is_adopted_after_it() {
     let adopted = Directory::adopt(&path).unwrap().expect("nobody holds it");
     assert_eq!(adopted.id, id);
     assert!(Directory::adopt(&path).unwrap().is_none());
-    // It is kept as long as there are segments in it.
+    // It is kept while it contains segments.
     let segments = directory::segments(&path).unwrap();
     assert_eq!(segments.len(), 1);
     adopted.remove().unwrap();

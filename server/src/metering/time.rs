@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::clock::UnixNanos;
 
-/// A measurement that takes longer is too inexact.
+/// A measurement that takes longer is not exact enough.
 const LONGEST: u64 = 1_000_000_000;
 
 /// See the module.

@@ -147,13 +147,13 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     Ok(rows.into_iter().rev().map(invalidation).collect())
 }
 
-/// How far the numbers have come, and in which history of the database.
+/// The highest number of a change, and the history of the database that it belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct Position {
     #[diesel(sql_type = BigInt)]
     pub highest: i64,
     /// Changes when PostgreSQL is restored from a backup or fails over. Numbers of different histories cannot be
-    /// compared: the same number may belong to different changes.
+    /// compared, because the same number may belong to different changes.
     #[diesel(sql_type = Text)]
     pub history: String,
 }

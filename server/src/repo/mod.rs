@@ -69,6 +69,7 @@ pub mod session;
 pub mod sweep;
 pub mod usage;
 pub mod usage_append;
+pub mod usage_batch;
 pub mod usage_check;
 pub mod usage_endpoint;
 pub mod usage_log;

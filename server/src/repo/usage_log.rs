@@ -110,8 +110,8 @@ struct Seq {
     seq: i64,
 }
 
-/// Lists decisions before the number `before`, the newest first. Looks through at most [`SEARCHED_ROWS`], so a page may
-/// be short, or empty, and not the last one.
+/// Lists decisions before the number `before`, newest first. Searches at most [`SEARCHED_ROWS`] rows, so a page may be
+/// short or empty even if it is not the last one.
 pub async fn list(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -123,7 +123,7 @@ pub async fn list(
         "SELECT l.* FROM usage_log l WHERE l.tenant_id = $1 AND l.seq < $2{} ORDER BY l.seq DESC",
         conditions(filter, true),
     );
-    // A materialized query is still run only as far as its rows are asked for.
+    // A materialized query is still run only as far as its rows are needed.
     let sql = format!(
         "WITH searched AS MATERIALIZED ({rows} LIMIT $8) \
          SELECT {COLUMNS} FROM (SELECT * FROM searched l WHERE true{} ORDER BY l.seq DESC LIMIT $7) l \
@@ -163,11 +163,11 @@ pub async fn list(
     })
 }
 
-/// Returns how many decisions in the log match. `None` if the rollups do not count the endpoint separately, or if more
-/// than [`SEARCHED_ROWS`] rows have the request ID, which the API caller chooses.
+/// Returns the number of matching decisions in the log. `None` if the rollups do not count the endpoint separately, or
+/// if more than [`SEARCHED_ROWS`] rows have the request ID, which the API caller chooses.
 ///
-/// Log and rollups are written together, and the log is dropped by whole days, so the rollups of these days count its
-/// rows.
+/// Log and rollups are written together, and whole days of the log are dropped, so the rollups of the remaining days
+/// count its rows.
 pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, DbError> {
     #[derive(QueryableByName)]
     struct Total {
@@ -231,7 +231,7 @@ pub async fn last_seq(tx: &mut TenantTx) -> Result<i64, DbError> {
     Ok(last.map_or(0, |it| it.seq))
 }
 
-/// Returns the decisions in a span of numbers, the oldest first: after `after`, up to `last`.
+/// Returns the decisions in a range of numbers, oldest first: after `after`, up to `last`.
 pub async fn between(
     tx: &mut TenantTx,
     filter: &Filter,

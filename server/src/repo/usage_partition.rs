@@ -1,7 +1,7 @@
-//! Partitions of the tables of usage: created ahead, dropped after the retention.
+//! Partitions of the usage tables: created in advance, dropped after the retention period.
 //!
-//! Functions of the database do both, with the rights of the tables' owner; see the migration. Rows of a day that has no
-//! partition are in the default one until the partition is created.
+//! Functions of the database do both, with the rights of the tables' owner; see the migration. Rows of a day that has
+//! no partition are in the default partition until one is created.
 
 use std::time::Duration;
 
@@ -68,7 +68,8 @@ pub async fn create(
     Ok(created.flag)
 }
 
-/// Drops the oldest partition if it is of a day before `before`. Returns whether there was one: there may be more.
+/// Drops the oldest partition if its day is before `before`. Returns whether there was one, in which case there may be
+/// more.
 pub async fn drop_oldest(
     tx: &mut SystemTx,
     table: Partitioned,

@@ -202,7 +202,7 @@ async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
     }
 }
 
-/// A client with an account asks for large responses and opens no window for them, so they stay with the server.
+/// A client with an account requests large responses and opens no window for them, so the server has to keep them.
 #[tokio::test(flavor = "multi_thread")]
 async fn large_responses_of_one_tenant_that_nobody_reads_are_few() {
     const REQUESTS: u32 = 32;
@@ -247,7 +247,7 @@ async fn large_responses_of_one_tenant_that_nobody_reads_are_few() {
     assert_eq!(admitted, WAITING);
     let again = app.act(&a, "GET", &path, Value::Null).await;
     assert_eq!((again.status, again.problem()), (429, "too-many-requests"));
-    // Small responses, and other tenants.
+    // Small responses, and other tenants, are not affected.
     let list = app.act(&a, "GET", "/admin/plans", Value::Null).await;
     assert_eq!(list.status, 200, "{}", list.text);
     for _ in 0..2 * WAITING {

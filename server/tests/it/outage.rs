@@ -535,7 +535,7 @@ async fn changes_are_noticed_after_postgres_was_restored() {
     assert!((401..=403).contains(&app.echo(&key.text).await.status));
 }
 
-/// As after a restore during which so many changes were made that the numbers are as high as before.
+/// As after a restore after which so many changes were made that the numbers are as high as before.
 #[tokio::test]
 async fn a_restore_is_noticed_although_the_numbers_of_changes_have_caught_up() {
     let app = TestApp::start().await;
@@ -551,7 +551,7 @@ async fn a_restore_is_noticed_although_the_numbers_of_changes_have_caught_up() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(app.echo(&key.text).await.status, 200);
 
-    // The restored table is a new one, with another change under the highest number.
+    // The restored table is a new one, with a different change under the highest number.
     let restore = format!(
         "BEGIN; \
          CREATE TEMP TABLE before AS SELECT * FROM revocations; \

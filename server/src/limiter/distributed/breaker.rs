@@ -16,11 +16,12 @@ use crate::{
 };
 
 /// This many consecutive failures, without a success for this long, open the breaker. A process that was not scheduled
-/// for a moment has many failures at once although the counters work.
+/// for a moment has many failures at the same time although the counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
-/// So do this many calls of which half fail, within this time span and over at least the time above.
+/// The breaker also opens after this many calls of which half fail, within this time span and over at least the time
+/// above.
 const CALLS: u32 = 20;
 const SPAN: u64 = 1_000_000_000;
 
@@ -45,7 +46,7 @@ struct BreakerState {
     failed: u32,
     /// When the response with the time `last_heard` arrived.
     heard_at: u64,
-    /// The `heard_at` that the latest call has confirmed to the counters, and when that call began.
+    /// The `heard_at` that the latest call has confirmed to the counters, and the start of that call.
     confirmed_at: u64,
     called_at: u64,
     outage: Outage,
@@ -54,18 +55,18 @@ struct BreakerState {
 /// A period without counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Outage {
-    /// The number of the outage; 0 is none.
+    /// The number of the outage; 0 means none.
     pub(super) number: u64,
     pub(super) since: u64,
     /// When it began, by the clock of the counters.
     counters_since: CounterMicros,
-    /// From when the promised epoch may have started until the response to the first call in it is late.
+    /// The time from when the promised epoch may have started until the response to the first call in it is late.
     paused: Option<(u64, u64)>,
 }
 
 impl Outage {
-    /// Returns whether the counters may have started to grant and this replica may be about to use them again. Anything
-    /// it allowed now could be allowed twice.
+    /// Returns whether the counters may have started to grant tokens and this replica may be about to use them again.
+    /// Anything it allowed now could be allowed twice.
     pub(super) fn is_paused(self, now: u64) -> bool {
         self.paused
             .is_some_and(|(from, until)| from <= now && now < until)
@@ -106,15 +107,15 @@ impl CircuitBreaker {
         self.last_heard.load(Ordering::Relaxed)
     }
 
-    /// Records that a call begins, which confirms the last response to the counters.
+    /// Records the start of a call, which confirms the last response to the counters.
     pub(super) fn called(&self, now: u64) {
         let mut inner = self.inner.lock();
         inner.confirmed_at = inner.heard_at;
         inner.called_at = now;
     }
 
-    /// Returns whether a heartbeat is due: nothing was heard, or no response was confirmed, for the time `every`. A
-    /// single replica confirms responses to nobody.
+    /// Returns whether a heartbeat is due, because no response was received, or none was confirmed, for the duration
+    /// `every`. A single replica has no one to confirm responses to.
     pub(super) fn is_heartbeat_due(&self, now: u64, every: Duration, is_single: bool) -> bool {
         let inner = self.inner.lock();
         let since = if is_single {
@@ -182,7 +183,7 @@ impl CircuitBreaker {
         is_first
     }
 
-    /// Sets when the response to the first call in the promised epoch is late. From then on this replica decides
+    /// Sets when the response to the first call in the promised epoch is late. From then on, this replica decides
     /// without the counters.
     pub(super) fn paused_until(&self, until: u64) {
         if let Some((_, end)) = &mut self.inner.lock().outage.paused {

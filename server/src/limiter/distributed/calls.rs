@@ -1,12 +1,13 @@
 //! Calls to the counters, and their outcomes.
 //!
 //! Tasks make the calls, so that a request may be canceled while it waits, a late response is still used, and no token
-//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. Requests that arrive
-//! while one is in flight use the next one, which begins when that one is answered, or shortly after it began if the
-//! bucket would otherwise become full meanwhile. A call has a deadline, so a decision waits for at most two.
+//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. Requests that
+//! arrive during a call are decided by the next one, which starts when that call ends, or shortly after it started if
+//! the bucket would otherwise become full in the meantime. A call has a deadline, so a decision waits for at most two
+//! calls.
 //!
-//! If a call fails or is late, its requests are notified. The tokens of a late response are held like any lease if that
-//! is allowed, and returned otherwise.
+//! If a call fails or is late, its requests are notified. The tokens of a late response are held like those of any
+//! lease if that is allowed, and returned otherwise.
 
 use std::{
     sync::{
@@ -37,13 +38,13 @@ use crate::{
     },
 };
 
-/// When a call is given up. Until then a late response is still used.
+/// How long until a call is abandoned. Before that, a late response is still used.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 
-/// How long a denial by the counters is trusted if tokens are leased, in lease TTLs.
+/// How long a denial by the counters is trusted if tokens are leased, as a multiple of the lease TTL.
 pub(super) const DENIED_FOR_LEASES: u64 = 2;
 
-/// The number of concurrent calls that return leases when the process ends, and how many of them may fail.
+/// The number of concurrent calls that return leases on exit, and how many of them may fail.
 const RETURNS_AT_ONCE: usize = 256;
 const RETURNS_FAILED: u32 = 8;
 /// How long returning leases may take.
@@ -115,7 +116,7 @@ impl StoreCore {
         answer
     }
 
-    /// Makes a call that nobody waits for.
+    /// Makes a call that no request waits for.
     pub(super) async fn ask(&self, call: TakeCall) {
         self.ask_until(call, || ()).await;
     }
@@ -215,8 +216,8 @@ impl StoreCore {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Returns all tokens held for later, before the process ends. Gives up on counters that do not respond; tokens
-    /// that are not returned are lost until buckets refill.
+    /// Returns all tokens held for later, before the process exits. Gives up on counters that do not respond; tokens
+    /// that are not returned are lost until their buckets refill.
     pub(super) async fn return_leases(&self) {
         self.draining.store(true, Ordering::Release);
         let deadline = time::Instant::now() + RETURNED_WITHIN;
@@ -238,7 +239,7 @@ impl StoreCore {
                     busy.push(handle);
                 }
             }
-            // Does not affect the breaker: with so many concurrent calls, some may be late.
+            // Does not affect the breaker: with this many concurrent calls, some may be late.
             stream::iter(calls)
                 .for_each_concurrent(RETURNS_AT_ONCE, async |call| {
                     let gave_up = failures.load(Ordering::Relaxed) >= RETURNS_FAILED;
@@ -259,7 +260,7 @@ impl StoreCore {
                 failures.store(RETURNS_FAILED, Ordering::Relaxed);
             }
         }
-        // Calls in flight return what they are granted by themselves.
+        // Calls in flight return the tokens they are granted.
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
         let is_busy = |handle: &Arc<KeyHandle>| {
             let mut state = handle.state.lock();

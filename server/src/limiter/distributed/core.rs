@@ -21,11 +21,11 @@ use crate::{
 /// Settings of the distributed store.
 #[derive(Debug, Clone)]
 pub struct DistributedSettings {
-    /// For how long tokens taken ahead of need may be spent. Zero: the counters decide every request.
+    /// How long tokens taken in advance may be spent. Zero: the counters decide every request.
     pub lease_ttl: Duration,
     /// How long a request waits for one call to the counters.
     pub deadline: Duration,
-    /// What to do without the counters, unless a plan says otherwise.
+    /// The behavior without the counters, unless a plan specifies it.
     pub on_failure: OnRedisFailure,
     pub keys: KeyTableSettings,
 }

@@ -1,11 +1,11 @@
 //! One decision: from local tokens, by a call to the counters, or without them.
 //!
-//! Ensures that quotas and rate are taken together or not at all. Does not know how the counters are called. While they
-//! are unavailable, applies the plan's choice.
+//! Ensures that quotas and rate are taken together or not at all. Does not depend on how the counters are called. While
+//! they are unavailable, applies the plan's choice.
 //!
-//! A denial names the rate as violated only if the counters reported it, at most a moment ago. Without a response, it
+//! A denial names the rate as violated only if the counters reported that, at most a moment ago. Without a response, it
 //! is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy,
-//! [`OnRedisFailure::Closed`] fails, and [`OnRedisFailure::Open`] denies what this replica alone has exceeded.
+//! [`OnRedisFailure::Closed`] fails, and [`OnRedisFailure::Open`] denies only what exceeds the limit on this replica.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -37,7 +37,7 @@ const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 /// The wait to report if it is known to be short.
 const A_MOMENT: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
 
-/// The outcome of deciding with the numbers on this replica.
+/// The outcome of deciding with the state on this replica.
 pub(super) enum LocalOutcome {
     Done(Decision),
     /// The quotas allow it. The rate must be taken from the counters.
@@ -48,7 +48,7 @@ pub(super) enum LocalOutcome {
 }
 
 impl StoreCore {
-    /// Decides from the numbers on this replica, if they suffice. If the counters must be called, first reserves the
+    /// Decides from the state on this replica, if that is enough. If the counters must be called, first reserves the
     /// quota tokens of `demand`.
     #[inline]
     pub(super) fn decide_locally(
@@ -164,7 +164,7 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Denies a request based on what is known on this replica, for at least `wait` by the rate. Returns `None` if
+    /// Denies a request based on the state on this replica, for at least `wait` by the rate. Returns `None` if
     /// nothing denies it.
     fn denial(
         &self,
@@ -218,7 +218,7 @@ impl StoreCore {
         let gcra = policies.gcra();
         let (outcome, rate) = match on_failure {
             OnRedisFailure::Closed => return Err(LimiterError::CountersAway),
-            // The same as if this replica were the only one.
+            // The same as if this were the only replica.
             OnRedisFailure::Open => {
                 let mut denial = Denial::default();
                 denial.add_rate(state.take_rate(cost, now));
@@ -253,7 +253,7 @@ impl StoreCore {
                 };
                 let outcome = match verdict {
                     Ok(()) => Outcome::Allowed,
-                    // This replica's share is exhausted. Whether the limit is, only the counters know.
+                    // This replica's share is exhausted. Only the counters know whether the limit is exhausted.
                     Err(wait) => Outcome::Denied {
                         violated: PolicySet::EMPTY,
                         retry_after: Some(wait),
@@ -338,7 +338,7 @@ impl StoreCore {
     }
 }
 
-/// Returns a decision with the rate as it is known locally.
+/// Returns a decision with the rate as known locally.
 pub(super) fn decision(
     state: &mut KeyState,
     policies: &Policies,

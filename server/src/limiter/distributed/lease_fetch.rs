@@ -1,4 +1,4 @@
-//! Calls that take tokens, and what happens to the tokens they grant.
+//! Calls that take tokens, and the tokens they grant.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -21,10 +21,11 @@ use crate::{
 };
 
 impl StoreCore {
-    /// Starts a call for the waiting requests, unless one is in flight. With `ahead`, also if none waits.
+    /// Starts a call for the waiting requests, unless one is in flight. With `ahead`, also starts one if no request
+    /// waits.
     pub(super) fn begin_fetch(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, ahead: bool) {
         let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
-            // Waiting requests get no response.
+            // The waiting requests get no response.
             state.lease().waiting().clear();
             return;
         };
@@ -80,7 +81,7 @@ impl StoreCore {
     }
 }
 
-/// Starts to return unspent tokens, unless something in flight will. Tokens that become free at the same time are
+/// Starts to return unspent tokens, unless a call in flight will do so. Tokens that become free at the same time are
 /// returned together.
 fn begin_return(inner: &Arc<StoreCore>, handle: &Arc<KeyHandle>) {
     if let Ok(runtime) = Handle::try_current()
@@ -113,11 +114,11 @@ struct LeaseFetch {
     handle: Arc<KeyHandle>,
     call: TakeCall,
     terms: Terms,
-    /// Tokens that the call wants beyond what `requests` need.
+    /// Tokens that the call requests in addition to those that `requests` need.
     spare: u64,
     asked_at: u64,
     requests: Vec<Waiter>,
-    /// Not late yet, so other calls for this key begin only after a pause.
+    /// The call is not late yet, so the next call for this key starts only after a pause.
     active: bool,
 }
 
@@ -160,7 +161,7 @@ impl LeaseFetch {
         let now = self.inner.clock.monotonic();
         let lease = state.lease();
         lease.expire(now);
-        // Newer calls may already have been answered.
+        // Newer calls may already have completed.
         if lease.seen_at() <= self.asked_at {
             lease.saw(debt, self.asked_at);
         }
@@ -184,7 +185,7 @@ impl LeaseFetch {
             };
             outcomes.push((waiter, outcome));
         }
-        // Tokens of an older plan are only for the requests that they were taken for.
+        // Tokens of an older plan are only for the requests for which they were taken.
         let same = lease.terms().is_some_and(|now| now.is_like(self.terms));
         lease.expire(now);
         if !same || !self.terms.leased || self.inner.is_draining() {
@@ -222,11 +223,11 @@ impl LeaseFetch {
     }
 
     /// If the bucket has too few tokens, denies requests locally for a while: until there are enough, but not for long,
-    /// since other replicas may return some. An empty bucket may collect tokens for part of the lease TTL, in which it
-    /// does not fill up, so that they are not fetched one by one.
+    /// since other replicas may return some. An empty bucket may collect tokens for part of the lease TTL, during which
+    /// it does not fill up, so that they are not fetched one by one.
     ///
-    /// The time is measured from the start of the call. The counters decided later, but the next call takes as long to
-    /// reach them, and a bucket that fills up while a response is in transit must not be waited for again.
+    /// The time is measured from the start of the call. The counters decided later, but the next call takes the same
+    /// time to reach them, and a bucket that fills up while a response is in transit must not be waited for again.
     fn hold(&self, lease: &mut Lease, (granted, debt): (u64, u64), refused: Option<u64>) {
         let call = &self.call;
         // The counters may follow another version of the plan, whose debts are not comparable.
@@ -239,7 +240,7 @@ impl LeaseFetch {
             0
         };
         let n = match refused {
-            // A bucket that is known to be empty is not called, unless tokens are returned to it.
+            // A bucket that is known to be empty is not called unless tokens are returned to it.
             _ if !self.terms.leased && left < call.emission && !lease.owes() => 1,
             _ if 0 < granted && granted < call.want && left < call.emission => 1,
             Some(refused) => refused,
@@ -247,7 +248,7 @@ impl LeaseFetch {
             None => return,
         };
         let missing = n.saturating_mul(call.emission).saturating_sub(left);
-        // By this version of the plan there are enough: the counters refused them by another one.
+        // Under this version of the plan there are enough tokens: the counters refused them under another version.
         if missing == 0 {
             return;
         }
@@ -261,7 +262,7 @@ impl LeaseFetch {
     }
 }
 
-/// Requests tokens, and finally returns those that were not spent.
+/// Requests tokens, and in the end returns those that were not spent.
 async fn fetch(mut fetch: LeaseFetch) {
     let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
     let asked_at = fetch.asked_at;

@@ -13,37 +13,36 @@ use crate::{
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
 };
 
-/// When counters with an outage are probed first, and how often after that. The first probe of a replica comes after
-/// others have confirmed a response that is newer than its outage, if they get any: a heartbeat that is answered, and the
-/// next, which confirms it.
+/// The delay of the first probe of counters with an outage, and the interval between probes. The first probe of a
+/// replica is sent after other replicas, if they still get responses, have confirmed one that is newer than the outage.
+/// That takes two heartbeats: one gets a response, and the next confirms it.
 pub(super) const FIRST_PROBE: Duration = Duration::from_millis(350);
 const PROBE_EVERY: Duration = Duration::from_millis(250);
-/// When to send a heartbeat after the last confirmed response, and how often after a failure, so that all replicas
+/// The delay of a heartbeat after the last confirmed response, and the interval after a failure, so that all replicas
 /// detect an outage within the same half second.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(150);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
-/// The least time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
-/// with slow counters every request would time out, and each recovery would empty all buckets.
+/// Minimum time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
+/// with slow counters, every request would time out, and each recovery would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
-/// Nanoseconds for which an unused partition still gets heartbeats.
+/// How long an unused partition still gets heartbeats, in nanoseconds.
 const IN_USE: u64 = 10_000_000_000;
 
 impl StoreCore {
-    /// Returns the nanoseconds after which an outage that one replica has noticed is either noticed by all others or
+    /// Returns the nanoseconds after which an outage that one replica has detected is either detected by all others or
     /// over for the first one.
     ///
-    /// An idle replica makes its next call after [`HEARTBEAT_EVERY`], at a tick of [`SUSPECT_EVERY`], and opens its
-    /// breaker at the fifth failure, four ticks later. If the outage ends just before, the first replica recovers with
-    /// its next probe.
-    /// Each of these calls may take a deadline, and the first replica has waited for one too.
+    /// An idle replica makes its next call after [`HEARTBEAT_EVERY`], at a multiple of [`SUSPECT_EVERY`], and opens its
+    /// breaker at the fifth failure, four intervals later. If the outage ends just before, the first replica recovers
+    /// with its next probe. Each of these calls may take a deadline, and the first replica has waited for one too.
     pub(super) fn noticed_by_all(&self) -> u64 {
         let until_noticed = HEARTBEAT_EVERY + 5 * SUSPECT_EVERY + FIRST_PROBE;
         nanos(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
     }
 }
 
-/// Returns a call that takes nothing and affects no key. It does not say that this replica has an outage, even if one
-/// begins before it is sent: only probes do, which come after other replicas may have confirmed a response.
+/// Returns a call that takes nothing and affects no key. It does not report that this replica has an outage, even if
+/// one begins before it is sent: only probes do, and they are sent after other replicas may have confirmed a response.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     let of = &inner.partitions[usize::from(partition)];
     TakeCall {
@@ -73,8 +72,8 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     partition.used(used_at);
 }
 
-/// Sends heartbeats to counters in use that have had no recent call. They also show other replicas, when these recover,
-/// that a replica got responses.
+/// Sends heartbeats to counters in use that have had no recent call. They also show other recovering replicas that a
+/// replica got responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(SUSPECT_EVERY);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -110,7 +109,8 @@ pub(super) async fn probe_until_recovered(
         };
         let partition = &inner.partitions[usize::from(number)];
         inner.metrics.counter_calls.inc();
-        // A promise is for one moment. If the response is late or missing, this replica continues to decide on its own.
+        // A promise is valid for a single moment. If the response is late or missing, this replica continues to decide
+        // on its own.
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
@@ -125,7 +125,7 @@ pub(super) async fn probe_until_recovered(
         let answer = time::timeout(patience, inner.counters.take(call)).await;
         let now = inner.clock.monotonic();
         let in_time = now - asked_at <= nanos(inner.settings.deadline);
-        // So that replicas do not probe all at once.
+        // So that replicas do not all probe at the same time.
         wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now % 50_000_000));
         if let Ok(Ok(reply)) = answer {
             match reply.state {
@@ -141,7 +141,7 @@ pub(super) async fn probe_until_recovered(
                         partition = number,
                         "the shared counters are available again"
                     );
-                    // So that other recovering replicas see that this one got a response.
+                    // So that other recovering replicas can see that this one got a response.
                     send_heartbeat(inner, number).await;
                     return;
                 }

@@ -26,15 +26,15 @@ use crate::{
 /// Enough to distribute the keys of a cluster evenly over tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
-/// The least microseconds from a loss of state to the new epoch: longer than the interval between probes, so that all
-/// replicas know of it before it starts.
+/// Minimum time from a loss of state to the new epoch, in microseconds: longer than the interval between probes, so
+/// that all replicas know of it before it starts.
 const EPOCH_DELAY: CounterMicros = 600_000;
-/// The part of it that is not for the response to a probe.
+/// The part of it that is not reserved for the response to a probe.
 const UNPROBED: CounterMicros = 350_000;
 
 const TAKE: &str = include_str!("take.lua");
 
-/// Starts the first epoch of a new deployment in the past, so that its buckets are full. Changes nothing if there is an
+/// Starts the first epoch of a new deployment in the past, so that its buckets are full. Does nothing if there is an
 /// epoch.
 const FIRST: &str = "
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -53,7 +53,7 @@ pub struct RedisCounters {
     delay: CounterMicros,
 }
 
-/// Redis returned something that the script does not return.
+/// Redis returned a value that the script never returns.
 #[derive(Debug, thiserror::Error)]
 #[error("the script returned an unexpected value: {0}")]
 struct Unexpected(String);
@@ -89,7 +89,7 @@ impl RedisCounters {
         TAKE
     }
 
-    /// Starts with full buckets if there is no state in this Redis. Call only once per deployment: afterwards, an empty
+    /// Starts with full buckets if there is no state in this Redis. Call only once per deployment: after that, an empty
     /// Redis is one that has lost its state.
     pub async fn begin(&self) -> Result<(), CounterError> {
         let first = Script::new(FIRST);

@@ -1,4 +1,4 @@
-//! Requests that wait for tokens of quotas.
+//! Requests that wait for quota tokens.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -36,8 +36,8 @@ impl<'a> DemandGuard<'a> {
         }
     }
 
-    /// Reserves the request's quota tokens if all blocks have them, so that no other request proceeds to the rate with
-    /// the same ones.
+    /// Reserves the request's quota tokens if all blocks have enough, so that no other request proceeds to the rate
+    /// with the same tokens.
     pub(in crate::limiter) fn reserve(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         if self.reserved.is_none() {
             self.reserved = state.reserve_quotas(self.cost, now);
@@ -48,7 +48,8 @@ impl<'a> DemandGuard<'a> {
         self.reserved.is_some()
     }
 
-    /// Spends the reserved tokens. If their window has ended in the meantime, releases them and tries the current one.
+    /// Spends the reserved tokens. If their window has ended in the meantime, releases them and tries the current
+    /// window.
     pub(in crate::limiter) fn spend(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         let Some(reserved) = self.reserved.take() else {
             return state.spend_quotas(self.cost, now);

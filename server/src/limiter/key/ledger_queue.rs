@@ -18,7 +18,7 @@ use crate::{
     },
 };
 
-/// Which block of a policy a call is for.
+/// The block of a policy that a call is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Target {
     Current,
@@ -67,7 +67,7 @@ pub(super) fn row(handle: &KeyHandle, policy: Policy, window_start: UnixNanos) -
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) urgent: VecDeque<Call>,
-    /// First blocks of next windows. Processed one batch at a time, while nothing is urgent.
+    /// First blocks of next windows. Processed one batch at a time, while no other call is waiting.
     pub(super) ahead: VecDeque<Call>,
     pub(super) is_ahead_running: bool,
     pub(super) takers: usize,

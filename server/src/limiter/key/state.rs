@@ -1,4 +1,4 @@
-//! The numbers of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
+//! The state of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
 //!
 //! Everything that a decision reads and changes under the key's lock, for every store. Pure functions of the given
 //! time. Starts no tasks and makes no calls: it reports missing blocks to the store, which fetches them.
@@ -22,22 +22,22 @@ use crate::{
     },
 };
 
-/// The numbers of one key.
+/// The state of one key.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
-    /// The fingerprint of the policies that the numbers below follow; zero before the first.
+    /// The fingerprint of the policies that the state follows; zero before the first.
     fingerprint: u64,
     /// The time zone of days and months.
     zone: Zone,
     gcra: Gcra,
-    /// The TAT of the bucket: for the local store, and for what this replica allows without shared counters by the whole
-    /// limit.
+    /// The TAT of the bucket, for the local store and for requests that this replica allows without shared counters
+    /// under `open`.
     pub(in crate::limiter) tat: u64,
     /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was lowered.
     beyond: u64,
     /// When tokens were last taken from the bucket, or the plan was edited.
     used_at: UnixNanos,
-    /// Tokens taken ahead, for the distributed store.
+    /// Tokens taken in advance, for the distributed store.
     pub(in crate::limiter) lease: Option<Box<Lease>>,
     daily: Block,
     monthly: Block,
@@ -57,7 +57,7 @@ pub(in crate::limiter) enum OnUnknown {
     PassOver,
 }
 
-/// How the calendar quotas relate to a cost.
+/// The relation of the calendar quotas to a cost.
 pub(in crate::limiter) struct Quotas {
     pub(in crate::limiter) denial: Denial,
     /// The ledger has not responded in this window.
@@ -107,7 +107,7 @@ impl KeyState {
         }
     }
 
-    /// Updates the numbers to these policies and this time. `replicas` share each quota.
+    /// Updates the state to these policies and this time. `replicas` share each quota.
     pub(in crate::limiter) fn follow(
         &mut self,
         policies: &Policies,
@@ -163,7 +163,7 @@ impl KeyState {
         &self.zone
     }
 
-    /// Takes `cost` from every policy or from none, with the local bucket. The numbers must already
+    /// Takes `cost` from every policy or from none, with the local bucket. The state must already
     /// [follow](Self::follow) `now`.
     pub(in crate::limiter) fn step(
         &mut self,
@@ -192,7 +192,7 @@ impl KeyState {
         Ok(self.decision(policies, now, denial.outcome()))
     }
 
-    /// Takes `cost` from the local bucket only, if it holds that many.
+    /// Takes `cost` from the local bucket only, if it contains that many tokens.
     pub(in crate::limiter) fn take_rate(&mut self, cost: NonZeroU32, now: UnixNanos) -> Verdict {
         let verdict = self.gcra.decide(self.tat, now, cost);
         if let Verdict::Fits { tat } = verdict {
@@ -358,7 +358,7 @@ impl KeyState {
         (needs != [None, None]).then_some(needs)
     }
 
-    /// Returns how often the ledger has failed for the daily and the monthly block.
+    /// Returns the number of times the ledger has failed for the daily and the monthly block.
     pub(in crate::limiter) fn failures(&self) -> (u64, u64) {
         (self.daily.failures(), self.monthly.failures())
     }

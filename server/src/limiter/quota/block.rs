@@ -2,12 +2,11 @@
 //!
 //! A block is a number of tokens that the ledger already counts as used, so spending them needs no further call. A
 //! crash can strand a block but never spend it twice. Tokens for waiting requests are fetched in one call, regardless
-//! of the block size, since they are spent immediately. This module has the rules for one key's block of one policy:
-//! its size, when to fetch more, which window it belongs to, and what to return when the plan or the time zone changes.
-//! It does not know SQL and starts no tasks. If the ledger fails, the block can still be spent.
+//! of the block size, since they are spent immediately. This module contains the rules for one key's block of one
+//! policy: its size, when to fetch more, which window it belongs to, and what to return when the plan or the time zone
+//! changes. It does not depend on SQL and starts no tasks. If the ledger fails, the block can still be spent.
 //!
-//! The ledger determines the window. What a block computes from the calendar is provisional until the ledger has
-//! responded.
+//! The ledger determines the window. Windows computed from the calendar are provisional until the ledger has responded.
 
 mod refill;
 
@@ -30,8 +29,8 @@ const PATIENCE_MAX: u64 = 8 * PATIENCE;
 /// Nanoseconds after which an unused block is returned if other replicas may need it.
 const IDLE: u64 = 10_000_000_000;
 
-/// Returns the largest block of a quota for one of `replicas` replicas. All their blocks together are at most
-/// one hundredth of the quota, and 10,000, where that is at least one token each.
+/// Returns the largest block of a quota for one of `replicas` replicas. All their blocks together are at most one
+/// hundredth of the quota and at most 10,000 tokens, but at least one token each.
 pub(in crate::limiter) const fn block_size(limit: u64, replicas: u64) -> u64 {
     let hundredth = limit / 100 / replicas;
     if hundredth < 1 {
@@ -43,7 +42,7 @@ pub(in crate::limiter) const fn block_size(limit: u64, replicas: u64) -> u64 {
     }
 }
 
-/// How a block relates to a cost.
+/// The relation of a block to a cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::limiter) enum BlockStatus {
     /// The policy does not limit this key.
@@ -56,7 +55,7 @@ pub(in crate::limiter) enum BlockStatus {
     Unknown,
     /// Exhausted for the rest of the window.
     Exhausted,
-    /// Above the quota.
+    /// The cost is above the quota.
     NeverFits,
 }
 
@@ -106,20 +105,20 @@ enum Next {
     Held(Box<NextBlock>),
 }
 
-/// The tokens held of a policy, and what is known about the rest.
+/// The tokens held for a policy, and what is known about the rest.
 #[derive(Debug)]
 pub(in crate::limiter) struct Block {
-    /// Of a full day or month. Zero: no quota.
+    /// The limit for a full day or month. Zero: no quota.
     limit: u64,
-    /// The window's part of it.
+    /// The quota for the current window.
     quota: u64,
-    /// How many replicas take blocks of it. At least 1.
+    /// The number of replicas that take blocks of it. At least 1.
     replicas: u64,
     window: QuotaWindow,
-    /// The ledger has answered in this window.
+    /// Whether the ledger has responded in this window.
     known: bool,
     held: u64,
-    /// Reserved for requests that wait for their rate. Not part of `held`, and counted as consumed.
+    /// Tokens reserved for requests that wait for their rate. Not part of `held`, and counted as consumed.
     reserved: u64,
     /// The ledger's count, which includes `held` but not what is owed.
     used: u64,
@@ -157,7 +156,7 @@ impl Block {
         }
     }
 
-    /// Sets how many replicas take blocks of the same quota.
+    /// Sets the number of replicas that take blocks of the same quota.
     #[inline]
     pub(in crate::limiter) fn share_among(&mut self, replicas: u64) {
         self.replicas = replicas;
@@ -171,7 +170,7 @@ impl Block {
         self.window
     }
 
-    /// Returns whether [`enter`](Self::enter) must be called: the policy limits, and `now` is in another window.
+    /// Returns whether [`enter`](Self::enter) must be called: the policy has a limit, and `now` is in another window.
     pub(in crate::limiter) fn is_outdated(&self, now: UnixNanos) -> bool {
         self.limit != 0 && !self.window.span.contains(now)
     }
@@ -196,7 +195,7 @@ impl Block {
         }
     }
 
-    /// Applies a change of time zone. A window with usage keeps its end. A window without known usage is given up, and
+    /// Applies a change of time zone. A window with usage keeps its end. A window without known usage is discarded, and
     /// the ledger decides.
     pub(in crate::limiter) fn rezone(&mut self) {
         self.drop_next();
@@ -256,7 +255,7 @@ impl Block {
         }
     }
 
-    /// Reserves `cost`, which [fits](BlockStatus::Fits), for a request. Followed by [`settle`](Self::settle).
+    /// Reserves `cost`, which [fits](BlockStatus::Fits), for a request. Must be followed by [`settle`](Self::settle).
     pub(in crate::limiter) fn reserve(&mut self, cost: u64, now: UnixNanos) -> Reservation {
         let tokens = if self.limit == 0 { 0 } else { cost };
         self.held -= tokens;
@@ -314,7 +313,7 @@ impl Block {
         (self.limit != 0).then_some(self.quota)
     }
 
-    /// Returns what is left of the quota: all of it until the ledger has answered.
+    /// Returns the rest of the quota: all of it until the ledger has responded.
     pub(in crate::limiter) fn remaining(&self) -> u64 {
         self.quota
             .saturating_sub(self.used.saturating_sub(self.held))
@@ -351,7 +350,7 @@ impl Block {
         self.take_owed(UnixNanos(u64::MAX))
     }
 
-    /// Returns what is owed to windows that end by `now`.
+    /// Returns the tokens owed to windows that end by `now`.
     pub(in crate::limiter) fn take_owed(
         &mut self,
         now: UnixNanos,

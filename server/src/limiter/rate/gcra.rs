@@ -2,10 +2,10 @@
 //!
 //! A token bucket represented by one number: the *theoretical arrival time* (TAT), at which the bucket will be full
 //! again. One token is worth one emission interval, and an empty bucket is `burst` intervals from full. Pure functions
-//! of the stored number, so that all stores (a handle in memory, a script in Redis) decide alike.
+//! of the stored number, so that all stores (a handle in memory, a script in Redis) make the same decisions.
 //!
 //! Two promises. *Never above the limit*: the interval is rounded up, so the rate is `rpm` or slightly less (at most 1
-//! in 1,000, and only near 60,000,000 per minute). *No lock-out by a clock*: a TAT later than that of an empty bucket
+//! in 1,000, and only near 60,000,000 per minute). *No lockout by a clock*: a TAT later than that of an empty bucket
 //! can only come from a clock that was ahead, and counts as an empty bucket. So setting a clock back by hours costs a
 //! key one refill, not hours.
 //!
@@ -17,7 +17,7 @@ use crate::{clock::UnixNanos, limiter::policy::RatePolicy};
 
 const MINUTE: u64 = 60_000_000_000;
 
-/// The maximum distance from full: 73 years. Only extreme bursts reach it. They are limited to it, so that no sum below
+/// The maximum distance from full: 73 years. Only extreme bursts reach it. They are capped at it, so that no sum below
 /// overflows before the year 2480.
 const TAU_MAX: u64 = 1 << 61;
 
@@ -42,7 +42,7 @@ pub enum Verdict {
 }
 
 impl Gcra {
-    /// A bucket that holds nothing.
+    /// An empty bucket.
     pub(in crate::limiter) const NONE: Self = Self {
         emission: 1,
         tau: 0,
@@ -91,15 +91,15 @@ impl Gcra {
     }
 
     /// Carries usage under `old` over to `self`: as many tokens are missing from the new bucket as from the old one.
-    /// Returns the new TAT, and what is missing beyond an empty bucket. If the new bucket holds fewer tokens, it is
-    /// empty, and the rest is missing once the bucket is made larger again. `tat` and `beyond` are as of `used_at`,
-    /// when tokens were last taken. Since the time of the edit is unknown, the bucket has refilled at the lower of the
-    /// two rates since then.
+    /// Returns the new TAT, and the debt beyond an empty bucket. If the new bucket holds fewer tokens, it is empty, and
+    /// the rest is missing once the bucket is enlarged again. `tat` and `beyond` are as of `used_at`, when tokens were
+    /// last taken. Since the time of the edit is unknown, the bucket has refilled at the lower of the two rates since
+    /// then.
     ///
-    /// So a larger burst is available at once, less what was used. A smaller one starts as empty as it was, and no
-    /// request waits for more than one whole bucket of the new size. A temporarily smaller burst gains nothing, and
-    /// neither does a key that is idle during an edit to a lower rate. Fractions of a token are rounded against the
-    /// caller.
+    /// So the difference to a larger burst is available immediately, minus the usage. A smaller bucket has the same
+    /// number of missing tokens, and no request waits for more than one full bucket of the new size. A temporarily
+    /// smaller burst gains nothing, and neither does a key that is idle during an edit to a lower rate. Fractions of a
+    /// token are rounded against the caller.
     pub fn carry_over(
         self,
         old: Self,
@@ -121,7 +121,7 @@ impl Gcra {
         (now.0.saturating_add(within.saturating_sub(refill)), beyond)
     }
 
-    /// Returns what is left at `now` of what was missing beyond an empty bucket. Refill reduces it once the bucket is
+    /// Returns the debt beyond an empty bucket that is left at `now`. Refill reduces it once the bucket is
     /// full.
     pub fn beyond(self, beyond: u64, tat: u64, now: UnixNanos) -> u64 {
         beyond.saturating_sub(now.0.saturating_sub(tat))

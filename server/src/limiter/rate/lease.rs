@@ -1,4 +1,4 @@
-//! Leases: tokens that a replica has taken from a key's bucket ahead of need.
+//! Leases: tokens that a replica has taken from a key's bucket in advance.
 //!
 //! Decides how many tokens to take, how long they may be spent, what to return, and which requests wait. Does no I/O.
 //! Times are monotonic nanoseconds, except [`CounterMicros`], which use the clock of the counters.
@@ -6,10 +6,11 @@
 //! **The guarantee.** A token is spent only after the counters granted it, and at most `ttl` after it was *requested*,
 //! which is before it was granted. So tokens spent in a window of `T` seconds were granted in the `T + ttl` seconds
 //! that end with the window, in which the counters grant at most `burst + rate * (T + ttl)` to all replicas together.
-//! Returned tokens fill the bucket no further than if they had never been taken, so the bound holds for spent tokens.
+//! Returned tokens fill the bucket no further than if they had never been taken, so the bound also applies to spent
+//! tokens.
 //!
-//! **How much.** What waiting requests need is requested in full. What is held for later follows the key's pace on this
-//! replica, up to a tenth of the burst.
+//! **How much.** The tokens that waiting requests need are requested in full. The number of tokens held for later
+//! follows the key's pace on this replica, up to a tenth of the burst.
 
 use super::{
     counters::CounterMicros,
@@ -21,8 +22,11 @@ use super::{
 /// Nanoseconds. Tokens that expire sooner do not count as stock, so the next lease is requested while they are spent.
 const LAST_MOMENT: u64 = 10_000_000;
 
-/// Nanoseconds. The least time between the starts of concurrent calls for a key.
+/// Nanoseconds. Minimum time between the starts of concurrent calls for a key.
 const PAUSE_MIN: u64 = 1_000_000;
+
+/// A replica holds at most the burst divided by this for later.
+const BURST_PER_LEASE: u64 = 10;
 
 /// Tokens of one grant.
 #[derive(Debug, Clone, Copy, Default)]
@@ -43,7 +47,7 @@ struct View {
     seen: u64,
 }
 
-/// What a call to the counters states about the plan.
+/// The plan's data in a call to the counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::limiter) struct Terms {
     pub(in crate::limiter) gcra: Gcra,
@@ -58,16 +62,16 @@ impl Terms {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
-    /// Returns nanoseconds after which another call may start before the previous one is answered. Requests that wait
-    /// for a call are decided together, and a bucket that becomes full meanwhile stops refilling, so this is a small
-    /// part of the time in which it fills. Calls to a bucket that fills slowly never overlap.
+    /// Returns the number of nanoseconds after which another call may start before the previous one has ended. Requests
+    /// that wait for a call are decided together, and a bucket that becomes full in the meantime stops refilling, so
+    /// this is a small fraction of the time it takes to fill. For a bucket that fills slowly, calls never overlap.
     pub(in crate::limiter) fn pause(self) -> u64 {
         (self.gcra.tau() / 64).max(PAUSE_MIN)
     }
 
     /// Returns the maximum number of tokens to hold for later: a tenth of the burst.
     fn largest_lease(self) -> u64 {
-        (self.gcra.tau() / self.gcra.emission() / 10).max(1)
+        (self.gcra.tau() / self.gcra.emission() / BURST_PER_LEASE).max(1)
     }
 }
 
@@ -78,26 +82,26 @@ pub(in crate::limiter) struct Lease {
     slots: [Slot; 2],
     /// The intended number of tokens of the next grant.
     size: u64,
-    /// When tokens were last requested, 0 for never; and how many were wanted since.
+    /// When tokens were last requested (0 for never), and how many have been wanted since.
     asked_at: u64,
     wanted: u64,
-    /// Calls in flight that are not late yet, and when the latest began.
+    /// The number of calls in flight that are not late yet, and when the latest began.
     fetching: u32,
     began_at: u64,
-    /// Tokens that these calls want beyond what their requests need.
+    /// Tokens that these calls request in addition to those that their requests need.
     coming: u64,
-    /// Calls in flight, including late ones.
+    /// The number of calls in flight, including late ones.
     calls: u32,
-    /// Requests for the next call.
+    /// Requests waiting for the next call.
     waiting: Vec<Waiter>,
-    /// Of the last request that needed a call.
+    /// Terms of the last request that needed a call.
     terms: Option<Terms>,
     /// Unspent tokens to return.
     back: Unspent,
-    /// A task is returning them.
+    /// Whether a task is returning them.
     returning: bool,
     view: Option<View>,
-    /// The last call got fewer tokens than it wanted.
+    /// Whether the last call got fewer tokens than it wanted.
     short: bool,
     /// The counters had fewer than `held_for` tokens. That many are not requested again until `held_until`.
     held_until: u64,
@@ -122,7 +126,7 @@ pub(in crate::limiter) struct Demand {
     pub(in crate::limiter) need: u64,
     pub(in crate::limiter) waiting: u64,
     pub(in crate::limiter) want: u64,
-    /// Tokens of `want` that none of `requests` needs.
+    /// Tokens of `want` that none of `requests` need.
     pub(in crate::limiter) spare: u64,
     pub(in crate::limiter) requests: Vec<Waiter>,
 }
@@ -146,7 +150,7 @@ impl Lease {
         }
     }
 
-    /// Returns whether a new lease would behave the same.
+    /// Returns whether a new lease would behave the same way.
     pub(in crate::limiter) fn is_forgettable(&self, now: u64) -> bool {
         self.share.tat <= now
             && self.fetching == 0
@@ -169,7 +173,7 @@ impl Lease {
         }
     }
 
-    /// Returns whether tokens are to be returned.
+    /// Returns whether tokens need to be returned.
     pub(in crate::limiter) fn owes(&self) -> bool {
         self.back.tokens > 0
     }
@@ -196,7 +200,7 @@ impl Lease {
         true
     }
 
-    /// Sets `n` tokens apart for a request, if there are enough.
+    /// Sets aside `n` tokens for a request, if there are enough.
     pub(in crate::limiter) fn set_apart(&mut self, n: u64) -> Option<Unspent> {
         let [older, newer] = &mut self.slots;
         if older.tokens + newer.tokens < n {
@@ -227,8 +231,8 @@ impl Lease {
         lasting.map(|slot| slot.tokens).sum()
     }
 
-    /// Returns how many tokens to hold: as many as are spent within the lease TTL at the pace since the last call,
-    /// between half and twice as many as then. One means that the counters decide each request.
+    /// Returns how many tokens to hold: the number spent within the lease TTL at the current pace, clamped to between
+    /// half and twice the previous size. One means that the counters decide each request.
     fn pace(&mut self, now: u64, ttl: u64, largest: u64) -> u64 {
         let elapsed = now.saturating_sub(self.asked_at).max(1);
         if self.asked_at == 0 || elapsed >= 4 * ttl {
@@ -266,7 +270,7 @@ impl Lease {
         &mut self.waiting
     }
 
-    /// Returns whether to request the next lease before this one is spent.
+    /// Returns whether to request the next lease before the current one is spent.
     pub(in crate::limiter) fn is_low(&self, now: u64) -> bool {
         if self.size < 2 || self.fetching > 0 || now < self.held_until {
             return false;
@@ -274,9 +278,9 @@ impl Lease {
         self.lasting(now + LAST_MOMENT) <= (self.size / 8).max(1)
     }
 
-    /// Begins a call for everything that waits and, if `ahead`, for tokens for later. Returns `None` if there is
-    /// nothing to request, or if the calls in flight suffice: the latest began less than a [pause](Terms::pause) ago, or
-    /// they want enough tokens. Local tokens count towards a request only if they do not expire before its `patience`
+    /// Begins a call for all waiting requests and, if `ahead`, for tokens for later. Returns `None` if there is nothing
+    /// to request, or if the calls in flight suffice: the latest started less than a [pause](Terms::pause) ago, or they
+    /// request enough tokens. Local tokens count toward a request only if they do not expire before its `patience`
     /// ends.
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
@@ -338,18 +342,19 @@ impl Lease {
         ))
     }
 
-    /// The call, which wanted this many `spare` tokens, was answered, failed or is late. Another one may begin.
+    /// Records that the call that requested this many `spare` tokens got a response, failed or is late. Another one may
+    /// begin.
     pub(in crate::limiter) fn end_fetch(&mut self, spare: u64) {
         self.fetching = self.fetching.saturating_sub(1);
         self.coming = self.coming.saturating_sub(spare);
     }
 
-    /// The call has ended.
+    /// Records that the call has ended.
     pub(in crate::limiter) fn end_call(&mut self) {
         self.calls = self.calls.saturating_sub(1);
     }
 
-    /// Returns whether a call is in flight that may bring or return tokens.
+    /// Returns whether a call is in flight that may get or return tokens.
     pub(in crate::limiter) fn is_busy(&self) -> bool {
         self.calls > 0 || self.returning
     }
@@ -360,7 +365,7 @@ impl Lease {
         (back.tokens > 0).then_some(back)
     }
 
-    /// Returns whether to start a task that returns tokens: there are some, and nothing in flight will return them.
+    /// Returns whether to start a task that returns tokens: there are some, and no call in flight will return them.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {
         let begins = self.back.tokens > 0
             && !self.returning
@@ -400,26 +405,26 @@ impl Lease {
     }
 
     /// Records that a call got `granted` of the tokens it wanted. If it got fewer, the bucket is nearly empty, and the
-    /// next call requests all that is left as if requests were waiting for it: the last tokens must not be left behind
-    /// while requests are denied, nor be fetched one by one.
+    /// next call requests all remaining tokens as if requests were waiting for them: the last tokens must not be left
+    /// unused while requests are denied, or be fetched one by one.
     pub(in crate::limiter) fn served(&mut self, granted: u64, wanted: u64) {
         if wanted > 0 {
             self.short = granted < wanted;
         }
     }
 
-    /// Records that there are too few tokens for a request of `n` until then.
+    /// Records that there are too few tokens for a request of `n` until the given time.
     pub(in crate::limiter) fn hold(&mut self, n: u64, until: u64) {
         self.held_until = until;
         self.held_for = n;
     }
 
-    /// Returns until when requests of `n` are denied without a call.
+    /// Returns the time until which requests of `n` are denied without a call.
     pub(in crate::limiter) fn held(&self, n: u64, now: u64) -> Option<u64> {
         (now < self.held_until && n >= self.held_for).then_some(self.held_until)
     }
 
-    /// Returns nanoseconds until the bucket is full, as far as is known. Local tokens count as if they were in the
+    /// Returns nanoseconds until the bucket is full, as far as known. Local tokens count as if they were in the
     /// bucket.
     pub(in crate::limiter) fn debt(&self, gcra: Gcra, now: u64) -> u64 {
         let view = self.view.unwrap_or_default();

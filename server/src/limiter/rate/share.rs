@@ -5,7 +5,7 @@ use std::num::{NonZeroU32, NonZeroU64};
 use super::gcra::Gcra;
 use crate::limiter::membership::ReplicaSlot;
 
-/// The wait to announce if none is known.
+/// The wait to report if none is known.
 const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 
 /// This replica's share of a bucket while the counters are unavailable.
@@ -19,12 +19,12 @@ pub(in crate::limiter) struct Share {
     tau: u64,
     /// When the share was last used.
     used_at: u64,
-    /// The plan may have been edited since the share was last used, or since the counters were last seen.
+    /// The plan may have been edited since the share was last used, or since the last response of the counters.
     pub(super) is_edited: bool,
 }
 
 impl Default for Share {
-    /// A key that this replica has not seen may have been edited just before.
+    /// A key that this replica has not used may have been edited just before.
     fn default() -> Self {
         Self {
             since: 0,
@@ -39,7 +39,7 @@ impl Default for Share {
 
 impl Share {
     /// Takes `cost` from this replica's share of the bucket, which was empty at `since`. All shares together are one
-    /// bucket: each replica has its part of the `burst` tokens and of the rate, according to its slot.
+    /// bucket: each replica has its share of the `burst` tokens and of the rate, according to its slot.
     pub(in crate::limiter) fn take(
         &mut self,
         gcra: Gcra,
@@ -70,7 +70,7 @@ impl Share {
     /// the share has refilled at the lower of the two rates since its last use. Nothing refills before `since`.
     fn follow(&mut self, price: u64, tau: u64, since: u64, now: u64) {
         if self.since != since {
-            // How it would have filled under the previous plan is unknown.
+            // It is unknown how it would have filled under the previous plan.
             let empty_at = if self.is_edited {
                 now.max(since)
             } else {
@@ -117,7 +117,7 @@ mod tests {
         })
     }
 
-    /// A share of a bucket that the counters described under the current plan.
+    /// A share of a bucket whose state the counters reported under the current plan.
     fn seen() -> Share {
         Share {
             is_edited: false,
@@ -125,7 +125,7 @@ mod tests {
         }
     }
 
-    /// Returns the tokens that a share has at this moment.
+    /// Returns the number of tokens in a share at this moment.
     fn drain(share: &mut Share, gcra: Gcra, now: u64) -> u64 {
         let mut taken = 0;
         while share
@@ -199,7 +199,7 @@ mod tests {
                 .is_ok()
         );
         assert_eq!(drain(&mut share, plan(6, 200), full), 150);
-        // The first token of the higher rate does not wait for one of the lower.
+        // The first token at the higher rate does not wait for one at the lower rate.
         assert_eq!(drain(&mut share, plan(6000, 200), full), 0);
         assert_eq!(drain(&mut share, plan(6000, 200), full + SECOND / 100), 1);
     }

@@ -1,35 +1,35 @@
-//! What the Redis script does, in whole numbers of any size: a fast stand-in for Redis, which the script is compared
-//! with. It repeats the script's rules, so it says nothing about whether these are right; `credits` does.
+//! The behavior of the Redis script, in integers of any size: a fast substitute for Redis, with which the script is
+//! compared. It repeats the script's rules, so it does not prove that they are correct; `credits` does.
 
 use std::collections::HashMap;
 
 use quota_server::limiter::{BucketName, BucketState, TakeCall, TakeReply};
 
-/// Microseconds from a loss to the new epoch.
+/// Microseconds from a loss of state to the new epoch.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
 
-/// Microseconds after the start of an epoch in which callers that were promised it return.
+/// Microseconds after the start of an epoch during which callers that were promised it return.
 const PROMISED: u64 = 500_000;
 
-/// Nanoseconds that are still exact in the script.
+/// The largest number of nanoseconds that the script computes exactly.
 const LARGEST: u128 = 1 << 52;
 
 #[derive(Debug, Clone)]
 struct Bucket {
     at: u64,
     debt: u128,
-    /// Missing beyond an empty bucket.
+    /// Debt beyond an empty bucket.
     beyond: u128,
-    /// Refill since the epoch started, less what was taken, also if the bucket was full meanwhile.
+    /// Refill since the epoch started, minus the tokens taken, even if the bucket was full in between.
     gathered: Option<u128>,
     emission: u128,
     tau: u128,
     version: u64,
-    /// When a caller of this version last called.
+    /// When a caller with this version last called.
     version_at: u64,
     epoch: u64,
     generation: u64,
-    /// The least debt since the time beside it, for two times, the newer first.
+    /// The lowest debt since the time next to it, for two times, newer first.
     least: [(u128, u64); 2],
 }
 
@@ -40,10 +40,10 @@ struct Epoch {
     ok: u64,
 }
 
-/// Microseconds after which a plan's version that nobody uses is forgotten.
+/// Microseconds after which an unused version of a plan is forgotten.
 const OUTDATED: u64 = 10_000_000;
 
-/// What a server remembers.
+/// The state of a server.
 #[derive(Debug, Clone, Default)]
 pub(super) struct State {
     buckets: HashMap<BucketName, Bucket>,
@@ -64,7 +64,7 @@ impl State {
         }
     }
 
-    /// One call at `now`, to the process called `run`.
+    /// One call at `now`, to the process with the run ID `run`.
     pub(super) fn take(&mut self, run: u64, now: u64, call: TakeCall) -> TakeReply {
         let epoch = self.epochs.entry(call.partition).or_default();
         let told = call.promised > 0

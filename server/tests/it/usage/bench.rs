@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use quota_server::repo::{
     usage::{self, Filter},
-    usage_append::UsageRecord,
+    usage_batch::UsageRecord,
 };
 use serde_json::json;
 use uuid::Uuid;

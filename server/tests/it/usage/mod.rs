@@ -13,7 +13,8 @@ use chrono::{DateTime, NaiveDate, Utc};
 use quota_server::{
     db::DbError,
     repo::{
-        usage_append::{self, Appended, UsageBatch, UsageRecord},
+        usage_append::{self, Appended},
+        usage_batch::{UsageBatch, UsageRecord},
         usage_partition::{self, Partitioned},
     },
 };

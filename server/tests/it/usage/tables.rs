@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 
 use chrono::{Days, TimeDelta};
 use quota_server::repo::{
-    usage_append::{self, Appended, UsageBatch, UsageRecord},
+    usage_append::{self, Appended},
+    usage_batch::{UsageBatch, UsageRecord},
     usage_check,
 };
 use serde_json::Value;

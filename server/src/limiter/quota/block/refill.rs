@@ -1,4 +1,4 @@
-//! Fetching tokens from the ledger: when, how many, and what its answers change.
+//! Fetching tokens from the ledger: when, how many, and how its responses change the block.
 
 use std::sync::Arc;
 
@@ -11,8 +11,8 @@ use crate::{
     },
 };
 
-/// Nanoseconds until a failed ledger is queried again. Until then requests fail immediately, so that it does not get
-/// one call per request.
+/// Nanoseconds until a failed ledger is queried again. Until then, requests fail immediately, so that the ledger does
+/// not get one call per request.
 const COOLING: u64 = 100_000_000;
 
 /// The first block of the next window is fetched this many nanoseconds before the current one ends: at least
@@ -21,8 +21,8 @@ const AHEAD_MIN: u64 = 120_000_000_000;
 const AHEAD_JITTER: u64 = 480_000_000_000;
 
 impl Block {
-    /// Returns whether to fetch more before a request has to wait. With blocks of one token, not if other replicas
-    /// share the quota: each would hold a token that it may not need.
+    /// Returns whether to fetch more before a request has to wait. With blocks of one token, only if no other replica
+    /// shares the quota: otherwise, each would hold a token that it may not need.
     pub(in crate::limiter) fn is_low(&self, now: UnixNanos) -> bool {
         self.known
             && self.used < self.quota
@@ -51,7 +51,7 @@ impl Block {
             .map(Arc::clone)
     }
 
-    /// Returns how often the ledger has failed.
+    /// Returns the number of times the ledger has failed.
     pub(in crate::limiter) fn failures(&self) -> u64 {
         self.failures
     }
@@ -66,11 +66,11 @@ impl Block {
         } else {
             self.patience
         };
-        // In both directions: a clock that was set back must not block a key for hours.
+        // Checked in both directions: a clock that was set back must not block a key for hours.
         now.0.abs_diff(self.asked_at.0) >= patience
     }
 
-    /// Begins a fetch at `now`, unless one is in flight or there is nothing to do. Every order is followed by
+    /// Begins a fetch at `now`, unless one is in flight or there is nothing to do. Each order must be followed by
     /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
     pub(in crate::limiter) fn begin_fetch(&mut self, need: Need, now: UnixNanos) -> Option<Order> {
         if self.fetching {
@@ -86,8 +86,8 @@ impl Block {
             Need::Cost(_) | Need::Ahead => size.saturating_sub(self.held).min(left),
             Need::Again => size.saturating_sub(self.held).max(1),
         };
-        // Before the take, so that `used` does not include them, and so that a window without usage can be replaced by
-        // one in another time zone.
+        // Returned before taking, so that `used` does not include them, and so that a window without usage can be
+        // replaced by one in another time zone.
         let give_back: Vec<_> = self
             .owed
             .extract_if(.., |(window, _)| now < window.end)
@@ -155,7 +155,7 @@ impl Block {
     }
 
     /// Begins to fetch the first block of the next window, if it is time for `key_hash` and the key was used in the
-    /// current one. Returns when the next window starts. Followed by [`finish_next`](Self::finish_next).
+    /// current one. Returns when the next window starts. Must be followed by [`finish_next`](Self::finish_next).
     pub(in crate::limiter) fn begin_next(
         &mut self,
         now: UnixNanos,
@@ -185,7 +185,7 @@ impl Block {
         }
     }
 
-    /// Ends the fetch of the next block. `None` if it failed.
+    /// Ends the fetch of the next block. `None` if the fetch failed.
     pub(in crate::limiter) fn finish_next(&mut self, taken: Option<Taken>, now: UnixNanos) {
         let is_outdated = matches!(self.next, Next::Outdated);
         self.next = Next::None;

@@ -1,32 +1,35 @@
-//! What was promised, recounted from the log of requests alone.
+//! Recounts the promises from the log of requests only.
 //!
-//! Derived from the promises in the contract with the customer, and unaware of how the limiter keeps them. A
-//! replica's or Redis's own numbers are used for two things only: a denial is a lie if Redis had never granted
-//! enough to empty the bucket, and the books must add up.
+//! Derived from the documented promises, without knowing how the limiter keeps them. Numbers from replicas or Redis are
+//! used only for two checks: a denial is wrong if Redis had never granted enough tokens to empty the bucket, and the
+//! totals must match.
 //!
-//! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, and `burst + rate·T` for a strict
-//! plan, over all replicas and whatever happens. In the second after an edit replicas may follow either plan, so a
-//! window that touches it has the larger burst and at each moment the larger rate of the plans that requests follow.
-//! Between the requests of two plans, the lower rate counts: a bucket hears of an edit with a request.
-//! `share` has one exception, and `closed` none: while some replicas lose Redis
-//! (or have all their answers late) and others do not, the former sell their share `p` of the bucket beside the
-//! latter, together at most `(1 + p)` times as much, and `p` is at most 1. With `open`, what a replica admits without
-//! Redis keeps the bound of a strict plan, for each replica by itself. What is admitted by Redis keeps the plain bound in every mode.
+//! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, or `burst + rate·T` for a strict
+//! plan, over all replicas and whatever happens. In the second after an edit, replicas may follow either plan, so a
+//! window that overlaps it has the larger burst and, at each moment, the larger rate of the plans that requests follow.
+//! Between the requests of two plans, the lower rate counts, because a bucket learns of an edit from a request.
+//! `closed` has no exception, and `share` has one: while some replicas lose Redis (or get all responses late) and
+//! others do not, the former use their share `p` of the bucket in addition to the latter. Together they admit at most
+//! `(1 + p)` times as much, where `p` is at most 1. With `open`, the requests that a replica admits without Redis
+//! satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis keep the plain bound in
+//! every mode.
 //!
-//! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, at least 99 % of what
-//! an exact bucket would serve of the same requests, to a token or two. The bucket starts as full as the admissions
-//! before leave it; a replica that crashes takes with it what its unanswered requests may have been granted. Of a leased
-//! key two kinds of tokens are not counted as there: those that another replica may hold (at most a tenth of the burst
-//! and twice what was asked for there just before, for no longer than [`HELD`]), and, from when the bucket holds fewer
-//! than refill in [`GATHER`] until it holds twice as many, that many, which are taken together and not one by one.
-//! Requests that come while Redis is being asked are decided together by the next call, so at the end of a window what
-//! refilled in the last round trip may be there unused, of every plan. And Redis hears of an edit with the first request
-//! after it: the tokens that refill before count at the lower of the two rates. A bucket is empty after a fault only if
-//! Redis lost its state, or if no replica heard of it: otherwise it has lost at most what was asked for meanwhile, twice.
+//! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, at least 99% of what an
+//! exact bucket would admit of the same requests, to within a token or two. At its start, the bucket contains what
+//! earlier admissions have left in it. If a replica crashes, the tokens that may have been granted for its requests
+//! without a response are lost. For a leased key, two kinds of tokens are not counted as available. The first are
+//! tokens that another replica may hold: at most a tenth of the burst and twice the cost of the requests sent there
+//! just before, for at most [`HELD`]. The second are the last tokens of a bucket, which are taken together and not one
+//! by one: from the time at which it contains less than the refill of [`GATHER`] until it contains twice as much, that
+//! many tokens. Requests that arrive during a call to Redis are decided together by the next call, so at the end of a
+//! window, the refill of the last round trip may be unused, for every plan. In addition, Redis learns of an edit with
+//! the first request after it: tokens that refill before that count at the lower of the two rates. After a fault, a
+//! bucket is empty only if Redis lost its state, or if no replica received a response. Otherwise, it has lost at most
+//! twice the cost of the requests sent in the meantime.
 //!
-//! **Waits.** A denial by the rate says for how long: no longer than an empty bucket needs for that cost, and two leases;
-//! and if nobody takes anything meanwhile, the same request is admitted then, in whole seconds as a header
-//! says it, once the tokens of a leased key have gathered.
+//! **Waits.** A denial by the rate states a time to wait, which is at most the time that an empty bucket needs for that
+//! cost, plus two leases. If nothing is taken in the meantime, the same request is admitted after that time, rounded up
+//! to whole seconds as in a header, once the tokens of a leased key have accumulated.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -49,32 +52,32 @@ const MS: u64 = 1_000_000;
 const SECOND: u64 = 1000 * MS;
 const FOREVER: u64 = u64::MAX / 4;
 
-/// After a fault: probes find Redis, and buckets that were lost start empty.
+/// After a fault: probes reach Redis again, and lost buckets start empty.
 const RECOVERED: u64 = 2000 * MS;
-/// The lower bound holds in every window as long as this.
+/// The lower bound holds in every window of this length.
 const WINDOW: u64 = 2000 * MS;
-/// Windows start so often.
+/// The interval between the starts of windows.
 const STEP: u64 = 250 * MS;
-/// The life of a lease, its return, and as long again twice for denials that other replicas remember.
+/// The lifetime of a lease and its return, and twice the same for denials that other replicas remember.
 const HELD: u64 = 350 * MS;
-/// So long tokens of a dry bucket may gather before they are taken: half the life of a lease, and the way to Redis and
-/// back.
+/// How long tokens of a dry bucket may accumulate before they are taken: half the lifetime of a lease, plus the round
+/// trip to Redis.
 const GATHER: u64 = 60 * MS;
 /// A decision waits for Redis at most twice.
 const PATIENCE: u64 = 2 * DEADLINE.as_nanos() as u64 + 5 * MS;
 
-/// Which promise was broken.
+/// The promise that was broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Promise {
     Upper,
     Lower,
-    /// A 429 although the bucket certainly had the tokens.
+    /// A 429 although the bucket certainly had enough tokens.
     Honest,
-    /// A wait after which the same request is denied again, or that is longer than necessary.
+    /// A wait after which the same request is denied again, or one that is longer than necessary.
     Wait,
-    /// An answer took longer than two deadlines.
+    /// A response took longer than two deadlines.
     Prompt,
-    /// Failure modes as the plan chose them, books that add up, and a return to Redis.
+    /// Failure modes as chosen by the plan, matching totals, and a return to Redis.
     Mode,
 }
 
@@ -93,7 +96,7 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
             .filter(|it| it.key == number)
             .copied()
             .collect();
-        // Of those that came at once, the ones without an answer may have been decided first.
+        // Of requests sent at the same time, those without a response may have been decided first.
         entries.sort_by_key(|it| (it.asked, it.answer != Answer::None));
         let mut broken = |promise, text: String| {
             let text = format!("key {number} ({}): {text}", key.load);
@@ -153,14 +156,14 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
     found
 }
 
-/// A plan with the time in which it may be in force, nanoseconds since the load began.
+/// A plan with the period in which it may apply, in nanoseconds since the load began.
 struct InForce {
     plan: Plan,
     from: u64,
     until: u64,
 }
 
-/// How long after an edit the plan before may be followed, and its tokens be spent.
+/// How long after an edit the previous plan may be applied, and its tokens spent.
 const KNOWN: u64 = EDIT_KNOWN.as_nanos() as u64 + TTL.as_nanos() as u64;
 
 fn in_force(key: &Key) -> Vec<InForce> {
@@ -177,12 +180,13 @@ fn in_force(key: &Key) -> Vec<InForce> {
         .collect()
 }
 
-/// The plans that buckets have followed: each from the first request under it to the last. A bucket hears of an edit
-/// with a request and refills at the lower of the two rates from the request before, so a plan under which no request
-/// came was never in force, and the slower plan is in force between the requests of two plans.
+/// The plans that buckets have followed, each from the first request under it to the last. A bucket learns of an edit
+/// from a request, and since the previous request it refills at the lower of the two rates. So a plan under which no
+/// request was sent was never in force, and the slower plan is in force between the requests of two plans.
 ///
-/// A replica that has not heard of an edit yet may also return tokens in the time that it has to hear of it. And of a
-/// plan under which nothing was admitted, as `is_heard` says, the bucket may have heard or not: both count.
+/// A replica that has not learned of an edit yet may also return tokens during the time that an edit takes to arrive.
+/// If nothing was admitted under a plan, as in `is_heard`, it is unknown whether the bucket learned of it: both cases
+/// count.
 fn followed(key: &Key, entries: &[Entry], is_heard: fn(&Entry) -> bool) -> Vec<InForce> {
     let number = |it: &InForce| it.plan.from;
     let mut followed = followed_one_by_one(key, entries, |_| true);
@@ -235,15 +239,16 @@ fn followed_one_by_one(
     followed
 }
 
-/// A time in which some replicas sell their share beside Redis, and the part of a bucket that they sell.
+/// A period in which some replicas admit their share in addition to Redis, and the fraction of a bucket that they
+/// admit.
 struct Beside {
     from: u64,
     until: u64,
     part: f64,
 }
 
-/// Tokens that refill from the start until then, at the highest rate of the plans that may be in force, and faster
-/// where shares are sold `beside` Redis.
+/// Tokens that refill from the start until then, at the highest rate of the plans that may apply, and faster while
+/// shares are admitted in addition to Redis.
 fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
     let mut edges: Vec<u64> = plans.iter().flat_map(|it| [it.from, it.until]).collect();
     edges.extend(beside.iter().flat_map(|it| [it.from, it.until]));
@@ -266,7 +271,7 @@ fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
     pieces.sum()
 }
 
-/// When replicas that alone have lost Redis sell beside it: during the fault, and until they have returned.
+/// When replicas that have lost Redis alone admit in addition to it: during the fault, and until they have recovered.
 fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     if key.on_failure != OnRedisFailure::Share {
         return Vec::new();
@@ -313,7 +318,7 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     }
     let plans = followed(key, entries, |it| it.answer == Answer::Admitted);
     let beside = beside(scene, key);
-    // Windows that touch no time in which shares are sold beside Redis.
+    // Windows that do not overlap any period in which shares are admitted in addition to Redis.
     let mut from = 0;
     let ends = beside.iter().map(|it| (it.from, it.until));
     for (to, next) in ends.chain([(FOREVER, FOREVER)]) {
@@ -333,7 +338,7 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     worst(&plans, &all, &beside)
 }
 
-/// Without the counters, `open` is a limit of each replica's own. No tokens are leased then.
+/// Without the counters, `open` is a separate limit of each replica. In that case, no tokens are leased.
 fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     (0..scene.replica_bounds().1).find_map(|replica| {
         let of = entries.iter().filter(|it| it.replica == replica);
@@ -350,14 +355,15 @@ fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     })
 }
 
-/// The window that is most above the promise, if any is. More is allowed where shares are sold `beside` Redis.
+/// The window that exceeds the promise the most, if any does. More is allowed while shares are admitted in addition to
+/// Redis.
 fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
-    /// A token, in the time that the checker runs on: one in which tokens refill evenly.
+    /// One token, in the unit of time in which the checker assumes an even refill.
     const TOKEN: f64 = 1e9;
     let part = beside.iter().map(|it| it.part).fold(0.0, f64::max);
     for first in 0..plans.len() {
         for last in first..plans.len() {
-            // Windows that touch no other plan.
+            // Windows that do not overlap any other plan.
             let from = plans[..first].iter().map(|it| it.until).max().unwrap_or(0);
             let to = plans.get(last + 1).map_or(FOREVER, |next| next.from);
             if from >= to {
@@ -374,7 +380,7 @@ fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<St
             } else {
                 0.0
             };
-            // Redis tells microseconds.
+            // Redis has microsecond resolution.
             let grain = 0.002 + rate * 2000.0;
             let allowed = (burst + slack) * (1.0 + part) + grain;
             let clock = |at: u64| (refilled(plans, beside, at) * TOKEN) as u64;
@@ -413,18 +419,18 @@ fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<St
     None
 }
 
-/// The least that a key's plans promise from a time on.
+/// The lowest promise of a key's plans from a given time on.
 #[derive(Debug, Clone, Copy)]
 struct Least {
     from: u64,
     rate: f64,
     burst: f64,
-    /// The largest burst of them: more than that need not refill before the bucket is full.
+    /// Their largest burst: no more than that has to refill before the bucket is full.
     most: f64,
-    /// The largest burst so far: more than that cannot be missing.
+    /// The largest burst so far: no more than that can be missing.
     ever: f64,
     leased: bool,
-    /// Tokens that may be lost then: leases of a plan that was edited.
+    /// Tokens that may be lost at that time: leases of a plan that was edited.
     lost: f64,
 }
 
@@ -464,7 +470,7 @@ fn least(key: &Key, replicas: usize) -> Vec<Least> {
     pieces
 }
 
-/// Tokens that are lost at some time: all of them, or those of a replica that crashes.
+/// Tokens that are lost at a time: all of them, or those of a replica that crashes.
 #[derive(Debug, Clone, Copy)]
 struct Loss {
     at: u64,
@@ -476,19 +482,20 @@ struct Loss {
 struct Bucket<'a> {
     pieces: &'a [Least],
     piece: usize,
-    /// The piece of the last request: Redis knows of no later edit.
+    /// The piece of the last request, since Redis knows of no later edit.
     heard: usize,
     at: u64,
     missing: f64,
-    /// Missing beyond an empty bucket, since the burst was larger. It is still missing when the burst is larger again,
-    /// less what would have refilled while the bucket was full.
+    /// Debt beyond an empty bucket, from before the burst was lowered. It is missing again when the burst is raised,
+    /// minus what would have refilled while the bucket was full.
     beyond: f64,
-    /// What is left of the tokens that refilled since it was emptied. A larger burst that comes later is not there before.
+    /// The remaining tokens of those that have refilled since it was emptied. A later, larger burst is not available
+    /// before that.
     refilled: f64,
-    /// What gathers in it is taken together. Not before the next instant: what is asked for in one is taken as far as it
-    /// goes.
+    /// Tokens that accumulate in it are taken together. This applies from the next instant on: requests of the same
+    /// instant take as many tokens as there are.
     is_low: bool,
-    /// Of the latest request.
+    /// The time of the latest request.
     instant: Option<u64>,
 }
 
@@ -513,8 +520,8 @@ impl Bucket<'_> {
         self.refill(to, rate);
     }
 
-    /// Returns how many tokens are there for a request, while other replicas hold so many and tokens may `gather` for so
-    /// long. It tells Redis of the plan that is in force.
+    /// Returns how many tokens are available for a request, while other replicas hold `held` tokens and tokens may
+    /// accumulate for `gather`. The request tells Redis which plan is in force.
     fn ask(&mut self, answer: Answer, held: f64, gather: u64) -> f64 {
         if answer != Answer::None {
             self.heard = self.piece;
@@ -553,7 +560,8 @@ impl Bucket<'_> {
         if loss.is_whole {
             self.empty();
         } else if self.now().leased {
-            // What a replica holds, what it was about to return, and what it was about to get.
+            // The tokens that a replica holds, those that it was about to return, and those that it was about to
+            // receive.
             self.take(3.0 * (self.now().most / 10.0).floor());
         }
     }
@@ -569,7 +577,7 @@ impl Bucket<'_> {
     }
 }
 
-/// Tokens that other replicas may hold when this request comes.
+/// Tokens that other replicas may hold when this request arrives.
 fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
     let most = (least.burst / 10.0).floor();
     if !least.leased || most < 2.0 {
@@ -588,8 +596,8 @@ fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
     asked.iter().map(|asked| asked.min(most)).sum()
 }
 
-/// Whether the counters lose their state, or nobody hears of them for so long that they must start with empty buckets.
-/// While some replicas are answered, or most calls are, they keep what they have.
+/// Whether the counters lose their state, or no replica gets a response for so long that they must start with empty
+/// buckets. While some replicas get responses, or most calls succeed, the counters keep their state.
 fn may_lose_state(scene: &Scene, fault: &Fault) -> bool {
     let are_all = |replicas: Replicas| {
         scene
@@ -610,14 +618,14 @@ fn may_lose_state(scene: &Scene, fault: &Fault) -> bool {
     }
 }
 
-/// Whether tokens are granted that no replica hears of.
+/// Whether tokens are granted in responses that no replica receives.
 fn loses_answers(fault: &Fault) -> bool {
     matches!(fault.kind, FaultKind::Lost { .. } | FaultKind::Deaf)
 }
 
 fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<String> {
     let pieces = least(key, scene.replica_bounds().1);
-    // Not to be counted: faults and what follows them.
+    // Periods that do not count: faults and their aftermath.
     let faults: Vec<(u64, u64)> = scene
         .faults
         .iter()
@@ -671,7 +679,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<
     let mut next_losses = losses.iter().copied().peekable();
     let mut start = 0;
     while start + WINDOW <= scene.length * MS {
-        // What was really admitted until then.
+        // The number of requests actually admitted until then.
         while next < entries.len() && entries[next].asked < start {
             let it = entries[next];
             while let Some(loss) = next_losses.next_if(|loss| loss.at <= it.asked) {
@@ -679,12 +687,12 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<
             }
             bucket.advance(it.asked);
             bucket.ask(it.answer, held(entries, next, bucket.now()), gather);
-            // A replica that crashed may have taken tokens for requests that it never answered.
+            // A replica that crashed may have taken tokens for requests to which it never responded.
             if uncertain
                 .iter()
                 .any(|(from, until)| (*from..*until).contains(&it.asked))
             {
-                // Whatever its answer, it may have been granted, and as much again for later.
+                // Whatever its response, it may have been granted its cost, and the same amount for later.
                 bucket.take(2.0 * f64::from(it.cost));
             } else if matches!(it.answer, Answer::Admitted | Answer::None) {
                 bucket.take(f64::from(it.cost));
@@ -716,7 +724,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<
                 }
                 if cost <= there {
                     exact.take(cost);
-                    // A replica that crashed took its tokens with it.
+                    // The tokens of a replica that crashed are lost.
                     if it.answer != Answer::None {
                         due += cost;
                     }
@@ -735,8 +743,8 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<
     None
 }
 
-/// A denial by the rate, although all that Redis ever granted leaves enough in the bucket of every plan that may be in
-/// force.
+/// A denial by the rate although, after all tokens that Redis ever granted, enough are left in the bucket of every plan
+/// that may be in force.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     entries.iter().find_map(|it| {
@@ -756,7 +764,7 @@ fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     })
 }
 
-/// Whether anything but requests changes what the key gets in this time.
+/// Whether anything other than requests changes what the key may use during this time.
 fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
     let overlaps = |begins: u64, ends: u64| begins < until && from < ends;
     scene.faults.iter().any(|fault| {
@@ -775,8 +783,8 @@ fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
             .any(|(at, _)| overlaps(at * MS, at * MS + HELD))
 }
 
-/// A denial that names a time at which the same request is denied although nobody took anything meanwhile, or a time
-/// later than an empty bucket needs, or none although the bucket can hold as much.
+/// A denial with a time after which the same request is denied although nothing was taken in the meantime, or with a
+/// time longer than an empty bucket needs, or without a time although the bucket can contain that much.
 fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     for (place, it) in entries.iter().enumerate() {
@@ -800,7 +808,7 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
         if wait as f64 > longest + MS as f64 {
             return Some(format!("{} ms to wait: {it:?}", wait / MS));
         }
-        // A header says whole seconds.
+        // A header contains whole seconds.
         let mut due = it.answered + wait.div_ceil(SECOND).max(1) * SECOND;
         if in_force().any(|plan| !plan.strict) {
             due += GATHER + scene.round_trip * MS;
@@ -811,8 +819,8 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
         let Some(retry) = retry.filter(|retry| retry.answer == Answer::Denied) else {
             continue;
         };
-        // A replica may repeat a denial for as long as it lasts, without what others took meanwhile, and it may hold
-        // tokens that others cannot have.
+        // A replica may repeat a denial until it expires, even if other replicas have taken nothing in the meantime,
+        // and it may hold tokens that others cannot have.
         let from = it.asked.saturating_sub(longest as u64 + HELD);
         let is_taken = |other: &Entry| {
             let known_since = match (other.replica == it.replica, retry.replica == it.replica) {

@@ -1,4 +1,4 @@
-//! Worlds that are wrong on purpose. The simulation must find each of them, or its silence means nothing.
+//! Worlds that are broken on purpose. The simulation must detect each of them, or its success would prove nothing.
 
 use std::{
     collections::HashMap,
@@ -23,48 +23,49 @@ use tokio::time::Instant;
 
 use super::judge::Promise;
 
-/// What is wrong.
+/// The kinds of errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plant {
     Nothing,
-    /// Nothing either: all replicas share one exact bucket, at no distance.
+    /// No error: all replicas share one exact bucket without latency.
     OneBucket,
     AdmitsAll,
     DeniesAll,
-    /// Of the requests that wait for Redis at once, only so many are served; the others are told that the limit is
-    /// reached.
+    /// Of the requests that wait for Redis at the same time, only this many are served; the others are told that the
+    /// limit is exceeded.
     RefusesCrowds,
-    /// A denial is repeated for so many seconds, whatever Redis would say.
+    /// A denial is repeated for this many seconds, whatever Redis would decide.
     RemembersDenials(u64),
-    /// Tokens are given out again when nobody has asked for a while: a lease that is spent twice.
+    /// Tokens are granted again after a pause without requests: a lease that is spent twice.
     SpendsTwice,
-    /// Each replica has counters of its own.
+    /// Each replica has its own counters.
     SharesNothing,
-    /// What is given back is credited in full, however much the bucket refilled meanwhile.
+    /// Returned tokens are credited in full, no matter how much the bucket has refilled in the meantime.
     ReturnsInFull,
     ReturnsTwice,
-    /// What is given back is lost.
+    /// Returned tokens are lost.
     ReturnsNothing,
-    /// An edited plan has a fresh bucket.
+    /// An edited plan gets a new bucket.
     FreshAfterEdit,
     /// After a loss of state, buckets are full.
     FullAfterLoss,
-    /// A replica that was told of a new epoch returns to it whenever it likes.
+    /// A replica that was promised a new epoch returns to it at any time.
     PromiseNeverExpires,
-    /// An edit fills the share that a replica sells without Redis.
+    /// An edit fills the share that a replica admits without Redis.
     FreshShareAfterEdit,
-    /// `open` admits everything without Redis.
+    /// `open` admits every request without Redis.
     OpenWithoutLimit,
-    /// Redis loses its state when it was slow for a moment.
+    /// Redis loses its state whenever it was slow for a moment.
     LosesStateWhenSlow,
-    /// A denial always says that the next moment will do.
+    /// A denial always states the shortest possible wait.
     ForgetsWaits,
-    /// A denial says ten times as much, and a second.
+    /// A denial states ten times the wait, plus a second.
     ProlongsWaits,
 }
 
 impl Plant {
-    /// Those that must be found, with what they break and within how many seeds.
+    /// The errors that must be detected, with the promises they break and the number of seeds within which they must be
+    /// found.
     pub(super) const ALL: &[(Self, Promise, u64)] = &[
         (Self::AdmitsAll, Promise::Upper, 20),
         (Self::DeniesAll, Promise::Lower, 20),
@@ -85,7 +86,7 @@ impl Plant {
         (Self::ProlongsWaits, Promise::Wait, 20),
     ];
 
-    /// What Redis gets to see.
+    /// The calls that reach Redis.
     pub(super) fn call(self, call: TakeCall, now: u64) -> TakeCall {
         match (self, call.bucket) {
             (Self::ReturnsInFull, _) if call.back > 0 => TakeCall {
@@ -127,7 +128,7 @@ impl Plant {
     }
 }
 
-/// The store with something wrong in front of it.
+/// The store with an error in front of it.
 #[derive(Debug)]
 struct Planted {
     plant: Plant,
@@ -135,7 +136,7 @@ struct Planted {
     waiting: AtomicU64,
     denied: Mutex<Option<Instant>>,
     admitted: AtomicU64,
-    /// By key: the version that its share was filled for, and what is left of that.
+    /// By key: the version for which its share was filled, and the remaining tokens.
     shares: Mutex<HashMap<ApiKeyId, (u64, u32)>>,
 }
 
@@ -148,7 +149,7 @@ impl Planted {
         }
     }
 
-    /// Takes a token of those that an edit gave.
+    /// Takes one of the tokens that an edit granted.
     fn takes_fresh(&self, handle: &KeyHandle, policies: &Policies) -> bool {
         let mut shares = self.shares.lock();
         let (version, left) = shares.entry(handle.key()).or_insert((1, 0));
@@ -275,7 +276,7 @@ impl LimitStore for Planted {
         self.store.peek(handle, policies)
     }
 
-    /// So that nothing stands in front of what is wrong.
+    /// So that nothing hides the error.
     fn is_local(&self) -> bool {
         true
     }

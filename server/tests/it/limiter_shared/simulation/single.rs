@@ -1,4 +1,4 @@
-//! One replica, or several, on Redis without faults: behaviors that hold request by request.
+//! One replica, or several, on Redis without faults: behaviors that are checked request by request.
 
 use std::{
     fmt::Write as _,
@@ -28,7 +28,7 @@ use super::{
 };
 use crate::limiter_contract::TestLedger;
 
-/// One replica on a Redis that is well, for a plan of `rpm` and `burst`.
+/// One replica on a healthy Redis, for a plan of `rpm` and `burst`.
 fn alone(
     ledger: Arc<TestLedger>,
     membership: &Arc<Membership>,
@@ -64,7 +64,7 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Several replicas at this round trip from one Redis, for a plan that is closed without it.
+/// Several replicas at this round-trip time from one Redis, for a plan that is closed without it.
 fn several(
     replicas: usize,
     round_trip: u64,
@@ -81,7 +81,7 @@ fn several(
     )
 }
 
-/// A replica for each of the memberships, with this choice for when Redis is away.
+/// A replica for each of the memberships, with this choice for when Redis is unavailable.
 fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
@@ -122,7 +122,7 @@ fn without_redis(
     (world, limiters, policies)
 }
 
-/// How many of so many requests at once are admitted.
+/// Returns how many of this many concurrent requests are admitted.
 async fn crowd(limiter: &Limiter, policies: &Policies, count: u32) -> u32 {
     let handle = a_handle(limiter);
     let mut crowd = JoinSet::new();
@@ -135,7 +135,7 @@ async fn crowd(limiter: &Limiter, policies: &Policies, count: u32) -> u32 {
     u32::try_from(admitted.count()).unwrap()
 }
 
-/// All that was sold, in one or two round trips, however far Redis is within the deadline.
+/// The full burst is admitted, in one or two round trips, no matter how far away Redis is within the deadline.
 #[test]
 fn a_rested_keys_whole_burst_is_admitted_at_once() {
     let mut short = String::new();
@@ -160,8 +160,8 @@ fn a_rested_keys_whole_burst_is_admitted_at_once() {
     assert!(short.is_empty(), "{short}");
 }
 
-/// Tokens that are granted too late to be spent go back, and so do those of the others: each is credited only as far
-/// as the bucket has not refilled meanwhile.
+/// Tokens that are granted too late to be spent are returned, and so are those of the others: each is credited only as
+/// far as the bucket has not refilled in the meantime.
 #[test]
 fn returns_after_late_answers_credit_no_token_twice() {
     let (rpm, burst) = (60_000, 200);
@@ -174,7 +174,7 @@ fn returns_after_late_answers_credit_no_token_twice() {
                 let begin = Instant::now();
                 let first = crowd(&limiters[0], &policies, 150);
                 let others = async {
-                    // Some ask just before the returns arrive, some just after.
+                    // Some requests are sent just before the returns arrive, some just after.
                     sleep(Duration::from_millis(late - 10)).await;
                     let second = crowd(&limiters[1], &policies, 250);
                     let third = async {
@@ -189,7 +189,7 @@ fn returns_after_late_answers_credit_no_token_twice() {
                 assert_eq!(first, 0, "all answers are late");
                 (others, begin.elapsed().saturating_sub(begun))
             });
-            // A token a millisecond.
+            // One token per millisecond.
             let slack = if strict { 0 } else { 100 };
             let allowed = u128::from(burst) + took.as_millis() + slack + 1;
             assert!(admitted * 2 > burst, "{admitted} admitted");
@@ -204,7 +204,7 @@ fn returns_after_late_answers_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// Counts replicas for these memberships once a second, as a job does.
+/// Counts replicas for these memberships once per second, as a job does.
 fn count(world: &World, memberships: Vec<Arc<Membership>>) {
     let of = NonZeroU64::new(memberships.len() as u64).unwrap();
     let zero = world.zero;
@@ -219,7 +219,7 @@ fn count(world: &World, memberships: Vec<Arc<Membership>>) {
     });
 }
 
-/// Policies of this rate and burst, in this version of a plan.
+/// Policies with this rate and burst, in this version of a plan.
 fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
     let rate = RatePolicy {
         rpm: NonZeroU32::new(rpm).unwrap(),
@@ -228,8 +228,8 @@ fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
     Policies::new(rate, None, None, Zone::utc(), strict).with_version(number)
 }
 
-/// A replica remembers what it used under the plan before an edit. Redis may know of the edit for longer, and has
-/// refilled the bucket at the new rate since.
+/// A replica keeps the state of its share from the plan before an edit. Redis may have known of the edit for longer,
+/// and refilled the bucket at the new rate since then.
 #[test]
 fn an_edit_denies_nothing_that_the_counters_would_grant() {
     paused(async {
@@ -243,13 +243,13 @@ fn an_edit_denies_nothing_that_the_counters_would_grant() {
         for _ in 0..105 {
             admitted += crowd(&limiters[0], &after, 1).await;
         }
-        // 33 a second refill during the round trips.
+        // 33 tokens per second refill during the round trips.
         assert!((100..=113).contains(&admitted), "{admitted} admitted");
     });
 }
 
-/// A share of a key that this replica has not seen under the plan before an edit starts with the edit, not with the
-/// outage.
+/// If this replica has not used a key under the plan before an edit, its share of the key starts at the edit, not at
+/// the outage.
 #[test]
 fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
     for strict in [true, false] {
@@ -264,7 +264,7 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
             assert_eq!(crowd(&limiters[0], &before, 600).await, 600);
             world.stalled.send_replace(true);
             sleep(Duration::from_secs(6)).await;
-            // 6 s at one a second are over.
+            // 6 s at one token per second have passed.
             let first = crowd(&limiters[1], &after, 600).await;
             assert!(first <= 7, "{first} admitted");
             sleep(Duration::from_secs(1)).await;
@@ -274,8 +274,8 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
     }
 }
 
-/// Without Redis, `open` sells the whole limit on each replica, however many requests waited for the call that failed,
-/// and nothing is denied on account of them when Redis is back.
+/// Without Redis, `open` enforces the whole limit on each replica, no matter how many requests waited for the failed
+/// call, and they cause no denials when Redis is back.
 #[test]
 fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     let mut wrong = String::new();
@@ -298,7 +298,7 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
                     }
                 }
                 world.stalled.send_replace(false);
-                // A new epoch may begin, and then every bucket is empty.
+                // A new epoch may begin, in which every bucket is empty.
                 sleep(Duration::from_secs(15)).await;
                 let admitted = crowd(&limiters[0], &policies, 20).await;
                 if admitted != 10 {
@@ -310,8 +310,8 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// A stall that ends before the replica that was asked for nothing has noticed it. The other one has, and returns by
-/// itself: what it sold without Redis, Redis would not know of.
+/// A stall that ends before the idle replica has detected it. The other one has detected it, and recovers on its own:
+/// Redis would not know of the tokens it admitted without Redis.
 #[test]
 fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
     let (rpm, burst) = (6000, 100);
@@ -355,7 +355,7 @@ fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
         }
     }
     assert!(over.is_empty(), "{over}");
-    // After the longer ones a new epoch begins, and every bucket is empty at first.
+    // After longer stalls, a new epoch begins, and every bucket is empty at first.
     assert!(served_on > 10, "served on after {served_on} of 30 stalls");
 }
 
@@ -365,7 +365,7 @@ fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
         .unwrap()
 }
 
-/// PostgreSQL is slower than Redis may be, and busy requests of a closed plan wait for it: neither is an outage.
+/// PostgreSQL is slower than Redis may be, and many requests of a closed plan wait for it: neither is an outage.
 #[test]
 fn a_slow_ledger_leaves_the_counters_their_time() {
     paused(async {
@@ -386,7 +386,8 @@ fn a_slow_ledger_leaves_the_counters_their_time() {
     });
 }
 
-/// Leases grow with the pace and shrink near the bottom, and no token of a full bucket is refused on the way.
+/// Leases grow with the pace and shrink when the bucket is nearly empty, and no token of a full bucket is denied in
+/// between.
 #[test]
 fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
     paused(async {
@@ -408,7 +409,8 @@ fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
     });
 }
 
-/// Whoever asks for more than one token is told when so many are there, also while nobody asks the counters.
+/// A request with a cost above one is told when enough tokens will be available, even if the counters are not called in
+/// the meantime.
 #[test]
 fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
     paused(async {
@@ -430,7 +432,7 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
         assert!(denied > 100);
         let fifty = NonZeroU32::new(50).unwrap();
         let decision = limiter.admit(&handle, &policies, fifty).await.unwrap();
-        // 10 ms a token, and a bucket that has no more than gathers in the life of half a lease.
+        // 10 ms per token, and a bucket that holds no more than accumulates in half the lifetime of a lease.
         let wait = decision.retry_after().expect("it is denied");
         assert!(wait >= 400_000_000, "{decision:?}");
         let never = NonZeroU32::new(101).unwrap();
@@ -440,7 +442,7 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
     });
 }
 
-/// Each of many replicas takes of a small quota what it spends, and nothing for later.
+/// Each of many replicas takes only the tokens it spends from a small quota, and none for later.
 #[test]
 fn a_small_quota_is_had_whole_of_many_replicas() {
     paused(async {

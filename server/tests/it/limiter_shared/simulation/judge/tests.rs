@@ -1,4 +1,4 @@
-//! Logs written by hand: what the lower bound demands, and what it does not.
+//! Handwritten logs: what the lower bound requires, and what it does not.
 
 use quota_common::plan::OnRedisFailure;
 
@@ -7,7 +7,7 @@ use super::{
     Answer, Entry, MS, under,
 };
 
-/// A new epoch in each of the faults below.
+/// Each of the faults below begins a new epoch.
 const EPOCHS: [u64; 2] = [1550 * MS, 2850 * MS];
 
 fn plan(from: u64, rpm: u32, burst: u32, strict: bool) -> Plan {
@@ -44,7 +44,7 @@ fn outage(at: u64, lasts: u64) -> Fault {
     }
 }
 
-/// Requests at this millisecond, so many of them admitted.
+/// Requests at this millisecond, of which the given number is admitted.
 fn requests(at: u64, admitted: usize, of: usize) -> impl Iterator<Item = Entry> {
     (0..of).map(move |n| Entry {
         key: 0,
@@ -90,7 +90,7 @@ fn a_replica_that_crashes_takes_its_tokens_with_it() {
 #[test]
 fn a_new_rate_counts_from_the_first_request_after_the_edit() {
     let mut scene = scene(vec![plan(0, 60, 100, true), plan(1000, 6000, 100, true)]);
-    // Buckets may be empty 2 s after it.
+    // Buckets may be empty until 2 s after it.
     scene.faults.push(outage(1500, 100));
     let log = |later| {
         let first = requests(5000, 1, 80);
@@ -103,12 +103,12 @@ fn a_new_rate_counts_from_the_first_request_after_the_edit() {
 #[test]
 fn what_refilled_after_a_loss_is_spent_once() {
     let mut scene = scene(vec![plan(0, 12, 1, true), plan(5000, 600, 100, true)]);
-    // Buckets may be empty 2 s after it.
+    // Buckets may be empty until 2 s after it.
     scene.faults.push(outage(2800, 100));
     let log = |every: u64| {
         let times = (5000..8000).step_by(50);
         let each = times.flat_map(|at| {
-            // Ten a second, once the edit is in force everywhere.
+            // Ten requests per second, once the edit is in force everywhere.
             requests(at, usize::from(at > 6100 && at % every == 0), 1)
         });
         each.collect::<Vec<_>>()
@@ -120,7 +120,8 @@ fn what_refilled_after_a_loss_is_spent_once() {
 #[test]
 fn a_few_tokens_are_taken_together_and_not_one_by_one() {
     let scene = scene(vec![plan(0, 60_000, 600, false)]);
-    // Two tokens are asked for while one refills. All are had until so many are left.
+    // Two tokens are requested in the time in which one refills. All requests are admitted until `left` tokens are
+    // left.
     let log = |left| {
         let times = (1000..1590).step_by(2);
         let each = times.flat_map(|at| {
@@ -131,7 +132,7 @@ fn a_few_tokens_are_taken_together_and_not_one_by_one() {
     };
     assert_eq!(verdict(&scene, &log(25)), None);
     assert!(verdict(&scene, &log(100)).is_some());
-    // A burst is taken as far as it goes.
+    // A burst takes as many tokens as there are.
     let at_once = |admitted| requests(1000, admitted, 700).collect::<Vec<_>>();
     assert_eq!(verdict(&scene, &at_once(600)), None);
     assert!(verdict(&scene, &at_once(580)).is_some());
