@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use chrono::{DateTime, Utc};
 use governor::nanos::Nanos;
 
 /// Nanoseconds since the Unix epoch (1970-01-01T00:00:00Z), up to the year 2554.
@@ -41,6 +42,12 @@ impl UnixNanos {
     /// Returns nanoseconds since `earlier`, or zero if `earlier` is later.
     pub const fn saturating_since(self, earlier: Self) -> u64 {
         self.0.saturating_sub(earlier.0)
+    }
+}
+
+impl From<UnixNanos> for DateTime<Utc> {
+    fn from(at: UnixNanos) -> Self {
+        Self::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
     }
 }
 

@@ -295,6 +295,8 @@ pub async fn decide(
         .inspect_err(|_| {
             state.metrics.limiter_errors.inc();
         })?;
+    // After the reservation: the shipper reports that everything decided before a pass is in the segments it reads.
+    let decided_at = state.clock.monotonic();
     if decision.is_allowed() {
         &state.metrics.allowed
     } else {
@@ -303,17 +305,19 @@ pub async fn decide(
     .inc();
     state
         .metering
-        .record(reservation, &record, &decision, cost.get(), began)
+        .record(reservation, &record, &decision, cost.get(), decided_at)
         .await
         .map_err(ApiError::unavailable)?;
     // Otherwise, it is written with the usage.
     if !state.metering.is_on() && record.is_worth_noting(decision.at) {
         state.last_used.key(record.id, decision.at);
     }
-    state
-        .metrics
-        .decision_seconds
-        .observe(state.clock.monotonic() - began);
+    let recorded_at = if state.metering.waits_for_disk() {
+        state.clock.monotonic()
+    } else {
+        decided_at
+    };
+    state.metrics.decision_seconds.observe(recorded_at - began);
     Ok(Ok((record, decision)))
 }
 

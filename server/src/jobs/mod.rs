@@ -68,14 +68,16 @@ impl Jobs {
 
 /// Waits for the next tick. Returns `false` if the job must end.
 async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<bool>) -> bool {
-    let stopped = async {
-        let _ = stopping.wait_for(|stop| *stop).await;
-    };
     tokio::select! {
         biased;
-        () = stopped => false,
+        () = stopped(stopping) => false,
         _ = ticks.tick() => true,
     }
+}
+
+/// Waits until the job is to end.
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    let _ = stopping.wait_for(|stop| *stop).await;
 }
 
 fn every(period: Duration) -> tokio::time::Interval {

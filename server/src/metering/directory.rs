@@ -17,7 +17,7 @@ use super::segment::{EXTENSION, UNFINISHED};
 /// The folder of all directories, in `QUOTA_DATA_DIR`.
 pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
-/// The suffix of a rejected segment's file name.
+/// The folder of files that are not shipped and kept for the operator, next to the directories.
 const REFUSED: &str = "refused";
 
 /// A directory whose lock this process holds.
@@ -32,12 +32,6 @@ pub(super) struct Directory {
 impl Directory {
     /// Creates a new directory in `root`.
     pub fn create(root: &Path) -> io::Result<Self> {
-        let folder = |path: &Path, recursive| {
-            DirBuilder::new()
-                .mode(0o700)
-                .recursive(recursive)
-                .create(path)
-        };
         folder(root, true)?;
         let id = Uuid::now_v7();
         let (unfinished, path) = (
@@ -92,21 +86,32 @@ impl Directory {
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();
             if path.extension().is_some_and(|it| it == UNFINISHED) {
-                fs::remove_file(path)?;
+                delete(&path)?;
             }
         }
         Ok(())
     }
 
-    /// Deletes the directory, unless it contains more than the lock file.
-    pub fn remove(self) -> io::Result<()> {
+    /// Deletes the directory, unless it contains more than the lock file. Returns whether it did.
+    pub fn remove(self) -> io::Result<bool> {
         for entry in fs::read_dir(&self.path)? {
             if entry?.file_name() != LOCK {
-                return Ok(());
+                return Ok(false);
             }
         }
-        fs::remove_file(self.path.join(LOCK))?;
-        fs::remove_dir(&self.path)
+        delete(&self.path.join(LOCK))?;
+        fs::remove_dir(&self.path)?;
+        Ok(true)
+    }
+
+    /// Moves what an earlier version set aside in the directory to where it is kept now.
+    pub fn move_refused(&self) -> io::Result<()> {
+        for path in paths(&self.path, |path| {
+            path.extension().is_some_and(|it| it == REFUSED)
+        })? {
+            set_aside(&path)?;
+        }
+        Ok(())
     }
 }
 
@@ -135,9 +140,38 @@ pub(super) fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
     })
 }
 
-/// Renames a segment so that it is not read again, and keeps it for the operator.
+/// Moves a segment out of its directory, so that it is not read again, and keeps it for the operator.
 pub(super) fn set_aside(segment: &Path) -> io::Result<()> {
-    fs::rename(segment, segment.with_extension(REFUSED))
+    let (Some(directory), Some(name)) = (segment.parent(), segment.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let refused = directory.parent().unwrap_or(directory).join(REFUSED);
+    folder(&refused, true)?;
+    // Two directories may have files of the same name.
+    let mut kept = directory.file_name().unwrap_or_default().to_owned();
+    kept.push("-");
+    kept.push(name);
+    is_gone(fs::rename(segment, refused.join(kept)))
+}
+
+/// Deletes a file, if it exists.
+pub(super) fn delete(path: &Path) -> io::Result<()> {
+    is_gone(fs::remove_file(path))
+}
+
+/// Ignores that the file did not exist.
+fn is_gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+fn folder(path: &Path, recursive: bool) -> io::Result<()> {
+    DirBuilder::new()
+        .mode(0o700)
+        .recursive(recursive)
+        .create(path)
 }
 
 fn paths(directory: &Path, is_wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<PathBuf>> {

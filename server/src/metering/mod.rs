@@ -199,7 +199,8 @@ impl Metering {
                 .is_spent(tenant, self.0.clock.monotonic())
     }
 
-    /// Records the decision that was made at the monotonic time `at`. Call before the response is sent.
+    /// Records the decision that was made at the monotonic time `at`, after the reservation. Call before the response is
+    /// sent.
     #[inline]
     pub async fn record(
         &self,
@@ -263,6 +264,11 @@ impl Metering {
         Ok(())
     }
 
+    /// Returns whether [`Self::record`] waits for the disk.
+    pub fn waits_for_disk(&self) -> bool {
+        self.0.is_durable && self.is_on()
+    }
+
     /// Returns whether decisions are recorded.
     pub fn is_on(&self) -> bool {
         self.0.recorder.is_some()
@@ -305,6 +311,12 @@ impl Metering {
         let shipped = shipper.ship(&self.0.context, recorder).await;
         self.watch_backlog();
         shipped
+    }
+
+    /// Ends [`Self::ship_adopted`] after the current batch.
+    pub fn stop_adopting(&self) {
+        let is_stopping = &self.0.context.is_stopping;
+        is_stopping.store(true, Ordering::Relaxed);
     }
 
     /// Ships the records of stopped replicas in the same data directory. Returns the number of records.

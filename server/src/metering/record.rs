@@ -12,11 +12,10 @@
 //! A header word of zero means that nothing has been written there yet. The CRC covers the segment's random ID, so that
 //! no text from a client can look like a record.
 
-use chrono::DateTime;
 use quota_common::{ApiKeyId, PlanId, TenantId, plan::Billing};
 use uuid::{Builder, Uuid};
 
-use crate::{clock::UnixNanos, limiter::Policy, repo::usage_log::UsageRecord};
+use crate::{clock::UnixNanos, limiter::Policy, repo::usage_batch::UsageRecord};
 
 /// The maximum length of a recorded endpoint, in bytes.
 pub const ENDPOINT_MAX: usize = 128;
@@ -212,7 +211,7 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
         tenant_id: uuid(0)?,
         key_id: uuid(16)?,
         plan_id: uuid(32)?,
-        at: DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX)),
+        at: at.into(),
         billing: if is_paid == 0 { "free" } else { "paid" },
         endpoint: text(endpoint)?,
         was_rejected: outcome != RecordedOutcome::Allowed,

@@ -1,6 +1,10 @@
 //! The segments of this process: the current one, the next one, and those waiting to be shipped.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
@@ -12,12 +16,18 @@ use super::{
     sync::Syncer,
     time::EventClock,
 };
-use crate::{clock::Clock, telemetry::metrics::Metrics};
+use crate::{
+    clock::{Clock, UnixNanos},
+    telemetry::metrics::Metrics,
+};
 
 /// The size of a segment, unless the maximum backlog is smaller than eight of them.
 const SEGMENT_MAX: u64 = 8 << 20;
 /// Enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
+/// The maximum age of a segment in use, in nanoseconds. PostgreSQL refuses segments that are older than the usage log
+/// (two days at least) and unknown to it, as those of a server without requests are.
+const MAX_AGE: u64 = 6 * 3_600_000_000_000;
 /// Nanoseconds between two attempts to create a segment after one failed.
 const RETRY: u64 = 100_000_000;
 
@@ -74,6 +84,14 @@ struct Files {
     is_creating_spare: bool,
     /// No more segments are created in advance.
     is_closed: bool,
+}
+
+impl Files {
+    /// Deletes a segment without records.
+    fn remove_unused(&mut self, segment: &Segment) {
+        self.count -= 1;
+        let _ = std::fs::remove_file(&segment.path);
+    }
 }
 
 impl Recorder {
@@ -152,13 +170,16 @@ impl Recorder {
             Some(spare) => spare,
             None => self.create_now(&mut files)?,
         };
-        if let Some(full) = current {
-            full.seal();
-            files.sealed.push(full);
-        }
-        self.current.store(Some(next.clone()));
+        self.replace_current(&mut files, next.clone());
         next.reserve(endpoint, request_id)
             .ok_or(Unrecordable::Failed)
+    }
+
+    fn replace_current(&self, files: &mut Files, next: Arc<Segment>) {
+        if let Some(last) = self.current.swap(Some(next)) {
+            last.seal();
+            files.sealed.push(last);
+        }
     }
 
     fn create_now(&self, files: &mut Files) -> Result<Arc<Segment>, Unrecordable> {
@@ -216,17 +237,42 @@ impl Recorder {
     }
 
     fn create_in(&self, directory: &Directory) -> io::Result<Arc<Segment>> {
-        let started_at = self.time.at(self.clock.monotonic());
+        let started_at = self.now();
         let durable = self.durability == Durability::Machine;
         Segment::create(&directory.path, self.segment_size, started_at, durable).map(Arc::new)
     }
 
-    pub fn wants_spare(&self) -> bool {
-        let files = self.files.lock();
-        files.spare.is_none() && !files.is_closed && files.count < self.max_segments
+    /// The time of an event that happens now.
+    pub fn now(&self) -> UnixNanos {
+        self.time.at(self.clock.monotonic())
     }
 
-    /// Creates the next segment in advance. Blocks, but decisions continue in the meantime.
+    fn is_old(&self, segment: &Segment) -> bool {
+        self.now().0.saturating_sub(segment.head.started_at.0) > MAX_AGE
+    }
+
+    /// Whether the spare segment has to be created or replaced.
+    fn needs_spare(&self, files: &Files) -> bool {
+        match &files.spare {
+            None => files.count < self.max_segments,
+            Some(spare) => self.is_old(spare),
+        }
+    }
+
+    /// Whether the segment in use is to be replaced by the spare one because of its age.
+    fn needs_rotation(&self, files: &Files) -> bool {
+        let current = self.current.load();
+        let is_old = |segment: &Arc<Segment>| self.is_old(segment);
+        current.as_ref().is_some_and(is_old) && files.spare.as_ref().is_some_and(|it| !is_old(it))
+    }
+
+    /// Returns whether [`Self::create_spare`] has something to do.
+    pub fn wants_spare(&self) -> bool {
+        let files = self.files.lock();
+        !files.is_closed && (self.needs_spare(&files) || self.needs_rotation(&files))
+    }
+
+    /// Creates the next segment ahead of need, and replaces old ones. Blocks, but decisions continue in the meantime.
     pub fn create_spare(&self) {
         let directory = {
             let mut files = self.files.lock();
@@ -239,9 +285,12 @@ impl Recorder {
                     self.current.store(Some(first));
                 }
             }
-            let is_needed = files.spare.is_none()
-                && !files.is_creating_spare
-                && files.count < self.max_segments;
+            if self.needs_rotation(&files)
+                && let Some(spare) = files.spare.take()
+            {
+                self.replace_current(&mut files, spare);
+            }
+            let is_needed = !files.is_creating_spare && self.needs_spare(&files);
             let Some(directory) = files.directory.clone().filter(|_| is_needed) else {
                 return;
             };
@@ -253,12 +302,15 @@ impl Recorder {
         let mut files = self.files.lock();
         files.is_creating_spare = false;
         match spare {
-            Ok(spare) if files.spare.is_none() && !files.is_closed => files.spare = Some(spare),
-            // Decisions can still use the rest of the current segment.
-            Ok(unused) => {
-                files.count -= 1;
-                let _ = std::fs::remove_file(&unused.path);
+            Ok(spare)
+                if !files.is_closed && files.spare.as_ref().is_none_or(|it| self.is_old(it)) =>
+            {
+                if let Some(old) = files.spare.replace(spare) {
+                    files.remove_unused(&old);
+                }
             }
+            Ok(unused) => files.remove_unused(&unused),
+            // Decisions can still use the rest of the current segment, and an old spare one.
             Err(_) => files.count -= 1,
         }
     }
@@ -284,14 +336,18 @@ impl Recorder {
         self.files.lock().directory.clone()
     }
 
-    /// Deletes a segment that was shipped completely, unless it is still in use. Returns whether it did.
-    pub fn delete(&self, segment: &Segment) -> io::Result<bool> {
+    /// Removes the file of a segment with `remove`, unless the segment is still in use. Returns whether it did.
+    pub fn remove(
+        &self,
+        segment: &Segment,
+        remove: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> io::Result<bool> {
         let mut files = self.files.lock();
         let is_it = |it: &Arc<Segment>| it.head.id == segment.head.id;
         let Some(at) = files.sealed.iter().position(is_it) else {
             return Ok(false);
         };
-        std::fs::remove_file(&segment.path)?;
+        remove(&segment.path)?;
         files.sealed.remove(at);
         files.count -= 1;
         Ok(true)
@@ -306,8 +362,7 @@ impl Recorder {
             files.sealed.push(last);
         }
         if let Some(spare) = files.spare.take() {
-            files.count -= 1;
-            let _ = std::fs::remove_file(&spare.path);
+            files.remove_unused(&spare);
         }
     }
 
@@ -317,14 +372,14 @@ impl Recorder {
     }
 
     /// Deletes the directory of this process if it is empty.
-    pub fn remove_directory(&self) -> io::Result<()> {
+    pub fn remove_directory(&self) -> io::Result<bool> {
         let mut files = self.files.lock();
         if files.count > 0 || self.current.load().is_some() {
-            return Ok(());
+            return Ok(false);
         }
         match files.directory.take().map(Arc::try_unwrap) {
             Some(Ok(directory)) => directory.remove(),
-            _ => Ok(()),
+            _ => Ok(false),
         }
     }
 }

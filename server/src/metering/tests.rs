@@ -3,7 +3,10 @@ use std::{
     fs::File,
     os::unix::fs::FileExt,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
 };
 
@@ -13,12 +16,18 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::{
+    Durability,
     directory::{self, Directory},
     record::{DecisionRecord, RecordedOutcome, cut},
+    recorder::Recorder,
     scan::{self, Batch, Writer},
     segment::{RECORDS_AT, ReservedRecord, Segment, SegmentHead},
+    time::EventClock,
 };
-use crate::{clock::UnixNanos, limiter::Policy};
+use crate::{
+    clock::{Clock, UnixNanos},
+    limiter::Policy,
+};
 
 const SIZE: u64 = 64 << 10;
 const ENDPOINT: &str = "GET /orders/{id}";
@@ -161,17 +170,17 @@ fn reading_beside_the_writer_stops_at_the_first_open_record() {
     write(&segment, "d");
     let before = read(&segment.file, Writer::Running);
     assert_eq!(request_ids(&before), ["a"]);
-    assert!(!before.is_complete);
-    // If the writer has ended, the open record never got a response.
+    assert!(!before.span.is_complete);
+    // If the writer has ended, the open record never was a response.
     let after = read(&segment.file, Writer::Ended);
     assert_eq!(request_ids(&after), ["a", "c", "d"]);
-    assert_eq!(after.damaged, 0);
+    assert_eq!(after.span.damaged, 0);
 
     open.fill(&record("b"));
     let head = segment.head;
-    let rest = scan::read(&segment.file, &head, before.end, Writer::Running, 2).unwrap();
+    let rest = scan::read(&segment.file, &head, before.span.end, Writer::Running, 2).unwrap();
     assert_eq!(request_ids(&rest), ["b", "c"]);
-    let rest = scan::read(&segment.file, &head, rest.end, Writer::Running, 2).unwrap();
+    let rest = scan::read(&segment.file, &head, rest.span.end, Writer::Running, 2).unwrap();
     assert_eq!(request_ids(&rest), ["d"]);
 }
 
@@ -188,7 +197,7 @@ fn a_full_segment_takes_nothing_and_a_sealed_one_is_complete() {
     full.seal();
     let batch = read(&full.file, Writer::Running);
     assert_eq!(batch.rows.len() as u64, written);
-    assert!(batch.is_complete);
+    assert!(batch.span.is_complete);
 
     let sealed = segment(directory.path());
     write(&sealed, "a");
@@ -196,7 +205,10 @@ fn a_full_segment_takes_nothing_and_a_sealed_one_is_complete() {
     sealed.seal();
     assert!(reserve(&sealed, "b").is_none());
     let batch = read(&sealed.file, Writer::Running);
-    assert_eq!((request_ids(&batch), batch.is_complete), (vec!["a"], true));
+    assert_eq!(
+        (request_ids(&batch), batch.span.is_complete),
+        (vec!["a"], true)
+    );
 }
 
 #[test]
@@ -216,7 +228,7 @@ fn a_damaged_record_is_left_out_and_later_ones_are_kept() {
             torn[at] ^= 1 << bit;
             let batch = read(&image(directory.path(), &torn), Writer::Ended);
             assert_eq!(request_ids(&batch), ["a", "c"], "byte {at}, bit {bit}");
-            assert_eq!(batch.damaged, 1, "byte {at}, bit {bit}");
+            assert_eq!(batch.span.damaged, 1, "byte {at}, bit {bit}");
         }
     }
 }
@@ -427,11 +439,69 @@ fn shipping_a_copy_takes_nothing_from_the_segment_it_was_copied_from() {
     // The copy's lock is free, so its writer counts as ended.
     let copy = read(&image(directory.path(), &bytes_of(&live)), Writer::Ended);
     assert_eq!(
-        (request_ids(&copy), copy.is_complete),
+        (request_ids(&copy), copy.span.is_complete),
         (vec!["a", "b"], true)
     );
     write(&live, "c");
     let head = live.head;
-    let rest = scan::read(&live.file, &head, copy.end, Writer::Running, usize::MAX).unwrap();
+    let rest = scan::read(
+        &live.file,
+        &head,
+        copy.span.end,
+        Writer::Running,
+        usize::MAX,
+    )
+    .unwrap();
     assert_eq!(request_ids(&rest), ["c"]);
+}
+
+#[derive(Debug, Default)]
+struct TestClock(AtomicU64);
+
+impl Clock for TestClock {
+    fn now(&self) -> UnixNanos {
+        UnixNanos(self.monotonic())
+    }
+
+    fn monotonic(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[test]
+fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() {
+    const HOUR: u64 = 3_600_000_000_000;
+    let directory = TempDir::new().unwrap();
+    let clock = Arc::new(TestClock::default());
+    let recorder = Recorder::new(
+        directory.path().to_owned(),
+        8 << 20,
+        Durability::Process,
+        clock.clone(),
+        Arc::new(EventClock::new(UnixNanos(0), 0)),
+        Arc::default(),
+    )
+    .unwrap();
+    recorder.create_spare();
+    let reserved = recorder.reserve(ENDPOINT.len(), 1).unwrap();
+    reserved.fill(&record("a"));
+    // The shortest retention is two days.
+    for hours in [1, 23, 47, 49, 500] {
+        clock.0.store(hours * HOUR, Ordering::Relaxed);
+        while recorder.wants_spare() {
+            recorder.create_spare();
+        }
+        let segments = recorder.segments();
+        let in_use = segments.last().unwrap();
+        let age = hours * HOUR - in_use.head.started_at.0;
+        assert!(
+            age < 12 * HOUR,
+            "after {hours} hours the segment is {age} ns old"
+        );
+        let first = read(&segments[0].file, Writer::Running);
+        assert_eq!(request_ids(&first), ["a"]);
+        // Those before are complete, so that they are shipped and deleted.
+        assert!(segments.len() == 1 || first.span.is_complete);
+        drop(recorder.reserve(ENDPOINT.len(), 1).unwrap());
+    }
 }

@@ -68,6 +68,8 @@ pub mod service_token;
 pub mod session;
 pub mod sweep;
 pub mod usage;
+pub mod usage_append;
+pub mod usage_batch;
 pub mod usage_check;
 pub mod usage_endpoint;
 pub mod usage_log;

@@ -78,22 +78,23 @@ pub async fn move_cursor(
 pub struct Pending {
     pub records: i64,
     pub bytes: i64,
-    /// Time of the oldest record.
+    /// No record before it is left. `None` if none is left at all.
     pub oldest: Option<DateTime<Utc>>,
 }
 
-/// Reports what is left in a directory.
+/// Reports what was left in a directory at `at`.
 pub async fn report(
     tx: &mut SystemTx,
     directory: Uuid,
     host: &str,
     pending: &Pending,
+    at: DateTime<Utc>,
 ) -> Result<(), DbError> {
     diesel::sql_query(
         "INSERT INTO usage_shippers \
-             (directory_id, host, pending_records, pending_bytes, oldest_pending_at) \
-         VALUES ($1, $2, $3, $4, $5) \
-         ON CONFLICT (directory_id) DO UPDATE SET host = excluded.host, reported_at = now(), \
+             (directory_id, host, reported_at, pending_records, pending_bytes, oldest_pending_at) \
+         VALUES ($1, $2, least(now(), $6), $3, $4, $5) \
+         ON CONFLICT (directory_id) DO UPDATE SET host = excluded.host, reported_at = excluded.reported_at, \
              pending_records = excluded.pending_records, pending_bytes = excluded.pending_bytes, \
              oldest_pending_at = excluded.oldest_pending_at",
     )
@@ -102,6 +103,7 @@ pub async fn report(
     .bind::<BigInt, _>(pending.records)
     .bind::<BigInt, _>(pending.bytes)
     .bind::<Nullable<Timestamptz>, _>(pending.oldest)
+    .bind::<Timestamptz, _>(at)
     .execute(&mut **tx)
     .await?;
     Ok(())

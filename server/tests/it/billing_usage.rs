@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, DurationRound as _, TimeDelta, Utc};
 use quota_fake_stripe::{Card, Fault, How, Usage};
-use quota_server::{billing::Billing, repo::usage_log::UsageRecord};
+use quota_server::{billing::Billing, repo::usage_batch::UsageRecord};
 use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;

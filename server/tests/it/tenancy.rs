@@ -712,7 +712,12 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
         .collect::<Vec<String>>();
     assert_eq!(
         ways_around,
-        ["usage_create_partitions", "usage_drop_partitions"]
+        [
+            "usage_create_partition",
+            "usage_create_partitions",
+            "usage_delete_unpartitioned",
+            "usage_drop_partitions"
+        ]
     );
     let callers = client
         .query_one(
