@@ -1,5 +1,5 @@
 -- Partitions of usage are created one by one, each in its own transaction, and rows without a partition are deleted in
--- bounded steps: a table that is busy, or has many rows to move, holds up no other one.
+-- limited numbers, so that a table that is busy or has many rows to move does not delay the others.
 
 CREATE FUNCTION usage_create_partition(parent text, day date) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -34,7 +34,7 @@ END $$;
 COMMENT ON FUNCTION usage_create_partition(text, date) IS
     'Creates the partition of a day unless it exists, and moves rows from the default partition there. Returns whether it created it';
 
--- For servers of the version before.
+-- For servers of the previous version.
 CREATE OR REPLACE FUNCTION usage_create_partitions(first date, last date) RETURNS integer
     LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
     SELECT count(*) FILTER (WHERE usage_create_partition(parent, day::date))::integer

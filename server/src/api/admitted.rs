@@ -295,7 +295,8 @@ pub async fn decide(
         .inspect_err(|_| {
             state.metrics.limiter_errors.inc();
         })?;
-    // After the reservation: the shipper reports that everything decided before a pass is in the segments it reads.
+    // This must come after the reservation: the shipper reports that all earlier decisions are in the segments it
+    // reads.
     let decided_at = state.clock.monotonic();
     if decision.is_allowed() {
         &state.metrics.allowed

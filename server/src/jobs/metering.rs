@@ -15,7 +15,7 @@ const PREPARE: Duration = Duration::from_millis(100);
 const MEASURE: Duration = Duration::from_secs(10);
 /// How long to wait after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long a stopping server continues to ship, including a batch in flight. The next start ships the rest from its
+/// How long a stopping server continues to ship, including the batch in flight. The next start ships the rest from its
 /// directory.
 const FINISH: Duration = Duration::from_secs(3);
 
@@ -39,7 +39,7 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
         }
     }
     let finished = async {
-        // Dropping it would keep its connection busy, which the rest needs.
+        // Dropping it would keep its connection busy, which the remaining usage needs.
         if let Some(shipping) = in_flight {
             shipping.await?;
         }

@@ -66,7 +66,7 @@ async fn maintain_with_retries(state: &AppState) {
     }
 }
 
-/// Does what can be done. Returns the first error.
+/// Does as much as possible. Returns the first error.
 async fn maintain_once(state: &AppState) -> Result<(), DbError> {
     let today = state.db.within_limit(today(state)).await?;
     let created = create_all(state, today).await;
@@ -94,8 +94,8 @@ async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
     Ok(now.date_naive())
 }
 
-/// Creates partitions: those of the coming days first, which have no rows to move yet, then of today and of yesterday,
-/// since records may be late. A table that fails holds up no other.
+/// Creates partitions: first those of the coming days, which have no rows to move yet, then those of today and
+/// yesterday, since records may be late. A table whose partition cannot be created does not delay the others.
 async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
     let coming = (1..=AHEAD).filter_map(|days| today.checked_add_days(Days::new(days)));
     let days = coming.chain([today]).chain(today.pred_opt());
@@ -105,7 +105,11 @@ async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
         for day in &days {
             let done = timeout(usage_partition::CREATE, create(state, table, *day))
                 .await
-                .unwrap_or_else(|_| Err(DbError::Unavailable("creating it takes too long".into())));
+                .unwrap_or_else(|_| {
+                    Err(DbError::Unavailable(
+                        "creating a partition took too long".into(),
+                    ))
+                });
             match done {
                 Ok(is_new) => created += u32::from(is_new),
                 Err(error) => {

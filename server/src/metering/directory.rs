@@ -17,7 +17,7 @@ use super::segment::{EXTENSION, UNFINISHED};
 /// The folder of all directories, in `QUOTA_DATA_DIR`.
 pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
-/// The folder of files that are not shipped and kept for the operator, next to the directories.
+/// The folder, next to the directories, of files that are not shipped but kept for the operator.
 const REFUSED: &str = "refused";
 
 /// A directory whose lock this process holds.
@@ -104,7 +104,7 @@ impl Directory {
         Ok(true)
     }
 
-    /// Moves what an earlier version set aside in the directory to where it is kept now.
+    /// Moves files that an earlier version set aside in the directory to the current location.
     pub fn move_refused(&self) -> io::Result<()> {
         for path in paths(&self.path, |path| {
             path.extension().is_some_and(|it| it == REFUSED)
@@ -147,7 +147,7 @@ pub(super) fn set_aside(segment: &Path) -> io::Result<()> {
     };
     let refused = directory.parent().unwrap_or(directory).join(REFUSED);
     folder(&refused, true)?;
-    // Two directories may have files of the same name.
+    // Two directories may contain files of the same name.
     let mut kept = directory.file_name().unwrap_or_default().to_owned();
     kept.push("-");
     kept.push(name);
@@ -159,7 +159,7 @@ pub(super) fn delete(path: &Path) -> io::Result<()> {
     is_gone(fs::remove_file(path))
 }
 
-/// Ignores that the file did not exist.
+/// Ignores the error that a file does not exist.
 fn is_gone(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -199,8 +199,8 @@ impl Metering {
                 .is_spent(tenant, self.0.clock.monotonic())
     }
 
-    /// Records the decision that was made at the monotonic time `at`, after the reservation. Call before the response is
-    /// sent.
+    /// Records the decision made at the monotonic time `at`, which is after the reservation. Call before the response
+    /// is sent.
     #[inline]
     pub async fn record(
         &self,

@@ -25,8 +25,9 @@ use crate::{
 const SEGMENT_MAX: u64 = 8 << 20;
 /// Enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
-/// The maximum age of a segment in use, in nanoseconds. PostgreSQL refuses segments that are older than the usage log
-/// (two days at least) and unknown to it, as those of a server without requests are.
+/// The maximum age of a segment in use, in nanoseconds. PostgreSQL refuses a segment that is unknown to it and older
+/// than the usage log (at least two days). Without this limit, a segment of a server without requests could get that
+/// old.
 const MAX_AGE: u64 = 6 * 3_600_000_000_000;
 /// Nanoseconds between two attempts to create a segment after one failed.
 const RETRY: Nanos = Nanos::from_millis(100);
@@ -251,7 +252,7 @@ impl Recorder {
         self.now().0.saturating_sub(segment.head.started_at.0) > MAX_AGE
     }
 
-    /// Whether the spare segment has to be created or replaced.
+    /// Whether a spare segment must be created or replaced.
     fn needs_spare(&self, files: &Files) -> bool {
         match &files.spare {
             None => files.count < self.max_segments,
@@ -259,7 +260,7 @@ impl Recorder {
         }
     }
 
-    /// Whether the segment in use is to be replaced by the spare one because of its age.
+    /// Whether the segment in use must be replaced by the spare one because of its age.
     fn needs_rotation(&self, files: &Files) -> bool {
         let current = self.current.load();
         let is_old = |segment: &Arc<Segment>| self.is_old(segment);
@@ -272,7 +273,7 @@ impl Recorder {
         !files.is_closed && (self.needs_spare(&files) || self.needs_rotation(&files))
     }
 
-    /// Creates the next segment ahead of need, and replaces old ones. Blocks, but decisions continue in the meantime.
+    /// Creates the next segment in advance, and replaces old ones. Blocks, but decisions continue in the meantime.
     pub fn create_spare(&self) {
         let directory = {
             let mut files = self.files.lock();

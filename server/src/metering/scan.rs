@@ -26,15 +26,15 @@ pub(super) struct Batch {
     pub span: Span,
 }
 
-/// Where a batch ends.
+/// The end of a batch.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
-    /// The byte offset after the last record, and after void ones. Not beyond: what looks like the empty rest of an ended
-    /// process's segment may be a copy of one that is still being written.
+    /// The byte offset after the last record, including void ones. Not beyond: what looks like the empty rest of an
+    /// ended process's segment may be a copy of one that is still being written.
     pub end: u64,
     /// Whether this is the end of the segment.
     pub is_complete: bool,
-    /// Whether reading stopped at a record that is still being written. Finished ones may follow it.
+    /// Whether reading stopped at a record that is still being written. Finished records may follow it.
     pub is_blocked: bool,
     /// The number of places with an unreadable record.
     pub damaged: u64,

@@ -75,7 +75,7 @@ fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {
     Ok((sources, unreadable))
 }
 
-/// Returns `None` if the segment is gone, or is none.
+/// Returns `None` if the segment no longer exists, or is not one.
 fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
     let file = match File::open(path) {
         Ok(file) => file,
@@ -99,7 +99,7 @@ pub(super) struct Shipper {
     own: Vec<(Source, Arc<Segment>)>,
     size: BatchSize,
     reported_at: Option<Instant>,
-    /// When the last pass began that left nothing.
+    /// The start of the last pass after which nothing was left.
     complete_until: Option<DateTime<Utc>>,
 }
 
@@ -120,7 +120,7 @@ fn is_due(last: Option<Instant>, every: Duration) -> bool {
 impl Shipper {
     /// Ships all available records. Returns their number.
     pub async fn ship(&mut self, context: &Context, recorder: &Recorder) -> Result<u64, ShipError> {
-        // What was decided before has its place in one of these segments.
+        // Everything decided before this is in one of these segments.
         let began = recorder.now();
         self.find_segments(recorder);
         let mut shipped = 0;
@@ -194,7 +194,7 @@ impl Shipper {
             let known = [
                 oldest,
                 source.oldest,
-                // Before the first pass that left nothing.
+                // Before the first pass that leaves nothing.
                 self.complete_until
                     .is_none()
                     .then(|| source.head.started_at.into()),
@@ -224,7 +224,7 @@ impl Shipper {
         if let Some(directory) = recorder.own_directory() {
             let pending = self.pending();
             let at = match (pending.oldest, self.complete_until) {
-                // What is decided while this is reported is not shipped.
+                // Decisions made while this is reported are not shipped.
                 (None, Some(complete_until)) => complete_until,
                 _ => recorder.now().into(),
             };
@@ -256,8 +256,8 @@ impl Shipper {
 }
 
 impl Adopter {
-    /// Ships the records of stopped replicas in `root`. Returns their number, or the first error: what can be shipped
-    /// regardless was shipped.
+    /// Ships the records of stopped replicas in `root`. Returns the number of records shipped, or the first error;
+    /// everything else that could be shipped was shipped.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
         let (mut shipped, mut failed) = (0, None);
         if is_due(self.looked_at, ADOPT) {
@@ -297,7 +297,7 @@ impl Adopter {
                     Ok(true) => {
                         self.failing.remove(&path);
                     }
-                    Ok(false) => self.note(path, &"there are other files in it"),
+                    Ok(false) => self.note(path, &"it contains other files"),
                     Err(error) => {
                         self.note(path, &error);
                         failed.get_or_insert(error.into());
@@ -308,16 +308,19 @@ impl Adopter {
         failed.map_or(Ok(shipped), Err)
     }
 
-    /// Logs a directory's failure once.
+    /// Logs the failure of a directory once.
     fn note(&mut self, path: PathBuf, error: &dyn Display) {
         if !self.failing.contains(&path) {
-            tracing::error!(path = %path.display(), %error, "this directory of usage stays; its other segments are shipped");
+            tracing::error!(
+                path = %path.display(), %error,
+                "cannot ship or remove some files of this usage directory; all others are shipped"
+            );
             self.failing.insert(path);
         }
     }
 }
 
-/// Ships a directory's segments. Returns the number of records and the first error; all other segments were shipped,
+/// Ships a directory's segments. Returns the number of records and the first error. All other segments were shipped,
 /// unless PostgreSQL is unreachable.
 async fn ship_directory(
     context: &Context,

@@ -40,7 +40,7 @@ const LEAST: usize = 50;
 const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_millis(900);
 
-/// How long a transaction may take. Its statements may take longer than those of requests.
+/// The maximum duration of a transaction. Its statements may take longer than those of requests.
 const COMMIT: Duration = Duration::from_secs(40);
 
 /// A segment that is being shipped.
@@ -56,7 +56,7 @@ pub(super) struct Source {
     pub(super) shipped: u64,
     /// The time of the oldest record that was read but not shipped yet.
     pub(super) oldest: Option<DateTime<Utc>>,
-    /// Whether a record is still being written: it and those behind it were not read.
+    /// Whether a record is still being written; it and all later ones were not read.
     pub(super) is_blocked: bool,
     pub(super) state: SourceState,
 }
@@ -95,7 +95,7 @@ impl Source {
         let position = self.position.unwrap_or(self.cursor);
         let read = move || {
             let batch = scan::read(&file, &head, position, writer, max)?;
-            // Here, since it takes milliseconds that requests would wait for.
+            // Done here, because it takes milliseconds for which requests would otherwise wait.
             Ok((UsageBatch::new(batch.rows), batch.span))
         };
         tokio::task::spawn_blocking(read)
@@ -114,7 +114,7 @@ pub enum ShipError {
 }
 
 impl ShipError {
-    /// Whether other segments would fail as well.
+    /// Whether other segments would fail too.
     pub(super) const fn is_outage(&self) -> bool {
         matches!(self, Self::Database(DbError::Unavailable(_)))
     }
@@ -128,7 +128,7 @@ pub(super) struct Context {
     pub retention: Duration,
     pub metrics: Arc<Metrics>,
     pub host: String,
-    /// Whether segments of ended processes are left to others after the current batch.
+    /// Whether to leave the segments of ended processes to other replicas after the current batch.
     pub is_stopping: AtomicBool,
 }
 
@@ -184,7 +184,7 @@ impl Context {
         };
         timeout(COMMIT, shipped).await.unwrap_or_else(|_| {
             Err(DbError::Unavailable(
-                "a batch of usage takes too long".into(),
+                "writing a batch of usage took too long".into(),
             ))
         })
     }

@@ -485,7 +485,7 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
     recorder.create_spare();
     let reserved = recorder.reserve(ENDPOINT.len(), 1).unwrap();
     reserved.fill(&record("a"));
-    // The shortest retention is two days.
+    // The minimum retention is two days.
     for hours in [1, 23, 47, 49, 500] {
         clock.0.store(hours * HOUR, Ordering::Relaxed);
         while recorder.wants_spare() {
@@ -500,7 +500,7 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
         );
         let first = read(&segments[0].file, Writer::Running);
         assert_eq!(request_ids(&first), ["a"]);
-        // Those before are complete, so that they are shipped and deleted.
+        // Earlier ones are complete, so they are shipped and deleted.
         assert!(segments.len() == 1 || first.span.is_complete);
         drop(recorder.reserve(ENDPOINT.len(), 1).unwrap());
     }

@@ -1,7 +1,7 @@
 //! Appends decisions to the log and to every rollup.
 //!
-//! A [batch](super::usage_batch) is sorted and counted before its transaction begins, so that PostgreSQL only inserts:
-//! one row for each decision, and one for each row of a rollup that the batch changes.
+//! A [batch](super::usage_batch) is sorted and counted before its transaction begins, so PostgreSQL only inserts: one
+//! row for each decision, and one for each row of a rollup that the batch changes.
 //!
 //! **Order of locks.** Tenants, in the order of their IDs; everything else that [`append`] writes belongs to one of them.
 
@@ -34,7 +34,7 @@ pub struct Appended {
 /// doing it again.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
-/// Rows per statement: encoding more of them would keep a thread from answering requests for milliseconds.
+/// Rows per statement: encoding more of them would keep a thread from serving requests for milliseconds.
 const CHUNK: usize = 1_000;
 
 /// Locks the tenants and takes numbers for the rows. Statements after it see what others committed before.
@@ -129,7 +129,7 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
     })
 }
 
-/// Returns the number of each record in its tenant's log.
+/// Returns each record's number in its tenant's log.
 async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
     let taken = diesel::sql_query(TAKE_NUMBERS)
         .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))
@@ -170,7 +170,7 @@ async fn add_endpoints(
     if new.is_empty() {
         return Ok(HashSet::new());
     }
-    // All at once, since they are numbered by the time of their first request.
+    // All at the same time, because they are numbered by the time of their first request.
     let (of_tenants, of_keys) = new
         .into_iter()
         .partition::<Vec<_>, _>(|it| it.0.key.is_nil());
@@ -180,7 +180,7 @@ async fn add_endpoints(
         .into_iter()
         .filter_map(|it| Some(of_keys.get(it)?.0))
         .collect::<HashSet<_>>();
-    // A tenant lists only what a key lists, from the first request of such a key on.
+    // A tenant lists only endpoints that a key lists, from the first request of such a key on.
     let mut listed = HashMap::<(Uuid, Rank), DateTime<Utc>>::new();
     for (of, first_at) in &batch.named {
         if !of.key.is_nil() && !folded.contains(of) {

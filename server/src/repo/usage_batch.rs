@@ -1,4 +1,4 @@
-//! Counts decisions before they are appended: by the rows of every rollup that they change.
+//! Counts decisions before they are appended, for each row of a rollup that they change.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -28,7 +28,7 @@ pub struct UsageRecord {
 }
 
 impl UsageRecord {
-    /// The policy by which rollups count it.
+    /// The policy under which rollups count it.
     fn counted_policy(&self) -> &'static str {
         match (self.was_rejected, self.policy) {
             (false, _) => "",
@@ -50,7 +50,7 @@ const DAY: i64 = 24 * 60 * 60;
 /// The rank of an endpoint among those of the batch, so that comparing ranks is comparing names.
 pub(super) type Rank = usize;
 
-/// The primary key of a rollup's row, in the order of its columns. The zero UUID covers all keys or plans.
+/// The primary key of a rollup's row, in the order of its columns. The zero UUID stands for all keys or plans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct RowKey {
     pub tenant: Uuid,
@@ -88,7 +88,7 @@ impl Sums {
     }
 }
 
-/// Counts by the rows of a rollup.
+/// Counts for each row of a rollup.
 #[derive(Debug, Default)]
 struct Rollup(HashMap<RowKey, Sums>);
 
@@ -108,7 +108,7 @@ impl Rollup {
     }
 }
 
-/// An endpoint of a key, or with the zero UUID of a tenant.
+/// An endpoint of a key or, with the zero UUID, of a tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct EndpointOf {
     pub tenant: Uuid,
@@ -121,7 +121,7 @@ pub(super) struct EndpointOf {
 pub(super) struct Rollups {
     pub quarters: Vec<(RowKey, Sums)>,
     pub days: Vec<(RowKey, Sums)>,
-    /// Requests that count under [`FURTHER_ENDPOINTS`] of their key.
+    /// Requests that are counted under [`FURTHER_ENDPOINTS`] of their key.
     pub folded: i64,
 }
 
@@ -155,9 +155,9 @@ fn charged(records: &[UsageRecord]) -> Vec<Charged> {
 /// Records that are ready to be appended.
 #[derive(Debug)]
 pub struct UsageBatch {
-    /// In the order of the log.
+    /// In the order in which they are appended to the log.
     pub(super) records: Vec<UsageRecord>,
-    /// The number of records by tenant, in the order of the IDs.
+    /// The number of records of each tenant, in the order of the IDs.
     pub(super) tenants: Vec<(Uuid, i64)>,
     /// In the order of their names.
     pub(super) endpoints: Vec<String>,
@@ -165,9 +165,9 @@ pub struct UsageBatch {
     pub(super) counts: Vec<(RowKey, Sums)>,
     /// Endpoints of keys and tenants, with the time of their first request.
     pub(super) named: Vec<(EndpointOf, DateTime<Utc>)>,
-    /// The rollups' rows if all endpoints have their own.
+    /// The rows of the rollups if every endpoint has its own.
     pub(super) rollups: Rollups,
-    /// Charged usage by tenant and hour, in this order.
+    /// Charged usage by tenant and hour, in that order.
     pub(super) charged: Vec<Charged>,
 }
 
@@ -262,7 +262,7 @@ impl UsageBatch {
             .unwrap_or_default()
     }
 
-    /// The rows of the rollups, where these endpoints have none of their own.
+    /// The rows of the rollups if these endpoints do not have their own.
     pub(super) fn rollups_without(&self, folded: &HashSet<EndpointOf>) -> Rollups {
         let (all, further) = (self.rank(ALL_ENDPOINTS), self.rank(FURTHER_ENDPOINTS));
         let (mut quarters, mut requests) = (Rollup::default(), 0);

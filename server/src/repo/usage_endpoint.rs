@@ -27,12 +27,12 @@ pub(super) struct Endpoint<'a> {
     pub first_at: DateTime<Utc>,
 }
 
-/// The indexes of endpoints that need a change of the lists.
+/// The indexes of endpoints that require a change of the lists.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     /// Not listed.
     pub new: Vec<usize>,
-    /// Listed, and not marked as seen today.
+    /// Listed, but not marked as seen today.
     pub stale: Vec<usize>,
 }
 
@@ -43,7 +43,7 @@ const FIND: &str = "\
         ON e.tenant_id = n.tenant_id AND e.key_id = n.key_id AND e.endpoint = n.endpoint \
     WHERE e.seen_on IS NULL OR e.seen_on < CURRENT_DATE";
 
-/// Adds endpoints up to the limit, oldest first. Returns the places of the others.
+/// Adds endpoints up to the limit, oldest first. Returns the positions of the others.
 const ADD: &str = "\
     WITH new AS MATERIALIZED ( \
         SELECT * FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS n (tenant_id, key_id, endpoint, first_at, place) \
@@ -96,7 +96,7 @@ macro_rules! bind_endpoints {
     };
 }
 
-/// Returns which endpoints are not listed or have not been marked as seen today.
+/// Returns the endpoints that are not listed, and those that have not been marked as seen today.
 pub(super) async fn find(tx: &mut SystemTx, endpoints: &[Endpoint<'_>]) -> Result<Found, DbError> {
     let rows = bind_endpoints!(FIND, endpoints)
         .load::<FoundRow>(&mut **tx)

@@ -34,7 +34,7 @@ impl Partitioned {
     }
 }
 
-/// How long creating one partition may take: rows that arrived before it are moved there.
+/// The maximum duration of creating one partition, which includes moving rows that arrived before it.
 pub const CREATE: Duration = Duration::from_mins(5);
 
 /// The maximum number of rows that one transaction deletes.
@@ -83,7 +83,7 @@ pub async fn drop_oldest(
     Ok(dropped.number > 0)
 }
 
-/// Deletes rows of days before `before` that have no partition, a bounded number of them. Returns whether there may be
+/// Deletes a limited number of rows without a partition from days before `before`. Returns whether there may be
 /// more.
 pub async fn delete_unpartitioned(
     tx: &mut SystemTx,

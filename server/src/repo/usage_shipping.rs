@@ -78,7 +78,7 @@ pub async fn move_cursor(
 pub struct Pending {
     pub records: i64,
     pub bytes: i64,
-    /// No record before it is left. `None` if none is left at all.
+    /// No record before it is left to ship. `None` if no record is left.
     pub oldest: Option<DateTime<Utc>>,
 }
 

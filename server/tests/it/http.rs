@@ -370,7 +370,7 @@ async fn metrics_are_only_on_their_own_port() {
     assert_eq!(other.expect("it answers").status(), 404);
 }
 
-/// Every metric that an alert rule names exists, and the runbook has a line for every alert.
+/// Every metric in an alert rule exists, and the runbook has a row for every alert.
 #[tokio::test(flavor = "multi_thread")]
 async fn alert_rules_name_metrics_that_exist_and_alerts_that_the_runbook_knows() {
     const RULES: &str = include_str!("../../../deploy/monitoring/alerts.yml");

@@ -558,7 +558,7 @@ async fn a_clean_stop_leaves_nothing_behind() {
     assert_eq!(reports.expect("it is readable").len(), 0);
 }
 
-/// Copies what a running server has recorded to a directory that nobody holds, as if a second one had been killed.
+/// Copies the records of a running server to a directory that no process holds, as if a second server had been killed.
 fn copy_segments(from: &Path, to: &Path) -> Vec<PathBuf> {
     std::fs::create_dir_all(to).expect("there is space");
     let entries = std::fs::read_dir(from).expect("it is readable");
@@ -574,7 +574,7 @@ fn copy_segments(from: &Path, to: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Makes a segment as old as one from 1990.
+/// Sets the time of a segment to 1990.
 fn make_ancient(segment: &Path) {
     let mut bytes = std::fs::read(segment).expect("it is readable");
     bytes[24..32].copy_from_slice(&631_152_000_000_000_000_u64.to_le_bytes());
@@ -589,7 +589,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
     let root = own.parent().expect("it is in `usage`");
-    // Before the good one, in the order of names.
+    // Sorted before the good one by name.
     let [unlockable, unreadable, good] =
         [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
     std::fs::create_dir_all(unlockable.join("lock")).expect("there is space");
@@ -599,7 +599,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     assert_eq!(world.logged().await, ids);
     assert!(!good.exists(), "what is shipped is deleted");
     assert!(unreadable.exists(), "the rest is kept");
-    // Also within one directory.
+    // The same within one directory.
     let ids = &ids | &world.echoes(5).await;
     copy_segments(&own, &unreadable);
     let url = SecretString::from(world.app.database.url());
@@ -624,7 +624,7 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
         make_ancient(&ancient);
     }
     std::fs::write(left.join("1.segment"), "not a segment").expect("there is space");
-    // As an earlier version left it.
+    // In the location used by an earlier version.
     std::fs::write(left.join("2.refused"), "refused").expect("there is space");
     world
         .app
@@ -719,7 +719,8 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     app.stop().await;
 }
 
-/// Usage is complete only up to what may still be in flight, although the shipper cannot see its time.
+/// Usage is reported as complete only up to records that may still be in flight, although the shipper cannot see their
+/// time.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_is_not_complete_beyond_a_decision_in_flight() {
     let world = World::start(|setup| setup).await;
@@ -727,7 +728,7 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
     world.app.ship_usage().await;
     let client = world.app.database.connect().await;
     let report = async || {
-        // Reports are a second apart.
+        // Reports are sent a second apart.
         tokio::time::sleep(Duration::from_millis(1_100)).await;
         world.app.ship_usage().await;
         let row = client
@@ -748,7 +749,7 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
         .reserve(tenant, "GET /slow", "open")
         .expect("there is space");
     tokio::time::sleep(Duration::from_secs(2)).await;
-    // Behind the open one, so not shipped.
+    // It follows the open one, so it is not shipped.
     world.echoes(2).await;
     let (pending, behind) = report().await;
     assert_eq!(pending, 2);

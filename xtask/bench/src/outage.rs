@@ -1,6 +1,6 @@
-//! PostgreSQL away under load: no decision is lost or late, and the backlog is shipped soon after.
+//! PostgreSQL is stopped under load: no decision is lost or late, and the backlog is shipped soon afterwards.
 //!
-//! One server and a PostgreSQL of its own. Requests of many keys to many endpoints, both by Zipf, at a fixed rate:
+//! One server with its own PostgreSQL. Requests of many keys to many endpoints, both Zipf-distributed, at a fixed rate:
 //! before the outage, while PostgreSQL is stopped, and until the backlog is shipped. Then the rows of the usage log are
 //! compared with the client's own count.
 
@@ -38,9 +38,9 @@ const KEYS: u32 = 1_000;
 const ENDPOINTS: u32 = 200;
 /// Load before the outage.
 const BEFORE: Duration = Duration::from_secs(20);
-/// The backlog is to be shipped within this time.
+/// The time within which the backlog must be shipped.
 const AIM: Duration = Duration::from_secs(60);
-/// When to give up.
+/// The time after which the benchmark gives up.
 const PATIENCE: Duration = Duration::from_secs(240);
 const PHASES: [&str; 3] = ["before", "outage", "after"];
 
@@ -59,7 +59,7 @@ pub(crate) struct Options {
     seconds: u64,
 }
 
-/// Number `i` is drawn as often as 1 / (i + 1) of the first.
+/// Number `i` is drawn 1 / (i + 1) times as often as the first.
 struct Zipf(Vec<f64>);
 
 impl Zipf {
@@ -81,7 +81,7 @@ impl Zipf {
     }
 }
 
-/// What all connections share.
+/// The state that all connections share.
 struct Load {
     server: SocketAddr,
     token: String,
@@ -104,7 +104,7 @@ struct Account {
 }
 
 impl Load {
-    /// One request after another, at `every` from `first` on. A late one is sent at once.
+    /// Requests one after another, at intervals of `every`, starting at `first`. A late request is sent immediately.
     async fn run(self: Arc<Self>, seed: u64, first: Instant, every: Duration) -> Result<Account> {
         let mut random = Rng::with_seed(seed);
         let mut stream = TcpStream::connect(self.server).await?;
@@ -159,7 +159,7 @@ async fn outage(options: &Options) -> Result<ExitCode> {
         ("QUOTA_METRICS_LISTEN", metrics.to_string()),
         ("QUOTA_ADMIN_RPM", "0".into()),
         ("QUOTA_AUTH_RPM", "0".into()),
-        // Longer than the outage, by which decisions would end otherwise.
+        // Longer than the outage, because decisions would stop otherwise.
         ("QUOTA_STALE_GRACE", "5m".into()),
     ];
     let directives = "info,quota_server::access=off";
@@ -198,7 +198,7 @@ async fn outage(options: &Options) -> Result<ExitCode> {
     load.phase.store(2, Ordering::Relaxed);
     postgres.restart().await?;
     let back = Instant::now();
-    // The rest is what a second brings.
+    // The rest is the usage of one second.
     while counted(metrics, "quota_usage_backlog_records").await? > u64::from(options.rate) {
         if back.elapsed() > PATIENCE {
             bail!("the backlog was not shipped within {PATIENCE:?}");
@@ -235,7 +235,7 @@ async fn outage(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Waits until the log has this many rows. Returns how many it has, and of how many requests.
+/// Waits until the log has this many rows. Returns the number of rows, and of the requests they contain.
 async fn rows(postgres: &Postgres, wanted: u64) -> Result<(u64, u64)> {
     let client = postgres.connect().await?;
     let deadline = Instant::now() + PATIENCE;

@@ -7,7 +7,7 @@ use crate::{
     clock::UnixNanos,
     limiter::{
         policy::Policy,
-        quota::block::{Need, Reservation},
+        quota::block::{Need, ReservedTokens},
     },
 };
 
@@ -17,7 +17,7 @@ pub(in crate::limiter) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
     handle: &'a Arc<KeyHandle>,
     cost: u64,
-    reserved: Option<[Reservation; 2]>,
+    reserved: Option<[ReservedTokens; 2]>,
 }
 
 impl<'a> DemandGuard<'a> {

@@ -11,7 +11,7 @@ use crate::{
     limiter::{
         policy::Policy,
         quota::{
-            block::Order,
+            block::LedgerOrder,
             calendar::Window,
             ledger::{LedgerRow, ReturnBatch, TakeRequest},
         },
@@ -33,7 +33,7 @@ pub(super) struct Call {
     pub(super) target: Target,
     pub(super) at: UnixNanos,
     pub(super) calendar: Window,
-    pub(super) order: Order,
+    pub(super) order: LedgerOrder,
 }
 
 impl Call {

@@ -12,7 +12,7 @@ use crate::{
         limits::Policies,
         policy::{Policy, PolicySet},
         quota::{
-            block::{Block, BlockStatus, Need, Reservation},
+            block::{Block, BlockStatus, Need, ReservedTokens},
             calendar::{self, Zone},
         },
         rate::{
@@ -244,7 +244,7 @@ impl KeyState {
         &mut self,
         tokens: u64,
         now: UnixNanos,
-    ) -> Option<[Reservation; 2]> {
+    ) -> Option<[ReservedTokens; 2]> {
         self.quotas_fit(tokens).then(|| {
             [
                 self.daily.reserve(tokens, now),
@@ -256,7 +256,7 @@ impl KeyState {
     /// Spends reserved tokens if they belong to the current windows. Otherwise releases them.
     pub(in crate::limiter) fn spend_reserved(
         &mut self,
-        [daily, monthly]: [Reservation; 2],
+        [daily, monthly]: [ReservedTokens; 2],
     ) -> bool {
         let is_current = self.daily.is_current(daily) && self.monthly.is_current(monthly);
         self.daily.settle(daily, is_current);
@@ -265,7 +265,7 @@ impl KeyState {
     }
 
     /// Releases reserved tokens.
-    pub(in crate::limiter) fn release_reserved(&mut self, [daily, monthly]: [Reservation; 2]) {
+    pub(in crate::limiter) fn release_reserved(&mut self, [daily, monthly]: [ReservedTokens; 2]) {
         self.daily.settle(daily, false);
         self.monthly.settle(monthly, false);
     }

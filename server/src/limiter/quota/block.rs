@@ -61,14 +61,14 @@ pub(in crate::limiter) enum BlockStatus {
 
 /// Tokens of a window, reserved for a request.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::limiter) struct Reservation {
+pub(in crate::limiter) struct ReservedTokens {
     window: QuotaWindow,
     tokens: u64,
 }
 
 /// A ledger call for a block: return tokens first, then take.
 #[derive(Debug)]
-pub(in crate::limiter) struct Order {
+pub(in crate::limiter) struct LedgerOrder {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
     /// The quota of a full day or month.
     pub(in crate::limiter) limit: u64,
@@ -256,26 +256,26 @@ impl Block {
     }
 
     /// Reserves `cost`, which [fits](BlockStatus::Fits), for a request. Must be followed by [`settle`](Self::settle).
-    pub(in crate::limiter) fn reserve(&mut self, cost: u64, now: UnixNanos) -> Reservation {
+    pub(in crate::limiter) fn reserve(&mut self, cost: u64, now: UnixNanos) -> ReservedTokens {
         let tokens = if self.limit == 0 { 0 } else { cost };
         self.held -= tokens;
         self.reserved += tokens;
         self.spent_at = now;
-        Reservation {
+        ReservedTokens {
             window: self.window,
             tokens,
         }
     }
 
     /// Returns whether a reservation belongs to the current window and can be spent.
-    pub(in crate::limiter) fn is_current(&self, reservation: Reservation) -> bool {
+    pub(in crate::limiter) fn is_current(&self, reservation: ReservedTokens) -> bool {
         reservation.window == self.window && (self.limit != 0) == (reservation.tokens != 0)
     }
 
     /// Ends a reservation: its tokens are consumed or held again. Those of another window are owed to it, since it may
     /// not have ended.
-    pub(in crate::limiter) fn settle(&mut self, reservation: Reservation, is_spent: bool) {
-        let Reservation { window, tokens } = reservation;
+    pub(in crate::limiter) fn settle(&mut self, reservation: ReservedTokens, is_spent: bool) {
+        let ReservedTokens { window, tokens } = reservation;
         if window == self.window {
             self.reserved = self.reserved.saturating_sub(tokens);
         }

@@ -19,7 +19,7 @@ const ENDPOINTS: usize = 200;
 const DAYS: i64 = 30;
 /// Records of one transaction, as with a backlog.
 const BATCH: usize = 50_000;
-/// Records of the backlog.
+/// Number of records in the backlog.
 const BACKLOG: usize = 1_000_000;
 /// Requests for each percentile.
 const ROUNDS: usize = 100;

@@ -1,4 +1,4 @@
-//! Two replicas under load: every number that the API shows equals the client's own log.
+//! Two replicas under load: every number shown by the API equals the client's own log.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ const REQUESTS: usize = 5_000;
 const CLIENTS: usize = 16;
 const ENDPOINTS: [&str; 3] = ["GET /orders", "POST /orders", "DELETE /orders/{id}"];
 
-/// What the client saw.
+/// The client's own log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Counts {
     allowed: u64,
@@ -38,7 +38,7 @@ impl Counts {
         *sum += cost;
     }
 
-    /// As the API shows them.
+    /// The numbers shown by the API.
     fn shown(value: &Value) -> Self {
         let number = |name: &str| value[name].as_u64().expect("a number");
         Self {
@@ -50,7 +50,7 @@ impl Counts {
     }
 }
 
-/// One answered request.
+/// One request with a response.
 struct Answered {
     key: usize,
     endpoint: usize,
@@ -64,7 +64,7 @@ impl Answered {
         self.code == "allowed"
     }
 
-    /// The plans deny by one policy each, and all of them while a replica cannot reach Redis in time.
+    /// The plans deny by one policy each, or by all policies while a replica does not reach Redis in time.
     fn policy(&self) -> &str {
         match self.code.as_str() {
             "quota_exceeded" => ["rpm", "daily", "none"][self.key % 3],
@@ -193,7 +193,7 @@ async fn what_two_replicas_show_equals_the_clients_own_log() {
         }
         assert_eq!(buckets, total);
         let stats = get("/admin/stats").await;
-        // Unless it was midnight meanwhile.
+        // Unless midnight has passed in the meantime.
         if now().date_naive() == day {
             assert_eq!(
                 (&stats["requests_today"], &stats["rejected_today"]),

@@ -346,7 +346,7 @@ async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
 async fn partitions_are_created_however_long_it_takes() {
     let app = TestApp::setup().without_jobs().start().await;
     let client = app.database.connect().await;
-    // Each takes longer than a statement may.
+    // Each takes longer than the statement timeout.
     client
         .batch_execute(
             "CREATE FUNCTION wait_for_partition() RETURNS event_trigger LANGUAGE plpgsql AS \

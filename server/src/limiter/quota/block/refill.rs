@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Block, Need, Next, NextBlock, Order, PATIENCE, PATIENCE_MAX, block_size};
+use super::{Block, LedgerOrder, Need, Next, NextBlock, PATIENCE, PATIENCE_MAX, block_size};
 use crate::{
     clock::{Nanos, UnixNanos},
     limiter::quota::{
@@ -72,7 +72,11 @@ impl Block {
 
     /// Begins a fetch at `now`, unless one is in flight or there is nothing to do. Each order must be followed by
     /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
-    pub(in crate::limiter) fn begin_fetch(&mut self, need: Need, now: UnixNanos) -> Option<Order> {
+    pub(in crate::limiter) fn begin_fetch(
+        &mut self,
+        need: Need,
+        now: UnixNanos,
+    ) -> Option<LedgerOrder> {
         if self.fetching {
             return None;
         }
@@ -97,7 +101,7 @@ impl Block {
             return None;
         }
         self.fetching = true;
-        Some(Order {
+        Some(LedgerOrder {
             give_back,
             limit: self.limit,
             want,
@@ -177,9 +181,9 @@ impl Block {
     }
 
     /// Returns the order for a window of the day or month `calendar`.
-    pub(in crate::limiter) fn next_order(&self, calendar: Window) -> Order {
+    pub(in crate::limiter) fn next_order(&self, calendar: Window) -> LedgerOrder {
         let window = window_at(self.window.span.end, calendar, &[self.window]);
-        Order {
+        LedgerOrder {
             give_back: Vec::new(),
             limit: self.limit,
             want: block_size(window.quota(self.limit), self.replicas),

@@ -432,7 +432,7 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
         assert!(denied > 100);
         let fifty = NonZeroU32::new(50).unwrap();
         let decision = limiter.admit(&handle, &policies, fifty).await.unwrap();
-        // 10 ms per token, and a bucket that holds no more than accumulates in half the lifetime of a lease.
+        // 10 ms per token, and a bucket that contains at most what refills in half the lifetime of a lease.
         let wait = decision.retry_after().expect("it is denied");
         assert!(wait >= 400_000_000, "{decision:?}");
         let never = NonZeroU32::new(101).unwrap();
