@@ -349,8 +349,8 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     // Also hours later, while the smaller burst is in use.
     redis.query("", &flush).await.expect("Redis answers");
     let slow = |version, burst: u64| TakeCall {
-        emission: 60_000_000_000,
-        tau: burst * 60_000_000_000,
+        emission: Nanos::from_secs(60),
+        tau: Nanos::from_secs(burst * 60),
         ..plan(version, burst)
     };
     let BucketState::Initializing { wait } = take(slow(7, 1)).await else {
