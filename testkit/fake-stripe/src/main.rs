@@ -26,7 +26,7 @@ async fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let server = env::var("QUOTA_PUBLIC_URL").unwrap_or_else(|_| SERVER.to_owned());
+    let server = server();
     let secret = set_up(&fake, &server);
     fake.deliver_immediately();
     println!("fake Stripe: {}; no money moves", fake.url());
@@ -54,6 +54,15 @@ async fn main() -> ExitCode {
             _ = tokio::signal::ctrl_c() => {}
         }
     }
+}
+
+/// Returns the address of the server that gets the webhooks.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a separate program, which passes the server's own settings on"
+)]
+fn server() -> String {
+    env::var("QUOTA_PUBLIC_URL").unwrap_or_else(|_| SERVER.to_owned())
 }
 
 /// Creates the same objects as `quota billing setup`. Returns the secret of the webhook endpoint.

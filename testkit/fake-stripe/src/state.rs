@@ -1,8 +1,11 @@
 //! The state of the fake: objects, the clock, timers, and pending deliveries.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use chrono::{DateTime, Months, Utc};
+use chrono::{DateTime, Months};
 use serde_json::{Value, json};
 
 /// The version of Stripe's API to which objects conform.
@@ -120,10 +123,19 @@ pub struct State {
     pub request_key: Option<String>,
 }
 
+/// The machine's time in seconds since 1970.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a separate program, whose clock starts at the machine's time"
+)]
+pub fn machine_now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |it| i64::try_from(it.as_secs()).unwrap_or(i64::MAX))
+}
+
 impl State {
     pub fn now(&self) -> i64 {
-        self.frozen
-            .unwrap_or_else(|| Utc::now().timestamp() + self.offset)
+        self.frozen.unwrap_or_else(|| machine_now() + self.offset)
     }
 
     pub fn id(&mut self, prefix: &str) -> String {
@@ -204,7 +216,7 @@ impl State {
     }
 
     /// Records a thin event, which only refers to its object.
-    pub fn emit_thin(&mut self, kind: &str, related: &Value, data: Value) -> Value {
+    pub fn emit_thin(&mut self, kind: &str, related: &Value, data: &Value) -> Value {
         let id = self.id("evt");
         let created = DateTime::from_timestamp(self.now(), 0).expect("a time of this era");
         let event = json!({

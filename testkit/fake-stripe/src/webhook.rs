@@ -1,13 +1,13 @@
 //! Signing and delivering events.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt::Write as _, sync::Arc, time::Duration};
 
 use aws_lc_rs::hmac;
 
 use crate::{
     http::Shared,
     objects,
-    state::{State, text},
+    state::{State, machine_now, text},
 };
 
 /// How a delivery is signed.
@@ -77,7 +77,7 @@ impl State {
         }
         let body = event.to_string();
         // Webhooks are checked against the machine's time, and the fake's own clock may be ahead of it.
-        let now = chrono::Utc::now().timestamp();
+        let now = machine_now();
         let fake_now = self.now();
         let secrets = self.secrets.get(endpoint).cloned().unwrap_or_default();
         let valid = secrets
@@ -105,12 +105,11 @@ pub fn sign(at: i64, body: &str, secrets: &[&str]) -> String {
     let signatures = secrets.iter().map(|secret| {
         let key = hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes());
         let tag = hmac::sign(&key, format!("{at}.{body}").as_bytes());
-        let hex: String = tag
-            .as_ref()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        format!(",v1={hex}")
+        let mut signature = ",v1=".to_owned();
+        for byte in tag.as_ref() {
+            let _ = write!(signature, "{byte:02x}");
+        }
+        signature
     });
     format!("t={at}{}", signatures.collect::<String>())
 }
