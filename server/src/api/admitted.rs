@@ -318,7 +318,10 @@ pub async fn decide(
     } else {
         decided_at
     };
-    state.metrics.decision_seconds.observe(recorded_at - began);
+    state
+        .metrics
+        .decision_seconds
+        .observe(recorded_at.saturating_since(began));
     Ok(Ok((record, decision)))
 }
 

@@ -129,7 +129,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             response = for_gateway(response);
         }
         let status = response.status().as_u16();
-        let nanos = state.clock.monotonic() - began;
+        let took = state.clock.monotonic().saturating_since(began);
         state.metrics.answered(status);
         // Probes arrive every few seconds while the server runs.
         let is_routine_probe =
@@ -137,7 +137,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         if !is_routine_probe
             && tracing::enabled!(target: "quota_server::access", tracing::Level::INFO)
         {
-            context.log(&method, &uri, status, nanos);
+            context.log(&method, &uri, status, took);
         }
 
         let headers = response.headers_mut();

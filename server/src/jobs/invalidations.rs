@@ -7,6 +7,7 @@ use tokio::{sync::watch, time::timeout};
 
 use super::{every, next};
 use crate::{
+    clock::UnixNanos,
     db::{self, Db, DbError, Lane},
     invalidations::Recent,
     redis::Event,
@@ -127,7 +128,8 @@ fn apply(
     for it in invalidations {
         if note(&state.recent, it) {
             let at = it.at.timestamp_nanos_opt().unwrap_or_default();
-            let lag = now.0.saturating_sub(u64::try_from(at).unwrap_or_default());
+            let at = UnixNanos(u64::try_from(at).unwrap_or_default());
+            let lag = now.saturating_since(at);
             state.metrics.invalidation_lag_seconds.observe(lag);
         }
     }

@@ -40,7 +40,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     cache::Freshness,
-    clock::Clock,
+    clock::{Clock, Monotonic, Nanos},
     invalidations::Recent,
     redis::{CallError, Redis},
     repo::api_key::KeyFacts,
@@ -58,8 +58,8 @@ const PRESENT: Duration = Duration::from_mins(5);
 const ABSENT: Duration = Duration::from_secs(10);
 /// The maximum number of entries for invalid secrets that a replica writes per second.
 const ABSENT_PER_SECOND: u64 = 200;
-/// How long Redis is skipped after a failure, in nanoseconds.
-const PAUSE: u64 = 1_000_000_000;
+/// How long Redis is skipped after a failure.
+const PAUSE: Nanos = Nanos::from_secs(1);
 
 /// The shared records. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -85,7 +85,7 @@ pub struct SharedRecord {
     pub facts: Option<KeyFacts>,
     /// The number of the newest invalidation when the facts were read.
     pub as_of: i64,
-    pub current_at: u64,
+    pub current_at: Monotonic,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -201,21 +201,21 @@ impl SharedKeys {
     }
 
     fn is_paused(&self) -> bool {
-        self.0.freshness.now() < self.0.paused_until.load(Ordering::Relaxed)
+        self.0.freshness.now().0 < self.0.paused_until.load(Ordering::Relaxed)
     }
 
     fn failed(&self, failure: &CallError) {
         self.0.metrics.key_shared_errors.inc();
         // Without a connection, this fails immediately.
         if !matches!(failure, CallError::NotConnected) {
-            let until = self.0.freshness.now() + PAUSE;
-            self.0.paused_until.fetch_max(until, Ordering::Relaxed);
+            let until = self.0.freshness.now().saturating_add(PAUSE);
+            self.0.paused_until.fetch_max(until.0, Ordering::Relaxed);
         }
     }
 
     fn may_write_absent(&self) -> bool {
         // The second is in the upper bits, the count in the lower ones.
-        let second = self.0.freshness.now() / 1_000_000_000;
+        let second = self.0.freshness.now().0 / 1_000_000_000;
         let counted = self
             .0
             .absent_written

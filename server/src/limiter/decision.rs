@@ -116,6 +116,7 @@ impl Decision {
         state
             .reset_at
             .saturating_since(self.at)
+            .0
             .div_ceil(1_000_000_000)
     }
 }

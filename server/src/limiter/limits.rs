@@ -12,6 +12,7 @@ use super::{
     quota::calendar::Zone,
     rate::{gcra::Gcra, lease::Terms},
 };
+use crate::clock::Nanos;
 
 /// All policies of a key, from its plan and its own overrides.
 ///
@@ -108,11 +109,11 @@ impl Policies {
     }
 
     /// The terms of these limits for calls to the shared counters, if a lease lasts `ttl` nanoseconds.
-    pub(super) fn terms(&self, ttl: u64) -> Terms {
+    pub(super) fn terms(&self, ttl: Nanos) -> Terms {
         Terms {
             gcra: self.gcra,
             version: self.version,
-            leased: ttl > 0 && !self.strict,
+            leased: ttl > Nanos::ZERO && !self.strict,
         }
     }
 

@@ -44,11 +44,11 @@ pub use self::{
             BucketName, BucketState, CounterError, CounterMicros, SharedCounters, TakeCall,
             TakeReply,
         },
-        gcra::{Gcra, Verdict},
+        gcra::{Gcra, Level, Verdict},
     },
     store::LimitStore,
 };
-use crate::clock::Clock;
+use crate::clock::{Clock, Monotonic};
 
 /// How often to call [`Limiter::prune`].
 pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
@@ -122,13 +122,12 @@ impl Limiter {
         policies: &Policies,
         cost: NonZeroU32,
         decision: &Decision,
-        asked_at: u64,
+        asked_at: Monotonic,
     ) {
         let remembered = || self.store.denial_memory(policies);
-        let times = (&self.clock, asked_at);
         handle
             .denials
-            .record(policies, cost, times, decision, remembered);
+            .record(policies, cost, &self.clock, asked_at, decision, remembered);
     }
 
     /// Returns the key's state as far as it is known locally, with [`Outcome::Allowed`]. Consumes nothing and makes no

@@ -71,7 +71,7 @@ pub use self::{
     source::ShipError,
 };
 use crate::{
-    clock::Clock,
+    clock::{Clock, Monotonic},
     config::{Config, Durability},
     db::{Db, DbError, Lane},
     keys::KeyRecord,
@@ -208,7 +208,7 @@ impl Metering {
         key: &KeyRecord,
         decision: &Decision,
         cost: u32,
-        at: u64,
+        at: Monotonic,
     ) -> Result<(), NotDurable> {
         let is_allowed = decision.is_allowed();
         let outcome = match decision.outcome {
@@ -397,7 +397,7 @@ pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
         std::fs::remove_file(&next.path)?;
         segment = Some(Arc::new(next));
     }
-    Ok(Duration::from_nanos(clock.monotonic() - began))
+    Ok(clock.monotonic().saturating_since(began).into())
 }
 
 /// Returns the usage directories at a path: that of one replica, or all those in it. Empty if there are none.

@@ -17,7 +17,7 @@ use super::{
     time::EventClock,
 };
 use crate::{
-    clock::{Clock, UnixNanos},
+    clock::{Clock, Monotonic, Nanos, UnixNanos},
     telemetry::metrics::Metrics,
 };
 
@@ -30,7 +30,7 @@ const SEGMENT_MIN: u64 = 64 << 10;
 /// old.
 const MAX_AGE: u64 = 6 * 3_600_000_000_000;
 /// Nanoseconds between two attempts to create a segment after one failed.
-const RETRY: u64 = 100_000_000;
+const RETRY: Nanos = Nanos::from_millis(100);
 
 /// Why decisions cannot be recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -81,7 +81,7 @@ struct Files {
     /// All segments that exist, and one more while the spare is being created.
     count: usize,
     /// The last attempt to create a segment, if it failed: why, and when the next one is allowed.
-    failed: Option<(Unrecordable, u64)>,
+    failed: Option<(Unrecordable, Monotonic)>,
     is_creating_spare: bool,
     /// No more segments are created in advance.
     is_closed: bool,
@@ -214,7 +214,7 @@ impl Recorder {
                     self.metrics.usage_unrecordable.set(1);
                     tracing::error!(%reason, "usage cannot be recorded; decisions get 503");
                 }
-                files.failed = Some((reason, now + RETRY));
+                files.failed = Some((reason, now.saturating_add(RETRY)));
                 Err(reason)
             }
         }

@@ -25,7 +25,7 @@ use super::{
     time::EventClock,
 };
 use crate::{
-    clock::{Clock, UnixNanos},
+    clock::{Clock, Monotonic, UnixNanos},
     limiter::Policy,
 };
 
@@ -460,11 +460,11 @@ struct TestClock(AtomicU64);
 
 impl Clock for TestClock {
     fn now(&self) -> UnixNanos {
-        UnixNanos(self.monotonic())
+        UnixNanos(self.monotonic().0)
     }
 
-    fn monotonic(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+    fn monotonic(&self) -> Monotonic {
+        Monotonic(self.0.load(Ordering::Relaxed))
     }
 }
 
@@ -478,7 +478,7 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
         8 << 20,
         Durability::Process,
         clock.clone(),
-        Arc::new(EventClock::new(UnixNanos(0), 0)),
+        Arc::new(EventClock::new(UnixNanos(0), Monotonic(0))),
         Arc::default(),
     )
     .unwrap();

@@ -269,6 +269,7 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Nanos;
 
     #[test]
     fn text_has_every_count_and_one_end_marker() {
@@ -276,7 +277,7 @@ mod tests {
         metrics.allowed.inc();
         metrics.answered(200);
         metrics.answered(429);
-        metrics.decision_seconds.observe(1_500);
+        metrics.decision_seconds.observe(Nanos(1_500));
         let text = metrics.text();
         assert_eq!(text.matches("# EOF").count(), 1);
         assert!(text.ends_with("# EOF\n"));

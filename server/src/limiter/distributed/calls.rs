@@ -27,6 +27,7 @@ use super::{
     probe::{FIRST_PROBE, probe_until_recovered},
 };
 use crate::{
+    clock::Nanos,
     deadline,
     limiter::{
         key::handle::KeyHandle,
@@ -86,10 +87,10 @@ impl StoreCore {
             back: back.tokens,
             back_taken_at: back.taken_at,
             back_generation: back.generation,
-            lease: self.ttl / 1000,
+            lease: self.ttl.0 / 1000,
             last_heard: self.partitions[usize::from(partition)].last_heard(),
             away_since: self.partitions[usize::from(partition)].never_heard(self.is_alone()),
-            promised: 0,
+            promised: CounterMicros::NONE,
         }
     }
 
@@ -121,9 +122,9 @@ impl StoreCore {
         self.ask_until(call, || ()).await;
     }
 
-    /// Returns how many nanoseconds the bucket needs to fill, according to the counters. `None` if they do not respond
+    /// Returns how long the bucket needs to fill, according to the counters. `None` if they do not respond
     /// in time.
-    pub(super) async fn look_up_debt(&self, handle: &KeyHandle, terms: Terms) -> Option<u64> {
+    pub(super) async fn look_up_debt(&self, handle: &KeyHandle, terms: Terms) -> Option<Nanos> {
         if self.partition(handle).is_away() {
             return None;
         }
@@ -160,17 +161,17 @@ impl StoreCore {
                 if !late {
                     partition.succeeded(reply.at, now);
                 }
-                if let BucketState::Initializing { wait } = reply.state
+                if let BucketState::Initializing { wait: wait_us } = reply.state
+                    && let wait = Duration::from_micros(wait_us)
                     && !partition.is_away()
-                    && partition.is_initializing(asked_at + wait * 1000, now)
+                    && partition.is_initializing(asked_at.saturating_add(wait.into()), now)
                 {
                     tracing::warn!(
                         partition = call.partition,
-                        wait_us = wait,
+                        wait_us,
                         "the shared counters have lost their state; a new epoch begins"
                     );
-                    let promised = reply.at + wait;
-                    let wait = Duration::from_micros(wait);
+                    let promised = reply.at.saturating_add(wait_us);
                     self.probe_until_recovered(call.partition, wait, promised);
                 }
                 if late {
@@ -193,7 +194,7 @@ impl StoreCore {
         if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
             tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
-            self.probe_until_recovered(partition, FIRST_PROBE, 0);
+            self.probe_until_recovered(partition, FIRST_PROBE, CounterMicros::NONE);
         }
     }
 

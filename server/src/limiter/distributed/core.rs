@@ -9,7 +9,7 @@ use quota_common::plan::OnRedisFailure;
 
 use super::breaker::CircuitBreaker;
 use crate::{
-    clock::Clock,
+    clock::{Clock, Monotonic, Nanos, UnixNanos},
     limiter::{
         key::table::{KeyTable, KeyTableSettings},
         membership::Membership,
@@ -39,9 +39,27 @@ pub(super) struct StoreCore {
     pub(super) membership: Arc<Membership>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) settings: DistributedSettings,
-    pub(super) ttl: u64,
+    pub(super) ttl: Nanos,
     pub(super) partitions: Box<[CircuitBreaker]>,
     /// Tokens are no longer held for later.
     pub(super) draining: AtomicBool,
     pub(super) me: Weak<StoreCore>,
+}
+
+/// One moment by both clocks.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Moment {
+    pub(super) now: UnixNanos,
+    pub(super) monotonic: Monotonic,
+}
+
+impl StoreCore {
+    /// Returns the moment of calendar time that was just read.
+    #[inline]
+    pub(super) fn moment(&self, now: UnixNanos) -> Moment {
+        Moment {
+            now,
+            monotonic: self.clock.monotonic(),
+        }
+    }
 }

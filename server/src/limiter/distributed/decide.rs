@@ -14,9 +14,9 @@ use std::{
 
 use quota_common::plan::OnRedisFailure;
 
-use super::core::StoreCore;
+use super::core::{Moment, StoreCore};
 use crate::{
-    clock::UnixNanos,
+    clock::{Monotonic, Nanos, UnixNanos},
     limiter::{
         decision::{Decision, Outcome, PolicyState},
         error::LimiterError,
@@ -59,7 +59,8 @@ impl StoreCore {
         demand: Option<&mut DemandGuard<'_>>,
     ) -> Result<LocalOutcome, MissingBlocks> {
         let (mut state, now) = self.keys.current(handle, policies);
-        let monotonic = self.clock.monotonic();
+        let moment = self.moment(now);
+        let monotonic = moment.monotonic;
         let tokens = u64::from(cost.get());
         if !state.quotas_fit(tokens) {
             self.keys.after(handle, &mut state, None);
@@ -77,18 +78,18 @@ impl StoreCore {
             if low {
                 self.fetch_ahead(handle, &mut state, policies);
             }
-            decision(&mut state, policies, (now, monotonic), Outcome::Allowed)
+            decision(&mut state, policies, moment, Outcome::Allowed)
         } else if let Some(until) = lease.held(tokens, monotonic)
             && !self.partition(handle).is_away()
         {
             let mut denial = Denial::default();
             // Until the counters may be called again, and until there are enough tokens for this request.
-            denial.add(Policy::Rpm, NonZeroU64::new(until - monotonic));
+            denial.add(Policy::Rpm, left(until, monotonic));
             let gcra = policies.gcra();
             let debt = lease.debt(gcra, monotonic);
-            denial.add_rate(gcra.decide(now.0.saturating_add(debt), now, cost));
+            denial.add_rate(gcra.decide(now.saturating_add(debt), now, cost));
             let outcome = denial.outcome();
-            decision(&mut state, policies, (now, monotonic), outcome)
+            decision(&mut state, policies, moment, outcome)
         } else {
             let never = policies.gcra().price(cost) > policies.gcra().tau();
             if let Some(demand) = demand
@@ -158,8 +159,8 @@ impl StoreCore {
         self.metrics
             .lease_tokens_spent
             .inc_by(u64::from(cost.get()));
-        let times = (now, self.clock.monotonic());
-        let decision = decision(&mut state, policies, times, Outcome::Allowed);
+        let now = self.moment(now);
+        let decision = decision(&mut state, policies, now, Outcome::Allowed);
         self.keys.after(handle, &mut state, Some(&decision));
         Some(decision)
     }
@@ -176,14 +177,15 @@ impl StoreCore {
     ) -> Option<Decision> {
         let (mut state, now) = self.keys.current(handle, policies);
         demand.release(&mut state);
-        let monotonic = self.clock.monotonic();
+        let moment = self.moment(now);
+        let monotonic = moment.monotonic;
         let mut denial = state.quotas(u64::from(cost.get()), now).denial;
         let gcra = policies.gcra();
         let lease = state.lease();
         let debt = lease.debt(gcra, monotonic);
-        denial.add_rate(gcra.decide(now.0.saturating_add(debt), now, cost));
+        denial.add_rate(gcra.decide(now.saturating_add(debt), now, cost));
         let held = lease.held(u64::from(cost.get()), monotonic);
-        let held = held.and_then(|until| NonZeroU64::new(until - monotonic));
+        let held = held.and_then(|until| left(until, monotonic));
         if wait.is_some() || held.is_some() {
             denial.add(Policy::Rpm, wait.max(held));
         }
@@ -191,7 +193,7 @@ impl StoreCore {
             return None;
         }
         let outcome = denial.outcome();
-        let decision = decision(&mut state, policies, (now, monotonic), outcome);
+        let decision = decision(&mut state, policies, moment, outcome);
         self.keys.after(handle, &mut state, Some(&decision));
         Some(decision)
     }
@@ -227,7 +229,7 @@ impl StoreCore {
                 } else {
                     denial.outcome()
                 };
-                let debt = state.tat.saturating_sub(now.0);
+                let debt = state.tat.saturating_since(now);
                 (outcome, rate(policies, now, debt))
             }
             OnRedisFailure::Share => {
@@ -244,7 +246,7 @@ impl StoreCore {
                         } else {
                             share.take(gcra, slot, since, cost, monotonic)
                         };
-                        let debt = share.tat.saturating_sub(monotonic);
+                        let debt = share.tat.saturating_since(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
                     }
                     // A single call failed, or the number of replicas is unknown: treated like a share that has just
@@ -342,7 +344,7 @@ impl StoreCore {
 pub(super) fn decision(
     state: &mut KeyState,
     policies: &Policies,
-    (now, monotonic): (UnixNanos, u64),
+    Moment { now, monotonic }: Moment,
     outcome: Outcome,
 ) -> Decision {
     let gcra = policies.gcra();
@@ -350,13 +352,17 @@ pub(super) fn decision(
     state.decision_with(policies, now, outcome, rate(policies, now, debt))
 }
 
-/// Returns the state of the rate, given the nanoseconds until the bucket is full.
-pub(super) fn rate(policies: &Policies, now: UnixNanos, debt: u64) -> PolicyState {
+fn left(until: Monotonic, now: Monotonic) -> Option<NonZeroU64> {
+    NonZeroU64::new(until.saturating_since(now).0)
+}
+
+/// Returns the state of the rate, given the time until the bucket is full.
+pub(super) fn rate(policies: &Policies, now: UnixNanos, debt: Nanos) -> PolicyState {
     let gcra = policies.gcra();
     PolicyState {
         policy: Policy::Rpm,
         limit: u64::from(policies.rate().burst.get()),
-        remaining: gcra.tau().saturating_sub(debt) / gcra.emission(),
+        remaining: gcra.tokens(gcra.tau().saturating_sub(debt)),
         reset_at: now.saturating_add(debt),
         shortened_to: None,
     }

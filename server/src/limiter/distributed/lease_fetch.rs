@@ -9,12 +9,12 @@ use super::{
     core::StoreCore,
 };
 use crate::{
-    clock::nanos,
+    clock::{Monotonic, Nanos},
     limiter::{
         key::{handle::KeyHandle, state::KeyState},
         rate::{
             counters::{BucketState, CounterMicros, TakeCall},
-            lease::{Demand, Lease, Terms},
+            lease::{Demand, FetchTimes, Lease, Terms},
             waiter::{FetchOutcome, Grant, Unspent, Waiter},
         },
     },
@@ -34,10 +34,13 @@ impl StoreCore {
             return;
         }
         let asked_at = self.clock.monotonic();
-        let patience = nanos(self.settings.deadline);
         let lease = state.lease();
         lease.expire(asked_at);
-        let times = (asked_at, self.ttl, patience);
+        let times = FetchTimes {
+            now: asked_at,
+            ttl: self.ttl,
+            patience: self.settings.deadline.into(),
+        };
         let Some((terms, demand)) = lease.begin_fetch(times, ahead && !self.is_draining()) else {
             return;
         };
@@ -116,7 +119,7 @@ struct LeaseFetch {
     terms: Terms,
     /// Tokens that the call requests in addition to those that `requests` need.
     spare: u64,
-    asked_at: u64,
+    asked_at: Monotonic,
     requests: Vec<Waiter>,
     /// The call is not late yet, so the next call for this key starts only after a pause.
     active: bool,
@@ -194,7 +197,7 @@ impl LeaseFetch {
         if same && !self.inner.is_draining() {
             if self.active {
                 lease.served(granted, self.call.want);
-                self.hold(lease, (granted, debt), refused);
+                self.hold(lease, granted, debt, refused);
             }
             for waiter in std::mem::take(lease.waiting()) {
                 if waiter.tokens == 0 {
@@ -228,16 +231,16 @@ impl LeaseFetch {
     ///
     /// The time is measured from the start of the call. The counters decided later, but the next call takes the same
     /// time to reach them, and a bucket that fills up while a response is in transit must not be waited for again.
-    fn hold(&self, lease: &mut Lease, (granted, debt): (u64, u64), refused: Option<u64>) {
+    fn hold(&self, lease: &mut Lease, granted: u64, debt: Nanos, refused: Option<u64>) {
         let call = &self.call;
         // The counters may follow another version of the plan, whose debts are not comparable.
-        let Some(left) = call.tau.checked_sub(debt) else {
+        let Some(left) = call.tau.0.checked_sub(debt.0).map(Nanos) else {
             return;
         };
         let gather = if self.terms.leased {
-            (self.inner.ttl / 2).min(call.tau / 10)
+            Nanos((self.inner.ttl.0 / 2).min(call.tau.0 / 10))
         } else {
-            0
+            Nanos::ZERO
         };
         let n = match refused {
             // A bucket that is known to be empty is not called unless tokens are returned to it.
@@ -247,15 +250,15 @@ impl LeaseFetch {
             None if granted == 0 && call.want > 0 => call.need,
             None => return,
         };
-        let missing = n.saturating_mul(call.emission).saturating_sub(left);
+        let missing = call.emission.saturating_mul(n).saturating_sub(left);
         // Under this version of the plan there are enough tokens: the counters refused them under another version.
-        if missing == 0 {
+        if missing == Nanos::ZERO {
             return;
         }
         let longest = if self.terms.leased {
             self.inner.ttl.saturating_mul(DENIED_FOR_LEASES)
         } else {
-            u64::MAX
+            Nanos::MAX
         };
         let until = missing.max(gather).min(longest);
         lease.hold(n, self.asked_at.saturating_add(until));
@@ -266,7 +269,7 @@ impl LeaseFetch {
 async fn fetch(mut fetch: LeaseFetch) {
     let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
     let asked_at = fetch.asked_at;
-    let pause = Duration::from_nanos(fetch.terms.pause());
+    let pause = Duration::from(fetch.terms.pause());
     let answer = {
         let mut answer = pin!(inner.ask_until(fetch.call, || fetch.give_up()));
         if pause < inner.settings.deadline {
@@ -288,8 +291,8 @@ async fn fetch(mut fetch: LeaseFetch) {
     drop(fetch);
     if left {
         let expires = asked_at.saturating_add(inner.ttl);
-        let left = expires.saturating_sub(inner.clock.monotonic());
-        time::sleep(Duration::from_nanos(left + 1)).await;
+        let left = expires.saturating_since(inner.clock.monotonic());
+        time::sleep(left.saturating_add(Nanos(1)).into()).await;
         let now = inner.clock.monotonic();
         handle.state.lock().lease().expire(now);
     }

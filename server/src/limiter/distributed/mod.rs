@@ -84,7 +84,7 @@ use super::{
     store::LimitStore,
 };
 use crate::{
-    clock::{Clock, nanos},
+    clock::{Clock, Nanos},
     telemetry::metrics::Metrics,
 };
 
@@ -118,7 +118,7 @@ impl DistributedStore {
             clock,
             membership,
             metrics,
-            ttl: nanos(settings.lease_ttl),
+            ttl: settings.lease_ttl.into(),
             settings,
             me: Weak::clone(me),
         });
@@ -172,8 +172,8 @@ impl LimitStore for DistributedStore {
 
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         let (mut state, now) = self.0.keys.current(handle, policies);
-        let times = (now, self.0.clock.monotonic());
-        decision(&mut state, policies, times, Outcome::Allowed)
+        let now = self.0.moment(now);
+        decision(&mut state, policies, now, Outcome::Allowed)
     }
 
     async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
@@ -189,12 +189,7 @@ impl LimitStore for DistributedStore {
                 Outcome::Allowed,
                 decide::rate(policies, now, debt),
             ),
-            None => decision(
-                &mut state,
-                policies,
-                (now, self.0.clock.monotonic()),
-                Outcome::Allowed,
-            ),
+            None => decision(&mut state, policies, self.0.moment(now), Outcome::Allowed),
         }
     }
 
@@ -206,8 +201,8 @@ impl LimitStore for DistributedStore {
         self.0.keys.prune()
     }
 
-    fn denial_memory(&self, policies: &Policies) -> Option<u64> {
-        let leased = self.0.ttl > 0 && !policies.strict();
+    fn denial_memory(&self, policies: &Policies) -> Option<Nanos> {
+        let leased = self.0.ttl > Nanos::ZERO && !policies.strict();
         leased.then(|| self.0.ttl.saturating_mul(calls::DENIED_FOR_LEASES))
     }
 

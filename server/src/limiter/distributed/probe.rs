@@ -9,7 +9,7 @@ use tokio::time;
 
 use super::{breaker::SILENCE, core::StoreCore};
 use crate::{
-    clock::nanos,
+    clock::Nanos,
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
 };
 
@@ -25,19 +25,19 @@ const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// Minimum time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
 /// with slow counters, every request would time out, and each recovery would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
-/// How long an unused partition still gets heartbeats, in nanoseconds.
-const IN_USE: u64 = 10_000_000_000;
+/// For how long an unused partition still gets heartbeats.
+const IN_USE: Nanos = Nanos::from_secs(10);
 
 impl StoreCore {
-    /// Returns the nanoseconds after which an outage that one replica has detected is either detected by all others or
+    /// Returns the time after which an outage that one replica has noticed is either noticed by all others or
     /// over for the first one.
     ///
     /// An idle replica makes its next call after [`HEARTBEAT_EVERY`], at a multiple of [`SUSPECT_EVERY`], and opens its
     /// breaker at the fifth failure, four intervals later. If the outage ends just before, the first replica recovers
     /// with its next probe. Each of these calls may take a deadline, and the first replica has waited for one too.
-    pub(super) fn noticed_by_all(&self) -> u64 {
+    pub(super) fn noticed_by_all(&self) -> Nanos {
         let until_noticed = HEARTBEAT_EVERY + 5 * SUSPECT_EVERY + FIRST_PROBE;
-        nanos(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
+        Nanos::from(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
     }
 }
 
@@ -48,19 +48,19 @@ fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     TakeCall {
         partition,
         bucket: BucketName::Heartbeat,
-        emission: 1,
-        tau: 1,
+        emission: Nanos(1),
+        tau: Nanos(1),
         version: 0,
         need: 0,
         waiting: 0,
         want: 0,
         back: 0,
-        back_taken_at: 0,
+        back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 0,
         last_heard: of.last_heard(),
         away_since: of.never_heard(inner.is_alone()),
-        promised: 0,
+        promised: CounterMicros::NONE,
     }
 }
 
@@ -84,7 +84,7 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
         };
         let now = inner.clock.monotonic();
         for (number, partition) in (0..).zip(&inner.partitions) {
-            let in_use = now.saturating_sub(partition.used_at()) < IN_USE;
+            let in_use = now.saturating_since(partition.used_at()) < IN_USE;
             let due = partition.is_suspect()
                 || partition.is_heartbeat_due(now, HEARTBEAT_EVERY, inner.is_alone());
             if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
@@ -118,21 +118,21 @@ pub(super) async fn probe_until_recovered(
             ..heartbeat_call(number, &inner)
         };
         let asked_at = inner.clock.monotonic();
-        if promised > 0 {
-            partition.paused_until(asked_at + nanos(inner.settings.deadline));
+        if promised > CounterMicros::NONE {
+            partition.paused_until(asked_at.saturating_add(inner.settings.deadline.into()));
         }
         let patience = PROBE_DEADLINE.max(inner.settings.deadline);
         let answer = time::timeout(patience, inner.counters.take(call)).await;
         let now = inner.clock.monotonic();
-        let in_time = now - asked_at <= nanos(inner.settings.deadline);
+        let in_time = now.saturating_since(asked_at) <= inner.settings.deadline.into();
         // So that replicas do not all probe at the same time.
-        wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now % 50_000_000));
+        wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now.0 % 50_000_000));
         if let Ok(Ok(reply)) = answer {
             match reply.state {
                 BucketState::Initializing { wait: left } => {
                     wait = Duration::from_micros(left);
-                    promise = reply.at + left;
-                    partition.is_initializing(asked_at + left * 1000, now);
+                    promise = reply.at.saturating_add(left);
+                    partition.is_initializing(asked_at.saturating_add(wait.into()), now);
                 }
                 BucketState::Active { .. } if in_time => {
                     partition.returned(reply.at, now);

@@ -6,7 +6,7 @@
 use std::num::{NonZeroU32, NonZeroU64};
 
 use crate::{
-    clock::UnixNanos,
+    clock::{Monotonic, Nanos, UnixNanos},
     limiter::{
         decision::{Decision, Outcome, PolicyState},
         limits::Policies,
@@ -16,7 +16,7 @@ use crate::{
             calendar::{self, Zone},
         },
         rate::{
-            gcra::{Gcra, Verdict},
+            gcra::{Gcra, Level, Verdict},
             lease::Lease,
         },
     },
@@ -32,9 +32,9 @@ pub(in crate::limiter) struct KeyState {
     gcra: Gcra,
     /// The TAT of the bucket, for the local store and for requests that this replica allows without shared counters
     /// under `open`.
-    pub(in crate::limiter) tat: u64,
-    /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was lowered.
-    beyond: u64,
+    pub(in crate::limiter) tat: UnixNanos,
+    /// Refill missing beyond an empty bucket, from before the burst was lowered.
+    beyond: Nanos,
     /// When tokens were last taken from the bucket, or the plan was edited.
     used_at: UnixNanos,
     /// Tokens taken in advance, for the distributed store.
@@ -89,13 +89,20 @@ impl KeyState {
             fingerprint: 0,
             zone: Zone::utc(),
             gcra: Gcra::NONE,
-            tat: 0,
-            beyond: 0,
+            tat: UnixNanos(0),
+            beyond: Nanos::ZERO,
             used_at: UnixNanos(0),
             lease: None,
             daily: Block::new(),
             monthly: Block::new(),
             waited_for: 0,
+        }
+    }
+
+    fn level(&self) -> Level<UnixNanos> {
+        Level {
+            tat: self.tat,
+            beyond: self.beyond,
         }
     }
 
@@ -118,8 +125,8 @@ impl KeyState {
             let gcra = policies.gcra();
             if self.fingerprint != 0 {
                 if gcra != self.gcra {
-                    let bucket = (self.tat, self.beyond);
-                    (self.tat, self.beyond) = gcra.carry_over(self.gcra, bucket, self.used_at, now);
+                    let level = gcra.carry_over(self.gcra, self.level(), self.used_at, now);
+                    (self.tat, self.beyond) = (level.tat, level.beyond);
                     self.used_at = now;
                 }
                 if let Some(lease) = &mut self.lease {
@@ -193,7 +200,11 @@ impl KeyState {
     }
 
     /// Takes `cost` from the local bucket only, if it contains that many tokens.
-    pub(in crate::limiter) fn take_rate(&mut self, cost: NonZeroU32, now: UnixNanos) -> Verdict {
+    pub(in crate::limiter) fn take_rate(
+        &mut self,
+        cost: NonZeroU32,
+        now: UnixNanos,
+    ) -> Verdict<UnixNanos> {
         let verdict = self.gcra.decide(self.tat, now, cost);
         if let Verdict::Fits { tat } = verdict {
             self.charge(tat, now);
@@ -201,8 +212,8 @@ impl KeyState {
         verdict
     }
 
-    fn charge(&mut self, tat: u64, now: UnixNanos) {
-        self.beyond = self.gcra.beyond(self.beyond, self.tat, now);
+    fn charge(&mut self, tat: UnixNanos, now: UnixNanos) {
+        self.beyond = self.level().beyond_at(now);
         self.tat = tat;
         self.used_at = now;
     }
@@ -279,8 +290,8 @@ impl KeyState {
                 BlockStatus::Unknown => quotas.unknown = quotas.unknown.with(policy),
                 BlockStatus::NeverFits => quotas.denial.add(policy, None),
                 BlockStatus::Exhausted => {
-                    let wait = block.window().span.end.saturating_since(now).max(1);
-                    quotas.denial.add(policy, NonZeroU64::new(wait));
+                    let wait = block.window().span.end.saturating_since(now);
+                    quotas.denial.add(policy, NonZeroU64::new(wait.0.max(1)));
                 }
             }
         }
@@ -298,7 +309,7 @@ impl KeyState {
             policy: Policy::Rpm,
             limit: u64::from(policies.rate().burst.get()),
             remaining: self.gcra.remaining(self.tat, now),
-            reset_at: UnixNanos(self.tat.max(now.0)),
+            reset_at: self.tat.max(now),
             shortened_to: None,
         };
         self.decision_with(policies, now, outcome, rate)
@@ -358,9 +369,13 @@ impl KeyState {
         (needs != [None, None]).then_some(needs)
     }
 
-    /// Returns the number of times the ledger has failed for the daily and the monthly block.
-    pub(in crate::limiter) fn failures(&self) -> (u64, u64) {
-        (self.daily.failures(), self.monthly.failures())
+    /// Returns how often the ledger has failed for the block of a policy.
+    pub(in crate::limiter) fn failures(&self, policy: Policy) -> u64 {
+        match policy {
+            Policy::Rpm => 0,
+            Policy::Daily => self.daily.failures(),
+            Policy::Monthly => self.monthly.failures(),
+        }
     }
 
     pub(in crate::limiter) fn tidy(&mut self) {
@@ -369,8 +384,8 @@ impl KeyState {
     }
 
     /// Returns whether this state equals that of a new key.
-    pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: u64) -> bool {
-        self.tat.saturating_add(self.beyond) <= now.0
+    pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: Monotonic) -> bool {
+        self.tat.saturating_add(self.beyond) <= now
             && self
                 .lease
                 .as_ref()
@@ -395,7 +410,7 @@ impl Denial {
         self.wait = self.wait.max(wait);
     }
 
-    pub(in crate::limiter) fn add_rate(&mut self, rate: Verdict) {
+    pub(in crate::limiter) fn add_rate<T>(&mut self, rate: Verdict<T>) {
         match rate {
             Verdict::Fits { .. } => {}
             Verdict::Wait { wait } => self.add(Policy::Rpm, Some(wait)),

@@ -31,7 +31,7 @@ use super::{
     state::{KeyState, MissingBlocks, OnUnknown},
 };
 use crate::{
-    clock::{Clock, UnixNanos},
+    clock::{Clock, Nanos, UnixNanos},
     limiter::{
         decision::Decision,
         error::LimiterError,
@@ -45,8 +45,8 @@ use crate::{
 /// Enough that cores rarely contend for one, and few enough to iterate over.
 const SHARDS: usize = 64;
 
-/// Nanoseconds between two searches for droppable keys in a full shard.
-const CROWDED_PRUNE: u64 = 1_000_000_000;
+/// The time between two searches for droppable keys in a full shard.
+const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 
 /// Limits of the table, and timeouts of the ledger.
 #[derive(Debug, Clone)]
@@ -163,7 +163,7 @@ impl KeyTable {
         let room = self.settings.max_keys.div_ceil(SHARDS);
         if shard.keys.len() >= room {
             let now = self.clock.now();
-            if now.0.abs_diff(shard.crowded_at.0) >= CROWDED_PRUNE {
+            if now.abs_diff(shard.crowded_at) >= CROWDED_PRUNE {
                 shard.crowded_at = now;
                 self.prune_shard(&mut shard, now);
             }
@@ -188,7 +188,7 @@ impl KeyTable {
             let mut state = handle.state.lock();
             // If the map has the only reference, no other can appear while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
-            if is_shared || state.tat > now.0 {
+            if is_shared || state.tat > now {
                 // So that a prefetched block is also returned if no request arrives.
                 state.enter_windows(now, self.membership.replica_count());
                 for policy in [Policy::Daily, Policy::Monthly] {
@@ -311,7 +311,7 @@ impl KeyTable {
             {
                 let mut state = handle.state.lock();
                 let now = self.clock.now();
-                let failures = state.failures();
+                let failures = [Policy::Daily, Policy::Monthly].map(|it| state.failures(it));
                 let seen = *failures_before.get_or_insert(failures);
                 let need = Need::Cost(state.waited_for.max(u64::from(cost.get())));
                 for policy in missing.iter() {
@@ -319,8 +319,8 @@ impl KeyTable {
                         continue;
                     };
                     let failed_for_us = match policy {
-                        Policy::Daily => failures.0 != seen.0,
-                        _ => failures.1 != seen.1,
+                        Policy::Daily => failures[0] != seen[0],
+                        _ => failures[1] != seen[1],
                     };
                     let error = if failed_for_us {
                         block.failure().or_else(|| block.cooling(now))

@@ -16,18 +16,18 @@ use super::{
     calendar::{QuotaWindow, Window, window_at},
     ledger::LedgerError,
 };
-use crate::clock::UnixNanos;
+use crate::clock::{Nanos, UnixNanos};
 
 /// A block is at most this many tokens, and at most one hundredth of its quota.
 const BLOCK_MAX: u64 = 10_000;
 
-/// Nanoseconds until an exhausted ledger is queried again, since other replicas may have returned tokens. Doubles with
+/// The time until an exhausted ledger is queried again, since other replicas may have returned tokens. Doubles with
 /// each empty response, up to [`PATIENCE_MAX`].
-const PATIENCE: u64 = 1_000_000_000;
-const PATIENCE_MAX: u64 = 8 * PATIENCE;
+const PATIENCE: Nanos = Nanos::from_secs(1);
+const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 
-/// Nanoseconds after which an unused block is returned if other replicas may need it.
-const IDLE: u64 = 10_000_000_000;
+/// The time after which an unused block is returned if other replicas may need it.
+const IDLE: Nanos = Nanos::from_secs(10);
 
 /// Returns the largest block of a quota for one of `replicas` replicas. All their blocks together are at most one
 /// hundredth of the quota and at most 10,000 tokens, but at least one token each.
@@ -125,7 +125,7 @@ pub(in crate::limiter) struct Block {
     /// When it was last used or filled.
     spent_at: UnixNanos,
     asked_at: UnixNanos,
-    patience: u64,
+    patience: Nanos,
     fetching: bool,
     failure: Option<LedgerError>,
     failures: u64,
@@ -298,7 +298,7 @@ impl Block {
     /// Gives up the tokens held if none were used for a while and other replicas share the quota. Returns whether it
     /// did.
     pub(in crate::limiter) fn give_up_idle(&mut self, now: UnixNanos) -> bool {
-        let is_idle = now.0.abs_diff(self.spent_at.0) >= IDLE
+        let is_idle = now.abs_diff(self.spent_at) >= IDLE
             && self.replicas > 1
             && self.held > 0
             && !self.fetching;

@@ -16,7 +16,10 @@ use jiff::{
     tz::{AmbiguousOffset, TimeZone},
 };
 
-use crate::{clock::UnixNanos, limiter::policy::Policy};
+use crate::{
+    clock::{Nanos, UnixNanos},
+    limiter::policy::Policy,
+};
 
 /// An IANA time zone. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -99,8 +102,7 @@ impl Window {
         self.start <= at && at < self.end
     }
 
-    /// In nanoseconds.
-    pub const fn length(self) -> u64 {
+    pub const fn length(self) -> Nanos {
         self.end.saturating_since(self.start)
     }
 }
@@ -109,15 +111,15 @@ impl Window {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuotaWindow {
     pub span: Window,
-    /// Length of the full day or month in nanoseconds. A window that a change of time zone shortened is shorter.
-    pub period: u64,
+    /// Length of the full day or month. A window that a change of time zone shortened is shorter.
+    pub period: Nanos,
 }
 
 impl QuotaWindow {
     /// A window that contains no time.
     pub const NONE: Self = Self {
         span: Window::NONE,
-        period: 0,
+        period: Nanos::ZERO,
     };
 
     /// Creates the window of a full day or month.
@@ -129,7 +131,7 @@ impl QuotaWindow {
     }
 
     pub const fn is_shortened(self) -> bool {
-        self.span.length() < self.period
+        self.span.length().0 < self.period.0
     }
 
     /// Returns the length in seconds if the window was shortened.
@@ -137,7 +139,7 @@ impl QuotaWindow {
         if !self.is_shortened() {
             return None;
         }
-        let seconds = self.span.length() / 1_000_000_000;
+        let seconds = self.span.length().0 / 1_000_000_000;
         NonZeroU32::new(u32::try_from(seconds).unwrap_or(u32::MAX))
     }
 
@@ -147,8 +149,8 @@ impl QuotaWindow {
         if !self.is_shortened() {
             return limit;
         }
-        let part = u128::from(limit) * u128::from(self.span.length());
-        u64::try_from(part.div_ceil(u128::from(self.period))).unwrap_or(limit)
+        let part = u128::from(limit) * u128::from(self.span.length().0);
+        u64::try_from(part.div_ceil(u128::from(self.period.0))).unwrap_or(limit)
     }
 }
 
@@ -426,7 +428,7 @@ mod tests {
             let zone = zone(name);
             let from = Date::new(1971 + i16::try_from(i % 50).unwrap(), 1, 1).unwrap();
             let begin = first_instant(&zone.0, from);
-            let until = begin.saturating_add(3653 * 24 * HOUR);
+            let until = begin.saturating_add(Nanos(3653 * 24 * HOUR));
             for (policy, longest) in [(Policy::Daily, 50 * HOUR), (Policy::Monthly, 760 * HOUR)] {
                 let mut now = begin;
                 let mut seen: Option<DateTime> = None;
@@ -476,7 +478,7 @@ mod tests {
                 reason = "any instant inside will do"
             )]
             let inside = ((here.end.0 - here.start.0 - 1) as f64 * part) as u64;
-            for at in [here.start, here.start.saturating_add(inside), UnixNanos(here.end.0 - 1)] {
+            for at in [here.start, here.start.saturating_add(Nanos(inside)), UnixNanos(here.end.0 - 1)] {
                 prop_assert_eq!(window(policy, &zone, at), here);
             }
         }

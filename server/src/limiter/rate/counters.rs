@@ -7,11 +7,23 @@ use std::{error::Error, sync::Arc};
 use async_trait::async_trait;
 use quota_common::id::{ApiKeyId, TenantId};
 
-/// Microseconds since the Unix epoch, by the clock of the counters.
-pub type CounterMicros = u64;
+use crate::clock::Nanos;
+
+/// Microseconds since the Unix epoch, by the clock of the counters. Zero: none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(transparent)]
+pub struct CounterMicros(pub u64);
+
+impl CounterMicros {
+    pub const NONE: Self = Self(0);
+
+    pub const fn saturating_add(self, micros: u64) -> Self {
+        Self(self.0.saturating_add(micros))
+    }
+}
 
 /// See [`TakeCall::away_since`].
-pub const NEVER_HEARD: CounterMicros = 1;
+pub const NEVER_HEARD: CounterMicros = CounterMicros(1);
 
 /// The owner of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -28,10 +40,10 @@ pub struct TakeCall {
     /// Buckets of one partition are kept together and lose their state together.
     pub partition: u16,
     pub bucket: BucketName,
-    /// Nanoseconds of refill per token.
-    pub emission: u64,
-    /// Nanoseconds from empty to full.
-    pub tau: u64,
+    /// The time in which one token refills.
+    pub emission: Nanos,
+    /// The time from empty to full.
+    pub tau: Nanos,
     /// Version of the plan. The counters use the newest version.
     pub version: u64,
     pub need: u64,
@@ -47,7 +59,7 @@ pub struct TakeCall {
     /// The bucket's generation when they were taken. They are worthless in a later generation.
     pub back_generation: u64,
     /// How long granted tokens may be spent, in microseconds. Unspent ones are returned soon after.
-    pub lease: CounterMicros,
+    pub lease: u64,
     /// The counters' time in the latest reply from this partition that the caller received in time.
     pub last_heard: CounterMicros,
     /// The time since which the caller has served without the counters; zero if it has not. Since then, it may have
@@ -73,8 +85,8 @@ pub enum BucketState {
     Initializing { wait: u64 },
     Active {
         granted: u64,
-        /// Nanoseconds until the bucket is full, after the call.
-        debt: u64,
+        /// The time until the bucket is full, after the call.
+        debt: Nanos,
         /// Changes when tokens granted before can no longer be credited.
         generation: u64,
     },

@@ -3,7 +3,10 @@
 use std::num::{NonZeroU32, NonZeroU64};
 
 use super::gcra::Gcra;
-use crate::limiter::membership::ReplicaSlot;
+use crate::{
+    clock::{Monotonic, Nanos},
+    limiter::membership::ReplicaSlot,
+};
 
 /// The wait to report if none is known.
 const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
@@ -11,14 +14,14 @@ const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 /// This replica's share of a bucket while the counters are unavailable.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::limiter) struct Share {
-    since: u64,
-    /// The share's TAT, in monotonic time.
-    pub(in crate::limiter) tat: u64,
-    /// Nanoseconds per token of the share, and from empty to full.
-    price: u64,
-    tau: u64,
+    since: Monotonic,
+    /// The share's TAT.
+    pub(in crate::limiter) tat: Monotonic,
+    /// The time per token of the share, and from empty to full.
+    price: Nanos,
+    tau: Nanos,
     /// When the share was last used.
-    used_at: u64,
+    used_at: Monotonic,
     /// The plan may have been edited since the share was last used, or since the last response of the counters.
     pub(super) is_edited: bool,
 }
@@ -27,11 +30,11 @@ impl Default for Share {
     /// A key that this replica has not used may have been edited just before.
     fn default() -> Self {
         Self {
-            since: 0,
-            tat: 0,
-            price: 0,
-            tau: 0,
-            used_at: 0,
+            since: Monotonic::default(),
+            tat: Monotonic::default(),
+            price: Nanos::ZERO,
+            tau: Nanos::ZERO,
+            used_at: Monotonic::default(),
             is_edited: true,
         }
     }
@@ -44,19 +47,21 @@ impl Share {
         &mut self,
         gcra: Gcra,
         slot: ReplicaSlot,
-        since: u64,
+        since: Monotonic,
         cost: NonZeroU32,
-        now: u64,
+        now: Monotonic,
     ) -> Result<(), NonZeroU64> {
-        let burst = gcra.tau() / gcra.emission();
+        let burst = gcra.tokens(gcra.tau());
         let mine = burst / slot.of.get() + u64::from(slot.rank < burst % slot.of.get());
-        self.follow(gcra.tau().div_ceil(mine.max(1)), gcra.tau(), since, now);
+        let price = Nanos(gcra.tau().0.div_ceil(mine.max(1)));
+        self.follow(price, gcra.tau(), since, now);
         if mine < u64::from(cost.get()) {
             return Err(A_SECOND);
         }
         let price = self.price.saturating_mul(u64::from(cost.get()));
         let next = self.tat.max(now).saturating_add(price);
-        match NonZeroU64::new(next.saturating_sub(now.saturating_add(gcra.tau()))) {
+        let wait = next.saturating_since(now.saturating_add(gcra.tau()));
+        match NonZeroU64::new(wait.0) {
             None => {
                 self.tat = next;
                 Ok(())
@@ -68,7 +73,7 @@ impl Share {
     /// Updates the share to this plan and slot. An edit keeps the tokens in it, up to its new size, and adds none: a
     /// larger burst has to refill, so that no sequence of edits fills a share. Since the time of the edit is unknown,
     /// the share has refilled at the lower of the two rates since its last use. Nothing refills before `since`.
-    fn follow(&mut self, price: u64, tau: u64, since: u64, now: u64) {
+    fn follow(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
             // It is unknown how it would have filled under the previous plan.
             let empty_at = if self.is_edited {
@@ -80,12 +85,13 @@ impl Share {
         } else if (self.price, self.tau) != (price, tau) {
             let filled_to = now.max(since);
             let used_at = self.used_at.clamp(since, filled_to);
-            let level = self.tau.saturating_sub(self.tat.saturating_sub(used_at));
-            let level = u128::from(level) * u128::from(price) / u128::from(self.price);
-            let refill = u128::from(filled_to - used_at) * u128::from(price);
-            let level = level + refill / u128::from(price.max(self.price));
-            let missing = u128::from(tau).saturating_sub(level);
-            let missing = u64::try_from(missing).unwrap_or(tau);
+            let wide = |time: Nanos| u128::from(time.0);
+            let level = self.tau.saturating_sub(self.tat.saturating_since(used_at));
+            let level = wide(level) * wide(price) / wide(self.price);
+            let refill = wide(filled_to.saturating_since(used_at)) * wide(price);
+            let level = level + refill / wide(price.max(self.price));
+            let missing = wide(tau).saturating_sub(level);
+            let missing = u64::try_from(missing).map_or(tau, Nanos);
             self.tat = filled_to.saturating_add(missing);
         }
         *self = Self {
@@ -127,11 +133,9 @@ mod tests {
 
     /// Returns the number of tokens in a share at this moment.
     fn drain(share: &mut Share, gcra: Gcra, now: u64) -> u64 {
+        let (since, now) = (Monotonic(SECOND), Monotonic(now));
         let mut taken = 0;
-        while share
-            .take(gcra, WHOLE, SECOND, NonZeroU32::MIN, now)
-            .is_ok()
-        {
+        while share.take(gcra, WHOLE, since, NonZeroU32::MIN, now).is_ok() {
             taken += 1;
         }
         taken
@@ -192,9 +196,9 @@ mod tests {
                 .take(
                     plan(6000, 200),
                     WHOLE,
-                    SECOND,
+                    Monotonic(SECOND),
                     NonZeroU32::new(50).unwrap(),
-                    full
+                    Monotonic(full)
                 )
                 .is_ok()
         );

@@ -18,11 +18,11 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::{
-    clock::{Clock, SystemClock, UnixNanos},
+    clock::{Clock, Monotonic, Nanos, SystemClock, UnixNanos},
     limiter::{
-        BucketName, BucketState, CounterError, Decision, DistributedSettings, DistributedStore,
-        KeyHandle, KeyTableSettings, Limiter, Membership, Policies, RatePolicy, RedisCounters,
-        ReplicaSlot, SharedCounters, TakeCall, TakeReply, Zone,
+        BucketName, BucketState, CounterError, CounterMicros, Decision, DistributedSettings,
+        DistributedStore, KeyHandle, KeyTableSettings, Limiter, Membership, Policies, RatePolicy,
+        RedisCounters, ReplicaSlot, SharedCounters, TakeCall, TakeReply, Zone,
     },
     telemetry::metrics::Metrics,
 };
@@ -51,11 +51,11 @@ struct PausedClock(Instant);
 
 impl Clock for PausedClock {
     fn now(&self) -> UnixNanos {
-        START.saturating_add(self.monotonic())
+        START.saturating_add(Nanos(self.monotonic().0))
     }
 
-    fn monotonic(&self) -> u64 {
-        u64::try_from(self.0.elapsed().as_nanos()).unwrap()
+    fn monotonic(&self) -> Monotonic {
+        Monotonic(Nanos::from(self.0.elapsed()).0)
     }
 }
 
@@ -361,19 +361,19 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     let other = TakeCall {
         partition: 0,
         bucket: BucketName::Key(TENANT, ApiKeyId(uuid::Uuid::from_u128(7))),
-        emission: 60_000_000_000,
-        tau: 6_000_000_000_000,
+        emission: Nanos::from_secs(60),
+        tau: Nanos::from_secs(6000),
         version: 0,
         need: 100,
         waiting: 100,
         want: 100,
         back: 0,
-        back_taken_at: 0,
+        back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 100_000,
-        last_heard: 0,
-        away_since: 0,
-        promised: 0,
+        last_heard: CounterMicros::NONE,
+        away_since: CounterMicros::NONE,
+        promised: CounterMicros::NONE,
     };
     let taken = far.serve(other);
     let BucketState::Active {

@@ -15,8 +15,10 @@ use std::{sync::Arc, time::Duration};
 use fastrand::Rng;
 use quota_common::id::{ApiKeyId, TenantId};
 use quota_server::{
-    clock::{Clock as _, TestClock, UnixNanos},
-    limiter::{BucketName, BucketState, RedisCounters, SharedCounters as _, TakeCall},
+    clock::{Clock as _, Nanos, TestClock, UnixNanos},
+    limiter::{
+        BucketName, BucketState, CounterMicros, RedisCounters, SharedCounters as _, TakeCall,
+    },
     redis::Redis,
 };
 
@@ -286,19 +288,19 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
         let call = TakeCall {
             partition: 0,
             bucket: BUCKET,
-            emission: used.emission,
-            tau: used.tau,
+            emission: Nanos(used.emission),
+            tau: Nanos(used.tau),
             version: used.version,
             need: if takes { rng.u64(1..=waiting) } else { 0 },
             waiting,
             want: waiting + if takes { rng.u64(..=burst) } else { 0 },
             back,
-            back_taken_at: if back > 0 { back_taken_at } else { 0 },
+            back_taken_at: CounterMicros(if back > 0 { back_taken_at } else { 0 }),
             back_generation: if back > 0 { back_generation } else { 0 },
             lease: [0, 100, 100_000][rng.usize(..3)],
-            last_heard: 0,
-            away_since: 0,
-            promised,
+            last_heard: CounterMicros::NONE,
+            away_since: CounterMicros::NONE,
+            promised: CounterMicros(promised),
         };
         match counters.take(clock, call).await {
             BucketState::Initializing { wait } => {
@@ -328,7 +330,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                 exists |= granted > 0 || back > 0;
                 let allowed = debt_without_returned(&history, &grants);
                 let price = u128::from(granted) * u128::from(known.emission);
-                let real = u128::from(debt) - price;
+                let real = u128::from(debt.0) - price;
                 if real < allowed && sum.fuller.is_none() {
                     sum.fuller = Some(format!(
                         "seed {seed}, at {now}: {real} ns from full, {allowed} had the tokens never been taken; \
@@ -342,7 +344,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                     sum.credited += (before - real) as f64 / known.tau as f64;
                     sum.allowed += (before - allowed) as f64 / known.tau as f64;
                 }
-                last = (now, u128::from(debt));
+                last = (now, u128::from(debt.0));
                 if granted > 0 {
                     history.push(Event::Took(grants.len()));
                     grants.push(Granted {
@@ -443,19 +445,19 @@ async fn a_simple_return_is_credited_whole() {
     let call = TakeCall {
         partition: 0,
         bucket: BUCKET,
-        emission: 1_000_000,
-        tau: 200_000_000,
+        emission: Nanos(1_000_000),
+        tau: Nanos(200_000_000),
         version: 1,
         need: 0,
         waiting: 0,
         want: 0,
         back: 0,
-        back_taken_at: 0,
+        back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 100_000,
-        last_heard: 0,
-        away_since: 0,
-        promised: 0,
+        last_heard: CounterMicros::NONE,
+        away_since: CounterMicros::NONE,
+        promised: CounterMicros::NONE,
     };
     let take = async |call: TakeCall| {
         let reply = counters.take(call).await.unwrap();
@@ -464,7 +466,7 @@ async fn a_simple_return_is_credited_whole() {
                 granted,
                 debt,
                 generation,
-            } => (reply.at, granted, debt, generation),
+            } => (reply.at, granted, debt.0, generation),
             state @ BucketState::Initializing { .. } => panic!("{state:?}"),
         }
     };
@@ -511,19 +513,19 @@ async fn late_returns_one_by_one_sell_nothing_twice() {
     let one = TakeCall {
         partition: 0,
         bucket: BUCKET,
-        emission: 1_000_000,
-        tau: 200_000_000,
+        emission: Nanos(1_000_000),
+        tau: Nanos(200_000_000),
         version: 1,
         need: 1,
         waiting: 1,
         want: 1,
         back: 0,
-        back_taken_at: 0,
+        back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 100_000,
-        last_heard: 0,
-        away_since: 0,
-        promised: 0,
+        last_heard: CounterMicros::NONE,
+        away_since: CounterMicros::NONE,
+        promised: CounterMicros::NONE,
     };
     let mut late = Vec::new();
     for _ in 0..150 {

@@ -3,7 +3,10 @@
 
 use std::collections::HashMap;
 
-use quota_server::limiter::{BucketName, BucketState, TakeCall, TakeReply};
+use quota_server::{
+    clock::Nanos,
+    limiter::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
+};
 
 /// Microseconds from a loss of state to the new epoch.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
@@ -67,15 +70,15 @@ impl State {
     /// One call at `now`, to the process with the run ID `run`.
     pub(super) fn take(&mut self, run: u64, now: u64, call: TakeCall) -> TakeReply {
         let epoch = self.epochs.entry(call.partition).or_default();
-        let told = call.promised > 0
-            && epoch.start == Some(call.promised)
-            && now < call.promised + PROMISED;
+        let told = call.promised.0 > 0
+            && epoch.start == Some(call.promised.0)
+            && now < call.promised.0 + PROMISED;
         let answered =
-            (epoch.ok > call.away_since && epoch.ok <= now && now - epoch.ok < 1_000_000)
-                || (call.away_since == 1 && epoch.ok == 0);
+            (epoch.ok > call.away_since.0 && epoch.ok <= now && now - epoch.ok < 1_000_000)
+                || (call.away_since.0 == 1 && epoch.ok == 0);
         let lost = epoch.run != run
             || epoch.start.is_none_or(|start| start > now + EPOCH_DELAY)
-            || (call.away_since > 0
+            || (call.away_since.0 > 0
                 && epoch.start.is_some_and(|start| start <= now)
                 && !told
                 && !answered);
@@ -90,17 +93,17 @@ impl State {
         if start > now {
             let wait = start - now;
             return TakeReply {
-                at: now,
+                at: CounterMicros(now),
                 state: BucketState::Initializing { wait },
             };
         }
-        let heard = call.last_heard;
-        if call.away_since == 0 && heard > epoch.ok + 100_000 && heard <= now && heard >= start {
+        let heard = call.last_heard.0;
+        if call.away_since.0 == 0 && heard > epoch.ok + 100_000 && heard <= now && heard >= start {
             epoch.ok = heard;
         }
         let known = self.buckets.get(&call.bucket).cloned();
         let was_there = known.is_some();
-        let (mut emission, mut tau) = (u128::from(call.emission), u128::from(call.tau));
+        let (mut emission, mut tau) = (u128::from(call.emission.0), u128::from(call.tau.0));
         let (mut version, mut version_at) = (call.version, now);
         let (mut changed, mut new_generation, mut in_use) = (false, !was_there, false);
         let (mut least, mut generation) = ([(0, 0); 2], 0);
@@ -158,13 +161,13 @@ impl State {
         }
         if call.back > 0 {
             let mut credit = 0;
-            if call.back_generation == generation && call.back_taken_at <= now {
+            if call.back_generation == generation && call.back_taken_at.0 <= now {
                 let least = least
                     .iter()
-                    .find(|(_, since)| call.back_taken_at >= *since)
+                    .find(|(_, since)| call.back_taken_at.0 >= *since)
                     .map_or(0, |(least, _)| *least);
                 let price = u128::from(call.back) * emission;
-                let gone = u128::from(now - call.back_taken_at) * 1000;
+                let gone = u128::from(now - call.back_taken_at.0) * 1000;
                 credit = debt.min(price).min(price.saturating_sub(gone).max(least));
             }
             debt -= credit;
@@ -210,10 +213,10 @@ impl State {
             bucket.version_at = version_at;
         }
         TakeReply {
-            at: now,
+            at: CounterMicros(now),
             state: BucketState::Active {
                 granted,
-                debt: u64::try_from(debt).unwrap(),
+                debt: Nanos(u64::try_from(debt).unwrap()),
                 generation,
             },
         }

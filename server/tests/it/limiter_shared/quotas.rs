@@ -8,7 +8,10 @@ use std::{
 };
 
 use quota_common::plan::OnRedisFailure;
-use quota_server::limiter::{Membership, Policies, RatePolicy, ReplicaSlot, Zone};
+use quota_server::{
+    clock::Monotonic,
+    limiter::{Membership, Policies, RatePolicy, ReplicaSlot, Zone},
+};
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep},
@@ -31,7 +34,7 @@ fn replicas(far: &Far, ledger: &Arc<TestLedger>, count: u64, of: u64) -> Vec<Rep
         .map(|rank| {
             let membership = Arc::new(Membership::default());
             let of = NonZeroU64::new(of).unwrap();
-            membership.confirm(ReplicaSlot { rank, of }, 0);
+            membership.confirm(ReplicaSlot { rank, of }, Monotonic::default());
             far.replica_on(Arc::clone(ledger), OnRedisFailure::Share, membership)
         })
         .collect()

@@ -6,10 +6,11 @@ use async_trait::async_trait;
 use fastrand::Rng;
 use quota_common::id::{ApiKeyId, TenantId};
 use quota_server::{
-    clock::{Clock, TestClock},
+    clock::{Clock, Nanos, TestClock},
     config::{Config, Settings},
     limiter::{
-        BucketName, BucketState, CounterError, RedisCounters, SharedCounters, TakeCall, TakeReply,
+        BucketName, BucketState, CounterError, CounterMicros, RedisCounters, SharedCounters,
+        TakeCall, TakeReply,
     },
     redis::Redis,
 };
@@ -114,8 +115,8 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
             TenantId(uuid::Uuid::nil()),
             ApiKeyId(uuid::Uuid::from_u128(rng.u128(..3))),
         ),
-        emission,
-        tau: emission * burst,
+        emission: Nanos(emission),
+        tau: Nanos(emission * burst),
         version: rng.u64(..4),
         need,
         waiting,
@@ -125,16 +126,16 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
             waiting + some(rng, 20)
         },
         back: some(rng, 5),
-        back_taken_at: now - rng.u64(..2_000_000),
+        back_taken_at: CounterMicros(now - rng.u64(..2_000_000)),
         back_generation: if rng.u8(..4) == 0 { 0 } else { generation },
         lease: [0, 100_000, 1_000_000][rng.usize(..3)],
-        last_heard: now - rng.u64(..3_000_000),
-        away_since: match rng.u8(..20) {
+        last_heard: CounterMicros(now - rng.u64(..3_000_000)),
+        away_since: CounterMicros(match rng.u8(..20) {
             0..=1 => now - rng.u64(..5_000_000),
             2 => 1,
             _ => 0,
-        },
-        promised: if rng.bool() { told } else { 0 },
+        }),
+        promised: CounterMicros(if rng.bool() { told } else { 0 }),
     }
 }
 
@@ -210,9 +211,9 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
         waiting: 1,
         want: 10,
         back: 0,
-        away_since: 0,
-        emission: 1_000_000_000,
-        tau: 10_000_000_000,
+        away_since: CounterMicros::NONE,
+        emission: Nanos::from_secs(1),
+        tau: Nanos::from_secs(10),
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let state = async |counters: &RedisCounters| counters.take(call).await.unwrap().state;
@@ -248,7 +249,7 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
         panic!("it has begun");
     };
     assert_eq!(granted, 0);
-    assert!(debt > 9_000_000_000, "nearly empty: {debt}");
+    assert!(debt > Nanos::from_secs(9), "nearly empty: {debt:?}");
 }
 
 /// The versions of a plan start over when PostgreSQL is restored from a backup. A replica that has not learned of an
@@ -263,14 +264,14 @@ async fn versions_that_start_over_are_followed() {
     let bucket = BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()));
     let plan = |version: u64, burst: u64| TakeCall {
         bucket,
-        emission: 1_000_000_000,
-        tau: burst * 1_000_000_000,
+        emission: Nanos::from_secs(1),
+        tau: Nanos::from_secs(burst),
         version,
         need: 1,
         waiting: 100,
         want: 100,
         back: 0,
-        away_since: 0,
+        away_since: CounterMicros::NONE,
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let granted = async |call| match counters.take(call).await.unwrap().state {
@@ -308,14 +309,14 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     counters.begin().await;
     let plan = |version: u64, burst: u64| TakeCall {
         bucket: BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil())),
-        emission: 100_000_000,
-        tau: burst * 100_000_000,
+        emission: Nanos::from_millis(100),
+        tau: Nanos::from_millis(burst * 100),
         version,
         need: 1,
         waiting: 200,
         want: 200,
         back: 0,
-        away_since: 0,
+        away_since: CounterMicros::NONE,
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let take = async |call| counters.take(call).await.unwrap().state;
@@ -350,8 +351,8 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     // The same holds hours later, while the smaller burst is in use.
     redis.query("", &flush).await.expect("Redis answers");
     let slow = |version, burst: u64| TakeCall {
-        emission: 60_000_000_000,
-        tau: burst * 60_000_000_000,
+        emission: Nanos(60_000_000_000),
+        tau: Nanos(burst * 60_000_000_000),
         ..plan(version, burst)
     };
     let BucketState::Initializing { wait } = take(slow(7, 1)).await else {

@@ -4,21 +4,21 @@ use std::sync::Arc;
 
 use super::{Block, LedgerOrder, Need, Next, NextBlock, PATIENCE, PATIENCE_MAX, block_size};
 use crate::{
-    clock::UnixNanos,
+    clock::{Nanos, UnixNanos},
     limiter::quota::{
         calendar::{Window, window_at},
         ledger::{LedgerError, Taken},
     },
 };
 
-/// Nanoseconds until a failed ledger is queried again. Until then, requests fail immediately, so that the ledger does
-/// not get one call per request.
-const COOLING: u64 = 100_000_000;
+/// The time until a failed ledger is queried again. Until then requests fail immediately, so that it does not get
+/// one call per request.
+const COOLING: Nanos = Nanos::from_millis(100);
 
-/// The first block of the next window is fetched this many nanoseconds before the current one ends: at least
+/// The first block of the next window is fetched this long before the current one ends: at least
 /// [`AHEAD_MIN`], and up to [`AHEAD_JITTER`] more, which differs by key.
-const AHEAD_MIN: u64 = 120_000_000_000;
-const AHEAD_JITTER: u64 = 480_000_000_000;
+const AHEAD_MIN: Nanos = Nanos::from_secs(120);
+const AHEAD_JITTER: Nanos = Nanos::from_secs(480);
 
 impl Block {
     /// Returns whether to fetch more before a request has to wait. With blocks of one token, only if no other replica
@@ -67,7 +67,7 @@ impl Block {
             self.patience
         };
         // Checked in both directions: a clock that was set back must not block a key for hours.
-        now.0.abs_diff(self.asked_at.0) >= patience
+        now.abs_diff(self.asked_at) >= patience
     }
 
     /// Begins a fetch at `now`, unless one is in flight or there is nothing to do. Each order must be followed by
@@ -140,7 +140,7 @@ impl Block {
         self.patience = if taken.granted > 0 {
             PATIENCE
         } else {
-            (self.patience * 2).min(PATIENCE_MAX)
+            self.patience.saturating_mul(2).min(PATIENCE_MAX)
         };
         self.trim_to(u64::MAX);
     }
@@ -166,7 +166,8 @@ impl Block {
         key_hash: u64,
     ) -> Option<UnixNanos> {
         let end = self.window.span.end;
-        let is_time = now.0.saturating_add(AHEAD_MIN + key_hash % AHEAD_JITTER) >= end.0;
+        let ahead = AHEAD_MIN.saturating_add(Nanos(key_hash % AHEAD_JITTER.0));
+        let is_time = now.saturating_add(ahead) >= end;
         let is_wanted = self.limit != 0
             && self.known
             && self.used > self.held

@@ -16,8 +16,8 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::limiter::{
-    BucketName, Decision, DistributedStore, Drained, KeyHandle, LimitStore, LimiterError, Outcome,
-    Policies, Policy, PolicySet, TakeCall,
+    BucketName, CounterMicros, Decision, DistributedStore, Drained, KeyHandle, LimitStore,
+    LimiterError, Outcome, Policies, Policy, PolicySet, TakeCall,
 };
 use tokio::time::Instant;
 
@@ -90,7 +90,7 @@ impl Plant {
     pub(super) fn call(self, call: TakeCall, now: u64) -> TakeCall {
         match (self, call.bucket) {
             (Self::ReturnsInFull, _) if call.back > 0 => TakeCall {
-                back_taken_at: now,
+                back_taken_at: CounterMicros(now),
                 ..call
             },
             (Self::ReturnsNothing, _) => TakeCall { back: 0, ..call },

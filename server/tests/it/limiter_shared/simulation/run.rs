@@ -16,7 +16,7 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::{
-    clock::Clock,
+    clock::{Clock, Monotonic},
     limiter::{
         COUNTED_EVERY, Decision, DistributedSettings, DistributedStore, FORGOTTEN, KeyHandle,
         KeyTableSettings, Limiter, LimiterError, LocalStore, Membership, Policies, RatePolicy,
@@ -203,7 +203,7 @@ impl Stage {
         while replica.counting.load(Ordering::Relaxed) {
             let now = self.world.now();
             if let Some(place) = self.registry.seen(index, now) {
-                membership.confirm(place, now);
+                membership.confirm(place, Monotonic(now));
             }
             sleep(COUNTED_EVERY).await;
         }

@@ -12,7 +12,7 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::{
-    clock::Clock,
+    clock::{Clock, Monotonic, Nanos},
     limiter::{Decision, KeyHandle, Limiter, Membership, Policies, RatePolicy, ReplicaSlot, Zone},
 };
 use tokio::{
@@ -211,7 +211,7 @@ fn count(world: &World, memberships: Vec<Arc<Membership>>) {
     tokio::spawn(async move {
         loop {
             for (rank, membership) in (0..).zip(&memberships) {
-                let now = u64::try_from(zero.elapsed().as_nanos()).unwrap();
+                let now = Monotonic(Nanos::from(zero.elapsed()).0);
                 membership.confirm(ReplicaSlot { rank, of }, now);
             }
             sleep(Duration::from_secs(1)).await;
@@ -451,7 +451,7 @@ fn a_small_quota_is_had_whole_of_many_replicas() {
         let replicas: Vec<_> = (0..of.get())
             .map(|rank| {
                 let membership = Arc::new(Membership::default());
-                membership.confirm(ReplicaSlot { rank, of }, 0);
+                membership.confirm(ReplicaSlot { rank, of }, Monotonic::default());
                 let daily = NonZeroU64::new(10);
                 let on_failure = OnRedisFailure::Share;
                 alone(

@@ -18,8 +18,10 @@ use fastrand::Rng;
 use parking_lot::Mutex;
 use quota_common::id::ApiKeyId;
 use quota_server::{
-    clock::{Clock, UnixNanos},
-    limiter::{BucketName, BucketState, CounterError, SharedCounters, TakeCall, TakeReply},
+    clock::{Clock, Monotonic, Nanos, UnixNanos},
+    limiter::{
+        BucketName, BucketState, CounterError, CounterMicros, SharedCounters, TakeCall, TakeReply,
+    },
 };
 use tokio::{
     sync::watch,
@@ -38,12 +40,12 @@ pub(super) struct SkewedClock {
 
 impl Clock for SkewedClock {
     fn now(&self) -> UnixNanos {
-        let at = START.0.saturating_add(self.monotonic());
+        let at = START.0.saturating_add(self.monotonic().0);
         UnixNanos(at.saturating_add_signed(self.skew_ms * 1_000_000))
     }
 
-    fn monotonic(&self) -> u64 {
-        u64::try_from(self.zero.elapsed().as_nanos()).unwrap()
+    fn monotonic(&self) -> Monotonic {
+        Monotonic(Nanos::from(self.zero.elapsed()).0)
     }
 }
 
@@ -196,10 +198,10 @@ impl World {
         let mut call = self.plant.call(call, micros);
         if self.plant == Plant::PromiseNeverExpires {
             let mut told = self.told.lock();
-            if call.away_since == 0 {
+            if call.away_since == CounterMicros::NONE {
                 told.remove(&replica);
             } else if told.contains(&replica) {
-                call.away_since = 0;
+                call.away_since = CounterMicros::NONE;
             }
         }
         let state = if self.plant == Plant::SharesNothing {
