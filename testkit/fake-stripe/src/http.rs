@@ -7,7 +7,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::{
     Method, Request, Response, StatusCode,
     body::Incoming,
-    header::{AUTHORIZATION, CONTENT_TYPE, LOCATION},
+    header::{AUTHORIZATION, CONTENT_TYPE},
     server::conn::http1,
     service::service_fn,
 };
@@ -144,8 +144,15 @@ async fn answer(shared: &Shared, request: Request<Incoming>) -> io::Result<Respo
     let path = head.uri.path().trim_matches('/');
     let segments: Vec<&str> = path.split('/').collect();
     let [version @ ("v1" | "v2"), below @ ..] = &segments[..] else {
-        let page = page::answer(shared, &head.method, &segments, &form::parse(&body));
-        return Ok(page.unwrap_or_else(|| html(StatusCode::NOT_FOUND, "Not found".to_owned())));
+        let page = page::answer(
+            &mut shared.state.lock(),
+            &head.method,
+            &segments,
+            &form::parse(&body),
+        );
+        return Ok(
+            page.unwrap_or_else(|| page::html(StatusCode::NOT_FOUND, "Not found".to_owned()))
+        );
     };
     let header = |name: &str| {
         head.headers
@@ -431,20 +438,4 @@ impl Drop for Metering<'_> {
             self.0.metering.lock().retain(|other| other != one);
         }
     }
-}
-
-pub fn html(status: StatusCode, text: String) -> Response<Full<Bytes>> {
-    let response = Response::builder()
-        .status(status)
-        .header(CONTENT_TYPE, "text/html; charset=utf-8");
-    response
-        .body(Full::new(Bytes::from(text)))
-        .unwrap_or_default()
-}
-
-pub fn redirect(to: &str) -> Response<Full<Bytes>> {
-    let response = Response::builder()
-        .status(StatusCode::SEE_OTHER)
-        .header(LOCATION, to);
-    response.body(Full::default()).unwrap_or_default()
 }
