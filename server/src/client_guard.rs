@@ -63,7 +63,7 @@ pub struct ClientRateLimiter {
     pruned_at: AtomicU64,
 }
 
-/// The least time between two searches for idle networks.
+/// The minimum time between two searches for idle networks.
 const PRUNE_EVERY: Nanos = Nanos::from_secs(1);
 
 /// The limit is reached. Retry after this time.

@@ -106,7 +106,7 @@ impl RequestContext {
         connection.map(Authenticated::begin_endless_response)
     }
 
-    /// Writes the access log line. `took` is the time since arrival.
+    /// Writes the access log line. `took` is the time since the request arrived.
     pub fn log(&self, method: &Method, uri: &Uri, status: u16, took: Nanos) {
         let identity = self.caller.lock().take();
         let (tenant, key) = match &identity {

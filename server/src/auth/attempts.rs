@@ -120,7 +120,7 @@ struct Taken {
     wait: Duration,
     /// Attempts of the widest network before this one.
     crowd: u64,
-    /// When it was counted, by the clock of the counters: monotonic here, and that of Redis.
+    /// The time at which it was counted, by the clock of the counters: the monotonic clock here, or the clock of Redis.
     at: u64,
 }
 

@@ -1,7 +1,7 @@
 //! The objects that Quota needs at Stripe: a product, its prices, a meter and a webhook endpoint.
 //!
-//! Each has a name by which it is found again, so running the setup twice creates nothing twice. Existing objects are
-//! not changed: a price cannot be changed, and an operator may have changed the others on purpose.
+//! Each has a name by which it is found, so it is created only once. Existing objects are not changed: a price cannot be
+//! changed, and an operator may have changed the others on purpose.
 
 use super::{FLAT_PRICE, USAGE_PRICE};
 use crate::stripe::{API_VERSION, EVENTS, Price, Stripe, StripeError, WebhookEndpoint};

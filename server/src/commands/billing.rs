@@ -11,8 +11,8 @@ use quota_server::{
 
 #[derive(Subcommand)]
 pub enum BillingCommand {
-    /// Create the objects that Quota needs at Stripe: a product, its prices, a meter and a webhook endpoint. Running it
-    /// twice creates nothing twice, and does not change existing objects
+    /// Create the objects that Quota needs at Stripe, unless they exist: a product, its prices, a meter and a webhook
+    /// endpoint. Existing objects are not changed
     Setup {
         #[command(flatten)]
         settings: Box<Settings>,

@@ -115,7 +115,7 @@ struct LocalBucket {
     denied: Option<Denied>,
 }
 
-/// For how long a denial by a quota is trusted. Other replicas may return tokens.
+/// How long a denial by a quota is trusted. Other replicas may return tokens.
 const QUOTA_DENIAL: Nanos = Nanos::from_secs(1);
 
 /// A denial of a cost.
@@ -200,8 +200,8 @@ impl LocalBucket {
         Elapsed(time.saturating_since(self.start).0)
     }
 
-    /// Returns how long the bucket takes to be full at `now`: as seen here or, if that is longer, as the store last
-    /// reported, since other replicas use it too.
+    /// Returns the time until the bucket is full at `now`: as computed here or, if that is longer, as last reported by
+    /// the store, since other replicas use the bucket too.
     fn debt(&self, last: &Decision, elapsed: Elapsed, now: UnixNanos) -> Nanos {
         let here = self.tat.load().saturating_since(elapsed);
         here.max(last.rate.reset_at.saturating_since(now))
@@ -305,7 +305,7 @@ impl DenialCache {
             .or_else(|| known.over_rate(policies, cost, elapsed, now))
     }
 
-    /// Records a decision of the store. A denial by the rate is cached for `rate_memory` at most. The store
+    /// Records a decision of the store. A denial by the rate is cached for at most `rate_memory`. The store
     /// decided after it was called, so usage has refilled at most since the call. Nothing that the store would allow
     /// may be denied here.
     pub(super) fn record(

@@ -65,7 +65,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Returns whether a decision takes no I/O. If so, no denial cache is used in front of the store.
     fn is_local(&self) -> bool;
 
-    /// Returns for how long a denial by the rate may be cached. `None`: for the wait that it states.
+    /// Returns how long a denial by the rate may be cached. `None`: for the wait that it states.
     /// Shorter if other replicas may return tokens.
     fn denial_memory(&self, _policies: &Policies) -> Option<Nanos> {
         None

@@ -27,7 +27,7 @@ pub struct Seen {
     pub count: NonZeroU64,
 }
 
-/// Refreshes the replica's heartbeat. Returns the replicas whose heartbeats are not older than `forgotten`.
+/// Refreshes the replica's heartbeat. Returns the replicas whose last heartbeat is at most `forgotten` ago.
 pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<Seen, DbError> {
     diesel::insert_into(replicas::table)
         .values(replicas::id.eq(id))

@@ -51,7 +51,7 @@ struct BreakerState {
     outage: Outage,
 }
 
-/// A time in which nothing may be decided without the counters.
+/// A period in which nothing may be decided without the counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Pause {
     from: Monotonic,

@@ -122,7 +122,7 @@ impl StoreCore {
         self.ask_until(call, || ()).await;
     }
 
-    /// Returns how long the bucket needs to fill, according to the counters. `None` if they do not respond
+    /// Returns the time until the bucket is full, according to the counters. `None` if they do not respond
     /// in time.
     pub(super) async fn look_up_debt(&self, handle: &KeyHandle, terms: Terms) -> Option<Nanos> {
         if self.partition(handle).is_away() {

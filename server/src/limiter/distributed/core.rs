@@ -46,7 +46,7 @@ pub(super) struct StoreCore {
     pub(super) me: Weak<StoreCore>,
 }
 
-/// One moment by both clocks.
+/// The same moment on both clocks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Moment {
     pub(super) now: UnixNanos,

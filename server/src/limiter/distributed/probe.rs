@@ -25,12 +25,12 @@ const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// Minimum time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
 /// with slow counters, every request would time out, and each recovery would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
-/// For how long an unused partition still gets heartbeats.
+/// How long an unused partition still gets heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
 
 impl StoreCore {
-    /// Returns the time after which an outage that one replica has noticed is either noticed by all others or
-    /// over for the first one.
+    /// Returns the time after which an outage that one replica has detected either has been detected by all others or
+    /// has ended for the first one.
     ///
     /// An idle replica makes its next call after [`HEARTBEAT_EVERY`], at a multiple of [`SUSPECT_EVERY`], and opens its
     /// breaker at the fifth failure, four intervals later. If the outage ends just before, the first replica recovers

@@ -45,7 +45,7 @@ use crate::{
 /// Enough that cores rarely contend for one, and few enough to iterate over.
 const SHARDS: usize = 64;
 
-/// The time between two searches for droppable keys in a full shard.
+/// The time between two searches for keys that can be dropped, in a full shard.
 const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 
 /// Limits of the table, and timeouts of the ledger.

@@ -33,7 +33,7 @@ pub struct Gcra {
     tau: Nanos,
 }
 
-/// How much is missing from a bucket, in the time `T` of its clock.
+/// The amount missing from a bucket, expressed as a time on its clock, `T`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Level<T> {
     pub tat: T,
@@ -102,7 +102,7 @@ impl Gcra {
         self.tokens(self.tau.saturating_sub(tat.saturating_since(now)))
     }
 
-    /// Returns the whole tokens that refill in this time.
+    /// Returns the number of whole tokens that refill in this time.
     pub fn tokens(self, time: Nanos) -> u64 {
         time.0 / self.emission.0
     }

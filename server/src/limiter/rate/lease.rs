@@ -62,7 +62,7 @@ impl Terms {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
-    /// Returns the time after which another call may start before the previous one is answered. Requests that wait
+    /// Returns the time after which another call may start before the previous one has ended. Requests that wait
     /// for a call are decided together, and a bucket that becomes full meanwhile stops refilling, so this is a small
     /// part of the time in which it fills. Calls to a bucket that fills slowly never overlap.
     pub(in crate::limiter) fn pause(self) -> Nanos {
@@ -124,7 +124,7 @@ impl Slot {
 #[derive(Debug, Clone, Copy)]
 pub(in crate::limiter) struct FetchTimes {
     pub(in crate::limiter) now: Monotonic,
-    /// For how long the tokens may be spent.
+    /// How long the tokens may be spent.
     pub(in crate::limiter) ttl: Nanos,
     /// How long requests wait for the response.
     pub(in crate::limiter) patience: Nanos,

@@ -17,7 +17,7 @@ pub(in crate::limiter) struct Share {
     since: Monotonic,
     /// The share's TAT.
     pub(in crate::limiter) tat: Monotonic,
-    /// The time per token of the share, and from empty to full.
+    /// The time per token of the share, and the time from empty to full.
     price: Nanos,
     tau: Nanos,
     /// When the share was last used.
