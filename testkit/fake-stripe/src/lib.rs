@@ -27,7 +27,7 @@ use crate::{api::Call, http::Shared, state::State};
 pub use crate::{
     engine::INVOICE_GRACE,
     http::{Fault, How, Received, SECRET_KEY, When},
-    state::{API_VERSION, AfterRetries, Card, Failure, Usage},
+    state::{API_VERSION, AfterRetries, Card, Failure, Usage, machine_now},
     webhook::{Delivery, Signature, sign},
 };
 
