@@ -14,9 +14,12 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::support::{
-    app::TestApp,
-    stripe::{TestStripe, paid_key, wait_for_access, wait_for_status},
+use crate::{
+    support::{
+        app::TestApp,
+        stripe::{TestStripe, paid_key, wait_for_access, wait_for_status},
+    },
+    usage,
 };
 
 const DAY: Duration = Duration::from_hours(24);
@@ -336,7 +339,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     stream.read_exact(&mut response).await.expect("a response");
     assert_eq!(&response, b"HTTP/1.1 413");
     // Signed, but not an event.
-    let now = chrono::Utc::now().timestamp();
+    let now = usage::now().timestamp();
     for body in ["", "[]", "{\"id\":\"evt_1\"}"] {
         let header = sign(now, body, &[&stripe.secret]);
         assert_eq!(send(body.into(), &header).await.status, 400, "{body}");
@@ -400,7 +403,7 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
         .to_owned();
     let send = async |event: Value| {
         let body = event.to_string();
-        let header = sign(chrono::Utc::now().timestamp(), &body, &[&stripe.secret]);
+        let header = sign(usage::now().timestamp(), &body, &[&stripe.secret]);
         let call = app.request(Method::POST, "/billing/stripe/webhook");
         let call = call.body("application/json; charset=utf-8", body);
         let answer = call.header("Stripe-Signature", &header).send().await;

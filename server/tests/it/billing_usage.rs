@@ -136,7 +136,7 @@ impl World {
 
 /// The start of the hour some hours ago.
 fn hour(ago: i64) -> DateTime<Utc> {
-    let at = Utc::now() - TimeDelta::hours(ago);
+    let at = usage::now() - TimeDelta::hours(ago);
     at.duration_trunc(TimeDelta::hours(1))
         .expect("a time of this era")
 }
@@ -165,7 +165,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
         ])
         .await;
     // Not over yet.
-    world.append(&[world.paid(Utc::now(), 1000)]).await;
+    world.append(&[world.paid(usage::now(), 1000)]).await;
     world.report().await;
     let tenant = &world.account.tenant_id;
     let sent: Vec<_> = world
@@ -354,7 +354,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
     let edge = &subscription["items"]["data"][0]["current_period_start"];
     let edge = DateTime::from_timestamp(edge.as_i64().expect("a time"), 0).expect("a time");
     let start = edge.duration_trunc(TimeDelta::hours(1)).expect("a time");
-    assert!(edge < Utc::now() - TimeDelta::days(5), "{edge}");
+    assert!(edge < usage::now() - TimeDelta::days(5), "{edge}");
     let millis = |n| TimeDelta::milliseconds(n);
     world
         .append(&[
@@ -431,7 +431,7 @@ async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
         .find(|it| it["status"] == "draft");
     let draft = draft.expect("it could not be finalized");
     world
-        .append(&[world.paid(Utc::now() - TimeDelta::days(20), 7)])
+        .append(&[world.paid(usage::now() - TimeDelta::days(20), 7)])
         .await;
     world.report().await;
     assert_eq!(world.total(), 7);
@@ -447,7 +447,7 @@ async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
     let world = World::subscribed(50 * DAY).await;
-    let now = Utc::now();
+    let now = usage::now();
     // Before the subscription, and before what Stripe accepts.
     world
         .append(&[world.paid(now - TimeDelta::days(60), 1)])
@@ -594,7 +594,7 @@ async fn several_workers_send_each_report_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn reconciliation_finds_what_stripe_counts_differently() {
     let world = World::subscribed(5 * DAY).await;
-    let yesterday = Utc::now() - TimeDelta::days(1);
+    let yesterday = usage::now() - TimeDelta::days(1);
     let noon = yesterday
         .date_naive()
         .and_hms_opt(12, 0, 0)

@@ -130,7 +130,7 @@ impl State {
         };
         match (call.method, id, created) {
             (&Method::GET, Some(id), _) => self.retrieve(kind, id, call.params),
-            (&Method::GET, None, _) => self.list(kind, call),
+            (&Method::GET, None, _) => Ok(self.list(kind, call)),
             (&Method::POST, None, Some((_, _, needed))) => {
                 required(call.params, needed)?;
                 self.create(kind, call.params)
@@ -228,7 +228,7 @@ impl State {
     }
 
     /// Lists newest first, at most `limit`, after the object `starting_after`.
-    fn list(&self, kind: &str, call: &Call<'_>) -> Result<Value, Failure> {
+    fn list(&self, kind: &str, call: &Call<'_>) -> Value {
         let params = call.params;
         let limit = number(&params["limit"]).unwrap_or(10).clamp(1, 100);
         let limit = usize::try_from(limit).unwrap_or(10);
@@ -245,16 +245,15 @@ impl State {
                     .get("subscription")
                     .is_none_or(|it| it == subscription);
             let by_status = match (kind, params.get("status").and_then(Value::as_str)) {
-                (_, Some("all")) => true,
                 ("subscription", None) => object["status"] != "canceled",
-                (_, None) => true,
+                (_, Some("all") | None) => true,
                 (_, Some(status)) => object["status"] == status,
             };
             let keys = params["lookup_keys"].as_array();
             let by_key = keys.is_none_or(|keys| keys.contains(&object["lookup_key"]));
             let active = params
                 .get("active")
-                .is_none_or(|it| *it == object["active"].to_string());
+                .is_none_or(|it| (*it == "true") == (object["active"] == true));
             by_subscription
                 && by_status
                 && by_key
@@ -269,15 +268,11 @@ impl State {
             while found.next().is_some_and(|object| object["id"] != *after) {}
         }
         let page = found.by_ref().take(limit);
-        let page = page
+        let page: Vec<Value> = page
             .map(|object| self.expanded(object, &params["expand"], "data."))
             .collect();
         let has_more = found.peek().is_some();
-        Ok(objects::list(
-            &format!("/v1/{}", call.path.join("/")),
-            page,
-            has_more,
-        ))
+        objects::list(&format!("/v1/{}", call.path.join("/")), &page, has_more)
     }
 
     fn create_session(&mut self, call: &Call<'_>) -> Result<Value, Failure> {
@@ -401,11 +396,11 @@ impl State {
                 let data = json!({"reason": {"error_count": 1, "error_types": [{
                     "code": code, "error_count": 1, "sample_errors": [{"request": {"identifier": identifier}}],
                 }]}});
-                self.emit_thin("v1.billing.meter.error_report_triggered", &related, data);
+                self.emit_thin("v1.billing.meter.error_report_triggered", &related, &data);
             }
             (Some(_), None) => {
                 let data = json!({"reason": {"error_types": [{"sample_errors": [{"request": {"identifier": identifier}}]}]}});
-                self.emit_thin("v1.billing.meter.no_meter_found", &Value::Null, data);
+                self.emit_thin("v1.billing.meter.no_meter_found", &Value::Null, &data);
             }
         }
         Ok(json!({
@@ -447,7 +442,7 @@ impl State {
         }
         Ok(objects::list(
             &format!("/v1/billing/meters/{id}/event_summaries"),
-            summaries,
+            &summaries,
             false,
         ))
     }

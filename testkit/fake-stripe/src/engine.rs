@@ -215,7 +215,7 @@ impl State {
             &json!({
                 "status": "open", "status_transitions": transitions, "effective_at": now, "total": total,
                 "amount_due": total, "amount_remaining": total, "subtotal": total,
-                "last_finalization_error": null, "lines": objects::list(&url, lines, false),
+                "last_finalization_error": null, "lines": objects::list(&url, &lines, false),
             }),
         );
         self.emit("invoice.finalized", &invoice);
@@ -310,7 +310,7 @@ impl State {
         let is_latest = of["latest_invoice"] == id;
         match status.as_str() {
             "past_due" | "unpaid" | "incomplete" if is_latest => {
-                self.set_status(&subscription, "active")
+                self.set_status(&subscription, "active");
             }
             _ => {}
         }

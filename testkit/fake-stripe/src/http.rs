@@ -359,7 +359,7 @@ async fn execute(shared: &Shared, call: &Call<'_>, key: Option<String>) -> io::R
                     502,
                     "<html><body>Bad Gateway</body></html>".into(),
                     vec![],
-                )))
+                )));
             }
             How::Drop => dropped = Some(Err(io::ErrorKind::ConnectionReset.into())),
             How::Slow(_) => {}

@@ -18,7 +18,7 @@ fn is_true(params: &Value, name: &str) -> bool {
     params[name] == "true"
 }
 
-pub fn list(url: &str, data: Vec<Value>, has_more: bool) -> Value {
+pub fn list(url: &str, data: &[Value], has_more: bool) -> Value {
     json!({"object": "list", "url": url, "has_more": has_more, "data": data})
 }
 
@@ -164,7 +164,7 @@ pub fn subscription(id: &str, now: i64, customer: &str, items: &[Value], params:
         "customer": customer, "days_until_due": null, "default_payment_method": null, "default_source": null,
         "default_tax_rates": [], "description": null, "discounts": [], "ended_at": null,
         "invoice_settings": {"account_tax_ids": null, "issuer": {"type": "self"}},
-        "items": list(&url, items.to_vec(), false), "latest_invoice": null, "livemode": false,
+        "items": list(&url, items, false), "latest_invoice": null, "livemode": false,
         "metadata": metadata(params), "next_pending_invoice_item_invoice": null, "on_behalf_of": null,
         "pause_collection": null,
         "payment_settings": {
@@ -227,7 +227,7 @@ pub fn invoice(
         "description": null, "discounts": [], "due_date": null, "effective_at": null, "ending_balance": null,
         "footer": null, "from_invoice": null, "hosted_invoice_url": format!("{base}/invoice/{id}"),
         "invoice_pdf": null, "issuer": {"type": "self"}, "last_finalization_error": null, "latest_revision": null,
-        "lines": list(&format!("/v1/invoices/{id}/lines"), vec![], false), "livemode": false, "metadata": {},
+        "lines": list(&format!("/v1/invoices/{id}/lines"), &[], false), "livemode": false, "metadata": {},
         "next_payment_attempt": null, "number": null, "on_behalf_of": null,
         "parent": {
             "quote_details": null, "type": "subscription_details",
