@@ -71,19 +71,17 @@ impl Life {
     /// One thing that can happen to it.
     fn step(&mut self, rng: &mut fastrand::Rng, now: Seconds) {
         match (self.status, rng.u8(..6)) {
-            ("incomplete", 0 | 1) => self.status = "active",
+            ("incomplete" | "paused", 0 | 1) | ("trialing", 0) => self.status = "active",
             ("incomplete", 2) => {
                 self.status = "trialing";
                 self.trial_end = Some(now + 14 * DAY);
             }
             ("incomplete", 3) => self.status = "incomplete_expired",
-            ("trialing", 0) => self.status = "active",
             ("trialing", 1) => self.status = "paused",
             ("trialing" | "active", 2) => {
                 self.status = "past_due";
                 self.first_unpaid = Some(now);
             }
-            ("paused", 0 | 1) => self.status = "active",
             ("past_due" | "unpaid", 0 | 1) => {
                 self.status = "active";
                 self.first_unpaid = None;
@@ -270,7 +268,7 @@ fn every_order_of_a_life_ends_in_one_state() {
                 // An event cannot arrive before it happened. Those before it have happened as well.
                 while happened <= event.min(last - 1) {
                     life.status = STATUSES[happened];
-                    life.first_unpaid = (life.status == "past_due").then(|| START + 3 * DAY);
+                    life.first_unpaid = (life.status == "past_due").then_some(START + 3 * DAY);
                     happened += 1;
                 }
                 customer

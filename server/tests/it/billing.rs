@@ -97,7 +97,7 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
         .await;
     assert_eq!(unknown.body["code"], "unknown_key");
     // Nothing was charged.
-    assert_eq!(app.metric("quota_decisions_denied_total").await, 0.0);
+    assert!(app.metric("quota_decisions_denied_total").await < 0.5);
     assert!(app.metric("quota_payment_required_total").await >= 5.0);
 
     stripe.subscribe(&app, &account).await;
@@ -505,9 +505,8 @@ async fn faults_of_stripe_create_nothing_twice() {
                 .filter(|it| it["customer"] == customer.as_str())
                 .collect();
             // A second one only if Stripe failed for good after creating the first, whose page nobody has seen.
-            let is_lost = path == "/v1/checkout/sessions"
-                && fault == Fault::after(How::Status(500))
-                || path == "/v1/checkout/sessions" && fault == Fault::after(How::Status(503));
+            let failed = [500, 503].map(|status| Fault::after(How::Status(status)));
+            let is_lost = path == "/v1/checkout/sessions" && failed.contains(&fault);
             assert_eq!(
                 sessions.len(),
                 if is_lost { 2 } else { 1 },

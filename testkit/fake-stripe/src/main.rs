@@ -12,6 +12,14 @@ use tokio::process::Command;
 const ADDRESS: &str = "127.0.0.1:12111";
 const SERVER: &str = "http://127.0.0.1:8080";
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "this is the setting of the program that it runs, not one of its own"
+)]
+fn server() -> String {
+    env::var("QUOTA_PUBLIC_URL").unwrap_or_else(|_| SERVER.to_owned())
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let mut arguments = env::args_os().skip(1);
@@ -26,8 +34,7 @@ async fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let server = env::var("QUOTA_PUBLIC_URL").unwrap_or_else(|_| SERVER.to_owned());
-    let secret = set_up(&fake, &server);
+    let secret = set_up(&fake, &server());
     fake.deliver_immediately();
     println!("fake Stripe: {}; no money moves", fake.url());
     let mut command = Command::new(program);
