@@ -6,7 +6,7 @@ use crate::{
 };
 
 text_enum! {
-    /// What a tenant's subscription gives access to.
+    /// The access that a tenant's subscription provides.
     pub enum BillingAccess {
         /// Never subscribed, or the first payment has not succeeded.
         Free = "free",
@@ -14,9 +14,9 @@ text_enum! {
         Trialing = "trialing",
         /// Subscribed.
         Active = "active",
-        /// A payment failed and is tried again.
+        /// A payment failed and is being retried.
         PastDue = "past_due",
-        /// A payment failed and is no longer tried.
+        /// A payment failed and is no longer retried.
         Unpaid = "unpaid",
         /// The subscription has ended.
         Canceled = "canceled",
@@ -30,7 +30,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct BillingState {
-        /// Whether this server has billing. If not, plans marked `paid` work like others.
+        /// Whether billing is set up on this server. If not, plans marked `paid` work like other plans.
         pub enabled: bool,
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` work now.
@@ -44,7 +44,8 @@ response! {
         pub period_start: Option<Timestamp>,
         /// End of the current billing period, when the next payment is due.
         pub period_end: Option<Timestamp>,
-        /// Whether the customer portal is available: the organization has started a subscription before.
+        /// Whether the customer portal is available, which requires that the organization has started a subscription
+        /// before.
         pub has_customer: bool,
         /// When this was last read from Stripe.
         pub refreshed_at: Option<Timestamp>,
@@ -56,7 +57,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CheckoutPage {
-        /// Open this page in a browser. It returns to the console.
+        /// Open this page in a browser. It redirects back to the console.
         pub url: String,
         /// When the page expires.
         pub expires_at: Timestamp,
@@ -68,7 +69,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct PortalPage {
-        /// Open this page in a browser soon. It expires within minutes.
+        /// Open this page in a browser promptly. It expires within minutes.
         pub url: String,
     }
 }

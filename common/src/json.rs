@@ -1,8 +1,8 @@
-//! Reading the server's responses in the console.
+//! Parsing the server's responses in the console.
 //!
-//! serde generates a parser for each type, which together would be a tenth of the console's download. Here a text is
-//! parsed once, into [`Json`], and each type takes its fields from that. Errors say nothing: they are never shown.
-//! Unknown fields are ignored, and missing ones are `null`.
+//! serde generates a parser for each type, which together would be a tenth of the console's download. Here, a text is
+//! parsed once into [`Json`], from which each type takes its fields. Errors have no message, because they are never
+//! shown. Unknown fields are ignored, and missing ones are `null`.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use crate::{
     time::Timestamp,
 };
 
-/// The text is not JSON, or not what the type expects.
+/// The text is not JSON, or does not match the expected type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Invalid;
 
@@ -23,7 +23,7 @@ pub struct Invalid;
 pub enum Json {
     Null,
     Bool(bool),
-    /// The number as it was written.
+    /// The number as written.
     Number(String),
     String(String),
     Array(Vec<Json>),
@@ -35,7 +35,7 @@ pub enum Json {
 pub struct Fields(Vec<(String, Json)>);
 
 impl Fields {
-    /// Takes a field. A missing one is `null`.
+    /// Takes a field. A missing field is `null`.
     pub fn take(&mut self, name: &str) -> Json {
         let at = self.0.iter().position(|(it, _)| it == name);
         at.map_or(Json::Null, |at| self.0.swap_remove(at).1)
@@ -151,7 +151,7 @@ impl FromJson for BTreeMap<String, String> {
     }
 }
 
-/// Implements [`FromJson`] for types that are written as text.
+/// Implements [`FromJson`] for types that are strings in JSON.
 macro_rules! parsed {
     ($($name:ty),+) => {$(
         impl FromJson for $name {
@@ -238,7 +238,7 @@ fn parse(text: &str) -> Result<Json, Invalid> {
 
 struct Parser<'a> {
     text: &'a str,
-    /// The byte that is read next.
+    /// The next byte to read.
     at: usize,
 }
 

@@ -118,7 +118,7 @@ problems! {
     /// The email or password is incorrect. For security we don't say which.
     WrongCredentials = "wrong-credentials", 401, "Incorrect email or password";
     /// The key's plan is paid and its organization has no active subscription. Nothing was charged. Someone in the
-    /// organization who may manage billing has to subscribe, or to pay the invoice that is due. Keys work again within a
+    /// organization who may manage billing has to subscribe or pay the outstanding invoice. Keys work again within a
     /// second after that.
     SubscriptionNeeded = "subscription-needed", 402, "Subscription required";
     /// Your role in the tenant does not allow this action, or a request with session cookies did not come from
@@ -145,8 +145,8 @@ problems! {
     /// key expires. Rotating again would revoke it, because a key has at most one previous key. Wait until it has
     /// expired, or send `replace_previous: true`.
     PreviousKeyActive = "previous-key-active", 409, "Previous key still active";
-    /// This server does not charge for anything: its operator has not connected it to Stripe. Plans marked `paid` work
-    /// like others.
+    /// This server does not charge: its operator has not connected it to Stripe. Plans marked `paid` work like other
+    /// plans.
     BillingOff = "billing-off", 409, "Billing is off";
     /// The organization already has a subscription. Change or cancel it in the customer portal.
     AlreadySubscribed = "already-subscribed", 409, "Already subscribed";

@@ -1,7 +1,7 @@
-//! The kinds of JSON on the wire. Each macro adds what its kind needs of serde, garde and poem-openapi, so that a type
-//! lists only its fields, their descriptions and which of them have bounds (`#[garde(dive)]`).
+//! The kinds of JSON on the wire. Each macro adds the attributes that its kind needs for serde, garde and poem-openapi,
+//! so that a type lists only its fields, their descriptions, and which of them have bounds (`#[garde(dive)]`).
 
-/// An optional field of a response that is left out of the JSON when it is `None`. A plain `Option` is `null`.
+/// An optional field of a response that is omitted from the JSON when it is `None`. A plain `Option` is `null`.
 pub type Omittable<T> = Option<T>;
 
 /// Defines the body of a request: with the attributes for each type of field, and without unknown fields.
@@ -35,7 +35,7 @@ macro_rules! request {
 }
 pub(crate) use request;
 
-/// Defines the body of a PATCH request. Omitted fields change nothing. Fields of type `Option` cannot be `null`; fields
+/// Defines the body of a PATCH request. Omitted fields are unchanged. Fields of type `Option` cannot be `null`; fields
 /// of type [`Patch`](crate::Patch) can.
 macro_rules! update {
     ($($item:tt)+) => {
@@ -57,8 +57,8 @@ macro_rules! update {
 }
 pub(crate) use update;
 
-/// Defines a response, or a part of one. Fields of type `Option` are `null` when they are `None`; fields of type
-/// [`Omittable`] are left out.
+/// Defines a response or a part of one. Fields of type `Option` are `null` when they are `None`; fields of type
+/// [`Omittable`] are omitted.
 macro_rules! response {
     ($(#[$attribute:meta])* pub struct $name:ident {
         $($(#[$field_attribute:meta])* pub $field:ident: $type:ty,)+
@@ -88,7 +88,7 @@ macro_rules! response {
 }
 pub(crate) use response;
 
-/// Defines an enum of texts: in JSON, in query strings and in the database.
+/// Defines an enum of strings: in JSON, in query strings and in the database.
 macro_rules! text_enum {
     ($(#[$attribute:meta])* pub enum $name:ident {
         $($(#[$variant_attribute:meta])* $variant:ident = $text:literal,)+
@@ -112,7 +112,7 @@ macro_rules! text_enum {
                 match self { $(Self::$variant => $text),+ }
             }
 
-            /// Returns the variant with this text.
+            /// Returns the variant with this name.
             pub fn of(text: &str) -> Option<Self> {
                 Self::ALL.iter().copied().find(|it| it.as_str() == text)
             }

@@ -39,7 +39,7 @@ macro_rules! golden {
     }};
 }
 
-/// Also checks that the console reads it.
+/// Also checks that the console can parse it.
 macro_rules! golden_response {
     ($value:expr, $json:expr) => {{
         let (value, golden) = ($value, $json);

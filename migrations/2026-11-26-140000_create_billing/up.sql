@@ -1,5 +1,5 @@
--- Billing through Stripe. The server itself writes these tables, as quota_system: a transaction of a tenant can read what
--- concerns the tenant, and cannot give itself access.
+-- Billing through Stripe. Only the server itself writes these tables, as quota_system: a tenant's transaction can read
+-- its own rows, and cannot grant itself access.
 
 CREATE TABLE billing_accounts (
     tenant_id uuid NOT NULL,

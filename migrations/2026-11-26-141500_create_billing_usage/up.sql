@@ -1,4 +1,4 @@
--- Usage that is charged: how much of it there is, and what was reported to Stripe's meter.
+-- Usage that is charged: its amount, and what was reported to Stripe's meter.
 
 ALTER TABLE billing_subscriptions
     ADD COLUMN ended_at timestamptz,

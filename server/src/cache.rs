@@ -38,14 +38,14 @@ use quick_cache::sync::Cache;
 use tokio::sync::{Semaphore, watch};
 
 use crate::{
-    clock::{self, Clock},
+    clock::{Clock, Monotonic, Nanos},
     telemetry::metrics::Metrics,
 };
 
 /// How long a loaded entry is valid without the poll.
-const TTL: u64 = 1_000_000_000;
+const TTL: Nanos = Nanos::from_secs(1);
 /// How long all entries are valid after the last poll. Polls are 150 ms apart.
-const POLL_FRESH: u64 = 750_000_000;
+const POLL_FRESH: Nanos = Nanos::from_millis(750);
 
 /// Concurrent background loads of one cache while PostgreSQL is suspected to be unreachable.
 const BACKGROUND_LOADS: usize = 4;
@@ -93,31 +93,36 @@ impl Freshness {
         let _ = suspected.wait_for(|suspected| *suspected).await;
     }
 
-    pub fn now(&self) -> u64 {
+    pub fn now(&self) -> Monotonic {
         self.clock.monotonic()
     }
 
     /// A poll that began at `began` has applied all changes up to that time.
-    pub fn polled(&self, began: u64) {
-        self.polled_at.fetch_max(began + 1, Ordering::AcqRel);
+    pub fn polled(&self, began: Monotonic) {
+        self.polled_at.fetch_max(began.0 + 1, Ordering::AcqRel);
         self.reached();
     }
 
     /// Returns when an entry was last confirmed.
-    fn confirmed_at(&self, loaded_at: u64) -> u64 {
-        loaded_at.max(self.polled_at.load(Ordering::Acquire).saturating_sub(1))
+    fn confirmed_at(&self, loaded_at: Monotonic) -> Monotonic {
+        self.polled_at().map_or(loaded_at, |at| loaded_at.max(at))
+    }
+
+    /// Returns when the last successful poll began.
+    fn polled_at(&self) -> Option<Monotonic> {
+        let at = self.polled_at.load(Ordering::Acquire).checked_sub(1)?;
+        Some(Monotonic(at))
     }
 
     /// Returns when the last poll began, if that is recent enough for entries to be valid.
-    pub fn polled_lately(&self) -> Option<u64> {
-        let polled = self.polled_at.load(Ordering::Acquire).checked_sub(1)?;
-        (self.now().saturating_sub(polled) <= POLL_FRESH).then_some(polled)
+    pub fn polled_lately(&self) -> Option<Monotonic> {
+        let polled = self.polled_at()?;
+        (self.now().saturating_since(polled) <= POLL_FRESH).then_some(polled)
     }
 
-    fn is_valid(&self, loaded_at: u64, now: u64) -> bool {
-        let polled = self.polled_at.load(Ordering::Acquire);
-        (polled > 0 && now.saturating_sub(polled - 1) <= POLL_FRESH)
-            || now.saturating_sub(loaded_at) <= TTL
+    fn is_valid(&self, loaded_at: Monotonic, now: Monotonic) -> bool {
+        let is_polled = |at| now.saturating_since(at) <= POLL_FRESH;
+        self.polled_at().is_some_and(is_polled) || now.saturating_since(loaded_at) <= TTL
     }
 }
 
@@ -136,7 +141,7 @@ pub enum Unconfirmed {
 pub struct Loaded<T> {
     pub value: Option<T>,
     /// Monotonic time at which it was known to be current. `None`: the time at which the load began.
-    pub current_at: Option<u64>,
+    pub current_at: Option<Monotonic>,
 }
 
 impl<T> From<Option<T>> for Loaded<T> {
@@ -177,7 +182,7 @@ impl<K: Hash + Eq, T> Drop for LoadGuard<K, T> {
 struct Entry<T> {
     /// `None`: the row has changed and must be loaded before use.
     value: Option<Arc<T>>,
-    loaded_at: u64,
+    loaded_at: Monotonic,
 }
 
 impl<T> Clone for Entry<T> {
@@ -210,12 +215,12 @@ impl<K, T> Debug for Cached<K, T> {
 
 struct CacheState<K, T> {
     present: Cache<K, Entry<T>>,
-    absent: Cache<K, u64>,
+    absent: Cache<K, Monotonic>,
     loading: Mutex<HashMap<K, InProgress<T>>>,
     next_load: AtomicU64,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
-    grace: u64,
+    grace: Nanos,
     background: Arc<Semaphore>,
 }
 
@@ -238,7 +243,7 @@ where
                 next_load: AtomicU64::new(0),
                 freshness,
                 metrics,
-                grace: clock::nanos(grace),
+                grace: grace.into(),
                 background: Arc::new(Semaphore::new(BACKGROUND_LOADS)),
             }),
         }
@@ -250,7 +255,7 @@ where
     }
 
     /// The same, for a caller that has just read the monotonic clock.
-    pub fn peek_at(&self, key: &K, now: u64) -> Option<Option<Arc<T>>> {
+    pub fn peek_at(&self, key: &K, now: Monotonic) -> Option<Option<Arc<T>>> {
         let inner = &*self.inner;
         if let Some(entry) = inner.present.get(key)
             && let Some(value) = entry.value
@@ -357,7 +362,7 @@ where
         let entry = inner.present.get(key)?;
         let value = entry.value?;
         let confirmed_at = inner.freshness.confirmed_at(entry.loaded_at);
-        if inner.freshness.now().saturating_sub(confirmed_at) > inner.grace {
+        if inner.freshness.now().saturating_since(confirmed_at) > inner.grace {
             return None;
         }
         inner.metrics.key_stale_served.inc();
@@ -414,7 +419,7 @@ where
         }
     }
 
-    fn keep(&self, key: K, value: Option<Arc<T>>, loaded_at: u64) {
+    fn keep(&self, key: K, value: Option<Arc<T>>, loaded_at: Monotonic) {
         if let Some(value) = value {
             self.inner.absent.remove(&key);
             let value = Some(value);
@@ -429,7 +434,7 @@ where
     fn empty(&self, key: K) {
         let emptied = Entry {
             value: None,
-            loaded_at: 0,
+            loaded_at: Monotonic::default(),
         };
         // Does nothing if there is none.
         let _ = self.inner.present.replace(key, emptied, true);

@@ -18,7 +18,7 @@ use governor::{
     clock::Clock as _, middleware::StateInformationMiddleware, state::keyed::DashMapStateStore,
 };
 
-use crate::clock::{Clock, GovernorClock};
+use crate::clock::{Clock, GovernorClock, Monotonic, Nanos};
 
 /// The wider IPv6 networks, with their limits as multiples of that of a /64.
 const WIDER: [(u32, u32); 2] = [(56, 4), (48, 16)];
@@ -63,6 +63,9 @@ pub struct ClientRateLimiter {
     pruned_at: AtomicU64,
 }
 
+/// The minimum time between two searches for idle networks.
+const PRUNE_EVERY: Nanos = Nanos::from_secs(1);
+
 /// The limit is reached. Retry after this time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooManyRequests {
@@ -101,9 +104,9 @@ impl ClientRateLimiter {
         if governor.len() >= self.capacity {
             // Iterates over all networks, so it is not done for every request in a flood.
             let now = self.clock.0.monotonic();
-            let last = self.pruned_at.load(Ordering::Relaxed);
-            if now.saturating_sub(last) >= 1_000_000_000 {
-                self.pruned_at.store(now, Ordering::Relaxed);
+            let last = Monotonic(self.pruned_at.load(Ordering::Relaxed));
+            if now.saturating_since(last) >= PRUNE_EVERY {
+                self.pruned_at.store(now.0, Ordering::Relaxed);
                 for governor in self.wider.iter().chain(&self.governor) {
                     governor.retain_recent();
                 }

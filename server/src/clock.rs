@@ -10,13 +10,101 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{self, Duration, SystemTime, UNIX_EPOCH},
 };
 
-use governor::nanos::Nanos;
+use chrono::{DateTime, Utc};
+
+/// A length of time, in nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(transparent)]
+pub struct Nanos(pub u64);
+
+impl Nanos {
+    pub const ZERO: Self = Self(0);
+    pub const MAX: Self = Self(u64::MAX);
+
+    pub const fn from_secs(secs: u64) -> Self {
+        Self(secs * 1_000_000_000)
+    }
+
+    pub const fn from_millis(millis: u64) -> Self {
+        Self(millis * 1_000_000)
+    }
+
+    pub const fn saturating_add(self, more: Self) -> Self {
+        Self(self.0.saturating_add(more.0))
+    }
+
+    pub const fn saturating_sub(self, less: Self) -> Self {
+        Self(self.0.saturating_sub(less.0))
+    }
+
+    pub const fn saturating_mul(self, by: u64) -> Self {
+        Self(self.0.saturating_mul(by))
+    }
+}
+
+/// At most 584 years.
+impl From<Duration> for Nanos {
+    fn from(duration: Duration) -> Self {
+        Self(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX))
+    }
+}
+
+impl From<Nanos> for Duration {
+    fn from(nanos: Nanos) -> Self {
+        Self::from_nanos(nanos.0)
+    }
+}
+
+/// A point in time. Each clock has its own type, so that their times cannot be mixed up.
+pub trait Instant: Copy + Ord {
+    #[must_use]
+    fn saturating_add(self, time: Nanos) -> Self;
+
+    /// Returns the time since `earlier`, or zero if `earlier` is later.
+    fn saturating_since(self, earlier: Self) -> Nanos;
+}
+
+macro_rules! instants {
+    ($($name:ident),+) => {$(
+        impl $name {
+            #[inline]
+            pub const fn saturating_add(self, time: Nanos) -> Self {
+                Self(self.0.saturating_add(time.0))
+            }
+
+            /// Returns the time since `earlier`, or zero if `earlier` is later.
+            #[inline]
+            pub const fn saturating_since(self, earlier: Self) -> Nanos {
+                Nanos(self.0.saturating_sub(earlier.0))
+            }
+        }
+
+        impl Instant for $name {
+            #[inline]
+            fn saturating_add(self, time: Nanos) -> Self {
+                self.saturating_add(time)
+            }
+
+            #[inline]
+            fn saturating_since(self, earlier: Self) -> Nanos {
+                self.saturating_since(earlier)
+            }
+        }
+    )+};
+}
+instants!(UnixNanos, Monotonic);
+
+/// A time of [`Clock::monotonic`]: nanoseconds since an arbitrary start in this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(transparent)]
+pub struct Monotonic(pub u64);
 
 /// Nanoseconds since the Unix epoch (1970-01-01T00:00:00Z), up to the year 2554.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(transparent)]
 pub struct UnixNanos(pub u64);
 
 impl UnixNanos {
@@ -29,24 +117,21 @@ impl UnixNanos {
         self.0 / 1_000_000_000
     }
 
+    /// Returns the time between the two, in either direction.
+    pub const fn abs_diff(self, other: Self) -> Nanos {
+        Nanos(self.0.abs_diff(other.0))
+    }
+
     /// Returns whole seconds, rounded up: the first full second that is not before `self`.
     pub const fn secs_ceil(self) -> u64 {
         self.0.div_ceil(1_000_000_000)
     }
-
-    pub const fn saturating_add(self, nanos: u64) -> Self {
-        Self(self.0.saturating_add(nanos))
-    }
-
-    /// Returns nanoseconds since `earlier`, or zero if `earlier` is later.
-    pub const fn saturating_since(self, earlier: Self) -> u64 {
-        self.0.saturating_sub(earlier.0)
-    }
 }
 
-/// Returns a duration in nanoseconds, at most 584 years.
-pub fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+impl From<UnixNanos> for DateTime<Utc> {
+    fn from(at: UnixNanos) -> Self {
+        Self::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
+    }
 }
 
 /// A source of time.
@@ -54,8 +139,8 @@ pub trait Clock: Debug + Send + Sync + 'static {
     /// Returns calendar time. It may stand still or go backward.
     fn now(&self) -> UnixNanos;
 
-    /// Returns nanoseconds since an arbitrary start in this process. Never goes backward.
-    fn monotonic(&self) -> u64;
+    /// Returns the time since an arbitrary start in this process. Never goes backward.
+    fn monotonic(&self) -> Monotonic;
 }
 
 /// A [`Clock`] for the `governor` crate, which uses monotonic time.
@@ -63,23 +148,23 @@ pub trait Clock: Debug + Send + Sync + 'static {
 pub struct GovernorClock(pub Arc<dyn Clock>);
 
 impl governor::clock::Clock for GovernorClock {
-    type Instant = Nanos;
+    type Instant = governor::nanos::Nanos;
 
-    fn now(&self) -> Nanos {
-        Nanos::new(self.0.monotonic())
+    fn now(&self) -> Self::Instant {
+        self.0.monotonic().0.into()
     }
 }
 
 /// The clocks of the operating system.
 #[derive(Debug, Clone)]
 pub struct SystemClock {
-    start: Instant,
+    start: time::Instant,
 }
 
 impl SystemClock {
     pub fn new() -> Self {
         Self {
-            start: Instant::now(),
+            start: time::Instant::now(),
         }
     }
 }
@@ -100,11 +185,11 @@ impl Clock for SystemClock {
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
-        UnixNanos(nanos(since))
+        UnixNanos(Nanos::from(since).0)
     }
 
-    fn monotonic(&self) -> u64 {
-        nanos(self.start.elapsed())
+    fn monotonic(&self) -> Monotonic {
+        Monotonic(Nanos::from(self.start.elapsed()).0)
     }
 }
 
@@ -132,8 +217,9 @@ impl TestClock {
 
     /// Moves both clocks forward.
     pub fn advance(&self, by: Duration) {
-        self.time.now.fetch_add(nanos(by), Ordering::SeqCst);
-        self.time.monotonic.fetch_add(nanos(by), Ordering::SeqCst);
+        let by = Nanos::from(by).0;
+        self.time.now.fetch_add(by, Ordering::SeqCst);
+        self.time.monotonic.fetch_add(by, Ordering::SeqCst);
     }
 
     /// Sets only calendar time, forward or backward, as NTP or an operator may.
@@ -147,7 +233,7 @@ impl Clock for TestClock {
         UnixNanos(self.time.now.load(Ordering::SeqCst))
     }
 
-    fn monotonic(&self) -> u64 {
-        self.time.monotonic.load(Ordering::SeqCst)
+    fn monotonic(&self) -> Monotonic {
+        Monotonic(self.time.monotonic.load(Ordering::SeqCst))
     }
 }

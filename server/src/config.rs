@@ -106,7 +106,7 @@ impl std::fmt::Debug for Config {
 #[derive(Clone)]
 pub struct StripeSettings {
     pub secret_key: SecretString,
-    /// Several while one replaces another.
+    /// Two while one replaces the other.
     pub webhook_secrets: Vec<SecretString>,
     /// `None`: Stripe itself. Without a trailing slash.
     pub api_base: Option<String>,
@@ -115,7 +115,7 @@ pub struct StripeSettings {
 }
 
 impl StripeSettings {
-    /// Whether money moves: test keys belong to a sandbox.
+    /// Whether real money is charged: test keys belong to a sandbox.
     pub fn is_live(&self) -> bool {
         self.secret_key.expose_secret().contains("_live_")
     }

@@ -33,5 +33,6 @@ pub mod state;
 pub mod stripe;
 pub mod subscription;
 pub mod telemetry;
+pub mod tenant_places;
 pub mod tenant_queue;
 pub mod usage_report;

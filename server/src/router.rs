@@ -49,7 +49,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
             "/admin",
             service.clone().with(guard(|parts| &parts.admin_guard)),
         )
-        // Webhooks have no limit: Stripe sends many at once, from few addresses.
+        // Webhooks are not limited: Stripe sends many at the same time, from few addresses.
         .nest_no_strip("/billing/stripe", service.clone())
         .nest_no_strip(
             "/billing",

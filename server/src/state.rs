@@ -76,7 +76,7 @@ pub struct Services {
     pub login_attempts: Arc<Attempts>,
     /// `None`: billing is off.
     pub billing: Option<Billing>,
-    /// Notified when a webhook of Stripe has been stored.
+    /// Notified when a webhook from Stripe has been stored.
     pub billing_event: Notify,
     /// The queues in which changes of one tenant wait for each other.
     pub changes: TenantQueues,

@@ -1,9 +1,9 @@
-//! From Stripe's subscriptions to access. Pure: no clock, no database, no network.
+//! Derives access from Stripe's subscriptions. Pure: no clock, no database, no network.
 //!
-//! A tenant's [`Account`] holds the last observation of its subscriptions. An [`Observation`] is everything that Stripe
-//! returned for the customer in one read, with the number of that read. Events only cause reads, so their order, number
-//! and contents do not matter; a read that is older than the one applied last is dropped. [`Account::access`] says what
-//! that means for plans marked `paid`:
+//! A tenant's [`Account`] contains the last observation of its subscriptions. An [`Observation`] is everything that
+//! Stripe returned for the customer in one read, with the number of that read. Events only cause reads, so their order,
+//! number and contents do not matter; a read that is older than the last applied one is discarded. [`Account::access`]
+//! defines what this means for plans marked `paid`:
 //!
 //! | Stripe's status | access | plans marked `paid` |
 //! |---|---|---|
@@ -19,13 +19,13 @@
 //! payment method, or a subscription paused by the operator. Pausing only the collection of payments leaves a
 //! subscription `active`. See <https://docs.stripe.com/billing/subscriptions/overview>.
 //!
-//! If a customer has several subscriptions, the one whose access lasts longest counts, so plans work for as long as any
-//! of the subscriptions lets them. Among equals it is the first of `active`, `trialing`, `past_due`, `unpaid`, `paused`,
-//! `canceled` and the remaining ones, then the newest.
+//! If a customer has several subscriptions, the one whose access lasts the longest counts, so plans work as long as any
+//! of the subscriptions allows it. Among equals, the first of `active`, `trialing`, `past_due`, `unpaid`, `paused`,
+//! `canceled` and the others counts, and then the newest.
 
 use std::cmp::Reverse;
 
-/// Seconds since 1970, as Stripe counts them.
+/// Seconds since 1970, as used by Stripe.
 pub type Seconds = i64;
 
 /// The status of a subscription at Stripe.
@@ -67,19 +67,19 @@ impl Status {
         }
     }
 
-    /// Returns `None` for a status that this version does not know. Its caller keeps the last known access: neither
+    /// Returns `None` for a status that this version does not support. Its caller keeps the last known access: neither
     /// granting nor revoking it would be safe.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|status| status.name() == name)
     }
 
-    /// Whether the subscription has ended for good. A new one can then be bought.
+    /// Whether the subscription has ended permanently. A new one can then be started.
     pub const fn is_final(self) -> bool {
         matches!(self, Self::IncompleteExpired | Self::Canceled)
     }
 }
 
-/// What Quota reads of a subscription.
+/// The data of a subscription that Quota reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subscription {
     pub id: String,
@@ -92,17 +92,17 @@ pub struct Subscription {
     pub unpaid_since: Option<Seconds>,
 }
 
-/// All subscriptions of a customer, as one read returned them.
+/// All subscriptions of a customer, as returned by one read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Observation {
-    /// The number of the read. Numbers are taken before reads start, and increase.
+    /// The number of the read. Numbers are assigned before reads start, and increase.
     pub read: u64,
     /// When the read started.
     pub at: Seconds,
     pub subscriptions: Vec<Subscription>,
 }
 
-/// What a tenant's subscriptions mean for plans marked `paid`.
+/// The effect of a tenant's subscriptions on plans marked `paid`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// Never subscribed, or never paid.
@@ -110,14 +110,14 @@ pub enum Access {
     Trialing {
         /// When the trial ends and the first payment is due.
         trial_end: Option<Seconds>,
-        /// When access ends, because the subscription is canceled then.
+        /// When access ends because the subscription will be canceled.
         ends: Option<Seconds>,
     },
     Active {
-        /// When access ends, because the subscription is canceled then.
+        /// When access ends because the subscription will be canceled.
         ends: Option<Seconds>,
     },
-    /// A payment failed, and Stripe tries again.
+    /// A payment failed, and Stripe is retrying it.
     PastDue {
         /// When access ends, unless the invoice is paid before.
         grace_ends: Seconds,
@@ -154,7 +154,7 @@ impl Access {
         }
     }
 
-    /// Orders what is otherwise equal. See the module's documentation.
+    /// Orders values that are otherwise equal. See the module's documentation.
     const fn rank(self) -> u8 {
         match self {
             Self::Active { .. } => 6,
@@ -168,7 +168,7 @@ impl Access {
     }
 }
 
-/// Until when plans marked `paid` work, if no further news arrives. Ordered from least to most.
+/// Until when plans marked `paid` work, if nothing else changes. Ordered from least to most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Paid {
     Never,
@@ -193,7 +193,7 @@ pub struct Account {
 }
 
 impl Account {
-    /// Applies an observation, unless a later read was applied before. Returns whether it was applied.
+    /// Applies an observation, unless a later read has been applied. Returns whether it was applied.
     pub fn apply(&mut self, observation: Observation) -> bool {
         if self
             .last
@@ -206,7 +206,7 @@ impl Account {
         true
     }
 
-    /// Returns the subscription that decides about access.
+    /// Returns the subscription that determines access.
     pub fn subscription(&self, grace: Seconds) -> Option<&Subscription> {
         let last = self.last.as_ref()?;
         deciding(&last.subscriptions, last.at, grace)
@@ -222,7 +222,7 @@ impl Account {
     }
 }
 
-/// Returns the subscription that decides about access. `at` is when the subscriptions were read.
+/// Returns the subscription that determines access. `at` is when the subscriptions were read.
 pub fn deciding(
     subscriptions: &[Subscription],
     at: Seconds,
@@ -240,8 +240,8 @@ pub fn deciding(
 }
 
 impl Subscription {
-    /// Returns the access that this subscription gives on its own. `at` is when it was read: the grace period starts
-    /// then if Stripe lists no unpaid invoice, which can be the case for a moment.
+    /// Returns the access that this subscription provides on its own. `at` is when it was read: the grace period starts
+    /// then if Stripe lists no unpaid invoice, which can briefly be the case.
     pub fn access(&self, at: Seconds, grace: Seconds) -> Access {
         match self.status {
             Status::Incomplete | Status::IncompleteExpired => Access::Free,

@@ -1,8 +1,9 @@
 //! `cargo xtask bench`: the cost of a request, compared with servers that do nothing; `cargo xtask bench replicas`: the
 //! behavior of several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's promises in simulated
 //! time, with many seeds. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench
-//! metering`: the cost of recording usage. `cargo xtask bench usage`: the speed of writing and reading usage. `cargo
-//! xtask bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
+//! metering`: the cost of recording usage. `cargo xtask bench outage`: an outage of PostgreSQL under load. `cargo xtask
+//! bench usage`: the speed of writing and reading usage. `cargo xtask bench desktop`: the cost of the desktop app,
+//! compared with an empty window. See `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -109,10 +110,10 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .args(["--postgres", &database.url()])
             .args(&arguments[1..]);
         Some(database)
-    } else if is("crash") {
+    } else if is("crash") || is("outage") {
         let programs = postgres::binaries().context("no PostgreSQL is installed")?;
         command
-            .arg("crash")
+            .arg(&arguments[0])
             .arg("--programs")
             .arg(programs)
             .arg(quota)

@@ -59,8 +59,8 @@ enum Chore {
     /// the behavior of several replicas, `bench simulation 20000` runs the limiter in simulated time with this many
     /// seeds, `bench desktop` measures memory and startup of the desktop app, compared with an empty window, `bench
     /// usage` measures writing and reading usage with 10 million rows (or `bench usage 1000000`), `bench crash 300`
-    /// kills servers, Redis and PostgreSQL this many times under load and recounts the usage, and `bench metering`
-    /// measures the cost of recording usage
+    /// kills servers, Redis and PostgreSQL this many times under load and recounts the usage, `bench metering`
+    /// measures the cost of recording usage, and `bench outage` stops PostgreSQL for a minute under load
     Bench {
         /// Options of the benchmark, such as `--rounds N` and `--millis N`, or `--only faults` after `replicas`;
         /// `--help` lists them

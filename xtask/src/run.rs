@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{cargo, console, machine, say};
 
-/// With `--billing`, the server bills through a stand-in for Stripe, whose pages a person can click through.
+/// With `--billing`, the server bills through a stand-in for Stripe, whose pages can be used in a browser.
 pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     let with_billing = arguments.iter().any(|it| it == "--billing");
     let arguments = arguments.iter().filter(|it| *it != "--billing");

@@ -295,6 +295,9 @@ pub async fn decide(
         .inspect_err(|_| {
             state.metrics.limiter_errors.inc();
         })?;
+    // This must come after the reservation: the shipper reports that all earlier decisions are in the segments it
+    // reads.
+    let decided_at = state.clock.monotonic();
     if decision.is_allowed() {
         &state.metrics.allowed
     } else {
@@ -303,17 +306,22 @@ pub async fn decide(
     .inc();
     state
         .metering
-        .record(reservation, &record, &decision, cost.get(), began)
+        .record(reservation, &record, &decision, cost.get(), decided_at)
         .await
         .map_err(ApiError::unavailable)?;
     // Otherwise, it is written with the usage.
     if !state.metering.is_on() && record.is_worth_noting(decision.at) {
         state.last_used.key(record.id, decision.at);
     }
+    let recorded_at = if state.metering.waits_for_disk() {
+        state.clock.monotonic()
+    } else {
+        decided_at
+    };
     state
         .metrics
         .decision_seconds
-        .observe(state.clock.monotonic() - began);
+        .observe(recorded_at.saturating_since(began));
     Ok(Ok((record, decision)))
 }
 
@@ -349,7 +357,7 @@ impl AdmittedKey {
                 rejection: Rejection::PaymentRequired,
                 ..
             }) => Err(ApiError::subscription_needed()),
-            // The detail is the same for every other reason, so that it does not help to guess keys.
+            // The detail is the same for all other reasons, so that it does not help to guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
                 "This API key is invalid, disabled or expired.",

@@ -1,4 +1,4 @@
-//! `/billing`: the tenant's subscription, and webhooks of Stripe.
+//! `/billing`: the tenant's subscription, and webhooks from Stripe.
 
 use poem::{Request, RequestBody, Result, http::StatusCode};
 use poem_openapi::{
@@ -28,8 +28,8 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// The largest webhook that is accepted: half of what a connection without a valid credential may hold. Stripe's are far
-/// smaller.
+/// Maximum size of a webhook: half of the data that a connection without a valid credential may have in memory.
+/// Stripe's are far smaller.
 const WEBHOOK_MAX: usize = 128 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 
@@ -124,7 +124,7 @@ impl BillingApi {
 impl BillingApi {
     /// Get the subscription
     ///
-    /// Returns what the organization's subscription gives access to. Changes at Stripe show within seconds.
+    /// Returns the access that the organization's subscription provides. Changes at Stripe are visible within seconds.
     #[oai(path = "/", method = "get", operation_id = "get_billing")]
     async fn get(&self, caller: BillingTenant) -> Result<Json<BillingState>, ApiError> {
         let find = async |tx: &mut TenantTx| billing::find(tx).await;
@@ -167,8 +167,8 @@ impl BillingApi {
 
     /// Start a subscription
     ///
-    /// Returns a page at Stripe on which the organization subscribes. While such a page is open, the same one is returned,
-    /// so an organization can't subscribe twice. Fails with 409 if there is a subscription.
+    /// Returns a page at Stripe on which the organization can subscribe. While such a page is open, the same page is
+    /// returned, so an organization can't subscribe twice. Fails with 409 if there already is a subscription.
     #[oai(path = "/checkout", method = "post", operation_id = "start_checkout")]
     async fn checkout(
         &self,
@@ -217,7 +217,7 @@ impl BillingApi {
 
     /// Open the customer portal
     ///
-    /// Returns a page at Stripe on which the organization changes how it pays, cancels, and finds its invoices.
+    /// Returns a page at Stripe on which the organization can change its payment method, cancel, and find its invoices.
     #[oai(
         path = "/portal",
         method = "post",
@@ -229,9 +229,10 @@ impl BillingApi {
         Ok(Created(PortalPage { url }))
     }
 
-    /// Receive a webhook of Stripe
+    /// Receive a webhook from Stripe
     ///
-    /// For Stripe only. The `Stripe-Signature` header must be valid. Events are stored, and handled after the response.
+    /// Called only by Stripe. The `Stripe-Signature` header must be valid. Events are stored, and processed after the
+    /// response.
     #[oai(
         path = "/stripe/webhook",
         method = "post",

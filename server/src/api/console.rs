@@ -1,6 +1,6 @@
 //! `/console`: serves the console, which is embedded in the binary.
 //!
-//! The build embeds the output of `cargo xtask console`. Without it, the server works, and its console explains how to
+//! The build embeds the output of `cargo xtask console`. The server works without it; its console then explains how to
 //! build it.
 
 use poem::{

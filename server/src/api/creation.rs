@@ -1,4 +1,4 @@
-//! Creating a resource: once for each `Idempotency-Key`, within the tenant's allowance, with an audit event.
+//! Creating a resource: once per `Idempotency-Key`, within the tenant's limits, with an audit event.
 
 use poem::http::StatusCode;
 use quota_common::{

@@ -16,7 +16,7 @@ const CSS: &str = "text/css; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 const STYLE: &str = include_str!("document/page.css");
 const SCRIPT: &str = include_str!("document/page.js");
-/// What every page begins with.
+/// The opening part of every page.
 const META: &str = "<meta charset=\"utf-8\">\n\
     <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
     <meta name=\"color-scheme\" content=\"light dark\">";

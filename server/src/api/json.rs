@@ -19,7 +19,7 @@ use poem_openapi::{
 use quota_common::{FieldError, ProblemCode};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{limit_headers, problem::ApiError, request_context::RequestContext};
+use super::{large_response, limit_headers, problem::ApiError, request_context::RequestContext};
 
 const MEDIA_TYPE: &str = "application/json";
 
@@ -68,7 +68,9 @@ impl IntoResponse for NoContent {
 fn respond<T: Serialize>(status: StatusCode, value: &T) -> Response {
     match serde_json::to_vec(value) {
         Ok(body) => {
+            let length = body.len();
             let mut response = Response::builder().status(status).body(body);
+            large_response::mark(&mut response, length);
             let headers = response.headers_mut();
             headers.reserve(limit_headers::FIELDS);
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));

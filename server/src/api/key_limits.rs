@@ -154,8 +154,11 @@ impl KeyLimitsApi {
         let _turn = read_turn(&self.state, &caller).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;
+        tx.commit().await?;
+        // Waits for the shared counters, so it must not hold a connection to PostgreSQL.
         let limiter = &self.state.limiter;
         let decision = limiter.inspect(&record.handle, &record.policies).await;
+        let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let now = time(decision.at);
         let mut limits = Vec::new();
         for state in decision.states() {

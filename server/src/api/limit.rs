@@ -281,7 +281,8 @@ impl LimitApi {
         &self,
         caller: AdmittedGateway,
         request: &Request,
-        /// Status code for a denial: `403` or `429`. Default `429`. Use `403` for nginx, which does not pass on 429, nor 402.
+        /// Status code for a denial: `403` or `429`. Default `429`. Use `403` for nginx, which passes on neither 429
+        /// nor 402.
         deny: Query<Option<Deny>>,
     ) -> Result<StatusOnly, ApiError> {
         let denied = match deny.0 {

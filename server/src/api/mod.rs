@@ -25,6 +25,7 @@ pub mod idempotency;
 pub mod ip_guard;
 pub mod json;
 pub mod key_limits;
+pub mod large_response;
 pub mod limit;
 pub mod limit_headers;
 pub mod page;
@@ -53,7 +54,7 @@ pub enum Tag {
     ServiceTokens,
     /// Number of allowed and denied requests, and the reasons for denials.
     Usage,
-    /// Subscribe, and see what the subscription gives access to.
+    /// Subscribe, and see the access that the subscription provides.
     Billing,
     /// Audit log of configuration changes.
     Audit,

@@ -13,7 +13,7 @@ use super::problem::ApiError;
 use crate::{
     authenticated::{Authenticated, EndlessResponse},
     client_guard::ClientNetwork,
-    clock::UnixNanos,
+    clock::{Nanos, UnixNanos},
     keys::{KeyRecord, LookupCaller},
     state::AppState,
     telemetry::log::AccessLine,
@@ -72,6 +72,14 @@ impl RequestContext {
         *self.caller.lock() = Some(Identity::Tenant(tenant));
     }
 
+    /// Returns the tenant of the user who makes the request.
+    pub fn tenant(&self) -> Option<TenantId> {
+        match &*self.caller.lock() {
+            Some(Identity::Tenant(tenant)) => Some(*tenant),
+            Some(Identity::Key(_)) | None => None,
+        }
+    }
+
     pub fn is_key(&self, key: Arc<KeyRecord>) {
         *self.caller.lock() = Some(Identity::Key(key));
     }
@@ -98,8 +106,8 @@ impl RequestContext {
         connection.map(Authenticated::begin_endless_response)
     }
 
-    /// Writes the access log line. `nanos` is the time since arrival.
-    pub fn log(&self, method: &Method, uri: &Uri, status: u16, nanos: u64) {
+    /// Writes the access log line. `took` is the time since the request arrived.
+    pub fn log(&self, method: &Method, uri: &Uri, status: u16, took: Nanos) {
         let identity = self.caller.lock().take();
         let (tenant, key) = match &identity {
             Some(Identity::Tenant(tenant)) => (Some(tenant.0), None),
@@ -107,12 +115,12 @@ impl RequestContext {
             None => (None, None),
         };
         self.state.log.access(&AccessLine {
-            at: self.arrived.saturating_add(nanos),
+            at: self.arrived.saturating_add(took),
             request_id: self.id(),
             method: method.as_str(),
             path: uri.path(),
             status,
-            micros: nanos / 1000,
+            micros: took.0 / 1000,
             ip: self.ip,
             tenant,
             key,

@@ -17,13 +17,14 @@ use super::{
     allow::Methods,
     client_ip::client_ip,
     fast_path::FORWARD_AUTH,
+    large_response,
     limit_headers::{DECISION, GatewayDecision},
     problem::ApiError,
     request_context::RequestContext,
 };
 use crate::{
     authenticated::Authenticated, clock::UnixNanos, state::AppState,
-    telemetry::request_id::RequestIds,
+    telemetry::request_id::RequestIds, tenant_places::TenantPlaces,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -58,6 +59,7 @@ impl<E: Endpoint> Middleware<E> for RequestLog {
             state: self.state.clone(),
             ids: RequestIds::default(),
             methods: self.methods.clone(),
+            large: large_response::places(),
         }
     }
 }
@@ -67,6 +69,8 @@ pub struct RequestLogEndpoint<E> {
     state: AppState,
     ids: RequestIds,
     methods: Arc<Methods>,
+    /// For responses that are large.
+    large: TenantPlaces,
 }
 
 impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
@@ -98,7 +102,9 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             Poll::Pending => timeout(state.config.request_timeout, answer).await,
         };
         let answer = match answer {
-            Ok(Ok(Ok(response))) => Ok(response.into_response()),
+            Ok(Ok(Ok(response))) => {
+                large_response::hold(&self.large, &context, response.into_response())
+            }
             Ok(Ok(Err(error))) => Err(ApiError::from_poem(error)),
             Ok(Err(_)) => {
                 state.metrics.panics.inc();
@@ -123,7 +129,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             response = for_gateway(response);
         }
         let status = response.status().as_u16();
-        let nanos = state.clock.monotonic() - began;
+        let took = state.clock.monotonic().saturating_since(began);
         state.metrics.answered(status);
         // Probes arrive every few seconds while the server runs.
         let is_routine_probe =
@@ -131,7 +137,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         if !is_routine_probe
             && tracing::enabled!(target: "quota_server::access", tracing::Level::INFO)
         {
-            context.log(&method, &uri, status, nanos);
+            context.log(&method, &uri, status, took);
         }
 
         let headers = response.headers_mut();

@@ -118,8 +118,7 @@ impl Accounts {
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "user registered");
-        let now = self.clock.now();
-        let device = self.devices.remember((&email, &hash), device, now)?;
+        let device = self.remember(&email, &hash, device)?;
         Ok(SignedIn {
             tokens,
             device,
@@ -127,6 +126,12 @@ impl Accounts {
             tenant,
             role: "owner".into(),
         })
+    }
+
+    /// Returns the token of the device that signed in.
+    fn remember(&self, email: &str, hash: &str, device: Option<&str>) -> Result<String, AuthError> {
+        self.devices
+            .remember((email, hash), device, self.clock.now())
     }
 
     /// Creates a user with their own tenant, for the operator. Works while registration is closed.
@@ -259,8 +264,7 @@ impl Accounts {
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         attempt.succeeded().await;
-        let now = self.clock.now();
-        let device = self.devices.remember((&email, &hash), device, now)?;
+        let device = self.remember(&email, &hash, device)?;
         Ok(SignedIn {
             tokens,
             device,

@@ -28,7 +28,7 @@ use redis::Value;
 pub use self::attempt::{Attempt, Judgment};
 use super::device::DeviceId;
 use crate::{
-    clock::{self, Clock},
+    clock::{Clock, Monotonic},
     redis::{Redis, Script},
     telemetry::metrics::Metrics,
 };
@@ -102,14 +102,13 @@ impl Counter {
 #[derive(Debug, Clone, Copy)]
 struct Count {
     tries: f64,
-    /// Monotonic nanoseconds.
-    at: u64,
-    until: u64,
+    at: Monotonic,
+    until: Monotonic,
 }
 
 impl Count {
-    fn forgiven(&self, now: u64, forgive: Duration) -> f64 {
-        let passed = Duration::from_nanos(now.saturating_sub(self.at));
+    fn forgiven(&self, now: Monotonic, forgive: Duration) -> f64 {
+        let passed = Duration::from(now.saturating_since(self.at));
         (self.tries - passed.as_secs_f64() / forgive.as_secs_f64()).max(0.0)
     }
 }
@@ -121,7 +120,7 @@ struct Taken {
     wait: Duration,
     /// Attempts of the widest network before this one.
     crowd: u64,
-    /// When it was counted.
+    /// The time at which it was counted, by the clock of the counters: the monotonic clock here, or the clock of Redis.
     at: u64,
 }
 
@@ -284,7 +283,7 @@ impl Attempts {
         let attempt = Attempt {
             attempts: self.clone(),
             counters,
-            counted_here: counted_at(&here),
+            counted_here: counted_at(&here).map(Monotonic),
             counted_in_redis: in_redis.as_ref().and_then(counted_at),
             judgment: Judgment::Missing,
             is_suspect: crowd >= CROWD,
@@ -339,7 +338,7 @@ impl Attempts {
             f64::from(free.max(1))
         };
         let mut local = self.local.lock();
-        let (mut until, mut crowd) = (0, 0.0);
+        let (mut until, mut crowd) = (Monotonic::default(), 0.0);
         for counter in counters {
             if let Some(count) = local.get(&counter.name) {
                 until = until.max(count.until);
@@ -357,15 +356,15 @@ impl Attempts {
         let taken = |wait| Taken {
             wait,
             crowd,
-            at: now,
+            at: now.0,
         };
         if until > now {
-            return taken(Duration::from_nanos(until - now));
+            return taken(until.saturating_since(now).into());
         }
         if local.len() + counters.len() > REMEMBERED {
             let longest = FORGIVE.as_secs_f64();
             local.retain(|_, count| {
-                count.until > now || count.tries * longest > seconds(now - count.at)
+                count.until > now || count.tries * longest > seconds(count.at, now)
             });
             if local.len() + counters.len() > REMEMBERED {
                 return taken(Duration::from_secs(1));
@@ -385,11 +384,10 @@ impl Attempts {
             } else {
                 Duration::ZERO
             };
-            let wait = clock::nanos(wait);
             let count = Count {
                 tries,
                 at: now,
-                until: now.saturating_add(wait),
+                until: now.saturating_add(wait.into()),
             };
             local.insert(counter.name, count);
         }
@@ -401,17 +399,16 @@ impl Attempts {
         let now = self.clock.monotonic();
         let longest = FORGIVE.as_secs_f64();
         let mut local = self.local.lock();
-        local.retain(|_, count| {
-            count.until > now || count.tries * longest > seconds(now.saturating_sub(count.at))
-        });
+        local
+            .retain(|_, count| count.until > now || count.tries * longest > seconds(count.at, now));
         if local.capacity() > 4 * local.len() {
             local.shrink_to_fit();
         }
     }
 }
 
-fn seconds(nanos: u64) -> f64 {
-    Duration::from_nanos(nanos).as_secs_f64()
+fn seconds(from: Monotonic, to: Monotonic) -> f64 {
+    Duration::from(to.saturating_since(from)).as_secs_f64()
 }
 
 /// Returns the networks in which an address is counted, narrowest first, each with its multiple of attempts.

@@ -349,7 +349,7 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
             id,
             user: UserId(row.user_id),
             tenant: TenantId(row.tenant_id),
-            // A role that this version does not know has no rights.
+            // A role that this version does not support has no permissions.
             role: Role::of(&member.role)?,
             expires_at: UnixNanos(
                 row.expires_at

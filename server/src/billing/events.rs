@@ -1,7 +1,7 @@
-//! Webhooks: stored as they arrive, and handled afterwards.
+//! Webhooks: stored as they arrive, and processed later.
 //!
-//! What an event says is never applied. It only causes a read of its customer's subscriptions, whatever its type,
-//! version or age.
+//! The contents of an event are never applied. It only causes a read of its customer's subscriptions, whatever its
+//! type, version or age.
 
 use futures_util::{StreamExt, stream};
 use quota_common::TenantId;
@@ -18,28 +18,27 @@ use crate::{
     stripe::Envelope,
 };
 
-/// How many events are handled together.
+/// Maximum number of events processed together.
 const BATCH: i64 = 100;
-/// After this many attempts, which take about a day, an event is given up. The customer is read regularly in any case.
+/// After this many attempts, which take about a day, an event is abandoned. The customer is read regularly anyway.
 const ATTEMPTS_MAX: i32 = 35;
-/// How many customers are read at the same time.
+/// Maximum number of customers read concurrently.
 const CONCURRENT: usize = 8;
-/// How often a customer is read without an event, in seconds. So a webhook that never arrives delays its change by at
-/// most that long.
+/// How often a customer is read without an event, in seconds. So a lost webhook delays its change by at most this long.
 const READ_EVERY: f64 = 600.0;
-/// How many customers are read in one round.
+/// Maximum number of customers read in one round.
 const READS: i64 = 20;
 
-/// What a round of the worker did.
+/// The result of a round of the worker.
 #[derive(Debug, Default)]
 pub struct Round {
-    /// How many events it took.
+    /// Number of events it took.
     pub events: usize,
-    /// How many of them it gave up.
+    /// Number of events it abandoned.
     pub failed: usize,
-    /// How many reads of customers failed.
+    /// Number of reads of customers that failed.
     pub read_errors: usize,
-    /// To be published.
+    /// Invalidations to publish.
     pub invalidations: Vec<Invalidation>,
 }
 
@@ -61,7 +60,7 @@ impl Billing {
         Ok(is_new)
     }
 
-    /// Handles events that are due. Events of one tenant are handled by one read.
+    /// Processes events that are due. Events of one tenant are processed with a single read.
     pub async fn handle_due(&self) -> Result<Round, DbError> {
         let mut tx = self.db.system().await?;
         let due = billing_event::claim(&mut tx, BATCH).await?;
@@ -91,7 +90,7 @@ impl Billing {
         while let Some((events, read)) = reads.next().await {
             match read {
                 Ok(invalidation) => {
-                    // Before recording the outcome, which may fail.
+                    // Done before recording the outcome, which may fail.
                     round.invalidations.extend(invalidation);
                     self.finish(&events, Outcome::Applied, None).await?;
                 }
@@ -119,9 +118,9 @@ impl Billing {
         Ok(round)
     }
 
-    /// Returns the tenant that an event is about.
+    /// Returns the tenant that an event concerns.
     async fn tenant_of(&self, event: &DueEvent) -> Result<Option<TenantId>, BillingError> {
-        // Events of a sandbox say nothing about real subscriptions, nor the other way around.
+        // Events of a sandbox do not concern real subscriptions, nor the other way around.
         if event.livemode != self.is_live {
             return Ok(None);
         }
@@ -152,7 +151,7 @@ impl Billing {
         tx.commit().await
     }
 
-    /// Leaves events to a later attempt, or gives them up.
+    /// Defers events to a later attempt, or abandons them.
     async fn postpone(
         &self,
         events: &[DueEvent],
@@ -171,7 +170,7 @@ impl Billing {
                 event = event.id,
                 kind = event.kind,
                 error,
-                "gave up an event of Stripe's"
+                "abandoned a Stripe event"
             );
         }
         if !last.is_empty() {
@@ -182,7 +181,7 @@ impl Billing {
             tracing::warn!(
                 events = ids.len(),
                 error,
-                "cannot handle events of Stripe's yet"
+                "cannot process Stripe events yet"
             );
             let mut tx = self.db.system().await?;
             billing_event::postpone(&mut tx, &ids, &error).await?;

@@ -1,11 +1,12 @@
-//! Subscriptions of tenants: what they have access to, and how they pay.
+//! Subscriptions of tenants: their access, and how they pay.
 //!
-//! Stripe is the truth. What is stored here is what the last read of a customer's subscriptions returned; webhooks and
-//! the passage of time only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they start, and one
-//! that started before the last applied one is dropped, so the result does not depend on the order in which events
-//! arrive or reads end. [`subscription`](crate::subscription) says what subscriptions mean.
+//! Stripe is the source of truth. What is stored here is the result of the last read of a customer's subscriptions;
+//! webhooks and the passage of time only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they
+//! start, and a read that started before the last applied one is discarded, so the result does not depend on the order
+//! in which events arrive or reads complete. [`subscription`](crate::subscription) defines the meaning of
+//! subscriptions.
 //!
-//! If Stripe is unreachable, tenants keep the access that they had. Nobody can begin to pay meanwhile.
+//! If Stripe is unreachable, tenants keep their access. No tenant can subscribe during that time.
 
 pub mod events;
 pub mod setup;
@@ -30,14 +31,14 @@ pub const FLAT_PRICE: &str = "quota_monthly";
 /// The lookup key of the price per unit of usage, which is optional.
 pub const USAGE_PRICE: &str = "quota_usage";
 
-/// Why something about billing did not work.
+/// Why a billing operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BillingError {
     #[error(transparent)]
     Stripe(#[from] StripeError),
     #[error(transparent)]
     Db(#[from] DbError),
-    /// The tenant has a subscription, which it has to change or end first.
+    /// The tenant already has a subscription, which it has to change or end first.
     #[error("the tenant has a subscription")]
     Subscribed,
     /// The tenant has no customer at Stripe.
@@ -48,7 +49,7 @@ pub enum BillingError {
         "Stripe has no active price with the lookup key {FLAT_PRICE}; run `quota billing setup`"
     )]
     NoPrice,
-    /// Stripe returned a status that this version does not know. The last known access stays.
+    /// Stripe returned a status that this version does not support. The last known access is kept.
     #[error("Stripe returned the unknown subscription status {0:?}")]
     UnknownStatus(String),
     #[error("Stripe returned a Checkout Session without a page")]
@@ -60,7 +61,7 @@ pub enum BillingError {
     NoMeter,
 }
 
-/// Billing of one installation. Cheap to clone.
+/// Billing for one installation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Billing {
     stripe: Stripe,
@@ -69,11 +70,11 @@ pub struct Billing {
     is_live: bool,
 }
 
-/// A tenant that wants to subscribe, and where it returns to.
+/// A tenant that wants to subscribe, and the page to which it returns.
 #[derive(Debug, Clone, Copy)]
 pub struct Buyer<'a> {
     pub tenant: TenantId,
-    /// Only for the first time.
+    /// Only the first time.
     pub email: &'a str,
     pub name: &'a str,
     pub success_url: &'a str,
@@ -97,8 +98,8 @@ impl Billing {
         })
     }
 
-    /// Reads the tenant's subscriptions from Stripe and stores what they mean. Returns the invalidation to publish if
-    /// access has changed. Does nothing for a tenant without a customer.
+    /// Reads the tenant's subscriptions from Stripe and stores the resulting access. Returns the invalidation to
+    /// publish if access has changed. Does nothing for a tenant without a customer.
     pub async fn read(&self, tenant: TenantId) -> Result<Option<Invalidation>, BillingError> {
         let mut tx = self.db.system().await?;
         let begun = billing::begin_read(&mut tx, tenant).await?;
@@ -123,7 +124,7 @@ impl Billing {
             let starts = found.items.data.iter().map(|it| it.current_period_start);
             let ends = found.items.data.iter().map(|it| it.current_period_end);
             let (period_start, period_end) = (starts.min(), ends.min());
-            // Older versions of the API leave out `cancel_at`.
+            // Older versions of the API omit `cancel_at`.
             let at_period_end = period_end.filter(|_| found.cancel_at_period_end);
             let cancel_at = found.cancel_at.or(at_period_end);
             rows.push(SubscriptionRow {
@@ -183,8 +184,8 @@ impl Billing {
         Ok(invalidation)
     }
 
-    /// Returns the tenant's customer at Stripe, which is created if there is none: once, however often and wherever this
-    /// fails.
+    /// Returns the tenant's customer at Stripe, creating it if there is none: only once, no matter how often and where
+    /// this fails.
     async fn customer(&self, buyer: &Buyer<'_>) -> Result<String, BillingError> {
         let (tenant, mut tx) = (buyer.tenant, self.db.system().await?);
         let account = billing::open(&mut tx, tenant, buyer.email, buyer.name).await?;
@@ -196,8 +197,7 @@ impl Billing {
         tx.commit().await?;
         let id = tenant.to_string();
         let email = account.customer_email.as_str();
-        // An earlier request may have had its effect without a response, long enough ago for Stripe to have forgotten its
-        // key.
+        // An earlier request may have taken effect without a response, so long ago that Stripe has forgotten its key.
         let found = if account.customer_requested {
             self.stripe.find_customer(&id, email).await?
         } else {
@@ -211,7 +211,7 @@ impl Billing {
                 let name = account.customer_name.as_str();
                 let created = self.stripe.create_customer(&id, email, name, &key).await;
                 if let Err(StripeError::Failed { .. }) = &created {
-                    // The same key would fail for a day. The next attempt looks for a customer first.
+                    // The same key would fail for a day. The next attempt searches for a customer first.
                     let mut tx = self.db.system().await?;
                     billing::next_customer_attempt(&mut tx, tenant, attempt).await?;
                     tx.commit().await?;
@@ -226,7 +226,7 @@ impl Billing {
     }
 
     /// Returns a Checkout Session for a tenant without a subscription, and the invalidation to publish if its access
-    /// turned out to have changed. While a session is open, it is the one that is returned: a tenant cannot pay twice.
+    /// turned out to have changed. While a session is open, it is returned again: a tenant cannot pay twice.
     pub async fn checkout(
         &self,
         buyer: &Buyer<'_>,
@@ -269,7 +269,7 @@ impl Billing {
         let key = format!("quota-checkout-{tenant}-{attempt}");
         let created = self.stripe.create_checkout(&checkout, &key).await;
         if let Err(StripeError::Failed { .. } | StripeError::Rejected { .. }) = &created {
-            // The same key would return the same. If there is a session after all, nobody has seen its page.
+            // The same key would return the same failure. If a session was created after all, no one has seen its page.
             self.end_checkout(tenant, attempt).await?;
         }
         let session = created?;
@@ -304,7 +304,8 @@ impl Billing {
         Ok(statuses.iter().filter_map(|it| Status::named(it)).collect())
     }
 
-    /// Returns the URL of the customer portal, where the tenant changes how it pays, cancels, and finds its invoices.
+    /// Returns the URL of the customer portal, where the tenant can change its payment method, cancel, and find its
+    /// invoices.
     pub async fn portal(&self, tenant: TenantId, return_url: &str) -> Result<String, BillingError> {
         let mut tx = self.db.system().await?;
         let customer = billing::customer_of(&mut tx, tenant).await?;

@@ -1,7 +1,7 @@
-//! What Quota needs at Stripe: a product, its prices, a meter and a webhook endpoint.
+//! The objects that Quota needs at Stripe: a product, its prices, a meter and a webhook endpoint.
 //!
-//! Everything is found by a name that Quota gives it, so setting up twice creates nothing twice. What exists is not
-//! changed: a price cannot be, and an operator may have changed the rest on purpose.
+//! Each has a name by which it is found, so it is created only once. Existing objects are not changed: a price cannot be
+//! changed, and an operator may have changed the others on purpose.
 
 use super::{FLAT_PRICE, USAGE_PRICE};
 use crate::stripe::{API_VERSION, EVENTS, Price, Stripe, StripeError, WebhookEndpoint};
@@ -11,18 +11,18 @@ const PRODUCT: &str = "quota";
 /// The name under which usage is reported to the meter.
 pub const METER_EVENT: &str = "quota_requests";
 
-/// What subscriptions cost. Amounts are in the smallest unit of the currency, such as cents, and may be fractions of it.
+/// The prices of subscriptions. Amounts are in the smallest unit of the currency, such as cents, and may be fractional.
 #[derive(Debug, Clone)]
 pub struct Offer {
     pub product_name: String,
     pub currency: stripe_types::Currency,
     /// Per month.
     pub price: String,
-    /// Per request, in addition.
+    /// Per request, in addition to the monthly price.
     pub usage_price: Option<String>,
 }
 
-/// One thing that was set up or checked.
+/// An object that was set up or checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     pub name: &'static str,
@@ -47,7 +47,8 @@ pub fn webhook_url(public_url: &str) -> String {
     format!("{public_url}/billing/stripe/webhook")
 }
 
-/// Creates what does not exist yet. Returns what there is, and the secret of the webhook endpoint if it was created now.
+/// Creates the objects that do not exist yet. Returns all objects, and the secret of the webhook endpoint if it was
+/// created now.
 pub async fn set_up(
     stripe: &Stripe,
     offer: &Offer,
@@ -121,7 +122,7 @@ fn find_price<'a>(prices: &'a [Price], lookup_key: &str) -> Option<&'a Price> {
     prices.iter().find(has_key)
 }
 
-/// Checks that everything is there and fits together.
+/// Checks that all objects exist and are consistent.
 pub async fn check(
     stripe: &Stripe,
     webhook_url: &str,
@@ -229,7 +230,7 @@ fn endpoint_finding(endpoint: &WebhookEndpoint) -> Finding {
             format!("{} with {version}", endpoint.id),
         )
     } else {
-        // Bodies are not read, so another version works.
+        // Event contents are not read, so another version works too.
         let text = format!(
             "{} with {version}; Quota uses {}",
             endpoint.id,

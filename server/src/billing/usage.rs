@@ -1,15 +1,15 @@
-//! Usage becomes meter events at Stripe.
+//! Converts usage to meter events at Stripe.
 //!
-//! The shipper adds up what is charged in `billing_usage`, hour by hour. When an hour has ended, [`Billing::plan_usage`]
-//! turns what is new in it into reports, each of which becomes one meter event. [`Billing::send_usage`] sends them until
-//! Stripe has them:
+//! The shipper adds up charged usage in `billing_usage`, hour by hour. When an hour has ended, [`Billing::plan_usage`]
+//! converts its new usage to reports, each of which becomes one meter event. [`Billing::send_usage`] sends them until
+//! Stripe has received them:
 //!
-//! - The identifier of a meter event is the report's tenant, start and revision. Stripe accepts an identifier once a day,
-//!   so for 20 hours a report whose response was lost is simply sent again. After that, Stripe's own count of the hour
-//!   tells whether it arrived.
-//! - Usage that arrives late is another revision, with the difference.
-//! - An hour in which a billing period begins or ends is divided there, by the log.
-//! - What Stripe would not charge is not sent, but recorded with the reason.
+//! - The identifier of a meter event is the report's tenant, start and revision. Stripe accepts an identifier once a
+//!   day, so for 20 hours, a report whose response was lost is simply sent again. After that, Stripe's own total for
+//!   the hour shows whether it arrived.
+//! - Usage that arrives late becomes another revision, with the difference.
+//! - An hour in which a billing period begins or ends is divided at that time, based on the log.
+//! - Usage that Stripe would not charge is not sent, but recorded with the reason.
 
 use std::{
     collections::HashMap,
@@ -28,14 +28,14 @@ use crate::{
     stripe::StripeError,
 };
 
-/// How many hours are planned in one round.
+/// Maximum number of hours planned in one round.
 const HOURS: i64 = 200;
-/// How many customers are served in one round, and how many of them at the same time.
+/// Maximum number of customers processed in one round, and how many of them concurrently.
 const SENDERS: i64 = 32;
 const CONCURRENT: usize = 8;
 /// How long reports of one customer are sent in one round. The last one may take as long again.
 const TURN: Duration = Duration::from_secs(20);
-/// For how long an identifier is relied on, in seconds. Stripe promises a day.
+/// How long an identifier is relied on, in seconds. Stripe guarantees a day.
 const RECOGNIZED: i64 = 20 * 60 * 60;
 /// The oldest usage that is sent, in seconds: an hour less than Stripe accepts.
 const OLDEST: i64 = (35 * 24 - 1) * 60 * 60;
@@ -44,14 +44,14 @@ const fn hour() -> TimeDelta {
     TimeDelta::hours(1)
 }
 
-/// A part of an hour that lies in one billing period.
+/// A part of an hour that is in one billing period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Span {
     start: DateTime<Utc>,
     until: DateTime<Utc>,
 }
 
-/// Divides an hour at the edges that lie in it.
+/// Divides an hour at the given times in it.
 fn divide(start: DateTime<Utc>, edges: impl Iterator<Item = DateTime<Utc>>) -> Vec<Span> {
     let end = start + hour();
     let mut bounds: Vec<_> = edges.filter(|edge| start < *edge && *edge < end).collect();
@@ -67,23 +67,23 @@ fn divide(start: DateTime<Utc>, edges: impl Iterator<Item = DateTime<Utc>>) -> V
         .collect()
 }
 
-/// Returns the subscription that was in force during a span, which no subscription begins or ends in.
+/// Returns the subscription that was active during a span in which no subscription begins or ends.
 fn in_force<'a>(subscriptions: &'a [ChargedBy], span: &Span) -> Option<&'a ChargedBy> {
     let covers = |it: &&ChargedBy| {
         it.started_at <= span.start && it.ended_at.is_none_or(|end| span.until <= end)
     };
-    // One with a price for usage, if there are several.
+    // Prefers one with a price for usage, if there are several.
     let mut covering = subscriptions.iter().filter(covers);
     let first = covering.clone().next();
     covering.find(|it| it.is_metered).or(first)
 }
 
-/// What a comparison found.
+/// The result of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reconciled {
-    /// By how much reports and Stripe's count differ, summed over customers without regard to the sign.
+    /// The difference between reports and Stripe's totals, as the sum of absolute values over customers.
     pub difference: i64,
-    /// Usage that should have been charged and will not be.
+    /// Usage that should have been charged but will not be.
     pub lost: i64,
     /// Age of the oldest report that Stripe does not have yet, in seconds.
     pub oldest_pending: i64,
@@ -91,17 +91,17 @@ pub struct Reconciled {
     pub at: i64,
 }
 
-/// What a round of sending did.
+/// The result of a round of sending.
 #[derive(Debug, Default)]
 pub struct Sent {
-    /// How many reports were sent, or need not be.
+    /// Number of reports that were sent or need not be sent.
     pub finished: u64,
-    /// How many could not be sent yet.
+    /// Number of reports that could not be sent yet.
     pub errors: u64,
 }
 
 impl Billing {
-    /// Plans reports for hours that have ended. Returns how many hours it looked at.
+    /// Plans reports for hours that have ended. Returns the number of hours it checked.
     pub async fn plan_usage(&self) -> Result<usize, BillingError> {
         let mut tx = self.db.system().await?;
         let hours = billing_usage::open_hours(&mut tx, HOURS).await?;
@@ -122,7 +122,7 @@ impl Billing {
                 }
                 read.insert(tenant, result.is_ok());
             }
-            // Without knowing where billing periods begin and end, the hour waits.
+            // If it is not known where billing periods begin and end, the hour waits.
             if is_read || read.get(&tenant) == Some(&true) {
                 self.plan_hour(tenant, start).await?;
                 planned += 1;
@@ -147,7 +147,7 @@ impl Billing {
         let spans = divide(start, edges);
         for (n, span) in spans.iter().enumerate() {
             let value = if n + 1 == spans.len() {
-                // Also what the log no longer has.
+                // Includes usage that is no longer in the log.
                 rest
             } else {
                 let (from, until) = (span.start, span.until);
@@ -176,7 +176,8 @@ impl Billing {
         tx.commit().await
     }
 
-    /// Sends reports that are due: those of several customers at the same time, and those of one after another.
+    /// Sends reports that are due: those of several customers concurrently, and those of each customer one after
+    /// another.
     pub async fn send_usage(&self) -> Result<Sent, BillingError> {
         let mut tx = self.db.system().await?;
         let tenants = billing_usage::claim_senders(&mut tx, SENDERS).await?;
@@ -207,7 +208,7 @@ impl Billing {
         let mut finished = 0;
         // So that the last report is sent before another replica may take over.
         while began.elapsed() < TURN {
-            // Committed before Stripe is asked, so that it is known that it may have been.
+            // Committed before calling Stripe, so that it is known that the report may have been sent.
             let mut tx = self.db.system().await?;
             let report = billing_usage::begin_attempt(&mut tx, tenant).await?;
             tx.commit().await?;
@@ -229,7 +230,7 @@ impl Billing {
         Ok(finished)
     }
 
-    /// Sends a report. Returns why it will not be charged, if so.
+    /// Sends a report. Returns the reason if it will not be charged.
     async fn send(
         &self,
         tenant: TenantId,
@@ -247,7 +248,7 @@ impl Billing {
                 None => return Ok(Some(Unbilled::Unclear)),
             }
         }
-        // What was sent before may have arrived in time.
+        // An earlier attempt may have arrived in time.
         let may_have_arrived = is_recognized && report.sent_ago.is_some();
         if !may_have_arrived {
             if report.age > OLDEST {
@@ -274,7 +275,7 @@ impl Billing {
             .await;
         match sent {
             Ok(()) => Ok(None),
-            // It had arrived before.
+            // It had already arrived.
             Err(StripeError::Rejected { message, .. })
                 if message.contains("already exists with identifier") =>
             {
@@ -291,8 +292,8 @@ impl Billing {
         }
     }
 
-    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if what it has counted
-    /// fits neither.
+    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if Stripe's total
+    /// matches neither outcome.
     async fn has_arrived(
         &self,
         tenant: TenantId,
@@ -315,7 +316,7 @@ impl Billing {
         })
     }
 
-    /// Returns what Stripe has counted of a customer's usage.
+    /// Returns Stripe's total for a customer's usage.
     async fn counted(
         &self,
         customer: &str,
@@ -331,7 +332,7 @@ impl Billing {
         Ok(self.stripe.counted(meter, customer, from, until).await?)
     }
 
-    /// Compares what was reported for yesterday (UTC) with what Stripe has counted.
+    /// Compares the reports for yesterday (UTC) with Stripe's totals.
     pub async fn reconcile_usage(&self) -> Result<Reconciled, BillingError> {
         let mut tx = self.db.system().await?;
         let uncharged = billing_usage::uncharged(&mut tx).await?;
@@ -348,7 +349,7 @@ impl Billing {
                 difference += (counted - it.sent).abs();
                 tracing::error!(
                     tenant = %it.tenant_id, day = %yesterday, sent = it.sent, counted,
-                    "Stripe has counted other usage than was reported"
+                    "Stripe's total differs from the reported usage"
                 );
             }
         }

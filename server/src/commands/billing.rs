@@ -11,25 +11,25 @@ use quota_server::{
 
 #[derive(Subcommand)]
 pub enum BillingCommand {
-    /// Create what Quota needs at Stripe: a product, its prices, a meter and a webhook endpoint. Running it twice creates
-    /// nothing twice, and changes nothing that exists
+    /// Create the objects that Quota needs at Stripe, unless they exist: a product, its prices, a meter and a webhook
+    /// endpoint. Existing objects are not changed
     Setup {
         #[command(flatten)]
         settings: Box<Settings>,
         /// The price per month, in the smallest unit of the currency, such as 2900 for $29.00
         #[arg(long, value_name = "AMOUNT", value_parser = amount)]
         price: String,
-        /// The price per request in addition, in the same unit, such as 0.05 for $0.50 per 1,000 requests
+        /// The additional price per request, in the same unit, such as 0.05 for $0.50 per 1,000 requests
         #[arg(long, value_name = "AMOUNT", value_parser = amount)]
         usage_price: Option<String>,
         /// The currency
         #[arg(long, default_value = "usd", value_parser = currency)]
         currency: stripe_types::Currency,
-        /// The name of the product, which customers see
+        /// The name of the product, as seen by customers
         #[arg(long, value_name = "NAME", default_value = "Quota")]
         product: String,
     },
-    /// Check that everything that Quota needs at Stripe exists and fits together
+    /// Check that all objects that Quota needs at Stripe exist and are consistent
     Check {
         #[command(flatten)]
         settings: Box<Settings>,
@@ -87,7 +87,7 @@ pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::
             print(&findings)?;
             if let Some(secret) = secret {
                 println!(
-                    "\nStripe shows the secret of the webhook endpoint only now. Set it on every replica:"
+                    "\nSet the secret of the webhook endpoint on every replica. Stripe shows it only once:"
                 );
                 println!("STRIPE_WEBHOOK_SECRET={secret}");
             }

@@ -256,7 +256,7 @@ impl Config {
     }
 }
 
-/// Everything is parsed even without STRIPE_SECRET_KEY, so that errors are reported.
+/// All settings are parsed even without STRIPE_SECRET_KEY, so that errors are reported.
 fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
     let key = r.or_file(
         "STRIPE_SECRET_KEY",
@@ -269,7 +269,7 @@ fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
             && key.chars().all(|c| c.is_ascii_graphic())
     };
     if key.value.as_ref().is_some_and(|it| !is_key(it)) {
-        // The value is not shown: it is a secret in any case.
+        // The value is not shown, because it is a secret in any case.
         let variable = &key.variable;
         r.0.push(format!(
             "{variable}: must be a secret key of Stripe's, which starts with sk_ or rk_"

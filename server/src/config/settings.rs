@@ -105,8 +105,8 @@ settings! {
     durability: "QUOTA_DURABILITY", "process", "MODE";
 
     /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to
-    /// 1000000000000. The server logs a warning at half of it. When it is used up, requests for a decision get 503. 1
-    ///                GiB is enough for about 6,000,000 requests.
+    /// 1000000000000. The server logs a warning at half of it. When it is used up, requests for a decision get 503. 1 GiB is
+    /// enough for about 6,000,000 requests.
     usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
 
     /// How often recorded usage is written to PostgreSQL: 10ms to 60s.
@@ -231,15 +231,15 @@ settings! {
     usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
 
     /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. With it, plans marked `paid` need a
-    /// subscription. `quota billing setup` creates what is needed at Stripe. Unset: billing is off, and such plans work
-    /// like others.
+    /// subscription. `quota billing setup` creates the required objects at Stripe. Unset: billing is off, and such
+    /// plans work like other plans.
     stripe_secret_key: "STRIPE_SECRET_KEY", "", "SECRET", hide_env_values = true;
 
     /// A file that contains STRIPE_SECRET_KEY. Use either this or STRIPE_SECRET_KEY.
     stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
 
-    /// The signing secret of the webhook endpoint at Stripe, which starts with `whsec_`. While it is rotated, both
-    /// secrets, separated by a comma. Required with STRIPE_SECRET_KEY, except by `quota billing`.
+    /// The signing secret of the webhook endpoint at Stripe, which starts with `whsec_`. While it is being rotated,
+    /// both secrets, separated by a comma. Required with STRIPE_SECRET_KEY, except by `quota billing`.
     stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains STRIPE_WEBHOOK_SECRET. Use either this or STRIPE_WEBHOOK_SECRET.
@@ -248,7 +248,8 @@ settings! {
     /// The address of Stripe's API, for tests. Default: https://api.stripe.com.
     stripe_api_base: "STRIPE_API_BASE", "", "URL";
 
-    /// For how long plans marked `paid` continue to work after a payment has failed, while Stripe tries again: 0 to 90.
+    /// The number of days for which plans marked `paid` keep working after a payment has failed, while Stripe retries
+    /// it: 0 to 90.
     billing_grace: "QUOTA_BILLING_GRACE", "7", "DAYS";
 
     /// The format of logs: json or text.

@@ -14,7 +14,10 @@
 //! Nothing below the floor is confirmed, since changes there may have been deleted from PostgreSQL. A copy whose number
 //! is higher than any polled or announced one is not confirmed either: no such number has been assigned.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use parking_lot::Mutex;
 use uuid::Uuid;
@@ -35,6 +38,8 @@ pub struct Recent(Mutex<State>);
 struct State {
     /// `None` until the first poll. Until then nothing can be confirmed.
     range: Option<PolledRange>,
+    /// The history of the database that the numbers belong to.
+    history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
     /// Those with numbers above `range.up_to`.
     announced: BTreeMap<i64, Uuid>,
@@ -62,8 +67,9 @@ fn subject(invalidation: &Invalidation) -> Uuid {
 impl Recent {
     /// Records the first poll: the newest changes that PostgreSQL still has, in order. Older ones may have been deleted,
     /// so nothing below the first of them is confirmed.
-    pub fn begin(&self, newest: &[Invalidation]) {
+    pub fn begin(&self, newest: &[Invalidation], history: &str) {
         let mut state = self.0.lock();
+        state.history = Some(history.into());
         let floor = newest.first().map_or(0, |first| first.seq - 1);
         state.range.get_or_insert(PolledRange {
             floor,
@@ -75,9 +81,9 @@ impl Recent {
         }
     }
 
-    /// Starts over after PostgreSQL was restored to an earlier state, whose newest changes are these, in order. It will
-    /// assign the lost numbers again, so nothing is confirmed until it has passed the highest known number.
-    pub fn restart(&self, newest: &[Invalidation]) {
+    /// Starts over after PostgreSQL was restored, or failed over, to a state whose newest changes are these, in order.
+    /// Numbers may be assigned again, so nothing is confirmed until the database has passed the highest known number.
+    pub fn restart(&self, newest: &[Invalidation], history: &str) {
         let mut state = self.0.lock();
         let announced = state.announced.last_key_value().map(|(seq, _)| *seq);
         let floor = state.range.map_or(0, |range| {
@@ -88,12 +94,18 @@ impl Recent {
                 floor,
                 up_to: newest.first().map_or(0, |first| first.seq - 1),
             }),
+            history: Some(history.into()),
             ..State::default()
         };
         drop(state);
         for invalidation in newest {
             self.polled(invalidation);
         }
+    }
+
+    /// Returns the history of the database as of the last poll.
+    pub fn history(&self) -> Option<Arc<str>> {
+        self.0.lock().history.clone()
     }
 
     /// Records a polled change, after all previous ones. Returns whether it is new.
@@ -210,7 +222,7 @@ mod tests {
         let (tenant, plan, key) = (Uuid::from_u128(1), Uuid::from_u128(2), Uuid::from_u128(3));
         let all = [tenant, plan, key];
         assert!(!recent.unchanged(&all, 100), "nothing is known yet");
-        recent.begin(&[of_key(4, 0)]);
+        recent.begin(&[of_key(4, 0)], "history");
         assert!(recent.unchanged(&all, 4));
         assert!(recent.unchanged(&all, 3));
         assert!(!recent.unchanged(&all, 2), "below the floor");
@@ -233,7 +245,7 @@ mod tests {
     #[test]
     fn announcement_counts_until_the_poll_confirms_it() {
         let recent = Recent::default();
-        recent.begin(&[]);
+        recent.begin(&[], "history");
         assert!(recent.announced(&of_key(2, 1)));
         assert!(!recent.announced(&of_key(2, 1)), "sent twice");
         assert!(!recent.unchanged(&[key(1)], 1));
@@ -253,7 +265,7 @@ mod tests {
     #[test]
     fn announcement_neither_hides_a_number_from_the_poll_nor_raises_the_floor() {
         let recent = Recent::default();
-        recent.begin(&[of_key(1, 0)]);
+        recent.begin(&[of_key(1, 0)], "history");
         for seq in 2..=i64::try_from(3 * ANNOUNCED).unwrap() {
             recent.announced(&of_key(seq, 77));
         }
@@ -266,7 +278,7 @@ mod tests {
     #[test]
     fn announcement_that_postgres_does_not_confirm_ends_with_the_poll() {
         let recent = Recent::default();
-        recent.begin(&[of_key(1, 5)]);
+        recent.begin(&[of_key(1, 5)], "history");
         recent.announced(&of_key(2, 5));
         assert!(!recent.unchanged(&[key(5)], 1));
         recent.polled(&of_key(3, 6));
@@ -282,10 +294,13 @@ mod tests {
     #[test]
     fn no_copy_from_before_a_restore_is_confirmed_after_it() {
         let recent = Recent::default();
-        recent.begin(&[of_key(17, 0), of_key(18, 0), of_key(19, 0), of_key(20, 0)]);
+        recent.begin(
+            &[of_key(17, 0), of_key(18, 0), of_key(19, 0), of_key(20, 0)],
+            "history",
+        );
         recent.announced(&of_key(23, 0));
         assert!(recent.unchanged(&[key(1)], 23));
-        recent.restart(&[of_key(17, 0), of_key(18, 0)]);
+        recent.restart(&[of_key(17, 0), of_key(18, 0)], "history");
         for as_of in 16..=25 {
             assert!(!recent.unchanged(&[key(1)], as_of), "{as_of}");
         }
@@ -301,7 +316,7 @@ mod tests {
     #[test]
     fn evicted_changes_raise_the_floor() {
         let recent = Recent::default();
-        recent.begin(&[]);
+        recent.begin(&[], "history");
         for n in 1..=REMEMBERED + 10 {
             let seq = i64::try_from(n).unwrap();
             recent.polled(&of_key(seq, n as u128));

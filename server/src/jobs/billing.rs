@@ -1,7 +1,7 @@
-//! Handles webhooks of Stripe, and reads customers regularly in case one was lost.
+//! Processes webhooks from Stripe, and reads customers regularly in case one was lost.
 //!
-//! A webhook that this replica has stored is handled at once, and one of another replica within a second, should that
-//! replica not do it. What fails is tried again later; see [`events`](crate::billing::events).
+//! A webhook that this replica has stored is processed immediately. If another replica stored it and does not process
+//! it, this takes up to a second. Failures are retried later; see [`events`](crate::billing::events).
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ const EVERY: Duration = Duration::from_secs(1);
 const READ_EVERY: Duration = Duration::from_secs(5);
 /// How often usage is planned and sent.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
-/// How often reports are compared with what Stripe has counted.
+/// How often reports are compared with Stripe's totals.
 const RECONCILE_EVERY: Duration = Duration::from_hours(1);
 
 pub(super) async fn handle_events(state: AppState) {
@@ -78,7 +78,7 @@ pub(super) async fn report_usage(state: AppState) {
     }
 }
 
-/// Compares yesterday's reports with what Stripe has counted, and shows what has not been charged.
+/// Compares yesterday's reports with Stripe's totals, and reports usage that has not been charged.
 pub(super) async fn reconcile_usage(state: AppState) {
     let Some(billing) = state.billing.clone() else {
         return;
@@ -102,13 +102,13 @@ pub(super) async fn reconcile_usage(state: AppState) {
     }
 }
 
-/// Publishes and counts what a round did. Returns whether there may be more to do.
+/// Publishes and counts the results of a round. Returns whether there may be more work.
 fn handle_round(state: &AppState, round: Result<Round, DbError>, is_reported: &mut bool) -> bool {
     let round = match round {
         Ok(round) => round,
         Err(error) => {
             if !std::mem::replace(is_reported, true) {
-                tracing::warn!(error = %db::chain(&error), "cannot handle webhooks of Stripe");
+                tracing::warn!(error = %db::chain(&error), "cannot process webhooks from Stripe");
             }
             return false;
         }

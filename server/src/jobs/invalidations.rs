@@ -7,10 +7,11 @@ use tokio::{sync::watch, time::timeout};
 
 use super::{every, next};
 use crate::{
+    clock::UnixNanos,
     db::{self, Db, DbError, Lane},
     invalidations::Recent,
     redis::Event,
-    repo::invalidation::{self, Invalidation},
+    repo::invalidation::{self, Invalidation, Position},
     state::AppState,
 };
 
@@ -67,42 +68,50 @@ fn suspect(state: &AppState) {
     }
 }
 
-async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<(), DbError> {
+async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Result<(), DbError> {
     let mut tx = db.system().await?;
-    let Some(mut seq) = *last else {
+    // Read before the rows, so that the next poll notices a restore that happens in between.
+    let position = invalidation::position(&mut tx).await?;
+    let Some(polled) = last else {
         // If earlier polls failed, cached entries may be older than the changes read by this one. Records cached by
         // other replicas are compared with the changes recorded here.
         let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
-        state.recent.begin(&newest);
+        state.recent.begin(&newest, &position.history);
         state.forget(&newest);
-        *last = Some(newest.last().map_or(0, |it| it.seq));
+        *last = Some(up_to(&newest, position));
         return Ok(());
     };
-    let highest = invalidation::highest(&mut tx).await?;
-    if highest < seq {
+    if position.highest < polled.highest || position.history != polled.history {
         let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
         tracing::warn!(
-            polled = seq,
-            highest,
-            "PostgreSQL was restored to an earlier state; all caches are cleared"
+            polled = polled.highest,
+            highest = position.highest,
+            "PostgreSQL was restored or has failed over; all caches are cleared"
         );
-        state.recent.restart(&newest);
+        state.recent.restart(&newest, &position.history);
         state.forget_all();
-        *last = Some(newest.last().map_or(0, |it| it.seq));
+        *last = Some(up_to(&newest, position));
         return Ok(());
     }
     loop {
-        let batch = invalidation::since(&mut tx, seq).await?;
+        let batch = invalidation::since(&mut tx, polled.highest).await?;
         apply(state, &batch, Recent::polled);
         if let Some(newest) = batch.last() {
-            seq = newest.seq;
-            *last = Some(seq);
+            polled.highest = newest.seq;
         }
         if batch.len() < usize::from(invalidation::BATCH) {
             return tx.commit().await;
         }
+    }
+}
+
+/// The position after these rows.
+fn up_to(newest: &[Invalidation], position: Position) -> Position {
+    Position {
+        highest: newest.last().map_or(0, |it| it.seq),
+        ..position
     }
 }
 
@@ -119,7 +128,8 @@ fn apply(
     for it in invalidations {
         if note(&state.recent, it) {
             let at = it.at.timestamp_nanos_opt().unwrap_or_default();
-            let lag = now.0.saturating_sub(u64::try_from(at).unwrap_or_default());
+            let at = UnixNanos(u64::try_from(at).unwrap_or_default());
+            let lag = now.saturating_since(at);
             state.metrics.invalidation_lag_seconds.observe(lag);
         }
     }

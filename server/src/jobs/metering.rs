@@ -1,10 +1,10 @@
-//! Ships usage, creates segments ahead of need, and follows PostgreSQL's clock.
+//! Ships usage, creates segments in advance, and follows PostgreSQL's clock.
 
 use std::time::Duration;
 
 use tokio::{sync::watch, time::timeout};
 
-use super::{every, next};
+use super::{every, next, stopped};
 use crate::{
     db,
     metering::{Metering, ShipError},
@@ -15,23 +15,37 @@ const PREPARE: Duration = Duration::from_millis(100);
 const MEASURE: Duration = Duration::from_secs(10);
 /// How long to wait after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long a stopping server continues to ship. The next start ships the rest from its directory.
+/// How long a stopping server continues to ship, including the batch in flight. The next start ships the rest from its
+/// directory.
 const FINISH: Duration = Duration::from_secs(3);
 
 pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
     let metering = &state.metering;
     let mut ticks = every(state.config.usage_ship_every);
     let mut outage = Outage::default();
+    let mut in_flight = None;
     while next(&mut ticks, &mut stopping).await {
-        let shipped = metering.ship().await;
+        let mut shipping = Box::pin(metering.ship());
+        let shipped = tokio::select! {
+            biased;
+            shipped = &mut shipping => shipped,
+            () = stopped(&mut stopping) => {
+                in_flight = Some(shipping);
+                break;
+            }
+        };
         if outage.note(&state, shipped) {
-            let pause = async {
-                let _ = stopping.wait_for(|stop| *stop).await;
-            };
-            let _ = timeout(PAUSE, pause).await;
+            let _ = timeout(PAUSE, stopped(&mut stopping)).await;
         }
     }
-    match timeout(FINISH, metering.finish()).await {
+    let finished = async {
+        // Dropping it would keep its connection busy, which the remaining usage needs.
+        if let Some(shipping) = in_flight {
+            shipping.await?;
+        }
+        metering.finish().await
+    };
+    match timeout(FINISH, finished).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
             tracing::warn!(error = %db::chain(&error), "some usage has not been written to PostgreSQL yet; it will be written at the next startup");
@@ -47,7 +61,16 @@ pub(super) async fn adopt(state: AppState, mut stopping: watch::Receiver<bool>) 
     let mut ticks = every(PAUSE);
     let mut outage = Outage::default();
     while next(&mut ticks, &mut stopping).await {
-        let shipped = state.metering.ship_adopted().await;
+        let mut shipping = Box::pin(state.metering.ship_adopted());
+        let shipped = tokio::select! {
+            biased;
+            shipped = &mut shipping => shipped,
+            () = stopped(&mut stopping) => {
+                state.metering.stop_adopting();
+                let _ = timeout(FINISH, shipping).await;
+                return;
+            }
+        };
         outage.note(&state, shipped);
     }
 }

@@ -74,12 +74,9 @@ impl Jobs {
 
 /// Waits for the next tick. Returns `false` if the job must end.
 async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<bool>) -> bool {
-    let stopped = async {
-        let _ = stopping.wait_for(|stop| *stop).await;
-    };
     tokio::select! {
         biased;
-        () = stopped => false,
+        () = stopped(stopping) => false,
         _ = ticks.tick() => true,
     }
 }
@@ -87,14 +84,16 @@ async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<
 /// Runs a job that can be dropped anywhere, since it continues later with what is stored. So stopping does not wait for
 /// Stripe.
 async fn until_stopped(mut stopping: watch::Receiver<bool>, job: BoxFuture<'static, ()>) {
-    let stopped = async {
-        let _ = stopping.wait_for(|stop| *stop).await;
-    };
     tokio::select! {
         biased;
-        () = stopped => {}
+        () = stopped(&mut stopping) => {}
         () = job => {}
     }
+}
+
+/// Waits until the job has to end.
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    let _ = stopping.wait_for(|stop| *stop).await;
 }
 
 fn every(period: Duration) -> tokio::time::Interval {

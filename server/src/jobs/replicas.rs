@@ -4,8 +4,6 @@
 //! While PostgreSQL is unreachable, the limiter trusts the last count for a few seconds. After that, this replica has
 //! no share.
 
-use std::num::NonZeroU64;
-
 use tokio::sync::watch;
 use uuid::Uuid;
 
@@ -13,7 +11,7 @@ use super::{every, next};
 use crate::{
     db::{self, Db, DbError, Lane},
     limiter::{self, ReplicaSlot},
-    repo,
+    repo::{self, replica::Seen},
     state::AppState,
 };
 
@@ -25,16 +23,14 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
     while next(&mut ticks, &mut stopping).await {
         let began = state.clock.monotonic();
         match db.within_limit(seen(&db, id)).await {
-            Ok((rank, count)) => {
-                if let Some(of) = NonZeroU64::new(count) {
-                    let ended = state.clock.monotonic();
-                    let slot = ReplicaSlot { rank, of };
-                    state.membership.confirm_count(slot, began, ended);
-                }
+            Ok(Seen { rank, count }) => {
+                let ended = state.clock.monotonic();
+                let slot = ReplicaSlot { rank, of: count };
+                state.membership.confirm_count(slot, began, ended);
                 state
                     .metrics
                     .replicas
-                    .set(i64::try_from(count).unwrap_or(i64::MAX));
+                    .set(i64::try_from(count.get()).unwrap_or(i64::MAX));
                 away = false;
             }
             Err(error) => {
@@ -54,7 +50,7 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
     }
 }
 
-async fn seen(db: &Db, id: Uuid) -> Result<(u64, u64), DbError> {
+async fn seen(db: &Db, id: Uuid) -> Result<Seen, DbError> {
     let mut tx = db.system().await?;
     let slot = repo::replica::seen(&mut tx, id, limiter::FORGOTTEN).await?;
     tx.commit().await?;

@@ -1,14 +1,14 @@
-//! Maintains the usage tables: creates partitions ahead of need, deletes old ones, and regularly compares everything
-//! that counts the same requests.
+//! Maintains the usage tables: creates partitions in advance, drops old ones, and regularly compares all tables that
+//! count the same requests.
 //!
-//! Without its partition, a row goes to the default partition. So a failure here is a warning and is retried.
+//! Without its partition, a row is stored in the default partition. So a failure here is only a warning and is retried.
 
 use std::time::Duration;
 
 use chrono::{Days, NaiveDate};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
-use super::{every, next};
+use super::{every, next, stopped};
 use crate::{
     db::{self, DbError},
     repo::{
@@ -41,68 +41,107 @@ fn before(today: NaiveDate, retention: Duration) -> NaiveDate {
 pub(super) async fn maintain(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(EVERY);
     while next(&mut ticks, &mut stopping).await {
-        for attempt in 1..=TRIES {
-            match maintain_once(&state, &stopping).await {
-                Ok(()) => break,
-                Err(error) => {
-                    state.metrics.usage_partition_errors.inc();
-                    if attempt == TRIES {
-                        tracing::warn!(
-                            error = %db::chain(&error),
-                            "usage partitions could not be created or dropped; retrying later"
-                        );
-                        break;
-                    }
-                    tokio::time::sleep(RETRY).await;
-                }
-            }
-            if *stopping.borrow() {
-                return;
-            }
+        tokio::select! {
+            biased;
+            () = stopped(&mut stopping) => return,
+            () = maintain_with_retries(&state) => {}
         }
     }
 }
 
-async fn maintain_once(state: &AppState, stopping: &watch::Receiver<bool>) -> Result<(), DbError> {
-    let today = state.db.within_limit(create(state)).await?;
+async fn maintain_with_retries(state: &AppState) {
+    for attempt in 1..=TRIES {
+        let Err(error) = maintain_once(state).await else {
+            return;
+        };
+        state.metrics.usage_partition_errors.inc();
+        if attempt == TRIES {
+            tracing::warn!(
+                error = %db::chain(&error),
+                "usage partitions could not be created or dropped; retrying later"
+            );
+            return;
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Does as much as possible. Returns the first error.
+async fn maintain_once(state: &AppState) -> Result<(), DbError> {
+    let today = state.db.within_limit(today(state)).await?;
+    let created = create_all(state, today).await;
     let log_before = before(today, state.config.usage_retention);
     let rollups_before = before(today, state.config.usage_rollup_retention);
+    let mut failed = created.err();
     for table in Partitioned::ALL {
         let before = match table {
             Partitioned::Log => log_before,
             Partitioned::Quarters | Partitioned::Days => rollups_before,
         };
-        while state
-            .db
-            .within_limit(drop_oldest(state, table, before))
-            .await?
-        {
-            if *stopping.borrow() {
-                return Ok(());
+        if let Err(error) = drop_all(state, table, before).await {
+            failed.get_or_insert(error);
+        }
+    }
+    let forgotten = forget(state).await;
+    failed.or(forgotten.err()).map_or(Ok(()), Err)
+}
+
+/// Returns the day, by PostgreSQL's clock.
+async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
+    let mut tx = state.db.system().await?;
+    let now = usage_shipper::times(&mut tx).await?.now;
+    tx.commit().await?;
+    Ok(now.date_naive())
+}
+
+/// Creates partitions: first those of the coming days, which have no rows to move yet, then those of today and
+/// yesterday, since records may be late. A table whose partition cannot be created does not delay the others.
+async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
+    let coming = (1..=AHEAD).filter_map(|days| today.checked_add_days(Days::new(days)));
+    let days = coming.chain([today]).chain(today.pred_opt());
+    let days = days.collect::<Vec<_>>();
+    let (mut created, mut failed) = (0_u32, None);
+    for table in Partitioned::ALL {
+        for day in &days {
+            let done = timeout(usage_partition::CREATE, create(state, table, *day))
+                .await
+                .unwrap_or_else(|_| {
+                    Err(DbError::Unavailable(
+                        "creating a partition took too long".into(),
+                    ))
+                });
+            match done {
+                Ok(is_new) => created += u32::from(is_new),
+                Err(error) => {
+                    failed.get_or_insert(error);
+                    break;
+                }
             }
         }
     }
-    state.db.within_limit(forget_segments(state)).await?;
-    while state.db.within_limit(forget_endpoints(state)).await? {
-        if *stopping.borrow() {
-            return Ok(());
-        }
+    if created > 0 {
+        tracing::info!(created, "created usage partitions");
     }
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }
 
-/// Creates partitions, starting with yesterday's since records may be late. Returns the day, by PostgreSQL's clock.
-async fn create(state: &AppState) -> Result<NaiveDate, DbError> {
+async fn create(state: &AppState, table: Partitioned, day: NaiveDate) -> Result<bool, DbError> {
     let mut tx = state.db.system().await?;
-    let today = usage_shipper::times(&mut tx).await?.now.date_naive();
-    let first = today.pred_opt().unwrap_or(today);
-    let last = today.checked_add_days(Days::new(AHEAD)).unwrap_or(today);
-    let created = usage_partition::create(&mut tx, first, last).await?;
+    let is_new = usage_partition::create(&mut tx, table, day).await?;
     tx.commit().await?;
-    if created > 0 {
-        tracing::info!(created, until = %last, "created usage partitions");
-    }
-    Ok(today)
+    Ok(is_new)
+}
+
+async fn drop_all(state: &AppState, table: Partitioned, before: NaiveDate) -> Result<(), DbError> {
+    let dropping = || state.db.within_limit(drop_oldest(state, table, before));
+    while dropping().await? {}
+    let deleting = || {
+        state
+            .db
+            .within_limit(delete_unpartitioned(state, table, before))
+    };
+    while deleting().await? {}
+    Ok(())
 }
 
 async fn drop_oldest(
@@ -117,6 +156,23 @@ async fn drop_oldest(
         tracing::info!(table = table.name(), %before, "dropped a usage partition");
     }
     Ok(dropped)
+}
+
+async fn delete_unpartitioned(
+    state: &AppState,
+    table: Partitioned,
+    before: NaiveDate,
+) -> Result<bool, DbError> {
+    let mut tx = state.db.system().await?;
+    let has_more = usage_partition::delete_unpartitioned(&mut tx, table, before).await?;
+    tx.commit().await?;
+    Ok(has_more)
+}
+
+async fn forget(state: &AppState) -> Result<(), DbError> {
+    state.db.within_limit(forget_segments(state)).await?;
+    while state.db.within_limit(forget_endpoints(state)).await? {}
+    Ok(())
 }
 
 async fn forget_segments(state: &AppState) -> Result<(), DbError> {
@@ -138,12 +194,9 @@ async fn forget_endpoints(state: &AppState) -> Result<bool, DbError> {
 pub(super) async fn compare(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(COMPARE_EVERY);
     while next(&mut ticks, &mut stopping).await {
-        let stopped = async {
-            let _ = stopping.clone().wait_for(|stop| *stop).await;
-        };
         let compared = tokio::select! {
             biased;
-            () = stopped => return,
+            () = stopped(&mut stopping) => return,
             compared = compare_once(&state) => compared,
         };
         if let Err(error) = compared {

@@ -1,12 +1,12 @@
 //! The ledger of calendar quotas in PostgreSQL.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Datelike, Days, Months, NaiveTime, TimeDelta, Utc};
 
 use crate::{
-    clock::UnixNanos,
+    clock::{Nanos, UnixNanos},
     db::{self, Db, DbError, SystemTx},
     limiter::{
         LedgerError, LedgerRow, Policy, QuotaLedger, QuotaWindow, ReturnBatch, TakeRequest, Taken,
@@ -135,7 +135,7 @@ async fn open_and_take(
         .map(|(request, used)| {
             let used: Vec<_> = used.iter().map(|row| stated(row, request)).collect();
             let window = window_at(request.at, request.calendar, &used);
-            let seconds = i64::try_from(window.period / 1_000_000_000).unwrap_or(i64::MAX);
+            let seconds = i64::try_from(window.period.0 / 1_000_000_000).unwrap_or(i64::MAX);
             (time(window.span.start), time(window.span.end), seconds)
         })
         .collect();
@@ -155,6 +155,10 @@ fn ask(request: &TakeRequest) -> Ask {
     }
 }
 
+fn seconds(n: i64) -> Nanos {
+    Nanos::from(Duration::from_secs(u64::try_from(n).unwrap_or(0)))
+}
+
 fn granted(taken: quota_usage::Taken) -> Taken {
     Taken {
         window: QuotaWindow {
@@ -162,9 +166,7 @@ fn granted(taken: quota_usage::Taken) -> Taken {
                 start: nanos(taken.start),
                 end: nanos(taken.end),
             },
-            period: u64::try_from(taken.period_seconds)
-                .unwrap_or(0)
-                .saturating_mul(1_000_000_000),
+            period: seconds(taken.period_seconds),
         },
         granted: u64::try_from(taken.granted).unwrap_or(0),
         used: u64::try_from(taken.used).unwrap_or(u64::MAX),
@@ -175,14 +177,12 @@ fn granted(taken: quota_usage::Taken) -> Taken {
 fn stated(row: &StatedWindow, request: &TakeRequest) -> QuotaWindow {
     let start = nanos(row.start);
     match row.end {
-        Some((end, seconds)) => QuotaWindow {
+        Some((end, length)) => QuotaWindow {
             span: Window {
                 start,
                 end: nanos(end),
             },
-            period: u64::try_from(seconds)
-                .unwrap_or(0)
-                .saturating_mul(1_000_000_000),
+            period: seconds(length),
         },
         None if start == request.calendar.start => QuotaWindow::whole(request.calendar),
         None => QuotaWindow::whole(Window {

@@ -18,7 +18,7 @@ use quota_common::{
 
 use crate::{
     cache::{Cached, Freshness, Loaded, Unconfirmed},
-    clock::UnixNanos,
+    clock::{Monotonic, Nanos, UnixNanos},
     invalidations::InvalidationSet,
     limiter::{KeyHandle, Limiter, Policies, RatePolicy, Zone},
     repo::api_key::{FoundKey, KeyFacts},
@@ -32,8 +32,8 @@ use super::{
     shared::SharedKeys,
 };
 
-/// How often the use of a key is recorded, in nanoseconds.
-const NOTE_EVERY: u64 = 1_000_000_000;
+/// How often the use of a key is recorded.
+const NOTE_EVERY: Nanos = Nanos::from_secs(1);
 
 /// An API key, with its limits and the handle of their state.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ pub struct KeyRecord {
     pub is_active: bool,
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
-    /// Until when the tenant may use plans that are `paid`; 0 for not at all.
+    /// Until when the tenant may use plans marked `paid`; 0 for not at all.
     pub paid_access_until: UnixNanos,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
@@ -79,8 +79,8 @@ pub enum Rejection {
 }
 
 impl KeyRecord {
-    /// Checks that the key may be used. With `billing_on`, plans that are `paid` need a subscription. Calls `now` only if
-    /// the key or the subscription's access expires.
+    /// Checks that the key may be used. With `billing_on`, plans marked `paid` require a subscription. Calls `now` only
+    /// if the key or the subscription's access expires.
     pub fn usable(&self, billing_on: bool, now: impl Fn() -> UnixNanos) -> Result<(), Rejection> {
         if !self.is_active {
             return Err(Rejection::Inactive);
@@ -106,7 +106,7 @@ impl KeyRecord {
     /// others.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         let noted_at = self.noted_at.load(Ordering::Relaxed);
-        let worth = now.0.abs_diff(noted_at) >= NOTE_EVERY;
+        let worth = Nanos(now.0.abs_diff(noted_at)) >= NOTE_EVERY;
         if worth {
             self.noted_at.store(now.0, Ordering::Relaxed);
         }
@@ -163,7 +163,7 @@ impl KeyStore {
     pub async fn key(
         &self,
         text: &SecretText,
-        now: u64,
+        now: Monotonic,
         caller: LookupCaller,
     ) -> Result<Option<Arc<KeyRecord>>, Unconfirmed> {
         let hash = text.hash();

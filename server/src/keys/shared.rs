@@ -20,7 +20,8 @@
 //! sealed for that hash with a key of this installation ([`Seal`]): writing to Redis can make an entry unreadable, but
 //! cannot grant a key more access. An entry also contains the time at which it was written and is rejected after its
 //! lifetime in Redis, so that a saved entry cannot be restored later. Unreadable entries, and those that are too old or
-//! from the future, count as misses.
+//! from the future, count as misses. Entries from another history of the database are ignored too: after PostgreSQL was
+//! restored from a backup, it assigns the same numbers again.
 //!
 //! While Redis is unreachable, every lookup is a miss, immediately. While it is slow, one lookup waits for
 //! QUOTA_REDIS_TIMEOUT, and lookups in the next second skip Redis.
@@ -39,7 +40,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     cache::Freshness,
-    clock::Clock,
+    clock::{Clock, Monotonic, Nanos},
     invalidations::Recent,
     redis::{CallError, Redis},
     repo::api_key::KeyFacts,
@@ -57,8 +58,8 @@ const PRESENT: Duration = Duration::from_mins(5);
 const ABSENT: Duration = Duration::from_secs(10);
 /// The maximum number of entries for invalid secrets that a replica writes per second.
 const ABSENT_PER_SECOND: u64 = 200;
-/// How long Redis is skipped after a failure, in nanoseconds.
-const PAUSE: u64 = 1_000_000_000;
+/// How long Redis is skipped after a failure.
+const PAUSE: Nanos = Nanos::from_secs(1);
 
 /// The shared records. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -84,7 +85,7 @@ pub struct SharedRecord {
     pub facts: Option<KeyFacts>,
     /// The number of the newest invalidation when the facts were read.
     pub as_of: i64,
-    pub current_at: u64,
+    pub current_at: Monotonic,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -126,6 +127,7 @@ impl SharedKeys {
     pub async fn get(&self, hash: &Hash) -> Option<SharedRecord> {
         let it = &*self.0;
         let current_at = it.freshness.polled_lately()?;
+        let history = it.recent.history()?;
         if self.is_paused() {
             return None;
         }
@@ -143,7 +145,7 @@ impl SharedKeys {
                 return None;
             }
         };
-        let Some(entry) = open::<KeyFacts>(&it.seal, hash, &bytes) else {
+        let Some(entry) = open::<KeyFacts>(&it.seal, &history, hash, &bytes) else {
             it.metrics.key_shared_unreadable.inc();
             return None;
         };
@@ -180,7 +182,10 @@ impl SharedKeys {
             at: it.clock.now().secs(),
             facts: found.map(|(facts, _)| facts),
         };
-        let Some(bytes) = close(&it.seal, hash, &entry) else {
+        let Some(history) = it.recent.history() else {
+            return;
+        };
+        let Some(bytes) = close(&it.seal, &history, hash, &entry) else {
             return;
         };
         let keep = lifetime(found.is_some());
@@ -196,21 +201,21 @@ impl SharedKeys {
     }
 
     fn is_paused(&self) -> bool {
-        self.0.freshness.now() < self.0.paused_until.load(Ordering::Relaxed)
+        self.0.freshness.now().0 < self.0.paused_until.load(Ordering::Relaxed)
     }
 
     fn failed(&self, failure: &CallError) {
         self.0.metrics.key_shared_errors.inc();
         // Without a connection, this fails immediately.
         if !matches!(failure, CallError::NotConnected) {
-            let until = self.0.freshness.now() + PAUSE;
-            self.0.paused_until.fetch_max(until, Ordering::Relaxed);
+            let until = self.0.freshness.now().saturating_add(PAUSE);
+            self.0.paused_until.fetch_max(until.0, Ordering::Relaxed);
         }
     }
 
     fn may_write_absent(&self) -> bool {
         // The second is in the upper bits, the count in the lower ones.
-        let second = self.0.freshness.now() / 1_000_000_000;
+        let second = self.0.freshness.now().0 / 1_000_000_000;
         let counted = self
             .0
             .absent_written
@@ -238,17 +243,27 @@ impl<F> Entry<F> {
     }
 }
 
-fn context(hash: &Hash) -> [&[u8]; 3] {
-    [b"key record", &[VERSION], hash]
+fn context<'a>(history: &'a str, hash: &'a Hash) -> [&'a [u8]; 4] {
+    [b"key record", &[VERSION], history.as_bytes(), hash]
 }
 
-fn close<F: Serialize>(seal: &Seal, hash: &Hash, entry: &Entry<F>) -> Option<Vec<u8>> {
+fn close<F: Serialize>(
+    seal: &Seal,
+    history: &str,
+    hash: &Hash,
+    entry: &Entry<F>,
+) -> Option<Vec<u8>> {
     let content = serde_json::to_vec(entry).ok()?;
-    Some(seal.close(&context(hash), &content))
+    Some(seal.close(&context(history, hash), &content))
 }
 
-fn open<F: for<'a> Deserialize<'a>>(seal: &Seal, hash: &Hash, bytes: &[u8]) -> Option<Entry<F>> {
-    serde_json::from_slice(seal.open(&context(hash), bytes)?).ok()
+fn open<F: for<'a> Deserialize<'a>>(
+    seal: &Seal,
+    history: &str,
+    hash: &Hash,
+    bytes: &[u8],
+) -> Option<Entry<F>> {
+    serde_json::from_slice(seal.open(&context(history, hash), bytes)?).ok()
 }
 
 #[cfg(test)]
@@ -319,11 +334,13 @@ mod tests {
 
     #[test]
     fn sealed_entry_opens_only_with_its_own_hash_and_key() {
-        let bytes = close(&key(1), &[7; 32], &entry()).unwrap();
-        let opened = open::<KeyFacts>(&key(1), &[7; 32], &bytes).unwrap();
+        let bytes = close(&key(1), "a", &[7; 32], &entry()).unwrap();
+        let opened = open::<KeyFacts>(&key(1), "a", &[7; 32], &bytes).unwrap();
         assert_eq!((opened.as_of, opened.facts), (9, Some(facts())));
-        assert!(open::<KeyFacts>(&key(2), &[7; 32], &bytes).is_none());
-        assert!(open::<KeyFacts>(&key(1), &[8; 32], &bytes).is_none());
+        assert!(open::<KeyFacts>(&key(2), "a", &[7; 32], &bytes).is_none());
+        assert!(open::<KeyFacts>(&key(1), "a", &[8; 32], &bytes).is_none());
+        // PostgreSQL was restored.
+        assert!(open::<KeyFacts>(&key(1), "b", &[7; 32], &bytes).is_none());
     }
 
     #[test]
@@ -333,13 +350,13 @@ mod tests {
             at: AT,
             facts: None::<KeyFacts>,
         };
-        let whole = close(&key(1), &[7; 32], &entry).unwrap();
-        assert!(open::<KeyFacts>(&key(1), &[7; 32], &whole).is_some());
+        let whole = close(&key(1), "a", &[7; 32], &entry).unwrap();
+        assert!(open::<KeyFacts>(&key(1), "a", &[7; 32], &whole).is_some());
         for at in 0..whole.len() {
             let mut bytes = whole.clone();
             bytes[at] ^= 1;
-            assert!(open::<KeyFacts>(&key(1), &[7; 32], &bytes).is_none());
-            assert!(open::<KeyFacts>(&key(1), &[7; 32], &whole[..at]).is_none());
+            assert!(open::<KeyFacts>(&key(1), "a", &[7; 32], &bytes).is_none());
+            assert!(open::<KeyFacts>(&key(1), "a", &[7; 32], &whole[..at]).is_none());
         }
     }
 

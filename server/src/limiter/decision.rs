@@ -1,7 +1,7 @@
 //! A decision: allowed, or denied by certain policies until a certain time.
 //!
-//! A plain `Copy` value. It contains everything that headers and bodies report, but does not know HTTP and does not
-//! round.
+//! A plain `Copy` value. It contains everything that headers and bodies report, but does not depend on HTTP and does
+//! not round.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
@@ -17,8 +17,8 @@ pub enum Outcome {
         /// The violated policies. Empty only if the decision is degraded: this replica has no tokens left, and whether
         /// a limit is reached is unknown.
         violated: PolicySet,
-        /// Nanoseconds after which the same request would be allowed if nothing else is taken: the longest wait of the
-        /// violated policies. `None` if the cost exceeds a limit, so that it can never be allowed.
+        /// Nanoseconds after which the same request would be allowed if no other tokens are taken: the longest wait of
+        /// the violated policies. `None` if the cost exceeds a limit, so that it can never be allowed.
         retry_after: Option<NonZeroU64>,
     },
 }
@@ -29,17 +29,18 @@ pub struct PolicyState {
     pub policy: Policy,
     /// The burst for [`Policy::Rpm`], otherwise the quota of the current window.
     pub limit: u64,
-    /// Requests of cost 1 that are left now.
+    /// The number of requests with a cost of 1 that are left now.
     pub remaining: u64,
-    /// When all of `limit` is available again: when the bucket is full, or the next day or month begins.
+    /// The time at which all of `limit` is available again: when the bucket is full, or when the next day or month
+    /// begins.
     pub reset_at: UnixNanos,
     /// Length of the window in seconds, if a change of time zone made it shorter than its day or month.
     pub shortened_to: Option<NonZeroU32>,
 }
 
 impl PolicyState {
-    /// Returns whether `self` is closer to exhaustion than `other`: a smaller share of its limit is left or, if equal,
-    /// it resets later.
+    /// Returns whether `self` is closer to exhaustion than `other`: a smaller fraction of its limit is left or, if
+    /// equal, it resets later.
     fn is_nearer_exhaustion(self, other: Self) -> bool {
         let mine = u128::from(self.remaining) * u128::from(other.limit);
         let theirs = u128::from(other.remaining) * u128::from(self.limit);
@@ -75,7 +76,8 @@ impl Decision {
         }
     }
 
-    /// Returns nanoseconds until the same request would be allowed. `None` if it was, or never will be.
+    /// Returns nanoseconds until the same request would be allowed. Returns `None` if it was allowed, or will never be
+    /// allowed.
     pub fn retry_after(&self) -> Option<u64> {
         match self.outcome {
             Outcome::Allowed => None,
@@ -114,6 +116,7 @@ impl Decision {
         state
             .reset_at
             .saturating_since(self.at)
+            .0
             .div_ceil(1_000_000_000)
     }
 }

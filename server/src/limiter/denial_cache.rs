@@ -1,15 +1,16 @@
-//! Denials that a replica remembers, in front of a remote store, so that repeating them costs no round trip.
+//! Denials that a replica remembers, in front of a remote store, so that repeated denials need no round trip.
 //!
-//! Two things deny here: a `governor` limiter with the plan's whole rate, and the store's last denial, until one of its
-//! facts or the plan changes. Both only repeat what the store would say. A denial here consumes nothing anywhere, and a
-//! denial by the store must consume nothing here. So `governor` gets a state store that reports what would happen
-//! without changing anything, and only what the store allowed is charged to it. (Charging first and refunding later is
-//! not equivalent: the bucket may have been full in between, and a refund would then credit tokens that nobody took.)
+//! Two things deny requests here: a `governor` limiter with the plan's full rate, and the store's last denial, until
+//! the state it was based on or the plan changes. Both only repeat what the store would decide. A denial here consumes
+//! nothing anywhere, and a denial by the store must consume nothing here. So `governor` gets a state store that reports
+//! what would happen without changing anything, and only what the store allowed is charged to it. (Charging first and
+//! refunding later is not equivalent: the bucket may have been full in between, and a refund would then credit tokens
+//! that nobody took.)
 //!
-//! In front of the local store this would only add cost: its numbers are in the same handle. So the limiter skips it if
-//! [`LimitStore::is_local`].
+//! In front of the local store, this would only add cost, because its state is in the same handle. So the limiter skips
+//! it if [`LimitStore::is_local`].
 //!
-//! Uses monotonic time: setting the calendar back must not lock anyone out.
+//! Uses monotonic time: setting the clock back must not lock anyone out.
 //!
 //! [`LimitStore::is_local`]: super::store::LimitStore::is_local
 
@@ -19,13 +20,11 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use governor::{
     Quota, RateLimiter,
     middleware::NoOpMiddleware,
-    nanos::Nanos,
     state::{NotKeyed, StateStore},
 };
 use parking_lot::Mutex;
@@ -36,35 +35,63 @@ use super::{
     policy::{Policy, PolicySet, RatePolicy},
     rate::gcra::{Gcra, Verdict},
 };
-use crate::clock::{Clock, GovernorClock, UnixNanos};
+use crate::clock::{Clock, GovernorClock, Instant, Monotonic, Nanos, UnixNanos};
 
 /// Converts a rate for `governor`, with the interval rounded up as in [`Gcra`].
 fn governor_quota(rate: RatePolicy) -> Quota {
     let gcra = Gcra::new(rate);
     // Limited as in `Gcra`: governor does not check for overflow.
-    let burst = (gcra.tau() / gcra.emission()).max(1);
+    let burst = gcra.tokens(gcra.tau()).max(1);
     let burst = u32::try_from(burst)
         .ok()
         .and_then(NonZeroU32::new)
         .unwrap_or(NonZeroU32::MAX);
-    Quota::with_period(Duration::from_nanos(gcra.emission()))
+    Quota::with_period(gcra.emission().into())
         .unwrap_or_else(|| Quota::per_second(NonZeroU32::MIN))
         .allow_burst(burst)
 }
 
-/// A state that `governor` can read but not change: the TAT, in nanoseconds since the limiter was created.
+/// Monotonic time since the governor limiter was created.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[repr(transparent)]
+struct Elapsed(u64);
+
+impl Elapsed {
+    const ZERO: Self = Self(0);
+}
+
+impl Instant for Elapsed {
+    fn saturating_add(self, time: Nanos) -> Self {
+        Self(self.0.saturating_add(time.0))
+    }
+
+    fn saturating_since(self, earlier: Self) -> Nanos {
+        Nanos(self.0.saturating_sub(earlier.0))
+    }
+}
+
+/// A state that `governor` can read but not change: the TAT.
 #[derive(Debug, Clone, Default)]
 struct SharedTat(Arc<AtomicU64>);
+
+impl SharedTat {
+    fn load(&self) -> Elapsed {
+        Elapsed(self.0.load(Ordering::Acquire))
+    }
+
+    fn store(&self, tat: Elapsed) {
+        self.0.store(tat.0, Ordering::Release);
+    }
+}
 
 impl StateStore for SharedTat {
     type Key = NotKeyed;
 
     fn measure_and_replace<T, F, E>(&self, _: &NotKeyed, decide: F) -> Result<T, E>
     where
-        F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
+        F: Fn(Option<governor::nanos::Nanos>) -> Result<(T, governor::nanos::Nanos), E>,
     {
-        let tat = self.0.load(Ordering::Acquire);
-        decide(Some(Nanos::new(tat))).map(|(answer, _)| answer)
+        decide(Some(self.load().0.into())).map(|(answer, _)| answer)
     }
 }
 
@@ -76,32 +103,29 @@ pub(super) struct DenialCache(Mutex<Option<Box<LocalBucket>>>);
 struct LocalBucket {
     fingerprint: u64,
     gcra: Gcra,
-    limiter: RateLimiter<NotKeyed, SharedTat, GovernorClock, NoOpMiddleware<Nanos>>,
+    limiter:
+        RateLimiter<NotKeyed, SharedTat, GovernorClock, NoOpMiddleware<governor::nanos::Nanos>>,
     tat: SharedTat,
-    /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was lowered.
-    beyond: u64,
-    /// When tokens were last charged, or the plan was edited, since the limiter's zero.
-    used_at: u64,
     /// Some charged requests were allowed without the store.
     degraded: bool,
-    /// The limiter's zero, in monotonic time.
-    start: u64,
+    /// When the limiter was created.
+    start: Monotonic,
     /// The store's last decision.
     last: Option<Decision>,
     denied: Option<Denied>,
 }
 
-/// For how many nanoseconds a denial by a quota is trusted. Other replicas may return tokens.
-const QUOTA_DENIAL: u64 = 1_000_000_000;
+/// How long a denial by a quota is trusted. Other replicas may return tokens.
+const QUOTA_DENIAL: Nanos = Nanos::from_secs(1);
 
-/// A denial of a cost, with monotonic times since the limiter's zero.
+/// A denial of a cost.
 #[derive(Debug, Clone, Copy)]
 struct Denied {
     cost: NonZeroU32,
-    /// Until then the same request is denied.
-    believed_until: u64,
-    /// From then on it is allowed.
-    retry_at: u64,
+    /// Until then, the same request is denied.
+    believed_until: Elapsed,
+    /// After that, it is allowed.
+    retry_at: Elapsed,
     decision: Decision,
 }
 
@@ -109,19 +133,20 @@ impl Denied {
     fn new(
         gcra: Gcra,
         cost: NonZeroU32,
-        elapsed: UnixNanos,
+        elapsed: Elapsed,
         decision: &Decision,
-        rate_memory: Option<u64>,
+        rate_memory: Option<Nanos>,
     ) -> Option<Self> {
-        let retry_after = decision.retry_after()?;
-        // Until the first of its facts changes.
+        let retry_after = Nanos(decision.retry_after()?);
+        // The time at which its reason may change.
         let mut believed = retry_after;
         if decision.violated().contains(Policy::Rpm) {
             // Another replica may return tokens.
-            believed = believed.min(rate_memory.unwrap_or(u64::MAX));
+            believed = believed.min(rate_memory.unwrap_or(Nanos::MAX));
             let missing = decision.rate.reset_at.saturating_since(decision.at);
-            match gcra.decide(missing, UnixNanos(0), cost) {
-                Verdict::Wait { wait } => believed = believed.min(wait.get()),
+            let tat = Elapsed::ZERO.saturating_add(missing);
+            match gcra.decide(tat, Elapsed::ZERO, cost) {
+                Verdict::Wait { wait } => believed = believed.min(Nanos(wait.get())),
                 // The bucket has refilled while the response was in transit.
                 Verdict::Fits { .. } => return None,
                 Verdict::NeverFits => {}
@@ -135,8 +160,8 @@ impl Denied {
         }
         Some(Self {
             cost,
-            believed_until: elapsed.0.saturating_add(believed),
-            retry_at: elapsed.0.saturating_add(retry_after),
+            believed_until: elapsed.saturating_add(believed),
+            retry_at: elapsed.saturating_add(retry_after),
             decision: *decision,
         })
     }
@@ -146,14 +171,12 @@ impl LocalBucket {
     fn new(policies: &Policies, clock: &Arc<dyn Clock>) -> Self {
         let tat = SharedTat::default();
         let clock = GovernorClock(Arc::clone(clock));
-        let start = governor::clock::Clock::now(&clock).as_u64();
+        let start = clock.0.monotonic();
         Self {
             fingerprint: policies.fingerprint(),
             gcra: policies.gcra(),
             limiter: RateLimiter::new(governor_quota(policies.rate()), tat.clone(), clock),
             tat,
-            beyond: 0,
-            used_at: 0,
             degraded: false,
             start,
             last: None,
@@ -161,52 +184,42 @@ impl LocalBucket {
         }
     }
 
-    /// Updates the state to edited policies: usage is carried over, cached decisions are dropped.
+    /// Updates the state to edited policies, and discards cached decisions. If the rate was edited, the local bucket
+    /// starts full again. It is unknown when the store learned of the edit, so it may have refilled by any amount
+    /// since, and a request that the store would grant must not be denied here.
     fn follow(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();
             (self.last, self.denied) = (None, None);
-            return;
-        }
-        let mut next = Self::new(policies, clock);
-        next.degraded = self.degraded;
-        let now = UnixNanos(next.start.saturating_sub(self.start));
-        let bucket = (self.tat.0.load(Ordering::Acquire), self.beyond);
-        let used_at = UnixNanos(self.used_at);
-        let (carried, beyond) = next.gcra.carry_over(self.gcra, bucket, used_at, now);
-        next.beyond = beyond;
-        next.tat.0.store(carried - now.0, Ordering::Release);
-        *self = next;
-    }
-
-    fn elapsed(&self, clock: &Arc<dyn Clock>) -> UnixNanos {
-        UnixNanos(clock.monotonic().saturating_sub(self.start))
-    }
-
-    /// Returns the local state of the rate at `now`.
-    fn rate(&self, policies: &Policies, elapsed: UnixNanos, now: UnixNanos) -> PolicyState {
-        let tat = self.tat.0.load(Ordering::Acquire);
-        PolicyState {
-            policy: Policy::Rpm,
-            limit: u64::from(policies.rate().burst.get()),
-            remaining: self.gcra.remaining(tat, elapsed),
-            reset_at: now.saturating_add(tat.saturating_sub(elapsed.0)),
-            shortened_to: None,
+        } else {
+            *self = Self::new(policies, clock);
         }
     }
 
-    fn remembered(&self, cost: NonZeroU32, elapsed: UnixNanos, now: UnixNanos) -> Option<Decision> {
+    fn at(&self, time: Monotonic) -> Elapsed {
+        Elapsed(time.saturating_since(self.start).0)
+    }
+
+    /// Returns the time until the bucket is full at `now`: as computed here or, if that is longer, as last reported by
+    /// the store, since other replicas use the bucket too.
+    fn debt(&self, last: &Decision, elapsed: Elapsed, now: UnixNanos) -> Nanos {
+        let here = self.tat.load().saturating_since(elapsed);
+        here.max(last.rate.reset_at.saturating_since(now))
+    }
+
+    fn remembered(&self, cost: NonZeroU32, elapsed: Elapsed, now: UnixNanos) -> Option<Decision> {
         let denied = self
             .denied
-            .filter(|denied| denied.cost == cost && elapsed.0 < denied.believed_until)?;
-        let left = NonZeroU64::new(denied.retry_at.saturating_sub(elapsed.0))?;
+            .filter(|denied| denied.cost == cost && elapsed < denied.believed_until)?;
+        let left = NonZeroU64::new(denied.retry_at.saturating_since(elapsed).0)?;
         let mut decision = denied.decision;
         let Outcome::Denied { violated, .. } = decision.outcome else {
             return None;
         };
         // The bucket has refilled in the meantime.
         let full_in = decision.rate.reset_at.saturating_since(now);
-        decision.rate.remaining = self.gcra.remaining(full_in, UnixNanos(0));
+        let tat = Elapsed::ZERO.saturating_add(full_in);
+        decision.rate.remaining = self.gcra.remaining(tat, Elapsed::ZERO);
         decision.rate.reset_at = now.saturating_add(full_in);
         decision.at = now;
         decision.outcome = Outcome::Denied {
@@ -220,14 +233,17 @@ impl LocalBucket {
         &self,
         policies: &Policies,
         cost: NonZeroU32,
-        elapsed: UnixNanos,
+        elapsed: Elapsed,
         now: UnixNanos,
     ) -> Option<Decision> {
-        // After an edit the store decides first. It also reports costs above the burst.
+        // After an edit, the store decides first. It also reports costs above the burst.
         let last = self.last?;
-        let until = self.limiter.check_n(cost).ok()?.err()?;
-        let wait = until.earliest_possible().as_u64();
-        let wait = NonZeroU64::new(wait.saturating_sub(self.start + elapsed.0))?;
+        self.limiter.check_n(cost).ok()?.err()?;
+        let debt = self.debt(&last, elapsed, now);
+        let tat = Elapsed::ZERO.saturating_add(debt);
+        let Verdict::Wait { wait } = self.gcra.decide(tat, Elapsed::ZERO, cost) else {
+            return None;
+        };
         let mut violated = PolicySet::EMPTY.with(Policy::Rpm);
         let mut retry_after = wait;
         let mut quotas = [None, None];
@@ -241,7 +257,7 @@ impl LocalBucket {
                 _ => last.monthly?,
             };
             // Windows that have ended do not count, and the store reports costs above the quota.
-            let left = NonZeroU64::new(known.reset_at.saturating_since(now))?;
+            let left = NonZeroU64::new(known.reset_at.saturating_since(now).0)?;
             if u64::from(cost.get()) > limit.get() {
                 return None;
             }
@@ -258,7 +274,13 @@ impl LocalBucket {
                 retry_after: Some(retry_after),
             },
             rpm: policies.rate().rpm,
-            rate: self.rate(policies, elapsed, now),
+            rate: PolicyState {
+                policy: Policy::Rpm,
+                limit: u64::from(policies.rate().burst.get()),
+                remaining: self.gcra.remaining(tat, Elapsed::ZERO),
+                reset_at: now.saturating_add(debt),
+                shortened_to: None,
+            },
             daily: quotas[0],
             monthly: quotas[1],
             degraded: self.degraded,
@@ -267,7 +289,7 @@ impl LocalBucket {
 }
 
 impl DenialCache {
-    /// Returns a denial if one is known without the store.
+    /// Returns a denial if one is known without calling the store.
     pub(super) fn find(
         &self,
         policies: &Policies,
@@ -276,43 +298,42 @@ impl DenialCache {
     ) -> Option<Decision> {
         let mut known = self.0.lock();
         let known = current(&mut known, policies, clock);
-        let elapsed = known.elapsed(clock);
+        let elapsed = known.at(clock.monotonic());
         let now = clock.now();
         known
             .remembered(cost, elapsed, now)
             .or_else(|| known.over_rate(policies, cost, elapsed, now))
     }
 
-    /// Records a decision of the store. A denial by the rate is cached for `rate_memory` nanoseconds at most. The store
-    /// decided after it was called, so usage has been refilling since the call at most. Nothing may be denied here that
-    /// the store would allow.
+    /// Records a decision of the store. A denial by the rate is cached for at most `rate_memory`. The store
+    /// decided after it was called, so usage has refilled at most since the call. Nothing that the store would allow
+    /// may be denied here.
     pub(super) fn record(
         &self,
         policies: &Policies,
         cost: NonZeroU32,
-        (clock, asked_at): (&Arc<dyn Clock>, u64),
+        clock: &Arc<dyn Clock>,
+        asked_at: Monotonic,
         decision: &Decision,
-        rate_memory: impl FnOnce() -> Option<u64>,
+        rate_memory: impl FnOnce() -> Option<Nanos>,
     ) {
         let mut known = self.0.lock();
         let known = current(&mut known, policies, clock);
-        let elapsed = known.elapsed(clock);
+        let elapsed = known.at(clock.monotonic());
         known.last = Some(*decision);
         match decision.outcome {
             Outcome::Allowed => {
                 known.denied = None;
                 let price = known.gcra.price(cost);
-                let tat = known.tat.0.load(Ordering::Acquire);
-                let asked = asked_at.saturating_sub(known.start);
+                let tat = known.tat.load();
+                let asked = known.at(asked_at);
                 known.degraded &= tat > asked;
                 known.degraded |= decision.degraded;
-                known.beyond = known.gcra.beyond(known.beyond, tat, UnixNanos(asked));
-                let tat = tat.max(asked);
-                known.used_at = asked;
-                known
-                    .tat
-                    .0
-                    .store(tat.saturating_add(price), Ordering::Release);
+                // Replicas that decide without the counters may together allow more than the bucket contains. No more
+                // than the whole burst can be missing.
+                let charged = tat.max(asked).saturating_add(price);
+                let tat = known.gcra.settled(charged, elapsed);
+                known.tat.store(tat);
             }
             // A decision without the store does not show what the store would decide.
             Outcome::Denied { .. } if decision.degraded => known.denied = None,

@@ -12,6 +12,7 @@ use super::{
     quota::calendar::Zone,
     rate::{gcra::Gcra, lease::Terms},
 };
+use crate::clock::Nanos;
 
 /// All policies of a key, from its plan and its own overrides.
 ///
@@ -107,16 +108,16 @@ impl Policies {
         self.gcra
     }
 
-    /// What calls to the shared counters say about these limits, where a lease lasts `ttl` nanoseconds.
-    pub(super) fn terms(&self, ttl: u64) -> Terms {
+    /// The terms of these limits for calls to the shared counters, if a lease lasts `ttl` nanoseconds.
+    pub(super) fn terms(&self, ttl: Nanos) -> Terms {
         Terms {
             gcra: self.gcra,
             version: self.version,
-            leased: ttl > 0 && !self.strict,
+            leased: ttl > Nanos::ZERO && !self.strict,
         }
     }
 
-    /// Equal for equal policies, and practically always different otherwise.
+    /// Equal for equal policies, and almost always different otherwise.
     pub(super) fn fingerprint(&self) -> u64 {
         self.fingerprint
     }

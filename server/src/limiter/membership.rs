@@ -3,8 +3,8 @@
 //! Owns the last count and decides how long to trust it. Does not count: a job does, in PostgreSQL, so that a count is
 //! available when the shared counters are not.
 //!
-//! **The shares of all replicas never exceed the whole**, although each replica uses its own count, which may be old. A
-//! replica acts only on a count that began within [`BELIEVED`], and only after it has been counted itself for
+//! **The shares of all replicas never exceed the full limit**, although each replica uses its own count, which may be
+//! old. A replica acts only on a count that began within [`BELIEVED`], and only after it has been counted itself for
 //! [`SETTLED`], which is longer. So every count that a replica acts on includes all replicas that act: its divisor is
 //! not smaller than their number, and its rank is not lower than its position among them. Others stop counting a
 //! replica only after [`FORGOTTEN`], long after it has stopped acting.
@@ -17,7 +17,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use crate::clock::nanos;
+use crate::clock::Monotonic;
 
 /// How long a count is trusted.
 pub const BELIEVED: Duration = Duration::from_secs(7);
@@ -33,7 +33,7 @@ const _: () = assert!(
     "a replica that is not counted by all others must not take a share"
 );
 
-/// The maximum number of replicas that blocks are sized for.
+/// The maximum number of replicas for which blocks are sized.
 const REPLICAS_MAX: u64 = 1000;
 
 /// A replica's position among all replicas.
@@ -49,9 +49,9 @@ struct Counted {
     slot: ReplicaSlot,
     /// Monotonic times: when the first count that included this replica ended, when the first count with this slot
     /// ended, and when the latest count began.
-    joined: u64,
-    since: u64,
-    confirmed: u64,
+    joined: Monotonic,
+    since: Monotonic,
+    confirmed: Monotonic,
 }
 
 /// See the module.
@@ -72,7 +72,7 @@ impl Default for Membership {
 
 impl Membership {
     /// Records a count at `now` that found this replica in `slot`.
-    pub fn confirm(&self, slot: ReplicaSlot, now: u64) {
+    pub fn confirm(&self, slot: ReplicaSlot, now: Monotonic) {
         self.confirm_count(slot, now, now);
     }
 
@@ -80,10 +80,10 @@ impl Membership {
     ///
     /// Its age is measured from its beginning. It takes effect at its end: until then this replica acted on the
     /// previous count, and others may not have included this replica.
-    pub fn confirm_count(&self, slot: ReplicaSlot, began: u64, ended: u64) {
+    pub fn confirm_count(&self, slot: ReplicaSlot, began: Monotonic, ended: Monotonic) {
         let mut counted = self.counted.lock();
         *counted = Some(match *counted {
-            Some(before) if ended.saturating_sub(before.confirmed) < nanos(BELIEVED) => Counted {
+            Some(before) if ended.saturating_since(before.confirmed) < BELIEVED.into() => Counted {
                 since: if before.slot == slot {
                     before.since
                 } else {
@@ -111,11 +111,11 @@ impl Membership {
         self.replica_count.load(Ordering::Relaxed)
     }
 
-    /// Returns this replica's slot and since when it has it. `None` while it must not act on a slot.
-    pub(super) fn slot(&self, now: u64) -> Option<(ReplicaSlot, u64)> {
+    /// Returns this replica's slot, and since when it has had it. `None` while it must not act on a slot.
+    pub(super) fn slot(&self, now: Monotonic) -> Option<(ReplicaSlot, Monotonic)> {
         let counted = (*self.counted.lock())?;
-        let settled = now.saturating_sub(counted.joined) >= nanos(SETTLED);
-        let believed = now.saturating_sub(counted.confirmed) < nanos(BELIEVED);
+        let settled = now.saturating_since(counted.joined) >= SETTLED.into();
+        let believed = now.saturating_since(counted.confirmed) < BELIEVED.into();
         (settled && believed).then_some((counted.slot, counted.since))
     }
 }
@@ -123,8 +123,13 @@ impl Membership {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Nanos;
 
     const SECOND: u64 = 1_000_000_000;
+
+    fn at(nanos: u64) -> Monotonic {
+        Monotonic(nanos)
+    }
 
     fn slot(rank: u64, of: u64) -> ReplicaSlot {
         ReplicaSlot {
@@ -137,50 +142,57 @@ mod tests {
     fn slot_is_used_when_settled_and_while_confirmed() {
         let membership = Membership::default();
         assert_eq!(membership.replica_count(), 1);
-        assert_eq!(membership.slot(0), None);
+        assert_eq!(membership.slot(at(0)), None);
         for second in 1..9 {
-            membership.confirm(slot(1, 2), second * SECOND);
+            membership.confirm(slot(1, 2), at(second * SECOND));
             assert_eq!(
-                membership.slot(second * SECOND),
+                membership.slot(at(second * SECOND)),
                 None,
                 "others may not know yet"
             );
         }
         assert_eq!(membership.replica_count(), 2);
-        membership.confirm(slot(1, 2), 9 * SECOND);
-        assert_eq!(membership.slot(9 * SECOND), Some((slot(1, 2), SECOND)));
-        assert!(membership.slot(15 * SECOND).is_some());
-        assert_eq!(membership.slot(16 * SECOND), None, "it is not confirmed");
-        // After such a gap it must settle again.
+        membership.confirm(slot(1, 2), at(9 * SECOND));
+        assert_eq!(
+            membership.slot(at(9 * SECOND)),
+            Some((slot(1, 2), at(SECOND)))
+        );
+        assert!(membership.slot(at(15 * SECOND)).is_some());
+        assert_eq!(
+            membership.slot(at(16 * SECOND)),
+            None,
+            "it is not confirmed"
+        );
+        // After such a gap, it must settle again.
         for second in 17..25 {
-            membership.confirm(slot(1, 2), second * SECOND);
-            assert_eq!(membership.slot(second * SECOND), None);
+            membership.confirm(slot(1, 2), at(second * SECOND));
+            assert_eq!(membership.slot(at(second * SECOND)), None);
         }
-        membership.confirm(slot(1, 2), 25 * SECOND);
-        assert!(membership.slot(25 * SECOND).is_some());
+        membership.confirm(slot(1, 2), at(25 * SECOND));
+        assert!(membership.slot(at(25 * SECOND)).is_some());
     }
 
     #[test]
     fn new_slot_counts_from_the_end_of_its_count() {
         let membership = Membership::default();
         for second in 0..10 {
-            membership.confirm(slot(1, 3), second * SECOND);
+            membership.confirm(slot(1, 3), at(second * SECOND));
         }
-        membership.confirm_count(slot(0, 2), 10 * SECOND, 11 * SECOND);
+        membership.confirm_count(slot(0, 2), at(10 * SECOND), at(11 * SECOND));
         assert_eq!(
-            membership.slot(11 * SECOND),
-            Some((slot(0, 2), 11 * SECOND))
+            membership.slot(at(11 * SECOND)),
+            Some((slot(0, 2), at(11 * SECOND)))
         );
-        assert!(membership.slot(17 * SECOND - 1).is_some());
+        assert!(membership.slot(at(17 * SECOND - 1)).is_some());
         assert_eq!(
-            membership.slot(17 * SECOND),
+            membership.slot(at(17 * SECOND)),
             None,
             "as old as its beginning"
         );
     }
 
     /// Replicas start, stop, lose PostgreSQL and get slow responses. They count each other as in the database, and the
-    /// sum of their shares of a burst is checked all the time.
+    /// sum of their shares of a burst is checked continuously.
     #[test]
     fn shares_of_all_replicas_never_exceed_the_whole() {
         const TICK: u64 = SECOND / 10;
@@ -220,7 +232,9 @@ mod tests {
                     if let Some((began, ended, slot)) = replicas[i].counting
                         && ended <= now
                     {
-                        replicas[i].membership.confirm_count(slot, began, now);
+                        replicas[i]
+                            .membership
+                            .confirm_count(slot, at(began), at(now));
                         replicas[i].counting = None;
                         replicas[i].next_count = began + SECOND;
                     }
@@ -229,7 +243,8 @@ mod tests {
                         let id = it.id;
                         replicas[i].seen = Some(now);
                         let is_counted = |it: &&Replica| {
-                            it.seen.is_some_and(|seen| now - seen < nanos(FORGOTTEN))
+                            it.seen
+                                .is_some_and(|seen| Nanos(now - seen) < FORGOTTEN.into())
                         };
                         let counted: Vec<_> = replicas.iter().filter(is_counted).collect();
                         let slot = slot(
@@ -244,7 +259,7 @@ mod tests {
                 replicas.retain(|it| it.stops > now);
                 let acting: Vec<ReplicaSlot> = replicas
                     .iter()
-                    .filter_map(|it| it.membership.slot(now).map(|(slot, _)| slot))
+                    .filter_map(|it| it.membership.slot(at(now)).map(|(slot, _)| slot))
                     .collect();
                 let share = |slot: &ReplicaSlot| {
                     burst / slot.of.get() + u64::from(slot.rank < burst % slot.of.get())

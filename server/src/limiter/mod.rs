@@ -1,9 +1,9 @@
-//! The limiter: may this key do this now?
+//! The limiter: may this key make this request now?
 //!
-//! Owns rates, calendar quotas and their usage. Does not know HTTP, SQL or secrets: a caller passes a key's handle and
-//! its policies, both from the key's cached record, and gets a [`Decision`]. If the ledger of calendar quotas fails,
-//! keys without such quotas are not affected. Others are served from tokens that are available locally, and then get an
-//! error. They are never admitted without a token.
+//! Owns rates, calendar quotas and their usage. Does not depend on HTTP, SQL or secrets: a caller passes a key's handle
+//! and its policies, both from the key's cached record, and gets a [`Decision`]. If the ledger of calendar quotas
+//! fails, keys without such quotas are not affected. Others are served from tokens that are available locally, and then
+//! get an error. They are never admitted without a token.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
@@ -44,11 +44,11 @@ pub use self::{
             BucketName, BucketState, CounterError, CounterMicros, SharedCounters, TakeCall,
             TakeReply,
         },
-        gcra::{Gcra, Verdict},
+        gcra::{Gcra, Level, Verdict},
     },
     store::LimitStore,
 };
-use crate::clock::Clock;
+use crate::clock::{Clock, Monotonic};
 
 /// How often to call [`Limiter::prune`].
 pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
@@ -71,8 +71,8 @@ impl Limiter {
         }
     }
 
-    /// Returns the handle of a key, to be kept in its cached record. As long as it is in use anywhere, the same key
-    /// gets the same handle, so a record that is loaded again finds its usage.
+    /// Returns the handle of a key, to be kept in its cached record. While it is in use anywhere, the same key gets the
+    /// same handle, so a record that is reloaded finds its usage.
     pub fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
         self.store.handle(tenant, key)
     }
@@ -96,8 +96,8 @@ impl Limiter {
         Some(decision)
     }
 
-    /// Decides, and waits for the store if necessary. Cancel safe: tokens that a canceled call has taken are available
-    /// to the key's next request.
+    /// Decides, and waits for the store if necessary. Cancel safe: tokens taken by a canceled call are available to the
+    /// key's next request.
     pub async fn admit(
         &self,
         handle: &Arc<KeyHandle>,
@@ -122,23 +122,22 @@ impl Limiter {
         policies: &Policies,
         cost: NonZeroU32,
         decision: &Decision,
-        asked_at: u64,
+        asked_at: Monotonic,
     ) {
         let remembered = || self.store.denial_memory(policies);
-        let times = (&self.clock, asked_at);
         handle
             .denials
-            .record(policies, cost, times, decision, remembered);
+            .record(policies, cost, &self.clock, asked_at, decision, remembered);
     }
 
     /// Returns the key's state as far as it is known locally, with [`Outcome::Allowed`]. Consumes nothing and makes no
-    /// call. A quota that has not been fetched in its window reads as full.
+    /// call. A quota that has not been fetched in its window counts as full.
     pub fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.peek(handle, policies)
     }
 
     /// Returns the state of the key, with the rate as used by all replicas. Takes nothing. Calls the shared counters,
-    /// if there are any. A quota that was not fetched in its window yet counts as full.
+    /// if there are any. A quota that has not been fetched in its window counts as full.
     pub async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.inspect(handle, policies).await
     }
@@ -149,7 +148,7 @@ impl Limiter {
         self.store.prune()
     }
 
-    /// Returns all unused tokens and takes no more. Call after the last request, before the process ends.
+    /// Returns all unused tokens and takes no more. Call after the last request, before the process exits.
     pub async fn drain(&self) -> Drained {
         self.store.drain().await
     }

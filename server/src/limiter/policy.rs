@@ -1,4 +1,4 @@
-//! The policies that limit a key: a rate with a burst, and quotas per day and month. Names and numbers only.
+//! The policies that limit a key: a rate with a burst, and quotas per day and month. Only names and numbers.
 
 use std::num::NonZeroU32;
 

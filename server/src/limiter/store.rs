@@ -1,8 +1,8 @@
 //! The contract of a store of limits.
 //!
 //! If the quota ledger fails, a store returns a [`LimiterError`] once the blocks it holds are spent. If the shared
-//! counters are unavailable, the plan decides: `closed` is a [`LimiterError`], while `share` and `open` still decide
-//! and mark their decisions as degraded.
+//! counters are unavailable, the plan's choice applies: `closed` is a [`LimiterError`], while `share` and `open` still
+//! decide and mark their decisions as degraded.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -15,6 +15,7 @@ use super::{
     key::{handle::KeyHandle, ledger_calls::Drained},
     limits::Policies,
 };
+use crate::clock::Nanos;
 
 /// A store of limits.
 ///
@@ -22,18 +23,18 @@ use super::{
 ///
 /// - *Atomic.* The cost is taken from every policy, or from none. A denial consumes nothing.
 /// - *Rate.* In any window of `T` seconds of the store's clock, at most `burst + rpm/60 * T` is allowed (with leases,
-///   `T` plus the lease TTL), and nothing is denied that the bucket holds. A stopped clock refills nothing. A clock
-///   that is set back delays a request for no longer than its cost takes to refill.
-/// - *Quotas.* In any calendar window at most `daily` and `monthly` are allowed, across restarts and crashes. After a
-///   crash, at most one block (a hundredth of the quota, and 10,000) and what requests were waiting for is lost, after
-///   a drain nothing. No replica holds an unused block for long while others need it. A change of time zone takes
-///   effect when the window ends, or immediately if nothing of it was used. The next window ends with the first day or
-///   month of the new zone, with a quota in proportion. Windows never overlap.
+///   `T` plus the lease TTL), and no request is denied for which the bucket has enough tokens. A stopped clock refills
+///   nothing. A clock that is set back delays a request for no longer than its cost takes to refill.
+/// - *Quotas.* In any calendar window, at most `daily` and `monthly` are allowed, across restarts and crashes. A crash
+///   loses at most one block (a hundredth of the quota, and at most 10,000 tokens) and the tokens that requests were
+///   waiting for; draining loses nothing. No replica holds an unused block for long while others need it. A change of
+///   time zone takes effect when the window ends, or immediately if nothing was used in it. The next window ends with
+///   the first day or month of the new zone, with a proportional quota. Windows never overlap.
 /// - *Edits.* Usage survives a change of policies: an edit never grants a new bucket or quota.
-/// - *Failure.* What cannot be decided is a [`LimiterError`], never an admission.
+/// - *Failure.* If no decision can be made, the result is a [`LimiterError`], never an admission.
 #[async_trait]
 pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
-    /// Returns the handle of a key: the same one as long as it is in use or its bucket is not full.
+    /// Returns the handle of a key: the same one while it is in use or its bucket is not full.
     fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError>;
 
     /// Decides without blocking. Returns `None` if it would have to wait.
@@ -52,7 +53,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError>;
 
-    /// Returns the key's state as far as it is known locally. Consumes nothing.
+    /// Returns the key's state as known locally. Consumes nothing.
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision;
 
     /// Returns the state of the key, with the rate as used by all replicas. Takes nothing. The same as
@@ -64,9 +65,9 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Returns whether a decision takes no I/O. If so, no denial cache is used in front of the store.
     fn is_local(&self) -> bool;
 
-    /// Returns for how many nanoseconds a denial by the rate may be cached. `None`: for the wait that it states.
+    /// Returns how long a denial by the rate may be cached. `None`: for the wait that it states.
     /// Shorter if other replicas may return tokens.
-    fn denial_memory(&self, _policies: &Policies) -> Option<u64> {
+    fn denial_memory(&self, _policies: &Policies) -> Option<Nanos> {
         None
     }
 
@@ -76,6 +77,6 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// number of remaining keys.
     fn prune(&self) -> usize;
 
-    /// Returns all unused tokens and takes no more, before the process ends.
+    /// Returns all unused tokens and takes no more, before the process exits.
     async fn drain(&self) -> Drained;
 }

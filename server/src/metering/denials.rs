@@ -1,8 +1,8 @@
-//! The log line of a denial: which key, which plan, which endpoint, which policy. Also limits how many denials a tenant
+//! The log line of a denial: the key, the plan, the endpoint and the policy. Also limits how many denials a tenant
 //! may record while the backlog is long.
 //!
 //! A client that is denied a thousand times per second must not cause a thousand lines per second. So there are at most
-//! a few per second, and the next line says how many were left out.
+//! a few per second, and the next line contains the number of omitted lines.
 
 use std::{
     collections::HashMap,
@@ -13,14 +13,17 @@ use parking_lot::Mutex;
 use quota_common::TenantId;
 
 use super::record::RecordedOutcome;
-use crate::keys::KeyRecord;
+use crate::{
+    clock::{Monotonic, Nanos},
+    keys::KeyRecord,
+};
 
 /// The maximum number of lines per second.
 const LINES: u64 = 10;
 /// The maximum number of denials that a tenant records per second while the backlog is long. At about 150 bytes each, a
 /// gigabyte lasts for 18 hours.
 const RECORDED: u32 = 100;
-const SECOND: u64 = 1_000_000_000;
+const SECOND: Nanos = Nanos::from_secs(1);
 
 #[derive(Debug, Default)]
 pub(super) struct DenialLog {
@@ -31,7 +34,7 @@ pub(super) struct DenialLog {
 }
 
 impl DenialLog {
-    pub fn log(&self, key: &KeyRecord, endpoint: &str, outcome: RecordedOutcome, now: u64) {
+    pub fn log(&self, key: &KeyRecord, endpoint: &str, outcome: RecordedOutcome, now: Monotonic) {
         if !tracing::enabled!(target: "quota_server::denials", tracing::Level::INFO) {
             return;
         }
@@ -54,13 +57,13 @@ impl DenialLog {
         );
     }
 
-    /// Returns whether a line may be written, and how many were left out since the last one.
-    fn admit(&self, now: u64) -> Option<u64> {
+    /// Returns whether a line may be written, and the number of lines omitted since the last one.
+    fn admit(&self, now: Monotonic) -> Option<u64> {
         let began = self.began.load(Ordering::Relaxed);
-        if now.saturating_sub(began) >= SECOND
+        if now.saturating_since(Monotonic(began)) >= SECOND
             && self
                 .began
-                .compare_exchange(began, now, Ordering::Relaxed, Ordering::Relaxed)
+                .compare_exchange(began, now.0, Ordering::Relaxed, Ordering::Relaxed)
                 .is_ok()
         {
             self.lines.store(0, Ordering::Relaxed);
@@ -86,8 +89,8 @@ struct Spent {
 }
 
 impl Spent {
-    fn at(&mut self, now: u64) -> &mut HashMap<TenantId, u32> {
-        let second = now / SECOND;
+    fn at(&mut self, now: Monotonic) -> &mut HashMap<TenantId, u32> {
+        let second = now.0 / SECOND.0;
         // Threads may be slightly behind each other.
         if second > self.second {
             self.second = second;
@@ -99,12 +102,12 @@ impl Spent {
 
 impl DenialBudget {
     /// Whether the tenant has recorded as many denials as allowed in the second of `now`.
-    pub fn is_spent(&self, tenant: TenantId, now: u64) -> bool {
+    pub fn is_spent(&self, tenant: TenantId, now: Monotonic) -> bool {
         let mut spent = self.0.lock();
         spent.at(now).get(&tenant).is_some_and(|it| *it >= RECORDED)
     }
 
-    pub fn spend(&self, tenant: TenantId, now: u64) {
+    pub fn spend(&self, tenant: TenantId, now: Monotonic) {
         let mut spent = self.0.lock();
         let denials = spent.at(now).entry(tenant).or_default();
         *denials = denials.saturating_add(1);
@@ -115,26 +118,32 @@ impl DenialBudget {
 mod tests {
     use super::*;
 
+    fn at(nanos: u64) -> Monotonic {
+        Monotonic(nanos)
+    }
+
     #[test]
     fn each_tenant_has_its_own_denials_every_second() {
         let budget = DenialBudget::default();
         let tenant = |n| TenantId(uuid::Uuid::from_u128(n));
         for _ in 0..RECORDED {
-            assert!(!budget.is_spent(tenant(1), SECOND));
-            budget.spend(tenant(1), SECOND);
+            assert!(!budget.is_spent(tenant(1), at(SECOND.0)));
+            budget.spend(tenant(1), at(SECOND.0));
         }
-        assert!(budget.is_spent(tenant(1), 2 * SECOND - 1));
-        assert!(!budget.is_spent(tenant(2), 2 * SECOND - 1));
-        assert!(!budget.is_spent(tenant(1), 2 * SECOND));
+        assert!(budget.is_spent(tenant(1), at(2 * SECOND.0 - 1)));
+        assert!(!budget.is_spent(tenant(2), at(2 * SECOND.0 - 1)));
+        assert!(!budget.is_spent(tenant(1), at(2 * SECOND.0)));
     }
 
     #[test]
     fn lines_are_capped_and_the_next_one_says_how_many_were_left_out() {
         let log = DenialLog::default();
-        let lines = (0..1_000).filter_map(|n| log.admit(n)).collect::<Vec<_>>();
+        let lines = (0..1_000)
+            .filter_map(|n| log.admit(at(n)))
+            .collect::<Vec<_>>();
         assert_eq!(lines, vec![0; 10]);
-        assert_eq!(log.admit(SECOND - 1), None);
-        assert_eq!(log.admit(SECOND), Some(991));
-        assert_eq!(log.admit(SECOND + 1), Some(0));
+        assert_eq!(log.admit(at(SECOND.0 - 1)), None);
+        assert_eq!(log.admit(at(SECOND.0)), Some(991));
+        assert_eq!(log.admit(at(SECOND.0 + 1)), Some(0));
     }
 }

@@ -1,6 +1,6 @@
 //! The directory of a replica's segments, and the lock that shows whether the replica is running.
 //!
-//! All of them are in `usage` below `QUOTA_DATA_DIR`, which replicas may share. A directory belongs to the process that
+//! All of them are in `usage` in `QUOTA_DATA_DIR`, which replicas may share. A directory belongs to the process that
 //! holds the lock on its lock file. The kernel releases the lock when the process ends for any reason.
 
 use std::{
@@ -14,10 +14,10 @@ use uuid::Uuid;
 
 use super::segment::{EXTENSION, UNFINISHED};
 
-/// The folder of all directories, below `QUOTA_DATA_DIR`.
+/// The folder of all directories, in `QUOTA_DATA_DIR`.
 pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
-/// The suffix of a rejected segment's file name.
+/// The folder, next to the directories, of files that are not shipped but kept for the operator.
 const REFUSED: &str = "refused";
 
 /// A directory whose lock this process holds.
@@ -30,14 +30,8 @@ pub(super) struct Directory {
 }
 
 impl Directory {
-    /// Creates a new directory below `root`.
+    /// Creates a new directory in `root`.
     pub fn create(root: &Path) -> io::Result<Self> {
-        let folder = |path: &Path, recursive| {
-            DirBuilder::new()
-                .mode(0o700)
-                .recursive(recursive)
-                .create(path)
-        };
         folder(root, true)?;
         let id = Uuid::now_v7();
         let (unfinished, path) = (
@@ -48,7 +42,7 @@ impl Directory {
         let locked = (|| {
             let lock = open_lock(&unfinished)?;
             lock.try_lock()?;
-            // Other processes see it only from here on, when it is locked.
+            // Other processes can see it only from here on, when it is locked.
             fs::rename(&unfinished, &path)?;
             Ok(lock)
         })();
@@ -65,7 +59,7 @@ impl Directory {
         }
     }
 
-    /// Takes over an existing directory. Returns `None` if a running process holds it or it does not exist.
+    /// Takes over an existing directory. Returns `None` if a running process holds it or if it does not exist.
     pub fn adopt(path: &Path) -> io::Result<Option<Self>> {
         let Some(id) = id_of(path) else {
             return Ok(None);
@@ -92,21 +86,32 @@ impl Directory {
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();
             if path.extension().is_some_and(|it| it == UNFINISHED) {
-                fs::remove_file(path)?;
+                delete(&path)?;
             }
         }
         Ok(())
     }
 
-    /// Deletes the directory, unless it contains more than the lock file.
-    pub fn remove(self) -> io::Result<()> {
+    /// Deletes the directory, unless it contains more than the lock file. Returns whether it did.
+    pub fn remove(self) -> io::Result<bool> {
         for entry in fs::read_dir(&self.path)? {
             if entry?.file_name() != LOCK {
-                return Ok(());
+                return Ok(false);
             }
         }
-        fs::remove_file(self.path.join(LOCK))?;
-        fs::remove_dir(&self.path)
+        delete(&self.path.join(LOCK))?;
+        fs::remove_dir(&self.path)?;
+        Ok(true)
+    }
+
+    /// Moves files that an earlier version set aside in the directory to the current location.
+    pub fn move_refused(&self) -> io::Result<()> {
+        for path in paths(&self.path, |path| {
+            path.extension().is_some_and(|it| it == REFUSED)
+        })? {
+            set_aside(&path)?;
+        }
+        Ok(())
     }
 }
 
@@ -118,12 +123,12 @@ fn open_lock(directory: &Path) -> io::Result<File> {
         .open(directory.join(LOCK))
 }
 
-/// Returns the ID of a replica's directory. `None`: it is not one.
+/// Returns the ID of a replica's directory. `None` if it is not one.
 pub(super) fn id_of(path: &Path) -> Option<Uuid> {
     Uuid::try_parse(path.file_name()?.to_str()?).ok()
 }
 
-/// Returns the directories below `root`, oldest first.
+/// Returns the directories in `root`, oldest first.
 pub(super) fn list(root: &Path) -> io::Result<Vec<PathBuf>> {
     paths(root, |path| id_of(path).is_some())
 }
@@ -135,9 +140,38 @@ pub(super) fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
     })
 }
 
-/// Renames a segment so that it is not read again, and keeps it for the operator.
+/// Moves a segment out of its directory, so that it is not read again, and keeps it for the operator.
 pub(super) fn set_aside(segment: &Path) -> io::Result<()> {
-    fs::rename(segment, segment.with_extension(REFUSED))
+    let (Some(directory), Some(name)) = (segment.parent(), segment.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let refused = directory.parent().unwrap_or(directory).join(REFUSED);
+    folder(&refused, true)?;
+    // Two directories may contain files of the same name.
+    let mut kept = directory.file_name().unwrap_or_default().to_owned();
+    kept.push("-");
+    kept.push(name);
+    is_gone(fs::rename(segment, refused.join(kept)))
+}
+
+/// Deletes a file, if it exists.
+pub(super) fn delete(path: &Path) -> io::Result<()> {
+    is_gone(fs::remove_file(path))
+}
+
+/// Ignores the error that a file does not exist.
+fn is_gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+fn folder(path: &Path, recursive: bool) -> io::Result<()> {
+    DirBuilder::new()
+        .mode(0o700)
+        .recursive(recursive)
+        .create(path)
 }
 
 fn paths(directory: &Path, is_wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<PathBuf>> {
@@ -153,7 +187,7 @@ fn paths(directory: &Path, is_wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<
             found.push(path);
         }
     }
-    // Named after UUIDv7.
+    // Its name is a UUIDv7.
     found.sort();
     Ok(found)
 }

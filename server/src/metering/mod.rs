@@ -1,9 +1,9 @@
 //! Metering: one record for each decision on a known key, which reaches PostgreSQL exactly once.
 //!
 //! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
-//! for the network. Space is reserved before the decision; without space there is no decision. A *shipper* moves
-//! records to PostgreSQL. The *cursor* of each segment says how far it was shipped, and moves in the transaction that
-//! inserts the records. Records that were not shipped yet are the *backlog*.
+//! for the network. Space is reserved before the decision; if there is no space, no decision is made. A *shipper* moves
+//! records to PostgreSQL. The *cursor* of each segment is the position up to which it has been shipped, and moves in
+//! the transaction that inserts the records. Records that have not been shipped yet are the *backlog*.
 //!
 //! ```text
 //! reserve -> decision -> fill, or void        one word, then the record, in a mapped file
@@ -23,8 +23,8 @@
 //! | `time.rs` | the time of events |
 //! | `denials.rs` | the log line of a denial; how many denials a tenant records while the backlog is long |
 //!
-//! Independent of HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`. While the disk
-//! is full or read-only, nothing can be recorded, and so there are no decisions.
+//! Does not depend on HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`. While the
+//! disk is full or read-only, nothing can be recorded, so no decisions are made.
 //!
 //! Denials cost the consumer nothing. So that one tenant's denials cannot fill the backlog for all tenants, only some
 //! of each tenant's denials per second are recorded while the backlog is more than half full. The others are counted in
@@ -71,7 +71,7 @@ pub use self::{
     source::ShipError,
 };
 use crate::{
-    clock::Clock,
+    clock::{Clock, Monotonic},
     config::{Config, Durability},
     db::{Db, DbError, Lane},
     keys::KeyRecord,
@@ -97,7 +97,7 @@ struct Inner {
     time: Arc<EventClock>,
     denials: DenialLog,
     denial_budget: DenialBudget,
-    /// Each ships in one place at a time.
+    /// Each ships from one place at a time.
     shipper: tokio::sync::Mutex<Shipper>,
     adopter: tokio::sync::Mutex<Adopter>,
     /// Whether the backlog has reached half its maximum and has not been below a quarter since then.
@@ -164,7 +164,7 @@ impl Metering {
         })))
     }
 
-    /// Reserves space for the record of a decision. Call before the decision; if this fails, there must be none.
+    /// Reserves space for the record of a decision. Call before the decision; if this fails, do not make one.
     #[inline]
     pub fn reserve<'a>(
         &self,
@@ -199,7 +199,8 @@ impl Metering {
                 .is_spent(tenant, self.0.clock.monotonic())
     }
 
-    /// Records the decision that was made at the monotonic time `at`. Call before the response is sent.
+    /// Records the decision made at the monotonic time `at`, which is after the reservation. Call before the response
+    /// is sent.
     #[inline]
     pub async fn record(
         &self,
@@ -207,7 +208,7 @@ impl Metering {
         key: &KeyRecord,
         decision: &Decision,
         cost: u32,
-        at: u64,
+        at: Monotonic,
     ) -> Result<(), NotDurable> {
         let is_allowed = decision.is_allowed();
         let outcome = match decision.outcome {
@@ -263,12 +264,17 @@ impl Metering {
         Ok(())
     }
 
+    /// Returns whether [`Self::record`] waits for the disk.
+    pub fn waits_for_disk(&self) -> bool {
+        self.0.is_durable && self.is_on()
+    }
+
     /// Returns whether decisions are recorded.
     pub fn is_on(&self) -> bool {
         self.0.recorder.is_some()
     }
 
-    /// Returns whether [`Self::prepare`] has something to do.
+    /// Returns whether [`Self::prepare`] has work to do.
     pub fn wants_preparation(&self) -> bool {
         let recorder = self.0.recorder.as_ref();
         recorder.is_some_and(|recorder| recorder.wants_spare())
@@ -286,7 +292,7 @@ impl Metering {
         let db = db.on(Lane::Health);
         let measured = async {
             let mut tx = db.system().await?;
-            // The connection exists, so one round trip is measured.
+            // The connection already exists, so only one round trip is measured.
             let asked = self.0.clock.monotonic();
             let now = usage_shipping::now(&mut tx).await?;
             let answered = self.0.clock.monotonic();
@@ -296,7 +302,7 @@ impl Metering {
         db.within_limit(measured).await
     }
 
-    /// Ships what was recorded so far. Returns the number of records.
+    /// Ships everything recorded so far. Returns the number of records.
     pub async fn ship(&self) -> Result<u64, ShipError> {
         let Some(recorder) = &self.0.recorder else {
             return Ok(0);
@@ -305,6 +311,12 @@ impl Metering {
         let shipped = shipper.ship(&self.0.context, recorder).await;
         self.watch_backlog();
         shipped
+    }
+
+    /// Ends [`Self::ship_adopted`] after the current batch.
+    pub fn stop_adopting(&self) {
+        let is_stopping = &self.0.context.is_stopping;
+        is_stopping.store(true, Ordering::Relaxed);
     }
 
     /// Ships the records of stopped replicas in the same data directory. Returns the number of records.
@@ -322,7 +334,7 @@ impl Metering {
             return Ok(());
         };
         recorder.close();
-        // It takes milliseconds, and the directory is not empty before.
+        // This takes milliseconds, and the directory is not empty before.
         for _ in 0..100 {
             if !recorder.is_creating() {
                 break;
@@ -333,7 +345,7 @@ impl Metering {
         shipper.finish(&self.0.context, recorder).await
     }
 
-    /// Warns once each time the backlog reaches half its maximum.
+    /// Logs a warning each time the backlog reaches half its maximum.
     fn watch_backlog(&self) {
         let metrics = &self.0.context.metrics;
         let bytes = u64::try_from(metrics.usage_backlog_bytes.get()).unwrap_or(0);
@@ -385,7 +397,7 @@ pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
         std::fs::remove_file(&next.path)?;
         segment = Some(Arc::new(next));
     }
-    Ok(Duration::from_nanos(clock.monotonic() - began))
+    Ok(clock.monotonic().saturating_since(began).into())
 }
 
 /// Returns the usage directories at a path: that of one replica, or all those in it. Empty if there are none.

@@ -9,14 +9,13 @@
 //! bits 32..64  CRC-32 of the segment's ID, the position, the other half of this word, and the body
 //! ```
 //!
-//! A header word of zero means that nothing was written there yet. The CRC covers the segment's random ID, so that no
-//! text from a client can look like a record.
+//! A header word of zero means that nothing has been written there yet. The CRC covers the segment's random ID, so that
+//! no text from a client can look like a record.
 
-use chrono::DateTime;
 use quota_common::{ApiKeyId, PlanId, TenantId, plan::Billing};
 use uuid::{Builder, Uuid};
 
-use crate::{clock::UnixNanos, limiter::Policy, repo::usage_log::UsageRecord};
+use crate::{clock::UnixNanos, limiter::Policy, repo::usage_batch::UsageRecord};
 
 /// The maximum length of a recorded endpoint, in bytes.
 pub const ENDPOINT_MAX: usize = 128;
@@ -40,7 +39,7 @@ pub(super) enum RecordState {
     Open = 1,
     /// Filled.
     Done = 2,
-    /// No decision was taken.
+    /// No decision was made.
     Void = 3,
     /// Nothing follows in this segment.
     Sealed = 4,
@@ -111,7 +110,7 @@ pub struct DecisionRecord<'a> {
     pub at: UnixNanos,
     pub cost: u32,
     pub outcome: RecordedOutcome,
-    /// `Retry-After` of a denial; 0 if it had none.
+    /// `Retry-After` of a denial; 0 if there was none.
     pub retry_after_secs: u32,
     /// At most [`ENDPOINT_MAX`] bytes.
     pub endpoint: &'a str,
@@ -212,7 +211,7 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
         tenant_id: uuid(0)?,
         key_id: uuid(16)?,
         plan_id: uuid(32)?,
-        at: DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX)),
+        at: at.into(),
         billing: if is_paid == 0 { "free" } else { "paid" },
         endpoint: text(endpoint)?,
         was_rejected: outcome != RecordedOutcome::Allowed,
@@ -230,7 +229,7 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
 /// the record again gives the same ID.
 fn event_id(segment: Uuid, position: usize, at: UnixNanos) -> Uuid {
     let (high, low) = segment.as_u64_pair();
-    // No two positions of a segment share these bits, and segments differ in at least 60 random ones.
+    // No two positions in a segment share these bits, and segments differ in at least 60 random bits.
     let rest = (high ^ low.rotate_left(17))
         .wrapping_add((position as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let mut bytes = [0; 10];

@@ -1,6 +1,10 @@
-//! The segments of this process: the one in use, the next one, and those that wait to be shipped.
+//! The segments of this process: the current one, the next one, and those waiting to be shipped.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
@@ -12,14 +16,21 @@ use super::{
     sync::Syncer,
     time::EventClock,
 };
-use crate::{clock::Clock, telemetry::metrics::Metrics};
+use crate::{
+    clock::{Clock, Monotonic, Nanos, UnixNanos},
+    telemetry::metrics::Metrics,
+};
 
 /// The size of a segment, unless the maximum backlog is smaller than eight of them.
 const SEGMENT_MAX: u64 = 8 << 20;
 /// Enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
+/// The maximum age of a segment in use, in nanoseconds. PostgreSQL refuses a segment that is unknown to it and older
+/// than the usage log (at least two days). Without this limit, a segment of a server without requests could get that
+/// old.
+const MAX_AGE: u64 = 6 * 3_600_000_000_000;
 /// Nanoseconds between two attempts to create a segment after one failed.
-const RETRY: u64 = 100_000_000;
+const RETRY: Nanos = Nanos::from_millis(100);
 
 /// Why decisions cannot be recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -55,7 +66,7 @@ pub(super) struct Recorder {
     clock: Arc<dyn Clock>,
     time: Arc<EventClock>,
     metrics: Arc<Metrics>,
-    /// The segment in use.
+    /// The current segment.
     current: ArcSwapOption<Segment>,
     files: Mutex<Files>,
     syncer: Option<Syncer>,
@@ -65,15 +76,23 @@ pub(super) struct Recorder {
 struct Files {
     directory: Option<Arc<Directory>>,
     spare: Option<Arc<Segment>>,
-    /// Full segments that are not shipped yet, oldest first.
+    /// Full segments that have not been shipped yet, oldest first.
     sealed: Vec<Arc<Segment>>,
     /// All segments that exist, and one more while the spare is being created.
     count: usize,
     /// The last attempt to create a segment, if it failed: why, and when the next one is allowed.
-    failed: Option<(Unrecordable, u64)>,
+    failed: Option<(Unrecordable, Monotonic)>,
     is_creating_spare: bool,
-    /// No more segments are created ahead of need.
+    /// No more segments are created in advance.
     is_closed: bool,
+}
+
+impl Files {
+    /// Deletes a segment without records.
+    fn remove_unused(&mut self, segment: &Segment) {
+        self.count -= 1;
+        let _ = std::fs::remove_file(&segment.path);
+    }
 }
 
 impl Recorder {
@@ -152,13 +171,16 @@ impl Recorder {
             Some(spare) => spare,
             None => self.create_now(&mut files)?,
         };
-        if let Some(full) = current {
-            full.seal();
-            files.sealed.push(full);
-        }
-        self.current.store(Some(next.clone()));
+        self.replace_current(&mut files, next.clone());
         next.reserve(endpoint, request_id)
             .ok_or(Unrecordable::Failed)
+    }
+
+    fn replace_current(&self, files: &mut Files, next: Arc<Segment>) {
+        if let Some(last) = self.current.swap(Some(next)) {
+            last.seal();
+            files.sealed.push(last);
+        }
     }
 
     fn create_now(&self, files: &mut Files) -> Result<Arc<Segment>, Unrecordable> {
@@ -192,7 +214,7 @@ impl Recorder {
                     self.metrics.usage_unrecordable.set(1);
                     tracing::error!(%reason, "usage cannot be recorded; decisions get 503");
                 }
-                files.failed = Some((reason, now + RETRY));
+                files.failed = Some((reason, now.saturating_add(RETRY)));
                 Err(reason)
             }
         }
@@ -216,17 +238,42 @@ impl Recorder {
     }
 
     fn create_in(&self, directory: &Directory) -> io::Result<Arc<Segment>> {
-        let started_at = self.time.at(self.clock.monotonic());
+        let started_at = self.now();
         let durable = self.durability == Durability::Machine;
         Segment::create(&directory.path, self.segment_size, started_at, durable).map(Arc::new)
     }
 
-    pub fn wants_spare(&self) -> bool {
-        let files = self.files.lock();
-        files.spare.is_none() && !files.is_closed && files.count < self.max_segments
+    /// The time of an event that happens now.
+    pub fn now(&self) -> UnixNanos {
+        self.time.at(self.clock.monotonic())
     }
 
-    /// Creates the next segment ahead of need. Blocks, but decisions continue in the meantime.
+    fn is_old(&self, segment: &Segment) -> bool {
+        self.now().0.saturating_sub(segment.head.started_at.0) > MAX_AGE
+    }
+
+    /// Whether a spare segment must be created or replaced.
+    fn needs_spare(&self, files: &Files) -> bool {
+        match &files.spare {
+            None => files.count < self.max_segments,
+            Some(spare) => self.is_old(spare),
+        }
+    }
+
+    /// Whether the segment in use must be replaced by the spare one because of its age.
+    fn needs_rotation(&self, files: &Files) -> bool {
+        let current = self.current.load();
+        let is_old = |segment: &Arc<Segment>| self.is_old(segment);
+        current.as_ref().is_some_and(is_old) && files.spare.as_ref().is_some_and(|it| !is_old(it))
+    }
+
+    /// Returns whether [`Self::create_spare`] has something to do.
+    pub fn wants_spare(&self) -> bool {
+        let files = self.files.lock();
+        !files.is_closed && (self.needs_spare(&files) || self.needs_rotation(&files))
+    }
+
+    /// Creates the next segment in advance, and replaces old ones. Blocks, but decisions continue in the meantime.
     pub fn create_spare(&self) {
         let directory = {
             let mut files = self.files.lock();
@@ -234,14 +281,17 @@ impl Recorder {
                 return;
             }
             if self.current.load().is_none() {
-                // The first segment, so that no decision waits for it.
+                // Creates the first segment, so that no decision waits for it.
                 if let Ok(first) = self.create_now(&mut files) {
                     self.current.store(Some(first));
                 }
             }
-            let is_needed = files.spare.is_none()
-                && !files.is_creating_spare
-                && files.count < self.max_segments;
+            if self.needs_rotation(&files)
+                && let Some(spare) = files.spare.take()
+            {
+                self.replace_current(&mut files, spare);
+            }
+            let is_needed = !files.is_creating_spare && self.needs_spare(&files);
             let Some(directory) = files.directory.clone().filter(|_| is_needed) else {
                 return;
             };
@@ -253,17 +303,20 @@ impl Recorder {
         let mut files = self.files.lock();
         files.is_creating_spare = false;
         match spare {
-            Ok(spare) if files.spare.is_none() && !files.is_closed => files.spare = Some(spare),
-            // Decisions can still use the rest of the current segment.
-            Ok(unused) => {
-                files.count -= 1;
-                let _ = std::fs::remove_file(&unused.path);
+            Ok(spare)
+                if !files.is_closed && files.spare.as_ref().is_none_or(|it| self.is_old(it)) =>
+            {
+                if let Some(old) = files.spare.replace(spare) {
+                    files.remove_unused(&old);
+                }
             }
+            Ok(unused) => files.remove_unused(&unused),
+            // Decisions can still use the rest of the current segment, and an old spare one.
             Err(_) => files.count -= 1,
         }
     }
 
-    /// Waits until the record is as durable as configured. Returns `false` if it may be lost with the machine.
+    /// Waits until the record is as durable as configured. Returns `false` if it may be lost if the machine fails.
     pub async fn made_durable(&self, segment: Arc<Segment>) -> bool {
         match &self.syncer {
             None => true,
@@ -284,14 +337,18 @@ impl Recorder {
         self.files.lock().directory.clone()
     }
 
-    /// Deletes a segment that was shipped completely, unless it is still in use. Returns whether it did.
-    pub fn delete(&self, segment: &Segment) -> io::Result<bool> {
+    /// Removes the file of a segment with `remove`, unless the segment is still in use. Returns whether it did.
+    pub fn remove(
+        &self,
+        segment: &Segment,
+        remove: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> io::Result<bool> {
         let mut files = self.files.lock();
         let is_it = |it: &Arc<Segment>| it.head.id == segment.head.id;
         let Some(at) = files.sealed.iter().position(is_it) else {
             return Ok(false);
         };
-        std::fs::remove_file(&segment.path)?;
+        remove(&segment.path)?;
         files.sealed.remove(at);
         files.count -= 1;
         Ok(true)
@@ -306,8 +363,7 @@ impl Recorder {
             files.sealed.push(last);
         }
         if let Some(spare) = files.spare.take() {
-            files.count -= 1;
-            let _ = std::fs::remove_file(&spare.path);
+            files.remove_unused(&spare);
         }
     }
 
@@ -317,14 +373,14 @@ impl Recorder {
     }
 
     /// Deletes the directory of this process if it is empty.
-    pub fn remove_directory(&self) -> io::Result<()> {
+    pub fn remove_directory(&self) -> io::Result<bool> {
         let mut files = self.files.lock();
         if files.count > 0 || self.current.load().is_some() {
-            return Ok(());
+            return Ok(false);
         }
         match files.directory.take().map(Arc::try_unwrap) {
             Some(Ok(directory)) => directory.remove(),
-            _ => Ok(()),
+            _ => Ok(false),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Reads the records of a segment's file.
 //!
-//! Works on bytes rather than the memory map, so that segments of other processes are read the same way.
+//! Works on bytes instead of the memory map, so that segments of other processes are read in the same way.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
@@ -8,14 +8,14 @@ use super::{
     record::{self, Header, RECORD_WORDS_MAX, RecordState, WORD, header_word},
     segment::SegmentHead,
 };
-use crate::repo::usage_log::UsageRecord;
+use crate::repo::usage_batch::UsageRecord;
 
 /// Whether the process that writes the segment may still be running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Writer {
     /// It may still fill reserved records, so reading stops at the first open one.
     Running,
-    /// It has ended. No response was sent for unfinished records, which are skipped.
+    /// The process has ended. No response was sent for unfinished records, which are skipped.
     Ended,
 }
 
@@ -23,11 +23,19 @@ pub enum Writer {
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     pub rows: Vec<UsageRecord>,
-    /// The byte offset after the last of them, and of void ones. Not beyond: what looks like the empty rest of an ended
-    /// process's segment may be a copy of one that is still being written.
+    pub span: Span,
+}
+
+/// The end of a batch.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Span {
+    /// The byte offset after the last record, including void ones. Not beyond: what looks like the empty rest of an
+    /// ended process's segment may be a copy of one that is still being written.
     pub end: u64,
     /// Whether this is the end of the segment.
     pub is_complete: bool,
+    /// Whether reading stopped at a record that is still being written. Finished records may follow it.
+    pub is_blocked: bool,
     /// The number of places with an unreadable record.
     pub damaged: u64,
 }
@@ -44,13 +52,11 @@ pub(super) fn read(
     writer: Writer,
     max: usize,
 ) -> io::Result<Batch> {
-    let mut batch = Batch {
-        end: position,
-        ..Batch::default()
-    };
+    let mut batch = Batch::default();
+    batch.span.end = position;
     let mut bytes = vec![0; CHUNK];
     let mut at = position;
-    while batch.rows.len() < max && !batch.is_complete {
+    while batch.rows.len() < max && !batch.span.is_complete {
         let left = head.size.saturating_sub(at);
         let wanted = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
         let read = read_at(file, &mut bytes[..wanted], at)?;
@@ -84,7 +90,7 @@ fn read_at(file: &File, bytes: &mut [u8], position: u64) -> io::Result<usize> {
     Ok(read)
 }
 
-/// What a place of a segment contains.
+/// The content of a place in a segment.
 enum Found {
     Record {
         row: Box<UsageRecord>,
@@ -154,7 +160,7 @@ impl Scan<'_> {
         }
     }
 
-    /// Adds the records in `bytes` to the batch. Returns how many bytes it has read, or `None` to stop reading.
+    /// Adds the records in `bytes` to the batch. Returns the number of bytes it has read, or `None` to stop reading.
     fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
@@ -168,26 +174,27 @@ impl Scan<'_> {
                 Found::Record { row, len } => {
                     batch.rows.push(*row);
                     at += len;
-                    batch.end = self.base + at as u64;
+                    batch.span.end = self.base + at as u64;
                     is_lost = false;
                 }
                 Found::Nothing { state, len } => {
                     if is_running && state == RecordState::Open {
+                        batch.span.is_blocked = true;
                         break false;
                     }
                     at += len;
                     if state == RecordState::Void {
-                        batch.end = self.base + at as u64;
+                        batch.span.end = self.base + at as u64;
                     }
                     is_lost = false;
                 }
                 Found::Sealed => {
-                    batch.is_complete = true;
+                    batch.span.is_complete = true;
                     break false;
                 }
                 Found::Cut if self.is_last => {
                     // There was not enough space for another record.
-                    batch.is_complete = true;
+                    batch.span.is_complete = true;
                     break false;
                 }
                 Found::Cut => {
@@ -195,12 +202,15 @@ impl Scan<'_> {
                     break at > 0;
                 }
                 // A record that is being written can look damaged for a moment.
-                Found::Empty | Found::Damaged if is_running => break false,
+                found @ (Found::Empty | Found::Damaged) if is_running => {
+                    batch.span.is_blocked = matches!(found, Found::Damaged);
+                    break false;
+                }
                 found @ (Found::Empty | Found::Damaged) => {
                     // The machine may have lost this page and kept later ones. Only a record with a matching CRC ends
                     // the search.
                     if matches!(found, Found::Damaged) && !is_lost {
-                        batch.damaged += 1;
+                        batch.span.damaged += 1;
                         is_lost = true;
                     }
                     at = self.next_record(at + WORD);
@@ -215,7 +225,7 @@ impl Scan<'_> {
     fn next_record(&self, from: usize) -> usize {
         let mut at = from;
         while at + WORD <= self.bytes.len() {
-            // Most of what is left of a segment is empty.
+            // Most of the rest of a segment is empty.
             let is_header = self
                 .word(at)
                 .and_then(Header::parse)

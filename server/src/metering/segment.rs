@@ -82,8 +82,8 @@ pub(super) struct Segment {
     pub path: PathBuf,
     pub file: Arc<File>,
     map: MmapRaw,
-    /// The index of the word where the next record begins. May lag behind; a writer that finds a header there advances
-    /// it.
+    /// The index of the word where the next record begins. It may lag behind; a writer that finds a header there
+    /// advances it.
     tail: AtomicUsize,
     /// Records filled so far.
     pub records: AtomicU64,
@@ -121,7 +121,7 @@ impl Segment {
             if durable {
                 File::open(directory)?.sync_all()?;
             }
-            // Loads the pages, so that the first writes do not wait for it.
+            // Loads the pages, so that the first writes do not wait for this.
             let map = MmapOptions::new().populate().map_raw(&file)?;
             Ok((file, map))
         })();
@@ -152,12 +152,12 @@ impl Segment {
         let count = self.map.len() / WORD;
         // SAFETY:
         // - Valid: `map` owns `map.len()` bytes of mapped memory, mapped read-write, until it is dropped; the returned
-        //   slice borrows `self`. The file was allocated to at least that length and nobody truncates it, so no access
-        //   is beyond its end.
+        //   slice borrows `self`. The file was allocated to at least that length and no process truncates it, so no
+        //   access is beyond its end.
         // - Aligned: a map begins at a page, and an `AtomicU64` needs 8 bytes.
         // - Initialized: every bit pattern is a `u64`.
-        // - No data races: all accesses in this process go through these atomics, which may be shared. No reference to
-        //   the memory that is not atomic exists. Other processes only read the file with system calls.
+        // - No data races: all accesses in this process go through these atomics, which may be shared. There are no
+        //   non-atomic references to the memory. Other processes only read the file with system calls.
         unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast::<AtomicU64>(), count) }
     }
 
@@ -193,7 +193,7 @@ impl Segment {
     fn after(&self, index: usize, word: u64) -> usize {
         match Header::parse(word) {
             Some(header) if header.state != RecordState::Sealed => index + header.words,
-            // A seal. Nothing else but a valid header is ever written here.
+            // A seal. Only valid headers are ever written here.
             _ => self.words().len(),
         }
     }
@@ -211,7 +211,7 @@ impl Segment {
         })
     }
 
-    /// Ends the segment: nothing can be reserved in it afterwards.
+    /// Seals the segment: nothing more can be reserved in it.
     pub fn seal(&self) {
         let words = self.words();
         loop {

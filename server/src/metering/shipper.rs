@@ -1,11 +1,13 @@
-//! Which segments are shipped, in which order, and by whom: those of this process, of stopped replicas, and of a directory
-//! that an operator names. How one is shipped is in [`source`](super::source).
+//! Which segments are shipped, in which order, and by which process: those of this process, of stopped replicas, and of
+//! a directory given by an operator. Shipping a segment is in [`source`](super::source).
 
 use std::{
+    collections::{BTreeSet, VecDeque},
+    fmt::Display,
     fs::File,
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -30,37 +32,65 @@ const ADOPT: Duration = Duration::from_secs(30);
 struct Adopted {
     directory: Directory,
     sources: Vec<(Source, PathBuf)>,
+    /// Why a segment could not be opened.
+    unreadable: Option<io::Error>,
 }
 
 impl Adopted {
-    fn open(directory: Directory) -> io::Result<Self> {
+    /// Returns `None` if a running process holds the directory or it does not exist.
+    fn take(path: &Path) -> io::Result<Option<Self>> {
+        let Some(directory) = Directory::adopt(path)? else {
+            return Ok(None);
+        };
         directory.delete_unfinished()?;
-        let sources = sources(&directory.path, Writer::Ended)?;
-        Ok(Self { directory, sources })
+        directory.move_refused()?;
+        let (sources, unreadable) = sources(path, Writer::Ended)?;
+        Ok(Some(Self {
+            directory,
+            sources,
+            unreadable,
+        }))
+    }
+
+    /// Whether every segment was shipped or refused.
+    fn is_done(&self) -> bool {
+        let mut sources = self.sources.iter();
+        sources.all(|(source, _)| source.state != SourceState::Open)
     }
 }
 
-/// The segments of a directory.
-fn sources(directory: &Path, writer: Writer) -> io::Result<Vec<(Source, PathBuf)>> {
-    let mut sources = Vec::new();
+/// The segments of a directory, and why one of them could not be opened.
+type Sources = (Vec<(Source, PathBuf)>, Option<io::Error>);
+
+fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {
+    let (mut sources, mut unreadable) = (Vec::new(), None);
     for path in directory::segments(directory)? {
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            // Its owner has shipped it.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        match SegmentHead::read(&file)? {
-            Some(head) => sources.push((Source::new(head, Arc::new(file), writer), path)),
-            None => {
-                tracing::error!(path = %path.display(), "not a segment of usage records");
-                if writer == Writer::Ended {
-                    directory::set_aside(&path)?;
-                }
+        match open(&path, writer) {
+            Ok(source) => sources.extend(source.map(|it| (it, path))),
+            Err(error) => {
+                unreadable.get_or_insert(error);
             }
         }
     }
-    Ok(sources)
+    Ok((sources, unreadable))
+}
+
+/// Returns `None` if the segment no longer exists, or is not one.
+fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        // Its owner has shipped it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let Some(head) = SegmentHead::read(&file)? else {
+        tracing::error!(path = %path.display(), "not a segment of usage records");
+        if writer == Writer::Ended {
+            directory::set_aside(path)?;
+        }
+        return Ok(None);
+    };
+    Ok(Some(Source::new(head, Arc::new(file), writer)))
 }
 
 /// Ships the segments of this process.
@@ -69,14 +99,18 @@ pub(super) struct Shipper {
     own: Vec<(Source, Arc<Segment>)>,
     size: BatchSize,
     reported_at: Option<Instant>,
+    /// The start of the last pass after which nothing was left.
+    complete_until: Option<DateTime<Utc>>,
 }
 
 /// Ships the records of stopped replicas.
 #[derive(Debug, Default)]
 pub(super) struct Adopter {
-    adopted: Vec<Adopted>,
+    adopted: VecDeque<Adopted>,
     size: BatchSize,
     looked_at: Option<Instant>,
+    /// Directories with files that cannot be shipped or removed. They are tried again.
+    failing: BTreeSet<PathBuf>,
 }
 
 fn is_due(last: Option<Instant>, every: Duration) -> bool {
@@ -86,6 +120,8 @@ fn is_due(last: Option<Instant>, every: Duration) -> bool {
 impl Shipper {
     /// Ships all available records. Returns their number.
     pub async fn ship(&mut self, context: &Context, recorder: &Recorder) -> Result<u64, ShipError> {
+        // Everything decided before this is in one of these segments.
+        let began = recorder.now();
         self.find_segments(recorder);
         let mut shipped = 0;
         let mut failed = None;
@@ -93,29 +129,34 @@ impl Shipper {
             match ship(context, source, &mut self.size).await {
                 Ok(records) => shipped += records,
                 Err(error) => {
-                    let is_database = matches!(error, ShipError::Database(_));
+                    let is_outage = error.is_outage();
                     failed = Some(error);
-                    if is_database {
+                    if is_outage {
                         break;
                     }
                 }
             }
         }
+        if failed.is_none() && self.own.iter().all(|(source, _)| !source.is_blocked) {
+            self.complete_until = Some(began.into());
+        }
         // A segment that is full to the last word stays until the next one is in use.
-        let mut deleted = Ok(());
+        let mut removed = Ok(());
         self.own.retain(|(source, segment)| {
-            if source.state != SourceState::Complete {
-                return true;
-            }
-            match recorder.delete(segment) {
-                Ok(is_gone) => !is_gone,
+            let is_removed = match source.state {
+                SourceState::Open => Ok(false),
+                SourceState::Complete => recorder.remove(segment, directory::delete),
+                SourceState::Refused => recorder.remove(segment, directory::set_aside),
+            };
+            match is_removed {
+                Ok(is_removed) => !is_removed,
                 Err(error) => {
-                    deleted = Err(error);
+                    removed = Err(error);
                     true
                 }
             }
         });
-        deleted?;
+        removed?;
         self.measure(&context.metrics);
         if let Some(error) = failed {
             return Err(error);
@@ -139,25 +180,32 @@ impl Shipper {
 
     /// Returns what this process has recorded but not shipped yet.
     fn pending(&self) -> Pending {
-        let (mut records, mut bytes, mut oldest) = (0, 0, None::<DateTime<Utc>>);
+        let (mut records, mut bytes, mut is_blocked) = (0, 0, false);
+        let mut oldest = self.complete_until;
         for (source, segment) in &self.own {
-            let recorded = segment.records.load(std::sync::atomic::Ordering::Relaxed);
+            let recorded = segment.records.load(Ordering::Relaxed);
             let left = recorded.saturating_sub(source.shipped);
             records += left;
             if left > 0 {
                 let position = source.position.unwrap_or(source.cursor);
                 bytes += segment.tail().saturating_sub(position);
             }
-            oldest = match (oldest, source.oldest) {
-                (Some(a), Some(b)) => Some(a.min(b)),
-                (a, b) => a.or(b),
-            };
+            is_blocked |= source.is_blocked;
+            let known = [
+                oldest,
+                source.oldest,
+                // Before the first pass that leaves nothing.
+                self.complete_until
+                    .is_none()
+                    .then(|| source.head.started_at.into()),
+            ];
+            oldest = known.into_iter().flatten().min();
         }
         let number = |it: u64| i64::try_from(it).unwrap_or(i64::MAX);
         Pending {
             records: number(records),
             bytes: number(bytes),
-            oldest: oldest.filter(|_| records > 0),
+            oldest: oldest.filter(|_| records > 0 || is_blocked),
         }
     }
 
@@ -174,7 +222,13 @@ impl Shipper {
             return Ok(());
         }
         if let Some(directory) = recorder.own_directory() {
-            context.report(&directory, &self.pending()).await?;
+            let pending = self.pending();
+            let at = match (pending.oldest, self.complete_until) {
+                // Decisions made while this is reported are not shipped.
+                (None, Some(complete_until)) => complete_until,
+                _ => recorder.now().into(),
+            };
+            context.report(&directory, &pending, at).await?;
             self.reported_at = Some(Instant::now());
         }
         Ok(())
@@ -202,66 +256,115 @@ impl Shipper {
 }
 
 impl Adopter {
-    /// Ships the records of stopped replicas in `root`. Returns their number.
+    /// Ships the records of stopped replicas in `root`. Returns the number of records shipped, or the first error;
+    /// everything else that could be shipped was shipped.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
+        let (mut shipped, mut failed) = (0, None);
         if is_due(self.looked_at, ADOPT) {
             self.looked_at = Some(Instant::now());
             for path in directory::list(root)? {
-                if let Some(directory) = Directory::adopt(&path)? {
-                    tracing::info!(path = %path.display(), "took over the usage of a stopped replica");
-                    self.adopted.push(Adopted::open(directory)?);
+                match Adopted::take(&path) {
+                    Ok(None) => {}
+                    Ok(Some(adopted)) => {
+                        if !self.failing.contains(&path) {
+                            tracing::info!(path = %path.display(), "took over the usage of a stopped replica");
+                        }
+                        self.adopted.push_back(adopted);
+                    }
+                    Err(error) => {
+                        self.note(path, &error);
+                        failed.get_or_insert(error.into());
+                    }
                 }
             }
         }
-        let mut shipped = 0;
-        while let Some(adopted) = self.adopted.first_mut() {
-            match ship_directory(context, adopted, &mut self.size).await {
-                Ok(records) => shipped += records,
-                Err(error) => {
+        while let Some(mut adopted) = self.adopted.pop_front() {
+            let path = adopted.directory.path.clone();
+            let (records, error) = ship_directory(context, &mut adopted, &mut self.size).await;
+            shipped += records;
+            match error {
+                Some(error) if error.is_outage() => {
                     // The next time, others come first.
-                    self.adopted.rotate_left(1);
+                    self.adopted.push_back(adopted);
                     return Err(error);
                 }
+                Some(error) => {
+                    self.note(path, &error);
+                    failed.get_or_insert(error);
+                }
+                None if !adopted.is_done() => break,
+                None => match adopted.directory.remove() {
+                    Ok(true) => {
+                        self.failing.remove(&path);
+                    }
+                    Ok(false) => self.note(path, &"it contains other files"),
+                    Err(error) => {
+                        self.note(path, &error);
+                        failed.get_or_insert(error.into());
+                    }
+                },
             }
-            let adopted = self.adopted.remove(0);
-            adopted.directory.remove()?;
         }
-        Ok(shipped)
+        failed.map_or(Ok(shipped), Err)
+    }
+
+    /// Logs the failure of a directory once.
+    fn note(&mut self, path: PathBuf, error: &dyn Display) {
+        if !self.failing.contains(&path) {
+            tracing::error!(
+                path = %path.display(), %error,
+                "cannot ship or remove some files of this usage directory; all others are shipped"
+            );
+            self.failing.insert(path);
+        }
     }
 }
 
+/// Ships a directory's segments. Returns the number of records and the first error. All other segments were shipped,
+/// unless PostgreSQL is unreachable.
 async fn ship_directory(
     context: &Context,
     adopted: &mut Adopted,
     size: &mut BatchSize,
-) -> Result<u64, ShipError> {
-    let mut shipped = 0;
+) -> (u64, Option<ShipError>) {
+    let (mut shipped, mut failed) = (0, adopted.unreadable.take().map(ShipError::from));
     for (source, path) in &mut adopted.sources {
-        let records = ship(context, source, size).await?;
+        let before = source.shipped;
+        let result = ship_segment(context, source, path, size).await;
+        let records = source.shipped - before;
         context.metrics.usage_records_replayed.inc_by(records);
         shipped += records;
-        match source.state {
-            SourceState::Complete => delete(path)?,
-            SourceState::Refused => {
-                context.metrics.usage_segments_refused.inc();
-                tracing::error!(
-                    path = %path.display(),
-                    "this segment is older than the usage log and was not shipped; it is kept for the operator"
-                );
-                directory::set_aside(path)?;
+        match result {
+            Err(error) if error.is_outage() => return (shipped, Some(error)),
+            Err(error) => {
+                failed.get_or_insert(error);
             }
-            SourceState::Open => {}
+            Ok(()) => {}
         }
     }
-    context.remove_report(&adopted.directory).await?;
-    Ok(shipped)
+    if failed.is_none()
+        && adopted.is_done()
+        && let Err(error) = context.remove_report(&adopted.directory).await
+    {
+        failed = Some(error.into());
+    }
+    (shipped, failed)
 }
 
-fn delete(path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        done => done,
+/// Ships a segment of an ended process and removes it.
+async fn ship_segment(
+    context: &Context,
+    source: &mut Source,
+    path: &Path,
+    size: &mut BatchSize,
+) -> Result<(), ShipError> {
+    ship(context, source, size).await?;
+    match source.state {
+        SourceState::Open => {}
+        SourceState::Complete => directory::delete(path)?,
+        SourceState::Refused => directory::set_aside(path)?,
     }
+    Ok(())
 }
 
 /// The result of `quota usage replay`.
@@ -276,21 +379,33 @@ pub struct Replayed {
 /// and nothing is deleted.
 pub(super) async fn replay(context: &Context, path: &Path) -> Result<Replayed, ShipError> {
     let mut size = BatchSize::default();
-    if let Some(directory) = Directory::adopt(path)? {
-        let mut adopted = Adopted::open(directory)?;
-        let records = ship_directory(context, &mut adopted, &mut size).await?;
+    if let Some(mut adopted) = Adopted::take(path)? {
+        let (records, failed) = ship_directory(context, &mut adopted, &mut size).await;
+        if let Some(error) = failed {
+            return Err(error);
+        }
         adopted.directory.remove()?;
         return Ok(Replayed {
             records,
             is_owned: false,
         });
     }
-    let mut records = 0;
-    for (mut source, _) in sources(path, Writer::Running)? {
-        records += ship(context, &mut source, &mut size).await?;
+    let (mut records, mut failed) = (0, None);
+    let (sources, unreadable) = sources(path, Writer::Running)?;
+    for (mut source, _) in sources {
+        match ship(context, &mut source, &mut size).await {
+            Ok(shipped) => records += shipped,
+            Err(error) if error.is_outage() => return Err(error),
+            Err(error) => {
+                failed.get_or_insert(error);
+            }
+        }
     }
-    Ok(Replayed {
-        records,
-        is_owned: true,
-    })
+    match failed.or(unreadable.map(ShipError::from)) {
+        Some(error) => Err(error),
+        None => Ok(Replayed {
+            records,
+            is_owned: true,
+        }),
+    }
 }

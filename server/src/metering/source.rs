@@ -2,26 +2,31 @@
 //!
 //! A batch is one transaction: the segment's cursor moves from the start of the batch to its end, and the records are
 //! inserted. If the cursor was elsewhere, or it is unknown whether the COMMIT succeeded, the cursor is read again.
-//! While PostgreSQL is unreachable, the segments just grow.
+//! While PostgreSQL is unreachable, the segments grow.
 
 use std::{
     fs::File,
     io,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use chrono::{DateTime, Utc};
+use tokio::time::timeout;
 
 use super::{
     directory::Directory,
-    scan::{self, Batch, Writer},
+    scan::{self, Span, Writer},
     segment::{RECORDS_AT, SegmentHead},
 };
 use crate::{
     db::{Db, DbError, Lane},
     repo::{
-        usage_log,
+        usage_append,
+        usage_batch::UsageBatch,
         usage_shipping::{self, Pending},
     },
     telemetry::metrics::Metrics,
@@ -29,11 +34,14 @@ use crate::{
 
 /// The initial and the maximum number of records per transaction.
 const FIRST: usize = 2_000;
-const MOST: usize = 20_000;
+const MOST: usize = 50_000;
 const LEAST: usize = 50;
 /// The intended duration of a batch.
-const SHORT: Duration = Duration::from_millis(150);
-const LONG: Duration = Duration::from_millis(600);
+const SHORT: Duration = Duration::from_millis(300);
+const LONG: Duration = Duration::from_millis(900);
+
+/// The maximum duration of a transaction. Its statements may take longer than those of requests.
+const COMMIT: Duration = Duration::from_secs(40);
 
 /// A segment that is being shipped.
 #[derive(Debug)]
@@ -43,11 +51,13 @@ pub(super) struct Source {
     pub(super) writer: Writer,
     /// Where the next batch begins. `None`: at the cursor.
     pub(super) position: Option<u64>,
-    /// The cursor as last read. Only space without records is between it and `position`.
+    /// The cursor as last read. There is only space without records between it and `position`.
     pub(super) cursor: u64,
     pub(super) shipped: u64,
     /// The time of the oldest record that was read but not shipped yet.
     pub(super) oldest: Option<DateTime<Utc>>,
+    /// Whether a record is still being written; it and all later ones were not read.
+    pub(super) is_blocked: bool,
     pub(super) state: SourceState,
 }
 
@@ -71,6 +81,7 @@ impl Source {
             cursor: RECORDS_AT as u64,
             shipped: 0,
             oldest: None,
+            is_blocked: false,
             state: SourceState::Open,
         }
     }
@@ -79,10 +90,14 @@ impl Source {
         clippy::disallowed_methods,
         reason = "each shipper reads one segment at a time, which takes one thread of the pool"
     )]
-    async fn read(&self, max: usize) -> io::Result<Batch> {
+    async fn read(&self, max: usize) -> io::Result<(UsageBatch, Span)> {
         let (file, head, writer) = (self.file.clone(), self.head, self.writer);
         let position = self.position.unwrap_or(self.cursor);
-        let read = move || scan::read(&file, &head, position, writer, max);
+        let read = move || {
+            let batch = scan::read(&file, &head, position, writer, max)?;
+            // Done here, because it takes milliseconds for which requests would otherwise wait.
+            Ok((UsageBatch::new(batch.rows), batch.span))
+        };
         tokio::task::spawn_blocking(read)
             .await
             .map_err(io::Error::other)?
@@ -98,6 +113,13 @@ pub enum ShipError {
     Read(#[from] io::Error),
 }
 
+impl ShipError {
+    /// Whether other segments would fail too.
+    pub(super) const fn is_outage(&self) -> bool {
+        matches!(self, Self::Database(DbError::Unavailable(_)))
+    }
+}
+
 /// Dependencies of a shipper.
 #[derive(Debug)]
 pub(super) struct Context {
@@ -106,6 +128,8 @@ pub(super) struct Context {
     pub retention: Duration,
     pub metrics: Arc<Metrics>,
     pub host: String,
+    /// Whether to leave the segments of ended processes to other replicas after the current batch.
+    pub is_stopping: AtomicBool,
 }
 
 impl Context {
@@ -116,12 +140,12 @@ impl Context {
             retention,
             metrics,
             host: host.trim().to_owned(),
+            is_stopping: AtomicBool::new(false),
         }
     }
 
     async fn open_cursor(&self, head: &SegmentHead) -> Result<Option<u64>, DbError> {
-        let started_at =
-            DateTime::from_timestamp_nanos(i64::try_from(head.started_at.0).unwrap_or(i64::MAX));
+        let started_at = head.started_at.into();
         let opened = async {
             let mut tx = self.db.system().await?;
             let position = usage_shipping::open_cursor(
@@ -140,30 +164,40 @@ impl Context {
     }
 
     /// Returns `false` if the cursor was not at `from`.
-    async fn commit(&self, head: &SegmentHead, from: u64, batch: &Batch) -> Result<bool, DbError> {
+    async fn commit(
+        &self,
+        head: &SegmentHead,
+        (from, to): (u64, u64),
+        batch: &UsageBatch,
+    ) -> Result<bool, DbError> {
         let position = |it: u64| i64::try_from(it).unwrap_or(i64::MAX);
         let shipped = async {
             let mut tx = self.db.system().await?;
-            let (from, to) = (position(from), position(batch.end));
+            let (from, to) = (position(from), position(to));
             if !usage_shipping::move_cursor(&mut tx, head.id, from, to).await? {
                 return Ok(false);
             }
-            let appended = usage_log::append(&mut tx, &batch.rows).await?;
+            let appended = usage_append::append(&mut tx, batch).await?;
             tx.commit().await?;
             self.metrics.usage_endpoints_folded.inc_by(appended.folded);
             Ok(true)
         };
-        self.db.within_limit(shipped).await
+        timeout(COMMIT, shipped).await.unwrap_or_else(|_| {
+            Err(DbError::Unavailable(
+                "writing a batch of usage took too long".into(),
+            ))
+        })
     }
 
     pub(super) async fn report(
         &self,
         directory: &Directory,
         pending: &Pending,
+        at: DateTime<Utc>,
     ) -> Result<(), DbError> {
         let reported = async {
             let mut tx = self.db.system().await?;
-            usage_shipping::report(&mut tx, directory.id, &self.host, pending).await?;
+            usage_shipping::report(&mut tx, directory.id, &self.host, pending, at).await?;
             tx.commit().await
         };
         self.db.within_limit(reported).await
@@ -203,7 +237,7 @@ impl BatchSize {
     }
 }
 
-/// Ships one segment as far as possible. Returns the number of records.
+/// Ships as much of one segment as possible. Returns the number of records.
 pub(super) async fn ship(
     context: &Context,
     source: &mut Source,
@@ -211,14 +245,18 @@ pub(super) async fn ship(
 ) -> Result<u64, ShipError> {
     let mut shipped = 0;
     while source.state == SourceState::Open {
+        if source.writer == Writer::Ended && context.is_stopping.load(Ordering::Relaxed) {
+            return Ok(shipped);
+        }
         // Before PostgreSQL is queried, so that the age of the backlog is known even while it is unreachable.
         let max = size.0;
-        let batch = source.read(max).await?;
-        source.oldest = batch.rows.first().map(|row| row.at);
+        let (batch, span) = source.read(max).await?;
+        source.oldest = batch.oldest();
+        source.is_blocked = span.is_blocked;
         if source.position.is_none() {
-            if batch.rows.is_empty() && source.cursor == RECORDS_AT as u64 {
+            if batch.is_empty() && source.cursor == RECORDS_AT as u64 {
                 // A segment without records needs no cursor.
-                if batch.is_complete {
+                if span.is_complete {
                     source.state = SourceState::Complete;
                 }
                 return Ok(shipped);
@@ -227,33 +265,40 @@ pub(super) async fn ship(
                 Some(cursor) => (source.cursor, source.position) = (cursor, Some(cursor)),
                 None => {
                     source.state = SourceState::Refused;
+                    context.metrics.usage_segments_refused.inc();
+                    tracing::error!(
+                        segment = %source.head.id,
+                        started_at = %DateTime::from(source.head.started_at),
+                        "this segment is older than the usage log and is not shipped; it is kept for the operator"
+                    );
                     return Ok(shipped);
                 }
             }
             continue;
         }
-        if batch.rows.is_empty() {
-            source.position = Some(batch.end);
-            context.metrics.usage_records_damaged.inc_by(batch.damaged);
-            if batch.is_complete {
+        if batch.is_empty() {
+            source.position = Some(span.end);
+            context.metrics.usage_records_damaged.inc_by(span.damaged);
+            if span.is_complete {
                 source.state = SourceState::Complete;
             }
             return Ok(shipped);
         }
         let began = Instant::now();
-        match context.commit(&source.head, source.cursor, &batch).await {
+        let moved = (source.cursor, span.end);
+        match context.commit(&source.head, moved, &batch).await {
             Ok(true) => {
-                let rows = batch.rows.len() as u64;
+                let rows = batch.len() as u64;
                 size.took(began.elapsed());
-                (source.cursor, source.position) = (batch.end, Some(batch.end));
+                (source.cursor, source.position) = (span.end, Some(span.end));
                 source.shipped += rows;
                 source.oldest = None;
                 shipped += rows;
                 context.metrics.usage_records_shipped.inc_by(rows);
-                context.metrics.usage_records_damaged.inc_by(batch.damaged);
-                if batch.is_complete {
+                context.metrics.usage_records_damaged.inc_by(span.damaged);
+                if span.is_complete {
                     source.state = SourceState::Complete;
-                } else if batch.rows.len() < max {
+                } else if batch.len() < max {
                     return Ok(shipped);
                 }
             }

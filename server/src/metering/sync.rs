@@ -53,7 +53,7 @@ impl Syncer {
         Ok(syncer)
     }
 
-    /// Waits until everything written to the segment before is on disk. Returns `false` if writing failed.
+    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing failed.
     pub async fn sync(&self, segment: Arc<Segment>) -> bool {
         let mut done = {
             let mut next = self.0.next.lock();

@@ -3,7 +3,10 @@ use std::{
     fs::File,
     os::unix::fs::FileExt,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
 };
 
@@ -13,12 +16,18 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::{
+    Durability,
     directory::{self, Directory},
     record::{DecisionRecord, RecordedOutcome, cut},
+    recorder::Recorder,
     scan::{self, Batch, Writer},
     segment::{RECORDS_AT, ReservedRecord, Segment, SegmentHead},
+    time::EventClock,
 };
-use crate::{clock::UnixNanos, limiter::Policy};
+use crate::{
+    clock::{Clock, Monotonic, UnixNanos},
+    limiter::Policy,
+};
 
 const SIZE: u64 = 64 << 10;
 const ENDPOINT: &str = "GET /orders/{id}";
@@ -161,17 +170,17 @@ fn reading_beside_the_writer_stops_at_the_first_open_record() {
     write(&segment, "d");
     let before = read(&segment.file, Writer::Running);
     assert_eq!(request_ids(&before), ["a"]);
-    assert!(!before.is_complete);
+    assert!(!before.span.is_complete);
     // If the writer has ended, the open record never was a response.
     let after = read(&segment.file, Writer::Ended);
     assert_eq!(request_ids(&after), ["a", "c", "d"]);
-    assert_eq!(after.damaged, 0);
+    assert_eq!(after.span.damaged, 0);
 
     open.fill(&record("b"));
     let head = segment.head;
-    let rest = scan::read(&segment.file, &head, before.end, Writer::Running, 2).unwrap();
+    let rest = scan::read(&segment.file, &head, before.span.end, Writer::Running, 2).unwrap();
     assert_eq!(request_ids(&rest), ["b", "c"]);
-    let rest = scan::read(&segment.file, &head, rest.end, Writer::Running, 2).unwrap();
+    let rest = scan::read(&segment.file, &head, rest.span.end, Writer::Running, 2).unwrap();
     assert_eq!(request_ids(&rest), ["d"]);
 }
 
@@ -188,7 +197,7 @@ fn a_full_segment_takes_nothing_and_a_sealed_one_is_complete() {
     full.seal();
     let batch = read(&full.file, Writer::Running);
     assert_eq!(batch.rows.len() as u64, written);
-    assert!(batch.is_complete);
+    assert!(batch.span.is_complete);
 
     let sealed = segment(directory.path());
     write(&sealed, "a");
@@ -196,7 +205,10 @@ fn a_full_segment_takes_nothing_and_a_sealed_one_is_complete() {
     sealed.seal();
     assert!(reserve(&sealed, "b").is_none());
     let batch = read(&sealed.file, Writer::Running);
-    assert_eq!((request_ids(&batch), batch.is_complete), (vec!["a"], true));
+    assert_eq!(
+        (request_ids(&batch), batch.span.is_complete),
+        (vec!["a"], true)
+    );
 }
 
 #[test]
@@ -209,14 +221,14 @@ fn a_damaged_record_is_left_out_and_later_ones_are_kept() {
         ends.push(usize::try_from(segment.tail()).unwrap());
     }
     let whole = bytes_of(&segment);
-    // Every bit of the second record, its header included.
+    // Every bit of the second record, including its header.
     for at in ends[0]..ends[1] {
         for bit in 0..8 {
             let mut torn = whole.clone();
             torn[at] ^= 1 << bit;
             let batch = read(&image(directory.path(), &torn), Writer::Ended);
             assert_eq!(request_ids(&batch), ["a", "c"], "byte {at}, bit {bit}");
-            assert_eq!(batch.damaged, 1, "byte {at}, bit {bit}");
+            assert_eq!(batch.span.damaged, 1, "byte {at}, bit {bit}");
         }
     }
 }
@@ -230,7 +242,7 @@ fn a_clients_text_does_not_pass_for_a_record() {
     let forged = bytes_of(&forger)[RECORDS_AT..end].to_vec();
     write(&victim, "a");
     write(&victim, "b");
-    // As if the machine had lost the header before a text that is a whole record of another segment.
+    // As if the machine had lost the header before a text that is a complete record of another segment.
     let mut bytes = bytes_of(&victim);
     let second = RECORDS_AT + (usize::try_from(victim.tail()).unwrap() - RECORDS_AT) / 2;
     bytes[second..second + forged.len()].copy_from_slice(&forged);
@@ -238,7 +250,7 @@ fn a_clients_text_does_not_pass_for_a_record() {
     assert_eq!(request_ids(&batch), ["a"]);
 }
 
-/// Several threads write while copies of the file are taken, which are what a killed process would leave.
+/// Several threads write while copies of the file are taken, which are what a killed process would leave behind.
 #[test]
 fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() {
     for seed in 0..20 {
@@ -266,7 +278,7 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
                             }
                         }
                     }
-                    // They stay open, as those of a killed process.
+                    // They remain open, like those of a killed process.
                     open.into_iter().for_each(std::mem::forget);
                 })
             });
@@ -291,15 +303,15 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
                 assert!(unique.contains(id.as_str()), "seed {seed}: {id} is lost");
             }
         }
-        // What is there at the end is what was finished, and nothing else.
+        // In the end, exactly the finished records are there.
         let batch = read(&segment.file, Writer::Ended);
         let found = request_ids(&batch).into_iter().map(str::to_owned);
         assert_eq!(found.collect::<BTreeSet<_>>(), all);
     }
 }
 
-/// What a disk may hold after the machine failed. A disk keeps what it has confirmed. Of what was written since, it may
-/// hold any part, down to single sectors, and a page that was never written back may read as zeros.
+/// The possible contents of a disk after the machine failed. A disk keeps what it has confirmed. Of later writes, it
+/// may contain any part, down to single sectors, and a page that was never written back may read as zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Kept,
@@ -325,7 +337,7 @@ fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// `CRASH_IMAGES=10000` checks more of them.
+/// Set `CRASH_IMAGES=10000` to check more of them.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement is no setting of the server"
@@ -407,7 +419,7 @@ fn a_directory_has_one_owner_and_is_adopted_after_it() {
     let adopted = Directory::adopt(&path).unwrap().expect("nobody holds it");
     assert_eq!(adopted.id, id);
     assert!(Directory::adopt(&path).unwrap().is_none());
-    // It is kept as long as there are segments in it.
+    // It is kept while it contains segments.
     let segments = directory::segments(&path).unwrap();
     assert_eq!(segments.len(), 1);
     adopted.remove().unwrap();
@@ -427,11 +439,69 @@ fn shipping_a_copy_takes_nothing_from_the_segment_it_was_copied_from() {
     // The copy's lock is free, so its writer counts as ended.
     let copy = read(&image(directory.path(), &bytes_of(&live)), Writer::Ended);
     assert_eq!(
-        (request_ids(&copy), copy.is_complete),
+        (request_ids(&copy), copy.span.is_complete),
         (vec!["a", "b"], true)
     );
     write(&live, "c");
     let head = live.head;
-    let rest = scan::read(&live.file, &head, copy.end, Writer::Running, usize::MAX).unwrap();
+    let rest = scan::read(
+        &live.file,
+        &head,
+        copy.span.end,
+        Writer::Running,
+        usize::MAX,
+    )
+    .unwrap();
     assert_eq!(request_ids(&rest), ["c"]);
+}
+
+#[derive(Debug, Default)]
+struct TestClock(AtomicU64);
+
+impl Clock for TestClock {
+    fn now(&self) -> UnixNanos {
+        UnixNanos(self.monotonic().0)
+    }
+
+    fn monotonic(&self) -> Monotonic {
+        Monotonic(self.0.load(Ordering::Relaxed))
+    }
+}
+
+#[test]
+fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() {
+    const HOUR: u64 = 3_600_000_000_000;
+    let directory = TempDir::new().unwrap();
+    let clock = Arc::new(TestClock::default());
+    let recorder = Recorder::new(
+        directory.path().to_owned(),
+        8 << 20,
+        Durability::Process,
+        clock.clone(),
+        Arc::new(EventClock::new(UnixNanos(0), Monotonic(0))),
+        Arc::default(),
+    )
+    .unwrap();
+    recorder.create_spare();
+    let reserved = recorder.reserve(ENDPOINT.len(), 1).unwrap();
+    reserved.fill(&record("a"));
+    // The minimum retention is two days.
+    for hours in [1, 23, 47, 49, 500] {
+        clock.0.store(hours * HOUR, Ordering::Relaxed);
+        while recorder.wants_spare() {
+            recorder.create_spare();
+        }
+        let segments = recorder.segments();
+        let in_use = segments.last().unwrap();
+        let age = hours * HOUR - in_use.head.started_at.0;
+        assert!(
+            age < 12 * HOUR,
+            "after {hours} hours the segment is {age} ns old"
+        );
+        let first = read(&segments[0].file, Writer::Running);
+        assert_eq!(request_ids(&first), ["a"]);
+        // Earlier ones are complete, so they are shipped and deleted.
+        assert!(segments.len() == 1 || first.span.is_complete);
+        drop(recorder.reserve(ENDPOINT.len(), 1).unwrap());
+    }
 }

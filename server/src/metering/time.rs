@@ -5,10 +5,10 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::clock::UnixNanos;
+use crate::clock::{Monotonic, Nanos, UnixNanos};
 
-/// A measurement that takes longer is too inexact.
-const LONGEST: u64 = 1_000_000_000;
+/// A measurement that takes longer is not exact enough.
+const LONGEST: Nanos = Nanos::from_secs(1);
 
 /// See the module.
 #[derive(Debug)]
@@ -19,25 +19,29 @@ pub struct EventClock {
 
 impl EventClock {
     /// Uses the machine's clock until the first measurement.
-    pub fn new(now: UnixNanos, monotonic: u64) -> Self {
+    pub fn new(now: UnixNanos, monotonic: Monotonic) -> Self {
         Self {
-            offset: AtomicU64::new(now.0.wrapping_sub(monotonic)),
+            offset: AtomicU64::new(now.0.wrapping_sub(monotonic.0)),
         }
     }
 
     /// Returns the time of an event at `monotonic`.
     #[inline]
-    pub fn at(&self, monotonic: u64) -> UnixNanos {
-        UnixNanos(monotonic.wrapping_add(self.offset.load(Ordering::Relaxed)))
+    pub fn at(&self, monotonic: Monotonic) -> UnixNanos {
+        UnixNanos(
+            monotonic
+                .0
+                .wrapping_add(self.offset.load(Ordering::Relaxed)),
+        )
     }
 
     /// Records that PostgreSQL's clock was `now` at some point between the monotonic times `asked` and `answered`.
     /// Returns whether that is exact enough to be used.
-    pub fn measured(&self, now: UnixNanos, asked: u64, answered: u64) -> bool {
-        let took = answered.saturating_sub(asked);
+    pub fn measured(&self, now: UnixNanos, asked: Monotonic, answered: Monotonic) -> bool {
+        let took = answered.saturating_since(asked);
         let is_exact = took <= LONGEST;
         if is_exact {
-            let middle = asked + took / 2;
+            let middle = asked.0 + took.0 / 2;
             self.offset
                 .store(now.0.wrapping_sub(middle), Ordering::Relaxed);
         }

@@ -111,7 +111,7 @@ pub struct KeyFacts {
     pub strict: bool,
     pub on_redis_failure: Option<String>,
     pub billing: String,
-    /// Whether the tenant may use plans that are `paid`, until `paid_access_until`.
+    /// Whether the tenant may use plans marked `paid`, until `paid_access_until`.
     pub has_paid_access: bool,
     /// `None`: no end is known.
     pub paid_access_until: Option<DateTime<Utc>>,

@@ -68,7 +68,7 @@ pub struct NewAuditEvent<'a> {
 }
 
 impl NewAuditEvent<'_> {
-    /// Returns an event by the system that changed no fields, on a resource without a name.
+    /// Returns an event caused by the system, without changed fields, on a resource without a name.
     pub fn new(
         tenant_id: Uuid,
         action: AuditAction,

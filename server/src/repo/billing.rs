@@ -1,6 +1,6 @@
 //! Customers at Stripe and their subscriptions, in PostgreSQL.
 //!
-//! Only the server itself writes these tables; a tenant's transaction can read them. See the migration.
+//! Only the server itself writes these tables; a tenant's transaction can read its own rows. See the migration.
 
 use chrono::{DateTime, Utc};
 use diesel::{pg::Pg, prelude::*, sql_query, sql_types};
@@ -13,7 +13,7 @@ use crate::{
     schema::{billing_accounts, billing_subscriptions, tenants, users},
 };
 
-/// A tenant that has begun to pay.
+/// A tenant that has started to pay.
 #[derive(Debug, Clone, Queryable, Selectable)]
 #[diesel(table_name = billing_accounts, check_for_backend(Pg))]
 pub struct AccountRow {
@@ -58,7 +58,7 @@ pub async fn names(tx: &mut TenantTx, user: Uuid) -> Result<(String, String), Db
     Ok((email, name))
 }
 
-/// Returns the tenant's account and the subscription that access comes from.
+/// Returns the tenant's account and the subscription that determines its access.
 pub async fn find(
     tx: &mut TenantTx,
 ) -> Result<Option<(AccountRow, Option<SubscriptionRow>)>, DbError> {
@@ -84,7 +84,7 @@ pub async fn find(
     Ok(Some((account, subscription)))
 }
 
-/// Returns the tenant's account, which is created if there is none. Email and name are those of the first call.
+/// Returns the tenant's account, creating it if there is none. Email and name are those of the first call.
 pub async fn open(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -133,7 +133,7 @@ pub async fn set_customer(
     Ok(recorded.get_result(&mut **tx).await?)
 }
 
-/// Counts an attempt to create a customer that Stripe has failed for good, so that the next one has another key.
+/// Counts an attempt to create a customer that has failed permanently at Stripe, so that the next one uses another key.
 pub async fn next_customer_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -147,7 +147,7 @@ pub async fn next_customer_attempt(
     Ok(())
 }
 
-/// Records the Checkout Session that an attempt led to.
+/// Records the Checkout Session that an attempt created.
 pub async fn set_checkout(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -162,7 +162,7 @@ pub async fn set_checkout(
     Ok(())
 }
 
-/// Ends a Checkout Session or a failed attempt to create one, so that the next attempt has another key. Returns the
+/// Ends a Checkout Session or a failed attempt to create one, so that the next attempt uses another key. Returns the
 /// number of the next attempt, which another request may have begun.
 pub async fn next_checkout_attempt(
     tx: &mut SystemTx,
@@ -194,7 +194,7 @@ pub struct BegunRead {
     pub at: DateTime<Utc>,
 }
 
-/// Takes the number of a read. Must be committed before Stripe is asked. `None` if the tenant has no customer.
+/// Assigns the number of a read. Must be committed before calling Stripe. `None` if the tenant has no customer.
 pub async fn begin_read(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<BegunRead>, DbError> {
     let begun = sql_query(
         "UPDATE billing_accounts SET reads_begun = reads_begun + 1 \
@@ -208,7 +208,7 @@ pub async fn begin_read(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<Be
     Ok(begun)
 }
 
-/// What a read found.
+/// The result of a read.
 #[derive(Debug)]
 pub struct AppliedRead<'a> {
     pub number: i64,
@@ -220,18 +220,18 @@ pub struct AppliedRead<'a> {
     pub subscriptions: &'a [SubscriptionRow],
 }
 
-/// What applying a read has changed.
+/// The effect of applying a read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Applied {
-    /// A later read was applied before, so this one is outdated.
+    /// A later read was already applied, so this one is outdated.
     Outdated,
     /// Keys work as before.
     Same,
-    /// Keys on plans marked `paid` begin or cease to work, or do so at another time.
+    /// Keys on plans marked `paid` start or stop working, or will do so at another time.
     PaidAccess,
 }
 
-/// Applies a read, unless a later one was applied before.
+/// Applies a read, unless a later one has been applied.
 pub async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -296,8 +296,8 @@ struct Due {
     tenant_id: Uuid,
 }
 
-/// Returns customers that have not been read for a while, and lets the next read be due after about `seconds`, so that
-/// no other replica reads them as well. The time varies by a fifth, so that they spread out.
+/// Returns customers that have not been read for a while, and makes their next read due after about `seconds`, so that
+/// no other replica reads them as well. The time varies by a fifth, so that reads are spread out.
 pub async fn claim_due_reads(
     tx: &mut SystemTx,
     seconds: f64,

@@ -1,4 +1,4 @@
-//! Webhooks of Stripe in PostgreSQL: each is stored once, and handled until its outcome is known.
+//! Webhooks from Stripe in PostgreSQL: each is stored once, and processed until its outcome is known.
 
 use diesel::{dsl::sql, prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
@@ -20,7 +20,7 @@ pub struct NewEvent<'a> {
     pub body: &'a str,
 }
 
-/// Stores an event, to be handled. Returns `false` if it was stored before.
+/// Stores an event for processing. Returns `false` if it was stored before.
 pub async fn insert(tx: &mut SystemTx, event: &NewEvent<'_>) -> Result<bool, DbError> {
     let inserted = diesel::insert_into(billing_events::table)
         .values(event)
@@ -30,7 +30,7 @@ pub async fn insert(tx: &mut SystemTx, event: &NewEvent<'_>) -> Result<bool, DbE
     Ok(inserted == 1)
 }
 
-/// An event to be handled.
+/// An event to process.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct DueEvent {
     #[diesel(sql_type = sql_types::Text)]
@@ -43,14 +43,14 @@ pub struct DueEvent {
     pub customer_id: Option<String>,
     #[diesel(sql_type = sql_types::Bool)]
     pub livemode: bool,
-    /// How often it has been tried, this time included.
+    /// The number of attempts, including this one.
     #[diesel(sql_type = sql_types::Integer)]
     pub attempts: i32,
 }
 
-/// Returns events that are due, oldest first, and counts an attempt. Each is due again after a while, twice as long each
-/// time, from 4 seconds to an hour and up to half of it less by chance: so it is tried again if this process ends, and
-/// no other replica handles it meanwhile.
+/// Returns events that are due, oldest first, and counts an attempt. Each becomes due again after a delay that doubles
+/// each time, from 4 seconds to an hour, minus a random part of up to half of it: so it is retried if this process
+/// ends, and no other replica processes it in the meantime.
 pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbError> {
     let claimed = sql_query(
         "UPDATE billing_events SET attempts = attempts + 1, \
@@ -67,12 +67,12 @@ pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbErr
     Ok(claimed)
 }
 
-/// How handling an event has ended.
+/// The outcome of processing an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// Its customer's subscriptions were read after it was received.
     Applied,
-    /// It is about no customer of this server.
+    /// It concerns no customer of this server.
     Ignored,
     /// It was tried often enough.
     Failed,
@@ -88,7 +88,7 @@ impl Outcome {
     }
 }
 
-/// Records how handling events has ended.
+/// Records the outcome of processing events.
 pub async fn finish(
     tx: &mut SystemTx,
     ids: &[&str],
@@ -106,7 +106,7 @@ pub async fn finish(
     Ok(())
 }
 
-/// Records why events could not be handled. They are tried again.
+/// Records why events could not be processed. They are retried.
 pub async fn postpone(tx: &mut SystemTx, ids: &[&str], error: &str) -> Result<(), DbError> {
     diesel::update(billing_events::table.filter(billing_events::id.eq_any(ids)))
         .set(billing_events::error.eq(error))

@@ -1,4 +1,4 @@
-//! Usage that is charged, and what is reported of it to Stripe's meter, in PostgreSQL.
+//! Charged usage and its reports to Stripe's meter, in PostgreSQL.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::{
@@ -12,21 +12,21 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// An hour of a tenant's with usage that is in no report yet.
+/// An hour of a tenant with usage that is not in a report yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct OpenHour {
     #[diesel(sql_type = SqlUuid)]
     pub tenant_id: Uuid,
     #[diesel(sql_type = Timestamptz)]
     pub start: DateTime<Utc>,
-    /// Whether the tenant's subscriptions were read after the hour ended, so that edges of billing periods in it are
-    /// known. Also if there is nothing to read.
+    /// Whether the tenant's subscriptions were read after the hour ended, so that the limits of billing periods in it
+    /// are known. Also true if there is nothing to read.
     #[diesel(sql_type = Bool)]
     pub is_read: bool,
 }
 
-/// Returns hours that have ended, oldest first. An hour is included when every server has delivered its records of it, or
-/// a quarter of an hour after its end: what arrives later becomes another revision.
+/// Returns hours that have ended, oldest first. An hour is included once every server has delivered its records of it,
+/// or a quarter of an hour after its end: usage that arrives later becomes another revision.
 pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, DbError> {
     let hours = sql_query(
         "WITH complete AS ( \
@@ -45,7 +45,7 @@ pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, 
     Ok(hours)
 }
 
-/// A subscription, as far as charging usage goes.
+/// The parts of a subscription that matter for charging usage.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct ChargedBy {
     #[diesel(sql_type = Text)]
@@ -109,7 +109,7 @@ struct Sum {
     sum: i64,
 }
 
-/// Returns the cost of admitted requests on plans marked `paid`, by the log.
+/// Returns the cost of admitted requests on plans marked `paid`, from the log.
 pub async fn logged(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -150,14 +150,14 @@ pub async fn reported(
     Ok(found.sum)
 }
 
-/// What a report is planned with.
+/// The data of a planned report.
 #[derive(Debug, Clone, Copy)]
 pub struct NewReport<'a> {
     pub start: DateTime<Utc>,
     pub until: DateTime<Utc>,
     pub subscription: Option<&'a str>,
     pub value: i64,
-    /// Why it will not be charged, if so.
+    /// The reason if it will not be charged.
     pub unbilled: Option<Unbilled>,
 }
 
@@ -174,7 +174,7 @@ pub enum Unbilled {
     Finalized,
     /// Stripe rejected it.
     Rejected,
-    /// It was sent a day ago without a response, and what Stripe has counted since fits neither outcome.
+    /// It was sent a day ago without a response, and Stripe's total since then matches neither outcome.
     Unclear,
 }
 
@@ -229,8 +229,8 @@ struct OfTenant {
     tenant_id: Uuid,
 }
 
-/// Returns tenants with reports that are due, for this replica to send within a minute. No other replica gets them
-/// meanwhile.
+/// Returns tenants with reports that are due, for this replica to send within a minute. Other replicas do not get them
+/// in the meantime.
 pub async fn claim_senders(tx: &mut SystemTx, limit: i64) -> Result<Vec<TenantId>, DbError> {
     let claimed: Vec<OfTenant> = sql_query(
         "INSERT INTO billing_senders AS s (tenant_id, until) \
@@ -248,7 +248,7 @@ pub async fn claim_senders(tx: &mut SystemTx, limit: i64) -> Result<Vec<TenantId
         .collect())
 }
 
-/// Lets other replicas send the tenant's reports.
+/// Allows other replicas to send the tenant's reports.
 pub async fn release_sender(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
     sql_query("DELETE FROM billing_senders WHERE tenant_id = $1")
         .bind::<SqlUuid, _>(tenant.0)
@@ -272,20 +272,20 @@ pub struct DueReport {
     pub customer_id: String,
     #[diesel(sql_type = Nullable<Text>)]
     pub subscription_id: Option<String>,
-    /// Whether it belongs to a period that has ended, or to a subscription that has.
+    /// Whether it belongs to a period or a subscription that has ended.
     #[diesel(sql_type = Bool)]
     pub is_of_earlier_period: bool,
-    /// How long ago it was used, in seconds.
+    /// Time since the usage, in seconds.
     #[diesel(sql_type = BigInt)]
     pub age: i64,
-    /// How long ago it was first sent, in seconds. `None` if it never was.
+    /// Time since it was first sent, in seconds. `None` if it was never sent.
     #[diesel(sql_type = Nullable<BigInt>)]
     pub sent_ago: Option<i64>,
 }
 
-/// Returns the tenant's next report that is due, and counts an attempt. It is due again after a while, twice as long each
-/// time, from 4 seconds to an hour and up to half of it less by chance: this is when it is sent again if its response is
-/// lost, or this process ends.
+/// Returns the tenant's next report that is due, and counts an attempt. It becomes due again after a delay that doubles
+/// each time, from 4 seconds to an hour, minus a random part of up to half of it: it is then sent again if its response
+/// was lost or this process has ended.
 pub async fn begin_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -312,7 +312,7 @@ pub async fn begin_attempt(
     Ok(due)
 }
 
-/// Starts the time anew in which Stripe recognizes the report's identifier.
+/// Restarts the time during which Stripe recognizes the report's identifier.
 pub async fn restart_attempts(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -349,7 +349,7 @@ pub async fn finish(
     Ok(())
 }
 
-/// What a customer used on a day, by the reports that Stripe has.
+/// A customer's usage on a day, according to the reports that Stripe has.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct SentOfDay {
     #[diesel(sql_type = SqlUuid)]
@@ -360,7 +360,7 @@ pub struct SentOfDay {
     pub sent: i64,
 }
 
-/// Returns what was sent for the usage of a day in UTC, for customers without a report of that day that is pending.
+/// Returns what was sent for a day in UTC, for customers without a pending report of that day.
 pub async fn sent_of_day(tx: &mut SystemTx, day: DateTime<Utc>) -> Result<Vec<SentOfDay>, DbError> {
     let sent = sql_query(
         "SELECT r.tenant_id, a.customer_id, coalesce(sum(r.value) FILTER (WHERE r.state = 'sent'), 0)::bigint AS sent \
@@ -375,10 +375,10 @@ pub async fn sent_of_day(tx: &mut SystemTx, day: DateTime<Utc>) -> Result<Vec<Se
     Ok(sent)
 }
 
-/// What has not been charged.
+/// Usage that has not been charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Uncharged {
-    /// Cost that should have been charged and will not be.
+    /// Cost that should have been charged but will not be.
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
     /// Age of the oldest report that Stripe does not have yet, in seconds; 0 if it has all.
@@ -388,7 +388,7 @@ pub struct Uncharged {
     pub now: DateTime<Utc>,
 }
 
-/// Returns what has not been charged of the usage of the last 40 days.
+/// Returns the usage of the last 40 days that has not been charged.
 pub async fn uncharged(tx: &mut SystemTx) -> Result<Uncharged, DbError> {
     let uncharged = sql_query(
         "SELECT coalesce(sum(value) FILTER (WHERE reason IN ('too_old', 'finalized', 'rejected', 'unclear')), 0)::bigint \

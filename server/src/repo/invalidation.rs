@@ -1,7 +1,11 @@
 //! The changes that replicas must apply to their caches, in commit order. The table is called `revocations`.
 
 use chrono::{DateTime, Utc};
-use diesel::{dsl::sql, prelude::*, sql_types::Timestamptz};
+use diesel::{
+    dsl::sql,
+    prelude::*,
+    sql_types::{BigInt, Text, Timestamptz},
+};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
@@ -143,14 +147,23 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     Ok(rows.into_iter().rev().map(invalidation).collect())
 }
 
-/// Returns the highest number. The newest row is never deleted, so this decreases only if PostgreSQL is restored to an
-/// earlier state.
-pub async fn highest(tx: &mut SystemTx) -> Result<i64, DbError> {
-    let highest = revocations::table
-        .select(diesel::dsl::max(revocations::seq))
-        .get_result::<Option<i64>>(&mut **tx)
-        .await?;
-    Ok(highest.unwrap_or(0))
+/// The highest number of a change, and the history of the database that it belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
+pub struct Position {
+    #[diesel(sql_type = BigInt)]
+    pub highest: i64,
+    /// Changes when PostgreSQL is restored from a backup or fails over. Numbers of different histories cannot be
+    /// compared, because the same number may belong to different changes.
+    #[diesel(sql_type = Text)]
+    pub history: String,
+}
+
+/// Returns the position. The newest row is never deleted, so the highest number decreases only if PostgreSQL is restored
+/// to an earlier state.
+pub async fn position(tx: &mut SystemTx) -> Result<Position, DbError> {
+    let sql =
+        "SELECT coalesce(max(seq), 0) AS highest, database_history() AS history FROM revocations";
+    Ok(diesel::sql_query(sql).get_result(&mut **tx).await?)
 }
 
 /// Returns the rows after number `seq`, in order: at most [`BATCH`].

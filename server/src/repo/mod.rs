@@ -39,7 +39,7 @@ macro_rules! update_by_id {
     };
 }
 
-/// Defines a function that deletes a row of the caller's tenant by its ID and returns it as it was.
+/// Defines a function that deletes a row of the caller's tenant by its ID and returns its last state.
 macro_rules! delete_by_id {
     ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident -> $row:ty) => {
         $(#[$doc])*
@@ -68,6 +68,8 @@ pub mod service_token;
 pub mod session;
 pub mod sweep;
 pub mod usage;
+pub mod usage_append;
+pub mod usage_batch;
 pub mod usage_check;
 pub mod usage_endpoint;
 pub mod usage_log;

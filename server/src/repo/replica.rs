@@ -1,6 +1,6 @@
 //! Running replicas, and whether shared counters have ever been used.
 
-use std::time::Duration;
+use std::{num::NonZeroU64, time::Duration};
 
 use diesel::{prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
@@ -19,9 +19,16 @@ struct Place {
     count: i64,
 }
 
-/// Refreshes the replica's heartbeat. Returns its rank, from zero, among the replicas seen within `forgotten`, and the
-/// number of those. Ranks follow IDs, which follow start times.
-pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<(u64, u64), DbError> {
+/// The replicas with recent heartbeats.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen {
+    /// This replica's rank among them, from zero. Ranks follow IDs, which follow start times.
+    pub rank: u64,
+    pub count: NonZeroU64,
+}
+
+/// Refreshes the replica's heartbeat. Returns the replicas whose last heartbeat is at most `forgotten` ago.
+pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<Seen, DbError> {
     diesel::insert_into(replicas::table)
         .values(replicas::id.eq(id))
         .on_conflict(replicas::id)
@@ -37,7 +44,10 @@ pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<(u
     .bind::<sql_types::Double, _>(forgotten.as_secs_f64())
     .get_result(&mut **tx)
     .await?;
-    Ok((place.rank.unsigned_abs(), place.count.unsigned_abs().max(1)))
+    Ok(Seen {
+        rank: place.rank.unsigned_abs(),
+        count: NonZeroU64::new(place.count.unsigned_abs()).unwrap_or(NonZeroU64::MIN),
+    })
 }
 
 /// Removes a replica that is stopping.

@@ -25,9 +25,9 @@ pub enum Expired {
     /// Previous secrets of rotated keys after their grace period. The keys are kept.
     PreviousKeys,
     Replicas,
-    /// Webhooks of Stripe that were handled, as long as Stripe itself lists them.
+    /// Webhooks from Stripe that were processed, kept for as long as Stripe itself lists them.
     BillingEvents,
-    /// Usage that was charged, after more than a year.
+    /// Usage that was charged, kept for more than a year.
     BillingUsage,
     BillingReports,
 }

@@ -1,10 +1,10 @@
-//! Reads the rollups of usage.
+//! Reads the usage rollups.
 //!
-//! A row of a rollup covers one key or all, one endpoint or all, one plan or all; see the migration. A query selects
-//! the rows of its combination, so it adds up no more rows than necessary. For ranking, long ranges are read as the
-//! whole UTC days that they contain and the quarter hours at both ends.
+//! A row of a rollup covers one key or all keys, one endpoint or all, and one plan or all; see the migration. A query
+//! selects the rows of its combination, so it sums no more rows than necessary. For ranking, long ranges are read as
+//! the whole UTC days they contain and the quarters of an hour at both ends.
 //!
-//! Statements consist of constant text; everything from callers is bound.
+//! Statements consist of constant text; all values from callers are bound.
 
 use std::fmt::Write as _;
 
@@ -28,7 +28,7 @@ const ALL: &str = "'00000000-0000-0000-0000-000000000000'";
 /// The row covers all endpoints.
 const ALL_ENDPOINTS: &str = r"E'\x01'";
 
-/// Restricts what is counted.
+/// Restricts which requests are counted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
     pub key: Option<Uuid>,
@@ -40,7 +40,7 @@ pub struct Filter {
 pub enum GroupBy {
     Key,
     Endpoint,
-    /// The policy that denied. Admitted requests are in no group.
+    /// The policy that denied the requests. Admitted requests do not belong to a group.
     Policy,
     Plan,
 }
@@ -74,7 +74,7 @@ impl Counts {
         }
     }
 
-    /// Returns the difference to `other`, which is part of it.
+    /// Returns the difference from `other`, which is part of it.
     #[must_use]
     pub fn without(&self, other: &Self) -> Self {
         Self {
@@ -130,7 +130,7 @@ impl Range {
 }
 
 impl Filter {
-    /// The condition by which rows about these keys, endpoints and plans are selected, with `group`ed ones one by one.
+    /// The condition that selects rows for these keys, endpoints and plans, individually for those that are `group`ed.
     /// Parameters: `$2` key, `$3` plan, `$4` endpoint.
     fn condition(&self, group: Option<GroupBy>) -> String {
         let mut sql = String::from("u.tenant_id = $1");
@@ -148,7 +148,7 @@ impl Filter {
         };
         let _ = match (self.plan, group) {
             (Some(_), _) => write!(sql, " AND u.plan_id = $3"),
-            // Rows of one key are always of one plan.
+            // All rows of a key have the same plan.
             _ if has_key => Ok(()),
             (None, Some(GroupBy::Plan)) => write!(sql, " AND u.plan_id <> {ALL}"),
             (None, _) => write!(sql, " AND u.plan_id = {ALL}"),
@@ -159,8 +159,8 @@ impl Filter {
         sql
     }
 
-    /// The rollup, as `u`. Rows of all endpoints are found through the list of them: the endpoint comes first in the
-    /// rollup's key.
+    /// The rollup, as `u`. Rows of all endpoints are found through the list of endpoints: the endpoint comes first in
+    /// the rollup's key.
     fn source(&self, table: &str, group: Option<GroupBy>) -> String {
         if group == Some(GroupBy::Endpoint) && self.endpoint.is_none() {
             let key = if self.key.is_some() { "$2" } else { ALL };
@@ -225,7 +225,7 @@ impl CountsRow {
 fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
     let chosen = match group {
         None => "",
-        // Of the column's type, so that an index can be used.
+        // Cast to the column's type, so that an index can be used.
         Some(GroupBy::Key) => " AND u.key_id = ANY($8::uuid[])",
         Some(GroupBy::Endpoint) => " AND u.endpoint = ANY($8)",
         Some(GroupBy::Policy) => " AND u.policy = ANY($8)",
@@ -255,8 +255,8 @@ macro_rules! bind_series {
     };
 }
 
-/// Counts requests by bucket, and with `groups` by each of those. `starts` are the starts of the buckets, in order; the
-/// last one ends at `to`. Buckets without requests are left out.
+/// Counts requests by bucket and, with `groups`, by each of those. `starts` are the starts of the buckets, in order;
+/// the last one ends at `to`. Buckets without requests are omitted.
 pub async fn series(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -302,7 +302,7 @@ pub async fn explain_series(
     Ok(lines.into_iter().map(|it| it.line).collect())
 }
 
-/// Returns the groups with the most requests in the range, the largest first.
+/// Returns the groups with the most requests in the range, largest first.
 pub async fn ranked(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -351,7 +351,7 @@ pub async fn ranked(
         .collect())
 }
 
-/// Returns, for each of these groups, when its latest request was, by the days in UTC that the range touches. It may be
+/// Returns the time of each group's latest request, based on the UTC days that overlap the range. It may be
 /// later than the range's end.
 pub async fn last_seen(
     tx: &mut TenantTx,
@@ -395,7 +395,7 @@ pub async fn last_seen(
         .collect())
 }
 
-/// Returns the current names of keys or plans by ID, of those that exist.
+/// Returns the current names of existing keys or plans by ID.
 pub async fn names(
     tx: &mut TenantTx,
     group: GroupBy,

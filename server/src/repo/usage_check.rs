@@ -1,8 +1,8 @@
-//! Compares what counts the same requests in different ways: the log, its rollups, and the quota ledger.
+//! Compares tables that count the same requests in different ways: the log, its rollups, and the quota ledger.
 //!
-//! Log and rollups are written in one transaction, so any difference is an error. The ledger counts what replicas took:
-//! after a window has ended, its excess over recorded usage was lost in crashes, at most one block each. Recorded usage
-//! above it would have been allowed without the ledger.
+//! Log and rollups are written in one transaction, so any difference is an error. The ledger counts the tokens that
+//! replicas took: after a window has ended, its excess over recorded usage was lost in crashes, at most one block each.
+//! Recorded usage in excess of the ledger would mean that requests were allowed without it.
 
 use chrono::NaiveDate;
 use diesel::{
@@ -16,14 +16,14 @@ use crate::db::{DbError, SystemTx};
 /// Ensures that only one replica compares at a time.
 const CHECK_LOCK: i64 = 7_226_424;
 
-/// The differences that were found.
+/// The differences found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Differences {
-    /// Requests by which the log and any level of the rollups differ, summed over tenants.
+    /// Difference in requests between the log and the rollups, over all levels, summed over tenants.
     pub log_and_rollups: i64,
-    /// Cost that the ledger counted and nothing recorded.
+    /// Cost that the ledger counted but was not recorded.
     pub ledger_excess: i64,
-    /// Cost that was recorded and the ledger did not count.
+    /// Cost that was recorded but not counted by the ledger.
     pub rollup_excess: i64,
 }
 
@@ -47,8 +47,8 @@ struct Excess {
     rollups: i64,
 }
 
-/// `log` against every level: the tenant's total by day and by quarter hour, its keys, endpoints, plans, and endpoints of
-/// keys.
+/// Compares `log` with every level: the tenant's total by day and by quarter of an hour, its keys, endpoints, plans,
+/// and endpoints of keys.
 const LOG_AND_ROLLUPS: &str = r#"
 WITH day AS (SELECT $1::timestamp AT TIME ZONE 'UTC' AS start, ($1 + 1)::timestamp AT TIME ZONE 'UTC' AS until),
 levels AS (
@@ -71,12 +71,13 @@ levels AS (
         AND plan_id = '00000000-0000-0000-0000-000000000000' AND endpoint = E'\x01' GROUP BY 1
 )
 SELECT coalesce(sum(difference), 0)::bigint AS difference FROM (
-    -- A level that is missing counts as 0.
+    -- A missing level counts as 0.
     SELECT max(requests) - CASE WHEN count(*) = 8 THEN min(requests) ELSE 0 END AS difference
     FROM levels GROUP BY tenant_id
 ) t"#;
 
-/// Windows that ended the day before, and an hour ago at least: what replicas held was returned since.
+/// Windows that ended on the previous day, at least an hour ago: replicas have returned the tokens they held since
+/// then.
 const LEDGER_AND_ROLLUPS: &str = r"
 SELECT coalesce(sum(greatest(used - spent, 0)), 0)::bigint AS ledger,
     coalesce(sum(greatest(spent - used, 0)), 0)::bigint AS rollups

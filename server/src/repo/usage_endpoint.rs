@@ -4,84 +4,143 @@
 //! enters the tenant's list only if it is in its key's list: one key cannot fill the tenant's list. An endpoint is
 //! removed from the lists when it no longer has rollups.
 //!
-//! [`add`] and [`mark_seen`] work on the batch of [`usage_log::append`](super::usage_log::append), which holds the locks
-//! of its tenants.
+//! [`find`], [`add`] and [`mark_seen`] are part of [`usage_append::append`](super::usage_append::append), which holds
+//! the locks of the tenants.
 
-use diesel::sql_types::BigInt;
+use chrono::{DateTime, Utc};
+use diesel::{
+    prelude::*,
+    sql_types::{Array, BigInt, Bool, Text, Timestamptz, Uuid as SqlUuid},
+};
 use diesel_async::RunQueryDsl;
+use uuid::Uuid;
 
-use super::usage::{ENDPOINTS_OF_KEY, ENDPOINTS_OF_TENANT};
 use crate::db::{DbError, SystemTx};
 
-/// Adds endpoints up to the limits, oldest first.
-const ADD_OF_KEY: &str = r"
-WITH new AS MATERIALIZED (
-    SELECT tenant_id, key_id, endpoint, min(first_at) AS first_at FROM usage_batch_counts WHERE NOT is_of_key
-    GROUP BY 1, 2, 3
-), known AS (
-    SELECT tenant_id, key_id, count(*) AS number FROM usage_endpoints
-    WHERE (tenant_id, key_id) IN (SELECT tenant_id, key_id FROM new) GROUP BY 1, 2
-), numbered AS (
-    SELECT n.tenant_id, n.key_id, n.endpoint, coalesce(k.number, 0)
-        + row_number() OVER (PARTITION BY n.tenant_id, n.key_id ORDER BY n.first_at, n.endpoint) AS number
-    FROM new n LEFT JOIN known k USING (tenant_id, key_id)
-)
-INSERT INTO usage_endpoints (tenant_id, key_id, endpoint)
-SELECT tenant_id, key_id, endpoint FROM numbered WHERE number <= $1";
-
-const NOTE_OF_KEY: &str = r"
-UPDATE usage_batch_counts b SET is_of_key = true FROM usage_endpoints e
-WHERE NOT b.is_of_key AND e.tenant_id = b.tenant_id AND e.key_id = b.key_id AND e.endpoint = b.endpoint";
-
-const ADD_OF_TENANT: &str = r"
-WITH new AS MATERIALIZED (
-    SELECT tenant_id, endpoint, min(first_at) AS first_at FROM usage_batch_counts
-    WHERE is_of_key AND NOT is_of_tenant GROUP BY 1, 2
-), known AS (
-    SELECT tenant_id, count(*) AS number FROM usage_endpoints
-    WHERE key_id = '00000000-0000-0000-0000-000000000000' AND tenant_id IN (SELECT tenant_id FROM new) GROUP BY 1
-), numbered AS (
-    SELECT n.tenant_id, n.endpoint, coalesce(k.number, 0)
-        + row_number() OVER (PARTITION BY n.tenant_id ORDER BY n.first_at, n.endpoint) AS number
-    FROM new n LEFT JOIN known k USING (tenant_id)
-)
-INSERT INTO usage_endpoints (tenant_id, key_id, endpoint)
-SELECT tenant_id, '00000000-0000-0000-0000-000000000000', endpoint FROM numbered WHERE number <= $1";
-
-const NOTE_OF_TENANT: &str = r"
-UPDATE usage_batch_counts b SET is_of_tenant = true FROM usage_endpoints e
-WHERE NOT b.is_of_tenant AND e.tenant_id = b.tenant_id AND e.key_id = '00000000-0000-0000-0000-000000000000'
-    AND e.endpoint = b.endpoint";
-
-/// At most once a day for each endpoint.
-const MARK_SEEN: &str = r"
-UPDATE usage_endpoints e SET seen_on = CURRENT_DATE
-FROM (SELECT DISTINCT tenant_id, key_id, endpoint FROM usage_batch_counts WHERE is_stale) b
-WHERE e.tenant_id = b.tenant_id AND e.key_id IN (b.key_id, '00000000-0000-0000-0000-000000000000')
-    AND e.endpoint = b.endpoint AND e.seen_on < CURRENT_DATE";
-
-/// Adds the batch's new endpoints to the lists, up to the limits, and marks the listed ones in the batch.
-pub(super) async fn add(tx: &mut SystemTx) -> Result<(), DbError> {
-    let of_key = diesel::sql_query(ADD_OF_KEY)
-        .bind::<BigInt, _>(ENDPOINTS_OF_KEY)
-        .execute(&mut **tx)
-        .await?;
-    if of_key > 0 {
-        diesel::sql_query(NOTE_OF_KEY).execute(&mut **tx).await?;
-    }
-    let of_tenant = diesel::sql_query(ADD_OF_TENANT)
-        .bind::<BigInt, _>(ENDPOINTS_OF_TENANT)
-        .execute(&mut **tx)
-        .await?;
-    if of_tenant > 0 {
-        diesel::sql_query(NOTE_OF_TENANT).execute(&mut **tx).await?;
-    }
-    Ok(())
+/// An endpoint of a key's list. The zero UUID stands for the tenant's list.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Endpoint<'a> {
+    pub tenant: Uuid,
+    pub key: Uuid,
+    pub name: &'a str,
+    /// The time of its first request in the batch.
+    pub first_at: DateTime<Utc>,
 }
 
-/// Records that the batch's endpoints are in use.
-pub(super) async fn mark_seen(tx: &mut SystemTx) -> Result<(), DbError> {
-    diesel::sql_query(MARK_SEEN).execute(&mut **tx).await?;
+/// The indexes of endpoints that require a change of the lists.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// Not listed.
+    pub new: Vec<usize>,
+    /// Listed, but not marked as seen today.
+    pub stale: Vec<usize>,
+}
+
+const FIND: &str = "\
+    SELECT n.place, e.seen_on IS NULL AS is_new \
+    FROM unnest($1, $2, $3) WITH ORDINALITY AS n (tenant_id, key_id, endpoint, place) \
+    LEFT JOIN usage_endpoints e \
+        ON e.tenant_id = n.tenant_id AND e.key_id = n.key_id AND e.endpoint = n.endpoint \
+    WHERE e.seen_on IS NULL OR e.seen_on < CURRENT_DATE";
+
+/// Adds endpoints up to the limit, oldest first. Returns the positions of the others.
+const ADD: &str = "\
+    WITH new AS MATERIALIZED ( \
+        SELECT * FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS n (tenant_id, key_id, endpoint, first_at, place) \
+    ), known AS ( \
+        SELECT tenant_id, key_id, count(*) AS number FROM usage_endpoints \
+        WHERE (tenant_id, key_id) IN (SELECT tenant_id, key_id FROM new) GROUP BY 1, 2 \
+    ), numbered AS MATERIALIZED ( \
+        SELECT n.tenant_id, n.key_id, n.endpoint, n.place, coalesce(k.number, 0) \
+            + row_number() OVER (PARTITION BY n.tenant_id, n.key_id ORDER BY n.first_at, n.endpoint) AS number \
+        FROM new n LEFT JOIN known k USING (tenant_id, key_id) \
+    ), added AS ( \
+        INSERT INTO usage_endpoints (tenant_id, key_id, endpoint) \
+        SELECT tenant_id, key_id, endpoint FROM numbered WHERE number <= $5 \
+    ) \
+    SELECT place FROM numbered WHERE number > $5";
+
+/// At most once a day for each endpoint.
+const MARK_SEEN: &str = "\
+    UPDATE usage_endpoints e SET seen_on = CURRENT_DATE \
+    FROM unnest($1, $2, $3) AS b (tenant_id, key_id, endpoint) \
+    WHERE e.tenant_id = b.tenant_id AND e.key_id = b.key_id AND e.endpoint = b.endpoint \
+        AND e.seen_on < CURRENT_DATE";
+
+#[derive(QueryableByName)]
+struct FoundRow {
+    /// Counted from 1.
+    #[diesel(sql_type = BigInt)]
+    place: i64,
+    #[diesel(sql_type = Bool)]
+    is_new: bool,
+}
+
+#[derive(QueryableByName)]
+struct Place {
+    /// Counted from 1.
+    #[diesel(sql_type = BigInt)]
+    place: i64,
+}
+
+fn index(place: i64) -> usize {
+    usize::try_from(place - 1).unwrap_or(usize::MAX)
+}
+
+macro_rules! bind_endpoints {
+    ($sql:expr, $endpoints:expr) => {
+        diesel::sql_query($sql)
+            .bind::<Array<SqlUuid>, _>($endpoints.iter().map(|it| it.tenant).collect::<Vec<_>>())
+            .bind::<Array<SqlUuid>, _>($endpoints.iter().map(|it| it.key).collect::<Vec<_>>())
+            .bind::<Array<Text>, _>($endpoints.iter().map(|it| it.name).collect::<Vec<_>>())
+    };
+}
+
+/// Returns the endpoints that are not listed, and those that have not been marked as seen today.
+pub(super) async fn find(tx: &mut SystemTx, endpoints: &[Endpoint<'_>]) -> Result<Found, DbError> {
+    let rows = bind_endpoints!(FIND, endpoints)
+        .load::<FoundRow>(&mut **tx)
+        .await?;
+    let mut found = Found::default();
+    for row in rows {
+        let list = if row.is_new {
+            &mut found.new
+        } else {
+            &mut found.stale
+        };
+        list.push(index(row.place));
+    }
+    Ok(found)
+}
+
+/// Adds endpoints to the lists, up to `limit` in each. Returns the indexes of those that do not fit.
+pub(super) async fn add(
+    tx: &mut SystemTx,
+    new: &[Endpoint<'_>],
+    limit: i64,
+) -> Result<Vec<usize>, DbError> {
+    if new.is_empty() {
+        return Ok(Vec::new());
+    }
+    let first_at = new.iter().map(|it| it.first_at).collect::<Vec<_>>();
+    let others = bind_endpoints!(ADD, new)
+        .bind::<Array<Timestamptz>, _>(first_at)
+        .bind::<BigInt, _>(limit)
+        .load::<Place>(&mut **tx)
+        .await?;
+    Ok(others.iter().map(|it| index(it.place)).collect())
+}
+
+/// Records that the endpoints are in use.
+pub(super) async fn mark_seen(
+    tx: &mut SystemTx,
+    endpoints: &[Endpoint<'_>],
+) -> Result<(), DbError> {
+    if !endpoints.is_empty() {
+        bind_endpoints!(MARK_SEEN, endpoints)
+            .execute(&mut **tx)
+            .await?;
+    }
     Ok(())
 }
 

@@ -1,14 +1,16 @@
-//! Partitions of the tables of usage: created ahead, dropped after the retention.
+//! Partitions of the usage tables: created in advance, dropped after the retention period.
 //!
-//! Functions of the database do both, with the rights of the tables' owner; see the migration. Rows of a day that has no
-//! partition are in the default one until the partition is created.
+//! Functions of the database do both, with the rights of the tables' owner; see the migration. Rows of a day that has
+//! no partition are in the default partition until one is created.
+
+use std::time::Duration;
 
 use chrono::NaiveDate;
 use diesel::{
     prelude::*,
-    sql_types::{BigInt, Date, Integer, Text},
+    sql_types::{BigInt, Bool, Date, Integer, Text},
 };
-use diesel_async::RunQueryDsl;
+use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
 
 use crate::db::{DbError, SystemTx};
 
@@ -32,27 +34,42 @@ impl Partitioned {
     }
 }
 
+/// The maximum duration of creating one partition, which includes moving rows that arrived before it.
+pub const CREATE: Duration = Duration::from_mins(5);
+
+/// The maximum number of rows that one transaction deletes.
+const DELETED_ROWS: i32 = 10_000;
+
+#[derive(QueryableByName)]
+struct Flag {
+    #[diesel(sql_type = Bool)]
+    flag: bool,
+}
+
 #[derive(QueryableByName)]
 struct Number {
     #[diesel(sql_type = Integer)]
     number: i32,
 }
 
-/// Creates the missing partitions of the days from `first` to `last`. Returns how many it created.
+/// Creates a day's partition unless it exists. Returns whether it did. May take as long as [`CREATE`].
 pub async fn create(
     tx: &mut SystemTx,
-    first: NaiveDate,
-    last: NaiveDate,
-) -> Result<usize, DbError> {
-    let created = diesel::sql_query("SELECT usage_create_partitions($1, $2) AS number")
-        .bind::<Date, _>(first)
-        .bind::<Date, _>(last)
-        .get_result::<Number>(&mut **tx)
+    table: Partitioned,
+    day: NaiveDate,
+) -> Result<bool, DbError> {
+    let limit = format!("SET LOCAL statement_timeout = {}", CREATE.as_millis());
+    tx.batch_execute(&limit).await?;
+    let created = diesel::sql_query("SELECT usage_create_partition($1, $2) AS flag")
+        .bind::<Text, _>(table.name())
+        .bind::<Date, _>(day)
+        .get_result::<Flag>(&mut **tx)
         .await?;
-    Ok(usize::try_from(created.number).unwrap_or(0))
+    Ok(created.flag)
 }
 
-/// Drops the oldest partition if it is of a day before `before`. Returns whether there was one: there may be more.
+/// Drops the oldest partition if its day is before `before`. Returns whether there was one, in which case there may be
+/// more.
 pub async fn drop_oldest(
     tx: &mut SystemTx,
     table: Partitioned,
@@ -64,6 +81,22 @@ pub async fn drop_oldest(
         .get_result::<Number>(&mut **tx)
         .await?;
     Ok(dropped.number > 0)
+}
+
+/// Deletes a limited number of rows without a partition from days before `before`. Returns whether there may be
+/// more.
+pub async fn delete_unpartitioned(
+    tx: &mut SystemTx,
+    table: Partitioned,
+    before: NaiveDate,
+) -> Result<bool, DbError> {
+    let deleted = diesel::sql_query("SELECT usage_delete_unpartitioned($1, $2, $3) AS number")
+        .bind::<Text, _>(table.name())
+        .bind::<Date, _>(before)
+        .bind::<Integer, _>(DELETED_ROWS)
+        .get_result::<Number>(&mut **tx)
+        .await?;
+    Ok(deleted.number >= DELETED_ROWS)
 }
 
 /// Deletes cursors of segments whose records would be refused by their age, and reports of servers that have been silent

@@ -1,7 +1,7 @@
-//! How far each usage segment was shipped, and what is left in each replica's directory.
+//! The position up to which each usage segment has been shipped, and what is left in each replica's directory.
 //!
 //! A cursor moves in the transaction that inserts the records before it, and only from the position at which the
-//! shipper started to read. So each record is inserted once, even if several processes ship the same segment or the
+//! shipper started reading. So each record is inserted once, even if several processes ship the same segment or the
 //! result of a COMMIT is unknown.
 
 use std::time::Duration;
@@ -26,7 +26,7 @@ struct Position {
 }
 
 /// Returns the position of a segment's cursor, which is created at `first` if there is none. `None` if the segment is
-/// older than `retention` and has none: its records may have been shipped and deleted since.
+/// older than `retention` and has none: its records may have been shipped and deleted since then.
 pub async fn open_cursor(
     tx: &mut SystemTx,
     segment: Uuid,
@@ -53,7 +53,8 @@ pub async fn open_cursor(
     Ok(found.map(|it| it.position))
 }
 
-/// Moves a segment's cursor. `false`: it was not at `from`. Call first inside the transaction that inserts the records.
+/// Moves a segment's cursor. Returns `false` if it was not at `from`. Call first inside the transaction that inserts
+/// the records.
 pub async fn move_cursor(
     tx: &mut SystemTx,
     segment: Uuid,
@@ -72,27 +73,28 @@ pub async fn move_cursor(
     Ok(moved == 1)
 }
 
-/// What has not been shipped of one directory.
+/// The records in a directory that have not been shipped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Pending {
     pub records: i64,
     pub bytes: i64,
-    /// Time of the oldest record.
+    /// No record before it is left to ship. `None` if no record is left.
     pub oldest: Option<DateTime<Utc>>,
 }
 
-/// Reports what is left in a directory.
+/// Reports what was left in a directory at `at`.
 pub async fn report(
     tx: &mut SystemTx,
     directory: Uuid,
     host: &str,
     pending: &Pending,
+    at: DateTime<Utc>,
 ) -> Result<(), DbError> {
     diesel::sql_query(
         "INSERT INTO usage_shippers \
-             (directory_id, host, pending_records, pending_bytes, oldest_pending_at) \
-         VALUES ($1, $2, $3, $4, $5) \
-         ON CONFLICT (directory_id) DO UPDATE SET host = excluded.host, reported_at = now(), \
+             (directory_id, host, reported_at, pending_records, pending_bytes, oldest_pending_at) \
+         VALUES ($1, $2, least(now(), $6), $3, $4, $5) \
+         ON CONFLICT (directory_id) DO UPDATE SET host = excluded.host, reported_at = excluded.reported_at, \
              pending_records = excluded.pending_records, pending_bytes = excluded.pending_bytes, \
              oldest_pending_at = excluded.oldest_pending_at",
     )
@@ -101,6 +103,7 @@ pub async fn report(
     .bind::<BigInt, _>(pending.records)
     .bind::<BigInt, _>(pending.bytes)
     .bind::<Nullable<Timestamptz>, _>(pending.oldest)
+    .bind::<Timestamptz, _>(at)
     .execute(&mut **tx)
     .await?;
     Ok(())

@@ -1,4 +1,4 @@
-//! The state of a tenant's keys: their number, how much of their quotas is used, and which need attention.
+//! The state of a tenant's keys: their number, the usage of their quotas, and which need attention.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -61,7 +61,7 @@ pub async fn numbers(tx: &mut TenantTx) -> Result<Numbers, DbError> {
     .await?)
 }
 
-/// How much of a quota is used in its current window, by the ledger: what replicas hold counts as used.
+/// Usage of a quota in its current window, according to the ledger: tokens held by replicas count as used.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct QuotaRow {
     #[diesel(sql_type = SqlUuid)]
@@ -73,7 +73,7 @@ pub struct QuotaRow {
     pub policy: String,
     #[diesel(sql_type = BigInt)]
     pub used: i64,
-    /// Of this window.
+    /// The quota for this window.
     #[diesel(sql_type = BigInt)]
     pub quota: i64,
     #[diesel(sql_type = Timestamptz)]
@@ -82,8 +82,8 @@ pub struct QuotaRow {
     pub window_end: DateTime<Utc>,
 }
 
-/// The current windows of the active keys' quotas of which something is used. A shortened window has a quota in
-/// proportion to its length, as in [`quota_usage::take`](super::quota_usage::take).
+/// The current windows of the active keys' quotas that have any usage. A shortened window has a proportional quota, as
+/// in [`quota_usage::take`](super::quota_usage::take).
 const QUOTAS: &str = "\
     SELECT k.id AS key_id, k.name AS key_name, v.policy, least(w.used, w.quota) AS used, w.quota, w.window_start, \
         w.window_end \
@@ -100,7 +100,7 @@ const QUOTAS: &str = "\
     ) w \
     WHERE k.tenant_id = $1 AND v.quota IS NOT NULL";
 
-/// Returns the quotas that are closest to their limit, the closest first.
+/// Returns the quotas that are closest to their limit, closest first.
 pub async fn quotas(tx: &mut TenantTx) -> Result<Vec<QuotaRow>, DbError> {
     let tenant = tx.tenant().0;
     Ok(diesel::sql_query(format!(
@@ -122,7 +122,7 @@ pub async fn quotas_of(tx: &mut TenantTx, key: Uuid) -> Result<Vec<QuotaRow>, Db
         .await?)
 }
 
-/// A key that needs attention for another reason than a quota.
+/// A key that needs attention for a reason other than a quota.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct Standing {
     /// `expiring`, `grace_ending` or `idle`.
@@ -137,7 +137,7 @@ pub struct Standing {
 }
 
 /// Returns keys that expire within 7 days, rotated keys whose previous secret stops working within a day, and active
-/// keys without use for 30 days.
+/// keys that have not been used for 30 days.
 pub async fn standings(tx: &mut TenantTx) -> Result<Vec<Standing>, DbError> {
     let tenant = tx.tenant().0;
     Ok(diesel::sql_query(

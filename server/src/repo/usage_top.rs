@@ -20,7 +20,7 @@ pub struct TopTenant {
     pub allowed: i64,
     #[diesel(sql_type = BigInt)]
     pub rejected: i64,
-    /// Of the allowed requests.
+    /// Cost of the allowed requests.
     #[diesel(sql_type = BigInt)]
     pub cost: i64,
 }
@@ -38,7 +38,7 @@ pub struct TopKey {
     pub allowed: i64,
     #[diesel(sql_type = BigInt)]
     pub rejected: i64,
-    /// Of the allowed requests.
+    /// Cost of the allowed requests.
     #[diesel(sql_type = BigInt)]
     pub cost: i64,
 }
@@ -47,7 +47,7 @@ const SUMS: &str = "coalesce(sum(u.requests) FILTER (WHERE u.policy = ''), 0)::b
      coalesce(sum(u.requests) FILTER (WHERE u.policy <> ''), 0)::bigint AS rejected, \
      coalesce(sum(u.cost) FILTER (WHERE u.policy = ''), 0)::bigint AS cost";
 
-/// The operator may wait: all tenants are read.
+/// The operator can wait: all tenants are read.
 const PATIENCE: &str = "SET LOCAL statement_timeout = '1min'";
 
 pub async fn tenants(tx: &mut SystemTx, hours: u16, top: u16) -> Result<Vec<TopTenant>, DbError> {

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 
 use super::connection::RequestInFlight;
+use crate::tenant_places::HeldUntilSent;
 
 /// Maximum size of a chunk that is passed on at once.
 const CHUNK: usize = 16 * 1024;
@@ -18,6 +19,7 @@ pub(super) struct ResponseBody<B> {
     pub(super) body: B,
     /// The rest of a large frame. hyper would copy the whole frame and keep that memory until the connection closes.
     pub(super) rest: Bytes,
+    pub(super) _held: Option<HeldUntilSent>,
     pub(super) _request: RequestInFlight,
 }
 

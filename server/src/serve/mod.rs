@@ -41,7 +41,7 @@ use self::{
     stream::WatchedStream,
     table::{Admitted, Slot, Table},
 };
-use crate::telemetry::metrics::ConnectionMetrics;
+use crate::{telemetry::metrics::ConnectionMetrics, tenant_places::HeldUntilSent};
 
 /// The maximum size of a request line with its header fields.
 const HEADER_BYTES: usize = 32 * 1024;
@@ -243,11 +243,13 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                         .map_or_else(LocalAddr::default, |addr| LocalAddr(Addr::SocketAddr(addr)));
                     let remote = RemoteAddr(Addr::SocketAddr(peer));
                     let request = (request, local, remote, Scheme::HTTP).into();
-                    let response =
+                    let mut response =
                         http::Response::from(server.endpoint.get_response(request).await);
+                    let held = response.extensions_mut().remove::<HeldUntilSent>();
                     Ok::<_, Infallible>(response.map(|body| ResponseBody {
                         body,
                         rest: Bytes::new(),
+                        _held: held,
                         _request: in_flight,
                     }))
                 }

@@ -1,19 +1,19 @@
-//! What an event says about itself. Its contents are not read: they may be outdated, and their shape depends on the
-//! version of the API that the webhook endpoint has.
+//! The metadata of an event. Its contents are not read: they may be outdated, and their format depends on the API
+//! version of the webhook endpoint.
 
 use serde_json::Value;
 
 /// Longer than any ID of Stripe's.
 const ID_MAX: usize = 255;
 
-/// The parts of an event that say what it is about.
+/// The parts of an event that identify what it concerns.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Envelope {
     pub id: String,
     pub kind: String,
-    /// The object that it is about.
+    /// The object that it concerns.
     pub object: Option<String>,
-    /// The customer that it names.
+    /// The customer in it.
     pub customer: Option<String>,
     pub api_version: Option<String>,
     pub livemode: bool,
@@ -21,11 +21,11 @@ pub struct Envelope {
 
 /// A body that is not an event, although its signature is valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("The body is not an event of Stripe's: it has no ID or no type.")]
+#[error("The body is not a Stripe event: it has no ID or type.")]
 pub struct NotAnEvent;
 
 impl Envelope {
-    /// Reads an event of any type and version, also a thin one, which only refers to its object.
+    /// Parses an event of any type and version, including thin events, which only refer to their object.
     pub fn read(body: &[u8]) -> Result<Self, NotAnEvent> {
         let event: Value = serde_json::from_slice(body).map_err(|_| NotAnEvent)?;
         let text = |value: &Value| {

@@ -1,8 +1,8 @@
 //! Stripe: the requests that Quota makes, and the webhooks that it receives.
 //!
-//! Requests are built by the `async-stripe` crates, which pin one version of Stripe's API. Of the responses, only the
-//! fields in [`response`] are read, so that nothing else in an object can make reading it fail. There are no automatic
-//! retries: callers know what a failed request means, and have the idempotency key that the next attempt needs.
+//! Requests are built by the `async-stripe` crates, which pin one version of Stripe's API. Only the fields in
+//! [`response`] are read from responses, so that no other field of an object can make parsing fail. There are no
+//! automatic retries: callers know what a failed request means, and have the idempotency key for the next attempt.
 
 mod envelope;
 mod response;
@@ -47,13 +47,13 @@ pub use self::{
 };
 use crate::config::StripeSettings;
 
-/// How long one request may take. It may have had its effect when this ends.
+/// How long one request may take. It may have taken effect when this ends.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The metadata under which Stripe's objects name the tenant they belong to.
+/// The metadata key with which Stripe's objects refer to their tenant.
 pub const TENANT: &str = "quota_tenant";
 
-/// The version of the API that requests are made with, and that webhook endpoints have to be created with.
+/// The API version that requests use, and that webhook endpoints have to be created with.
 pub const API_VERSION: stripe_shared::ApiVersion = stripe_shared::version::VERSION;
 
 /// The events that Quota acts on. All others are ignored.
@@ -77,11 +77,11 @@ pub const EVENTS: [&str; 14] = [
 /// Why a request has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum StripeError {
-    /// Nothing is known about its effect, or it had none and can be sent again. The same idempotency key gives the same
+    /// Its effect is unknown, or it had none and can be sent again. The same idempotency key gives the same
     /// result.
     #[error("Stripe could not be reached, or its response was lost: {0}")]
     Unknown(String),
-    /// Stripe failed. It returns the same failure for the same idempotency key, and the request may have had its effect.
+    /// Stripe failed. The same idempotency key returns the same failure, and the request may have taken effect.
     #[error("Stripe failed with status {status}: {message}")]
     Failed { status: u16, message: String },
     /// Stripe rejected the request, which had no effect.
@@ -90,7 +90,7 @@ pub enum StripeError {
 }
 
 impl StripeError {
-    /// Whether what the request is about does not exist.
+    /// Whether the object of the request does not exist.
     pub const fn is_not_found(&self) -> bool {
         matches!(self, Self::Rejected { status: 404, .. })
     }
@@ -100,10 +100,11 @@ impl From<ClientError> for StripeError {
     fn from(error: ClientError) -> Self {
         let (error, status) = match error {
             ClientError::Stripe(error, status) => (error, status),
-            // Also what is not JSON, such as the error page of a proxy, after which nothing is known.
+            // Also applies to a response that is not JSON, such as the error page of a proxy, after which the effect is
+            // unknown.
             other => return Self::Unknown(other.to_string()),
         };
-        // Never the whole error, which can contain what a customer entered.
+        // Never the whole error, which can contain customer input.
         let message = error.message.unwrap_or_default();
         match status {
             409 | 429 => Self::Unknown(message),
@@ -121,7 +122,7 @@ pub struct Stripe {
     client: stripe::Client,
 }
 
-/// What a Checkout Session sells, and to whom.
+/// What a Checkout Session sells, and to which tenant.
 #[derive(Debug, Clone, Copy)]
 pub struct Checkout<'a> {
     pub tenant: &'a str,
@@ -134,7 +135,7 @@ pub struct Checkout<'a> {
     pub cancel_url: &'a str,
 }
 
-/// Sends a request, and reads `T` from the response.
+/// Sends a request, and parses `T` from the response.
 macro_rules! send {
     ($stripe:expr, $request:expr) => {
         $request.build().customize().send(&$stripe.client).await?
@@ -218,7 +219,7 @@ impl Stripe {
         }
     }
 
-    /// Returns all subscriptions of a customer, those that have ended as well.
+    /// Returns all subscriptions of a customer, including ended ones.
     pub async fn subscriptions(&self, customer: &str) -> Result<Vec<Subscription>> {
         let mut all: Vec<Subscription> = Vec::new();
         loop {
@@ -238,7 +239,7 @@ impl Stripe {
         }
     }
 
-    /// Returns the invoices of a subscription that are to be paid.
+    /// Returns the unpaid invoices of a subscription.
     pub async fn open_invoices(&self, subscription: &str) -> Result<Vec<Invoice>> {
         let request = ListInvoice::new()
             .subscription(subscription)
@@ -248,8 +249,8 @@ impl Stripe {
         Ok(page.data)
     }
 
-    /// Returns the customer of an object that an event is about. `None` for kinds of objects that have none, and if it
-    /// does not exist.
+    /// Returns the customer of the object that an event concerns. `None` for kinds of objects without a customer, and
+    /// if the object does not exist.
     pub async fn customer_of(&self, object: &str) -> Result<Option<String>> {
         let found: Result<response::Owned> = async {
             Ok(match object.split('_').next() {
@@ -324,8 +325,8 @@ impl Stripe {
         Ok(!page.data.is_empty())
     }
 
-    /// Reports usage of a customer at a time, in seconds since 1970. For a day, Stripe rejects another report with the same
-    /// identifier.
+    /// Reports a customer's usage at a time, in seconds since 1970. For a day, Stripe rejects another report with the
+    /// same identifier.
     pub async fn use_meter(
         &self,
         event_name: &str,
@@ -345,7 +346,7 @@ impl Stripe {
         Ok(())
     }
 
-    /// Returns what Stripe has counted of a customer's usage. Times are full hours.
+    /// Returns Stripe's total for a customer's usage. Times are full hours.
     pub async fn counted(&self, meter: &str, customer: &str, from: i64, until: i64) -> Result<i64> {
         let request = ListIdBillingMeterEventSummary::new(meter, customer, until, from).limit(100);
         let page: List<response::Summary> = send!(self, request);
@@ -393,7 +394,7 @@ impl Stripe {
     }
 
     /// Creates a monthly price. `amount` is in the smallest unit of the currency and may be a fraction of it. With
-    /// `meter` it is for each unit of usage.
+    /// `meter`, it applies to each unit of usage.
     pub async fn create_price(
         &self,
         product: &str,
@@ -421,7 +422,7 @@ impl Stripe {
         Ok(page.data)
     }
 
-    /// Creates a webhook endpoint for [`EVENTS`]. Returns it with its secret, which Stripe shows only now.
+    /// Creates a webhook endpoint for [`EVENTS`]. Returns it with its secret, which Stripe shows only once.
     pub async fn create_webhook_endpoint(&self, url: &str) -> Result<WebhookEndpoint> {
         let events = EVENTS.map(|name| {
             name.parse::<CreateWebhookEndpointEnabledEvents>()

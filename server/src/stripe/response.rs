@@ -1,6 +1,6 @@
-//! What Quota reads of Stripe's objects.
+//! The fields of Stripe's objects that Quota reads.
 //!
-//! With miniserde, as the `async-stripe` crates do. Fields that are not listed are skipped.
+//! Uses miniserde, like the `async-stripe` crates. Fields that are not listed are skipped.
 
 use std::collections::HashMap;
 
@@ -47,7 +47,7 @@ pub struct Items {
     pub data: Vec<Item>,
 }
 
-/// Since API version 2025-03-31, periods are those of items.
+/// Since API version 2025-03-31, items have the periods.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Item {
     pub current_period_start: i64,
@@ -76,7 +76,7 @@ pub struct CheckoutSession {
     pub id: String,
     /// `open`, `complete` or `expired`.
     pub status: Option<String>,
-    /// Where the customer pays. `None` once it is no longer open.
+    /// The page on which the customer pays. `None` once it is no longer open.
     pub url: Option<String>,
     pub expires_at: i64,
 }

@@ -8,10 +8,10 @@ use std::time::Duration;
 use aws_lc_rs::hmac;
 use secrecy::{ExposeSecret, SecretString};
 
-/// How far the time of a signature may be from now, on either side.
+/// Maximum difference between the time of a signature and now, in either direction.
 pub const TOLERANCE: Duration = Duration::from_secs(300);
 
-/// More signatures than Stripe ever sends. The rest is not tried.
+/// More signatures than Stripe ever sends. The rest are ignored.
 const SIGNATURES_MAX: usize = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -24,7 +24,7 @@ pub enum BadSignature {
     Stale,
 }
 
-/// Checks that one of the secrets signed the body lately. `now` is in seconds since 1970.
+/// Checks that one of the secrets signed the body recently. `now` is in seconds since 1970.
 pub fn verify(
     body: &[u8],
     header: &str,
@@ -95,8 +95,10 @@ mod tests {
     fn sign(secret: &str, at: u64, body: &[u8]) -> String {
         let key = hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes());
         let tag = hmac::sign(&key, &[at.to_string().as_bytes(), b".", body].concat());
-        let hex = |text: String, byte: &u8| text + &format!("{byte:02x}");
-        tag.as_ref().iter().fold(String::new(), hex)
+        tag.as_ref()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 
     fn check(header: &str, body: &[u8], secrets: &[&str]) -> Result<(), BadSignature> {
@@ -104,7 +106,7 @@ mod tests {
         verify(body, header, &secrets, NOW)
     }
 
-    /// Computed with `openssl dgst -sha256 -hmac`, so that a common mistake of ours would show.
+    /// Computed with `openssl dgst -sha256 -hmac`, so that a mistake in this code would be detected.
     #[test]
     fn signature_of_another_program_is_accepted() {
         let known = "45705be2a45ab5acdd1395cc695e9e7073125385ec24194921c401dff44176f8";

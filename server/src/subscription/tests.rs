@@ -6,17 +6,17 @@ const DAY: Seconds = 86_400;
 const GRACE: Seconds = 7 * DAY;
 const START: Seconds = 1_800_000_000;
 
-/// How long plans marked `paid` work with a subscription, by its status alone.
+/// How long plans marked `paid` work with a subscription, based only on its status.
 #[derive(Debug, Clone, Copy)]
 enum Works {
     Not,
-    /// Until a cancellation that is scheduled.
+    /// Until a scheduled cancellation.
     UntilCanceled,
-    /// For the grace period after the first unpaid invoice, but not past a cancellation that is scheduled.
+    /// For the grace period after the first unpaid invoice, but not past a scheduled cancellation.
     DuringGrace,
 }
 
-/// What Stripe's documentation says about access, status by status.
+/// Access according to Stripe's documentation, status by status.
 const TABLE: [(&str, &str, Works); 8] = [
     ("incomplete", "free", Works::Not),
     ("incomplete_expired", "free", Works::Not),
@@ -28,7 +28,7 @@ const TABLE: [(&str, &str, Works); 8] = [
     ("paused", "paused", Works::Not),
 ];
 
-/// A subscription at Stripe: what happens to it, and what Stripe then says about it.
+/// A subscription at Stripe: the events that happen to it, and what Stripe reports about it.
 #[derive(Debug, Clone)]
 struct Life {
     status: &'static str,
@@ -68,20 +68,22 @@ impl Life {
         }
     }
 
-    /// One thing that can happen to it.
+    /// An event that can happen to it.
     fn step(&mut self, rng: &mut fastrand::Rng, now: Seconds) {
         match (self.status, rng.u8(..6)) {
-            ("incomplete" | "paused", 0 | 1) | ("trialing", 0) => self.status = "active",
+            ("incomplete", 0 | 1) => self.status = "active",
             ("incomplete", 2) => {
                 self.status = "trialing";
                 self.trial_end = Some(now + 14 * DAY);
             }
             ("incomplete", 3) => self.status = "incomplete_expired",
+            ("trialing", 0) => self.status = "active",
             ("trialing", 1) => self.status = "paused",
             ("trialing" | "active", 2) => {
                 self.status = "past_due";
                 self.first_unpaid = Some(now);
             }
+            ("paused", 0 | 1) => self.status = "active",
             ("past_due" | "unpaid", 0 | 1) => {
                 self.status = "active";
                 self.first_unpaid = None;
@@ -161,8 +163,8 @@ fn every_status_has_the_access_of_the_table() {
     assert_eq!(Status::named("frozen"), None);
 }
 
-/// Subscriptions change; changes cause reads; responses arrive late, out of order, twice or never; time passes. What is
-/// known is always what the last of the arrived reads saw, and after a read that arrives it is the present.
+/// Subscriptions change; changes cause reads; responses arrive late, out of order, twice or never; time passes. The
+/// known state is always that of the latest read that has arrived, and after such a read it is the current state.
 #[test]
 fn random_schedules_agree_with_the_table() {
     let (mut worked, mut refused, mut dropped) = (0_u64, 0_u64, 0_u64);
@@ -171,7 +173,7 @@ fn random_schedules_agree_with_the_table() {
         let mut customer = Customer::default();
         let mut account = Account::default();
         let mut now = START;
-        // Reads under way, each with the customer as it was.
+        // Reads in progress, each with the state of the customer at that time.
         let mut under_way: Vec<(Observation, BTreeMap<String, Life>)> = Vec::new();
         let mut known = BTreeMap::new();
         let mut last_read = 0;
@@ -222,7 +224,7 @@ fn random_schedules_agree_with_the_table() {
             "seed {seed}"
         );
     }
-    // The schedules reach every side.
+    // The schedules reach both outcomes.
     assert!(worked > 100_000 && refused > 100_000 && dropped > 100_000);
 }
 
@@ -239,8 +241,8 @@ fn each_order<T: Copy>(items: &mut [T], fixed: usize, visit: &mut impl FnMut(&[T
     }
 }
 
-/// Every order in which seven events can arrive, each some times again, while the subscription goes on living between
-/// the arrivals: all of them end in the access that the subscription has at the end.
+/// Every order in which seven events can arrive, each several times, while the subscription continues between the
+/// arrivals: all of them end with the access that the subscription has at the end.
 #[test]
 fn every_order_of_a_life_ends_in_one_state() {
     const STATUSES: [&str; 7] = [
@@ -253,7 +255,7 @@ fn every_order_of_a_life_ends_in_one_state() {
         "canceled",
     ];
     let mut rng = fastrand::Rng::with_seed(7);
-    // A life that ends with each of the statuses.
+    // Histories that end with each of the statuses.
     for last in 1..=STATUSES.len() {
         let mut orders = 0;
         let mut finals = Vec::new();
@@ -265,10 +267,10 @@ fn every_order_of_a_life_ends_in_one_state() {
             let mut account = Account::default();
             let mut under_way = Vec::new();
             for &event in order {
-                // An event cannot arrive before it happened. Those before it have happened as well.
+                // An event cannot arrive before it happened. Earlier events have happened as well.
                 while happened <= event.min(last - 1) {
                     life.status = STATUSES[happened];
-                    life.first_unpaid = (life.status == "past_due").then_some(START + 3 * DAY);
+                    life.first_unpaid = (life.status == "past_due").then(|| START + 3 * DAY);
                     happened += 1;
                 }
                 customer
@@ -325,7 +327,7 @@ fn a_scheduled_cancellation_ends_access_on_its_date_without_news() {
     let paid = subscription.access(START, GRACE).paid();
     assert!(paid.at(START + 30 * DAY - 1));
     assert!(!paid.at(START + 30 * DAY));
-    // Canceling the cancellation restores it.
+    // Undoing the cancellation restores it.
     let renewed = Subscription {
         cancel_at: None,
         ..subscription

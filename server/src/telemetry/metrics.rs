@@ -62,21 +62,21 @@ metrics! {
     refused_keys: Counter, "keys_refused", "Requests with an invalid, disabled or expired key";
     payment_required: Counter, "payment_required",
         "Requests with a key on a paid plan whose tenant has no active subscription";
-    billing_events: Counter, "billing_events", "Webhooks of Stripe that were stored";
+    billing_events: Counter, "billing_events", "Webhooks from Stripe that were stored";
     billing_signatures_bad: Counter, "billing_signatures_bad",
         "Webhooks that were rejected because of their signature";
     billing_errors: Counter, "billing_errors", "Reads of subscriptions from Stripe that failed; they are retried";
     billing_events_failed: Counter, "billing_events_failed",
-        "Webhooks of Stripe that could not be handled and were given up";
-    billing_reports: Counter, "billing_reports", "Reports of usage that Stripe has, or that need not be sent";
+        "Webhooks from Stripe that could not be processed and were abandoned";
+    billing_reports: Counter, "billing_reports", "Usage reports that Stripe has, or that need not be sent";
     billing_usage_difference: Gauge, "billing_usage_difference",
-        "Usage of yesterday (UTC) by which reports and what Stripe has counted differ, summed over customers";
+        "Difference between reports and Stripe's totals in yesterday's usage (UTC), summed over customers";
     billing_usage_lost: Gauge, "billing_usage_lost",
-        "Usage of the last 40 days that should have been charged and will not be";
+        "Usage of the last 40 days that should have been charged but will not be";
     billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
-        "Age of the oldest report of usage that Stripe does not have yet; 0 if there is none";
+        "Age of the oldest usage report that Stripe does not have yet; 0 if there is none";
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
-        "Unix time of the last comparison of reports with what Stripe has counted";
+        "Unix time of the last comparison of reports with Stripe's totals";
     keys_malformed: Counter, "keys_malformed",
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
@@ -137,7 +137,8 @@ metrics! {
     redis_calls_without_connection: Counter, "redis_calls_without_connection",
         "Calls to Redis that failed because there was no connection";
     redis_calls_late: Counter, "redis_calls_late", "Calls to Redis that timed out";
-    redis_calls_failed: Counter, "redis_calls_failed", "Calls to Redis that failed for reasons other than a timeout or a missing connection";
+    redis_calls_failed: Counter, "redis_calls_failed",
+        "Calls to Redis that failed for reasons other than a timeout or a missing connection";
     lookups_refused: Counter, "lookups_refused",
         "Lookups of unknown keys and tokens that got 503 because too many were in progress";
     database_suspected: Counter, "database_suspected", "Times that PostgreSQL was suspected to be unreachable";
@@ -268,6 +269,7 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Nanos;
 
     #[test]
     fn text_has_every_count_and_one_end_marker() {
@@ -275,7 +277,7 @@ mod tests {
         metrics.allowed.inc();
         metrics.answered(200);
         metrics.answered(429);
-        metrics.decision_seconds.observe(1_500);
+        metrics.decision_seconds.observe(Nanos(1_500));
         let text = metrics.text();
         assert_eq!(text.matches("# EOF").count(), 1);
         assert!(text.ends_with("# EOF\n"));

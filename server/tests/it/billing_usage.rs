@@ -1,4 +1,4 @@
-//! Usage that is charged, from the log to meter events at the fake Stripe.
+//! Charged usage, from the log to meter events at the fake Stripe.
 //!
 //! The oracle is a sum over the records that the test itself has appended.
 
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, DurationRound as _, TimeDelta, Utc};
 use quota_fake_stripe::{Card, Fault, How, Usage};
-use quota_server::{billing::Billing, repo::usage_log::UsageRecord};
+use quota_server::{billing::Billing, repo::usage_batch::UsageRecord};
 use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -107,7 +107,7 @@ impl World {
         panic!("reports stay pending");
     }
 
-    /// Returns what the fake has counted for the tenant.
+    /// Returns the fake's total for the tenant.
     fn counted(&self) -> Vec<Usage> {
         let customer = self.stripe.customer_of(&self.account);
         let all = self.stripe.fake.usage().into_iter();
@@ -118,7 +118,7 @@ impl World {
         self.counted().iter().map(|it| it.value).sum()
     }
 
-    /// Returns reports as state, reason, value, in their order.
+    /// Returns the state, reason and value of all reports, in order.
     async fn reports(&self) -> Vec<(String, Option<String>, i64)> {
         let client = self.app.database.connect().await;
         let rows = client
@@ -136,7 +136,7 @@ impl World {
 
 /// The start of the hour some hours ago.
 fn hour(ago: i64) -> DateTime<Utc> {
-    let at = usage::now() - TimeDelta::hours(ago);
+    let at = Utc::now() - TimeDelta::hours(ago);
     at.duration_trunc(TimeDelta::hours(1))
         .expect("a time of this era")
 }
@@ -165,7 +165,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
         ])
         .await;
     // Not over yet.
-    world.append(&[world.paid(usage::now(), 1000)]).await;
+    world.append(&[world.paid(Utc::now(), 1000)]).await;
     world.report().await;
     let tenant = &world.account.tenant_id;
     let sent: Vec<_> = world
@@ -185,7 +185,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     world.report().await;
     assert_eq!(world.counted().len(), 2);
 
-    // What arrives late is a revision with the difference.
+    // Usage that arrives late is a revision with the difference.
     world.append(&[world.paid(at + minutes(59), 4)]).await;
     world.append(&[world.paid(at + minutes(59), 1)]).await;
     world.report().await;
@@ -197,7 +197,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     assert_eq!(world.total(), 21);
 }
 
-/// Every kind of fault, before and after the effect, on the way to the meter: what Stripe counts is what was used.
+/// Every kind of fault, before and after the effect, on the way to the meter: Stripe's total equals the usage.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_charge_nothing_twice_and_lose_nothing() {
     let world = World::subscribed(3 * DAY).await;
@@ -269,7 +269,7 @@ async fn random_schedules_charge_exactly_what_was_used() {
             .count()
             .min(before);
         if rng.u8(..4) == 0 {
-            // Nobody sends anything for a day and a half.
+            // Nothing is sent for a day and a half.
             world.stripe.fake.advance(Duration::from_hours(36));
             world.execute("UPDATE billing_reports SET first_attempt_at = first_attempt_at - interval '36 hours'").await;
         }
@@ -281,7 +281,7 @@ async fn random_schedules_charge_exactly_what_was_used() {
     assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
 }
 
-/// After the time for which Stripe recognizes an identifier, its own count decides.
+/// After the time during which Stripe recognizes an identifier, Stripe's total determines the outcome.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_was_down_for_30_hours_charges_once() {
     let world = World::subscribed(3 * DAY).await;
@@ -309,7 +309,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
         assert_eq!(world.counted().len(), events + 1, "{fault:?}");
     }
     assert_eq!(world.total(), 10);
-    // Neither outcome explains what Stripe has counted: somebody has to look.
+    // Neither outcome explains Stripe's total: a person has to investigate.
     world.append(&[world.paid(hour(5), 5)]).await;
     world.billing().plan_usage().await.expect("planned");
     world
@@ -346,7 +346,8 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
     );
 }
 
-/// The hour in which a billing period ends is divided there. What belongs to a period whose invoice is final is not sent.
+/// An hour in which a billing period ends is divided at that time. Usage of a period whose invoice is final is not
+/// sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_with_the_edge_of_a_period_is_divided() {
     let world = World::subscribed(40 * DAY).await;
@@ -354,7 +355,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
     let edge = &subscription["items"]["data"][0]["current_period_start"];
     let edge = DateTime::from_timestamp(edge.as_i64().expect("a time"), 0).expect("a time");
     let start = edge.duration_trunc(TimeDelta::hours(1)).expect("a time");
-    assert!(edge < usage::now() - TimeDelta::days(5), "{edge}");
+    assert!(edge < Utc::now() - TimeDelta::days(5), "{edge}");
     let millis = |n| TimeDelta::milliseconds(n);
     world
         .append(&[
@@ -365,7 +366,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
         ])
         .await;
     world.report().await;
-    // The whole hour is after the edge, or nearly so, if the subscription began at a full hour.
+    // All or nearly all of the hour is after the limit if the subscription began at a full hour.
     let before = if start == edge { 0 } else { 3 };
     let sent = world.counted();
     assert_eq!(sent.len(), 1);
@@ -376,7 +377,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
             reports[0],
             ("unbilled".into(), Some("finalized".into()), before)
         );
-        // Late usage before the edge, too.
+        // Also late usage before the limit.
         world.append(&[world.paid(edge - millis(1), 16)]).await;
         world.append(&[world.paid(edge, 32)]).await;
         world.report().await;
@@ -431,7 +432,7 @@ async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
         .find(|it| it["status"] == "draft");
     let draft = draft.expect("it could not be finalized");
     world
-        .append(&[world.paid(usage::now() - TimeDelta::days(20), 7)])
+        .append(&[world.paid(Utc::now() - TimeDelta::days(20), 7)])
         .await;
     world.report().await;
     assert_eq!(world.total(), 7);
@@ -447,8 +448,8 @@ async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
     let world = World::subscribed(50 * DAY).await;
-    let now = usage::now();
-    // Before the subscription, and before what Stripe accepts.
+    let now = Utc::now();
+    // Before the subscription, and before the oldest usage that Stripe accepts.
     world
         .append(&[world.paid(now - TimeDelta::days(60), 1)])
         .await;
@@ -545,7 +546,7 @@ async fn usage_without_a_metered_price_is_not_sent() {
     );
 }
 
-/// Hours whose edges are not known yet wait for Stripe.
+/// Hours in which the limits of billing periods are not known yet wait for Stripe.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_waits_until_subscriptions_were_read_after_it() {
     let world = World::subscribed(3 * DAY).await;
@@ -594,7 +595,7 @@ async fn several_workers_send_each_report_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn reconciliation_finds_what_stripe_counts_differently() {
     let world = World::subscribed(5 * DAY).await;
-    let yesterday = usage::now() - TimeDelta::days(1);
+    let yesterday = Utc::now() - TimeDelta::days(1);
     let noon = yesterday
         .date_naive()
         .and_hms_opt(12, 0, 0)
@@ -626,7 +627,7 @@ async fn reconciliation_finds_what_stripe_counts_differently() {
     assert_eq!(compare().await, 7);
 }
 
-/// With its jobs, a server reports by itself, and its metrics say so.
+/// With its jobs, a server sends reports on its own, and its metrics show them.
 #[tokio::test(flavor = "multi_thread")]
 async fn server_reports_usage_by_itself() {
     let world = World::subscribed(3 * DAY).await;

@@ -5,10 +5,21 @@ use std::{
     time::{Duration, Instant},
 };
 
+use chrono::TimeDelta;
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    task::JoinSet,
+};
 
-use crate::support::app::{Account, Answer, TestApp};
+use crate::{
+    support::{
+        app::{Account, Answer, TestApp},
+        http2,
+    },
+    usage::now,
+};
 
 /// The number of concurrent requests: many times the number of connections.
 const BURST: usize = 64;
@@ -188,5 +199,65 @@ async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
         }
         assert!(answered >= 33, "{path}: {answered}");
         assert!(rejected >= 16, "{path}: {rejected}");
+    }
+}
+
+/// A client with an account requests large responses and opens no window for them, so the server has to keep them.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_responses_of_one_tenant_that_nobody_reads_are_few() {
+    const REQUESTS: u32 = 32;
+    const WAITING: usize = 8;
+    let app = TestApp::setup().without_jobs().start().await;
+    let (a, b) = (app.register().await, app.register().await);
+    let from = (now() - TimeDelta::days(40)).format("%Y-%m-%dT%H:%M:%SZ");
+    let path = format!("/admin/usage?from={from}&bucket=hour");
+    let large = app.act(&a, "GET", &path, Value::Null).await;
+    assert_eq!(large.status, 200, "{}", large.text);
+    assert!(large.text.len() > 64 * 1024, "{}", large.text.len());
+
+    let mut requests = http2::hello(0);
+    for n in 0..REQUESTS {
+        let mut head = http2::head("GET", &path);
+        head.extend(http2::field(
+            "authorization",
+            &format!("Bearer {}", a.access_token),
+        ));
+        requests.extend(http2::frame(
+            http2::HEADERS,
+            http2::END_HEADERS | 1,
+            2 * n + 1,
+            &head,
+        ));
+    }
+    let mut stream = TcpStream::connect(app.addr).await.expect("it listens");
+    stream.write_all(&requests).await.expect("it reads");
+    let (mut admitted, mut answered) = (0, 0);
+    while answered < REQUESTS {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.expect("it is open");
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        let mut payload = vec![0; length];
+        stream.read_exact(&mut payload).await.expect("it is open");
+        if head[3] == http2::HEADERS {
+            answered += 1;
+            // `:status: 200`, from HPACK's static table.
+            admitted += usize::from(payload[0] == 0x88);
+        }
+    }
+    assert_eq!(admitted, WAITING);
+    let again = app.act(&a, "GET", &path, Value::Null).await;
+    assert_eq!((again.status, again.problem()), (429, "too-many-requests"));
+    // Small responses, and other tenants, are not affected.
+    let list = app.act(&a, "GET", "/admin/plans", Value::Null).await;
+    assert_eq!(list.status, 200, "{}", list.text);
+    for _ in 0..2 * WAITING {
+        assert_eq!(app.act(&b, "GET", &path, Value::Null).await.status, 200);
+    }
+
+    drop(stream);
+    let began = Instant::now();
+    while app.act(&a, "GET", &path, Value::Null).await.status != 200 {
+        assert!(began.elapsed() < Duration::from_secs(10));
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -499,7 +499,7 @@ fn every_configuration_marks_what_to_fill_in() {
     }
     let traefik = fs::read_to_string(folder().join("traefik.yml")).expect("it is there");
     assert!(
-        traefik.contains("No test runs this file"),
+        traefik.contains("This file is not tested"),
         "Traefik is untested, and its page has to say so"
     );
     let files = fs::read_dir(folder()).expect("the folder is there").count();

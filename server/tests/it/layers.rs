@@ -20,6 +20,7 @@ const RANKS: &[&[&str]] = &[
         "seal",
         "secret_text",
         "subscription",
+        "tenant_places",
         "tenant_queue",
     ],
     &["db", "redis", "stripe", "telemetry"],

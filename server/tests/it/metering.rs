@@ -558,6 +558,209 @@ async fn a_clean_stop_leaves_nothing_behind() {
     assert_eq!(reports.expect("it is readable").len(), 0);
 }
 
+/// Copies the records of a running server to a directory that no process holds, as if a second server had been killed.
+fn copy_segments(from: &Path, to: &Path) -> Vec<PathBuf> {
+    std::fs::create_dir_all(to).expect("there is space");
+    let entries = std::fs::read_dir(from).expect("it is readable");
+    let segments = entries
+        .map(|entry| entry.expect("it is readable").path())
+        .filter(|path| path.extension().is_some_and(|it| it == "segment"));
+    segments
+        .map(|path| {
+            let copy = to.join(path.file_name().expect("it has a name"));
+            std::fs::copy(&path, &copy).expect("there is space");
+            copy
+        })
+        .collect()
+}
+
+/// Sets the time of a segment to 1990.
+fn make_ancient(segment: &Path) {
+    let mut bytes = std::fs::read(segment).expect("it is readable");
+    bytes[24..32].copy_from_slice(&631_152_000_000_000_000_u64.to_le_bytes());
+    let crc = crc32fast::hash(&bytes[..40]);
+    bytes[40..44].copy_from_slice(&crc.to_le_bytes());
+    std::fs::write(segment, bytes).expect("there is space");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
+    let world = World::start(|setup| setup).await;
+    let ids = world.echoes(5).await;
+    let own = world.usage_directory();
+    let root = own.parent().expect("it is in `usage`");
+    // Sorted before the good one by name.
+    let [unlockable, unreadable, good] =
+        [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
+    std::fs::create_dir_all(unlockable.join("lock")).expect("there is space");
+    std::fs::create_dir_all(unreadable.join("0.segment")).expect("there is space");
+    copy_segments(&own, &good);
+    assert!(world.app.state.metering.ship_adopted().await.is_err());
+    assert_eq!(world.logged().await, ids);
+    assert!(!good.exists(), "what is shipped is deleted");
+    assert!(unreadable.exists(), "the rest is kept");
+    // The same within one directory.
+    let ids = &ids | &world.echoes(5).await;
+    copy_segments(&own, &unreadable);
+    let url = SecretString::from(world.app.database.url());
+    let db = Db::new(&url, &world.app.state.config.database);
+    let replayed = metering::replay(&world.app.state.config, &db, &unreadable).await;
+    assert!(replayed.is_err());
+    assert_eq!(world.logged().await, ids);
+    world.app.ship_usage().await;
+    assert_eq!(world.logged().await, ids);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_segments_are_kept_apart_and_their_directory_goes() {
+    let world = World::start(|setup| setup).await;
+    let ids = world.echoes(5).await;
+    let own = world.usage_directory();
+    let root = own.parent().expect("it is in `usage`").to_owned();
+    let left = root.join(uuid::Uuid::from_u128(1).to_string());
+    for segment in copy_segments(&own, &left) {
+        let ancient = left.join("0.segment");
+        std::fs::copy(&segment, &ancient).expect("there is space");
+        make_ancient(&ancient);
+    }
+    std::fs::write(left.join("1.segment"), "not a segment").expect("there is space");
+    // In the location used by an earlier version.
+    std::fs::write(left.join("2.refused"), "refused").expect("there is space");
+    world
+        .app
+        .state
+        .metering
+        .ship_adopted()
+        .await
+        .expect("it ships the rest");
+    assert_eq!(world.logged().await, ids);
+    assert!(!left.exists(), "nothing is left in the directory");
+    let kept = std::fs::read_dir(root.join("refused")).expect("it is there");
+    let kept = kept
+        .map(|entry| entry.expect("it is readable").file_name())
+        .collect::<BTreeSet<_>>();
+    assert_eq!(kept.len(), 3, "{kept:?}");
+    let refused = "quota_usage_segments_refused_total";
+    assert_eq!(metric(&world.app, refused).await, "1");
+}
+
+/// Takes the lock that [`append`](quota_server::repo::usage_append::append) waits for.
+async fn lock_tenants(database: &TestDatabase) -> tokio_postgres::Client {
+    let client = database.connect().await;
+    client
+        .batch_execute("BEGIN; SELECT FROM usage_tenants FOR UPDATE")
+        .await
+        .expect("it is locked");
+    client
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_may_take_longer_than_a_request() {
+    let world = World::start(|setup| setup.flag("--database-statement-timeout=200ms")).await;
+    world.echoes(1).await;
+    world.app.ship_usage().await;
+    let lock = lock_tenants(&world.app.database).await;
+    world.echoes(1).await;
+    let release = async {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        lock.batch_execute("ROLLBACK").await
+    };
+    let (shipped, released) = tokio::join!(world.app.state.metering.ship(), release);
+    released.expect("it was locked");
+    assert_eq!(shipped.expect("the batch waits"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
+    let data = data_dir();
+    let app = TestApp::setup().data_dir(data.path()).start().await;
+    let database = app.database.clone();
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
+    let key = app.key(&account, &plan).await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+    wait_for("the first is shipped", async || {
+        let rows = logged(&database).await.len();
+        (rows == 1).then_some(()).ok_or(rows.to_string())
+    })
+    .await;
+    let lock = lock_tenants(&database).await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+    wait_for("a batch waits", async || {
+        let waiting = lock
+            .query(
+                "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
+                &[],
+            )
+            .await
+            .expect("it is readable");
+        (!waiting.is_empty()).then_some(()).ok_or_else(String::new)
+    })
+    .await;
+    let began = Instant::now();
+    app.stop().await;
+    // A batch waits 10 s for the lock.
+    assert!(
+        began.elapsed() < Duration::from_secs(8),
+        "{:?}",
+        began.elapsed()
+    );
+    lock.batch_execute("ROLLBACK").await.expect("it was locked");
+    // The next start ships it.
+    let app = TestApp::setup()
+        .data_dir(data.path())
+        .database(database.clone());
+    let app = app.start().await;
+    wait_for("the second is shipped", async || {
+        let rows = logged(&database).await.len();
+        (rows == 2).then_some(()).ok_or(rows.to_string())
+    })
+    .await;
+    app.stop().await;
+}
+
+/// Usage is reported as complete only up to records that may still be in flight, although the shipper cannot see their
+/// time.
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_is_not_complete_beyond_a_decision_in_flight() {
+    let world = World::start(|setup| setup).await;
+    world.echoes(1).await;
+    world.app.ship_usage().await;
+    let client = world.app.database.connect().await;
+    let report = async || {
+        // Reports are sent a second apart.
+        tokio::time::sleep(Duration::from_millis(1_100)).await;
+        world.app.ship_usage().await;
+        let row = client
+            .query_one(
+                "SELECT pending_records,                      extract(epoch FROM now() - coalesce(oldest_pending_at, reported_at))::float8                  FROM usage_shippers",
+                &[],
+            )
+            .await
+            .expect("one report");
+        (row.get::<_, i64>(0), row.get::<_, f64>(1))
+    };
+    let (pending, behind) = report().await;
+    assert_eq!(pending, 0);
+    assert!(behind < 1.0, "{behind} s");
+    let metering = world.app.state.metering.clone();
+    let tenant = world.account.tenant_id.parse().expect("an ID");
+    let open = metering
+        .reserve(tenant, "GET /slow", "open")
+        .expect("there is space");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // It follows the open one, so it is not shipped.
+    world.echoes(2).await;
+    let (pending, behind) = report().await;
+    assert_eq!(pending, 2);
+    assert!(behind > 2.0, "complete up to {behind} s ago");
+    drop(open);
+    let (pending, behind) = report().await;
+    assert_eq!(pending, 0);
+    assert!(behind < 1.0, "{behind} s");
+    assert_eq!(world.logged().await.len(), 3);
+}
+
 async fn wait_for<T>(what: &str, mut ask: impl AsyncFnMut() -> Result<T, String>) -> T {
     let began = Instant::now();
     loop {

@@ -535,6 +535,44 @@ async fn changes_are_noticed_after_postgres_was_restored() {
     assert!((401..=403).contains(&app.echo(&key.text).await.status));
 }
 
+/// As after a restore after which so many changes were made that the numbers are as high as before.
+#[tokio::test]
+async fn a_restore_is_noticed_although_the_numbers_of_changes_have_caught_up() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = json!({"default_rpm": 600_000, "burst": 10_000});
+    let plan = app.plan(&account, plan).await;
+    let key = app.key(&account, &plan).await;
+    for burst in 1..=6 {
+        let call = app.request(reqwest::Method::PATCH, &format!("/admin/plans/{plan}"));
+        let call = call.json(json!({"burst": 10_000 + burst}));
+        assert_eq!(call.bearer(&account.access_token).send().await.status, 200);
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+
+    // The restored table is a new one, with a different change under the highest number.
+    let restore = format!(
+        "BEGIN; \
+         CREATE TEMP TABLE before AS SELECT * FROM revocations; \
+         TRUNCATE revocations; \
+         INSERT INTO revocations OVERRIDING SYSTEM VALUE SELECT * FROM before ORDER BY seq; \
+         UPDATE api_keys SET is_active = false WHERE id = '{id}'; \
+         UPDATE revocations SET target_type = 'api_key', target_id = '{id}' \
+             WHERE seq = (SELECT max(seq) FROM before); \
+         COMMIT",
+        id = key.id
+    );
+    let other = app.database.connect().await;
+    other.batch_execute(&restore).await.expect("it is restored");
+    let began = Instant::now();
+    while app.echo(&key.text).await.status == 200 {
+        assert!(began.elapsed() < AT_MOST, "a key that was ended is let in");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!((401..=403).contains(&app.echo(&key.text).await.status));
+}
+
 /// A sign-in whose client disconnects before the password is verified does not count as a failed attempt.
 #[tokio::test(flavor = "multi_thread")]
 async fn sign_ins_given_up_during_an_outage_do_not_count_as_failed() {

@@ -10,7 +10,7 @@ use chrono::{DateTime, Utc};
 use futures_util::{StreamExt as _, stream};
 use quota_common::id::{ApiKeyId, TenantId};
 use quota_server::{
-    clock::{SystemClock, UnixNanos},
+    clock::{Nanos, SystemClock, UnixNanos},
     config::DatabaseSettings,
     db::{self, Db},
     keys::ledger::PostgresLedger,
@@ -208,7 +208,7 @@ async fn postgres_behaves_like_the_test_ledger() {
     let (mut granted, mut shortened) = (0, 0);
     for step in 0..250 {
         if random.u8(0..4) == 0 {
-            now = now.saturating_add(random.u64(0..30 * 3_600_000_000_000));
+            now = now.saturating_add(Nanos::from_secs(random.u64(0..30 * 3600)));
         }
         if random.u8(0..4) == 0 && !held.is_empty() {
             // Each row once, in order.
@@ -226,7 +226,9 @@ async fn postgres_behaves_like_the_test_ledger() {
             }
         }
         // Sometimes a little later, as for a block of the next window.
-        let later = now.saturating_add(random.u64(0..2) * random.u64(0..20 * 3_600_000_000_000));
+        let later = now.saturating_add(Nanos::from_secs(
+            random.u64(0..2) * random.u64(0..20 * 3600),
+        ));
         let mut keys: Vec<_> = (0..world.keys.len()).collect();
         random.shuffle(&mut keys);
         let requests: Vec<_> = keys[..random.usize(1..4)]

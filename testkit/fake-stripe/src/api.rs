@@ -10,7 +10,7 @@ use crate::{
 
 const DAY: i64 = 86_400;
 
-/// Objects that can be created, and the parameters that this needs.
+/// Objects that can be created, and the required parameters.
 const CREATED: [(&str, &str, &[&str]); 5] = [
     ("customers", "customer", &[]),
     ("products", "product", &["name"]),
@@ -110,7 +110,7 @@ impl State {
         }
     }
 
-    /// Creating, updating, retrieving and listing, which are the same for many kinds.
+    /// Creating, updating, retrieving and listing, which work the same way for many kinds.
     fn collection(&mut self, call: &Call<'_>, path: &[&str]) -> Result<Value, Failure> {
         let (name, id) = match path {
             [name] => (*name, None),
@@ -211,7 +211,7 @@ impl State {
         Ok(self.expanded(self.find(kind, id)?, &params["expand"], ""))
     }
 
-    /// Replaces the ID of the latest invoice by the invoice, if `expand` asks for it.
+    /// Replaces the ID of the latest invoice with the invoice, if `expand` requests it.
     fn expanded(&self, object: &Value, expand: &Value, prefix: &str) -> Value {
         let mut object = object.clone();
         let wanted = format!("{prefix}latest_invoice");
@@ -246,14 +246,14 @@ impl State {
                     .is_none_or(|it| it == subscription);
             let by_status = match (kind, params.get("status").and_then(Value::as_str)) {
                 ("subscription", None) => object["status"] != "canceled",
-                (_, Some("all") | None) => true,
+                (_, None | Some("all")) => true,
                 (_, Some(status)) => object["status"] == status,
             };
             let keys = params["lookup_keys"].as_array();
             let by_key = keys.is_none_or(|keys| keys.contains(&object["lookup_key"]));
             let active = params
                 .get("active")
-                .is_none_or(|it| (*it == "true") == (object["active"] == true));
+                .is_none_or(|it| (it == "true") == (object["active"] == true));
             by_subscription
                 && by_status
                 && by_key
@@ -268,9 +268,9 @@ impl State {
             while found.next().is_some_and(|object| object["id"] != *after) {}
         }
         let page = found.by_ref().take(limit);
-        let page: Vec<Value> = page
+        let page = page
             .map(|object| self.expanded(object, &params["expand"], "data."))
-            .collect();
+            .collect::<Vec<_>>();
         let has_more = found.peek().is_some();
         objects::list(&format!("/v1/{}", call.path.join("/")), &page, has_more)
     }
@@ -340,7 +340,7 @@ impl State {
         Ok(updated)
     }
 
-    /// Accepts a meter event. What is wrong with its payload is only found later, and reported by a thin event.
+    /// Accepts a meter event. Errors in its payload are found only later, and reported by a thin event.
     fn use_meter(&mut self, params: &Value) -> Result<Value, Failure> {
         required(params, &["event_name", "payload"])?;
         let now = self.now();
@@ -409,7 +409,7 @@ impl State {
         }))
     }
 
-    /// What a customer has used, in whole or by hour or day.
+    /// A customer's usage, in total or by hour or day.
     fn summaries(&self, id: &str, params: &Value) -> Result<Value, Failure> {
         required(params, &["customer", "start_time", "end_time"])?;
         let meter = self.find("billing.meter", id)?;
@@ -448,7 +448,7 @@ impl State {
     }
 }
 
-/// Returns the object without what only the fake remembers.
+/// Returns the object without the data that only the fake keeps.
 pub fn visible(object: &Value) -> Value {
     let mut object = object.clone();
     if let Some(fields) = object.as_object_mut() {

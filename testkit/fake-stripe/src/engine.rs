@@ -1,4 +1,4 @@
-//! What Stripe does by itself: subscriptions, their invoices and payments, and the passage of time.
+//! Stripe's own activity: subscriptions, their invoices and payments, and the passage of time.
 
 use serde_json::{Value, json};
 
@@ -13,7 +13,7 @@ const DAY: i64 = 24 * HOUR;
 /// How long a draft invoice waits for late usage.
 pub const INVOICE_GRACE: i64 = HOUR;
 
-/// When a payment is tried again, after the first attempt.
+/// When a payment is retried, after the first attempt.
 const RETRIES: [i64; 3] = [3 * DAY, 5 * DAY, 7 * DAY];
 
 impl State {
@@ -21,7 +21,7 @@ impl State {
         self.cards.get(customer).copied().unwrap_or_default()
     }
 
-    /// Handles a timer. Does nothing if what it is about has changed meanwhile.
+    /// Handles a timer. Does nothing if its subject has changed in the meantime.
     pub fn fire(&mut self, timer: Timer) {
         let is = |object: Result<&Value, Failure>, statuses: &[&str]| {
             object.is_ok_and(|it| statuses.iter().any(|status| it["status"] == *status))
@@ -130,7 +130,7 @@ impl State {
         Ok(self.find("subscription", &id)?.clone())
     }
 
-    /// Drafts an invoice for a period of use.
+    /// Drafts an invoice for a usage period.
     fn invoice(&mut self, subscription: &str, reason: &str, period: (i64, i64)) -> String {
         let id = self.id("in");
         let of = self
@@ -151,7 +151,7 @@ impl State {
         id
     }
 
-    /// Charges what was used, makes the invoice final, and tries to collect it.
+    /// Charges the usage, finalizes the invoice, and tries to collect it.
     pub fn finalize(&mut self, id: &str) {
         if self.failing_finalizations > 0 {
             self.failing_finalizations -= 1;
@@ -224,7 +224,7 @@ impl State {
         }
     }
 
-    /// Assigns what was used in the period, and has arrived, to the invoice. Returns how much that is.
+    /// Assigns the usage of the period that has arrived to the invoice. Returns the total.
     fn charge_usage(
         &mut self,
         subscription: &Value,
@@ -316,7 +316,7 @@ impl State {
         }
     }
 
-    /// Changes the status of a subscription, with an event if it is another one.
+    /// Changes the status of a subscription, with an event if the status is different.
     pub fn set_status(&mut self, id: &str, status: &str) {
         let subscription = self.find("subscription", id).expect("a subscription");
         if subscription["status"] == status {
@@ -384,7 +384,7 @@ impl State {
         Ok(self.find("subscription", id)?.clone())
     }
 
-    /// Begins a billing period now, and drafts the invoice of the one that ended.
+    /// Begins a billing period now, and drafts the invoice of the previous one.
     fn start_period(&mut self, id: &str, reason: &str) {
         let now = self.now();
         let end = months_after(now, 1);
@@ -421,7 +421,7 @@ impl State {
         self.emit("customer.subscription.updated", &renewed);
         let invoice = text(&renewed["latest_invoice"]);
         if status == "unpaid" {
-            // Stripe drafts invoices for an unpaid subscription, and tries to collect none of them.
+            // Stripe drafts invoices for an unpaid subscription, but does not try to collect them.
             self.set("invoice", &invoice, &json!({"auto_advance": false}));
         } else {
             let at = self.now() + INVOICE_GRACE;

@@ -1,4 +1,4 @@
-//! Form bodies and query strings with brackets, as Stripe reads them: `a[b][0][c]=d`.
+//! Form bodies and query strings with brackets, as parsed by Stripe: `a[b][0][c]=d`.
 
 use serde_json::{Map, Value};
 

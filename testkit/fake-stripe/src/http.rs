@@ -7,7 +7,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::{
     Method, Request, Response, StatusCode,
     body::Incoming,
-    header::{AUTHORIZATION, CONTENT_TYPE, LOCATION},
+    header::{AUTHORIZATION, CONTENT_TYPE},
     server::conn::http1,
     service::service_fn,
 };
@@ -22,7 +22,7 @@ use crate::{
     state::{Failure, State},
 };
 
-/// Where a request fails: before it has its effect, or after.
+/// When a request fails: before it takes effect, or after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
     Before,
@@ -32,10 +32,10 @@ pub enum When {
 /// How a request fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// This status, as Stripe's own error. Returned again for the same idempotency key, unless it is 409 or 429, with
-    /// which Stripe turns a request away before it begins.
+    /// This status, as an error of Stripe itself. Returned again for the same idempotency key, unless it is 409 or 429,
+    /// with which Stripe rejects a request before it begins.
     Status(u16),
-    /// 502 with a page of HTML, from something in between.
+    /// 502 with an HTML page, from a proxy.
     Html,
     /// The connection is closed without a response.
     Drop,
@@ -61,7 +61,7 @@ impl Fault {
         Self { when, how }
     }
 
-    /// Every kind of fault, on both sides of the effect. Slow ones take `slow`.
+    /// Every kind of fault, before and after the effect. Slow ones take `slow`.
     pub fn all(slow: Duration) -> Vec<Self> {
         let before = [409, 429, 500, 503].map(How::Status).to_vec();
         let after = [500, 503].map(How::Status).to_vec();
@@ -80,9 +80,9 @@ pub struct Received {
     pub path: String,
     pub params: Value,
     pub idempotency_key: Option<String>,
-    /// The version of the API that it asked for.
+    /// The requested version of the API.
     pub version: Option<String>,
-    /// The status that was sent, if any was.
+    /// The status that was sent, if one was.
     pub status: Option<u16>,
 }
 
@@ -102,7 +102,7 @@ pub struct Shared {
     pub received: Mutex<Vec<Received>>,
     /// Faults of the next requests to a path.
     pub faults: Mutex<Vec<(String, Fault)>>,
-    /// Called with method and path of every request that has no such fault.
+    /// Called with the method and path of every request that has no such fault.
     pub choose: Mutex<Option<Choose>>,
     kept: Mutex<HashMap<String, Kept>>,
     /// Customers and meters with a meter event in progress.
@@ -110,7 +110,7 @@ pub struct Shared {
     pub base: String,
 }
 
-/// The key that requests have to be made with.
+/// The key that requests must use.
 pub const SECRET_KEY: &str = "sk_test_fake";
 
 /// How long an idempotency key is kept.
@@ -127,7 +127,7 @@ pub async fn serve(listener: TcpListener, shared: Arc<Shared>) {
                 let shared = shared.clone();
                 async move { answer(&shared, request).await }
             });
-            // An error of the service closes the connection, which is what a dropped response looks like.
+            // An error of the service closes the connection, which looks like a dropped response.
             drop(
                 http1::Builder::new()
                     .serve_connection(TokioIo::new(stream), service)
@@ -144,8 +144,15 @@ async fn answer(shared: &Shared, request: Request<Incoming>) -> io::Result<Respo
     let path = head.uri.path().trim_matches('/');
     let segments: Vec<&str> = path.split('/').collect();
     let [version @ ("v1" | "v2"), below @ ..] = &segments[..] else {
-        let page = page::answer(shared, &head.method, &segments, &form::parse(&body));
-        return Ok(page.unwrap_or_else(|| html(StatusCode::NOT_FOUND, "Not found".to_owned())));
+        let page = page::answer(
+            &mut shared.state.lock(),
+            &head.method,
+            &segments,
+            &form::parse(&body),
+        );
+        return Ok(
+            page.unwrap_or_else(|| page::html(StatusCode::NOT_FOUND, "Not found".to_owned()))
+        );
     };
     let header = |name: &str| {
         head.headers
@@ -323,7 +330,7 @@ async fn execute(shared: &Shared, call: &Call<'_>, key: Option<String>) -> io::R
                 return Ok((status, error(status).1, vec![]));
             }
             How::Html => {
-                // Whatever answered this was not Stripe.
+                // This response did not come from Stripe.
                 shared.forget(key.as_deref());
                 return Ok((502, "<html><body>Bad Gateway</body></html>".into(), vec![]));
             }
@@ -431,20 +438,4 @@ impl Drop for Metering<'_> {
             self.0.metering.lock().retain(|other| other != one);
         }
     }
-}
-
-pub fn html(status: StatusCode, text: String) -> Response<Full<Bytes>> {
-    let response = Response::builder()
-        .status(status)
-        .header(CONTENT_TYPE, "text/html; charset=utf-8");
-    response
-        .body(Full::new(Bytes::from(text)))
-        .unwrap_or_default()
-}
-
-pub fn redirect(to: &str) -> Response<Full<Bytes>> {
-    let response = Response::builder()
-        .status(StatusCode::SEE_OTHER)
-        .header(LOCATION, to);
-    response.body(Full::default()).unwrap_or_default()
 }

@@ -1,11 +1,11 @@
 //! A stateful stand-in for Stripe, for tests and for trying out billing without an account.
 //!
-//! It has the endpoints that Quota uses, returns whole objects of the API version that the `async-stripe` crates pin,
-//! and behaves like Stripe where that matters: idempotency keys, signed webhooks with redelivery, a clock that can be
-//! moved forward, renewals, failed payments and their retries, usage that arrives late. Requests can fail before or
-//! after their effect. It also serves a Checkout page and a customer portal of its own.
+//! It has the endpoints that Quota uses, returns complete objects of the API version that the `async-stripe` crates
+//! pin, and behaves like Stripe where that matters: idempotency keys, signed webhooks with redelivery, a clock that can
+//! be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can fail before
+//! or after their effect. It also serves its own Checkout page and customer portal.
 //!
-//! Nothing of Quota is used here, so that the two cannot agree by accident.
+//! It uses no code of Quota, so that the two cannot agree by accident.
 #![recursion_limit = "512"]
 
 mod api;
@@ -77,7 +77,7 @@ impl FakeStripe {
             .push(tokio::spawn(webhook::deliver_queued(shared, client)));
     }
 
-    /// Returns the address, for clients and in URLs of its pages.
+    /// Returns the address, for clients and for the URLs of its pages.
     pub fn url(&self) -> &str {
         &self.shared.base
     }
@@ -89,7 +89,7 @@ impl FakeStripe {
         act(&mut state)
     }
 
-    /// Does what a request would do, such as `("POST", "subscriptions/sub_1/resume", …)`.
+    /// Has the effect of a request, such as `("POST", "subscriptions/sub_1/resume", …)`.
     pub fn request(&self, method: &Method, path: &str, form: &str) -> Result<Value, Failure> {
         let segments: Vec<&str> = path.split('/').collect();
         let params = form::parse(form);
@@ -102,14 +102,14 @@ impl FakeStripe {
         self.with(|state| state.call(&call))
     }
 
-    // What happens at Stripe ----------------------------------------------------------------------------
+    // Events at Stripe ----------------------------------------------------------------------------
 
     /// Returns the time of the fake in seconds since 1970.
     pub fn now(&self) -> i64 {
         self.with(|state| state.now())
     }
 
-    /// Moves the clock forward. Everything that is due on the way happens.
+    /// Moves the clock forward. Everything that is due in between happens.
     pub fn advance(&self, time: Duration) {
         let seconds = i64::try_from(time.as_secs()).unwrap_or(0);
         self.with(|state| state.advance(seconds));
@@ -121,7 +121,7 @@ impl FakeStripe {
         self.with(|state| state.set_back(seconds));
     }
 
-    /// Sets what a customer pays with from now on.
+    /// Sets the payment method of a customer from now on.
     pub fn set_card(&self, customer: &str, card: Card) {
         self.with(|state| state.cards.insert(customer.to_owned(), card));
     }
@@ -136,8 +136,8 @@ impl FakeStripe {
         self.with(|state| state.failing_finalizations = count);
     }
 
-    /// Completes a Checkout Session, as a customer with this card would. With `delayed` the payment takes days:
-    /// [`settle_checkout`](Self::settle_checkout) says how it ends.
+    /// Completes a Checkout Session, as a customer with this card would. With `delayed`, the payment takes days:
+    /// [`settle_checkout`](Self::settle_checkout) determines how it ends.
     pub fn pay_checkout(&self, session: &str, card: Card, delayed: bool) -> Result<Value, Failure> {
         self.with(|state| state.complete_session(session, card, delayed))
     }
@@ -146,7 +146,7 @@ impl FakeStripe {
         self.with(|state| state.settle_session(session, succeeds))
     }
 
-    // What there is -------------------------------------------------------------------------------------
+    // Current state -------------------------------------------------------------------------------------
 
     /// Returns all objects of a kind, such as `customer` or `checkout.session`, oldest first.
     pub fn all(&self, kind: &str) -> Vec<Value> {
@@ -159,7 +159,7 @@ impl FakeStripe {
             .expect("the object exists")
     }
 
-    /// Returns what was used, in the order in which it arrived.
+    /// Returns all usage, in the order in which it arrived.
     pub fn usage(&self) -> Vec<Usage> {
         self.with(|state| state.usage.clone())
     }
@@ -171,7 +171,7 @@ impl FakeStripe {
 
     // Faults --------------------------------------------------------------------------------------------
 
-    /// Makes the next request to a path that begins like this fail.
+    /// Makes the next request to a path with this prefix fail.
     pub fn fail_next(&self, path: &str, fault: Fault) {
         self.shared.faults.lock().push((path.to_owned(), fault));
     }
@@ -216,7 +216,7 @@ impl FakeStripe {
         self.with(|state| state.rotate_secret(endpoint))
     }
 
-    /// Takes the events that have been queued, with their endpoints, oldest first.
+    /// Takes the queued events, with their endpoints, oldest first.
     pub fn take_queued(&self) -> Vec<(String, String)> {
         self.with(|state| state.outbox.drain(..).collect())
     }
@@ -245,7 +245,7 @@ impl FakeStripe {
         self.with(|state| state.signed(event, endpoint, delivery))
     }
 
-    /// Delivers everything that is queued, in order, once. Returns the statuses.
+    /// Delivers all queued events, in order, once. Returns the statuses.
     pub async fn deliver_all(&self) -> Vec<u16> {
         let mut statuses = Vec::new();
         for (event, endpoint) in self.take_queued() {

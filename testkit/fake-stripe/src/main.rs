@@ -1,7 +1,7 @@
-//! Runs a program next to the fake, with the settings that make it bill through the fake.
+//! Runs a program together with the fake, with settings that make it bill through the fake.
 //!
-//! `fake-stripe COMMAND…` listens on 127.0.0.1:12111. Webhooks go to `QUOTA_PUBLIC_URL`, or else to the server's default
-//! address. It ends with the program.
+//! `fake-stripe COMMAND…` listens on 127.0.0.1:12111. Webhooks are sent to `QUOTA_PUBLIC_URL`, or otherwise to the
+//! server's default address. It ends with the program.
 
 use std::{env, process::ExitCode};
 
@@ -11,14 +11,6 @@ use tokio::process::Command;
 
 const ADDRESS: &str = "127.0.0.1:12111";
 const SERVER: &str = "http://127.0.0.1:8080";
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "this is the setting of the program that it runs, not one of its own"
-)]
-fn server() -> String {
-    env::var("QUOTA_PUBLIC_URL").unwrap_or_else(|_| SERVER.to_owned())
-}
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -34,7 +26,8 @@ async fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let secret = set_up(&fake, &server());
+    let server = server();
+    let secret = set_up(&fake, &server);
     fake.deliver_immediately();
     println!("fake Stripe: {}; no money moves", fake.url());
     let mut command = Command::new(program);
@@ -63,7 +56,16 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Creates what `quota billing setup` would. Returns the secret of the webhook endpoint.
+/// Returns the address of the server that gets the webhooks.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a separate program, which passes the server's own settings on"
+)]
+fn server() -> String {
+    env::var("QUOTA_PUBLIC_URL").unwrap_or_else(|_| SERVER.to_owned())
+}
+
+/// Creates the same objects as `quota billing setup`. Returns the secret of the webhook endpoint.
 fn set_up(fake: &FakeStripe, server: &str) -> String {
     let post = |path: &str, form: &str| {
         let created = fake

@@ -1,4 +1,4 @@
-//! Whole objects, with every field that Stripe sends.
+//! Complete objects, with every field that Stripe sends.
 
 use serde_json::{Value, json};
 
@@ -112,7 +112,7 @@ pub fn session(id: &str, now: i64, base: &str, params: &Value) -> Value {
         "shipping_cost": null, "shipping_options": [], "status": "open", "submit_type": null, "subscription": null,
         "success_url": optional(params, "success_url"), "total_details": null, "ui_mode": "hosted_page",
         "url": format!("{base}/pay/{id}"), "wallet_options": null,
-        // Not part of the object: what the subscription will consist of.
+        // Not part of the object: the future items of the subscription.
         "_line_items": params["line_items"], "_subscription_data": optional(params, "subscription_data"),
     })
 }
@@ -248,8 +248,8 @@ pub fn invoice(
     })
 }
 
-/// Returns the object as an API version before 2025-03-31 has it: periods on the subscription, and the subscription on
-/// the invoice.
+/// Returns the object as in an API version before 2025-03-31: periods on the subscription, and the subscription on the
+/// invoice.
 pub fn as_of_2024(object: &Value) -> Value {
     let mut object = object.clone();
     match object["object"].as_str() {

@@ -2,13 +2,29 @@
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::{Method, Response, StatusCode};
+use hyper::{
+    Method, Response, StatusCode,
+    header::{CONTENT_TYPE, LOCATION},
+};
 use serde_json::Value;
 
-use crate::{
-    http::{Shared, html, redirect},
-    state::{Card, State, text},
-};
+use crate::state::{Card, State, text};
+
+pub fn html(status: StatusCode, text: String) -> Response<Full<Bytes>> {
+    let response = Response::builder()
+        .status(status)
+        .header(CONTENT_TYPE, "text/html; charset=utf-8");
+    response
+        .body(Full::new(Bytes::from(text)))
+        .unwrap_or_default()
+}
+
+fn redirect(to: &str) -> Response<Full<Bytes>> {
+    let response = Response::builder()
+        .status(StatusCode::SEE_OTHER)
+        .header(LOCATION, to);
+    response.body(Full::default()).unwrap_or_default()
+}
 
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
@@ -54,18 +70,17 @@ fn price_line(state: &State, price: &Value) -> String {
     )
 }
 
-/// Serves a page, or does what a button on it says.
+/// Serves a page, or executes the action of a button on it.
 pub fn answer(
-    shared: &Shared,
+    state: &mut State,
     method: &Method,
     path: &[&str],
     form: &Value,
 ) -> Option<Response<Full<Bytes>>> {
-    let mut state = shared.state.lock();
     let chosen = form["do"].as_str().filter(|_| method == Method::POST);
     match path {
-        ["pay", id] => checkout(&mut state, id, chosen),
-        ["portal", id] => portal(&mut state, id, chosen),
+        ["pay", id] => checkout(state, id, chosen),
+        ["portal", id] => portal(state, id, chosen),
         _ => None,
     }
 }

@@ -1,14 +1,17 @@
-//! What the fake remembers: objects, the clock, timers, and what is to be delivered.
+//! The state of the fake: objects, the clock, timers, and pending deliveries.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use chrono::{DateTime, Months, Utc};
+use chrono::{DateTime, Months};
 use serde_json::{Value, json};
 
-/// The version of Stripe's API that objects have.
+/// The version of Stripe's API to which objects conform.
 pub const API_VERSION: &str = "2026-09-30.endive";
 
-/// What a customer pays with.
+/// A customer's payment method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Card {
     /// No payment method.
@@ -17,7 +20,7 @@ pub enum Card {
     Good,
     /// Every payment is declined.
     Declines,
-    /// Every payment needs the customer to confirm it with the bank, which never happens.
+    /// Every payment requires the customer to confirm it with the bank, which never happens.
     RequiresAction,
 }
 
@@ -99,35 +102,40 @@ pub struct Usage {
 
 #[derive(Debug, Default)]
 pub struct State {
-    /// Added to the time of the machine.
+    /// Added to the machine's time.
     offset: i64,
-    /// The time of the timer that is being handled.
+    /// The time of the timer that is being processed.
     frozen: Option<i64>,
     next_id: u64,
-    /// By kind, in the order of creation.
+    /// By kind, in order of creation.
     objects: BTreeMap<&'static str, Vec<Value>>,
     pub cards: HashMap<String, Card>,
     pub timers: Vec<(i64, u64, Timer)>,
     pub usage: Vec<Usage>,
-    /// Secrets of webhook endpoints, each with when it stops being used. The newest is last.
+    /// Secrets of webhook endpoints, each with the time at which it is no longer used. The newest is last.
     pub secrets: HashMap<String, Vec<(String, Option<i64>)>>,
-    /// Events and the endpoints that they are to be delivered to.
+    /// Events and the endpoints to which they are to be delivered.
     pub outbox: VecDeque<(String, String)>,
     pub after_retries: AfterRetries,
-    /// How many of the next invoices cannot be finalized.
+    /// The number of next invoices that cannot be finalized.
     pub failing_finalizations: u32,
-    /// The idempotency key of the request that is being handled, which its events name.
+    /// The idempotency key of the request that is being processed, which its events contain.
     pub request_key: Option<String>,
 }
 
+/// The machine's time in seconds since 1970.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a separate program, whose clock starts at the machine's time"
+)]
+pub fn machine_now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |it| i64::try_from(it.as_secs()).unwrap_or(i64::MAX))
+}
+
 impl State {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the fake stands for another machine, with a clock of its own"
-    )]
     pub fn now(&self) -> i64 {
-        self.frozen
-            .unwrap_or_else(|| Utc::now().timestamp() + self.offset)
+        self.frozen.unwrap_or_else(|| machine_now() + self.offset)
     }
 
     pub fn id(&mut self, prefix: &str) -> String {
@@ -135,19 +143,19 @@ impl State {
         format!("{prefix}_fake{:08}", self.next_id)
     }
 
-    /// Moves the clock forward. Everything that is due on the way happens at its own time.
+    /// Moves the clock forward. Everything that is due in between happens at its own time.
     pub fn advance(&mut self, seconds: i64) {
         let end = self.now() + seconds;
         self.run_timers(end);
         self.offset += seconds;
     }
 
-    /// Moves the clock back, for what is to begin in the past.
+    /// Moves the clock back, for objects that begin in the past.
     pub fn set_back(&mut self, seconds: i64) {
         self.offset -= seconds;
     }
 
-    /// Handles what is due by the time `end`.
+    /// Processes everything due by the time `end`.
     pub fn run_timers(&mut self, end: i64) {
         loop {
             let due = self.timers.iter().enumerate();
@@ -248,7 +256,7 @@ pub fn number(value: &Value) -> Option<i64> {
         .or_else(|| value.as_str().and_then(|text| text.parse().ok()))
 }
 
-/// Returns the same day and time some months later.
+/// Returns the same day and time a number of months later.
 pub fn months_after(at: i64, months: u32) -> i64 {
     let at = DateTime::from_timestamp(at, 0).expect("a time of this era");
     at.checked_add_months(Months::new(months))

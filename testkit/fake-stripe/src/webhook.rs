@@ -7,7 +7,7 @@ use aws_lc_rs::hmac;
 use crate::{
     http::Shared,
     objects,
-    state::{State, text},
+    state::{State, machine_now, text},
 };
 
 /// How a delivery is signed.
@@ -28,16 +28,16 @@ pub enum Signature {
 #[derive(Debug, Clone, Default)]
 pub struct Delivery {
     pub signature: Signature,
-    /// Under a new ID, as Stripe does at times for an event that it sends twice.
+    /// With a new ID, as Stripe sometimes does for an event that it sends twice.
     pub under_new_id: bool,
-    /// As an endpoint of an API version from 2024 gets it.
+    /// In the format of an endpoint with an API version from 2024.
     pub as_of_2024: bool,
-    /// Instead of the type that the event has.
+    /// Instead of the actual type of the event.
     pub kind: Option<String>,
 }
 
 impl State {
-    /// Gives an endpoint a new secret. The previous one signs as well for a day. Returns the new one.
+    /// Gives an endpoint a new secret. The previous one also signs for a day. Returns the new one.
     pub fn rotate_secret(&mut self, endpoint: &str) -> String {
         let secret = format!("whsec_{}", self.id("secret"));
         let until = self.now() + 86_400;
@@ -50,10 +50,6 @@ impl State {
     }
 
     /// Returns the body and the signature header of a delivery.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "receivers compare signatures with the time of the machine"
-    )]
     pub fn signed(
         &mut self,
         event: &str,
@@ -63,7 +59,7 @@ impl State {
         let mut event = self.find("event", event).expect("an event").clone();
         let is_thin = event["object"] == "v2.core.event";
         if is_thin && let Some(fields) = event.as_object_mut() {
-            // Its data has to be fetched.
+            // Its data must be requested.
             fields.remove("data");
         }
         if delivery.under_new_id {
@@ -80,8 +76,8 @@ impl State {
             event["data"]["object"] = objects::as_of_2024(&event["data"]["object"]);
         }
         let body = event.to_string();
-        // Webhooks are checked against the time of the machine, which the fake's own clock may be ahead of.
-        let now = chrono::Utc::now().timestamp();
+        // Webhooks are checked against the machine's time, and the fake's own clock may be ahead of it.
+        let now = machine_now();
         let fake_now = self.now();
         let secrets = self.secrets.get(endpoint).cloned().unwrap_or_default();
         let valid = secrets
@@ -109,12 +105,11 @@ pub fn sign(at: i64, body: &str, secrets: &[&str]) -> String {
     let signatures = secrets.iter().map(|secret| {
         let key = hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes());
         let tag = hmac::sign(&key, format!("{at}.{body}").as_bytes());
-        let mut part = String::from(",v1=");
+        let mut signature = ",v1=".to_owned();
         for byte in tag.as_ref() {
-            // Writing to a string does not fail.
-            let _ = write!(part, "{byte:02x}");
+            let _ = write!(signature, "{byte:02x}");
         }
-        part
+        signature
     });
     format!("t={at}{}", signatures.collect::<String>())
 }
@@ -139,7 +134,7 @@ pub async fn send(
         .map_or(0, |response| response.status().as_u16())
 }
 
-/// Delivers what is queued, until the fake is dropped. A delivery that fails is tried three times, signed again each
+/// Delivers queued events until the fake is dropped. A delivery that fails is tried three times, signed again each
 /// time.
 pub async fn deliver_queued(shared: Arc<Shared>, client: reqwest::Client) {
     loop {

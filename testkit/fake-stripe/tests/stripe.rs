@@ -1,10 +1,6 @@
-//! The fake, used through async-stripe, which reads whole objects and fails if one is not.
+//! The fake, used through async-stripe, which parses whole objects and fails if one is invalid.
 //!
 //! Each test names the behavior of Stripe that it covers.
-#![expect(
-    clippy::disallowed_methods,
-    reason = "signatures are compared with the time of the machine"
-)]
 
 use std::{
     sync::{Arc, Mutex},
@@ -346,7 +342,7 @@ async fn failed_renewals_run_their_course() {
         shop.fake.set_card(&shop.customer, Card::Good);
         shop.fake.advance(3 * DAY);
         assert_eq!(shop.status(&id).await, "active");
-        // The next renewal fails for good.
+        // The next renewal fails permanently.
         shop.fake.set_card(&shop.customer, Card::RequiresAction);
         shop.fake.advance(MONTH);
         assert_eq!(shop.status(&id).await, "past_due");
@@ -362,7 +358,7 @@ async fn failed_renewals_run_their_course() {
     }
 }
 
-/// 8: cancellation at the end of the period, and on the spot.
+/// 8: cancellation at the end of the period, and immediately.
 #[tokio::test]
 async fn subscriptions_are_canceled() {
     let shop = Shop::open().await;
@@ -390,7 +386,7 @@ async fn subscriptions_are_canceled() {
     assert_eq!(shop.status(&other).await, "canceled");
 }
 
-/// 16, 17: idempotency keys replay the first response, also after its connection was lost, and also a failure; they
+/// 16, 17: idempotency keys replay the first response, even after its connection was lost, and even a failure; they
 /// reject other parameters and concurrent use, and are forgotten after a day.
 #[tokio::test]
 async fn idempotency_keys_follow_the_rules() {
@@ -459,7 +455,7 @@ async fn faults_happen_before_or_after_the_effect() {
             assert_eq!(status_of(result).0, status);
         }
     }
-    // A rate limit leaves no trace at the key.
+    // A rate limit leaves no trace for the key.
     let strategy = || RequestStrategy::Idempotent(IdempotencyKey::new("limited").expect("a key"));
     shop.fake
         .fail_next("/v1/customers", Fault::before(How::Status(429)));
@@ -600,7 +596,7 @@ async fn finalization_can_fail() {
 /// A received webhook: the signature header and the body.
 type Hook = (Option<String>, String);
 
-/// Receives webhooks. Answers with `status`, once for each attempt.
+/// Receives webhooks. Responds with `status`, once for each attempt.
 async fn receiver(mut statuses: Vec<u16>) -> (String, Arc<Mutex<Vec<Hook>>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await
@@ -752,7 +748,7 @@ async fn failed_deliveries_are_repeated() {
     assert!(hooks.iter().all(|hook| is_signed(hook, &secret)));
 }
 
-/// A person can go through the life of a subscription in a browser.
+/// A person can go through the lifetime of a subscription in a browser.
 #[tokio::test]
 async fn pages_lead_through_checkout_and_the_portal() {
     let shop = Shop::open().await;
@@ -812,7 +808,7 @@ async fn pages_lead_through_checkout_and_the_portal() {
     );
 }
 
-/// What a request without the key, to an unknown path, or without what it needs, gets.
+/// The responses to a request without the key, to an unknown path, or without required parameters.
 #[tokio::test]
 async fn bad_requests_are_rejected() {
     let shop = Shop::open().await;

@@ -12,6 +12,7 @@ mod floor;
 mod http1;
 mod load;
 mod metering;
+mod outage;
 mod process;
 mod replicas;
 mod rounds;
@@ -54,6 +55,8 @@ enum Command {
     },
     /// Kill servers, Redis and PostgreSQL under load, and recount the usage
     Crash(crash::Options),
+    /// Stop PostgreSQL under load, and compare latency and usage
+    Outage(outage::Options),
     /// Measure the behavior of several replicas, and print tables
     Replicas(replicas::Options),
     /// Run a plain poem handler on a free port
@@ -75,6 +78,7 @@ fn main() -> Result<ExitCode> {
             millis,
         } => metering::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
         Command::Crash(options) => return crash::run(&options),
+        Command::Outage(options) => return outage::run(&options),
         Command::Replicas(options) => return replicas::run(&options),
         Command::Poem => floor::serve(floor::poem)?,
         Command::Hyper => floor::serve(floor::hyper)?,

@@ -83,7 +83,7 @@ fn note_id(id: &str) -> String {
     format!("{id}-note")
 }
 
-/// Puts a label above an input, and its error or a hint below it.
+/// Adds a label above an input, and its error or hint below it.
 fn labeled(
     form: FormState,
     name: &'static str,

@@ -9,7 +9,7 @@ use super::{alert::Alert, busy::busy_attr, form_state::FormState};
 pub fn DialogForm(
     form: FormState,
     open: RwSignal<bool>,
-    /// The label of the button that submits.
+    /// The label of the submit button.
     action: &'static str,
     /// Whether the dialog must stay open until the response arrives, because it contains a secret.
     #[prop(optional)]

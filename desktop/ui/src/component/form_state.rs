@@ -67,7 +67,7 @@ impl FormState {
         self.failure.set(None);
     }
 
-    /// Returns a handler of the form's submission. It calls `submit` if every field is valid.
+    /// Returns a handler for the form's submission. It calls `submit` if every field is valid.
     pub fn on_submit(self, submit: impl Fn() + 'static) -> impl Fn(SubmitEvent) + 'static {
         move |ev| {
             ev.prevent_default();
@@ -77,7 +77,7 @@ impl FormState {
         }
     }
 
-    /// Makes the call of a submission and ends the submission: passes the response to `done`, or shows the error.
+    /// Makes the call for a submission and ends the submission: passes the response to `done`, or shows the error.
     pub fn send<T: 'static>(self, call: PendingCall<T>, done: impl FnOnce(T) + 'static) {
         spawn_local(async move {
             if let Some(response) = self.finish(call.await) {

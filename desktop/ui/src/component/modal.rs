@@ -124,7 +124,7 @@ impl Confirmation {
         self.open.set(true);
     }
 
-    /// Makes the call that was confirmed. If it succeeds, closes the dialog and calls `done`; otherwise shows the error.
+    /// Makes the confirmed call. If it succeeds, closes the dialog and calls `done`; otherwise shows the error.
     pub fn send<T: 'static>(self, call: PendingCall<T>, done: impl FnOnce(T) + 'static) {
         self.busy.set(true);
         spawn_local(async move {

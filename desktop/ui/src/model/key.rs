@@ -77,7 +77,7 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
     if let Some(plan) = plan {
         all.push(limit_details(key, plan, time_zone));
     }
-    // Apart from Quota's own rows, since a tenant may choose any name.
+    // Separate from Quota's own rows, because a tenant may choose any name.
     if !key.metadata.is_empty() {
         let rows: Vec<_> = key
             .metadata

@@ -97,7 +97,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             loader
             plans
             open=dialogs.editing
-            // The new limits are in force within a second.
+            // The new limits apply within a second.
             on_saved=Callback::new(move |()| usage.reload_after_requests())
         />
         <RotateDialog id loader open=dialogs.rotating rotated/>

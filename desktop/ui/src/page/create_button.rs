@@ -4,7 +4,7 @@ use leptos::prelude::*;
 
 use crate::session::session;
 
-/// Only shown to users whose role may create it.
+/// Shown only to users whose role may create it.
 #[component]
 pub fn CreateButton(open: RwSignal<bool>, label: &'static str) -> impl IntoView {
     let session = session();

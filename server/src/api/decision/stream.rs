@@ -7,11 +7,10 @@
 //!
 //! An unreachable PostgreSQL only delays events.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, stream};
-use parking_lot::Mutex;
 use poem::{
     Body, IntoResponse, Response,
     http::{HeaderValue, header},
@@ -39,6 +38,7 @@ use crate::{
     db::DbError,
     repo::usage_log::{self, Filter},
     state::AppState,
+    tenant_places::{Place, TenantPlaces},
 };
 
 const MEDIA_TYPE: &str = "text/event-stream";
@@ -55,41 +55,18 @@ const STREAMS: usize = 200;
 const STREAMS_OF_TENANT: usize = 20;
 
 /// The open streams of this replica. Cheap to clone.
-#[derive(Debug, Clone, Default)]
-pub struct Streams(Arc<Mutex<HashMap<TenantId, usize>>>);
+#[derive(Debug, Clone)]
+pub struct Streams(TenantPlaces);
 
-/// One of the open streams.
-#[derive(Debug)]
-pub(super) struct Place {
-    streams: Streams,
-    tenant: TenantId,
+impl Default for Streams {
+    fn default() -> Self {
+        Self(TenantPlaces::new(STREAMS_OF_TENANT, STREAMS))
+    }
 }
 
 impl Streams {
     pub(super) fn begin(&self, tenant: TenantId) -> Result<Place, ApiError> {
-        let mut open = self.0.lock();
-        let own = open.get(&tenant).copied().unwrap_or(0);
-        if own >= STREAMS_OF_TENANT || open.values().sum::<usize>() >= STREAMS {
-            return Err(ApiError::too_many_streams());
-        }
-        *open.entry(tenant).or_default() += 1;
-        drop(open);
-        Ok(Place {
-            streams: self.clone(),
-            tenant,
-        })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut open = self.streams.0.lock();
-        if let Some(count) = open.get_mut(&self.tenant) {
-            *count -= 1;
-            if *count == 0 {
-                open.remove(&self.tenant);
-            }
-        }
+        self.0.take(tenant).ok_or_else(ApiError::too_many_streams)
     }
 }
 
@@ -330,24 +307,6 @@ impl ApiResponse for DecisionStream {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn one_tenant_leaves_streams_for_others() {
-        let streams = Streams::default();
-        let tenant = |n| TenantId(uuid::Uuid::from_u128(n));
-        let mut places = Vec::new();
-        for _ in 0..STREAMS_OF_TENANT {
-            places.push(streams.begin(tenant(1)).expect("there is room"));
-        }
-        assert!(streams.begin(tenant(1)).is_err());
-        for n in 0..STREAMS - STREAMS_OF_TENANT {
-            places.push(streams.begin(tenant(2 + n as u128)).expect("there is room"));
-        }
-        assert!(streams.begin(tenant(9999)).is_err(), "more than {STREAMS}");
-        drop(places);
-        assert!(streams.begin(tenant(1)).is_ok());
-        assert!(streams.0.lock().is_empty() || streams.0.lock().len() <= 1);
-    }
 
     #[test]
     fn an_event_is_one_line_of_data() {

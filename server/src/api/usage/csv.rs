@@ -12,7 +12,10 @@ use poem::{
 use poem_openapi::registry::{MetaSchema, MetaSchemaRef};
 use quota_common::usage::Usage;
 
-use crate::{api::problem::ApiError, limiter::Zone};
+use crate::{
+    api::{large_response, problem::ApiError},
+    limiter::Zone,
+};
 
 pub(super) const ESSENCE: &str = "text/csv";
 pub(super) const MEDIA_TYPE: &str = "text/csv; charset=utf-8";
@@ -92,7 +95,9 @@ pub(super) fn write(usage: &Usage, zone: &Zone) -> Result<String, ApiError> {
 }
 
 pub(super) fn respond(text: String) -> Response {
+    let length = text.len();
     let mut response = Response::builder().body(text);
+    large_response::mark(&mut response, length);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
     headers.insert(

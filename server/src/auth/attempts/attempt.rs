@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::task::JoinHandle;
 
 use super::{Attempts, Counter, OnSuccess};
+use crate::clock::Monotonic;
 
 /// The state of an attempt's password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +23,7 @@ pub struct Attempt {
     pub(super) attempts: Arc<Attempts>,
     pub(super) counters: Vec<Counter>,
     /// Monotonic time at which it was counted locally. `None`: not counted.
-    pub(super) counted_here: Option<u64>,
+    pub(super) counted_here: Option<Monotonic>,
     /// When Redis counted it, in milliseconds of its clock. `None`: not counted, or unknown.
     pub(super) counted_in_redis: Option<u64>,
     pub(super) judgment: Judgment,
@@ -68,7 +69,7 @@ impl Attempt {
                     count.tries = (count.tries - 1.0).max(0.0);
                     if count.at == at {
                         // There is no earlier wait, since the attempt was allowed.
-                        count.until = 0;
+                        count.until = Monotonic::default();
                     }
                 }
             }

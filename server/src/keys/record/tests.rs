@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::{
-    clock::{Clock, TestClock},
+    clock::{Clock, Monotonic, TestClock},
     config::DatabaseSettings,
     db::Db,
     keys::{ledger::PostgresLedger, lookups::Batches},
@@ -155,7 +155,10 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
 
     let paused = {
         let keys = keys.clone();
-        tokio::spawn(async move { keys.key(&secret(0), 0, LookupCaller::default()).await })
+        tokio::spawn(async move {
+            keys.key(&secret(0), Monotonic::default(), LookupCaller::default())
+                .await
+        })
     };
     // Blocks the test's thread, on which no load runs.
     has_reached.recv().unwrap();

@@ -1,7 +1,6 @@
 //! The circuit breaker of a partition of the shared counters.
 //!
 //! Decides when an outage begins, and records the last time received from the counters. Does not probe: the store does.
-//! Times are monotonic nanoseconds, except [`CounterMicros`], which use the clock of the counters.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -11,21 +10,22 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
-    clock::nanos,
+    clock::{Monotonic, Nanos},
     limiter::rate::counters::{CounterMicros, NEVER_HEARD},
 };
 
 /// This many consecutive failures, without a success for this long, open the breaker. A process that was not scheduled
-/// for a moment has many failures at once although the counters work.
+/// for a moment has many failures at the same time although the counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
-/// So do this many calls of which half fail, within this time span and over at least the time above.
+/// The breaker also opens after this many calls of which half fail, within this time span and over at least the time
+/// above.
 const CALLS: u32 = 20;
-const SPAN: u64 = 1_000_000_000;
+const SPAN: Nanos = Nanos::from_secs(1);
 
-/// Microseconds. If a timely response is this much older than the last one, the clock of the counters was set back.
-const TURNED_BACK: CounterMicros = 1_000_000;
+/// In microseconds. If a timely response is this much older than the last one, the clock of the counters was set back.
+const TURNED_BACK: u64 = 1_000_000;
 
 /// See the module.
 #[derive(Debug)]
@@ -39,46 +39,57 @@ pub(super) struct CircuitBreaker {
 #[derive(Debug, Default)]
 struct BreakerState {
     in_a_row: u32,
-    succeeded_at: u64,
-    span_start: u64,
+    succeeded_at: Monotonic,
+    span_start: Monotonic,
     calls: u32,
     failed: u32,
     /// When the response with the time `last_heard` arrived.
-    heard_at: u64,
-    heartbeat_sent_at: u64,
+    heard_at: Monotonic,
+    /// The `heard_at` that the latest call has confirmed to the counters, and the start of that call.
+    confirmed_at: Monotonic,
+    called_at: Monotonic,
     outage: Outage,
+}
+
+/// A period in which nothing may be decided without the counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pause {
+    from: Monotonic,
+    until: Monotonic,
 }
 
 /// A period without counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Outage {
-    /// The number of the outage; 0 is none.
+    /// The number of the outage; 0 means none.
     pub(super) number: u64,
-    pub(super) since: u64,
+    pub(super) since: Monotonic,
     /// When it began, by the clock of the counters.
     counters_since: CounterMicros,
-    /// From when the promised epoch may have started until the response to the first call in it is late.
-    paused: Option<(u64, u64)>,
+    /// The time from when the promised epoch may have started until the response to the first call in it is late.
+    paused: Option<Pause>,
 }
 
 impl Outage {
-    /// Returns whether the counters may have started to grant and this replica may be about to use them again. Anything
-    /// it allowed now could be allowed twice.
-    pub(super) fn is_paused(self, now: u64) -> bool {
+    /// Returns whether the counters may have started to grant tokens and this replica may be about to use them again.
+    /// Anything it allowed now could be allowed twice.
+    pub(super) fn is_paused(self, now: Monotonic) -> bool {
         self.paused
-            .is_some_and(|(from, until)| from <= now && now < until)
+            .is_some_and(|pause| pause.from <= now && now < pause.until)
     }
 }
 
 impl CircuitBreaker {
-    pub(super) fn new(now: u64) -> Self {
+    pub(super) fn new(now: Monotonic) -> Self {
         Self {
             away: AtomicBool::new(false),
             last_heard: AtomicU64::new(0),
-            used_at: AtomicU64::new(now),
+            used_at: AtomicU64::new(now.0),
             inner: Mutex::new(BreakerState {
                 succeeded_at: now,
                 heard_at: now,
+                confirmed_at: now,
+                called_at: now,
                 ..BreakerState::default()
             }),
         }
@@ -99,18 +110,31 @@ impl CircuitBreaker {
     }
 
     pub(super) fn last_heard(&self) -> CounterMicros {
-        self.last_heard.load(Ordering::Relaxed)
+        CounterMicros(self.last_heard.load(Ordering::Relaxed))
     }
 
-    /// Returns when the last response arrived or the last heartbeat was sent.
-    pub(super) fn heartbeat_sent_at(&self) -> u64 {
+    /// Records the start of a call, which confirms the last response to the counters.
+    pub(super) fn called(&self, now: Monotonic) {
+        let mut inner = self.inner.lock();
+        inner.confirmed_at = inner.heard_at;
+        inner.called_at = now;
+    }
+
+    /// Returns whether a heartbeat is due, because no response was received, or none was confirmed, for the duration
+    /// `every`. A single replica has no one to confirm responses to.
+    pub(super) fn is_heartbeat_due(
+        &self,
+        now: Monotonic,
+        every: Duration,
+        is_single: bool,
+    ) -> bool {
         let inner = self.inner.lock();
-        inner.heard_at.max(inner.heartbeat_sent_at)
-    }
-
-    /// Records that a heartbeat was sent.
-    pub(super) fn heartbeat_sent(&self, now: u64) {
-        self.inner.lock().heartbeat_sent_at = now;
+        let since = if is_single {
+            inner.heard_at.max(inner.called_at)
+        } else {
+            inner.confirmed_at
+        };
+        now.saturating_since(since) >= every.into()
     }
 
     /// Returns whether the last call failed.
@@ -118,82 +142,88 @@ impl CircuitBreaker {
         self.inner.lock().in_a_row > 0
     }
 
-    pub(super) fn used(&self, now: u64) {
-        self.used_at.store(now, Ordering::Relaxed);
+    pub(super) fn used(&self, now: Monotonic) {
+        self.used_at.store(now.0, Ordering::Relaxed);
     }
 
-    pub(super) fn used_at(&self) -> u64 {
-        self.used_at.load(Ordering::Relaxed)
+    pub(super) fn used_at(&self) -> Monotonic {
+        Monotonic(self.used_at.load(Ordering::Relaxed))
     }
 
     /// Records a timely response, with the counters' time `at`.
-    pub(super) fn succeeded(&self, at: CounterMicros, now: u64) {
+    pub(super) fn succeeded(&self, at: CounterMicros, now: Monotonic) {
         let mut inner = self.inner.lock();
         inner.count(now, false);
         inner.in_a_row = 0;
         inner.succeeded_at = now;
         self.hear(&mut inner, at, now);
         if self.last_heard() > at.saturating_add(TURNED_BACK) {
-            self.last_heard.store(at, Ordering::Relaxed);
+            self.last_heard.store(at.0, Ordering::Relaxed);
             inner.heard_at = now;
         }
     }
 
     /// Ignores a response that arrives after a newer one: an outage must not seem to have begun before other replicas
     /// got their last response.
-    fn hear(&self, inner: &mut BreakerState, at: CounterMicros, now: u64) {
+    fn hear(&self, inner: &mut BreakerState, at: CounterMicros, now: Monotonic) {
         if at >= self.last_heard() {
             inner.heard_at = now;
-            self.last_heard.store(at, Ordering::Relaxed);
+            self.last_heard.store(at.0, Ordering::Relaxed);
         }
     }
 
     /// Records a call that failed or is late. Returns `true` if this opens the breaker; the caller must start probing.
-    pub(super) fn failed(&self, now: u64) -> bool {
+    pub(super) fn failed(&self, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         inner.count(now, true);
         inner.in_a_row += 1;
-        let silent =
-            inner.in_a_row >= FAILURES && now.saturating_sub(inner.succeeded_at) >= nanos(SILENCE);
+        let silent = inner.in_a_row >= FAILURES
+            && now.saturating_since(inner.succeeded_at) >= SILENCE.into();
         let poor = inner.calls >= CALLS
             && inner.failed * 2 >= inner.calls
-            && now.saturating_sub(inner.span_start) >= nanos(SILENCE);
+            && now.saturating_since(inner.span_start) >= SILENCE.into();
         (silent || poor) && self.go(&mut inner, now)
     }
 
     /// Records that the counters start a new epoch at `start` or slightly later, and grant nothing until then. Returns
     /// the same as [`failed`](Self::failed).
-    pub(super) fn is_initializing(&self, start: u64, now: u64) -> bool {
+    pub(super) fn is_initializing(&self, start: Monotonic, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         let is_first = self.go(&mut inner, now);
-        inner.outage.paused = Some((start, u64::MAX));
+        inner.outage.paused = Some(Pause {
+            from: start,
+            until: Monotonic(u64::MAX),
+        });
         is_first
     }
 
-    /// Sets when the response to the first call in the promised epoch is late. From then on this replica decides
+    /// Sets when the response to the first call in the promised epoch is late. From then on, this replica decides
     /// without the counters.
-    pub(super) fn paused_until(&self, until: u64) {
-        if let Some((_, end)) = &mut self.inner.lock().outage.paused {
-            *end = until;
+    pub(super) fn paused_until(&self, until: Monotonic) {
+        if let Some(pause) = &mut self.inner.lock().outage.paused {
+            pause.until = until;
         }
     }
 
-    fn go(&self, inner: &mut BreakerState, now: u64) -> bool {
+    fn go(&self, inner: &mut BreakerState, now: Monotonic) -> bool {
         if self.away.swap(true, Ordering::AcqRel) {
             return false;
         }
-        let silent = now.saturating_sub(inner.heard_at) / 1000;
+        let silent = now.saturating_since(inner.heard_at).0 / 1000;
         inner.outage = Outage {
             number: inner.outage.number + 1,
             since: now,
-            counters_since: (self.last_heard() + silent).max(NEVER_HEARD + 1),
+            counters_since: self
+                .last_heard()
+                .saturating_add(silent)
+                .max(NEVER_HEARD.saturating_add(1)),
             paused: None,
         };
         true
     }
 
     /// Closes the breaker after a timely response, with the counters' time `at`.
-    pub(super) fn returned(&self, at: CounterMicros, now: u64) {
+    pub(super) fn returned(&self, at: CounterMicros, now: Monotonic) {
         let mut inner = self.inner.lock();
         self.hear(&mut inner, at, now);
         inner.in_a_row = 0;
@@ -207,8 +237,8 @@ impl CircuitBreaker {
     /// Returns [`NEVER_HEARD`] until the first response, unless this replica is `alone`, since others may be in an
     /// outage that it does not know of. Otherwise 0.
     pub(super) fn never_heard(&self, alone: bool) -> CounterMicros {
-        if alone || self.last_heard() > 0 {
-            0
+        if alone || self.last_heard() > CounterMicros::NONE {
+            CounterMicros::NONE
         } else {
             NEVER_HEARD
         }
@@ -226,8 +256,8 @@ impl CircuitBreaker {
 }
 
 impl BreakerState {
-    fn count(&mut self, now: u64, failed: bool) {
-        if now.saturating_sub(self.span_start) >= SPAN {
+    fn count(&mut self, now: Monotonic, failed: bool) {
+        if now.saturating_since(self.span_start) >= SPAN {
             self.span_start = now;
             self.calls = 0;
             self.failed = 0;
@@ -241,33 +271,35 @@ impl BreakerState {
 mod tests {
     use super::*;
 
-    const MS: u64 = 1_000_000;
+    fn ms(millis: u64) -> Monotonic {
+        Monotonic(Nanos::from_millis(millis).0)
+    }
 
     #[test]
     fn many_simultaneous_failures_are_a_local_pause() {
-        let partition = CircuitBreaker::new(0);
+        let partition = CircuitBreaker::new(ms(0));
         for _ in 0..FAILURES + 2 {
-            assert!(!partition.failed(100 * MS));
+            assert!(!partition.failed(ms(100)));
         }
         assert!(partition.outage().is_none());
-        assert!(partition.failed(300 * MS));
-        assert!(!partition.failed(301 * MS), "once");
+        assert!(partition.failed(ms(300)));
+        assert!(!partition.failed(ms(301)), "once");
         let outage = partition.outage().unwrap();
-        assert_eq!((outage.number, outage.since), (1, 300 * MS));
-        partition.returned(1, 400 * MS);
+        assert_eq!((outage.number, outage.since), (1, ms(300)));
+        partition.returned(CounterMicros(1), ms(400));
         assert!(partition.outage().is_none());
-        assert!(!partition.failed(700 * MS));
+        assert!(!partition.failed(ms(700)));
     }
 
     #[test]
     fn occasional_success_does_not_keep_it_closed() {
-        let partition = CircuitBreaker::new(0);
+        let partition = CircuitBreaker::new(ms(0));
         let mut opened = false;
         for call in 0..CALLS {
             if call % 2 == 0 {
-                partition.succeeded(1, u64::from(call) * 20 * MS);
+                partition.succeeded(CounterMicros(1), ms(u64::from(call) * 20));
             } else {
-                opened |= partition.failed(u64::from(call) * 20 * MS);
+                opened |= partition.failed(ms(u64::from(call) * 20));
             }
         }
         assert!(opened);
@@ -275,41 +307,54 @@ mod tests {
 
     #[test]
     fn late_response_does_not_turn_time_back() {
-        let partition = CircuitBreaker::new(0);
-        partition.succeeded(5_000_000, 100 * MS);
-        partition.succeeded(4_700_000, 120 * MS);
-        assert_eq!(partition.last_heard(), 5_000_000);
+        let partition = CircuitBreaker::new(ms(0));
+        partition.succeeded(CounterMicros(5_000_000), ms(100));
+        partition.succeeded(CounterMicros(4_700_000), ms(120));
+        assert_eq!(partition.last_heard(), CounterMicros(5_000_000));
         for call in 0..u64::from(FAILURES) {
-            partition.failed(200 * MS + call * 50 * MS);
+            partition.failed(ms(200 + call * 50));
         }
-        assert_eq!(partition.away_since(false), 5_000_000 + 300_000);
-        partition.returned(900_000, 500 * MS);
-        partition.succeeded(1_000_000, 600 * MS);
-        assert_eq!(partition.last_heard(), 1_000_000, "the clock was set back");
+        assert_eq!(
+            partition.away_since(false),
+            CounterMicros(5_000_000 + 300_000)
+        );
+        partition.returned(CounterMicros(900_000), ms(500));
+        partition.succeeded(CounterMicros(1_000_000), ms(600));
+        assert_eq!(
+            partition.last_heard(),
+            CounterMicros(1_000_000),
+            "the clock was set back"
+        );
     }
 
     #[test]
     fn outage_is_reported_in_the_counters_time() {
-        let partition = CircuitBreaker::new(0);
-        assert_eq!(partition.away_since(true), 0);
+        let partition = CircuitBreaker::new(ms(0));
+        assert_eq!(partition.away_since(true), CounterMicros(0));
         assert_eq!(partition.away_since(false), NEVER_HEARD);
-        partition.succeeded(5_000_000, 100 * MS);
-        assert_eq!(partition.away_since(false), 0);
+        partition.succeeded(CounterMicros(5_000_000), ms(100));
+        assert_eq!(partition.away_since(false), CounterMicros(0));
         for call in 0..u64::from(FAILURES) {
-            partition.failed(200 * MS + call * 50 * MS);
+            partition.failed(ms(200 + call * 50));
         }
-        assert_eq!(partition.away_since(false), 5_000_000 + 300_000);
-        assert!(!partition.is_initializing(900 * MS, 600 * MS));
-        assert_eq!(partition.away_since(false), 5_000_000 + 300_000);
+        assert_eq!(
+            partition.away_since(false),
+            CounterMicros(5_000_000 + 300_000)
+        );
+        assert!(!partition.is_initializing(ms(900), ms(600)));
+        assert_eq!(
+            partition.away_since(false),
+            CounterMicros(5_000_000 + 300_000)
+        );
     }
 
     #[test]
     fn nothing_is_allowed_while_the_response_in_a_promised_epoch_is_pending() {
-        let partition = CircuitBreaker::new(0);
-        assert!(partition.is_initializing(600 * MS, 10 * MS));
-        let is_paused = |ms| partition.outage().unwrap().is_paused(ms * MS);
+        let partition = CircuitBreaker::new(ms(0));
+        assert!(partition.is_initializing(ms(600), ms(10)));
+        let is_paused = |millis| partition.outage().unwrap().is_paused(ms(millis));
         assert!(!is_paused(599) && is_paused(600) && is_paused(5000));
-        partition.paused_until(630 * MS);
+        partition.paused_until(ms(630));
         assert!(is_paused(629) && !is_paused(630));
     }
 }

@@ -1,12 +1,13 @@
 //! Calls to the counters, and their outcomes.
 //!
 //! Tasks make the calls, so that a request may be canceled while it waits, a late response is still used, and no token
-//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. A call has a
-//! deadline. Requests that arrive while one is in flight use the next one, so a decision waits for at most two. Only a
-//! bucket that fills up within the duration of a call has several in flight.
+//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. Requests that
+//! arrive during a call are decided by the next one, which starts when that call ends, or shortly after it started if
+//! the bucket would otherwise become full in the meantime. A call has a deadline, so a decision waits for at most two
+//! calls.
 //!
-//! If a call fails or is late, its requests are notified. The tokens of a late response are held like any lease if that
-//! is allowed, and returned otherwise.
+//! If a call fails or is late, its requests are notified. The tokens of a late response are held like those of any
+//! lease if that is allowed, and returned otherwise.
 
 use std::{
     sync::{
@@ -23,9 +24,10 @@ use tokio::{runtime::Handle, time};
 use super::{
     breaker::CircuitBreaker,
     core::StoreCore,
-    probe::{PROBE_EVERY, probe_until_recovered},
+    probe::{FIRST_PROBE, probe_until_recovered},
 };
 use crate::{
+    clock::Nanos,
     deadline,
     limiter::{
         key::handle::KeyHandle,
@@ -37,13 +39,13 @@ use crate::{
     },
 };
 
-/// When a call is given up. Until then a late response is still used.
+/// How long until a call is abandoned. Before that, a late response is still used.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 
-/// How long a denial by the counters is trusted if tokens are leased, in lease TTLs.
+/// How long a denial by the counters is trusted if tokens are leased, as a multiple of the lease TTL.
 pub(super) const DENIED_FOR_LEASES: u64 = 2;
 
-/// The number of concurrent calls that return leases when the process ends, and how many of them may fail.
+/// The number of concurrent calls that return leases on exit, and how many of them may fail.
 const RETURNS_AT_ONCE: usize = 256;
 const RETURNS_FAILED: u32 = 8;
 /// How long returning leases may take.
@@ -85,10 +87,10 @@ impl StoreCore {
             back: back.tokens,
             back_taken_at: back.taken_at,
             back_generation: back.generation,
-            lease: self.ttl / 1000,
+            lease: self.ttl.0 / 1000,
             last_heard: self.partitions[usize::from(partition)].last_heard(),
             away_since: self.partitions[usize::from(partition)].never_heard(self.is_alone()),
-            promised: 0,
+            promised: CounterMicros::NONE,
         }
     }
 
@@ -115,14 +117,14 @@ impl StoreCore {
         answer
     }
 
-    /// Makes a call that nobody waits for.
+    /// Makes a call that no request waits for.
     pub(super) async fn ask(&self, call: TakeCall) {
         self.ask_until(call, || ()).await;
     }
 
-    /// Returns how many nanoseconds the bucket needs to fill, according to the counters. `None` if they do not respond
+    /// Returns the time until the bucket is full, according to the counters. `None` if they do not respond
     /// in time.
-    pub(super) async fn look_up_debt(&self, handle: &KeyHandle, terms: Terms) -> Option<u64> {
+    pub(super) async fn look_up_debt(&self, handle: &KeyHandle, terms: Terms) -> Option<Nanos> {
         if self.partition(handle).is_away() {
             return None;
         }
@@ -140,6 +142,7 @@ impl StoreCore {
         partition.used(self.clock.monotonic());
         self.metrics.counter_calls.inc();
         let asked_at = self.clock.monotonic();
+        partition.called(asked_at);
         let mut answer = self.counters.take(call);
         let (answer, late) = match deadline::within(self.settings.deadline, &mut answer).await {
             Ok(answer) => (answer, false),
@@ -158,17 +161,17 @@ impl StoreCore {
                 if !late {
                     partition.succeeded(reply.at, now);
                 }
-                if let BucketState::Initializing { wait } = reply.state
+                if let BucketState::Initializing { wait: wait_us } = reply.state
+                    && let wait = Duration::from_micros(wait_us)
                     && !partition.is_away()
-                    && partition.is_initializing(asked_at + wait * 1000, now)
+                    && partition.is_initializing(asked_at.saturating_add(wait.into()), now)
                 {
                     tracing::warn!(
                         partition = call.partition,
-                        wait_us = wait,
+                        wait_us,
                         "the shared counters have lost their state; a new epoch begins"
                     );
-                    let promised = reply.at + wait;
-                    let wait = Duration::from_micros(wait);
+                    let promised = reply.at.saturating_add(wait_us);
                     self.probe_until_recovered(call.partition, wait, promised);
                 }
                 if late {
@@ -191,7 +194,7 @@ impl StoreCore {
         if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
             tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
-            self.probe_until_recovered(partition, PROBE_EVERY, 0);
+            self.probe_until_recovered(partition, FIRST_PROBE, CounterMicros::NONE);
         }
     }
 
@@ -214,8 +217,8 @@ impl StoreCore {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Returns all tokens held for later, before the process ends. Gives up on counters that do not respond; tokens
-    /// that are not returned are lost until buckets refill.
+    /// Returns all tokens held for later, before the process exits. Gives up on counters that do not respond; tokens
+    /// that are not returned are lost until their buckets refill.
     pub(super) async fn return_leases(&self) {
         self.draining.store(true, Ordering::Release);
         let deadline = time::Instant::now() + RETURNED_WITHIN;
@@ -237,7 +240,7 @@ impl StoreCore {
                     busy.push(handle);
                 }
             }
-            // Does not affect the breaker: with so many concurrent calls, some may be late.
+            // Does not affect the breaker: with this many concurrent calls, some may be late.
             stream::iter(calls)
                 .for_each_concurrent(RETURNS_AT_ONCE, async |call| {
                     let gave_up = failures.load(Ordering::Relaxed) >= RETURNS_FAILED;
@@ -258,7 +261,7 @@ impl StoreCore {
                 failures.store(RETURNS_FAILED, Ordering::Relaxed);
             }
         }
-        // Calls in flight return what they are granted by themselves.
+        // Calls in flight return the tokens they are granted.
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
         let is_busy = |handle: &Arc<KeyHandle>| {
             let mut state = handle.state.lock();

@@ -9,7 +9,7 @@ use quota_common::plan::OnRedisFailure;
 
 use super::breaker::CircuitBreaker;
 use crate::{
-    clock::Clock,
+    clock::{Clock, Monotonic, Nanos, UnixNanos},
     limiter::{
         key::table::{KeyTable, KeyTableSettings},
         membership::Membership,
@@ -21,11 +21,11 @@ use crate::{
 /// Settings of the distributed store.
 #[derive(Debug, Clone)]
 pub struct DistributedSettings {
-    /// For how long tokens taken ahead of need may be spent. Zero: the counters decide every request.
+    /// How long tokens taken in advance may be spent. Zero: the counters decide every request.
     pub lease_ttl: Duration,
     /// How long a request waits for one call to the counters.
     pub deadline: Duration,
-    /// What to do without the counters, unless a plan says otherwise.
+    /// The behavior without the counters, unless a plan specifies it.
     pub on_failure: OnRedisFailure,
     pub keys: KeyTableSettings,
 }
@@ -39,9 +39,27 @@ pub(super) struct StoreCore {
     pub(super) membership: Arc<Membership>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) settings: DistributedSettings,
-    pub(super) ttl: u64,
+    pub(super) ttl: Nanos,
     pub(super) partitions: Box<[CircuitBreaker]>,
     /// Tokens are no longer held for later.
     pub(super) draining: AtomicBool,
     pub(super) me: Weak<StoreCore>,
+}
+
+/// The same moment on both clocks.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Moment {
+    pub(super) now: UnixNanos,
+    pub(super) monotonic: Monotonic,
+}
+
+impl StoreCore {
+    /// Returns the moment of calendar time that was just read.
+    #[inline]
+    pub(super) fn moment(&self, now: UnixNanos) -> Moment {
+        Moment {
+            now,
+            monotonic: self.clock.monotonic(),
+        }
+    }
 }

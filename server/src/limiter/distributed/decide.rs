@@ -1,11 +1,11 @@
 //! One decision: from local tokens, by a call to the counters, or without them.
 //!
-//! Ensures that quotas and rate are taken together or not at all. Does not know how the counters are called. While they
-//! are unavailable, applies the plan's choice.
+//! Ensures that quotas and rate are taken together or not at all. Does not depend on how the counters are called. While
+//! they are unavailable, applies the plan's choice.
 //!
-//! A denial names the rate as violated only if the counters reported it, at most a moment ago. Without a response, it
-//! is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy, and
-//! [`OnRedisFailure::Closed`] fails.
+//! A denial names the rate as violated only if the counters reported that, at most a moment ago. Without a response, it
+//! is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy,
+//! [`OnRedisFailure::Closed`] fails, and [`OnRedisFailure::Open`] denies only what exceeds the limit on this replica.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -14,9 +14,9 @@ use std::{
 
 use quota_common::plan::OnRedisFailure;
 
-use super::core::StoreCore;
+use super::core::{Moment, StoreCore};
 use crate::{
-    clock::UnixNanos,
+    clock::{Monotonic, Nanos, UnixNanos},
     limiter::{
         decision::{Decision, Outcome, PolicyState},
         error::LimiterError,
@@ -37,7 +37,7 @@ const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 /// The wait to report if it is known to be short.
 const A_MOMENT: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
 
-/// The outcome of deciding with the numbers on this replica.
+/// The outcome of deciding with the state on this replica.
 pub(super) enum LocalOutcome {
     Done(Decision),
     /// The quotas allow it. The rate must be taken from the counters.
@@ -48,7 +48,7 @@ pub(super) enum LocalOutcome {
 }
 
 impl StoreCore {
-    /// Decides from the numbers on this replica, if they suffice. If the counters must be called, first reserves the
+    /// Decides from the state on this replica, if that is enough. If the counters must be called, first reserves the
     /// quota tokens of `demand`.
     #[inline]
     pub(super) fn decide_locally(
@@ -59,7 +59,8 @@ impl StoreCore {
         demand: Option<&mut DemandGuard<'_>>,
     ) -> Result<LocalOutcome, MissingBlocks> {
         let (mut state, now) = self.keys.current(handle, policies);
-        let monotonic = self.clock.monotonic();
+        let moment = self.moment(now);
+        let monotonic = moment.monotonic;
         let tokens = u64::from(cost.get());
         if !state.quotas_fit(tokens) {
             self.keys.after(handle, &mut state, None);
@@ -77,18 +78,18 @@ impl StoreCore {
             if low {
                 self.fetch_ahead(handle, &mut state, policies);
             }
-            decision(&mut state, policies, (now, monotonic), Outcome::Allowed)
+            decision(&mut state, policies, moment, Outcome::Allowed)
         } else if let Some(until) = lease.held(tokens, monotonic)
             && !self.partition(handle).is_away()
         {
             let mut denial = Denial::default();
             // Until the counters may be called again, and until there are enough tokens for this request.
-            denial.add(Policy::Rpm, NonZeroU64::new(until - monotonic));
+            denial.add(Policy::Rpm, left(until, monotonic));
             let gcra = policies.gcra();
             let debt = lease.debt(gcra, monotonic);
-            denial.add_rate(gcra.decide(now.0.saturating_add(debt), now, cost));
+            denial.add_rate(gcra.decide(now.saturating_add(debt), now, cost));
             let outcome = denial.outcome();
-            decision(&mut state, policies, (now, monotonic), outcome)
+            decision(&mut state, policies, moment, outcome)
         } else {
             let never = policies.gcra().price(cost) > policies.gcra().tau();
             if let Some(demand) = demand
@@ -158,13 +159,13 @@ impl StoreCore {
         self.metrics
             .lease_tokens_spent
             .inc_by(u64::from(cost.get()));
-        let times = (now, self.clock.monotonic());
-        let decision = decision(&mut state, policies, times, Outcome::Allowed);
+        let now = self.moment(now);
+        let decision = decision(&mut state, policies, now, Outcome::Allowed);
         self.keys.after(handle, &mut state, Some(&decision));
         Some(decision)
     }
 
-    /// Denies a request based on what is known on this replica, for at least `wait` by the rate. Returns `None` if
+    /// Denies a request based on the state on this replica, for at least `wait` by the rate. Returns `None` if
     /// nothing denies it.
     fn denial(
         &self,
@@ -176,14 +177,15 @@ impl StoreCore {
     ) -> Option<Decision> {
         let (mut state, now) = self.keys.current(handle, policies);
         demand.release(&mut state);
-        let monotonic = self.clock.monotonic();
+        let moment = self.moment(now);
+        let monotonic = moment.monotonic;
         let mut denial = state.quotas(u64::from(cost.get()), now).denial;
         let gcra = policies.gcra();
         let lease = state.lease();
         let debt = lease.debt(gcra, monotonic);
-        denial.add_rate(gcra.decide(now.0.saturating_add(debt), now, cost));
+        denial.add_rate(gcra.decide(now.saturating_add(debt), now, cost));
         let held = lease.held(u64::from(cost.get()), monotonic);
-        let held = held.and_then(|until| NonZeroU64::new(until - monotonic));
+        let held = held.and_then(|until| left(until, monotonic));
         if wait.is_some() || held.is_some() {
             denial.add(Policy::Rpm, wait.max(held));
         }
@@ -191,7 +193,7 @@ impl StoreCore {
             return None;
         }
         let outcome = denial.outcome();
-        let decision = decision(&mut state, policies, (now, monotonic), outcome);
+        let decision = decision(&mut state, policies, moment, outcome);
         self.keys.after(handle, &mut state, Some(&decision));
         Some(decision)
     }
@@ -216,13 +218,24 @@ impl StoreCore {
             return Ok(None);
         }
         let gcra = policies.gcra();
-        let (verdict, rate) = match on_failure {
+        let (outcome, rate) = match on_failure {
             OnRedisFailure::Closed => return Err(LimiterError::CountersAway),
-            OnRedisFailure::Open => (Ok(()), rate(policies, now, 0)),
+            // The same as if this were the only replica.
+            OnRedisFailure::Open => {
+                let mut denial = Denial::default();
+                denial.add_rate(state.take_rate(cost, now));
+                let outcome = if denial.violated.is_empty() {
+                    Outcome::Allowed
+                } else {
+                    denial.outcome()
+                };
+                let debt = state.tat.saturating_since(now);
+                (outcome, rate(policies, now, debt))
+            }
             OnRedisFailure::Share => {
                 let slot = self.membership.slot(monotonic);
                 let share = &mut state.lease().share;
-                match (outage, slot) {
+                let (verdict, rate) = match (outage, slot) {
                     (Some(outage), Some((slot, since))) => {
                         let since = outage
                             .since
@@ -233,27 +246,28 @@ impl StoreCore {
                         } else {
                             share.take(gcra, slot, since, cost, monotonic)
                         };
-                        let debt = share.tat.saturating_sub(monotonic);
+                        let debt = share.tat.saturating_since(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
                     }
                     // A single call failed, or the number of replicas is unknown: treated like a share that has just
                     // started, empty.
                     _ => (Err(A_SECOND), rate(policies, now, gcra.tau())),
-                }
+                };
+                let outcome = match verdict {
+                    Ok(()) => Outcome::Allowed,
+                    // This replica's share is exhausted. Only the counters know whether the limit is exhausted.
+                    Err(wait) => Outcome::Denied {
+                        violated: PolicySet::EMPTY,
+                        retry_after: Some(wait),
+                    },
+                };
+                (outcome, rate)
             }
         };
-        let outcome = match verdict {
-            Ok(()) => {
-                state.spend_quotas(tokens, now);
-                self.metrics.admitted_degraded.inc();
-                Outcome::Allowed
-            }
-            // This replica's share is exhausted. Whether the limit is, only the counters know.
-            Err(wait) => Outcome::Denied {
-                violated: PolicySet::EMPTY,
-                retry_after: Some(wait),
-            },
-        };
+        if outcome == Outcome::Allowed {
+            state.spend_quotas(tokens, now);
+            self.metrics.admitted_degraded.inc();
+        }
         let mut decision = state.decision_with(policies, now, outcome, rate);
         decision.degraded = true;
         self.keys.after(handle, &mut state, Some(&decision));
@@ -326,11 +340,11 @@ impl StoreCore {
     }
 }
 
-/// Returns a decision with the rate as it is known locally.
+/// Returns a decision with the rate as known locally.
 pub(super) fn decision(
     state: &mut KeyState,
     policies: &Policies,
-    (now, monotonic): (UnixNanos, u64),
+    Moment { now, monotonic }: Moment,
     outcome: Outcome,
 ) -> Decision {
     let gcra = policies.gcra();
@@ -338,13 +352,17 @@ pub(super) fn decision(
     state.decision_with(policies, now, outcome, rate(policies, now, debt))
 }
 
-/// Returns the state of the rate, given the nanoseconds until the bucket is full.
-pub(super) fn rate(policies: &Policies, now: UnixNanos, debt: u64) -> PolicyState {
+fn left(until: Monotonic, now: Monotonic) -> Option<NonZeroU64> {
+    NonZeroU64::new(until.saturating_since(now).0)
+}
+
+/// Returns the state of the rate, given the time until the bucket is full.
+pub(super) fn rate(policies: &Policies, now: UnixNanos, debt: Nanos) -> PolicyState {
     let gcra = policies.gcra();
     PolicyState {
         policy: Policy::Rpm,
         limit: u64::from(policies.rate().burst.get()),
-        remaining: gcra.tau().saturating_sub(debt) / gcra.emission(),
+        remaining: gcra.tokens(gcra.tau().saturating_sub(debt)),
         reset_at: now.saturating_add(debt),
         shortened_to: None,
     }

@@ -1,6 +1,6 @@
-//! Calls that take tokens, and what happens to the tokens they grant.
+//! Calls that take tokens, and the tokens they grant.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{runtime::Handle, time};
 
@@ -9,22 +9,23 @@ use super::{
     core::StoreCore,
 };
 use crate::{
-    clock::nanos,
+    clock::{Monotonic, Nanos},
     limiter::{
         key::{handle::KeyHandle, state::KeyState},
         rate::{
             counters::{BucketState, CounterMicros, TakeCall},
-            lease::{Demand, Lease, Terms},
+            lease::{Demand, FetchTimes, Lease, Terms},
             waiter::{FetchOutcome, Grant, Unspent, Waiter},
         },
     },
 };
 
 impl StoreCore {
-    /// Starts a call for the waiting requests, unless one is in flight. With `ahead`, also if none waits.
+    /// Starts a call for the waiting requests, unless one is in flight. With `ahead`, also starts one if no request
+    /// waits.
     pub(super) fn begin_fetch(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, ahead: bool) {
         let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
-            // Waiting requests get no response.
+            // The waiting requests get no response.
             state.lease().waiting().clear();
             return;
         };
@@ -33,10 +34,13 @@ impl StoreCore {
             return;
         }
         let asked_at = self.clock.monotonic();
-        let patience = nanos(self.settings.deadline);
         let lease = state.lease();
         lease.expire(asked_at);
-        let times = (asked_at, self.ttl, patience);
+        let times = FetchTimes {
+            now: asked_at,
+            ttl: self.ttl,
+            patience: self.settings.deadline.into(),
+        };
         let Some((terms, demand)) = lease.begin_fetch(times, ahead && !self.is_draining()) else {
             return;
         };
@@ -44,6 +48,7 @@ impl StoreCore {
             need,
             waiting,
             want,
+            spare,
             requests,
         } = demand;
         let call = TakeCall {
@@ -52,14 +57,16 @@ impl StoreCore {
             want,
             ..self.call(handle, terms, lease.unspent())
         };
-        runtime.spawn(fetch(
+        runtime.spawn(fetch(LeaseFetch {
             inner,
-            Arc::clone(handle),
+            handle: Arc::clone(handle),
             call,
             terms,
+            spare,
             asked_at,
             requests,
-        ));
+            active: true,
+        }));
     }
 
     /// Returns the outcome with `unspent`, or without tokens if the request only waited for the response.
@@ -77,7 +84,7 @@ impl StoreCore {
     }
 }
 
-/// Starts to return unspent tokens, unless something in flight will. Tokens that become free at the same time are
+/// Starts to return unspent tokens, unless a call in flight will do so. Tokens that become free at the same time are
 /// returned together.
 fn begin_return(inner: &Arc<StoreCore>, handle: &Arc<KeyHandle>) {
     if let Ok(runtime) = Handle::try_current()
@@ -110,9 +117,11 @@ struct LeaseFetch {
     handle: Arc<KeyHandle>,
     call: TakeCall,
     terms: Terms,
-    asked_at: u64,
+    /// Tokens that the call requests in addition to those that `requests` need.
+    spare: u64,
+    asked_at: Monotonic,
     requests: Vec<Waiter>,
-    /// Not late yet, so no other call for this key begins.
+    /// The call is not late yet, so the next call for this key starts only after a pause.
     active: bool,
 }
 
@@ -129,7 +138,7 @@ impl LeaseFetch {
         self.requests.clear();
         if std::mem::take(&mut self.active) {
             let mut state = self.handle.state.lock();
-            state.lease().end_fetch();
+            state.lease().end_fetch(self.spare);
             self.inner.begin_fetch(&self.handle, &mut state, false);
         }
     }
@@ -155,7 +164,7 @@ impl LeaseFetch {
         let now = self.inner.clock.monotonic();
         let lease = state.lease();
         lease.expire(now);
-        // Newer calls may already have been answered.
+        // Newer calls may already have completed.
         if lease.seen_at() <= self.asked_at {
             lease.saw(debt, self.asked_at);
         }
@@ -179,7 +188,7 @@ impl LeaseFetch {
             };
             outcomes.push((waiter, outcome));
         }
-        // Tokens of an older plan are only for the requests that they were taken for.
+        // Tokens of an older plan are only for the requests for which they were taken.
         let same = lease.terms().is_some_and(|now| now.is_like(self.terms));
         lease.expire(now);
         if !same || !self.terms.leased || self.inner.is_draining() {
@@ -188,7 +197,7 @@ impl LeaseFetch {
         if same && !self.inner.is_draining() {
             if self.active {
                 lease.served(granted, self.call.want);
-                self.hold(lease, (granted, debt), refused);
+                self.hold(lease, granted, debt, refused);
             }
             for waiter in std::mem::take(lease.waiting()) {
                 if waiter.tokens == 0 {
@@ -205,7 +214,7 @@ impl LeaseFetch {
         }
         let left = lease.available() > 0;
         if std::mem::take(&mut self.active) {
-            lease.end_fetch();
+            lease.end_fetch(self.spare);
             self.inner.begin_fetch(&self.handle, &mut state, false);
         }
         // Tokens of a canceled request are returned, which needs the lock.
@@ -217,60 +226,64 @@ impl LeaseFetch {
     }
 
     /// If the bucket has too few tokens, denies requests locally for a while: until there are enough, but not for long,
-    /// since other replicas may return some. An empty bucket may collect tokens for part of the lease TTL, in which it
-    /// does not fill up, so that they are not fetched one by one.
+    /// since other replicas may return some. An empty bucket may collect tokens for part of the lease TTL, during which
+    /// it does not fill up, so that they are not fetched one by one.
     ///
-    /// The time is measured from the start of the call. The counters decided later, but the next call takes as long to
-    /// reach them, and a bucket that fills up while a response is in transit must not be waited for again.
-    fn hold(&self, lease: &mut Lease, (granted, debt): (u64, u64), refused: Option<u64>) {
+    /// The time is measured from the start of the call. The counters decided later, but the next call takes the same
+    /// time to reach them, and a bucket that fills up while a response is in transit must not be waited for again.
+    fn hold(&self, lease: &mut Lease, granted: u64, debt: Nanos, refused: Option<u64>) {
         let call = &self.call;
         // The counters may follow another version of the plan, whose debts are not comparable.
-        let Some(left) = call.tau.checked_sub(debt) else {
+        let Some(left) = call.tau.0.checked_sub(debt.0).map(Nanos) else {
             return;
         };
         let gather = if self.terms.leased {
-            (self.inner.ttl / 2).min(call.tau / 10)
+            Nanos((self.inner.ttl.0 / 2).min(call.tau.0 / 10))
         } else {
-            0
+            Nanos::ZERO
         };
         let n = match refused {
-            // A bucket that is known to be empty is not called, unless tokens are returned to it.
+            // A bucket that is known to be empty is not called unless tokens are returned to it.
             _ if !self.terms.leased && left < call.emission && !lease.owes() => 1,
             _ if 0 < granted && granted < call.want && left < call.emission => 1,
             Some(refused) => refused,
             None if granted == 0 && call.want > 0 => call.need,
             None => return,
         };
-        let missing = n.saturating_mul(call.emission).saturating_sub(left);
+        let missing = call.emission.saturating_mul(n).saturating_sub(left);
+        // Under this version of the plan there are enough tokens: the counters refused them under another version.
+        if missing == Nanos::ZERO {
+            return;
+        }
         let longest = if self.terms.leased {
             self.inner.ttl.saturating_mul(DENIED_FOR_LEASES)
         } else {
-            u64::MAX
+            Nanos::MAX
         };
-        let until = missing.max(gather).max(1).min(longest);
+        let until = missing.max(gather).min(longest);
         lease.hold(n, self.asked_at.saturating_add(until));
     }
 }
 
-/// Requests tokens, and finally returns those that were not spent.
-async fn fetch(
-    inner: Arc<StoreCore>,
-    handle: Arc<KeyHandle>,
-    call: TakeCall,
-    terms: Terms,
-    asked_at: u64,
-    requests: Vec<Waiter>,
-) {
-    let mut fetch = LeaseFetch {
-        inner: Arc::clone(&inner),
-        handle: Arc::clone(&handle),
-        call,
-        terms,
-        asked_at,
-        requests,
-        active: true,
+/// Requests tokens, and in the end returns those that were not spent.
+async fn fetch(mut fetch: LeaseFetch) {
+    let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
+    let asked_at = fetch.asked_at;
+    let pause = Duration::from(fetch.terms.pause());
+    let answer = {
+        let mut answer = pin!(inner.ask_until(fetch.call, || fetch.give_up()));
+        if pause < inner.settings.deadline {
+            match time::timeout(pause, &mut answer).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    inner.begin_fetch(&handle, &mut handle.state.lock(), false);
+                    answer.await
+                }
+            }
+        } else {
+            answer.await
+        }
     };
-    let answer = inner.ask_until(call, || fetch.give_up()).await;
     let left = match answer {
         Answer::InTime(reply) | Answer::Late(reply) => fetch.distribute(reply.at, reply.state),
         Answer::Failed => false,
@@ -278,8 +291,8 @@ async fn fetch(
     drop(fetch);
     if left {
         let expires = asked_at.saturating_add(inner.ttl);
-        let left = expires.saturating_sub(inner.clock.monotonic());
-        time::sleep(Duration::from_nanos(left + 1)).await;
+        let left = expires.saturating_since(inner.clock.monotonic());
+        time::sleep(left.saturating_add(Nanos(1)).into()).await;
         let now = inner.clock.monotonic();
         handle.state.lock().lease().expire(now);
     }

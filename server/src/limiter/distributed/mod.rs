@@ -1,9 +1,9 @@
-//! The distributed store: buckets that all replicas share, tokens taken from them ahead of need, and decisions without
+//! The distributed store: buckets that all replicas share, tokens taken from them in advance, and decisions without
 //! them.
 //!
 //! Decides when to call the shared counters. Calendar quotas are blocks from the ledger, as in the local store, sized
-//! so that all replicas together hold one block. Does not know Redis: the counters are a trait ([`SharedCounters`]),
-//! implemented by a script in Redis and, in the simulation, by a model of it.
+//! so that all replicas together hold one block. Does not depend on Redis: the counters are a trait
+//! ([`SharedCounters`]), implemented by a script in Redis and, in the simulation, by a model of it.
 //!
 //! ```text
 //! tokens held here      ─ spend, no I/O
@@ -12,39 +12,40 @@
 //! counters unavailable  ─ share | open | closed
 //! ```
 //!
-//! **Guarantees.** In any window of `T` seconds, all replicas together admit at most `burst + rate · (T + ttl)`, and
-//! at most `burst + rate · T` where every request is decided by the counters ([`lease`](crate::limiter::rate::lease) has the argument). Calendar
-//! quotas are exact: the ledger counts a token before it is spent. A rested bucket's whole burst, sent at once to one
-//! replica, is admitted in at most two round trips.
+//! **Guarantees.** In any window of `T` seconds, all replicas together admit at most `burst + rate · (T + ttl)`, or at
+//! most `burst + rate · T` if the counters decide every request ([`lease`](crate::limiter::rate::lease) has the
+//! argument). Calendar quotas are exact: the ledger counts a token before it is spent. The full burst of an idle
+//! bucket, sent at once to one replica, is admitted in at most two round trips.
 //!
-//! **Deadlines.** A call that is not answered in time counts as failed, and the request that waits for it is decided
-//! without the counters. A decision waits for at most two calls: the one that is under way when it arrives, and the
-//! next. So it does for the ledger. A request's quota tokens are set apart before its rate is taken, so that no rate is
-//! taken for a request that then finds no quota.
+//! **Deadlines.** A call without a timely response counts as failed, and the request that waits for it is decided
+//! without the counters. A decision waits for at most two calls: the one in flight when it arrives, and the next one.
+//! The same applies to the ledger. A request's quota tokens are reserved before its rate is taken, so that no rate is
+//! taken for a request whose quota is then exhausted.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's choice. `Share`: a
 //! separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly after the start of the
-//! outage. All shares together are one bucket that starts empty, so that together with what was taken before they stay
-//! within the envelope. `Open`: the whole rate on each replica. `Closed`: nothing. A denial then names no violated
-//! policy, since it is unknown whether the limit was reached.
+//! outage. All shares together are one bucket that starts empty, so that they stay within the envelope together with
+//! the tokens taken before. `Open`: each replica enforces the whole limit, in a bucket of its own that starts full.
+//! `Closed`: nothing. A denial then names no violated policy, since it is unknown whether the limit was reached.
 //!
-//! **When they are available again**, they do not know what was allowed without them, and may have lost their state. So
-//! after a loss of state, or an outage in which no replica got a response, they start a *new epoch*: at one instant of
-//! their own clock, slightly in the future, with every bucket empty. Until then all replicas decide as during an
-//! outage. If only one replica had the outage, it simply returns. A replica that starts cannot know whether others have
-//! an outage. If none got a response for a second, it starts a new epoch as well. (Not with a cluster, whose partitions
-//! may be idle for long.)
+//! **When they are available again**, they do not know which requests were allowed without them, and may have lost
+//! their state. So after a loss of state, or an outage in which no replica got a response, they start a *new epoch*: at
+//! a single moment of their own clock, slightly in the future, with every bucket empty. Until then, all replicas decide
+//! as during an outage. If only one replica had the outage, it simply resumes. A replica that is starting cannot know
+//! whether others have an outage. If none got a response for a second, it starts a new epoch as well. (This does not
+//! apply to a cluster, whose partitions may be idle for long.)
 //!
-//! **Edits.** As many tokens are missing after an edit as before. What a smaller burst cannot hold is missing again
-//! when the burst is made larger, less the time in which the bucket was full. A bucket learns of an edit with the first
-//! request after it, but not when it was made: since the previous request, it has refilled at the lower of the two
-//! rates. A bucket that was idle for a minute and twice the time it takes to fill is deleted, and full under any plan.
-//! For an hour after a loss of state, a larger burst holds no more than what has refilled since.
+//! **Edits.** An edit does not change the number of missing tokens. If a smaller burst cannot hold all of them, the
+//! rest is missing again when the burst is raised, minus the time during which the bucket was full. A bucket learns of
+//! an edit with the first request after it, but not of its time: since the previous request, it has refilled at the
+//! lower of the two rates. A bucket that was idle for a minute plus twice the time it takes to fill is deleted, and is
+//! full under any plan. After a loss of state, a larger burst contains no more than what has refilled since then.
 //!
-//! **Not guaranteed.** While only some replicas have an outage, `Share` allows their part `p` of the bucket in addition
-//! to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most `(1 + p) *
-//! (burst + rate * (T + ttl))`. `Closed` allows nothing in addition. This does not apply to an outage of all replicas
-//! that is too short for some of them to notice: shares begin to fill only after it would be over, or noticed by all.
+//! **Not guaranteed.** While only some replicas have an outage, `Share` allows their share `p` of the bucket in
+//! addition to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most `(1 +
+//! p) * (burst + rate * (T + ttl))`. `Closed` allows nothing in addition. This does not apply to an outage of all
+//! replicas that is too short for some of them to detect: shares begin to fill only when it would be over or detected
+//! by all.
 
 mod breaker;
 mod calls;
@@ -83,7 +84,7 @@ use super::{
     store::LimitStore,
 };
 use crate::{
-    clock::{Clock, nanos},
+    clock::{Clock, Nanos},
     telemetry::metrics::Metrics,
 };
 
@@ -117,7 +118,7 @@ impl DistributedStore {
             clock,
             membership,
             metrics,
-            ttl: nanos(settings.lease_ttl),
+            ttl: settings.lease_ttl.into(),
             settings,
             me: Weak::clone(me),
         });
@@ -171,8 +172,8 @@ impl LimitStore for DistributedStore {
 
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         let (mut state, now) = self.0.keys.current(handle, policies);
-        let times = (now, self.0.clock.monotonic());
-        decision(&mut state, policies, times, Outcome::Allowed)
+        let now = self.0.moment(now);
+        decision(&mut state, policies, now, Outcome::Allowed)
     }
 
     async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
@@ -188,12 +189,7 @@ impl LimitStore for DistributedStore {
                 Outcome::Allowed,
                 decide::rate(policies, now, debt),
             ),
-            None => decision(
-                &mut state,
-                policies,
-                (now, self.0.clock.monotonic()),
-                Outcome::Allowed,
-            ),
+            None => decision(&mut state, policies, self.0.moment(now), Outcome::Allowed),
         }
     }
 
@@ -205,8 +201,8 @@ impl LimitStore for DistributedStore {
         self.0.keys.prune()
     }
 
-    fn denial_memory(&self, policies: &Policies) -> Option<u64> {
-        let leased = self.0.ttl > 0 && !policies.strict();
+    fn denial_memory(&self, policies: &Policies) -> Option<Nanos> {
+        let leased = self.0.ttl > Nanos::ZERO && !policies.strict();
         leased.then(|| self.0.ttl.saturating_mul(calls::DENIED_FOR_LEASES))
     }
 

@@ -9,54 +9,58 @@ use tokio::time;
 
 use super::{breaker::SILENCE, core::StoreCore};
 use crate::{
-    clock::nanos,
+    clock::Nanos,
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
 };
 
-/// How often counters with an outage are probed.
-pub(super) const PROBE_EVERY: Duration = Duration::from_millis(250);
-/// When to send a heartbeat after the last response, and how often after a failure, so that all replicas detect an
-/// outage within the same half second.
-const HEARTBEAT_EVERY: Duration = Duration::from_millis(250);
+/// The delay of the first probe of counters with an outage, and the interval between probes. The first probe of a
+/// replica is sent after other replicas, if they still get responses, have confirmed one that is newer than the outage.
+/// That takes two heartbeats: one gets a response, and the next confirms it.
+pub(super) const FIRST_PROBE: Duration = Duration::from_millis(350);
+const PROBE_EVERY: Duration = Duration::from_millis(250);
+/// The delay of a heartbeat after the last confirmed response, and the interval after a failure, so that all replicas
+/// detect an outage within the same half second.
+const HEARTBEAT_EVERY: Duration = Duration::from_millis(150);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
-/// The least time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
-/// with slow counters every request would time out, and each recovery would empty all buckets.
+/// Minimum time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
+/// with slow counters, every request would time out, and each recovery would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
-/// Nanoseconds for which an unused partition still gets heartbeats.
-const IN_USE: u64 = 10_000_000_000;
+/// How long an unused partition still gets heartbeats.
+const IN_USE: Nanos = Nanos::from_secs(10);
 
 impl StoreCore {
-    /// Returns the nanoseconds after which an outage that one replica has noticed is either noticed by all others or
-    /// over for the first one.
+    /// Returns the time after which an outage that one replica has detected either has been detected by all others or
+    /// has ended for the first one.
     ///
-    /// An idle replica makes its next call after [`HEARTBEAT_EVERY`] and opens its breaker at the fifth failure, four
-    /// times [`SUSPECT_EVERY`] later. If the outage ends just before, the first replica recovers with its next probe.
-    /// Each of these calls may take a deadline, and the first replica has waited for one too.
-    pub(super) fn noticed_by_all(&self) -> u64 {
-        let until_noticed = HEARTBEAT_EVERY + 4 * SUSPECT_EVERY + PROBE_EVERY;
-        nanos(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
+    /// An idle replica makes its next call after [`HEARTBEAT_EVERY`], at a multiple of [`SUSPECT_EVERY`], and opens its
+    /// breaker at the fifth failure, four intervals later. If the outage ends just before, the first replica recovers
+    /// with its next probe. Each of these calls may take a deadline, and the first replica has waited for one too.
+    pub(super) fn noticed_by_all(&self) -> Nanos {
+        let until_noticed = HEARTBEAT_EVERY + 5 * SUSPECT_EVERY + FIRST_PROBE;
+        Nanos::from(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
     }
 }
 
-/// Returns a call that takes nothing and affects no key.
+/// Returns a call that takes nothing and affects no key. It does not report that this replica has an outage, even if
+/// one begins before it is sent: only probes do, and they are sent after other replicas may have confirmed a response.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     let of = &inner.partitions[usize::from(partition)];
     TakeCall {
         partition,
         bucket: BucketName::Heartbeat,
-        emission: 1,
-        tau: 1,
+        emission: Nanos(1),
+        tau: Nanos(1),
         version: 0,
         need: 0,
         waiting: 0,
         want: 0,
         back: 0,
-        back_taken_at: 0,
+        back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 0,
         last_heard: of.last_heard(),
-        away_since: of.away_since(inner.is_alone()),
-        promised: 0,
+        away_since: of.never_heard(inner.is_alone()),
+        promised: CounterMicros::NONE,
     }
 }
 
@@ -68,8 +72,8 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     partition.used(used_at);
 }
 
-/// Sends heartbeats to counters in use that have had no recent call. They also show other replicas, when these recover,
-/// that a replica got responses.
+/// Sends heartbeats to counters in use that have had no recent call. They also show other recovering replicas that a
+/// replica got responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(SUSPECT_EVERY);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -80,11 +84,10 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
         };
         let now = inner.clock.monotonic();
         for (number, partition) in (0..).zip(&inner.partitions) {
-            let in_use = now.saturating_sub(partition.used_at()) < IN_USE;
+            let in_use = now.saturating_since(partition.used_at()) < IN_USE;
             let due = partition.is_suspect()
-                || now.saturating_sub(partition.heartbeat_sent_at()) >= nanos(HEARTBEAT_EVERY);
+                || partition.is_heartbeat_due(now, HEARTBEAT_EVERY, inner.is_alone());
             if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
-                partition.heartbeat_sent(now);
                 tokio::spawn(send_heartbeat(Arc::clone(&inner), number));
             }
         }
@@ -106,28 +109,30 @@ pub(super) async fn probe_until_recovered(
         };
         let partition = &inner.partitions[usize::from(number)];
         inner.metrics.counter_calls.inc();
-        // A promise is for one moment. If the response is late or missing, this replica continues to decide on its own.
+        // A promise is valid for a single moment. If the response is late or missing, this replica continues to decide
+        // on its own.
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
+            away_since: partition.away_since(inner.is_alone()),
             ..heartbeat_call(number, &inner)
         };
         let asked_at = inner.clock.monotonic();
-        if promised > 0 {
-            partition.paused_until(asked_at + nanos(inner.settings.deadline));
+        if promised > CounterMicros::NONE {
+            partition.paused_until(asked_at.saturating_add(inner.settings.deadline.into()));
         }
         let patience = PROBE_DEADLINE.max(inner.settings.deadline);
         let answer = time::timeout(patience, inner.counters.take(call)).await;
         let now = inner.clock.monotonic();
-        let in_time = now - asked_at <= nanos(inner.settings.deadline);
-        // So that replicas do not probe all at once.
-        wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now % 50_000_000));
+        let in_time = now.saturating_since(asked_at) <= inner.settings.deadline.into();
+        // So that replicas do not all probe at the same time.
+        wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now.0 % 50_000_000));
         if let Ok(Ok(reply)) = answer {
             match reply.state {
                 BucketState::Initializing { wait: left } => {
                     wait = Duration::from_micros(left);
-                    promise = reply.at + left;
-                    partition.is_initializing(asked_at + left * 1000, now);
+                    promise = reply.at.saturating_add(left);
+                    partition.is_initializing(asked_at.saturating_add(wait.into()), now);
                 }
                 BucketState::Active { .. } if in_time => {
                     partition.returned(reply.at, now);
@@ -136,7 +141,7 @@ pub(super) async fn probe_until_recovered(
                         partition = number,
                         "the shared counters are available again"
                     );
-                    // So that other recovering replicas see that this one got a response.
+                    // So that other recovering replicas can see that this one got a response.
                     send_heartbeat(inner, number).await;
                     return;
                 }

@@ -17,6 +17,7 @@ use async_trait::async_trait;
 
 use super::calls::CALL_DEADLINE;
 use crate::{
+    clock::Nanos,
     limiter::rate::counters::{
         BucketName, BucketState, CounterError, CounterMicros, SharedCounters, TakeCall, TakeReply,
     },
@@ -26,15 +27,15 @@ use crate::{
 /// Enough to distribute the keys of a cluster evenly over tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
-/// The least microseconds from a loss of state to the new epoch: longer than the interval between probes, so that all
-/// replicas know of it before it starts.
-const EPOCH_DELAY: CounterMicros = 600_000;
-/// The part of it that is not for the response to a probe.
-const UNPROBED: CounterMicros = 350_000;
+/// Minimum time from a loss of state to the new epoch, in microseconds: longer than the interval between probes, so
+/// that all replicas know of it before it starts.
+const EPOCH_DELAY: u64 = 600_000;
+/// The part of it that is not reserved for the response to a probe.
+const UNPROBED: u64 = 350_000;
 
 const TAKE: &str = include_str!("take.lua");
 
-/// Starts the first epoch of a new deployment in the past, so that its buckets are full. Changes nothing if there is an
+/// Starts the first epoch of a new deployment in the past, so that its buckets are full. Does nothing if there is an
 /// epoch.
 const FIRST: &str = "
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -49,11 +50,11 @@ pub struct RedisCounters {
     redis: Redis,
     take: Script,
     partitions: u16,
-    /// Time from a loss of state to the new epoch.
-    delay: CounterMicros,
+    /// Microseconds from a loss of state to the new epoch.
+    delay: u64,
 }
 
-/// Redis returned something that the script does not return.
+/// Redis returned a value that the script never returns.
 #[derive(Debug, thiserror::Error)]
 #[error("the script returned an unexpected value: {0}")]
 struct Unexpected(String);
@@ -61,7 +62,7 @@ struct Unexpected(String);
 impl RedisCounters {
     pub fn new(redis: Redis) -> Self {
         let timeout = redis.settings().timeout.as_micros();
-        let timeout = CounterMicros::try_from(timeout).unwrap_or(CounterMicros::MAX / 2);
+        let timeout = u64::try_from(timeout).unwrap_or(u64::MAX / 2);
         Self {
             delay: EPOCH_DELAY.max(UNPROBED + timeout),
             ..Self::with_script(redis, TAKE)
@@ -89,7 +90,7 @@ impl RedisCounters {
         TAKE
     }
 
-    /// Starts with full buckets if there is no state in this Redis. Call only once per deployment: afterwards, an empty
+    /// Starts with full buckets if there is no state in this Redis. Call only once per deployment: after that, an empty
     /// Redis is one that has lost its state.
     pub async fn begin(&self) -> Result<(), CounterError> {
         let first = Script::new(FIRST);
@@ -135,16 +136,16 @@ impl SharedCounters for RedisCounters {
                 &self.take,
                 &[&bucket, &self.epoch(partition)],
                 &[
-                    call.emission,
-                    call.tau,
+                    call.emission.0,
+                    call.tau.0,
                     call.version,
                     call.need,
                     call.want,
                     call.back,
-                    call.back_taken_at,
-                    call.last_heard,
-                    call.away_since,
-                    call.promised,
+                    call.back_taken_at.0,
+                    call.last_heard.0,
+                    call.away_since.0,
+                    call.promised.0,
                     self.delay,
                     call.lease,
                     call.back_generation,
@@ -163,13 +164,16 @@ impl SharedCounters for RedisCounters {
                 at,
                 BucketState::Active {
                     granted,
-                    debt,
+                    debt: Nanos(debt),
                     generation,
                 },
             ),
             [1, at, wait] => (at, BucketState::Initializing { wait }),
             _ => return Err(Arc::new(Unexpected(format!("{numbers:?}")))),
         };
-        Ok(TakeReply { at, state })
+        Ok(TakeReply {
+            at: CounterMicros(at),
+            state,
+        })
     }
 }

@@ -1,5 +1,5 @@
--- Takes tokens from one bucket, all-or-nothing below `need`, after crediting tokens that come back unspent.
--- One call is one atomic step on Redis's own clock.
+-- Takes tokens from one bucket, at least `need` or none, after crediting tokens that are returned unspent.
+-- One call is one atomic step, timed by Redis's own clock.
 --
 -- KEYS[1]  the bucket, a hash:
 --            at      when `debt` was computed, in microseconds of TIME
@@ -8,47 +8,46 @@
 --            e, t    nanoseconds per token; nanoseconds from empty to full
 --            v, vt   version of the plan that `e` and `t` come from; when a caller of that version last called
 --            s       start of the epoch in which the bucket was last used
---            y       nanoseconds of refill since then, less those taken, also if the bucket was full meanwhile; no
---                    bucket holds more, whatever its burst becomes. None long after that start
+--            y       nanoseconds of refill since then, less those taken, even if the bucket was full in the meantime.
+--                    No bucket contains more, whatever its burst becomes. Absent if more than `LARGEST`
 --            g       generation: a new number whenever grants made before lose their value
 --            m, mt   the least `debt` since `mt`
 --            n, nt   the least `debt` since `nt`, which is before `mt`
 -- KEYS[2]  the partition's epoch, a hash in the same slot:
 --            run     run id of the Redis process that the epoch began on
 --            s       its start, in microseconds of TIME
---            ok      the latest answer that a caller who uses the counters has confirmed receiving in time
+--            ok      the latest response that a caller who uses the counters has confirmed receiving in time
 -- ARGV     1 e   2 t   3 v   4 need   5 want   6 back   7 when the oldest of `back` was taken
---          8 latest answer the caller received in time   9 since when the caller has had none, or 0; 1 if it has never had
---            one and is not the only caller
---         10 start of the epoch that the answer before promised, or 0   11 microseconds to a new epoch
+--          8 latest response that the caller received in time   9 start of the time in which it has received none, or 0;
+--            1 if it has never received one and is not the only caller
+--         10 start of the epoch that the previous response promised, or 0   11 microseconds until a new epoch starts
 --         12 microseconds for which granted tokens may be spent   13 generation in which `back` was taken
---         14 tokens that requests are waiting for now; the rest of `want` is held for later
+--         14 tokens that requests are waiting for; the rest of `want` is held for later
 -- Returns  {0, now, granted, debt, g}, or {1, now, microseconds until the epoch starts}
 --
--- **Granting.** What requests wait for is granted as far as the bucket goes. What is only held for later gets at
--- most half of what is there, so that callers near the limit leave something for each other.
+-- **Granting.** For waiting requests, as many tokens are granted as the bucket contains. Including tokens that are
+-- only held for later, at most half of them are granted, so that callers near the limit leave some for each other.
 --
--- **Crediting.** Tokens that come back must never make the bucket fuller than if they had not been taken. Had they
--- not been, the debt would have been lower by `back * e`, until it reached zero; from then on refill would have been
--- wasted that in fact was not. So the difference shrinks by at most the time since, and it never shrinks below the
--- least debt since the tokens were taken:
+-- **Crediting.** Returned tokens must never make the bucket fuller than if they had not been taken. If they had not
+-- been taken, the debt would have been lower by `back * e` until it reached zero. From then on, refill would have been
+-- lost that in fact was not. So the difference decreases by at most the time since they were taken, and never below
+-- the least debt since then:
 --
 --   credit = min(debt, back * e, max(back * e - (now - taken), least debt since a mark no later than `taken`))
 --
--- Afterwards every remembered minimum is lowered by the credit: the next return is judged on a history in which
--- these tokens were never taken. Nothing is credited across a change of `e` or `t`, a new epoch, or a clock that
--- went back; each starts a new generation.
+-- Then every stored minimum is lowered by the credit, so that the next return is credited as if these tokens had never
+-- been taken. Nothing is credited after a change of `e` or `t`, in a new epoch, or after the clock went back; each of
+-- these starts a new generation.
 --
--- **Plans.** Callers may know different versions of a plan. The newest wins, unless no caller has used it for
--- `OUTDATED`: then versions have started over, as they do when a database is restored from a backup.
+-- **Plans.** Callers may know different versions of a plan. The newest is used, unless no caller has used it for
+-- `OUTDATED`: in that case, versions have started over, as they do after a database was restored from a backup.
 --
--- Numbers are whole and below 2^53, where doubles are exact; a bucket that takes longer than 104 days to fill is
--- exact to two nanoseconds. A bucket that is not used for twice the time it takes to fill is full, and expires.
+-- Numbers are integers below 2^53, where doubles are exact. A bucket that takes longer than 104 days to fill is exact
+-- to two nanoseconds. A bucket that has not been used for twice the time it takes to fill is full, and expires.
 local OUTDATED = 10000000
--- Microseconds after the start of an epoch in which callers that were promised it return.
+-- Callers that were promised an epoch return within this many microseconds after its start.
 local PROMISED = 500000
--- Microseconds after the start of an epoch in which a larger burst is still as empty then as the smaller one was.
-local EMPTIED = 3600000000
+-- 52 days, in nanoseconds. Longer sums are not exact.
 local LARGEST = 2 ^ 52
 
 local time = redis.call('TIME')
@@ -64,8 +63,8 @@ local function whole(number)
   return string.format('%.0f', number)
 end
 
--- So many nanoseconds of refill at `e0` a token, at `e` a token: number * e / e0 in exact steps of 12 bits, with what is
--- left of the last nanosecond.
+-- Converts nanoseconds of refill from `e0` per token to `e` per token: number * e / e0, computed exactly in steps of 12
+-- bits. Also returns the remainder of the last nanosecond.
 local function exchanged(number, e0, e)
   local whole_tokens = math.floor(number / e0)
   local rest = number - whole_tokens * e0
@@ -80,17 +79,18 @@ local function exchanged(number, e0, e)
   return whole_tokens * e + q, r
 end
 
--- A new epoch begins when this is another process than the one the epoch began on, or when its state is older than
--- that. It also begins when the caller has served without the counters, unless it was promised this epoch and returns
--- at its start, having served nothing since, or other callers were being answered meanwhile. A caller that is new among others cannot know
--- whether they have served without the counters: they have if nobody was answered for a while.
+-- A new epoch begins if this is not the Redis process on which the current one began, or if its state contains none.
+-- It also begins if the caller has decided requests without the counters, unless it was promised this epoch and returns
+-- at its start, having decided none since, or other callers received responses in the meantime. A caller that has just
+-- joined others cannot know whether they have decided requests without the counters. They have if no caller received a
+-- response for a while.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
-local told = promised > 0 and start == promised and now - start < PROMISED
-local answered = (ok > away and ok <= now and now - ok < 1000000) or (away == 1 and ok == 0)
+local returns_in_time = promised > 0 and start == promised and now - start < PROMISED
+local others_connected = (ok > away and ok <= now and now - ok < 1000000) or (away == 1 and ok == 0)
 if epoch[1] ~= run or not start or start > now + delay
-  or (away > 0 and start <= now and not told and not answered) then
+  or (away > 0 and start <= now and not returns_in_time and not others_connected) then
   start = now + delay
   ok = 0
   redis.call('HSET', KEYS[2], 'run', run, 's', whole(start), 'ok', '0')
@@ -98,7 +98,7 @@ end
 if start > now then
   return {1, now, start - now}
 end
--- A caller that is away may not get this answer in time either, and serves on without the counters then.
+-- A caller with an outage may not receive this response in time either, and would then continue without the counters.
 if away == 0 and heard > ok + 100000 and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
@@ -123,7 +123,7 @@ if at then
   else
     in_use = now - vt0 >= OUTDATED / 2
     if e0 ~= e or t0 ~= t then
-      -- As many tokens are missing as before. When the edit was made is not known, so since the last use the bucket has
+      -- As many tokens are missing as before. The time of the edit is unknown, so since its last use the bucket has
       -- refilled at the lower of the two rates.
       local missing, more = exchanged(debt + beyond, e0, e)
       if more > 0 then
@@ -153,7 +153,7 @@ else
   debt = 0
 end
 if tonumber(b[6]) ~= start then
-  -- First use in this epoch, in which every bucket started empty.
+  -- The first use in this epoch, in which every bucket started empty.
   local missing = debt + beyond
   debt = math.max(debt, t - (now - start) * 1000)
   beyond = math.max(0, missing - debt)
@@ -161,7 +161,7 @@ if tonumber(b[6]) ~= start then
   new_generation = true
   changed = changed or at ~= nil
 end
-if now - start > EMPTIED then
+if gathered and gathered >= LARGEST then
   gathered = nil
 end
 if new_generation then
@@ -199,7 +199,7 @@ if want > 0 then
     debt = debt + granted * e
     gathered = gathered and gathered - granted * e
     changed = true
-    -- A new mark from time to time, and when the present one could not credit this grant in full.
+    -- Set a new mark from time to time, and when the current one could not credit this grant in full.
     if now - mt > 2 * lease or m < granted * e then
       n, nt = m, mt
       m, mt = debt, now

@@ -1,4 +1,4 @@
-//! Requests that wait for tokens of quotas.
+//! Requests that wait for quota tokens.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -7,7 +7,7 @@ use crate::{
     clock::UnixNanos,
     limiter::{
         policy::Policy,
-        quota::block::{Need, Reservation},
+        quota::block::{Need, ReservedTokens},
     },
 };
 
@@ -17,7 +17,7 @@ pub(in crate::limiter) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
     handle: &'a Arc<KeyHandle>,
     cost: u64,
-    reserved: Option<[Reservation; 2]>,
+    reserved: Option<[ReservedTokens; 2]>,
 }
 
 impl<'a> DemandGuard<'a> {
@@ -36,8 +36,8 @@ impl<'a> DemandGuard<'a> {
         }
     }
 
-    /// Reserves the request's quota tokens if all blocks have them, so that no other request proceeds to the rate with
-    /// the same ones.
+    /// Reserves the request's quota tokens if all blocks have enough, so that no other request proceeds to the rate
+    /// with the same tokens.
     pub(in crate::limiter) fn reserve(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         if self.reserved.is_none() {
             self.reserved = state.reserve_quotas(self.cost, now);
@@ -48,7 +48,8 @@ impl<'a> DemandGuard<'a> {
         self.reserved.is_some()
     }
 
-    /// Spends the reserved tokens. If their window has ended in the meantime, releases them and tries the current one.
+    /// Spends the reserved tokens. If their window has ended in the meantime, releases them and tries the current
+    /// window.
     pub(in crate::limiter) fn spend(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         let Some(reserved) = self.reserved.take() else {
             return state.spend_quotas(self.cost, now);

@@ -7,14 +7,14 @@ use tokio::sync::Notify;
 use super::state::KeyState;
 use crate::limiter::denial_cache::DenialCache;
 
-/// The limiter's state of one key. Stored in the key's cached record, so that a decision needs no look-up.
+/// The limiter's state of one key. Stored in the key's cached record, so that a decision needs no lookup.
 #[derive(Debug)]
 pub struct KeyHandle {
     pub(in crate::limiter) tenant: TenantId,
     pub(in crate::limiter) key: ApiKeyId,
-    /// Denials, in front of a remote store.
+    /// Cached denials, in front of a remote store.
     pub(in crate::limiter) denials: DenialCache,
-    /// The numbers on this replica.
+    /// The state on this replica.
     pub(in crate::limiter) state: Mutex<KeyState>,
     /// Notified when a ledger call for this key has ended.
     pub(in crate::limiter) call_ended: Notify,

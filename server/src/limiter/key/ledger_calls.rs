@@ -1,12 +1,12 @@
 //! Calls to the quota ledger: batched, limited in number, and retried where that is safe.
 //!
 //! Calls that arrive while all workers are busy share the next batch, so a thousand keys whose day begins at the same
-//! time cost a few transactions on a few connections. However a call ends, even by a panic or with the runtime, its
-//! block is notified.
+//! time need only a few transactions on a few connections. However a call ends, even by a panic or with the runtime,
+//! its block is notified.
 //!
 //! Tokens to return are kept until the ledger has confirmed them. A batch is retried with the same ID and applied once,
-//! so neither an outage nor an ambiguous failure loses tokens or credits them twice. Only the end of the process can
-//! lose them: by `kill -9`, or by a drain that runs out of time.
+//! so neither an outage nor an ambiguous failure loses tokens or credits them twice. They can be lost only when the
+//! process ends: with `kill -9`, or if draining runs out of time.
 
 use std::{
     pin::pin,
@@ -77,7 +77,7 @@ pub(in crate::limiter) struct LedgerCalls {
 }
 
 impl LedgerCalls {
-    /// Calls are given up after `deadline`. At most `at_once` are in flight, of which returns leave one to takes.
+    /// Calls are abandoned after `deadline`. At most `at_once` are in flight, and returns leave one of these to takes.
     pub(in crate::limiter) fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
@@ -120,7 +120,8 @@ impl LedgerCalls {
         }
     }
 
-    /// Waits for all calls in flight, for at most `within`. Returns what happened to the tokens since draining began.
+    /// Waits for all calls in flight, for at most `within`. Returns the result for the tokens returned since draining
+    /// began.
     pub(in crate::limiter) async fn drained(self: &Arc<Self>, within: Duration) -> Drained {
         self.start_returner();
         let all = async {
@@ -217,7 +218,7 @@ impl LedgerCalls {
         any
     }
 
-    /// Starts to return an unused block, and what is left of ended windows.
+    /// Starts to return an unused block, and the rest of ended windows.
     pub(in crate::limiter) fn return_unneeded(
         self: &Arc<Self>,
         handle: &KeyHandle,
@@ -291,7 +292,7 @@ impl LedgerCalls {
     }
 }
 
-/// Returns a hash that distributes keys evenly, whatever their IDs look like.
+/// Returns a hash that distributes keys evenly, no matter what their IDs look like.
 fn spread(id: Uuid) -> u64 {
     let (high, low) = id.as_u64_pair();
     (high ^ low)

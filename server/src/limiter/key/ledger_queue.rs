@@ -11,14 +11,14 @@ use crate::{
     limiter::{
         policy::Policy,
         quota::{
-            block::Order,
+            block::LedgerOrder,
             calendar::Window,
             ledger::{LedgerRow, ReturnBatch, TakeRequest},
         },
     },
 };
 
-/// Which block of a policy a call is for.
+/// The block of a policy that a call is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Target {
     Current,
@@ -33,7 +33,7 @@ pub(super) struct Call {
     pub(super) target: Target,
     pub(super) at: UnixNanos,
     pub(super) calendar: Window,
-    pub(super) order: Order,
+    pub(super) order: LedgerOrder,
 }
 
 impl Call {
@@ -67,7 +67,7 @@ pub(super) fn row(handle: &KeyHandle, policy: Policy, window_start: UnixNanos) -
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) urgent: VecDeque<Call>,
-    /// First blocks of next windows. Processed one batch at a time, while nothing is urgent.
+    /// First blocks of next windows. Processed one batch at a time, while no other call is waiting.
     pub(super) ahead: VecDeque<Call>,
     pub(super) is_ahead_running: bool,
     pub(super) takers: usize,

@@ -22,7 +22,7 @@ const RETURNS: usize = 1000;
 /// A second worker for returns starts above this number.
 const RETURNS_FOR_ONE: usize = 2 * RETURNS;
 
-/// The pause of a returner after a failure: the first, and the longest.
+/// The pause after a failed return: the first one, and the maximum.
 const PAUSE: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
@@ -35,13 +35,13 @@ impl LedgerCalls {
         let is_missing = {
             let mut queue = self.queue.lock();
             let has_work = !queue.retries.is_empty() || !queue.returns.is_empty();
-            // The second one only if the first has more than one batch to do.
+            // The second one is started only if the first has more than one batch to process.
             let is_missing = (has_work && queue.returners == 0)
                 || (queue.returners < self.returners && queue.returns.len() > RETURNS_FOR_ONE);
             queue.returners += usize::from(is_missing);
             is_missing
         };
-        // Without the lock: a runtime that is shutting down drops the worker immediately.
+        // Without holding the lock: a runtime that is shutting down drops the worker immediately.
         if is_missing {
             runtime.spawn(return_all(Worker::new(self, Role::Returner)));
         }
@@ -175,7 +175,8 @@ impl Drop for Worker {
         }
         let calls = Arc::clone(&self.calls);
         self.end(&mut calls.queue.lock());
-        // A worker that never ran was dropped by a runtime that is shutting down, as the next one would be.
+        // A worker that never ran was dropped by a runtime that is shutting down, and the next one would be dropped
+        // too.
         if self.has_begun {
             match self.role {
                 Role::Taker => calls.start_taker(),
@@ -250,7 +251,7 @@ impl Drop for Takes {
     }
 }
 
-/// A batch of returns in flight. Unless it is confirmed, it is retried.
+/// A batch of returns in flight. If it is not confirmed, it is retried.
 struct Returns {
     calls: Arc<LedgerCalls>,
     batch: Option<ReturnBatch>,

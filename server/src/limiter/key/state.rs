@@ -1,4 +1,4 @@
-//! The numbers of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
+//! The state of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
 //!
 //! Everything that a decision reads and changes under the key's lock, for every store. Pure functions of the given
 //! time. Starts no tasks and makes no calls: it reports missing blocks to the store, which fetches them.
@@ -6,37 +6,38 @@
 use std::num::{NonZeroU32, NonZeroU64};
 
 use crate::{
-    clock::UnixNanos,
+    clock::{Monotonic, Nanos, UnixNanos},
     limiter::{
         decision::{Decision, Outcome, PolicyState},
         limits::Policies,
         policy::{Policy, PolicySet},
         quota::{
-            block::{Block, BlockStatus, Need, Reservation},
+            block::{Block, BlockStatus, Need, ReservedTokens},
             calendar::{self, Zone},
         },
         rate::{
-            gcra::{Gcra, Verdict},
+            gcra::{Gcra, Level, Verdict},
             lease::Lease,
         },
     },
 };
 
-/// The numbers of one key.
+/// The state of one key.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
-    /// The fingerprint of the policies that the numbers below follow; zero before the first.
+    /// The fingerprint of the policies that the state follows; zero before the first.
     fingerprint: u64,
     /// The time zone of days and months.
     zone: Zone,
     gcra: Gcra,
-    /// The TAT of the bucket, for the local store.
-    pub(in crate::limiter) tat: u64,
-    /// Nanoseconds of refill missing beyond an empty bucket, from before the burst was lowered.
-    beyond: u64,
+    /// The TAT of the bucket, for the local store and for requests that this replica allows without shared counters
+    /// under `open`.
+    pub(in crate::limiter) tat: UnixNanos,
+    /// Refill missing beyond an empty bucket, from before the burst was lowered.
+    beyond: Nanos,
     /// When tokens were last taken from the bucket, or the plan was edited.
     used_at: UnixNanos,
-    /// Tokens taken ahead, for the distributed store.
+    /// Tokens taken in advance, for the distributed store.
     pub(in crate::limiter) lease: Option<Box<Lease>>,
     daily: Block,
     monthly: Block,
@@ -56,7 +57,7 @@ pub(in crate::limiter) enum OnUnknown {
     PassOver,
 }
 
-/// How the calendar quotas relate to a cost.
+/// The relation of the calendar quotas to a cost.
 pub(in crate::limiter) struct Quotas {
     pub(in crate::limiter) denial: Denial,
     /// The ledger has not responded in this window.
@@ -88,13 +89,20 @@ impl KeyState {
             fingerprint: 0,
             zone: Zone::utc(),
             gcra: Gcra::NONE,
-            tat: 0,
-            beyond: 0,
+            tat: UnixNanos(0),
+            beyond: Nanos::ZERO,
             used_at: UnixNanos(0),
             lease: None,
             daily: Block::new(),
             monthly: Block::new(),
             waited_for: 0,
+        }
+    }
+
+    fn level(&self) -> Level<UnixNanos> {
+        Level {
+            tat: self.tat,
+            beyond: self.beyond,
         }
     }
 
@@ -106,7 +114,7 @@ impl KeyState {
         }
     }
 
-    /// Updates the numbers to these policies and this time. `replicas` share each quota.
+    /// Updates the state to these policies and this time. `replicas` share each quota.
     pub(in crate::limiter) fn follow(
         &mut self,
         policies: &Policies,
@@ -117,8 +125,8 @@ impl KeyState {
             let gcra = policies.gcra();
             if self.fingerprint != 0 {
                 if gcra != self.gcra {
-                    let bucket = (self.tat, self.beyond);
-                    (self.tat, self.beyond) = gcra.carry_over(self.gcra, bucket, self.used_at, now);
+                    let level = gcra.carry_over(self.gcra, self.level(), self.used_at, now);
+                    (self.tat, self.beyond) = (level.tat, level.beyond);
                     self.used_at = now;
                 }
                 if let Some(lease) = &mut self.lease {
@@ -162,7 +170,7 @@ impl KeyState {
         &self.zone
     }
 
-    /// Takes `cost` from every policy or from none, with the local bucket. The numbers must already
+    /// Takes `cost` from every policy or from none, with the local bucket. The state must already
     /// [follow](Self::follow) `now`.
     pub(in crate::limiter) fn step(
         &mut self,
@@ -176,9 +184,7 @@ impl KeyState {
         if let Verdict::Fits { tat } = rate
             && self.spend_quotas(tokens, now)
         {
-            self.beyond = self.gcra.beyond(self.beyond, self.tat, now);
-            self.tat = tat;
-            self.used_at = now;
+            self.charge(tat, now);
             return Ok(self.decision(policies, now, Outcome::Allowed));
         }
         let Quotas { mut denial, .. } = {
@@ -191,6 +197,25 @@ impl KeyState {
         };
         denial.add_rate(rate);
         Ok(self.decision(policies, now, denial.outcome()))
+    }
+
+    /// Takes `cost` from the local bucket only, if it contains that many tokens.
+    pub(in crate::limiter) fn take_rate(
+        &mut self,
+        cost: NonZeroU32,
+        now: UnixNanos,
+    ) -> Verdict<UnixNanos> {
+        let verdict = self.gcra.decide(self.tat, now, cost);
+        if let Verdict::Fits { tat } = verdict {
+            self.charge(tat, now);
+        }
+        verdict
+    }
+
+    fn charge(&mut self, tat: UnixNanos, now: UnixNanos) {
+        self.beyond = self.level().beyond_at(now);
+        self.tat = tat;
+        self.used_at = now;
     }
 
     /// Returns whether the blocks of all calendar quotas have `tokens`.
@@ -219,7 +244,7 @@ impl KeyState {
         &mut self,
         tokens: u64,
         now: UnixNanos,
-    ) -> Option<[Reservation; 2]> {
+    ) -> Option<[ReservedTokens; 2]> {
         self.quotas_fit(tokens).then(|| {
             [
                 self.daily.reserve(tokens, now),
@@ -231,7 +256,7 @@ impl KeyState {
     /// Spends reserved tokens if they belong to the current windows. Otherwise releases them.
     pub(in crate::limiter) fn spend_reserved(
         &mut self,
-        [daily, monthly]: [Reservation; 2],
+        [daily, monthly]: [ReservedTokens; 2],
     ) -> bool {
         let is_current = self.daily.is_current(daily) && self.monthly.is_current(monthly);
         self.daily.settle(daily, is_current);
@@ -240,7 +265,7 @@ impl KeyState {
     }
 
     /// Releases reserved tokens.
-    pub(in crate::limiter) fn release_reserved(&mut self, [daily, monthly]: [Reservation; 2]) {
+    pub(in crate::limiter) fn release_reserved(&mut self, [daily, monthly]: [ReservedTokens; 2]) {
         self.daily.settle(daily, false);
         self.monthly.settle(monthly, false);
     }
@@ -265,8 +290,8 @@ impl KeyState {
                 BlockStatus::Unknown => quotas.unknown = quotas.unknown.with(policy),
                 BlockStatus::NeverFits => quotas.denial.add(policy, None),
                 BlockStatus::Exhausted => {
-                    let wait = block.window().span.end.saturating_since(now).max(1);
-                    quotas.denial.add(policy, NonZeroU64::new(wait));
+                    let wait = block.window().span.end.saturating_since(now);
+                    quotas.denial.add(policy, NonZeroU64::new(wait.0.max(1)));
                 }
             }
         }
@@ -284,7 +309,7 @@ impl KeyState {
             policy: Policy::Rpm,
             limit: u64::from(policies.rate().burst.get()),
             remaining: self.gcra.remaining(self.tat, now),
-            reset_at: UnixNanos(self.tat.max(now.0)),
+            reset_at: self.tat.max(now),
             shortened_to: None,
         };
         self.decision_with(policies, now, outcome, rate)
@@ -344,9 +369,13 @@ impl KeyState {
         (needs != [None, None]).then_some(needs)
     }
 
-    /// Returns how often the ledger has failed for the daily and the monthly block.
-    pub(in crate::limiter) fn failures(&self) -> (u64, u64) {
-        (self.daily.failures(), self.monthly.failures())
+    /// Returns how often the ledger has failed for the block of a policy.
+    pub(in crate::limiter) fn failures(&self, policy: Policy) -> u64 {
+        match policy {
+            Policy::Rpm => 0,
+            Policy::Daily => self.daily.failures(),
+            Policy::Monthly => self.monthly.failures(),
+        }
     }
 
     pub(in crate::limiter) fn tidy(&mut self) {
@@ -355,8 +384,8 @@ impl KeyState {
     }
 
     /// Returns whether this state equals that of a new key.
-    pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: u64) -> bool {
-        self.tat.saturating_add(self.beyond) <= now.0
+    pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: Monotonic) -> bool {
+        self.tat.saturating_add(self.beyond) <= now
             && self
                 .lease
                 .as_ref()
@@ -381,7 +410,7 @@ impl Denial {
         self.wait = self.wait.max(wait);
     }
 
-    pub(in crate::limiter) fn add_rate(&mut self, rate: Verdict) {
+    pub(in crate::limiter) fn add_rate<T>(&mut self, rate: Verdict<T>) {
         match rate {
             Verdict::Fits { .. } => {}
             Verdict::Wait { wait } => self.add(Policy::Rpm, Some(wait)),

@@ -1,12 +1,12 @@
 //! The table of all keys on this replica, and waiting for blocks of their calendar quotas.
 //!
-//! Used by every store. Owns the handles and prunes them. Does not know SQL: the ledger is a trait. If the ledger is
-//! slow or fails, keys without calendar quotas are not affected. Keys with quotas spend their blocks, and then get
+//! Used by every store. Owns the handles and prunes them. Does not depend on SQL: the ledger is a trait. If the ledger
+//! is slow or fails, keys without calendar quotas are not affected. Keys with quotas spend their blocks, and then get
 //! [`LimiterError::LedgerUnavailable`].
 //!
-//! A handle is a short lock around plain numbers rather than one atomic per number: all policies are decided together,
-//! and with several atomics a request could be denied because of tokens that another denied request is about to put
-//! back.
+//! A handle is a short lock around plain numbers instead of one atomic per number: all policies are decided together,
+//! and with several atomics, a request could be denied because of tokens that another denied request is about to
+//! return.
 //!
 //! Workers call the ledger, one call at a time per key and policy. A request waits only if no tokens are available
 //! locally, and may be canceled while it waits without losing tokens.
@@ -31,7 +31,7 @@ use super::{
     state::{KeyState, MissingBlocks, OnUnknown},
 };
 use crate::{
-    clock::{Clock, UnixNanos},
+    clock::{Clock, Nanos, UnixNanos},
     limiter::{
         decision::Decision,
         error::LimiterError,
@@ -42,26 +42,26 @@ use crate::{
     },
 };
 
-/// Enough that cores seldom contend for one, and few enough to iterate over.
+/// Enough that cores rarely contend for one, and few enough to iterate over.
 const SHARDS: usize = 64;
 
-/// Nanoseconds between two searches for droppable keys in a full shard.
-const CROWDED_PRUNE: u64 = 1_000_000_000;
+/// The time between two searches for keys that can be dropped, in a full shard.
+const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 
 /// Limits of the table, and timeouts of the ledger.
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
-    /// The maximum number of keys, of about 600 bytes each. A key beyond them gets [`LimiterError::TooManyKeys`], since
-    /// dropping another key's bucket would fill it.
+    /// The maximum number of keys, of about 600 bytes each. Requests of additional keys get
+    /// [`LimiterError::TooManyKeys`], since dropping another key's bucket would fill it.
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two.
     pub ledger_deadline: Duration,
-    /// When a ledger call is given up. Later than requests give up, since tokens of a late response can still be spent,
-    /// while those of an abandoned call are lost.
+    /// How long until a ledger call is abandoned. Later than requests stop waiting, since tokens of a late response can
+    /// still be spent, while those of an abandoned call are lost.
     pub call_deadline: Duration,
     /// The maximum number of concurrent ledger calls: as many as it has connections.
     pub ledger_calls: usize,
-    /// How long a drain retries returning blocks to a ledger that does not respond.
+    /// How long draining retries returning blocks to a ledger that does not respond.
     pub drain_deadline: Duration,
 }
 
@@ -84,7 +84,7 @@ struct Shard {
     crowded_at: UnixNanos,
 }
 
-/// How long a decision waits for the ledger: for one call deadline each time, and for two in all.
+/// How long a decision waits for the ledger: for one call deadline each time, and for two in total.
 #[derive(Debug)]
 pub(in crate::limiter) struct Patience {
     one: Duration,
@@ -163,7 +163,7 @@ impl KeyTable {
         let room = self.settings.max_keys.div_ceil(SHARDS);
         if shard.keys.len() >= room {
             let now = self.clock.now();
-            if now.0.abs_diff(shard.crowded_at.0) >= CROWDED_PRUNE {
+            if now.abs_diff(shard.crowded_at) >= CROWDED_PRUNE {
                 shard.crowded_at = now;
                 self.prune_shard(&mut shard, now);
             }
@@ -188,7 +188,7 @@ impl KeyTable {
             let mut state = handle.state.lock();
             // If the map has the only reference, no other can appear while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
-            if is_shared || state.tat > now.0 {
+            if is_shared || state.tat > now {
                 // So that a prefetched block is also returned if no request arrives.
                 state.enter_windows(now, self.membership.replica_count());
                 for policy in [Policy::Daily, Policy::Monthly] {
@@ -196,8 +196,8 @@ impl KeyTable {
                     self.calls.start_next(handle, &mut state, policy, now);
                 }
             } else {
-                // Dropped the next time, after the ledger has credited the tokens. Until then the key's next request
-                // would find too few.
+                // It is dropped the next time, after the ledger has credited the tokens. Before that, the key's next
+                // request would find too few.
                 let released = [Policy::Daily, Policy::Monthly]
                     .map(|policy| self.calls.release(handle, &mut state, policy));
                 if released.contains(&true) {
@@ -208,7 +208,7 @@ impl KeyTable {
         });
     }
 
-    /// Locks a key's numbers and updates them to these policies and the current time, which is also returned.
+    /// Locks a key's state and updates it to these policies and the current time, which is also returned.
     #[inline]
     pub(in crate::limiter) fn current<'a>(
         &self,
@@ -216,8 +216,8 @@ impl KeyTable {
         policies: &Policies,
     ) -> (MutexGuard<'a, KeyState>, UnixNanos) {
         let mut state = handle.state.lock();
-        // Read under the lock, so that times are in the order of decisions. Otherwise a thread that read the time and
-        // then waited would look like a clock set back.
+        // The time is read while holding the lock, so that times are in the order of decisions. Otherwise, a thread
+        // that read the time and then waited would look like a clock that was set back.
         let now = self.clock.now();
         state.follow(policies, now, self.membership.replica_count());
         (state, now)
@@ -302,7 +302,7 @@ impl KeyTable {
                 return Err(LimiterError::Draining);
             }
             let mut call_ended = pin!(handle.call_ended.notified());
-            // From here on a notification counts, even one before the wait below.
+            // From here on, a notification counts, even one before the wait below.
             call_ended.as_mut().enable();
             let missing = match attempt() {
                 Ok(done) => return Ok(done),
@@ -311,7 +311,7 @@ impl KeyTable {
             {
                 let mut state = handle.state.lock();
                 let now = self.clock.now();
-                let failures = state.failures();
+                let failures = [Policy::Daily, Policy::Monthly].map(|it| state.failures(it));
                 let seen = *failures_before.get_or_insert(failures);
                 let need = Need::Cost(state.waited_for.max(u64::from(cost.get())));
                 for policy in missing.iter() {
@@ -319,8 +319,8 @@ impl KeyTable {
                         continue;
                     };
                     let failed_for_us = match policy {
-                        Policy::Daily => failures.0 != seen.0,
-                        _ => failures.1 != seen.1,
+                        Policy::Daily => failures[0] != seen[0],
+                        _ => failures[1] != seen[1],
                     };
                     let error = if failed_for_us {
                         block.failure().or_else(|| block.cooling(now))

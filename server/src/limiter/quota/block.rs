@@ -2,12 +2,11 @@
 //!
 //! A block is a number of tokens that the ledger already counts as used, so spending them needs no further call. A
 //! crash can strand a block but never spend it twice. Tokens for waiting requests are fetched in one call, regardless
-//! of the block size, since they are spent immediately. This module has the rules for one key's block of one policy:
-//! its size, when to fetch more, which window it belongs to, and what to return when the plan or the time zone changes.
-//! It does not know SQL and starts no tasks. If the ledger fails, the block can still be spent.
+//! of the block size, since they are spent immediately. This module contains the rules for one key's block of one
+//! policy: its size, when to fetch more, which window it belongs to, and what to return when the plan or the time zone
+//! changes. It does not depend on SQL and starts no tasks. If the ledger fails, the block can still be spent.
 //!
-//! The ledger determines the window. What a block computes from the calendar is provisional until the ledger has
-//! responded.
+//! The ledger determines the window. Windows computed from the calendar are provisional until the ledger has responded.
 
 mod refill;
 
@@ -17,21 +16,21 @@ use super::{
     calendar::{QuotaWindow, Window, window_at},
     ledger::LedgerError,
 };
-use crate::clock::UnixNanos;
+use crate::clock::{Nanos, UnixNanos};
 
 /// A block is at most this many tokens, and at most one hundredth of its quota.
 const BLOCK_MAX: u64 = 10_000;
 
-/// Nanoseconds until an exhausted ledger is queried again, since other replicas may have returned tokens. Doubles with
+/// The time until an exhausted ledger is queried again, since other replicas may have returned tokens. Doubles with
 /// each empty response, up to [`PATIENCE_MAX`].
-const PATIENCE: u64 = 1_000_000_000;
-const PATIENCE_MAX: u64 = 8 * PATIENCE;
+const PATIENCE: Nanos = Nanos::from_secs(1);
+const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 
-/// Nanoseconds after which an unused block is returned if other replicas may need it.
-const IDLE: u64 = 10_000_000_000;
+/// The time after which an unused block is returned if other replicas may need it.
+const IDLE: Nanos = Nanos::from_secs(10);
 
-/// Returns the largest block of a quota for one of `replicas` replicas. All their blocks together are at most
-/// one hundredth of the quota, and 10,000, where that is at least one token each.
+/// Returns the largest block of a quota for one of `replicas` replicas. All their blocks together are at most one
+/// hundredth of the quota and at most 10,000 tokens, but at least one token each.
 pub(in crate::limiter) const fn block_size(limit: u64, replicas: u64) -> u64 {
     let hundredth = limit / 100 / replicas;
     if hundredth < 1 {
@@ -43,7 +42,7 @@ pub(in crate::limiter) const fn block_size(limit: u64, replicas: u64) -> u64 {
     }
 }
 
-/// How a block relates to a cost.
+/// The relation of a block to a cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::limiter) enum BlockStatus {
     /// The policy does not limit this key.
@@ -56,20 +55,20 @@ pub(in crate::limiter) enum BlockStatus {
     Unknown,
     /// Exhausted for the rest of the window.
     Exhausted,
-    /// Above the quota.
+    /// The cost is above the quota.
     NeverFits,
 }
 
 /// Tokens of a window, reserved for a request.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::limiter) struct Reservation {
+pub(in crate::limiter) struct ReservedTokens {
     window: QuotaWindow,
     tokens: u64,
 }
 
 /// A ledger call for a block: return tokens first, then take.
 #[derive(Debug)]
-pub(in crate::limiter) struct Order {
+pub(in crate::limiter) struct LedgerOrder {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
     /// The quota of a full day or month.
     pub(in crate::limiter) limit: u64,
@@ -106,27 +105,27 @@ enum Next {
     Held(Box<NextBlock>),
 }
 
-/// The tokens held of a policy, and what is known about the rest.
+/// The tokens held for a policy, and what is known about the rest.
 #[derive(Debug)]
 pub(in crate::limiter) struct Block {
-    /// Of a full day or month. Zero: no quota.
+    /// The limit for a full day or month. Zero: no quota.
     limit: u64,
-    /// The window's part of it.
+    /// The quota for the current window.
     quota: u64,
-    /// How many replicas take blocks of it. At least 1.
+    /// The number of replicas that take blocks of it. At least 1.
     replicas: u64,
     window: QuotaWindow,
-    /// The ledger has answered in this window.
+    /// Whether the ledger has responded in this window.
     known: bool,
     held: u64,
-    /// Reserved for requests that wait for their rate. Not part of `held`, and counted as consumed.
+    /// Tokens reserved for requests that wait for their rate. Not part of `held`, and counted as consumed.
     reserved: u64,
     /// The ledger's count, which includes `held` but not what is owed.
     used: u64,
     /// When it was last used or filled.
     spent_at: UnixNanos,
     asked_at: UnixNanos,
-    patience: u64,
+    patience: Nanos,
     fetching: bool,
     failure: Option<LedgerError>,
     failures: u64,
@@ -157,7 +156,7 @@ impl Block {
         }
     }
 
-    /// Sets how many replicas take blocks of the same quota.
+    /// Sets the number of replicas that take blocks of the same quota.
     #[inline]
     pub(in crate::limiter) fn share_among(&mut self, replicas: u64) {
         self.replicas = replicas;
@@ -171,7 +170,7 @@ impl Block {
         self.window
     }
 
-    /// Returns whether [`enter`](Self::enter) must be called: the policy limits, and `now` is in another window.
+    /// Returns whether [`enter`](Self::enter) must be called: the policy has a limit, and `now` is in another window.
     pub(in crate::limiter) fn is_outdated(&self, now: UnixNanos) -> bool {
         self.limit != 0 && !self.window.span.contains(now)
     }
@@ -196,7 +195,7 @@ impl Block {
         }
     }
 
-    /// Applies a change of time zone. A window with usage keeps its end. A window without known usage is given up, and
+    /// Applies a change of time zone. A window with usage keeps its end. A window without known usage is discarded, and
     /// the ledger decides.
     pub(in crate::limiter) fn rezone(&mut self) {
         self.drop_next();
@@ -256,27 +255,27 @@ impl Block {
         }
     }
 
-    /// Reserves `cost`, which [fits](BlockStatus::Fits), for a request. Followed by [`settle`](Self::settle).
-    pub(in crate::limiter) fn reserve(&mut self, cost: u64, now: UnixNanos) -> Reservation {
+    /// Reserves `cost`, which [fits](BlockStatus::Fits), for a request. Must be followed by [`settle`](Self::settle).
+    pub(in crate::limiter) fn reserve(&mut self, cost: u64, now: UnixNanos) -> ReservedTokens {
         let tokens = if self.limit == 0 { 0 } else { cost };
         self.held -= tokens;
         self.reserved += tokens;
         self.spent_at = now;
-        Reservation {
+        ReservedTokens {
             window: self.window,
             tokens,
         }
     }
 
     /// Returns whether a reservation belongs to the current window and can be spent.
-    pub(in crate::limiter) fn is_current(&self, reservation: Reservation) -> bool {
+    pub(in crate::limiter) fn is_current(&self, reservation: ReservedTokens) -> bool {
         reservation.window == self.window && (self.limit != 0) == (reservation.tokens != 0)
     }
 
     /// Ends a reservation: its tokens are consumed or held again. Those of another window are owed to it, since it may
     /// not have ended.
-    pub(in crate::limiter) fn settle(&mut self, reservation: Reservation, is_spent: bool) {
-        let Reservation { window, tokens } = reservation;
+    pub(in crate::limiter) fn settle(&mut self, reservation: ReservedTokens, is_spent: bool) {
+        let ReservedTokens { window, tokens } = reservation;
         if window == self.window {
             self.reserved = self.reserved.saturating_sub(tokens);
         }
@@ -299,7 +298,7 @@ impl Block {
     /// Gives up the tokens held if none were used for a while and other replicas share the quota. Returns whether it
     /// did.
     pub(in crate::limiter) fn give_up_idle(&mut self, now: UnixNanos) -> bool {
-        let is_idle = now.0.abs_diff(self.spent_at.0) >= IDLE
+        let is_idle = now.abs_diff(self.spent_at) >= IDLE
             && self.replicas > 1
             && self.held > 0
             && !self.fetching;
@@ -314,7 +313,7 @@ impl Block {
         (self.limit != 0).then_some(self.quota)
     }
 
-    /// Returns what is left of the quota: all of it until the ledger has answered.
+    /// Returns the rest of the quota: all of it until the ledger has responded.
     pub(in crate::limiter) fn remaining(&self) -> u64 {
         self.quota
             .saturating_sub(self.used.saturating_sub(self.held))
@@ -351,7 +350,7 @@ impl Block {
         self.take_owed(UnixNanos(u64::MAX))
     }
 
-    /// Returns what is owed to windows that end by `now`.
+    /// Returns the tokens owed to windows that end by `now`.
     pub(in crate::limiter) fn take_owed(
         &mut self,
         now: UnixNanos,

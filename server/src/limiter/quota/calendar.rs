@@ -1,9 +1,9 @@
-//! Calendar days and months in a time zone, and the quota windows that follow from them.
+//! Calendar days and months in a time zone, and the quota windows derived from them.
 //!
 //! Decides where days and months begin, and what happens to a quota's window when the time zone changes. A day has 23
 //! or 25 hours when clocks change, begins at 00:30 or 01:00 if midnight is skipped, and does not exist where a country
 //! crossed the date line. A call takes about a microsecond, so callers keep the window until it ends. The time zone
-//! database is compiled in, so all machines agree.
+//! database is compiled in, so that all machines agree.
 
 use std::{
     hash::{Hash, Hasher},
@@ -16,13 +16,16 @@ use jiff::{
     tz::{AmbiguousOffset, TimeZone},
 };
 
-use crate::{clock::UnixNanos, limiter::policy::Policy};
+use crate::{
+    clock::{Nanos, UnixNanos},
+    limiter::policy::Policy,
+};
 
 /// An IANA time zone. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Zone(TimeZone);
 
-/// No IANA time zone has this name.
+/// There is no IANA time zone with this name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unknown time zone {0:?}")]
 pub struct UnknownZone(pub String);
@@ -32,7 +35,7 @@ impl Zone {
         Self(TimeZone::UTC)
     }
 
-    /// Returns the zone with an IANA name such as `Europe/Berlin`, in any case.
+    /// Returns the zone with an IANA name such as `Europe/Berlin`, ignoring case.
     pub fn named(name: &str) -> Result<Self, UnknownZone> {
         TimeZone::get(name)
             .ok()
@@ -45,7 +48,7 @@ impl Zone {
         self.0.iana_name().unwrap_or("UTC")
     }
 
-    /// Returns the same time of day on the previous day, or a later one if it was skipped then.
+    /// Returns the same time of day on the previous day, or a later one if that time was skipped.
     pub fn day_before(&self, at: UnixNanos) -> Option<UnixNanos> {
         let at = Timestamp::from_nanosecond(i128::from(at.0)).ok()?;
         let local = self.0.to_datetime(at);
@@ -99,25 +102,24 @@ impl Window {
         self.start <= at && at < self.end
     }
 
-    /// In nanoseconds.
-    pub const fn length(self) -> u64 {
+    pub const fn length(self) -> Nanos {
         self.end.saturating_since(self.start)
     }
 }
 
-/// A window of a calendar quota, and the day or month that it belongs to.
+/// A window of a calendar quota, with the day or month that it belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuotaWindow {
     pub span: Window,
-    /// Length of the full day or month in nanoseconds. A window that a change of time zone shortened is shorter.
-    pub period: u64,
+    /// Length of the full day or month. A window that a change of time zone shortened is shorter.
+    pub period: Nanos,
 }
 
 impl QuotaWindow {
-    /// Holds no time.
+    /// A window that contains no time.
     pub const NONE: Self = Self {
         span: Window::NONE,
-        period: 0,
+        period: Nanos::ZERO,
     };
 
     /// Creates the window of a full day or month.
@@ -129,7 +131,7 @@ impl QuotaWindow {
     }
 
     pub const fn is_shortened(self) -> bool {
-        self.span.length() < self.period
+        self.span.length().0 < self.period.0
     }
 
     /// Returns the length in seconds if the window was shortened.
@@ -137,28 +139,29 @@ impl QuotaWindow {
         if !self.is_shortened() {
             return None;
         }
-        let seconds = self.span.length() / 1_000_000_000;
+        let seconds = self.span.length().0 / 1_000_000_000;
         NonZeroU32::new(u32::try_from(seconds).unwrap_or(u32::MAX))
     }
 
-    /// Returns the quota of this window, given the `limit` of a full day or month: in proportion to its length, rounded
+    /// Returns the quota of this window, given the `limit` of a full day or month: proportional to its length, rounded
     /// up.
     pub fn quota(self, limit: u64) -> u64 {
         if !self.is_shortened() {
             return limit;
         }
-        let part = u128::from(limit) * u128::from(self.span.length());
-        u64::try_from(part.div_ceil(u128::from(self.period))).unwrap_or(limit)
+        let part = u128::from(limit) * u128::from(self.span.length().0);
+        u64::try_from(part.div_ceil(u128::from(self.period.0))).unwrap_or(limit)
     }
 }
 
 /// Returns the quota window that contains `at`.
 ///
 /// `calendar` is the day or month of `at` in the current time zone, and `used` are the windows with usage. A change of
-/// time zone takes effect when the current window ends, so it is the window with usage that contains `at`, if there is
-/// one. Otherwise it is the calendar's, starting where the last window with usage ended: windows never overlap.
+/// time zone takes effect when the current window ends, so the result is the window with usage that contains `at`, if
+/// there is one. Otherwise it is the calendar's window, starting where the last window with usage ended: windows never
+/// overlap.
 pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> QuotaWindow {
-    // Two can contain it if a version that did not store ends has counted in both.
+    // Two windows can contain it if a version that did not store ends has counted in both.
     let current = used.iter().filter(|window| window.span.contains(at));
     if let Some(current) = current.max_by_key(|window| window.span.start) {
         return *current;
@@ -191,8 +194,8 @@ pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
     }
 }
 
-/// Returns the end of the clock hour of `now`: the next full hour of local time, or an earlier change of the UTC
-/// offset. So an hour that occurs twice counts as two, and a skipped one does not count.
+/// Returns the end of the clock hour that contains `now`: the next full hour of local time, or an earlier change of the
+/// UTC offset. So an hour that occurs twice counts as two, and a skipped one does not count.
 pub fn hour_end(zone: &Zone, now: UnixNanos) -> UnixNanos {
     const HOUR: i128 = 3_600_000_000_000;
     let nanos = i128::from(now.0);
@@ -222,8 +225,8 @@ fn around(
     loop {
         let following = next(date);
         let end = first_instant(&zone.0, following);
-        // After a fold at midnight the old date applies again for a while although the new window has begun. The window
-        // of a skipped date is empty.
+        // After a fold at midnight, the old date applies again for a while, although the new window has begun. The
+        // window of a skipped date is empty.
         if now < end || following == date {
             return Window { start, end };
         }
@@ -242,15 +245,15 @@ fn first_instant(zone: &TimeZone, date: Date) -> UnixNanos {
         AmbiguousOffset::Unambiguous { offset } | AmbiguousOffset::Fold { before: offset, .. } => {
             offset.to_timestamp(midnight)
         }
-        // Midnight was skipped. With the offset after the gap it is before the transition, and the next transition ends
-        // the old date and begins the new one.
+        // Midnight was skipped. With the offset after the gap, it is before the transition, and the next transition
+        // ends the old date and begins the new one.
         AmbiguousOffset::Gap { after, .. } => after.to_timestamp(midnight).map(|before| {
             zone.following(before)
                 .next()
                 .map_or(before, |transition| transition.timestamp())
         }),
     };
-    // Outside the years that jiff supports, or before 1970: the limits of our time.
+    // Outside the years that jiff supports, or before 1970: the bounds of our time.
     let nanos = instant.map_or(i128::MAX, Timestamp::as_nanosecond);
     UnixNanos(u64::try_from(nanos.max(0)).unwrap_or(u64::MAX))
 }
@@ -358,7 +361,7 @@ mod tests {
         // Beirut: 2026-03-29 00:00 was skipped, the day began at 01:00.
         let window = day("Asia/Beirut", "2026-03-29T12:00Z");
         assert_eq!(window.start, at("2026-03-28T22:00Z"));
-        // In Scoresbysund 2024-03-31 00:00 to 01:00 was skipped, by a change of zone and of season at once.
+        // In Scoresbysund 2024-03-31 00:00 to 01:00 was skipped, by a change of zone and of season at the same time.
         let window = day("America/Scoresbysund", "2024-03-31T12:00Z");
         assert_eq!(window.start, at("2024-03-31T01:00Z"));
     }
@@ -420,12 +423,12 @@ mod tests {
     fn windows_cover_ten_years_of_every_zone() {
         let zones = zones();
         assert!(zones.len() > 400, "only {} zones compiled in", zones.len());
-        // Each zone covers other ten years, so that every year from 1971 on is covered by some.
+        // Each zone covers a different decade, so that every year from 1971 on is covered by some zone.
         for (i, name) in zones.iter().enumerate() {
             let zone = zone(name);
             let from = Date::new(1971 + i16::try_from(i % 50).unwrap(), 1, 1).unwrap();
             let begin = first_instant(&zone.0, from);
-            let until = begin.saturating_add(3653 * 24 * HOUR);
+            let until = begin.saturating_add(Nanos(3653 * 24 * HOUR));
             for (policy, longest) in [(Policy::Daily, 50 * HOUR), (Policy::Monthly, 760 * HOUR)] {
                 let mut now = begin;
                 let mut seen: Option<DateTime> = None;
@@ -433,8 +436,8 @@ mod tests {
                     let window = window(policy, &zone, now);
                     assert_eq!(window.start, now, "{name}: a gap or an overlap");
                     assert!(window.end > window.start && window.end.0 - window.start.0 <= longest);
-                    // It begins with its date, and the nanosecond before has an earlier one. No more than that: if
-                    // midnight occurs twice, the old date applies again later.
+                    // It begins with its date, and the nanosecond before it has an earlier date. Nothing more is
+                    // checked: if midnight occurs twice, the old date applies again later.
                     let unit = |at: DateTime| match policy {
                         Policy::Monthly => at.date().first_of_month(),
                         _ => at.date(),
@@ -475,7 +478,7 @@ mod tests {
                 reason = "any instant inside will do"
             )]
             let inside = ((here.end.0 - here.start.0 - 1) as f64 * part) as u64;
-            for at in [here.start, here.start.saturating_add(inside), UnixNanos(here.end.0 - 1)] {
+            for at in [here.start, here.start.saturating_add(Nanos(inside)), UnixNanos(here.end.0 - 1)] {
                 prop_assert_eq!(window(policy, &zone, at), here);
             }
         }

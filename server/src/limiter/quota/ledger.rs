@@ -27,9 +27,9 @@ pub struct TakeRequest {
     /// [`Policy::Daily`] or [`Policy::Monthly`].
     pub policy: Policy,
     pub at: UnixNanos,
-    /// The calendar day or month that contains `at`, in the time zone that the caller knows.
+    /// The calendar day or month that contains `at`, in the time zone known to the caller.
     pub calendar: Window,
-    /// The quota of a whole day or month.
+    /// The quota for a full day or month.
     pub limit: u64,
     /// At least 1.
     pub want: u64,
@@ -38,7 +38,7 @@ pub struct TakeRequest {
 /// Tokens that the ledger granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Taken {
-    /// The window that the tokens belong to. It contains the `at` of the request.
+    /// The window to which the tokens belong. It contains the `at` of the request.
     pub window: QuotaWindow,
     pub granted: u64,
     /// Total usage of the window, including this grant.
@@ -54,19 +54,19 @@ pub struct ReturnBatch {
     pub rows: Vec<(LedgerRow, u64)>,
 }
 
-/// Why a ledger call failed. Consumers only see that the ledger is unavailable.
+/// Why a ledger call failed. API consumers see only that the ledger is unavailable.
 pub type LedgerError = Arc<dyn Error + Send + Sync>;
 
 /// The durable record of calendar quotas.
 #[async_trait]
 pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
     /// Grants up to `want` tokens for each request and counts them as used, atomically for each: `min(want, quota -
-    /// used)`, where `quota` is the window's part of `limit`. Returns one result per request, in order. A batch has at
+    /// used)`, where `quota` is the window's share of `limit`. Returns one result per request, in order. A batch has at
     /// most one request per key and policy.
     ///
-    /// If a window with usage contains `at`, it is that window. Otherwise it is the calendar window of the request,
-    /// shortened so that it overlaps no window with usage, with a quota in proportion to its length. After an error,
-    /// tokens may have been counted. They are lost for the window, but never spent twice.
+    /// If a window with usage contains `at`, it is that window. Otherwise, it is the calendar window of the request,
+    /// shortened so that it overlaps no window with usage, with a proportional quota. After an error, tokens may have
+    /// been counted. They are lost for the window, but are never spent twice.
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>>;
 
     /// Credits the tokens of a batch: all of them or, after an error, all or none. A batch is applied only once, so a

@@ -1,65 +1,77 @@
-//! The protocol of the shared counters: one call and its answer.
+//! The protocol of the shared counters: one call and its reply.
 //!
-//! Both the Redis script and the model in the tests implement it. Does not know connections or the state of keys.
+//! Both the Redis script and the model in the tests implement it. Does not depend on connections or the state of keys.
 
 use std::{error::Error, sync::Arc};
 
 use async_trait::async_trait;
 use quota_common::id::{ApiKeyId, TenantId};
 
-/// Microseconds since the Unix epoch, by the clock of the counters.
-pub type CounterMicros = u64;
+use crate::clock::Nanos;
+
+/// Microseconds since the Unix epoch, by the clock of the counters. Zero: none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(transparent)]
+pub struct CounterMicros(pub u64);
+
+impl CounterMicros {
+    pub const NONE: Self = Self(0);
+
+    pub const fn saturating_add(self, micros: u64) -> Self {
+        Self(self.0.saturating_add(micros))
+    }
+}
 
 /// See [`TakeCall::away_since`].
-pub const NEVER_HEARD: CounterMicros = 1;
+pub const NEVER_HEARD: CounterMicros = CounterMicros(1);
 
 /// The owner of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BucketName {
     Key(TenantId, ApiKeyId),
-    /// Not a key's bucket: for heartbeats.
+    /// Not for a key's bucket, but for heartbeats.
     Heartbeat,
 }
 
-/// One call: credit `back` unspent tokens to a bucket, then take up to `want` tokens from it, but none if it holds
+/// One call: credits `back` unspent tokens to a bucket, then takes up to `want` tokens from it, or none if it holds
 /// fewer than `need`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakeCall {
     /// Buckets of one partition are kept together and lose their state together.
     pub partition: u16,
     pub bucket: BucketName,
-    /// Nanoseconds of refill per token.
-    pub emission: u64,
-    /// Nanoseconds from empty to full.
-    pub tau: u64,
-    /// Version of the plan. The counters follow the newest version in use.
+    /// The time in which one token refills.
+    pub emission: Nanos,
+    /// The time from empty to full.
+    pub tau: Nanos,
+    /// Version of the plan. The counters use the newest version.
     pub version: u64,
     pub need: u64,
-    /// Tokens that requests wait for now. Granted as far as the bucket goes.
+    /// Tokens that requests are waiting for now. Granted up to what the bucket holds.
     pub waiting: u64,
-    /// At least `waiting`. The rest is for later use, and at most half of what the bucket holds. Zero: only read the
-    /// state.
+    /// At least `waiting`. The rest is for later use, and is granted up to half of what the bucket holds. Zero: only
+    /// read the state.
     pub want: u64,
     /// Tokens taken before and not spent.
     pub back: u64,
     /// When the oldest of them was taken.
     pub back_taken_at: CounterMicros,
-    /// The bucket's generation when they were taken. They are worth nothing in a later one.
+    /// The bucket's generation when they were taken. They are worthless in a later generation.
     pub back_generation: u64,
-    /// For how many microseconds granted tokens may be spent. Unspent ones are returned soon after.
-    pub lease: CounterMicros,
-    /// The counters' time in the latest answer from this partition that the caller received in time.
+    /// How long granted tokens may be spent, in microseconds. Unspent ones are returned soon after.
+    pub lease: u64,
+    /// The counters' time in the latest reply from this partition that the caller received in time.
     pub last_heard: CounterMicros,
-    /// Since when the caller has served without the counters; zero if it has not. It may have admitted requests
-    /// since then that the counters do not know of. [`NEVER_HEARD`] if it has never had an answer and others may have
-    /// admitted some.
+    /// The time since which the caller has served without the counters; zero if it has not. Since then, it may have
+    /// admitted requests that the counters do not know of. [`NEVER_HEARD`] if it has never had a reply and others may
+    /// have admitted some.
     pub away_since: CounterMicros,
-    /// Start of the new epoch that the caller's previous call was promised, if it has served nothing since the epoch
-    /// started; zero otherwise. It holds for calls that arrive soon after that start.
+    /// Start of the new epoch that was promised to the caller's previous call, if it has served nothing since the epoch
+    /// started; zero otherwise. It is valid for calls that arrive soon after that start.
     pub promised: CounterMicros,
 }
 
-/// The answer to a call.
+/// The reply to a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakeReply {
     pub at: CounterMicros,
@@ -73,14 +85,14 @@ pub enum BucketState {
     Initializing { wait: u64 },
     Active {
         granted: u64,
-        /// Nanoseconds until the bucket is full, after the call.
-        debt: u64,
+        /// The time until the bucket is full, after the call.
+        debt: Nanos,
         /// Changes when tokens granted before can no longer be credited.
         generation: u64,
     },
 }
 
-/// Why there was no answer. Tokens may have been taken anyway; they are lost until the bucket refills.
+/// Why there was no reply. Tokens may have been taken anyway; they are lost until the bucket refills.
 pub type CounterError = Arc<dyn Error + Send + Sync>;
 
 /// Buckets that all replicas share.
@@ -89,7 +101,7 @@ pub type CounterError = Arc<dyn Error + Send + Sync>;
 /// [`TakeReply::at`]. Returned tokens make the bucket no fuller than if they had never been taken.
 #[async_trait]
 pub trait SharedCounters: std::fmt::Debug + Send + Sync + 'static {
-    /// The number of parts that the buckets are split into. Each can lose its state separately.
+    /// The number of partitions of the buckets. Each can lose its state separately.
     fn partitions(&self) -> u16;
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError>;

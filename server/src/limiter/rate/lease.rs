@@ -1,15 +1,15 @@
-//! Leases: tokens that a replica has taken from a key's bucket ahead of need.
+//! Leases: tokens that a replica has taken from a key's bucket in advance.
 //!
 //! Decides how many tokens to take, how long they may be spent, what to return, and which requests wait. Does no I/O.
-//! Times are monotonic nanoseconds, except [`CounterMicros`], which use the clock of the counters.
 //!
 //! **The guarantee.** A token is spent only after the counters granted it, and at most `ttl` after it was *requested*,
 //! which is before it was granted. So tokens spent in a window of `T` seconds were granted in the `T + ttl` seconds
 //! that end with the window, in which the counters grant at most `burst + rate * (T + ttl)` to all replicas together.
-//! Returned tokens fill the bucket no further than if they had never been taken, so the bound holds for spent tokens.
+//! Returned tokens fill the bucket no further than if they had never been taken, so the bound also applies to spent
+//! tokens.
 //!
-//! **How much.** What waiting requests need is requested in full. What is held for later follows the key's pace on this
-//! replica, up to a tenth of the burst.
+//! **How much.** The tokens that waiting requests need are requested in full. The number of tokens held for later
+//! follows the key's pace on this replica, up to a tenth of the burst.
 
 use super::{
     counters::CounterMicros,
@@ -17,19 +17,23 @@ use super::{
     share::Share,
     waiter::{Unspent, Waiter},
 };
+use crate::clock::{Monotonic, Nanos};
 
 /// Nanoseconds. Tokens that expire sooner do not count as stock, so the next lease is requested while they are spent.
-const LAST_MOMENT: u64 = 10_000_000;
+const LAST_MOMENT: Nanos = Nanos::from_millis(10);
 
-/// Nanoseconds. The least time between the starts of concurrent calls for a key.
-const PAUSE_MIN: u64 = 1_000_000;
+/// Nanoseconds. Minimum time between the starts of concurrent calls for a key.
+const PAUSE_MIN: Nanos = Nanos::from_millis(1);
+
+/// A replica holds at most the burst divided by this for later.
+const BURST_PER_LEASE: u64 = 10;
 
 /// Tokens of one grant.
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
     tokens: u64,
     /// When they expire.
-    expires: u64,
+    expires: Monotonic,
     taken_at: CounterMicros,
     generation: u64,
 }
@@ -38,12 +42,12 @@ struct Slot {
 #[derive(Debug, Clone, Copy, Default)]
 struct View {
     /// Nanoseconds until full, at `seen`.
-    debt: u64,
+    debt: Nanos,
     /// When the call began, which is before the counters read the state.
-    seen: u64,
+    seen: Monotonic,
 }
 
-/// What a call to the counters states about the plan.
+/// The plan's data in a call to the counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::limiter) struct Terms {
     pub(in crate::limiter) gcra: Gcra,
@@ -58,16 +62,16 @@ impl Terms {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
-    /// Returns nanoseconds after which another call may start before the previous one is answered: half the time in
-    /// which the bucket fills, or the time of the first token for a small one.
-    fn pause(self) -> u64 {
-        let refill = (self.gcra.tau() / 2).max(self.gcra.emission());
-        refill.max(PAUSE_MIN)
+    /// Returns the time after which another call may start before the previous one has ended. Requests that wait
+    /// for a call are decided together, and a bucket that becomes full meanwhile stops refilling, so this is a small
+    /// part of the time in which it fills. Calls to a bucket that fills slowly never overlap.
+    pub(in crate::limiter) fn pause(self) -> Nanos {
+        Nanos(self.gcra.tau().0 / 64).max(PAUSE_MIN)
     }
 
     /// Returns the maximum number of tokens to hold for later: a tenth of the burst.
     fn largest_lease(self) -> u64 {
-        (self.gcra.tau() / self.gcra.emission() / 10).max(1)
+        (self.gcra.tokens(self.gcra.tau()) / BURST_PER_LEASE).max(1)
     }
 }
 
@@ -78,27 +82,29 @@ pub(in crate::limiter) struct Lease {
     slots: [Slot; 2],
     /// The intended number of tokens of the next grant.
     size: u64,
-    /// When tokens were last requested, 0 for never; and how many were wanted since.
-    asked_at: u64,
+    /// When tokens were last requested (0 for never), and how many have been wanted since.
+    asked_at: Monotonic,
     wanted: u64,
-    /// Calls in flight that are not late yet, and when the latest began.
+    /// The number of calls in flight that are not late yet, and when the latest began.
     fetching: u32,
-    began_at: u64,
-    /// Calls in flight, including late ones.
+    began_at: Monotonic,
+    /// Tokens that these calls request in addition to those that their requests need.
+    coming: u64,
+    /// The number of calls in flight, including late ones.
     calls: u32,
-    /// Requests for the next call.
+    /// Requests waiting for the next call.
     waiting: Vec<Waiter>,
-    /// Of the last request that needed a call.
+    /// Terms of the last request that needed a call.
     terms: Option<Terms>,
     /// Unspent tokens to return.
     back: Unspent,
-    /// A task is returning them.
+    /// Whether a task is returning them.
     returning: bool,
     view: Option<View>,
-    /// The last call got fewer tokens than it wanted.
+    /// Whether the last call got fewer tokens than it wanted.
     short: bool,
     /// The counters had fewer than `held_for` tokens. That many are not requested again until `held_until`.
-    held_until: u64,
+    held_until: Monotonic,
     held_for: u64,
     pub(in crate::limiter) share: Share,
 }
@@ -114,12 +120,24 @@ impl Slot {
     }
 }
 
+/// The times of a fetch.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::limiter) struct FetchTimes {
+    pub(in crate::limiter) now: Monotonic,
+    /// How long the tokens may be spent.
+    pub(in crate::limiter) ttl: Nanos,
+    /// How long requests wait for the response.
+    pub(in crate::limiter) patience: Nanos,
+}
+
 /// What to request from the counters.
 #[derive(Debug)]
 pub(in crate::limiter) struct Demand {
     pub(in crate::limiter) need: u64,
     pub(in crate::limiter) waiting: u64,
     pub(in crate::limiter) want: u64,
+    /// Tokens of `want` that none of `requests` need.
+    pub(in crate::limiter) spare: u64,
     pub(in crate::limiter) requests: Vec<Waiter>,
 }
 
@@ -130,7 +148,7 @@ impl Lease {
         self.surrender_all();
         self.share.is_edited = true;
         self.view = None;
-        self.held_until = 0;
+        self.held_until = Monotonic::default();
         self.short = false;
         self.size = 1;
     }
@@ -142,8 +160,8 @@ impl Lease {
         }
     }
 
-    /// Returns whether a new lease would behave the same.
-    pub(in crate::limiter) fn is_forgettable(&self, now: u64) -> bool {
+    /// Returns whether a new lease would behave the same way.
+    pub(in crate::limiter) fn is_forgettable(&self, now: Monotonic) -> bool {
         self.share.tat <= now
             && self.fetching == 0
             && !self.returning
@@ -161,17 +179,17 @@ impl Lease {
         self.back = self.back.and(unspent);
         // Without leases, returned tokens are a reason to call the counters again.
         if self.terms.is_some_and(|terms| !terms.leased) && unspent.tokens > 0 {
-            self.held_until = 0;
+            self.held_until = Monotonic::default();
         }
     }
 
-    /// Returns whether tokens are to be returned.
+    /// Returns whether tokens need to be returned.
     pub(in crate::limiter) fn owes(&self) -> bool {
         self.back.tokens > 0
     }
 
     /// Marks expired tokens to be returned.
-    pub(in crate::limiter) fn expire(&mut self, now: u64) {
+    pub(in crate::limiter) fn expire(&mut self, now: Monotonic) {
         for i in 0..self.slots.len() {
             if self.slots[i].tokens > 0 && self.slots[i].expires <= now {
                 self.surrender(i);
@@ -192,7 +210,7 @@ impl Lease {
         true
     }
 
-    /// Sets `n` tokens apart for a request, if there are enough.
+    /// Sets aside `n` tokens for a request, if there are enough.
     pub(in crate::limiter) fn set_apart(&mut self, n: u64) -> Option<Unspent> {
         let [older, newer] = &mut self.slots;
         if older.tokens + newer.tokens < n {
@@ -218,25 +236,25 @@ impl Lease {
     }
 
     /// Returns the number of tokens still available after `time`.
-    fn lasting(&self, time: u64) -> u64 {
+    fn lasting(&self, time: Monotonic) -> u64 {
         let lasting = self.slots.iter().filter(|slot| slot.expires > time);
         lasting.map(|slot| slot.tokens).sum()
     }
 
-    /// Returns how many tokens to hold: as many as are spent within the lease TTL at the pace since the last call,
-    /// between half and twice as many as then. One means that the counters decide each request.
-    fn pace(&mut self, now: u64, ttl: u64, largest: u64) -> u64 {
-        let elapsed = now.saturating_sub(self.asked_at).max(1);
-        if self.asked_at == 0 || elapsed >= 4 * ttl {
+    /// Returns how many tokens to hold: the number spent within the lease TTL at the current pace, clamped to between
+    /// half and twice the previous size. One means that the counters decide each request.
+    fn pace(&mut self, now: Monotonic, ttl: Nanos, largest: u64) -> u64 {
+        let elapsed = now.saturating_since(self.asked_at).0.max(1);
+        if self.asked_at == Monotonic::default() || elapsed >= 4 * ttl.0 {
             self.size = 1;
         } else {
-            let pace = u128::from(self.wanted) * u128::from(ttl) / u128::from(elapsed);
+            let pace = u128::from(self.wanted) * u128::from(ttl.0) / u128::from(elapsed);
             let pace = u64::try_from(pace).unwrap_or(u64::MAX);
             let size = self.size.max(1);
             self.size = pace.clamp(size / 2, size * 2);
         }
         self.size = self.size.clamp(1, largest);
-        self.asked_at = now.max(1);
+        self.asked_at = now.max(Monotonic(1));
         self.wanted = 0;
         self.size
     }
@@ -262,20 +280,21 @@ impl Lease {
         &mut self.waiting
     }
 
-    /// Returns whether to request the next lease before this one is spent.
-    pub(in crate::limiter) fn is_low(&self, now: u64) -> bool {
+    /// Returns whether to request the next lease before the current one is spent.
+    pub(in crate::limiter) fn is_low(&self, now: Monotonic) -> bool {
         if self.size < 2 || self.fetching > 0 || now < self.held_until {
             return false;
         }
-        self.lasting(now + LAST_MOMENT) <= (self.size / 8).max(1)
+        self.lasting(now.saturating_add(LAST_MOMENT)) <= (self.size / 8).max(1)
     }
 
-    /// Begins a call for everything that waits and, if `ahead`, for tokens for later. Returns `None` if there is
-    /// nothing to request or a call is in flight, unless the bucket would become full, and stop refilling, before that
-    /// call ends. Local tokens count towards a request only if they do not expire before its `patience` ends.
+    /// Begins a call for all waiting requests and, if `ahead`, for tokens for later. Returns `None` if there is nothing
+    /// to request, or if the calls in flight suffice: the latest started less than a [pause](Terms::pause) ago, or they
+    /// request enough tokens. Local tokens count toward a request only if they do not expire before its `patience`
+    /// ends.
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
-        (now, ttl, patience): (u64, u64, u64),
+        FetchTimes { now, ttl, patience }: FetchTimes,
         ahead: bool,
     ) -> Option<(Terms, Demand)> {
         let terms = self.terms?;
@@ -286,24 +305,31 @@ impl Lease {
         if self.waiting.is_empty() && !ahead {
             return None;
         }
+        let asked: u64 = self.waiting.iter().map(|waiter| waiter.tokens).sum();
+        if self.fetching > 0 && 0 < asked && asked <= self.coming {
+            return None;
+        }
         let size = if terms.leased {
             self.pace(now, ttl, terms.largest_lease())
         } else {
             1
         };
         let requests = std::mem::take(&mut self.waiting);
-        let asked: u64 = requests.iter().map(|waiter| waiter.tokens).sum();
         let smallest = requests
             .iter()
             .map(|waiter| waiter.tokens)
             .filter(|n| *n > 0)
             .min();
         let (need, waiting) = match smallest {
-            Some(n) => (n.saturating_sub(self.lasting(now + patience)).max(1), asked),
+            Some(n) => (
+                n.saturating_sub(self.lasting(now.saturating_add(patience)))
+                    .max(1),
+                asked,
+            ),
             None => (u64::from(ahead), u64::from(ahead)),
         };
         let for_later = if waiting > 0 && size >= 2 {
-            size.saturating_sub(self.available())
+            size.saturating_sub(self.available() + self.coming)
         } else {
             0
         };
@@ -312,31 +338,37 @@ impl Lease {
         } else {
             waiting
         };
+        let want = waiting.max(for_later);
+        let spare = want.saturating_sub(asked);
         self.fetching += 1;
         self.began_at = now;
+        self.coming += spare;
         self.calls += 1;
         Some((
             terms,
             Demand {
                 need,
                 waiting,
-                want: waiting.max(for_later),
+                want,
+                spare,
                 requests,
             },
         ))
     }
 
-    /// The call was answered, failed or is late. Another one may begin.
-    pub(in crate::limiter) fn end_fetch(&mut self) {
+    /// Records that the call that requested this many `spare` tokens got a response, failed or is late. Another one may
+    /// begin.
+    pub(in crate::limiter) fn end_fetch(&mut self, spare: u64) {
         self.fetching = self.fetching.saturating_sub(1);
+        self.coming = self.coming.saturating_sub(spare);
     }
 
-    /// The call has ended.
+    /// Records that the call has ended.
     pub(in crate::limiter) fn end_call(&mut self) {
         self.calls = self.calls.saturating_sub(1);
     }
 
-    /// Returns whether a call is in flight that may bring or return tokens.
+    /// Returns whether a call is in flight that may get or return tokens.
     pub(in crate::limiter) fn is_busy(&self) -> bool {
         self.calls > 0 || self.returning
     }
@@ -347,7 +379,7 @@ impl Lease {
         (back.tokens > 0).then_some(back)
     }
 
-    /// Returns whether to start a task that returns tokens: there are some, and nothing in flight will return them.
+    /// Returns whether to start a task that returns tokens: there are some, and no call in flight will return them.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {
         let begins = self.back.tokens > 0
             && !self.returning
@@ -362,7 +394,7 @@ impl Lease {
     }
 
     /// Adds `granted`, to be spent before `expires`.
-    pub(in crate::limiter) fn stock(&mut self, granted: Unspent, expires: u64) {
+    pub(in crate::limiter) fn stock(&mut self, granted: Unspent, expires: Monotonic) {
         if self.slots[1].tokens > 0 {
             self.surrender(0);
             self.slots.swap(0, 1);
@@ -376,42 +408,42 @@ impl Lease {
     }
 
     /// Records that the bucket was `debt` nanoseconds from full, in the response to a call that began at `seen`.
-    pub(in crate::limiter) fn saw(&mut self, debt: u64, seen: u64) {
+    pub(in crate::limiter) fn saw(&mut self, debt: Nanos, seen: Monotonic) {
         self.view = Some(View { debt, seen });
         self.share.is_edited = false;
     }
 
     /// Returns when the call began whose response last described the bucket; 0 for never.
-    pub(in crate::limiter) fn seen_at(&self) -> u64 {
-        self.view.map_or(0, |view| view.seen)
+    pub(in crate::limiter) fn seen_at(&self) -> Monotonic {
+        self.view.unwrap_or_default().seen
     }
 
     /// Records that a call got `granted` of the tokens it wanted. If it got fewer, the bucket is nearly empty, and the
-    /// next call requests all that is left as if requests were waiting for it: the last tokens must not be left behind
-    /// while requests are denied, nor be fetched one by one.
+    /// next call requests all remaining tokens as if requests were waiting for them: the last tokens must not be left
+    /// unused while requests are denied, or be fetched one by one.
     pub(in crate::limiter) fn served(&mut self, granted: u64, wanted: u64) {
         if wanted > 0 {
             self.short = granted < wanted;
         }
     }
 
-    /// Records that there are too few tokens for a request of `n` until then.
-    pub(in crate::limiter) fn hold(&mut self, n: u64, until: u64) {
+    /// Records that there are too few tokens for a request of `n` until the given time.
+    pub(in crate::limiter) fn hold(&mut self, n: u64, until: Monotonic) {
         self.held_until = until;
         self.held_for = n;
     }
 
-    /// Returns until when requests of `n` are denied without a call.
-    pub(in crate::limiter) fn held(&self, n: u64, now: u64) -> Option<u64> {
+    /// Returns the time until which requests of `n` are denied without a call.
+    pub(in crate::limiter) fn held(&self, n: u64, now: Monotonic) -> Option<Monotonic> {
         (now < self.held_until && n >= self.held_for).then_some(self.held_until)
     }
 
-    /// Returns nanoseconds until the bucket is full, as far as is known. Local tokens count as if they were in the
+    /// Returns nanoseconds until the bucket is full, as far as known. Local tokens count as if they were in the
     /// bucket.
-    pub(in crate::limiter) fn debt(&self, gcra: Gcra, now: u64) -> u64 {
+    pub(in crate::limiter) fn debt(&self, gcra: Gcra, now: Monotonic) -> Nanos {
         let view = self.view.unwrap_or_default();
-        let debt = view.debt.saturating_sub(now.saturating_sub(view.seen));
-        debt.saturating_sub(self.available().saturating_mul(gcra.emission()))
+        let debt = view.debt.saturating_sub(now.saturating_since(view.seen));
+        debt.saturating_sub(gcra.emission().saturating_mul(self.available()))
             .min(gcra.tau())
     }
 }

@@ -1,4 +1,4 @@
-//! The arithmetic of rates: token buckets, tokens taken ahead, and the protocol of shared counters.
+//! The arithmetic of rates: token buckets, tokens taken in advance, and the protocol of the shared counters.
 
 pub(super) mod counters;
 pub(super) mod gcra;

@@ -3,46 +3,65 @@
 use std::num::{NonZeroU32, NonZeroU64};
 
 use super::gcra::Gcra;
-use crate::limiter::membership::ReplicaSlot;
+use crate::{
+    clock::{Monotonic, Nanos},
+    limiter::membership::ReplicaSlot,
+};
 
-/// The wait to announce if none is known.
+/// The wait to report if none is known.
 const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 
 /// This replica's share of a bucket while the counters are unavailable.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(in crate::limiter) struct Share {
-    since: u64,
-    /// The share's TAT, in monotonic time.
-    pub(in crate::limiter) tat: u64,
-    /// Nanoseconds per token of the share, and from empty to full.
-    price: u64,
-    tau: u64,
+    since: Monotonic,
+    /// The share's TAT.
+    pub(in crate::limiter) tat: Monotonic,
+    /// The time per token of the share, and the time from empty to full.
+    price: Nanos,
+    tau: Nanos,
     /// When the share was last used.
-    used_at: u64,
-    /// The plan was edited since the share was last used, or since the counters were last seen.
+    used_at: Monotonic,
+    /// The plan may have been edited since the share was last used, or since the last response of the counters.
     pub(super) is_edited: bool,
+}
+
+impl Default for Share {
+    /// A key that this replica has not used may have been edited just before.
+    fn default() -> Self {
+        Self {
+            since: Monotonic::default(),
+            tat: Monotonic::default(),
+            price: Nanos::ZERO,
+            tau: Nanos::ZERO,
+            used_at: Monotonic::default(),
+            is_edited: true,
+        }
+    }
 }
 
 impl Share {
     /// Takes `cost` from this replica's share of the bucket, which was empty at `since`. All shares together are one
-    /// bucket: each replica has its part of the `burst` tokens and of the rate, according to its slot.
+    /// bucket: each replica has its share of the `burst` tokens and of the rate, according to its slot.
     pub(in crate::limiter) fn take(
         &mut self,
         gcra: Gcra,
         slot: ReplicaSlot,
-        since: u64,
+        since: Monotonic,
         cost: NonZeroU32,
-        now: u64,
+        now: Monotonic,
     ) -> Result<(), NonZeroU64> {
-        let burst = gcra.tau() / gcra.emission();
+        let burst = gcra.tokens(gcra.tau());
         let mine = burst / slot.of.get() + u64::from(slot.rank < burst % slot.of.get());
-        self.follow(gcra.tau().div_ceil(mine.max(1)), gcra.tau(), since, now);
+        let price = Nanos(gcra.tau().0.div_ceil(mine.max(1)));
+        self.follow(price, gcra.tau(), since, now);
         if mine < u64::from(cost.get()) {
             return Err(A_SECOND);
         }
         let price = self.price.saturating_mul(u64::from(cost.get()));
         let next = self.tat.max(now).saturating_add(price);
-        match NonZeroU64::new(next.saturating_sub(now.saturating_add(gcra.tau()))) {
+        let wait = next.saturating_since(now.saturating_add(gcra.tau()));
+        match NonZeroU64::new(wait.0) {
             None => {
                 self.tat = next;
                 Ok(())
@@ -54,9 +73,9 @@ impl Share {
     /// Updates the share to this plan and slot. An edit keeps the tokens in it, up to its new size, and adds none: a
     /// larger burst has to refill, so that no sequence of edits fills a share. Since the time of the edit is unknown,
     /// the share has refilled at the lower of the two rates since its last use. Nothing refills before `since`.
-    fn follow(&mut self, price: u64, tau: u64, since: u64, now: u64) {
+    fn follow(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
-            // How it would have filled under the previous plan is unknown.
+            // It is unknown how it would have filled under the previous plan.
             let empty_at = if self.is_edited {
                 now.max(since)
             } else {
@@ -66,12 +85,13 @@ impl Share {
         } else if (self.price, self.tau) != (price, tau) {
             let filled_to = now.max(since);
             let used_at = self.used_at.clamp(since, filled_to);
-            let level = self.tau.saturating_sub(self.tat.saturating_sub(used_at));
-            let level = u128::from(level) * u128::from(price) / u128::from(self.price);
-            let refill = u128::from(filled_to - used_at) * u128::from(price);
-            let level = level + refill / u128::from(price.max(self.price));
-            let missing = u128::from(tau).saturating_sub(level);
-            let missing = u64::try_from(missing).unwrap_or(tau);
+            let wide = |time: Nanos| u128::from(time.0);
+            let level = self.tau.saturating_sub(self.tat.saturating_since(used_at));
+            let level = wide(level) * wide(price) / wide(self.price);
+            let refill = wide(filled_to.saturating_since(used_at)) * wide(price);
+            let level = level + refill / wide(price.max(self.price));
+            let missing = wide(tau).saturating_sub(level);
+            let missing = u64::try_from(missing).map_or(tau, Nanos);
             self.tat = filled_to.saturating_add(missing);
         }
         *self = Self {
@@ -103,13 +123,19 @@ mod tests {
         })
     }
 
-    /// Returns the tokens that a share has at this moment.
+    /// A share of a bucket whose state the counters reported under the current plan.
+    fn seen() -> Share {
+        Share {
+            is_edited: false,
+            ..Share::default()
+        }
+    }
+
+    /// Returns the number of tokens in a share at this moment.
     fn drain(share: &mut Share, gcra: Gcra, now: u64) -> u64 {
+        let (since, now) = (Monotonic(SECOND), Monotonic(now));
         let mut taken = 0;
-        while share
-            .take(gcra, WHOLE, SECOND, NonZeroU32::MIN, now)
-            .is_ok()
-        {
+        while share.take(gcra, WHOLE, since, NonZeroU32::MIN, now).is_ok() {
             taken += 1;
         }
         taken
@@ -125,7 +151,7 @@ mod tests {
             (60, 1),
             (60_000, 600),
         ] {
-            let mut share = Share::default();
+            let mut share = seen();
             let (sold, edited) = (plan(6000, 200), plan(rpm, burst));
             assert_eq!(drain(&mut share, sold, 9 * SECOND), 200);
             assert_eq!(drain(&mut share, edited, 9 * SECOND), 0, "{rpm}, {burst}");
@@ -141,35 +167,43 @@ mod tests {
 
     #[test]
     fn a_share_is_empty_until_it_begins_whatever_is_edited() {
-        let mut share = Share::default();
+        let mut share = seen();
         let (fast, slow) = (plan(6000, 200), plan(600, 20));
         for gcra in [fast, slow, fast] {
             assert_eq!(drain(&mut share, gcra, SECOND / 2), 0);
         }
         assert_eq!(drain(&mut share, fast, SECOND + SECOND / 10), 10);
-        let mut share = Share::default();
+        let mut share = seen();
         assert_eq!(drain(&mut share, fast, SECOND / 2), 0);
         // The edit was made at some time in between.
         assert_eq!(drain(&mut share, slow, 2 * SECOND), 10);
     }
 
     #[test]
-    fn share_keeps_its_tokens_when_the_plan_is_edited() {
+    fn a_share_that_the_counters_never_described_starts_with_its_first_request() {
         let mut share = Share::default();
+        let plan = plan(6000, 200);
+        assert_eq!(drain(&mut share, plan, 9 * SECOND), 0);
+        assert_eq!(drain(&mut share, plan, 10 * SECOND), 100);
+    }
+
+    #[test]
+    fn share_keeps_its_tokens_when_the_plan_is_edited() {
+        let mut share = seen();
         let full = 9 * SECOND;
         assert!(
             share
                 .take(
                     plan(6000, 200),
                     WHOLE,
-                    SECOND,
+                    Monotonic(SECOND),
                     NonZeroU32::new(50).unwrap(),
-                    full
+                    Monotonic(full)
                 )
                 .is_ok()
         );
         assert_eq!(drain(&mut share, plan(6, 200), full), 150);
-        // The first token of the higher rate does not wait for one of the lower.
+        // The first token at the higher rate does not wait for one at the lower rate.
         assert_eq!(drain(&mut share, plan(6000, 200), full), 0);
         assert_eq!(drain(&mut share, plan(6000, 200), full + SECOND / 100), 1);
     }

@@ -1,4 +1,4 @@
-//! Requests that wait for tokens, and what they get.
+//! Requests that wait for tokens, and the tokens they get.
 
 use tokio::sync::oneshot;
 
@@ -15,7 +15,7 @@ pub(in crate::limiter) struct Unspent {
 }
 
 impl Unspent {
-    /// Adds up both. Tokens of several generations are credited with nothing, which is always safe.
+    /// Adds both up. For tokens of several generations, nothing is credited, which is always safe.
     pub(super) fn and(self, more: Self) -> Self {
         match (self.tokens, more.tokens) {
             (0, _) => more,
@@ -36,7 +36,7 @@ impl Unspent {
 /// The result for a request that waited for the counters.
 #[derive(Debug)]
 pub(in crate::limiter) enum FetchOutcome {
-    /// It got the tokens it needs.
+    /// The request got the tokens it needs.
     Granted(Grant),
     /// The counters had too few tokens.
     TooFew,
@@ -63,7 +63,7 @@ impl Waiter {
     }
 }
 
-/// Tokens granted to one request. Unless they are [spent](Self::spend), dropping them hands them to a callback that
+/// Tokens granted to one request. Unless they are [spent](Self::spend), dropping them passes them to a callback that
 /// returns them.
 pub(in crate::limiter) struct Grant {
     unspent: Unspent,

@@ -6,6 +6,8 @@ use std::{
     time::Duration,
 };
 
+use crate::clock::Nanos;
+
 /// A histogram whose buckets are atomics. Their bounds double from 1 µs to 8 s.
 #[derive(Debug, Default)]
 pub struct Latency {
@@ -14,7 +16,7 @@ pub struct Latency {
 }
 
 impl Latency {
-    pub fn observe(&self, nanos: u64) {
+    pub fn observe(&self, Nanos(nanos): Nanos) {
         let micros = nanos.div_ceil(1000).max(1);
         let bucket = (u64::BITS - (micros - 1).leading_zeros()).min(23) as usize;
         self.buckets[bucket].fetch_add(1, Ordering::Relaxed);

@@ -10,7 +10,7 @@ use std::{
 };
 
 use quota_server::{
-    clock::{Clock, SystemClock, TestClock},
+    clock::{Clock, Nanos, SystemClock, TestClock},
     limiter::{Decision, Limiter, LimiterError, Policy},
 };
 
@@ -84,7 +84,7 @@ fn no_more_than_the_limit_is_allowed_in_real_time() {
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                while clock.monotonic() - began < 200_000_000 {
+                while clock.monotonic().saturating_since(began) < Nanos::from_millis(200) {
                     let decision = limiter.try_admit(&key.handle, &policies, ONE).unwrap();
                     admitted.fetch_add(u64::from(decision.is_allowed()), Ordering::Relaxed);
                 }

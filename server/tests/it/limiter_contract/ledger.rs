@@ -171,7 +171,7 @@ fn opened(request: &TakeRequest, rows: &[Kept]) -> QuotaWindow {
     }
     QuotaWindow {
         span: Window { start, end },
-        period: request.calendar.end.0 - request.calendar.start.0,
+        period: request.calendar.length(),
     }
 }
 

@@ -1,6 +1,6 @@
-//! Bursts on counters that are far away: a rested key's burst is admitted whole, in two round trips; what is too slow is
-//! never called a limit; what was taken and not used goes back. In simulated time on the model of the counters, and
-//! in real time on a real Redis behind a proxy that delays.
+//! Bursts with distant counters: the full burst of an idle key is admitted in two round trips, slow responses are never
+//! reported as an exceeded limit, and tokens that were taken but not spent are returned. Runs in simulated time on the
+//! model of the counters, and in real time on a real Redis behind a proxy that delays traffic.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -18,11 +18,11 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::{
-    clock::{Clock, SystemClock, UnixNanos},
+    clock::{Clock, Monotonic, Nanos, SystemClock, UnixNanos},
     limiter::{
-        BucketName, BucketState, CounterError, Decision, DistributedSettings, DistributedStore,
-        KeyHandle, KeyTableSettings, Limiter, Membership, Policies, RatePolicy, RedisCounters,
-        ReplicaSlot, SharedCounters, TakeCall, TakeReply, Zone,
+        BucketName, BucketState, CounterError, CounterMicros, Decision, DistributedSettings,
+        DistributedStore, KeyHandle, KeyTableSettings, Limiter, Membership, Policies, RatePolicy,
+        RedisCounters, ReplicaSlot, SharedCounters, TakeCall, TakeReply, Zone,
     },
     telemetry::metrics::Metrics,
 };
@@ -45,28 +45,28 @@ const TTL: Duration = Duration::from_millis(100);
 const DEADLINE: Duration = Duration::from_millis(30);
 const TENANT: TenantId = TenantId(uuid::Uuid::nil());
 
-/// Tokio's time, which a test pauses.
+/// Tokio's time, which the test pauses.
 #[derive(Debug, Clone)]
 struct PausedClock(Instant);
 
 impl Clock for PausedClock {
     fn now(&self) -> UnixNanos {
-        START.saturating_add(self.monotonic())
+        START.saturating_add(Nanos(self.monotonic().0))
     }
 
-    fn monotonic(&self) -> u64 {
-        u64::try_from(self.0.elapsed().as_nanos()).unwrap()
+    fn monotonic(&self) -> Monotonic {
+        Monotonic(Nanos::from(self.0.elapsed()).0)
     }
 }
 
-/// The counters, and how far away they are.
+/// The counters and their latency.
 #[derive(Debug, Clone)]
 pub(super) struct Far {
     zero: Instant,
     state: Arc<Mutex<State>>,
     calls: Arc<Mutex<Vec<TakeCall>>>,
     round_trip: Arc<Mutex<Duration>>,
-    /// Calls arrive, and fail afterwards.
+    /// Calls arrive, but their responses are lost.
     breaks: Arc<AtomicBool>,
 }
 
@@ -90,7 +90,7 @@ impl Far {
         self.state.lock().take(1, START.0 / 1000 + elapsed, call)
     }
 
-    /// Calls for keys so far.
+    /// Number of calls for keys so far.
     pub(super) fn calls(&self) -> usize {
         let calls = self.calls.lock();
         calls
@@ -134,7 +134,7 @@ impl SharedCounters for Far {
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError> {
         let it = self.clone();
-        // What was sent arrives, whether or not the caller still waits.
+        // A call that was sent arrives, whether or not the caller still waits.
         let served = tokio::spawn(async move {
             let way = *it.round_trip.lock() / 2;
             it.calls.lock().push(call);
@@ -178,7 +178,7 @@ impl Replica {
         decided.unwrap()
     }
 
-    /// Requests of these costs, all at once.
+    /// Sends requests with these costs, all at the same time.
     pub(super) async fn at_once(&self, policies: &Policies, costs: &[u32]) -> Vec<(u32, Decision)> {
         let mut requests = JoinSet::new();
         for cost in costs.iter().copied() {
@@ -190,7 +190,7 @@ impl Replica {
 }
 
 impl Replica {
-    /// One request of each of so many keys, all at once. Returns how many were admitted.
+    /// Sends one request for each of this many keys, all at the same time. Returns how many were admitted.
     async fn one_of_each(&self, policies: &Policies, keys: u128) -> u64 {
         let mut requests = JoinSet::new();
         for key in 0..keys {
@@ -250,7 +250,7 @@ async fn a_rested_keys_burst_is_admitted_whole_in_two_round_trips() {
     }
 }
 
-/// Each gets its cost or nothing, and nothing is left lying about.
+/// Each request gets its full cost or nothing, and no tokens are left over.
 #[tokio::test(start_paused = true)]
 async fn a_burst_of_different_costs_is_admitted_as_far_as_it_goes() {
     for strict in [false, true] {
@@ -260,14 +260,14 @@ async fn a_burst_of_different_costs_is_admitted_as_far_as_it_goes() {
         let costs: Vec<u32> = (0..60).map(|n| n % 5 + 1).collect();
         let served = admitted(&replica.at_once(&policies, &costs).await);
         assert!((96..=100).contains(&served), "{served}");
-        // What was granted beyond that is in the bucket again.
+        // Any other granted tokens are back in the bucket.
         sleep(Duration::from_millis(150)).await;
         let rest = admitted(&replica.at_once(&policies, &[1; 10]).await);
         assert_eq!(served + rest, 100, "strict {strict}");
     }
 }
 
-/// A limit that was not reached is not claimed to be.
+/// A limit that was not reached is not reported as exceeded.
 #[tokio::test(start_paused = true)]
 async fn what_is_too_slow_is_degraded_and_no_limit() {
     for strict in [false, true] {
@@ -283,7 +283,8 @@ async fn what_is_too_slow_is_degraded_and_no_limit() {
             assert!(decision.violated().is_empty(), "{decision:?}");
             assert!(decision.retry_after_secs().is_some());
         }
-        // What came too late went back, and is there when the counters are fast again, before they are given up.
+        // Tokens that arrived too late were returned, and are available when the counters are fast again, before the
+        // breaker opens.
         tokio::time::sleep_until(began + Duration::from_millis(100)).await;
         *far.round_trip.lock() = Duration::from_millis(2);
         sleep(Duration::from_secs(1)).await;
@@ -294,7 +295,7 @@ async fn what_is_too_slow_is_degraded_and_no_limit() {
     }
 }
 
-/// A plan that is closed without the counters fails, and one that is open admits.
+/// A plan that is closed without the counters fails, and a plan that is open admits.
 #[tokio::test(start_paused = true)]
 async fn what_is_too_slow_is_decided_by_the_plans_choice() {
     let far = Far::new(Duration::from_millis(50));
@@ -311,7 +312,7 @@ async fn what_is_too_slow_is_decided_by_the_plans_choice() {
     assert!(decision.is_allowed() && decision.degraded);
 }
 
-/// Requests that are dropped while they wait, also after their tokens were taken, take nothing.
+/// Requests that are dropped while they wait consume nothing, even after their tokens were taken.
 #[tokio::test(start_paused = true)]
 async fn dropped_requests_take_nothing() {
     for strict in [false, true] {
@@ -337,7 +338,7 @@ async fn dropped_requests_take_nothing() {
     }
 }
 
-/// The script ran and its answer was lost: nobody may spend those tokens, and the others go on.
+/// The script ran and its response was lost: these tokens may not be spent, and other requests continue.
 #[tokio::test(start_paused = true)]
 async fn a_lost_answer_loses_no_more_than_it_granted() {
     let far = Far::new(Duration::from_millis(4));
@@ -352,7 +353,7 @@ async fn a_lost_answer_loses_no_more_than_it_granted() {
     assert_eq!(served, 90);
 }
 
-/// The bucket is empty for a minute, by what one replica holds; that one returns it at once.
+/// The bucket is empty for a minute because of the tokens that one replica holds, and which it returns immediately.
 #[tokio::test(start_paused = true)]
 async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     let far = Far::new(Duration::from_millis(2));
@@ -360,19 +361,19 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     let other = TakeCall {
         partition: 0,
         bucket: BucketName::Key(TENANT, ApiKeyId(uuid::Uuid::from_u128(7))),
-        emission: 60_000_000_000,
-        tau: 6_000_000_000_000,
+        emission: Nanos::from_secs(60),
+        tau: Nanos::from_secs(6000),
         version: 0,
         need: 100,
         waiting: 100,
         want: 100,
         back: 0,
-        back_taken_at: 0,
+        back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 100_000,
-        last_heard: 0,
-        away_since: 0,
-        promised: 0,
+        last_heard: CounterMicros::NONE,
+        away_since: CounterMicros::NONE,
+        promised: CounterMicros::NONE,
     };
     let taken = far.serve(other);
     let BucketState::Active {
@@ -386,7 +387,7 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     let replica = far.replica(OnRedisFailure::Share, alone());
     let denied = replica.admit(&policies, 1).await;
     assert!(!denied.is_allowed() && !denied.degraded);
-    // The wait is told as it is.
+    // The actual wait is reported.
     assert!(denied.retry_after_secs().unwrap() >= 59, "{denied:?}");
     sleep(TTL).await;
     far.serve(TakeCall {
@@ -402,7 +403,7 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     assert!(replica.admit(&policies, 1).await.is_allowed());
 }
 
-/// Yet a key that is denied all the time does not cost a call each time.
+/// However, a key that is continually denied does not need a call for each request.
 #[tokio::test(start_paused = true)]
 async fn denials_are_remembered_for_a_while() {
     for (strict, most) in [(false, 30), (true, 3)] {
@@ -422,7 +423,7 @@ async fn denials_are_remembered_for_a_while() {
     }
 }
 
-/// What is held for later goes back when the process ends, of every key.
+/// When the process ends, the tokens held for later are returned, for every key.
 #[tokio::test(start_paused = true)]
 async fn a_stop_returns_every_lease() {
     const KEYS: u128 = 500;
@@ -442,7 +443,7 @@ async fn a_stop_returns_every_lease() {
         metrics.lease_tokens_taken.get(),
         spent + metrics.lease_tokens_returned.get()
     );
-    // Nothing is held any more, and requests are decided all the same.
+    // No tokens are held any more, and requests are still decided.
     assert!(replica.admit(&policies, 1).await.is_allowed());
     sleep(Duration::from_millis(10)).await;
     assert_eq!(
@@ -451,7 +452,7 @@ async fn a_stop_returns_every_lease() {
     );
 }
 
-/// Counters that do not answer do not keep the process from ending.
+/// Counters that do not respond do not prevent the process from ending.
 #[tokio::test(start_paused = true)]
 async fn a_stop_without_counters_ends() {
     let far = Far::new(Duration::from_millis(2));
@@ -508,8 +509,8 @@ async fn three(
     replicas
 }
 
-/// 150 requests on the replica whose answers are 120 ms late, and 250 on each of two others, one before what was too
-/// late comes back and one after.
+/// 150 requests on the replica whose responses are 120 ms late, and 250 on each of two others, one before the late
+/// tokens are returned and one after.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_that_come_late_sell_nothing_twice() {
     let server = RedisServer::start().await;
@@ -533,7 +534,7 @@ async fn answers_that_come_late_sell_nothing_twice() {
     }
     let served = admitted(&late.2) + admitted(&first.2) + admitted(&second.2);
     let elapsed = second.1.max(first.1) - late.0.min(first.0);
-    // Requests were in the middle of the two waves, or on the first replica after all.
+    // Some requests came between the two waves, or the first replica admitted some after all.
     let since = if admitted(&late.2) > 0 {
         elapsed
     } else {
@@ -544,12 +545,12 @@ async fn answers_that_come_late_sell_nothing_twice() {
     assert!(served >= 100, "{served} of {most}");
 }
 
-/// The same in a real Redis, 20 ms away: two calls for a burst.
+/// The same on a real Redis, 20 ms away: a burst takes two calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_distant_redis_is_asked_twice_for_a_burst() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
-    // Whether a busy machine is quick enough is not the question here.
+    // This test does not depend on the speed of a busy machine.
     let replicas = three(&server, &proxy, Duration::from_secs(5), "5s").await;
     proxy.set(Fault::Delay(Duration::from_millis(10)));
     for (key, strict) in [(1, false), (2, true)] {
@@ -569,7 +570,7 @@ async fn a_distant_redis_is_asked_twice_for_a_burst() {
         let served = decided.iter().filter(|it| **it).count();
         assert!((600..=602).contains(&served), "{served}, strict {strict}");
         let calls = replica.metrics.counter_calls.get() - calls;
-        // With signs of life in between.
+        // With heartbeats in between.
         assert!(calls <= 40, "{calls} calls, strict {strict}");
     }
 }

@@ -1,9 +1,10 @@
 //! Returned tokens never make a bucket fuller than if they had never been taken.
 //!
-//! The oracle is that sentence: after every call it replays the bucket's whole history from a full bucket, without the
-//! tokens that have been returned by then, and compares the two. It keeps no minima and knows no rule for a credit.
-//! Schedules are random: several returns for several grants, late and early, plan edits, callers with an old plan,
-//! lost and stale state, a clock that goes back. Scripts with planted errors show that the oracle sees them.
+//! The oracle implements that sentence: after every call, it replays the bucket's entire history from a full bucket,
+//! without the tokens that have been returned by then, and compares the results. It keeps no minima and has no rules
+//! for credits. Schedules are random: several returns for several grants, late and early, plan edits, callers with an
+//! old plan, lost and stale state, and a clock that goes backward. Scripts with planted errors prove that the oracle
+//! detects them.
 #![expect(
     clippy::disallowed_methods,
     reason = "seeds are settings of this test alone"
@@ -14,8 +15,10 @@ use std::{sync::Arc, time::Duration};
 use fastrand::Rng;
 use quota_common::id::{ApiKeyId, TenantId};
 use quota_server::{
-    clock::{Clock as _, TestClock, UnixNanos},
-    limiter::{BucketName, BucketState, RedisCounters, SharedCounters as _, TakeCall},
+    clock::{Clock as _, Nanos, TestClock, UnixNanos},
+    limiter::{
+        BucketName, BucketState, CounterMicros, RedisCounters, SharedCounters as _, TakeCall,
+    },
     redis::Redis,
 };
 
@@ -56,28 +59,28 @@ struct Granted {
     generation: u64,
     tokens: u64,
     returned: u64,
-    /// Their return got lost.
+    /// Their return was lost.
     lost: u64,
 }
 
-/// What happened to the bucket, in its order.
+/// The events of the bucket, in order.
 #[derive(Debug, Clone, Copy)]
 enum Event {
-    /// A call at this time found the bucket in this epoch, under this plan; or found none.
+    /// A call at this time found the bucket in this epoch under this plan, or found no bucket.
     Call {
         at: u64,
         plan: Plan,
         epoch: u64,
         remembered: bool,
-        /// It took or returned tokens.
+        /// The call took or returned tokens.
         wrote: bool,
     },
     Took(usize),
 }
 
-/// Nanoseconds until the bucket is full, had the returned tokens never been taken.
+/// Nanoseconds until the bucket would be full if the returned tokens had never been taken.
 fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
-    // The bucket when it was last written, and how it showed itself last.
+    // The bucket as it was last written, and as it was last reported.
     let (mut bucket, mut shown) = ((0_u128, 0_u128, 0), 0);
     let mut epoch = 0;
     let mut plan = None::<Plan>;
@@ -90,16 +93,16 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                 remembered,
                 wrote,
             } => {
-                // Missing beyond an empty bucket since the burst was made smaller; the time in which the bucket is full
-                // reduces it.
+                // Debt beyond an empty bucket, from before the burst was lowered; the time during which the bucket is
+                // full reduces it.
                 let (mut debt, mut beyond, last) = bucket;
                 let mut passed = u128::from(at.saturating_sub(last)) * 1000;
                 let mut writes = wrote || at < last;
                 if let Some(old) = plan
                     && (old.emission, old.tau) != (new.emission, new.tau)
                 {
-                    // As many tokens are missing as before, though a smaller bucket does not show all of it. When the
-                    // edit was made is not known: since the last write the lower rate counts.
+                    // The number of missing tokens stays the same, although a smaller bucket does not show all of them.
+                    // The time of the edit is unknown: since the last write, the lower rate applies.
                     let missing = (debt + beyond) * u128::from(new.emission);
                     let missing = missing.div_ceil(u128::from(old.emission));
                     let slower = passed * u128::from(new.emission) / u128::from(old.emission);
@@ -166,7 +169,7 @@ impl Counters {
         }
     }
 
-    /// Another process takes over, with the buckets or without.
+    /// Another process takes over, with or without the buckets.
     async fn fail_over(&mut self, keeps: bool) {
         match self {
             Self::Model { state, run } => {
@@ -190,11 +193,11 @@ impl Counters {
     }
 }
 
-/// What a schedule came to.
+/// The results of a schedule.
 #[derive(Debug, Default)]
 struct Sum {
     returned: u64,
-    /// In buckets: what was credited, and what the oracle would have allowed.
+    /// In buckets: the total credited, and the total that the oracle would have allowed.
     credited: f64,
     allowed: f64,
     exceptions: u64,
@@ -213,10 +216,10 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
     let mut newest_used = clock.now().0 / 1000;
     let (mut history, mut grants) = (Vec::new(), Vec::<Granted>::new());
     let (mut epoch, mut promised) = (0, 0);
-    // Whether the counters remember the bucket, the newest plan that it has seen, and its debt after the last call.
+    // Whether the counters still have the bucket, the newest plan that it has seen, and its debt after the last call.
     let (mut exists, mut known) = (false, plan);
     let mut last = (START.0 / 1000, 0_u128);
-    // Half of the schedules are without exceptions.
+    // Half of the schedules have no exceptions.
     let calm = rng.bool();
     let step = [1, plan.emission / 1000, plan.tau / 4000, 200_000][rng.usize(..4)].max(1);
     for _ in 0..rng.u64(4..40) {
@@ -247,7 +250,8 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
             }
         }
         let now = clock.now().0 / 1000;
-        // Returns go with a call of their own, or with one that takes. Several grants go back together.
+        // Tokens are returned in a separate call, or in one that takes tokens. Tokens of several grants are returned
+        // together.
         let (mut back, mut back_taken_at, mut back_generation) = (0, u64::MAX, u64::MAX);
         let mut parts = Vec::new();
         if rng.u8(..3) > 0 {
@@ -264,7 +268,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                 grants[i].returned += n;
                 back += n;
                 back_taken_at = back_taken_at.min(grants[i].at);
-                // Of several generations: none of them.
+                // If they are from several generations, none of them counts.
                 back_generation = match back_generation {
                     u64::MAX => grants[i].generation,
                     same if same == grants[i].generation => same,
@@ -284,19 +288,19 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
         let call = TakeCall {
             partition: 0,
             bucket: BUCKET,
-            emission: used.emission,
-            tau: used.tau,
+            emission: Nanos(used.emission),
+            tau: Nanos(used.tau),
             version: used.version,
             need: if takes { rng.u64(1..=waiting) } else { 0 },
             waiting,
             want: waiting + if takes { rng.u64(..=burst) } else { 0 },
             back,
-            back_taken_at: if back > 0 { back_taken_at } else { 0 },
+            back_taken_at: CounterMicros(if back > 0 { back_taken_at } else { 0 }),
             back_generation: if back > 0 { back_generation } else { 0 },
             lease: [0, 100, 100_000][rng.usize(..3)],
-            last_heard: 0,
-            away_since: 0,
-            promised,
+            last_heard: CounterMicros::NONE,
+            away_since: CounterMicros::NONE,
+            promised: CounterMicros(promised),
         };
         match counters.take(clock, call).await {
             BucketState::Initializing { wait } => {
@@ -326,7 +330,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                 exists |= granted > 0 || back > 0;
                 let allowed = debt_without_returned(&history, &grants);
                 let price = u128::from(granted) * u128::from(known.emission);
-                let real = u128::from(debt) - price;
+                let real = u128::from(debt.0) - price;
                 if real < allowed && sum.fuller.is_none() {
                     sum.fuller = Some(format!(
                         "seed {seed}, at {now}: {real} ns from full, {allowed} had the tokens never been taken; \
@@ -340,7 +344,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                     sum.credited += (before - real) as f64 / known.tau as f64;
                     sum.allowed += (before - allowed) as f64 / known.tau as f64;
                 }
-                last = (now, u128::from(debt));
+                last = (now, u128::from(debt.0));
                 if granted > 0 {
                     history.push(Event::Took(grants.len()));
                     grants.push(Granted {
@@ -360,7 +364,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs so many schedules, or the one of `QUOTA_SEED`.
+/// Runs this many schedules, or only the one in `QUOTA_SEED`.
 async fn run(counters: &mut Counters, clock: &TestClock, schedules: u64) -> Sum {
     let seeds = number("QUOTA_SEED").map_or(0..schedules, |seed| seed..seed + 1);
     let mut sum = Sum::default();
@@ -378,7 +382,7 @@ fn check(sum: &Sum) {
     eprintln!("{sum:?}");
     if number("QUOTA_SEED").is_none() {
         assert!(sum.returned > 1000 && sum.exceptions > 100, "{sum:?}");
-        // A script that credits nothing is never too full either.
+        // A script that credits nothing would never be too full either.
         assert!(sum.credited > 0.5 * sum.allowed, "{sum:?}");
     }
 }
@@ -391,7 +395,7 @@ async fn a_return_never_fills_a_bucket_beyond_what_was_never_taken() {
     check(&run(&mut Counters::model(), &clock, schedules).await);
 }
 
-/// Some thousands of them on the script in a real Redis.
+/// A few thousand of them on the script in a real Redis.
 #[tokio::test]
 async fn the_script_never_fills_a_bucket_beyond_what_was_never_taken() {
     let (_server, redis) = started().await;
@@ -401,16 +405,16 @@ async fn the_script_never_fills_a_bucket_beyond_what_was_never_taken() {
     check(&run(&mut Counters::Redis(counters, redis), &clock, schedules).await);
 }
 
-/// Scripts that credit too much, each in its own way, are found out.
+/// Scripts that credit too much, each in a different way, are detected.
 #[tokio::test]
 async fn planted_errors_in_the_credit_are_found() {
     let lowered = "m = math.max(0, m - credit)\n  n = math.max(0, n - credit)";
     let planted = [
         // The same minimum is spent again for every return.
         (lowered, "m = math.min(m, debt)\n  n = math.min(n, debt)"),
-        // Credits cross edits, epochs and a clock that goes back.
+        // Tokens are credited across edits, epochs and a clock that goes backward.
         ("back_generation == g and taken_at <= now", "true"),
-        // A token is always worth what it was.
+        // A token keeps its original value.
         (
             "math.min(debt, back * e, math.max(",
             "math.min(debt, back * e, math.max(back * e, ",
@@ -430,8 +434,8 @@ async fn planted_errors_in_the_credit_are_found() {
     }
 }
 
-/// A request that is dropped while it waits costs nothing, and neither does a lease that goes back from a busy
-/// bucket, however late.
+/// A request that is dropped while it waits costs nothing, and neither does a lease that is returned to a busy bucket,
+/// no matter how late.
 #[tokio::test]
 async fn a_simple_return_is_credited_whole() {
     let (_server, redis) = started().await;
@@ -441,19 +445,19 @@ async fn a_simple_return_is_credited_whole() {
     let call = TakeCall {
         partition: 0,
         bucket: BUCKET,
-        emission: 1_000_000,
-        tau: 200_000_000,
+        emission: Nanos(1_000_000),
+        tau: Nanos(200_000_000),
         version: 1,
         need: 0,
         waiting: 0,
         want: 0,
         back: 0,
-        back_taken_at: 0,
+        back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 100_000,
-        last_heard: 0,
-        away_since: 0,
-        promised: 0,
+        last_heard: CounterMicros::NONE,
+        away_since: CounterMicros::NONE,
+        promised: CounterMicros::NONE,
     };
     let take = async |call: TakeCall| {
         let reply = counters.take(call).await.unwrap();
@@ -462,7 +466,7 @@ async fn a_simple_return_is_credited_whole() {
                 granted,
                 debt,
                 generation,
-            } => (reply.at, granted, debt, generation),
+            } => (reply.at, granted, debt.0, generation),
             state @ BucketState::Initializing { .. } => panic!("{state:?}"),
         }
     };
@@ -478,28 +482,28 @@ async fn a_simple_return_is_credited_whole() {
         back_generation: generation,
         ..call
     };
-    // At once, to a bucket that was full: all but the refill of the time between.
+    // Immediately, to a bucket that was full: everything except the refill in between.
     let (at, granted, _, generation) = take(wanting(50)).await;
     assert_eq!(granted, 50);
     clock.advance(Duration::from_millis(2));
     let (_, _, debt, _) = take(returning(50, at, generation)).await;
     assert_eq!(debt, 0);
-    // Late, to a bucket that is never full meanwhile.
+    // Late, to a bucket that was never full in between.
     assert_eq!(take(wanting(150)).await.1, 150);
     let (at, granted, debt, generation) = take(wanting(40)).await;
     assert_eq!((granted, debt), (40, 190_000_000));
     clock.advance(Duration::from_millis(100));
     let (_, _, debt, _) = take(returning(40, at, generation)).await;
     assert_eq!(debt, 50_000_000);
-    // In an older generation, nothing.
+    // Nothing, in an older generation.
     let (at, granted, debt, generation) = take(wanting(40)).await;
     assert_eq!(granted, 40);
     let (_, _, same, _) = take(returning(40, at, generation - 1)).await;
     assert_eq!(debt, same);
 }
 
-/// 150 requests at once on a replica whose answers come late are all refused, and each of their tokens goes back by
-/// itself, between two waves of 250 on other replicas.
+/// 150 concurrent requests on a replica whose responses are late are all rejected, and each of their tokens is returned
+/// separately, between two waves of 250 on other replicas.
 #[tokio::test]
 async fn late_returns_one_by_one_sell_nothing_twice() {
     let (_server, redis) = started().await;
@@ -509,19 +513,19 @@ async fn late_returns_one_by_one_sell_nothing_twice() {
     let one = TakeCall {
         partition: 0,
         bucket: BUCKET,
-        emission: 1_000_000,
-        tau: 200_000_000,
+        emission: Nanos(1_000_000),
+        tau: Nanos(200_000_000),
         version: 1,
         need: 1,
         waiting: 1,
         want: 1,
         back: 0,
-        back_taken_at: 0,
+        back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 100_000,
-        last_heard: 0,
-        away_since: 0,
-        promised: 0,
+        last_heard: CounterMicros::NONE,
+        away_since: CounterMicros::NONE,
+        promised: CounterMicros::NONE,
     };
     let mut late = Vec::new();
     for _ in 0..150 {
@@ -564,7 +568,7 @@ async fn late_returns_one_by_one_sell_nothing_twice() {
     }
     clock.advance(Duration::from_millis(15));
     let served = first + wave().await;
-    // 25 ms between the waves, and what came back in the time of the first calls.
+    // 25 ms between the waves, and the refill during the first calls.
     assert!(served <= 200 + 25 + 1, "{served}, {first} at first");
     assert!(served >= 185, "{served}, {first} at first");
 }

@@ -1,4 +1,4 @@
-//! Three replicas on a real Redis that is killed, and one that is frozen, in real time: what is admitted is
+//! Three replicas in real time on a real Redis that is killed, and on one that is frozen: admitted requests are
 //! recounted.
 #![expect(
     clippy::cast_precision_loss,
@@ -39,10 +39,10 @@ const DEADLINE: Duration = Duration::from_millis(30);
 const RPM: u32 = 6000;
 const BURST: u32 = 50;
 
-/// What happened to the requests of a run.
+/// The outcomes of the requests of a run.
 #[derive(Debug, Default)]
 struct Log {
-    /// From the asking to the answer, in nanoseconds.
+    /// From request to response, in nanoseconds.
     admitted: Mutex<Vec<(u64, u64)>>,
     degraded: AtomicU64,
     errors: AtomicU64,
@@ -100,7 +100,7 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
     }
 }
 
-/// Twice the rate, in turns over the replicas, for so long.
+/// Sends requests at twice the rate to the replicas in turn, for this long.
 async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
     let policies = Arc::new(Policies::new(
         RatePolicy {
@@ -144,8 +144,8 @@ async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
 }
 
 impl Log {
-    /// By how many tokens the worst window is certainly above the envelope: that is, of those asked and answered
-    /// within it.
+    /// Returns the number of tokens by which the worst window is certain to exceed the envelope, counting only requests
+    /// that were sent and got their response within it.
     fn excess(&self) -> f64 {
         let admitted = self.admitted.lock();
         let rate = f64::from(RPM) / 60e9;
@@ -153,7 +153,7 @@ impl Log {
         let mut starts: Vec<u64> = admitted.iter().map(|(asked, _)| *asked).collect();
         starts.sort_unstable();
         starts.dedup();
-        // Every twentieth start is enough to find more than a handful.
+        // Checking every twentieth start is enough to find more than a handful.
         for start in starts.iter().step_by(20) {
             let mut ends: Vec<u64> = admitted
                 .iter()
@@ -230,7 +230,8 @@ async fn a_redis_that_is_frozen_closes_where_that_is_asked_for() {
     assert!(!again.admitted.lock().is_empty(), "and opens again");
 }
 
-/// It was taken from the bucket before the answer came: unheard, it would be lost to everybody.
+/// The token was taken from the bucket before the response arrived: if the response were ignored, the token would be
+/// lost.
 #[tokio::test]
 async fn a_token_whose_grant_comes_too_late_goes_back() {
     let mut server = RedisServer::start().await;

@@ -1,36 +1,38 @@
-//! What the Redis script does, in whole numbers of any size: a fast stand-in for Redis, which the script is compared
-//! with. It repeats the script's rules, so it says nothing about whether these are right; `credits` does.
+//! The behavior of the Redis script, in integers of any size: a fast substitute for Redis, with which the script is
+//! compared. It repeats the script's rules, so it does not prove that they are correct; `credits` does.
 
 use std::collections::HashMap;
 
-use quota_server::limiter::{BucketName, BucketState, TakeCall, TakeReply};
+use quota_server::{
+    clock::Nanos,
+    limiter::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
+};
 
-/// Microseconds from a loss to the new epoch.
+/// Microseconds from a loss of state to the new epoch.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
 
-/// Microseconds after the start of an epoch in which callers that were promised it return.
+/// Microseconds after the start of an epoch during which callers that were promised it return.
 const PROMISED: u64 = 500_000;
 
-/// Microseconds after the start of an epoch in which a larger burst is still as empty then as the smaller one was.
-const EMPTIED: u64 = 3_600_000_000;
+/// The largest number of nanoseconds that the script computes exactly.
 const LARGEST: u128 = 1 << 52;
 
 #[derive(Debug, Clone)]
 struct Bucket {
     at: u64,
     debt: u128,
-    /// Missing beyond an empty bucket.
+    /// Debt beyond an empty bucket.
     beyond: u128,
-    /// Refill since the epoch started, less what was taken, also if the bucket was full meanwhile.
+    /// Refill since the epoch started, minus the tokens taken, even if the bucket was full in between.
     gathered: Option<u128>,
     emission: u128,
     tau: u128,
     version: u64,
-    /// When a caller of this version last called.
+    /// When a caller with this version last called.
     version_at: u64,
     epoch: u64,
     generation: u64,
-    /// The least debt since the time beside it, for two times, the newer first.
+    /// The lowest debt since the time next to it, for two times, newer first.
     least: [(u128, u64); 2],
 }
 
@@ -41,10 +43,10 @@ struct Epoch {
     ok: u64,
 }
 
-/// Microseconds after which a plan's version that nobody uses is forgotten.
+/// Microseconds after which an unused version of a plan is forgotten.
 const OUTDATED: u64 = 10_000_000;
 
-/// What a server remembers.
+/// The state of a server.
 #[derive(Debug, Clone, Default)]
 pub(super) struct State {
     buckets: HashMap<BucketName, Bucket>,
@@ -65,18 +67,18 @@ impl State {
         }
     }
 
-    /// One call at `now`, to the process called `run`.
+    /// One call at `now`, to the process with the run ID `run`.
     pub(super) fn take(&mut self, run: u64, now: u64, call: TakeCall) -> TakeReply {
         let epoch = self.epochs.entry(call.partition).or_default();
-        let told = call.promised > 0
-            && epoch.start == Some(call.promised)
-            && now < call.promised + PROMISED;
+        let told = call.promised.0 > 0
+            && epoch.start == Some(call.promised.0)
+            && now < call.promised.0 + PROMISED;
         let answered =
-            (epoch.ok > call.away_since && epoch.ok <= now && now - epoch.ok < 1_000_000)
-                || (call.away_since == 1 && epoch.ok == 0);
+            (epoch.ok > call.away_since.0 && epoch.ok <= now && now - epoch.ok < 1_000_000)
+                || (call.away_since.0 == 1 && epoch.ok == 0);
         let lost = epoch.run != run
             || epoch.start.is_none_or(|start| start > now + EPOCH_DELAY)
-            || (call.away_since > 0
+            || (call.away_since.0 > 0
                 && epoch.start.is_some_and(|start| start <= now)
                 && !told
                 && !answered);
@@ -91,17 +93,17 @@ impl State {
         if start > now {
             let wait = start - now;
             return TakeReply {
-                at: now,
+                at: CounterMicros(now),
                 state: BucketState::Initializing { wait },
             };
         }
-        let heard = call.last_heard;
-        if call.away_since == 0 && heard > epoch.ok + 100_000 && heard <= now && heard >= start {
+        let heard = call.last_heard.0;
+        if call.away_since.0 == 0 && heard > epoch.ok + 100_000 && heard <= now && heard >= start {
             epoch.ok = heard;
         }
         let known = self.buckets.get(&call.bucket).cloned();
         let was_there = known.is_some();
-        let (mut emission, mut tau) = (u128::from(call.emission), u128::from(call.tau));
+        let (mut emission, mut tau) = (u128::from(call.emission.0), u128::from(call.tau.0));
         let (mut version, mut version_at) = (call.version, now);
         let (mut changed, mut new_generation, mut in_use) = (false, !was_there, false);
         let (mut least, mut generation) = ([(0, 0); 2], 0);
@@ -149,9 +151,7 @@ impl State {
             beyond = missing.saturating_sub(debt);
             gathered = Some(refill);
         }
-        if now - start > EMPTIED {
-            gathered = None;
-        }
+        gathered = gathered.filter(|it| *it < LARGEST);
         if new_generation {
             generation = now.max(generation + 1);
             least = [(debt, now); 2];
@@ -161,13 +161,13 @@ impl State {
         }
         if call.back > 0 {
             let mut credit = 0;
-            if call.back_generation == generation && call.back_taken_at <= now {
+            if call.back_generation == generation && call.back_taken_at.0 <= now {
                 let least = least
                     .iter()
-                    .find(|(_, since)| call.back_taken_at >= *since)
+                    .find(|(_, since)| call.back_taken_at.0 >= *since)
                     .map_or(0, |(least, _)| *least);
                 let price = u128::from(call.back) * emission;
-                let gone = u128::from(now - call.back_taken_at) * 1000;
+                let gone = u128::from(now - call.back_taken_at.0) * 1000;
                 credit = debt.min(price).min(price.saturating_sub(gone).max(least));
             }
             debt -= credit;
@@ -213,10 +213,10 @@ impl State {
             bucket.version_at = version_at;
         }
         TakeReply {
-            at: now,
+            at: CounterMicros(now),
             state: BucketState::Active {
                 granted,
-                debt: u64::try_from(debt).unwrap(),
+                debt: Nanos(u64::try_from(debt).unwrap()),
                 generation,
             },
         }

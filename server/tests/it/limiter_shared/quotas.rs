@@ -1,5 +1,5 @@
-//! Calendar quotas under shared counters: a burst takes what it needs in a few calls, and no replica keeps tokens that
-//! another one needs. In simulated time, on models of the counters and of the ledger.
+//! Calendar quotas with shared counters: a burst takes the tokens it needs in a few calls, and no replica keeps tokens
+//! that another one needs. Runs in simulated time, on models of the counters and the ledger.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -8,7 +8,10 @@ use std::{
 };
 
 use quota_common::plan::OnRedisFailure;
-use quota_server::limiter::{Membership, Policies, RatePolicy, ReplicaSlot, Zone};
+use quota_server::{
+    clock::Monotonic,
+    limiter::{Membership, Policies, RatePolicy, ReplicaSlot, Zone},
+};
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep},
@@ -25,13 +28,13 @@ fn plan(rate: u32, daily: u64, strict: bool) -> Policies {
     Policies::new(rate, NonZeroU64::new(daily), None, Zone::utc(), strict)
 }
 
-/// Replicas that count themselves as `of`.
+/// Replicas whose count of replicas is `of`.
 fn replicas(far: &Far, ledger: &Arc<TestLedger>, count: u64, of: u64) -> Vec<Replica> {
     (0..count)
         .map(|rank| {
             let membership = Arc::new(Membership::default());
             let of = NonZeroU64::new(of).unwrap();
-            membership.confirm(ReplicaSlot { rank, of }, 0);
+            membership.confirm(ReplicaSlot { rank, of }, Monotonic::default());
             far.replica_on(Arc::clone(ledger), OnRedisFailure::Share, membership)
         })
         .collect()
@@ -70,7 +73,8 @@ async fn a_burst_takes_its_quota_in_two_calls() {
     }
 }
 
-/// Also where the quota ends within the burst, or the rate does: exactly what is there, and the rest goes back.
+/// This also holds if the quota or the rate is exhausted within the burst: exactly the available tokens are granted,
+/// and the rest is returned.
 #[tokio::test(start_paused = true)]
 async fn a_burst_beyond_the_quota_or_the_rate_is_served_exactly() {
     for (rate, daily, strict) in [(500, 300, true), (500, 300, false), (100, 300, true)] {
@@ -92,7 +96,7 @@ async fn a_burst_beyond_the_quota_or_the_rate_is_served_exactly() {
     }
 }
 
-/// Requests that are dropped at any point take nothing of the quota.
+/// Requests that are dropped at any point take nothing from the quota.
 #[tokio::test(start_paused = true)]
 async fn dropped_requests_give_their_quota_back() {
     for dropped_after in [0, 5, 12, 18, 22, 28, 35, 45] {
@@ -120,14 +124,14 @@ async fn dropped_requests_give_their_quota_back() {
     }
 }
 
-/// One replica serves a request and then none; the others are served all that is left, and no more.
+/// One replica serves a single request and then none; the others are granted exactly the rest.
 #[tokio::test(start_paused = true)]
 async fn blocks_of_idle_replicas_go_to_the_busy_ones() {
     for (of, daily) in [(2, 1000), (2, 10_000), (3, 1000), (3, 10_000)] {
         let far = Far::new(Duration::from_millis(1));
         let ledger = TestLedger::new();
         let all = replicas(&far, &ledger, of, of);
-        // As cached records do.
+        // Like cached records do.
         let _handles: Vec<_> = all.iter().map(|it| it.handle(7)).collect();
         let policies = plan(600_000, daily, false);
         let (busy, idle) = all.split_last().unwrap();

@@ -1,4 +1,4 @@
-//! The script in a real Redis, at times that the test sets, compared with the model.
+//! The script in a real Redis, at times set by the test, compared with the model.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,10 +6,11 @@ use async_trait::async_trait;
 use fastrand::Rng;
 use quota_common::id::{ApiKeyId, TenantId};
 use quota_server::{
-    clock::{Clock, TestClock},
+    clock::{Clock, Nanos, TestClock},
     config::{Config, Settings},
     limiter::{
-        BucketName, BucketState, CounterError, RedisCounters, SharedCounters, TakeCall, TakeReply,
+        BucketName, BucketState, CounterError, CounterMicros, RedisCounters, SharedCounters,
+        TakeCall, TakeReply,
     },
     redis::Redis,
 };
@@ -24,7 +25,7 @@ struct Flags {
     settings: Settings,
 }
 
-/// A Redis of the test's own, and connections to it that a busy machine does not make fail.
+/// A private Redis, with connections that do not fail on a busy machine.
 pub(crate) async fn started() -> (RedisServer, Redis) {
     let server = RedisServer::start().await;
     let redis = connect(&server, "5s");
@@ -57,7 +58,7 @@ pub(crate) struct ClockedCounters {
 }
 
 const TIME: &str = "redis.call('TIME')";
-/// Seconds and microseconds, as the test has them.
+/// Seconds and microseconds, as set by the test.
 const TEST_TIME: &str = "redis.call('LRANGE', 'time', 0, 1)";
 
 impl ClockedCounters {
@@ -65,7 +66,7 @@ impl ClockedCounters {
         Self::with_script(redis, clock, RedisCounters::script())
     }
 
-    /// The same with another script.
+    /// The same with a different script.
     pub(super) fn with_script(redis: &Redis, clock: &TestClock, script: &str) -> Arc<Self> {
         let timed = script.replace(TIME, TEST_TIME);
         assert_ne!(timed, script);
@@ -114,8 +115,8 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
             TenantId(uuid::Uuid::nil()),
             ApiKeyId(uuid::Uuid::from_u128(rng.u128(..3))),
         ),
-        emission,
-        tau: emission * burst,
+        emission: Nanos(emission),
+        tau: Nanos(emission * burst),
         version: rng.u64(..4),
         need,
         waiting,
@@ -125,20 +126,21 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
             waiting + some(rng, 20)
         },
         back: some(rng, 5),
-        back_taken_at: now - rng.u64(..2_000_000),
+        back_taken_at: CounterMicros(now - rng.u64(..2_000_000)),
         back_generation: if rng.u8(..4) == 0 { 0 } else { generation },
         lease: [0, 100_000, 1_000_000][rng.usize(..3)],
-        last_heard: now - rng.u64(..3_000_000),
-        away_since: match rng.u8(..20) {
+        last_heard: CounterMicros(now - rng.u64(..3_000_000)),
+        away_since: CounterMicros(match rng.u8(..20) {
             0..=1 => now - rng.u64(..5_000_000),
             2 => 1,
             _ => 0,
-        },
-        promised: if rng.bool() { told } else { 0 },
+        }),
+        promised: CounterMicros(if rng.bool() { told } else { 0 }),
     }
 }
 
-/// Random calls, also after a loss, a clock set back, an edit: the same answers to the last nanosecond.
+/// Random calls, including calls after a loss of state, a clock set back, or an edit: the same replies, to the
+/// nanosecond.
 #[tokio::test]
 async fn the_script_answers_as_the_model_does() {
     let (_server, redis) = started().await;
@@ -198,7 +200,8 @@ async fn the_script_answers_as_the_model_does() {
     );
 }
 
-/// A Redis that is new to the deployment has full buckets; one that has lost them begins anew, empty.
+/// A Redis that is new to the deployment has full buckets; one that has lost its state starts a new epoch with empty
+/// buckets.
 #[tokio::test]
 async fn a_lost_state_begins_empty_and_a_new_one_full() {
     let (mut server, redis) = started().await;
@@ -208,9 +211,9 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
         waiting: 1,
         want: 10,
         back: 0,
-        away_since: 0,
-        emission: 1_000_000_000,
-        tau: 10_000_000_000,
+        away_since: CounterMicros::NONE,
+        emission: Nanos::from_secs(1),
+        tau: Nanos::from_secs(10),
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let state = async |counters: &RedisCounters| counters.take(call).await.unwrap().state;
@@ -246,29 +249,29 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
         panic!("it has begun");
     };
     assert_eq!(granted, 0);
-    assert!(debt > 9_000_000_000, "nearly empty: {debt}");
+    assert!(debt > Nanos::from_secs(9), "nearly empty: {debt:?}");
 }
 
-/// The versions of a plan start over when PostgreSQL is restored from a backup. A replica that has not heard of an edit
-/// looks the same, but not for long.
+/// The versions of a plan start over when PostgreSQL is restored from a backup. A replica that has not learned of an
+/// edit looks the same, but only briefly.
 #[tokio::test]
 async fn versions_that_start_over_are_followed() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
     counters.begin().await;
-    // A small plan of a high version, edited after the restore to a larger one of a low version.
+    // A small plan with a high version, edited after the restore to a larger plan with a low version.
     let bucket = BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()));
     let plan = |version: u64, burst: u64| TakeCall {
         bucket,
-        emission: 1_000_000_000,
-        tau: burst * 1_000_000_000,
+        emission: Nanos::from_secs(1),
+        tau: Nanos::from_secs(burst),
         version,
         need: 1,
         waiting: 100,
         want: 100,
         back: 0,
-        away_since: 0,
+        away_since: CounterMicros::NONE,
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let granted = async |call| match counters.take(call).await.unwrap().state {
@@ -276,13 +279,13 @@ async fn versions_that_start_over_are_followed() {
         state @ BucketState::Initializing { .. } => panic!("{state:?}"),
     };
     assert_eq!(granted(plan(900, 3)).await, 3);
-    // While the newer version is in use, the older one is not followed, however busy.
+    // While the newer version is in use, the older one is ignored, no matter how busy its replica is.
     for _ in 0..30 {
         clock.advance(Duration::from_secs(1));
         assert!(granted(plan(7, 50)).await <= 1);
         assert!(granted(plan(900, 3)).await <= 1);
     }
-    // The other replicas are restarted, and nobody knows the higher version any more.
+    // The other replicas are restarted, and no replica has the higher version any more.
     let mut followed = None;
     for second in 0..30 {
         clock.advance(Duration::from_secs(1));
@@ -292,12 +295,12 @@ async fn versions_that_start_over_are_followed() {
     }
     let followed = followed.expect("the edit is in force");
     assert!((5..=12).contains(&followed), "after {followed} s");
-    // From then on the edits count by their new versions.
+    // From then on, edits are ordered by their new versions.
     clock.advance(Duration::from_secs(60));
     assert_eq!(granted(plan(9, 2)).await, 2);
 }
 
-/// A loss leaves every bucket empty, also for a burst that the plan has only later.
+/// A loss of state leaves every bucket empty, even for a burst that the plan gets later.
 #[tokio::test]
 async fn a_lost_bucket_is_empty_for_every_burst() {
     let (_server, redis) = started().await;
@@ -306,14 +309,14 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     counters.begin().await;
     let plan = |version: u64, burst: u64| TakeCall {
         bucket: BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil())),
-        emission: 100_000_000,
-        tau: burst * 100_000_000,
+        emission: Nanos::from_millis(100),
+        tau: Nanos::from_millis(burst * 100),
         version,
         need: 1,
         waiting: 200,
         want: 200,
         back: 0,
-        away_since: 0,
+        away_since: CounterMicros::NONE,
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let take = async |call| counters.take(call).await.unwrap().state;
@@ -322,7 +325,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
         state @ BucketState::Initializing { .. } => panic!("{state:?}"),
     };
     assert_eq!(granted(plan(1, 100)).await, 100);
-    // After the edit to a burst of one, what it cannot hold stays missing: a larger one finds what has refilled.
+    // After the edit to a burst of one, the tokens it cannot hold remain missing: a larger burst has only the refill.
     clock.advance(Duration::from_secs(1));
     assert_eq!(granted(plan(2, 1)).await, 1);
     clock.advance(Duration::from_secs(1));
@@ -333,15 +336,32 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     let BucketState::Initializing { wait } = take(plan(3, 100)).await else {
         panic!("it has lost its state");
     };
-    // Two seconds into the new epoch, of which one token was used.
+    // Two seconds into the new epoch, in which one token was used.
     clock.advance(Duration::from_micros(wait) + Duration::from_secs(1));
     assert_eq!(granted(plan(4, 1)).await, 1);
     clock.advance(Duration::from_secs(1));
     assert_eq!(granted(plan(5, 100)).await, 19);
-    // And so it goes on: full when it has refilled, and not before.
+    // This continues: the bucket is full once it has refilled, and not before.
     clock.advance(Duration::from_secs(5));
     assert_eq!(granted(plan(5, 100)).await, 50);
     clock.advance(Duration::from_secs(100));
     assert_eq!(granted(plan(5, 100)).await, 100);
     assert_eq!(granted(plan(6, 150)).await, 50);
+
+    // The same holds hours later, while the smaller burst is in use.
+    redis.query("", &flush).await.expect("Redis answers");
+    let slow = |version, burst: u64| TakeCall {
+        emission: Nanos(60_000_000_000),
+        tau: Nanos(burst * 60_000_000_000),
+        ..plan(version, burst)
+    };
+    let BucketState::Initializing { wait } = take(slow(7, 1)).await else {
+        panic!("it has lost its state");
+    };
+    clock.advance(Duration::from_micros(wait));
+    for hour in 1..=3 {
+        clock.advance(Duration::from_secs(3600));
+        assert_eq!(granted(slow(7, 1)).await, 1, "hour {hour}");
+    }
+    assert_eq!(granted(slow(8, 600)).await, 180 - 3);
 }

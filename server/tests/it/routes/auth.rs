@@ -712,7 +712,7 @@ async fn signing_out_revokes_only_its_own_session_and_needs_its_token() {
         );
     }
     assert_eq!(me(&app, &account.access_token).await, 200);
-    // Any token of the family can sign out; reuse is not theft here.
+    // Signing out works with any token of the family, and reuse is not treated as theft here.
     let next = refresh(&app, &account.refresh_token).await;
     let out = json!({"refresh_token": account.refresh_token});
     assert_eq!(app.post("/auth/logout", out).send().await.status, 204);

@@ -1,4 +1,4 @@
-//! The fake Stripe, with what Quota needs set up in it, and servers that bill through it.
+//! The fake Stripe, with the objects that Quota needs, and servers that bill through it.
 
 use std::time::{Duration, Instant};
 
@@ -75,7 +75,7 @@ impl TestStripe {
         self.fake.deliver(event, &self.endpoint, delivery).await
     }
 
-    /// Delivers all events that are queued, each once.
+    /// Delivers all queued events, each once.
     pub(crate) async fn deliver_all(&self) {
         for status in self.fake.deliver_all().await {
             assert_eq!(status, 204);
@@ -127,7 +127,7 @@ pub(crate) async fn wait_for_access(app: &TestApp, account: &Account, access: &s
     }
 }
 
-/// Waits until a key is answered with this status.
+/// Waits until requests with a key get this status.
 pub(crate) async fn wait_for_status(app: &TestApp, key: &str, status: u16) -> Duration {
     let began = Instant::now();
     loop {

@@ -6,20 +6,21 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use quota_server::repo::{
     usage::{self, Filter},
-    usage_log::UsageRecord,
-    usage_partition,
+    usage_batch::UsageRecord,
 };
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{append, now, record, rejected};
+use super::{append, create_partitions, now, record, rejected};
 use crate::support::app::{Account, PASSWORD, TestApp};
 
 const KEYS: usize = 1000;
 const ENDPOINTS: usize = 200;
 const DAYS: i64 = 30;
-/// Records per transaction, as with a backlog.
-const BATCH: usize = 20_000;
+/// Records of one transaction, as with a backlog.
+const BATCH: usize = 50_000;
+/// Number of records in the backlog.
+const BACKLOG: usize = 1_000_000;
 /// Requests for each percentile.
 const ROUNDS: usize = 100;
 
@@ -42,7 +43,7 @@ impl Zipf {
     }
 }
 
-/// Records in chronological order, spread evenly over the days before `until`.
+/// Records in chronological order, spread evenly over `span` before `until`.
 struct Generator {
     account: Account,
     keys: Vec<(String, String)>,
@@ -51,6 +52,7 @@ struct Generator {
     by_endpoint: Zipf,
     random: fastrand::Rng,
     until: DateTime<Utc>,
+    span: TimeDelta,
     rows: usize,
     made: usize,
 }
@@ -58,12 +60,12 @@ struct Generator {
 impl Generator {
     fn batch(&mut self) -> Vec<UsageRecord> {
         let count = BATCH.min(self.rows - self.made);
-        let span = TimeDelta::days(DAYS).num_milliseconds();
+        let span = self.span.num_microseconds().expect("a month");
         (0..count)
             .map(|_| {
                 let part = i128::from(span) * self.made as i128 / self.rows as i128;
-                let at = self.until - TimeDelta::days(DAYS)
-                    + TimeDelta::milliseconds(i64::try_from(part).expect("within the span"));
+                let at = self.until - self.span
+                    + TimeDelta::microseconds(i64::try_from(part).expect("within the span"));
                 self.made += 1;
                 let (key, plan) = &self.keys[self.by_key.draw(&mut self.random)];
                 let endpoint = &self.endpoints[self.by_endpoint.draw(&mut self.random)];
@@ -112,6 +114,9 @@ async fn fill(app: &TestApp, generator: &mut Generator) {
         "appended {} rows in batches of {BATCH}: {rate} rows/s",
         generator.made
     );
+}
+
+async fn vacuum(app: &TestApp) {
     let client = app.database.connect().await;
     client
         .batch_execute("VACUUM (ANALYZE) usage_log, usage_quarters, usage_days, usage_endpoints")
@@ -224,15 +229,8 @@ async fn ten_million_rows() {
     let busiest = app.key(&account, &plans[0]).await.id;
     let mut keys = vec![(busiest.clone(), plans[0].clone())];
     keys.extend((1..KEYS).map(|n| (Uuid::now_v7().to_string(), plans[n % 5].clone())));
-    let mut tx = app.state.db.system().await.expect("a transaction");
-    let (first, last) = (
-        (until - TimeDelta::days(DAYS)).date_naive(),
-        until.date_naive(),
-    );
-    usage_partition::create(&mut tx, first, last)
-        .await
-        .expect("partitions");
-    tx.commit().await.expect("a commit");
+    let days = (0..=DAYS).map(|day| (until - TimeDelta::days(day)).date_naive());
+    create_partitions(&app, days).await;
 
     let mut generator = Generator {
         account,
@@ -244,10 +242,18 @@ async fn ten_million_rows() {
         by_endpoint: Zipf::new(u32::try_from(ENDPOINTS).expect("small")),
         random: fastrand::Rng::with_seed(1),
         until,
+        span: TimeDelta::days(DAYS),
         rows,
         made: 0,
     };
     fill(&app, &mut generator).await;
+    println!("The same as a backlog of {BACKLOG} records at 10,000 requests/s:");
+    generator.until = until - TimeDelta::hours(1);
+    generator.span = TimeDelta::microseconds(i64::try_from(BACKLOG).expect("small") * 100);
+    (generator.rows, generator.made) = (BACKLOG, 0);
+    fill(&app, &mut generator).await;
+    vacuum(&app).await;
+    let rows = rows + BACKLOG;
     // A sign-in is valid for minutes.
     let account = generator.account;
     let login = json!({"email": account.email, "password": PASSWORD});

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use chrono::TimeDelta;
-use quota_server::repo::usage_log::UsageRecord;
+use quota_server::repo::usage_batch::UsageRecord;
 use reqwest::Response;
 use serde_json::{Value, json};
 use tokio::{

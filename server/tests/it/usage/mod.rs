@@ -5,13 +5,18 @@
 mod bench;
 mod decisions;
 mod oracle;
+mod recount;
 mod reports;
 mod tables;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, NaiveDate, Utc};
 use quota_server::{
     db::DbError,
-    repo::usage_log::{self, Appended, UsageRecord},
+    repo::{
+        usage_append::{self, Appended},
+        usage_batch::{UsageBatch, UsageRecord},
+        usage_partition::{self, Partitioned},
+    },
 };
 use uuid::Uuid;
 
@@ -28,10 +33,11 @@ pub(crate) fn now() -> DateTime<Utc> {
 
 /// Appends the records in one transaction, as one batch of a shipper.
 pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
+    let batch = UsageBatch::new(records.to_vec());
     for attempt in 0.. {
         let appended = async {
             let mut tx = app.state.db.system().await?;
-            let appended = usage_log::append(&mut tx, records).await?;
+            let appended = usage_append::append(&mut tx, &batch).await?;
             tx.commit().await?;
             Ok(appended)
         };
@@ -43,6 +49,19 @@ pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
         }
     }
     unreachable!("the last attempt returns or panics")
+}
+
+/// Creates the partitions of these days.
+pub(crate) async fn create_partitions(app: &TestApp, days: impl Iterator<Item = NaiveDate>) {
+    for day in days {
+        for table in Partitioned::ALL {
+            let mut tx = app.state.db.system().await.expect("a transaction");
+            usage_partition::create(&mut tx, table, day)
+                .await
+                .expect("a partition");
+            tx.commit().await.expect("a commit");
+        }
+    }
 }
 
 /// An allowed request of cost 1.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use jiff::{Timestamp, tz::TimeZone};
-use quota_server::repo::usage_log::UsageRecord;
+use quota_server::repo::usage_batch::UsageRecord;
 use serde_json::{Value, json};
 use uuid::Uuid;
 

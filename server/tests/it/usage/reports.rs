@@ -1,7 +1,7 @@
 //! `/admin/usage`, `/admin/stats`, and the current limits of a key.
 
 use chrono::{DateTime, TimeDelta, Utc};
-use quota_server::repo::usage_log::UsageRecord;
+use quota_server::repo::usage_batch::UsageRecord;
 use quota_testkit::redis::RedisServer;
 use serde_json::{Value, json};
 use uuid::Uuid;

@@ -5,15 +5,15 @@ use std::collections::BTreeSet;
 
 use chrono::{Days, TimeDelta};
 use quota_server::repo::{
+    usage_append::{self, Appended},
+    usage_batch::{UsageBatch, UsageRecord},
     usage_check,
-    usage_log::{Appended, UsageRecord},
-    usage_partition,
 };
 use serde_json::Value;
 use tokio_postgres::Client;
 use uuid::Uuid;
 
-use super::{append, now, record, rejected};
+use super::{append, create_partitions, now, record, rejected};
 use crate::support::app::{Account, TestApp};
 
 const KEY: &str = "00000000-0000-7000-8000-00000000000a";
@@ -89,7 +89,7 @@ async fn a_rolled_back_batch_leaves_nothing_and_can_be_sent_again() {
     let account = app.register().await;
     let records = batch(&account, 100);
     let mut tx = app.state.db.system().await.expect("a transaction");
-    quota_server::repo::usage_log::append(&mut tx, &records)
+    usage_append::append(&mut tx, &UsageBatch::new(records.clone()))
         .await
         .expect("the records fit");
     drop(tx);
@@ -282,12 +282,9 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
         .start()
         .await;
     let last = (now() + Days::new(7)).format("%Y%m%d").to_string();
-    for _ in 0..200 {
-        if partitions(&client, "usage_days").await.contains(&last) {
-            break;
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
+    // Yesterday's is created last.
+    let yesterday = (now() - Days::new(1)).format("%Y%m%d").to_string();
+    holds(async || partitions(&client, "usage_days").await.contains(&yesterday)).await;
     for table in ["usage_log", "usage_quarters", "usage_days"] {
         let created = partitions(&client, table).await;
         assert_eq!(
@@ -309,18 +306,94 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
     replica.stop().await;
 }
 
+/// Waits until a condition holds. Returns whether it does.
+async fn holds(mut check: impl AsyncFnMut() -> bool) -> bool {
+    for _ in 0..400 {
+        if check().await {
+            return true;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    false
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let reader = app.database.connect().await;
+    // A long query.
+    reader
+        .batch_execute("BEGIN; LOCK TABLE usage_log_default IN ACCESS SHARE MODE")
+        .await
+        .expect("it is locked");
+    let client = app.database.connect().await;
+    let replica = TestApp::setup()
+        .database(app.database.clone())
+        .start()
+        .await;
+    for table in ["usage_quarters", "usage_days"] {
+        let created = holds(async || partitions(&client, table).await.len() == 9).await;
+        assert!(created, "{table}: {:?}", partitions(&client, table).await);
+    }
+    assert_eq!(partitions(&client, "usage_log").await, BTreeSet::new());
+    reader.batch_execute("COMMIT").await.expect("it was locked");
+    let created = holds(async || partitions(&client, "usage_log").await.len() == 9).await;
+    assert!(created, "it is tried again");
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn partitions_are_created_however_long_it_takes() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let client = app.database.connect().await;
+    // Each takes longer than the statement timeout.
+    client
+        .batch_execute(
+            "CREATE FUNCTION wait_for_partition() RETURNS event_trigger LANGUAGE plpgsql AS \
+                 $$ BEGIN PERFORM pg_sleep(0.15); END $$; \
+             CREATE EVENT TRIGGER wait_for_partition ON ddl_command_end WHEN TAG IN ('CREATE TABLE') \
+                 EXECUTE FUNCTION wait_for_partition()",
+        )
+        .await
+        .expect("the superuser may");
+    let replica = TestApp::setup()
+        .database(app.database.clone())
+        .flag("--database-statement-timeout=100ms")
+        .start()
+        .await;
+    for table in ["usage_log", "usage_quarters", "usage_days"] {
+        let created = holds(async || partitions(&client, table).await.len() == 9).await;
+        assert!(created, "{table}: {:?}", partitions(&client, table).await);
+    }
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_rows_without_a_partition_are_deleted_in_bounded_steps() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let old = now() - Days::new(30);
+    let records = (0..5).map(|_| record(&account, KEY, PLAN, old));
+    append(&app, &records.collect::<Vec<_>>()).await;
+    append(&app, &[record(&account, KEY, PLAN, now())]).await;
+    let client = app.database.connect().await;
+    let step = "SELECT usage_delete_unpartitioned('usage_log', current_date - 1, 2)::bigint";
+    let mut deleted = Vec::new();
+    for _ in 0..4 {
+        deleted.push(number(&client, step).await);
+    }
+    assert_eq!(deleted, [2, 2, 1, 0]);
+    assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn days_beyond_the_retention_are_dropped_and_no_others() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
     let today = now();
     let ages = [0, 1, 2, 3, 4, 5, 6];
-    let mut tx = app.state.db.system().await.expect("a transaction");
-    let day = |age: u64| (today - Days::new(age)).date_naive();
-    usage_partition::create(&mut tx, day(6), day(0))
-        .await
-        .expect("partitions");
-    tx.commit().await.expect("a commit");
+    let days = ages.map(|age| (today - Days::new(age)).date_naive());
+    create_partitions(&app, days.into_iter()).await;
     for age in ages {
         append(&app, &[record(&account, KEY, PLAN, today - Days::new(age))]).await;
     }

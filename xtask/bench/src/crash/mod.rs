@@ -5,7 +5,7 @@
 //! process is killed, and when, is derived from a seed.
 
 mod load;
-mod postgres;
+pub(crate) mod postgres;
 
 use std::{
     collections::BTreeMap,

@@ -19,7 +19,7 @@ use tokio_postgres::{Client, NoTls};
 
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
 
-pub(super) struct Postgres {
+pub(crate) struct Postgres {
     programs: PathBuf,
     cluster: PathBuf,
     log: PathBuf,
@@ -29,7 +29,7 @@ pub(super) struct Postgres {
 }
 
 impl Postgres {
-    pub(super) async fn start(programs: &Path) -> Result<Self> {
+    pub(crate) async fn start(programs: &Path) -> Result<Self> {
         let dir = tempfile::Builder::new()
             .prefix("quota-crash-")
             .permissions(<fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o711))
@@ -81,11 +81,11 @@ impl Postgres {
         Ok(command)
     }
 
-    pub(super) fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("postgres://quota@127.0.0.1:{}/postgres", self.port)
     }
 
-    pub(super) async fn connect(&self) -> Result<Client> {
+    pub(crate) async fn connect(&self) -> Result<Client> {
         let (client, connection) = tokio_postgres::connect(&self.url(), NoTls).await?;
         tokio::spawn(connection);
         Ok(client)
@@ -93,7 +93,7 @@ impl Postgres {
 
     /// `kill -9` of the postmaster. The kernel keeps the data it has written, since `fsync` matters only if the machine
     /// fails.
-    pub(super) async fn kill(&mut self) -> Result<()> {
+    pub(crate) async fn kill(&mut self) -> Result<()> {
         if let Some(mut process) = self.running.take() {
             process.signal(Signal::SIGKILL)?;
             process.ends_within(Duration::from_secs(10)).await?;
@@ -101,7 +101,7 @@ impl Postgres {
         Ok(())
     }
 
-    pub(super) async fn restart(&mut self) -> Result<()> {
+    pub(crate) async fn restart(&mut self) -> Result<()> {
         let deadline = Instant::now() + STARTED_WITHIN;
         let mut command = self.program("postgres")?;
         command

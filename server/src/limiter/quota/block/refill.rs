@@ -1,28 +1,28 @@
-//! Fetching tokens from the ledger: when, how many, and what its answers change.
+//! Fetching tokens from the ledger: when, how many, and how its responses change the block.
 
 use std::sync::Arc;
 
-use super::{Block, Need, Next, NextBlock, Order, PATIENCE, PATIENCE_MAX, block_size};
+use super::{Block, LedgerOrder, Need, Next, NextBlock, PATIENCE, PATIENCE_MAX, block_size};
 use crate::{
-    clock::UnixNanos,
+    clock::{Nanos, UnixNanos},
     limiter::quota::{
         calendar::{Window, window_at},
         ledger::{LedgerError, Taken},
     },
 };
 
-/// Nanoseconds until a failed ledger is queried again. Until then requests fail immediately, so that it does not get
+/// The time until a failed ledger is queried again. Until then requests fail immediately, so that it does not get
 /// one call per request.
-const COOLING: u64 = 100_000_000;
+const COOLING: Nanos = Nanos::from_millis(100);
 
-/// The first block of the next window is fetched this many nanoseconds before the current one ends: at least
+/// The first block of the next window is fetched this long before the current one ends: at least
 /// [`AHEAD_MIN`], and up to [`AHEAD_JITTER`] more, which differs by key.
-const AHEAD_MIN: u64 = 120_000_000_000;
-const AHEAD_JITTER: u64 = 480_000_000_000;
+const AHEAD_MIN: Nanos = Nanos::from_secs(120);
+const AHEAD_JITTER: Nanos = Nanos::from_secs(480);
 
 impl Block {
-    /// Returns whether to fetch more before a request has to wait. With blocks of one token, not if other replicas
-    /// share the quota: each would hold a token that it may not need.
+    /// Returns whether to fetch more before a request has to wait. With blocks of one token, only if no other replica
+    /// shares the quota: otherwise, each would hold a token that it may not need.
     pub(in crate::limiter) fn is_low(&self, now: UnixNanos) -> bool {
         self.known
             && self.used < self.quota
@@ -51,7 +51,7 @@ impl Block {
             .map(Arc::clone)
     }
 
-    /// Returns how often the ledger has failed.
+    /// Returns the number of times the ledger has failed.
     pub(in crate::limiter) fn failures(&self) -> u64 {
         self.failures
     }
@@ -66,13 +66,17 @@ impl Block {
         } else {
             self.patience
         };
-        // In both directions: a clock that was set back must not block a key for hours.
-        now.0.abs_diff(self.asked_at.0) >= patience
+        // Checked in both directions: a clock that was set back must not block a key for hours.
+        now.abs_diff(self.asked_at) >= patience
     }
 
-    /// Begins a fetch at `now`, unless one is in flight or there is nothing to do. Every order is followed by
+    /// Begins a fetch at `now`, unless one is in flight or there is nothing to do. Each order must be followed by
     /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
-    pub(in crate::limiter) fn begin_fetch(&mut self, need: Need, now: UnixNanos) -> Option<Order> {
+    pub(in crate::limiter) fn begin_fetch(
+        &mut self,
+        need: Need,
+        now: UnixNanos,
+    ) -> Option<LedgerOrder> {
         if self.fetching {
             return None;
         }
@@ -86,8 +90,8 @@ impl Block {
             Need::Cost(_) | Need::Ahead => size.saturating_sub(self.held).min(left),
             Need::Again => size.saturating_sub(self.held).max(1),
         };
-        // Before the take, so that `used` does not include them, and so that a window without usage can be replaced by
-        // one in another time zone.
+        // Returned before taking, so that `used` does not include them, and so that a window without usage can be
+        // replaced by one in another time zone.
         let give_back: Vec<_> = self
             .owed
             .extract_if(.., |(window, _)| now < window.end)
@@ -97,7 +101,7 @@ impl Block {
             return None;
         }
         self.fetching = true;
-        Some(Order {
+        Some(LedgerOrder {
             give_back,
             limit: self.limit,
             want,
@@ -136,7 +140,7 @@ impl Block {
         self.patience = if taken.granted > 0 {
             PATIENCE
         } else {
-            (self.patience * 2).min(PATIENCE_MAX)
+            self.patience.saturating_mul(2).min(PATIENCE_MAX)
         };
         self.trim_to(u64::MAX);
     }
@@ -155,14 +159,15 @@ impl Block {
     }
 
     /// Begins to fetch the first block of the next window, if it is time for `key_hash` and the key was used in the
-    /// current one. Returns when the next window starts. Followed by [`finish_next`](Self::finish_next).
+    /// current one. Returns when the next window starts. Must be followed by [`finish_next`](Self::finish_next).
     pub(in crate::limiter) fn begin_next(
         &mut self,
         now: UnixNanos,
         key_hash: u64,
     ) -> Option<UnixNanos> {
         let end = self.window.span.end;
-        let is_time = now.0.saturating_add(AHEAD_MIN + key_hash % AHEAD_JITTER) >= end.0;
+        let ahead = AHEAD_MIN.saturating_add(Nanos(key_hash % AHEAD_JITTER.0));
+        let is_time = now.saturating_add(ahead) >= end;
         let is_wanted = self.limit != 0
             && self.known
             && self.used > self.held
@@ -176,16 +181,16 @@ impl Block {
     }
 
     /// Returns the order for a window of the day or month `calendar`.
-    pub(in crate::limiter) fn next_order(&self, calendar: Window) -> Order {
+    pub(in crate::limiter) fn next_order(&self, calendar: Window) -> LedgerOrder {
         let window = window_at(self.window.span.end, calendar, &[self.window]);
-        Order {
+        LedgerOrder {
             give_back: Vec::new(),
             limit: self.limit,
             want: block_size(window.quota(self.limit), self.replicas),
         }
     }
 
-    /// Ends the fetch of the next block. `None` if it failed.
+    /// Ends the fetch of the next block. `None` if the fetch failed.
     pub(in crate::limiter) fn finish_next(&mut self, taken: Option<Taken>, now: UnixNanos) {
         let is_outdated = matches!(self.next, Next::Outdated);
         self.next = Next::None;

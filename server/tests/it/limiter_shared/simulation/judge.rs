@@ -1,26 +1,35 @@
-//! What was promised, recounted from the log of requests alone.
+//! Recounts the promises from the log of requests only.
 //!
-//! Derived from the promises in the contract with the customer, and unaware of how the limiter keeps them. A
-//! replica's or Redis's own numbers are used for two things only: a denial is a lie if Redis had never granted
-//! enough to empty the bucket, and the books must add up.
+//! Derived from the documented promises, without knowing how the limiter keeps them. Numbers from replicas or Redis are
+//! used only for two checks: a denial is wrong if Redis had never granted enough tokens to empty the bucket, and the
+//! totals must match.
 //!
-//! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, and `burst + rate·T` for a strict
-//! plan, over all replicas and whatever happens. In the second after an edit replicas may follow either plan, so a
-//! window that touches it has the larger burst and at each moment the larger rate of the plans that may be in force;
-//! a plan under which the key is not used is not one of them.
-//! `share` has one exception, and `closed` none: while some replicas lose Redis
-//! (or have all their answers late) and others do not, the former sell their share `p` of the bucket beside the
-//! latter, together at most `(1 + p)` times as much. `open` promises nothing for what is admitted without Redis.
-//! What is admitted by Redis keeps the plain bound in every mode.
+//! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, or `burst + rate·T` for a strict
+//! plan, over all replicas and whatever happens. In the second after an edit, replicas may follow either plan, so a
+//! window that overlaps it has the larger burst and, at each moment, the larger rate of the plans that requests follow.
+//! Between the requests of two plans, the lower rate counts, because a bucket learns of an edit from a request.
+//! `closed` has no exception, and `share` has one: while some replicas lose Redis (or get all responses late) and
+//! others do not, the former use their share `p` of the bucket in addition to the latter. Together they admit at most
+//! `(1 + p)` times as much, where `p` is at most 1. With `open`, the requests that a replica admits without Redis
+//! satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis keep the plain bound in
+//! every mode.
 //!
-//! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, at least 99 % of what
-//! an exact bucket would serve of the same requests, to a token or two. The bucket starts as full as the admissions
-//! before leave it. Of a leased key two kinds of tokens are not counted as there: those that another replica may hold
-//! (at most a tenth of the burst and twice what was asked for there just before, for no longer than [`HELD`]), and,
-//! once the bucket has run dry, those of the last [`GATHER`], which are taken together and not one by one. Requests that
-//! come while Redis is being asked are decided together by the next call, so at the end of a window what refilled in
-//! the last round trip may be there unused, of every plan. And Redis hears of an edit with the first request after it:
-//! the tokens that refill before count at the lower of the two rates.
+//! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, at least 99% of what an
+//! exact bucket would admit of the same requests, to within a token or two. At its start, the bucket contains what
+//! earlier admissions have left in it. If a replica crashes, the tokens that may have been granted for its requests
+//! without a response are lost. For a leased key, two kinds of tokens are not counted as available. The first are
+//! tokens that another replica may hold: at most a tenth of the burst and twice the cost of the requests sent there
+//! just before, for at most [`HELD`]. The second are the last tokens of a bucket, which are taken together and not one
+//! by one: from the time at which it contains less than the refill of [`GATHER`] until it contains twice as much, that
+//! many tokens. Requests that arrive during a call to Redis are decided together by the next call, so at the end of a
+//! window, the refill of the last round trip may be unused, for every plan. In addition, Redis learns of an edit with
+//! the first request after it: tokens that refill before that count at the lower of the two rates. After a fault, a
+//! bucket is empty only if Redis lost its state, or if no replica received a response. Otherwise, it has lost at most
+//! twice the cost of the requests sent in the meantime.
+//!
+//! **Waits.** A denial by the rate states a time to wait, which is at most the time that an empty bucket needs for that
+//! cost, plus two leases. If nothing is taken in the meantime, the same request is admitted after that time, rounded up
+//! to whole seconds as in a header, once the tokens of a leased key have accumulated.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -33,36 +42,42 @@ use quota_testkit::envelope::{Envelope, Span};
 
 use super::{
     run::{Answer, DEADLINE, EDIT_KNOWN, Entry, Log, TTL},
-    scene::{Change, FaultKind, Key, Plan, Scene},
+    scene::{Change, Fault, FaultKind, Key, Plan, Replicas, Scene},
 };
 
+#[cfg(test)]
+mod tests;
+
 const MS: u64 = 1_000_000;
+const SECOND: u64 = 1000 * MS;
 const FOREVER: u64 = u64::MAX / 4;
 
-/// After a fault: probes find Redis, and buckets that were lost start empty.
+/// After a fault: probes reach Redis again, and lost buckets start empty.
 const RECOVERED: u64 = 2000 * MS;
-/// The lower bound holds in every window as long as this.
+/// The lower bound holds in every window of this length.
 const WINDOW: u64 = 2000 * MS;
-/// Windows start so often.
+/// The interval between the starts of windows.
 const STEP: u64 = 250 * MS;
-/// The life of a lease, its return, and as long again twice for denials that other replicas remember.
+/// The lifetime of a lease and its return, and twice the same for denials that other replicas remember.
 const HELD: u64 = 350 * MS;
-/// So long tokens of a dry bucket may gather before they are taken: half the life of a lease, and the way to Redis and
-/// back.
+/// How long tokens of a dry bucket may accumulate before they are taken: half the lifetime of a lease, plus the round
+/// trip to Redis.
 const GATHER: u64 = 60 * MS;
 /// A decision waits for Redis at most twice.
 const PATIENCE: u64 = 2 * DEADLINE.as_nanos() as u64 + 5 * MS;
 
-/// Which promise was broken.
+/// The promise that was broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Promise {
     Upper,
     Lower,
-    /// A 429 although the bucket certainly had the tokens.
+    /// A 429 although the bucket certainly had enough tokens.
     Honest,
-    /// An answer took longer than two deadlines.
+    /// A wait after which the same request is denied again, or one that is longer than necessary.
+    Wait,
+    /// A response took longer than two deadlines.
     Prompt,
-    /// Failure modes as the plan chose them, books that add up, and a return to Redis.
+    /// Failure modes as chosen by the plan, matching totals, and a return to Redis.
     Mode,
 }
 
@@ -75,12 +90,14 @@ pub(super) struct Violation {
 pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
     let mut found = Vec::new();
     for (number, key) in scene.keys.iter().enumerate() {
-        let entries: Vec<Entry> = log
+        let mut entries: Vec<Entry> = log
             .entries
             .iter()
             .filter(|it| it.key == number)
             .copied()
             .collect();
+        // Of requests sent at the same time, those without a response may have been decided first.
+        entries.sort_by_key(|it| (it.asked, it.answer != Answer::None));
         let mut broken = |promise, text: String| {
             let text = format!("key {number} ({}): {text}", key.load);
             found.push(Violation { promise, text });
@@ -88,11 +105,14 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
         if let Some(text) = over(scene, key, &entries) {
             broken(Promise::Upper, text);
         }
-        if let Some(text) = under(scene, key, &entries) {
+        if let Some(text) = under(scene, key, &entries, &log.epochs) {
             broken(Promise::Lower, text);
         }
         if let Some(text) = dishonest(key, &entries) {
             broken(Promise::Honest, text);
+        }
+        if let Some(text) = wrong_wait(scene, key, &entries) {
+            broken(Promise::Wait, text);
         }
         if let Some(late) = entries.iter().find(|it| it.answered - it.asked > PATIENCE) {
             broken(Promise::Prompt, format!("{late:?}"));
@@ -136,17 +156,15 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
     found
 }
 
-/// A plan with the time in which it may be in force, nanoseconds since the load began.
+/// A plan with the period in which it may apply, in nanoseconds since the load began.
 struct InForce {
     plan: Plan,
     from: u64,
     until: u64,
 }
 
-/// How long after an edit the plan before may be followed, and its tokens be spent.
-fn known() -> u64 {
-    EDIT_KNOWN.as_nanos() as u64 + TTL.as_nanos() as u64
-}
+/// How long after an edit the previous plan may be applied, and its tokens spent.
+const KNOWN: u64 = EDIT_KNOWN.as_nanos() as u64 + TTL.as_nanos() as u64;
 
 fn in_force(key: &Key) -> Vec<InForce> {
     let plans = key.plans.iter().enumerate();
@@ -157,44 +175,80 @@ fn in_force(key: &Key) -> Vec<InForce> {
             until: key
                 .plans
                 .get(n + 1)
-                .map_or(FOREVER, |next| next.from * MS + known()),
+                .map_or(FOREVER, |next| next.from * MS + KNOWN),
         })
         .collect()
 }
 
-/// The plans that buckets have followed. An edit reaches a bucket with the first request after it, and until then the
-/// bucket refills as before, so a plan under which no request came was never in force. Redis hears of an edit from
-/// whichever replica is asked first. A `share` is its replica's own: it hears of an edit when that replica is asked.
-fn followed(key: &Key, entries: &[Entry], shares: bool) -> Vec<InForce> {
-    let after = |plan: usize, replica: Option<usize>| {
-        let of = |it: &&Entry| replica.is_none_or(|replica| it.replica == replica);
-        let later = entries.iter().filter(of).filter(|it| it.plan > plan);
-        let next = later.map(|it| it.plan).min();
-        next.map(|next| key.plans[next].from * MS + known())
-    };
-    let plans = key.plans.iter().enumerate();
-    let used = plans.filter(|(n, _)| entries.iter().any(|it| it.plan == *n));
-    used.map(|(n, plan)| {
-        let followers = entries.iter().filter(|it| shares && it.plan == n);
-        let by_shares = followers.filter_map(|it| after(n, Some(it.replica))).max();
-        InForce {
-            plan: *plan,
-            from: plan.from * MS,
-            until: after(n, None).max(by_shares).unwrap_or(FOREVER),
+/// The plans that buckets have followed, each from the first request under it to the last. A bucket learns of an edit
+/// from a request, and since the previous request it refills at the lower of the two rates. So a plan under which no
+/// request was sent was never in force, and the slower plan is in force between the requests of two plans.
+///
+/// A replica that has not learned of an edit yet may also return tokens during the time that an edit takes to arrive.
+/// If nothing was admitted under a plan, as in `is_heard`, it is unknown whether the bucket learned of it: both cases
+/// count.
+fn followed(key: &Key, entries: &[Entry], is_heard: fn(&Entry) -> bool) -> Vec<InForce> {
+    let number = |it: &InForce| it.plan.from;
+    let mut followed = followed_one_by_one(key, entries, |_| true);
+    for heard in followed_one_by_one(key, entries, is_heard) {
+        if let Some(it) = followed.iter_mut().find(|it| number(it) == number(&heard)) {
+            it.from = it.from.min(heard.from);
+            it.until = it.until.max(heard.until);
         }
-    })
-    .collect()
+    }
+    followed
 }
 
-/// A time in which some replicas sell their share beside Redis, and the part of a bucket that they sell.
+fn followed_one_by_one(
+    key: &Key,
+    entries: &[Entry],
+    is_heard: impl Fn(&Entry) -> bool,
+) -> Vec<InForce> {
+    let mut followed: Vec<InForce> = Vec::new();
+    for (number, plan) in key.plans.iter().enumerate() {
+        let under = || entries.iter().filter(|it| it.plan == number);
+        let (Some(first), Some(last), true) = (
+            under().map(|it| it.asked).min(),
+            under().map(|it| it.answered).max(),
+            under().any(&is_heard),
+        ) else {
+            continue;
+        };
+        let mut next = InForce {
+            plan: *plan,
+            from: first,
+            until: last + 1,
+        };
+        match followed.last_mut() {
+            None => next.from = 0,
+            Some(before) if before.until < first => {
+                if before.plan.rate() <= plan.rate() {
+                    before.until = first;
+                } else {
+                    next.from = before.until;
+                    before.until = first.min(plan.from * MS + KNOWN).max(before.until);
+                }
+            }
+            Some(_) => {}
+        }
+        followed.push(next);
+    }
+    if let Some(last) = followed.last_mut() {
+        last.until = FOREVER;
+    }
+    followed
+}
+
+/// A period in which some replicas admit their share in addition to Redis, and the fraction of a bucket that they
+/// admit.
 struct Beside {
     from: u64,
     until: u64,
     part: f64,
 }
 
-/// Tokens that refill from the start until then, at the highest rate of the plans that may be in force, and faster
-/// where shares are sold `beside` Redis.
+/// Tokens that refill from the start until then, at the highest rate of the plans that may apply, and faster while
+/// shares are admitted in addition to Redis.
 fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
     let mut edges: Vec<u64> = plans.iter().flat_map(|it| [it.from, it.until]).collect();
     edges.extend(beside.iter().flat_map(|it| [it.from, it.until]));
@@ -217,7 +271,7 @@ fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
     pieces.sum()
 }
 
-/// When replicas that alone have lost Redis sell beside it: during the fault, and until they have returned.
+/// When replicas that have lost Redis alone admit in addition to it: during the fault, and until they have recovered.
 fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     if key.on_failure != OnRedisFailure::Share {
         return Vec::new();
@@ -243,7 +297,7 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
         (alone < all).then(|| Beside {
             from: fault.at * MS,
             until: fault.end() * MS + RECOVERED,
-            part: part * alone as f64,
+            part: (part * alone as f64).min(1.0),
         })
     });
     alone.collect()
@@ -253,14 +307,18 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let admitted = || entries.iter().filter(|it| it.answer == Answer::Admitted);
     let by_redis: Vec<&Entry> = admitted().filter(|it| !it.degraded).collect();
     let all: Vec<&Entry> = admitted().collect();
-    let found = worst(&followed(key, entries, false), &by_redis, &[])
-        .map(|text| format!("by Redis alone, {text}"));
-    if found.is_some() || key.on_failure == OnRedisFailure::Open {
+    let is_granted = |it: &Entry| it.answer == Answer::Admitted && !it.degraded;
+    let found = worst(&followed(key, entries, is_granted), &by_redis, &[])
+        .map(|text| format!("by the counters alone, {text}"));
+    if found.is_some() {
         return found;
     }
+    if key.on_failure == OnRedisFailure::Open {
+        return over_by_open(scene, key, entries);
+    }
+    let plans = followed(key, entries, |it| it.answer == Answer::Admitted);
     let beside = beside(scene, key);
-    let plans = followed(key, entries, key.on_failure == OnRedisFailure::Share);
-    // Windows that touch no time in which shares are sold beside Redis.
+    // Windows that do not overlap any period in which shares are admitted in addition to Redis.
     let mut from = 0;
     let ends = beside.iter().map(|it| (it.from, it.until));
     for (to, next) in ends.chain([(FOREVER, FOREVER)]) {
@@ -280,14 +338,32 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     worst(&plans, &all, &beside)
 }
 
-/// The window that is most above the promise, if any is. More is allowed where shares are sold `beside` Redis.
+/// Without the counters, `open` is a separate limit of each replica. In that case, no tokens are leased.
+fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+    (0..scene.replica_bounds().1).find_map(|replica| {
+        let of = entries.iter().filter(|it| it.replica == replica);
+        let of: Vec<Entry> = of.copied().collect();
+        let admitted = of
+            .iter()
+            .filter(|it| it.answer == Answer::Admitted && it.degraded);
+        let mut plans = followed(key, &of, |_| true);
+        for it in &mut plans {
+            it.plan.strict = true;
+        }
+        let text = worst(&plans, &admitted.collect::<Vec<_>>(), &[])?;
+        Some(format!("by replica {replica} without the counters, {text}"))
+    })
+}
+
+/// The window that exceeds the promise the most, if any does. More is allowed while shares are admitted in addition to
+/// Redis.
 fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
-    /// A token, in the time that the checker runs on: one in which tokens refill evenly.
+    /// One token, in the unit of time in which the checker assumes an even refill.
     const TOKEN: f64 = 1e9;
     let part = beside.iter().map(|it| it.part).fold(0.0, f64::max);
     for first in 0..plans.len() {
         for last in first..plans.len() {
-            // Windows that touch no other plan.
+            // Windows that do not overlap any other plan.
             let from = plans[..first].iter().map(|it| it.until).max().unwrap_or(0);
             let to = plans.get(last + 1).map_or(FOREVER, |next| next.from);
             if from >= to {
@@ -304,7 +380,7 @@ fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<St
             } else {
                 0.0
             };
-            // Redis tells microseconds.
+            // Redis has microsecond resolution.
             let grain = 0.002 + rate * 2000.0;
             let allowed = (burst + slack) * (1.0 + part) + grain;
             let clock = |at: u64| (refilled(plans, beside, at) * TOKEN) as u64;
@@ -343,18 +419,18 @@ fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<St
     None
 }
 
-/// The least that a key's plans promise from a time on.
+/// The lowest promise of a key's plans from a given time on.
 #[derive(Debug, Clone, Copy)]
 struct Least {
     from: u64,
     rate: f64,
     burst: f64,
-    /// The largest burst of them: more than that need not refill before the bucket is full.
+    /// Their largest burst: no more than that has to refill before the bucket is full.
     most: f64,
-    /// The largest burst so far: more than that cannot be missing.
+    /// The largest burst so far: no more than that can be missing.
     ever: f64,
     leased: bool,
-    /// Tokens that may be lost then: leases of a plan that was edited.
+    /// Tokens that may be lost at that time: leases of a plan that was edited.
     lost: f64,
 }
 
@@ -394,18 +470,33 @@ fn least(key: &Key, replicas: usize) -> Vec<Least> {
     pieces
 }
 
+/// Tokens that are lost at a time: all of them, or those of a replica that crashes.
+#[derive(Debug, Clone, Copy)]
+struct Loss {
+    at: u64,
+    is_whole: bool,
+}
+
 /// An exact bucket, in tokens.
 #[derive(Debug, Clone)]
 struct Bucket<'a> {
     pieces: &'a [Least],
     piece: usize,
+    /// The piece of the last request, since Redis knows of no later edit.
+    heard: usize,
     at: u64,
     missing: f64,
-    /// Missing beyond an empty bucket, since the burst was larger. It is still missing when the burst is larger again,
-    /// less what would have refilled while the bucket was full.
+    /// Debt beyond an empty bucket, from before the burst was lowered. It is missing again when the burst is raised,
+    /// minus what would have refilled while the bucket was full.
     beyond: f64,
-    /// Tokens that refilled since it was emptied, less those taken. A larger burst that comes later is not there before.
+    /// The remaining tokens of those that have refilled since it was emptied. A later, larger burst is not available
+    /// before that.
     refilled: f64,
+    /// Tokens that accumulate in it are taken together. This applies from the next instant on: requests of the same
+    /// instant take as many tokens as there are.
+    is_low: bool,
+    /// The time of the latest request.
+    instant: Option<u64>,
 }
 
 impl Bucket<'_> {
@@ -419,7 +510,7 @@ impl Bucket<'_> {
                 .iter()
                 .take_while(|it| it.from <= to)
                 .count();
-        let crossed = &self.pieces[self.piece..=last];
+        let crossed = &self.pieces[self.heard..=last];
         let rate = crossed.iter().map(|it| it.rate).fold(f64::MAX, f64::min);
         while self.piece < last {
             self.refill(self.pieces[self.piece + 1].from, rate);
@@ -427,6 +518,25 @@ impl Bucket<'_> {
             self.take(self.now().lost);
         }
         self.refill(to, rate);
+    }
+
+    /// Returns how many tokens are available for a request, while other replicas hold `held` tokens and tokens may
+    /// accumulate for `gather`. The request tells Redis which plan is in force.
+    fn ask(&mut self, answer: Answer, held: f64, gather: u64) -> f64 {
+        if answer != Answer::None {
+            self.heard = self.piece;
+        }
+        let least = self.now();
+        let there = self.level() - held;
+        let gathers = if least.leased {
+            (least.rate * gather as f64).min(least.burst / 10.0)
+        } else {
+            0.0
+        };
+        if self.instant.replace(self.at) != Some(self.at) {
+            self.is_low = there < gathers || (self.is_low && there < 2.0 * gathers);
+        }
+        if self.is_low { there - gathers } else { there }
     }
 
     fn refill(&mut self, to: u64, rate: f64) {
@@ -442,7 +552,18 @@ impl Bucket<'_> {
         let missing = (self.missing + self.beyond + cost).min(self.now().ever);
         self.missing = missing.min(self.now().most);
         self.beyond = missing - self.missing;
-        self.refilled -= cost;
+        self.refilled = (self.refilled - cost).max(0.0);
+    }
+
+    fn lose(&mut self, loss: Loss) {
+        self.advance(loss.at);
+        if loss.is_whole {
+            self.empty();
+        } else if self.now().leased {
+            // The tokens that a replica holds, those that it was about to return, and those that it was about to
+            // receive.
+            self.take(3.0 * (self.now().most / 10.0).floor());
+        }
     }
 
     fn empty(&mut self) {
@@ -456,7 +577,7 @@ impl Bucket<'_> {
     }
 }
 
-/// Tokens that other replicas may hold when this request comes.
+/// Tokens that other replicas may hold when this request arrives.
 fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
     let most = (least.burst / 10.0).floor();
     if !least.leased || most < 2.0 {
@@ -475,9 +596,36 @@ fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
     asked.iter().map(|asked| asked.min(most)).sum()
 }
 
-fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+/// Whether the counters lose their state, or no replica gets a response for so long that they must start with empty
+/// buckets. While some replicas get responses, or most calls succeed, the counters keep their state.
+fn may_lose_state(scene: &Scene, fault: &Fault) -> bool {
+    let are_all = |replicas: Replicas| {
+        scene
+            .present(fault)
+            .all(|replica| replicas.contains(replica))
+    };
+    match fault.kind {
+        FaultKind::Restart
+        | FaultKind::FailOver
+        | FaultKind::Cut
+        | FaultKind::Deaf
+        | FaultKind::Stall => true,
+        FaultKind::CutSome { replicas, .. } => are_all(replicas),
+        FaultKind::Late {
+            replicas, percent, ..
+        } => percent == 100 && are_all(replicas),
+        FaultKind::Slow(_) | FaultKind::Lost { .. } => false,
+    }
+}
+
+/// Whether tokens are granted in responses that no replica receives.
+fn loses_answers(fault: &Fault) -> bool {
+    matches!(fault.kind, FaultKind::Lost { .. } | FaultKind::Deaf)
+}
+
+fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<String> {
     let pieces = least(key, scene.replica_bounds().1);
-    // Not to be counted: faults and what follows them.
+    // Periods that do not count: faults and their aftermath.
     let faults: Vec<(u64, u64)> = scene
         .faults
         .iter()
@@ -488,43 +636,71 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
             )
         })
         .collect();
-    // A bucket may be empty then.
-    let mut emptied: Vec<u64> = faults.iter().map(|(_, end)| *end).collect();
-    let crash = |(at, change): &(u64, Change)| matches!(change, Change::Crash(_)).then(|| at * MS);
-    emptied.extend(scene.changes.iter().filter_map(crash));
-    emptied.sort_unstable();
+    let (mut losses, mut uncertain) = (Vec::new(), Vec::new());
+    for fault in &scene.faults {
+        let (from, until) = (
+            (fault.at * MS).saturating_sub(PATIENCE),
+            fault.end() * MS + RECOVERED,
+        );
+        let has_begun = |at: &u64| (from..until).contains(at);
+        if loses_answers(fault) || (may_lose_state(scene, fault) && epochs.iter().any(has_begun)) {
+            losses.push(Loss {
+                at: until,
+                is_whole: true,
+            });
+        } else {
+            uncertain.push((from, fault.end() * MS));
+        }
+    }
+    let crashes = scene.changes.iter();
+    let crashes = crashes.filter(|(_, change)| matches!(change, Change::Crash(_)));
+    losses.extend(crashes.map(|(at, _)| Loss {
+        at: at * MS,
+        is_whole: false,
+    }));
+    losses.sort_unstable_by_key(|it| it.at);
 
     let dearest = entries.iter().map(|it| it.cost).max()?;
     let fastest = key.plans.iter().map(Plan::rate).fold(0.0, f64::max);
     let grain = f64::from(dearest) + 1.0 + fastest * (scene.round_trip * MS) as f64;
+    let gather = GATHER + scene.round_trip * MS;
     let mut bucket = Bucket {
         pieces: &pieces,
         piece: 0,
+        heard: 0,
         at: 0,
         missing: 0.0,
         beyond: 0.0,
         refilled: f64::INFINITY,
+        is_low: false,
+        instant: None,
     };
     let mut next = 0;
-    let mut empties = emptied.iter().copied().peekable();
+    let mut next_losses = losses.iter().copied().peekable();
     let mut start = 0;
     while start + WINDOW <= scene.length * MS {
-        // What was really admitted until then.
+        // The number of requests actually admitted until then.
         while next < entries.len() && entries[next].asked < start {
             let it = entries[next];
-            while let Some(at) = empties.next_if(|at| *at <= it.asked) {
-                bucket.advance(at);
-                bucket.empty();
+            while let Some(loss) = next_losses.next_if(|loss| loss.at <= it.asked) {
+                bucket.lose(loss);
             }
             bucket.advance(it.asked);
-            if it.answer == Answer::Admitted {
+            bucket.ask(it.answer, held(entries, next, bucket.now()), gather);
+            // A replica that crashed may have taken tokens for requests to which it never responded.
+            if uncertain
+                .iter()
+                .any(|(from, until)| (*from..*until).contains(&it.asked))
+            {
+                // Whatever its response, it may have been granted its cost, and the same amount for later.
+                bucket.take(2.0 * f64::from(it.cost));
+            } else if matches!(it.answer, Answer::Admitted | Answer::None) {
                 bucket.take(f64::from(it.cost));
             }
             next += 1;
         }
-        while let Some(at) = empties.next_if(|at| *at <= start) {
-            bucket.advance(at);
-            bucket.empty();
+        while let Some(loss) = next_losses.next_if(|loss| loss.at <= start) {
+            bucket.lose(loss);
         }
         let end = start + WINDOW;
         if !faults
@@ -532,39 +708,26 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
             .any(|(from, until)| *from < end && start < *until)
         {
             let (mut exact, mut due, mut served) = (bucket.clone(), 0.0, 0.0);
-            // It had run dry just before.
-            let gather = GATHER + scene.round_trip * MS;
-            let mut dry = entries[..next]
-                .iter()
-                .rev()
-                .take_while(|it| it.asked + gather >= start)
-                .any(|it| it.answer == Answer::Denied);
-            let mut empties = empties.clone();
+            let mut next_losses = next_losses.clone();
             for (place, it) in entries.iter().enumerate().skip(next) {
                 if it.asked >= end {
                     break;
                 }
-                while let Some(at) = empties.next_if(|at| *at <= it.asked) {
-                    exact.advance(at);
-                    exact.empty();
+                while let Some(loss) = next_losses.next_if(|loss| loss.at <= it.asked) {
+                    exact.lose(loss);
                 }
                 exact.advance(it.asked);
+                let there = exact.ask(it.answer, held(entries, place, exact.now()), gather);
                 let cost = f64::from(it.cost);
-                match it.answer {
-                    Answer::None => continue,
-                    Answer::Admitted => served += cost,
-                    Answer::Denied | Answer::Unavailable => {}
+                if it.answer == Answer::Admitted {
+                    served += cost;
                 }
-                let least = exact.now();
-                let mut level = exact.level() - held(entries, place, least);
-                if dry && least.leased {
-                    level -= (least.rate * gather as f64).min(least.burst / 10.0);
-                }
-                if cost > level {
-                    dry |= cost <= least.burst;
-                } else {
+                if cost <= there {
                     exact.take(cost);
-                    due += cost;
+                    // The tokens of a replica that crashed are lost.
+                    if it.answer != Answer::None {
+                        due += cost;
+                    }
                 }
             }
             if served + grain < 0.99 * due {
@@ -580,17 +743,98 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     None
 }
 
-/// A denial by the rate, although all that Redis ever granted leaves enough in the bucket.
+/// A denial by the rate although, after all tokens that Redis ever granted, enough are left in the bucket of every plan
+/// that may be in force.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
-    let least = key.plans.iter().map(|plan| u64::from(plan.burst)).min()?;
-    let lie = entries.iter().find(|it| {
+    let plans = in_force(key);
+    entries.iter().find_map(|it| {
+        let in_force = plans
+            .iter()
+            .filter(|plan| plan.from <= it.answered && it.asked <= plan.until);
+        let least = in_force.map(|it| u64::from(it.plan.burst)).min()?;
         let enough = it
             .granted
             .is_some_and(|granted| granted + u64::from(it.cost) <= least);
-        it.answer == Answer::Denied && !it.degraded && enough
-    })?;
-    Some(format!(
-        "denied with at most {:?} of {least} tokens gone: {lie:?}",
-        lie.granted
-    ))
+        (it.answer == Answer::Denied && !it.degraded && enough).then(|| {
+            format!(
+                "denied with at most {:?} of {least} tokens gone: {it:?}",
+                it.granted
+            )
+        })
+    })
+}
+
+/// Whether anything other than requests changes what the key may use during this time.
+fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
+    let overlaps = |begins: u64, ends: u64| begins < until && from < ends;
+    scene.faults.iter().any(|fault| {
+        overlaps(
+            (fault.at * MS).saturating_sub(PATIENCE),
+            fault.end() * MS + RECOVERED,
+        )
+    }) || key
+        .plans
+        .iter()
+        .skip(1)
+        .any(|plan| overlaps(plan.from * MS, plan.from * MS + KNOWN))
+        || scene
+            .changes
+            .iter()
+            .any(|(at, _)| overlaps(at * MS, at * MS + HELD))
+}
+
+/// A denial with a time after which the same request is denied although nothing was taken in the meantime, or with a
+/// time longer than an empty bucket needs, or without a time although the bucket can contain that much.
+fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+    let plans = in_force(key);
+    for (place, it) in entries.iter().enumerate() {
+        if it.answer != Answer::Denied || it.degraded {
+            continue;
+        }
+        let in_force = || {
+            plans
+                .iter()
+                .filter(|plan| plan.from <= it.answered && it.asked <= plan.until)
+                .map(|it| it.plan)
+        };
+        let Some(wait) = it.retry_after else {
+            if in_force().all(|plan| it.cost <= plan.burst) {
+                return Some(format!("it can be admitted, but not ever: {it:?}"));
+            }
+            continue;
+        };
+        let slowest = in_force().map(|it| it.rate()).fold(f64::MAX, f64::min);
+        let longest = f64::from(it.cost) / slowest + 2.0 * TTL.as_nanos() as f64;
+        if wait as f64 > longest + MS as f64 {
+            return Some(format!("{} ms to wait: {it:?}", wait / MS));
+        }
+        // A header contains whole seconds.
+        let mut due = it.answered + wait.div_ceil(SECOND).max(1) * SECOND;
+        if in_force().any(|plan| !plan.strict) {
+            due += GATHER + scene.round_trip * MS;
+        }
+        let retry = entries[place..]
+            .iter()
+            .find(|retry| retry.asked >= due && retry.cost <= it.cost);
+        let Some(retry) = retry.filter(|retry| retry.answer == Answer::Denied) else {
+            continue;
+        };
+        // A replica may repeat a denial until it expires, even if other replicas have taken nothing in the meantime,
+        // and it may hold tokens that others cannot have.
+        let from = it.asked.saturating_sub(longest as u64 + HELD);
+        let is_taken = |other: &Entry| {
+            let known_since = match (other.replica == it.replica, retry.replica == it.replica) {
+                (true, true) => it.asked,
+                (true, false) => it.asked.saturating_sub(HELD),
+                (false, _) => from,
+            };
+            other.answer != Answer::Denied
+                && known_since <= other.answered
+                && other.asked <= retry.answered
+        };
+        if !entries.iter().any(is_taken) && !is_eventful(scene, key, from, retry.answered) {
+            return Some(format!("denied again when it was due: {it:?}, {retry:?}"));
+        }
+    }
+    None
 }

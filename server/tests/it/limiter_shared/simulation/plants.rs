@@ -1,4 +1,4 @@
-//! Worlds that are wrong on purpose. The simulation must find each of them, or its silence means nothing.
+//! Worlds that are broken on purpose. The simulation must detect each of them, or its success would prove nothing.
 
 use std::{
     collections::HashMap,
@@ -11,49 +11,61 @@ use std::{
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use quota_common::id::{ApiKeyId, TenantId};
+use quota_common::{
+    id::{ApiKeyId, TenantId},
+    plan::OnRedisFailure,
+};
 use quota_server::limiter::{
-    BucketName, Decision, DistributedStore, Drained, KeyHandle, LimitStore, LimiterError, Outcome,
-    Policies, Policy, PolicySet, TakeCall,
+    BucketName, CounterMicros, Decision, DistributedStore, Drained, KeyHandle, LimitStore,
+    LimiterError, Outcome, Policies, Policy, PolicySet, TakeCall,
 };
 use tokio::time::Instant;
 
 use super::judge::Promise;
 
-/// What is wrong.
+/// The kinds of errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plant {
     Nothing,
-    /// Nothing either: all replicas share one exact bucket, at no distance.
+    /// No error: all replicas share one exact bucket without latency.
     OneBucket,
     AdmitsAll,
     DeniesAll,
-    /// Of the requests that wait for Redis at once, only so many are served; the others are told that the limit is
-    /// reached.
+    /// Of the requests that wait for Redis at the same time, only this many are served; the others are told that the
+    /// limit is exceeded.
     RefusesCrowds,
-    /// A denial is repeated for so many seconds, whatever Redis would say.
+    /// A denial is repeated for this many seconds, whatever Redis would decide.
     RemembersDenials(u64),
-    /// Tokens are given out again when nobody has asked for a while: a lease that is spent twice.
+    /// Tokens are granted again after a pause without requests: a lease that is spent twice.
     SpendsTwice,
-    /// Each replica has counters of its own.
+    /// Each replica has its own counters.
     SharesNothing,
-    /// What is given back is credited in full, however much the bucket refilled meanwhile.
+    /// Returned tokens are credited in full, no matter how much the bucket has refilled in the meantime.
     ReturnsInFull,
     ReturnsTwice,
-    /// What is given back is lost.
+    /// Returned tokens are lost.
     ReturnsNothing,
-    /// An edited plan has a fresh bucket.
+    /// An edited plan gets a new bucket.
     FreshAfterEdit,
     /// After a loss of state, buckets are full.
     FullAfterLoss,
-    /// A replica that was told of a new epoch returns to it whenever it likes.
+    /// A replica that was promised a new epoch returns to it at any time.
     PromiseNeverExpires,
-    /// An edit fills the share that a replica sells without Redis.
+    /// An edit fills the share that a replica admits without Redis.
     FreshShareAfterEdit,
+    /// `open` admits every request without Redis.
+    OpenWithoutLimit,
+    /// Redis loses its state whenever it was slow for a moment.
+    LosesStateWhenSlow,
+    /// A denial always states the shortest possible wait.
+    ForgetsWaits,
+    /// A denial states ten times the wait, plus a second.
+    ProlongsWaits,
 }
 
 impl Plant {
-    /// Those that must be found, with what they break and within how many seeds.
+    /// The errors that must be detected, with the promises they break and the number of seeds within which they must be
+    /// found.
     pub(super) const ALL: &[(Self, Promise, u64)] = &[
         (Self::AdmitsAll, Promise::Upper, 20),
         (Self::DeniesAll, Promise::Lower, 20),
@@ -68,13 +80,17 @@ impl Plant {
         (Self::FullAfterLoss, Promise::Upper, 400),
         (Self::PromiseNeverExpires, Promise::Upper, 400),
         (Self::FreshShareAfterEdit, Promise::Upper, 400),
+        (Self::OpenWithoutLimit, Promise::Upper, 400),
+        (Self::LosesStateWhenSlow, Promise::Lower, 400),
+        (Self::ForgetsWaits, Promise::Wait, 400),
+        (Self::ProlongsWaits, Promise::Wait, 20),
     ];
 
-    /// What Redis gets to see.
+    /// The calls that reach Redis.
     pub(super) fn call(self, call: TakeCall, now: u64) -> TakeCall {
         match (self, call.bucket) {
             (Self::ReturnsInFull, _) if call.back > 0 => TakeCall {
-                back_taken_at: now,
+                back_taken_at: CounterMicros(now),
                 ..call
             },
             (Self::ReturnsNothing, _) => TakeCall { back: 0, ..call },
@@ -96,6 +112,9 @@ impl Plant {
             | Self::RefusesCrowds
             | Self::RemembersDenials(_)
             | Self::SpendsTwice
+            | Self::OpenWithoutLimit
+            | Self::ForgetsWaits
+            | Self::ProlongsWaits
             | Self::FreshShareAfterEdit => Arc::new(Planted {
                 plant: self,
                 store,
@@ -109,7 +128,7 @@ impl Plant {
     }
 }
 
-/// The store with something wrong in front of it.
+/// The store with an error in front of it.
 #[derive(Debug)]
 struct Planted {
     plant: Plant,
@@ -117,7 +136,7 @@ struct Planted {
     waiting: AtomicU64,
     denied: Mutex<Option<Instant>>,
     admitted: AtomicU64,
-    /// By key: the version that its share was filled for, and what is left of that.
+    /// By key: the version for which its share was filled, and the remaining tokens.
     shares: Mutex<HashMap<ApiKeyId, (u64, u32)>>,
 }
 
@@ -130,7 +149,7 @@ impl Planted {
         }
     }
 
-    /// Takes a token of those that an edit gave.
+    /// Takes one of the tokens that an edit granted.
     fn takes_fresh(&self, handle: &KeyHandle, policies: &Policies) -> bool {
         let mut shares = self.shares.lock();
         let (version, left) = shares.entry(handle.key()).or_insert((1, 0));
@@ -140,6 +159,29 @@ impl Planted {
         let takes = *left > 0;
         *left -= u32::from(takes);
         takes
+    }
+
+    fn with_other_wait(&self, decision: Decision) -> Decision {
+        let Outcome::Denied {
+            violated,
+            retry_after: Some(wait),
+        } = decision.outcome
+        else {
+            return decision;
+        };
+        let wait = match self.plant {
+            Plant::ForgetsWaits => 1,
+            Plant::ProlongsWaits => wait.get() * 10 + 1_000_000_000,
+            _ => wait.get(),
+        };
+        let outcome = Outcome::Denied {
+            violated,
+            retry_after: NonZeroU64::new(wait),
+        };
+        Decision {
+            outcome,
+            ..decision
+        }
     }
 
     fn denied(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
@@ -182,7 +224,8 @@ impl LimitStore for Planted {
             }
             _ => {}
         }
-        self.store.try_take(handle, policies, cost)
+        let decision = self.store.try_take(handle, policies, cost);
+        decision.map(|it| self.with_other_wait(it))
     }
 
     async fn take(
@@ -196,12 +239,23 @@ impl LimitStore for Planted {
         }
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let decision = self.store.take(handle, policies, cost).await;
+        let decision = decision.map(|it| self.with_other_wait(it));
         self.waiting.fetch_sub(1, Ordering::Relaxed);
         if self.plant == Plant::FreshShareAfterEdit
             && let Ok(denied) = &decision
             && denied.degraded
             && !denied.is_allowed()
             && self.takes_fresh(handle, policies)
+        {
+            return Ok(Decision {
+                outcome: Outcome::Allowed,
+                ..*denied
+            });
+        }
+        if self.plant == Plant::OpenWithoutLimit
+            && policies.on_failure() == Some(OnRedisFailure::Open)
+            && let Ok(denied) = &decision
+            && denied.degraded
         {
             return Ok(Decision {
                 outcome: Outcome::Allowed,
@@ -222,7 +276,7 @@ impl LimitStore for Planted {
         self.store.peek(handle, policies)
     }
 
-    /// So that nothing stands in front of what is wrong.
+    /// So that nothing hides the error.
     fn is_local(&self) -> bool {
         true
     }

@@ -16,9 +16,9 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::{
-    clock::Clock,
+    clock::{Clock, Monotonic},
     limiter::{
-        COUNTED_EVERY, DistributedSettings, DistributedStore, FORGOTTEN, KeyHandle,
+        COUNTED_EVERY, Decision, DistributedSettings, DistributedStore, FORGOTTEN, KeyHandle,
         KeyTableSettings, Limiter, LimiterError, LocalStore, Membership, Policies, RatePolicy,
         ReplicaSlot, SharedCounters, Zone,
     },
@@ -35,11 +35,11 @@ use crate::{limiter_contract::TestLedger, limiter_shared::model::State};
 
 pub(super) const TTL: Duration = Duration::from_millis(100);
 pub(super) const DEADLINE: Duration = Duration::from_millis(30);
-/// Replicas have counted each other by then, however long they wait for it.
+/// By then, replicas have counted each other, no matter how long that takes.
 const WARM_UP: Duration = Duration::from_secs(11);
-/// An edit of a plan is in force on every replica.
+/// When an edit of a plan applies on every replica.
 pub(super) const EDIT_KNOWN: Duration = Duration::from_secs(1);
-/// From the last answer of a load balancer's that leads to a replica until it is stopped.
+/// From the last response of a load balancer that leads to a replica until the replica is stopped.
 const LAST_REQUESTS: Duration = Duration::from_millis(70);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,25 +58,29 @@ pub(super) struct Entry {
     pub(super) key: usize,
     pub(super) replica: usize,
     pub(super) cost: u32,
-    /// Which of the key's plans its replica followed.
+    /// Which of the key's plans its replica applied.
     pub(super) plan: usize,
     pub(super) asked: u64,
     pub(super) answered: u64,
     pub(super) answer: Answer,
+    /// The wait that a denial states, in nanoseconds.
+    pub(super) retry_after: Option<u64>,
     /// Decided without Redis.
     pub(super) degraded: bool,
-    /// Tokens of the key that Redis had granted so far when the answer came; `None` once Redis had lost its state.
+    /// Tokens of the key that Redis had granted when the response arrived; `None` once Redis had lost its state.
     pub(super) granted: Option<u64>,
 }
 
 #[derive(Debug)]
 pub(super) struct Log {
     pub(super) entries: Vec<Entry>,
-    /// What Redis granted and what was returned, by key.
+    /// The times at which Redis reported a new epoch, in nanoseconds since the load began.
+    pub(super) epochs: Vec<u64>,
+    /// Tokens that Redis granted, and tokens that were returned, by key.
     pub(super) granted: Vec<(u64, u64)>,
-    /// What the replicas that are left in the end say: tokens taken; spent; returned or lost.
+    /// Totals reported by the replicas that are left at the end: tokens taken; spent; returned or lost.
     pub(super) books: Vec<(u64, u64, u64)>,
-    /// Replicas that are left in the end and still think that Redis is away.
+    /// Replicas that are left at the end and still consider Redis unavailable.
     pub(super) degraded: Vec<usize>,
 }
 
@@ -85,15 +89,15 @@ struct Replica {
     store: Arc<DistributedStore>,
     metrics: Arc<Metrics>,
     keys: Vec<Arc<KeyHandle>>,
-    /// When it knows of which edit, by key.
+    /// When it learns of each edit, by key.
     knows: Vec<Vec<u64>>,
-    /// Takes new requests.
+    /// Whether it accepts new requests.
     open: AtomicBool,
     counting: AtomicBool,
     crashed: AtomicBool,
 }
 
-/// The table of replicas in PostgreSQL: who was seen when.
+/// The table of replicas in PostgreSQL: when each was last seen.
 #[derive(Debug, Default)]
 struct Registry(Mutex<Vec<(usize, u64)>>);
 
@@ -128,7 +132,7 @@ struct Stage {
     /// By key and edit.
     policies: Vec<Vec<Policies>>,
     entries: Mutex<Vec<Entry>>,
-    /// Of all replicas, in place of theirs.
+    /// Shared by all replicas, instead of their own.
     one_bucket: Option<Arc<LocalStore>>,
     /// When the load begins.
     begin: Instant,
@@ -199,7 +203,7 @@ impl Stage {
         while replica.counting.load(Ordering::Relaxed) {
             let now = self.world.now();
             if let Some(place) = self.registry.seen(index, now) {
-                membership.confirm(place, now);
+                membership.confirm(place, Monotonic(now));
             }
             sleep(COUNTED_EVERY).await;
         }
@@ -246,6 +250,7 @@ impl Stage {
         let cost = NonZeroU32::new(cost).unwrap();
         let decision = limiter.admit(&replica.keys[key], policies, cost).await;
         let initialized_again = self.world.initialized_again.load(Ordering::Relaxed);
+        let retry_after = decision.as_ref().ok().and_then(Decision::retry_after);
         let (answer, degraded) = match decision {
             _ if replica.crashed.load(Ordering::Relaxed) => (Answer::None, false),
             Ok(decision) if decision.is_allowed() => (Answer::Admitted, decision.degraded),
@@ -261,6 +266,7 @@ impl Stage {
             asked,
             answered: now(),
             answer,
+            retry_after,
             degraded,
             granted: (!initialized_again).then(|| self.world.granted(key_id(key)).0),
         });
@@ -274,7 +280,7 @@ impl Stage {
     }
 }
 
-/// A store as a server sets it up.
+/// A store as configured by a server.
 pub(super) fn store(
     clock: &Arc<dyn Clock>,
     ledger: Arc<TestLedger>,
@@ -335,7 +341,7 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
     });
     for _ in 0..scene.replicas {
         stage.join(&mut rng);
-        // They do not count in step.
+        // Their counts are not synchronized.
         sleep(Duration::from_millis(rng.u64(..300))).await;
     }
     sleep_until(stage.begin).await;
@@ -366,7 +372,7 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
     for task in happening.into_iter().chain(requests) {
         task.await.unwrap();
     }
-    // What is held expires and goes back, and Redis is come back to.
+    // Tokens held expire and are returned, and replicas return to Redis.
     sleep(Duration::from_millis(3000)).await;
 
     let replicas = stage.replicas.lock();
@@ -378,6 +384,14 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
     entries.sort_by_key(|entry| entry.asked);
     Log {
         entries,
+        epochs: {
+            let begin = stage.begin.duration_since(stage.world.zero);
+            let begin = u64::try_from(begin.as_nanos()).unwrap();
+            let told = std::mem::take(&mut *stage.world.epochs.lock());
+            told.into_iter()
+                .map(|at| at.saturating_sub(begin))
+                .collect()
+        },
         granted: (0..scene.keys.len())
             .map(|key| stage.world.granted(key_id(key)))
             .collect(),
@@ -425,6 +439,9 @@ async fn misbehave(stage: Arc<Stage>, fault: Fault, mut rng: Rng) {
             world.slow.store(up_to, Ordering::Relaxed);
             over().await;
             world.slow.store(0, Ordering::Relaxed);
+            if stage.plant == Plant::LosesStateWhenSlow {
+                world.process.lock().run += 1;
+            }
         }
         FaultKind::Restart | FaultKind::FailOver => {
             world.process.lock().up = false;

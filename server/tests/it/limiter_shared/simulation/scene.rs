@@ -1,4 +1,4 @@
-//! What one seed holds: keys with their plans and edits, the load, replicas that join and go, and faults.
+//! The content of one seed: keys with their plans and edits, the load, replicas that join and leave, and faults.
 //!
 //! A pure function of the seed. Times are milliseconds since the load began.
 
@@ -11,15 +11,15 @@ const REQUESTS_MAX: usize = 700;
 #[derive(Debug, Clone)]
 pub(super) struct Scene {
     pub(super) seed: u64,
-    /// Replicas at the start. Those that join later get the next indices.
+    /// Replicas at the start. Replicas that join later get the next indices.
     pub(super) replicas: usize,
-    /// The usual time from a replica to Redis and back.
+    /// The usual round-trip time between a replica and Redis.
     pub(super) round_trip: u64,
     pub(super) keys: Vec<Key>,
     pub(super) changes: Vec<(u64, Change)>,
     pub(super) faults: Vec<Fault>,
     pub(super) length: u64,
-    /// In order of time.
+    /// In chronological order.
     pub(super) load: Load,
 }
 
@@ -35,7 +35,7 @@ impl std::fmt::Debug for Load {
 #[derive(Debug, Clone)]
 pub(super) struct Key {
     pub(super) on_failure: OnRedisFailure,
-    /// The plan and its edits, in order of time; the first is in force from the start.
+    /// The plan and its edits, in chronological order; the first applies from the start.
     pub(super) plans: Vec<Plan>,
     pub(super) load: &'static str,
 }
@@ -55,14 +55,14 @@ impl Plan {
     }
 }
 
-/// What happens to the set of replicas.
+/// Changes to the set of replicas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Change {
     Join,
-    /// A clean stop: no new requests, then a drain.
+    /// A clean stop: no new requests, then draining.
     Leave(usize),
     Crash(usize),
-    /// It cannot reach PostgreSQL any more, so its count of replicas ages.
+    /// It can no longer reach PostgreSQL, so its count of replicas becomes outdated.
     StopCounting(usize),
 }
 
@@ -81,31 +81,32 @@ impl Fault {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FaultKind {
-    /// Redis stands still, keeps its state, and runs what has arrived when it goes on.
+    /// Redis freezes, keeps its state, and then processes the calls that have arrived.
     Stall,
-    /// Some calls take up to so many milliseconds more, each way.
+    /// Some calls take up to this many milliseconds more, each way.
     Slow(u64),
-    /// The script has run, and its answer comes so much later. One call in a hundred, or all, of these replicas.
+    /// The script has run, and its response arrives this much later. One call in a hundred, or all calls, of these
+    /// replicas.
     Late {
         replicas: Replicas,
         by: u64,
         percent: u8,
     },
-    /// The script has run, and its answer never comes.
+    /// The script has run, and its response never arrives.
     Lost { replicas: Replicas, percent: u8 },
-    /// Redis is killed and comes back empty.
+    /// Redis is killed and restarts empty.
     Restart,
     /// A replica of Redis that lags behind takes over; its clock is ahead.
     FailOver,
-    /// Nothing arrives at Redis, from anybody.
+    /// No calls arrive at Redis, from any replica.
     Cut,
-    /// Everything arrives, and nothing comes back.
+    /// All calls arrive, and no responses come back.
     Deaf,
-    /// These replicas do not reach Redis: silence, or connections refused.
+    /// These replicas do not reach Redis: silence, or refused connections.
     CutSome { replicas: Replicas, refused: bool },
 }
 
-/// Some of the replicas of the start, as bits.
+/// Some of the initial replicas, as bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Replicas(pub(super) u32);
 
@@ -125,7 +126,7 @@ pub(super) struct Request {
     pub(super) at: u64,
     pub(super) key: usize,
     pub(super) cost: u32,
-    /// Which of the replicas that are up then.
+    /// Which of the replicas that are running at that time.
     pub(super) pick: usize,
 }
 
@@ -146,8 +147,9 @@ impl Scene {
         let special = rng.u8(..28);
         if special == 0 {
             scene.miscounted_outage(&mut rng);
-        } else if special < 7 {
+        } else if special < 7 || special == 27 {
             match special {
+                27 => scene.unseen_edit(&mut rng),
                 1 | 2 => scene.late_returns(&mut rng),
                 3 | 4 => scene.slow_for_all(&mut rng),
                 _ => scene.edited_outage(&mut rng),
@@ -186,7 +188,7 @@ impl Scene {
         scene
     }
 
-    /// Replicas that come and go at any time.
+    /// Replicas that join and leave at any time.
     fn membership(&mut self, rng: &mut Rng) {
         let mut gone = 0;
         for _ in 0..rng.usize(1..=3) {
@@ -212,7 +214,7 @@ impl Scene {
         }
     }
 
-    /// One replica loses PostgreSQL, another joins that it cannot know of, and then Redis goes away.
+    /// One replica loses PostgreSQL, another one joins that it cannot know of, and then Redis becomes unavailable.
     fn miscounted_outage(&mut self, rng: &mut Rng) {
         let at = rng.u64(..500);
         self.length = 10_000;
@@ -227,8 +229,8 @@ impl Scene {
         });
     }
 
-    /// Requests at one replica whose answers come too late, so that what they are granted goes back, and then at all
-    /// the others: what goes back must not be there twice.
+    /// Requests at one replica whose responses arrive too late, so that granted tokens are returned, and then at all
+    /// the others: the returned tokens must not be available twice.
     fn late_returns(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let plan = Plan {
@@ -264,7 +266,7 @@ impl Scene {
                     });
                 }
             };
-            // A part of it refills before the others ask.
+            // Some of them refill before the others send requests.
             send(at, plan.burst * rng.u32(20..=100) / 100, 0);
             for part in 0..rng.u32(2..=8) {
                 let others = rng.usize(1..self.replicas);
@@ -275,7 +277,8 @@ impl Scene {
         }
     }
 
-    /// Redis answers every replica too late for seconds, then well. The key is drained before and saturated after.
+    /// For a few seconds, Redis answers every replica too late. Then it recovers. The key is drained before and
+    /// saturated after.
     fn slow_for_all(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let rpm = [600, 2000, 6000][rng.usize(..3)];
@@ -314,7 +317,7 @@ impl Scene {
         }
     }
 
-    /// The rate is edited while Redis is away and every replica sells its share.
+    /// The rate is edited while Redis is unavailable and every replica admits its share.
     fn edited_outage(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(1..=3);
         let burst = rng.u32(20..=200);
@@ -354,7 +357,7 @@ impl Scene {
             plans,
             load: "edited outage",
         });
-        // A replica finds out about the outage by its calls.
+        // A replica detects the outage by its calls.
         self.faults.push(Fault {
             at,
             lasts: edit - at,
@@ -363,7 +366,46 @@ impl Scene {
         self.length = edit + 1000;
     }
 
-    /// So many requests at once, at any replicas.
+    /// A key that one replica has used until its bucket was empty, and whose rate is raised while Redis is unavailable.
+    /// Then all replicas use it.
+    fn unseen_edit(&mut self, rng: &mut Rng) {
+        self.replicas = rng.usize(2..=3);
+        let burst = rng.u32(60..=300);
+        let strict = rng.bool();
+        let at = rng.u64(300..600);
+        let edit = at + rng.u64(2500..6000);
+        let plan = |from, rpm| Plan {
+            from,
+            rpm,
+            burst,
+            strict,
+        };
+        self.keys.push(Key {
+            on_failure: OnRedisFailure::Share,
+            plans: vec![plan(0, 60), plan(edit, 6000)],
+            load: "unseen edit",
+        });
+        for _ in 0..burst {
+            self.load.0.push(Request {
+                at: at - 200,
+                key: 0,
+                cost: 1,
+                pick: 0,
+            });
+        }
+        for _ in 0..6 {
+            let later = edit + rng.u64(..2500);
+            self.crowd(rng, later, burst / 2);
+        }
+        self.faults.push(Fault {
+            at,
+            lasts: edit + 3000 - at,
+            kind: FaultKind::Cut,
+        });
+        self.length = edit + 3500;
+    }
+
+    /// This many requests at the same time, at any replicas.
     fn crowd(&mut self, rng: &mut Rng, at: u64, count: u32) {
         for _ in 0..count {
             self.load.0.push(Request {
@@ -375,7 +417,21 @@ impl Scene {
         }
     }
 
-    /// How many replicas there are at least at any time, and how many in all.
+    /// The replicas that are affected from a second before this fault until two seconds after it.
+    pub(super) fn present(&self, fault: &Fault) -> impl Iterator<Item = usize> {
+        let (from, until) = (fault.at, fault.end() + 2000);
+        let joins = self.changes.iter().filter(|(_, it)| *it == Change::Join);
+        let joined = joins.filter(|(at, _)| at + 1000 <= from).count();
+        let is_gone = move |replica: usize| {
+            self.changes.iter().any(|(at, it)| {
+                let is_it = [Change::Leave(replica), Change::Crash(replica)].contains(it);
+                is_it && *at <= until
+            })
+        };
+        (0..self.replicas + joined).filter(move |replica| !is_gone(*replica))
+    }
+
+    /// The minimum number of replicas at any time, and their total number.
     pub(super) fn replica_bounds(&self) -> (usize, usize) {
         let (mut now, mut least, mut all) = (self.replicas, self.replicas, self.replicas);
         for (_, change) in &self.changes {
@@ -468,7 +524,7 @@ fn load(
         }
     };
     let mean = if dear { 3 } else { 1 };
-    // A full bucket's requests.
+    // As many requests as a full bucket has tokens.
     let whole = (plan.burst / mean).max(1);
     let name = match rng.u8(..5) {
         0 | 1 => {
@@ -479,7 +535,7 @@ fn load(
             if rng.bool() {
                 at_once(rng, at, whole, pick);
             }
-            // Several in one millisecond where they are many.
+            // Several per millisecond if there are many.
             let (count, pause) = if per_second > 250 {
                 (per_second / 250, 4)
             } else {
@@ -494,7 +550,7 @@ fn load(
             "steady"
         }
         2 => {
-            // The whole burst of a rested key, at one replica or spread.
+            // The full burst of an idle key, at one replica or distributed.
             let mut at = rng.u64(..length / 2);
             let pick = rng.bool().then(|| rng.usize(..1000));
             let pause = rng.u64(200..3000);
@@ -508,7 +564,7 @@ fn load(
             "spikes"
         }
         3 => {
-            // One replica takes tokens ahead, then rests, and the others are asked for everything.
+            // One replica prefetches tokens and then goes idle. All further requests go to the others.
             let mut at = rng.u64(..500);
             let mut left = REQUESTS_MAX / (whole as usize * 2) + 1;
             while at < length && left > 0 {

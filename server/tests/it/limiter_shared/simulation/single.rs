@@ -1,4 +1,4 @@
-//! One replica, or several, on Redis without faults: behaviors that hold request by request.
+//! One replica, or several, on Redis without faults: behaviors that are checked request by request.
 
 use std::{
     fmt::Write as _,
@@ -12,7 +12,7 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::{
-    clock::Clock,
+    clock::{Clock, Monotonic, Nanos},
     limiter::{Decision, KeyHandle, Limiter, Membership, Policies, RatePolicy, ReplicaSlot, Zone},
 };
 use tokio::{
@@ -28,7 +28,7 @@ use super::{
 };
 use crate::limiter_contract::TestLedger;
 
-/// One replica on a Redis that is well, for a plan of `rpm` and `burst`.
+/// One replica on a healthy Redis, for a plan of `rpm` and `burst`.
 fn alone(
     ledger: Arc<TestLedger>,
     membership: &Arc<Membership>,
@@ -64,7 +64,7 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Several replicas at this round trip from one Redis, for a plan that is closed without it.
+/// Several replicas at this round-trip time from one Redis, for a plan that is closed without it.
 fn several(
     replicas: usize,
     round_trip: u64,
@@ -81,7 +81,7 @@ fn several(
     )
 }
 
-/// A replica for each of the memberships, with this choice for when Redis is away.
+/// A replica for each of the memberships, with this choice for when Redis is unavailable.
 fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
@@ -122,7 +122,7 @@ fn without_redis(
     (world, limiters, policies)
 }
 
-/// How many of so many requests at once are admitted.
+/// Returns how many of this many concurrent requests are admitted.
 async fn crowd(limiter: &Limiter, policies: &Policies, count: u32) -> u32 {
     let handle = a_handle(limiter);
     let mut crowd = JoinSet::new();
@@ -135,7 +135,7 @@ async fn crowd(limiter: &Limiter, policies: &Policies, count: u32) -> u32 {
     u32::try_from(admitted.count()).unwrap()
 }
 
-/// All that was sold, in one or two round trips, however far Redis is within the deadline.
+/// The full burst is admitted, in one or two round trips, no matter how far away Redis is within the deadline.
 #[test]
 fn a_rested_keys_whole_burst_is_admitted_at_once() {
     let mut short = String::new();
@@ -160,8 +160,8 @@ fn a_rested_keys_whole_burst_is_admitted_at_once() {
     assert!(short.is_empty(), "{short}");
 }
 
-/// Tokens that are granted too late to be spent go back, and so do those of the others: each is credited only as far
-/// as the bucket has not refilled meanwhile.
+/// Tokens that are granted too late to be spent are returned, and so are those of the others: each is credited only as
+/// far as the bucket has not refilled in the meantime.
 #[test]
 fn returns_after_late_answers_credit_no_token_twice() {
     let (rpm, burst) = (60_000, 200);
@@ -174,7 +174,7 @@ fn returns_after_late_answers_credit_no_token_twice() {
                 let begin = Instant::now();
                 let first = crowd(&limiters[0], &policies, 150);
                 let others = async {
-                    // Some ask just before the returns arrive, some just after.
+                    // Some requests are sent just before the returns arrive, some just after.
                     sleep(Duration::from_millis(late - 10)).await;
                     let second = crowd(&limiters[1], &policies, 250);
                     let third = async {
@@ -189,7 +189,7 @@ fn returns_after_late_answers_credit_no_token_twice() {
                 assert_eq!(first, 0, "all answers are late");
                 (others, begin.elapsed().saturating_sub(begun))
             });
-            // A token a millisecond.
+            // One token per millisecond.
             let slack = if strict { 0 } else { 100 };
             let allowed = u128::from(burst) + took.as_millis() + slack + 1;
             assert!(admitted * 2 > burst, "{admitted} admitted");
@@ -204,8 +204,114 @@ fn returns_after_late_answers_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// A stall that ends before the replica that was asked for nothing has noticed it. The other one has, and returns by
-/// itself: what it sold without Redis, Redis would not know of.
+/// Counts replicas for these memberships once per second, as a job does.
+fn count(world: &World, memberships: Vec<Arc<Membership>>) {
+    let of = NonZeroU64::new(memberships.len() as u64).unwrap();
+    let zero = world.zero;
+    tokio::spawn(async move {
+        loop {
+            for (rank, membership) in (0..).zip(&memberships) {
+                let now = Monotonic(Nanos::from(zero.elapsed()).0);
+                membership.confirm(ReplicaSlot { rank, of }, now);
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
+    });
+}
+
+/// Policies with this rate and burst, in this version of a plan.
+fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
+    let rate = RatePolicy {
+        rpm: NonZeroU32::new(rpm).unwrap(),
+        burst: NonZeroU32::new(burst).unwrap(),
+    };
+    Policies::new(rate, None, None, Zone::utc(), strict).with_version(number)
+}
+
+/// A replica keeps the state of its share from the plan before an edit. Redis may have known of the edit for longer,
+/// and refilled the bucket at the new rate since then.
+#[test]
+fn an_edit_denies_nothing_that_the_counters_would_grant() {
+    paused(async {
+        let before = version(1, (12, 100), true);
+        let after = version(2, (2000, 100), true);
+        let (_, limiters, _) = several(2, 2, (12, 100), true);
+        assert_eq!(crowd(&limiters[0], &before, 110).await, 100);
+        assert_eq!(crowd(&limiters[1], &after, 1).await, 0);
+        sleep(Duration::from_millis(3100)).await;
+        let mut admitted = 0;
+        for _ in 0..105 {
+            admitted += crowd(&limiters[0], &after, 1).await;
+        }
+        // 33 tokens per second refill during the round trips.
+        assert!((100..=113).contains(&admitted), "{admitted} admitted");
+    });
+}
+
+/// If this replica has not used a key under the plan before an edit, its share of the key starts at the edit, not at
+/// the outage.
+#[test]
+fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
+    for strict in [true, false] {
+        paused(async {
+            let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
+            let slow = (60, 600);
+            let (world, limiters, _) =
+                without_redis(OnRedisFailure::Share, &memberships, 2, slow, strict);
+            count(&world, memberships);
+            sleep(Duration::from_secs(12)).await;
+            let (before, after) = (version(1, slow, strict), version(2, (6000, 600), strict));
+            assert_eq!(crowd(&limiters[0], &before, 600).await, 600);
+            world.stalled.send_replace(true);
+            sleep(Duration::from_secs(6)).await;
+            // 6 s at one token per second have passed.
+            let first = crowd(&limiters[1], &after, 600).await;
+            assert!(first <= 7, "{first} admitted");
+            sleep(Duration::from_secs(1)).await;
+            let second = crowd(&limiters[1], &after, 600).await;
+            assert!((40..=51).contains(&second), "{second} admitted");
+        });
+    }
+}
+
+/// Without Redis, `open` enforces the whole limit on each replica, no matter how many requests waited for the failed
+/// call, and they cause no denials when Redis is back.
+#[test]
+fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
+    let mut wrong = String::new();
+    for strict in [true, false] {
+        for is_noticed in [false, true] {
+            paused(async {
+                let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
+                let (world, limiters, policies) =
+                    without_redis(OnRedisFailure::Open, &memberships, 2, (60, 10), strict);
+                let policies = policies.on_redis_failure(Some(OnRedisFailure::Open));
+                sleep(Duration::from_secs(1)).await;
+                world.stalled.send_replace(true);
+                if is_noticed {
+                    sleep(Duration::from_secs(2)).await;
+                }
+                for limiter in &limiters {
+                    let admitted = crowd(limiter, &policies, 200).await;
+                    if admitted != 10 {
+                        let _ = writeln!(wrong, "{admitted} of 10, an outage: {is_noticed}");
+                    }
+                }
+                world.stalled.send_replace(false);
+                // A new epoch may begin, in which every bucket is empty.
+                sleep(Duration::from_secs(15)).await;
+                let admitted = crowd(&limiters[0], &policies, 20).await;
+                if admitted != 10 {
+                    let _ = writeln!(wrong, "{admitted} of 10 afterwards: {is_noticed}");
+                }
+            });
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// A stall that ends before the idle replica has detected it. The other one has detected it, and recovers on its own:
+/// Redis would not know of the tokens it admitted without Redis.
 #[test]
 fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
     let (rpm, burst) = (6000, 100);
@@ -216,19 +322,7 @@ fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
                 let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
                 let (world, limiters, policies) =
                     without_redis(OnRedisFailure::Share, &memberships, 2, (rpm, burst), strict);
-                let of = NonZeroU64::new(2).unwrap();
-                let zero = world.zero;
-                tokio::spawn(async move {
-                    loop {
-                        for (rank, membership) in (0..).zip(&memberships) {
-                            membership.confirm(
-                                ReplicaSlot { rank, of },
-                                u64::try_from(zero.elapsed().as_nanos()).unwrap(),
-                            );
-                        }
-                        sleep(Duration::from_secs(1)).await;
-                    }
-                });
+                count(&world, memberships);
                 sleep(Duration::from_secs(12)).await;
                 let begin = Instant::now();
                 let first = crowd(&limiters[0], &policies, burst).await;
@@ -261,7 +355,7 @@ fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
         }
     }
     assert!(over.is_empty(), "{over}");
-    // After the longer ones a new epoch begins, and every bucket is empty at first.
+    // After longer stalls, a new epoch begins, and every bucket is empty at first.
     assert!(served_on > 10, "served on after {served_on} of 30 stalls");
 }
 
@@ -271,7 +365,7 @@ fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
         .unwrap()
 }
 
-/// PostgreSQL is slower than Redis may be, and busy requests of a closed plan wait for it: neither is an outage.
+/// PostgreSQL is slower than Redis may be, and many requests of a closed plan wait for it: neither is an outage.
 #[test]
 fn a_slow_ledger_leaves_the_counters_their_time() {
     paused(async {
@@ -292,7 +386,8 @@ fn a_slow_ledger_leaves_the_counters_their_time() {
     });
 }
 
-/// Leases grow with the pace and shrink near the bottom, and no token of a full bucket is refused on the way.
+/// Leases grow with the pace and shrink when the bucket is nearly empty, and no token of a full bucket is denied in
+/// between.
 #[test]
 fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
     paused(async {
@@ -314,7 +409,8 @@ fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
     });
 }
 
-/// Whoever asks for more than one token is told when so many are there, also while nobody asks the counters.
+/// A request with a cost above one is told when enough tokens will be available, even if the counters are not called in
+/// the meantime.
 #[test]
 fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
     paused(async {
@@ -336,7 +432,7 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
         assert!(denied > 100);
         let fifty = NonZeroU32::new(50).unwrap();
         let decision = limiter.admit(&handle, &policies, fifty).await.unwrap();
-        // 10 ms a token, and a bucket that has no more than gathers in the life of half a lease.
+        // 10 ms per token, and a bucket that contains at most what refills in half the lifetime of a lease.
         let wait = decision.retry_after().expect("it is denied");
         assert!(wait >= 400_000_000, "{decision:?}");
         let never = NonZeroU32::new(101).unwrap();
@@ -346,7 +442,7 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
     });
 }
 
-/// Each of many replicas takes of a small quota what it spends, and nothing for later.
+/// Each of many replicas takes only the tokens it spends from a small quota, and none for later.
 #[test]
 fn a_small_quota_is_had_whole_of_many_replicas() {
     paused(async {
@@ -355,7 +451,7 @@ fn a_small_quota_is_had_whole_of_many_replicas() {
         let replicas: Vec<_> = (0..of.get())
             .map(|rank| {
                 let membership = Arc::new(Membership::default());
-                membership.confirm(ReplicaSlot { rank, of }, 0);
+                membership.confirm(ReplicaSlot { rank, of }, Monotonic::default());
                 let daily = NonZeroU64::new(10);
                 let on_failure = OnRedisFailure::Share;
                 alone(

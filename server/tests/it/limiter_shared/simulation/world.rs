@@ -1,8 +1,8 @@
 //! Redis and the network to it, in virtual time.
 //!
 //! The process behind the links runs the [model](crate::limiter_shared::model) of the script. It stalls, loses its
-//! state and fails over to a stale copy; links delay, lose and cut. What was sent arrives whether or not the caller
-//! still waits.
+//! state and fails over to a stale copy; links delay, lose and cut traffic. A call that was sent arrives, whether or
+//! not the caller still waits.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,8 +18,10 @@ use fastrand::Rng;
 use parking_lot::Mutex;
 use quota_common::id::ApiKeyId;
 use quota_server::{
-    clock::{Clock, UnixNanos},
-    limiter::{BucketName, BucketState, CounterError, SharedCounters, TakeCall, TakeReply},
+    clock::{Clock, Monotonic, Nanos, UnixNanos},
+    limiter::{
+        BucketName, BucketState, CounterError, CounterMicros, SharedCounters, TakeCall, TakeReply,
+    },
 };
 use tokio::{
     sync::watch,
@@ -29,7 +31,7 @@ use tokio::{
 use super::plants::Plant;
 use crate::{limiter_contract::START, limiter_shared::model::State};
 
-/// A replica's own clock: the true time, and how far off it is.
+/// A replica's own clock: the true time and its offset.
 #[derive(Debug, Clone)]
 pub(super) struct SkewedClock {
     pub(super) zero: Instant,
@@ -38,37 +40,37 @@ pub(super) struct SkewedClock {
 
 impl Clock for SkewedClock {
     fn now(&self) -> UnixNanos {
-        let at = START.0.saturating_add(self.monotonic());
+        let at = START.0.saturating_add(self.monotonic().0);
         UnixNanos(at.saturating_add_signed(self.skew_ms * 1_000_000))
     }
 
-    fn monotonic(&self) -> u64 {
-        u64::try_from(self.zero.elapsed().as_nanos()).unwrap()
+    fn monotonic(&self) -> Monotonic {
+        Monotonic(Nanos::from(self.zero.elapsed()).0)
     }
 }
 
-/// The process that keeps the counters.
+/// The process that has the counters.
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) state: State,
-    /// What a replica of it has, that lags behind.
+    /// The state of its replica, which lags behind.
     pub(super) copy: State,
     pub(super) run: u64,
     pub(super) up: bool,
-    /// Microseconds that its clock is ahead.
+    /// Microseconds by which its clock is ahead.
     pub(super) ahead: u64,
-    /// Where every replica has counters of its own, theirs.
+    /// If every replica has its own counters, these.
     alone: HashMap<usize, State>,
 }
 
-/// How calls get to Redis.
+/// How calls reach Redis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Reach {
     #[default]
     Up,
-    /// Nothing arrives, nothing fails.
+    /// Nothing arrives, and nothing fails.
     Cut,
-    /// Calls arrive, answers do not.
+    /// Calls arrive, but responses do not.
     Deaf,
     Refused,
 }
@@ -77,11 +79,11 @@ pub(super) enum Reach {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Link {
     pub(super) reach: Reach,
-    /// Of a hundred answers, how many come so many milliseconds later.
+    /// The percentage of responses that arrive this many milliseconds later.
     pub(super) late: (u8, u64),
-    /// Of a hundred answers, how many never come.
+    /// The percentage of responses that never arrive.
     pub(super) lost: u8,
-    /// Its replica is no more: nothing that it still does arrives.
+    /// Its replica has ended: none of its calls arrives any more.
     pub(super) dead: bool,
 }
 
@@ -90,20 +92,22 @@ pub(super) struct World {
     pub(super) zero: Instant,
     pub(super) process: Mutex<Process>,
     pub(super) links: Mutex<Vec<Link>>,
-    /// For all links.
+    /// Applies to all links.
     pub(super) reach: Mutex<Reach>,
     pub(super) stalled: watch::Sender<bool>,
     pub(super) slow: AtomicU64,
-    /// Whether an answer said that the state was lost.
+    /// Whether a response reported that the state was lost.
     pub(super) initialized_again: AtomicBool,
+    /// The times of such responses.
+    pub(super) epochs: Mutex<Vec<u64>>,
     round_trip: u64,
     seed: u64,
     plant: Plant,
-    /// Replicas that were told of a new epoch and have not returned since.
+    /// Replicas that were promised a new epoch and have not returned since.
     told: Mutex<HashSet<usize>>,
     /// Tokens granted so far and tokens returned so far, by key.
     granted: Mutex<HashMap<ApiKeyId, (u64, u64)>>,
-    /// The chance of each link's calls of each bucket, so that none depends on the order of the others.
+    /// The random numbers for each link's calls of each bucket, so that none depends on the order of the others.
     chances: Mutex<HashMap<(usize, BucketName), Rng>>,
 }
 
@@ -133,6 +137,7 @@ impl World {
             stalled: watch::Sender::new(false),
             slow: AtomicU64::new(0),
             initialized_again: AtomicBool::new(false),
+            epochs: Mutex::default(),
             round_trip,
             seed,
             plant,
@@ -146,7 +151,7 @@ impl World {
         u64::try_from(self.zero.elapsed().as_nanos()).unwrap()
     }
 
-    /// Tokens of a key that Redis granted so far, and that were returned.
+    /// Tokens of a key that Redis has granted so far, and those that were returned.
     pub(super) fn granted(&self, key: ApiKeyId) -> (u64, u64) {
         self.granted.lock().get(&key).copied().unwrap_or_default()
     }
@@ -193,10 +198,10 @@ impl World {
         let mut call = self.plant.call(call, micros);
         if self.plant == Plant::PromiseNeverExpires {
             let mut told = self.told.lock();
-            if call.away_since == 0 {
+            if call.away_since == CounterMicros::NONE {
                 told.remove(&replica);
             } else if told.contains(&replica) {
-                call.away_since = 0;
+                call.away_since = CounterMicros::NONE;
             }
         }
         let state = if self.plant == Plant::SharesNothing {
@@ -227,6 +232,7 @@ impl World {
             (BucketState::Active { .. }, BucketName::Heartbeat) => {}
             (BucketState::Initializing { .. }, _) => {
                 self.initialized_again.store(true, Ordering::Relaxed);
+                self.epochs.lock().push(self.now());
                 self.told.lock().insert(replica);
             }
         }
@@ -272,7 +278,7 @@ impl World {
     }
 }
 
-/// The counters as one replica sees them.
+/// The counters as seen by one replica.
 #[derive(Debug)]
 pub(super) struct Linked {
     pub(super) world: Arc<World>,

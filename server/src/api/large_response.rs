@@ -1,0 +1,50 @@
+//! Large responses, which occupy memory until their client has read them.
+//!
+//! A client can take as long as it likes, if it makes some progress. So the number of unread large responses is
+//! limited, for each tenant and in total. Responses of static files are not counted, because they use no memory of
+//! their own.
+
+use poem::Response;
+
+use super::{problem::ApiError, request_context::RequestContext};
+use crate::tenant_places::{HeldUntilSent, TenantPlaces};
+
+/// Bytes. Smaller responses fit in the socket's buffer, or are limited by the request rate.
+const LARGE: usize = 64 * 1024;
+const OF_TENANT: usize = 8;
+const TOTAL: usize = 64;
+
+/// Marks a response whose body is large.
+#[derive(Debug, Clone, Copy)]
+struct IsLarge;
+
+/// The places for large responses on one server.
+pub fn places() -> TenantPlaces {
+    TenantPlaces::new(OF_TENANT, TOTAL)
+}
+
+/// Marks a response whose body has this length, if that is large.
+pub fn mark(response: &mut Response, length: usize) {
+    if length > LARGE {
+        response.extensions_mut().insert(IsLarge);
+    }
+}
+
+/// Makes a large response to a tenant hold a place until it has been sent. Fails if there is none.
+pub fn hold(
+    places: &TenantPlaces,
+    context: &RequestContext,
+    mut response: Response,
+) -> Result<Response, ApiError> {
+    if response.extensions().get::<IsLarge>().is_some()
+        && let Some(tenant) = context.tenant()
+    {
+        let place = places.take(tenant).ok_or_else(|| {
+            context.state.metrics.guard_refusals.inc();
+            ApiError::too_many_reads()
+        })?;
+        let held = HeldUntilSent::from(place);
+        response.extensions_mut().insert(held);
+    }
+    Ok(response)
+}

@@ -1,0 +1,300 @@
+//! Appends decisions to the log and to every rollup.
+//!
+//! A [batch](super::usage_batch) is sorted and counted before its transaction begins, so PostgreSQL only inserts: one
+//! row for each decision, and one for each row of a rollup that the batch changes.
+//!
+//! **Order of locks.** Tenants, in the order of their IDs; everything else that [`append`] writes belongs to one of them.
+
+use std::collections::{HashMap, HashSet};
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    prelude::*,
+    sql_types::{Array, BigInt, Bool, Integer, Nullable, Text, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
+use uuid::Uuid;
+
+use super::{
+    usage::{ENDPOINTS_OF_KEY, ENDPOINTS_OF_TENANT},
+    usage_batch::{EndpointOf, Rank, RowKey, Sums, UsageBatch, UsageRecord},
+    usage_endpoint::{self, Endpoint},
+};
+use crate::db::{DbError, SystemTx};
+
+/// The result of appending records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Appended {
+    pub rows: u64,
+    /// Rows whose key has too many endpoints: in its rollups they count together, in the log they have their own.
+    pub folded: u64,
+}
+
+/// A large batch may take longer than a request may, and waits for others of the same tenants: giving up would only mean
+/// doing it again.
+const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
+
+/// Rows per statement: encoding more of them would keep a thread from serving requests for milliseconds.
+const CHUNK: usize = 1_000;
+
+/// Locks the tenants and takes numbers for the rows. Statements after it see what others committed before.
+const TAKE_NUMBERS: &str = "\
+    INSERT INTO usage_tenants AS t (tenant_id, last_seq) SELECT unnest($1), unnest($2) \
+    ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \
+    RETURNING tenant_id, last_seq";
+
+const ADD_ROWS: &str = "\
+    INSERT INTO usage_log (tenant_id, seq, \"timestamp\", event_id, key_id, plan_id, cost, retry_after_seconds, \
+        was_rejected, billing, policy, endpoint, request_id) \
+    SELECT unnest($1), unnest($2), unnest($3), unnest($4), unnest($5), unnest($6), unnest($7), unnest($8), \
+        unnest($9), unnest($10), unnest($11), unnest($12), unnest($13)";
+
+/// Moves `last_used_at` forward, at most once per second, so that a busy key causes no more writes than others. Skips
+/// keys that are locked by others: their next use is soon enough, and usage does not wait for them.
+const TOUCH_KEYS: &str = "\
+    UPDATE api_keys k SET last_used_at = u.at \
+    FROM ( \
+        SELECT k.tenant_id, k.id, b.at \
+        FROM unnest($1, $2, $3) AS b (tenant_id, key_id, at) \
+        JOIN api_keys k ON k.tenant_id = b.tenant_id AND k.id = b.key_id \
+        WHERE k.last_used_at IS NULL OR k.last_used_at < b.at - interval '1 second' \
+        FOR NO KEY UPDATE OF k SKIP LOCKED \
+    ) u \
+    WHERE k.tenant_id = u.tenant_id AND k.id = u.id";
+
+const ADD_CHARGED: &str = "\
+    INSERT INTO billing_usage AS u (tenant_id, start, cost) SELECT unnest($1), unnest($2), unnest($3) \
+    ON CONFLICT (tenant_id, start) DO UPDATE SET cost = u.cost + excluded.cost";
+
+const ADD_QUARTERS: &str = "\
+    INSERT INTO usage_quarters AS u (tenant_id, endpoint, key_id, plan_id, start, policy, requests, cost) \
+    SELECT unnest($1), unnest($2), unnest($3), unnest($4), unnest($5), unnest($6), unnest($7), unnest($8) \
+    ON CONFLICT (tenant_id, endpoint, key_id, plan_id, start, policy) DO UPDATE \
+    SET requests = u.requests + excluded.requests, cost = u.cost + excluded.cost";
+
+const ADD_DAYS: &str = "\
+    INSERT INTO usage_days AS u (tenant_id, endpoint, key_id, plan_id, start, policy, requests, cost, last_at) \
+    SELECT unnest($1), unnest($2), unnest($3), unnest($4), unnest($5), unnest($6), unnest($7), unnest($8), unnest($9) \
+    ON CONFLICT (tenant_id, endpoint, key_id, plan_id, start, policy) DO UPDATE \
+    SET requests = u.requests + excluded.requests, cost = u.cost + excluded.cost, \
+        last_at = greatest(u.last_at, excluded.last_at)";
+
+macro_rules! column {
+    ($rows:expr, $value:expr) => {
+        $rows.iter().map($value).collect::<Vec<_>>()
+    };
+}
+
+#[derive(QueryableByName)]
+struct Seq {
+    #[diesel(sql_type = SqlUuid)]
+    tenant_id: Uuid,
+    #[diesel(sql_type = BigInt)]
+    last_seq: i64,
+}
+
+/// Adds the records to the log and to every rollup. A transaction does this once, and commits soon: the tenants are
+/// locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for a
+/// statement and 10 s for a lock.
+pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, DbError> {
+    if batch.is_empty() {
+        return Ok(Appended::default());
+    }
+    tx.batch_execute(TIMEOUTS).await?;
+    let numbers = take_numbers(tx, batch).await?;
+    let folded = add_endpoints(tx, batch).await?;
+    for (rows, numbers) in batch.records.chunks(CHUNK).zip(numbers.chunks(CHUNK)) {
+        add_rows(tx, rows, numbers).await?;
+    }
+    touch_keys(tx, batch).await?;
+    let changed;
+    let rollups = if folded.is_empty() {
+        &batch.rollups
+    } else {
+        changed = batch.rollups_without(&folded);
+        &changed
+    };
+    for rows in rollups.quarters.chunks(CHUNK) {
+        add_quarters(tx, batch, rows).await?;
+    }
+    for rows in rollups.days.chunks(CHUNK) {
+        add_days(tx, batch, rows).await?;
+    }
+    if !batch.charged.is_empty() {
+        add_charged(tx, batch).await?;
+    }
+    Ok(Appended {
+        rows: batch.len() as u64,
+        folded: u64::try_from(rollups.folded).unwrap_or(0),
+    })
+}
+
+/// Returns each record's number in its tenant's log.
+async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
+    let taken = diesel::sql_query(TAKE_NUMBERS)
+        .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))
+        .bind::<Array<BigInt>, _>(column!(batch.tenants, |it| it.1))
+        .load::<Seq>(&mut **tx)
+        .await?;
+    let last = taken
+        .into_iter()
+        .map(|it| (it.tenant_id, it.last_seq))
+        .collect::<HashMap<_, _>>();
+    let numbers = batch.tenants.iter().flat_map(|(tenant, count)| {
+        let last = last.get(tenant).copied().unwrap_or(0);
+        last - count + 1..=last
+    });
+    Ok(numbers.collect())
+}
+
+/// Updates the lists of endpoints. Returns the endpoints that have no rollups of their own because there are too many.
+async fn add_endpoints(
+    tx: &mut SystemTx,
+    batch: &UsageBatch,
+) -> Result<HashSet<EndpointOf>, DbError> {
+    let endpoint = |(of, first_at): &(EndpointOf, DateTime<Utc>)| Endpoint {
+        tenant: of.tenant,
+        key: of.key,
+        name: &batch.endpoints[of.endpoint],
+        first_at: *first_at,
+    };
+    let mut new = Vec::<&(EndpointOf, DateTime<Utc>)>::new();
+    for chunk in batch.named.chunks(CHUNK) {
+        let endpoints = chunk.iter().map(endpoint).collect::<Vec<_>>();
+        let found = usage_endpoint::find(tx, &endpoints).await?;
+        new.extend(found.new.into_iter().filter_map(|it| chunk.get(it)));
+        let stale = found.stale.into_iter().filter_map(|it| endpoints.get(it));
+        let stale = stale.copied().collect::<Vec<_>>();
+        usage_endpoint::mark_seen(tx, &stale).await?;
+    }
+    if new.is_empty() {
+        return Ok(HashSet::new());
+    }
+    // All at the same time, because they are numbered by the time of their first request.
+    let (of_tenants, of_keys) = new
+        .into_iter()
+        .partition::<Vec<_>, _>(|it| it.0.key.is_nil());
+    let endpoints = of_keys.iter().map(endpoint).collect::<Vec<_>>();
+    let others = usage_endpoint::add(tx, &endpoints, ENDPOINTS_OF_KEY).await?;
+    let mut folded = others
+        .into_iter()
+        .filter_map(|it| Some(of_keys.get(it)?.0))
+        .collect::<HashSet<_>>();
+    // A tenant lists only endpoints that a key lists, from the first request of such a key on.
+    let mut listed = HashMap::<(Uuid, Rank), DateTime<Utc>>::new();
+    for (of, first_at) in &batch.named {
+        if !of.key.is_nil() && !folded.contains(of) {
+            let first = listed.entry((of.tenant, of.endpoint)).or_insert(*first_at);
+            *first = (*first).min(*first_at);
+        }
+    }
+    let (mut candidates, mut endpoints) = (Vec::new(), Vec::new());
+    for it in of_tenants {
+        match listed.get(&(it.0.tenant, it.0.endpoint)) {
+            Some(first_at) => {
+                candidates.push(it.0);
+                endpoints.push(Endpoint {
+                    first_at: *first_at,
+                    ..endpoint(&it)
+                });
+            }
+            None => {
+                folded.insert(it.0);
+            }
+        }
+    }
+    let others = usage_endpoint::add(tx, &endpoints, ENDPOINTS_OF_TENANT).await?;
+    folded.extend(others.into_iter().filter_map(|it| candidates.get(it)));
+    Ok(folded)
+}
+
+/// Moves the last use of the batch's keys forward.
+async fn touch_keys(tx: &mut SystemTx, batch: &UsageBatch) -> Result<(), DbError> {
+    let mut used = HashMap::<(Uuid, Uuid), DateTime<Utc>>::new();
+    for (row, sums) in &batch.counts {
+        let last = used.entry((row.tenant, row.key)).or_insert(sums.last_at);
+        *last = sums.last_at.max(*last);
+    }
+    let used = used.into_iter().collect::<Vec<_>>();
+    for chunk in used.chunks(CHUNK) {
+        diesel::sql_query(TOUCH_KEYS)
+            .bind::<Array<SqlUuid>, _>(column!(chunk, |it| it.0.0))
+            .bind::<Array<SqlUuid>, _>(column!(chunk, |it| it.0.1))
+            .bind::<Array<Timestamptz>, _>(column!(chunk, |it| it.1))
+            .execute(&mut **tx)
+            .await?;
+    }
+    Ok(())
+}
+
+async fn add_rows(tx: &mut SystemTx, rows: &[UsageRecord], numbers: &[i64]) -> Result<(), DbError> {
+    diesel::sql_query(ADD_ROWS)
+        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.tenant_id))
+        .bind::<Array<BigInt>, _>(numbers)
+        .bind::<Array<Timestamptz>, _>(column!(rows, |it| it.at))
+        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.event_id))
+        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.key_id))
+        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.plan_id))
+        .bind::<Array<BigInt>, _>(column!(rows, |it| it.cost))
+        .bind::<Array<Nullable<Integer>>, _>(column!(rows, |it| it.retry_after_seconds))
+        .bind::<Array<Bool>, _>(column!(rows, |it| it.was_rejected))
+        .bind::<Array<Text>, _>(column!(rows, |it| it.billing))
+        .bind::<Array<Nullable<Text>>, _>(column!(rows, |it| it.policy))
+        .bind::<Array<Text>, _>(column!(rows, |it| it.endpoint.as_str()))
+        .bind::<Array<Text>, _>(column!(rows, |it| it.request_id.as_str()))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Binds the columns that both rollups have.
+macro_rules! bind_rollup {
+    ($sql:expr, $batch:expr, $rows:expr) => {
+        diesel::sql_query($sql)
+            .bind::<Array<SqlUuid>, _>(column!($rows, |it| it.0.tenant))
+            .bind::<Array<Text>, _>(column!($rows, |it| $batch.endpoints[it.0.endpoint].as_str()))
+            .bind::<Array<SqlUuid>, _>(column!($rows, |it| it.0.key))
+            .bind::<Array<SqlUuid>, _>(column!($rows, |it| it.0.plan))
+            .bind::<Array<Timestamptz>, _>(column!($rows, |it| start(it.0.start)))
+            .bind::<Array<Text>, _>(column!($rows, |it| it.0.policy))
+            .bind::<Array<BigInt>, _>(column!($rows, |it| it.1.requests))
+            .bind::<Array<BigInt>, _>(column!($rows, |it| it.1.cost))
+    };
+}
+
+async fn add_charged(tx: &mut SystemTx, batch: &UsageBatch) -> Result<(), DbError> {
+    diesel::sql_query(ADD_CHARGED)
+        .bind::<Array<SqlUuid>, _>(column!(batch.charged, |it| it.tenant))
+        .bind::<Array<Timestamptz>, _>(column!(batch.charged, |it| start(it.start)))
+        .bind::<Array<BigInt>, _>(column!(batch.charged, |it| it.cost))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+fn start(seconds: i64) -> DateTime<Utc> {
+    DateTime::from_timestamp(seconds, 0).unwrap_or_default()
+}
+
+async fn add_quarters(
+    tx: &mut SystemTx,
+    batch: &UsageBatch,
+    rows: &[(RowKey, Sums)],
+) -> Result<(), DbError> {
+    bind_rollup!(ADD_QUARTERS, batch, rows)
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+async fn add_days(
+    tx: &mut SystemTx,
+    batch: &UsageBatch,
+    rows: &[(RowKey, Sums)],
+) -> Result<(), DbError> {
+    bind_rollup!(ADD_DAYS, batch, rows)
+        .bind::<Array<Timestamptz>, _>(column!(rows, |it| it.1.last_at))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,139 @@
+//! Handwritten logs: what the lower bound requires, and what it does not.
+
+use quota_common::plan::OnRedisFailure;
+
+use super::{
+    super::scene::{Change, Fault, FaultKind, Key, Load, Plan, Scene},
+    Answer, Entry, MS, under,
+};
+
+/// Each of the faults below begins a new epoch.
+const EPOCHS: [u64; 2] = [1550 * MS, 2850 * MS];
+
+fn plan(from: u64, rpm: u32, burst: u32, strict: bool) -> Plan {
+    Plan {
+        from,
+        rpm,
+        burst,
+        strict,
+    }
+}
+
+fn scene(plans: Vec<Plan>) -> Scene {
+    Scene {
+        seed: 0,
+        replicas: 2,
+        round_trip: 0,
+        keys: vec![Key {
+            on_failure: OnRedisFailure::Closed,
+            plans,
+            load: "by hand",
+        }],
+        changes: Vec::new(),
+        faults: Vec::new(),
+        length: 8000,
+        load: Load(Vec::new()),
+    }
+}
+
+fn outage(at: u64, lasts: u64) -> Fault {
+    Fault {
+        at,
+        lasts,
+        kind: FaultKind::Cut,
+    }
+}
+
+/// Requests at this millisecond, of which the given number is admitted.
+fn requests(at: u64, admitted: usize, of: usize) -> impl Iterator<Item = Entry> {
+    (0..of).map(move |n| Entry {
+        key: 0,
+        replica: 0,
+        cost: 1,
+        plan: 0,
+        asked: at * MS,
+        answered: at * MS,
+        answer: if n < admitted {
+            Answer::Admitted
+        } else {
+            Answer::Denied
+        },
+        retry_after: None,
+        degraded: false,
+        granted: None,
+    })
+}
+
+fn verdict(scene: &Scene, entries: &[Entry]) -> Option<String> {
+    under(scene, &scene.keys[0], entries, &EPOCHS)
+}
+
+#[test]
+fn a_replica_that_crashes_takes_its_tokens_with_it() {
+    let mut scene = scene(vec![plan(0, 60, 100, true)]);
+    scene.changes.push((3010, Change::Crash(1)));
+    let crashed = requests(3000, 0, 60).map(|it| Entry {
+        replica: 1,
+        answer: Answer::None,
+        ..it
+    });
+    let crashed: Vec<_> = crashed.collect();
+    let log = |admitted| {
+        let mut log = crashed.clone();
+        log.extend(requests(3000, admitted, 80));
+        log
+    };
+    assert_eq!(verdict(&scene, &log(40)), None);
+    assert!(verdict(&scene, &log(30)).is_some());
+}
+
+#[test]
+fn a_new_rate_counts_from_the_first_request_after_the_edit() {
+    let mut scene = scene(vec![plan(0, 60, 100, true), plan(1000, 6000, 100, true)]);
+    // Buckets may be empty until 2 s after it.
+    scene.faults.push(outage(1500, 100));
+    let log = |later| {
+        let first = requests(5000, 1, 80);
+        first.chain(requests(5500, later, 80)).collect::<Vec<_>>()
+    };
+    assert_eq!(verdict(&scene, &log(50)), None);
+    assert!(verdict(&scene, &log(40)).is_some());
+}
+
+#[test]
+fn what_refilled_after_a_loss_is_spent_once() {
+    let mut scene = scene(vec![plan(0, 12, 1, true), plan(5000, 600, 100, true)]);
+    // Buckets may be empty until 2 s after it.
+    scene.faults.push(outage(2800, 100));
+    let log = |every: u64| {
+        let times = (5000..8000).step_by(50);
+        let each = times.flat_map(|at| {
+            // Ten requests per second, once the edit is in force everywhere.
+            requests(at, usize::from(at > 6100 && at % every == 0), 1)
+        });
+        each.collect::<Vec<_>>()
+    };
+    assert_eq!(verdict(&scene, &log(100)), None);
+    assert!(verdict(&scene, &log(200)).is_some());
+}
+
+#[test]
+fn a_few_tokens_are_taken_together_and_not_one_by_one() {
+    let scene = scene(vec![plan(0, 60_000, 600, false)]);
+    // Two tokens are requested in the time in which one refills. All requests are admitted until `left` tokens are
+    // left.
+    let log = |left| {
+        let times = (1000..1590).step_by(2);
+        let each = times.flat_map(|at| {
+            let there = 600 - (at - 1000);
+            requests(at, if there > left { 4 } else { 0 }, 4)
+        });
+        each.collect::<Vec<_>>()
+    };
+    assert_eq!(verdict(&scene, &log(25)), None);
+    assert!(verdict(&scene, &log(100)).is_some());
+    // A burst takes as many tokens as there are.
+    let at_once = |admitted| requests(1000, admitted, 700).collect::<Vec<_>>();
+    assert_eq!(verdict(&scene, &at_once(600)), None);
+    assert!(verdict(&scene, &at_once(580)).is_some());
+}
