@@ -5,9 +5,7 @@
 
 use std::time::Duration;
 
-use tokio::sync::watch;
-
-use super::{every, next};
+use super::every;
 use crate::{
     billing::events::Round,
     db::{self, DbError},
@@ -23,49 +21,43 @@ const REPORT_EVERY: Duration = Duration::from_secs(10);
 /// How often reports are compared with Stripe's totals.
 const RECONCILE_EVERY: Duration = Duration::from_hours(1);
 
-pub(super) async fn handle_events(state: AppState, mut stopping: watch::Receiver<bool>) {
+pub(super) async fn handle_events(state: AppState) {
     let Some(billing) = state.billing.clone() else {
         return;
     };
     let mut ticks = every(EVERY);
     let mut is_reported = false;
     loop {
-        let continues = tokio::select! {
-            biased;
-            continues = next(&mut ticks, &mut stopping) => continues,
-            () = state.billing_event.notified() => true,
-        };
-        if !continues {
-            return;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = state.billing_event.notified() => {}
         }
         // Until there are none left.
-        while handle_round(&state, billing.handle_due().await, &mut is_reported) {
-            if *stopping.borrow() {
-                return;
-            }
-        }
+        while handle_round(&state, billing.handle_due().await, &mut is_reported) {}
     }
 }
 
-pub(super) async fn read_customers(state: AppState, mut stopping: watch::Receiver<bool>) {
+pub(super) async fn read_customers(state: AppState) {
     let Some(billing) = state.billing.clone() else {
         return;
     };
     let mut ticks = every(READ_EVERY);
     let mut is_reported = false;
-    while next(&mut ticks, &mut stopping).await {
+    loop {
+        ticks.tick().await;
         let round = billing.read_due().await;
         handle_round(&state, round, &mut is_reported);
     }
 }
 
-pub(super) async fn report_usage(state: AppState, mut stopping: watch::Receiver<bool>) {
+pub(super) async fn report_usage(state: AppState) {
     let Some(billing) = state.billing.clone() else {
         return;
     };
     let mut ticks = every(REPORT_EVERY);
     let mut is_reported = false;
-    while next(&mut ticks, &mut stopping).await {
+    loop {
+        ticks.tick().await;
         let result = async {
             billing.plan_usage().await?;
             billing.send_usage().await
@@ -87,12 +79,13 @@ pub(super) async fn report_usage(state: AppState, mut stopping: watch::Receiver<
 }
 
 /// Compares yesterday's reports with Stripe's totals, and reports usage that has not been charged.
-pub(super) async fn reconcile_usage(state: AppState, mut stopping: watch::Receiver<bool>) {
+pub(super) async fn reconcile_usage(state: AppState) {
     let Some(billing) = state.billing.clone() else {
         return;
     };
     let mut ticks = every(RECONCILE_EVERY);
-    while next(&mut ticks, &mut stopping).await {
+    loop {
+        ticks.tick().await;
         let metrics = &state.metrics;
         match billing.reconcile_usage().await {
             Ok(found) => {

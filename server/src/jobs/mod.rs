@@ -12,6 +12,7 @@ mod usage;
 
 use std::time::Duration;
 
+use futures_util::{FutureExt, future::BoxFuture};
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -44,10 +45,15 @@ impl Jobs {
         running.spawn(usage::maintain(state.clone(), stopping.clone()));
         running.spawn(usage::compare(state.clone(), stopping.clone()));
         if state.billing.is_some() {
-            running.spawn(billing::handle_events(state.clone(), stopping.clone()));
-            running.spawn(billing::read_customers(state.clone(), stopping.clone()));
-            running.spawn(billing::report_usage(state.clone(), stopping.clone()));
-            running.spawn(billing::reconcile_usage(state.clone(), stopping.clone()));
+            let until_stopped = |job| until_stopped(stopping.clone(), job);
+            running.spawn(until_stopped(billing::handle_events(state.clone()).boxed()));
+            running.spawn(until_stopped(
+                billing::read_customers(state.clone()).boxed(),
+            ));
+            running.spawn(until_stopped(billing::report_usage(state.clone()).boxed()));
+            running.spawn(until_stopped(
+                billing::reconcile_usage(state.clone()).boxed(),
+            ));
         }
         if state.metering.is_on() {
             running.spawn(metering::ship(state.clone(), stopping.clone()));
@@ -72,6 +78,16 @@ async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<
         biased;
         () = stopped(stopping) => false,
         _ = ticks.tick() => true,
+    }
+}
+
+/// Runs a job that can be dropped anywhere, since it continues later with what is stored. So stopping does not wait for
+/// Stripe.
+async fn until_stopped(mut stopping: watch::Receiver<bool>, job: BoxFuture<'static, ()>) {
+    tokio::select! {
+        biased;
+        () = stopped(&mut stopping) => {}
+        () = job => {}
     }
 }
 
