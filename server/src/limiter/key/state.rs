@@ -410,7 +410,7 @@ impl Denial {
         self.wait = self.wait.max(wait);
     }
 
-    pub(in crate::limiter) fn add_rate<T>(&mut self, rate: Verdict<T>) {
+    pub(in crate::limiter) fn add_rate<T: Copy>(&mut self, rate: Verdict<T>) {
         match rate {
             Verdict::Fits { .. } => {}
             Verdict::Wait { wait } => self.add(Policy::Rpm, Some(wait)),
