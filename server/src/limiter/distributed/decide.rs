@@ -87,7 +87,7 @@ impl StoreCore {
             denial.add(Policy::Rpm, left(until, monotonic));
             let gcra = policies.gcra();
             let debt = lease.debt(gcra, monotonic);
-            denial.add_rate(&gcra.decide(now.saturating_add(debt), now, cost));
+            denial.add_rate(gcra.decide(now.saturating_add(debt), now, cost));
             let outcome = denial.outcome();
             decision(&mut state, policies, moment, outcome)
         } else {
@@ -183,7 +183,7 @@ impl StoreCore {
         let gcra = policies.gcra();
         let lease = state.lease();
         let debt = lease.debt(gcra, monotonic);
-        denial.add_rate(&gcra.decide(now.saturating_add(debt), now, cost));
+        denial.add_rate(gcra.decide(now.saturating_add(debt), now, cost));
         let held = lease.held(u64::from(cost.get()), monotonic);
         let held = held.and_then(|until| left(until, monotonic));
         if wait.is_some() || held.is_some() {
@@ -223,7 +223,7 @@ impl StoreCore {
             // The same as if this were the only replica.
             OnRedisFailure::Open => {
                 let mut denial = Denial::default();
-                denial.add_rate(&state.take_rate(cost, now));
+                denial.add_rate(state.take_rate(cost, now));
                 let outcome = if denial.violated.is_empty() {
                     Outcome::Allowed
                 } else {

@@ -195,7 +195,7 @@ impl KeyState {
             }
             quotas
         };
-        denial.add_rate(&rate);
+        denial.add_rate(rate);
         Ok(self.decision(policies, now, denial.outcome()))
     }
 
@@ -410,10 +410,10 @@ impl Denial {
         self.wait = self.wait.max(wait);
     }
 
-    pub(in crate::limiter) fn add_rate<T>(&mut self, rate: &Verdict<T>) {
+    pub(in crate::limiter) fn add_rate<T: Copy>(&mut self, rate: Verdict<T>) {
         match rate {
             Verdict::Fits { .. } => {}
-            Verdict::Wait { wait } => self.add(Policy::Rpm, Some(*wait)),
+            Verdict::Wait { wait } => self.add(Policy::Rpm, Some(wait)),
             Verdict::NeverFits => self.add(Policy::Rpm, None),
         }
     }
