@@ -1,4 +1,4 @@
-//! `/v1`: the endpoints that check rate limits. All of them use [`decide`](super::admitted::decide).
+//! `/v1`: the endpoints that check rate limits. All of them use [`decide`].
 
 use std::{collections::BTreeMap, num::NonZeroU32};
 

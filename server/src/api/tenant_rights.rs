@@ -2,7 +2,7 @@
 //!
 //! A handler whose first argument is one of these types cannot be reached without the permission it stands for. A
 //! signed-in caller without it gets 403 before the body is read. [`AdmittedTenant`] is the caller without any such
-//! requirement: it is for a user's own account and sessions. [`Role`](quota_common::auth::Role) defines the permissions
+//! requirement: it is for a user's own account and sessions. [`Role`] defines the permissions
 //! of each role.
 
 use std::ops::Deref;

@@ -3,7 +3,7 @@
 //! Stripe is the source of truth. What is stored here is the result of the last read of a customer's subscriptions;
 //! webhooks and the passage of time only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they
 //! start, and a read that started before the last applied one is discarded, so the result does not depend on the order
-//! in which events arrive or reads complete. [`subscription`](crate::subscription) defines the meaning of
+//! in which events arrive or reads complete. [`subscription`] defines the meaning of
 //! subscriptions.
 //!
 //! If Stripe is unreachable, tenants keep their access. No tenant can subscribe during that time.

@@ -1,7 +1,7 @@
 //! All SQL, one file per noun.
 //!
 //! Every function takes the transaction in which it runs: a [`TenantTx`](crate::db::TenantTx), which carries the tenant
-//! and is also restricted to it by row-level security, or a [`SystemTx`](crate::db::SystemTx) for the server's own
+//! and is also restricted to it by row-level security, or a [`SystemTx`] for the server's own
 //! work. Rows are separate structs, not the API's types. Does not depend on HTTP.
 //!
 //! Lists use keyset pagination. By default they are read newest first, by ID: IDs are UUIDv7 and sort by time. Some
