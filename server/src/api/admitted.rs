@@ -22,7 +22,7 @@ use super::{
     browser::{self, SessionCookie},
     idempotency,
     problem::ApiError,
-    request_context::RequestContext,
+    request_context::{RequestContext, origin},
 };
 use crate::{
     auth::session::{LiveSession, Origin},
@@ -30,26 +30,6 @@ use crate::{
     limiter::Decision,
     secret_text::{Kind, SecretText},
 };
-
-/// Maximum length of the stored User-Agent. Longer values are truncated.
-const USER_AGENT_MAX: usize = 256;
-
-/// The stored details of a request's origin.
-pub fn origin(request: &Request) -> Origin {
-    let user_agent = request.headers().get(header::USER_AGENT).map(|agent| {
-        String::from_utf8_lossy(agent.as_bytes())
-            .chars()
-            .filter(|c| !c.is_control())
-            .take(USER_AGENT_MAX)
-            .collect()
-    });
-    Origin {
-        ip: RequestContext::of(request)
-            .ok()
-            .and_then(|context| context.ip),
-        user_agent,
-    }
-}
 
 const fn blank(ty: &'static str, description: &'static str) -> MetaSecurityScheme {
     MetaSecurityScheme {

@@ -17,12 +17,13 @@ use serde_json::json;
 
 use super::{
     Tag,
-    admitted::{AdmittedTenant, origin},
+    admitted::AdmittedTenant,
     browser::{self, SessionCookie, WithCookies},
     change::Edit,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
     problem::{ApiError, OrNotFound},
+    request_context::origin,
 };
 use crate::{
     auth::{

@@ -5,12 +5,13 @@ use std::{net::IpAddr, sync::Arc};
 use parking_lot::Mutex;
 use poem::{
     Request,
-    http::{HeaderValue, Method, Uri},
+    http::{HeaderValue, Method, Uri, header},
 };
 use quota_common::TenantId;
 
 use super::problem::ApiError;
 use crate::{
+    auth::session::Origin,
     authenticated::{Authenticated, EndlessResponse},
     client_guard::ClientNetwork,
     clock::{Nanos, UnixNanos},
@@ -18,6 +19,9 @@ use crate::{
     state::AppState,
     telemetry::log::AccessLine,
 };
+
+/// Maximum length of the stored User-Agent. Longer values are truncated.
+const USER_AGENT_MAX: usize = 256;
 
 /// Determined once, when the request arrives. Stored with the request.
 pub struct RequestContext {
@@ -125,5 +129,22 @@ impl RequestContext {
             tenant,
             key,
         });
+    }
+}
+
+/// The stored details of a request's origin.
+pub fn origin(request: &Request) -> Origin {
+    let user_agent = request.headers().get(header::USER_AGENT).map(|agent| {
+        String::from_utf8_lossy(agent.as_bytes())
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(USER_AGENT_MAX)
+            .collect()
+    });
+    Origin {
+        ip: RequestContext::of(request)
+            .ok()
+            .and_then(|context| context.ip),
+        user_agent,
     }
 }
