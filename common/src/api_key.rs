@@ -25,7 +25,7 @@ response! {
         /// Requests per minute for this key, overriding the plan's rate. `null`: the plan's rate. If the plan's burst
         /// equals its rate, the key's burst equals this rate.
         pub rpm_override: Option<u32>,
-        /// The key's identifier in your own system, such as a customer ID. Several keys may have the same one.
+        /// The key's identifier in your own system, such as a customer ID. Multiple keys can share the same external ID.
         #[serde(default)]
         pub external_id: Option<String>,
         /// Your own names and values, which are stored with the key and not interpreted.
@@ -55,8 +55,8 @@ request! {
         /// Requests per minute for this key, 1 to 60,000,000. Default: the plan's rate.
         #[garde(dive)]
         pub rpm_override: Option<Rpm>,
-        /// The key's identifier in your own system, such as a customer ID: 1 to 200 characters. Several keys may have the
-        /// same one.
+        /// The key's identifier in your own system, such as a customer ID: 1 to 200 characters. Multiple keys can share
+        /// the same external ID.
         #[garde(dive)]
         pub external_id: Option<ExternalId>,
         /// Your own names and values: at most 50 entries. Names are 1 to 40 letters, digits, hyphens, underscores or

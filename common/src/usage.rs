@@ -122,7 +122,7 @@ response! {
         pub complete_until: Timestamp,
         /// All requests in the range that match the filters.
         pub total: UsageCounts,
-        /// Without `group_by`: every bucket of the range. With it: the buckets of each group that had requests.
+        /// Without `group_by`: every bucket of the range. With `group_by`: the buckets of each group that had requests.
         pub buckets: Vec<UsageBucket>,
         /// With `group_by`: the 20 groups with the most requests, and `other` if there are more. Otherwise empty.
         pub groups: Vec<UsageGroup>,

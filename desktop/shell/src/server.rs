@@ -12,7 +12,7 @@ pub struct Server(Url);
 pub enum InvalidAddress {
     #[error("Enter an address such as https://quota.example.com")]
     Malformed,
-    #[error("Use https://. http:// works only for this computer")]
+    #[error("Use https://. http:// is only allowed for localhost")]
     Insecure,
     #[error("Enter only the server's address, without a path or user name")]
     NotAnOrigin,

@@ -30,7 +30,7 @@ use crate::{
 
 /// Maximum size of a webhook: half of the data that a connection without a valid credential may have in memory.
 /// Stripe's are far smaller.
-const WEBHOOK_MAX: usize = 128 * 1024;
+const WEBHOOK_MAX: usize = 64 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 
 pub struct BillingApi {

@@ -151,7 +151,7 @@ const fn retry(code: ProblemCode) -> (&'static str, &'static str) {
   -H "Idempotency-Key: 5f0c1a9e" -d '{"name": "Starter", "default_rpm": 600}'"#,
         ),
         ProblemCode::Malformed | ProblemCode::Invalid | ProblemCode::UnsupportedMediaType => (
-            "The same request fails again. Fix it first.",
+            "Retrying won't help. Fix it first.",
             r#"curl {base}/admin/plans \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"name": "Starter", "default_rpm": 600}'"#,
@@ -169,7 +169,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
   -d '{"email": "ada@example.com", "password": "…"}'"#,
         ),
         ProblemCode::RegistrationClosed => (
-            "The same request fails again. Once the operator has created your account, sign in.",
+            "Retrying won't help. Once the operator has created your account, sign in.",
             r#"curl {base}/auth/login -H "Content-Type: application/json" \
   -d '{"email": "ada@example.com", "password": "…"}'"#,
         ),
@@ -186,7 +186,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             r#"curl -X POST {base}/billing/portal -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::BillingOff => (
-            "The same request fails again. See whether the server has billing.",
+            "Retrying won't help. See whether the server has billing.",
             r#"curl {base}/billing -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::HeadersTooLarge => (
@@ -194,11 +194,11 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             r#"curl -i {base}/v1/echo -H "X-API-Key: $API_KEY""#,
         ),
         ProblemCode::Forbidden => (
-            "The same request fails again. Check your role, and ask an owner or admin to change it.",
+            "Retrying won't help. Check your role, and ask an owner or admin to change it.",
             r#"curl {base}/auth/me -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::NotFound => (
-            "The same request fails again. List the resources to find the ID.",
+            "Retrying won't help. List the resources to find the ID.",
             r#"curl "{base}/admin/plans?limit=100" -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::MethodNotAllowed => (
@@ -226,7 +226,7 @@ curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOK
   -d '{"name": "Starter 2", "default_rpm": 600}'"#,
         ),
         ProblemCode::ContentTooLarge => (
-            "The same request fails again. Send only the fields that the API documents.",
+            "Retrying won't help. Send only the fields that the API documents.",
             r#"curl -X PATCH {base}/admin/plans/$PLAN_ID \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"default_rpm": 1200}'"#,

@@ -126,7 +126,7 @@ impl ApiError {
     /// For concurrent reports and lists of one tenant.
     pub fn too_many_reads() -> Self {
         Self::wait(
-            "Your organization has too many reads at the same time.",
+            "Your organization has too many concurrent reads.",
             Duration::from_secs(1),
         )
     }

@@ -21,7 +21,8 @@ use crate::clock::Monotonic;
 
 /// How long a count is trusted.
 pub const BELIEVED: Duration = Duration::from_secs(7);
-/// How long after its last heartbeat a replica is no longer counted. Longer than it trusts a count that includes it.
+/// How long after its last heartbeat a replica is no longer counted. Must exceed [`BELIEVED`], so that a replica that
+/// has stopped sending heartbeats is still counted while it may trust a count that includes it.
 pub const FORGOTTEN: Duration = Duration::from_secs(10);
 /// How long a replica must have been counted before it takes a share: until counts without it are no longer trusted.
 pub const SETTLED: Duration = Duration::from_secs(8);

@@ -37,7 +37,7 @@ const RETRY: Nanos = Nanos::from_millis(100);
 pub enum Unrecordable {
     #[error("the usage backlog has reached QUOTA_USAGE_BACKLOG_MAX")]
     BacklogFull,
-    #[error("no space is left for usage in QUOTA_DATA_DIR")]
+    #[error("no space left for usage records in QUOTA_DATA_DIR")]
     DiskFull,
     #[error("QUOTA_DATA_DIR is read-only")]
     ReadOnly,

@@ -94,7 +94,7 @@ metrics! {
     key_loads: Counter, "key_loads", "Key lookups in PostgreSQL";
     key_stale_served: Counter, "key_stale_served",
         "Key lookups served with a record that could not be confirmed";
-    ledger_takes: Counter, "ledger_takes", "Blocks of calendar quotas taken";
+    ledger_takes: Counter, "ledger_takes", "Calendar quota blocks taken from the ledger";
     ledger_errors: Counter, "ledger_errors", "Calls to the quota ledger that failed";
     counter_calls: Counter, "counter_calls", "Calls to the shared counters";
     counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or were late";
@@ -171,7 +171,7 @@ metrics! {
     usage_sync_errors: Counter, "usage_sync_errors",
         "Usage records that could not be written to disk in time for their responses";
     usage_endpoints_folded: Counter, "usage_endpoints_folded",
-        "Usage records counted under `other` because the limit of endpoints was reached";
+        "Usage records counted under `other` because the endpoint limit was reached";
     usage_backlog_records: Gauge, "usage_backlog_records",
         "Usage records that this process has not written to PostgreSQL yet";
     usage_backlog_bytes: Gauge, "usage_backlog_bytes",

@@ -271,7 +271,7 @@ async fn clients_that_cancel_what_they_do_not_read_lock_nobody_out() {
 /// Connections that use as much memory as they can, and complete no request.
 const SLOW: usize = 2000;
 /// The maximum increase in memory, in MiB. Handlers of many concurrent requests end a while after their connections
-/// were closed, and use most of the memory in a debug build.
+/// close, and use most of the memory in a debug build.
 const MOST: u64 = 64;
 const MOST_AT_A_TIME: u64 = 128;
 const LARGE: usize = 31 * 1024;

@@ -109,7 +109,7 @@ impl FakeStripe {
         self.with(|state| state.now())
     }
 
-    /// Moves the clock forward. Everything that is due in between happens.
+    /// Moves the clock forward. Runs everything that becomes due in that time.
     pub fn advance(&self, time: Duration) {
         let seconds = i64::try_from(time.as_secs()).unwrap_or(0);
         self.with(|state| state.advance(seconds));

@@ -107,7 +107,7 @@ pub fn start_of_day(at: i64, local: &dyn Fn(i64) -> Option<LocalTime>) -> Option
     Some(guess - off * MINUTE_MS)
 }
 
-/// Returns when the local day that is `days` before the given time began.
+/// Returns the start of the local day `days` days before the given time.
 pub fn start_of_day_before(
     at: i64,
     days: i64,

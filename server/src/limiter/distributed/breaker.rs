@@ -113,7 +113,7 @@ impl CircuitBreaker {
         CounterMicros(self.last_heard.load(Ordering::Relaxed))
     }
 
-    /// Records the start of a call, which confirms the last response to the counters.
+    /// Records the start of a call, which acknowledges the last response to the counters.
     pub(super) fn called(&self, now: Monotonic) {
         let mut inner = self.inner.lock();
         inner.confirmed_at = inner.heard_at;

@@ -58,7 +58,7 @@ pub struct TakeCall {
     pub back_taken_at: CounterMicros,
     /// The bucket's generation when they were taken. They are worthless in a later generation.
     pub back_generation: u64,
-    /// How long granted tokens may be spent, in microseconds. Unspent ones are returned soon after.
+    /// How long granted tokens remain valid, in microseconds. Unspent ones are returned soon after.
     pub lease: u64,
     /// The counters' time in the latest reply from this partition that the caller received in time.
     pub last_heard: CounterMicros,

@@ -61,7 +61,7 @@ const FAMILIES: [Family; 6] = [
     Family {
         name: "quota_connections_accepted",
         kind: "counter",
-        help: "Client connections that were accepted",
+        help: "Client connections accepted",
         series: &[("", |it| it.accepted.get().to_string())],
     },
     Family {

@@ -11,7 +11,7 @@ use quota_server::{
 /// Microseconds from a loss of state to the new epoch.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
 
-/// Microseconds after the start of an epoch during which callers that were promised it return.
+/// How long after an epoch starts callers that were promised it are still accepted, in microseconds.
 const PROMISED: u64 = 500_000;
 
 /// The largest number of nanoseconds that the script computes exactly.

@@ -1038,7 +1038,7 @@ async fn sign_in_during_a_password_change_creates_no_session() {
     let owner = app.register().await;
     let client = app.database.connect().await;
     let mut old = PASSWORD.to_owned();
-    // The hashes are expensive enough on this machine for the sign-in to wait until after the change.
+    // Raise the hash cost until the sign-in waits until after the password change.
     for passes in [6, 12, 24, 48, 96] {
         let new = format!("seven orchards under frost {passes}");
         let (status, body, waited) =
@@ -1486,7 +1486,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
         let answer = refresh(&alone, &token).await;
         assert_eq!(answer.status, status, "{name}: {}", answer.body);
     }
-    // They have ended permanently: the old secret does not restore them.
+    // The sessions stay revoked: restoring the old secret does not revive them.
     let back = with(&database, &old, Some(&new)).start().await;
     for n in [1, 3] {
         assert_eq!(refresh(&back, &token(n)).await.status, 401);

@@ -176,7 +176,7 @@ impl Quota {
         kib.parse::<u64>().expect("a number") * 1024
     }
 
-    /// Returns a value of `/metrics`.
+    /// Returns the value of a metric from `/metrics`.
     pub(crate) async fn counter(&self, http: &Client, name: &str) -> u64 {
         let url = format!("http://{}/metrics", self.metrics_addr);
         let text = http.get(url).send().await.expect("it answers");

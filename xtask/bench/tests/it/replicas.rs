@@ -26,7 +26,10 @@ impl Found {
 
 fn number(row: &Value, column: &str) -> f64 {
     let cell = row[column].as_str().expect("a cell");
-    let digits = cell.trim_end_matches(" %").trim_start_matches('+');
+    let digits = cell
+        .trim_end_matches('%')
+        .trim_end()
+        .trim_start_matches('+');
     digits.parse().expect("a number")
 }
 
