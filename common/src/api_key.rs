@@ -59,8 +59,8 @@ request! {
         /// the same external ID.
         #[garde(dive)]
         pub external_id: Option<ExternalId>,
-        /// Your own names and values: at most 50 entries. Names are 1 to 40 letters, digits, hyphens, underscores or
-        /// periods; values are at most 500 characters.
+        /// Your own names and values: at most 20 entries. Names are 1 to 40 letters, digits, hyphens, underscores or
+        /// periods; values are at most 100 characters.
         #[garde(dive)]
         pub metadata: Option<Metadata>,
     }

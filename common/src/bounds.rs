@@ -37,11 +37,11 @@ pub const ENDPOINT_MAX: usize = 128;
 /// Maximum length of the external ID of an API key, in characters.
 pub const EXTERNAL_ID_MAX: usize = 200;
 /// Maximum number of entries in the metadata of an API key.
-pub const METADATA_ENTRIES_MAX: usize = 50;
+pub const METADATA_ENTRIES_MAX: usize = 20;
 /// Maximum length of the name of a metadata entry, in characters.
 pub const METADATA_NAME_MAX: usize = 40;
 /// Maximum length of the value of a metadata entry, in characters.
-pub const METADATA_VALUE_MAX: usize = 500;
+pub const METADATA_VALUE_MAX: usize = 100;
 
 /// Requires 1 to 200 characters that are not all white space and not control characters.
 ///
@@ -176,7 +176,7 @@ fn printable(value: &str, max: usize) -> garde::Result {
     Ok(())
 }
 
-/// Requires at most 50 entries with names of 1 to 40 letters, digits and `_-.`, and values of at most 500 characters.
+/// Requires at most 20 entries with names of 1 to 40 letters, digits and `_-.`, and values of at most 100 characters.
 pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
     if entries.len() > METADATA_ENTRIES_MAX {
         return Err(garde::Error::new(format!(

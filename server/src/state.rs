@@ -80,6 +80,9 @@ pub struct Services {
     pub billing_event: Notify,
     /// The queues in which changes of one tenant wait for each other.
     pub changes: TenantQueues,
+    /// The queues in which a tenant's requests for a page at Stripe wait for each other. Not those of changes: revoking a
+    /// key must not wait for Stripe.
+    pub checkouts: TenantQueues,
     /// The queues in which large reads of one tenant wait for each other.
     pub reads: TenantQueues,
     draining: AtomicBool,
@@ -235,6 +238,7 @@ impl AppState {
             billing,
             billing_event: Notify::new(),
             changes: TenantQueues::of_changes(),
+            checkouts: TenantQueues::of_changes(),
             reads: TenantQueues::of_reads(),
             draining: AtomicBool::new(false),
         })))

@@ -180,7 +180,7 @@ impl BillingApi {
         let billing = self.billing()?;
         let idempotency = IdempotencyGuard::new("start_checkout", idempotency_key.0, &())?;
         // One at a time, so that a second click waits for the page of the first.
-        let _turn = self.state.changes.turn(caller.tenant()).await?;
+        let _turn = self.state.checkouts.turn(caller.tenant()).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let replayed = idempotency.replay(&mut tx).await?;
         let (email, name) = billing::names(&mut tx, caller.user().0).await?;

@@ -249,6 +249,9 @@ impl Billing {
             if session.status.as_deref() == Some("open") && session.url.is_some() {
                 return Ok((session, invalidation));
             }
+            if session.status.as_deref() == Some("complete") {
+                self.expect_no_pending_subscription(tenant).await?;
+            }
             attempt = self.end_checkout(tenant, attempt).await?;
         }
         let prices = self.stripe.prices(&[FLAT_PRICE, USAGE_PRICE]).await?;
@@ -280,6 +283,18 @@ impl Billing {
         billing::set_checkout(&mut tx, tenant, attempt, &session.id).await?;
         tx.commit().await?;
         Ok((session, invalidation))
+    }
+
+    /// A completed session has a subscription, which is `incomplete` until a delayed payment arrives. It may also have
+    /// been completed since the last read.
+    async fn expect_no_pending_subscription(&self, tenant: TenantId) -> Result<(), BillingError> {
+        self.read(tenant).await?;
+        let statuses = self.stripe_statuses(tenant).await?;
+        if statuses.into_iter().all(Status::is_final) {
+            Ok(())
+        } else {
+            Err(BillingError::Subscribed)
+        }
     }
 
     async fn account(&self, buyer: &Buyer<'_>) -> Result<AccountRow, DbError> {

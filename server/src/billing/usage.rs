@@ -124,8 +124,13 @@ impl Billing {
             }
             // If it is not known where billing periods begin and end, the hour waits.
             if is_read || read.get(&tenant) == Some(&true) {
-                self.plan_hour(tenant, start).await?;
-                planned += 1;
+                match self.plan_hour(tenant, start).await {
+                    Ok(()) => planned += 1,
+                    // The hours of other tenants do not wait for this one.
+                    Err(error) => {
+                        tracing::warn!(%tenant, %start, error = %chain(&error), "cannot plan reports of usage");
+                    }
+                }
             }
         }
         Ok(planned)

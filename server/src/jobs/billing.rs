@@ -58,11 +58,9 @@ pub(super) async fn report_usage(state: AppState) {
     let mut is_reported = false;
     loop {
         ticks.tick().await;
-        let result = async {
-            billing.plan_usage().await?;
-            billing.send_usage().await
-        };
-        match result.await {
+        let planned = billing.plan_usage().await;
+        let sent = billing.send_usage().await;
+        match planned.and(sent) {
             Ok(sent) => {
                 is_reported = false;
                 state.metrics.billing_reports.inc_by(sent.finished);

@@ -25,19 +25,20 @@ pub struct OpenHour {
     pub is_read: bool,
 }
 
-/// Returns hours that have ended, oldest first. An hour is included once every server has delivered its records of it,
+/// Returns an hour that has ended for each tenant, its oldest, in random order: tenants whose hours cannot be planned
+/// must not keep others waiting. An hour is included once every server has delivered its records of it,
 /// or a quarter of an hour after its end: usage that arrives later becomes another revision.
 pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, DbError> {
     let hours = sql_query(
         "WITH complete AS ( \
              SELECT least(now(), coalesce(min(coalesce(oldest_pending_at, reported_at)), now())) AS until \
              FROM usage_shippers) \
-         SELECT u.tenant_id, u.start, \
+         SELECT * FROM (SELECT DISTINCT ON (u.tenant_id) u.tenant_id, u.start, \
              coalesce(a.customer_id IS NULL OR a.read_at >= u.start + interval '1 hour', true) AS is_read \
          FROM billing_usage u LEFT JOIN billing_accounts a USING (tenant_id) \
          WHERE u.cost <> u.planned AND u.start + interval '1 hour' \
              <= greatest((SELECT until FROM complete), now() - interval '15 minutes') \
-         ORDER BY u.start LIMIT $1",
+         ORDER BY u.tenant_id, u.start) oldest ORDER BY random() LIMIT $1",
     )
     .bind::<BigInt, _>(limit)
     .get_results(&mut **tx)

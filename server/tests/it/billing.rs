@@ -585,14 +585,19 @@ async fn checkout_leads_to_one_subscription() {
     let session = session.rsplit('/').next().expect("an ID");
     stripe
         .fake
-        .pay_checkout(session, Card::Good, false)
+        .pay_checkout(session, Card::Good, true)
         .expect("open");
-    // Even before any webhook arrives.
-    let second = post(None).await;
-    assert_eq!(
-        (second.status, second.problem()),
-        (409, "already-subscribed")
-    );
+    // Even before any webhook arrives, and while the payment may still succeed.
+    for is_paid in [false, true] {
+        if is_paid {
+            stripe.fake.settle_checkout(session, true).expect("paid");
+        }
+        let second = post(None).await;
+        assert_eq!(
+            (second.status, second.problem()),
+            (409, "already-subscribed")
+        );
+    }
     // For another tenant, it is a different request.
     let other = app.register().await;
     let call = app
